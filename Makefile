@@ -1,0 +1,47 @@
+# Everything runs from .venv, which `make setup` builds from requirements.lock; each target calls it by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test demo bench format clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# A content key, not file times: a fresh checkout, a branch switch or a restored cache must not be mistaken for a change.
+setup: ## make .venv from requirements.lock (needs only Python 3.11+ and make)
+	@command -v $(PYTHON) >/dev/null || { echo "make setup: $(PYTHON) not found; say which: make setup PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make setup: Python 3.11 or newer is needed, $(PYTHON) is older; say which: make setup PYTHON=python3.11" >&2; exit 2; }
+	@set -e; key=$$(cat requirements.lock pyproject.toml | cksum); \
+	if [ -x $(BIN)/python ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$key" ]; then exit 0; fi; \
+	echo "make setup: building $(VENV) from requirements.lock"; \
+	rm -f $(STAMP); \
+	$(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	echo "$$key" > $(STAMP)
+
+check: setup ## ruff, format, mypy --strict, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout_rules.py
+
+test: check ## make check and the whole test suite
+	$(BIN)/python -m pytest
+
+demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh
+	$(BIN)/python -m launch.demo
+
+bench: setup ## time saves beside Orbax's CheckpointManager
+	$(BIN)/python -m benchmarks.compare
+
+format: setup ## rewrite the sources as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis
