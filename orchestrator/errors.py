@@ -1,0 +1,101 @@
+"""The error taxonomy: what can go wrong, with the exit code that a program sees.
+
+Every message says where, what was got, what was wanted and what to do next. May not import anything of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_A_RUN, EXIT_DAMAGED, EXIT_FENCED, EXIT_NOTHING = range(7)
+
+
+class OrchestratorError(Exception):
+    """Anything this package raises on purpose. `exit_code` is what the command line ends with."""
+
+    exit_code = EXIT_FAILED
+
+
+class UsageError(OrchestratorError):
+    """A flag, option or argument that cannot be used."""
+
+    exit_code = EXIT_USAGE
+
+
+class NotARun(OrchestratorError):
+    """The root holds no journal."""
+
+    exit_code = EXIT_NOT_A_RUN
+
+
+class NewerFormat(OrchestratorError):
+    """A record was written by a newer version of this package."""
+
+    exit_code = EXIT_NOT_A_RUN
+
+
+class Damaged(OrchestratorError):
+    """Stored bytes are not what was written: truncated, edited, missing or unreadable."""
+
+    exit_code = EXIT_DAMAGED
+
+
+class UnsafeKey(Damaged):
+    """A stored record names a key outside its own attempt (`..`, absolute, empty parts)."""
+
+
+class Fenced(OrchestratorError):
+    """A newer incarnation has opened its epoch; this one may not change the run any more."""
+
+    exit_code = EXIT_FENCED
+
+
+class NothingToRestore(OrchestratorError):
+    """The run has steps, but none of them can be restored."""
+
+    exit_code = EXIT_NOTHING
+
+
+class StepNotFound(OrchestratorError):
+    """The step asked for is not restorable."""
+
+    exit_code = EXIT_NOTHING
+
+
+class StorageError(OrchestratorError):
+    """The store refused or failed: permission, disk full, I/O error."""
+
+
+class OutcomeUnknown(StorageError):
+    """A create may or may not have landed and could not be read back."""
+
+
+class WaitTimeout(OrchestratorError):
+    """A bounded wait ended; the message names whom it waited for."""
+
+
+class UnsupportedLeaf(UsageError):
+    """The state holds a value that cannot be stored. Raised before anything is written."""
+
+
+class OtherJob(OrchestratorError):
+    """The run at this root was written by a job with another state tree."""
+
+
+class SaveFailed(OrchestratorError):
+    """An asynchronous save did not commit. `step` and `attempt` say which; training may go on."""
+
+    def __init__(self, message: str, *, step: int, attempt: str) -> None:
+        super().__init__(message)
+        self.step, self.attempt = step, attempt
+
+
+class Mismatch(OrchestratorError):
+    """The target tree does not fit the checkpoint. `problems` has one line per leaf; nothing was read."""
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        shown = [f"  {line}" for line in self.problems[:20]]
+        if len(self.problems) > 20:
+            shown.append(f"  ... and {len(self.problems) - 20} more")
+        super().__init__("\n".join([f"{where}: {len(self.problems)} leaves do not fit the target", *shown]))

@@ -1,0 +1,224 @@
+"""The journal's rules: heads, events, and how version v+1 is made out of v.
+
+Every function takes a head and returns the next one, a `Refused`, or None where there is nothing to change. The
+caller creates the next version with put-if-absent, and if somebody else was first, re-reads and asks again. Pure:
+`Stamp` brings time and ids in. An entry is complete: a reader needs only the highest version.
+
+Order: `live` is in commit order, so the newest step is the one committed last. After a deliberate return to an older
+step (`restore(step=50)` in a run that had reached 100), the next commit is the newest, whatever its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from orchestrator import layout
+from orchestrator.errors import OrchestratorError, StepNotFound
+from orchestrator.policy import KeepPolicy
+from orchestrator.records import FORMAT, Event, Failure, Head, LiveStep, RetiredAttempt
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Who writes, when, and a random id that tells this write from any other."""
+
+    writer: str
+    time: float
+    write_id: str
+
+
+@dataclass(frozen=True)
+class FencedBy:
+    """A head of a higher epoch was found: this incarnation may not change the run any more."""
+
+    epoch: int
+    writer: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The rule does not allow the change; `error` says why. Nothing is written."""
+
+    error: OrchestratorError
+
+
+Next = Head | FencedBy | Refused | None
+Rule = Callable[[Head | None, Stamp], Next]
+
+
+def _next(head: Head | None, stamp: Stamp, event: Event, **changes: object) -> Head:
+    base = head or Head(format=FORMAT, version=-1, epoch=0, writer="", write_id="", time=0.0, event=event)
+    following = replace(
+        base, version=base.version + 1, writer=stamp.writer, write_id=stamp.write_id, time=stamp.time, event=event
+    )
+    return replace(following, **changes)
+
+
+def open_epoch(head: Head | None, stamp: Stamp) -> Next:
+    """A new incarnation: epoch + 1. It fences every older one."""
+    return _next(head, stamp, Event(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
+
+
+def commit(head: Head | None, stamp: Stamp, *, epoch: int, entry: LiveStep, keep: KeepPolicy | None) -> Next:
+    """Add `entry` to the live steps and retire, in the same entry, what retention lets go."""
+    fenced = _fenced(head, epoch)
+    if fenced or head is None:
+        return fenced
+    if any(live.attempt == entry.attempt and live.step == entry.step for live in head.live):
+        return None  # our own reply was lost, and somebody has written after us
+    if is_retired(head, entry.step, entry.attempt):
+        where = layout.shown(entry.step, entry.attempt)
+        return Refused(OrchestratorError(f"{where}: already aborted or retired in the journal; it cannot be committed"))
+    replaced = [live for live in head.live if live.step == entry.step]
+    pins = tuple(pin for old in replaced for pin in old.pins)  # a pin is on the step, not on the attempt
+    live = (*(old for old in head.live if old.step != entry.step), replace(entry, pins=pins))
+    dropped = _let_go(live, keep, stamp.time) if keep else frozenset()
+    retired = [
+        *(RetiredAttempt(step=old.step, attempt=old.attempt, reason="replaced") for old in replaced),
+        *(RetiredAttempt(step=old.step, attempt=old.attempt, reason="retention") for old in live if old.step in dropped),
+    ]
+    event = Event(kind="committed", step=entry.step, attempt=entry.attempt, steps=tuple(sorted(dropped)))
+    kept = tuple(old for old in live if old.step not in dropped)
+    return _next(head, stamp, event, live=kept, retired=(*head.retired, *retired))
+
+
+def abort(
+    head: Head | None, stamp: Stamp, *, epoch: int, step: int, attempt: str, failures: tuple[Failure, ...], reason: str
+) -> Next:
+    """Journal that an attempt will never commit; its data may be deleted."""
+    fenced = _fenced(head, epoch)
+    if fenced or head is None:
+        return fenced
+    if is_live(head, step, attempt) or is_retired(head, step, attempt):
+        return None
+    event = Event(kind="aborted", step=step, attempt=attempt, failures=failures, reason=reason)
+    gone = RetiredAttempt(step=step, attempt=attempt, reason="aborted")
+    return _next(head, stamp, event, retired=(*head.retired, gone))
+
+
+def retire(head: Head | None, stamp: Stamp, *, keep: KeepPolicy) -> Next:
+    """Apply a retention policy outside a commit (`gc --keep_last`)."""
+    if head is None:
+        return None
+    dropped = _let_go(head.live, keep, stamp.time)
+    if not dropped:
+        return None
+    gone = [
+        RetiredAttempt(step=old.step, attempt=old.attempt, reason="retention")
+        for old in head.live
+        if old.step in dropped
+    ]
+    kept = tuple(old for old in head.live if old.step not in dropped)
+    return _next(
+        head, stamp, Event(kind="retired", steps=tuple(sorted(dropped))), live=kept, retired=(*head.retired, *gone)
+    )
+
+
+def collected(head: Head | None, stamp: Stamp, *, attempts: Iterable[tuple[int, str]]) -> Next:
+    """Forget retired attempts whose data is deleted."""
+    if head is None:
+        return None
+    done = set(attempts)
+    left = tuple(gone for gone in head.retired if (gone.step, gone.attempt) not in done)
+    if len(left) == len(head.retired):
+        return None
+    return _next(head, stamp, Event(kind="collected", steps=tuple(sorted({step for step, _ in done}))), retired=left)
+
+
+def pin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
+    """Keep a step whatever the retention policy says."""
+    return _change(head, stamp, step, "pinned", lambda live: replace(live, pins=(*live.pins, name)), name, True)
+
+
+def unpin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
+    def without(live: LiveStep) -> LiveStep:
+        return replace(live, pins=tuple(pin for pin in live.pins if pin != name))
+
+    return _change(head, stamp, step, "unpinned", without, name, False)
+
+
+def quarantine(head: Head | None, stamp: Stamp, *, step: int, attempt: str, reason: str) -> Next:
+    """Take a damaged attempt out of the restorable ones. Its data stays until it is retired."""
+    if head is None or not is_live(head, step, attempt):
+        return None
+    return _change(head, stamp, step, "quarantined", lambda live: replace(live, trust="quarantined"), reason, None)
+
+
+def trusted(head: Head | None, stamp: Stamp, *, step: int, attempt: str, trust: str) -> Next:
+    """Record that an attempt was read back whole (`verified`)."""
+    if head is None or not is_live(head, step, attempt):
+        return None
+    return _change(head, stamp, step, "verified", lambda live: replace(live, trust=trust), "", None)
+
+
+def _change(
+    head: Head | None,
+    stamp: Stamp,
+    step: int,
+    kind: str,
+    change: Callable[[LiveStep], LiveStep],
+    reason: str,
+    want_pin: bool | None,
+) -> Next:
+    found = next((live for live in head.live if live.step == step), None) if head else None
+    if head is None or found is None:
+        have = ", ".join(str(live.step) for live in head.live) if head else ""
+        return Refused(StepNotFound(f"step {step} is not in this run; it has: {have or 'no steps'}"))
+    if want_pin is not None and (reason in found.pins) == want_pin:
+        return None
+    changed = change(found)
+    if changed == found:
+        return None
+    live = tuple(changed if entry is found else entry for entry in head.live)
+    return _next(head, stamp, Event(kind=kind, step=step, attempt=found.attempt, reason=reason), live=live)
+
+
+def _fenced(head: Head | None, epoch: int) -> FencedBy | None:
+    if head is not None and head.epoch > epoch:
+        return FencedBy(head.epoch, head.writer)
+    return None
+
+
+def _let_go(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozenset[int]:
+    """Steps that retention drops. Never the newest restorable, nor the newest proven one, nor a pinned one."""
+    good = [entry for entry in live if entry.restorable]
+    if not good:
+        return frozenset()
+    wanted = set(keep.keep(good, now)) | {good[-1].step}
+    proven = [entry.step for entry in good if entry.trust in ("verified", "restored")]
+    wanted.update(proven[-1:])
+    wanted.update(entry.step for entry in live if entry.pins)
+    return frozenset(entry.step for entry in live if entry.step not in wanted)
+
+
+def newest(head: Head) -> LiveStep | None:
+    """The restorable step committed last."""
+    return next((entry for entry in reversed(head.live) if entry.restorable), None)
+
+
+def find(head: Head, step: int) -> LiveStep | None:
+    return next((entry for entry in head.live if entry.step == step), None)
+
+
+def is_live(head: Head, step: int, attempt: str) -> bool:
+    return any(entry.step == step and entry.attempt == attempt for entry in head.live)
+
+
+def is_retired(head: Head, step: int, attempt: str) -> bool:
+    return any(gone.step == step and gone.attempt == attempt for gone in head.retired)
+
+
+def collectable(head: Head, found: Iterable[tuple[int, str]] = ()) -> tuple[RetiredAttempt, ...]:
+    """Attempts whose data may be deleted: retired or aborted ones, and, out of those `found` in storage, uncommitted
+    ones of an epoch below the head's (they can never commit any more)."""
+    orphans = [
+        RetiredAttempt(step=step, attempt=attempt, reason="orphan")
+        for step, attempt in found
+        if layout.parse_attempt(attempt)[0] < head.epoch
+        and not is_live(head, step, attempt)
+        and not is_retired(head, step, attempt)
+    ]
+    return (*head.retired, *orphans)

@@ -1,0 +1,92 @@
+"""Every key of a run, built and parsed in one place (the on-disk contract).
+
+Keys are relative to the run's root, `/`-separated on every store. Pure: no I/O. Keys that come *from* storage go
+through `check_key` before anything is done with them.
+"""
+
+from __future__ import annotations
+
+import re
+
+from orchestrator.errors import UnsafeKey
+
+JOURNAL = "journal/"
+STEPS = "steps/"
+STEP_DIGITS = 8
+_JOURNAL_KEY = re.compile(r"journal/(\d{20})\.json")
+_ATTEMPT = re.compile(r"e(\d{4,})-a(\d{2,})")
+_ATTEMPT_KEY = re.compile(r"steps/(\d{8,})/(e\d{4,}-a\d{2,})/(.+)")
+
+
+def journal_key(version: int) -> str:
+    return f"{JOURNAL}{version:020d}.json"
+
+
+def journal_version(key: str) -> int | None:
+    """The version of a journal key; None for any other key (a stray file is not an entry)."""
+    found = _JOURNAL_KEY.fullmatch(key)
+    return int(found[1]) if found else None
+
+
+def attempt_name(epoch: int, number: int) -> str:
+    return f"e{epoch:04d}-a{number:02d}"
+
+
+def parse_attempt(name: str) -> tuple[int, int]:
+    """(epoch, number) of an attempt name. Raises UnsafeKey for anything else."""
+    found = _ATTEMPT.fullmatch(name)
+    if not found:
+        raise UnsafeKey(f"attempt name {name!r}: wanted eEEEE-aNN; the record that holds it is damaged")
+    return int(found[1]), int(found[2])
+
+
+def step_prefix(step: int) -> str:
+    return f"{STEPS}{step:0{STEP_DIGITS}d}/"
+
+
+def attempt_prefix(step: int, attempt: str) -> str:
+    """Prefix of one attempt's keys, ending in `/`. Raises UnsafeKey if `attempt` is not an attempt name."""
+    parse_attempt(attempt)
+    return f"{step_prefix(step)}{attempt}/"
+
+
+def split_attempt_key(key: str) -> tuple[int, str, str] | None:
+    """(step, attempt, rest) of a key below an attempt; None for other keys."""
+    found = _ATTEMPT_KEY.fullmatch(key)
+    return (int(found[1]), found[2], found[3]) if found else None
+
+
+# Keys inside an attempt, relative to its prefix.
+INTENT = "intent.json"
+MANIFEST = "manifest.json"
+EXTRA = "extra.json"
+STATE = "state/"
+RECEIPTS = "receipts/"
+PROCESS = "process/"
+
+
+def receipt_name(process: int) -> str:
+    return f"{RECEIPTS}{process:05d}.json"
+
+
+def process_state_name(process: int) -> str:
+    return f"{PROCESS}{process:05d}.bin"
+
+
+def process_of(name: str) -> int:
+    """The process index in a receipt's or process state's name."""
+    return int(name.rsplit("/", 1)[-1].split(".", 1)[0])
+
+
+def check_key(key: str, where: str) -> str:
+    """`key` itself if it is safe to join to a prefix. Raises UnsafeKey naming the record `where` it was found."""
+    parts = key.split("/")
+    bad = not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts)
+    if bad:
+        raise UnsafeKey(f"{where}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used")
+    return key
+
+
+def shown(step: int, attempt: str) -> str:
+    """How an attempt is named in messages: `step 100 e0003-a02`."""
+    return f"step {step} {attempt}"

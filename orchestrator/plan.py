@@ -1,0 +1,111 @@
+"""What a restore will read: matching a target tree against the saved one, before any array is touched. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.errors import Mismatch
+from orchestrator.records import STORED_KINDS, LeafSpec, TreeSpec
+
+
+@dataclass(frozen=True)
+class TargetLeaf:
+    """What the caller wants at a path: kind as in LeafSpec, and for stored kinds the shape and dtype."""
+
+    path: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+
+
+_SHORT = {"bfloat16": "bf16", "bool": "bool"}
+
+
+def brief(kind: str, shape: Sequence[int], dtype: str) -> str:
+    """`f32[8,4]` for arrays, `int` for a Python value."""
+    if kind not in STORED_KINDS:
+        return {"none": "None", "empty": "an empty container"}.get(kind, kind)
+    short = _SHORT.get(dtype, dtype)
+    for long, letter in (("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
+        if short.startswith(long):
+            short = letter + short[len(long) :]
+            break
+    return f"{short}[{','.join(map(str, shape))}]"
+
+
+def match(
+    saved: TreeSpec, target: Sequence[TargetLeaf], *, partial: bool = False, cast: bool = False, where: str = ""
+) -> list[LeafSpec | None]:
+    """The saved leaf for each target leaf, in the target's order (None for an empty node that needs none).
+
+    `partial` lets the target leave saved leaves out; `cast` allows another dtype of the same class of number or wider
+    conversion that the caller asked for. Raises Mismatch with every problem, each with path, wanted and got.
+    """
+    by_path = {leaf.path: leaf for leaf in saved.leaves}
+    problems: list[str] = []
+    chosen: list[LeafSpec | None] = []
+    for leaf in target:
+        found = by_path.get(leaf.path)
+        problem = _problem(leaf, found, by_path, cast)
+        if problem:
+            problems.append(f"{'/'.join(leaf.path) or '(root)'}: {problem}")
+        chosen.append(found)
+    if not partial:
+        wanted = {leaf.path for leaf in target}
+        problems += [
+            f"{leaf.label}: checkpoint {brief(leaf.kind, leaf.shape, leaf.dtype)}, not in the target; "
+            "add it, or restore with partial=True"
+            for leaf in saved.leaves
+            if leaf.path not in wanted and leaf.kind not in ("none", "empty")
+        ]
+    if problems:
+        raise Mismatch(where, problems)
+    return chosen
+
+
+def _problem(
+    leaf: TargetLeaf, found: LeafSpec | None, by_path: dict[tuple[str, ...], LeafSpec], cast: bool
+) -> str | None:
+    want = brief(leaf.kind, leaf.shape, leaf.dtype)
+    if found is None:
+        if leaf.kind in ("none", "empty"):
+            below = sum(path[: len(leaf.path)] == leaf.path for path in by_path)
+            return f"checkpoint has {below} leaves below, target {want}; give them a target" if below else None
+        return f"not in the checkpoint, target {want}; it holds {_nearest(leaf.path, by_path)}"
+    got = brief(found.kind, found.shape, found.dtype)
+    both_stored = leaf.kind in STORED_KINDS and found.kind in STORED_KINDS
+    if not both_stored:
+        return None if leaf.kind == found.kind else f"checkpoint {got}, target {want}"
+    if leaf.shape != found.shape:
+        return f"checkpoint {got}, target {want}; shapes must be equal"
+    if leaf.dtype == found.dtype:
+        return None
+    if "key<" in leaf.dtype + found.dtype:
+        return f"checkpoint {got}, target {want}; PRNG keys cannot be cast"
+    short = brief(found.kind, (), found.dtype).removesuffix("[]")
+    return None if cast else f"checkpoint {got}, target {want}; restore as {short} and cast, or pass cast=True"
+
+
+def _nearest(path: tuple[str, ...], by_path: dict[tuple[str, ...], LeafSpec]) -> str:
+    """The names beside a missing one, to show a typo or a renamed module."""
+    for depth in range(len(path) - 1, -1, -1):
+        names = sorted({other[depth] for other in by_path if len(other) > depth and other[:depth] == path[:depth]})
+        if names:
+            shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            return f"under {'/'.join(path[:depth]) or '(root)'}: {shown}"
+    return "no leaves"
+
+
+def tree_differences(saved: TreeSpec, new: TreeSpec, limit: int = 5) -> list[str]:
+    """First lines of how two trees differ in paths, kinds, shapes or dtypes; [] if they are of the same job."""
+    old_leaves = {leaf.path: leaf for leaf in saved.leaves}
+    new_leaves = {leaf.path: leaf for leaf in new.leaves}
+    lines = []
+    for path in sorted(old_leaves.keys() | new_leaves.keys()):
+        old, fresh = old_leaves.get(path), new_leaves.get(path)
+        was = brief(old.kind, old.shape, old.dtype) if old else "nothing"
+        now = brief(fresh.kind, fresh.shape, fresh.dtype) if fresh else "nothing"
+        if (old and old.kind, was) != (fresh and fresh.kind, now):
+            lines.append(f"{'/'.join(path) or '(root)'}: the run has {was}, this job {now}")
+    return lines[:limit]

@@ -1,0 +1,191 @@
+"""When to save and what to keep, as small values combined with `|`. Pure: steps, metrics and times are passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from orchestrator.errors import UsageError
+
+
+class SavePolicy(Protocol):
+    """`due`: is a save of `step` wanted, `elapsed_s` seconds after the last save began (None before the first)?"""
+
+    @property
+    def timed(self) -> bool:
+        """Whether the answer depends on `elapsed_s`; then process 0's answer is broadcast to all hosts."""
+
+    def due(self, step: int, elapsed_s: float | None) -> bool: ...
+
+
+class Candidate(Protocol):
+    """What a retention policy sees of a restorable step."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+
+class KeepPolicy(Protocol):
+    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        """The steps to keep, out of `steps` in commit order (newest last)."""
+
+
+@dataclass(frozen=True)
+class _Every:
+    n: int
+    timed: bool = False
+
+    def due(self, step: int, elapsed_s: float | None) -> bool:
+        return step % self.n == 0
+
+    def __or__(self, other: SavePolicy) -> SavePolicy:
+        return _AnySave((self, other))
+
+
+@dataclass(frozen=True)
+class _EverySeconds:
+    seconds: float
+    timed: bool = True
+
+    def due(self, step: int, elapsed_s: float | None) -> bool:
+        return elapsed_s is None or elapsed_s >= self.seconds
+
+    def __or__(self, other: SavePolicy) -> SavePolicy:
+        return _AnySave((self, other))
+
+
+@dataclass(frozen=True)
+class _At:
+    steps: frozenset[int]
+    timed: bool = False
+
+    def due(self, step: int, elapsed_s: float | None) -> bool:
+        return step in self.steps
+
+    def __or__(self, other: SavePolicy) -> SavePolicy:
+        return _AnySave((self, other))
+
+
+@dataclass(frozen=True)
+class _AnySave:
+    policies: tuple[SavePolicy, ...]
+
+    @property
+    def timed(self) -> bool:
+        return any(policy.timed for policy in self.policies)
+
+    def due(self, step: int, elapsed_s: float | None) -> bool:
+        return any(policy.due(step, elapsed_s) for policy in self.policies)
+
+    def __or__(self, other: SavePolicy) -> SavePolicy:
+        return _AnySave((*self.policies, other))
+
+
+def every(n: int) -> _Every:
+    """Save at steps divisible by `n` (step 0 included). Raises UsageError unless n >= 1."""
+    return _Every(_positive("every", n))
+
+
+def every_seconds(seconds: float) -> _EverySeconds:
+    """Save when `seconds` have passed since the last save began; process 0's clock decides for all hosts."""
+    if seconds <= 0:
+        raise UsageError(f"every_seconds({seconds}): wanted a positive number of seconds")
+    return _EverySeconds(float(seconds))
+
+
+def at(steps: Iterable[int]) -> _At:
+    """Save at exactly these steps."""
+    return _At(frozenset(steps))
+
+
+@dataclass(frozen=True)
+class _Last:
+    n: int
+
+    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        return frozenset(entry.step for entry in steps[-self.n :])
+
+    def __or__(self, other: KeepPolicy) -> KeepPolicy:
+        return _AnyKeep((self, other))
+
+
+@dataclass(frozen=True)
+class _EveryNth:
+    n: int
+
+    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        return frozenset(entry.step for entry in steps if entry.step % self.n == 0)
+
+    def __or__(self, other: KeepPolicy) -> KeepPolicy:
+        return _AnyKeep((self, other))
+
+
+@dataclass(frozen=True)
+class _Best:
+    metric: str
+    n: int
+    mode: Literal["min", "max"]
+
+    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        # NaN compares false with everything and would make the order depend on the input's: it is never best.
+        scored = [entry for entry in steps if (value := entry.metrics.get(self.metric)) is not None and value == value]
+        scored.sort(key=lambda entry: entry.metrics[self.metric], reverse=self.mode == "max")
+        return frozenset(entry.step for entry in scored[: self.n])
+
+    def __or__(self, other: KeepPolicy) -> KeepPolicy:
+        return _AnyKeep((self, other))
+
+
+@dataclass(frozen=True)
+class _Within:
+    seconds: float
+
+    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        return frozenset(entry.step for entry in steps if now - entry.time <= self.seconds)
+
+    def __or__(self, other: KeepPolicy) -> KeepPolicy:
+        return _AnyKeep((self, other))
+
+
+@dataclass(frozen=True)
+class _AnyKeep:
+    policies: tuple[KeepPolicy, ...]
+
+    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        return frozenset().union(*(policy.keep(steps, now) for policy in self.policies))
+
+    def __or__(self, other: KeepPolicy) -> KeepPolicy:
+        return _AnyKeep((*self.policies, other))
+
+
+def last(n: int) -> _Last:
+    """Keep the `n` most recently committed steps."""
+    return _Last(_positive("last", n))
+
+
+def every_nth(n: int) -> _EveryNth:
+    """Keep every step divisible by `n`, forever."""
+    return _EveryNth(_positive("every_nth", n))
+
+
+def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> _Best:
+    """Keep the `n` steps with the best `metric`; steps without it, or with NaN, are never best."""
+    if mode not in ("min", "max"):
+        raise UsageError(f"best({metric!r}): mode {mode!r}, wanted 'min' or 'max'")
+    return _Best(metric, _positive("best", n), mode)
+
+
+def within(seconds: float) -> _Within:
+    """Keep steps committed in the last `seconds`."""
+    return _Within(float(seconds))
+
+
+def _positive(what: str, n: int) -> int:
+    if n < 1:
+        raise UsageError(f"{what}({n}): wanted at least 1")
+    return n

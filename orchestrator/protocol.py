@@ -1,0 +1,251 @@
+"""One attempt at saving a step, from the coordinator's side, as a table-driven state machine.
+
+    state, effects = advance(state, event)
+
+The coordinator performs the effects and feeds back what happened as events. Duties of the caller, in order: write the
+intent; report every receipt it reads, whichever way it learned of it; report the deadline; run `Finalize`, `Seal` and
+`Append` when told, once each, and report how each ended. Pure: no I/O, no clock, no randomness.
+
+    OPEN --all receipts in--> FINALIZING --FinalizeDone--> COMMITTING --Appended--> COMMITTED
+      \\--a NO or deadline--> ABORTING <--FinalizeFailed--/      |
+                                 \\--Appended--> ABORTED         \\--Fenced--> FENCED (from any phase)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from orchestrator.layout import shown
+from orchestrator.records import Box, Failure, Intent, Receipt
+
+
+class Phase(Enum):
+    OPEN = "waiting for receipts"
+    FINALIZING = "finalizing"
+    COMMITTING = "committing"
+    ABORTING = "aborting"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    FENCED = "fenced"
+
+
+TERMINAL = frozenset({Phase.COMMITTED, Phase.ABORTED, Phase.FENCED})
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """State of one attempt. `receipts` holds one per process that has answered."""
+
+    intent: Intent
+    phase: Phase = Phase.OPEN
+    receipts: Mapping[int, Receipt] = field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
+    reason: str = ""
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        return tuple(index for index in range(self.intent.process_count) if index not in self.receipts)
+
+
+# Events: what happened outside.
+@dataclass(frozen=True)
+class ReceiptRead:
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class DeadlinePassed:
+    """`hosts` names the processes as far as they are known."""
+
+    after_s: float
+    hosts: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class FinalizeDone:
+    pass
+
+
+@dataclass(frozen=True)
+class FinalizeFailed:
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Appended:
+    """The journal entry asked for is durable."""
+
+
+@dataclass(frozen=True)
+class FencedOff:
+    epoch: int
+    writer: str
+
+
+Event = ReceiptRead | DeadlinePassed | FinalizeDone | FinalizeFailed | Appended | FencedOff
+
+
+# Effects: what the caller must do now.
+@dataclass(frozen=True)
+class Finalize:
+    """Merge the processes' data, write `extra.json` and the manifest, make all of it durable."""
+
+
+@dataclass(frozen=True)
+class AppendCommit:
+    """Journal `committed`."""
+
+
+@dataclass(frozen=True)
+class AppendAbort:
+    """Journal `aborted` with the attempt's failures and reason."""
+
+
+@dataclass(frozen=True)
+class Announce:
+    """Tell the other processes how it ended; the journal is the truth, this only makes it quick."""
+
+
+Effect = Finalize | AppendCommit | AppendAbort | Announce
+Step = tuple[Attempt, tuple[Effect, ...]]
+
+
+def advance(state: Attempt, event: Event) -> Step:
+    """The next state and what to do. An event that does not matter any more (a late receipt) changes nothing."""
+    rule = _TABLE.get((state.phase, type(event)))
+    return rule(state, event) if rule else (state, ())
+
+
+def _on_receipt(state: Attempt, event: ReceiptRead) -> Step:
+    receipt = event.receipt
+    if receipt.process in state.receipts:
+        return state, ()  # repeated: the first stands, receipts are immutable
+    wrong = _foreign(state, receipt)
+    failure = receipt.failure or _objection(receipt, wrong)
+    if failure:
+        return _abort(replace(state, failures=(*state.failures, failure)), f"process {failure.process} said no")
+    state = replace(state, receipts={**state.receipts, receipt.process: receipt})
+    if state.missing:
+        return state, ()
+    problems = uncovered(state.intent, state.receipts)
+    if problems:
+        return _abort(state, "; ".join(problems[:5]))
+    return replace(state, phase=Phase.FINALIZING), (Finalize(),)
+
+
+def _foreign(state: Attempt, receipt: Receipt) -> str:
+    """Why a receipt is not one of this attempt's, '' if it is."""
+    intent = state.intent
+    if (receipt.step, receipt.attempt) != (intent.step, intent.attempt):
+        return f"receipt of {shown(receipt.step, receipt.attempt)} found in {shown(intent.step, intent.attempt)}"
+    if not 0 <= receipt.process < intent.process_count:
+        return f"receipt of process {receipt.process}, wanted 0 to {intent.process_count - 1}"
+    return ""
+
+
+def _objection(receipt: Receipt, wrong: str) -> Failure | None:
+    return Failure(process=receipt.process, host=receipt.host, phase="receipt", cause=wrong) if wrong else None
+
+
+def _on_deadline(state: Attempt, event: DeadlinePassed) -> Step:
+    who = ", ".join(f"{index} ({event.hosts[index]})" if index in event.hosts else str(index) for index in state.missing)
+    where = shown(state.intent.step, state.intent.attempt)
+    silent = tuple(
+        Failure(process=index, host=event.hosts.get(index, "?"), phase="receipt", cause=f"silent for {event.after_s:g} s")
+        for index in state.missing
+    )
+    reason = f"{where}: no receipt from processes [{who}] after {event.after_s:g} s"
+    return _abort(replace(state, failures=(*state.failures, *silent)), reason)
+
+
+def _on_finalized(state: Attempt, event: FinalizeDone) -> Step:
+    return replace(state, phase=Phase.COMMITTING), (AppendCommit(),)
+
+
+def _on_finalize_failed(state: Attempt, event: FinalizeFailed) -> Step:
+    return _abort(replace(state, failures=(*state.failures, event.failure)), "the coordinator could not finalize")
+
+
+def _on_committed(state: Attempt, event: Appended) -> Step:
+    return replace(state, phase=Phase.COMMITTED), (Announce(),)
+
+
+def _on_aborted(state: Attempt, event: Appended) -> Step:
+    return replace(state, phase=Phase.ABORTED), (Announce(),)
+
+
+def _on_fenced(state: Attempt, event: FencedOff) -> Step:
+    reason = f"fenced by epoch {event.epoch} ({event.writer})"
+    return replace(state, phase=Phase.FENCED, reason=reason), (Announce(),)
+
+
+def _abort(state: Attempt, reason: str) -> Step:
+    return replace(state, phase=Phase.ABORTING, reason=reason), (AppendAbort(),)
+
+
+_Rule = Callable[[Attempt, Event], Step]
+_TABLE: dict[tuple[Phase, type], _Rule] = {
+    (Phase.OPEN, ReceiptRead): _on_receipt,  # type: ignore[dict-item]
+    (Phase.OPEN, DeadlinePassed): _on_deadline,  # type: ignore[dict-item]
+    (Phase.FINALIZING, FinalizeDone): _on_finalized,  # type: ignore[dict-item]
+    (Phase.FINALIZING, FinalizeFailed): _on_finalize_failed,  # type: ignore[dict-item]
+    (Phase.COMMITTING, Appended): _on_committed,  # type: ignore[dict-item]
+    (Phase.ABORTING, Appended): _on_aborted,  # type: ignore[dict-item]
+    **{(phase, FencedOff): _on_fenced for phase in Phase if phase not in TERMINAL},  # type: ignore[dict-item]
+}
+
+
+def uncovered(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
+    """Arrays whose index space the receipts do not cover exactly, one line each; [] if all is covered once."""
+    problems = []
+    boxes: dict[str, list[tuple[int, Box]]] = {}
+    for process, receipt in receipts.items():
+        for name, regions in receipt.boxes.items():
+            boxes.setdefault(name, []).extend((process, box) for box in regions)
+    for leaf in intent.tree.leaves:
+        if not leaf.in_store:
+            continue
+        shape = leaf.stored_shape if leaf.stored_shape is not None else leaf.shape
+        problem = _cover(shape, boxes.get(leaf.name, []))
+        if problem:
+            problems.append(f"{leaf.label}{list(shape)}: {problem}")
+    return problems
+
+
+def _cover(shape: tuple[int, ...], boxes: list[tuple[int, Box]]) -> str:
+    """'' if `boxes` tile `shape` exactly, else what is wrong."""
+    seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    volume = 0
+    for process, box in boxes:
+        extent = tuple(stop - start for start, stop in zip(box.start, box.stop, strict=True))
+        inside = len(box.start) == len(shape) and all(
+            0 <= start < stop <= size for start, stop, size in zip(box.start, box.stop, shape, strict=True)
+        )
+        if not inside:
+            return f"process {process} wrote {list(box.start)}..{list(box.stop)}, outside the array"
+        other = seen.setdefault((box.start, box.stop), process)
+        if other != process or volume > math.prod(shape):
+            return f"{list(box.start)}..{list(box.stop)} written twice, by processes {other} and {process}"
+        volume += math.prod(extent)
+    if volume != math.prod(shape):
+        return f"{volume} of {math.prod(shape)} elements written"
+    return "" if _disjoint([box for _, box in boxes]) else "written regions overlap"
+
+
+def _disjoint(boxes: list[Box]) -> bool:
+    """No two boxes share an element. Sorted sweep along the first dimension: near-linear for a sharding's grid."""
+    ordered = sorted(boxes, key=lambda box: box.start)
+    active: list[Box] = []
+    for box in ordered:
+        active = [old for old in active if not box.start or old.stop[0] > box.start[0]]
+        if any(_overlap(old, box) for old in active):
+            return False
+        active.append(box)
+    return True
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return all(a.start[axis] < b.stop[axis] and b.start[axis] < a.stop[axis] for axis in range(len(a.start)))

@@ -1,0 +1,243 @@
+"""What is stored, as frozen typed records, and the one codec for all of them.
+
+Each record is one JSON object whose last field is the CRC-32C of the bytes before it, so a truncated or hand-edited
+record is noticed by whoever reads it. Decoding is typed (msgspec: https://jcristharif.com/msgspec/structs.html), never
+pickle. Pure: no I/O, no clock; ids and times are passed in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import google_crc32c
+import msgspec
+
+from orchestrator.errors import Damaged, NewerFormat
+
+FORMAT = 1
+_TAIL = b',"crc32c":"'
+_TAIL_BYTES = len(_TAIL) + 8 + 2
+
+STORED_KINDS = frozenset({"array", "key", "numpy", "numpy_scalar"})
+
+Json = Any  # a value that JSON can hold; checked by the codec, not by the type checker
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all stored records: immutable, keyword-only, unknown fields ignored."""
+
+
+class Box(msgspec.Struct, frozen=True, array_like=True):
+    """A half-open region of an array's global index space: `start <= index < stop` per dimension."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+
+class LeafSpec(Record, frozen=True, omit_defaults=True):
+    """One leaf of the saved tree.
+
+    kind: `array` (jax.Array), `key` (typed PRNG key array), `numpy`, `numpy_scalar`, or a value kept here:
+    `int`, `float`, `complex`, `bool`, `str`, `bytes`, `none`, `empty`.
+    shape, dtype: as the user sees them (for `key`: the shape of the key array, dtype `key<impl>`).
+    stored_shape, stored_dtype: as the file holds them, where that differs. `value`: the text of a value kept here.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    stored_shape: tuple[int, ...] | None = None
+    stored_dtype: str = ""
+    sharding: str = ""
+    value: str = ""
+
+    @property
+    def name(self) -> str:
+        """Orbax's name of the leaf, which is also its key prefix in the store."""
+        return ".".join(self.path)
+
+    @property
+    def in_store(self) -> bool:
+        """Whether Orbax's files hold the leaf; the others are wholly described here."""
+        return self.kind in STORED_KINDS and 0 not in self.shape
+
+    @property
+    def label(self) -> str:
+        return "/".join(self.path) or "(root)"
+
+
+class TreeSpec(Record, frozen=True):
+    leaves: tuple[LeafSpec, ...]
+
+    def fingerprint(self) -> str:
+        """Identity of the tree for `OtherJob`: paths, kinds, shapes and dtypes, not values or shardings."""
+        shape_of = [(leaf.path, leaf.kind, leaf.shape, leaf.dtype) for leaf in self.leaves]
+        return crc32c(msgspec.json.encode(sorted(shape_of)))
+
+
+class FileEntry(Record, frozen=True):
+    """One durable file: `path` relative to the attempt, size, CRC-32C in hex."""
+
+    path: str
+    bytes: int
+    crc32c: str
+
+
+class Intent(Record, frozen=True):
+    format: int
+    write_id: str
+    step: int
+    attempt: str
+    epoch: int
+    opened_by: str
+    time: float
+    process_count: int
+    device_count: int
+    mesh: dict[str, int]
+    tree: TreeSpec
+
+
+class Failure(Record, frozen=True):
+    """Why a process said NO: the phase it was in and the cause in one line."""
+
+    process: int
+    host: str
+    phase: str
+    cause: str
+
+
+class Receipt(Record, frozen=True):
+    """A process's promise about what it made durable, or its failure."""
+
+    format: int
+    write_id: str
+    step: int
+    attempt: str
+    process: int
+    host: str
+    files: tuple[FileEntry, ...] = ()
+    boxes: dict[str, tuple[Box, ...]] = {}  # leaf name -> regions this process wrote
+    seconds: dict[str, float] = {}  # stage, write, seal
+    failure: Failure | None = None
+
+
+class Manifest(Record, frozen=True):
+    """Every file of a committed attempt; its own CRC-32C is in the journal."""
+
+    format: int
+    write_id: str
+    step: int
+    attempt: str
+    process_count: int
+    files: tuple[FileEntry, ...]
+    hosts: tuple[str, ...]
+    seconds: tuple[dict[str, float], ...]  # per process, from the receipts
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files)
+
+
+class Extra(Record, frozen=True):
+    """The user's JSON beside a step. `timestamp`: seconds since the epoch, coordinator's clock."""
+
+    format: int
+    write_id: str
+    step: int
+    timestamp: float
+    metrics: dict[str, float]
+    extra: dict[str, Json]
+
+
+class Event(Record, frozen=True, omit_defaults=True):
+    kind: str
+    step: int | None = None
+    attempt: str | None = None
+    reason: str = ""
+    failures: tuple[Failure, ...] = ()
+    steps: tuple[int, ...] = ()
+
+
+class LiveStep(Record, frozen=True):
+    """One committed attempt. `trust`: committed, verified, restored or quarantined. `bytes`: all its files."""
+
+    step: int
+    attempt: str
+    manifest_crc32c: str
+    tree: str
+    bytes: int
+    metrics: dict[str, float]
+    time: float
+    trust: str = "committed"
+    pins: tuple[str, ...] = ()
+
+    @property
+    def restorable(self) -> bool:
+        return self.trust != "quarantined"
+
+
+class RetiredAttempt(Record, frozen=True):
+    step: int
+    attempt: str
+    reason: str
+
+
+class Head(Record, frozen=True):
+    """One journal entry: the complete state of the run at `version`. `live` is in commit order, newest last."""
+
+    format: int
+    version: int
+    epoch: int
+    writer: str
+    write_id: str
+    time: float
+    event: Event
+    live: tuple[LiveStep, ...] = ()
+    retired: tuple[RetiredAttempt, ...] = ()
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def crc32c(data: bytes) -> str:
+    """CRC-32C of `data`, 8 hex digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
+def encode(record: Record) -> bytes:
+    """The stored bytes of a record: JSON, its own CRC-32C last, one newline. Deterministic for equal records."""
+    body = msgspec.json.encode(record)[:-1]
+    return body + _TAIL + crc32c(body).encode() + b'"}\n'
+
+
+def decode(data: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
+    """Read back what `encode` wrote; `where` names the key in errors.
+
+    Raises NewerFormat if the record says it is of a later format, Damaged if it is truncated, edited or not of `kind`.
+    """
+    text = data[:-1] if data.endswith(b"\n") else data
+    body, tail = text[:-_TAIL_BYTES], text[-_TAIL_BYTES:]
+    found = _format_of(text)
+    if found is not None and found > FORMAT:
+        raise NewerFormat(f"{where}: format {found}, this version reads up to {FORMAT}; use a newer orchestrator")
+    if not (tail.startswith(_TAIL) and tail.endswith(b'"}')):
+        raise Damaged(f"{where}: {len(data)} bytes that do not end in a checksum; truncated or not a record of a run")
+    wanted, got = tail[len(_TAIL) : -2].decode(errors="replace"), crc32c(body)
+    if wanted != got:
+        raise Damaged(f"{where}: crc32c is {got}, the record says {wanted}; it was edited or damaged, not used")
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError as error:
+        raise Damaged(f"{where}: not a {kind.__name__}: {error}") from error
+
+
+class _Format(Record, frozen=True):
+    format: int
+
+
+def _format_of(text: bytes) -> int | None:
+    try:
+        return msgspec.json.decode(text, type=_Format).format
+    except msgspec.DecodeError:
+        return None

@@ -1,0 +1,61 @@
+"""The storage port: what the roles need of a store, and no more.
+
+No overwrite and no rename: an object is created once, whole, or not at all. `create` is the one atomic operation that
+the protocol rests on. Every adapter passes tests/test_storage_conformance.py; `memory` is the executable specification.
+
+Lost replies: a create can land and its reply be lost. Bodies that must be told apart carry a random `write_id`, so an
+adapter that meets a conflict reads the object back and compares the bytes: equal means that the write was ours.
+
+Errors: StorageError for what the store refuses (permission, disk full, I/O), OutcomeUnknown where a create may have
+landed and cannot be read back. Methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.records import FileEntry
+
+
+@dataclass(frozen=True)
+class Created:
+    """The object is durable under its key, with our bytes."""
+
+
+@dataclass(frozen=True)
+class Exists:
+    """Somebody else's object is under that key; `body` is theirs. Nothing was changed."""
+
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    key: str
+    bytes: int
+
+
+class Storage(Protocol):
+    """A root with immutable objects under it. `url` is what TensorStore and people call it."""
+
+    url: str
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        """Put `body` under `key` if nothing is there. On `Created` it survives power loss."""
+
+    def get(self, key: str) -> bytes | None:
+        """The object's bytes, None if there is no such object."""
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        """Entries whose key begins with `prefix` and is >= `start`, in key order, always fresh."""
+
+    def delete(self, key: str) -> bool:
+        """Remove the object; False if there was none (deleting again is harmless)."""
+
+    def seal(self, prefix: str) -> tuple[FileEntry, ...]:
+        """Make every object below `prefix` durable and return size and CRC-32C of each, paths relative to `prefix`.
+
+        For data that TensorStore wrote under the root's `url` without going through this port.
+        """

@@ -1,0 +1,44 @@
+"""Storage in a dict: the executable specification of the port, and the store of the model checker."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from orchestrator.records import FileEntry, crc32c
+from orchestrator.storage.base import Created, Entry, Exists
+
+
+class MemoryStorage:
+    """Objects of one process. Thread-safe."""
+
+    url = "memory://"
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        with self._lock:
+            there = self._objects.setdefault(key, body)
+        return Created() if there == body else Exists(there)
+
+    def get(self, key: str) -> bytes | None:
+        with self._lock:
+            return self._objects.get(key)
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        with self._lock:
+            found = sorted((key, len(body)) for key, body in self._objects.items())
+        return (Entry(key, size) for key, size in found if key.startswith(prefix) and key >= start)
+
+    def delete(self, key: str) -> bool:
+        with self._lock:
+            return self._objects.pop(key, None) is not None
+
+    def seal(self, prefix: str) -> tuple[FileEntry, ...]:
+        with self._lock:
+            found = sorted((key, body) for key, body in self._objects.items() if key.startswith(prefix))
+        return tuple(
+            FileEntry(path=key.removeprefix(prefix), bytes=len(body), crc32c=crc32c(body)) for key, body in found
+        )

@@ -1,0 +1,188 @@
+"""Storage in a directory of a POSIX file system (local disk, or a shared one with hard links and fsync).
+
+An object is written to a temporary file in `<root>/.tmp`, fsynced, hard-linked to its key (link fails if the key is
+taken, on every host at once) and its directory fsynced. No rename, so nothing is ever replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import google_crc32c
+
+from orchestrator.errors import OutcomeUnknown, StorageError
+from orchestrator.layout import check_key
+from orchestrator.records import FileEntry
+from orchestrator.storage.base import Created, Entry, Exists
+
+_TMP = ".tmp"
+_READ_BYTES = 4 << 20
+_SEAL_THREADS = 8
+
+
+class PosixStorage:
+    """A run's root directory. Creating the object touches nothing; the first `create` makes the directory."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(os.path.expanduser(root))
+        self.url = "file://" + self.root
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        path = self._path(key)
+        temporary = os.path.join(self.root, _TMP, uuid.uuid4().hex)
+        try:
+            _make_directory(os.path.dirname(temporary))
+            _make_directory(os.path.dirname(path))
+            _write_durably(temporary, body)
+            try:
+                os.link(temporary, path)
+            finally:
+                os.unlink(temporary)
+            _sync_directory(os.path.dirname(path))
+        except FileExistsError:
+            return self._compare(path, body)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise _storage_error("create", path, error) from error
+        return Created()
+
+    def _compare(self, path: str, body: bytes) -> Created | Exists:
+        try:
+            with open(path, "rb") as file:
+                there = file.read()
+            if there != body:
+                return Exists(there)
+            _sync_directory(os.path.dirname(path))
+        except OSError as error:
+            raise OutcomeUnknown(f"create {path}: exists, but cannot be read back ({_reason(error)})") from error
+        return Created()
+
+    def get(self, key: str) -> bytes | None:
+        path = self._path(key)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _storage_error("read", path, error) from error
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        folder = prefix.rpartition("/")[0]
+        base = self._path(folder) if folder else self.root
+        found = [entry for entry in self._walk(base, folder) if entry.key.startswith(prefix) and entry.key >= start]
+        return iter(sorted(found, key=lambda entry: entry.key))
+
+    def _walk(self, directory: str, prefix: str) -> Iterator[Entry]:
+        try:
+            with os.scandir(directory) as entries:
+                for item in entries:
+                    key = f"{prefix}/{item.name}" if prefix else item.name
+                    if item.is_dir(follow_symlinks=False):
+                        if key != _TMP:
+                            yield from self._walk(item.path, key)
+                    elif item.is_file(follow_symlinks=False):
+                        with contextlib.suppress(FileNotFoundError):  # deleted since: not listed
+                            yield Entry(key, item.stat(follow_symlinks=False).st_size)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise _storage_error("list", directory, error) from error
+
+    def delete(self, key: str) -> bool:
+        path = self._path(key)
+        try:
+            os.unlink(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise _storage_error("delete", path, error) from error
+        self._prune(os.path.dirname(path))
+        return True
+
+    def _prune(self, directory: str) -> None:
+        """Remove directories that a delete has emptied, up to the root's own children."""
+        while os.path.dirname(directory) != self.root and directory != self.root:
+            try:
+                os.rmdir(directory)
+            except OSError:  # not empty, or somebody was faster: both are fine
+                return
+            directory = os.path.dirname(directory)
+
+    def seal(self, prefix: str) -> tuple[FileEntry, ...]:
+        found = [entry.key for entry in self.list(prefix)]
+        with ThreadPoolExecutor(_SEAL_THREADS, thread_name_prefix="seal") as pool:
+            sealed = tuple(pool.map(lambda key: self._seal_file(key, prefix), found))
+        for directory in sorted({os.path.dirname(self._path(key)) for key in found}, reverse=True):
+            self._sync_up(directory)
+        return sealed
+
+    def _seal_file(self, key: str, prefix: str) -> FileEntry:
+        path = self._path(key)
+        try:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                checksum, size = google_crc32c.Checksum(), 0
+                while chunk := file.read(_READ_BYTES):
+                    checksum.update(chunk)
+                    size += len(chunk)
+        except OSError as error:
+            raise _storage_error("sync", path, error) from error
+        return FileEntry(path=key.removeprefix(prefix), bytes=size, crc32c=checksum.digest().hex())
+
+    def _sync_up(self, directory: str) -> None:
+        """fsync `directory` and its parents up to the root: a file's name is durable only when they are."""
+        try:
+            while directory.startswith(self.root):
+                _sync_directory(directory)
+                directory = os.path.dirname(directory)
+        except OSError as error:
+            raise _storage_error("sync", directory, error) from error
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self.root, check_key(key, self.url))
+
+
+def _make_directory(path: str) -> None:
+    """Create `path` and its parents durably: each new directory's parent is fsynced."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    _make_directory(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    _sync_directory(parent)
+
+
+def _write_durably(path: str, body: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        view = memoryview(body)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(what: str, path: str, error: OSError) -> StorageError:
+    return StorageError(f"{what} {path}: {_reason(error)}")
+
+
+def _reason(error: OSError) -> str:
+    name = errno.errorcode.get(error.errno or 0, "error")
+    return f"{name} ({error.strerror or error})"
