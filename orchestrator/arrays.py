@@ -424,3 +424,8 @@ def sharding_of(target: Any) -> jax.sharding.Sharding | None:
     if isinstance(target, np.ndarray | np.generic):
         return None
     return getattr(target, "sharding", None) or default_sharding()
+
+
+def own_files(process: int) -> tuple[str, ...]:
+    """Prefixes below `state/` that process `process` writes alone (Orbax 0.12.8); the rest is the coordinator's."""
+    return (f"ocdbt.process_{process}/", f"array_metadatas/process_{process}")

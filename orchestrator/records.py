@@ -58,9 +58,14 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
         return ".".join(self.path)
 
     @property
+    def kind_stored(self) -> bool:
+        """Whether it is an array of some kind, rather than a value kept here."""
+        return self.kind in STORED_KINDS
+
+    @property
     def in_store(self) -> bool:
         """Whether Orbax's files hold the leaf; the others are wholly described here."""
-        return self.kind in STORED_KINDS and 0 not in self.shape
+        return self.kind_stored and 0 not in self.shape
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ landed and cannot be read back. Methods may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,8 +54,8 @@ class Storage(Protocol):
     def delete(self, key: str) -> bool:
         """Remove the object; False if there was none (deleting again is harmless)."""
 
-    def seal(self, prefix: str) -> tuple[FileEntry, ...]:
-        """Make every object below `prefix` durable and return size and CRC-32C of each, paths relative to `prefix`.
+    def seal(self, keys: Iterable[str]) -> tuple[FileEntry, ...]:
+        """Make these objects durable and return key, size and CRC-32C of each, in the order given.
 
         For data that TensorStore wrote under the root's `url` without going through this port.
         """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from orchestrator.errors import StorageError
+from orchestrator.layout import check_key
 from orchestrator.records import FileEntry, crc32c
 from orchestrator.storage.base import Created, Entry, Exists
 
@@ -19,6 +21,7 @@ class MemoryStorage:
         self._lock = threading.Lock()
 
     def create(self, key: str, body: bytes) -> Created | Exists:
+        check_key(key, self.url)
         with self._lock:
             there = self._objects.setdefault(key, body)
         return Created() if there == body else Exists(there)
@@ -36,9 +39,10 @@ class MemoryStorage:
         with self._lock:
             return self._objects.pop(key, None) is not None
 
-    def seal(self, prefix: str) -> tuple[FileEntry, ...]:
+    def seal(self, keys: Iterable[str]) -> tuple[FileEntry, ...]:
         with self._lock:
-            found = sorted((key, body) for key, body in self._objects.items() if key.startswith(prefix))
-        return tuple(
-            FileEntry(path=key.removeprefix(prefix), bytes=len(body), crc32c=crc32c(body)) for key, body in found
-        )
+            found = [(key, self._objects.get(key)) for key in keys]
+        for key, body in found:
+            if body is None:
+                raise StorageError(f"sync {self.url}{key}: no such object")
+        return tuple(FileEntry(path=key, bytes=len(body), crc32c=crc32c(body)) for key, body in found if body is not None)

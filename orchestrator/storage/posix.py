@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
@@ -115,15 +115,14 @@ class PosixStorage:
                 return
             directory = os.path.dirname(directory)
 
-    def seal(self, prefix: str) -> tuple[FileEntry, ...]:
-        found = [entry.key for entry in self.list(prefix)]
+    def seal(self, keys: Iterable[str]) -> tuple[FileEntry, ...]:
+        wanted = list(keys)
         with ThreadPoolExecutor(_SEAL_THREADS, thread_name_prefix="seal") as pool:
-            sealed = tuple(pool.map(lambda key: self._seal_file(key, prefix), found))
-        for directory in sorted({os.path.dirname(self._path(key)) for key in found}, reverse=True):
-            self._sync_up(directory)
+            sealed = tuple(pool.map(self._seal_file, wanted))
+        self._sync_up({os.path.dirname(self._path(key)) for key in wanted})
         return sealed
 
-    def _seal_file(self, key: str, prefix: str) -> FileEntry:
+    def _seal_file(self, key: str) -> FileEntry:
         path = self._path(key)
         try:
             with open(path, "rb") as file:
@@ -134,16 +133,20 @@ class PosixStorage:
                     size += len(chunk)
         except OSError as error:
             raise _storage_error("sync", path, error) from error
-        return FileEntry(path=key.removeprefix(prefix), bytes=size, crc32c=checksum.digest().hex())
+        return FileEntry(path=key, bytes=size, crc32c=checksum.digest().hex())
 
-    def _sync_up(self, directory: str) -> None:
-        """fsync `directory` and its parents up to the root: a file's name is durable only when they are."""
-        try:
-            while directory.startswith(self.root):
-                _sync_directory(directory)
+    def _sync_up(self, directories: set[str]) -> None:
+        """fsync directories and their parents up to the root, each once: a file's name is durable only when they are."""
+        pending = set(directories)
+        for directory in directories:
+            while directory != self.root:
                 directory = os.path.dirname(directory)
-        except OSError as error:
-            raise _storage_error("sync", directory, error) from error
+                pending.add(directory)
+        for directory in sorted(pending, reverse=True):
+            try:
+                _sync_directory(directory)
+            except OSError as error:
+                raise _storage_error("sync", directory, error) from error
 
     def _path(self, key: str) -> str:
         return os.path.join(self.root, check_key(key, self.url))

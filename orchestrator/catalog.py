@@ -1,0 +1,188 @@
+"""The run as it is stored: reading records, and the one loop that appends to the journal.
+
+Opening and reading change nothing; a read-only credential is enough. Methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+from orchestrator import journal, layout
+from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
+from orchestrator.journal import FencedBy, Next, Refused, Stamp
+from orchestrator.records import AnyRecord, Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, crc32c, decode, encode
+from orchestrator.storage.base import Created, Storage
+
+_CONFLICTS_MAX = 100
+_CONFLICT_PAUSE_S = 0.01
+
+
+class Catalog:
+    """One run in one store. `writer` is how this process signs its journal entries."""
+
+    def __init__(
+        self, storage: Storage, writer: str, clock: Callable[[], float] = time.time, ids: Callable[[], str] | None = None
+    ) -> None:
+        self.storage = storage
+        self.writer = writer
+        self._clock = clock
+        self._ids = ids or (lambda: uuid.uuid4().hex)
+        self._known_version = 0  # where to start listing: versions only grow
+
+    @property
+    def url(self) -> str:
+        return self.storage.url
+
+    def stamp(self) -> Stamp:
+        return Stamp(self.writer, self._clock(), self._ids())
+
+    # Journal.
+
+    def head(self) -> Head | None:
+        """The highest journal entry; None if there is no journal. Raises Damaged if it cannot be trusted."""
+        versions = self._versions(self._known_version) or self._versions(0)
+        if not versions:
+            return None
+        self._known_version = max(versions)
+        return self.entry(self._known_version)
+
+    def require_head(self) -> Head:
+        """As `head`. Raises NotARun where there is no journal."""
+        head = self.head()
+        if head is None:
+            raise NotARun(f"{self.url}: not a run (no journal/ in it); check the path")
+        return head
+
+    def entry(self, version: int) -> Head:
+        """One journal entry. Raises Damaged if it is missing, edited or in the wrong place."""
+        key = layout.journal_key(version)
+        head = self._decode(self.storage.get(key), Head, key)
+        if head.version != version:
+            raise Damaged(f"{self.url}/{key}: says it is version {head.version}; it was copied or renamed, not used")
+        for live in head.live:
+            layout.parse_attempt(live.attempt)
+        for gone in head.retired:
+            layout.parse_attempt(gone.attempt)
+        return head
+
+    def entries(self) -> Iterator[Head]:
+        """All journal entries, oldest first."""
+        return (self.entry(version) for version in sorted(self._versions(0)))
+
+    def _versions(self, start: int) -> list[int]:
+        keys = (entry.key for entry in self.storage.list(layout.JOURNAL, layout.journal_key(start)))
+        return [version for key in keys if (version := layout.journal_version(key)) is not None]
+
+    def append(self, rule: Callable[[Head | None, Stamp], Next]) -> Head | None:
+        """Apply a journal rule: read the head, compute the next, create it; if somebody was first, do it again.
+
+        Returns the head that holds the change (the current one where the rule found nothing to do). Raises Fenced if
+        a newer epoch has been opened, what the rule refuses with, and StorageError after 100 lost races.
+        """
+        for _ in range(_CONFLICTS_MAX):
+            head = self.head()
+            match rule(head, self.stamp()):
+                case None:
+                    return head
+                case FencedBy(epoch, writer):
+                    raise Fenced(f"{self.url}: fenced by epoch {epoch}, opened by {writer}; this process must stop")
+                case Refused(error):
+                    raise error
+                case Head() as following:
+                    created = self.storage.create(layout.journal_key(following.version), encode(following))
+                    if isinstance(created, Created):
+                        return following
+            time.sleep(random.uniform(0, _CONFLICT_PAUSE_S))
+        raise StorageError(f"{self.url}: lost {_CONFLICTS_MAX} races for the next journal version; too many writers")
+
+    # Attempts.
+
+    def find(self, step: int | None) -> LiveStep | None:
+        """The newest restorable step (None: no step at all), or the given one. Raises StepNotFound."""
+        head = self.require_head()
+        if step is None:
+            return journal.newest(head)
+        found = journal.find(head, step)
+        if found is None or not found.restorable:
+            have = ", ".join(str(live.step) for live in head.live if live.restorable) or "none"
+            why = "is quarantined" if found else "is not in this run"
+            raise StepNotFound(f"{self.url}: step {step} {why}; restorable steps: {have}")
+        return found
+
+    def key(self, step: int, attempt: str, name: str) -> str:
+        """Key of a file inside an attempt; `name` is checked, it may come from storage."""
+        prefix = layout.attempt_prefix(step, attempt)
+        return prefix + layout.check_key(name, f"{self.url}/{prefix}{layout.MANIFEST}")
+
+    def manifest(self, live: LiveStep) -> Manifest:
+        """The manifest of a committed attempt, checked against the journal. Raises Damaged."""
+        key = self.key(live.step, live.attempt, layout.MANIFEST)
+        body = self.storage.get(key)
+        if body is not None and crc32c(body) != live.manifest_crc32c:
+            raise Damaged(f"{self.url}/{key}: crc32c is {crc32c(body)}, the journal says {live.manifest_crc32c}")
+        manifest = self._decode(body, Manifest, key)
+        for entry in manifest.files:
+            layout.check_key(entry.path, f"{self.url}/{key}")
+        return manifest
+
+    def check_sizes(self, live: LiveStep, manifest: Manifest) -> None:
+        """Every file of the manifest is there with its size. Raises Damaged naming the first that is not."""
+        prefix = layout.attempt_prefix(live.step, live.attempt)
+        there = {entry.key.removeprefix(prefix): entry.bytes for entry in self.storage.list(prefix)}
+        for wanted in manifest.files:
+            got = there.get(wanted.path)
+            if got != wanted.bytes:
+                has = "is missing" if got is None else f"has {got} bytes"
+                raise Damaged(f"{self.url}/{prefix}{wanted.path}: {has}, the manifest says {wanted.bytes}")
+
+    def file(self, live: LiveStep, manifest: Manifest, name: str) -> bytes | None:
+        """A small file of an attempt, checked against the manifest; None if the attempt has none of that name."""
+        entry = next((entry for entry in manifest.files if entry.path == name), None)
+        return None if entry is None else self._checked(live, entry)
+
+    def _checked(self, live: LiveStep, entry: FileEntry) -> bytes:
+        key = self.key(live.step, live.attempt, entry.path)
+        body = self.storage.get(key)
+        if body is None:
+            raise Damaged(f"{self.url}/{key}: is missing, the manifest lists it")
+        if len(body) != entry.bytes or crc32c(body) != entry.crc32c:
+            raise Damaged(
+                f"{self.url}/{key}: {len(body)} bytes with crc32c {crc32c(body)}, "
+                f"the manifest says {entry.bytes} with {entry.crc32c}"
+            )
+        return body
+
+    def intent(self, step: int, attempt: str) -> Intent:
+        key = self.key(step, attempt, layout.INTENT)
+        return self._decode(self.storage.get(key), Intent, key)
+
+    def extra(self, live: LiveStep, manifest: Manifest) -> Extra:
+        key = self.key(live.step, live.attempt, layout.EXTRA)
+        return self._decode(self.file(live, manifest, layout.EXTRA), Extra, key)
+
+    def receipt(self, step: int, attempt: str, process: int) -> Receipt | None:
+        """The receipt of a process, None if it is not written yet."""
+        key = self.key(step, attempt, layout.receipt_name(process))
+        body = self.storage.get(key)
+        return None if body is None else self._decode(body, Receipt, key)
+
+    def process_states(self, live: LiveStep, manifest: Manifest) -> dict[int, bytes]:
+        files = [entry for entry in manifest.files if entry.path.startswith(layout.PROCESS)]
+        return {layout.process_of(entry.path): self._checked(live, entry) for entry in files}
+
+    def attempts(self) -> dict[tuple[int, str], int]:
+        """(step, attempt) -> bytes of every attempt that has data in the store, committed or not."""
+        sizes: dict[tuple[int, str], int] = {}
+        for entry in self.storage.list(layout.STEPS):
+            found = layout.split_attempt_key(entry.key)
+            if found:
+                sizes[found[:2]] = sizes.get(found[:2], 0) + entry.bytes
+        return sizes
+
+    def _decode(self, body: bytes | None, kind: type[AnyRecord], key: str) -> AnyRecord:
+        if body is None:
+            raise Damaged(f"{self.url}/{key}: is missing")
+        return decode(body, kind, f"{self.url}/{key}")

@@ -1,0 +1,68 @@
+"""Deleting the data of attempts that can never be restored any more. Resumable: what a crash leaves is found again.
+
+Rule 5 of the on-disk contract: only retired or aborted attempts, and uncommitted ones of an epoch below the head's.
+All three are final (an attempt's name is never used again), so even a collector with an old head deletes nothing live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from orchestrator import journal, layout
+from orchestrator.catalog import Catalog
+from orchestrator.errors import StorageError
+from orchestrator.events import Collected, emit
+from orchestrator.records import RetiredAttempt
+
+
+@dataclass
+class Collection:
+    """What was (or, in a dry run, would be) deleted. `failed`: one line per file that could not be."""
+
+    attempts: list[RetiredAttempt] = field(default_factory=list)
+    bytes: int = 0
+    files: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+def collect(
+    catalog: Catalog, *, dry_run: bool = False, on_file: Callable[[str], None] | None = None, orphans: bool = True
+) -> Collection:
+    """Delete what may be deleted and journal it as `collected`. A file that cannot be deleted is counted, not fatal.
+
+    `orphans`: also look through storage for leftovers of older epochs (one listing of all steps).
+    """
+    head = catalog.require_head()
+    found = catalog.attempts() if orphans else {}
+    result = Collection()
+    done: list[tuple[int, str]] = []
+    for gone in journal.collectable(head, found):
+        result.attempts.append(gone)
+        if _delete(catalog, gone, result, dry_run, on_file):
+            done.append((gone.step, gone.attempt))
+    if done and not dry_run:
+        catalog.append(partial(journal.collected, attempts=done))
+        emit(Collected(len(done), result.bytes, len(result.failed)))
+    return result
+
+
+def _delete(
+    catalog: Catalog, gone: RetiredAttempt, result: Collection, dry_run: bool, on_file: Callable[[str], None] | None
+) -> bool:
+    """Delete one attempt's files; True if all are gone. The manifest goes first: without it nothing is readable."""
+    prefix = layout.attempt_prefix(gone.step, gone.attempt)
+    entries = sorted(catalog.storage.list(prefix), key=lambda entry: not entry.key.endswith(layout.MANIFEST))
+    failures = len(result.failed)
+    for entry in entries:
+        if on_file:
+            on_file(entry.key)
+        try:
+            if not dry_run:
+                catalog.storage.delete(entry.key)
+            result.bytes += entry.bytes
+            result.files += 1
+        except StorageError as error:
+            result.failed.append(str(error))
+    return len(result.failed) == failures

@@ -1,0 +1,217 @@
+"""The coordinator: process 0's background role for one save. Performs what `protocol.advance` decides.
+
+Runs on one background thread of process 0. It never runs a collective and never waits without a bound.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from orchestrator import journal, layout, protocol
+from orchestrator.arrays import ArrayWriter
+from orchestrator.catalog import Catalog
+from orchestrator.errors import Damaged, Fenced, OrchestratorError
+from orchestrator.policy import KeepPolicy
+from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
+from orchestrator.records import FORMAT, Extra, Failure, FileEntry, Intent, Json, LiveStep, Manifest, Receipt, crc32c, decode, encode
+from orchestrator.rendezvous import Rendezvous
+from orchestrator.storage.base import Exists
+
+_SIGNAL_POLL_S = 0.01
+_STORAGE_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class UserData:
+    """What the user gave beside the state; `timestamp` in seconds since the epoch."""
+
+    metrics: dict[str, float]
+    extra: dict[str, Json]
+    timestamp: float
+
+
+def signal_prefix(run: str, step: int, attempt: str) -> str:
+    """Where the processes of this incarnation post signals about an attempt. `run` is random per incarnation."""
+    return f"orchestrator/{run}/{step}/{attempt}/"
+
+
+class Coordinator:
+    """Decides one attempt after another for epoch `epoch`. One save at a time."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        writer: ArrayWriter,
+        rendezvous: Rendezvous,
+        *,
+        epoch: int,
+        run: str,
+        keep: KeepPolicy | None,
+    ) -> None:
+        self._catalog = catalog
+        self._writer = writer
+        self._rendezvous = rendezvous
+        self._epoch = epoch
+        self._run = run
+        self._keep = keep
+
+    def open(self, intent: Intent) -> None:
+        """Write the attempt's intent. Raises if another writer already uses this attempt's name."""
+        key = self._catalog.key(intent.step, intent.attempt, layout.INTENT)
+        created = self._catalog.storage.create(key, encode(intent))
+        if isinstance(created, Exists):
+            raise OrchestratorError(f"{self._catalog.url}/{key}: another writer uses this attempt; it is never reused")
+
+    def decide(self, intent: Intent, user: UserData, deadline_s: float) -> Attempt:
+        """Collect receipts until all are in, one says NO or `deadline_s` has passed; commit or abort; announce.
+
+        Returns the attempt in a terminal phase. Raises StorageError if not even the abort could be journalled: then
+        the attempt stays uncommitted and a later epoch collects it.
+        """
+        state = Attempt(intent)
+        state, effects = self._collect_receipts(state, deadline_s)
+        while effects:
+            event = self._perform(effects[0], state, user)
+            if event is None:
+                break
+            state, effects = protocol.advance(state, event)
+        self._announce(state)
+        return state
+
+    def _collect_receipts(self, state: Attempt, deadline_s: float) -> tuple[Attempt, tuple[protocol.Effect, ...]]:
+        intent = state.intent
+        prefix = signal_prefix(self._run, intent.step, intent.attempt) + "receipt/"
+        started = time.monotonic()
+        look_at = started  # when storage is polled next, signal or not
+        effects: tuple[protocol.Effect, ...] = ()
+        while not effects:
+            now = time.monotonic()
+            if now - started > deadline_s:
+                return protocol.advance(state, protocol.DeadlinePassed(deadline_s, self._rendezvous.hosts))
+            posted = self._rendezvous.poll(prefix)
+            if now >= look_at:
+                posted = {str(index): "" for index in state.missing} | posted
+                look_at = now + _STORAGE_POLL_S
+            for index in state.missing:
+                if str(index) in posted and not effects:
+                    receipt = self._read_receipt(intent, index, posted[str(index)])
+                    if receipt:
+                        state, effects = protocol.advance(state, protocol.ReceiptRead(receipt))
+            if not effects:
+                time.sleep(_SIGNAL_POLL_S)
+        return state, effects
+
+    def _read_receipt(self, intent: Intent, process: int, posted: str) -> Receipt | None:
+        """A receipt from storage, or, for a process that could not write one, its NO from the signal."""
+        try:
+            if posted.startswith("{"):
+                return decode(posted.encode(), Receipt, f"signal of process {process}")
+            return self._catalog.receipt(intent.step, intent.attempt, process)
+        except Damaged as error:
+            host = self._rendezvous.hosts.get(process, "?")
+            failure = Failure(process=process, host=host, phase="receipt", cause=str(error))
+            return Receipt(
+                format=FORMAT, write_id="", step=intent.step, attempt=intent.attempt, process=process, host=host, failure=failure
+            )
+
+    def _perform(self, effect: protocol.Effect, state: Attempt, user: UserData) -> protocol.Event | None:
+        intent = state.intent
+        try:
+            match effect:
+                case Finalize():
+                    try:
+                        self._entry = self._finalize(state, user)
+                    except Exception as error:  # whatever it was: the attempt is aborted with it as the cause
+                        failure = Failure(
+                            process=self._rendezvous.process,
+                            host=self._rendezvous.hosts[self._rendezvous.process],
+                            phase="finalize",
+                            cause=f"{type(error).__name__}: {error}",
+                        )
+                        return protocol.FinalizeFailed(failure)
+                    return protocol.FinalizeDone()
+                case AppendCommit():
+                    self._catalog.append(
+                        partial(journal.commit, epoch=self._epoch, entry=self._entry, keep=self._keep)
+                    )
+                    return protocol.Appended()
+                case AppendAbort():
+                    rule = partial(
+                        journal.abort,
+                        epoch=self._epoch,
+                        step=intent.step,
+                        attempt=intent.attempt,
+                        failures=state.failures,
+                        reason=state.reason,
+                    )
+                    self._catalog.append(rule)
+                    return protocol.Appended()
+        except Fenced:
+            head = self._catalog.require_head()
+            return protocol.FencedOff(head.epoch, head.writer)
+        return None
+
+    def _finalize(self, state: Attempt, user: UserData) -> LiveStep:
+        """Merge, seal the coordinator's own files, write extra and manifest. Returns the journal's line for it."""
+        intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
+        prefix = layout.attempt_prefix(intent.step, intent.attempt)
+        self._writer.finalize(f"{self._catalog.url}/{prefix}{layout.STATE}")
+        extra = Extra(
+            format=FORMAT,
+            write_id=self._catalog.stamp().write_id,
+            step=intent.step,
+            timestamp=user.timestamp,
+            metrics=user.metrics,
+            extra=user.extra,
+        )
+        self._create(prefix + layout.EXTRA, encode(extra))
+        promised = [entry for receipt in receipts for entry in receipt.files]
+        known = {prefix + entry.path for entry in promised}
+        own = [entry.key for entry in self._catalog.storage.list(prefix) if entry.key not in known]
+        sealed = [
+            FileEntry(path=entry.path.removeprefix(prefix), bytes=entry.bytes, crc32c=entry.crc32c)
+            for entry in self._catalog.storage.seal(own)
+        ]
+        manifest = Manifest(
+            format=FORMAT,
+            write_id=self._catalog.stamp().write_id,
+            step=intent.step,
+            attempt=intent.attempt,
+            process_count=intent.process_count,
+            files=tuple(sorted((*promised, *sealed), key=lambda entry: entry.path)),
+            hosts=tuple(receipt.host for receipt in receipts),
+            seconds=tuple(receipt.seconds for receipt in receipts),
+        )
+        body = encode(manifest)
+        self._create(prefix + layout.MANIFEST, body)
+        return LiveStep(
+            step=intent.step,
+            attempt=intent.attempt,
+            manifest_crc32c=crc32c(body),
+            tree=intent.tree.fingerprint(),
+            bytes=manifest.total_bytes + len(body),
+            metrics=user.metrics,
+            time=user.timestamp,
+        )
+
+    def _create(self, key: str, body: bytes) -> None:
+        if isinstance(self._catalog.storage.create(key, body), Exists):
+            raise OrchestratorError(f"{self._catalog.url}/{key}: another writer was here; the attempt is not committed")
+
+    def _announce(self, state: Attempt) -> None:
+        outcome = {"phase": state.phase.name, "reason": describe(state)}
+        intent = state.intent
+        key = signal_prefix(self._run, intent.step, intent.attempt) + "decision/0"
+        self._rendezvous.post(key, json.dumps(outcome))
+
+
+def describe(state: Attempt) -> str:
+    """Why an attempt did not commit, naming processes and causes; '' if it did."""
+    if state.phase is Phase.COMMITTED:
+        return ""
+    causes = [f"process {f.process} ({f.host}) in {f.phase}: {f.cause}" for f in state.failures]
+    return "; ".join([state.reason, *causes])

@@ -1,0 +1,149 @@
+"""Where processes meet: agreement on the main thread, quick signals from any thread. The only importer of
+`multihost_utils` and of the coordination service's client.
+
+Main thread only: `broadcast`, `gather`, `preempted`. Each is a collective: every process must call it, in the same
+order. A bounded, named coordination-service barrier always comes first, so that a dead host is named instead of
+hanging the pod in a device collective. Any thread: `post` and `poll`, a small shared key-value store. The truth is
+always in storage; a lost signal only makes things slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+# Private: the coordination-service client has no public accessor (jax 0.10.2). tests/test_private_apis.py watches it.
+from jax._src import distributed as _distributed
+from jax.experimental import multihost_utils
+
+from orchestrator.errors import WaitTimeout
+from orchestrator.records import Json
+
+
+class Rendezvous(Protocol):
+    """`process`: this process's index of `count`; `hosts`: every process's host name, by index."""
+
+    process: int
+    count: int
+    hosts: dict[int, str]
+
+    def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
+        """Process 0's `value`, on every process. Raises WaitTimeout naming who did not come."""
+
+    def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
+        """Every process's `value`, by index, on every process. Raises WaitTimeout."""
+
+    def preempted(self, step: int) -> bool:
+        """True on all processes at the same step once any of them has got SIGTERM."""
+
+    def post(self, key: str, value: str) -> None:
+        """Make `value` visible to other processes' `poll`. Best effort: never raises."""
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        """Keys posted below `prefix` (which ends in `/`), by their last part. Best effort: may miss."""
+
+
+def connect(timeout_s: float) -> Rendezvous:
+    """The rendezvous of this job: of all its processes if `jax.distributed` is initialized, else of this one alone."""
+    return _Together(timeout_s) if jax.process_count() > 1 else _Alone()
+
+
+def host_name() -> str:
+    """The name that messages use for this host: ORCHESTRATOR_HOST_NAME, or the machine's."""
+    return os.environ.get("ORCHESTRATOR_HOST_NAME") or socket.gethostname()
+
+
+class _Alone:
+    """One process. SIGTERM is noticed by a handler of ours; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.process, self.count, self.hosts = 0, 1, {0: host_name()}
+        self._posted: dict[str, str] = {}
+        self._asked_to_leave = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            with contextlib.suppress(ValueError):  # embedded interpreters have no signals
+                signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._asked_to_leave.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
+        return value
+
+    def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
+        return [value]
+
+    def preempted(self, step: int) -> bool:
+        return self._asked_to_leave.is_set()
+
+    def post(self, key: str, value: str) -> None:
+        self._posted[key] = value
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        return {key.removeprefix(prefix): value for key, value in list(self._posted.items()) if key.startswith(prefix)}
+
+
+class _Together:
+    """All processes of an initialized `jax.distributed` job."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.process, self.count = jax.process_index(), jax.process_count()
+        self.hosts: dict[int, str] = {}
+        self._client: Any = _distributed.global_state.client
+        self._meetings = 0
+        self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
+
+    def _meet(self, name: str, timeout_s: float) -> None:
+        # The number keeps ids unique; it agrees because collectives come in the same order everywhere.
+        self._meetings += 1
+        barrier = f"orchestrator/{self._meetings}/{name}"
+        try:
+            self._client.wait_at_barrier(barrier, timeout_in_ms=max(1, int(timeout_s * 1000)))
+        except Exception as error:  # jaxlib raises JaxRuntimeError for every status; the text tells them apart
+            raise WaitTimeout(f"{name}: {self._who(str(error))} did not arrive within {timeout_s:g} s") from error
+
+    def _who(self, text: str) -> str:
+        tasks = sorted({int(index) for index in re.findall(r"/task:(\d+)", text)} - {self.process})
+        if not tasks:
+            return f"other processes (the coordination service says: {text.splitlines()[0][:200]})"
+        named = ", ".join(f"{index} ({self.hosts[index]})" if index in self.hosts else str(index) for index in tasks)
+        return f"processes [{named}]"
+
+    def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
+        self._meet(name, timeout_s)
+        body = json.dumps(value).encode() if self.process == 0 else b""
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(body))))
+        padded = np.frombuffer(body.ljust(size, b" "), np.uint8)[:size]
+        return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+    def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
+        self._meet(name, timeout_s)
+        body = json.dumps(value).encode()
+        size = int(np.max(multihost_utils.process_allgather(np.int32(len(body)))))
+        padded = np.frombuffer(body.ljust(size, b" "), np.uint8)
+        rows = np.asarray(multihost_utils.process_allgather(padded))
+        return [json.loads(row.tobytes()) for row in rows]
+
+    def preempted(self, step: int) -> bool:
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+
+    def post(self, key: str, value: str) -> None:
+        with contextlib.suppress(Exception):  # best effort by contract: storage is polled as well
+            self._client.key_value_set(key, value, allow_overwrite=True)
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        try:
+            pairs = self._client.key_value_dir_get(prefix)
+        except Exception:  # as above; no such directory is an error too
+            return {}
+        return {key.removeprefix(prefix): value for key, value in pairs}

@@ -1,0 +1,235 @@
+"""Restoring: choose a committed step, check it, match the target, read. For agents (all processes) and for readers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from orchestrator import arrays, journal, layout, plan
+from orchestrator.arrays import Load
+from orchestrator.catalog import Catalog
+from orchestrator.errors import Damaged, NothingToRestore, StorageError
+from orchestrator.events import SteppedDown, emit
+from orchestrator.events import Restored as RestoredEvent
+from orchestrator.records import Json, LeafSpec, LiveStep, Manifest
+from orchestrator.rendezvous import Rendezvous
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restored step. `state`: the target's tree. `extra`: the user's JSON with `timestamp` (seconds since the epoch)
+    added. `process_states`: what each saving process gave, by its index then."""
+
+    step: int
+    state: Any
+    extra: dict[str, Json]
+    metrics: dict[str, float]
+    process_states: dict[int, bytes]
+
+
+@dataclass(frozen=True)
+class RestoreArgs:
+    """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
+    strict: damage raises instead of stepping down."""
+
+    partial: bool = False
+    cast: bool = False
+    strict: bool = False
+
+
+def read_step(
+    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, on_bytes: Callable[[int], None] | None = None
+) -> Restored:
+    """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings.
+
+    `like`: a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None gives nested dicts of
+    numpy arrays. Raises Mismatch before any array is read, Damaged if anything stored is not what was saved.
+    """
+    manifest = catalog.manifest(live)
+    catalog.check_sizes(live, manifest)
+    saved = catalog.intent(live.step, live.attempt).tree
+    extra = catalog.extra(live, manifest)
+    prefix = layout.attempt_prefix(live.step, live.attempt)
+    directory = f"{catalog.url}/{prefix}{layout.STATE}"
+    if like is None:
+        values = arrays.load(directory, [Load(leaf) for leaf in saved.leaves], on_bytes)
+        state: Any = _nested(saved.leaves, values)
+    else:
+        wanted, leaves, treedef = arrays.targets(like)
+        where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
+        chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
+        loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
+        loaded = iter(arrays.load(directory, loads, on_bytes))
+        values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
+        state = jax.tree_util.tree_unflatten(treedef, _keep_empty(chosen, leaves, values))
+    return Restored(
+        step=live.step,
+        state=state,
+        extra={**extra.extra, "timestamp": extra.timestamp},
+        metrics=extra.metrics,
+        process_states=catalog.process_states(live, manifest),
+    )
+
+
+def _load(leaf: LeafSpec, target: Any, args: RestoreArgs) -> Load:
+    if not leaf.kind_stored:
+        return Load(leaf)
+    dtype = target.dtype if args.cast and leaf.kind != "key" else None
+    return Load(leaf, arrays.sharding_of(target), dtype)
+
+
+def _keep_empty(chosen: list[LeafSpec | None], targets: list[Any], values: list[Any]) -> list[Any]:
+    """Empty containers come back as the target's own (an optax EmptyState stays one)."""
+    return [
+        target if leaf is None or leaf.kind in ("none", "empty") else value
+        for leaf, target, value in zip(chosen, targets, values, strict=True)
+    ]
+
+
+def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:
+    if len(leaves) == 1 and not leaves[0].path:
+        return values[0]
+    root: dict[str, Any] = {}
+    for leaf, value in zip(leaves, values, strict=True):
+        *above, last = leaf.path
+        node = root
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return root
+
+
+def restore_together(
+    catalog: Catalog, rendezvous: Rendezvous, like: Any, step: int | None, args: RestoreArgs, timeout_s: float
+) -> Restored | None:
+    """The newest good step (or `step`) on every process of the job; None if the run has no steps yet. Main thread.
+
+    Process 0 chooses and broadcasts; if any process finds the step damaged, all agree, process 0 quarantines it in
+    the journal and the next newest is tried. A step that was asked for, and `strict`, never step down.
+    """
+    started = time.monotonic()
+    tried = 0
+    while True:
+        choice = agree(rendezvous, "restore: which step", timeout_s, lambda: _choose(catalog, step))
+        if choice is None:
+            if tried:
+                raise NothingToRestore(f"{catalog.url}: all {tried} restorable steps are damaged; see `orchestrator log`")
+            return None
+        live = journal.find(catalog.entry(choice[0]), choice[1])
+        assert live is not None  # process 0 found it in that very entry
+        read_bytes = 0
+
+        def count(more: int) -> None:
+            nonlocal read_bytes
+            read_bytes += more
+
+        restored, problem = _try(lambda live=live, count=count: read_step(catalog, live, like, args, count))
+        problems = rendezvous.gather(f"restore: step {live.step}", problem, timeout_s)
+        found = next(((index, text) for index, text in enumerate(problems) if text), None)
+        if found is None:
+            emit(RestoredEvent(live.step, live.attempt, time.monotonic() - started, read_bytes))
+            return restored
+        reason = f"process {found[0]} ({rendezvous.hosts.get(found[0], '?')}): {found[1]}"
+        if step is not None or args.strict:
+            raise Damaged(f"{catalog.url} {layout.shown(live.step, live.attempt)} cannot be restored: {reason}")
+        emit(SteppedDown(live.step, live.attempt, reason))
+        tried += 1
+        rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason[:1000])
+        agree(rendezvous, "restore: quarantine", timeout_s, lambda rule=rule: bool(catalog.append(rule)))
+
+
+def _choose(catalog: Catalog, step: int | None) -> tuple[int, int] | None:
+    """(journal version, step) of what to restore."""
+    live = catalog.find(step)
+    return (catalog.require_head().version, live.step) if live else None
+
+
+def _try(read: Callable[[], Restored]) -> tuple[Restored | None, str]:
+    """The restored step, or why the stored bytes are no good. A target that does not fit raises at once."""
+    try:
+        return read(), ""
+    except (Damaged, StorageError) as error:
+        return None, str(error)
+
+
+def agree(rendezvous: Rendezvous, name: str, timeout_s: float, decide: Callable[[], Json]) -> Any:
+    """What process 0's `decide` returned, on every process; what it raised, it raises, and the others too."""
+    failure: Exception | None = None
+    message: Json = None
+    if rendezvous.process == 0:
+        try:
+            message = {"value": decide()}
+        except Exception as error:  # told to all before it is raised here
+            failure, message = error, {"error": type(error).__name__, "text": str(error)}
+    answer = rendezvous.broadcast(name, message, timeout_s)
+    if failure:
+        raise failure
+    if "error" in answer:
+        raise as_error(answer["error"], answer["text"])
+    return answer["value"]
+
+
+def as_error(name: str, text: str) -> Exception:
+    """Process 0's error on another process, of the same kind where it is one of ours."""
+    from orchestrator import errors
+
+    kind = getattr(errors, name, None)
+    plain = isinstance(kind, type) and issubclass(kind, errors.OrchestratorError)
+    if plain and kind not in (errors.Mismatch, errors.SaveFailed):
+        return kind(f"process 0: {text}")  # type: ignore[misc, no-any-return]
+    return errors.OrchestratorError(f"process 0: {name}: {text}")
+
+
+class Run:
+    """A run opened for reading (evaluators, notebooks): no epoch is opened and nothing is ever written."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        catalog.require_head()
+
+    def latest_step(self) -> int | None:
+        live = self._catalog.find(None)
+        return live.step if live else None
+
+    def all_steps(self) -> list[int]:
+        return sorted(live.step for live in self._catalog.require_head().live if live.restorable)
+
+    def restore(
+        self, like: Any = None, *, step: int | None = None, partial: bool = False, cast: bool = False
+    ) -> Restored:
+        """Read a step (the newest by default) into `like`; None gives nested dicts of numpy arrays.
+
+        Steps down past damaged steps without writing that to the journal. Raises NothingToRestore, StepNotFound,
+        Mismatch, Damaged (for a step that was asked for).
+        """
+        args = RestoreArgs(partial=partial, cast=cast)
+        if step is not None:
+            live = self._catalog.find(step)
+            assert live is not None  # find raises for a step that is not there
+            return read_step(self._catalog, live, like, args)
+        problems = []
+        for live in reversed([live for live in self._catalog.require_head().live if live.restorable]):
+            try:
+                return read_step(self._catalog, live, like, args)
+            except (Damaged, StorageError) as error:
+                emit(SteppedDown(live.step, live.attempt, str(error)))
+                problems.append(f"step {live.step}: {error}")
+        raise NothingToRestore(f"{self._catalog.url}: nothing to restore" + "".join(f"\n  {line}" for line in problems))
+
+    def watch(self, *, poll_s: float = 1.0, timeout_s: float | None = None) -> Iterator[int]:
+        """Yield steps committed from now on, each once. Ends when `timeout_s` passes without a new one (None: never)."""
+        seen = {(live.step, live.attempt) for live in self._catalog.require_head().live}
+        quiet_since = time.monotonic()
+        while timeout_s is None or time.monotonic() - quiet_since < timeout_s:
+            fresh = [live for live in self._catalog.require_head().live if (live.step, live.attempt) not in seen]
+            for live in fresh:
+                seen.add((live.step, live.attempt))
+                yield live.step
+                quiet_since = time.monotonic()
+            if not fresh:
+                time.sleep(poll_s)
