@@ -232,7 +232,7 @@ class ArrayWriter:
         )
 
     def stage(self, directory: str, flat: Flat) -> PendingWrite:
-        """Take what is needed from the devices and start writing below `directory` (a path or URL that exists).
+        """Take what is needed from the devices and start writing below URL `directory`.
 
         When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
         checkpoint. Blocks for one device-to-host copy.
@@ -240,7 +240,7 @@ class ArrayWriter:
         local = [_stored_form(leaf, value) for leaf, value in zip(flat.spec.leaves, flat.values, strict=True)]
         tree = jax.tree_util.tree_unflatten(flat.treedef, local)
         arguments = ocp.args.PyTreeSave(tree)
-        futures = asyncio.run(self._handler.async_save(epath.Path(directory), args=arguments))
+        futures = asyncio.run(self._handler.async_save(_orbax_path(directory, make=True), args=arguments))
         boxes = {
             leaf.name: regions
             for leaf, value in zip(flat.spec.leaves, flat.values, strict=True)
@@ -250,10 +250,18 @@ class ArrayWriter:
 
     def finalize(self, directory: str) -> None:
         """Merge the processes' OCDBT manifests into one. Called by one process when all have written."""
-        self._handler.finalize(epath.Path(directory))
+        self._handler.finalize(_orbax_path(directory))
 
     def close(self) -> None:
         self._handler.close()
+
+
+def _orbax_path(url: str, *, make: bool = False) -> epath.Path:
+    """Orbax's path of a directory URL. Local directories are made; an object store has none."""
+    path = epath.Path(url.removeprefix("file://"))
+    if make and "://" not in str(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @dataclass(frozen=True)
