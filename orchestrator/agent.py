@@ -32,7 +32,7 @@ from orchestrator.policy import KeepPolicy, SavePolicy, every
 from orchestrator.protocol import Phase
 from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Json, Receipt, encode
 from orchestrator.rendezvous import Rendezvous, connect
-from orchestrator.restore import Restored, RestoreArgs, agree, restore_together
+from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Exists
 
@@ -106,9 +106,7 @@ class Agent:
         opened = agree(me, "open the run", self.options.rendezvous_timeout_s, self._open_epoch)
         self.epoch, self._run = int(opened["epoch"]), str(opened["run"])
         self._writer = ArrayWriter(ArrayOptions(compression=self.options.compression), me.process)
-        self._coordinator = Coordinator(
-            self._catalog, self._writer, me, epoch=self.epoch, run=self._run, keep=keep
-        )
+        self._coordinator = Coordinator(self._catalog, self._writer, me, epoch=self.epoch, run=self._run, keep=keep)
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
         self._current: _Save | None = None
         self._pending_error: OrchestratorError | None = None
@@ -141,7 +139,7 @@ class Agent:
         return self.reached_preemption(step) or due
 
     def reached_preemption(self, step: int) -> bool:
-        """True, on all hosts at the same step, once any host got SIGTERM: `save` has saved this step; leave the loop."""
+        """True, on all hosts at the same step, once any host got SIGTERM: `save` has saved it; leave the loop."""
         if self._preempted[0] != step and not self._preempted[1]:
             self._preempted = (step, self._rendezvous.preempted(step))
         return self._preempted[1]
@@ -249,7 +247,9 @@ class Agent:
                 save.error = Fenced(f"{layout.shown(save.step, save.attempt)}: {reason}; this process must stop")
             elif phase is not Phase.COMMITTED:
                 save.error = SaveFailed(
-                    f"{layout.shown(save.step, save.attempt)} was not saved: {reason}", step=save.step, attempt=save.attempt
+                    f"{layout.shown(save.step, save.attempt)} was not saved: {reason}",
+                    step=save.step,
+                    attempt=save.attempt,
                 )
         except Fenced as error:
             save.error = error
@@ -317,7 +317,9 @@ class Agent:
             self._catalog.storage.create(key, encode(receipt))
             me.post(signal, "yes")
         except Exception as error:
-            failure = Failure(process=me.process, host=host, phase=phase, cause=f"{type(error).__name__}: {error}"[:2000])
+            failure = Failure(
+                process=me.process, host=host, phase=phase, cause=f"{type(error).__name__}: {error}"[:2000]
+            )
             no = Receipt(
                 format=FORMAT,
                 write_id=uuid.uuid4().hex,
@@ -375,7 +377,9 @@ class Agent:
                 if decided:
                     return decided
             time.sleep(_DECISION_POLL_S)
-        raise WaitTimeout(f"no decision from the coordinator, process 0 ({self._rendezvous.hosts[0]}), after {deadline_s:g} s")
+        raise WaitTimeout(
+            f"no decision from the coordinator, process 0 ({self._rendezvous.hosts[0]}), after {deadline_s:g} s"
+        )
 
     def _journalled(self, save: _Save) -> tuple[Phase, str] | None:
         head = self._catalog.require_head()

@@ -55,7 +55,7 @@ def flatten(tree: Any) -> Flat:
     leaves = tuple(_describe(_path(path), value) for path, value in with_paths)
     _check_names(leaves)
     values = tuple(value for _, value in with_paths)
-    meshes = [value.sharding.mesh for value in values if _named(value)]
+    meshes = [sharding.mesh for value in values if (sharding := _named(value))]
     return Flat(TreeSpec(leaves=leaves), values, treedef, dict(meshes[0].shape) if meshes else {})
 
 
@@ -91,8 +91,9 @@ def _path(path: Sequence[Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _named(value: Any) -> bool:
-    return isinstance(value, jax.Array) and isinstance(value.sharding, jax.sharding.NamedSharding)
+def _named(value: Any) -> jax.sharding.NamedSharding | None:
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> LeafSpec:
@@ -105,7 +106,9 @@ def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> 
         kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
         stored = _STORED_AS.get(value.dtype.name, "")
         if not _storable(stored or value.dtype.name):
-            raise UnsupportedLeaf(f"{label}: numpy dtype {value.dtype} cannot be stored; convert it to numbers or bytes")
+            raise UnsupportedLeaf(
+                f"{label}: numpy dtype {value.dtype} cannot be stored; convert it to numbers or bytes"
+            )
         return LeafSpec(path=path, kind=kind, shape=value.shape, dtype=value.dtype.name, stored_dtype=stored)
     text = _inline(value)
     if text is None:
@@ -117,7 +120,8 @@ def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> 
 
 
 def _describe_jax(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
-    sharding = str(value.sharding.spec) if _named(value) else type(value.sharding).__name__
+    named = _named(value)
+    sharding = str(named.spec) if named else type(value.sharding).__name__
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         data = jax.eval_shape(jax.random.key_data, value)
         return LeafSpec(
@@ -303,7 +307,7 @@ def _stored_form(leaf: LeafSpec, value: Any) -> Any:
     return value
 
 
-def _bitcast(value: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
+def _bitcast(value: jax.Array, dtype: np.dtype[Any]) -> Any:
     return jax.jit(lambda x: jax.lax.bitcast_convert_type(x, dtype), out_shardings=value.sharding)(value)
 
 
@@ -351,9 +355,7 @@ def load(directory: str, loads: Sequence[Load], on_bytes: Callable[[int], None] 
     return asyncio.run(run())
 
 
-async def _load_leaf(
-    kvstore: dict[str, Any], context: Any, item: Load, on_bytes: Callable[[int], None] | None
-) -> Any:
+async def _load_leaf(kvstore: dict[str, Any], context: Any, item: Load, on_bytes: Callable[[int], None] | None) -> Any:
     leaf = item.leaf
     if not leaf.in_store:
         return _empty_array(item) if leaf.kind in ("array", "key", "numpy", "numpy_scalar") else inline_value(leaf)
@@ -404,7 +406,9 @@ async def _load_sharded(store: Any, item: Load, shape: tuple[int, ...], on_bytes
 
     parts: Awaitable[list[Any]] = asyncio.gather(*(one(box) for box in by_box))
     on_devices = [
-        jax.device_put(part, device) for part, devices in zip(await parts, by_box.values(), strict=True) for device in devices
+        jax.device_put(part, device)
+        for part, devices in zip(await parts, by_box.values(), strict=True)
+        for device in devices
     ]
     array = jax.make_array_from_single_device_arrays(shape, item.sharding, on_devices)
     return jax.random.wrap_key_data(array, impl=item.leaf.value) if item.leaf.kind == "key" else array

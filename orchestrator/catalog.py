@@ -13,7 +13,19 @@ from collections.abc import Callable, Iterator
 from orchestrator import journal, layout
 from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
 from orchestrator.journal import FencedBy, Next, Refused, Stamp
-from orchestrator.records import AnyRecord, Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, crc32c, decode, encode
+from orchestrator.records import (
+    AnyRecord,
+    Extra,
+    FileEntry,
+    Head,
+    Intent,
+    LiveStep,
+    Manifest,
+    Receipt,
+    crc32c,
+    decode,
+    encode,
+)
 from orchestrator.storage.base import Created, Storage
 
 _CONFLICTS_MAX = 100
@@ -24,7 +36,11 @@ class Catalog:
     """One run in one store. `writer` is how this process signs its journal entries."""
 
     def __init__(
-        self, storage: Storage, writer: str, clock: Callable[[], float] = time.time, ids: Callable[[], str] | None = None
+        self,
+        storage: Storage,
+        writer: str,
+        clock: Callable[[], float] = time.time,
+        ids: Callable[[], str] | None = None,
     ) -> None:
         self.storage = storage
         self.writer = writer

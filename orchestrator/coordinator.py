@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +16,20 @@ from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, Fenced, OrchestratorError
 from orchestrator.policy import KeepPolicy
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
-from orchestrator.records import FORMAT, Extra, Failure, FileEntry, Intent, Json, LiveStep, Manifest, Receipt, crc32c, decode, encode
+from orchestrator.records import (
+    FORMAT,
+    Extra,
+    Failure,
+    FileEntry,
+    Intent,
+    Json,
+    LiveStep,
+    Manifest,
+    Receipt,
+    crc32c,
+    decode,
+    encode,
+)
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists
 
@@ -115,7 +127,13 @@ class Coordinator:
             host = self._rendezvous.hosts.get(process, "?")
             failure = Failure(process=process, host=host, phase="receipt", cause=str(error))
             return Receipt(
-                format=FORMAT, write_id="", step=intent.step, attempt=intent.attempt, process=process, host=host, failure=failure
+                format=FORMAT,
+                write_id="",
+                step=intent.step,
+                attempt=intent.attempt,
+                process=process,
+                host=host,
+                failure=failure,
             )
 
     def _perform(self, effect: protocol.Effect, state: Attempt, user: UserData) -> protocol.Event | None:
@@ -135,9 +153,7 @@ class Coordinator:
                         return protocol.FinalizeFailed(failure)
                     return protocol.FinalizeDone()
                 case AppendCommit():
-                    self._catalog.append(
-                        partial(journal.commit, epoch=self._epoch, entry=self._entry, keep=self._keep)
-                    )
+                    self._catalog.append(partial(journal.commit, epoch=self._epoch, entry=self._entry, keep=self._keep))
                     return protocol.Appended()
                 case AppendAbort():
                     rule = partial(

@@ -78,7 +78,11 @@ def commit(head: Head | None, stamp: Stamp, *, epoch: int, entry: LiveStep, keep
     dropped = _let_go(live, keep, stamp.time) if keep else frozenset()
     retired = [
         *(RetiredAttempt(step=old.step, attempt=old.attempt, reason="replaced") for old in replaced),
-        *(RetiredAttempt(step=old.step, attempt=old.attempt, reason="retention") for old in live if old.step in dropped),
+        *(
+            RetiredAttempt(step=old.step, attempt=old.attempt, reason="retention")
+            for old in live
+            if old.step in dropped
+        ),
     ]
     event = Event(kind="committed", step=entry.step, attempt=entry.attempt, steps=tuple(sorted(dropped)))
     kept = tuple(old for old in live if old.step not in dropped)

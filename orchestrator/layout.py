@@ -83,7 +83,9 @@ def check_key(key: str, where: str) -> str:
     parts = key.split("/")
     bad = not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts)
     if bad:
-        raise UnsafeKey(f"{where}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used")
+        raise UnsafeKey(
+            f"{where}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used"
+        )
     return key
 
 

@@ -151,10 +151,14 @@ def _objection(receipt: Receipt, wrong: str) -> Failure | None:
 
 
 def _on_deadline(state: Attempt, event: DeadlinePassed) -> Step:
-    who = ", ".join(f"{index} ({event.hosts[index]})" if index in event.hosts else str(index) for index in state.missing)
+    who = ", ".join(
+        f"{index} ({event.hosts[index]})" if index in event.hosts else str(index) for index in state.missing
+    )
     where = shown(state.intent.step, state.intent.attempt)
     silent = tuple(
-        Failure(process=index, host=event.hosts.get(index, "?"), phase="receipt", cause=f"silent for {event.after_s:g} s")
+        Failure(
+            process=index, host=event.hosts.get(index, "?"), phase="receipt", cause=f"silent for {event.after_s:g} s"
+        )
         for index in state.missing
     )
     reason = f"{where}: no receipt from processes [{who}] after {event.after_s:g} s"
@@ -186,15 +190,15 @@ def _abort(state: Attempt, reason: str) -> Step:
     return replace(state, phase=Phase.ABORTING, reason=reason), (AppendAbort(),)
 
 
-_Rule = Callable[[Attempt, Event], Step]
-_TABLE: dict[tuple[Phase, type], _Rule] = {
-    (Phase.OPEN, ReceiptRead): _on_receipt,  # type: ignore[dict-item]
-    (Phase.OPEN, DeadlinePassed): _on_deadline,  # type: ignore[dict-item]
-    (Phase.FINALIZING, FinalizeDone): _on_finalized,  # type: ignore[dict-item]
-    (Phase.FINALIZING, FinalizeFailed): _on_finalize_failed,  # type: ignore[dict-item]
-    (Phase.COMMITTING, Appended): _on_committed,  # type: ignore[dict-item]
-    (Phase.ABORTING, Appended): _on_aborted,  # type: ignore[dict-item]
-    **{(phase, FencedOff): _on_fenced for phase in Phase if phase not in TERMINAL},  # type: ignore[dict-item]
+# Each rule takes the event type it stands beside.
+_TABLE: dict[tuple[Phase, type], Callable[..., Step]] = {
+    (Phase.OPEN, ReceiptRead): _on_receipt,
+    (Phase.OPEN, DeadlinePassed): _on_deadline,
+    (Phase.FINALIZING, FinalizeDone): _on_finalized,
+    (Phase.FINALIZING, FinalizeFailed): _on_finalize_failed,
+    (Phase.COMMITTING, Appended): _on_committed,
+    (Phase.ABORTING, Appended): _on_aborted,
+    **{(phase, FencedOff): _on_fenced for phase in Phase if phase not in TERMINAL},
 }
 
 

@@ -69,9 +69,9 @@ class _Alone:
         self.process, self.count, self.hosts = 0, 1, {0: host_name()}
         self._posted: dict[str, str] = {}
         self._asked_to_leave = threading.Event()
-        if threading.current_thread() is threading.main_thread():
-            with contextlib.suppress(ValueError):  # embedded interpreters have no signals
-                signal.signal(signal.SIGTERM, self._on_signal)
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        if on_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # never displace the user's handler
+            signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._asked_to_leave.set()

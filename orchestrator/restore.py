@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 
-from orchestrator import arrays, journal, layout, plan
+from orchestrator import arrays, errors, journal, layout, plan
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, NothingToRestore, StorageError
-from orchestrator.events import SteppedDown, emit
+from orchestrator.errors import Damaged, NewerFormat, NothingToRestore, OrchestratorError, StorageError, UnsafeKey
 from orchestrator.events import Restored as RestoredEvent
-from orchestrator.records import Json, LeafSpec, LiveStep, Manifest
+from orchestrator.events import SteppedDown, emit
+from orchestrator.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.rendezvous import Rendezvous
 
 
@@ -115,10 +115,12 @@ def restore_together(
     started = time.monotonic()
     tried = 0
     while True:
-        choice = agree(rendezvous, "restore: which step", timeout_s, lambda: _choose(catalog, step))
+        choice = agree(rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step))
         if choice is None:
             if tried:
-                raise NothingToRestore(f"{catalog.url}: all {tried} restorable steps are damaged; see `orchestrator log`")
+                raise NothingToRestore(
+                    f"{catalog.url}: all {tried} restorable steps are damaged; see `orchestrator log`"
+                )
             return None
         live = journal.find(catalog.entry(choice[0]), choice[1])
         assert live is not None  # process 0 found it in that very entry
@@ -128,19 +130,30 @@ def restore_together(
             nonlocal read_bytes
             read_bytes += more
 
-        restored, problem = _try(lambda live=live, count=count: read_step(catalog, live, like, args, count))
-        problems = rendezvous.gather(f"restore: step {live.step}", problem, timeout_s)
-        found = next(((index, text) for index, text in enumerate(problems) if text), None)
+        restored, error = _try(partial(read_step, catalog, live, like, args, count))
+        told = None if error is None else {"kind": type(error).__name__, "text": str(error)}
+        answers = rendezvous.gather(f"restore: step {live.step}", told, timeout_s)
+        found = next(((index, answer) for index, answer in enumerate(answers) if answer), None)
         if found is None:
             emit(RestoredEvent(live.step, live.attempt, time.monotonic() - started, read_bytes))
             return restored
-        reason = f"process {found[0]} ({rendezvous.hosts.get(found[0], '?')}): {found[1]}"
+        index, answer = found
+        if answer["kind"] not in _DAMAGE:  # a target that does not fit, say: no other step would help
+            raise error or as_error(index, answer["kind"], answer["text"])
+        reason = f"process {index} ({rendezvous.hosts.get(index, '?')}): {answer['text']}"
         if step is not None or args.strict:
             raise Damaged(f"{catalog.url} {layout.shown(live.step, live.attempt)} cannot be restored: {reason}")
         emit(SteppedDown(live.step, live.attempt, reason))
         tried += 1
         rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason[:1000])
-        agree(rendezvous, "restore: quarantine", timeout_s, lambda rule=rule: bool(catalog.append(rule)))
+        agree(rendezvous, "restore: quarantine", timeout_s, partial(_append, catalog, rule))
+
+
+_DAMAGE = frozenset(kind.__name__ for kind in (Damaged, UnsafeKey, NewerFormat, StorageError))
+
+
+def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
+    catalog.append(rule)
 
 
 def _choose(catalog: Catalog, step: int | None) -> tuple[int, int] | None:
@@ -149,12 +162,12 @@ def _choose(catalog: Catalog, step: int | None) -> tuple[int, int] | None:
     return (catalog.require_head().version, live.step) if live else None
 
 
-def _try(read: Callable[[], Restored]) -> tuple[Restored | None, str]:
-    """The restored step, or why the stored bytes are no good. A target that does not fit raises at once."""
+def _try(read: Callable[[], Restored]) -> tuple[Restored | None, Exception | None]:
+    """The restored step, or what went wrong: the other processes must hear of it before it is raised here."""
     try:
-        return read(), ""
-    except (Damaged, StorageError) as error:
-        return None, str(error)
+        return read(), None
+    except Exception as error:
+        return None, error
 
 
 def agree(rendezvous: Rendezvous, name: str, timeout_s: float, decide: Callable[[], Json]) -> Any:
@@ -170,19 +183,17 @@ def agree(rendezvous: Rendezvous, name: str, timeout_s: float, decide: Callable[
     if failure:
         raise failure
     if "error" in answer:
-        raise as_error(answer["error"], answer["text"])
+        raise as_error(0, answer["error"], answer["text"])
     return answer["value"]
 
 
-def as_error(name: str, text: str) -> Exception:
-    """Process 0's error on another process, of the same kind where it is one of ours."""
-    from orchestrator import errors
-
+def as_error(process: int, name: str, text: str) -> Exception:
+    """Another process's error, of the same kind where it is one of ours."""
     kind = getattr(errors, name, None)
-    plain = isinstance(kind, type) and issubclass(kind, errors.OrchestratorError)
-    if plain and kind not in (errors.Mismatch, errors.SaveFailed):
-        return kind(f"process 0: {text}")  # type: ignore[misc, no-any-return]
-    return errors.OrchestratorError(f"process 0: {name}: {text}")
+    ours = isinstance(kind, type) and issubclass(kind, OrchestratorError)
+    if ours and kind not in (errors.Mismatch, errors.SaveFailed):  # these two take more than a message
+        return kind(f"process {process}: {text}")
+    return OrchestratorError(f"process {process}: {name}: {text}")
 
 
 class Run:
@@ -222,7 +233,7 @@ class Run:
         raise NothingToRestore(f"{self._catalog.url}: nothing to restore" + "".join(f"\n  {line}" for line in problems))
 
     def watch(self, *, poll_s: float = 1.0, timeout_s: float | None = None) -> Iterator[int]:
-        """Yield steps committed from now on, each once. Ends when `timeout_s` passes without a new one (None: never)."""
+        """Yield steps committed from now on, each once. Ends after `timeout_s` without a new one (None: never)."""
         seen = {(live.step, live.attempt) for live in self._catalog.require_head().live}
         quiet_since = time.monotonic()
         while timeout_s is None or time.monotonic() - quiet_since < timeout_s:

@@ -45,4 +45,6 @@ class MemoryStorage:
         for key, body in found:
             if body is None:
                 raise StorageError(f"sync {self.url}{key}: no such object")
-        return tuple(FileEntry(path=key, bytes=len(body), crc32c=crc32c(body)) for key, body in found if body is not None)
+        return tuple(
+            FileEntry(path=key, bytes=len(body), crc32c=crc32c(body)) for key, body in found if body is not None
+        )

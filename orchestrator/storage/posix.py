@@ -127,16 +127,16 @@ class PosixStorage:
         try:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-                checksum, size = google_crc32c.Checksum(), 0
+                checksum = size = 0
                 while chunk := file.read(_READ_BYTES):
-                    checksum.update(chunk)
+                    checksum = google_crc32c.extend(checksum, chunk)
                     size += len(chunk)
         except OSError as error:
             raise _storage_error("sync", path, error) from error
-        return FileEntry(path=key, bytes=size, crc32c=checksum.digest().hex())
+        return FileEntry(path=key, bytes=size, crc32c=f"{checksum:08x}")
 
     def _sync_up(self, directories: set[str]) -> None:
-        """fsync directories and their parents up to the root, each once: a file's name is durable only when they are."""
+        """fsync directories and their parents up to the root, each once: a name is durable only when they are."""
         pending = set(directories)
         for directory in directories:
             while directory != self.root:
