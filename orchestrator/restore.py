@@ -13,7 +13,16 @@ import jax
 from orchestrator import arrays, errors, journal, layout, plan
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, NewerFormat, NothingToRestore, OrchestratorError, StorageError, UnsafeKey
+from orchestrator.errors import (
+    Damaged,
+    Mismatch,
+    NewerFormat,
+    NothingToRestore,
+    OrchestratorError,
+    SaveFailed,
+    StorageError,
+    UnsafeKey,
+)
 from orchestrator.events import Restored as RestoredEvent
 from orchestrator.events import SteppedDown, emit
 from orchestrator.records import Head, Json, LeafSpec, LiveStep
@@ -190,9 +199,10 @@ def agree(rendezvous: Rendezvous, name: str, timeout_s: float, decide: Callable[
 def as_error(process: int, name: str, text: str) -> Exception:
     """Another process's error, of the same kind where it is one of ours."""
     kind = getattr(errors, name, None)
-    ours = isinstance(kind, type) and issubclass(kind, OrchestratorError)
-    if ours and kind not in (errors.Mismatch, errors.SaveFailed):  # these two take more than a message
-        return kind(f"process {process}: {text}")
+    message = f"process {process}: {text}"
+    # Mismatch and SaveFailed take more than a message.
+    if isinstance(kind, type) and issubclass(kind, OrchestratorError) and not issubclass(kind, Mismatch | SaveFailed):
+        return kind(message)
     return OrchestratorError(f"process {process}: {name}: {text}")
 
 
