@@ -10,10 +10,12 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
+from absl import logging
+
 from orchestrator import journal, layout, protocol
 from orchestrator.arrays import ArrayWriter
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, Fenced, OrchestratorError
+from orchestrator.errors import Damaged, Fenced, OrchestratorError, StorageError
 from orchestrator.policy import KeepPolicy
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
 from orchestrator.records import (
@@ -123,6 +125,9 @@ class Coordinator:
             if posted.startswith("{"):
                 return decode(posted.encode(), Receipt, f"signal of process {process}")
             return self._catalog.receipt(intent.step, intent.attempt, process)
+        except StorageError as error:  # perhaps it passes: the deadline decides
+            logging.warning("receipt of process %d cannot be read yet: %s", process, error)
+            return None
         except Damaged as error:
             host = self._rendezvous.hosts.get(process, "?")
             failure = Failure(process=process, host=host, phase="receipt", cause=str(error))

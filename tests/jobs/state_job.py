@@ -1,0 +1,113 @@
+"""A job of N processes whose state at each step is a known function of the step: restored bits can be checked anywhere.
+
+python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
+    mesh=4x2       shape over (data, model)
+    spec=dm|md|r   how the big array is sharded; r: replicated
+    steps=N        train N further steps (0: only restore), one save each
+    delay=S        seconds per step
+    fail=I         process I cannot write (a file stands where its data directory should be)
+    timeout=S      save_timeout_s
+Prints one JSON object a line; `event` says what.
+"""
+
+import json
+import os
+import sys
+import time
+
+index, count, devices, port, root = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+args = dict(item.split("=", 1) for item in sys.argv[6:])
+os.environ["ORCHESTRATOR_HOST_NAME"] = f"host-{index}"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+jax.config.update("jax_num_cpu_devices", devices)
+jax.config.update("jax_platforms", "cpu")
+if count > 1:
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+
+import orchestrator as oc
+
+SHAPE = (16, 8)
+
+
+def say(event: str, **more: object) -> None:
+    print(json.dumps({"event": event, "process": index, **more}), flush=True)
+
+
+def reference(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    bits = rng.integers(0, 2**16, SHAPE, dtype=np.uint16)
+    return {"w": rng.random(SHAPE, dtype=np.float32), "bf16": bits.view(jnp.bfloat16), "bias": rng.random(8)[:8]}
+
+
+data, model = (int(size) for size in args.get("mesh", f"{count * devices}x1").split("x"))
+mesh = jax.make_mesh((data, model), ("data", "model"))
+spec = {"dm": PartitionSpec("data", "model"), "md": PartitionSpec("model", "data"), "r": PartitionSpec()}[
+    args.get("spec", "dm")
+]
+shardings = {
+    "w": NamedSharding(mesh, spec),
+    "bf16": NamedSharding(mesh, PartitionSpec(("data", "model")))
+    if args.get("spec") != "r"
+    else NamedSharding(mesh, spec),
+    "bias": NamedSharding(mesh, PartitionSpec()),
+}
+
+
+def state_at(step: int) -> dict[str, object]:
+    arrays = {
+        name: jax.make_array_from_callback(value.shape, shardings[name], lambda at, value=value: value[at])
+        for name, value in reference(step).items()
+    }
+    return {**arrays, "host_local": jnp.float32(step), "numpy": np.arange(step, step + 3), "count": step}
+
+
+def wrong_bits(step: int, state: dict[str, object]) -> list[str]:
+    wrong = []
+    for name, value in reference(step).items():
+        for shard in state[name].addressable_shards:
+            if np.asarray(shard.data).tobytes() != value.astype(state[name].dtype)[shard.index].tobytes():
+                wrong.append(name)
+    if state["count"] != step or not np.array_equal(state["numpy"], np.arange(step, step + 3)):
+        wrong.append("values")
+    return wrong
+
+
+like = {
+    name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding) if name in shardings else value
+    for name, value in state_at(0).items()
+}
+options = oc.Options(save_timeout_s=float(args.get("timeout", 30)), rendezvous_timeout_s=30)
+try:
+    with oc.Agent(root, save=oc.every(1), keep=oc.last(int(args.get("keep", 3))), options=options) as agent:
+        restored = agent.restore(like={**like, "count": 0})
+        start = 0
+        if restored:
+            start = restored.step + 1
+            say(
+                "restored",
+                step=restored.step,
+                wrong=wrong_bits(restored.step, restored.state),
+                process_states={str(k): v.decode() for k, v in restored.process_states.items()},
+                extra=restored.extra,
+            )
+        for step in range(start, start + int(args.get("steps", 0))):
+            if args.get("fail") == str(index):
+                blocked = f"{root}/steps/{step:08d}/e{agent.epoch:04d}-a01/state/ocdbt.process_{index}"
+                os.makedirs(os.path.dirname(blocked), exist_ok=True)
+                open(blocked, "w").close()
+            agent.save(step, state_at(step), process_state=f"host {index} at {step}".encode(), extra={"step": step})
+            say("trained", step=step, steps=agent.all_steps(), failures=agent.failures)
+            if agent.reached_preemption(step):
+                say("preempted", step=step)
+                break
+            time.sleep(float(args.get("delay", 0)))
+        agent.wait_until_finished()
+        say("done", steps=agent.all_steps(), failures=agent.failures)
+except oc.OrchestratorError as error:
+    say("error", kind=type(error).__name__, text=str(error))
+    sys.exit(error.exit_code)

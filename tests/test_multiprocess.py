@@ -1,0 +1,153 @@
+"""Real JAX processes over one run: any mesh, dead and failing hosts, kill -9 in the middle of saves."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from processes import job
+
+import orchestrator as oc
+from orchestrator.catalog import Catalog
+from orchestrator.storage import open_storage
+
+PLAIN_ORBAX = """
+import sys, jax, numpy as np, orbax.checkpoint as ocp
+assert "orchestrator" not in sys.modules
+tree = ocp.PyTreeCheckpointer().restore(sys.argv[1], restore_args=jax.tree.map(
+    lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), ocp.PyTreeCheckpointer().metadata(sys.argv[1]).item_metadata.tree))
+step = int(tree["count"])
+rng = np.random.default_rng(step)
+bits = rng.integers(0, 2**16, (16, 8), dtype=np.uint16)
+assert tree["w"].tobytes() == rng.random((16, 8), dtype=np.float32).tobytes()
+assert tree["bf16"].tobytes() == bits.tobytes()
+print("equal at step", step)
+"""
+
+
+def test_a_run_saved_by_4_hosts_comes_back_bit_for_bit_on_any_mesh_and_in_plain_orbax(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    with job(4, 2, root, tmp_path / "save", mesh="4x2", steps=5) as first:
+        assert first.wait(90) == [0] * 4, first.story()
+        assert first.said(0, "done")[0]["steps"] == [2, 3, 4]
+        assert first.said(3, "done")[0]["failures"] == 0
+    shapes = [
+        (2, 2, {"mesh": "2x2", "spec": "md"}),  # other axes, half the hosts
+        (8, 1, {"mesh": "4x2"}),  # more hosts
+        (1, 4, {"mesh": "4x1", "spec": "r"}),  # one process, replicated
+        (4, 2, {"mesh": "4x2"}),  # the same
+    ]
+    for number, (count, devices, more) in enumerate(shapes):
+        with job(count, devices, root, tmp_path / f"load-{number}", **more) as again:
+            assert again.wait(120) == [0] * count, again.story()
+            for process in range(count):
+                (restored,) = again.said(process, "restored")
+                assert restored["step"] == 4
+                assert restored["wrong"] == []
+                assert restored["process_states"] == {str(index): f"host {index} at 4" for index in range(4)}
+                assert restored["extra"]["step"] == 4
+    (state,) = root.glob("steps/00000004/*/state")
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN_ORBAX, str(state)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "equal at step 4" in plain.stdout, plain.stderr
+
+
+def test_a_host_that_cannot_write_is_named_on_all_hosts_and_training_goes_on(tmp_path: Path) -> None:
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, fail=1, timeout=20) as failing:
+        assert failing.wait(60) == [0, 0], failing.story()
+        for process in range(2):
+            assert failing.said(process, "done")[0]["failures"] == 2
+            text = failing.errors[process].read_text()
+            assert "process 1 (host-1) in write" in text, text
+    log = list(Catalog(open_storage(str(tmp_path / "run")), writer="test").entries())
+    aborted = [head.event for head in log if head.event.kind == "aborted"]
+    assert [event.failures[0].host for event in aborted] == ["host-1", "host-1"]
+
+
+def test_a_stopped_host_is_named_after_the_users_deadline_and_the_attempt_aborts(tmp_path: Path) -> None:
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=400, delay=0.05, timeout=3) as running:
+        running.wait_for(0, "trained", 60, at_least=3)
+        running.processes[1].send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 30
+        catalog = Catalog(open_storage(str(tmp_path / "run")), writer="test")
+        aborted = None
+        while aborted is None and time.monotonic() < deadline:
+            events = [head.event for head in catalog.entries()]
+            aborted = next((event for event in events if event.kind == "aborted"), None)
+            time.sleep(0.1)
+        assert aborted is not None, running.story()
+        assert "no receipt from processes [1 (host-1)] after" in aborted.reason
+
+
+def test_sigterm_on_one_host_saves_the_same_step_everywhere_and_leaves(tmp_path: Path) -> None:
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=1000, delay=0.05) as running:
+        running.wait_for(0, "trained", 60, at_least=3)
+        running.processes[1].send_signal(signal.SIGTERM)
+        assert running.wait(60) == [0, 0], running.story()
+        (first,), (second,) = running.said(0, "preempted"), running.said(1, "preempted")
+        assert first["step"] == second["step"]
+        assert running.said(0, "done")[0]["steps"][-1] == first["step"]
+
+
+class Listener(threading.Thread):
+    """An outside reader that lists steps all the time and checks that each listed one is whole."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(daemon=True)
+        self.root, self.stopping = root, threading.Event()
+        self.wrong: list[str] = []
+        self.listed: set[int] = set()
+
+    def run(self) -> None:
+        catalog = Catalog(open_storage(str(self.root)), writer="listener")
+        while not self.stopping.wait(0.05):
+            head = catalog.head()
+            for live in head.live if head else ():
+                try:
+                    catalog.check_sizes(live, catalog.manifest(live))
+                    self.listed.add(live.step)
+                except oc.OrchestratorError as error:
+                    now = catalog.head()
+                    if now and any(entry.attempt == live.attempt and entry.step == live.step for entry in now.live):
+                        self.wrong.append(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_kill_9_at_30_random_moments_never_loses_a_committed_step(tmp_path: Path) -> None:
+    seed = 20261124
+    random_source = random.Random(seed)
+    root = tmp_path / "run"
+    listener = Listener(root)
+    listener.start()
+    committed = -1
+    try:
+        for round_number in range(30):
+            victim = random_source.randrange(2)
+            with job(2, 1, root, tmp_path / f"round-{round_number}", steps=100_000, delay=0.01, keep=4) as running:
+                running.wait_for(0, "trained", 60, at_least=2)
+                if round_number:
+                    (restored,) = running.said(0, "restored")
+                    assert restored["step"] >= committed, f"round {round_number}: lost step {committed}"
+                    assert restored["wrong"] == []
+                time.sleep(random_source.uniform(0, 0.5))
+                running.kill(victim)
+                running.end()
+                # What any process had been told is committed must be there for good.
+                told = [
+                    line["steps"][-1] for index in range(2) for line in running.said(index, "trained") if line["steps"]
+                ]
+                committed = max([committed, *told])
+    finally:
+        listener.stopping.set()
+        listener.join(10)
+    assert listener.wrong == []
+    assert oc.open_run(root).latest_step() >= committed
+    assert committed > 60
