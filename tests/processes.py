@@ -49,7 +49,7 @@ class Job:
         return [line for line in parsed if line["event"] == event]
 
     def wait_for(self, process: int, event: str, deadline_s: float, at_least: int = 1) -> list[dict[str, Any]]:
-        """Until `process` has said `event` `at_least` times; fails the test with the job's errors after the deadline."""
+        """Until `process` has said `event` `at_least` times; fails the test with the job's story if it does not."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             if len(found := self.said(process, event)) >= at_least:

@@ -20,8 +20,9 @@ from orchestrator.storage import open_storage
 PLAIN_ORBAX = """
 import sys, jax, numpy as np, orbax.checkpoint as ocp
 assert "orchestrator" not in sys.modules
-tree = ocp.PyTreeCheckpointer().restore(sys.argv[1], restore_args=jax.tree.map(
-    lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), ocp.PyTreeCheckpointer().metadata(sys.argv[1]).item_metadata.tree))
+saved = ocp.PyTreeCheckpointer().metadata(sys.argv[1]).item_metadata.tree
+as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+tree = ocp.PyTreeCheckpointer().restore(sys.argv[1], restore_args=as_numpy)
 step = int(tree["count"])
 rng = np.random.default_rng(step)
 bits = rng.integers(0, 2**16, (16, 8), dtype=np.uint16)
@@ -141,10 +142,8 @@ def test_kill_9_at_30_random_moments_never_loses_a_committed_step(tmp_path: Path
                 running.kill(victim)
                 running.end()
                 # What any process had been told is committed must be there for good.
-                told = [
-                    line["steps"][-1] for index in range(2) for line in running.said(index, "trained") if line["steps"]
-                ]
-                committed = max([committed, *told])
+                for line in running.said(0, "trained") + running.said(1, "trained"):
+                    committed = max([committed, *line["steps"]])
     finally:
         listener.stopping.set()
         listener.join(10)

@@ -10,6 +10,7 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
 Prints one JSON object a line; `event` says what.
 """
 
+# ruff: noqa: E402  (JAX is configured from the arguments, so it is imported after them)
 import json
 import os
 import sys
@@ -49,11 +50,10 @@ mesh = jax.make_mesh((data, model), ("data", "model"))
 spec = {"dm": PartitionSpec("data", "model"), "md": PartitionSpec("model", "data"), "r": PartitionSpec()}[
     args.get("spec", "dm")
 ]
+rows = PartitionSpec() if args.get("spec") == "r" else PartitionSpec(("data", "model"))
 shardings = {
     "w": NamedSharding(mesh, spec),
-    "bf16": NamedSharding(mesh, PartitionSpec(("data", "model")))
-    if args.get("spec") != "r"
-    else NamedSharding(mesh, spec),
+    "bf16": NamedSharding(mesh, rows),
     "bias": NamedSharding(mesh, PartitionSpec()),
 }
 
