@@ -1,0 +1,1 @@
+"""Side-by-side measurements. Never imported by the package or its tests."""
