@@ -1,0 +1,121 @@
+"""`python -m launch COMMAND`: starts jobs. Each command reads its own flags; everything after `--` is the job's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launch import local
+from launch.supervise import Rules
+
+EXIT_USAGE = 2
+EXIT_BROKEN_PIPE = 128 + 13
+
+LOCAL_HELP = """\
+usage: python -m launch local --processes N [flags] -- PROGRAM [ARGUMENT...]
+
+Starts N JAX processes on this machine, puts each one's name before its output, and ends with the job's exit code
+(128 + signal for a signal). When one process fails the others are ended; --max_restarts starts the job again, except
+after wrong usage (2) and after being fenced (5). SIGTERM and Ctrl-C go to every process; a second one kills them.
+
+examples:
+  python -m launch local --processes 4 --devices_per_process 2 -- python -m launch.train --root=/tmp/run --steps=200
+  python -m launch local --processes 2 --max_restarts 3 --log_dir /tmp/logs -- python train.py
+"""
+
+# Flags of its own, not absl's global set: there `log_dir` means something else, and the job's flags are not ours.
+FLAGS = flags.FlagValues()
+flags.DEFINE_integer("processes", None, "simulated hosts, one process each", flag_values=FLAGS)
+flags.DEFINE_integer("devices_per_process", 1, "CPU devices of each process", flag_values=FLAGS)
+flags.DEFINE_integer("max_restarts", 0, "start the job again this many times after a failure", flag_values=FLAGS)
+flags.DEFINE_integer("processes_after_restart", None, "hosts after a restart; as before if unset", flag_values=FLAGS)
+flags.DEFINE_string("log_dir", None, "also write output to DIR/restart-R/host-I.log", flag_values=FLAGS)
+flags.DEFINE_float(
+    "stop_grace_s", 60.0, "seconds from SIGTERM or Ctrl-C to SIGKILL", lower_bound=0.0, flag_values=FLAGS
+)
+flags.DEFINE_float(
+    "end_grace_s", 5.0, "seconds the others get when one process has failed", lower_bound=0.0, flag_values=FLAGS
+)
+
+
+def _flags_help() -> str:
+    rows = []
+    for name in FLAGS:
+        flag = FLAGS[name]
+        default = "" if flag.default is None else f" (default {flag.default})"
+        rows.append(f"  --{name:<24} {flag.help}{default}")
+    return "\nflags:\n" + "\n".join(rows)
+
+
+def _parse(arguments: Sequence[str]) -> local.LocalJob:
+    """Raises: LaunchError with one line for whatever cannot be used."""
+    cut = list(arguments).index("--") if "--" in arguments else len(arguments)
+    ours, command = list(arguments[:cut]), list(arguments[cut + 1 :])
+    try:
+        unexpected = FLAGS(["launch local", *ours])[1:]
+    except flags.Error as error:
+        raise local.LaunchError(str(error).splitlines()[0]) from error
+    if unexpected:
+        raise local.LaunchError(f"unexpected {unexpected[0]!r}; the program to run goes after --")
+    values: dict[str, Any] = FLAGS.flag_values_dict()
+    if values["processes"] is None:
+        raise local.LaunchError("--processes is needed: how many hosts to simulate")
+    return local.LocalJob(
+        command=command,
+        processes=values["processes"],
+        devices_per_process=values["devices_per_process"],
+        processes_after_restart=values["processes_after_restart"],
+        log_dir=None if values["log_dir"] is None else Path(values["log_dir"]),
+        rules=Rules(
+            max_restarts=values["max_restarts"],
+            stop_grace_s=values["stop_grace_s"],
+            end_grace_s=values["end_grace_s"],
+        ),
+    )
+
+
+def _local(arguments: Sequence[str]) -> int:
+    before_command = arguments[: list(arguments).index("--")] if "--" in arguments else arguments
+    if any(word in ("-h", "-help", "--help") for word in before_command):
+        print(LOCAL_HELP + _flags_help())
+        return 0
+    try:
+        return local.run(_parse(arguments))
+    except local.LaunchError as error:
+        print(f"launch local: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except BrokenPipeError:
+        # Whoever read our output has gone; the job was ended on the way here. Not at exit once more:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "local": (_local, "N simulated hosts on this machine, each with M CPU devices"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code: 2 for wrong usage, otherwise the job's."""
+    usage = "usage: python -m launch COMMAND ...\n\ncommands (each has --help):\n" + "\n".join(
+        f"  {name:<8} {about}" for name, (_, about) in COMMANDS.items()
+    )
+    if len(argv) < 2:
+        print(usage, file=sys.stderr)
+        return EXIT_USAGE
+    if argv[1] in ("-h", "-help", "--help", "help"):
+        print(usage)
+        return 0
+    if argv[1] not in COMMANDS:
+        print(f"launch: no command {argv[1]!r}; there is: {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    return COMMANDS[argv[1]][0](argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

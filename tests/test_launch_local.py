@@ -1,0 +1,219 @@
+"""The local launcher with real processes: small scripts without JAX, so that the whole file takes seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+DEADLINE_S = 20.0
+INDEX = "import os; i = int(os.environ['ORCHESTRATOR_PROCESS_INDEX'])\n"
+
+
+def launch_command(flags: list[str], script: str) -> list[str]:
+    return [sys.executable, "-m", "launch", "local", *flags, "--", sys.executable, "-S", "-c", INDEX + script]
+
+
+def launch(flags: list[str], script: str) -> subprocess.CompletedProcess[str]:
+    command = launch_command(flags, script)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
+
+
+@contextmanager
+def launched(flags: list[str], script: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        launch_command(flags, script),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=DEADLINE_S)
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    give_up = time.monotonic() + DEADLINE_S
+    while time.monotonic() < give_up:
+        if holds():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def write_pid(directory: Path) -> str:
+    """Script lines that leave this process's id in `directory`, whole or not at all."""
+    return (
+        f"import pathlib; f = pathlib.Path({str(directory)!r}, f'{{os.getpid()}}.part')\n"
+        "f.write_text(''); f.rename(f.with_suffix('.pid'))\n"
+    )
+
+
+def pids(directory: Path) -> list[int]:
+    return [int(path.stem) for path in directory.glob("*.pid")]
+
+
+def alive(directory: Path) -> list[int]:
+    found = []
+    for pid in pids(directory):
+        try:
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def test_each_line_carries_its_hosts_name_and_each_host_its_own_contract() -> None:
+    done = launch(
+        ["--processes", "3", "--devices_per_process", "2"],
+        "e = os.environ; print(i, e['ORCHESTRATOR_PROCESS_COUNT'], e['ORCHESTRATOR_LOCAL_DEVICES'],"
+        " e['ORCHESTRATOR_RESTART_COUNT'], e['ORCHESTRATOR_HOST_NAME'])\n"
+        "import sys; print('err', e['ORCHESTRATOR_COORDINATOR_ADDRESS'], file=sys.stderr, end='')",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    assert [line for line in lines if "err" not in line] == [f"[host-{i}] {i} 3 2 0 host-{i}" for i in range(3)]
+    errors = [line.split("] ")[1] for line in lines if "err" in line]
+    assert len(errors) == 3 and len(set(errors)) == 1, "all hosts meet at one address"
+
+
+def test_logs_hold_each_hosts_output_per_restart(tmp_path: Path) -> None:
+    script = "print('run', os.environ['ORCHESTRATOR_RESTART_COUNT']); raise SystemExit(i)"
+    launch(["--processes", "2", "--max_restarts", "1", "--log_dir", str(tmp_path / "logs")], script)
+    texts = {p.relative_to(tmp_path / "logs").as_posix(): p.read_text() for p in tmp_path.rglob("*.log")}
+    assert texts == {f"restart-{r}/host-{i}.log": f"run {r}\n" for r in (0, 1) for i in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("raise SystemExit(7)", 7), ("os.kill(os.getpid(), 9)", 137), ("pass", 0)]
+)
+def test_the_launcher_leaves_with_the_jobs_code(ending: str, code: int) -> None:
+    assert launch(["--processes", "2"], f"if i == 1: {ending}").returncode == code
+
+
+def test_when_one_dies_the_others_are_ended_even_if_they_ignore_sigterm(tmp_path: Path) -> None:
+    script = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        + write_pid(tmp_path)
+        + f"while len(list(pathlib.Path({str(tmp_path)!r}).glob('*.pid'))) < 3: time.sleep(0.01)\n"
+        + "if i == 1: os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    )
+    done = launch(["--processes", "3", "--end_grace_s", "0.3"], script)
+    assert done.returncode == 137
+    assert "host-1 was ended by SIGKILL; ending 2 others" in done.stderr
+    assert len(pids(tmp_path)) == 3 and alive(tmp_path) == []
+
+
+def test_what_a_process_started_is_ended_with_it(tmp_path: Path) -> None:
+    child = INDEX.splitlines()[0] + "\n" + write_pid(tmp_path) + "import time; time.sleep(60)"
+    script = (
+        f"import subprocess, sys, time, pathlib; subprocess.Popen([sys.executable, '-S', '-c', {child!r}])\n"
+        f"while not list(pathlib.Path({str(tmp_path)!r}).glob('*.pid')): time.sleep(0.01)"
+    )
+    assert launch(["--processes", "1"], script).returncode == 0
+    assert len(pids(tmp_path)) == 1 and alive(tmp_path) == []
+
+
+def test_a_failed_job_is_restarted_with_its_count_until_it_succeeds() -> None:
+    script = "r = int(os.environ['ORCHESTRATOR_RESTART_COUNT']); print('run', r); raise SystemExit(i == 1 and r < 2)"
+    done = launch(["--processes", "2", "--max_restarts", "5"], script)
+    assert done.returncode == 0, done.stderr
+    assert {f"[host-1] run {r}" for r in range(3)} <= set(done.stdout.splitlines())
+    assert "run 3" not in done.stdout
+
+
+def test_restarts_end_with_the_last_failures_code_and_may_change_the_number_of_hosts() -> None:
+    script = (
+        "e = os.environ; print(e['ORCHESTRATOR_PROCESS_COUNT'])\n"
+        "raise SystemExit(3 + int(e['ORCHESTRATOR_RESTART_COUNT']))"
+    )
+    done = launch(["--processes", "2", "--max_restarts", "1", "--processes_after_restart", "1"], script)
+    assert done.returncode == 4
+    assert done.stdout.splitlines().count("[host-0] 1") == 1
+
+
+@pytest.mark.parametrize("code", [2, 5])
+def test_wrong_usage_and_fenced_jobs_are_not_restarted(code: int) -> None:
+    done = launch(["--processes", "1", "--max_restarts", "3"], f"print('run'); raise SystemExit({code})")
+    assert (done.returncode, done.stdout.count("run")) == (code, 1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_process_and_a_clean_end_is_success(tmp_path: Path, signum: signal.Signals) -> None:
+    script = (
+        "import signal, sys, time\n"
+        f"def leave(*_): print('got', i); sys.exit(0)\nsignal.signal({int(signum)}, leave)\n"
+        + write_pid(tmp_path)
+        + "while True: time.sleep(0.05)"
+    )
+    with launched(["--processes", "2", "--max_restarts", "2"], script) as process:
+        assert eventually(lambda: len(pids(tmp_path)) == 2)
+        process.send_signal(signum)
+        out, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0
+    assert sorted(out.splitlines()) == ["[host-0] got 0", "[host-1] got 1"]
+    assert alive(tmp_path) == []
+
+
+def test_a_second_signal_kills_and_a_stopped_job_is_not_restarted(tmp_path: Path) -> None:
+    script = (
+        "import signal, time\ndef hold(*_): print('held', flush=True)\nsignal.signal(signal.SIGTERM, hold)\n"
+        + write_pid(tmp_path)
+        + "while True: time.sleep(0.05)"
+    )
+    with launched(["--processes", "1", "--max_restarts", "2"], script) as process:
+        assert eventually(lambda: len(pids(tmp_path)) == 1)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None and "held" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 137
+    assert len(pids(tmp_path)) == 1 and alive(tmp_path) == []
+
+
+def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> None:
+    child = INDEX + write_pid(tmp_path) + "import time; time.sleep(60)"
+    script = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}])\n"
+        + write_pid(tmp_path)
+        + "time.sleep(60)"
+    )
+    with launched(["--processes", "2"], script) as process:
+        assert eventually(lambda: len(pids(tmp_path)) == 4)
+        os.kill(process.pid, signal.SIGKILL)
+        assert eventually(lambda: alive(tmp_path) == []), f"still running: {alive(tmp_path)}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["local"], "--processes is needed"),
+        (["local", "--processes", "2"], "no command to run; put it after --"),
+        (["local", "--processes", "0", "--", "true"], "--processes=0: wanted at least 1"),
+        (["local", "--processes", "2", "--max_restarts", "-1", "--", "true"], "--max_restarts=-1"),
+        (["local", "--processes", "x", "--", "true"], "flag --processes=x"),
+        (["local", "--processes", "2", "--", "no-such-program"], "no-such-program: no such program"),
+        (["local", "--processes", "2", "true"], "unexpected 'true'; the program to run goes after --"),
+        (["local", "--nope", "--", "true"], "nope"),
+        (["local", "--processes", "1", "--log_dir", "/dev/null/x", "--", "true"], "--log_dir /dev/null/x"),
+        (["kubernetes"], "no command 'kubernetes'; there is: local"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line_and_exit_2(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "launch", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
