@@ -115,6 +115,7 @@ class Agent:
         self._last_saved_step: int | None = None
         self._tree_checked = False
         self._collector: threading.Thread | None = None
+        self._swept = False
         self._closed = False
         emit(EpochOpened(self.epoch, self._catalog.url, me.count))
 
@@ -398,7 +399,9 @@ class Agent:
 
         def run() -> None:
             try:
-                result = collect(self._catalog, orphans=True)
+                # Leftovers of older epochs need a listing of all steps: once per incarnation is enough.
+                result = collect(self._catalog, orphans=not self._swept)
+                self._swept = True
                 for line in result.failed:
                     logging.warning("collect: %s", line)
             except OrchestratorError as error:

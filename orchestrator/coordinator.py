@@ -72,6 +72,7 @@ class Coordinator:
         self._epoch = epoch
         self._run = run
         self._keep = keep
+        self._previous = signal_prefix(run, -1, "none")
 
     def open(self, intent: Intent) -> None:
         """Write the attempt's intent. Raises if another writer already uses this attempt's name."""
@@ -83,17 +84,29 @@ class Coordinator:
     def decide(self, intent: Intent, user: UserData, deadline_s: float) -> Attempt:
         """Collect receipts until all are in, one says NO or `deadline_s` has passed; commit or abort; announce.
 
-        Returns the attempt in a terminal phase. Raises StorageError if not even the abort could be journalled: then
-        the attempt stays uncommitted and a later epoch collects it.
+        Returns the attempt in a terminal phase. Raises StorageError if the outcome could not be journalled: then the
+        attempt is either not committed (and a later epoch collects it) or committed without anybody being told.
         """
-        state = Attempt(intent)
-        state, effects = self._collect_receipts(state, deadline_s)
+        prefix = signal_prefix(self._run, intent.step, intent.attempt)
+        try:
+            state, effects = self._collect_receipts(Attempt(intent), deadline_s)
+            # Whoever has not heard of the previous decision by now finds it in the journal.
+            self._rendezvous.forget(self._previous)
+            self._previous = prefix
+            state = self._carry_out(state, effects, user)
+        except Exception as error:  # the others wait for a word; the caller gets the error itself
+            reason = f"the outcome could not be journalled: {error}"
+            self._rendezvous.post(prefix + "decision/0", json.dumps({"phase": Phase.ABORTED.name, "reason": reason}))
+            raise
+        self._announce(state)
+        return state
+
+    def _carry_out(self, state: Attempt, effects: tuple[protocol.Effect, ...], user: UserData) -> Attempt:
         while effects:
             event = self._perform(effects[0], state, user)
             if event is None:
                 break
             state, effects = protocol.advance(state, event)
-        self._announce(state)
         return state
 
     def _collect_receipts(self, state: Attempt, deadline_s: float) -> tuple[Attempt, tuple[protocol.Effect, ...]]:

@@ -48,6 +48,9 @@ class Rendezvous(Protocol):
     def post(self, key: str, value: str) -> None:
         """Make `value` visible to other processes' `poll`. Best effort: never raises."""
 
+    def forget(self, prefix: str) -> None:
+        """Remove what was posted below `prefix`. Best effort."""
+
     def poll(self, prefix: str) -> dict[str, str]:
         """Keys posted below `prefix` (which ends in `/`), by their last part. Best effort: may miss."""
 
@@ -88,6 +91,9 @@ class _Alone:
 
     def post(self, key: str, value: str) -> None:
         self._posted[key] = value
+
+    def forget(self, prefix: str) -> None:
+        self._posted = {key: value for key, value in self._posted.items() if not key.startswith(prefix)}
 
     def poll(self, prefix: str) -> dict[str, str]:
         return {key.removeprefix(prefix): value for key, value in list(self._posted.items()) if key.startswith(prefix)}
@@ -140,6 +146,10 @@ class _Together:
     def post(self, key: str, value: str) -> None:
         with contextlib.suppress(Exception):  # best effort by contract: storage is polled as well
             self._client.key_value_set(key, value, allow_overwrite=True)
+
+    def forget(self, prefix: str) -> None:
+        with contextlib.suppress(Exception):
+            self._client.key_value_delete(prefix)
 
     def poll(self, prefix: str) -> dict[str, str]:
         try:
