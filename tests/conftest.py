@@ -1,0 +1,34 @@
+"""JAX as eight CPU devices, set before any test touches it, and the few helpers that many tests share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Where a run may be made; it does not exist yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def mesh8() -> Iterator[jax.sharding.Mesh]:
+    """Eight devices as data=4 x model=2."""
+    yield jax.make_mesh((4, 2), ("data", "model"))
+
+
+def snapshot(root: Path) -> dict[str, str]:
+    """Every file and directory below `root` with a digest of its content: equal snapshots mean nothing changed."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        found[name] = "directory" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
