@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from orchestrator.agent import Agent, Options
+from orchestrator.agent import Agent
 from orchestrator.catalog import Catalog
 from orchestrator.errors import (
     Damaged,
@@ -24,6 +24,7 @@ from orchestrator.errors import (
     UsageError,
     WaitTimeout,
 )
+from orchestrator.options import Options
 from orchestrator.policy import at, best, every, every_nth, every_seconds, last, within
 from orchestrator.restore import Restored, Run
 from orchestrator.storage import open_storage

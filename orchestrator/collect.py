@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from orchestrator import journal, layout
+from orchestrator import failpoints, journal, layout
 from orchestrator.catalog import Catalog
-from orchestrator.errors import StorageError
+from orchestrator.errors import Fenced, StorageError
 from orchestrator.events import Collected, emit
 from orchestrator.records import RetiredAttempt
 
@@ -28,13 +28,22 @@ class Collection:
 
 
 def collect(
-    catalog: Catalog, *, dry_run: bool = False, on_file: Callable[[str], None] | None = None, orphans: bool = True
+    catalog: Catalog,
+    *,
+    epoch: int | None = None,
+    dry_run: bool = False,
+    on_file: Callable[[str], None] | None = None,
+    orphans: bool = True,
 ) -> Collection:
     """Delete what may be deleted and journal it as `collected`. A file that cannot be deleted is counted, not fatal.
 
+    `epoch`: collect for this incarnation; if a newer one has taken over, Fenced is raised and nothing deleted.
     `orphans`: also look through storage for leftovers of older epochs (one listing of all steps).
     """
+    failpoints.hit("collect.before")
     head = catalog.require_head()
+    if epoch is not None and head.epoch > epoch:
+        raise Fenced(f"{catalog.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
     found = catalog.attempts() if orphans else {}
     result = Collection()
     done: list[tuple[int, str]] = []
@@ -43,7 +52,9 @@ def collect(
         if _delete(catalog, gone, result, dry_run, on_file):
             done.append((gone.step, gone.attempt))
     if done and not dry_run:
+        failpoints.hit("collect.deleted")
         catalog.append(partial(journal.collected, attempts=done))
+        failpoints.hit("collect.after")
         emit(Collected(len(done), result.bytes, len(result.failed)))
     return result
 
@@ -60,6 +71,7 @@ def _delete(
             on_file(entry.key)
         try:
             if not dry_run:
+                failpoints.hit("collect.file")
                 catalog.storage.delete(entry.key)
             result.bytes += entry.bytes
             result.files += 1

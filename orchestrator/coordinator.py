@@ -12,7 +12,7 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator import journal, layout, protocol
+from orchestrator import failpoints, journal, layout, protocol
 from orchestrator.arrays import ArrayWriter
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, StorageError
@@ -73,11 +73,15 @@ class Coordinator:
         self._run = run
         self._keep = keep
         self._previous = signal_prefix(run, -1, "none")
+        self._entry: LiveStep | None = None
+        self.committed_bytes = 0  # of the last decided attempt
 
     def open(self, intent: Intent) -> None:
         """Write the attempt's intent. Raises if another writer already uses this attempt's name."""
         key = self._catalog.key(intent.step, intent.attempt, layout.INTENT)
+        failpoints.hit("intent.before")
         created = self._catalog.storage.create(key, encode(intent))
+        failpoints.hit("intent.after")
         if isinstance(created, Exists):
             raise OrchestratorError(f"{self._catalog.url}/{key}: another writer uses this attempt; it is never reused")
 
@@ -96,9 +100,9 @@ class Coordinator:
             state = self._carry_out(state, effects, user)
         except Exception as error:  # the others wait for a word; the caller gets the error itself
             reason = f"the outcome could not be journalled: {error}"
-            self._rendezvous.post(prefix + "decision/0", json.dumps({"phase": Phase.ABORTED.name, "reason": reason}))
+            self.announce(prefix, Phase.ABORTED, reason)
             raise
-        self._announce(state)
+        self.announce(prefix, state.phase, describe(state))
         return state
 
     def _carry_out(self, state: Attempt, effects: tuple[protocol.Effect, ...], user: UserData) -> Attempt:
@@ -160,6 +164,7 @@ class Coordinator:
             match effect:
                 case Finalize():
                     try:
+                        failpoints.hit("finalize.before")
                         self._entry = self._finalize(state, user)
                     except Exception as error:  # whatever it was: the attempt is aborted with it as the cause
                         failure = Failure(
@@ -171,7 +176,11 @@ class Coordinator:
                         return protocol.FinalizeFailed(failure)
                     return protocol.FinalizeDone()
                 case AppendCommit():
+                    assert self._entry is not None
+                    failpoints.hit("commit.before")
                     self._catalog.append(partial(journal.commit, epoch=self._epoch, entry=self._entry, keep=self._keep))
+                    failpoints.hit("commit.after")
+                    self.committed_bytes = self._entry.bytes
                     return protocol.Appended()
                 case AppendAbort():
                     rule = partial(
@@ -182,7 +191,9 @@ class Coordinator:
                         failures=state.failures,
                         reason=state.reason,
                     )
+                    failpoints.hit("abort.before")
                     self._catalog.append(rule)
+                    failpoints.hit("abort.after")
                     return protocol.Appended()
         except Fenced:
             head = self._catalog.require_head()
@@ -194,6 +205,7 @@ class Coordinator:
         intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
         prefix = layout.attempt_prefix(intent.step, intent.attempt)
         self._writer.finalize(f"{self._catalog.url}/{prefix}{layout.STATE}")
+        failpoints.hit("finalize.merged")
         extra = Extra(
             format=FORMAT,
             write_id=self._catalog.stamp().write_id,
@@ -221,7 +233,9 @@ class Coordinator:
             seconds=tuple(receipt.seconds for receipt in receipts),
         )
         body = encode(manifest)
+        failpoints.hit("manifest.before")
         self._create(prefix + layout.MANIFEST, body)
+        failpoints.hit("manifest.after")
         return LiveStep(
             step=intent.step,
             attempt=intent.attempt,
@@ -236,11 +250,9 @@ class Coordinator:
         if isinstance(self._catalog.storage.create(key, body), Exists):
             raise OrchestratorError(f"{self._catalog.url}/{key}: another writer was here; the attempt is not committed")
 
-    def _announce(self, state: Attempt) -> None:
-        outcome = {"phase": state.phase.name, "reason": describe(state)}
-        intent = state.intent
-        key = signal_prefix(self._run, intent.step, intent.attempt) + "decision/0"
-        self._rendezvous.post(key, json.dumps(outcome))
+    def announce(self, prefix: str, phase: Phase, reason: str) -> None:
+        """Tell the other processes how an attempt ended, so that they need not look in the journal."""
+        self._rendezvous.post(prefix + "decision/0", json.dumps({"phase": phase.name, "reason": reason}))
 
 
 def describe(state: Attempt) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from orchestrator import layout
-from orchestrator.errors import OrchestratorError, StepNotFound
+from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound
 from orchestrator.policy import KeepPolicy
 from orchestrator.records import FORMAT, Event, Failure, Head, LiveStep, RetiredAttempt
 
@@ -64,9 +64,8 @@ def open_epoch(head: Head | None, stamp: Stamp) -> Next:
 
 def commit(head: Head | None, stamp: Stamp, *, epoch: int, entry: LiveStep, keep: KeepPolicy | None) -> Next:
     """Add `entry` to the live steps and retire, in the same entry, what retention lets go."""
-    fenced = _fenced(head, epoch)
-    if fenced or head is None:
-        return fenced
+    if head is None or head.epoch != epoch:
+        return _not_our_epoch(head, epoch)
     if any(live.attempt == entry.attempt and live.step == entry.step for live in head.live):
         return None  # our own reply was lost, and somebody has written after us
     if is_retired(head, entry.step, entry.attempt):
@@ -93,9 +92,8 @@ def abort(
     head: Head | None, stamp: Stamp, *, epoch: int, step: int, attempt: str, failures: tuple[Failure, ...], reason: str
 ) -> Next:
     """Journal that an attempt will never commit; its data may be deleted."""
-    fenced = _fenced(head, epoch)
-    if fenced or head is None:
-        return fenced
+    if head is None or head.epoch != epoch:
+        return _not_our_epoch(head, epoch)
     if is_live(head, step, attempt) or is_retired(head, step, attempt):
         return None
     event = Event(kind="aborted", step=step, attempt=attempt, failures=failures, reason=reason)
@@ -180,10 +178,15 @@ def _change(
     return _next(head, stamp, Event(kind=kind, step=step, attempt=found.attempt, reason=reason), live=live)
 
 
-def _fenced(head: Head | None, epoch: int) -> FencedBy | None:
-    if head is not None and head.epoch > epoch:
+def _not_our_epoch(head: Head | None, epoch: int) -> FencedBy | Refused:
+    """Why a decision of incarnation `epoch` may not be journalled: the head must be of that very epoch."""
+    if head is None:
+        return Refused(NotARun(f"the journal that epoch {epoch} opened is gone; nothing can be saved to this run"))
+    if head.epoch > epoch:
         return FencedBy(head.epoch, head.writer)
-    return None
+    return Refused(
+        Damaged(f"the journal is back at epoch {head.epoch}, after epoch {epoch} was opened; entries were removed")
+    )
 
 
 def _let_go(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozenset[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from orchestrator import arrays, errors, journal, layout, plan
+from orchestrator import arrays, errors, failpoints, heartbeat, journal, layout, plan
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
 from orchestrator.errors import (
@@ -131,6 +131,7 @@ def restore_together(
                     f"{catalog.url}: all {tried} restorable steps are damaged; see `orchestrator log`"
                 )
             return None
+        failpoints.hit("restore.chosen")
         live = journal.find(catalog.entry(choice[0]), choice[1])
         assert live is not None  # process 0 found it in that very entry
         read_bytes = 0
@@ -138,12 +139,15 @@ def restore_together(
         def count(more: int) -> None:
             nonlocal read_bytes
             read_bytes += more
+            heartbeat.beat("restoring", None)
 
         restored, error = _try(partial(read_step, catalog, live, like, args, count))
         told = None if error is None else {"kind": type(error).__name__, "text": str(error)}
         answers = rendezvous.gather(f"restore: step {live.step}", told, timeout_s)
         found = next(((index, answer) for index, answer in enumerate(answers) if answer), None)
         if found is None:
+            failpoints.hit("restore.after")
+            heartbeat.beat("restored", live.step, restored_step=live.step)
             emit(RestoredEvent(live.step, live.attempt, time.monotonic() - started, read_bytes))
             return restored
         index, answer = found
@@ -174,6 +178,7 @@ def _choose(catalog: Catalog, step: int | None) -> tuple[int, int] | None:
 def _try(read: Callable[[], Restored]) -> tuple[Restored | None, Exception | None]:
     """The restored step, or what went wrong: the other processes must hear of it before it is raised here."""
     try:
+        failpoints.hit("restore.read")
         return read(), None
     except Exception as error:
         return None, error

@@ -18,11 +18,11 @@ FUNCTION_LINES_MAX = 70
 
 PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 RANKS = {
-    **dict.fromkeys(["errors", "layout", "records", "journal", "protocol", "plan", "policy"], PURE),
+    **dict.fromkeys(["errors", "layout", "records", "journal", "protocol", "plan", "policy", "options"], PURE),
     "storage.base": PORTS,
     **dict.fromkeys(["storage", "storage.memory", "storage.posix", "storage.gcs"], ADAPTERS),
-    **dict.fromkeys(["arrays", "rendezvous", "events"], ADAPTERS),
-    **dict.fromkeys(["agent", "coordinator", "restore", "collect", "catalog"], ROLES),
+    **dict.fromkeys(["arrays", "rendezvous", "events", "failpoints", "heartbeat"], ADAPTERS),
+    **dict.fromkeys(["agent", "saving", "coordinator", "restore", "collect", "catalog"], ROLES),
     "": FACADE,  # orchestrator/__init__.py gives the roles their public names
 }
 IMPURE = frozenset(

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
 
+from orchestrator import failpoints
 from orchestrator.errors import OutcomeUnknown, StorageError
 from orchestrator.layout import check_key
 from orchestrator.records import FileEntry
@@ -40,9 +41,11 @@ class PosixStorage:
             _make_directory(os.path.dirname(path))
             _write_durably(temporary, body)
             try:
+                failpoints.hit("storage.link")
                 os.link(temporary, path)
             finally:
                 os.unlink(temporary)
+            failpoints.hit("storage.linked")
             _sync_directory(os.path.dirname(path))
         except FileExistsError:
             return self._compare(path, body)
@@ -126,6 +129,7 @@ class PosixStorage:
         path = self._path(key)
         try:
             with open(path, "rb") as file:
+                failpoints.hit("storage.sync")
                 os.fsync(file.fileno())
                 checksum = size = 0
                 while chunk := file.read(_READ_BYTES):
@@ -166,6 +170,7 @@ def _make_directory(path: str) -> None:
 def _write_durably(path: str, body: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
+        failpoints.hit("storage.write", half=lambda: os.write(descriptor, body[: len(body) // 2]))
         view = memoryview(body)
         while view:
             view = view[os.write(descriptor, view) :]

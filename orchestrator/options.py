@@ -1,0 +1,36 @@
+"""How an agent behaves. Pure values, checked when made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an agent behaves.
+
+    async_save: False makes `save` return only when the step is committed (or has failed).
+    on_save_failure: "warn" logs and counts a failed save; "raise" raises SaveFailed at the next call.
+    save_timeout_s: how long a save may take from staging to decision before silent hosts are named and it is aborted.
+    rendezvous_timeout_s: how long to wait for other processes at collective points (start, restore, leaving).
+    preemption_grace_s: how long to wait for the commit once hosts are being preempted (SIGTERM).
+    compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
+    """
+
+    async_save: bool = True
+    on_save_failure: Literal["warn", "raise"] = "warn"
+    save_timeout_s: float = 600.0
+    rendezvous_timeout_s: float = 300.0
+    preemption_grace_s: float = 120.0
+    compression: bool = False
+    other_tree: bool = False
+
+    def __post_init__(self) -> None:
+        if self.on_save_failure not in ("warn", "raise"):
+            raise UsageError(f"on_save_failure={self.on_save_failure!r}: wanted 'warn' or 'raise'")
+        for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name}={getattr(self, name)!r}: wanted a positive number of seconds")

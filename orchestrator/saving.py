@@ -1,0 +1,282 @@
+"""One save on one process: stage on the main thread, then write, promise and learn the outcome on a thread of its own.
+
+On process 0 that thread also runs the coordinator. It never runs a collective. Every wait in it is bounded by
+`Options.save_timeout_s` (plus a few seconds' grace, so that the coordinator's own word comes first).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+from absl import logging
+
+from orchestrator import arrays, failpoints, journal, layout
+from orchestrator.arrays import ArrayWriter, Flat, PendingWrite
+from orchestrator.catalog import Catalog
+from orchestrator.coordinator import Coordinator, UserData, describe, signal_prefix
+from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, WaitTimeout
+from orchestrator.events import Committed, SaveNotCommitted, SaveStarted, emit
+from orchestrator.options import Options
+from orchestrator.protocol import Phase
+from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Receipt, encode
+from orchestrator.rendezvous import Rendezvous
+from orchestrator.storage.base import Exists
+
+DECISION_POLL_S = 0.01
+STORAGE_POLL_S = 1.0
+GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait for its decision
+
+
+@dataclass
+class Save:
+    """A save in flight. `error` is set, at the latest, when `thread` ends."""
+
+    step: int
+    attempt: str
+    user: UserData
+    process_state: bytes | None
+    started: float = field(default_factory=time.monotonic)
+    error: OrchestratorError | None = None
+    failure: tuple[str, BaseException] | None = None  # phase and cause: this process will say NO
+    committed_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    thread: threading.Thread | None = None
+
+    @property
+    def shown(self) -> str:
+        return layout.shown(self.step, self.attempt)
+
+    @property
+    def running(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+
+class Saver:
+    """Runs this process's saves in epoch `epoch`, one at a time. `committed` is called, on the save's own thread,
+    after each commit. `coordinator` is given on process 0 only."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        writer: ArrayWriter,
+        rendezvous: Rendezvous,
+        coordinator: Coordinator | None,
+        options: Options,
+        *,
+        epoch: int,
+        run: str,
+        committed: Callable[[], None],
+    ) -> None:
+        self._catalog, self._writer, self._rendezvous = catalog, writer, rendezvous
+        self._coordinator, self._options = coordinator, options
+        self._epoch, self._run, self._committed = epoch, run, committed
+        self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
+
+    def begin(self, step: int, user: UserData, process_state: bytes | None) -> Save:
+        """Name the next attempt at `step`. Computed, not communicated: every process comes to the same name."""
+        number = self._numbers[step] = self._numbers.get(step, 0) + 1
+        failpoints.note(step=step, epoch=self._epoch)
+        return Save(step, layout.attempt_name(self._epoch, number), user, process_state)
+
+    def start(self, save: Save, flat: Flat) -> None:
+        """Stage `flat` and go on in the background. Whatever fails from here on is this process's NO."""
+        pending: PendingWrite | None = None
+        started = time.monotonic()
+        if not save.failure:
+            prefix = layout.attempt_prefix(save.step, save.attempt)
+            try:
+                failpoints.hit("save.stage")
+                pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat)
+            except Exception as error:  # the other hosts must hear of it
+                save.failure = ("stage", error)
+        save.seconds["stage"] = time.monotonic() - started
+        # Made here, not in the thread: that one must not keep the state's device buffers alive.
+        intent = self._intent(save, flat) if self._coordinator else None
+        run = partial(self._finish, save, intent, pending)
+        save.thread = threading.Thread(target=run, name=f"save-{save.step}", daemon=True)
+        save.thread.start()
+        emit(SaveStarted(save.step, save.attempt, time.monotonic() - save.started))
+
+    def refuse(self, save: Save, phase: str, cause: BaseException) -> None:
+        """Tell the other processes, without touching storage, that this one does not take part in `save`."""
+        no = self._receipt(save, failure=self._failure(phase, cause))
+        prefix = signal_prefix(self._run, save.step, save.attempt)
+        self._rendezvous.post(f"{prefix}receipt/{self._rendezvous.process}", encode(no).decode())
+        if self._coordinator:  # nobody else could decide it
+            self._coordinator.announce(prefix, Phase.ABORTED, f"process 0 in {phase}: {cause}")
+
+    def _intent(self, save: Save, flat: Flat) -> Intent:
+        return Intent(
+            format=FORMAT,
+            write_id=uuid.uuid4().hex,
+            step=save.step,
+            attempt=save.attempt,
+            epoch=self._epoch,
+            opened_by=self._catalog.writer,
+            time=save.user.timestamp,
+            process_count=self._rendezvous.count,
+            device_count=jax.device_count(),
+            mesh=flat.mesh,
+            tree=flat.spec,
+        )
+
+    def _finish(self, save: Save, intent: Intent | None, pending: PendingWrite | None) -> None:
+        """Background: write, receipt, decision. Leaves the outcome in `save`."""
+        try:
+            if self._coordinator and intent:
+                self._open(self._coordinator, intent, save)
+            self._promise(save, pending)
+            if self._coordinator and intent:
+                phase, reason = self._decide(self._coordinator, intent, save)
+            else:
+                phase, reason = self._await_decision(save)
+            if phase is Phase.FENCED:
+                save.error = Fenced(f"{save.shown}: {reason}; this process must stop")
+            elif phase is not Phase.COMMITTED:
+                save.error = SaveFailed(f"{save.shown} was not saved: {reason}", step=save.step, attempt=save.attempt)
+        except Fenced as error:
+            save.error = error
+        except Exception as error:  # nothing may be lost silently on a background thread
+            text = f"{save.shown} was not saved: {type(error).__name__}: {error}"
+            save.error = SaveFailed(text, step=save.step, attempt=save.attempt)
+        if save.error:
+            emit(SaveNotCommitted(save.step, save.attempt, str(save.error)))
+        else:
+            emit(Committed(save.step, save.attempt, time.monotonic() - save.started, save.committed_bytes))
+            self._committed()
+
+    def _open(self, coordinator: Coordinator, intent: Intent, save: Save) -> None:
+        try:
+            coordinator.open(intent)
+        except Exception as error:  # told to all as this process's NO
+            save.failure = save.failure or ("open", error)
+
+    # The receipt: this process's promise.
+
+    def _promise(self, save: Save, pending: PendingWrite | None) -> None:
+        """Make this process's part durable and sign a receipt, or say NO with the cause."""
+        me = self._rendezvous
+        signal = signal_prefix(self._run, save.step, save.attempt) + f"receipt/{me.process}"
+        key = self._catalog.key(save.step, save.attempt, layout.receipt_name(me.process))
+        phase = "write"
+        try:
+            if save.failure:
+                phase = save.failure[0]
+                raise save.failure[1]
+            assert pending is not None
+            started = time.monotonic()
+            failpoints.hit("save.write")
+            pending.wait(self._options.save_timeout_s)
+            save.seconds["write"] = time.monotonic() - started
+            phase, started = "seal", time.monotonic()
+            failpoints.hit("save.seal")
+            files = self._seal(save)
+            save.seconds["seal"] = time.monotonic() - started
+            phase = "receipt"
+            failpoints.hit("receipt.write")
+            receipt = self._receipt(save, files, pending)
+            # Receipt after fsync: it is a promise that survives power loss.
+            if isinstance(self._catalog.storage.create(key, encode(receipt)), Exists):
+                raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
+            failpoints.hit("receipt.after")
+            me.post(signal, "yes")
+        except Exception as error:
+            no = self._receipt(save, failure=self._failure(phase, error))
+            me.post(signal, encode(no).decode())
+            try:
+                self._catalog.storage.create(key, encode(no))
+            except Exception as second:  # the signal has told already; a full disk cannot hold the receipt
+                logging.warning("%s: the NO of process %d could not be stored: %s", key, me.process, second)
+
+    def _receipt(
+        self,
+        save: Save,
+        files: tuple[FileEntry, ...] = (),
+        pending: PendingWrite | None = None,
+        failure: Failure | None = None,
+    ) -> Receipt:
+        me = self._rendezvous
+        return Receipt(
+            format=FORMAT,
+            write_id=uuid.uuid4().hex,
+            step=save.step,
+            attempt=save.attempt,
+            process=me.process,
+            host=me.hosts[me.process],
+            files=files,
+            boxes=dict(pending.boxes) if pending else {},
+            seconds=save.seconds,
+            failure=failure,
+        )
+
+    def _failure(self, phase: str, cause: BaseException) -> Failure:
+        me = self._rendezvous
+        text = f"{type(cause).__name__}: {cause}"[:2000]
+        return Failure(process=me.process, host=me.hosts[me.process], phase=phase, cause=text)
+
+    def _seal(self, save: Save) -> tuple[FileEntry, ...]:
+        """Make the files that this process wrote durable, whoever else writes beside it."""
+        prefix = layout.attempt_prefix(save.step, save.attempt)
+        storage, process = self._catalog.storage, self._rendezvous.process
+        keys = []
+        if save.process_state is not None:
+            key = prefix + layout.process_state_name(process)
+            if isinstance(storage.create(key, save.process_state), Exists):
+                raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
+            keys.append(key)
+        for own in arrays.own_files(process):
+            keys += [entry.key for entry in storage.list(prefix + layout.STATE + own)]
+        return tuple(
+            FileEntry(path=entry.path.removeprefix(prefix), bytes=entry.bytes, crc32c=entry.crc32c)
+            for entry in storage.seal(keys)
+        )
+
+    # The decision.
+
+    def _decide(self, coordinator: Coordinator, intent: Intent, save: Save) -> tuple[Phase, str]:
+        spent = time.monotonic() - save.started
+        state = coordinator.decide(intent, save.user, max(0.0, self._options.save_timeout_s - spent))
+        save.committed_bytes = coordinator.committed_bytes
+        return state.phase, describe(state)
+
+    def _await_decision(self, save: Save) -> tuple[Phase, str]:
+        """What the coordinator decided: from its signal, or, if that is lost, from the journal. Bounded."""
+        prefix = signal_prefix(self._run, save.step, save.attempt) + "decision/"
+        started = time.monotonic()
+        deadline_s = self._options.save_timeout_s + GRACE_S
+        look_at = started + STORAGE_POLL_S
+        while (now := time.monotonic()) - started < deadline_s:
+            said = self._rendezvous.poll(prefix).get("0")
+            if said:
+                outcome = json.loads(said)
+                return Phase[outcome["phase"]], str(outcome["reason"])
+            if now >= look_at:
+                look_at = now + STORAGE_POLL_S
+                decided = self._journalled(save)
+                if decided:
+                    return decided
+            time.sleep(DECISION_POLL_S)
+        raise WaitTimeout(
+            f"no decision from the coordinator, process 0 ({self._rendezvous.hosts[0]}), after {deadline_s:g} s"
+        )
+
+    def _journalled(self, save: Save) -> tuple[Phase, str] | None:
+        try:
+            head = self._catalog.require_head()
+        except StorageError as error:  # perhaps it passes: the deadline decides
+            logging.warning("%s: the journal cannot be read yet: %s", save.shown, error)
+            return None
+        if journal.is_live(head, save.step, save.attempt):
+            return Phase.COMMITTED, ""
+        if head.epoch > self._epoch:
+            return Phase.FENCED, f"fenced by epoch {head.epoch} ({head.writer})"
+        if journal.is_retired(head, save.step, save.attempt):
+            return Phase.ABORTED, f"journal version {head.version}: {head.event.reason or 'aborted'}"
+        return None
