@@ -8,9 +8,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import settings
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# A shared machine is no place for time limits on single examples; --hypothesis-profile=default has more examples.
+settings.register_profile("quick", deadline=None, max_examples=60)
+settings.load_profile("quick")
 
 
 @pytest.fixture

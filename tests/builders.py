@@ -1,0 +1,54 @@
+"""Small valid values of the stored records, so that a test names only what it is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.journal import Stamp
+from orchestrator.layout import attempt_name
+from orchestrator.records import Box, Event, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
+
+FIRST = attempt_name(1, 1)
+
+
+def stamp(time: float = 1.0) -> Stamp:
+    return Stamp(writer="test", time=time, write_id="id")
+
+
+def live(step: int, attempt: str = FIRST, **more: Any) -> LiveStep:
+    plain: dict[str, Any] = {"manifest_crc32c": "00000000", "tree": "t", "bytes": 1, "metrics": {}, "time": float(step)}
+    return LiveStep(step=step, attempt=attempt, **{**plain, **more})
+
+
+def head(*steps: LiveStep, epoch: int = 1, version: int = 7, **more: Any) -> Head:
+    plain: dict[str, Any] = {"writer": "w", "write_id": "before", "time": 0.0, "event": Event(kind="opened-epoch")}
+    return Head(format=1, version=version, epoch=epoch, live=steps, **{**plain, **more})
+
+
+def leaf(name: str = "w", shape: tuple[int, ...] = (4,), kind: str = "array", dtype: str = "float32") -> LeafSpec:
+    return LeafSpec(path=tuple(name.split("/")), kind=kind, shape=shape, dtype=dtype)
+
+
+def intent(*leaves: LeafSpec, processes: int = 1, step: int = 100, attempt: str = FIRST) -> Intent:
+    return Intent(
+        format=1,
+        write_id="i",
+        step=step,
+        attempt=attempt,
+        epoch=1,
+        opened_by="w",
+        time=0.0,
+        process_count=processes,
+        device_count=processes,
+        mesh={},
+        tree=TreeSpec(leaves=leaves or (leaf(),)),
+    )
+
+
+def receipt(process: int = 0, *, step: int = 100, attempt: str = FIRST, **more: Any) -> Receipt:
+    return Receipt(format=1, write_id="r", step=step, attempt=attempt, process=process, host=f"host-{process}", **more)
+
+
+def box(*bounds: tuple[int, int]) -> Box:
+    """`box((0, 2), (4, 8))` is rows 0..2 of columns 4..8."""
+    return Box(start=tuple(low for low, _ in bounds), stop=tuple(high for _, high in bounds))

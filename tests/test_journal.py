@@ -1,0 +1,379 @@
+"""The journal's rules, one by one and in random sequences (DESIGN section 2, invariants 1, 5 and 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from builders import head, live, stamp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator import journal, layout, policy
+from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound
+from orchestrator.journal import FencedBy, Next, Refused
+from orchestrator.records import Failure, Head, LiveStep, RetiredAttempt
+
+
+def changed(following: Next) -> Head:
+    assert isinstance(following, Head), following
+    return following
+
+
+def refusal(following: Next) -> OrchestratorError:
+    assert isinstance(following, Refused), following
+    return following.error
+
+
+def steps(of: Head) -> list[int]:
+    return [entry.step for entry in of.live]
+
+
+def retired(of: Head) -> list[tuple[int, str, str]]:
+    return [(gone.step, gone.attempt, gone.reason) for gone in of.retired]
+
+
+# Epochs.
+
+
+def test_the_first_entry_is_version_0_of_epoch_1_signed_by_the_stamp() -> None:
+    first = changed(journal.open_epoch(None, journal.Stamp("me", 5.0, "id-1")))
+    assert (first.version, first.epoch, first.event.kind) == (0, 1, "opened-epoch")
+    assert (first.writer, first.time, first.write_id) == ("me", 5.0, "id-1")
+
+
+def test_a_new_incarnation_raises_the_epoch_and_keeps_every_step() -> None:
+    old = head(live(1), live(2), epoch=4, version=9, retired=(RetiredAttempt(step=0, attempt="e0001-a01", reason="x"),))
+    following = changed(journal.open_epoch(old, stamp()))
+    assert (following.version, following.epoch) == (10, 5)
+    assert (following.live, following.retired) == (old.live, old.retired)
+
+
+def test_a_zombie_of_an_older_epoch_can_neither_commit_nor_abort_and_is_told_who_fenced_it() -> None:
+    now = head(live(1), epoch=3, writer="the successor")
+    fenced = FencedBy(3, "the successor")
+    assert journal.commit(now, stamp(), epoch=2, entry=live(2, "e0002-a01"), keep=None) == fenced
+    assert journal.abort(now, stamp(), epoch=2, step=2, attempt="e0002-a01", failures=(), reason="") == fenced
+
+
+def test_a_decision_where_the_journal_has_vanished_or_gone_back_is_refused_not_reported_as_done() -> None:
+    entry = live(2, "e0002-a01")
+    assert isinstance(refusal(journal.commit(None, stamp(), epoch=2, entry=entry, keep=None)), NotARun)
+    gone_back = refusal(journal.commit(head(live(1), epoch=1), stamp(), epoch=2, entry=entry, keep=None))
+    assert isinstance(gone_back, Damaged)
+    assert "epoch 1" in str(gone_back) and "epoch 2" in str(gone_back)
+    aborting = journal.abort(None, stamp(), epoch=2, step=2, attempt="e0002-a01", failures=(), reason="")
+    assert isinstance(refusal(aborting), NotARun)
+
+
+# Commit.
+
+
+def test_live_is_in_commit_order_so_the_newest_is_the_one_committed_last() -> None:
+    after_return = changed(journal.commit(head(live(50), live(100)), stamp(), epoch=1, entry=live(60), keep=None))
+    assert steps(after_return) == [50, 100, 60]
+    newest = journal.newest(after_return)
+    assert newest is not None and newest.step == 60
+
+
+def test_a_commit_says_which_attempt_and_is_the_next_version() -> None:
+    following = changed(journal.commit(head(version=7), stamp(9.0), epoch=1, entry=live(3), keep=None))
+    assert (following.version, following.time, following.epoch) == (8, 9.0, 1)
+    assert (following.event.kind, following.event.step, following.event.attempt) == ("committed", 3, "e0001-a01")
+
+
+def test_committing_again_after_a_lost_reply_changes_nothing() -> None:
+    once = changed(journal.commit(head(), stamp(), epoch=1, entry=live(3), keep=None))
+    assert journal.commit(once, stamp(), epoch=1, entry=live(3), keep=None) is None
+    moved_on = changed(journal.quarantine(once, stamp(), step=3, attempt="e0001-a01", reason="bad"))
+    assert journal.commit(moved_on, stamp(), epoch=1, entry=live(3), keep=None) is None
+
+
+@pytest.mark.parametrize("reason", ["aborted", "retention", "replaced"])
+def test_an_attempt_that_is_aborted_or_retired_can_never_be_committed(reason: str) -> None:
+    gone = RetiredAttempt(step=3, attempt="e0001-a01", reason=reason)
+    error = refusal(journal.commit(head(retired=(gone,)), stamp(), epoch=1, entry=live(3), keep=None))
+    assert "step 3 e0001-a01" in str(error) and "cannot be committed" in str(error)
+
+
+def test_retention_is_part_of_the_commits_own_entry() -> None:
+    full = head(live(1), live(2), version=7)
+    following = changed(journal.commit(full, stamp(), epoch=1, entry=live(3), keep=policy.last(2)))
+    assert following.version == 8
+    assert steps(following) == [2, 3]
+    assert retired(following) == [(1, "e0001-a01", "retention")]
+    assert (following.event.kind, following.event.steps) == ("committed", (1,))
+
+
+def test_a_step_committed_again_replaces_the_old_attempt_and_takes_over_its_pins() -> None:
+    before = head(live(1, pins=("paper",)), live(2))
+    following = changed(journal.commit(before, stamp(), epoch=1, entry=live(1, "e0001-a02"), keep=policy.last(1)))
+    assert [(entry.step, entry.attempt, entry.pins) for entry in following.live] == [(1, "e0001-a02", ("paper",))]
+    assert retired(following) == [(1, "e0001-a01", "replaced"), (2, "e0001-a01", "retention")]
+
+
+# Retention.
+
+
+def test_pinned_steps_survive_any_retention() -> None:
+    following = changed(journal.retire(head(live(1, pins=("p",)), live(2), live(3)), stamp(), keep=policy.last(1)))
+    assert steps(following) == [1, 3]
+    assert following.event.kind == "retired" and following.event.steps == (2,)
+
+
+def test_retention_that_lets_nothing_go_writes_nothing() -> None:
+    assert journal.retire(head(live(1)), stamp(), keep=policy.last(5)) is None
+    assert journal.retire(None, stamp(), keep=policy.last(5)) is None
+
+
+class KeepNothing:
+    def keep(self, steps: Any, now: float) -> frozenset[int]:
+        return frozenset()
+
+
+@pytest.mark.parametrize("trust", ["verified", "restored"])
+def test_retention_never_drops_the_newest_restorable_nor_the_newest_proven_step(trust: str) -> None:
+    run = head(live(1, trust=trust), live(2, trust=trust), live(3), live(4), live(5, trust="quarantined"))
+    following = changed(journal.retire(run, stamp(), keep=KeepNothing()))
+    assert steps(following) == [2, 4]
+
+
+def test_a_run_of_quarantined_steps_only_is_left_alone() -> None:
+    assert journal.retire(head(live(1, trust="quarantined")), stamp(), keep=KeepNothing()) is None
+
+
+def test_a_quarantined_step_does_not_use_up_a_place_in_last_n() -> None:
+    run = head(live(1), live(2), live(3, trust="quarantined"))
+    following = changed(journal.commit(run, stamp(), epoch=1, entry=live(4), keep=policy.last(3)))
+    assert steps(following) == [1, 2, 4]
+
+
+# Abort, quarantine, trust, pins.
+
+
+def test_an_abort_names_the_causes_and_makes_the_data_collectable() -> None:
+    cause = Failure(process=3, host="host-d", phase="write", cause="ENOSPC")
+    following = changed(
+        journal.abort(head(), stamp(), epoch=1, step=5, attempt="e0001-a01", failures=(cause,), reason="no")
+    )
+    assert (following.event.kind, following.event.failures, following.event.reason) == ("aborted", (cause,), "no")
+    assert retired(following) == [(5, "e0001-a01", "aborted")]
+    assert following.live == ()
+
+
+def test_a_live_or_aborted_attempt_cannot_be_aborted_again() -> None:
+    arguments: dict[str, Any] = {"epoch": 1, "step": 5, "attempt": "e0001-a01", "failures": (), "reason": ""}
+    assert journal.abort(head(live(5)), stamp(), **arguments) is None
+    once = changed(journal.abort(head(), stamp(), **arguments))
+    assert journal.abort(once, stamp(), **arguments) is None
+
+
+def test_a_quarantined_step_is_not_restorable_and_the_one_before_becomes_the_newest() -> None:
+    following = changed(
+        journal.quarantine(head(live(1), live(2)), stamp(), step=2, attempt="e0001-a01", reason="bit flip in w")
+    )
+    newest = journal.newest(following)
+    assert newest is not None and newest.step == 1
+    assert (following.event.kind, following.event.reason) == ("quarantined", "bit flip in w")
+    assert steps(following) == [1, 2]  # its data is still the run's, until it is retired
+    assert journal.quarantine(following, stamp(), step=2, attempt="e0001-a01", reason="again") is None
+
+
+def test_quarantine_and_verify_of_an_attempt_that_was_replaced_meanwhile_change_nothing() -> None:
+    now = head(live(2, "e0001-a02"))
+    assert journal.quarantine(now, stamp(), step=2, attempt="e0001-a01", reason="bad") is None
+    assert journal.trusted(now, stamp(), step=2, attempt="e0001-a01", trust="verified") is None
+
+
+def test_verified_is_recorded_once() -> None:
+    following = changed(journal.trusted(head(live(2)), stamp(), step=2, attempt="e0001-a01", trust="verified"))
+    assert (following.live[0].trust, following.event.kind) == ("verified", "verified")
+    assert journal.trusted(following, stamp(), step=2, attempt="e0001-a01", trust="verified") is None
+
+
+def test_pin_and_unpin_are_idempotent_and_a_step_can_have_several_pins() -> None:
+    one = changed(journal.pin(head(live(2)), stamp(), step=2, name="a"))
+    assert one.event.kind == "pinned"
+    assert journal.pin(one, stamp(), step=2, name="a") is None
+    both = changed(journal.pin(one, stamp(), step=2, name="b"))
+    assert both.live[0].pins == ("a", "b")
+    left = changed(journal.unpin(both, stamp(), step=2, name="a"))
+    assert (left.live[0].pins, left.event.kind) == (("b",), "unpinned")
+    assert journal.unpin(left, stamp(), step=2, name="a") is None
+
+
+@pytest.mark.parametrize("rule", [journal.pin, journal.unpin])
+def test_pinning_a_step_that_is_not_there_says_which_steps_are(rule: Any) -> None:
+    error = refusal(rule(head(live(10), live(20)), stamp(), step=15, name="a"))
+    assert isinstance(error, StepNotFound)
+    assert str(error) == "step 15 is not in this run; it has: 10, 20"
+    assert "no steps" in str(refusal(rule(None, stamp(), step=15, name="a")))
+
+
+# Collecting.
+
+
+def test_collectable_are_the_retired_and_uncommitted_leftovers_of_older_epochs_and_nothing_else() -> None:
+    gone = RetiredAttempt(step=1, attempt="e0001-a01", reason="retention")
+    now = head(live(2, "e0001-a01"), live(3, "e0002-a01"), epoch=3, retired=(gone,))
+    found = [
+        (1, "e0001-a01"),  # retired
+        (2, "e0001-a01"),  # live, of an old epoch
+        (2, "e0001-a02"),  # never decided, of an old epoch: it can never commit
+        (3, "e0002-a01"),  # live
+        (9, "e0003-a01"),  # being written now
+        (9, "e0004-a01"),  # of an epoch that opened after this head was read
+    ]
+    assert [(each.step, each.attempt, each.reason) for each in journal.collectable(now, found)] == [
+        (1, "e0001-a01", "retention"),
+        (2, "e0001-a02", "orphan"),
+    ]
+
+
+def test_collected_forgets_what_was_deleted_and_only_that() -> None:
+    first, second = (RetiredAttempt(step=step, attempt="e0001-a01", reason="aborted") for step in (1, 2))
+    now = head(live(3), retired=(first, second))
+    following = changed(journal.collected(now, stamp(), attempts=[(1, "e0001-a01"), (3, "e0001-a01")]))
+    assert following.retired == (second,)
+    assert following.live == now.live
+    assert journal.collected(following, stamp(), attempts=[(1, "e0001-a01")]) is None
+    assert journal.collected(None, stamp(), attempts=[]) is None
+
+
+# Random sequences: incarnations of every epoch, zombies included, go on acting in any order.
+
+Attempt = tuple[int, str]
+POLICIES = [None, KeepNothing(), policy.last(1), policy.last(3), policy.every_nth(2), policy.best("loss", 1)]
+
+
+@dataclass
+class World:
+    """A run's journal, the attempts that have data, and the heads that a slow collector may still hold."""
+
+    heads: list[Head] = field(default_factory=list)
+    data: set[Attempt] = field(default_factory=set)
+    deleted: set[Attempt] = field(default_factory=set)
+    numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    undecided: list[Attempt] = field(default_factory=list)
+
+    @property
+    def head(self) -> Head | None:
+        return self.heads[-1] if self.heads else None
+
+    def put(self, following: Next) -> None:
+        if isinstance(following, Head):
+            if self.head:
+                check_transition(self.head, following)
+            self.heads.append(following)
+            present = {(entry.step, entry.attempt) for entry in following.live}
+            assert present <= self.data, "a live attempt has lost its data"
+
+
+def check_transition(old: Head, new: Head) -> None:
+    assert new.version == old.version + 1
+    assert new.epoch == old.epoch + (new.event.kind == "opened-epoch")
+    before, after = ({(entry.step, entry.attempt): entry for entry in which.live} for which in (old, new))
+    names = {(gone.step, gone.attempt) for gone in new.retired}
+    assert len({entry.step for entry in new.live}) == len(new.live), "a step is live twice"
+    assert not names & after.keys(), "an attempt is both live and retired"
+    assert before.keys() - after.keys() <= names, "a live attempt vanished without being retired"
+    added = after.keys() - before.keys()
+    assert not added or new.event.kind == "committed"
+    # Invariant 1: the newest is the restorable one committed last, and only those are restorable.
+    good = [entry for entry in new.live if entry.trust != "quarantined"]
+    assert journal.newest(new) == (good[-1] if good else None)
+    check_retention(old, new, {step for step, _ in added})
+
+
+def check_retention(old: Head, new: Head, replaced: set[int]) -> None:
+    """Invariant 6: no entry empties the run, or drops its newest proven or a pinned step (unless that is replaced)."""
+    still = {(entry.step, entry.attempt) for entry in new.live}
+    if new.event.kind not in ("committed", "retired"):
+        assert [entry.step for entry in new.live] == [entry.step for entry in old.live]
+        return
+    good = [entry for entry in old.live if entry.restorable and entry.step not in replaced]
+    proven = [entry for entry in good if entry.trust in ("verified", "restored")]
+    pinned = [entry for entry in old.live if entry.pins and entry.step not in replaced]
+    must_stay: list[LiveStep] = [*proven[-1:], *pinned]
+    if new.event.kind == "retired":
+        must_stay += good[-1:]
+    else:
+        newest = journal.newest(new)
+        assert newest is not None and newest.attempt == new.event.attempt
+    for entry in must_stay:
+        assert (entry.step, entry.attempt) in still, f"{new.event.kind} dropped {entry}"
+
+
+RULES = ["open", *["start"] * 3, *["commit"] * 3, "again", "abort", "retire", "pin", "unpin", "quarantine", "trust"]
+RULES += ["collect"] * 2
+
+ACTS = st.tuples(
+    st.sampled_from(RULES),
+    st.integers(0, 5),  # step, or which of several
+    st.integers(0, 5),  # how stale a collector's head is, or which epoch acts
+    st.sampled_from(POLICIES),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(ACTS, min_size=30, max_size=60))
+def test_no_order_of_rules_loses_a_live_step_or_lets_a_zombie_commit(acts: list[Any]) -> None:
+    world = World()
+    world.put(journal.open_epoch(None, stamp()))
+    for name, which, other, keep in acts:
+        perform(world, name, which, other, keep)
+
+
+def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
+    now = world.head
+    assert now is not None
+    entries = {entry.step: entry.attempt for entry in now.live}
+    if name == "open":
+        world.put(journal.open_epoch(now, stamp()))
+    elif name == "start":
+        epoch = max(1, now.epoch - other % 3)  # an incarnation of an older epoch may still be at work
+        number = world.numbers[epoch, which] = world.numbers.get((epoch, which), 0) + 1
+        world.data.add((which, layout.attempt_name(epoch, number)))
+        world.undecided.append((which, layout.attempt_name(epoch, number)))
+    elif name in ("commit", "abort") and world.undecided:
+        decide(world, now, name, world.undecided.pop(which % len(world.undecided)), keep)
+    elif name == "again" and which in entries:  # the reply to the commit was lost
+        epoch = layout.parse_attempt(entries[which])[0]
+        again = journal.commit(now, stamp(), epoch=epoch, entry=live(which, entries[which]), keep=keep)
+        assert again is None or isinstance(again, FencedBy)
+    elif name == "retire" and keep is not None:
+        world.put(journal.retire(now, stamp(), keep=keep))
+    elif name in ("pin", "unpin"):
+        world.put((journal.pin if name == "pin" else journal.unpin)(now, stamp(), step=which, name="p"))
+    elif name == "quarantine" and which in entries:
+        world.put(journal.quarantine(now, stamp(), step=which, attempt=entries[which], reason="r"))
+    elif name == "trust" and which in entries:
+        world.put(journal.trusted(now, stamp(), step=which, attempt=entries[which], trust="verified"))
+    elif name == "collect":
+        collect(world, other, which)
+
+
+def decide(world: World, now: Head, name: str, attempt: Attempt, keep: Any) -> None:
+    step, called = attempt
+    epoch = layout.parse_attempt(called)[0]
+    if name == "commit":
+        entry = live(step, called, metrics={"loss": float(step)})
+        following = journal.commit(now, stamp(), epoch=epoch, entry=entry, keep=keep)
+    else:
+        following = journal.abort(now, stamp(), epoch=epoch, step=step, attempt=called, failures=(), reason="r")
+    if epoch < now.epoch:
+        assert isinstance(following, FencedBy), "a zombie was allowed to decide"
+    world.put(following)
+
+
+def collect(world: World, staleness: int, how_many: int) -> None:
+    """Invariant 5, by a collector that read its head some versions ago and is killed after `how_many` deletions."""
+    stale = world.heads[max(0, len(world.heads) - 1 - staleness)]
+    doomed = journal.collectable(stale, sorted(world.data))[:how_many]
+    now = world.head
+    assert now is not None
+    for gone in doomed:
+        assert not journal.is_live(now, gone.step, gone.attempt), "deleting what is live"
+        world.data.discard((gone.step, gone.attempt))
+    world.put(journal.collected(now, stamp(), attempts=[(gone.step, gone.attempt) for gone in doomed]))
