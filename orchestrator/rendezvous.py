@@ -10,11 +10,13 @@ always in storage; a lost signal only makes things slower.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 from typing import Any, Protocol
 
@@ -65,6 +67,34 @@ def host_name() -> str:
     return os.environ.get("ORCHESTRATOR_HOST_NAME") or socket.gethostname()
 
 
+def _second_sigterm_ends() -> None:
+    """Let the kernel put SIGTERM back to its default once the installed handler has run: a second one ends us at once.
+
+    JAX's preemption notifier installs its handler from C++, where Python cannot chain to it, and a Python handler runs
+    only when the main thread is back in the interpreter. SA_RESETHAND (sigaction(2)) needs neither. Layout of glibc's
+    and musl's `struct sigaction` on 64-bit Linux; elsewhere nothing is changed, and a second SIGTERM is as the first.
+    """
+    if not sys.platform.startswith("linux") or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return
+    libc = ctypes.CDLL(None)
+    action = _SigAction()
+    if libc.sigaction(signal.SIGTERM, None, ctypes.byref(action)) == 0 and action.handler:
+        action.flags |= _SA_RESETHAND
+        libc.sigaction(signal.SIGTERM, ctypes.byref(action), None)
+
+
+class _SigAction(ctypes.Structure):
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_uint64 * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+_SA_RESETHAND = 0x80000000 - 2**32  # as a signed int
+
+
 class _Alone:
     """One process. SIGTERM is noticed by a handler of ours; a second one ends the process at once."""
 
@@ -74,11 +104,8 @@ class _Alone:
         self._asked_to_leave = threading.Event()
         on_main_thread = threading.current_thread() is threading.main_thread()
         if on_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # never displace the user's handler
-            signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._asked_to_leave.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, lambda number, frame: self._asked_to_leave.set())
+            _second_sigterm_ends()
 
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
         return value
@@ -108,6 +135,8 @@ class _Together:
         self._client: Any = _distributed.global_state.client
         self._meetings = 0
         self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # as far as Python knows: then it is JAX's from C++
+            _second_sigterm_ends()
 
     def _meet(self, name: str, timeout_s: float) -> None:
         # The number keeps ids unique; it agrees because collectives come in the same order everywhere.
