@@ -16,7 +16,8 @@ from orchestrator.errors import Damaged, NewerFormat
 
 FORMAT = 1
 _TAIL = b',"crc32c":"'
-_TAIL_BYTES = len(_TAIL) + 8 + 2
+_END = b'"}\n'
+_TAIL_BYTES = len(_TAIL) + 8 + len(_END)
 
 STORED_KINDS = frozenset({"array", "key", "numpy", "numpy_scalar"})
 
@@ -213,7 +214,7 @@ def crc32c(data: bytes) -> str:
 def encode(record: Record) -> bytes:
     """The stored bytes of a record: JSON, its own CRC-32C last, one newline. Deterministic for equal records."""
     body = msgspec.json.encode(record)[:-1]
-    return body + _TAIL + crc32c(body).encode() + b'"}\n'
+    return body + _TAIL + crc32c(body).encode() + _END
 
 
 def decode(data: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
@@ -221,18 +222,19 @@ def decode(data: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
 
     Raises NewerFormat if the record says it is of a later format, Damaged if it is truncated, edited or not of `kind`.
     """
-    text = data[:-1] if data.endswith(b"\n") else data
-    body, tail = text[:-_TAIL_BYTES], text[-_TAIL_BYTES:]
-    found = _format_of(text)
+    body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
+    signed = tail.startswith(_TAIL) and tail.endswith(_END)
+    wanted, got = tail[len(_TAIL) : -len(_END)].decode(errors="replace"), crc32c(body)
+    # The checksum first: a format that a flipped bit has raised is damage. A newer one may be signed in another way.
+    if signed and wanted != got:
+        raise Damaged(f"{where}: crc32c is {got}, the record says {wanted}; it was edited or damaged, not used")
+    found = _format_of(data)
     if found is not None and found > FORMAT:
         raise NewerFormat(f"{where}: format {found}, this version reads up to {FORMAT}; use a newer orchestrator")
-    if not (tail.startswith(_TAIL) and tail.endswith(b'"}')):
+    if not signed:
         raise Damaged(f"{where}: {len(data)} bytes that do not end in a checksum; truncated or not a record of a run")
-    wanted, got = tail[len(_TAIL) : -2].decode(errors="replace"), crc32c(body)
-    if wanted != got:
-        raise Damaged(f"{where}: crc32c is {got}, the record says {wanted}; it was edited or damaged, not used")
     try:
-        return msgspec.json.decode(text, type=kind)
+        return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as error:
         raise Damaged(f"{where}: not a {kind.__name__}: {error}") from error
 
@@ -241,8 +243,8 @@ class _Format(Record, frozen=True):
     format: int
 
 
-def _format_of(text: bytes) -> int | None:
+def _format_of(data: bytes) -> int | None:
     try:
-        return msgspec.json.decode(text, type=_Format).format
+        return msgspec.json.decode(data, type=_Format).format
     except msgspec.DecodeError:
         return None
