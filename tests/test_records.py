@@ -196,6 +196,7 @@ def test_a_trees_fingerprint_is_its_paths_kinds_shapes_and_dtypes() -> None:
     ):
         assert plain.fingerprint() != TreeSpec(leaves=(other, leaf("b/c", (2, 3)))).fingerprint()
     assert plain.fingerprint() != TreeSpec(leaves=(leaf("a"),)).fingerprint()
+    assert TreeSpec(leaves=(leaf("b.c"),)).fingerprint() != TreeSpec(leaves=(leaf("b/c"),)).fingerprint()
 
 
 def test_the_checksum_is_crc32c_as_the_rest_of_the_world_computes_it() -> None:

@@ -1,0 +1,119 @@
+"""When to save and what to keep."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import UsageError
+from orchestrator.policy import at, best, every, every_nth, every_seconds, last, within
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Kept:
+    step: int
+    time: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def due_steps(policy: Any, until: int = 12) -> list[int]:
+    return [step for step in range(until) if policy.due(step, None)]
+
+
+def test_every_n_is_due_at_multiples_of_n_step_0_included() -> None:
+    assert due_steps(every(5)) == [0, 5, 10]
+    assert due_steps(every(1), 3) == [0, 1, 2]
+
+
+def test_at_is_due_at_exactly_its_steps() -> None:
+    assert due_steps(at([3, 7, 7])) == [3, 7]
+    assert due_steps(at(step for step in (1, 2))) == [1, 2]
+
+
+def test_every_seconds_is_due_before_the_first_save_and_when_the_time_has_passed() -> None:
+    policy = every_seconds(10)
+    assert [policy.due(1, elapsed) for elapsed in (None, 0.0, 9.99, 10.0, 11.0)] == [True, False, False, True, True]
+
+
+def test_save_policies_combined_are_due_when_any_is_and_timed_if_any_is() -> None:
+    assert due_steps(every(5) | at([3]) | at([4])) == [0, 3, 4, 5, 10]
+    assert not (every(5) | at([3])).timed
+    for one, other in itertools.permutations([every(5), at([3]), every_seconds(1)], 2):
+        assert (one | other).timed == (one.timed or other.timed)
+    assert (every(5) | at([3]) | every_seconds(9)).timed
+
+
+def kept(policy: Any, steps: list[Any], now: float = 0.0) -> list[int]:
+    return sorted(policy.keep(steps, now))
+
+
+def test_last_n_counts_in_commit_order_not_by_number() -> None:
+    assert kept(last(2), [Kept(50), Kept(100), Kept(60)]) == [60, 100]
+    assert kept(last(9), [Kept(1)]) == [1]
+    assert kept(last(1), []) == []
+
+
+def test_every_nth_keeps_multiples_forever() -> None:
+    assert kept(every_nth(100), [Kept(0), Kept(99), Kept(100), Kept(250), Kept(300)]) == [0, 100, 300]
+
+
+def test_within_keeps_what_was_committed_in_the_last_seconds() -> None:
+    steps = [Kept(1, time=100.0), Kept(2, time=140.0), Kept(3, time=150.0)]
+    assert kept(within(10), steps, now=150.0) == [2, 3]
+
+
+def losses(*values: float | None) -> list[Kept]:
+    return [Kept(step, metrics={} if value is None else {"loss": value}) for step, value in enumerate(values)]
+
+
+def test_best_ranks_by_metric_in_both_directions() -> None:
+    steps = losses(0.5, 0.1, 0.9, 0.2)
+    assert kept(best("loss"), steps) == [1]
+    assert kept(best("loss", 2), steps) == [1, 3]
+    assert kept(best("loss", 2, mode="max"), steps) == [0, 2]
+    assert kept(best("accuracy", 2), steps) == []
+
+
+@given(st.permutations([0.5, NAN, 0.1, None, NAN, 0.9]))
+def test_nan_and_missing_metrics_are_never_best_wherever_they_stand(values: list[float | None]) -> None:
+    assert kept(best("loss", 1), losses(*values)) == [values.index(0.1)]
+    assert kept(best("loss", 1, mode="max"), losses(*values)) == [values.index(0.9)]
+    assert kept(best("loss", 9), losses(*values)) == sorted(values.index(value) for value in (0.1, 0.5, 0.9))
+
+
+STEPS = st.lists(st.builds(Kept, st.integers(0, 50), st.floats(0, 100)), unique_by=lambda entry: entry.step)
+KEEPS = st.sampled_from([last(2), every_nth(3), best("loss"), within(20)])
+
+
+@given(STEPS, KEEPS, KEEPS, KEEPS)
+def test_keep_policies_combined_keep_the_union_and_invent_no_step(
+    steps: list[Kept], one: Any, other: Any, third: Any
+) -> None:
+    union = one.keep(steps, 50.0) | other.keep(steps, 50.0)
+    assert (one | other).keep(steps, 50.0) == union == (other | one).keep(steps, 50.0)
+    assert (one | other | third).keep(steps, 50.0) == union | third.keep(steps, 50.0)
+    assert union <= {entry.step for entry in steps}
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: every(0), "every(0): wanted at least 1"),
+        (lambda: last(0), "last(0): wanted at least 1"),
+        (lambda: every_nth(-3), "every_nth(-3): wanted at least 1"),
+        (lambda: best("loss", 0), "best(0): wanted at least 1"),
+        (lambda: every_seconds(0), "every_seconds(0): wanted a positive number of seconds"),
+        (lambda: best("loss", mode="low"), "best('loss'): mode 'low', wanted 'min' or 'max'"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused_when_it_is_made(make: Any, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make()
+    assert str(caught.value) == said
