@@ -12,6 +12,8 @@ from absl import flags
 
 from launch import local
 from launch.supervise import Rules
+from orchestrator import failpoints
+from orchestrator.errors import UsageError
 
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 128 + 13
@@ -20,8 +22,9 @@ LOCAL_HELP = """\
 usage: python -m launch local --processes N [flags] -- PROGRAM [ARGUMENT...]
 
 Starts N JAX processes on this machine, puts each one's name before its output, and ends with the job's exit code
-(128 + signal for a signal). When one process fails the others are ended; --max_restarts starts the job again, except
-after wrong usage (2) and after being fenced (5). SIGTERM and Ctrl-C go to every process; a second one kills them.
+(128 + signal for a signal). When one process fails or hangs the others are ended; --max_restarts starts the job again,
+except after wrong usage (2), being fenced (5) and nothing left to restore (6). A job that leaves preempted (75) resumes
+without using up a restart. SIGTERM and Ctrl-C go to every process; a second one kills them.
 
 examples:
   python -m launch local --processes 4 --devices_per_process 2 -- python -m launch.train --root=/tmp/run --steps=200
@@ -38,6 +41,20 @@ flags.DEFINE_string("log_dir", None, "also write output to DIR/restart-R/host-I.
 flags.DEFINE_float(
     "stop_grace_s", 60.0, "seconds from SIGTERM or Ctrl-C to SIGKILL", lower_bound=0.0, flag_values=FLAGS
 )
+flags.DEFINE_float(
+    "hang_after_s",
+    900.0,
+    "a host whose agent is silent for so long is killed and the job restarted; 0: never",
+    lower_bound=0.0,
+    flag_values=FLAGS,
+)
+flags.DEFINE_float("backoff_s", 0.5, "pause before a restart; doubled while there is no progress", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "step_back_after", 3, "after so many deaths at one step, come back from a step earlier", flag_values=FLAGS
+)
+flags.DEFINE_string("elastic", None, "MIN:MAX hosts; a lost host is left out of the next start", flag_values=FLAGS)
+flags.DEFINE_string("hosts_file", None, "elastic: the hosts that are there, one a line", flag_values=FLAGS)
+flags.DEFINE_string("chaos", None, "failpoints for the job, as PLACE=ACTION@process=I@restart=0;...", flag_values=FLAGS)
 flags.DEFINE_float(
     "end_grace_s", 5.0, "seconds the others get when one process has failed", lower_bound=0.0, flag_values=FLAGS
 )
@@ -70,13 +87,38 @@ def _parse(arguments: Sequence[str]) -> local.LocalJob:
         processes=values["processes"],
         devices_per_process=values["devices_per_process"],
         processes_after_restart=values["processes_after_restart"],
+        hosts_file=None if values["hosts_file"] is None else Path(values["hosts_file"]),
+        environ=_chaos(values["chaos"]),
         log_dir=None if values["log_dir"] is None else Path(values["log_dir"]),
         rules=Rules(
             max_restarts=values["max_restarts"],
             stop_grace_s=values["stop_grace_s"],
             end_grace_s=values["end_grace_s"],
+            hang_after_s=values["hang_after_s"],
+            backoff_s=values["backoff_s"],
+            step_back_after=values["step_back_after"],
+            elastic=_elastic(values["elastic"]),
         ),
     )
+
+
+def _elastic(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    least, _, most = text.partition(":")
+    if not (least.isdigit() and most.isdigit()):
+        raise local.LaunchError(f"--elastic={text}: wanted MIN:MAX, two numbers of hosts")
+    return int(least), int(most)
+
+
+def _chaos(text: str | None) -> dict[str, str]:
+    if text is None:
+        return {}
+    try:
+        failpoints.parse(text)
+    except UsageError as error:
+        raise local.LaunchError(f"--chaos: {error}") from error
+    return {failpoints.VARIABLE: text}
 
 
 def _local(arguments: Sequence[str]) -> int:

@@ -11,13 +11,17 @@ The contract is six environment variables, the same for every launcher:
 | `ORCHESTRATOR_RESTART_COUNT`       | 0 in the first incarnation, one more after each restart of the job     |
 | `ORCHESTRATOR_HOST_NAME`           | the name that people see in logs, `host-0` and so on                   |
 
-Reading and writing the variables is pure; only `initialize` touches JAX, and imports it when called.
+Reading and writing the variables is pure; only `initialize` touches JAX, and imports it when called. A process that has
+failed ends with `leave`.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 COORDINATOR_ADDRESS = "ORCHESTRATOR_COORDINATOR_ADDRESS"
 PROCESS_COUNT = "ORCHESTRATOR_PROCESS_COUNT"
@@ -25,8 +29,13 @@ PROCESS_INDEX = "ORCHESTRATOR_PROCESS_INDEX"
 LOCAL_DEVICES = "ORCHESTRATOR_LOCAL_DEVICES"
 RESTART_COUNT = "ORCHESTRATOR_RESTART_COUNT"
 HOST_NAME = "ORCHESTRATOR_HOST_NAME"
+# Read by the agent itself: where it shows that it lives, and how many of the newest steps it leaves out.
+HEARTBEAT_FILE = "ORCHESTRATOR_HEARTBEAT_FILE"
+STEP_BACK = "ORCHESTRATOR_STEP_BACK"
 
 INITIALIZATION_TIMEOUT_S = 120
+
+EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: told to stop by SIGTERM, saved and left; starting again goes on
 
 
 class ContractError(ValueError):
@@ -111,3 +120,16 @@ def initialize(contract: JobContract) -> None:
         process_id=contract.process_index,
         initialization_timeout=INITIALIZATION_TIMEOUT_S,
     )
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, at once if it failed.
+
+    After 0 and EXIT_PREEMPTED all processes leave together, and JAX may wait for them. One that fails must not: JAX's
+    exit handler would wait minutes for the others, who wait for this one, and no launcher would learn of the failure.
+    """
+    if code in (0, EXIT_PREEMPTED):
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -18,13 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from launch import supervise
-from launch.contract import JobContract
+from launch.contract import EXIT_PREEMPTED, HEARTBEAT_FILE, STEP_BACK, JobContract
+from launch.heartbeats import Heartbeats
 
 OPERATOR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LONGEST_LINE_BYTES = 64 * 1024
@@ -38,13 +40,16 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True)
 class LocalJob:
-    """What to run. `environ` is added to this process's own; `log_dir` gets `restart-R/host-I.log`."""
+    """What to run. `environ` is added to this process's own; `log_dir` gets `restart-R/host-I.log`. `hosts_file` (one
+    host a line) is read before a restart of an elastic job, for at most `wait_for_hosts_s` until enough are there."""
 
     command: Sequence[str]
     processes: int
     devices_per_process: int = 1
     processes_after_restart: int | None = None
     log_dir: Path | None = None
+    hosts_file: Path | None = None
+    wait_for_hosts_s: float = 60.0
     environ: Mapping[str, str] = field(default_factory=dict)
     rules: supervise.Rules = field(default_factory=supervise.Rules)
 
@@ -58,6 +63,9 @@ class LocalJob:
         ):
             if value is not None and value < minimum:
                 raise LaunchError(f"--{name}={value}: wanted at least {minimum}")
+        if self.rules.elastic and not 1 <= self.rules.elastic[0] <= self.processes <= self.rules.elastic[1]:
+            least, most = self.rules.elastic
+            raise LaunchError(f"--elastic={least}:{most}: wanted 1 <= MIN <= --processes ({self.processes}) <= MAX")
         if not self.command:
             raise LaunchError("no command to run; put it after --: launch local --processes 2 -- python train.py")
         if shutil.which(self.command[0]) is None:
@@ -111,15 +119,45 @@ def run(job: LocalJob, observer: Observer | None = None) -> int:
     job.validate()
     observer = observer or console_observer()
     with _Signals() as signals, _Warden() as warden:
-        restart_count = 0
+        history = supervise.History(job.processes)
         while True:
-            count = job.processes_after_restart if restart_count and job.processes_after_restart else job.processes
-            with _Incarnation(job, observer, signals, warden, count, restart_count) as incarnation:
+            with _Incarnation(job, observer, signals, warden, history) as incarnation:
                 end = incarnation.watch()
             if isinstance(end, supervise.Finish):
                 return end.code
-            restart_count = end.restart_count
-            observer.note(f"restart {restart_count} of {job.rules.max_restarts}")
+            history = replace(end.history, hosts=_hosts_there(job, end.history))
+            for line in history.news:
+                observer.note(line)
+            observer.note(
+                f"restart {history.restarts} on {history.hosts} hosts in {history.delay_s:g} s "
+                f"({history.failures} of {job.rules.max_restarts} failures, {history.preemptions} preemptions)"
+            )
+            if signals.wait(history.delay_s):
+                return EXIT_PREEMPTED  # asked to stop between two incarnations: nothing runs
+
+
+def _hosts_there(job: LocalJob, history: supervise.History) -> int:
+    """Hosts for the next incarnation. Raises: LaunchError if the hosts file does not list enough of them in time."""
+    if history.restarts == 1 and job.processes_after_restart:
+        return job.processes_after_restart
+    if job.rules.elastic is None:
+        return history.hosts
+    least, most = job.rules.elastic
+    if job.hosts_file is None:
+        return min(history.hosts, most)
+    give_up = time.monotonic() + job.wait_for_hosts_s
+    while True:
+        try:
+            there = len([line for line in job.hosts_file.read_text().splitlines() if line.strip()])
+        except OSError as error:
+            raise LaunchError(f"--hosts_file {job.hosts_file}: {error.strerror}") from error
+        if there >= least:
+            return min(there, most)
+        if time.monotonic() >= give_up:
+            raise LaunchError(
+                f"--hosts_file {job.hosts_file}: {there} hosts after {job.wait_for_hosts_s:g} s, wanted {least} or more"
+            )
+        time.sleep(0.2)
 
 
 def _free_loopback_port() -> int:
@@ -149,6 +187,15 @@ class _Signals:
             return [number for number in self.receiver.recv(4096) if number in OPERATOR_SIGNALS]
         except BlockingIOError:
             return []
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for an operator's signal; True if one came."""
+        end = time.monotonic() + timeout_s
+        while (left_s := end - time.monotonic()) > 0:
+            select.select([self.receiver], [], [], left_s)
+            if self.received():
+                return True
+        return False
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
@@ -227,11 +274,12 @@ class _Incarnation:
     """One start of the job, from the first process to the end of the last. Leaving the context ends what still runs."""
 
     def __init__(
-        self, job: LocalJob, observer: Observer, signals: _Signals, warden: _Warden, count: int, restart_count: int
+        self, job: LocalJob, observer: Observer, signals: _Signals, warden: _Warden, history: supervise.History
     ) -> None:
         self._job, self._observer, self._signals, self._warden = job, observer, signals, warden
-        self._count, self._restart_count = count, restart_count
-        self._state = supervise.State(job.rules, frozenset(range(count)), restart_count)
+        self._history, self._restart_count = history, history.restarts
+        self._state = supervise.State(job.rules, frozenset(range(history.hosts)), history)
+        self._heartbeats = Heartbeats()
         self._hosts: dict[int, _Host] = {}
         self._open: set[int] = set()  # indices whose output has not ended
         self._selector = selectors.DefaultSelector()
@@ -262,6 +310,7 @@ class _Incarnation:
                 self._observer.note(f"{supervise.signal_name(signum)} received, passing it to {len(self._hosts)} hosts")
                 self._carry_out(supervise.on_signal(self._state, signum))
             self._reap()
+            self._listen()
             self._kill_the_overdue()
             self._observer.tick([self._view(host) for host in self._hosts.values()])
         give_up = time.monotonic() + DRAIN_S
@@ -279,10 +328,10 @@ class _Incarnation:
                 logs.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise LaunchError(f"--log_dir {self._job.log_dir}: {error.strerror}") from error
-        for index in range(self._count):
+        for index in range(self._history.hosts):
             contract = JobContract(
                 coordinator_address=address,
-                process_count=self._count,
+                process_count=self._history.hosts,
                 process_index=index,
                 local_devices=self._job.devices_per_process,
                 restart_count=self._restart_count,
@@ -291,6 +340,9 @@ class _Incarnation:
             self._spawn(contract, logs)
 
     def _spawn(self, contract: JobContract, logs: Path | None) -> None:
+        told = {HEARTBEAT_FILE: str(self._heartbeats.path(contract.process_index))}
+        if self._history.step_back:
+            told[STEP_BACK] = str(self._history.step_back)
         unbuffered = {"PYTHONUNBUFFERED": "1"}  # A line should be seen when it is written, and survive a SIGKILL.
         try:
             process = subprocess.Popen(
@@ -299,7 +351,7 @@ class _Incarnation:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **unbuffered, **self._job.environ, **contract.to_environment()},
+                env={**os.environ, **unbuffered, **self._job.environ, **told, **contract.to_environment()},
             )
         except OSError as error:
             raise LaunchError(f"{self._job.command[0]}: cannot be started: {error.strerror}") from error
@@ -361,12 +413,23 @@ class _Incarnation:
             self._observer.note(f"host-{cause.index} {cause.describe()}{others}")
         self._carry_out(transition)
 
+    def _listen(self) -> None:
+        """Hear the hosts' heartbeats: how far each is, and whether one has fallen silent."""
+        silent_s = self._heartbeats.listen(time.monotonic())
+        self._state = replace(self._state, steps=dict(self._heartbeats.steps))
+        hung_before = self._state.hung
+        transition = supervise.on_silence(self._state, silent_s)
+        for index in transition[0].hung - hung_before:
+            doing = self._heartbeats.doing.get(index, "?")
+            self._observer.note(f"host-{index} hangs: silent for {silent_s[index]:.0f} s, last heard {doing}: SIGKILL")
+        self._carry_out(transition)
+
     def _carry_out(self, transition: tuple[supervise.State, tuple[supervise.Effect, ...]]) -> None:
         self._state, effects = transition
         for effect in effects:
             match effect:
                 case supervise.Signal(processes, signum, grace_s):
-                    for index in processes & self._hosts.keys():
+                    for index in processes & self._hosts.keys() if signum else ():
                         self._hosts[index].signal_group(signum)
                     killing = signum == signal.SIGKILL
                     self._kill_at = None if killing else time.monotonic() + grace_s
@@ -399,3 +462,4 @@ class _Incarnation:
             if host.log is not None:
                 host.log.close()
         self._selector.close()
+        self._heartbeats.close()

@@ -1,20 +1,26 @@
-"""The rules of a supervisor: what to do when processes exit or an operator's signal comes. Pure: no I/O, no clock.
+"""The rules of a supervisor: what to do when processes exit, hang, or an operator's signal comes. Pure.
 
 A launcher (local, Slurm, ...) holds a `State`, feeds it what it sees and carries out the effects it gets back:
 
-    running --a process fails--> ending (the others are told to end) --all exited--> Restart or Finish
+    running --a process fails or hangs--> ending (the others are told to end) --all exited--> Restart or Finish
+    running --a process leaves preempted--> leaving (the others are saving the same step) --all exited--> Restart
     running --operator's signal--> stopping (the signal goes to all) --all exited--> Finish
     running --all exited with 0--> Finish(0)
+
+`History` is what is known across incarnations: the restart budget, and whether the job dies at the same step each time.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-# A second start cannot mend these: wrong usage stays wrong, and a fenced job would fence its own successor in turn.
-FINAL_CODES = frozenset({2, 5})
+from launch.contract import EXIT_PREEMPTED
+
+# A second start cannot mend these: wrong usage stays wrong, a fenced job would fence its own successor in turn, and
+# where nothing can be restored nothing will be.
+FINAL_CODES = frozenset({2, 5, 6})
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Exit:
 
     @property
     def failed(self) -> bool:
-        return self.returncode != 0
+        return self.returncode not in (0, EXIT_PREEMPTED)
 
     @property
     def code(self) -> int:
@@ -42,23 +48,52 @@ class Exit:
 @dataclass(frozen=True)
 class Rules:
     """What the user chose. `end_grace_s` is between SIGTERM and SIGKILL for the others of a failed process;
-    `stop_grace_s` between an operator's signal and SIGKILL, long enough for a last save."""
+    `stop_grace_s` between an operator's signal and SIGKILL, long enough for a last save. `hang_after_s`: a process
+    that has beaten its heartbeat once and then not for so long is taken for hung (0: never). `backoff_s` before the
+    first restart without progress, doubled for each further one up to `backoff_max_s`. `step_back_after`: after so
+    many deaths at the same step the job comes back from one step earlier. Preemptions count against `max_preemptions`,
+    not against `max_restarts`. `elastic` (least, most): hosts of a restart, as many as are there."""
 
     max_restarts: int = 0
+    max_preemptions: int = 100
     end_grace_s: float = 5.0
     stop_grace_s: float = 60.0
+    hang_after_s: float = 900.0
+    backoff_s: float = 0.5
+    backoff_max_s: float = 60.0
+    step_back_after: int = 3
+    elastic: tuple[int, int] | None = None
     final_codes: frozenset[int] = FINAL_CODES
 
 
 @dataclass(frozen=True)
+class History:
+    """What is known across incarnations. `same_step` deaths in a row came at `last_step`; the next incarnation leaves
+    out the `step_back` newest steps; `hosts` are there for it; it starts after `delay_s`. `news`: for the operator."""
+
+    hosts: int
+    restarts: int = 0
+    failures: int = 0
+    preemptions: int = 0
+    last_step: int | None = None
+    same_step: int = 0
+    step_back: int = 0
+    delay_s: float = 0.0
+    news: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class State:
-    """One incarnation of the job as its supervisor sees it."""
+    """One incarnation of the job as its supervisor sees it. `preempted`: processes that left with EXIT_PREEMPTED."""
 
     rules: Rules
     running: frozenset[int]
-    restart_count: int = 0
+    history: History
     cause: Exit | None = None
     stop_signal: int | None = None
+    preempted: frozenset[int] = frozenset()
+    hung: frozenset[int] = frozenset()
+    steps: Mapping[int, int] = field(default_factory=dict)  # process -> the step it was last heard at
 
 
 @dataclass(frozen=True)
@@ -72,9 +107,9 @@ class Signal:
 
 @dataclass(frozen=True)
 class Restart:
-    """All have ended: start the job again with this restart count."""
+    """All have ended: start the job again as `history` says."""
 
-    restart_count: int
+    history: History
 
 
 @dataclass(frozen=True)
@@ -110,17 +145,23 @@ def on_exits(state: State, exits: Sequence[Exit]) -> tuple[State, tuple[Effect, 
     """Processes have ended, all seen at the same moment. Returns the new state and what to do now."""
     if not exits:
         return state, ()
-    failed_before = state.cause is not None
+    ending = state.cause is not None or state.stop_signal is not None
+    leaving = bool(state.preempted)
     state = replace(
         state,
         running=state.running - {exit_.index for exit_ in exits},
         cause=state.cause or first_cause(exits),
+        preempted=state.preempted | {exit_.index for exit_ in exits if exit_.returncode == EXIT_PREEMPTED},
     )
     if not state.running:
         return state, (_after_the_last(state),)
-    if state.cause is None or failed_before or state.stop_signal is not None:
+    if ending:
         return state, ()
-    return state, (Signal(state.running, signal.SIGTERM, state.rules.end_grace_s),)
+    if state.cause is not None:
+        return state, (Signal(state.running, signal.SIGTERM, state.rules.end_grace_s),)
+    if state.preempted and not leaving:  # they are saving the same step: time for that, then they are told once more
+        return state, (Signal(state.running, 0, state.rules.stop_grace_s),)
+    return state, ()
 
 
 def on_signal(state: State, signum: int) -> tuple[State, tuple[Effect, ...]]:
@@ -130,10 +171,67 @@ def on_signal(state: State, signum: int) -> tuple[State, tuple[Effect, ...]]:
     return replace(state, stop_signal=signum), (Signal(state.running, signum, state.rules.stop_grace_s),)
 
 
+def on_silence(state: State, silent_s: Mapping[int, float]) -> tuple[State, tuple[Effect, ...]]:
+    """`silent_s`: seconds since the last heartbeat, of those that ever beat. Kills the hung; their end ends the job."""
+    limit_s = state.rules.hang_after_s
+    if not limit_s or state.cause is not None or state.stop_signal is not None:
+        return state, ()
+    hung = frozenset(index for index in state.running if silent_s.get(index, 0.0) > limit_s)
+    # Where all are silent, one of them holds the others up: which one cannot be told from outside.
+    if not hung:
+        return state, ()
+    return replace(state, hung=hung), (Signal(hung, signal.SIGKILL, 0.0),)
+
+
 def _after_the_last(state: State) -> Effect:
-    if state.cause is None:
+    rules, history = state.rules, state.history
+    if state.cause is None and not state.preempted:
         return Finish(0)
-    stopped = state.stop_signal is not None
-    if stopped or state.cause.code in state.rules.final_codes or state.restart_count >= state.rules.max_restarts:
-        return Finish(state.cause.code)
-    return Restart(state.restart_count + 1)
+    code = EXIT_PREEMPTED if state.cause is None else state.cause.code
+    if state.stop_signal is not None or code in rules.final_codes:
+        return Finish(code)
+    next_history = _preempted(state) if state.cause is None else _failed(state, state.cause)
+    if next_history.failures > rules.max_restarts or next_history.preemptions > rules.max_preemptions:
+        return Finish(code)
+    least = rules.elastic[0] if rules.elastic else 1
+    if next_history.hosts < least:
+        return Finish(code)
+    return Restart(replace(next_history, restarts=history.restarts + 1))
+
+
+def _preempted(state: State) -> History:
+    history = replace(state.history, preemptions=state.history.preemptions + 1, delay_s=0.0)
+    return replace(history, news=("preempted: the job has saved and resumes",))
+
+
+def _failed(state: State, cause: Exit) -> History:
+    """The history after an incarnation that failed. Dying at the same step again and again is a crash loop: the state
+    that leads there is at fault, so a step before it is tried."""
+    rules, old = state.rules, state.history
+    reached = max(state.steps.values(), default=None)
+    again = reached is not None and reached == old.last_step
+    same_step = old.same_step + 1 if again else 1
+    step_back = old.step_back if again else 0
+    news: tuple[str, ...] = ()
+    if again and same_step >= rules.step_back_after:
+        step_back, same_step = step_back + 1, 0
+        news = (
+            f"crash loop: {rules.step_back_after} deaths in a row at step {reached}; "
+            f"coming back from {step_back} restorable steps before the newest",
+        )
+    quick = 0 if not again else min(old.failures, 30)
+    delay_s = min(rules.backoff_max_s, rules.backoff_s * 2**quick)
+    hosts = old.hosts
+    if rules.elastic and (cause.returncode == -signal.SIGKILL or state.hung):
+        hosts -= max(1, len(state.hung))  # a host that dies of SIGKILL or hangs is taken for lost
+        news = (*news, f"elastic: {old.hosts} hosts -> {hosts}")
+    return replace(
+        old,
+        hosts=hosts,
+        failures=old.failures + 1,
+        last_step=reached,
+        same_step=same_step,
+        step_back=step_back,
+        delay_s=delay_s,
+        news=news,
+    )

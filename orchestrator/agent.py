@@ -43,6 +43,8 @@ from orchestrator.saving import GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
 
+STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop
+
 
 class Agent:
     """Saves and restores the state of one job in the run at `root`. Opening it opens a new epoch (incarnation).
@@ -321,12 +323,15 @@ class Agent:
 
         `like`: a pytree of jax.ShapeDtypeStruct (with shardings) or arrays; numpy leaves come back as numpy. Any mesh,
         device count and process count. `partial`: `like` may be a subtree. `cast`: convert dtypes. A damaged newest
-        step is quarantined and the one before is taken, unless `strict` or a given `step`.
+        step is quarantined and the one before is taken, unless `strict` or a given `step`. A supervisor may ask, by
+        ORCHESTRATOR_STEP_BACK=N, to leave out the N newest.
         Raises Mismatch (path, wanted, got; nothing read), StepNotFound, NothingToRestore, Damaged.
         """
         self.wait_until_finished()
         args = RestoreArgs(partial=partial, cast=cast, strict=strict)
-        return restore_together(self._catalog, self._rendezvous, like, step, args, self.options.rendezvous_timeout_s)
+        back = int(os.environ.get(STEP_BACK, "0"))
+        timeout_s = self.options.rendezvous_timeout_s
+        return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back)
 
 
 def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
     ORCHESTRATOR_FAILPOINTS="commit.before=kill;receipt.write=enospc@process=2@step=4;storage.write=delay:0.5@nth=3"
 
-Each rule is `place=action`, then conditions: `@process=I`, `@step=N`, `@epoch=E`, `@nth=K` (only the K-th time the
-other conditions hold). Actions: `kill` (SIGKILL to itself), `stop` (SIGSTOP), `delay:S`, `error` (a StorageError),
-`enospc` and `eio` (OSErrors), `memory` (MemoryError), `short` (half of the bytes are written, then ENOSPC). Any thread.
+Each rule is `place=action`, then conditions: `@process=I`, `@step=N`, `@epoch=E`, `@restart=R` (the launcher's count),
+`@nth=K` (only the K-th time the others hold). Actions: `kill` (SIGKILL to itself), `stop` (SIGSTOP), `delay:S`, `error`
+(a StorageError), `enospc` and `eio` (OSErrors), `memory` (MemoryError), `short` (half of the bytes are written, then
+ENOSPC). Any thread.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ PLACES = frozenset(
     }
 )
 ACTIONS = frozenset({"kill", "stop", "delay", "error", "enospc", "eio", "memory", "short"})
-CONDITIONS = frozenset({"process", "step", "epoch", "nth"})
+CONDITIONS = frozenset({"process", "step", "epoch", "restart", "nth"})
 
 
 @dataclass
@@ -99,7 +100,7 @@ def configure(environ: Mapping[str, str], process: int) -> None:
         _rules.clear()
         _rules.update(parse(environ.get(VARIABLE, "")))
         _here.clear()
-        _here["process"] = process
+        _here.update(process=process, restart=int(environ.get("ORCHESTRATOR_RESTART_COUNT", "0")))
 
 
 def note(**here: int) -> None:

@@ -114,17 +114,24 @@ def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:
 
 
 def restore_together(
-    catalog: Catalog, rendezvous: Rendezvous, like: Any, step: int | None, args: RestoreArgs, timeout_s: float
+    catalog: Catalog,
+    rendezvous: Rendezvous,
+    like: Any,
+    step: int | None,
+    args: RestoreArgs,
+    timeout_s: float,
+    back: int = 0,
 ) -> Restored | None:
     """The newest good step (or `step`) on every process of the job; None if the run has no steps yet. Main thread.
 
     Process 0 chooses and broadcasts; if any process finds the step damaged, all agree, process 0 quarantines it in
-    the journal and the next newest is tried. A step that was asked for, and `strict`, never step down.
+    the journal and the next newest is tried. A step that was asked for, and `strict`, never step down. `back` leaves
+    out that many of the newest steps: what a supervisor asks for after a crash loop.
     """
     started = time.monotonic()
     tried = 0
     while True:
-        choice = agree(rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step))
+        choice = agree(rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back))
         if choice is None:
             if tried:
                 raise NothingToRestore(
@@ -169,8 +176,16 @@ def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journ
     catalog.append(rule)
 
 
-def _choose(catalog: Catalog, step: int | None) -> tuple[int, int] | None:
-    """(journal version, step) of what to restore."""
+def _choose(catalog: Catalog, step: int | None, back: int) -> tuple[int, int] | None:
+    """(journal version, step) of what to restore. `back`: leave out that many of the newest."""
+    if step is None and back:
+        head = catalog.require_head()
+        good = [live for live in head.live if live.restorable]
+        if len(good) <= back:
+            raise NothingToRestore(
+                f"{catalog.url}: asked to leave out the newest {back} of {len(good)} restorable steps"
+            )
+        return head.version, good[-1 - back].step
     live = catalog.find(step)
     return (catalog.require_head().version, live.step) if live else None
 

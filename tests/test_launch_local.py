@@ -145,7 +145,7 @@ def test_restarts_end_with_the_last_failures_code_and_may_change_the_number_of_h
     assert done.stdout.splitlines().count("[host-0] 1") == 1
 
 
-@pytest.mark.parametrize("code", [2, 5])
+@pytest.mark.parametrize("code", [2, 5, 6])
 def test_wrong_usage_and_fenced_jobs_are_not_restarted(code: int) -> None:
     done = launch(["--processes", "1", "--max_restarts", "3"], f"print('run'); raise SystemExit({code})")
     assert (done.returncode, done.stdout.count("run")) == (code, 1)
@@ -184,6 +184,70 @@ def test_a_second_signal_kills_and_a_stopped_job_is_not_restarted(tmp_path: Path
     assert len(pids(tmp_path)) == 1 and alive(tmp_path) == []
 
 
+BEAT = (
+    "import json, time\ndef beat(step):\n"
+    "    p = e['ORCHESTRATOR_HEARTBEAT_FILE']\n    with open(p + '.x', 'w') as f:\n"
+    "        json.dump({'doing': 'training', 'step': step}, f)\n    os.replace(p + '.x', p)\n"
+)
+ENVIRON = "e = os.environ; r = int(e['ORCHESTRATOR_RESTART_COUNT'])\n"
+
+
+def test_a_host_that_stops_beating_is_killed_and_the_job_restarted() -> None:
+    script = (
+        ENVIRON + BEAT + "beat(3)\nif r == 0 and i == 1: time.sleep(60)\nfor _ in range(8): beat(3); time.sleep(0.1)"
+    )
+    done = launch(["--processes", "2", "--max_restarts", "1", "--hang_after_s", "0.5", "--backoff_s", "0"], script)
+    assert done.returncode == 0, done.stderr
+    assert "host-1 hangs: silent for" in done.stderr and "last heard training at step 3" in done.stderr
+
+
+def test_a_crash_loop_is_announced_and_the_next_start_told_to_step_back() -> None:
+    script = (
+        ENVIRON
+        + BEAT
+        + (
+            "print('back', e.get('ORCHESTRATOR_STEP_BACK'))\nbeat(7); time.sleep(0.4)\n"
+            "raise SystemExit(e.get('ORCHESTRATOR_STEP_BACK') is None)"
+        )
+    )
+    flags = ["--processes", "1", "--max_restarts", "5", "--step_back_after", "2", "--backoff_s", "0"]
+    done = launch(flags, script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[host-0] back None"] * 2 + ["[host-0] back 1"]
+    assert "crash loop: 2 deaths in a row at step 7" in done.stderr
+
+
+def test_an_elastic_job_restarts_on_the_hosts_that_are_listed(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a\nb\n\n")
+    script = (
+        ENVIRON
+        + "print(e['ORCHESTRATOR_PROCESS_COUNT'])\nif r == 0: time.sleep(0.2); os.kill(os.getpid(), 9 * (i == 1))"
+    )
+    script = "import time\n" + script
+    flags = [
+        "--processes",
+        "3",
+        "--elastic",
+        "2:4",
+        "--max_restarts",
+        "1",
+        "--hosts_file",
+        str(hosts),
+        "--backoff_s",
+        "0",
+    ]
+    done = launch(flags, script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("[host-0] 2") == 1
+
+
+def test_a_preempted_job_resumes_even_without_restarts_left() -> None:
+    done = launch(["--processes", "2"], ENVIRON + "print('run', r)\nraise SystemExit(75 if r == 0 else 0)")
+    assert done.returncode == 0, done.stderr
+    assert "[host-1] run 1" in done.stdout and "preempted: the job has saved and resumes" in done.stderr
+
+
 def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> None:
     child = INDEX + write_pid(tmp_path) + "import time; time.sleep(60)"
     script = (
@@ -209,6 +273,12 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> N
         (["local", "--processes", "2", "true"], "unexpected 'true'; the program to run goes after --"),
         (["local", "--nope", "--", "true"], "nope"),
         (["local", "--processes", "1", "--log_dir", "/dev/null/x", "--", "true"], "--log_dir /dev/null/x"),
+        (
+            ["local", "--processes", "2", "--elastic", "3:4", "--", "true"],
+            "--elastic=3:4: wanted 1 <= MIN <= --processes",
+        ),
+        (["local", "--processes", "2", "--elastic", "many", "--", "true"], "--elastic=many: wanted MIN:MAX"),
+        (["local", "--processes", "2", "--chaos", "nowhere=kill", "--", "true"], "no place 'nowhere'; there is: abort"),
         (["kubernetes"], "no command 'kubernetes'; there is: local"),
     ],
 )

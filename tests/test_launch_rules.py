@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 
 from launch import contract, supervise
-from launch.supervise import Exit, Finish, Restart, Rules, Signal, State
+from launch.supervise import Exit, Finish, History, Restart, Rules, Signal, State
 
 
-def running(count: int, **rules: int) -> State:
-    return State(Rules(**rules), frozenset(range(count)))
+def running(count: int, **rules: Any) -> State:
+    return State(Rules(**rules), frozenset(range(count)), History(count))
+
+
+def dies(history: History, at_step: int | None, returncode: int = 1, **rules: Any) -> History | Finish:
+    """What comes after an incarnation whose process 0 ends with `returncode` at a step, and the others with it."""
+    steps = {} if at_step is None else {0: at_step, 1: at_step - 1}
+    state = State(Rules(**{"max_restarts": 99, **rules}), frozenset(range(history.hosts)), history, steps=steps)
+    others = [Exit(index, -15) for index in range(1, history.hosts)]
+    state, _ = supervise.on_exits(state, [Exit(0, returncode)])
+    effect = supervise.on_exits(state, others)[1][0] if others else supervise._after_the_last(state)
+    assert isinstance(effect, Restart | Finish)
+    return effect.history if isinstance(effect, Restart) else effect
 
 
 def test_the_first_failure_ends_the_others_once() -> None:
@@ -35,8 +47,9 @@ def test_processes_that_end_well_leave_the_others_running() -> None:
 
 
 def test_restarts_are_counted_and_run_out() -> None:
-    assert supervise.on_exits(running(1, max_restarts=1), [Exit(0, 3)])[1] == (Restart(1),)
-    spent = State(Rules(max_restarts=1), frozenset({0}), restart_count=1)
+    (effect,) = supervise.on_exits(running(1, max_restarts=1), [Exit(0, 3)])[1]
+    assert isinstance(effect, Restart) and (effect.history.restarts, effect.history.failures) == (1, 1)
+    spent = State(Rules(max_restarts=1), frozenset({0}), effect.history)
     assert supervise.on_exits(spent, [Exit(0, 3)])[1] == (Finish(3),)
 
 
@@ -47,6 +60,69 @@ def test_after_an_operators_signal_nothing_is_restarted_and_the_second_one_kills
     state, effects = supervise.on_exits(state, [Exit(0, -15)])
     assert effects == (), "the others have the signal already, and their time to save"
     assert supervise.on_exits(state, [Exit(1, 0)])[1] == (Finish(143),)
+
+
+def test_a_preempted_job_resumes_without_using_up_a_restart_and_its_hosts_get_time_to_save() -> None:
+    state, effects = supervise.on_exits(running(2, max_restarts=0), [Exit(1, 75)])
+    assert effects == (Signal(frozenset({0}), 0, state.rules.stop_grace_s),), "no signal: they are saving already"
+    (effect,) = supervise.on_exits(state, [Exit(0, 75)])[1]
+    assert isinstance(effect, Restart)
+    assert (effect.history.failures, effect.history.preemptions, effect.history.delay_s) == (0, 1, 0.0)
+    worn = State(Rules(max_preemptions=1), frozenset({0}), effect.history)
+    assert supervise.on_exits(worn, [Exit(0, 75)])[1] == (Finish(75),), "even this is bounded"
+
+
+def test_when_the_operator_stops_the_job_preempted_is_its_code() -> None:
+    state, _ = supervise.on_signal(running(1, max_restarts=9), signal.SIGTERM)
+    assert supervise.on_exits(state, [Exit(0, 75)])[1] == (Finish(75),)
+
+
+def test_only_a_host_that_has_beaten_and_then_fallen_silent_is_killed() -> None:
+    state = running(3, hang_after_s=10.0)
+    assert supervise.on_silence(state, {0: 9.0, 1: 10.0})[1] == ()
+    state, effects = supervise.on_silence(state, {0: 9.0, 1: 10.1})
+    assert (state.hung, effects) == (frozenset({1}), (Signal(frozenset({1}), signal.SIGKILL, 0.0),))
+    assert supervise.on_silence(running(1, hang_after_s=0.0), {0: 1e9})[1] == ()
+
+
+def test_a_crash_loop_at_one_step_is_named_and_stepped_back_from() -> None:
+    history = History(2)
+    for deaths in range(1, 3):
+        history = dies(history, at_step=41, step_back_after=3)
+        assert isinstance(history, History) and (history.same_step, history.step_back) == (deaths, 0)
+    history = dies(history, at_step=41, step_back_after=3)
+    assert isinstance(history, History) and history.step_back == 1
+    assert history.news[0].startswith("crash loop: 3 deaths in a row at step 41; coming back from 1 ")
+    history = dies(history, at_step=45, step_back_after=3)
+    assert isinstance(history, History) and history.step_back == 0, "it got past: the newest step counts again"
+
+
+def test_deaths_at_other_steps_are_no_crash_loop() -> None:
+    history = History(1)
+    for step in (10, 20, 10, 20, 10, 20):
+        history = dies(history, at_step=step, step_back_after=2)
+        assert isinstance(history, History) and history.step_back == 0
+    unknown = dies(dies(History(1), None, step_back_after=1), None, step_back_after=1)
+    assert isinstance(unknown, History) and unknown.step_back == 0, "a job without a heartbeat has no step to compare"
+
+
+def test_the_pause_before_a_restart_doubles_without_progress_up_to_a_bound() -> None:
+    history, delays = History(1), []
+    for _ in range(8):
+        history = dies(history, at_step=5, backoff_s=1.0, backoff_max_s=20.0, step_back_after=99)
+        assert isinstance(history, History)
+        delays.append(history.delay_s)
+    assert delays == [1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 20.0, 20.0]
+    history = dies(history, at_step=6, backoff_s=1.0)
+    assert isinstance(history, History) and history.delay_s == 1.0
+
+
+def test_an_elastic_job_comes_back_without_its_lost_host_until_too_few_are_left() -> None:
+    history = dies(History(3), at_step=5, returncode=-signal.SIGKILL, elastic=(2, 4))
+    assert isinstance(history, History) and history.hosts == 2 and history.news == ("elastic: 3 hosts -> 2",)
+    assert dies(history, at_step=9, returncode=-signal.SIGKILL, elastic=(2, 4)) == Finish(137)
+    same = dies(History(3), at_step=5, returncode=1, elastic=(2, 4))
+    assert isinstance(same, History) and same.hosts == 3, "a program that fails has not lost its host"
 
 
 def test_the_contract_survives_the_environment() -> None:
