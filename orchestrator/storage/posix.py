@@ -24,6 +24,7 @@ from orchestrator.storage.base import Created, Entry, Exists
 _TMP = ".tmp"
 _READ_BYTES = 4 << 20
 _SEAL_THREADS = 8
+_PRUNED_TRIES = 100
 
 
 class PosixStorage:
@@ -38,11 +39,9 @@ class PosixStorage:
         temporary = os.path.join(self.root, _TMP, uuid.uuid4().hex)
         try:
             _make_directory(os.path.dirname(temporary))
-            _make_directory(os.path.dirname(path))
             _write_durably(temporary, body)
             try:
-                failpoints.hit("storage.link")
-                os.link(temporary, path)
+                _link(temporary, path)
             finally:
                 os.unlink(temporary)
             failpoints.hit("storage.linked")
@@ -165,6 +164,19 @@ def _make_directory(path: str) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
     _sync_directory(parent)
+
+
+def _link(temporary: str, path: str) -> None:
+    """Give the file its name, in a directory that a delete elsewhere may be pruning at this very moment."""
+    for tries_left in reversed(range(_PRUNED_TRIES)):
+        try:
+            _make_directory(os.path.dirname(path))
+            failpoints.hit("storage.link")
+            os.link(temporary, path)
+            return
+        except FileNotFoundError:
+            if not tries_left:
+                raise
 
 
 def _write_durably(path: str, body: bytes) -> None:
