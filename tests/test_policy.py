@@ -55,7 +55,7 @@ def kept(policy: Any, steps: list[Any], now: float = 0.0) -> list[int]:
 
 
 def test_last_n_counts_in_commit_order_not_by_number() -> None:
-    assert kept(last(2), [Kept(50), Kept(100), Kept(60)]) == [60, 100]
+    assert kept(last(2), [Kept(100), Kept(50), Kept(60)]) == [50, 60]
     assert kept(last(9), [Kept(1)]) == [1]
     assert kept(last(1), []) == []
 
