@@ -255,7 +255,7 @@ def main(argv: Sequence[str]) -> None:
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Arguments that are not flags. A flag that cannot be used is one line and exit code 2."""
-    FLAGS.verbosity = -1  # only warnings, unless the flag says otherwise; absl would show every save in ten lines
+    logging.set_verbosity(logging.WARNING)  # unless the flag says otherwise; absl would show each save in ten lines
     try:
         return list(FLAGS(argv))
     except flags.Error as error:
