@@ -1,0 +1,63 @@
+"""Ports made for tests: a store that fails, waits or loses replies where it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from orchestrator.errors import StorageError
+from orchestrator.records import FileEntry
+from orchestrator.storage import Created, Entry, Exists, Storage
+
+Hook = Callable[[str, str], None]
+
+
+class HookedStorage:
+    """`inner`, with `before(operation, key)` called first, and `after(operation, key)` once a create has landed."""
+
+    def __init__(self, inner: Storage, before: Hook | None = None, after: Hook | None = None) -> None:
+        self.inner, self.before, self.after = inner, before, after
+        self.url = inner.url
+        self.calls: list[tuple[str, str]] = []
+
+    def _call(self, operation: str, key: str) -> None:
+        self.calls.append((operation, key))
+        if self.before:
+            self.before(operation, key)
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        self._call("create", key)
+        outcome = self.inner.create(key, body)
+        if self.after:
+            self.after("create", key)
+        return outcome
+
+    def get(self, key: str) -> bytes | None:
+        self._call("get", key)
+        return self.inner.get(key)
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        self._call("list", prefix)
+        return self.inner.list(prefix, start)
+
+    def delete(self, key: str) -> bool:
+        self._call("delete", key)
+        return self.inner.delete(key)
+
+    def seal(self, keys: Iterable[str]) -> tuple[FileEntry, ...]:
+        wanted = list(keys)
+        for key in wanted:
+            self._call("seal", key)
+        return self.inner.seal(wanted)
+
+
+class FailOnce:
+    """A hook that refuses the first `operation` on a key that contains `part`, as a full disk would."""
+
+    def __init__(self, operation: str, part: str) -> None:
+        self.operation, self.part, self.hits = operation, part, 0
+
+    def __call__(self, operation: str, key: str) -> None:
+        if operation == self.operation and self.part in key:
+            self.hits += 1
+            if self.hits == 1:
+                raise StorageError(f"{operation} {key}: ENOSPC (No space left on device)")

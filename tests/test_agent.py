@@ -1,0 +1,585 @@
+"""The agent as a training loop sees it, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import snapshot
+from fakes import FailOnce, HookedStorage
+from jax.sharding import NamedSharding, PartitionSpec
+
+import orchestrator as oc
+from orchestrator import errors, events
+from orchestrator.catalog import Catalog
+from orchestrator.records import Head
+from orchestrator.storage import PosixStorage
+
+LIKE = {"w": jnp.zeros(4), "count": 0}
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"w": jnp.full(4, float(step)), "count": step}
+
+
+def journal_of(root: Path) -> list[Head]:
+    return list(Catalog(PosixStorage(str(root)), "test").entries())
+
+
+def kinds(root: Path) -> list[str]:
+    return [head.event.kind for head in journal_of(root)]
+
+
+def now(**more: Any) -> oc.Options:
+    return oc.Options(**{"async_save": False, "on_save_failure": "raise", **more})
+
+
+def fill(root: Path, *steps: int, **arguments: Any) -> None:
+    """A run with these steps."""
+    with oc.Agent(root, options=now(), **arguments) as agent:
+        for step in steps:
+            assert agent.save(step, state(step), extra={"at": step}, process_state=f"reader at {step}".encode())
+
+
+# The loop of the README.
+
+
+def test_a_new_run_has_nothing_to_restore_and_a_stopped_one_goes_on_where_it_was(root: Path) -> None:
+    def train(until: int) -> int:
+        with oc.Agent(root, save=oc.every(2), keep=oc.last(2)) as agent:
+            restored = agent.restore(LIKE)
+            current, start = (restored.state, restored.step + 1) if restored else (state(0), 0)
+            for step in range(start, until):
+                current = {"w": current["w"] + 1, "count": step}
+                agent.save(step, current, metrics={"loss": 1.0 / (step + 1)})
+        return start
+
+    assert train(5) == 0
+    assert train(9) == 5
+    reader = oc.open_run(root)
+    assert reader.all_steps() == [6, 8]
+    assert float(reader.restore(LIKE).state["w"][0]) == 9.0
+
+
+def test_everything_that_was_saved_beside_the_state_comes_back(root: Path) -> None:
+    extra = {"history": [1.0, 0.5], "note": "ü", "nested": {"a": None}}
+    before = time.time()
+    with oc.Agent(root, options=now()) as agent:
+        metrics = {"loss": jnp.float32(0.5), "steps": 7, "bad": float("nan"), "worse": float("inf")}
+        agent.save(3, state(3), metrics=metrics, extra=extra, process_state=b"\0reader")
+        restored = agent.restore(LIKE)
+    assert restored is not None
+    assert (restored.step, restored.process_states) == (3, {0: b"\0reader"})
+    assert restored.metrics == {"loss": 0.5, "steps": 7.0}  # a metric that is no number is never the best
+    timestamp = restored.extra.pop("timestamp")
+    assert restored.extra == extra
+    assert before <= timestamp <= time.time()
+
+
+def test_the_extras_may_all_be_left_out(root: Path) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        agent.save(0, state(0))
+        restored = agent.restore(LIKE)
+    assert restored is not None
+    assert (restored.step, restored.metrics, restored.process_states) == (0, {}, {})
+    assert list(restored.extra) == ["timestamp"]
+
+
+# What is due.
+
+
+def test_save_follows_the_policy_says_whether_it_saved_and_can_be_forced(root: Path) -> None:
+    with oc.Agent(root, save=oc.every(3) | oc.at([4]), options=now()) as agent:
+        assert [step for step in range(7) if agent.should_save(step)] == [0, 3, 4, 6]
+        assert [step for step in range(7) if agent.save(step, state(step))] == [0, 3, 4, 6]
+        assert agent.save(7, state(7), force=True)
+        assert not agent.save(7, state(7), force=True)  # it is saved already
+        assert agent.all_steps() == [0, 3, 4, 6, 7]
+
+
+def test_a_policy_in_seconds_counts_from_the_last_saves_beginning(root: Path) -> None:
+    with oc.Agent(root, save=oc.every_seconds(0.3), options=now()) as agent:
+        assert agent.save(1, state(1))
+        assert not agent.save(2, state(2))
+        time.sleep(0.35)
+        assert agent.save(3, state(3))
+
+
+def test_a_step_may_be_any_integer_and_not_a_negative_one(root: Path) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        agent.save(10**12, state(1))
+        assert agent.all_steps() == [10**12]
+        with pytest.raises(oc.UsageError, match="step -1: steps are 0 or more"):
+            agent.save(-1, state(1))
+
+
+@pytest.mark.xfail(strict=True, reason="agent.save: a step that is no int breaks the records or the attempt's name")
+@pytest.mark.parametrize("step", [np.int64(5), jnp.int32(5)], ids=["numpy", "jax"])
+def test_a_step_taken_from_an_array_is_the_step(root: Path, step: Any) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        assert agent.save(step, state(5))
+        assert agent.all_steps() == [5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"metrics": {"loss": "low"}}, r"metrics\['loss'\]: 'low' is not a number"),
+        ({"metrics": {"loss": jnp.ones(3)}}, r"metrics\['loss'\]: .* is not a number"),
+        ({"extra": {"a": object()}}, r"extra: .* it must be plain JSON"),
+        ({"extra": {"a": float("nan")}}, r"extra: .* it must be plain JSON"),
+    ],
+)
+def test_what_is_no_number_or_no_json_is_refused_before_anything_is_written(
+    root: Path, arguments: Any, said: str
+) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        before = snapshot(root)
+        with pytest.raises(oc.UsageError, match=said):
+            agent.save(1, state(1), **arguments)
+        assert snapshot(root) == before
+        assert agent.save(1, state(1))  # the same step, mended
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"on_save_failure": "ignore"}, "on_save_failure='ignore': wanted 'warn' or 'raise'"),
+        ({"save_timeout_s": 0}, "save_timeout_s=0: wanted a positive number of seconds"),
+        ({"rendezvous_timeout_s": float("nan")}, "rendezvous_timeout_s=nan: wanted a positive number of seconds"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments: Any, said: str) -> None:
+    with pytest.raises(oc.UsageError) as caught:
+        oc.Options(**arguments)
+    assert str(caught.value) == said
+
+
+# Asynchronous saves.
+
+
+class Gate:
+    """A hook that holds the first create of a key that contains `part` until it is opened."""
+
+    def __init__(self, part: str) -> None:
+        self.part, self.reached, self.opened = part, threading.Event(), threading.Event()
+
+    def __call__(self, operation: str, key: str) -> None:
+        if operation == "create" and self.part in key:
+            self.reached.set()
+            assert self.opened.wait(30)
+
+
+def test_save_returns_while_the_step_is_still_being_written_and_nobody_sees_it_before_it_is_committed(
+    root: Path,
+) -> None:
+    gate = Gate("manifest.json")
+    with oc.Agent(root, storage=HookedStorage(PosixStorage(str(root)), gate)) as agent:
+        assert agent.save(1, state(1))
+        assert gate.reached.wait(30)
+        assert agent.latest_step() is None and agent.all_steps() == []
+        assert oc.open_run(root).latest_step() is None
+        gate.opened.set()
+        agent.wait_until_finished()
+        assert agent.latest_step() == 1
+
+
+@pytest.fixture
+def told() -> Iterator[list[events.Event]]:
+    heard: list[events.Event] = []
+    unsubscribe = events.subscribe(heard.append)
+    yield heard
+    unsubscribe()
+
+
+def test_saved_is_reported_only_after_the_journal_holds_it(root: Path) -> None:
+    seen: list[bool] = []
+
+    def look(event: events.Event) -> None:
+        if isinstance(event, events.Committed):
+            seen.append(oc.open_run(root).latest_step() == event.step)
+
+    unsubscribe = events.subscribe(look)
+    try:
+        fill(root, 1, 2)
+    finally:
+        unsubscribe()
+    assert seen == [True, True]
+
+
+def test_the_bytes_reported_are_the_bytes_on_disk(root: Path, told: list[events.Event]) -> None:
+    fill(root, 1)
+    (committed,) = [event for event in told if isinstance(event, events.Committed)]
+    (attempt,) = root.glob("steps/*/*")
+    assert committed.state_bytes == sum(file.stat().st_size for file in attempt.rglob("*") if file.is_file())
+
+
+def test_the_next_save_waits_for_the_one_before_so_steps_commit_in_order(root: Path) -> None:
+    with oc.Agent(root) as agent:
+        for step in range(6):
+            assert agent.save(step, state(step))
+    assert [head.event.step for head in journal_of(root) if head.event.kind == "committed"] == list(range(6))
+
+
+def test_leaving_because_of_an_exception_finishes_the_save_and_keeps_the_exception(root: Path) -> None:
+    with pytest.raises(ZeroDivisionError), oc.Agent(root) as agent:
+        agent.save(1, state(1))
+        raise ZeroDivisionError
+    assert oc.open_run(root).all_steps() == [1]
+
+
+def test_closing_twice_is_harmless(root: Path) -> None:
+    agent = oc.Agent(root)
+    agent.save(1, state(1))
+    agent.close()
+    agent.close()
+    assert oc.open_run(root).all_steps() == [1]
+
+
+# Failed saves.
+
+
+@pytest.mark.parametrize("part", ["intent.json", "receipts/", "extra.json", "manifest.json"])
+def test_a_failed_save_does_not_stop_training_is_counted_aborted_and_the_next_due_step_is_saved(
+    root: Path, part: str, told: list[events.Event]
+) -> None:
+    hook = FailOnce("create", part)
+    with oc.Agent(
+        root, storage=HookedStorage(PosixStorage(str(root)), hook), options=now(on_save_failure="warn")
+    ) as agent:
+        assert agent.save(1, state(1))
+        assert agent.failures == 1 and agent.all_steps() == []
+        assert agent.save(1, state(1))  # the same step may be tried again
+        assert agent.save(2, state(2))
+        assert agent.failures == 1 and agent.all_steps() == [1, 2]
+    aborted = [head.event for head in journal_of(root) if head.event.kind == "aborted"]
+    assert [(event.step, event.attempt) for event in aborted] == [(1, "e0001-a01")]
+    assert "ENOSPC" in aborted[0].failures[0].cause
+    assert oc.open_run(root).restore(LIKE, step=1).state["count"] == 1
+    (failed,) = [event for event in told if isinstance(event, events.SaveNotCommitted)]
+    assert "step 1 e0001-a01" in failed.reason and "ENOSPC" in failed.reason
+
+
+def test_on_save_failure_raise_raises_once_at_the_next_call_and_names_the_attempt(root: Path) -> None:
+    storage = HookedStorage(PosixStorage(str(root)), FailOnce("seal", "ocdbt.process_0"))
+    with oc.Agent(root, storage=storage, options=oc.Options(on_save_failure="raise")) as agent:
+        assert agent.save(1, state(1))
+        with pytest.raises(oc.SaveFailed, match=r"step 1 e0001-a01 was not saved: .*ENOSPC") as caught:
+            agent.wait_until_finished()
+        assert (caught.value.step, caught.value.attempt) == (1, "e0001-a01")
+        agent.wait_until_finished()
+        assert agent.save(2, state(2))
+    assert oc.open_run(root).all_steps() == [2]
+
+
+def test_a_save_that_failed_last_is_raised_by_close(root: Path) -> None:
+    storage = HookedStorage(PosixStorage(str(root)), FailOnce("create", "manifest.json"))
+    agent = oc.Agent(root, storage=storage, options=oc.Options(on_save_failure="raise"))
+    agent.save(1, state(1))
+    with pytest.raises(oc.SaveFailed):
+        agent.close()
+
+
+def test_a_commit_that_the_store_refuses_is_not_reported_as_saved(root: Path) -> None:
+    storage = HookedStorage(PosixStorage(str(root)), FailOnce("create", "journal/00000000000000000001"))
+    with oc.Agent(root, storage=storage, options=now()) as agent:
+        with pytest.raises(oc.SaveFailed, match="ENOSPC"):
+            agent.save(1, state(1))
+        assert agent.all_steps() == []
+        assert agent.save(1, state(1))
+        assert agent.all_steps() == [1]
+
+
+def test_a_commit_whose_reply_was_lost_leaves_one_whole_step_whatever_was_reported(root: Path) -> None:
+    storage = HookedStorage(PosixStorage(str(root)), after=FailOnce("create", "journal/00000000000000000001"))
+    with oc.Agent(root, storage=storage, options=now(on_save_failure="warn")) as agent:
+        agent.save(1, state(1))
+        agent.save(1, state(1), force=True)
+        agent.save(2, state(2))
+        assert agent.all_steps() == [1, 2]
+    assert [live.step for live in journal_of(root)[-1].live] == [1, 2]
+    assert oc.open_run(root).restore(LIKE, step=1).state["count"] == 1
+
+
+@pytest.mark.xfail(strict=True, reason="agent.save: a refused state leaves its step behind as the last saved one")
+def test_a_refused_state_may_be_mended_and_saved_as_the_same_step(root: Path) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        with pytest.raises(oc.UnsupportedLeaf):
+            agent.save(1, {"w": object()})
+        assert agent.save(1, state(1))
+
+
+# Fencing and other jobs.
+
+
+def test_an_older_agent_cannot_commit_after_a_newer_one_has_opened_the_run(root: Path) -> None:
+    zombie = oc.Agent(root)
+    zombie.save(1, state(1))
+    zombie.wait_until_finished()
+    with oc.Agent(root, options=now()) as successor:
+        assert (zombie.epoch, successor.epoch) == (1, 2)
+        zombie.save(2, state(2))
+        for _ in range(2):  # for good: every later call says so
+            with pytest.raises(oc.Fenced, match=r"fenced by epoch 2 .*must stop"):
+                zombie.wait_until_finished()
+        with pytest.raises(oc.Fenced):
+            zombie.save(3, state(3))
+        with pytest.raises(oc.Fenced):
+            zombie.close()
+        assert successor.all_steps() == [1]
+        assert successor.save(2, {**state(2), "w": jnp.full(4, -1.0)})
+    assert float(oc.open_run(root).restore(LIKE).state["w"][0]) == -1.0
+    assert oc.Fenced.exit_code == 5
+    assert {head.epoch for head in journal_of(root) if head.event.kind == "committed" and head.event.step == 2} == {2}
+
+
+def test_a_job_with_another_tree_is_refused_before_it_writes_and_told_what_differs(root: Path) -> None:
+    fill(root, 1)
+    with oc.Agent(root, options=now()) as other:
+        before = snapshot(root)
+        with pytest.raises(oc.OtherJob) as caught:
+            other.save(2, {"w": jnp.zeros(5), "count": 2})
+        assert snapshot(root) == before
+    text = str(caught.value)
+    assert "holds another job's state (step 1)" in text and "w: the run has f32[4], this job f32[5]" in text
+    with oc.Agent(root, options=now(other_tree=True)) as other:
+        assert other.save(2, {"w": jnp.zeros(5), "count": 2})
+
+
+# Retention and deletion.
+
+
+def attempts_on_disk(root: Path) -> list[str]:
+    return sorted(f"{path.parent.name}/{path.name}" for path in root.glob("steps/*/*") if any(path.rglob("*")))
+
+
+def test_retention_keeps_what_the_policy_says_and_the_rests_data_is_deleted(root: Path) -> None:
+    losses = {0: 0.9, 1: 0.1, 2: 0.8, 3: 0.7, 4: 0.6, 5: 0.5}
+    with oc.Agent(root, keep=oc.last(2) | oc.best("loss") | oc.every_nth(3), options=now()) as agent:
+        for step, loss in losses.items():
+            agent.save(step, state(step), metrics={"loss": loss})
+        assert agent.all_steps() == [0, 1, 3, 4, 5]
+    fill(root, 6)  # whatever a collector has not come to is found by the next incarnation
+    assert attempts_on_disk(root) == [f"{step:08d}/e000{1 + (step > 5)}-a01" for step in (0, 1, 3, 4, 5, 6)]
+    assert journal_of(root)[-1].retired == ()
+
+
+def test_without_a_policy_everything_is_kept(root: Path) -> None:
+    fill(root, *range(4))
+    assert oc.open_run(root).all_steps() == [0, 1, 2, 3]
+
+
+def test_leftovers_of_a_killed_incarnation_are_deleted_after_the_first_commit_and_nothing_else(root: Path) -> None:
+    fill(root, 1)
+    leftover = root / "steps" / "00000002" / "e0001-a01" / "state" / "ocdbt.process_0" / "d" / "x"
+    running = root / "steps" / "00000009" / "e0009-a01" / "state" / "x"
+    for file in (leftover, running):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"half")
+    fill(root, 3)
+    assert attempts_on_disk(root) == ["00000001/e0001-a01", "00000003/e0002-a01", "00000009/e0009-a01"]
+    assert running.exists()
+
+
+def test_after_a_return_to_an_older_step_the_next_commit_is_the_newest(root: Path) -> None:
+    fill(root, 1, 2, 3)
+    with oc.Agent(root, options=now()) as agent:
+        restored = agent.restore(LIKE, step=1)
+        assert restored is not None and restored.step == 1
+        agent.save(2, {**state(2), "w": jnp.full(4, 20.0)})
+        again = agent.restore(LIKE)
+    assert again is not None and again.step == 2 and float(again.state["w"][0]) == 20.0
+    assert oc.open_run(root).all_steps() == [1, 2, 3]
+
+
+# SIGTERM.
+
+
+def test_after_sigterm_the_next_step_is_saved_whatever_the_policy_and_the_loop_is_told_to_leave(root: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with oc.Agent(root, save=oc.every(1000)) as agent:
+            assert not agent.save(1, state(1)) and not agent.reached_preemption(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert agent.save(2, state(2)) and agent.reached_preemption(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert oc.open_run(root).all_steps() == [2]
+
+
+# Damage.
+
+
+def edit(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def damage(attempt: Path) -> None:
+        found = sorted(file for file in attempt.glob(pattern) if file.is_file())
+        assert found, pattern
+        for file in found:
+            file.write_bytes(change(file.read_bytes()))
+
+    return damage
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    def damage(attempt: Path) -> None:
+        for file in sorted(file for file in attempt.glob(pattern) if file.is_file()):
+            file.unlink()
+
+    return damage
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "manifest edited": (edit("manifest.json", lambda body: body + b" "), "manifest.json"),
+    "manifest gone": (remove("manifest.json"), "manifest.json: is missing"),
+    "extra edited": (edit("extra.json", lambda body: body.replace(b'"at":2', b'"at":3')), "extra.json"),
+    "intent edited": (edit("intent.json", lambda body: body.replace(b'"count"', b'"coUnt"')), "intent.json"),
+    "intent of a newer format by a flipped bit": (
+        edit("intent.json", lambda body: body.replace(b'"format":1', b'"format":5')),
+        "intent.json",
+    ),
+    "process state edited": (edit("process/*", lambda body: body[::-1]), "process/00000.bin"),
+    "process state gone": (remove("process/*"), "process/00000.bin: is missing"),
+    "data file gone": (remove("state/ocdbt.process_0/d/*"), "is missing, the manifest says"),
+    "data file cut": (edit("state/ocdbt.process_0/d/*", lambda body: body[:-1]), "bytes, the manifest says"),
+    "data files zeroed": (edit("state/**/d/*", lambda body: bytes(len(body))), "cannot be read"),
+}
+
+
+def damaged_run(root: Path, how: str) -> str:
+    """A run whose newest step, 2, is damaged. What the error must say."""
+    fill(root, 1, 2)
+    damage, said = DAMAGE[how]
+    (attempt,) = root.glob("steps/00000002/*")
+    damage(attempt)
+    return said
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_newest_step_is_quarantined_and_the_one_before_is_restored(root: Path, how: str) -> None:
+    said = damaged_run(root, how)
+    with oc.Agent(root, options=now()) as agent:
+        restored = agent.restore(LIKE)
+        assert restored is not None
+        assert (restored.step, restored.state["count"], restored.process_states) == (1, 1, {0: b"reader at 1"})
+        assert (agent.latest_step(), agent.all_steps()) == (1, [1])
+        event = journal_of(root)[-1].event
+        assert (event.kind, event.step, event.attempt) == ("quarantined", 2, "e0001-a01")
+        assert said in event.reason
+        with pytest.raises(oc.StepNotFound, match="step 2 is quarantined; restorable steps: 1"):
+            agent.restore(LIKE, step=2)
+        assert agent.save(2, state(2))  # training comes to that step again
+        assert agent.all_steps() == [1, 2]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("arguments", [{"step": 2}, {"strict": True}], ids=["step given", "strict"])
+def test_a_step_that_was_asked_for_and_strict_never_step_down(root: Path, how: str, arguments: Any) -> None:
+    said = damaged_run(root, how)
+    with oc.Agent(root, options=now()) as agent:
+        before = snapshot(root)
+        with pytest.raises(oc.Damaged) as caught:
+            agent.restore(LIKE, **arguments)
+        assert said in str(caught.value) and "step 2" in str(caught.value)
+        assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_reader_steps_down_too_and_writes_nothing(root: Path, how: str) -> None:
+    damaged_run(root, how)
+    before = snapshot(root)
+    reader = oc.open_run(root)
+    assert reader.restore(LIKE).step == 1
+    with pytest.raises(oc.Damaged):
+        reader.restore(LIKE, step=2)
+    assert snapshot(root) == before
+
+
+def test_when_every_step_is_damaged_there_is_nothing_to_restore(root: Path) -> None:
+    fill(root, 1, 2)
+    for attempt in root.glob("steps/*/*"):
+        DAMAGE["manifest gone"][0](attempt)
+    with pytest.raises(oc.NothingToRestore, match=r"step 2: .*\n.*step 1: "):
+        oc.open_run(root).restore(LIKE)
+    agent = oc.Agent(root)
+    with pytest.raises(oc.NothingToRestore, match="all 2 restorable steps are damaged"):
+        agent.restore(LIKE)
+    assert errors.NothingToRestore.exit_code == 6
+
+
+@pytest.mark.xfail(strict=True, reason="restore does not check array data yet: chunks without crc32c, files unread")
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.5, 0.7, 0.98])
+def test_a_flipped_bit_anywhere_in_the_data_is_never_loaded_silently(root: Path, fraction: float) -> None:
+    wanted = {"w": jnp.asarray(np.random.default_rng(0).random((256, 256), np.float32))}
+    with oc.Agent(root, options=now()) as agent:
+        agent.save(1, wanted)
+    file = max(root.glob("steps/*/*/state/**/d/*"), key=lambda path: path.stat().st_size)
+    body = bytearray(file.read_bytes())
+    body[int(len(body) * fraction)] ^= 16
+    file.write_bytes(body)
+    with pytest.raises(oc.Damaged, match="w: "):
+        oc.open_run(root).restore(wanted, step=1)
+
+
+# Readers.
+
+
+def test_a_reader_sees_steps_restores_any_of_them_and_writes_nothing(root: Path) -> None:
+    fill(root, 1, 2, 3)
+    before = snapshot(root)
+    reader = oc.open_run(str(root))
+    assert (reader.latest_step(), reader.all_steps()) == (3, [1, 2, 3])
+    assert reader.restore(LIKE).step == 3
+    assert reader.restore(LIKE, step=2).state["count"] == 2
+    assert reader.restore().state["count"] == 3
+    assert snapshot(root) == before
+
+
+def test_watch_yields_each_step_committed_from_then_on_once_and_ends_when_it_is_quiet(root: Path) -> None:
+    fill(root, 1)
+    reader = oc.open_run(root)
+    found = []
+    with oc.Agent(root, options=now()) as agent:
+        watching = reader.watch(poll_s=0.02, timeout_s=1.0)
+        trainer = threading.Thread(target=lambda: [agent.save(step, state(step)) for step in (2, 3)])
+        found.append(watch_first(watching, trainer))
+        trainer.join(30)
+        found += list(watching)
+    assert found == [2, 3]
+
+
+def watch_first(watching: Iterator[int], trainer: threading.Thread) -> int:
+    """The first step that is yielded after the trainer has started; watching begins before it."""
+    threading.Timer(0.1, trainer.start).start()
+    return next(watching)
+
+
+def test_a_step_committed_again_is_watched_again(root: Path) -> None:
+    fill(root, 1)
+    watching = oc.open_run(root).watch(poll_s=0.02, timeout_s=2.0)
+    threading.Timer(0.1, fill, (root, 1)).start()
+    assert next(watching) == 1
+
+
+def test_a_run_is_opened_by_string_path_or_url(root: Path) -> None:
+    fill(root, 1)
+    for name in (str(root), root, f"file://{root}"):
+        assert oc.open_run(name).all_steps() == [1]
+
+
+def test_the_intent_says_who_saved_on_what_mesh(root: Path, mesh8: Any) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        agent.save(1, {"w": jax.device_put(jnp.zeros(8), NamedSharding(mesh8, PartitionSpec("data")))})
+    (file,) = root.glob("steps/*/*/intent.json")
+    intent = json.loads(file.read_text())
+    assert (intent["mesh"], intent["process_count"], intent["device_count"]) == ({"data": 4, "model": 2}, 1, 8)
+    assert f"pid-{os.getpid()}" in intent["opened_by"]
