@@ -124,7 +124,8 @@ me = connect(30.0)
 said = {"hosts": me.hosts, "preempted": me.preempted(1)}
 said["broadcast"] = me.broadcast("which", {"from": me.process, "text": "x" * 5000}, 30.0)["from"]
 said["gather"] = me.gather("who", {"is": [me.process] * (1 + 50 * me.process)}, 30.0)[1]["is"][-1]
-me.post(f"test/{me.process}", "here")
+for text in ("coming", "here"):
+    me.post(f"test/{me.process}", text)
 if me.process == 0:
     try:
         me.gather("leave together", None, 1.0)
