@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import threading
 import time
@@ -18,8 +19,8 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arrays, failpoints, heartbeat, journal, plan
-from orchestrator.arrays import ArrayOptions, ArrayWriter, Flat
+from orchestrator import failpoints, heartbeat, journal, plan
+from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.catalog import Catalog
 from orchestrator.collect import collect
 from orchestrator.coordinator import Coordinator, UserData
@@ -42,6 +43,7 @@ from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
 from orchestrator.saving import GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
+from orchestrator.tree import Flat, flatten
 
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop
 
@@ -161,8 +163,7 @@ class Agent:
         SaveFailed of an earlier save with on_save_failure="raise".
         """
         self._settle(raise_now=True)
-        if step < 0:
-            raise UsageError(f"step {step}: steps are 0 or more")
+        step = _whole(step)
         if not (self.should_save(step) or force) or step == self._last_saved_step:
             return False
         user = UserData(_metrics(metrics), _extra(extra), timestamp=time.time())
@@ -173,10 +174,11 @@ class Agent:
             self._skip(save)
             return False
         try:
-            flat = arrays.flatten(state)
+            flat = flatten(state)
             self._check_tree(flat, save)
         except OrchestratorError as error:  # ours alone, perhaps: the others must not wait for us
             self._saver.refuse(save, "check", error)
+            self._last_saved_step = None
             raise
         self._saver.start(save, flat)
         self._current = save
@@ -203,7 +205,7 @@ class Agent:
         try:
             newest = self._catalog.find(None)
             if newest is not None and newest.tree != flat.spec.fingerprint():
-                saved = self._catalog.intent(newest.step, newest.attempt).tree
+                saved = self._catalog.intent(newest, self._catalog.manifest(newest)).tree
                 lines = plan.tree_differences(saved, flat.spec) or ["their trees differ"]
                 detail = "\n".join(f"  {line}" for line in lines)
                 raise OtherJob(
@@ -332,6 +334,17 @@ class Agent:
         back = int(os.environ.get(STEP_BACK, "0"))
         timeout_s = self.options.rendezvous_timeout_s
         return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back)
+
+
+def _whole(step: int) -> int:
+    """A step as a Python int, whichever kind of integer it came as. Raises UsageError."""
+    try:
+        whole = operator.index(step)
+    except TypeError as error:
+        raise UsageError(f"step {step!r}: wanted a whole number") from error
+    if whole < 0:
+        raise UsageError(f"step {whole}: steps are 0 or more")
+    return whole
 
 
 def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:

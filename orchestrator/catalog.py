@@ -171,9 +171,10 @@ class Catalog:
             )
         return body
 
-    def intent(self, step: int, attempt: str) -> Intent:
-        key = self.key(step, attempt, layout.INTENT)
-        return self._decode(self.storage.get(key), Intent, key)
+    def intent(self, live: LiveStep, manifest: Manifest) -> Intent:
+        """Who opened the attempt, and its tree spec."""
+        key = self.key(live.step, live.attempt, layout.INTENT)
+        return self._decode(self.file(live, manifest, layout.INTENT), Intent, key)
 
     def extra(self, live: LiveStep, manifest: Manifest) -> Extra:
         key = self.key(live.step, live.attempt, layout.EXTRA)

@@ -18,6 +18,11 @@ class TargetLeaf:
     shape: tuple[int, ...] = ()
     dtype: str = ""
 
+    @property
+    def number(self) -> str:
+        """As LeafSpec.number."""
+        return LeafSpec(path=self.path, kind=self.kind, shape=self.shape, dtype=self.dtype).number
+
 
 _SHORT = {"bfloat16": "bf16", "bool": "bool"}
 
@@ -76,7 +81,8 @@ def _problem(
     got = brief(found.kind, found.shape, found.dtype)
     both_stored = leaf.kind in STORED_KINDS and found.kind in STORED_KINDS
     if not both_stored:
-        return None if leaf.kind == found.kind else f"checkpoint {got}, target {want}"
+        same_number = found.number != "" and found.number == leaf.number
+        return None if same_number or leaf.kind == found.kind else f"checkpoint {got}, target {want}"
     if leaf.shape != found.shape:
         return f"checkpoint {got}, target {want}; shapes must be equal"
     if leaf.dtype == found.dtype:
@@ -106,6 +112,7 @@ def tree_differences(saved: TreeSpec, new: TreeSpec, limit: int = 5) -> list[str
         old, fresh = old_leaves.get(path), new_leaves.get(path)
         was = brief(old.kind, old.shape, old.dtype) if old else "nothing"
         now = brief(fresh.kind, fresh.shape, fresh.dtype) if fresh else "nothing"
-        if (old and old.kind, was) != (fresh and fresh.kind, now):
+        same_number = old and fresh and old.number and old.number == fresh.number
+        if not same_number and (old and old.kind, was) != (fresh and fresh.kind, now):
             lines.append(f"{'/'.join(path) or '(root)'}: the run has {was}, this job {now}")
     return lines[:limit]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import google_crc32c
+import crc32c as crc32c_library
 import msgspec
 
 from orchestrator.errors import Damaged, NewerFormat
@@ -35,6 +35,13 @@ class Box(msgspec.Struct, frozen=True, array_like=True):
     stop: tuple[int, ...]
 
 
+def number_class(dtype: str) -> str:
+    """`int`, `float`, `bool` or `complex`, of a dtype's name."""
+    if dtype.startswith(("int", "uint")):
+        return "int"
+    return dtype if dtype == "bool" else "complex" if dtype.startswith("complex") else "float"
+
+
 class LeafSpec(Record, frozen=True, omit_defaults=True):
     """One leaf of the saved tree.
 
@@ -42,6 +49,7 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
     `int`, `float`, `complex`, `bool`, `str`, `bytes`, `none`, `empty`.
     shape, dtype: as the user sees them (for `key`: the shape of the key array, dtype `key<impl>`).
     stored_shape, stored_dtype: as the file holds them, where that differs. `value`: the text of a value kept here.
+    chunk: shape of the stored chunks, each raw elements and their CRC-32C; None: as the array's own metadata says.
     """
 
     path: tuple[str, ...]
@@ -52,6 +60,7 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
     stored_dtype: str = ""
     sharding: str = ""
     value: str = ""
+    chunk: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -64,9 +73,23 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
         return self.kind in STORED_KINDS
 
     @property
+    def number(self) -> str:
+        """The class of number of a Python number or an array without dimensions (`int`, `float`, ...), '' of others.
+
+        The two stand for each other: frameworks start with `step = 0` and make it an array in the first jitted step.
+        """
+        if self.kind in ("int", "float", "bool", "complex"):
+            return self.kind
+        return number_class(self.dtype) if self.kind_stored and self.kind != "key" and self.shape == () else ""
+
+    @property
     def in_store(self) -> bool:
         """Whether Orbax's files hold the leaf; the others are wholly described here."""
         return self.kind_stored and 0 not in self.shape
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        return self.shape if self.stored_shape is None else self.stored_shape
 
     @property
     def label(self) -> str:
@@ -78,7 +101,10 @@ class TreeSpec(Record, frozen=True):
 
     def fingerprint(self) -> str:
         """Identity of the tree for `OtherJob`: paths, kinds, shapes and dtypes, not values or shardings."""
-        shape_of = [(leaf.path, leaf.kind, leaf.shape, leaf.dtype) for leaf in self.leaves]
+        shape_of = [
+            (leaf.path, "number", (), leaf.number) if leaf.number else (leaf.path, leaf.kind, leaf.shape, leaf.dtype)
+            for leaf in self.leaves
+        ]
         return crc32c(msgspec.json.encode(sorted(shape_of)))
 
 
@@ -208,7 +234,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 def crc32c(data: bytes) -> str:
     """CRC-32C of `data`, 8 hex digits."""
-    return f"{google_crc32c.value(data):08x}"
+    return f"{crc32c_library.crc32c(data):08x}"
 
 
 def encode(record: Record) -> bytes:

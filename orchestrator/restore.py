@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from orchestrator import arrays, errors, failpoints, heartbeat, journal, layout, plan
 from orchestrator.arrays import Load
@@ -27,6 +28,7 @@ from orchestrator.events import Restored as RestoredEvent
 from orchestrator.events import SteppedDown, emit
 from orchestrator.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.rendezvous import Rendezvous
+from orchestrator.tree import targets
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def read_step(
     """
     manifest = catalog.manifest(live)
     catalog.check_sizes(live, manifest)
-    saved = catalog.intent(live.step, live.attempt).tree
+    saved = catalog.intent(live, manifest).tree
     extra = catalog.extra(live, manifest)
     prefix = layout.attempt_prefix(live.step, live.attempt)
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
@@ -69,13 +71,14 @@ def read_step(
         values = arrays.load(directory, [Load(leaf) for leaf in saved.leaves], on_bytes)
         state: Any = _nested(saved.leaves, values)
     else:
-        wanted, leaves, treedef = arrays.targets(like)
+        wanted, leaves, treedef = targets(like)
         where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
         chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
         loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
         loaded = iter(arrays.load(directory, loads, on_bytes))
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
-        state = jax.tree_util.tree_unflatten(treedef, _keep_empty(chosen, leaves, values))
+        fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
+        state = jax.tree_util.tree_unflatten(treedef, fitted)
     return Restored(
         step=live.step,
         state=state,
@@ -86,18 +89,24 @@ def read_step(
 
 
 def _load(leaf: LeafSpec, target: Any, args: RestoreArgs) -> Load:
-    if not leaf.kind_stored:
+    if not leaf.kind_stored or isinstance(target, int | float | complex):
         return Load(leaf)
     dtype = target.dtype if args.cast and leaf.kind != "key" else None
     return Load(leaf, arrays.sharding_of(target), dtype)
 
 
-def _keep_empty(chosen: list[LeafSpec | None], targets: list[Any], values: list[Any]) -> list[Any]:
-    """Empty containers come back as the target's own (an optax EmptyState stays one)."""
-    return [
-        target if leaf is None or leaf.kind in ("none", "empty") else value
-        for leaf, target, value in zip(chosen, targets, values, strict=True)
-    ]
+def _as_target(leaf: LeafSpec | None, target: Any, value: Any) -> Any:
+    """A loaded value as the target wants it: empty containers are the target's own (an optax EmptyState stays one), a
+    Python number and an array without dimensions stand for each other."""
+    if leaf is None or leaf.kind in ("none", "empty"):
+        return target
+    if isinstance(target, int | float | complex) and leaf.kind_stored:
+        return type(target)(value)
+    if leaf.number and not leaf.kind_stored and hasattr(target, "dtype"):
+        host = np.asarray(value, target.dtype)
+        sharding = arrays.sharding_of(target)
+        return host if sharding is None else jax.make_array_from_callback((), sharding, lambda index: host)
+    return value
 
 
 def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:

@@ -18,7 +18,7 @@ import jax
 from absl import logging
 
 from orchestrator import arrays, failpoints, journal, layout
-from orchestrator.arrays import ArrayWriter, Flat, PendingWrite
+from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.coordinator import Coordinator, UserData, describe, signal_prefix
 from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, WaitTimeout
@@ -28,6 +28,7 @@ from orchestrator.protocol import Phase
 from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Receipt, encode
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists
+from orchestrator.tree import Flat
 
 DECISION_POLL_S = 0.01
 STORAGE_POLL_S = 1.0

@@ -18,17 +18,19 @@ FUNCTION_LINES_MAX = 70
 
 PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 RANKS = {
-    **dict.fromkeys(["errors", "layout", "records", "journal", "protocol", "plan", "policy", "options"], PURE),
+    **dict.fromkeys(["errors", "layout", "records", "journal", "protocol", "plan", "policy"], PURE),
+    **dict.fromkeys(["options", "chunks"], PURE),
     "storage.base": PORTS,
     **dict.fromkeys(["storage", "storage.memory", "storage.posix", "storage.gcs"], ADAPTERS),
-    **dict.fromkeys(["arrays", "rendezvous", "events", "failpoints", "heartbeat"], ADAPTERS),
+    **dict.fromkeys(["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading"], ADAPTERS),
+    **dict.fromkeys(["rendezvous", "events", "failpoints", "heartbeat"], ADAPTERS),
     **dict.fromkeys(["agent", "saving", "coordinator", "restore", "collect", "catalog"], ROLES),
     "": FACADE,  # orchestrator/__init__.py gives the roles their public names
 }
-IMPURE = frozenset(
-    ["os", "io", "time", "datetime", "random", "uuid", "secrets", "socket", "threading", "asyncio", "pathlib"]
-    + ["subprocess", "signal", "absl", "numpy", "orbax", "tensorstore", "etils"]
-)
+IMPURE = {
+    *("os", "io", "time", "datetime", "random", "uuid", "secrets", "socket", "threading", "asyncio", "pathlib"),
+    *("subprocess", "signal", "absl", "numpy", "orbax", "tensorstore", "etils"),
+}
 MAY_USE_JAX_TREES = frozenset({"plan"})
 # Whoever imports one of these names (or anything below it) must be the module given.
 ONLY_IMPORTER = {
@@ -115,7 +117,7 @@ def importer_problems(modules: Mapping[str, str]) -> list[str]:
         for module, source in modules.items()
         for name in imports(source)
         for prefix, owner in ONLY_IMPORTER.items()
-        if is_below(name, prefix) and module != owner
+        if is_below(name, prefix) and not is_below(module, owner)
     )
 
 

@@ -77,7 +77,9 @@ def test_array_kinds_may_stand_for_each_other() -> None:
             "rng: checkpoint key<fry>[], target key<rbg>[]; PRNG keys cannot be cast",
         ),
         (target("rng", (), "uint32"), "rng: checkpoint key<fry>[], target u32[]; PRNG keys cannot be cast"),
-        (target("count", (), "int32"), "count: checkpoint int, target i32[]"),
+        (target("count", (), "int32"), ""),
+        (target("count", (), "float32"), "count: checkpoint int, target f32[]"),
+        (target("count", (1,), "int32"), "count: checkpoint int, target i32[1]"),
         (target("params/b", kind="float"), "params/b: checkpoint bf16[4], target float"),
         (target("new", kind="none"), ""),
         (

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import google_crc32c
+import crc32c
 
 from orchestrator import failpoints
 from orchestrator.errors import OutcomeUnknown, StorageError
@@ -132,7 +132,7 @@ class PosixStorage:
                 os.fsync(file.fileno())
                 checksum = size = 0
                 while chunk := file.read(_READ_BYTES):
-                    checksum = google_crc32c.extend(checksum, chunk)
+                    checksum = crc32c.crc32c(chunk, checksum)
                     size += len(chunk)
         except OSError as error:
             raise _storage_error("sync", path, error) from error

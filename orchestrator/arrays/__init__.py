@@ -1,0 +1,8 @@
+"""The data plane: pytrees to and from an ordinary Orbax checkpoint. The only importer of both."""
+
+from __future__ import annotations
+
+from orchestrator.arrays.reading import Load, load, sharding_of
+from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, own_files
+
+__all__ = ["ArrayOptions", "ArrayWriter", "Load", "PendingWrite", "load", "own_files", "sharding_of"]

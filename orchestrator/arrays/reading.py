@@ -1,0 +1,269 @@
+"""Reading leaves of an attempt's `state/`, onto any mesh, any process count, or into numpy.
+
+Chunks are read as objects of the OCDBT store, all of them in one bounded window, checked against their CRC-32C and
+copied to where they belong; the buffers filled so become the device arrays. An array whose chunks are not ours (leaf
+without `chunk`: compressed, or written by another Orbax) is read through TensorStore's zarr3 driver.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import crc32c
+import jax
+import numpy as np
+import tensorstore as ts
+
+from orchestrator import chunks
+from orchestrator.arrays.store import context, store_spec
+from orchestrator.errors import Damaged, WaitTimeout
+from orchestrator.records import Box, LeafSpec
+from orchestrator.tree import inline_value, numpy_dtype
+
+_WINDOW_BYTES = 64 << 20  # read and not yet copied to their place
+_WINDOW_READS = 2048
+_ALIGNMENT = 64  # what XLA wants of a host buffer that it takes over without a copy
+_INLINE_BYTES = 1 << 20  # chunks up to this are checked and copied at once, larger ones on threads
+_THREADS = 4
+_TIMEOUT_S = 600.0  # for any one read
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One leaf to read: where to (`sharding` None means numpy on the host) and as what dtype (None: as saved)."""
+
+    leaf: LeafSpec
+    sharding: jax.sharding.Sharding | None = None
+    dtype: Any = None
+
+
+@dataclass
+class _Filling:
+    """A leaf being read: a host buffer for each box that this process needs, and the devices that want it."""
+
+    item: Load
+    buffers: dict[Box, Array] = field(default_factory=dict)
+    devices: dict[Box, list[Any]] = field(default_factory=dict)
+
+
+def load(directory: str, loads: Sequence[Load], on_bytes: Callable[[int], None] | None = None) -> list[Any]:
+    """Read leaves of the `state/` at URL `directory`, in order, concurrently; each process reads what it needs.
+
+    Works on any mesh and process count. `on_bytes` is told of bytes as they arrive, for progress displays.
+    Raises Damaged naming the leaf if it cannot be read or a checksum is wrong, WaitTimeout if there is no answer.
+    """
+    fillings = {index: _prepare(item) for index, item in enumerate(loads) if item.leaf.in_store}
+    if fillings:
+        reader = _Reader(directory, on_bytes or (lambda read_bytes: None))
+        reader.fill(list(fillings.values()))
+    return _finish(loads, fillings)
+
+
+def _prepare(item: Load) -> _Filling:
+    leaf = item.leaf
+    shape = leaf.file_shape
+    dtype = numpy_dtype(leaf.stored_dtype or leaf.dtype)
+    filling = _Filling(item)
+    if item.sharding is None:
+        filling.buffers[Box(start=(0,) * len(shape), stop=shape)] = _aligned(shape, dtype)
+        return filling
+    for device, index in item.sharding.addressable_devices_indices_map(leaf.shape).items():
+        box = _box(index or (), shape)
+        filling.devices.setdefault(box, []).append(device)
+    for box in filling.devices:
+        filling.buffers[box] = _aligned(chunks.shape_of(box), dtype)
+    return filling
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """A shard's index as a box; dimensions beyond the index (of key data) are whole."""
+    full = (*index, *(slice(None),) * (len(shape) - len(index)))
+    bounds = [part.indices(size) for part, size in zip(full, shape, strict=True)]
+    return Box(start=tuple(bound[0] for bound in bounds), stop=tuple(bound[1] for bound in bounds))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % _ALIGNMENT
+    return raw[first : first + size].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class _Read:
+    leaf: LeafSpec
+    chunk: Box
+    targets: tuple[tuple[Box, Array], ...]
+
+    @property
+    def key(self) -> str:
+        assert self.leaf.chunk is not None
+        return chunks.key(self.leaf.name, self.chunk, self.leaf.chunk)
+
+
+def _reads(filling: _Filling) -> Iterator[_Read]:
+    """Each chunk once, with all the buffers that want some of it."""
+    leaf = filling.item.leaf
+    assert leaf.chunk is not None
+    wanted: dict[Box, list[tuple[Box, Array]]] = {}
+    for box, buffer in filling.buffers.items():
+        for chunk in chunks.touching(box, leaf.chunk):
+            wanted.setdefault(chunk, []).append((box, buffer))
+    for chunk, targets in wanted.items():
+        yield _Read(leaf, chunk, tuple(targets))
+
+
+class _Reader:
+    def __init__(self, directory: str, on_bytes: Callable[[int], None]) -> None:
+        self._directory, self._on_bytes, self._context = directory, on_bytes, context()
+        try:
+            self._store = ts.KvStore.open(store_spec(directory), context=self._context).result(timeout=_TIMEOUT_S)
+        except (ValueError, OSError) as error:
+            raise Damaged(f"{directory}: cannot be opened: {error}") from error
+
+    def fill(self, fillings: Sequence[_Filling]) -> None:
+        ours = [filling for filling in fillings if filling.item.leaf.chunk is not None]
+        self._fill_chunks(read for filling in ours for read in _reads(filling))
+        for filling in fillings:
+            if filling.item.leaf.chunk is None:
+                self._fill_by_zarr(filling)
+
+    def _fill_chunks(self, reads: Iterator[_Read]) -> None:
+        waiting: deque[tuple[_Read, Any]] = deque()
+        placing: deque[Future[None]] = deque()
+        in_flight = 0
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="restore") as pool:
+            for read in reads:
+                size = _chunk_bytes(read.leaf)
+                while waiting and (in_flight + size > _WINDOW_BYTES or len(waiting) >= _WINDOW_READS):
+                    in_flight -= self._take(waiting, placing, pool)
+                waiting.append((read, self._store.read(read.key)))
+                in_flight += size
+            while waiting:
+                self._take(waiting, placing, pool)
+            for placed in placing:
+                placed.result()
+
+    def _take(self, waiting: deque[tuple[_Read, Any]], placing: deque[Future[None]], pool: ThreadPoolExecutor) -> int:
+        """Take the oldest read and put its bytes where they belong. Returns its size."""
+        read, future = waiting.popleft()
+        body = self._result(read.leaf, future)
+        size = _chunk_bytes(read.leaf)
+        self._on_bytes(size)
+        if size <= _INLINE_BYTES:
+            self._place(read, body)
+        else:
+            placing.append(pool.submit(self._place, read, body))
+            if len(placing) > 2 * _THREADS:  # else their bodies would pile up outside the window
+                placing.popleft().result()
+        return size
+
+    def _result(self, leaf: LeafSpec, future: Any) -> Any:
+        try:
+            result = future.result(timeout=_TIMEOUT_S)
+        except TimeoutError as error:
+            raise WaitTimeout(f"{leaf.label}: {self._directory} did not answer within {_TIMEOUT_S:g} s") from error
+        except (ValueError, OSError, NotImplementedError) as error:  # TensorStore's statuses arrive as these
+            raise Damaged(f"{leaf.label}: cannot be read from {self._directory}: {error}") from error
+        return result
+
+    def _place(self, read: _Read, result: Any) -> None:
+        leaf, body = read.leaf, result.value
+        wanted = _chunk_bytes(leaf)
+        if result.state != "value":
+            raise Damaged(f"{leaf.label}: chunk {read.key} is missing in {self._directory}")
+        if len(body) != wanted + chunks.CHECKSUM_BYTES:
+            raise Damaged(
+                f"{leaf.label}: chunk {read.key} in {self._directory} has {len(body)} bytes, wanted "
+                f"{wanted + chunks.CHECKSUM_BYTES}"
+            )
+        raw = memoryview(body)[:wanted]
+        got, said = crc32c.crc32c(raw), int.from_bytes(body[wanted:], "little")
+        if got != said:
+            raise Damaged(f"{leaf.label}: chunk {read.key} in {self._directory}: crc32c {got:08x}, written {said:08x}")
+        assert leaf.chunk is not None
+        for box, buffer in read.targets:
+            common = chunks.overlap(box, read.chunk)
+            source = np.frombuffer(raw, buffer.dtype).reshape(leaf.chunk)
+            buffer[chunks.within(common, box)] = source[chunks.within(common, read.chunk)]
+
+    def _fill_by_zarr(self, filling: _Filling) -> None:
+        leaf = filling.item.leaf
+        spec = {"driver": "zarr3", "kvstore": {**store_spec(self._directory), "path": leaf.name + "/"}}
+        store = self._result(leaf, ts.open(spec, open=True, read=True, context=self._context))
+        if tuple(store.shape) != leaf.file_shape:
+            raise Damaged(f"{leaf.label}: the file holds {list(store.shape)}, the tree spec {list(leaf.file_shape)}")
+        for box, buffer in filling.buffers.items():
+            part = store[tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))]
+            buffer[...] = self._result(leaf, part.read())
+            self._on_bytes(buffer.nbytes)
+
+
+def _chunk_bytes(leaf: LeafSpec) -> int:
+    assert leaf.chunk is not None
+    return int(np.prod(leaf.chunk, dtype=np.int64)) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize
+
+
+def _finish(loads: Sequence[Load], fillings: dict[int, _Filling]) -> list[Any]:
+    """The values, in order. Device arrays of all leaves are made in one call."""
+    values: list[Any] = [None] * len(loads)
+    hosts: list[Array] = []
+    devices: list[Any] = []
+    for index, item in enumerate(loads):
+        filling = fillings.get(index)
+        if filling is None:
+            values[index] = _empty_array(item) if item.leaf.kind_stored else inline_value(item.leaf)
+            continue
+        for box, buffer in filling.buffers.items():
+            logical = filling.buffers[box] = _logical(item, buffer)
+            if item.sharding is None:
+                values[index] = logical[()] if item.leaf.kind == "numpy_scalar" else logical
+            for device in filling.devices.get(box, ()):
+                hosts.append(logical)
+                devices.append(device)
+    placed = iter(jax.device_put(hosts, devices) if hosts else ())
+    for index, filling in fillings.items():
+        item = filling.item
+        if item.sharding is not None:
+            parts = [next(placed) for box in filling.buffers for _ in filling.devices[box]]
+            values[index] = _assemble(item, parts)
+    return values
+
+
+def _logical(item: Load, data: Array) -> Array:
+    """Stored bytes as the user's dtype, then cast if asked."""
+    leaf = item.leaf
+    if leaf.kind != "key" and leaf.stored_dtype:
+        data = data.view(numpy_dtype(leaf.dtype))
+    return data if item.dtype is None or data.dtype == item.dtype else data.astype(item.dtype)
+
+
+def _assemble(item: Load, parts: list[Any]) -> Any:
+    leaf = item.leaf
+    assert item.sharding is not None
+    array = jax.make_array_from_single_device_arrays(leaf.file_shape, item.sharding, parts)
+    return jax.random.wrap_key_data(array, impl=leaf.value) if leaf.kind == "key" else array
+
+
+def _empty_array(item: Load) -> Any:
+    """An array with no elements, from its spec alone."""
+    leaf = item.leaf
+    dtype = item.dtype or (leaf.stored_dtype if leaf.kind == "key" else None) or leaf.dtype
+    host = np.zeros(leaf.file_shape, numpy_dtype(str(dtype)) if isinstance(dtype, str) else dtype)
+    if item.sharding is None:
+        return host
+    array = jax.make_array_from_callback(leaf.file_shape, item.sharding, lambda index: host[index])
+    return jax.random.wrap_key_data(array, impl=leaf.value) if leaf.kind == "key" else array
+
+
+def sharding_of(target: Any) -> jax.sharding.Sharding | None:
+    """The sharding a target leaf asks for; None for numpy targets. A target without one goes to the first device."""
+    if isinstance(target, np.ndarray | np.generic):
+        return None
+    return getattr(target, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

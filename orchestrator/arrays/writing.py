@@ -1,0 +1,372 @@
+"""Writing pytrees as an ordinary Orbax checkpoint.
+
+Writing goes through Orbax's handler layer (`PyTreeCheckpointHandler`), which contains no cross-process barrier, with a
+type handler of ours that gets all leaves at once: it writes every chunk, with its checksum, through one OCDBT store per
+process, instead of opening one TensorStore per leaf. Orbax writes its own metadata and merges the processes' stores, so
+plain Orbax reads the result. Reading goes straight to the chunks, because Orbax needs a target or the topology of the
+writer, and we know every leaf from the attempt's tree spec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import json
+import zlib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import crc32c
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+# Private (orbax 0.12.8), as plain Orbax needs both files: `array_metadatas/` (which arrays are PRNG keys) and
+# `_sharding` (restoring without a target). tests/test_private_apis.py watches them.
+from orbax.checkpoint._src.metadata import array_metadata as _array_metadata
+from orbax.checkpoint._src.metadata import array_metadata_store as _array_metadata_store
+from orbax.checkpoint._src.metadata import sharding as _sharding_metadata
+
+from orchestrator import chunks
+from orchestrator.arrays.store import context, store_spec
+from orchestrator.errors import WaitTimeout
+from orchestrator.records import Box, LeafSpec
+from orchestrator.tree import INT64, Flat, numpy_dtype
+
+_WINDOW_BYTES = 256 << 20  # chunks handed to TensorStore and not yet durable
+_FILE_BYTES = 64 << 20  # of one data file: several are written and fsynced at the same time
+_CHECKSUM = {"name": "crc32c"}
+_ZSTD = {"name": "zstd", "configuration": {"level": 1}}
+
+
+@dataclass
+class Staged:
+    """One leaf on the host: what this process writes of it. `parts`: boxes on the chunk grid and their elements."""
+
+    leaf: LeafSpec
+    parts: deque[tuple[Box, np.ndarray[Any, Any]]]
+    describes: bool  # whether this process writes the array's `zarr.json`
+    sharding: jax.sharding.Sharding | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(data.nbytes for _, data in self.parts)
+
+
+# Orbax chooses the handler, and the type that its readers see, by the class of the leaf.
+class _StagedArray(Staged):
+    pass
+
+
+class _StagedNumpy(Staged):
+    pass
+
+
+class _StagedScalar(Staged):
+    pass
+
+
+class _BatchHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped here
+    """Writes all leaves of one kind at once. Reading is not its business (`load`)."""
+
+    def __init__(self, typestr: str, process: int, compression: bool) -> None:
+        self._typestr, self._process, self._compression = typestr, process, compression
+        self._context = context()
+        # Orbax looks here for the store of array metadata, as it does with its own handler.
+        self._array_metadata_store = _array_metadata_store.Store() if typestr == "jax.Array" else None
+
+    def typestr(self) -> str:
+        return self._typestr
+
+    async def serialize(self, values: Sequence[Staged], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        """Write `values` and wait until they are durable. Everything has been staged before; nothing is left over."""
+        directory = infos[0].parent_dir
+        await _write(values, _as_url(directory), self._process, self._compression, self._context)
+        if self._array_metadata_store:
+            described = [_describe(value) for value in values]
+            await self._array_metadata_store.write(directory, described, self._process)
+            if self._process == 0:
+                (directory / "_sharding").write_text(json.dumps(_shardings(values)))
+        return ()
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        raise NotImplementedError("read with `load`, or with an Orbax of your own")
+
+    async def metadata(self, infos: Any) -> Any:
+        raise NotImplementedError("the tree spec of the attempt describes it")
+
+
+def _as_url(directory: epath.Path) -> str:
+    path = str(directory)
+    return path if "://" in path else "file://" + path
+
+
+async def _write(values: Sequence[Staged], url: str, process: int, compression: bool, shared: ts.Context) -> None:
+    config = {
+        "max_inline_value_bytes": 1024,
+        "max_decoded_node_bytes": 100_000_000,
+        "manifest_kind": "single",
+        "compression": None,
+    }
+    spec = store_spec(f"{url.rstrip('/')}/ocdbt.process_{process}")
+    spec |= {"config": config, "assume_config": True, "target_data_file_size": _FILE_BYTES}
+    store = await ts.KvStore.open(spec, context=shared)
+    pending: deque[tuple[int, Any]] = deque()
+    in_flight = 0
+    for value in values:
+        leaf = value.leaf
+        assert leaf.chunk is not None
+        if value.describes:
+            body = chunks.metadata(_template(_stored_dtype(leaf), compression), leaf.file_shape, leaf.chunk)
+            pending.append((len(body), store.write(chunks.metadata_key(leaf.name), body)))
+        while value.parts:  # taken off as they go: TensorStore has its own copy
+            box, data = value.parts.popleft()
+            for chunk in chunks.cut(box, leaf.chunk):
+                raw = data[chunks.within(chunk, box)].reshape(-1).view(np.uint8).data
+                if compression:
+                    raw = memoryview(await _compressed(raw))
+                checksum = crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
+                body = b"".join((raw, checksum))
+                pending.append((len(body), store.write(chunks.key(leaf.name, chunk, leaf.chunk), body)))
+                in_flight += len(body)
+                while in_flight > _WINDOW_BYTES:
+                    size, future = pending.popleft()
+                    await future
+                    in_flight -= size
+    for _, future in pending:
+        await future
+
+
+async def _compressed(raw: memoryview) -> bytes:
+    """zstd by TensorStore's own codec: one array of bytes, one chunk, in memory."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": "memory://",
+        "metadata": {
+            "data_type": "uint8",
+            "shape": [len(raw)],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [len(raw)]}},
+            "codecs": [{"name": "bytes"}, _ZSTD],
+            "fill_value": 0,
+        },
+        "store_data_equal_to_fill_value": True,
+    }
+    array = await ts.open(spec, create=True)
+    await array.write(np.frombuffer(raw, np.uint8))
+    store: Any = array.kvstore
+    return bytes((await store.read("c/0")).value)
+
+
+@functools.lru_cache(maxsize=256)
+def _template(dtype: str, compression: bool) -> dict[str, object]:
+    """TensorStore's own `zarr.json` of an array of `dtype`, made in memory."""
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *([_ZSTD] if compression else []), _CHECKSUM]
+    spec = {
+        "driver": "zarr3",
+        "kvstore": "memory://",
+        "metadata": {"data_type": dtype, "shape": [1], "codecs": codecs},
+    }
+    store: Any = ts.open(spec, create=True).result(timeout=60).kvstore
+    return dict(json.loads(store.read("zarr.json").result(timeout=60).value))
+
+
+def _stored_dtype(leaf: LeafSpec) -> str:
+    return leaf.stored_dtype or leaf.dtype
+
+
+def _describe(value: Staged) -> Any:
+    leaf = value.leaf
+    extra = {_array_metadata.RANDOM_KEY_IMPL: leaf.value} if leaf.kind == "key" else None
+    return _array_metadata.ArrayMetadata(
+        param_name=leaf.name,
+        shape=leaf.file_shape,
+        dtype=numpy_dtype(_stored_dtype(leaf)),
+        write_shape=leaf.chunk,
+        chunk_shape=leaf.chunk,
+        use_ocdbt=True,
+        use_zarr3=True,
+        ext_metadata=extra,
+    )
+
+
+def _shardings(values: Sequence[Staged]) -> dict[str, str]:
+    """Orbax's `_sharding` file: base64 of the leaf's name -> its sharding, as Orbax writes it."""
+
+    @functools.cache
+    def text(sharding: jax.sharding.Sharding) -> str | None:
+        described = _sharding_metadata.from_jax_sharding(sharding)
+        return described.to_serialized_string() if described else None
+
+    names = ((value.leaf.name, text(value.sharding)) for value in values if value.sharding is not None)
+    return {base64.b64encode(name.encode()).decode(): told for name, told in names if told}
+
+
+@dataclass(frozen=True)
+class ArrayOptions:
+    """compression: zstd for each chunk (smaller, several times slower on a fast disk)."""
+
+    compression: bool = False
+
+
+class ArrayWriter:
+    """Writes attempts' `state/` directories. `stage` on the main thread; the rest on any one thread at a time."""
+
+    def __init__(self, options: ArrayOptions, process: int) -> None:
+        array, numpy, scalar = (
+            _BatchHandler(typestr, process, options.compression) for typestr in ("jax.Array", "np.ndarray", "scalar")
+        )
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (_StagedArray, array),
+            (_StagedNumpy, numpy),
+            (_StagedScalar, scalar),
+            (jax.Array, array),  # where Orbax looks for the store of array metadata
+            (str, ocp.type_handlers.StringHandler()),
+        )
+        self._process = process
+        self._compression = options.compression
+        self._handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
+        )
+
+    def stage(self, directory: str, flat: Flat) -> PendingWrite:
+        """Take what is needed from the devices, for the attempt's `state/` at URL `directory`.
+
+        When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
+        checkpoint. Copies from accelerators and out of numpy arrays; CPU arrays are held, not copied (JAX does not
+        reuse a donated buffer that is held: tests/test_arrays.py).
+        """
+        for value in flat.values:  # all transfers under way before the first is waited for
+            if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+                _start_transfer(value)
+        places: dict[Any, list[tuple[int, Box, int]]] = {}
+        staged = [
+            _stage(leaf, value, self._process, places)
+            for leaf, value in zip(flat.spec.leaves, flat.values, strict=True)
+        ]
+        boxes = {
+            item.leaf.name: tuple(box for box, _ in item.parts)
+            for item in staged
+            if isinstance(item, _StagedArray | _StagedNumpy) and item.parts
+        }
+        tree = jax.tree_util.tree_unflatten(flat.treedef, staged)
+        return PendingWrite(self._handler, directory, tree, boxes)
+
+    def finalize(self, directory: str) -> None:
+        """Merge the processes' OCDBT manifests into one. Called by one process when all have written."""
+        self._handler.finalize(_orbax_path(directory))
+
+    def close(self) -> None:
+        self._handler.close()
+
+
+def _orbax_path(url: str, *, make: bool = False) -> epath.Path:
+    """Orbax's path of a directory URL. Local directories are made; an object store has none."""
+    path = epath.Path(url.removeprefix("file://"))
+    if make and "://" not in str(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class PendingWrite:
+    """A staged state on its way to the store. `boxes`: leaf name -> regions that this process writes."""
+
+    def __init__(self, handler: Any, directory: str, tree: Any, boxes: Mapping[str, tuple[Box, ...]]) -> None:
+        self._handler, self._directory, self._tree = handler, directory, tree
+        self.boxes = boxes
+
+    def wait(self, timeout_s: float) -> None:
+        """Write; return when this process's bytes are in the store. Raises WaitTimeout, or what the write raised."""
+        tree, self._tree = self._tree, None
+
+        async def write() -> None:
+            arguments = ocp.args.PyTreeSave(tree)
+            futures = await self._handler.async_save(_orbax_path(self._directory, make=True), args=arguments)
+            for future in futures or ():
+                await asyncio.to_thread(future.result, timeout_s)
+
+        try:
+            asyncio.run(asyncio.wait_for(write(), timeout_s))
+        except TimeoutError as error:
+            raise WaitTimeout(f"this process's array writes did not finish within {timeout_s:g} s") from error
+
+
+def _start_transfer(value: jax.Array) -> None:
+    device: Any = next(iter(value.sharding.device_set))
+    if device.platform != "cpu":
+        for index in range(len(value.sharding.addressable_devices)):
+            value.addressable_data(index).copy_to_host_async()
+
+
+def _host_local(value: Any) -> bool:
+    return isinstance(value, jax.Array) and value.is_fully_addressable and jax.process_count() > 1
+
+
+def _stage(leaf: LeafSpec, value: Any, process: int, places: dict[Any, list[tuple[int, Box, int]]]) -> Any:
+    """What Orbax is given for a leaf: a Staged, a string, an empty container; None where it need not hold it."""
+    if leaf.kind in ("none", "empty", "str"):
+        return value
+    if leaf.kind in ("bool", "int", "float"):
+        if leaf.kind == "int" and value not in INT64:
+            return None
+        data = np.asarray(value)
+        inner = LeafSpec(path=leaf.path, kind="numpy", shape=(), dtype=data.dtype.name, chunk=())
+        return _whole(_StagedScalar, inner, data, process)
+    if not leaf.in_store:
+        return None
+    if leaf.kind == "key":
+        value = jax.random.key_data(value)
+    if not isinstance(value, jax.Array) or _host_local(value):  # process 0's copy is the one that is stored
+        dtype = numpy_dtype(leaf.stored_dtype if leaf.kind == "key" else leaf.dtype)
+        # A copy in native byte order: the caller may overwrite his array as soon as we return.
+        return _whole(_StagedNumpy, leaf, np.array(value, dtype=dtype, order="C") if process == 0 else None, process)
+    return _stage_shards(leaf, value, places)
+
+
+def _whole(kind: type[Staged], leaf: LeafSpec, data: Any, process: int) -> Staged:
+    shape = leaf.file_shape
+    whole = Box(start=(0,) * len(shape), stop=shape)
+    return kind(leaf, deque([(whole, data)] if process == 0 else []), describes=process == 0)
+
+
+def _stage_shards(leaf: LeafSpec, value: jax.Array, places: dict[Any, list[tuple[int, Box, int]]]) -> Staged:
+    """The chunks that this process writes: each chunk is written by one of the replicas that hold it, in turn, so that
+    replicated arrays are spread evenly over their hosts."""
+    assert leaf.chunk is not None
+    shape = leaf.file_shape
+    where = places.get((value.sharding, shape))
+    if where is None:
+        where = places[value.sharding, shape] = [
+            (index, _box(shard.index, shape), shard.replica_id) for index, shard in enumerate(value.addressable_shards)
+        ]
+    shard_shape = chunks.shape_of(where[0][1]) if where else ()
+    shards = int(np.prod(shape, dtype=np.int64)) // max(1, int(np.prod(shard_shape, dtype=np.int64)))
+    replicas = max(1, len(value.sharding.device_set) // max(1, shards))
+    first = zlib.crc32(leaf.name.encode()) if replicas > 1 else 0
+    parts: deque[tuple[Box, np.ndarray[Any, Any]]] = deque()
+    for index, box, replica in where:
+        if replicas == 1:
+            parts.append((box, np.asarray(value.addressable_data(index))))
+            continue
+        mine = [chunk for turn, chunk in enumerate(chunks.cut(box, leaf.chunk)) if (first + turn) % replicas == replica]
+        if mine:
+            data = np.asarray(value.addressable_data(index))
+            parts.extend((chunk, data[chunks.within(chunk, box)]) for chunk in mine)
+    describes = any(not any(box.start) for box, _ in parts)
+    return _StagedArray(leaf, parts, describes, value.sharding)
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """A shard's index as a box; dimensions beyond the index (of key data) are whole."""
+    full = (*index, *(slice(None),) * (len(shape) - len(index)))
+    bounds = [part.indices(size) for part, size in zip(full, shape, strict=True)]
+    return Box(start=tuple(bound[0] for bound in bounds), stop=tuple(bound[1] for bound in bounds))
+
+
+def own_files(process: int) -> tuple[str, ...]:
+    """Prefixes below `state/` that process `process` writes alone (Orbax 0.12.8); the rest is the coordinator's."""
+    return (f"ocdbt.process_{process}/", f"array_metadatas/process_{process}")

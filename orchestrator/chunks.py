@@ -1,0 +1,80 @@
+"""How an array is cut into chunks, and what a chunk is: zarr3 keys, metadata and checksums. Pure.
+
+A chunk object is the chunk's elements in C order, little-endian, followed by their CRC-32C as four little-endian bytes:
+zarr3's `bytes` and `crc32c` codecs (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/index.html), which any
+zarr3 reader checks. Chunks are runs of whole rows of one shard, so that cutting and joining them is plain copying.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+
+from orchestrator.records import Box
+
+CHECKSUM_BYTES = 4
+CHUNK_BYTES = 4 << 20
+
+
+def chunk_shape(shard: tuple[int, ...], item_bytes: int, target_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
+    """The largest chunk of at most `target_bytes` that tiles a shard and is contiguous in it (one element at least)."""
+    shape = list(shard)
+    for axis, size in enumerate(shard):
+        inner = math.prod(shard[axis + 1 :]) * item_bytes
+        if size * inner <= target_bytes:
+            break
+        rows = max(1, target_bytes // max(inner, 1))
+        shape[axis] = next(count for count in range(min(rows, size), 0, -1) if size % count == 0)
+        if shape[axis] > 1:
+            break
+    return tuple(shape)
+
+
+def cut(box: Box, chunk: tuple[int, ...]) -> Iterator[Box]:
+    """The chunks of a box whose bounds lie on the chunk grid, in C order."""
+    starts = [range(start, stop, size) for start, stop, size in zip(box.start, box.stop, chunk, strict=True)]
+    for start in itertools.product(*starts):
+        yield Box(start=start, stop=tuple(first + size for first, size in zip(start, chunk, strict=True)))
+
+
+def touching(box: Box, chunk: tuple[int, ...]) -> Iterator[Box]:
+    """The chunks that hold any element of `box`, which may lie anywhere."""
+    bounds = [
+        (start // size * size, -(-stop // size) * size)
+        for start, stop, size in zip(box.start, box.stop, chunk, strict=True)
+    ]
+    return cut(Box(start=tuple(low for low, _ in bounds), stop=tuple(high for _, high in bounds)), chunk)
+
+
+def overlap(a: Box, b: Box) -> Box:
+    """The common part of two boxes that touch."""
+    return Box(start=tuple(map(max, a.start, b.start)), stop=tuple(map(min, a.stop, b.stop)))
+
+
+def within(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Where `box` is in an array that holds `outer`."""
+    return tuple(
+        slice(start - first, stop - first) for start, stop, first in zip(box.start, box.stop, outer.start, strict=True)
+    )
+
+
+def shape_of(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in zip(box.start, box.stop, strict=True))
+
+
+def key(name: str, box: Box, chunk: tuple[int, ...]) -> str:
+    """The store key of the chunk at `box` of the array `name` (zarr3's default chunk key encoding)."""
+    index = (str(start // size) for start, size in zip(box.start, chunk, strict=True))
+    return "/".join((name, "c", *index))
+
+
+def metadata_key(name: str) -> str:
+    return f"{name}/zarr.json"
+
+
+def metadata(template: dict[str, object], shape: tuple[int, ...], chunk: tuple[int, ...]) -> bytes:
+    """`zarr.json` of an array: `template` (TensorStore's own, for the data type) with this shape and chunk shape."""
+    grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk)}}
+    return json.dumps({**template, "shape": list(shape), "chunk_grid": grid}, separators=(",", ":")).encode()

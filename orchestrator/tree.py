@@ -1,0 +1,253 @@
+"""Pytrees taken apart: which leaves a state has, of what kind, and which of them an array store holds.
+
+Moves no array data, does no I/O and knows neither Orbax nor TensorStore. How each kind of leaf is stored is in
+docs/reference/on-disk-format.md. In short: arrays in the array store; Python scalars, strings, bytes, None and empty
+containers exactly, in the tree spec (and, where Orbax can, in its files too, for plain readers); zero-size arrays in
+the tree spec alone; anything else is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from orchestrator import chunks
+from orchestrator.errors import Damaged, UnsupportedLeaf
+from orchestrator.plan import TargetLeaf
+from orchestrator.records import LeafSpec, TreeSpec
+
+# What TensorStore's zarr3 driver (0.1.86) has a data type for; tests/test_arrays.py asks it.
+STORABLE = frozenset(
+    (
+        "bool",
+        "int2",
+        "int4",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "bfloat16",
+        "float16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+        "float4_e2m1fn",
+        "float8_e3m4",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e4m3b11fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    )
+)
+# dtypes that JAX has and TensorStore has not: stored as another of the same width, bit for bit.
+STORED_AS = {"uint2": "int2", "uint4": "int4", "float8_e4m3": "uint8"}
+INT64 = range(-(2**63), 2**63)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a name in a tree spec, of ml_dtypes' where numpy has none. Raises Damaged."""
+    try:
+        return np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError as error:
+        raise Damaged(f"dtype {name!r} in a tree spec is unknown here") from error
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A tree taken apart: the spec, and for each leaf of it the value to store."""
+
+    spec: TreeSpec
+    values: tuple[Any, ...]
+    treedef: Any
+    mesh: dict[str, int]
+
+
+def flatten(tree: Any) -> Flat:
+    """Describe every leaf of `tree`. Moves no data.
+
+    Raises UnsupportedLeaf naming the path for values that cannot be stored, deleted (donated) arrays and name clashes.
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    leaves = tuple(_describe(_path(path), value) for path, value in with_paths)
+    if leaves[0].path == () and leaves[0].kind in ("none", "empty"):
+        raise UnsupportedLeaf("the state has no leaves: there is nothing to save")
+    _check_names(leaves)
+    values = tuple(value for _, value in with_paths)
+    meshes = [sharding.mesh for value in values if (sharding := _named(value))]
+    return Flat(TreeSpec(leaves=leaves), values, treedef, dict(meshes[0].shape) if meshes else {})
+
+
+def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
+    """A target tree taken apart: what is wanted at each path, the target leaves themselves, the tree structure."""
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_empty)
+    wanted = []
+    for raw_path, value in with_paths:
+        path = _path(raw_path)
+        if isinstance(value, jax.ShapeDtypeStruct):
+            kind = "key" if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else "array"
+            wanted.append(TargetLeaf(path, kind, tuple(value.shape), str(value.dtype)))
+        else:
+            spec = _describe(path, value, check_live=False)
+            wanted.append(TargetLeaf(path, spec.kind, spec.shape, spec.dtype))
+    return wanted, [value for _, value in with_paths], treedef
+
+
+def _is_empty(value: Any) -> bool:
+    """None and empty containers are leaves for us: they are part of what was saved."""
+    return value is None or (isinstance(value, dict | list | tuple) and not value)
+
+
+def _path(path: Sequence[Any]) -> tuple[str, ...]:
+    names = []
+    for key in path:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                names.append(str(getattr(key, attribute)))
+                break
+        else:
+            names.append(str(key))
+    return tuple(names)
+
+
+def _named(value: Any) -> jax.sharding.NamedSharding | None:
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> LeafSpec:
+    label = "/".join(path) or "(root)"
+    if isinstance(value, jax.Array):
+        if check_live and value.is_deleted():
+            raise UnsupportedLeaf(f"{label}: the array was donated or deleted; save the state that the step returned")
+        return _describe_jax(path, value)
+    if isinstance(value, np.ndarray | np.generic):
+        kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
+        stored = STORED_AS.get(value.dtype.name, "")
+        if (stored or value.dtype.name) not in STORABLE:
+            raise UnsupportedLeaf(
+                f"{label}: numpy dtype {value.dtype} cannot be stored; convert it to numbers or bytes"
+            )
+        chunk = chunks.chunk_shape(value.shape, value.dtype.itemsize) if value.size else None
+        return LeafSpec(
+            path=path, kind=kind, shape=value.shape, dtype=value.dtype.name, stored_dtype=stored, chunk=chunk
+        )
+    text = _inline(value)
+    if text is None:
+        raise UnsupportedLeaf(
+            f"{label}: {type(value).__module__}.{type(value).__qualname__} is neither an array nor a plain value; "
+            "register its class with jax.tree_util.register_dataclass, or keep it in `extra`"
+        )
+    return LeafSpec(path=path, kind=text[0], value=text[1])
+
+
+def _describe_jax(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
+    named = _named(value)
+    sharding = str(named.spec) if named else type(value.sharding).__name__
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = jax.eval_shape(jax.random.key_data, value)
+        return LeafSpec(
+            path=path,
+            kind="key",
+            shape=value.shape,
+            dtype=str(value.dtype),
+            stored_shape=tuple(data.shape),
+            stored_dtype=str(data.dtype),
+            sharding=sharding,
+            value=str(jax.random.key_impl(value)),
+            chunk=_chunk(value, tuple(data.shape), data.dtype.itemsize),
+        )
+    name = value.dtype.name
+    stored = STORED_AS.get(name, "")
+    if (stored or name) not in STORABLE:
+        raise UnsupportedLeaf(f"{'/'.join(path)}: dtype {name} cannot be stored; cast it to one that TensorStore has")
+    return LeafSpec(
+        path=path,
+        kind="array",
+        shape=value.shape,
+        dtype=name,
+        stored_dtype=stored,
+        sharding=sharding,
+        chunk=_chunk(value, value.shape, value.dtype.itemsize),
+    )
+
+
+def _chunk(value: jax.Array, stored_shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...] | None:
+    """Chunks tile every shard, so that no two processes write one chunk. None for an array without elements."""
+    if not value.size:
+        return None
+    shard = value.sharding.shard_shape(value.shape)
+    return chunks.chunk_shape((*shard, *stored_shape[len(shard) :]), item_bytes)
+
+
+def _inline(value: Any) -> tuple[str, str] | None:
+    """(kind, text) of a value kept in the tree spec; None if it is not one. Exact: floats as hex."""
+    match value:
+        case None:
+            return "none", ""
+        case bool():
+            return "bool", str(value)
+        case int():
+            return "int", str(int(value))
+        case float():
+            return "float", float.hex(value)
+        case complex():
+            return "complex", f"{float.hex(value.real)} {float.hex(value.imag)}"
+        case str():
+            return "str", value
+        case bytes():
+            return "bytes", base64.b64encode(value).decode()
+        case dict() | list() | tuple() if not value:
+            return "empty", "tuple" if isinstance(value, tuple) else type(value).__name__
+    return None
+
+
+def inline_value(leaf: LeafSpec) -> Any:
+    """The Python value of a leaf kept in the tree spec. Inverse of what `flatten` recorded."""
+    match leaf.kind:
+        case "none":
+            return None
+        case "bool":
+            return leaf.value == "True"
+        case "int":
+            return int(leaf.value)
+        case "float":
+            return float.fromhex(leaf.value)
+        case "complex":
+            real, imag = leaf.value.split()
+            return complex(float.fromhex(real), float.fromhex(imag))
+        case "str":
+            return leaf.value
+        case "bytes":
+            return base64.b64decode(leaf.value, validate=True)
+        case "empty":
+            return {"tuple": (), "list": []}.get(leaf.value, {})
+    raise Damaged(f"{leaf.label}: unknown kind {leaf.kind!r} in the tree spec")
+
+
+def _check_names(leaves: Sequence[LeafSpec]) -> None:
+    """Orbax joins a path with dots and TensorStore appends `/zarr.json`: names must stay apart under both."""
+    seen: dict[str, LeafSpec] = {}
+    for leaf in leaves:
+        other = seen.setdefault(leaf.name, leaf)
+        if other is not leaf:
+            raise UnsupportedLeaf(f"{leaf.label} and {other.label} would both be stored as {leaf.name!r}; rename one")
+    for name, leaf in seen.items():
+        parts = name.split("/")
+        for end in range(1, len(parts)):
+            above = seen.get("/".join(parts[:end]))
+            if above is not None:
+                raise UnsupportedLeaf(f"{leaf.label} would be stored inside {above.label}; rename one")
