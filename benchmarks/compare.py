@@ -124,7 +124,8 @@ def work(args: argparse.Namespace, index: int, port: str) -> None:
         name: {"blocked": [], "durable": [], "restore": []} for name in (*peers, "raw limit")
     }
     for number in range(args.rounds + 1):
-        for name, peer in peers.items():
+        order = list(peers.items())
+        for name, peer in order[number % len(order) :] + order[: number % len(order)]:  # nobody always goes first
             directory = scratch / f"{number}-{name.replace(' ', '')}"
             together()
             figures = peer(directory, state, together)

@@ -150,10 +150,14 @@ def quarantine(head: Head | None, stamp: Stamp, *, step: int, attempt: str, reas
 
 
 def trusted(head: Head | None, stamp: Stamp, *, step: int, attempt: str, trust: str) -> Next:
-    """Record that an attempt was read back whole (`verified`)."""
+    """Record that an attempt was read back whole (`verified`). A quarantined one stays quarantined."""
     if head is None or not is_live(head, step, attempt):
         return None
-    return _change(head, stamp, step, "verified", lambda live: replace(live, trust=trust), "", None)
+
+    def raised(live: LiveStep) -> LiveStep:
+        return replace(live, trust=trust) if live.restorable else live
+
+    return _change(head, stamp, step, "verified", raised, "", None)
 
 
 def _change(

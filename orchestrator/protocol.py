@@ -224,8 +224,7 @@ def _cover(shape: tuple[int, ...], boxes: list[tuple[int, Box]]) -> str:
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     volume = 0
     for process, box in boxes:
-        extent = tuple(stop - start for start, stop in zip(box.start, box.stop, strict=True))
-        inside = len(box.start) == len(shape) and all(
+        inside = len(box.start) == len(box.stop) == len(shape) and all(
             0 <= start < stop <= size for start, stop, size in zip(box.start, box.stop, shape, strict=True)
         )
         if not inside:
@@ -233,7 +232,7 @@ def _cover(shape: tuple[int, ...], boxes: list[tuple[int, Box]]) -> str:
         other = seen.setdefault((box.start, box.stop), process)
         if other != process or volume > math.prod(shape):
             return f"{list(box.start)}..{list(box.stop)} written twice, by processes {other} and {process}"
-        volume += math.prod(extent)
+        volume += math.prod(stop - start for start, stop in zip(box.start, box.stop, strict=True))
     if volume != math.prod(shape):
         return f"{volume} of {math.prod(shape)} elements written"
     return "" if _disjoint([box for _, box in boxes]) else "written regions overlap"

@@ -148,7 +148,8 @@ class _Together:
             raise WaitTimeout(f"{name}: {self._who(str(error))} did not arrive within {timeout_s:g} s") from error
 
     def _who(self, text: str) -> str:
-        tasks = sorted({int(index) for index in re.findall(r"/task:(\d+)", text)} - {self.process})
+        # jaxlib 0.10.2 gives each late task a line of its own, as `2` or as `/job:jax_worker/replica:0/task:2`.
+        tasks = sorted({int(index) for index in re.findall(r"^(?:\S*/task:)?(\d+)$", text, re.MULTILINE)})
         if not tasks:
             return f"other processes (the coordination service says: {text.splitlines()[0][:200]})"
         named = ", ".join(f"{index} ({self.hosts[index]})" if index in self.hosts else str(index) for index in tasks)

@@ -9,6 +9,7 @@ the tree spec alone; anything else is refused before anything is written.
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ STORED_AS = {"uint2": "int2", "uint4": "int4", "float8_e4m3": "uint8"}
 INT64 = range(-(2**63), 2**63)
 
 
+@functools.lru_cache(maxsize=256)
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of a name in a tree spec, of ml_dtypes' where numpy has none. Raises Damaged."""
     try:

@@ -176,9 +176,6 @@ def test_two_processes_agree_through_multihost_utils_and_signal_through_the_serv
     assert two_processes[0]["poll"] == {"0": "here", "1": "here"}
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="jax 0.10.2 says 'task names:\\n1', and rendezvous looks for '/task:1'"
-)
 def test_a_process_that_does_not_come_to_a_meeting_is_named(two_processes: list[dict[str, Any]]) -> None:
     assert two_processes[0]["error"] == "leave together: processes [1 (host-1)] did not arrive within 1 s"
 

@@ -7,6 +7,7 @@ without `chunk`: compressed, or written by another Orbax) is read through Tensor
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,7 +90,7 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % _ALIGNMENT
     return raw[first : first + size].view(dtype).reshape(shape)
@@ -99,6 +100,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 class _Read:
     leaf: LeafSpec
     chunk: Box
+    bytes: int
     targets: tuple[tuple[Box, Array], ...]
 
     @property
@@ -115,8 +117,9 @@ def _reads(filling: _Filling) -> Iterator[_Read]:
     for box, buffer in filling.buffers.items():
         for chunk in chunks.touching(box, leaf.chunk):
             wanted.setdefault(chunk, []).append((box, buffer))
+    size = _chunk_bytes(leaf)
     for chunk, targets in wanted.items():
-        yield _Read(leaf, chunk, tuple(targets))
+        yield _Read(leaf, chunk, size, tuple(targets))
 
 
 class _Reader:
@@ -140,11 +143,10 @@ class _Reader:
         in_flight = 0
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="restore") as pool:
             for read in reads:
-                size = _chunk_bytes(read.leaf)
-                while waiting and (in_flight + size > _WINDOW_BYTES or len(waiting) >= _WINDOW_READS):
+                while waiting and (in_flight + read.bytes > _WINDOW_BYTES or len(waiting) >= _WINDOW_READS):
                     in_flight -= self._take(waiting, placing, pool)
                 waiting.append((read, self._store.read(read.key)))
-                in_flight += size
+                in_flight += read.bytes
             while waiting:
                 self._take(waiting, placing, pool)
             for placed in placing:
@@ -154,15 +156,14 @@ class _Reader:
         """Take the oldest read and put its bytes where they belong. Returns its size."""
         read, future = waiting.popleft()
         body = self._result(read.leaf, future)
-        size = _chunk_bytes(read.leaf)
-        self._on_bytes(size)
-        if size <= _INLINE_BYTES:
+        self._on_bytes(read.bytes)
+        if read.bytes <= _INLINE_BYTES:
             self._place(read, body)
         else:
             placing.append(pool.submit(self._place, read, body))
             if len(placing) > 2 * _THREADS:  # else their bodies would pile up outside the window
                 placing.popleft().result()
-        return size
+        return read.bytes
 
     def _result(self, leaf: LeafSpec, future: Any) -> Any:
         try:
@@ -175,7 +176,7 @@ class _Reader:
 
     def _place(self, read: _Read, result: Any) -> None:
         leaf, body = read.leaf, result.value
-        wanted = _chunk_bytes(leaf)
+        wanted = read.bytes
         if result.state != "value":
             raise Damaged(f"{leaf.label}: chunk {read.key} is missing in {self._directory}")
         if len(body) != wanted + chunks.CHECKSUM_BYTES:
@@ -207,7 +208,7 @@ class _Reader:
 
 def _chunk_bytes(leaf: LeafSpec) -> int:
     assert leaf.chunk is not None
-    return int(np.prod(leaf.chunk, dtype=np.int64)) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize
+    return math.prod(leaf.chunk) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize
 
 
 def _finish(loads: Sequence[Load], fillings: dict[int, _Filling]) -> list[Any]:

@@ -13,6 +13,7 @@ import asyncio
 import base64
 import functools
 import json
+import math
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ from orchestrator.tree import INT64, Flat, numpy_dtype
 
 _WINDOW_BYTES = 256 << 20  # chunks handed to TensorStore and not yet durable
 _FILE_BYTES = 64 << 20  # of one data file: several are written and fsynced at the same time
+_TIMEOUT_S = 3600.0  # for one chunk; the save's own deadline is shorter and ends the wait before
 _CHECKSUM = {"name": "crc32c"}
 _ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 
@@ -86,7 +88,9 @@ class _BatchHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orb
     async def serialize(self, values: Sequence[Staged], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         """Write `values` and wait until they are durable. Everything has been staged before; nothing is left over."""
         directory = infos[0].parent_dir
-        await _write(values, _as_url(directory), self._process, self._compression, self._context)
+        # On a thread, and waiting there: thousands of small futures keep an event loop busy for longer than the disk.
+        url = _as_url(directory)
+        await asyncio.to_thread(_write, values, url, self._process, self._compression, self._context)
         if self._array_metadata_store:
             described = [_describe(value) for value in values]
             await self._array_metadata_store.write(directory, described, self._process)
@@ -106,7 +110,7 @@ def _as_url(directory: epath.Path) -> str:
     return path if "://" in path else "file://" + path
 
 
-async def _write(values: Sequence[Staged], url: str, process: int, compression: bool, shared: ts.Context) -> None:
+def _write(values: Sequence[Staged], url: str, process: int, compression: bool, shared: ts.Context) -> None:
     config = {
         "max_inline_value_bytes": 1024,
         "max_decoded_node_bytes": 100_000_000,
@@ -115,7 +119,7 @@ async def _write(values: Sequence[Staged], url: str, process: int, compression: 
     }
     spec = store_spec(f"{url.rstrip('/')}/ocdbt.process_{process}")
     spec |= {"config": config, "assume_config": True, "target_data_file_size": _FILE_BYTES}
-    store = await ts.KvStore.open(spec, context=shared)
+    store = ts.KvStore.open(spec, context=shared).result(timeout=_TIMEOUT_S)
     pending: deque[tuple[int, Any]] = deque()
     in_flight = 0
     for value in values:
@@ -129,20 +133,20 @@ async def _write(values: Sequence[Staged], url: str, process: int, compression: 
             for chunk in chunks.cut(box, leaf.chunk):
                 raw = data[chunks.within(chunk, box)].reshape(-1).view(np.uint8).data
                 if compression:
-                    raw = memoryview(await _compressed(raw))
+                    raw = memoryview(_compressed(raw))
                 checksum = crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
                 body = b"".join((raw, checksum))
                 pending.append((len(body), store.write(chunks.key(leaf.name, chunk, leaf.chunk), body)))
                 in_flight += len(body)
                 while in_flight > _WINDOW_BYTES:
                     size, future = pending.popleft()
-                    await future
+                    future.result(timeout=_TIMEOUT_S)
                     in_flight -= size
     for _, future in pending:
-        await future
+        future.result(timeout=_TIMEOUT_S)
 
 
-async def _compressed(raw: memoryview) -> bytes:
+def _compressed(raw: memoryview) -> bytes:
     """zstd by TensorStore's own codec: one array of bytes, one chunk, in memory."""
     spec = {
         "driver": "zarr3",
@@ -156,10 +160,10 @@ async def _compressed(raw: memoryview) -> bytes:
         },
         "store_data_equal_to_fill_value": True,
     }
-    array = await ts.open(spec, create=True)
-    await array.write(np.frombuffer(raw, np.uint8))
+    array = ts.open(spec, create=True).result(timeout=_TIMEOUT_S)
+    array.write(np.frombuffer(raw, np.uint8)).result(timeout=_TIMEOUT_S)
     store: Any = array.kvstore
-    return bytes((await store.read("c/0")).value)
+    return bytes(store.read("c/0").result(timeout=_TIMEOUT_S).value)
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,8 +175,8 @@ def _template(dtype: str, compression: bool) -> dict[str, object]:
         "kvstore": "memory://",
         "metadata": {"data_type": dtype, "shape": [1], "codecs": codecs},
     }
-    store: Any = ts.open(spec, create=True).result(timeout=60).kvstore
-    return dict(json.loads(store.read("zarr.json").result(timeout=60).value))
+    store: Any = ts.open(spec, create=True).result(timeout=_TIMEOUT_S).kvstore
+    return dict(json.loads(store.read("zarr.json").result(timeout=_TIMEOUT_S).value))
 
 
 def _stored_dtype(leaf: LeafSpec) -> str:
@@ -243,7 +247,7 @@ class ArrayWriter:
         for value in flat.values:  # all transfers under way before the first is waited for
             if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
                 _start_transfer(value)
-        places: dict[Any, list[tuple[int, Box, int]]] = {}
+        places: _Places = {}
         staged = [
             _stage(leaf, value, self._process, places)
             for leaf, value in zip(flat.spec.leaves, flat.values, strict=True)
@@ -270,6 +274,10 @@ def _orbax_path(url: str, *, make: bool = False) -> epath.Path:
     if make and "://" not in str(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+# (sharding, shape) -> (index, box, replica id) of each addressable shard, and how many replicas each shard has.
+_Places = dict[Any, tuple[list[tuple[int, Box, int]], int]]
 
 
 class PendingWrite:
@@ -306,7 +314,7 @@ def _host_local(value: Any) -> bool:
     return isinstance(value, jax.Array) and value.is_fully_addressable and jax.process_count() > 1
 
 
-def _stage(leaf: LeafSpec, value: Any, process: int, places: dict[Any, list[tuple[int, Box, int]]]) -> Any:
+def _stage(leaf: LeafSpec, value: Any, process: int, places: _Places) -> Any:
     """What Orbax is given for a leaf: a Staged, a string, an empty container; None where it need not hold it."""
     if leaf.kind in ("none", "empty", "str"):
         return value
@@ -333,19 +341,18 @@ def _whole(kind: type[Staged], leaf: LeafSpec, data: Any, process: int) -> Stage
     return kind(leaf, deque([(whole, data)] if process == 0 else []), describes=process == 0)
 
 
-def _stage_shards(leaf: LeafSpec, value: jax.Array, places: dict[Any, list[tuple[int, Box, int]]]) -> Staged:
+def _stage_shards(leaf: LeafSpec, value: jax.Array, places: _Places) -> Staged:
     """The chunks that this process writes: each chunk is written by one of the replicas that hold it, in turn, so that
     replicated arrays are spread evenly over their hosts."""
     assert leaf.chunk is not None
     shape = leaf.file_shape
-    where = places.get((value.sharding, shape))
-    if where is None:
-        where = places[value.sharding, shape] = [
-            (index, _box(shard.index, shape), shard.replica_id) for index, shard in enumerate(value.addressable_shards)
-        ]
-    shard_shape = chunks.shape_of(where[0][1]) if where else ()
-    shards = int(np.prod(shape, dtype=np.int64)) // max(1, int(np.prod(shard_shape, dtype=np.int64)))
-    replicas = max(1, len(value.sharding.device_set) // max(1, shards))
+    layout = places.get((value.sharding, shape))
+    if layout is None:
+        shards = value.addressable_shards
+        where = [(index, _box(shard.index, shape), shard.replica_id) for index, shard in enumerate(shards)]
+        distinct = math.prod(shape) // math.prod(chunks.shape_of(where[0][1])) if where else 1
+        layout = places[value.sharding, shape] = (where, max(1, len(value.sharding.device_set) // distinct))
+    where, replicas = layout
     first = zlib.crc32(leaf.name.encode()) if replicas > 1 else 0
     parts: deque[tuple[Box, np.ndarray[Any, Any]]] = deque()
     for index, box, replica in where:
