@@ -1,33 +1,50 @@
-"""Checkpoint orchestrator for multi-process JAX jobs. Start with `Agent`; read-only users with `open_run`."""
+"""Checkpoint orchestrator for multi-process JAX jobs. Start with `Agent`; read-only users with `open_run`.
+
+Names are imported when they are first used: reading a run's journal needs no JAX, and `orchestrator ls` starts at once.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.agent import Agent
-from orchestrator.catalog import Catalog
-from orchestrator.errors import (
-    Damaged,
-    Fenced,
-    Mismatch,
-    NewerFormat,
-    NotARun,
-    NothingToRestore,
-    OrchestratorError,
-    OtherJob,
-    OutcomeUnknown,
-    SaveFailed,
-    StepNotFound,
-    StorageError,
-    UnsafeKey,
-    UnsupportedLeaf,
-    UsageError,
-    WaitTimeout,
-)
-from orchestrator.options import Options
-from orchestrator.policy import at, best, every, every_nth, every_seconds, last, within
-from orchestrator.restore import Restored, Run
-from orchestrator.storage import open_storage
+if TYPE_CHECKING:
+    from orchestrator.agent import Agent
+    from orchestrator.errors import (
+        Damaged,
+        Fenced,
+        Mismatch,
+        NewerFormat,
+        NotARun,
+        NothingToRestore,
+        OrchestratorError,
+        OtherJob,
+        OutcomeUnknown,
+        SaveFailed,
+        StepNotFound,
+        StorageError,
+        UnsafeKey,
+        UnsupportedLeaf,
+        UsageError,
+        WaitTimeout,
+    )
+    from orchestrator.options import Options
+    from orchestrator.policy import at, best, every, every_nth, every_seconds, last, within
+    from orchestrator.restore import Restored, Run
+
+_HOMES = {
+    "agent": ("Agent",),
+    "errors": (
+        *("Damaged", "Fenced", "Mismatch", "NewerFormat", "NotARun", "NothingToRestore", "OrchestratorError"),
+        *("OtherJob", "OutcomeUnknown", "SaveFailed", "StepNotFound", "StorageError", "UnsafeKey", "UnsupportedLeaf"),
+        *("UsageError", "WaitTimeout"),
+    ),
+    "options": ("Options",),
+    "policy": ("at", "best", "every", "every_nth", "every_seconds", "last", "within"),
+    "restore": ("Restored", "Run"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Agent",
@@ -61,6 +78,16 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"orchestrator.{_HOME_OF[name]}"), name)
+
+
 def open_run(root: str | os.PathLike[str]) -> Run:
     """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
+    from orchestrator.catalog import Catalog
+    from orchestrator.restore import Run
+    from orchestrator.storage import open_storage
+
     return Run(Catalog(open_storage(os.fspath(root)), writer="reader"))

@@ -9,6 +9,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from orchestrator import journal, layout
 from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
@@ -29,6 +30,7 @@ from orchestrator.records import (
 from orchestrator.storage.base import Created, Storage
 
 _CONFLICTS_MAX = 100
+_VERIFY_THREADS = 4  # each holds one file in memory
 _CONFLICT_PAUSE_S = 0.01
 
 
@@ -153,6 +155,26 @@ class Catalog:
             if got != wanted.bytes:
                 has = "is missing" if got is None else f"has {got} bytes"
                 raise Damaged(f"{self.url}/{prefix}{wanted.path}: {has}, the manifest says {wanted.bytes}")
+
+    def problems(self, live: LiveStep, on_file: Callable[[str], None] | None = None) -> list[str]:
+        """Read an attempt back whole. What is damaged, one line each; [] if every file is what the manifest says."""
+
+        def check(entry: FileEntry) -> str | None:
+            try:
+                self._checked(live, entry)
+            except (Damaged, StorageError) as error:
+                return str(error)
+            finally:
+                if on_file:
+                    on_file(entry.path)
+            return None
+
+        try:
+            manifest = self.manifest(live)
+        except (Damaged, StorageError) as error:
+            return [str(error)]
+        with ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="verify") as pool:
+            return [line for line in pool.map(check, manifest.files) if line]
 
     def file(self, live: LiveStep, manifest: Manifest, name: str) -> bytes | None:
         """A small file of an attempt, checked against the manifest; None if the attempt has none of that name."""

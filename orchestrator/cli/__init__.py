@@ -1,0 +1,1 @@
+"""The `orchestrator` command. Reads journals and records; never needs JAX."""

@@ -1,0 +1,296 @@
+"""What each command does: read, decide with the shipped rules, show. Errors are raised; `main` prints them."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from orchestrator import journal, layout, policy
+from orchestrator.catalog import Catalog
+from orchestrator.cli import render
+from orchestrator.collect import collect
+from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, StepNotFound, UsageError
+from orchestrator.plan import brief
+from orchestrator.records import Head, LeafSpec, LiveStep
+from orchestrator.storage import open_storage
+
+Flags = dict[str, Any]
+
+
+def open_catalog(root: str) -> Catalog:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry
+        user = str(os.getuid())
+    return Catalog(open_storage(root), writer=f"cli/{user}@{socket.gethostname()}")
+
+
+def ls(root: str, flags: Flags) -> int:
+    catalog = open_catalog(root)
+    head = catalog.require_head()
+    newest = journal.newest(head)
+    committed = {(live.step, live.attempt) for live in head.live}
+    retired = {(gone.step, gone.attempt) for gone in head.retired}
+    loose = sorted(key for key in catalog.attempts() if key not in committed | retired)
+    if flags["json"]:
+        render.give(
+            {
+                "root": catalog.url,
+                "version": head.version,
+                "epoch": head.epoch,
+                "newest": newest.step if newest else None,
+                "steps": [_builtins(live) for live in head.live],
+                "retired": [_builtins(gone) for gone in head.retired],
+                "uncommitted": [{"step": step, "attempt": attempt} for step, attempt in loose],
+            }
+        )
+        return EXIT_OK
+    rows = [_row(live, newest) for live in sorted(head.live, key=lambda live: live.step)]
+    if rows:
+        render.table(["", "step", "attempt", "trust", "size", "saved", "metrics", "pins"], rows, right=["step", "size"])
+    else:
+        render.say("no committed steps")
+    total = sum(live.bytes for live in head.live)
+    counts = f"{len(head.live)} steps, {render.size(total)}; epoch {head.epoch}, journal version {head.version}"
+    more = [f"{len(loose)} uncommitted"] if loose else []
+    more += [f"{len(head.retired)} to be deleted (orchestrator gc)"] if head.retired else []
+    render.say("; ".join([counts, *more]))
+    return EXIT_OK
+
+
+def _row(live: LiveStep, newest: LiveStep | None) -> list[str]:
+    metrics = " ".join(f"{name}={render.number(value)}" for name, value in live.metrics.items())
+    mark = "*" if live == newest else ""  # what a restore takes
+    saved = render.moment(live.time)
+    return [
+        mark,
+        str(live.step),
+        live.attempt,
+        live.trust,
+        render.size(live.bytes),
+        saved,
+        metrics,
+        " ".join(live.pins),
+    ]
+
+
+def inspect(root: str, flags: Flags) -> int:
+    catalog = open_catalog(root)
+    live = _live(catalog, flags["step"])
+    manifest = catalog.manifest(live)
+    intent = catalog.intent(live, manifest)
+    extra = catalog.extra(live, manifest)
+    if flags["json"]:
+        leaves = [_builtins(leaf) | {"bytes": _leaf_bytes(leaf)} for leaf in intent.tree.leaves]
+        render.give(
+            {
+                "root": catalog.url,
+                "step": _builtins(live),
+                "opened_by": intent.opened_by,
+                "epoch": intent.epoch,
+                "process_count": intent.process_count,
+                "device_count": intent.device_count,
+                "mesh": intent.mesh,
+                "leaves": leaves,
+                "extra": extra.extra,
+                "files": [_builtins(entry) for entry in manifest.files],
+                "processes": _processes(manifest.hosts, manifest.seconds, catalog, live),
+            }
+        )
+        return EXIT_OK
+    mesh = " x ".join(f"{name}={count}" for name, count in intent.mesh.items()) or "no mesh"
+    render.say(f"{catalog.url} {layout.shown(live.step, live.attempt)}: {live.trust}, saved {render.moment(live.time)}")
+    render.say(f"{intent.process_count} processes, {intent.device_count} devices, {mesh}; opened by {intent.opened_by}")
+    render.say("")
+    rows = [
+        [leaf.label, brief(leaf.kind, leaf.shape, leaf.dtype), leaf.sharding or leaf.value[:40], _shown_bytes(leaf)]
+        for leaf in intent.tree.leaves
+    ]
+    render.table(["leaf", "type", "sharding or value", "size"], rows, right=["size"])
+    render.say("")
+    columns = ["process", "host", "files", "written", "stage", "write", "seal"]
+    cells = []
+    for told in _processes(manifest.hosts, manifest.seconds, catalog, live):
+        times = [f"{told['seconds'].get(name, 0.0):.3f} s" for name in ("stage", "write", "seal")]
+        cells.append([str(told["process"]), told["host"], str(told["files"]), render.size(told["bytes"]), *times])
+    render.table(columns, cells, right=[column for column in columns if column != "host"])
+    return EXIT_OK
+
+
+def _processes(
+    hosts: tuple[str, ...], seconds: tuple[dict[str, float], ...], catalog: Catalog, live: LiveStep
+) -> list[dict[str, Any]]:
+    told = []
+    for index, (host, times) in enumerate(zip(hosts, seconds, strict=True)):
+        receipt = catalog.receipt(live.step, live.attempt, index)
+        files = receipt.files if receipt else ()
+        written = sum(entry.bytes for entry in files)
+        told.append({"process": index, "host": host, "files": len(files), "bytes": written, "seconds": times})
+    return told
+
+
+def _leaf_bytes(leaf: LeafSpec) -> int:
+    """Bytes of the leaf's elements; 0 for values kept in the tree spec."""
+    if not leaf.in_store:
+        return 0
+    bits = {"bool": 8, "bfloat16": 16, "complex64": 64, "complex128": 128}
+    name = leaf.stored_dtype or leaf.dtype
+    digits = "".join(char for char in name.partition("_")[0].removeprefix("b") if char.isdigit())
+    item_bytes = max(1, (bits.get(name) or int(digits or 8)) // 8)
+    count = 1
+    for length in leaf.file_shape:
+        count *= length
+    return count * item_bytes
+
+
+def _shown_bytes(leaf: LeafSpec) -> str:
+    return render.size(_leaf_bytes(leaf)) if leaf.kind_stored else ""
+
+
+def log(root: str, flags: Flags) -> int:
+    catalog = open_catalog(root)
+    catalog.require_head()
+    heads = list(catalog.entries())
+    heads = heads[-flags["last"] :] if flags["last"] else heads
+    if flags["json"]:
+        fields = ("version", "epoch", "writer", "time", "event")
+        render.give([{name: _builtins(getattr(head, name)) for name in fields} for head in heads])
+        return EXIT_OK
+    rows = [
+        [str(head.version), render.moment(head.time), str(head.epoch), *_story(head), head.writer] for head in heads
+    ]
+    render.table(["version", "time", "epoch", "event", "step", "what", "by"], rows, right=["version", "epoch", "step"])
+    return EXIT_OK
+
+
+def _story(head: Head) -> list[str]:
+    event = head.event
+    causes = [f"process {one.process} ({one.host}) in {one.phase}: {one.cause}" for one in event.failures]
+    steps = ", ".join(map(str, event.steps))
+    let_go = {"committed": "retired ", "retired": "", "collected": ""}.get(event.kind)
+    about = [f"{let_go}{steps}"] if steps and let_go is not None else []
+    what = "; ".join(
+        [*([event.attempt] if event.attempt else []), *([event.reason] if event.reason else []), *causes, *about]
+    )
+    return [event.kind, "" if event.step is None else str(event.step), what]
+
+
+def gc(root: str, flags: Flags) -> int:
+    catalog = open_catalog(root)
+    head = catalog.require_head()
+    keep = flags["keep_last"]
+    if keep is not None and not flags["dry_run"]:
+        catalog.append(partial(journal.retire, keep=policy.last(keep)))
+    would_retire: tuple[int, ...] = ()
+    if keep is not None and flags["dry_run"]:
+        following = journal.retire(head, catalog.stamp(), keep=policy.last(keep))
+        would_retire = following.event.steps if isinstance(following, Head) else ()
+    with render.progress() as display:
+        bar = render.Bar(display, "deleting", None)
+        done = collect(catalog, dry_run=flags["dry_run"], on_file=bar.step)
+    if flags["json"]:
+        render.give(
+            {
+                "dry_run": flags["dry_run"],
+                "retired": list(would_retire),
+                "attempts": [_builtins(gone) for gone in done.attempts],
+                "files": done.files,
+                "bytes": done.bytes,
+                "failed": done.failed,
+            }
+        )
+    else:
+        verb = "would delete" if flags["dry_run"] else "deleted"
+        for gone in done.attempts:
+            render.say(f"{verb} {layout.shown(gone.step, gone.attempt)} ({gone.reason})")
+        if would_retire:
+            render.say(f"would retire steps {', '.join(map(str, would_retire))}")
+        render.say(f"{verb} {done.files} files, {render.size(done.bytes)}, of {len(done.attempts)} attempts")
+        for line in done.failed:
+            render.say(f"not deleted: {line}")
+    return EXIT_FAILED if done.failed else EXIT_OK
+
+
+def pin(root: str, flags: Flags) -> int:
+    return _change(root, flags, partial(journal.pin, step=_wanted(flags), name=_name(flags)))
+
+
+def unpin(root: str, flags: Flags) -> int:
+    return _change(root, flags, partial(journal.unpin, step=_wanted(flags), name=_name(flags)))
+
+
+def quarantine(root: str, flags: Flags) -> int:
+    catalog = open_catalog(root)
+    live = journal.find(catalog.require_head(), _wanted(flags))
+    if live is None:
+        raise StepNotFound(f"{catalog.url}: step {flags['step']} is not in this run; see orchestrator ls")
+    rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=flags["reason"])
+    return _change(root, flags, rule)
+
+
+def _change(root: str, flags: Flags, rule: journal.Rule) -> int:
+    catalog = open_catalog(root)
+    before = catalog.require_head()
+    after = catalog.append(rule)
+    assert after is not None  # there was a head to change
+    live = journal.find(after, _wanted(flags))
+    changed = after.version != before.version
+    if flags["json"]:
+        render.give({"changed": changed, "version": after.version, "step": _builtins(live) if live else None})
+    else:
+        what = f"journal version {after.version}: {after.event.kind} step {flags['step']}"
+        render.say(what if changed else f"step {flags['step']}: nothing to change")
+    return EXIT_OK
+
+
+def verify(root: str, flags: Flags) -> int:
+    """Read steps back and compare every file with the manifest; record what was found in the journal."""
+    catalog = open_catalog(root)
+    head = catalog.require_head()
+    chosen = list(head.live) if flags["all"] else [_live(catalog, flags["step"])]
+    found: list[dict[str, Any]] = []
+    for live in chosen:
+        with render.progress() as display:
+            bar = render.Bar(display, f"step {live.step}", None)
+            problems = catalog.problems(live, on_file=bar.step)
+        found.append({"step": live.step, "attempt": live.attempt, "bytes": live.bytes, "problems": problems})
+        if not problems and live.trust == "committed" and not flags["read_only"]:
+            catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="verified"))
+    if flags["json"]:
+        render.give(found)
+    else:
+        for one in found:
+            state = "damaged" if one["problems"] else "good"
+            render.say(f"{layout.shown(one['step'], one['attempt'])}: {state}, {render.size(one['bytes'])} read back")
+            for line in one["problems"]:
+                render.say(f"  {line}")
+    return EXIT_DAMAGED if any(one["problems"] for one in found) else EXIT_OK
+
+
+def _live(catalog: Catalog, step: int | None) -> LiveStep:
+    """The given step, quarantined or not, or the newest. Raises StepNotFound."""
+    head = catalog.require_head()
+    live = journal.newest(head) if step is None else journal.find(head, step)
+    if live is None:
+        have = ", ".join(str(one.step) for one in head.live) or "no steps"
+        raise StepNotFound(f"{catalog.url}: step {'(newest)' if step is None else step} is not there; it has: {have}")
+    return live
+
+
+def _wanted(flags: Flags) -> int:
+    if flags["step"] is None:
+        raise UsageError("--step is needed: which step")
+    return int(flags["step"])
+
+
+def _name(flags: Flags) -> str:
+    return str(flags["name"])
+
+
+def _builtins(value: Any) -> Any:
+    return msgspec.to_builtins(value)

@@ -1,0 +1,175 @@
+"""`orchestrator COMMAND ROOT [flags]`: dispatch, flags, help, and how errors end.
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 not a run, 4 damage found, 5 fenced, 6 nothing to restore.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from absl import flags as absl_flags
+
+from orchestrator.cli import commands
+from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
+
+_BROKEN_PIPE = 128 + 13
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of one command. `kind`: bool, int or str."""
+
+    name: str
+    kind: type
+    default: Any
+    about: str
+
+
+_JSON = Flag("json", bool, False, "one JSON document instead of a table")
+_STEP = Flag("step", int, None, "which step")
+_NAME = Flag("name", str, "pin", "name of the pin; a step may have several")
+
+
+@dataclass(frozen=True)
+class Command:
+    run: Callable[[str, dict[str, Any]], int]
+    about: str
+    flags: tuple[Flag, ...]
+    examples: tuple[str, ...]
+
+
+COMMANDS = {
+    "ls": Command(
+        commands.ls,
+        "the steps of a run; * marks the one that a restore takes",
+        (),
+        ("orchestrator ls /data/run", "orchestrator ls /data/run --json | jq .newest"),
+    ),
+    "inspect": Command(
+        commands.inspect,
+        "one step: its arrays, shardings and sizes, who wrote what and how long it took",
+        (_STEP,),
+        ("orchestrator inspect /data/run", "orchestrator inspect /data/run --step=100"),
+    ),
+    "log": Command(
+        commands.log,
+        "the journal: every change to the run, by whom and why",
+        (Flag("last", int, 0, "only the last N entries; 0: all"),),
+        ("orchestrator log /data/run --last=20",),
+    ),
+    "verify": Command(
+        commands.verify,
+        "read a step back and compare every file with its manifest; 4 if something is damaged",
+        (
+            _STEP,
+            Flag("all", bool, False, "every step"),
+            Flag("read_only", bool, False, "do not record in the journal that a step was found good"),
+        ),
+        ("orchestrator verify /data/run", "orchestrator verify /data/run --all"),
+    ),
+    "gc": Command(
+        commands.gc,
+        "delete the data of retired and aborted attempts, and what crashes have left behind",
+        (
+            Flag("dry_run", bool, False, "say what would be deleted, and delete nothing"),
+            Flag("keep_last", int, None, "first retire all but the last N steps; pinned ones stay"),
+        ),
+        ("orchestrator gc /data/run --dry_run", "orchestrator gc /data/run --keep_last=3"),
+    ),
+    "pin": Command(
+        commands.pin,
+        "keep a step whatever the retention policy says",
+        (_STEP, _NAME),
+        ("orchestrator pin /data/run --step=100 --name=release",),
+    ),
+    "unpin": Command(
+        commands.unpin,
+        "take a pin off a step",
+        (_STEP, _NAME),
+        ("orchestrator unpin /data/run --step=100 --name=release",),
+    ),
+    "quarantine": Command(
+        commands.quarantine,
+        "take a step out of those that can be restored; its data stays",
+        (_STEP, Flag("reason", str, "by hand", "why; goes into the journal")),
+        ("orchestrator quarantine /data/run --step=100 --reason='loss spike'",),
+    ),
+}
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<11} {command.about}" for name, command in COMMANDS.items())
+    return f"usage: orchestrator COMMAND ROOT [flags]\n\ncommands (each has --help):\n{rows}"
+
+
+def _help(name: str, command: Command) -> str:
+    rows = []
+    for flag in (*command.flags, _JSON):
+        default = "" if flag.default in (None, False) else f" (default {flag.default})"
+        rows.append(f"  --{flag.name:<12} {flag.about}{default}")
+    examples = "\n".join(f"  {line}" for line in command.examples)
+    return (
+        f"usage: orchestrator {name} ROOT [flags]\n\n{command.about}\n\nflags:\n"
+        + "\n".join(rows)
+        + f"\n\nexamples:\n{examples}"
+    )
+
+
+def _parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(root, flags). Raises UsageError with one line."""
+    values = absl_flags.FlagValues()
+    define: dict[type, Callable[..., Any]] = {
+        bool: absl_flags.DEFINE_bool,
+        int: absl_flags.DEFINE_integer,
+        str: absl_flags.DEFINE_string,
+    }
+    for flag in (*command.flags, _JSON):
+        define[flag.kind](flag.name, flag.default, flag.about, flag_values=values)
+    try:
+        positional = values([name, *arguments])[1:]
+    except absl_flags.Error as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    if len(positional) != 1:
+        wrong = "the run's ROOT is missing" if not positional else f"unexpected {positional[1]!r}"
+        raise UsageError(f"{wrong}; usage: orchestrator {name} ROOT [flags]")
+    return positional[0], values.flag_values_dict()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command. Returns the exit code; users' mistakes and damage are one line on standard error."""
+    if len(argv) < 2:
+        print(_usage(), file=sys.stderr)
+        return EXIT_USAGE
+    name, arguments = argv[1], argv[2:]
+    if name in ("-h", "-help", "--help", "help"):
+        print(_usage())
+        return EXIT_OK
+    command = COMMANDS.get(name)
+    if command is None:
+        print(f"orchestrator: no command {name!r}; there is: {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    if any(word in ("-h", "-help", "--help") for word in arguments):
+        print(_help(name, command))
+        return EXIT_OK
+    try:
+        return command.run(*_parse(name, command, arguments))
+    except OrchestratorError as error:
+        print(f"orchestrator {name}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def entry() -> None:
+    """The console script."""
+    try:
+        code = main(sys.argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read us has gone; not at exit once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _BROKEN_PIPE
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
