@@ -204,7 +204,7 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
 
 def run() -> int:
     """Train as the flags say and return the exit code. Raises OrchestratorError, ContractError."""
-    if FLAGS.root is None:
+    if not FLAGS.root:
         raise oc.UsageError("--root is needed: where the checkpoints are")
     parse_mesh(FLAGS.mesh)  # a typing error need not wait for the other hosts
     sizes = Sizes(FLAGS.layers, FLAGS.width, FLAGS.heads, FLAGS.length)
