@@ -160,10 +160,14 @@ def _hosts_there(job: LocalJob, history: supervise.History) -> int:
         time.sleep(0.2)
 
 
-def _free_loopback_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _hold_loopback_port() -> socket.socket:
+    """A free port, held for the job: bound and never listened on. JAX's service shares it (gRPC sets SO_REUSEPORT); a
+    launcher beside us that asks the kernel for a free port gets another one. Two services on one port would share
+    their jobs' connections, and both jobs would hang."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
 
 
 class _Signals:
@@ -280,6 +284,7 @@ class _Incarnation:
         self._history, self._restart_count = history, history.restarts
         self._state = supervise.State(job.rules, frozenset(range(history.hosts)), history)
         self._heartbeats = Heartbeats()
+        self._port = _hold_loopback_port()
         self._hosts: dict[int, _Host] = {}
         self._open: set[int] = set()  # indices whose output has not ended
         self._selector = selectors.DefaultSelector()
@@ -320,7 +325,7 @@ class _Incarnation:
         return self._end
 
     def _start(self) -> None:
-        address = f"127.0.0.1:{_free_loopback_port()}"
+        address = f"127.0.0.1:{self._port.getsockname()[1]}"
         logs = None
         if self._job.log_dir is not None:
             logs = self._job.log_dir / f"restart-{self._restart_count}"
@@ -463,3 +468,4 @@ class _Incarnation:
                 host.log.close()
         self._selector.close()
         self._heartbeats.close()
+        self._port.close()
