@@ -273,6 +273,20 @@ def test_a_write_that_the_disk_refuses_leaves_nothing_and_names_the_path(posix: 
     assert posix.create("journal/1", b"x" * (3 << 20)) == Created()
 
 
+def test_what_a_crash_left_in_tmp_goes_after_an_hour_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    posix = PosixStorage(str(tmp_path / "run"))
+    posix.create("journal/0", b"zero")
+    stale, fresh = tmp_path / "run/.tmp/stale", tmp_path / "run/.tmp/fresh"
+    for path in (stale, fresh):
+        path.write_bytes(b"half")
+    os.utime(stale, (0, stale.stat().st_mtime - 3700))
+    posix.create("journal/1", b"one")
+    assert stale.exists()  # once per process is enough
+    PosixStorage(str(tmp_path / "run")).create("journal/2", b"two")
+    assert not stale.exists()
+    assert fresh.exists()
+
+
 def test_a_root_below_a_file_is_an_error_that_names_the_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     store = PosixStorage(str(tmp_path / "file" / "run"))

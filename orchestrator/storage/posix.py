@@ -25,6 +25,7 @@ _TMP = ".tmp"
 _READ_BYTES = 4 << 20
 _SEAL_THREADS = 8
 _PRUNED_TRIES = 100
+_STALE_S = 3600.0
 
 
 class PosixStorage:
@@ -33,6 +34,7 @@ class PosixStorage:
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(os.path.expanduser(root))
         self.url = "file://" + self.root
+        self._swept = False
 
     def create(self, key: str, body: bytes) -> Created | Exists:
         path = self._path(key)
@@ -40,6 +42,7 @@ class PosixStorage:
         try:
             _make_directory(os.path.dirname(temporary))
             _write_durably(temporary, body)
+            self._sweep(temporary)
             try:
                 _link(temporary, path)
             finally:
@@ -53,6 +56,19 @@ class PosixStorage:
                 os.unlink(temporary)
             raise _storage_error("create", path, error) from error
         return Created()
+
+    def _sweep(self, fresh: str) -> None:
+        """Once per process: remove what crashes have left in `.tmp`, an hour or more older than `fresh` (by the file
+        system's own clock). Should its writer live after all, its link fails, and it is told so."""
+        if self._swept:
+            return
+        self._swept = True
+        with contextlib.suppress(OSError):  # never in the way of a create; the next process tries again
+            stale_before = os.stat(fresh).st_mtime - _STALE_S
+            with os.scandir(os.path.dirname(fresh)) as entries:
+                for item in entries:
+                    if item.stat(follow_symlinks=False).st_mtime < stale_before:
+                        os.unlink(item.path)
 
     def _compare(self, path: str, body: bytes) -> Created | Exists:
         try:
