@@ -52,6 +52,8 @@ def main() -> int:
     args = dict(item.split("=", 1) for item in sys.argv[3:])
     contract = contracts.from_environment(os.environ)
     assert contract is not None, "start this under a launcher"
+    if os.environ.get("CHAOS_STRACE", "").startswith(f"{contract.process_index}:"):
+        _under_strace(os.environ.pop("CHAOS_STRACE").partition(":")[2])
     story = Story(path, contract.process_index, contract.restart_count)
     clock = JumpingClock(float(args.get("jump", 0)), contract.process_index)
     if args.get("jump"):
@@ -71,6 +73,12 @@ def main() -> int:
     else:
         contracts.initialize(contract)
     return train(root, story, clock, contract.process_index, args)
+
+
+def _under_strace(inject: str) -> None:
+    """Become the same program with failing system calls. -D: strace is the child, so that signals and ids are ours."""
+    traced = ["strace", "-D", "-f", "-qqq", "-o", os.devnull, "-e", f"trace={inject.partition(':')[0]}"]
+    os.execvp("strace", [*traced, "-e", f"inject={inject}", sys.executable, "-m", "tests.chaos.job", *sys.argv[1:]])
 
 
 def train(root: str, story: Story, clock: JumpingClock, index: int, args: dict[str, str]) -> int:
