@@ -63,11 +63,9 @@ class Arena:
     ) -> subprocess.Popen[bytes]:
         """Start the job, `more` steps further than before, under the launcher."""
         self.steps += more
-        return self.start(
-            [sys.executable, "-m", "launch", "local", f"--processes={processes}", "--backoff_s=0.1", "--end_grace_s=2"]
-            + [*flags, "--", *self.job(*job_args)],
-            **environ,
-        )
+        launcher = [sys.executable, "-m", "launch", "local", f"--processes={processes}"]
+        quick = ["--backoff_s=0.1", "--end_grace_s=2"]
+        return self.start([*launcher, *quick, *flags, "--", *self.job(*job_args)], **environ)
 
     def job(self, *job_args: str) -> list[str]:
         module = [sys.executable, "-m", "tests.chaos.job", str(self.root), str(self.story_file)]

@@ -1,4 +1,4 @@
-"""What must hold of a run after a round, as seen from outside: by the command line, and by the contract's invariants."""
+"""What must hold of a run after a round, seen from outside: by the command line, and by the contract's invariants."""
 
 from __future__ import annotations
 
@@ -47,8 +47,13 @@ def violations(root: Path, said: Iterable[dict[str, Any]], damaged: bool = False
     problems = invariants.linear(heads)
     good = [step["step"] for step in listed["steps"] if step["trust"] != "quarantined"]
     problems += invariants.listing(heads[-1], good, listed["newest"])
-    committed = {(head.event.step, int((head.event.attempt or "e0")[1:5])) for head in heads if head.event.kind == "committed"}
-    problems += [f"4: step {step} of epoch {epoch} was reported as saved, not journalled" for step, epoch in sorted(told - committed)]
+    committed = {
+        (head.event.step, int((head.event.attempt or "e0")[1:5])) for head in heads if head.event.kind == "committed"
+    }
+    problems += [
+        f"4: step {step} of epoch {epoch} was reported as saved, not journalled"
+        for step, epoch in sorted(told - committed)
+    ]
     if told and not damaged and (not good or max(good) < max(step for step, _ in told)):
         problems.append(f"1: step {max(told)[0]} was reported as saved, the newest is {good[-1:] or None}")
     code, report, error = cli(root, "verify", "--all", "--read_only")

@@ -24,7 +24,7 @@ from launch import contract as contracts
 
 class Story:
     def __init__(self, path: str, index: int, restart: int) -> None:
-        self._file = open(f"{path}.{index}", "a")
+        self._file = open(f"{path}.{index}", "a")  # noqa: SIM115  (open as long as the process)
         self._index, self._restart = index, restart
 
     def say(self, event: str, **more: object) -> None:

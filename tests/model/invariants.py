@@ -1,0 +1,181 @@
+"""The invariants of the on-disk contract, stated once as pure functions of what is stored and what was promised.
+
+Each returns one line per violation, beginning with the invariant's number ("fence": the epoch rule that all rest on);
+[] means that it holds. They are written against the contract and use nothing of `journal` or `protocol`.
+`heads`: all journal entries, version v at index v. `acked`: (step, attempt) of every save that was reported as saved.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from orchestrator import layout
+from orchestrator.records import Head, LiveStep
+
+AttemptId = tuple[int, str]
+
+
+def restorable(head: Head | None) -> list[LiveStep]:
+    """What may be restored, in commit order, newest last."""
+    return [live for live in head.live if live.trust != "quarantined"] if head else []
+
+
+def live_attempts(head: Head) -> set[AttemptId]:
+    return {(live.step, live.attempt) for live in head.live}
+
+
+def listing(head: Head | None, listed: Collection[int], newest: int | None) -> list[str]:
+    """1: what readers are shown (`listed` steps, `newest` among them) is what the highest entry says."""
+    want = [live.step for live in restorable(head)]
+    problems = []
+    if sorted(listed) != sorted(want):
+        problems.append(f"1: readers see steps {sorted(listed)}, the head has {sorted(want)}")
+    if newest != (want[-1] if want else None):
+        problems.append(f"1: the newest step is read as {newest}, the head says {want[-1] if want else None}")
+    return problems
+
+
+def linear(heads: Sequence[Head]) -> list[str]:
+    """2, 6 and fence: the journal is one line of complete entries, each a legal successor of the one before."""
+    problems = [f"2: entry {v} says it is version {head.version}" for v, head in enumerate(heads) if head.version != v]
+    if heads and (heads[0].event.kind != "opened-epoch" or heads[0].epoch != 1):
+        problems.append("2: the first entry does not open epoch 1")
+    openers: dict[int, str] = {}
+    committed: set[AttemptId] = set()
+    ended: set[AttemptId] = set()
+    for head in heads:
+        event = head.event
+        if event.kind == "opened-epoch":
+            if head.epoch in openers:
+                problems.append(
+                    f"fence: epoch {head.epoch} is opened twice, by {openers[head.epoch]} and {head.writer}"
+                )
+            openers[head.epoch] = head.writer
+        if event.kind in ("committed", "aborted"):
+            problems += _decision(head, openers, committed, ended)
+        ended |= {(gone.step, gone.attempt) for gone in head.retired}
+    for before, after in itertools.pairwise(heads):
+        problems += successor(before, after)
+    return problems
+
+
+def _decision(head: Head, openers: dict[int, str], committed: set[AttemptId], ended: set[AttemptId]) -> list[str]:
+    """Only the incarnation that opened the head's epoch decides, only on its own attempts, and only once on each."""
+    event = head.event
+    assert event.step is not None and event.attempt is not None
+    key, where = (event.step, event.attempt), f"v{head.version} {event.kind} {layout.shown(event.step, event.attempt)}"
+    problems = []
+    if layout.parse_attempt(event.attempt)[0] != head.epoch:
+        problems.append(f"fence: {where}: in epoch {head.epoch}")
+    if openers.get(head.epoch) != head.writer:
+        problems.append(f"fence: {where}: by {head.writer}, but epoch {head.epoch} is {openers.get(head.epoch)}'s")
+    if key in ended or key in committed:
+        problems.append(f"2: {where}: that attempt was decided before")
+    if event.kind == "committed":
+        committed.add(key)
+        if key not in live_attempts(head):
+            problems.append(f"1: {where}: it is not live in its own entry")
+    return problems
+
+
+def successor(before: Head, after: Head) -> list[str]:
+    """2 and 6: what one entry may change in the one before."""
+    where, kind = f"v{after.version} {after.event.kind}", after.event.kind
+    problems = []
+    if after.epoch != before.epoch + (kind == "opened-epoch"):
+        problems.append(f"fence: {where}: epoch {before.epoch} becomes {after.epoch}")
+    was, now = live_attempts(before), live_attempts(after)
+    retired = {(gone.step, gone.attempt) for gone in after.retired}
+    if now & retired:
+        problems.append(f"5: {where}: {sorted(now & retired)} are live and retired at once")
+    if kind not in ("committed", "retired"):
+        if was != now:
+            problems.append(f"1: {where}: changes the live steps from {sorted(was)} to {sorted(now)}")
+        return problems
+    added = {(after.event.step, after.event.attempt)} if kind == "committed" else set()
+    if now - was - added:
+        problems.append(f"1: {where}: makes {sorted(now - was)} live")
+    if (was - now) - retired:
+        problems.append(f"5: {where}: {sorted(was - now)} left without being retired")
+    return problems + _kept(before, after, where)
+
+
+def _kept(before: Head, after: Head, where: str) -> list[str]:
+    """6: retention keeps the newest restorable step, the newest proven one and everything pinned. A step that is
+    committed again keeps its place under its new attempt."""
+    steps = {live.step for live in after.live}
+    good = restorable(before)
+    problems = []
+    if good and not restorable(after):
+        problems.append(f"6: {where}: nothing is restorable any more")
+    if good and after.event.kind == "retired" and good[-1].step not in steps:
+        problems.append(f"6: {where}: drops the newest step {good[-1].step}")
+    proven = [live.step for live in good if live.trust in ("verified", "restored")]
+    if proven and proven[-1] not in steps:
+        problems.append(f"6: {where}: drops the newest verified step {proven[-1]}")
+    pinned = {(live.step, name) for live in before.live for name in live.pins}
+    lost = pinned - {(live.step, name) for live in after.live for name in live.pins}
+    if lost:
+        problems.append(f"6: {where}: drops pinned {sorted(lost)}")
+    return problems
+
+
+def unchanged(before: Sequence[object], after: Sequence[object]) -> list[str]:
+    """2: entries are only added. Any two comparable descriptions of the entries will do."""
+    kept = after[: len(before)]
+    return [] if list(kept) == list(before) else ["2: a journal entry was overwritten or removed"]
+
+
+def whole(head: Head | None, damage: Callable[[LiveStep], str]) -> list[str]:
+    """2: everything under every live attempt is as promised. `damage` says what is wrong with one, "" if nothing."""
+    lines = [(live, damage(live)) for live in head.live] if head else []
+    return [f"2: live {layout.shown(live.step, live.attempt)}: {text}" for live, text in lines if text]
+
+
+def written(head: Head | None, step: int, attempt: str) -> list[str]:
+    """2: a write below `attempt` is about to happen while `head` is the highest entry."""
+    if head is None or (step, attempt) not in live_attempts(head):
+        return []
+    return [f"2: {layout.shown(step, attempt)} is live, and its data is written again"]
+
+
+def promises(heads: Sequence[Head], receipts: Iterable[tuple[int, str, int, str]]) -> list[str]:
+    """3: what a receipt promises is there. `receipts`: (step, attempt, process, what is missing or '') of each YES.
+
+    Only attempts that can still be committed, or are: the data of the others may go at any time.
+    """
+    ended = {(gone.step, gone.attempt) for head in heads for gone in head.retired}
+    epoch = heads[-1].epoch if heads else 0
+    live = live_attempts(heads[-1]) if heads else set()
+    return [
+        f"3: process {process} promised {layout.shown(step, attempt)}, but {missing}"
+        for step, attempt, process, missing in receipts
+        if missing
+        and (step, attempt) not in ended
+        and (layout.parse_attempt(attempt)[0] >= epoch or (step, attempt) in live)
+    ]
+
+
+def journalled(heads: Sequence[Head], acked: Iterable[AttemptId]) -> list[str]:
+    """4: every save that was reported is committed in `heads`, which is what a power cut leaves of the journal."""
+    committed = {(head.event.step, head.event.attempt) for head in heads if head.event.kind == "committed"}
+    return [
+        f"4: {layout.shown(*save)} was reported as saved, but is not journalled"
+        for save in sorted(acked)
+        if save not in committed
+    ]
+
+
+def deleted(heads: Sequence[Head], step: int, attempt: str) -> list[str]:
+    """5: data of `attempt` is deleted while `heads` is what a power cut would leave of the journal."""
+    where = layout.shown(step, attempt)
+    head = heads[-1] if heads else None
+    if head is None:
+        return [f"5: {where} deleted without a journal"]
+    if (step, attempt) in live_attempts(head):
+        return [f"5: {where} deleted, but it is live"]
+    ended = any((gone.step, gone.attempt) == (step, attempt) for entry in heads for gone in entry.retired)
+    if not ended and layout.parse_attempt(attempt)[0] >= head.epoch:
+        return [f"5: {where} deleted, but epoch {head.epoch} can still commit it"]
+    return []

@@ -1,0 +1,459 @@
+"""The state of the model, and what each actor can do next in it.
+
+An actor mirrors one shell: `Coordinator` an incarnation's process 0 (catalog.append, coordinator, saving), `Worker`
+its process 1, `Collector` the background collection or `gc`, `Tool` a command that writes one journal entry. Each move
+is one effect on the store. A crash needs no move: an actor may stop for ever in any state, as nothing is fair here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from msgspec.structs import replace
+
+from orchestrator import protocol
+from orchestrator.records import Failure
+
+from .rules import Engine, receipt
+
+Object = tuple[int, str, str]  # step, attempt, name
+
+
+class Local(NamedTuple):
+    """An actor's own memory."""
+
+    pc: str = "start"
+    task: str = ""  # the journal rule it is applying
+    want: int = -1  # the head it wants to create
+    epoch: int = 0
+    save: int = 0  # index into its saves
+    attempt: int = -1  # the protocol's state
+    todo: tuple[Any, ...] = ()
+    done: tuple[Any, ...] = ()
+
+
+class World(NamedTuple):
+    journal: tuple[int, ...]  # head numbers; index is the version
+    durable: int  # how many entries a power cut leaves
+    objects: frozenset[Object]
+    volatile: frozenset[Object]  # which of them it takes
+    actors: tuple[Local, ...]
+    acked: frozenset[tuple[int, str]]  # saves that were reported as saved
+    flying: tuple[int, ...]  # puts given up on that may still land
+    losses: int  # how many more replies or requests may be lost
+
+    @property
+    def top(self) -> int:
+        return self.journal[-1] if self.journal else -1
+
+    def local(self, index: int, local: Local) -> World:
+        return self._replace(actors=(*self.actors[:index], local, *self.actors[index + 1 :]))
+
+    def add(self, *objects: Object, volatile: bool = False) -> World:
+        more = frozenset(objects)
+        lost = self.volatile | more if volatile else self.volatile
+        return self._replace(objects=self.objects | more, volatile=lost)
+
+
+class Effect(NamedTuple):
+    """Data below an attempt was written or deleted; the invariants judge it by the state before."""
+
+    kind: str = ""
+    step: int = 0
+    attempt: str = ""
+
+
+NOTHING = Effect()
+Move = tuple[str, World, Effect]
+ENDED = frozenset({"closed", "fenced", "failed", "finished"})
+
+
+class Actor(Protocol):
+    name: str
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]: ...
+
+
+def needed(step: int, attempt: str, processes: int) -> frozenset[Object]:
+    names = ["intent", "manifest", *(f"data-{process}" for process in range(processes))]
+    return frozenset((step, attempt, name) for name in names)
+
+
+@dataclass(frozen=True)
+class Appender:
+    """catalog.append and the adapter's `create`, one effect at a time: read, create, (read back), make durable."""
+
+    name: str
+
+    def arguments(self, engine: Engine, local: Local) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
+        """outcome: done, none, fenced, refused, or unknown."""
+        raise NotImplementedError
+
+    def append(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        who = f"{self.name} {local.task}"
+        match local.pc:
+            case "read":
+                kind, want = engine.ask(local.task, self.arguments(engine, local), world.top, self.name)
+                label = f"{who}: reads v{len(world.journal) - 1}: {kind}"
+                if kind == "head":
+                    yield label, world.local(index, local._replace(pc="create", want=want)), NOTHING
+                else:
+                    yield label, self.after(engine, world, index, kind), NOTHING
+            case "create":
+                yield from self._create(engine, world, index)
+            case "unsure":
+                yield from self._unsure(engine, world, index)
+            case "sync":
+                settled = world._replace(durable=len(world.journal))
+                yield f"{who}: the entry is durable", self.after(engine, settled, index, "done"), NOTHING
+
+    def _create(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        version = engine.heads[local.want].version
+        there = world.journal[version] if version < len(world.journal) else -1
+        stored, ours = engine.stored(there, local.want)
+        landed = world._replace(journal=(*world.journal[:version], stored, *world.journal[version + 1 :]))
+        who = f"{self.name} {local.task}"
+        if ours:
+            yield f"{who}: creates v{version}", self._landed(engine, landed, index), NOTHING
+        else:
+            yield f"{who}: v{version} is another's", self._lost(engine, landed, index), NOTHING
+        if not world.losses:
+            return
+        unsure = local._replace(pc="unsure")
+        lossy = landed._replace(losses=world.losses - 1)
+        yield f"{who}: creates v{version}, the reply is lost", lossy.local(index, unsure), NOTHING
+        if there < 0:
+            late = world._replace(losses=world.losses - 1, flying=tuple(sorted((*world.flying, local.want))))
+            yield f"{who}: the put of v{version} is under way, no reply", late.local(index, unsure), NOTHING
+
+    def _unsure(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        version = engine.heads[local.want].version
+        who = f"{self.name} {local.task}"
+        if engine.rules.unknown_is != "compared":
+            step = self._landed if engine.rules.unknown_is == "ours" else self._lost
+            yield f"{who}: takes v{version} to be {engine.rules.unknown_is}", step(engine, world, index), NOTHING
+            return
+        if version >= len(world.journal):
+            yield f"{who}: finds no v{version}, puts again", world.local(index, local._replace(pc="create")), NOTHING
+        else:
+            _, ours = engine.stored(world.journal[version], local.want)
+            step = self._landed if ours else self._lost
+            yield f"{who}: reads v{version} back, ours: {ours}", step(engine, world, index), NOTHING
+        yield f"{who}: cannot read back, outcome unknown", self.after(engine, world, index, "unknown"), NOTHING
+
+    def _landed(self, engine: Engine, world: World, index: int) -> World:
+        if engine.rules.syncs_entries:
+            return world.local(index, world.actors[index]._replace(pc="sync"))
+        return self.after(engine, world, index, "done")
+
+    def _lost(self, engine: Engine, world: World, index: int) -> World:
+        local = world.actors[index]
+        if engine.rules.decides_again:
+            return world.local(index, local._replace(pc="read", want=-1))
+        head = engine.heads[local.want]
+        following = replace(head, version=head.version + 1)
+        return world.local(index, local._replace(pc="create", want=engine.number(following)))
+
+
+@dataclass(frozen=True)
+class Coordinator(Appender):
+    """An incarnation's process 0: opens an epoch, then saves `saves` one after another."""
+
+    saves: tuple[int, ...]
+
+    def current(self, engine: Engine, local: Local) -> tuple[int, str]:
+        return named(engine, self.saves, local)
+
+    def arguments(self, engine: Engine, local: Local) -> tuple[Any, ...]:
+        return () if local.task == "open" else (local.epoch, *self.current(engine, local))
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        if local.pc == "start":
+            yield f"{self.name}: starts", world.local(index, local._replace(pc="read", task="open")), NOTHING
+        elif local.pc in ("read", "create", "unsure", "sync"):
+            yield from self.append(engine, world, index)
+        elif local.pc not in ENDED:
+            yield from self._save(engine, world, index)
+
+    def _save(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        step, attempt = self.current(engine, local)
+        here = f"{self.name}: {step} {attempt}"
+        match local.pc:
+            case "stage":
+                following = world.add((step, attempt, "data-0"), volatile=True)
+                moved = following.local(index, local._replace(pc="intent"))
+                yield f"{here}: writes its data", moved, Effect("write", step, attempt)
+            case "intent":
+                kind = "no" if (step, attempt, "intent") in world.objects else "yes"
+                moved = world.add((step, attempt, "intent")).local(index, local._replace(pc="promise", todo=(kind,)))
+                yield f"{here}: intent, {kind}", moved, NOTHING
+            case "promise":
+                kind = local.todo[0]
+                sealed = world._replace(volatile=world.volatile - {(step, attempt, "data-0")})
+                following = sealed.add((step, attempt, f"receipt-0-{kind}"))
+                opened = local._replace(attempt=engine.opened(step, attempt), todo=())
+                event = protocol.ReceiptRead(receipt(step, attempt, 0, kind))
+                moved = self._advance(engine, following.local(index, opened), index, event, kind)
+                yield f"{here}: seals, promises and reads its own receipt, {kind}", moved, NOTHING
+            case "receipts":
+                yield from self._receipts(engine, world, index, here)
+            case "finalize":
+                event: protocol.Event = protocol.FinalizeDone()
+                if (step, attempt, "manifest") in world.objects:
+                    event = protocol.FinalizeFailed(Failure(process=0, host="h", phase="finalize", cause="exists"))
+                following = world.add((step, attempt, "manifest"))
+                moved = self._advance(engine, following, index, event, type(event))
+                yield f"{here}: manifest", moved, NOTHING
+
+    def _receipts(self, engine: Engine, world: World, index: int, here: str) -> Iterator[Move]:
+        local = world.actors[index]
+        step, attempt = self.current(engine, local)
+        for process in engine.attempts[local.attempt].missing:
+            for kind in ("yes", "short", "no"):
+                if (step, attempt, f"receipt-{process}-{kind}") in world.objects:
+                    event = protocol.ReceiptRead(receipt(step, attempt, process, kind))
+                    moved = self._advance(engine, world, index, event, (process, kind))
+                    yield f"{here}: reads receipt {process}, {kind}", moved, NOTHING
+        late = protocol.DeadlinePassed(1.0, {})
+        yield f"{here}: deadline", self._advance(engine, world, index, late, "late"), NOTHING
+
+    def _advance(self, engine: Engine, world: World, index: int, event: protocol.Event, key: object) -> World:
+        local = world.actors[index]
+        number, what = engine.advance(local.attempt, event, key)
+        pc = {"": "receipts", "finalize": "finalize", "commit": "read", "abort": "read"}[what]
+        return world.local(index, local._replace(attempt=number, pc=pc, task=what if pc == "read" else ""))
+
+    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
+        local = world.actors[index]
+        clean = local._replace(task="", want=-1)
+        if outcome == "fenced":
+            return world.local(index, clean._replace(pc="fenced"))
+        if local.task == "open":
+            if outcome != "done":
+                return world.local(index, clean._replace(pc="failed"))
+            return world.local(index, clean._replace(pc="stage", epoch=engine.heads[local.want].epoch))
+        saved = False
+        if outcome in ("done", "none"):
+            number, _ = engine.advance(local.attempt, protocol.Appended(), "appended")
+            saved = engine.committed(number)
+        if saved:
+            world = world._replace(acked=world.acked | {self.current(engine, local)})
+        return world.local(index, next_save(self.saves, clean, saved))
+
+
+def named(engine: Engine, saves: tuple[int, ...], local: Local) -> tuple[int, str]:
+    """(step, attempt) of an actor's current save: epoch and the step's counter, computed by each process alone."""
+    step = saves[local.save]
+    return step, engine.rules.attempt_name(local.epoch, saves[: local.save + 1].count(step))
+
+
+def next_save(saves: tuple[int, ...], local: Local, saved: bool) -> Local:
+    following = local.save + 1
+    while saved and following < len(saves) and saves[following] == saves[local.save]:
+        following += 1  # the second of two equal steps is a retry
+    pc = "stage" if following < len(saves) else "closed"
+    return local._replace(pc=pc, save=following, attempt=-1, todo=())
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Process 1 of the incarnation whose coordinator is actor `boss`. `kinds`: how its part of a save may go."""
+
+    name: str
+    boss: int
+    saves: tuple[int, ...]
+    kinds: tuple[str, ...]
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        if local.pc == "start":
+            epoch = world.actors[self.boss].epoch
+            if epoch:  # told by process 0, on the main thread
+                yield f"{self.name}: starts", world.local(index, local._replace(pc="stage", epoch=epoch)), NOTHING
+            return
+        if local.pc in ENDED:
+            return
+        step, attempt = named(engine, self.saves, local)
+        here = f"{self.name}: {step} {attempt}"
+
+        def moved(after: World, pc: str) -> World:
+            return after.local(index, local._replace(pc=pc))
+
+        kind = local.pc.rpartition("-")[2]
+        match local.pc.partition("-")[0]:
+            case "stage":
+                for kind in self.kinds:
+                    name = "data-1" if kind == "yes" else "part-1"
+                    following = world.add((step, attempt, name), volatile=True)
+                    pc = f"seal-{kind}" if engine.rules.seals_first and kind != "no" else f"receipt-{kind}"
+                    yield f"{here}: writes, {kind}", moved(following, pc), Effect("write", step, attempt)
+            case "seal":
+                sealed = world.volatile - {(step, attempt, "data-1"), (step, attempt, "part-1")}
+                pc = f"receipt-{kind}" if engine.rules.seals_first else "await"
+                yield f"{here}: seals", moved(world._replace(volatile=sealed), pc), NOTHING
+            case "receipt":
+                pc = "await" if engine.rules.seals_first or kind == "no" else f"seal-{kind}"
+                yield f"{here}: receipt, {kind}", moved(world.add((step, attempt, f"receipt-1-{kind}")), pc), NOTHING
+            case "await":
+                yield from self._await(engine, world, index, step, attempt)
+            case "report":
+                after = world._replace(durable=len(world.journal), acked=world.acked | {(step, attempt)})
+                yield f"{here}: settles and reports", after.local(index, next_save(self.saves, local, True)), NOTHING
+
+    def _await(self, engine: Engine, world: World, index: int, step: int, attempt: str) -> Iterator[Move]:
+        """Saver._await_decision and _journalled: the decision as the journal tells it, or an abort by signal."""
+        local = world.actors[index]
+        here = f"{self.name}: {step} {attempt}"
+        head = engine.head(world.top)
+        again = next_save(self.saves, local, False)
+        assert head is not None
+        if any((live.step, live.attempt) == (step, attempt) for live in head.live):
+            if engine.rules.settles_before_report:
+                yield f"{here}: finds it committed", world.local(index, local._replace(pc="report")), NOTHING
+            else:
+                after = world._replace(acked=world.acked | {(step, attempt)})
+                yield f"{here}: reports what it found", after.local(index, next_save(self.saves, local, True)), NOTHING
+        elif head.epoch > local.epoch:
+            yield f"{here}: fenced", world.local(index, local._replace(pc="fenced")), NOTHING
+        elif any((gone.step, gone.attempt) == (step, attempt) for gone in head.retired):
+            yield f"{here}: finds it aborted", world.local(index, again), NOTHING
+        boss = world.actors[self.boss]
+        if boss.save > local.save or boss.pc in ENDED:
+            yield f"{here}: is told it failed", world.local(index, again), NOTHING
+
+
+@dataclass(frozen=True)
+class Collector(Appender):
+    """collect(): of an incarnation (`boss`: its coordinator) in the background, or of `gc`, which retires first."""
+
+    boss: int = -1
+    retires: bool = False
+
+    def arguments(self, engine: Engine, local: Local) -> tuple[Any, ...]:
+        return local.done if local.task == "collected" else ()
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        if local.pc in ("read", "create", "unsure", "sync"):
+            yield from self.append(engine, world, index)
+        elif local.pc == "start" and self.retires and world.journal:
+            if engine.rules.retires_first:
+                yield f"{self.name}: starts", world.local(index, local._replace(pc="read", task="retire")), NOTHING
+            else:
+                kind, number = engine.ask("retire", (), world.top, self.name)
+                gone = engine.heads[number].retired if kind == "head" else ()
+                todo = tuple((one.step, one.attempt) for one in gone)
+                yield (
+                    f"{self.name}: deletes {todo}",
+                    world.local(index, local._replace(pc="delete", todo=todo)),
+                    NOTHING,
+                )
+        elif local.pc in ("start", "again"):
+            boss = world.actors[self.boss] if self.boss >= 0 else None
+            if world.journal and (not boss or boss.epoch):
+                yield self._head(engine, world, index, boss)
+        elif local.pc == "list":
+            yield self._list(engine, world, index)
+        elif local.pc == "delete":
+            yield self._delete(engine, world, index)
+
+    def _head(self, engine: Engine, world: World, index: int, boss: Local | None) -> Move:
+        local, head = world.actors[index], engine.heads[world.top]
+        pc = "fenced" if boss and head.epoch > boss.epoch else "list"
+        here = f"{self.name}: reads v{head.version}: {pc}"
+        return here, world.local(index, local._replace(pc=pc, want=world.top if pc == "list" else -1)), NOTHING
+
+    def _list(self, engine: Engine, world: World, index: int) -> Move:
+        local = world.actors[index]
+        found = sorted({(step, attempt) for step, attempt, _ in world.objects})
+        chosen = engine.rules.collectable(engine.heads[local.want], found)
+        todo = tuple((gone.step, gone.attempt) for gone in chosen)
+        settled = world._replace(durable=len(world.journal)) if engine.rules.settles_before_delete else world
+        return (
+            f"{self.name}: will delete {todo}",
+            settled.local(index, local._replace(pc="delete", want=-1, todo=todo)),
+            NOTHING,
+        )
+
+    def _delete(self, engine: Engine, world: World, index: int) -> Move:
+        """One object, the manifest first; then `collected`, if anything was deleted."""
+        local = world.actors[index]
+        if not local.todo:
+            pc = "read" if local.done else "finished"
+            return f"{self.name}: has deleted", world.local(index, local._replace(pc=pc, task="collected")), NOTHING
+        step, attempt = local.todo[0]
+        there = sorted(
+            (one for one in world.objects if one[:2] == (step, attempt)), key=lambda one: (one[2] != "manifest", one[2])
+        )
+        gone = frozenset(there[:1])
+        after = world._replace(objects=world.objects - gone, volatile=world.volatile - gone)
+        if len(there) <= 1:
+            local = local._replace(todo=local.todo[1:], done=(*local.done, (step, attempt)))
+        effect = Effect("delete", step, attempt) if there else NOTHING
+        return f"{self.name}: deletes {there[0] if there else 'nothing'}", after.local(index, local), effect
+
+    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
+        local = world.actors[index]
+        pc = "again" if local.task == "retire" and outcome in ("done", "none") else "finished"
+        if not engine.rules.retires_first:
+            pc = "finished"
+        return world.local(index, Local(pc=pc, done=()))
+
+
+@dataclass(frozen=True)
+class Tool(Appender):
+    """A command or a restore that journals one change. `pin` takes `step`; the others the newest step they find."""
+
+    task: str
+    step: int = 0
+
+    def arguments(self, engine: Engine, local: Local) -> tuple[Any, ...]:
+        return local.todo
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        if local.pc == "start" and world.journal:
+            head = engine.heads[world.top]
+            newest = engine.rules.newest(head)
+            todo = (self.step,) if self.task == "pin" else (newest.step, newest.attempt) if newest else ()
+            if todo:
+                yield (
+                    f"{self.name}: {todo}",
+                    world.local(index, local._replace(pc="read", task=self.task, todo=todo)),
+                    NOTHING,
+                )
+        elif local.pc in ("read", "create", "unsure", "sync"):
+            yield from self.append(engine, world, index)
+
+    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
+        return world.local(index, Local(pc="finished"))
+
+
+def late_puts(engine: Engine, world: World) -> Iterator[Move]:
+    """A put whose sender has given up lands after all."""
+    for want in world.flying:
+        if engine.heads[want].version == len(world.journal):
+            left = list(world.flying)
+            left.remove(want)
+            landed = world._replace(journal=(*world.journal, want), flying=tuple(left))
+            yield (
+                f"a late put of v{engine.heads[want].version} lands",
+                landed._replace(durable=len(landed.journal)),
+                NOTHING,
+            )
+
+
+def normal(engine: Engine, world: World) -> World:
+    """Puts that can never land any more are forgotten: their version is taken."""
+    flying = tuple(want for want in world.flying if engine.heads[want].version >= len(world.journal))
+    return world._replace(flying=flying) if flying != world.flying else world
