@@ -62,10 +62,10 @@ Answer = tuple[str, int]
 class Engine:
     """One set of rules for `processes` processes; answers are remembered."""
 
-    def __init__(self, rules: Rules, processes: int, keep: KeepPolicy | None = None) -> None:
+    def __init__(self, rules: Rules, processes: int, keep: KeepPolicy) -> None:
         self.rules = rules
         self.processes = processes
-        self.keep = keep or last(1)
+        self.keep = keep
         self.heads: list[Head] = []
         self._bodies: list[bytes] = []
         self._numbers: dict[bytes, int] = {}
@@ -120,7 +120,7 @@ class Engine:
             case "abort", (epoch, step, attempt):
                 return partial(rules.abort, epoch=epoch, step=step, attempt=attempt, failures=(), reason="no")
             case "retire", ():
-                return partial(rules.retire, keep=self.keep)
+                return partial(rules.retire, keep=last(1))
             case "collected", attempts:
                 return partial(rules.collected, attempts=attempts)
             case "pin", (step,):

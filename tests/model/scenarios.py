@@ -1,12 +1,12 @@
-"""Who may act in each search. Together they cover every pair of roles; `DEEP` puts more of them into one search."""
+"""Who may act in each search. Together they cover every pair of roles; commands may come at any moment of a save."""
 
 from __future__ import annotations
 
 from .search import Scenario
 from .world import Collector, Coordinator, Tool, Worker
 
-QUICK = (
-    # Zombies: two incarnations save the same steps, each collects, and any put may be lost, late or repeated.
+SCENARIOS = (
+    # Zombies: two incarnations save the same step, one collects, and any put may be lost, late or repeated.
     Scenario(
         "rivals",
         (Coordinator("A", (1, 2)), Coordinator("B", (2, 3)), Collector("collect-B", boss=1)),
@@ -17,8 +17,8 @@ QUICK = (
     Scenario(
         "processes",
         (
-            Coordinator("A", (1, 1, 2)),
-            Worker("A1", 0, (1, 1, 2), ("yes", "short", "no")),
+            Coordinator("A", (1, 1)),
+            Worker("A1", 0, (1, 1), ("yes", "short", "no")),
             Collector("collect-A", boss=0),
         ),
         processes=2,
@@ -43,7 +43,6 @@ QUICK = (
             Tool("quarantine", "quarantine"),
             Tool("verify", "verify"),
         ),
-        losses=1,
     ),
     Scenario(
         "gc",
@@ -53,5 +52,6 @@ QUICK = (
             Collector("gc", retires=True),
             Tool("quarantine", "quarantine"),
         ),
+        keep=2,
     ),
 )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from orchestrator import layout
+from orchestrator.policy import last
 from orchestrator.records import Head, LiveStep
 
 from . import invariants
@@ -20,12 +21,14 @@ from .world import ENDED, Actor, Effect, Local, Object, World, late_puts, needed
 
 @dataclass(frozen=True)
 class Scenario:
-    """Who acts. `losses`: how many requests or replies of journal puts may be lost."""
+    """Who acts. `losses`: how many requests or replies of journal puts may be lost. `keep`: steps that commits keep;
+    `gc` keeps one."""
 
     name: str
     actors: tuple[Actor, ...]
     processes: int = 1
     losses: int = 0
+    keep: int = 1
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Judge:
             return [f"2: no new incarnation can be opened: {kind}"]
         epoch = self._engine.heads[opened].epoch
         kind, number = self._engine.ask("commit", (epoch, 9, layout.attempt_name(epoch, 1)), opened, "recovery")
-        if kind != "head" or self._engine.heads[number].live[-1].step != 9:
+        if kind != "head":
             return [f"2: the next incarnation cannot commit: {kind}"]
         return invariants.linear([*self.heads(journal), self._engine.heads[opened], self._engine.heads[number]])
 
@@ -157,7 +160,7 @@ def stuck(scenario: Scenario, world: World) -> list[str]:
 
 def explore(scenario: Scenario, rules: Rules | None = None, states_max: int = 5_000_000) -> Result:
     """Everything that can happen, or the shortest way to the first violation."""
-    engine = Engine(rules or Rules(), scenario.processes)
+    engine = Engine(rules or Rules(), scenario.processes, last(scenario.keep))
     judge = Judge(engine)
     none: frozenset[Object] = frozenset()
     start = World((), 0, none, none, (Local(),) * len(scenario.actors), frozenset(), (), scenario.losses)

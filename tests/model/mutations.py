@@ -1,0 +1,104 @@
+"""Mistakes that the checker must notice: edits of the shipped rules' own source, and wrong orders in the shells.
+
+`old` must occur exactly once in the module, so that a rule which moves or changes takes its mutation along or fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import dataclass, fields, replace
+from types import ModuleType
+from typing import Any
+
+from orchestrator import journal, protocol
+
+from .rules import Rules
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`caught_by`: the invariant that must fail first, in `scenario`."""
+
+    name: str
+    scenario: str
+    caught_by: str
+    module: ModuleType | None = None
+    old: str = ""
+    new: str = ""
+    flags: tuple[tuple[str, Any], ...] = ()
+
+    def rules(self) -> Rules:
+        changed = dict(self.flags)
+        if self.module:
+            namespace = mutated(self.module, self.old, self.new)
+            names = {field.name for field in fields(Rules)} & set(namespace)
+            changed |= {name: namespace[name] for name in names}
+        return replace(Rules(), **changed)
+
+
+def mutated(module: ModuleType, old: str, new: str) -> dict[str, Any]:
+    """The functions and tables of `module` with one piece of source replaced; its classes stay the shipped ones."""
+    source = inspect.getsource(module)
+    if source.count(old) != 1:
+        raise AssertionError(f"{module.__name__} has {source.count(old)} times, wanted once: {old!r}")
+    tree = ast.parse(source.replace(old, new))
+    tree.body = [node for node in tree.body if not isinstance(node, ast.ClassDef)]
+    namespace = dict(vars(module))
+    exec(compile(tree, f"{module.__name__} with {new!r}", "exec"), namespace)
+    return namespace
+
+
+def edit(name: str, scenario: str, caught_by: str, module: ModuleType, old: str, new: str) -> Mutation:
+    return Mutation(name, scenario, caught_by, module, old, new)
+
+
+def shell(name: str, scenario: str, caught_by: str, **flags: Any) -> Mutation:
+    return Mutation(name, scenario, caught_by, flags=tuple(flags.items()))
+
+
+NOT_OURS = "if head is None or head.epoch != epoch:\n        return _not_our_epoch(head, epoch)\n"
+
+MUTATIONS = (
+    edit("a commit does not look at the epoch", "rivals", "fence", journal,
+         f"    {NOT_OURS}    if any(live.attempt", "    assert head\n    if any(live.attempt"),
+    edit("an abort does not look at the epoch", "rival processes", "fence", journal,
+         f"    {NOT_OURS}    if is_live", "    assert head\n    if is_live"),
+    edit("opening leaves the epoch as it is", "rivals", "fence", journal,
+         "epoch=(head.epoch if head else 0) + 1", "epoch=max(1, head.epoch if head else 0)"),
+    edit("a replaced attempt is not retired", "rivals", "5", journal,
+         '*(RetiredAttempt(step=old.step, attempt=old.attempt, reason="replaced") for old in replaced),', ""),
+    edit("retention is not journalled as retired", "commands", "5", journal,
+         "for old in live\n            if old.step in dropped", "for old in live\n            if False"),
+    edit("retention drops the newest step", "commands", "1", journal,
+         "set(keep.keep(good, now)) | {good[-1].step}", "{entry.step for entry in good[:-1]}"),
+    edit("retention drops the newest verified step", "commands", "6", journal,
+         "wanted.update(proven[-1:])", "pass"),
+    edit("retention drops pinned steps", "commands", "6", journal,
+         "wanted.update(entry.step for entry in live if entry.pins)", "pass"),
+    edit("a quarantined step counts as the newest", "commands", "1", journal,
+         "(entry for entry in reversed(head.live) if entry.restorable)", "(entry for entry in reversed(head.live))"),
+    edit("attempts of the running epoch are collected", "rivals", "5", journal,
+         "layout.parse_attempt(attempt)[0] < head.epoch", "layout.parse_attempt(attempt)[0] <= head.epoch"),
+    edit("live attempts are collected", "rivals", "5", journal,
+         "and not is_live(head, step, attempt)\n        and not is_retired", "and not is_retired"),
+    edit("a commit does not wait for all receipts", "processes", "2", protocol,
+         "if state.missing:\n        return state, ()\n    problems = uncovered(state.intent, state.receipts)\n",
+         "problems = []\n"),
+    edit("a hole in an array does not matter", "processes", "2", protocol,
+         "problems = uncovered(state.intent, state.receipts)", "problems = []"),
+    edit("at the deadline the step is committed", "processes", "2", protocol,
+         "return _abort(replace(state, failures=(*state.failures, *silent)), reason)",
+         "return replace(state, phase=Phase.FINALIZING), (Finalize(),)"),
+    shell("an entry is overwritten", "rivals", "2", put=lambda there, body: (body, True)),
+    shell("a lost race is not decided again", "rivals", "fence", decides_again=False),
+    shell("a lost reply is taken for success", "rivals", "4", unknown_is="ours"),
+    shell("two writers' bodies cannot be told apart", "three rivals", "3", ids_differ=False),
+    shell("saved is reported before its entry is durable", "rivals", "4", syncs_entries=False),
+    shell("a receipt is written before the data's fsync", "processes", "3", seals_first=False),
+    shell("an entry that was read is believed before it is durable", "processes", "4", settles_before_report=False),
+    shell("data is deleted before it is retired", "gc", "5", retires_first=False),
+    shell("data is deleted before its retirement is durable", "rivals", "5", settles_before_delete=False),
+    shell("readers list directories instead of the journal", "rivals", "1", readers_need_journal=False),
+    shell("an attempt's name is used again", "rivals", "fence", attempt_name=lambda epoch, number: "e0001-a01"),
+)  # fmt: skip
