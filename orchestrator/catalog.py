@@ -74,6 +74,14 @@ class Catalog:
             raise NotARun(f"{self.url}: not a run (no journal/ in it); check the path")
         return head
 
+    def durable_head(self) -> Head:
+        """As `require_head`, and the entry survives power loss. On POSIX an entry can be read a moment before its
+        writer has synced its name: nothing may be reported as saved, and nothing deleted, because of one that could
+        still vanish. Raises StorageError, NotARun."""
+        head = self.require_head()
+        self.storage.seal([layout.journal_key(head.version)])
+        return head
+
     def entry(self, version: int) -> Head:
         """One journal entry. Raises Damaged if it is missing, edited or in the wrong place."""
         key = layout.journal_key(version)

@@ -41,7 +41,7 @@ def collect(
     `orphans`: also look through storage for leftovers of older epochs (one listing of all steps).
     """
     failpoints.hit("collect.before")
-    head = catalog.require_head()
+    head = catalog.require_head() if dry_run else catalog.durable_head()
     if epoch is not None and head.epoch > epoch:
         raise Fenced(f"{catalog.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
     found = catalog.attempts() if orphans else {}

@@ -270,7 +270,7 @@ class Saver:
 
     def _journalled(self, save: Save) -> tuple[Phase, str] | None:
         try:
-            head = self._catalog.require_head()
+            head = self._catalog.durable_head()
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s: the journal cannot be read yet: %s", save.shown, error)
             return None

@@ -1,0 +1,57 @@
+"""Nothing is reported and nothing is deleted because of a journal entry that a power cut could still take."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from builders import FIRST, live
+from fakes import HookedStorage
+
+from orchestrator import journal, layout
+from orchestrator.catalog import Catalog
+from orchestrator.collect import collect
+from orchestrator.coordinator import UserData
+from orchestrator.options import Options
+from orchestrator.policy import last
+from orchestrator.protocol import Phase
+from orchestrator.rendezvous import connect
+from orchestrator.saving import Saver
+from orchestrator.storage import PosixStorage
+
+
+def a_run(root: Path) -> Catalog:
+    """Step 1 committed and retired, step 2 committed; step 1's data is there."""
+    catalog = Catalog(PosixStorage(str(root)), "test")
+    catalog.append(journal.open_epoch)
+    for step in (1, 2):
+        catalog.storage.create(layout.attempt_prefix(step, FIRST) + layout.MANIFEST, b"{}")
+        entry = live(step)
+        catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
+    return catalog
+
+
+def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_path: Path) -> None:
+    storage = HookedStorage(a_run(tmp_path).storage)
+    assert collect(Catalog(storage, "gc")).files == 1
+    operations = [call for call in storage.calls if call[0] in ("seal", "delete")]
+    assert operations[0] == ("seal", layout.journal_key(2))
+    assert [operation for operation, _ in operations[1:]] == ["delete"]
+
+
+def test_a_dry_run_of_a_collector_needs_no_right_to_write(tmp_path: Path) -> None:
+    storage = HookedStorage(a_run(tmp_path).storage)
+    assert collect(Catalog(storage, "gc"), dry_run=True).files == 1
+    assert {operation for operation, _ in storage.calls} <= {"get", "list"}
+
+
+def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is_durable(tmp_path: Path) -> None:
+    storage = HookedStorage(a_run(tmp_path).storage)
+    unused = cast(Any, None)
+    worker = Saver(
+        Catalog(storage, "w"), unused, connect(1.0), None, Options(), epoch=1, run="", committed=lambda: None
+    )
+    save = worker.begin(2, UserData({}, {}, 0.0), None)
+    assert worker._await_decision(save) == (Phase.COMMITTED, "")  # no signal comes: from storage
+    assert ("seal", layout.journal_key(2)) in storage.calls
