@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -29,6 +30,8 @@ from jax.experimental import multihost_utils
 
 from orchestrator.errors import WaitTimeout
 from orchestrator.records import Json
+
+QUICK_S = 1.0  # for one signal; storage is polled as often
 
 
 class Rendezvous(Protocol):
@@ -134,6 +137,7 @@ class _Together:
         self.hosts: dict[int, str] = {}
         self._client: Any = _distributed.global_state.client
         self._meetings = 0
+        self._one_call = threading.Lock()
         self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # as far as Python knows: then it is JAX's from C++
             _second_sigterm_ends()
@@ -174,16 +178,30 @@ class _Together:
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
     def post(self, key: str, value: str) -> None:
-        with contextlib.suppress(Exception):  # best effort by contract: storage is polled as well
-            self._client.key_value_set(key, value, allow_overwrite=True)
+        self._quickly(lambda: self._client.key_value_set(key, value, allow_overwrite=True))
 
     def forget(self, prefix: str) -> None:
-        with contextlib.suppress(Exception):
-            self._client.key_value_delete(prefix)
+        self._quickly(lambda: self._client.key_value_delete(prefix))
 
     def poll(self, prefix: str) -> dict[str, str]:
-        try:
-            pairs = self._client.key_value_dir_get(prefix)
-        except Exception:  # as above; no such directory is an error too
-            return {}
+        pairs = self._quickly(lambda: self._client.key_value_dir_get(prefix)) or []
         return {key.removeprefix(prefix): value for key, value in pairs}
+
+    def _quickly(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns, None if it fails or takes longer than QUICK_S. These calls have no timeout of their own,
+        and the service lives in process 0: when that one is stopped they hang, and the caller has a deadline to keep.
+        At most one is under way."""
+        if not self._one_call.acquire(timeout=QUICK_S):
+            return None
+        result: list[Any] = []
+        done = threading.Event()
+
+        def run() -> None:
+            with contextlib.suppress(Exception):  # best effort by contract; no such directory is an error too
+                result.append(call())
+            self._one_call.release()
+            done.set()
+
+        threading.Thread(target=run, name="signal", daemon=True).start()
+        done.wait(QUICK_S)
+        return result[0] if result else None

@@ -150,3 +150,15 @@ def test_kill_9_at_30_random_moments_never_loses_a_committed_step(tmp_path: Path
     assert listener.wrong == []
     assert oc.open_run(root).latest_step() >= committed
     assert committed > 60
+
+
+def test_a_stopped_coordinator_is_named_within_the_deadline_though_its_service_hangs(tmp_path: Path) -> None:
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=1000, delay=0.05, timeout=2) as running:
+        running.wait_for(1, "trained", 60, at_least=3)
+        running.processes[0].send_signal(signal.SIGSTOP)  # JAX's coordination service stops with it
+        said = "no decision from the coordinator, process 0 (host-0), after 7 s"
+        deadline = time.monotonic() + 20
+        while said not in running.errors[1].read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert said in running.errors[1].read_text(), running.story()
+        assert running.processes[1].poll() is None  # and training goes on

@@ -34,6 +34,7 @@ class Arena:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     jobs: list[subprocess.Popen[bytes]] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # found by a round that checks before it takes the run away
 
     @property
     def story_file(self) -> Path:
@@ -87,6 +88,9 @@ class Arena:
                 raise Hang(f"the job ended with {job.returncode} before: {what}: {self.tail()}")
             time.sleep(0.05)
         raise Hang(f"not within {deadline_s:g} s: {what}: {self.tail()}")
+
+    def check(self) -> None:
+        self.problems += check.violations(self.root, self.story()) + check.leftovers(self.root)
 
     def tail(self) -> str:
         text = self.logs[-1].read_text(errors="replace") if self.logs else ""

@@ -28,9 +28,10 @@ def cli(root: Path, command: str, *flags: str) -> tuple[int, Any, str]:
 
 
 def story(path: Path) -> list[dict[str, Any]]:
-    """What the processes of all incarnations said; a line that a kill has cut short says nothing."""
+    """What the processes of all incarnations said, in order; a line that a kill has cut short says nothing."""
     lines = [line for part in sorted(path.parent.glob(path.name + ".*")) for line in part.read_text().splitlines()]
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    said = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    return sorted(said, key=lambda line: line["time"])
 
 
 def violations(root: Path, said: Iterable[dict[str, Any]], damaged: bool = False) -> list[str]:

@@ -1,0 +1,253 @@
+"""The kinds of rounds. Each does its damage to an arena's job and returns what became of it, in a few words.
+
+A round raises Unexpected where the job did not do what it should; what holds of every run is checked by the campaign.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator import failpoints
+from tests.chaos.arena import Arena, stopped
+
+ROUND_S = 90.0  # a start takes about 3 s here, an end that JAX must notice up to 30 s
+DEADLINE_S = 4  # save_timeout_s of jobs in which somebody falls silent
+ABORT_S = 5.0  # all hosts know of an abort within
+
+ON_PROCESS_0 = ("epoch.", "intent.", "finalize.", "manifest.", "commit.", "abort.", "collect.")
+NEEDS_A_FAILURE = frozenset({"abort.before", "abort.after"})
+
+
+class Unexpected(Exception):
+    """The job did something else."""
+
+
+@dataclass(frozen=True)
+class Round:
+    kind: str
+    what: str
+    run: Callable[[Arena], str]
+    fresh: bool = False  # wants an arena of its own
+
+
+def expect(true: object, what: str, arena: Arena) -> None:
+    if not true:
+        raise Unexpected(f"{what}: {arena.tail()}")
+
+
+def restarts(arena: Arena) -> int:
+    return max((line["restart"] for line in arena.story("opened")), default=0)
+
+
+def chaos(place: str, action: str, process: int) -> str:
+    """A rule for the first incarnation only. A place on the way of an abort needs a NO to get there."""
+    rule = f"{place}={action}@process={process}@restart=0@nth=1"
+    return f"save.write=error@process=1@restart=0@nth=2;{rule}" if place in NEEDS_A_FAILURE else rule
+
+
+def where(place: str, source: random.Random) -> int:
+    return 0 if place.startswith(ON_PROCESS_0) else source.randrange(2)
+
+
+def kill_at(place: str, process: int) -> Round:
+    def run(arena: Arena) -> str:
+        job = arena.launch(flags=[f"--chaos={chaos(place, 'kill', process)}", "--max_restarts=2"])
+        code = arena.wait(job, ROUND_S)
+        expect(code == 0, f"exit code {code}", arena)
+        return "killed, restarted" if "was ended by SIGKILL" in arena.logs[-1].read_text() else "place not reached"
+
+    return Round("SIGKILL at a failpoint", f"{place}, process {process}", run)
+
+
+def fault_at(place: str, action: str, process: int) -> Round:
+    def run(arena: Arena) -> str:
+        before = len(arena.story("failed"))
+        job = arena.launch(flags=[f"--chaos={chaos(place, action, process)}", "--max_restarts=2"])
+        code = arena.wait(job, ROUND_S)
+        expect(code == 0, f"exit code {code}", arena)
+        failed = arena.story("failed")[before:]
+        slow = [line for line in failed if line["seconds"] > ABORT_S]
+        expect(not slow, f"hosts learned of the abort only after {slow}", arena)
+        if " on 2 hosts in " in arena.logs[-1].read_text():
+            return "job failed at start, restarted"
+        return "save aborted, training went on" if failed else "no save failed"
+
+    return Round("error, ENOSPC, EIO, no memory or short write at a failpoint", f"{action} at {place}", run)
+
+
+def kill_at_random(process: int, after_s: float) -> Round:
+    def run(arena: Arena) -> str:
+        opened = len(arena.story("opened"))
+        job = arena.launch("delay=0.01", more=40, flags=["--max_restarts=2"])
+        arena.until("both are up", lambda: len(arena.story("opened")) >= opened + 2, 60, job)
+        time.sleep(after_s)
+        pid = [line["pid"] for line in arena.story("opened") if line["process"] == process][-1]
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return "had ended before"
+        code = arena.wait(job, ROUND_S)
+        expect(code == 0, f"exit code {code}", arena)
+        return "killed, restarted"
+
+    return Round("SIGKILL at a random moment", f"process {process} after {after_s:.2f} s", run)
+
+
+def sigterm(process: int, after_s: float) -> Round:
+    def run(arena: Arena) -> str:
+        opened, before = len(arena.story("opened")), len(arena.story("preempted"))
+        job = arena.launch("delay=0.02", more=60)  # no restart is paid for
+        arena.until("both are up", lambda: len(arena.story("opened")) >= opened + 2, 60, job)
+        time.sleep(after_s)
+        pid = [line["pid"] for line in arena.story("opened") if line["process"] == process][-1]
+        os.kill(pid, signal.SIGTERM)
+        code = arena.wait(job, ROUND_S)
+        expect(code == 0, f"exit code {code}", arena)
+        left = {line["step"] for line in arena.story("preempted")[before:]}
+        expect(len(left) == 1, f"left at steps {left}", arena)
+        saved = {line["step"] for line in arena.story("saved")}
+        expect(left <= saved, f"step {left} was not saved before leaving", arena)
+        return "saved one step on both, left with 75, resumed"
+
+    return Round("SIGTERM to one host", f"process {process} after {after_s:.2f} s", run)
+
+
+def zombie(place: str, process: int) -> Round:
+    """Stopped at `place`, while another incarnation starts, trains and ends; then it wakes up."""
+
+    def run(arena: Arena) -> str:
+        opened = len(arena.story("opened"))
+        rule = f"{place}=stop@process={process}@restart=0@nth=2"
+        old = arena.launch(f"deadline={DEADLINE_S}", flags=[f"--chaos={rule}", "--hang_after_s=0", "--end_grace_s=10"])
+        arena.until("the old one is up", lambda: len(arena.story("opened")) >= opened + 2, 60, old)
+        pids = [line["pid"] for line in arena.story("opened")[opened:]]
+        asleep = arena.until("it is stopped", lambda: [pid for pid in pids if stopped(pid)], 30, old)
+        code = arena.wait(arena.launch(f"deadline={DEADLINE_S}"), ROUND_S)
+        expect(code == 0, f"the new incarnation ended with {code}", arena)
+        for pid in asleep:
+            os.kill(pid, signal.SIGCONT)
+        code = arena.wait(old, ROUND_S)
+        # Its peer may have ended it before it could tell; the journal shows what it did meanwhile.
+        expect(code in (5, 134, 1), f"the zombie ended with {code}", arena)
+        return "fenced, exit code 5" if code == 5 else "ended by its peer's end"
+
+    return Round("zombie: SIGSTOP, a new incarnation, SIGCONT", f"{place}, process {process}", run)
+
+
+def hang(place: str, process: int) -> Round:
+    def run(arena: Arena) -> str:
+        rule = f"{place}=stop@process={process}@restart=0@nth=2"
+        job = arena.launch(f"deadline={DEADLINE_S}", flags=[f"--chaos={rule}", "--hang_after_s=8", "--max_restarts=2"])
+        code = arena.wait(job, ROUND_S)
+        expect(code == 0, f"exit code {code}", arena)
+        return "killed as hung, restarted" if "restart 1" in arena.logs[-1].read_text() else "place not reached"
+
+    return Round("SIGSTOP for longer than the deadline, supervised", f"{place}, process {process}", run)
+
+
+def full_disk(free_kib: int) -> Round:
+    """The run lies on a small tmpfs; something else fills it, and later makes room again."""
+
+    def run(arena: Arena) -> str:
+        mount = arena.root.parent
+        mount.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", mount], check=True)
+        try:
+            job = arena.launch("delay=0.2", "kib=512", more=30, flags=["--max_restarts=1"])
+            arena.until("two steps are saved", lambda: len(arena.story("saved")) >= 4, 60, job)
+            ballast = mount / "ballast"
+            ballast.write_bytes(b"\0" * max(0, shutil.disk_usage(mount).free - (free_kib << 10)))
+            arena.until("saves fail", lambda: len(arena.story("failed")) >= 4, 60, job)
+            ballast.unlink()
+            before = len(arena.story("saved"))
+            arena.until("saves work again", lambda: len(arena.story("saved")) >= before + 2, 60, job)
+            code = arena.wait(job, ROUND_S)
+            expect(code == 0 and restarts(arena) == 0, f"exit code {code}", arena)
+            slow = [line for line in arena.story("failed") if line["seconds"] > ABORT_S]
+            expect(not slow, f"hosts learned of the abort only after {slow}", arena)
+            arena.check()
+        finally:
+            arena.end()
+            subprocess.run(["umount", mount], check=True)
+        return "saves aborted, training went on, saved again"
+
+    return Round("full disk (tmpfs)", f"{free_kib} KiB left", run, fresh=True)
+
+
+def system_call(inject: str, process: int) -> Round:
+    def run(arena: Arena) -> str:
+        before = len(arena.story("failed"))
+        job = arena.launch(more=8, flags=["--max_restarts=2"], CHAOS_STRACE=f"{process}:{inject}")
+        code = arena.wait(job, ROUND_S)
+        failed = arena.story("failed")[before:]
+        if code and process == 0:  # an epoch that cannot be opened: the job says so and changes nothing
+            expect(code == 1, f"exit code {code}", arena)
+            return "no epoch could be opened: job failed"
+        expect(code == 0, f"exit code {code}", arena)
+        return "save aborted, training went on" if failed else "no save failed"
+
+    return Round("failing system call (strace)", f"{inject}, process {process}", run)
+
+
+def clock(seconds: float, kill: bool) -> Round:
+    def run(arena: Arena) -> str:
+        flags = ["--max_restarts=2", *(["--chaos=commit.before=kill@restart=0@nth=3"] if kill else [])]
+        code = arena.wait(arena.launch(f"jump={seconds}", flags=flags), ROUND_S)
+        expect(code == 0, f"exit code {code}", arena)
+        return "no difference"
+
+    return Round("clock jumps", f"up to {seconds:g} s at each step{', and a kill' if kill else ''}", run)
+
+
+def tools() -> dict[str, str]:
+    """What a kind of round needs and this machine lacks, by kind; the reason it is skipped."""
+    missing = {}
+    if shutil.which("strace") is None:
+        missing["failing system call (strace)"] = "strace is not installed"
+    if os.geteuid() != 0:
+        missing["full disk (tmpfs)"] = "mounting needs root"
+    return missing
+
+
+def plan(seed: int) -> Iterator[Round]:
+    """Rounds without end, the same for the same seed: each sweep goes through all kinds in a random order."""
+    source = random.Random(seed)
+    missing = tools()
+    while True:
+        sweep = list(_sweep(source))
+        source.shuffle(sweep)
+        yield from (one for one in sweep if one.kind not in missing)
+
+
+def _sweep(source: random.Random) -> Iterator[Round]:
+    places = sorted(failpoints.PLACES)
+    for place in places:
+        yield kill_at(place, where(place, source))
+        action = source.choice(["error", "enospc", "eio", "memory", "short"])
+        yield fault_at(place, action, where(place, source))
+    for _ in range(8):
+        yield kill_at_random(source.randrange(2), source.uniform(0, 1.0))
+        yield sigterm(source.randrange(2), source.uniform(0, 1.0))
+    for place in ("commit.before", "manifest.after", "finalize.before", "receipt.write", "storage.link", "save.seal"):
+        yield zombie(place, where(place, source))
+    for place in source.sample(["save.write", "receipt.after", "storage.sync", "commit.before"], 2):
+        yield hang(place, where(place, source))
+    for _ in range(2):
+        yield full_disk(source.randrange(0, 300))
+    for call, error in (("fsync", "EIO"), ("fsync", "ENOSPC"), ("fdatasync", "EIO"), ("link", "ENOSPC")):
+        first = source.randrange(3, 12)
+        yield system_call(f"{call}:error={error}:when={first}+{source.randrange(3, 9)}", source.randrange(2))
+    for _ in range(2):
+        yield clock(source.choice([10.0, 1e5, 1e9]), source.random() < 0.5)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
