@@ -26,19 +26,27 @@ def free_port() -> int:
 class Job:
     """N processes of one job, by index; their standard output goes to files below `logs`."""
 
-    def __init__(self, count: int, devices: int, root: Path, logs: Path, **args: object) -> None:
+    def __init__(
+        self,
+        count: int,
+        devices: int,
+        root: Path,
+        logs: Path,
+        environ: dict[str, str] | None = None,
+        **args: object,
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.outputs = [logs / f"{index}.jsonl" for index in range(count)]
         self.errors = [logs / f"{index}.err" for index in range(count)]
         settings = [f"{name}={value}" for name, value in args.items()]
-        environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        inherited = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **(environ or {})}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, STATE_JOB, *map(str, (index, count, devices, port, root)), *settings],
                 stdout=self.outputs[index].open("w"),
                 stderr=self.errors[index].open("w"),
-                env=environ,
+                env=inherited,
             )
             for index in range(count)
         ]
@@ -88,7 +96,7 @@ class Job:
 
 
 @contextmanager
-def job(count: int, devices: int, root: Path, logs: Path, **args: object) -> Iterator[Job]:
+def job(count: int, devices: int, root: Path, logs: Path, **args: Any) -> Iterator[Job]:
     """A running job that is ended, by its ids, whatever the test does."""
     running = Job(count, devices, root, logs, **args)
     try:

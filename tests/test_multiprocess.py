@@ -14,6 +14,7 @@ import pytest
 from processes import job
 
 import orchestrator as oc
+from orchestrator import failpoints
 from orchestrator.catalog import Catalog
 from orchestrator.storage import open_storage
 
@@ -162,3 +163,14 @@ def test_a_stopped_coordinator_is_named_within_the_deadline_though_its_service_h
             time.sleep(0.1)
         assert said in running.errors[1].read_text(), running.story()
         assert running.processes[1].poll() is None  # and training goes on
+
+
+def test_a_coordinator_that_fails_first_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    """Orbax's own store of array metadata waits for process 0 to make a directory."""
+    rule = {failpoints.VARIABLE: "save.write=error@process=0@step=0"}
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", environ=rule, steps=2, timeout=40) as running:
+        started = time.monotonic()
+        assert running.wait(60) == [0, 0], running.story()
+        assert time.monotonic() - started < 30
+        for process in range(2):
+            assert running.said(process, "done")[0] | {"steps": [1], "failures": 1} == running.said(process, "done")[0]

@@ -73,6 +73,17 @@ class _StagedScalar(Staged):
     pass
 
 
+class _MetadataStore(_array_metadata_store.Store):  # type: ignore[misc]  # Orbax is untyped here
+    """Every process makes the directory that it writes to. In Orbax's own all but process 0 poll, every 0.25 s and for
+    as long as the save may take, for process 0 to make it: it may have failed before."""
+
+    def __init__(self) -> None:
+        super().__init__(primary_host=None)
+
+    def set_primary_host(self, primary_host: int | None) -> None:
+        """What the handler is told of; not wanted here."""
+
+
 class _BatchHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped here
     """Writes all leaves of one kind at once. Reading is not its business (`load`)."""
 
@@ -80,7 +91,7 @@ class _BatchHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orb
         self._typestr, self._process, self._compression = typestr, process, compression
         self._context = context()
         # Orbax looks here for the store of array metadata, as it does with its own handler.
-        self._array_metadata_store = _array_metadata_store.Store() if typestr == "jax.Array" else None
+        self._array_metadata_store = _MetadataStore() if typestr == "jax.Array" else None
 
     def typestr(self) -> str:
         return self._typestr
