@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,11 @@ import pytest
 from conftest import snapshot
 from fakes import FailOnce, HookedStorage
 from jax.sharding import NamedSharding, PartitionSpec
+from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import errors, events
-from orchestrator.catalog import Catalog
-from orchestrator.records import Head
+from orchestrator import events
 from orchestrator.storage import PosixStorage
-
-LIKE = {"w": jnp.zeros(4), "count": 0}
-
-
-def state(step: int) -> dict[str, Any]:
-    return {"w": jnp.full(4, float(step)), "count": step}
-
-
-def journal_of(root: Path) -> list[Head]:
-    return list(Catalog(PosixStorage(str(root)), "test").entries())
-
-
-def kinds(root: Path) -> list[str]:
-    return [head.event.kind for head in journal_of(root)]
-
-
-def now(**more: Any) -> oc.Options:
-    return oc.Options(**{"async_save": False, "on_save_failure": "raise", **more})
-
-
-def fill(root: Path, *steps: int, **arguments: Any) -> None:
-    """A run with these steps."""
-    with oc.Agent(root, options=now(), **arguments) as agent:
-        for step in steps:
-            assert agent.save(step, state(step), extra={"at": step}, process_state=f"reader at {step}".encode())
-
 
 # The loop of the README.
 
@@ -413,138 +386,6 @@ def test_after_sigterm_the_next_step_is_saved_whatever_the_policy_and_the_loop_i
     finally:
         signal.signal(signal.SIGTERM, before)
     assert oc.open_run(root).all_steps() == [2]
-
-
-# Damage.
-
-
-def edit(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    def damage(attempt: Path) -> None:
-        found = sorted(file for file in attempt.glob(pattern) if file.is_file())
-        assert found, pattern
-        for file in found:
-            file.write_bytes(change(file.read_bytes()))
-
-    return damage
-
-
-def remove(pattern: str) -> Callable[[Path], None]:
-    def damage(attempt: Path) -> None:
-        for file in sorted(file for file in attempt.glob(pattern) if file.is_file()):
-            file.unlink()
-
-    return damage
-
-
-def of_the_other_step(name: str) -> Callable[[Path], None]:
-    """A whole, valid record in the wrong place: what a careless copy does."""
-
-    def damage(attempt: Path) -> None:
-        (other,) = attempt.parent.parent.glob(f"00000001/*/{name}")
-        (attempt / name).write_bytes(other.read_bytes())
-
-    return damage
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "manifest edited": (edit("manifest.json", lambda body: body + b" "), "manifest.json"),
-    "manifest gone": (remove("manifest.json"), "manifest.json: is missing"),
-    "manifest of another step": (of_the_other_step("manifest.json"), "manifest.json: crc32c is"),
-    "extra of another step": (of_the_other_step("extra.json"), "extra.json: "),
-    "extra edited": (edit("extra.json", lambda body: body.replace(b'"at":2', b'"at":3')), "extra.json"),
-    "intent edited": (edit("intent.json", lambda body: body.replace(b'"count"', b'"coUnt"')), "intent.json"),
-    "intent of a newer format by a flipped bit": (
-        edit("intent.json", lambda body: body.replace(b'"format":1', b'"format":5')),
-        "intent.json",
-    ),
-    "process state edited": (edit("process/*", lambda body: body[::-1]), "process/00000.bin"),
-    "process state gone": (remove("process/*"), "process/00000.bin: is missing"),
-    "data file gone": (remove("state/ocdbt.process_0/d/*"), "is missing, the manifest says"),
-    "data file cut": (edit("state/ocdbt.process_0/d/*", lambda body: body[:-1]), "bytes, the manifest says"),
-    "data files zeroed": (edit("state/**/d/*", lambda body: bytes(len(body))), "cannot be read"),
-}
-
-
-def damaged_run(root: Path, how: str) -> str:
-    """A run whose newest step, 2, is damaged. What the error must say."""
-    fill(root, 1, 2)
-    damage, said = DAMAGE[how]
-    (attempt,) = root.glob("steps/00000002/*")
-    damage(attempt)
-    return said
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_newest_step_is_quarantined_and_the_one_before_is_restored(root: Path, how: str) -> None:
-    said = damaged_run(root, how)
-    with oc.Agent(root, options=now()) as agent:
-        restored = agent.restore(LIKE)
-        assert restored is not None
-        assert (restored.step, restored.state["count"], restored.process_states) == (1, 1, {0: b"reader at 1"})
-        assert (agent.latest_step(), agent.all_steps()) == (1, [1])
-        event = journal_of(root)[-1].event
-        assert (event.kind, event.step, event.attempt) == ("quarantined", 2, "e0001-a01")
-        assert said in event.reason
-        with pytest.raises(oc.StepNotFound, match="step 2 is quarantined; restorable steps: 1"):
-            agent.restore(LIKE, step=2)
-        assert agent.save(2, state(2))  # training comes to that step again
-        assert agent.all_steps() == [1, 2]
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("arguments", [{"step": 2}, {"strict": True}], ids=["step given", "strict"])
-def test_a_step_that_was_asked_for_and_strict_never_step_down(root: Path, how: str, arguments: Any) -> None:
-    said = damaged_run(root, how)
-    with oc.Agent(root, options=now()) as agent:
-        before = snapshot(root)
-        with pytest.raises(oc.Damaged) as caught:
-            agent.restore(LIKE, **arguments)
-        assert said in str(caught.value) and "step 2" in str(caught.value)
-        assert snapshot(root) == before
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_reader_steps_down_too_and_writes_nothing(root: Path, how: str) -> None:
-    damaged_run(root, how)
-    before = snapshot(root)
-    reader = oc.open_run(root)
-    assert reader.restore(LIKE).step == 1
-    with pytest.raises(oc.Damaged):
-        reader.restore(LIKE, step=2)
-    assert snapshot(root) == before
-
-
-def test_an_intent_of_another_step_is_damage_though_it_is_a_valid_record(root: Path) -> None:
-    fill(root, 1, 2)
-    (attempt,) = root.glob("steps/00000002/*")
-    of_the_other_step("intent.json")(attempt)
-    with pytest.raises(oc.Damaged, match=r"intent\.json"):
-        oc.open_run(root).restore(LIKE, step=2)
-
-
-def test_when_every_step_is_damaged_there_is_nothing_to_restore(root: Path) -> None:
-    fill(root, 1, 2)
-    for attempt in root.glob("steps/*/*"):
-        DAMAGE["manifest gone"][0](attempt)
-    with pytest.raises(oc.NothingToRestore, match=r"step 2: .*\n.*step 1: "):
-        oc.open_run(root).restore(LIKE)
-    agent = oc.Agent(root)
-    with pytest.raises(oc.NothingToRestore, match="all 2 restorable steps are damaged"):
-        agent.restore(LIKE)
-    assert errors.NothingToRestore.exit_code == 6
-
-
-@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.5, 0.7, 0.98])
-def test_a_flipped_bit_anywhere_in_the_data_is_never_loaded_silently(root: Path, fraction: float) -> None:
-    wanted = {"w": jnp.asarray(np.random.default_rng(0).random((256, 256), np.float32))}
-    with oc.Agent(root, options=now()) as agent:
-        agent.save(1, wanted)
-    file = max(root.glob("steps/*/*/state/**/d/*"), key=lambda path: path.stat().st_size)
-    body = bytearray(file.read_bytes())
-    body[int(len(body) * fraction)] ^= 16
-    file.write_bytes(body)
-    with pytest.raises(oc.Damaged, match="w: "):
-        oc.open_run(root).restore(wanted, step=1)
 
 
 # Readers.
