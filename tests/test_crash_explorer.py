@@ -1,0 +1,130 @@
+"""A real run is cut off after each of its effects on the disk, by a crash or a power cut; the real code recovers."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from crash import Disk, Effect, lay_out, record
+
+import orchestrator as oc
+from orchestrator import layout
+from orchestrator.catalog import Catalog
+from orchestrator.records import LiveStep
+from orchestrator.storage import PosixStorage
+from tests.model import invariants
+
+JOB = Path(__file__).parent / "jobs" / "crash_job.py"
+LIKE = {"w": jnp.zeros(4), "count": 0}
+Image = dict[str, bytes | None]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Effect]]:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    base = tmp_path_factory.mktemp("crash")
+    root = base / "run"
+    root.mkdir()
+    return str(root), record(JOB, root, base / "strace", deadline_s=120)
+
+
+def points(
+    trace: tuple[str, list[Effect]], *, power_cut: bool
+) -> Iterator[tuple[str, Image, frozenset[tuple[int, str]]]]:
+    """(where, what is left, saves that had been reported) after each effect, and with the last write torn; each
+    different combination once."""
+    root, effects = trace
+    disk, saved, seen = Disk(root), set[tuple[int, str]](), set[object]()
+    for number, effect in enumerate(effects):
+        torn = effect.call == "write" and not power_cut and len(effect.data) > 1
+        for part in (
+            (effect.data[: len(effect.data) // 2], effect.data[len(effect.data) // 2 :]) if torn else (effect.data,)
+        ):
+            disk.apply(replace(effect, data=part))
+            if effect.call == "said":
+                for line in effect.data.decode().splitlines():
+                    if line.startswith("saved "):
+                        step, epoch = line.split()[1:]
+                        saved.add((int(step), layout.attempt_name(int(epoch), 1)))
+            image = disk.image(power_cut=power_cut)
+            key = (
+                frozenset((name, data and hashlib.sha256(data).digest()) for name, data in image.items()),
+                len(saved),
+            )
+            if key not in seen:
+                seen.add(key)
+                yield f"after {number} effects, {effect.call} {effect.path.removeprefix(root)}", image, frozenset(saved)
+
+
+def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[str]:
+    """What is not as promised when the run is taken up from `image`."""
+    lay_out(image, root)
+    catalog = Catalog(PosixStorage(str(root)), "explorer")
+    heads = list(catalog.entries())
+    left = heads[-1] if heads else None
+    problems = invariants.linear(heads) + invariants.journalled(heads, saved)
+    problems += invariants.whole(left, partial(damage, catalog))
+    problems += invariants.promises(heads, receipts(catalog))
+    newest = invariants.restorable(left)[-1].step if invariants.restorable(left) else None
+    with oc.Agent(root, keep=oc.last(2), options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
+        problems += invariants.listing(left, agent.all_steps(), agent.latest_step())
+        restored = agent.restore(LIKE)
+        if (restored and restored.step) != newest:
+            problems.append(f"restored {restored and restored.step}, the newest is {newest}")
+        if restored and not np.array_equal(restored.state["w"], np.full(4, float(restored.step))):
+            problems.append(f"wrong values at step {restored.step}")
+        if restored and restored.process_states != {0: b"at %d" % restored.step}:
+            problems.append(f"wrong process state at step {restored.step}")
+        agent.save(9, {"w": jnp.full(4, 9.0), "count": 9}, process_state=b"at 9")
+        if agent.latest_step() != 9:
+            problems.append("the next save was not committed")
+    return (
+        problems
+        + invariants.linear(list(catalog.entries()))
+        + invariants.whole(catalog.head(), partial(damage, catalog))
+    )
+
+
+def damage(catalog: Catalog, live: LiveStep) -> str:
+    return "; ".join(catalog.problems(live))
+
+
+def receipts(catalog: Catalog) -> Iterator[tuple[int, str, int, str]]:
+    for step, attempt in catalog.attempts():
+        try:
+            receipt = catalog.receipt(step, attempt, 0)
+        except oc.Damaged as error:
+            yield step, attempt, 0, str(error)
+            continue
+        if receipt and receipt.failure is None:
+            there = {entry.key: entry.bytes for entry in catalog.storage.list(layout.attempt_prefix(step, attempt))}
+            gone = [
+                entry.path
+                for entry in receipt.files
+                if there.get(layout.attempt_prefix(step, attempt) + entry.path) != entry.bytes
+            ]
+            yield step, attempt, 0, f"{gone} is not there" if gone else ""
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["crash", "power cut"])
+@pytest.mark.timeout(300)
+def test_whatever_is_left_after_any_effect_the_run_goes_on(
+    trace: tuple[str, list[Effect]], tmp_path: Path, power_cut: bool
+) -> None:
+    count = 0
+    for where, image, saved in points(trace, power_cut=power_cut):
+        root = tmp_path / f"{count}"
+        problems = broken(image, saved, root)
+        assert problems == [], where
+        shutil.rmtree(root)
+        count += 1
+    print(f"{len(trace[1])} effects, {count} different images recovered")
+    assert count > (40 if power_cut else 150)
