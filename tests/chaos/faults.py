@@ -17,6 +17,7 @@ from pathlib import Path
 
 from orchestrator import failpoints
 from tests.chaos.arena import Arena, stopped
+from tests.chaos.network import network, why_not
 
 ROUND_S = 90.0  # a start takes about 3 s here, an end that JAX must notice up to 30 s
 DEADLINE_S = 4  # save_timeout_s of jobs in which somebody falls silent
@@ -209,6 +210,29 @@ def clock(seconds: float, kill: bool) -> Round:
     return Round("clock jumps", f"up to {seconds:g} s at each step{', and a kill' if kill else ''}", run)
 
 
+def cut_network(index: int, after_s: float) -> Round:
+    """A host's link goes down in the middle of training. JAX notices, after its heartbeat, and ends both processes."""
+
+    def run(arena: Arena) -> str:
+        with network(2, arena.base) as net:
+            arena.steps = 100_000
+            jobs = net.start(arena, 0, f"deadline={DEADLINE_S}")
+            arena.until("steps are saved", lambda: len(arena.story("saved")) >= 6, 60, jobs[0])
+            time.sleep(after_s)
+            net.cut(index)
+            codes = [arena.wait(job, ROUND_S) for job in jobs]
+            expect(all(codes), f"exit codes {codes}", arena)
+            net.mend(index)
+            arena.steps = max(line["step"] for line in arena.story("saved")) + 5
+            codes = [arena.wait(job, ROUND_S) for job in net.start(arena, 1)]
+            expect(codes == [0, 0], f"exit codes {codes} after the network was mended", arena)
+            arena.check()
+            expect(not arena.end(), "processes were left over", arena)
+        return "both hosts ended, the job came back"
+
+    return Round("cut network (namespaces)", f"host {index} after {after_s:.2f} s", run, fresh=True)
+
+
 def tools() -> dict[str, str]:
     """What a kind of round needs and this machine lacks, by kind; the reason it is skipped."""
     missing = {}
@@ -216,6 +240,8 @@ def tools() -> dict[str, str]:
         missing["failing system call (strace)"] = "strace is not installed"
     if os.geteuid() != 0:
         missing["full disk (tmpfs)"] = "mounting needs root"
+    if reason := why_not():
+        missing["cut network (namespaces)"] = reason
     return missing
 
 
@@ -242,6 +268,8 @@ def _sweep(source: random.Random) -> Iterator[Round]:
         yield zombie(place, where(place, source))
     for place in source.sample(["save.write", "receipt.after", "storage.sync", "commit.before"], 2):
         yield hang(place, where(place, source))
+    for index in range(2):
+        yield cut_network(index, source.uniform(0, 0.5))
     for _ in range(2):
         yield full_disk(source.randrange(0, 300))
     for call, error in (("fsync", "EIO"), ("fsync", "ENOSPC"), ("fdatasync", "EIO"), ("link", "ENOSPC")):
