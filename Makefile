@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench format clean
+.PHONY: help setup check test demo bench chaos format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,9 +39,13 @@ demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 
 bench: setup ## time saves beside Orbax's CheckpointManager
 	$(BIN)/python -m benchmarks.compare
 
+chaos: setup ## 210 rounds of faults against real jobs, the run checked after each (about 25 minutes)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check fusepy==3.0.1  # the `chaos` extra
+	$(BIN)/python -m tests.chaos --rounds=$(or $(ROUNDS),210) --seed=$(or $(SEED),20261124) --report=chaos-report.md
+
 format: setup ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md .mypy_cache .ruff_cache .pytest_cache .hypothesis

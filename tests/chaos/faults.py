@@ -5,18 +5,20 @@ A round raises Unexpected where the job did not do what it should; what holds of
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import failpoints
-from tests.chaos.arena import Arena, stopped
+from tests.chaos.arena import REPOSITORY, Arena, stopped
 from tests.chaos.network import network, why_not
 
 ROUND_S = 90.0  # a start takes about 3 s here, an end that JAX must notice up to 30 s
@@ -210,6 +212,38 @@ def clock(seconds: float, kill: bool) -> Round:
     return Round("clock jumps", f"up to {seconds:g} s at each step{', and a kill' if kill else ''}", run)
 
 
+def faulty_file_system(operation: str, error: str, every: int) -> Round:
+    """The run lies on a FUSE file system that fails now and then, for a while."""
+
+    def run(arena: Arena) -> str:
+        mount, backing, control = arena.root.parent, arena.base / "backing", arena.base / "control"
+        mount.mkdir()
+        backing.mkdir()
+        files = [str(backing), str(mount), str(control)]
+        server = subprocess.Popen([sys.executable, "-m", "tests.chaos.faulty_fs", *files], cwd=REPOSITORY)
+        try:
+            arena.until("it is mounted", lambda: os.path.ismount(mount), 20, server)
+            job = arena.launch("delay=0.1", more=40, flags=["--max_restarts=2"])
+            arena.until("two steps are saved", lambda: len(arena.story("saved")) >= 4, 60, job)
+            control.write_text(f"{operation} {error} {every}")
+            time.sleep(1.5)
+            control.unlink()
+            before = len(arena.story("saved"))
+            arena.until("saves work again", lambda: len(arena.story("saved")) >= before + 2, 60, job)
+            code = arena.wait(job, ROUND_S)
+            expect(code == 0, f"exit code {code}", arena)
+            arena.check()
+            expect(not arena.end(), "processes were left over", arena)
+        finally:
+            arena.end()
+            subprocess.run(["umount", "--lazy", mount], check=False)
+            server.terminate()
+            server.wait(10)
+        return "saves aborted, training went on, saved again" if arena.story("failed") else "no save failed"
+
+    return Round("failing file system (FUSE)", f"every {every}th {operation}: {error}", run, fresh=True)
+
+
 def cut_network(index: int, after_s: float) -> Round:
     """A host's link goes down in the middle of training. JAX notices, after its heartbeat, and ends both processes."""
 
@@ -240,6 +274,10 @@ def tools() -> dict[str, str]:
         missing["failing system call (strace)"] = "strace is not installed"
     if os.geteuid() != 0:
         missing["full disk (tmpfs)"] = "mounting needs root"
+    try:
+        importlib.import_module("fuse")
+    except (ImportError, OSError) as error:
+        missing["failing file system (FUSE)"] = f"fusepy and libfuse 2 are needed: {error}"
     if reason := why_not():
         missing["cut network (namespaces)"] = reason
     return missing
@@ -268,6 +306,8 @@ def _sweep(source: random.Random) -> Iterator[Round]:
         yield zombie(place, where(place, source))
     for place in source.sample(["save.write", "receipt.after", "storage.sync", "commit.before"], 2):
         yield hang(place, where(place, source))
+    for operation, error in (("write", "EIO"), ("write", "ENOSPC"), ("fsync", "EIO"), ("link", "EIO"), ("read", "EIO")):
+        yield faulty_file_system(operation, error, source.randrange(2, 12))
     for index in range(2):
         yield cut_network(index, source.uniform(0, 0.5))
     for _ in range(2):
