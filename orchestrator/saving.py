@@ -174,7 +174,7 @@ class Saver:
             assert pending is not None
             started = time.monotonic()
             failpoints.hit("save.write")
-            pending.wait(self._options.save_timeout_s)
+            pending.wait(self._options.save_timeout_s, partial(self._another_said_no, save))
             save.seconds["write"] = time.monotonic() - started
             phase, started = "seal", time.monotonic()
             failpoints.hit("save.seal")
@@ -188,6 +188,8 @@ class Saver:
                 raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
             failpoints.hit("receipt.after")
             me.post(signal, "yes")
+        except arrays.WriteStopped:  # another's NO has decided: no word of ours, so that theirs is the cause
+            logging.warning("%s: gave up writing, another process has said no", save.shown)
         except Exception as error:
             no = self._receipt(save, failure=self._failure(phase, error))
             me.post(signal, encode(no).decode())
@@ -195,6 +197,10 @@ class Saver:
                 self._catalog.storage.create(key, encode(no))
             except Exception as second:  # the signal has told already; a full disk cannot hold the receipt
                 logging.warning("%s: the NO of process %d could not be stored: %s", key, me.process, second)
+
+    def _another_said_no(self, save: Save) -> bool:
+        posted = self._rendezvous.poll(signal_prefix(self._run, save.step, save.attempt) + "receipt/")
+        return any(value.startswith("{") for value in posted.values())
 
     def _receipt(
         self,

@@ -22,7 +22,7 @@ from conftest import snapshot
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from orchestrator.arrays import ArrayOptions, ArrayWriter, PendingWrite
+from orchestrator.arrays import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 from orchestrator.tree import flatten
 
 FLOATS_8 = "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz e8m0fnu"
@@ -507,3 +507,15 @@ def test_waiting_for_a_write_is_bounded() -> None:
 
     with pytest.raises(oc.WaitTimeout, match=r"did not finish within 0\.01 s"):
         PendingWrite(Never(), "gs://nowhere/state", {"a": 1}, {}).wait(0.01)
+
+
+def test_a_write_that_nobody_wants_any_more_is_given_up_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    writer = ArrayWriter(ArrayOptions(), process=0)
+    flat = flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)})
+    with pytest.raises(WriteStopped):
+        writer.stage(f"file://{tmp_path}/given-up", flat).wait(30, given_up=lambda: True)
+    writer.stage(f"file://{tmp_path}/whole", flat).wait(30)
+    writer.finalize(f"file://{tmp_path}/whole")
+    writer.close()
+    saved = ocp.PyTreeCheckpointer().restore(tmp_path / "whole")
+    assert saved["w"].shape == (64, 1 << 20)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import json
 import math
+import threading
 import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +43,8 @@ from orchestrator.tree import INT64, Flat, numpy_dtype
 
 _WINDOW_BYTES = 256 << 20  # chunks handed to TensorStore and not yet durable
 _FILE_BYTES = 64 << 20  # of one data file: several are written and fsynced at the same time
-_TIMEOUT_S = 3600.0  # for one chunk; the save's own deadline is shorter and ends the wait before
+_TIMEOUT_S = 3600.0  # for opening; the save's own deadline is shorter and ends the wait before
+_LOOK_S = 0.5  # how often a write looks whether it is still wanted
 _CHECKSUM = {"name": "crc32c"}
 _ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 
@@ -73,6 +76,10 @@ class _StagedScalar(Staged):
     pass
 
 
+class WriteStopped(Exception):
+    """A write was given up before its end, as it was asked to."""
+
+
 class _MetadataStore(_array_metadata_store.Store):  # type: ignore[misc]  # Orbax is untyped here
     """Every process makes the directory that it writes to. In Orbax's own all but process 0 poll, every 0.25 s and for
     as long as the save may take, for process 0 to make it: it may have failed before."""
@@ -87,8 +94,8 @@ class _MetadataStore(_array_metadata_store.Store):  # type: ignore[misc]  # Orba
 class _BatchHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped here
     """Writes all leaves of one kind at once. Reading is not its business (`load`)."""
 
-    def __init__(self, typestr: str, process: int, compression: bool) -> None:
-        self._typestr, self._process, self._compression = typestr, process, compression
+    def __init__(self, typestr: str, process: int, compression: bool, stop: threading.Event) -> None:
+        self._typestr, self._process, self._compression, self._stop = typestr, process, compression, stop
         self._context = context()
         # Orbax looks here for the store of array metadata, as it does with its own handler.
         self._array_metadata_store = _MetadataStore() if typestr == "jax.Array" else None
@@ -101,7 +108,7 @@ class _BatchHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orb
         directory = infos[0].parent_dir
         # On a thread, and waiting there: thousands of small futures keep an event loop busy for longer than the disk.
         url = _as_url(directory)
-        await asyncio.to_thread(_write, values, url, self._process, self._compression, self._context)
+        await asyncio.to_thread(_write, values, url, self._process, self._compression, self._context, self._stop)
         if self._array_metadata_store:
             described = [_describe(value) for value in values]
             await self._array_metadata_store.write(directory, described, self._process)
@@ -121,7 +128,9 @@ def _as_url(directory: epath.Path) -> str:
     return path if "://" in path else "file://" + path
 
 
-def _write(values: Sequence[Staged], url: str, process: int, compression: bool, shared: ts.Context) -> None:
+def _write(
+    values: Sequence[Staged], url: str, process: int, compression: bool, shared: ts.Context, stop: threading.Event
+) -> None:
     config = {
         "max_inline_value_bytes": 1024,
         "max_decoded_node_bytes": 100_000_000,
@@ -151,10 +160,19 @@ def _write(values: Sequence[Staged], url: str, process: int, compression: bool, 
                 in_flight += len(body)
                 while in_flight > _WINDOW_BYTES:
                     size, future = pending.popleft()
-                    future.result(timeout=_TIMEOUT_S)
+                    _written(future, stop)
                     in_flight -= size
     for _, future in pending:
-        future.result(timeout=_TIMEOUT_S)
+        _written(future, stop)
+
+
+def _written(future: Any, stop: threading.Event) -> None:
+    """Wait for one chunk. Raises WriteStopped soon after `stop` is set, and what the write raised."""
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            future.result(timeout=_LOOK_S)
+            return
+    raise WriteStopped
 
 
 def _compressed(raw: memoryview) -> bytes:
@@ -232,8 +250,10 @@ class ArrayWriter:
     """Writes attempts' `state/` directories. `stage` on the main thread; the rest on any one thread at a time."""
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
+        self._stop = threading.Event()  # set: whoever writes gives up
         array, numpy, scalar = (
-            _BatchHandler(typestr, process, options.compression) for typestr in ("jax.Array", "np.ndarray", "scalar")
+            _BatchHandler(typestr, process, options.compression, self._stop)
+            for typestr in ("jax.Array", "np.ndarray", "scalar")
         )
         registry = ocp.type_handlers.create_type_handler_registry(
             (_StagedArray, array),
@@ -269,7 +289,8 @@ class ArrayWriter:
             if isinstance(item, _StagedArray | _StagedNumpy) and item.parts
         }
         tree = jax.tree_util.tree_unflatten(flat.treedef, staged)
-        return PendingWrite(self._handler, directory, tree, boxes)
+        self._stop.clear()
+        return PendingWrite(self._handler, directory, tree, boxes, self._stop)
 
     def finalize(self, directory: str) -> None:
         """Merge the processes' OCDBT manifests into one. Called by one process when all have written."""
@@ -294,12 +315,21 @@ _Places = dict[Any, tuple[list[tuple[int, Box, int]], int]]
 class PendingWrite:
     """A staged state on its way to the store. `boxes`: leaf name -> regions that this process writes."""
 
-    def __init__(self, handler: Any, directory: str, tree: Any, boxes: Mapping[str, tuple[Box, ...]]) -> None:
+    def __init__(
+        self,
+        handler: Any,
+        directory: str,
+        tree: Any,
+        boxes: Mapping[str, tuple[Box, ...]],
+        stop: threading.Event | None = None,
+    ) -> None:
         self._handler, self._directory, self._tree = handler, directory, tree
+        self._stop = stop or threading.Event()
         self.boxes = boxes
 
-    def wait(self, timeout_s: float) -> None:
-        """Write; return when this process's bytes are in the store. Raises WaitTimeout, or what the write raised."""
+    def wait(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
+        """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after
+        `given_up` (asked now and then, on another thread) has said yes, or what the write raised."""
         tree, self._tree = self._tree, None
 
         async def write() -> None:
@@ -308,8 +338,21 @@ class PendingWrite:
             for future in futures or ():
                 await asyncio.to_thread(future.result, timeout_s)
 
+        async def watch() -> None:
+            while not await asyncio.to_thread(given_up):
+                await asyncio.sleep(_LOOK_S)
+            self._stop.set()
+
+        async def both() -> None:
+            watching = asyncio.create_task(watch())
+            try:
+                await asyncio.wait_for(write(), timeout_s)
+            finally:
+                watching.cancel()
+                self._stop.set()  # asyncio waits for its threads: one that still writes must end, too
+
         try:
-            asyncio.run(asyncio.wait_for(write(), timeout_s))
+            asyncio.run(both())
         except TimeoutError as error:
             raise WaitTimeout(f"this process's array writes did not finish within {timeout_s:g} s") from error
 

@@ -1,24 +1,28 @@
-"""Nothing is reported and nothing is deleted because of a journal entry that a power cut could still take."""
+"""A save as the other processes decide it; and nothing reported or deleted because of an entry that could vanish."""
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import jax.numpy as jnp
 from builders import FIRST, live
 from fakes import HookedStorage
 
 from orchestrator import journal, layout
+from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.catalog import Catalog
 from orchestrator.collect import collect
-from orchestrator.coordinator import UserData
+from orchestrator.coordinator import UserData, signal_prefix
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.protocol import Phase
 from orchestrator.rendezvous import connect
 from orchestrator.saving import Saver
 from orchestrator.storage import PosixStorage
+from orchestrator.tree import flatten
 
 
 def a_run(root: Path) -> Catalog:
@@ -55,3 +59,20 @@ def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is
     save = worker.begin(2, UserData({}, {}, 0.0), None)
     assert worker._await_decision(save) == (Phase.COMMITTED, "")  # no signal comes: from storage
     assert ("seal", layout.journal_key(2)) in storage.calls
+
+
+def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
+    catalog, rendezvous = Catalog(PosixStorage(str(tmp_path)), "w"), connect(1.0)
+    writer = ArrayWriter(ArrayOptions(), process=0)
+    worker = Saver(catalog, writer, rendezvous, None, Options(), epoch=1, run="r", committed=lambda: None)
+    save = worker.begin(1, UserData({}, {}, 0.0), None)
+    prefix = signal_prefix("r", 1, save.attempt)
+    rendezvous.post(f"{prefix}receipt/1", '{"failure": "disk full"}')
+    rendezvous.post(f"{prefix}decision/0", json.dumps({"phase": "ABORTED", "reason": "process 1 said no"}))
+    worker.start(save, flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)}))
+    assert save.thread is not None
+    save.thread.join(20)
+    assert "process 1 said no" in str(save.error)
+    assert set(rendezvous.poll(f"{prefix}receipt/")) == {"1"}
+    assert catalog.receipt(1, save.attempt, 0) is None
+    writer.close()
