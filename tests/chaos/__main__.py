@@ -78,7 +78,7 @@ def play(one: faults.Round, arena: Arena) -> tuple[str, list[str]]:
     problems: list[str] = []
     try:
         outcome = one.run(arena)
-    except (Hang, faults.Unexpected) as error:
+    except (Hang, faults.Unexpected, OSError) as error:
         outcome, problems = "WRONG", [f"{type(error).__name__}: {error}"]
     left = arena.end()
     if left:
