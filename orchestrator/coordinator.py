@@ -231,6 +231,7 @@ class Coordinator:
             files=tuple(sorted((*promised, *sealed), key=lambda entry: entry.path)),
             hosts=tuple(receipt.host for receipt in receipts),
             seconds=tuple(receipt.seconds for receipt in receipts),
+            chunks={key: checksum for receipt in receipts for key, checksum in receipt.chunks.items()},
         )
         body = encode(manifest)
         failpoints.hit("manifest.before")

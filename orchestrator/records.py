@@ -150,6 +150,7 @@ class Receipt(Record, frozen=True):
     host: str
     files: tuple[FileEntry, ...] = ()
     boxes: dict[str, tuple[Box, ...]] = {}  # leaf name -> regions this process wrote
+    chunks: dict[str, str] = {}  # key in the array store -> CRC-32C, in hex, of each chunk this process wrote
     seconds: dict[str, float] = {}  # stage, write, seal
     failure: Failure | None = None
 
@@ -165,6 +166,9 @@ class Manifest(Record, frozen=True):
     files: tuple[FileEntry, ...]
     hosts: tuple[str, ...]
     seconds: tuple[dict[str, float], ...]  # per process, from the receipts
+    # The receipts' chunks. A file's own CRC-32C cannot tell it from another save's: it consists of parts that each end
+    # with their CRC-32C, and of all such files of one layout the CRC-32C is the same.
+    chunks: dict[str, str] = {}
 
     @property
     def total_bytes(self) -> int:

@@ -68,14 +68,14 @@ def read_step(
     prefix = layout.attempt_prefix(live.step, live.attempt)
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
     if like is None:
-        values = arrays.load(directory, [Load(leaf) for leaf in saved.leaves], on_bytes)
+        values = arrays.load(directory, [Load(leaf) for leaf in saved.leaves], on_bytes, manifest.chunks)
         state: Any = _nested(saved.leaves, values)
     else:
         wanted, leaves, treedef = targets(like)
         where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
         chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
         loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
-        loaded = iter(arrays.load(directory, loads, on_bytes))
+        loaded = iter(arrays.load(directory, loads, on_bytes, manifest.chunks))
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
         fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
         state = jax.tree_util.tree_unflatten(treedef, fitted)
@@ -86,6 +86,19 @@ def read_step(
         metrics=extra.metrics,
         process_states=catalog.process_states(live, manifest),
     )
+
+
+def problems(catalog: Catalog, live: LiveStep, on_file: Callable[[str], None] | None = None) -> list[str]:
+    """Read an attempt back whole: every file, then every chunk, which also tells another save's files from its own.
+    What is not as it was saved, one line each; [] if all is."""
+    found = catalog.problems(live, on_file)
+    if found:
+        return found
+    directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
+    try:
+        return arrays.check(directory, catalog.manifest(live).chunks)
+    except OrchestratorError as error:
+        return [str(error)]
 
 
 def _load(leaf: LeafSpec, target: Any, args: RestoreArgs) -> Load:

@@ -219,6 +219,7 @@ class Saver:
             host=me.hosts[me.process],
             files=files,
             boxes=dict(pending.boxes) if pending else {},
+            chunks=pending.checksums if pending else {},
             seconds=save.seconds,
             failure=failure,
         )

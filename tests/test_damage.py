@@ -13,7 +13,10 @@ from conftest import snapshot
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import errors
+from orchestrator import arrays, errors, layout
+from orchestrator.catalog import Catalog
+from orchestrator.restore import problems
+from orchestrator.storage import PosixStorage
 
 
 def edit(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -143,3 +146,31 @@ def test_a_flipped_bit_anywhere_in_the_data_is_never_loaded_silently(root: Path,
     file.write_bytes(body)
     with pytest.raises(oc.Damaged, match="w: "):
         oc.open_run(root).restore(wanted, step=1)
+
+
+def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right(root: Path) -> None:
+    """Files that consist of parts with a CRC-32C each all have one CRC-32C: the manifest's of the file says nothing."""
+    values = np.random.default_rng(0)
+    with oc.Agent(root, options=now()) as agent:
+        for step in (1, 2):
+            agent.save(step, {"w": jnp.asarray(values.integers(0, 256, (1024, 1024), np.uint8))})
+    catalog = Catalog(PosixStorage(str(root)), "test")
+    one, two = catalog.find(1), catalog.find(2)
+    assert one is not None and two is not None
+    directory = f"{catalog.url}/{layout.attempt_prefix(1, one.attempt)}{layout.STATE}"
+    own, other = catalog.manifest(one), catalog.manifest(two)
+    assert arrays.check(directory, own.chunks) == []
+    (said,) = arrays.check(directory, other.chunks)
+    assert "belongs to another save" in said
+    leaves = [arrays.Load(leaf) for leaf in catalog.intent(one, own).tree.leaves]
+    assert len(arrays.load(directory, leaves, None, own.chunks)) == 1
+    with pytest.raises(oc.Damaged, match=r"w: chunk w/c/0/0 .* belongs to another save"):
+        arrays.load(directory, leaves, None, other.chunks)
+
+
+def test_verify_reads_the_chunks_too(root: Path) -> None:
+    fill(root, 1)
+    catalog = Catalog(PosixStorage(str(root)), "test")
+    step = catalog.find(1)
+    assert step is not None and problems(catalog, step) == []
+    assert catalog.manifest(step).chunks.keys() == {"w/c/0", "count/c"}

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from orchestrator.arrays.reading import Load, load, sharding_of
+from orchestrator.arrays.reading import Load, check, load, sharding_of
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped, own_files
 
-__all__ = ["ArrayOptions", "ArrayWriter", "Load", "PendingWrite", "WriteStopped", "load", "own_files", "sharding_of"]
+__all__ = [
+    "ArrayOptions",
+    "ArrayWriter",
+    "Load",
+    "PendingWrite",
+    "WriteStopped",
+    "check",
+    "load",
+    "own_files",
+    "sharding_of",
+]

@@ -7,9 +7,10 @@ without `chunk`: compressed, or written by another Orbax) is read through Tensor
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ _ALIGNMENT = 64  # what XLA wants of a host buffer that it takes over without a 
 _INLINE_BYTES = 1 << 20  # chunks up to this are checked and copied at once, larger ones on threads
 _THREADS = 4
 _TIMEOUT_S = 600.0  # for any one read
+_CHECK_READS = 16  # under way at once while checking
 
 Array = np.ndarray[Any, Any]
 
@@ -53,17 +55,29 @@ class _Filling:
     devices: dict[Box, list[Any]] = field(default_factory=dict)
 
 
-def load(directory: str, loads: Sequence[Load], on_bytes: Callable[[int], None] | None = None) -> list[Any]:
+def load(
+    directory: str,
+    loads: Sequence[Load],
+    on_bytes: Callable[[int], None] | None = None,
+    checksums: Mapping[str, str] | None = None,
+) -> list[Any]:
     """Read leaves of the `state/` at URL `directory`, in order, concurrently; each process reads what it needs.
 
-    Works on any mesh and process count. `on_bytes` is told of bytes as they arrive, for progress displays.
+    Works on any mesh and process count. `on_bytes` is told of bytes as they arrive, for progress displays. `checksums`:
+    the manifest's of each chunk; without them another save's chunk cannot be told from this one's.
     Raises Damaged naming the leaf if it cannot be read or a checksum is wrong, WaitTimeout if there is no answer.
     """
     fillings = {index: _prepare(item) for index, item in enumerate(loads) if item.leaf.in_store}
     if fillings:
-        reader = _Reader(directory, on_bytes or (lambda read_bytes: None))
+        reader = _Reader(directory, on_bytes or (lambda read_bytes: None), checksums or {})
         reader.fill(list(fillings.values()))
     return _finish(loads, fillings)
+
+
+def check(directory: str, checksums: Mapping[str, str]) -> list[str]:
+    """Read every chunk that the manifest knows of the `state/` at URL `directory`. A line for each that is not what was
+    saved, [] if all are. Holds a few chunks at a time. Raises Damaged if the store cannot be opened, WaitTimeout."""
+    return _Reader(directory, lambda read_bytes: None, checksums).check() if checksums else []
 
 
 def _prepare(item: Load) -> _Filling:
@@ -123,8 +137,9 @@ def _reads(filling: _Filling) -> Iterator[_Read]:
 
 
 class _Reader:
-    def __init__(self, directory: str, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, directory: str, on_bytes: Callable[[int], None], checksums: Mapping[str, str]) -> None:
         self._directory, self._on_bytes, self._context = directory, on_bytes, context()
+        self._checksums = checksums
         try:
             self._store = ts.KvStore.open(store_spec(directory), context=self._context).result(timeout=_TIMEOUT_S)
         except (ValueError, OSError) as error:
@@ -188,11 +203,41 @@ class _Reader:
         got, said = crc32c.crc32c(raw), int.from_bytes(body[wanted:], "little")
         if got != said:
             raise Damaged(f"{leaf.label}: chunk {read.key} in {self._directory}: crc32c {got:08x}, written {said:08x}")
+        self._same_save(leaf.label, read.key, said)
         assert leaf.chunk is not None
         for box, buffer in read.targets:
             common = chunks.overlap(box, read.chunk)
             source = np.frombuffer(raw, buffer.dtype).reshape(leaf.chunk)
             buffer[chunks.within(common, box)] = source[chunks.within(common, read.chunk)]
+
+    def _same_save(self, label: str, key: str, said: int) -> None:
+        wanted = self._checksums.get(key)
+        if self._checksums and wanted != f"{said:08x}":
+            raise Damaged(
+                f"{label}: chunk {key} in {self._directory} ends with crc32c {said:08x}, the manifest says {wanted}; "
+                "it belongs to another save"
+            )
+
+    def check(self) -> list[str]:
+        """Read every chunk of the manifest; a line for each that is not what was saved."""
+        problems: list[str] = []
+        waiting: deque[tuple[str, Any]] = deque()
+        keys = iter(self._checksums)
+        while True:
+            for key in itertools.islice(keys, _CHECK_READS - len(waiting)):
+                waiting.append((key, self._store.read(key)))
+            if not waiting:
+                return problems
+            key, future = waiting.popleft()
+            try:
+                result = future.result(timeout=_TIMEOUT_S)
+                body = result.value if result.state == "value" else b""
+                said = int.from_bytes(body[-chunks.CHECKSUM_BYTES :], "little")
+                if len(body) < chunks.CHECKSUM_BYTES or crc32c.crc32c(body[: -chunks.CHECKSUM_BYTES]) != said:
+                    raise Damaged(f"chunk {key} in {self._directory} is missing or damaged")
+                self._same_save(key.partition("/c")[0], key, said)
+            except (Damaged, ValueError, OSError) as error:
+                problems.append(str(error))
 
     def _fill_by_zarr(self, filling: _Filling) -> None:
         leaf = filling.item.leaf

@@ -19,7 +19,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import crc32c
@@ -76,6 +76,14 @@ class _StagedScalar(Staged):
     pass
 
 
+@dataclass
+class _Underway:
+    """What the handlers of one save share. `stop`: set, whoever writes gives up. `checksums`: of the chunks written."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
 class WriteStopped(Exception):
     """A write was given up before its end, as it was asked to."""
 
@@ -94,8 +102,8 @@ class _MetadataStore(_array_metadata_store.Store):  # type: ignore[misc]  # Orba
 class _BatchHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped here
     """Writes all leaves of one kind at once. Reading is not its business (`load`)."""
 
-    def __init__(self, typestr: str, process: int, compression: bool, stop: threading.Event) -> None:
-        self._typestr, self._process, self._compression, self._stop = typestr, process, compression, stop
+    def __init__(self, typestr: str, process: int, compression: bool, save: _Underway) -> None:
+        self._typestr, self._process, self._compression, self._save = typestr, process, compression, save
         self._context = context()
         # Orbax looks here for the store of array metadata, as it does with its own handler.
         self._array_metadata_store = _MetadataStore() if typestr == "jax.Array" else None
@@ -108,7 +116,7 @@ class _BatchHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orb
         directory = infos[0].parent_dir
         # On a thread, and waiting there: thousands of small futures keep an event loop busy for longer than the disk.
         url = _as_url(directory)
-        await asyncio.to_thread(_write, values, url, self._process, self._compression, self._context, self._stop)
+        await asyncio.to_thread(_write, values, url, self._process, self._compression, self._context, self._save)
         if self._array_metadata_store:
             described = [_describe(value) for value in values]
             await self._array_metadata_store.write(directory, described, self._process)
@@ -129,7 +137,7 @@ def _as_url(directory: epath.Path) -> str:
 
 
 def _write(
-    values: Sequence[Staged], url: str, process: int, compression: bool, shared: ts.Context, stop: threading.Event
+    values: Sequence[Staged], url: str, process: int, compression: bool, shared: ts.Context, save: _Underway
 ) -> None:
     config = {
         "max_inline_value_bytes": 1024,
@@ -154,16 +162,17 @@ def _write(
                 raw = data[chunks.within(chunk, box)].reshape(-1).view(np.uint8).data
                 if compression:
                     raw = memoryview(_compressed(raw))
-                checksum = crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
-                body = b"".join((raw, checksum))
-                pending.append((len(body), store.write(chunks.key(leaf.name, chunk, leaf.chunk), body)))
+                key, checksum = chunks.key(leaf.name, chunk, leaf.chunk), crc32c.crc32c(raw)
+                save.checksums[key] = f"{checksum:08x}"
+                body = b"".join((raw, checksum.to_bytes(chunks.CHECKSUM_BYTES, "little")))
+                pending.append((len(body), store.write(key, body)))
                 in_flight += len(body)
                 while in_flight > _WINDOW_BYTES:
                     size, future = pending.popleft()
-                    _written(future, stop)
+                    _written(future, save.stop)
                     in_flight -= size
     for _, future in pending:
-        _written(future, stop)
+        _written(future, save.stop)
 
 
 def _written(future: Any, stop: threading.Event) -> None:
@@ -250,9 +259,9 @@ class ArrayWriter:
     """Writes attempts' `state/` directories. `stage` on the main thread; the rest on any one thread at a time."""
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
-        self._stop = threading.Event()  # set: whoever writes gives up
+        self._save = _Underway()
         array, numpy, scalar = (
-            _BatchHandler(typestr, process, options.compression, self._stop)
+            _BatchHandler(typestr, process, options.compression, self._save)
             for typestr in ("jax.Array", "np.ndarray", "scalar")
         )
         registry = ocp.type_handlers.create_type_handler_registry(
@@ -289,8 +298,9 @@ class ArrayWriter:
             if isinstance(item, _StagedArray | _StagedNumpy) and item.parts
         }
         tree = jax.tree_util.tree_unflatten(flat.treedef, staged)
-        self._stop.clear()
-        return PendingWrite(self._handler, directory, tree, boxes, self._stop)
+        self._save.stop.clear()
+        self._save.checksums = {}
+        return PendingWrite(self._handler, directory, tree, boxes, self._save)
 
     def finalize(self, directory: str) -> None:
         """Merge the processes' OCDBT manifests into one. Called by one process when all have written."""
@@ -321,11 +331,16 @@ class PendingWrite:
         directory: str,
         tree: Any,
         boxes: Mapping[str, tuple[Box, ...]],
-        stop: threading.Event | None = None,
+        save: _Underway | None = None,
     ) -> None:
         self._handler, self._directory, self._tree = handler, directory, tree
-        self._stop = stop or threading.Event()
+        self._save = save or _Underway()
         self.boxes = boxes
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Key -> CRC-32C, in hex, of each chunk that has been written. After `wait`, and until the next `stage`."""
+        return self._save.checksums
 
     def wait(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
         """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after
@@ -341,7 +356,7 @@ class PendingWrite:
         async def watch() -> None:
             while not await asyncio.to_thread(given_up):
                 await asyncio.sleep(_LOOK_S)
-            self._stop.set()
+            self._save.stop.set()
 
         async def both() -> None:
             watching = asyncio.create_task(watch())
@@ -349,7 +364,7 @@ class PendingWrite:
                 await asyncio.wait_for(write(), timeout_s)
             finally:
                 watching.cancel()
-                self._stop.set()  # asyncio waits for its threads: one that still writes must end, too
+                self._save.stop.set()  # asyncio waits for its threads: one that still writes must end, too
 
         try:
             asyncio.run(both())

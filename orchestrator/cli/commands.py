@@ -250,6 +250,8 @@ def _change(root: str, flags: Flags, rule: journal.Rule) -> int:
 
 def verify(root: str, flags: Flags) -> int:
     """Read steps back and compare every file with the manifest; record what was found in the journal."""
+    from orchestrator import restore  # JAX takes a second to import: only here
+
     catalog = open_catalog(root)
     head = catalog.require_head()
     chosen = list(head.live) if flags["all"] else [_live(catalog, flags["step"])]
@@ -257,7 +259,7 @@ def verify(root: str, flags: Flags) -> int:
     for live in chosen:
         with render.progress() as display:
             bar = render.Bar(display, f"step {live.step}", None)
-            problems = catalog.problems(live, on_file=bar.step)
+            problems = restore.problems(catalog, live, bar.step)
         found.append({"step": live.step, "attempt": live.attempt, "bytes": live.bytes, "problems": problems})
         if not problems and live.trust == "committed" and not flags["read_only"]:
             catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="verified"))
