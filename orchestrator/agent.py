@@ -75,6 +75,7 @@ class Agent:
         self._catalog = Catalog(storage or open_storage(os.fspath(root)), writer=signature)
         opened = agree(me, "open the run", self.options.rendezvous_timeout_s, self._open_epoch)
         self.epoch, run = int(opened["epoch"]), str(opened["run"])
+        self._attest = str(opened["attest"])  # of all hosts or of none: fingerprints of some prove nothing
         failpoints.note(epoch=self.epoch)
         self._writer = ArrayWriter(ArrayOptions(compression=self.options.compression), me.process)
         coordinator = None
@@ -88,6 +89,7 @@ class Agent:
             self.options,
             epoch=self.epoch,
             run=run,
+            attest=self._attest != "off",
             committed=self._collect_in_background,
         )
         self._current: Save | None = None
@@ -108,7 +110,7 @@ class Agent:
         head = self._catalog.append(journal.open_epoch)
         failpoints.hit("epoch.after")
         assert head is not None
-        return {"epoch": head.epoch, "run": uuid.uuid4().hex}
+        return {"epoch": head.epoch, "run": uuid.uuid4().hex, "attest": self.options.attest}
 
     # Questions.
 
@@ -330,7 +332,7 @@ class Agent:
         Raises Mismatch (path, wanted, got; nothing read), StepNotFound, NothingToRestore, Damaged.
         """
         self.wait_until_finished()
-        args = RestoreArgs(partial=partial, cast=cast, strict=strict)
+        args = RestoreArgs(partial=partial, cast=cast, strict=strict, attest=self._attest == "full")
         back = int(os.environ.get(STEP_BACK, "0"))
         timeout_s = self.options.rendezvous_timeout_s
         return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back)

@@ -18,6 +18,13 @@ CHECKSUM_BYTES = 4
 CHUNK_BYTES = 4 << 20
 
 
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """A shard's index as a box; dimensions beyond the index (of key data) are whole."""
+    full = (*index, *(slice(None),) * (len(shape) - len(index)))
+    bounds = [part.indices(size) for part, size in zip(full, shape, strict=True)]
+    return Box(start=tuple(bound[0] for bound in bounds), stop=tuple(bound[1] for bound in bounds))
+
+
 def chunk_shape(shard: tuple[int, ...], item_bytes: int, target_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
     """The largest chunk of at most `target_bytes` that tiles a shard and is contiguous in it (one element at least)."""
     shape = list(shard)

@@ -14,6 +14,7 @@ from absl import logging
 
 from orchestrator import failpoints, journal, layout, protocol
 from orchestrator.arrays import ArrayWriter
+from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, StorageError
 from orchestrator.policy import KeepPolicy
@@ -232,6 +233,7 @@ class Coordinator:
             hosts=tuple(receipt.host for receipt in receipts),
             seconds=tuple(receipt.seconds for receipt in receipts),
             chunks={key: checksum for receipt in receipts for key, checksum in receipt.chunks.items()},
+            fingerprints=fingerprints(intent, state.receipts),
         )
         body = encode(manifest)
         failpoints.hit("manifest.before")

@@ -150,14 +150,18 @@ def quarantine(head: Head | None, stamp: Stamp, *, step: int, attempt: str, reas
 
 
 def trusted(head: Head | None, stamp: Stamp, *, step: int, attempt: str, trust: str) -> Next:
-    """Record that an attempt was read back whole (`verified`). A quarantined one stays quarantined."""
+    """Record that an attempt was read back whole (`verified`), or that a run has come up on it (`restored`). Trust only
+    grows, and a quarantined attempt stays quarantined."""
     if head is None or not is_live(head, step, attempt):
         return None
 
     def raised(live: LiveStep) -> LiveStep:
-        return replace(live, trust=trust) if live.restorable else live
+        return replace(live, trust=trust) if live.restorable and _LADDER[trust] > _LADDER[live.trust] else live
 
-    return _change(head, stamp, step, "verified", raised, "", None)
+    return _change(head, stamp, step, trust, raised, "", None)
+
+
+_LADDER = {"committed": 0, "verified": 1, "restored": 2}
 
 
 def _change(

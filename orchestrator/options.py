@@ -18,6 +18,8 @@ class Options:
     rendezvous_timeout_s: how long to wait for other processes at collective points (start, restore, leaving).
     preemption_grace_s: how long to wait for the commit once hosts are being preempted (SIGTERM).
     compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
+    attest: "save" has the devices compute a fingerprint of every array, independent of the sharding, records it and
+    aborts the save if replicas of a shard differ; "full" also compares it after a restore. Process 0's counts for all.
     """
 
     async_save: bool = True
@@ -27,10 +29,13 @@ class Options:
     preemption_grace_s: float = 120.0
     compression: bool = False
     other_tree: bool = False
+    attest: Literal["off", "save", "full"] = "off"
 
     def __post_init__(self) -> None:
         if self.on_save_failure not in ("warn", "raise"):
             raise UsageError(f"on_save_failure={self.on_save_failure!r}: wanted 'warn' or 'raise'")
+        if self.attest not in ("off", "save", "full"):
+            raise UsageError(f"attest={self.attest!r}: wanted 'off', 'save' or 'full'")
         for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)!r}: wanted a positive number of seconds")

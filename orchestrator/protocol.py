@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from orchestrator.attest import disagreements
 from orchestrator.layout import shown
 from orchestrator.records import Box, Failure, Intent, Receipt
 
@@ -130,7 +131,8 @@ def _on_receipt(state: Attempt, event: ReceiptRead) -> Step:
     state = replace(state, receipts={**state.receipts, receipt.process: receipt})
     if state.missing:
         return state, ()
-    problems = uncovered(state.intent, state.receipts)
+    # Replicas that differ: one of their devices computes wrongly, and nobody can say which one is right.
+    problems = uncovered(state.intent, state.receipts) or disagreements(state.intent, state.receipts)
     if problems:
         return _abort(state, "; ".join(problems[:5]))
     return replace(state, phase=Phase.FINALIZING), (Finalize(),)

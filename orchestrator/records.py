@@ -139,6 +139,14 @@ class Failure(Record, frozen=True):
     cause: str
 
 
+class ShardPrint(msgspec.Struct, frozen=True, array_like=True):
+    """The fingerprint of one shard as it is on these devices (JAX's ids), of one process: 32 hex digits."""
+
+    box: Box
+    print: str
+    devices: tuple[int, ...]
+
+
 class Receipt(Record, frozen=True):
     """A process's promise about what it made durable, or its failure."""
 
@@ -151,6 +159,7 @@ class Receipt(Record, frozen=True):
     files: tuple[FileEntry, ...] = ()
     boxes: dict[str, tuple[Box, ...]] = {}  # leaf name -> regions this process wrote
     chunks: dict[str, str] = {}  # key in the array store -> CRC-32C, in hex, of each chunk this process wrote
+    prints: dict[str, tuple[ShardPrint, ...]] = {}  # leaf name -> fingerprints of this process's shards, with `attest`
     seconds: dict[str, float] = {}  # stage, write, seal
     failure: Failure | None = None
 
@@ -169,6 +178,7 @@ class Manifest(Record, frozen=True):
     # The receipts' chunks. A file's own CRC-32C cannot tell it from another save's: it consists of parts that each end
     # with their CRC-32C, and of all such files of one layout the CRC-32C is the same.
     chunks: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}  # leaf name -> fingerprint of the whole array, with `attest`
 
     @property
     def total_bytes(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from orchestrator import arrays, errors, failpoints, heartbeat, journal, layout, plan
 from orchestrator.arrays import Load
@@ -26,6 +27,7 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Restored as RestoredEvent
 from orchestrator.events import SteppedDown, emit
+from orchestrator.proof import Proof, prove
 from orchestrator.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.tree import targets
@@ -46,11 +48,14 @@ class Restored:
 @dataclass(frozen=True)
 class RestoreArgs:
     """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
-    strict: damage raises instead of stepping down."""
+    strict: damage raises instead of stepping down. attest: compare fingerprints with the saved ones, where there are
+    any. load: who reads the arrays."""
 
     partial: bool = False
     cast: bool = False
     strict: bool = False
+    attest: bool = False
+    load: Callable[..., list[Any]] = arrays.load
 
 
 def read_step(
@@ -61,6 +66,13 @@ def read_step(
     `like`: a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None gives nested dicts of
     numpy arrays. Raises Mismatch before any array is read, Damaged if anything stored is not what was saved.
     """
+    return _read(catalog, live, like, args, on_bytes)[0]
+
+
+def _read(
+    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, on_bytes: Callable[[int], None] | None = None
+) -> tuple[Restored, Proof]:
+    """As `read_step`, and what this process can say of the arrays that it shares with others."""
     manifest = catalog.manifest(live)
     catalog.check_sizes(live, manifest)
     saved = catalog.intent(live, manifest).tree
@@ -68,24 +80,35 @@ def read_step(
     prefix = layout.attempt_prefix(live.step, live.attempt)
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
     if like is None:
-        values = arrays.load(directory, [Load(leaf) for leaf in saved.leaves], on_bytes, manifest.chunks)
-        state: Any = _nested(saved.leaves, values)
+        loads = [Load(leaf) for leaf in saved.leaves]
+        read = args.load(directory, loads, on_bytes, manifest.chunks)
+        state: Any = _nested(saved.leaves, read)
     else:
         wanted, leaves, treedef = targets(like)
         where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
         chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
         loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
-        loaded = iter(arrays.load(directory, loads, on_bytes, manifest.chunks))
+        read = args.load(directory, loads, on_bytes, manifest.chunks)
+        loaded = iter(read)
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
         fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
         state = jax.tree_util.tree_unflatten(treedef, fitted)
-    return Restored(
+    known = manifest.fingerprints if args.attest else {}
+    pairs = [(load.leaf, value) for load, value in zip(loads, read, strict=True) if _comparable(load, known)]
+    proof = prove(pairs, known)
+    restored = Restored(
         step=live.step,
         state=state,
         extra={**extra.extra, "timestamp": extra.timestamp},
         metrics=extra.metrics,
         process_states=catalog.process_states(live, manifest),
     )
+    return restored, proof
+
+
+def _comparable(load: Load, known: Mapping[str, str]) -> bool:
+    """Whether a leaf has a saved fingerprint, and still the bits that it is of: a cast one has not."""
+    return load.leaf.name in known and (load.dtype is None or str(load.dtype) == load.leaf.dtype)
 
 
 def problems(catalog: Catalog, live: LiveStep, on_file: Callable[[str], None] | None = None) -> list[str]:
@@ -170,19 +193,15 @@ def restore_together(
             read_bytes += more
             heartbeat.beat("restoring", None)
 
-        restored, error = _try(partial(read_step, catalog, live, like, args, count))
-        told = None if error is None else {"kind": type(error).__name__, "text": str(error)}
-        answers = rendezvous.gather(f"restore: step {live.step}", told, timeout_s)
-        found = next(((index, answer) for index, answer in enumerate(answers) if answer), None)
-        if found is None:
+        outcome, error = _try(partial(_read, catalog, live, like, args, count))
+        reason = _objection(rendezvous, live, outcome, error, timeout_s)
+        if outcome and not reason:
             failpoints.hit("restore.after")
             heartbeat.beat("restored", live.step, restored_step=live.step)
             emit(RestoredEvent(live.step, live.attempt, time.monotonic() - started, read_bytes))
-            return restored
-        index, answer = found
-        if answer["kind"] not in _DAMAGE:  # a target that does not fit, say: no other step would help
-            raise error or as_error(index, answer["kind"], answer["text"])
-        reason = f"process {index} ({rendezvous.hosts.get(index, '?')}): {answer['text']}"
+            if rendezvous.process == 0:
+                _note_restored(catalog, live)
+            return outcome[0]
         if step is not None or args.strict:
             raise Damaged(f"{catalog.url} {layout.shown(live.step, live.attempt)} cannot be restored: {reason}")
         emit(SteppedDown(live.step, live.attempt, reason))
@@ -192,6 +211,37 @@ def restore_together(
 
 
 _DAMAGE = frozenset(kind.__name__ for kind in (Damaged, UnsafeKey, NewerFormat, StorageError))
+
+
+def _objection(
+    rendezvous: Rendezvous,
+    live: LiveStep,
+    outcome: tuple[Restored, Proof] | None,
+    error: Exception | None,
+    timeout_s: float,
+) -> str:
+    """Why this step cannot be used, on all processes alike, '' if it can. Raises, on all, what is no damage."""
+    proof = outcome[1] if outcome else None
+    told = {"proof": proof.told()} if proof else {"kind": type(error).__name__, "text": str(error)}
+    answers = rendezvous.gather(f"restore: step {live.step}", told, timeout_s)
+    for index, answer in enumerate(answers):
+        if "kind" in answer:
+            if answer["kind"] not in _DAMAGE:  # a target that does not fit, say: no other step would help
+                raise error or as_error(index, answer["kind"], answer["text"])
+            return f"process {index} ({rendezvous.hosts.get(index, '?')}): {answer['text']}"
+    assert proof is not None
+    if proof.holds([answer["proof"] for answer in answers]):
+        return ""
+    details = rendezvous.gather(f"restore: fingerprints of step {live.step}", proof.details(), timeout_s)
+    return "; ".join(proof.wrong(details)[:5])
+
+
+def _note_restored(catalog: Catalog, live: LiveStep) -> None:
+    """Journal that a run has come up on this attempt: retention keeps the newest of those. Not worth failing for."""
+    try:
+        catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="restored"))
+    except OrchestratorError as error:
+        logging.warning("%s: could not be journalled as restored: %s", layout.shown(live.step, live.attempt), error)
 
 
 def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
@@ -212,8 +262,8 @@ def _choose(catalog: Catalog, step: int | None, back: int) -> tuple[int, int] | 
     return (catalog.require_head().version, live.step) if live else None
 
 
-def _try(read: Callable[[], Restored]) -> tuple[Restored | None, Exception | None]:
-    """The restored step, or what went wrong: the other processes must hear of it before it is raised here."""
+def _try(read: Callable[[], tuple[Restored, Proof]]) -> tuple[tuple[Restored, Proof] | None, Exception | None]:
+    """What was read, or what went wrong: the other processes must hear of it before it is raised here."""
     try:
         failpoints.hit("restore.read")
         return read(), None
@@ -263,14 +313,21 @@ class Run:
         return sorted(live.step for live in self._catalog.require_head().live if live.restorable)
 
     def restore(
-        self, like: Any = None, *, step: int | None = None, partial: bool = False, cast: bool = False
+        self,
+        like: Any = None,
+        *,
+        step: int | None = None,
+        partial: bool = False,
+        cast: bool = False,
+        attest: bool = False,
     ) -> Restored:
         """Read a step (the newest by default) into `like`; None gives nested dicts of numpy arrays.
 
-        Steps down past damaged steps without writing that to the journal. Raises NothingToRestore, StepNotFound,
+        Steps down past damaged steps without writing that to the journal. `attest`: compare fingerprints with those of
+        the save, of arrays that are wholly in this process. Raises NothingToRestore, StepNotFound,
         Mismatch, Damaged (for a step that was asked for).
         """
-        args = RestoreArgs(partial=partial, cast=cast)
+        args = RestoreArgs(partial=partial, cast=cast, attest=attest)
         if step is not None:
             live = self._catalog.find(step)
             assert live is not None  # find raises for a step that is not there

@@ -73,11 +73,12 @@ class Saver:
         *,
         epoch: int,
         run: str,
+        attest: bool,
         committed: Callable[[], None],
     ) -> None:
         self._catalog, self._writer, self._rendezvous = catalog, writer, rendezvous
         self._coordinator, self._options = coordinator, options
-        self._epoch, self._run, self._committed = epoch, run, committed
+        self._epoch, self._run, self._attest, self._committed = epoch, run, attest, committed
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 
     def begin(self, step: int, user: UserData, process_state: bytes | None) -> Save:
@@ -94,7 +95,7 @@ class Saver:
             prefix = layout.attempt_prefix(save.step, save.attempt)
             try:
                 failpoints.hit("save.stage")
-                pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat)
+                pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat, self._attest)
             except Exception as error:  # the other hosts must hear of it
                 save.failure = ("stage", error)
         save.seconds["stage"] = time.monotonic() - started
@@ -220,6 +221,7 @@ class Saver:
             files=files,
             boxes=dict(pending.boxes) if pending else {},
             chunks=pending.checksums if pending else {},
+            prints=pending.fingerprints() if pending else {},
             seconds=save.seconds,
             failure=failure,
         )

@@ -83,7 +83,8 @@ def test_a_damaged_newest_step_is_quarantined_and_the_one_before_is_restored(roo
         assert restored is not None
         assert (restored.step, restored.state["count"], restored.process_states) == (1, 1, {0: b"reader at 1"})
         assert (agent.latest_step(), agent.all_steps()) == (1, [1])
-        event = journal_of(root)[-1].event
+        event, after = journal_of(root)[-2].event, journal_of(root)[-1].event
+        assert (after.kind, after.step) == ("restored", 1)
         assert (event.kind, event.step, event.attempt) == ("quarantined", 2, "e0001-a01")
         assert said in event.reason
         with pytest.raises(oc.StepNotFound, match="step 2 is quarantined; restorable steps: 1"):

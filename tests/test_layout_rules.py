@@ -19,12 +19,14 @@ FUNCTION_LINES_MAX = 70
 PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 RANKS = {
     **dict.fromkeys(["errors", "layout", "records", "journal", "protocol", "plan", "policy"], PURE),
-    **dict.fromkeys(["options", "chunks"], PURE),
+    **dict.fromkeys(["options", "chunks", "attest"], PURE),
     "storage.base": PORTS,
     **dict.fromkeys(["storage", "storage.memory", "storage.posix", "storage.gcs"], ADAPTERS),
-    **dict.fromkeys(["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading"], ADAPTERS),
+    **dict.fromkeys(
+        ["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading", "arrays.fingerprint"], ADAPTERS
+    ),
     **dict.fromkeys(["rendezvous", "events", "failpoints", "heartbeat"], ADAPTERS),
-    **dict.fromkeys(["agent", "saving", "coordinator", "restore", "collect", "catalog"], ROLES),
+    **dict.fromkeys(["agent", "saving", "coordinator", "restore", "collect", "catalog", "proof"], ROLES),
     "": FACADE,  # orchestrator/__init__.py gives the roles their public names
 }
 IMPURE = {

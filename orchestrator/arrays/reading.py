@@ -89,18 +89,11 @@ def _prepare(item: Load) -> _Filling:
         filling.buffers[Box(start=(0,) * len(shape), stop=shape)] = _aligned(shape, dtype)
         return filling
     for device, index in item.sharding.addressable_devices_indices_map(leaf.shape).items():
-        box = _box(index or (), shape)
+        box = chunks.box_of(index or (), shape)
         filling.devices.setdefault(box, []).append(device)
     for box in filling.devices:
         filling.buffers[box] = _aligned(chunks.shape_of(box), dtype)
     return filling
-
-
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """A shard's index as a box; dimensions beyond the index (of key data) are whole."""
-    full = (*index, *(slice(None),) * (len(shape) - len(index)))
-    bounds = [part.indices(size) for part, size in zip(full, shape, strict=True)]
-    return Box(start=tuple(bound[0] for bound in bounds), stop=tuple(bound[1] for bound in bounds))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -18,7 +18,7 @@ import math
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +36,10 @@ from orbax.checkpoint._src.metadata import array_metadata_store as _array_metada
 from orbax.checkpoint._src.metadata import sharding as _sharding_metadata
 
 from orchestrator import chunks
+from orchestrator.arrays import fingerprint
 from orchestrator.arrays.store import context, store_spec
 from orchestrator.errors import WaitTimeout
-from orchestrator.records import Box, LeafSpec
+from orchestrator.records import Box, LeafSpec, ShardPrint
 from orchestrator.tree import INT64, Flat, numpy_dtype
 
 _WINDOW_BYTES = 256 << 20  # chunks handed to TensorStore and not yet durable
@@ -277,8 +278,9 @@ class ArrayWriter:
             use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
         )
 
-    def stage(self, directory: str, flat: Flat) -> PendingWrite:
-        """Take what is needed from the devices, for the attempt's `state/` at URL `directory`.
+    def stage(self, directory: str, flat: Flat, attest: bool = False) -> PendingWrite:
+        """Take what is needed from the devices, for the attempt's `state/` at URL `directory`. `attest`: have the
+        devices compute the fingerprints of their shards, too.
 
         When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
         checkpoint. Copies from accelerators and out of numpy arrays; CPU arrays are held, not copied (JAX does not
@@ -300,7 +302,15 @@ class ArrayWriter:
         tree = jax.tree_util.tree_unflatten(flat.treedef, staged)
         self._save.stop.clear()
         self._save.checksums = {}
-        return PendingWrite(self._handler, directory, tree, boxes, self._save)
+        prints = fingerprint.start(self._attested(flat)) if attest else None
+        return PendingWrite(self._handler, directory, tree, boxes, self._save, prints)
+
+    def _attested(self, flat: Flat) -> Iterator[tuple[LeafSpec, Any]]:
+        """The stored leaves, as far as this process answers for them: of what every host has its own of, process 0."""
+        for leaf, value in zip(flat.spec.leaves, flat.values, strict=True):
+            shared = isinstance(value, jax.Array) and not _host_local(value)
+            if leaf.in_store and (shared or self._process == 0):
+                yield leaf, value
 
     def finalize(self, directory: str) -> None:
         """Merge the processes' OCDBT manifests into one. Called by one process when all have written."""
@@ -332,15 +342,20 @@ class PendingWrite:
         tree: Any,
         boxes: Mapping[str, tuple[Box, ...]],
         save: _Underway | None = None,
+        prints: fingerprint.Prints | None = None,
     ) -> None:
         self._handler, self._directory, self._tree = handler, directory, tree
-        self._save = save or _Underway()
+        self._save, self._prints = save or _Underway(), prints
         self.boxes = boxes
 
     @property
     def checksums(self) -> dict[str, str]:
         """Key -> CRC-32C, in hex, of each chunk that has been written. After `wait`, and until the next `stage`."""
         return self._save.checksums
+
+    def fingerprints(self) -> dict[str, tuple[ShardPrint, ...]]:
+        """Leaf name -> fingerprints of this process's shards; {} where none were asked for. Waits for the devices."""
+        return self._prints.signed() if self._prints else {}
 
     def wait(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
         """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after
@@ -418,7 +433,7 @@ def _stage_shards(leaf: LeafSpec, value: jax.Array, places: _Places) -> Staged:
     layout = places.get((value.sharding, shape))
     if layout is None:
         shards = value.addressable_shards
-        where = [(index, _box(shard.index, shape), shard.replica_id) for index, shard in enumerate(shards)]
+        where = [(index, chunks.box_of(shard.index, shape), shard.replica_id) for index, shard in enumerate(shards)]
         distinct = math.prod(shape) // math.prod(chunks.shape_of(where[0][1])) if where else 1
         layout = places[value.sharding, shape] = (where, max(1, len(value.sharding.device_set) // distinct))
     where, replicas = layout
@@ -434,13 +449,6 @@ def _stage_shards(leaf: LeafSpec, value: jax.Array, places: _Places) -> Staged:
             parts.extend((chunk, data[chunks.within(chunk, box)]) for chunk in mine)
     describes = any(not any(box.start) for box, _ in parts)
     return _StagedArray(leaf, parts, describes, value.sharding)
-
-
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """A shard's index as a box; dimensions beyond the index (of key data) are whole."""
-    full = (*index, *(slice(None),) * (len(shape) - len(index)))
-    bounds = [part.indices(size) for part, size in zip(full, shape, strict=True)]
-    return Box(start=tuple(bound[0] for bound in bounds), stop=tuple(bound[1] for bound in bounds))
 
 
 def own_files(process: int) -> tuple[str, ...]:

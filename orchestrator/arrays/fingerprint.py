@@ -1,0 +1,300 @@
+"""128-bit fingerprints of arrays, computed on the devices that hold them, the same for every sharding.
+
+An array is seen as 32-bit words in row-major order: an element of up to 32 bits is one word, zero-extended; one of 64
+or 128 bits is two or four words, low first (a complex number's real part before its imaginary part). Word `w` at global
+position `i` (64 bits, `lo` and `hi`) counts with four lanes:
+
+    x = mix(w + 0x9E3779B1 * lo)            and, in arrays of more than 2^32 words, x = mix(x + 0x85EBCA77 * hi)
+    y = mix(lo ^ x)
+    lanes = x,  y,  mix(x + 0x27D4EB2F * y),  mix(y ^ 0x165667B1 * x)
+
+all modulo 2^32, where `mix` is MurmurHash3's finalizer (https://github.com/aappleby/smhasher/wiki/MurmurHash3), and the
+fingerprint is the sum of each lane over all words, modulo 2^32. A sum knows no order, so shards may be added up in any.
+Bits count, not values: -0.0 is not 0.0, and NaNs differ by payload.
+
+Limits. One changed word always changes lane x: at one position `mix` maps different words to different sums. (w, lo)
+and (x, y) determine each other, so moving elements changes what is summed; that sums of different words agree in all
+four lanes is a matter of chance, about 2^-128. It is no cryptographic hash: whoever wants to can make two arrays with
+one fingerprint. Shape and dtype are not part of it; they are compared as such.
+
+No collective, no gather: every device reads its own shard once, and 16 bytes per shard come back.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from orchestrator import attest, chunks
+from orchestrator.records import Box, LeafSpec, ShardPrint
+
+_SMALL_BYTES = 256 << 10  # shards below this are computed many at a time
+_TOGETHER = 64
+_WORD = 1 << 32
+_HOST = -1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard as one device holds it: its region (of key data: of the integers), which replica of it, the device's
+    id (-1: host memory)."""
+
+    box: Box
+    replica: int
+    device: int
+
+
+@dataclass
+class Prints:
+    """Fingerprints on their way from the devices."""
+
+    waiting: list[tuple[list[tuple[str, Part]], Any]] = field(default_factory=list)
+
+    def result(self) -> dict[str, list[tuple[Part, str]]]:
+        """Leaf name -> this process's shards and their fingerprints. Any thread; waits for the devices."""
+        found: dict[str, list[tuple[Part, str]]] = {}
+        for parts, lanes in self.waiting:
+            for (name, part), row in zip(parts, np.asarray(lanes).reshape(-1, 4).tolist(), strict=True):
+                found.setdefault(name, []).append((part, attest.as_text(row)))
+        return found
+
+    def signed(self) -> dict[str, tuple[ShardPrint, ...]]:
+        """As `result`, as a receipt has it: devices that hold the same bits of a shard together."""
+        told = {}
+        for name, found in self.result().items():
+            devices: dict[tuple[Box, str], list[int]] = {}
+            for part, lanes in found:
+                devices.setdefault((part.box, lanes), []).append(part.device)
+            told[name] = tuple(ShardPrint(box, lanes, tuple(ids)) for (box, lanes), ids in devices.items())
+        return told
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What shards must have in common to be computed by one program: the devices in order, the shape and dtype of each
+    device's part, whether the array takes more than 2^32 words. `whole`: each device holds all of the array."""
+
+    devices: tuple[Any, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    large: bool
+    whole: bool
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One leaf: its parts and their data, by device; the position of each part's first word, the strides in words."""
+
+    name: str
+    parts: list[Part]
+    data: list[Any]
+    bases: list[int]
+    strides: list[int]
+
+
+# (sharding, shape) -> the addressable shards and their devices: most leaves of a model share a few of them.
+_Places = dict[Any, tuple[list[Part], tuple[Any, ...]]]
+
+
+def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Prints:
+    """Begin computing the fingerprints of these arrays (jax.Array or numpy), as far as this process holds them.
+
+    Main thread. When it returns, device arrays may be donated and numpy arrays overwritten.
+    """
+    by_kind: dict[_Kind, list[_Item]] = {}
+    places: _Places = {}
+    for leaf, value in leaves:
+        for kind, item in _take(leaf, value, places):
+            by_kind.setdefault(kind, []).append(item)
+    prints = Prints()
+    for kind, items in by_kind.items():
+        small = math.prod(kind.shape) * kind.dtype.itemsize < _SMALL_BYTES
+        for group in _groups(items, _TOGETHER if small else 1):
+            parts = [(item.name, item.parts[at]) for at in range(len(kind.devices)) for item in group]
+            prints.waiting.append((parts, _launch(kind, group)))
+    return prints
+
+
+def of(leaf: LeafSpec, value: Any) -> str:
+    """The fingerprint of an array that is wholly in this process."""
+    found = start([(leaf, value)]).result()[leaf.name]
+    return attest.total({part.box: told for part, told in found}.values())
+
+
+def _groups(items: list[_Item], most: int) -> Iterator[list[_Item]]:
+    """Groups of sizes that are powers of two, so that few programs serve any number of leaves."""
+    first = 0
+    while first < len(items):
+        size = min(most, 1 << ((len(items) - first).bit_length() - 1))
+        yield items[first : first + size]
+        first += size
+
+
+def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, _Item]]:
+    if not isinstance(value, jax.Array):
+        whole = Box(start=(0,) * value.ndim, stop=value.shape)
+        yield _from_host(leaf, value.shape, Part(whole, 0, _HOST), value)
+        return
+    if leaf.kind == "key":
+        value = jax.random.key_data(value)
+    if (value.sharding, value.shape) not in places:
+        shards = value.addressable_shards
+        found = [Part(chunks.box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
+        places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
+    parts, devices = places[value.sharding, value.shape]
+    if not parts:  # other processes hold it
+        return
+    if value.is_fully_replicated:  # `addressable_data` would give the first device's copy for each
+        data = [shard.data for shard in value.addressable_shards]
+    else:
+        data = [value.addressable_data(index) for index in range(len(parts))]
+    if value.sharding.memory_kind in (None, devices[0].default_memory().kind):
+        yield _plan(leaf.name, value.shape, parts, data, devices, _words(value.dtype))
+    else:  # an accelerator's host memory
+        for part, shard in zip(parts, data, strict=True):
+            yield _from_host(leaf, value.shape, part, np.asarray(shard))
+
+
+def _from_host(leaf: LeafSpec, shape: tuple[int, ...], part: Part, value: Any) -> tuple[_Kind, _Item]:
+    """A part in host memory, as words: JAX without x64 has no 64-bit types."""
+    value = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")  # a copy: the caller may overwrite his own
+    words = _words(value.dtype)
+    if words > 1:
+        value = value.reshape(*value.shape, 1).view(np.uint32)
+    else:
+        value = value.view(f"u{value.dtype.itemsize}") & np.asarray(_mask(value.dtype), f"u{value.dtype.itemsize}")
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # jax_platforms names an accelerator only
+        device = jax.local_devices()[0]
+    return _plan(leaf.name, shape, [part], [jax.device_put(value, device)], (device,), words)
+
+
+def _plan(
+    name: str, shape: tuple[int, ...], parts: list[Part], data: list[Any], devices: tuple[Any, ...], words: int
+) -> tuple[_Kind, _Item]:
+    strides = [words * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    bases = [sum(map(int.__mul__, part.box.start, strides)) for part in parts]
+    inner = [1] if words > 1 else []
+    whole = len(parts) == 1 or all(part.box == parts[0].box for part in parts)
+    large = words * math.prod(shape) > _WORD
+    kind = _Kind(devices, tuple(data[0].shape), data[0].dtype, large, whole)
+    return kind, _Item(name, parts, data, bases, [*strides, *inner])
+
+
+def _words(dtype: Any) -> int:
+    """How many 32-bit words an element takes: 1, 2 or 4."""
+    return max(1, int(np.dtype(dtype).itemsize) // 4)
+
+
+def _mask(dtype: Any) -> int:
+    """The bits that count: numpy keeps an element of less than a byte in a byte."""
+    return (1 << _bit_count(dtype)) - 1
+
+
+def _bit_count(dtype: Any) -> int:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(ml_dtypes.iinfo(dtype).bits)
+    return int(ml_dtypes.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * np.dtype(dtype).itemsize
+
+
+def _launch(kind: _Kind, group: list[_Item]) -> Any:
+    """Start one program on all of this process's devices. Its result: for each device, four lanes of each leaf."""
+    count = len(kind.devices)
+    mesh = _mesh(kind.devices)
+    if kind.whole:
+        shape, spec = kind.shape, PartitionSpec()
+    else:  # as if the devices' parts lay one after another; nothing is moved
+        shape, spec = (count * kind.shape[0], *kind.shape[1:]), PartitionSpec("shard")
+    sharding = NamedSharding(mesh, spec)
+    arrays = [jax.make_array_from_single_device_arrays(shape, sharding, item.data) for item in group]
+    bases = _halves([[item.bases[at] for item in group] for at in range(count)])
+    strides = _halves([item.strides for item in group])
+    return _program(kind.devices, kind.large, kind.whole)(arrays, bases, strides)
+
+
+def _halves(numbers: Any) -> np.ndarray[Any, Any]:
+    """Whole numbers as (low, high) words in a last dimension."""
+    wide = np.array(numbers, np.uint64)
+    return np.stack([wide & np.uint64(_WORD - 1), wide >> np.uint64(32)], axis=-1).astype(np.uint32)
+
+
+@functools.lru_cache(maxsize=64)
+def _mesh(devices: tuple[Any, ...]) -> Mesh:
+    return Mesh(np.array(devices), ("shard",))
+
+
+@functools.lru_cache(maxsize=64)
+def _program(devices: tuple[Any, ...], large: bool, whole: bool) -> Any:
+    part, shard = PartitionSpec() if whole else PartitionSpec("shard"), PartitionSpec("shard")
+
+    def lanes(arrays: list[Any], bases: Any, strides: Any) -> Any:
+        bits = [_bits(array) for array in arrays]
+        together = jnp.stack(bits) if len(bits) > 1 else bits[0][None]
+        return jax.vmap(functools.partial(_sum, large=large))(together, bases[0], strides)[None]
+
+    mapped = jax.shard_map(
+        lanes, mesh=_mesh(devices), in_specs=(part, shard, PartitionSpec()), out_specs=shard, check_vma=False
+    )
+    return jax.jit(mapped)
+
+
+def _bits(array: Any) -> Any:
+    """Elements as unsigned integers of at most 32 bits; larger ones as words in a last dimension."""
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag], axis=-1)
+        bits = lax.bitcast_convert_type(array, jnp.uint32)
+        return bits.reshape(*array.shape[:-1], -1)
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint8)
+    width = min(32, _bit_count(array.dtype))
+    bits = lax.bitcast_convert_type(array, jnp.dtype(f"uint{width}"))
+    return bits.astype(jnp.uint8) if width < 8 else bits
+
+
+def _sum(words: Any, base: Any, strides: Any, *, large: bool) -> Any:
+    """Four lanes of one device's part. `base` and `strides` are (low, high) words."""
+    zero = jnp.uint32(0)
+    low, high = base[0], base[1]
+    for axis in range(words.ndim):
+        count = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        more = count * strides[axis, 0]
+        low = low + more
+        if large:
+            high = high + count * strides[axis, 1] + _high_product(count, strides[axis, 0])
+            high = high + (low < more).astype(jnp.uint32)
+    x = _mix(words.astype(jnp.uint32) + jnp.uint32(0x9E3779B1) * low)
+    if large:
+        x = _mix(x + jnp.uint32(0x85EBCA77) * high)
+    y = _mix(low ^ x)
+    lanes = (x, y, _mix(x + jnp.uint32(0x27D4EB2F) * y), _mix(y ^ (jnp.uint32(0x165667B1) * x)))
+
+    def add(one: Any, other: Any) -> Any:
+        return tuple(a + b for a, b in zip(one, other, strict=True))
+
+    # One reduction of four operands: four sums would read the array four times.
+    return jnp.stack(lax.reduce(lanes, (zero,) * len(lanes), add, tuple(range(words.ndim))))
+
+
+def _mix(word: Any) -> Any:
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
+
+
+def _high_product(a: Any, b: Any) -> Any:
+    """The upper 32 bits of the 64-bit product, of 16-bit halves."""
+    a_low, a_high, b_low, b_high = a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16
+    middle = a_high * b_low + ((a_low * b_low) >> 16)
+    carried = (middle & 0xFFFF) + a_low * b_high
+    return a_high * b_high + (middle >> 16) + (carried >> 16)
