@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from orchestrator import journal, layout
 from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
+from orchestrator.events import Retried, emit
 from orchestrator.journal import FencedBy, Next, Refused, Stamp
 from orchestrator.records import (
     AnyRecord,
@@ -108,7 +109,7 @@ class Catalog:
         Returns the head that holds the change (the current one where the rule found nothing to do). Raises Fenced if
         a newer epoch has been opened, what the rule refuses with, and StorageError after 100 lost races.
         """
-        for _ in range(_CONFLICTS_MAX):
+        for tries in range(1, _CONFLICTS_MAX + 1):
             head = self.head()
             match rule(head, self.stamp()):
                 case None:
@@ -121,6 +122,7 @@ class Catalog:
                     created = self.storage.create(layout.journal_key(following.version), encode(following))
                     if isinstance(created, Created):
                         return following
+            emit(Retried("journal", tries))
             time.sleep(random.uniform(0, _CONFLICT_PAUSE_S))
         raise StorageError(f"{self.url}: lost {_CONFLICTS_MAX} races for the next journal version; too many writers")
 

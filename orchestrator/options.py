@@ -18,6 +18,8 @@ class Options:
     rendezvous_timeout_s: how long to wait for other processes at collective points (start, restore, leaving).
     preemption_grace_s: how long to wait for the commit once hosts are being preempted (SIGTERM).
     compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
+    events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
+    object store; "": nowhere.
     """
 
     async_save: bool = True
@@ -27,6 +29,7 @@ class Options:
     preemption_grace_s: float = 120.0
     compression: bool = False
     other_tree: bool = False
+    events_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.on_save_failure not in ("warn", "raise"):

@@ -53,8 +53,30 @@ class RestoreArgs:
     strict: bool = False
 
 
+@dataclass
+class Reading:
+    """What reading arrays has cost so far, on this process. `heard` is called with each read's bytes."""
+
+    heard: Callable[[int], None] = lambda read_bytes: None
+    read_bytes: int = 0
+    reads: int = 0
+    array_s: float = 0.0
+
+    def load(self, directory: str, loads: list[Load], checksums: dict[str, str]) -> list[Any]:
+        """As `arrays.load`, counted."""
+        started = time.monotonic()
+        values = arrays.load(directory, loads, self._count, checksums)
+        self.array_s += time.monotonic() - started
+        return values
+
+    def _count(self, read_bytes: int) -> None:
+        self.read_bytes += read_bytes
+        self.reads += 1
+        self.heard(read_bytes)
+
+
 def read_step(
-    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, on_bytes: Callable[[int], None] | None = None
+    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, reading: Reading | None = None
 ) -> Restored:
     """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings.
 
@@ -67,15 +89,16 @@ def read_step(
     extra = catalog.extra(live, manifest)
     prefix = layout.attempt_prefix(live.step, live.attempt)
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
+    reading = reading or Reading()
     if like is None:
-        values = arrays.load(directory, [Load(leaf) for leaf in saved.leaves], on_bytes, manifest.chunks)
+        values = reading.load(directory, [Load(leaf) for leaf in saved.leaves], manifest.chunks)
         state: Any = _nested(saved.leaves, values)
     else:
         wanted, leaves, treedef = targets(like)
         where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
         chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
         loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
-        loaded = iter(arrays.load(directory, loads, on_bytes, manifest.chunks))
+        loaded = iter(reading.load(directory, loads, manifest.chunks))
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
         fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
         state = jax.tree_util.tree_unflatten(treedef, fitted)
@@ -163,21 +186,16 @@ def restore_together(
         failpoints.hit("restore.chosen")
         live = journal.find(catalog.entry(choice[0]), choice[1])
         assert live is not None  # process 0 found it in that very entry
-        read_bytes = 0
-
-        def count(more: int) -> None:
-            nonlocal read_bytes
-            read_bytes += more
-            heartbeat.beat("restoring", None)
-
-        restored, error = _try(partial(read_step, catalog, live, like, args, count))
+        reading = Reading(lambda read_bytes: heartbeat.beat("restoring", None))
+        restored, error = _try(partial(read_step, catalog, live, like, args, reading))
         told = None if error is None else {"kind": type(error).__name__, "text": str(error)}
         answers = rendezvous.gather(f"restore: step {live.step}", told, timeout_s)
         found = next(((index, answer) for index, answer in enumerate(answers) if answer), None)
         if found is None:
             failpoints.hit("restore.after")
             heartbeat.beat("restored", live.step, restored_step=live.step)
-            emit(RestoredEvent(live.step, live.attempt, time.monotonic() - started, read_bytes))
+            elapsed_s = time.monotonic() - started
+            emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s, reading.reads))
             return restored
         index, answer = found
         if answer["kind"] not in _DAMAGE:  # a target that does not fit, say: no other step would help

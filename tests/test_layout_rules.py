@@ -23,7 +23,7 @@ RANKS = {
     "storage.base": PORTS,
     **dict.fromkeys(["storage", "storage.memory", "storage.posix", "storage.gcs"], ADAPTERS),
     **dict.fromkeys(["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading"], ADAPTERS),
-    **dict.fromkeys(["rendezvous", "events", "failpoints", "heartbeat"], ADAPTERS),
+    **dict.fromkeys(["rendezvous", "events", "eventlog", "story", "telemetry", "failpoints", "heartbeat"], ADAPTERS),
     **dict.fromkeys(["agent", "saving", "coordinator", "restore", "collect", "catalog"], ROLES),
     "": FACADE,  # orchestrator/__init__.py gives the roles their public names
 }
