@@ -17,13 +17,14 @@ from rich.text import Text
 _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 
 
-def _console(to: Any) -> Console:
-    return Console(file=to, width=None if to.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=True)
+def console(to: Any) -> Console:
+    """Where people look: as wide as their terminal, or wide enough for programs. Styles show on terminals only."""
+    return Console(file=to, width=None if to.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def say(text: str) -> None:
     """A line for people, on standard output."""
-    _console(sys.stdout).print(Text(text))
+    console(sys.stdout).print(Text(text), soft_wrap=True)
 
 
 def give(value: Any) -> None:
@@ -32,16 +33,17 @@ def give(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A plain table. `right`: columns of numbers. Styles show on terminals only."""
+    """A plain table on standard output. `right`: columns of numbers."""
+    console(sys.stdout).print(drawn_table(columns, rows, right))
+
+
+def drawn_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    console = Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, no_color=None
-    )
-    console.print(drawn)
+    return drawn
 
 
 def size(count: float) -> str:
@@ -56,6 +58,18 @@ def size(count: float) -> str:
 def moment(seconds: float) -> str:
     """Seconds since 1970 as local time, to the second."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def duration(seconds: float) -> str:
+    """0.25 -> `0.25 s`, 200 -> `3 min 20 s`, 90000 -> `1 d 1 h`."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest_s, "s")]
+    first = next(index for index, (count, _) in enumerate(parts) if count)
+    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count)
 
 
 def number(value: float) -> str:
