@@ -34,7 +34,7 @@ from orchestrator.errors import (
     UsageError,
     WaitTimeout,
 )
-from orchestrator.events import EpochOpened, SaveNotCommitted, emit
+from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
 from orchestrator.options import Options
 from orchestrator.policy import KeepPolicy, SavePolicy, every
 from orchestrator.records import Json
@@ -43,6 +43,7 @@ from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
 from orchestrator.saving import GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
+from orchestrator.telemetry import Telemetry
 from orchestrator.tree import Flat, flatten
 
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop
@@ -102,8 +103,11 @@ class Agent:
         self._collector: threading.Thread | None = None
         self._swept = False
         self._closed = False
-        heartbeat.beat("opened", None)
+        self._telemetry = Telemetry(
+            self.options, self._catalog.url, process=me.process, host=me.hosts[me.process], epoch=self.epoch
+        )
         emit(EpochOpened(self.epoch, self._catalog.url, me.count))
+        heartbeat.beat("opened", None)
 
     def _open_epoch(self) -> Json:
         failpoints.hit("epoch.before")
@@ -196,7 +200,7 @@ class Agent:
         self.failures += 1
         self._last_saved_step = None
         error = SaveFailed(f"{save.shown} was not saved: {reason}", step=save.step, attempt=save.attempt)
-        emit(SaveNotCommitted(save.step, save.attempt, reason))
+        emit(SaveNotCommitted(save.step, save.attempt, reason, "hung"))
         if self.options.on_save_failure == "raise":
             raise error
 
@@ -300,7 +304,12 @@ class Agent:
                 self._collector.join(self.options.rendezvous_timeout_s)
             self._rendezvous.gather("leave together", None, self.options.rendezvous_timeout_s)
         finally:
-            self._writer.close()
+            self._leave()
+
+    def _leave(self) -> None:
+        self._writer.close()
+        emit(Closed(self.failures))
+        self._telemetry.close()
 
     def __enter__(self) -> Agent:
         return self
@@ -317,6 +326,8 @@ class Agent:
             self.wait_until_finished()
         except OrchestratorError as error:
             logging.warning("while leaving: %s", error)
+        finally:
+            self._telemetry.close()
 
     # Restoring.
 

@@ -9,10 +9,10 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from orchestrator import journal, layout
 from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
+from orchestrator.events import Retried, emit
 from orchestrator.journal import FencedBy, Next, Refused, Stamp
 from orchestrator.records import (
     AnyRecord,
@@ -30,7 +30,6 @@ from orchestrator.records import (
 from orchestrator.storage.base import Created, Storage
 
 _CONFLICTS_MAX = 100
-_VERIFY_THREADS = 4  # each holds one file in memory
 _CONFLICT_PAUSE_S = 0.01
 
 
@@ -108,7 +107,7 @@ class Catalog:
         Returns the head that holds the change (the current one where the rule found nothing to do). Raises Fenced if
         a newer epoch has been opened, what the rule refuses with, and StorageError after 100 lost races.
         """
-        for _ in range(_CONFLICTS_MAX):
+        for tries in range(1, _CONFLICTS_MAX + 1):
             head = self.head()
             match rule(head, self.stamp()):
                 case None:
@@ -121,6 +120,7 @@ class Catalog:
                     created = self.storage.create(layout.journal_key(following.version), encode(following))
                     if isinstance(created, Created):
                         return following
+            emit(Retried("journal", tries))
             time.sleep(random.uniform(0, _CONFLICT_PAUSE_S))
         raise StorageError(f"{self.url}: lost {_CONFLICTS_MAX} races for the next journal version; too many writers")
 
@@ -164,32 +164,13 @@ class Catalog:
                 has = "is missing" if got is None else f"has {got} bytes"
                 raise Damaged(f"{self.url}/{prefix}{wanted.path}: {has}, the manifest says {wanted.bytes}")
 
-    def problems(self, live: LiveStep, on_file: Callable[[str], None] | None = None) -> list[str]:
-        """Read an attempt back whole. What is damaged, one line each; [] if every file is what the manifest says."""
-
-        def check(entry: FileEntry) -> str | None:
-            try:
-                self._checked(live, entry)
-            except (Damaged, StorageError) as error:
-                return str(error)
-            finally:
-                if on_file:
-                    on_file(entry.path)
-            return None
-
-        try:
-            manifest = self.manifest(live)
-        except (Damaged, StorageError) as error:
-            return [str(error)]
-        with ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="verify") as pool:
-            return [line for line in pool.map(check, manifest.files) if line]
-
     def file(self, live: LiveStep, manifest: Manifest, name: str) -> bytes | None:
         """A small file of an attempt, checked against the manifest; None if the attempt has none of that name."""
         entry = next((entry for entry in manifest.files if entry.path == name), None)
-        return None if entry is None else self._checked(live, entry)
+        return None if entry is None else self.checked(live, entry)
 
-    def _checked(self, live: LiveStep, entry: FileEntry) -> bytes:
+    def checked(self, live: LiveStep, entry: FileEntry) -> bytes:
+        """A file of an attempt, as the manifest's `entry` says it is. Raises Damaged, StorageError."""
         key = self.key(live.step, live.attempt, entry.path)
         body = self.storage.get(key)
         if body is None:
@@ -218,7 +199,7 @@ class Catalog:
 
     def process_states(self, live: LiveStep, manifest: Manifest) -> dict[int, bytes]:
         files = [entry for entry in manifest.files if entry.path.startswith(layout.PROCESS)]
-        return {layout.process_of(entry.path): self._checked(live, entry) for entry in files}
+        return {layout.process_of(entry.path): self.checked(live, entry) for entry in files}
 
     def attempts(self) -> dict[tuple[int, str], int]:
         """(step, attempt) -> bytes of every attempt that has data in the store, committed or not."""

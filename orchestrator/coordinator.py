@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,9 +87,12 @@ class Coordinator:
         if isinstance(created, Exists):
             raise OrchestratorError(f"{self._catalog.url}/{key}: another writer uses this attempt; it is never reused")
 
-    def decide(self, intent: Intent, user: UserData, deadline_s: float) -> Attempt:
+    def decide(
+        self, intent: Intent, user: UserData, deadline_s: float, all_in: Callable[[], None] = lambda: None
+    ) -> Attempt:
         """Collect receipts until all are in, one says NO or `deadline_s` has passed; commit or abort; announce.
 
+        `all_in` is called when all are in and the commit begins.
         Returns the attempt in a terminal phase. Raises StorageError if the outcome could not be journalled: then the
         attempt is either not committed (and a later epoch collects it) or committed without anybody being told.
         """
@@ -98,6 +102,8 @@ class Coordinator:
             # Whoever has not heard of the previous decision by now finds it in the journal.
             self._rendezvous.forget(self._previous)
             self._previous = prefix
+            if state.phase is Phase.FINALIZING:
+                all_in()
             state = self._carry_out(state, effects, user)
         except Exception as error:  # the others wait for a word; the caller gets the error itself
             reason = f"the outcome could not be journalled: {error}"

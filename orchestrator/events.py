@@ -1,25 +1,54 @@
 """What happened, as typed values, written in one place. Log events, not sentences.
 
-`emit` may be called from any thread. The line goes to absl logging; `subscribe` adds further readers (tests, metrics).
+`emit` may be called from any thread. The line goes to absl logging; `subscribe` adds further readers: the event log
+(`eventlog`), metrics, traces, tests. The schema is in docs/reference/events.md, which a test compares with this file.
+Names, fields and units are a contract: fields may be added, never renamed or given another meaning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import get_args
 
 from absl import logging
+
+PHASES = ("staging", "writing", "sealing", "waiting", "committing")  # of a save on one process, in this order
 
 
 @dataclass(frozen=True)
 class EpochOpened:
+    """An incarnation of the job has begun on this process."""
+
     epoch: int
     root: str
     process_count: int
 
 
 @dataclass(frozen=True)
+class Alive:
+    """A sign of life between saves, every few seconds: what the main thread does. `step`: -1 if it is at none."""
+
+    doing: str
+    step: int
+
+
+@dataclass(frozen=True)
+class SavePhase:
+    """A save enters `phase` on this process, or is still in it. `elapsed_s`: since the save began here.
+    `written_bytes`: of this process's arrays, so far. `committing` is process 0's alone: all receipts are in."""
+
+    step: int
+    attempt: str
+    phase: str
+    elapsed_s: float
+    written_bytes: int
+
+
+@dataclass(frozen=True)
 class SaveStarted:
+    """`save` returns to the training loop after `blocked_s`."""
+
     step: int
     attempt: str
     blocked_s: float
@@ -27,6 +56,9 @@ class SaveStarted:
 
 @dataclass(frozen=True)
 class Committed:
+    """`elapsed_s`: from the call of `save` to the commit, as this process saw it. `state_bytes`: of all files of the
+    step, on process 0; 0 elsewhere."""
+
     step: int
     attempt: str
     elapsed_s: float
@@ -35,17 +67,24 @@ class Committed:
 
 @dataclass(frozen=True)
 class SaveNotCommitted:
+    """`cause`: refused, silent, fenced, incomplete, finalize, hung or failed."""
+
     step: int
     attempt: str
     reason: str
+    cause: str = "failed"
 
 
 @dataclass(frozen=True)
 class Restored:
+    """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`, `reads`: this process's reading of arrays."""
+
     step: int
     attempt: str
     elapsed_s: float
     read_bytes: int
+    array_s: float = 0.0
+    reads: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,22 +95,51 @@ class SteppedDown:
 
 
 @dataclass(frozen=True)
+class Retried:
+    """Something that may fail was done again; `tries` so far. `what`: journal."""
+
+    what: str
+    tries: int
+
+
+@dataclass(frozen=True)
 class Collected:
     attempts: int
     deleted_bytes: int
     failed: int
 
 
-Event = EpochOpened | SaveStarted | Committed | SaveNotCommitted | Restored | SteppedDown | Collected
+@dataclass(frozen=True)
+class Closed:
+    """This process's agent was closed in order. `failures`: saves of this incarnation that did not commit."""
+
+    failures: int
+
+
+Event = (
+    EpochOpened
+    | Alive
+    | SavePhase
+    | SaveStarted
+    | Committed
+    | SaveNotCommitted
+    | Restored
+    | SteppedDown
+    | Retried
+    | Collected
+    | Closed
+)
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 _WARNINGS = (SaveNotCommitted, SteppedDown)
+_DETAILS = (Alive, SavePhase)  # for programs; people would drown in them
 _readers: list[Callable[[Event], None]] = []
 
 
 def emit(event: Event) -> None:
     """Log `event` as `name key=value ...` and hand it to every subscriber."""
     text = " ".join(f"{field.name}={_text(getattr(event, field.name))}" for field in fields(event))
-    log = logging.warning if isinstance(event, _WARNINGS) else logging.info
-    log("%s %s", type(event).__name__, text)
+    level = logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO
+    logging.log(logging.DEBUG if isinstance(event, _DETAILS) else level, "%s %s", type(event).__name__, text)
     for reader in tuple(_readers):
         reader(event)
 

@@ -1,7 +1,8 @@
-"""A sign of life for a supervisor outside: a small local file that says what this process last did, and at which step.
+"""A sign of life: what this process's main thread last did, and at which step. As an event now and then, for whoever
+watches; and in a small local file, for a supervisor outside.
 
-Written only where the launcher asks for it (`ORCHESTRATOR_HEARTBEAT_FILE`), from the main thread's own calls, so that a
-training loop that hangs stops beating. Best effort: a heartbeat that cannot be written never hurts the job.
+The file is written only where the launcher asks for it (`ORCHESTRATOR_HEARTBEAT_FILE`). Both come from the main
+thread's own calls, so that a training loop that hangs stops beating. Best effort: a heartbeat never hurts the job.
 """
 
 from __future__ import annotations
@@ -11,16 +12,25 @@ import json
 import os
 import time
 
+from orchestrator.events import Alive, emit
+
 VARIABLE = "ORCHESTRATOR_HEARTBEAT_FILE"
 INTERVAL_S = 0.2
+EVENT_INTERVAL_S = 5.0
 
 _last: dict[str, object] = {}
 
 
 def beat(doing: str, step: int | None, **more: object) -> None:
-    """Say that the main thread is alive. At most one write per INTERVAL_S for the same activity. Main thread."""
+    """Say that the main thread is alive. At most one write per INTERVAL_S for the same activity, one event per
+    EVENT_INTERVAL_S. Main thread."""
     path = os.environ.get(VARIABLE)
     now = time.monotonic()
+    told_s = _last.get("told_s", -EVENT_INTERVAL_S)
+    assert isinstance(told_s, float)
+    if now - told_s >= EVENT_INTERVAL_S:
+        _last["told_s"] = now
+        emit(Alive(doing, -1 if step is None else step))
     written_s = _last.get("written_s", 0.0)
     assert isinstance(written_s, float)
     if not path or (_last.get("doing") == doing and now - written_s < INTERVAL_S):
@@ -28,7 +38,7 @@ def beat(doing: str, step: int | None, **more: object) -> None:
     if step is not None:
         _last["step"] = step
     _last.update(more, doing=doing, written_s=now)
-    told = {name: value for name, value in _last.items() if name != "written_s"}
+    told = {name: value for name, value in _last.items() if name not in ("written_s", "told_s")}
     temporary = f"{path}.{os.getpid()}"
     with contextlib.suppress(OSError):
         with open(temporary, "w") as file:

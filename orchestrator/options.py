@@ -20,6 +20,8 @@ class Options:
     compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
     attest: "save" has the devices compute a fingerprint of every array, independent of the sharding, records it and
     aborts the save if replicas of a shard differ; "full" also compares it after a restore. Process 0's counts for all.
+    events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
+    object store; "": nowhere.
     """
 
     async_save: bool = True
@@ -30,6 +32,7 @@ class Options:
     compression: bool = False
     other_tree: bool = False
     attest: Literal["off", "save", "full"] = "off"
+    events_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.on_save_failure not in ("warn", "raise"):

@@ -192,6 +192,23 @@ def _abort(state: Attempt, reason: str) -> Step:
     return replace(state, phase=Phase.ABORTING, reason=reason), (AppendAbort(),)
 
 
+_CAUSES = (  # words of the reasons above, and what they are counted as
+    ("fenced by epoch", "fenced"),
+    ("said no", "refused"),
+    ("no receipt from processes", "silent"),
+    ("could not finalize", "finalize"),
+    ("elements written", "incomplete"),
+    ("written twice", "incomplete"),
+    ("regions overlap", "incomplete"),
+    ("outside the array", "incomplete"),
+)
+
+
+def cause_of(reason: str) -> str:
+    """What kind of end a reason tells of, for counting: fenced, refused, silent, finalize, incomplete or failed."""
+    return next((cause for words, cause in _CAUSES if words in reason), "failed")
+
+
 # Each rule takes the event type it stands beside.
 _TABLE: dict[tuple[Phase, type], Callable[..., Step]] = {
     (Phase.OPEN, ReceiptRead): _on_receipt,

@@ -21,6 +21,7 @@ from orchestrator.errors import (
     NewerFormat,
     NothingToRestore,
     OrchestratorError,
+    OutcomeUnknown,
     SaveFailed,
     StorageError,
     UnsafeKey,
@@ -49,29 +50,50 @@ class Restored:
 class RestoreArgs:
     """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
     strict: damage raises instead of stepping down. attest: compare fingerprints with the saved ones, where there are
-    any. load: who reads the arrays."""
+    any. reader: who reads the arrays."""
 
     partial: bool = False
     cast: bool = False
     strict: bool = False
     attest: bool = False
-    load: Callable[..., list[Any]] = arrays.load
+    reader: Callable[..., list[Any]] = arrays.load
+
+
+@dataclass
+class Reading:
+    """What reading arrays by `reader` has cost so far, on this process. `heard` is called with each read's bytes."""
+
+    reader: Callable[..., list[Any]] = arrays.load
+    heard: Callable[[int], None] = lambda read_bytes: None
+    read_bytes: int = 0
+    reads: int = 0
+    array_s: float = 0.0
+
+    def load(self, directory: str, loads: list[Load], checksums: dict[str, str]) -> list[Any]:
+        """As `arrays.load`, counted."""
+        started = time.monotonic()
+        values = self.reader(directory, loads, self._count, checksums)
+        self.array_s += time.monotonic() - started
+        return values
+
+    def _count(self, read_bytes: int) -> None:
+        self.read_bytes += read_bytes
+        self.reads += 1
+        self.heard(read_bytes)
 
 
 def read_step(
-    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, on_bytes: Callable[[int], None] | None = None
+    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, reading: Reading | None = None
 ) -> Restored:
     """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings.
 
     `like`: a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None gives nested dicts of
     numpy arrays. Raises Mismatch before any array is read, Damaged if anything stored is not what was saved.
     """
-    return _read(catalog, live, like, args, on_bytes)[0]
+    return _read(catalog, live, like, args, reading or Reading(args.reader))[0]
 
 
-def _read(
-    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, on_bytes: Callable[[int], None] | None = None
-) -> tuple[Restored, Proof]:
+def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, reading: Reading) -> tuple[Restored, Proof]:
     """As `read_step`, and what this process can say of the arrays that it shares with others."""
     manifest = catalog.manifest(live)
     catalog.check_sizes(live, manifest)
@@ -81,14 +103,14 @@ def _read(
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
     if like is None:
         loads = [Load(leaf) for leaf in saved.leaves]
-        read = args.load(directory, loads, on_bytes, manifest.chunks)
+        read = reading.load(directory, loads, manifest.chunks)
         state: Any = _nested(saved.leaves, read)
     else:
         wanted, leaves, treedef = targets(like)
         where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
         chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
         loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
-        read = args.load(directory, loads, on_bytes, manifest.chunks)
+        read = reading.load(directory, loads, manifest.chunks)
         loaded = iter(read)
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
         fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
@@ -109,19 +131,6 @@ def _read(
 def _comparable(load: Load, known: Mapping[str, str]) -> bool:
     """Whether a leaf has a saved fingerprint, and still the bits that it is of: a cast one has not."""
     return load.leaf.name in known and (load.dtype is None or str(load.dtype) == load.leaf.dtype)
-
-
-def problems(catalog: Catalog, live: LiveStep, on_file: Callable[[str], None] | None = None) -> list[str]:
-    """Read an attempt back whole: every file, then every chunk, which also tells another save's files from its own.
-    What is not as it was saved, one line each; [] if all is."""
-    found = catalog.problems(live, on_file)
-    if found:
-        return found
-    directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
-    try:
-        return arrays.check(directory, catalog.manifest(live).chunks)
-    except OrchestratorError as error:
-        return [str(error)]
 
 
 def _load(leaf: LeafSpec, target: Any, args: RestoreArgs) -> Load:
@@ -170,47 +179,62 @@ def restore_together(
     """The newest good step (or `step`) on every process of the job; None if the run has no steps yet. Main thread.
 
     Process 0 chooses and broadcasts; if any process finds the step damaged, all agree, process 0 quarantines it in
-    the journal and the next newest is tried. A step that was asked for, and `strict`, never step down. `back` leaves
-    out that many of the newest steps: what a supervisor asks for after a crash loop.
+    the journal and the next newest is tried. So it is if the store fails, but then nothing is quarantined: it may
+    answer tomorrow. A step that was asked for, and `strict`, never step down. `back` leaves out that many of the newest
+    steps: what a supervisor asks for after a crash loop. Raises Damaged, StorageError, NothingToRestore, Mismatch.
     """
     started = time.monotonic()
-    tried = 0
+    passed: dict[tuple[int, str], _Objection] = {}
     while True:
-        choice = agree(rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back))
+        choose = partial(_choose, catalog, step, back, frozenset(passed))
+        choice = agree(rendezvous, "restore: which step", timeout_s, choose)
         if choice is None:
-            if tried:
-                raise NothingToRestore(
-                    f"{catalog.url}: all {tried} restorable steps are damaged; see `orchestrator log`"
-                )
+            _raise_if_none_was_good(catalog, passed)
             return None
         failpoints.hit("restore.chosen")
         live = journal.find(catalog.entry(choice[0]), choice[1])
         assert live is not None  # process 0 found it in that very entry
-        read_bytes = 0
-
-        def count(more: int) -> None:
-            nonlocal read_bytes
-            read_bytes += more
-            heartbeat.beat("restoring", None)
-
-        outcome, error = _try(partial(_read, catalog, live, like, args, count))
-        reason = _objection(rendezvous, live, outcome, error, timeout_s)
-        if outcome and not reason:
+        reading = Reading(args.reader, lambda read_bytes: heartbeat.beat("restoring", None))
+        outcome, error = _try(partial(_read, catalog, live, like, args, reading))
+        objection = _objection(rendezvous, live, outcome, error, timeout_s)
+        if outcome and not objection:
             failpoints.hit("restore.after")
             heartbeat.beat("restored", live.step, restored_step=live.step)
-            emit(RestoredEvent(live.step, live.attempt, time.monotonic() - started, read_bytes))
+            elapsed_s = time.monotonic() - started
+            emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s, reading.reads))
             if rendezvous.process == 0:
                 _note_restored(catalog, live)
             return outcome[0]
+        assert objection is not None
         if step is not None or args.strict:
-            raise Damaged(f"{catalog.url} {layout.shown(live.step, live.attempt)} cannot be restored: {reason}")
-        emit(SteppedDown(live.step, live.attempt, reason))
-        tried += 1
-        rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason[:1000])
-        agree(rendezvous, "restore: quarantine", timeout_s, partial(_append, catalog, rule))
+            kind = Damaged if objection.damage else StorageError
+            shown = layout.shown(live.step, live.attempt)
+            raise kind(f"{catalog.url} {shown} cannot be restored: {objection.reason}")
+        emit(SteppedDown(live.step, live.attempt, objection.reason))
+        passed[live.step, live.attempt] = objection
+        if objection.damage:
+            rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=objection.reason[:1000])
+            agree(rendezvous, "restore: quarantine", timeout_s, partial(_append, catalog, rule))
 
 
-_DAMAGE = frozenset(kind.__name__ for kind in (Damaged, UnsafeKey, NewerFormat, StorageError))
+_DAMAGE = frozenset(kind.__name__ for kind in (Damaged, UnsafeKey, NewerFormat))
+_STORE = frozenset(kind.__name__ for kind in (StorageError, OutcomeUnknown))
+
+
+@dataclass(frozen=True)
+class _Objection:
+    """Why a step cannot be used. `damage`: what is stored is not what was saved; else the store could not be read."""
+
+    reason: str
+    damage: bool
+
+
+def _raise_if_none_was_good(catalog: Catalog, passed: Mapping[tuple[int, str], _Objection]) -> None:
+    failed = [f"step {step}: {why.reason}" for (step, _), why in passed.items() if not why.damage]
+    if failed:
+        raise StorageError(f"{catalog.url}: none of {len(passed)} steps could be read; " + "; ".join(failed[:3]))
+    if passed:
+        raise NothingToRestore(f"{catalog.url}: all {len(passed)} restorable steps are damaged; see `orchestrator log`")
 
 
 def _objection(
@@ -219,21 +243,22 @@ def _objection(
     outcome: tuple[Restored, Proof] | None,
     error: Exception | None,
     timeout_s: float,
-) -> str:
-    """Why this step cannot be used, on all processes alike, '' if it can. Raises, on all, what is no damage."""
+) -> _Objection | None:
+    """Why this step cannot be used, on all processes alike. Raises, on all, what no other step would mend."""
     proof = outcome[1] if outcome else None
     told = {"proof": proof.told()} if proof else {"kind": type(error).__name__, "text": str(error)}
     answers = rendezvous.gather(f"restore: step {live.step}", told, timeout_s)
     for index, answer in enumerate(answers):
         if "kind" in answer:
-            if answer["kind"] not in _DAMAGE:  # a target that does not fit, say: no other step would help
+            if answer["kind"] not in _DAMAGE | _STORE:  # a target that does not fit, say
                 raise error or as_error(index, answer["kind"], answer["text"])
-            return f"process {index} ({rendezvous.hosts.get(index, '?')}): {answer['text']}"
+            reason = f"process {index} ({rendezvous.hosts.get(index, '?')}): {answer['text']}"
+            return _Objection(reason, answer["kind"] in _DAMAGE)
     assert proof is not None
     if proof.holds([answer["proof"] for answer in answers]):
-        return ""
+        return None
     details = rendezvous.gather(f"restore: fingerprints of step {live.step}", proof.details(), timeout_s)
-    return "; ".join(proof.wrong(details)[:5])
+    return _Objection("; ".join(proof.wrong(details)[:5]), damage=True)
 
 
 def _note_restored(catalog: Catalog, live: LiveStep) -> None:
@@ -248,18 +273,23 @@ def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journ
     catalog.append(rule)
 
 
-def _choose(catalog: Catalog, step: int | None, back: int) -> tuple[int, int] | None:
-    """(journal version, step) of what to restore. `back`: leave out that many of the newest."""
-    if step is None and back:
+def _choose(
+    catalog: Catalog, step: int | None, back: int, passed: frozenset[tuple[int, str]]
+) -> tuple[int, int] | None:
+    """(journal version, step) of what to restore, not among `passed`. `back`: leave out that many of the newest."""
+    if step is None:
         head = catalog.require_head()
-        good = [live for live in head.live if live.restorable]
+        good = [live for live in head.live if live.restorable and (live.step, live.attempt) not in passed]
+        if not back:
+            return (head.version, good[-1].step) if good else None
         if len(good) <= back:
             raise NothingToRestore(
                 f"{catalog.url}: asked to leave out the newest {back} of {len(good)} restorable steps"
             )
         return head.version, good[-1 - back].step
     live = catalog.find(step)
-    return (catalog.require_head().version, live.step) if live else None
+    assert live is not None  # find raises for a step that is not there
+    return catalog.require_head().version, live.step
 
 
 def _try(read: Callable[[], tuple[Restored, Proof]]) -> tuple[tuple[Restored, Proof] | None, Exception | None]:

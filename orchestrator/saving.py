@@ -22,9 +22,9 @@ from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.coordinator import Coordinator, UserData, describe, signal_prefix
 from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, WaitTimeout
-from orchestrator.events import Committed, SaveNotCommitted, SaveStarted, emit
+from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
-from orchestrator.protocol import Phase
+from orchestrator.protocol import Phase, cause_of
 from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Receipt, encode
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists
@@ -32,6 +32,7 @@ from orchestrator.tree import Flat
 
 DECISION_POLL_S = 0.01
 STORAGE_POLL_S = 1.0
+PROGRESS_S = 2.0  # from one event about a save that is writing to the next
 GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait for its decision
 
 
@@ -49,6 +50,7 @@ class Save:
     committed_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     thread: threading.Thread | None = None
+    told_s: float = 0.0  # when progress was last told, on the monotonic clock
 
     @property
     def shown(self) -> str:
@@ -90,6 +92,7 @@ class Saver:
     def start(self, save: Save, flat: Flat) -> None:
         """Stage `flat` and go on in the background. Whatever fails from here on is this process's NO."""
         pending: PendingWrite | None = None
+        self._enter(save, "staging")
         started = time.monotonic()
         if not save.failure:
             prefix = layout.attempt_prefix(save.step, save.attempt)
@@ -136,7 +139,7 @@ class Saver:
                 self._open(self._coordinator, intent, save)
             self._promise(save, pending)
             if self._coordinator and intent:
-                phase, reason = self._decide(self._coordinator, intent, save)
+                phase, reason = self._decide(self._coordinator, intent, save, pending)
             else:
                 phase, reason = self._await_decision(save)
             if phase is Phase.FENCED:
@@ -149,7 +152,8 @@ class Saver:
             text = f"{save.shown} was not saved: {type(error).__name__}: {error}"
             save.error = SaveFailed(text, step=save.step, attempt=save.attempt)
         if save.error:
-            emit(SaveNotCommitted(save.step, save.attempt, str(save.error)))
+            cause = "fenced" if isinstance(save.error, Fenced) else cause_of(str(save.error))
+            emit(SaveNotCommitted(save.step, save.attempt, str(save.error), cause))
         else:
             emit(Committed(save.step, save.attempt, time.monotonic() - save.started, save.committed_bytes))
             self._committed()
@@ -174,10 +178,12 @@ class Saver:
                 raise save.failure[1]
             assert pending is not None
             started = time.monotonic()
+            self._enter(save, "writing", pending)
             failpoints.hit("save.write")
-            pending.wait(self._options.save_timeout_s, partial(self._another_said_no, save))
+            pending.wait(self._options.save_timeout_s, partial(self._another_said_no, save, pending))
             save.seconds["write"] = time.monotonic() - started
             phase, started = "seal", time.monotonic()
+            self._enter(save, "sealing", pending)
             failpoints.hit("save.seal")
             files = self._seal(save)
             save.seconds["seal"] = time.monotonic() - started
@@ -189,6 +195,7 @@ class Saver:
                 raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
             failpoints.hit("receipt.after")
             me.post(signal, "yes")
+            self._enter(save, "waiting", pending)
         except arrays.WriteStopped:  # another's NO has decided: no word of ours, so that theirs is the cause
             logging.warning("%s: gave up writing, another process has said no", save.shown)
         except Exception as error:
@@ -199,7 +206,15 @@ class Saver:
             except Exception as second:  # the signal has told already; a full disk cannot hold the receipt
                 logging.warning("%s: the NO of process %d could not be stored: %s", key, me.process, second)
 
-    def _another_said_no(self, save: Save) -> bool:
+    def _enter(self, save: Save, phase: str, pending: PendingWrite | None = None) -> None:
+        save.told_s = time.monotonic()
+        written_bytes = pending.written_bytes if pending else 0
+        emit(SavePhase(save.step, save.attempt, phase, save.told_s - save.started, written_bytes))
+
+    def _another_said_no(self, save: Save, pending: PendingWrite) -> bool:
+        """Asked again and again while this process writes, so it tells the progress, too."""
+        if time.monotonic() - save.told_s >= PROGRESS_S:
+            self._enter(save, "writing", pending)
         posted = self._rendezvous.poll(signal_prefix(self._run, save.step, save.attempt) + "receipt/")
         return any(value.startswith("{") for value in posted.values())
 
@@ -250,9 +265,12 @@ class Saver:
 
     # The decision.
 
-    def _decide(self, coordinator: Coordinator, intent: Intent, save: Save) -> tuple[Phase, str]:
+    def _decide(
+        self, coordinator: Coordinator, intent: Intent, save: Save, pending: PendingWrite | None
+    ) -> tuple[Phase, str]:
         spent = time.monotonic() - save.started
-        state = coordinator.decide(intent, save.user, max(0.0, self._options.save_timeout_s - spent))
+        left_s = max(0.0, self._options.save_timeout_s - spent)
+        state = coordinator.decide(intent, save.user, left_s, lambda: self._enter(save, "committing", pending))
         save.committed_bytes = coordinator.committed_bytes
         return state.phase, describe(state)
 

@@ -30,9 +30,10 @@ def mesh8() -> Iterator[jax.sharding.Mesh]:
 
 
 def snapshot(root: Path) -> dict[str, str]:
-    """Every file and directory below `root` with a digest of its content: equal snapshots mean nothing changed."""
+    """Every file and directory below `root` with a digest of its content: equal snapshots mean nothing changed.
+    Events are no part of a run's state: they are left out."""
     found = {}
-    for path in sorted(root.rglob("*")):
+    for path in sorted(path for path in root.rglob("*") if "events" not in path.relative_to(root).parts):
         name = str(path.relative_to(root))
         found[name] = "directory" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -19,6 +19,7 @@ from orchestrator import layout
 from orchestrator.catalog import Catalog
 from orchestrator.records import LiveStep
 from orchestrator.storage import PosixStorage
+from orchestrator.verify import read_back
 from tests.model import invariants
 
 JOB = Path(__file__).parent / "jobs" / "crash_job.py"
@@ -94,7 +95,7 @@ def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[
 
 
 def damage(catalog: Catalog, live: LiveStep) -> str:
-    return "; ".join(catalog.problems(live))
+    return "; ".join(read_back(catalog, live).damaged)
 
 
 def receipts(catalog: Catalog) -> Iterator[tuple[int, str, int, str]]:

@@ -15,8 +15,8 @@ from runs import LIKE, fill, journal_of, now, state
 import orchestrator as oc
 from orchestrator import arrays, errors, layout
 from orchestrator.catalog import Catalog
-from orchestrator.restore import problems
 from orchestrator.storage import PosixStorage
+from orchestrator.verify import read_back
 
 
 def edit(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -160,8 +160,8 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     assert one is not None and two is not None
     directory = f"{catalog.url}/{layout.attempt_prefix(1, one.attempt)}{layout.STATE}"
     own, other = catalog.manifest(one), catalog.manifest(two)
-    assert arrays.check(directory, own.chunks) == []
-    (said,) = arrays.check(directory, other.chunks)
+    assert arrays.check(directory, own.chunks) == {}
+    (said,) = arrays.check(directory, other.chunks).values()
     assert "belongs to another save" in said
     leaves = [arrays.Load(leaf) for leaf in catalog.intent(one, own).tree.leaves]
     assert len(arrays.load(directory, leaves, None, own.chunks)) == 1
@@ -173,5 +173,7 @@ def test_verify_reads_the_chunks_too(root: Path) -> None:
     fill(root, 1)
     catalog = Catalog(PosixStorage(str(root)), "test")
     step = catalog.find(1)
-    assert step is not None and problems(catalog, step) == []
+    assert step is not None
+    verdict = read_back(catalog, step)
+    assert verdict.good and (verdict.files, verdict.chunks) == (len(catalog.manifest(step).files), 2)
     assert catalog.manifest(step).chunks.keys() == {"w/c/0", "count/c"}

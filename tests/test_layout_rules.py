@@ -22,11 +22,12 @@ RANKS = {
     **dict.fromkeys(["options", "chunks", "attest"], PURE),
     "storage.base": PORTS,
     **dict.fromkeys(["storage", "storage.memory", "storage.posix", "storage.gcs"], ADAPTERS),
+    **dict.fromkeys(["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading"], ADAPTERS),
+    "arrays.fingerprint": ADAPTERS,
+    **dict.fromkeys(["rendezvous", "events", "eventlog", "story", "telemetry", "failpoints", "heartbeat"], ADAPTERS),
     **dict.fromkeys(
-        ["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading", "arrays.fingerprint"], ADAPTERS
+        ["agent", "saving", "coordinator", "restore", "proof", "verify", "diff", "collect", "catalog"], ROLES
     ),
-    **dict.fromkeys(["rendezvous", "events", "failpoints", "heartbeat"], ADAPTERS),
-    **dict.fromkeys(["agent", "saving", "coordinator", "restore", "collect", "catalog", "proof"], ROLES),
     "": FACADE,  # orchestrator/__init__.py gives the roles their public names
 }
 IMPURE = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.arrays.reading import Load, check, load, sharding_of
+from orchestrator.arrays.reading import Load, check, leaf_bytes, load, sharding_of
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped, own_files
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PendingWrite",
     "WriteStopped",
     "check",
+    "leaf_bytes",
     "load",
     "own_files",
     "sharding_of",

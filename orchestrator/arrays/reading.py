@@ -22,7 +22,7 @@ import tensorstore as ts
 
 from orchestrator import chunks
 from orchestrator.arrays.store import context, store_spec
-from orchestrator.errors import Damaged, WaitTimeout
+from orchestrator.errors import Damaged, OrchestratorError, StorageError, WaitTimeout
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import inline_value, numpy_dtype
 
@@ -74,10 +74,13 @@ def load(
     return _finish(loads, fillings)
 
 
-def check(directory: str, checksums: Mapping[str, str]) -> list[str]:
-    """Read every chunk that the manifest knows of the `state/` at URL `directory`. A line for each that is not what was
-    saved, [] if all are. Holds a few chunks at a time. Raises Damaged if the store cannot be opened, WaitTimeout."""
-    return _Reader(directory, lambda read_bytes: None, checksums).check() if checksums else []
+def check(
+    directory: str, checksums: Mapping[str, str], on_bytes: Callable[[int], None] = lambda read_bytes: None
+) -> dict[str, str]:
+    """Read these chunks (key -> the manifest's CRC-32C) of the `state/` at URL `directory`. By key: what is wrong with
+    each that is not what was saved. Holds a few at a time. Raises Damaged if the store cannot be opened, StorageError,
+    WaitTimeout."""
+    return _Reader(directory, on_bytes, checksums).check()
 
 
 def _prepare(item: Load) -> _Filling:
@@ -101,6 +104,18 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % _ALIGNMENT
     return raw[first : first + size].view(dtype).reshape(shape)
+
+
+# TensorStore's statuses that say something about the store, and nothing about what is in it.
+_STORE_FAILED = (
+    *("UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
+    *("ABORTED", "CANCELLED"),
+)
+
+
+def _fault(error: Exception) -> type[OrchestratorError]:
+    """Whether a failed read means that the store failed, or that the data is damaged."""
+    return StorageError if str(error).startswith(_STORE_FAILED) else Damaged
 
 
 @dataclass(frozen=True)
@@ -136,7 +151,7 @@ class _Reader:
         try:
             self._store = ts.KvStore.open(store_spec(directory), context=self._context).result(timeout=_TIMEOUT_S)
         except (ValueError, OSError) as error:
-            raise Damaged(f"{directory}: cannot be opened: {error}") from error
+            raise _fault(error)(f"{directory}: cannot be opened: {error}") from error
 
     def fill(self, fillings: Sequence[_Filling]) -> None:
         ours = [filling for filling in fillings if filling.item.leaf.chunk is not None]
@@ -179,7 +194,7 @@ class _Reader:
         except TimeoutError as error:
             raise WaitTimeout(f"{leaf.label}: {self._directory} did not answer within {_TIMEOUT_S:g} s") from error
         except (ValueError, OSError, NotImplementedError) as error:  # TensorStore's statuses arrive as these
-            raise Damaged(f"{leaf.label}: cannot be read from {self._directory}: {error}") from error
+            raise _fault(error)(f"{leaf.label}: cannot be read from {self._directory}: {error}") from error
         return result
 
     def _place(self, read: _Read, result: Any) -> None:
@@ -211,9 +226,9 @@ class _Reader:
                 "it belongs to another save"
             )
 
-    def check(self) -> list[str]:
-        """Read every chunk of the manifest; a line for each that is not what was saved."""
-        problems: list[str] = []
+    def check(self) -> dict[str, str]:
+        """Read every chunk that there is a checksum of. Key -> what is wrong with it."""
+        problems: dict[str, str] = {}
         waiting: deque[tuple[str, Any]] = deque()
         keys = iter(self._checksums)
         while True:
@@ -224,13 +239,19 @@ class _Reader:
             key, future = waiting.popleft()
             try:
                 result = future.result(timeout=_TIMEOUT_S)
+                self._on_bytes(len(result.value))
                 body = result.value if result.state == "value" else b""
                 said = int.from_bytes(body[-chunks.CHECKSUM_BYTES :], "little")
                 if len(body) < chunks.CHECKSUM_BYTES or crc32c.crc32c(body[: -chunks.CHECKSUM_BYTES]) != said:
                     raise Damaged(f"chunk {key} in {self._directory} is missing or damaged")
                 self._same_save(key.partition("/c")[0], key, said)
+            except TimeoutError as error:
+                text = f"chunk {key}: {self._directory} did not answer within {_TIMEOUT_S:g} s"
+                raise WaitTimeout(text) from error
             except (Damaged, ValueError, OSError) as error:
-                problems.append(str(error))
+                if _fault(error) is StorageError:
+                    raise StorageError(f"chunk {key}: cannot be read from {self._directory}: {error}") from error
+                problems[key] = str(error)
 
     def _fill_by_zarr(self, filling: _Filling) -> None:
         leaf = filling.item.leaf
@@ -247,6 +268,11 @@ class _Reader:
 def _chunk_bytes(leaf: LeafSpec) -> int:
     assert leaf.chunk is not None
     return math.prod(leaf.chunk) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize
+
+
+def leaf_bytes(leaf: LeafSpec) -> int:
+    """Bytes of a leaf's elements in host memory; 0 for values kept in the tree spec."""
+    return math.prod(leaf.file_shape) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize if leaf.in_store else 0
 
 
 def _finish(loads: Sequence[Load], fillings: dict[int, _Filling]) -> list[Any]:

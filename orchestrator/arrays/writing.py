@@ -79,10 +79,17 @@ class _StagedScalar(Staged):
 
 @dataclass
 class _Underway:
-    """What the handlers of one save share. `stop`: set, whoever writes gives up. `checksums`: of the chunks written."""
+    """What the handlers of one save share. `stop`: set, whoever writes gives up. `checksums`: of the chunks written.
+    `written_bytes`: in the store, so far."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     checksums: dict[str, str] = field(default_factory=dict)
+    written_bytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def wrote(self, count: int) -> None:
+        with self.lock:  # the handlers write at the same time
+            self.written_bytes += count
 
 
 class WriteStopped(Exception):
@@ -170,17 +177,18 @@ def _write(
                 in_flight += len(body)
                 while in_flight > _WINDOW_BYTES:
                     size, future = pending.popleft()
-                    _written(future, save.stop)
+                    _written(future, size, save)
                     in_flight -= size
-    for _, future in pending:
-        _written(future, save.stop)
+    for size, future in pending:
+        _written(future, size, save)
 
 
-def _written(future: Any, stop: threading.Event) -> None:
-    """Wait for one chunk. Raises WriteStopped soon after `stop` is set, and what the write raised."""
-    while not stop.is_set():
+def _written(future: Any, size: int, save: _Underway) -> None:
+    """Wait for one chunk. Raises WriteStopped soon after `save.stop` is set, and what the write raised."""
+    while not save.stop.is_set():
         with contextlib.suppress(TimeoutError):
             future.result(timeout=_LOOK_S)
+            save.wrote(size)
             return
     raise WriteStopped
 
@@ -302,6 +310,7 @@ class ArrayWriter:
         tree = jax.tree_util.tree_unflatten(flat.treedef, staged)
         self._save.stop.clear()
         self._save.checksums = {}
+        self._save.written_bytes = 0
         prints = fingerprint.start(self._attested(flat)) if attest else None
         return PendingWrite(self._handler, directory, tree, boxes, self._save, prints)
 
@@ -356,6 +365,11 @@ class PendingWrite:
     def fingerprints(self) -> dict[str, tuple[ShardPrint, ...]]:
         """Leaf name -> fingerprints of this process's shards; {} where none were asked for. Waits for the devices."""
         return self._prints.signed() if self._prints else {}
+
+    @property
+    def written_bytes(self) -> int:
+        """How much of this process's arrays is in the store by now. Any thread; until the next `stage`."""
+        return self._save.written_bytes
 
     def wait(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
         """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after

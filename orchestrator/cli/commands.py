@@ -14,7 +14,7 @@ from orchestrator import journal, layout, policy
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.collect import collect
-from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, StepNotFound, UsageError
+from orchestrator.errors import EXIT_FAILED, EXIT_OK, StepNotFound, UsageError
 from orchestrator.plan import brief
 from orchestrator.records import Head, LeafSpec, LiveStep
 from orchestrator.storage import open_storage
@@ -44,8 +44,8 @@ def ls(root: str, flags: Flags) -> int:
                 "version": head.version,
                 "epoch": head.epoch,
                 "newest": newest.step if newest else None,
-                "steps": [_builtins(live) for live in head.live],
-                "retired": [_builtins(gone) for gone in head.retired],
+                "steps": [builtins(live) for live in head.live],
+                "retired": [builtins(gone) for gone in head.retired],
                 "uncommitted": [{"step": step, "attempt": attempt} for step, attempt in loose],
             }
         )
@@ -81,16 +81,16 @@ def _row(live: LiveStep, newest: LiveStep | None) -> list[str]:
 
 def inspect(root: str, flags: Flags) -> int:
     catalog = open_catalog(root)
-    live = _live(catalog, flags["step"])
+    live = live_step(catalog, flags["step"])
     manifest = catalog.manifest(live)
     intent = catalog.intent(live, manifest)
     extra = catalog.extra(live, manifest)
     if flags["json"]:
-        leaves = [_builtins(leaf) | {"bytes": _leaf_bytes(leaf)} for leaf in intent.tree.leaves]
+        leaves = [builtins(leaf) | {"bytes": _leaf_bytes(leaf)} for leaf in intent.tree.leaves]
         render.give(
             {
                 "root": catalog.url,
-                "step": _builtins(live),
+                "step": builtins(live),
                 "opened_by": intent.opened_by,
                 "epoch": intent.epoch,
                 "process_count": intent.process_count,
@@ -98,7 +98,7 @@ def inspect(root: str, flags: Flags) -> int:
                 "mesh": intent.mesh,
                 "leaves": leaves,
                 "extra": extra.extra,
-                "files": [_builtins(entry) for entry in manifest.files],
+                "files": [builtins(entry) for entry in manifest.files],
                 "processes": _processes(manifest.hosts, manifest.seconds, catalog, live),
             }
         )
@@ -159,7 +159,7 @@ def log(root: str, flags: Flags) -> int:
     heads = heads[-flags["last"] :] if flags["last"] else heads
     if flags["json"]:
         fields = ("version", "epoch", "writer", "time", "event")
-        render.give([{name: _builtins(getattr(head, name)) for name in fields} for head in heads])
+        render.give([{name: builtins(getattr(head, name)) for name in fields} for head in heads])
         return EXIT_OK
     rows = [
         [str(head.version), render.moment(head.time), str(head.epoch), *_story(head), head.writer] for head in heads
@@ -192,13 +192,13 @@ def gc(root: str, flags: Flags) -> int:
         would_retire = following.event.steps if isinstance(following, Head) else ()
     with render.progress() as display:
         bar = render.Bar(display, "deleting", None)
-        done = collect(catalog, dry_run=flags["dry_run"], on_file=bar.step)
+        done = collect(catalog, dry_run=flags["dry_run"], on_file=bar.file)
     if flags["json"]:
         render.give(
             {
                 "dry_run": flags["dry_run"],
                 "retired": list(would_retire),
-                "attempts": [_builtins(gone) for gone in done.attempts],
+                "attempts": [builtins(gone) for gone in done.attempts],
                 "files": done.files,
                 "bytes": done.bytes,
                 "failed": done.failed,
@@ -241,40 +241,14 @@ def _change(root: str, flags: Flags, rule: journal.Rule) -> int:
     live = journal.find(after, _wanted(flags))
     changed = after.version != before.version
     if flags["json"]:
-        render.give({"changed": changed, "version": after.version, "step": _builtins(live) if live else None})
+        render.give({"changed": changed, "version": after.version, "step": builtins(live) if live else None})
     else:
         what = f"journal version {after.version}: {after.event.kind} step {flags['step']}"
         render.say(what if changed else f"step {flags['step']}: nothing to change")
     return EXIT_OK
 
 
-def verify(root: str, flags: Flags) -> int:
-    """Read steps back and compare every file with the manifest; record what was found in the journal."""
-    from orchestrator import restore  # JAX takes a second to import: only here
-
-    catalog = open_catalog(root)
-    head = catalog.require_head()
-    chosen = list(head.live) if flags["all"] else [_live(catalog, flags["step"])]
-    found: list[dict[str, Any]] = []
-    for live in chosen:
-        with render.progress() as display:
-            bar = render.Bar(display, f"step {live.step}", None)
-            problems = restore.problems(catalog, live, bar.step)
-        found.append({"step": live.step, "attempt": live.attempt, "bytes": live.bytes, "problems": problems})
-        if not problems and live.trust == "committed" and not flags["read_only"]:
-            catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="verified"))
-    if flags["json"]:
-        render.give(found)
-    else:
-        for one in found:
-            state = "damaged" if one["problems"] else "good"
-            render.say(f"{layout.shown(one['step'], one['attempt'])}: {state}, {render.size(one['bytes'])} read back")
-            for line in one["problems"]:
-                render.say(f"  {line}")
-    return EXIT_DAMAGED if any(one["problems"] for one in found) else EXIT_OK
-
-
-def _live(catalog: Catalog, step: int | None) -> LiveStep:
+def live_step(catalog: Catalog, step: int | None) -> LiveStep:
     """The given step, quarantined or not, or the newest. Raises StepNotFound."""
     head = catalog.require_head()
     live = journal.newest(head) if step is None else journal.find(head, step)
@@ -294,5 +268,5 @@ def _name(flags: Flags) -> str:
     return str(flags["name"])
 
 
-def _builtins(value: Any) -> Any:
+def builtins(value: Any) -> Any:
     return msgspec.to_builtins(value)

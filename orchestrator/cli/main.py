@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from orchestrator.cli import commands
+from orchestrator.cli import commands, diff, verify, watch
 from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
 _BROKEN_PIPE = 128 + 13
@@ -21,16 +21,18 @@ _BROKEN_PIPE = 128 + 13
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of one command. `kind`: bool, int or str."""
+    """A flag of one command. `kind`: bool, int, float or str. `short`: one letter that stands for it."""
 
     name: str
     kind: type
     default: Any
     about: str
+    short: str | None = None
 
 
 _JSON = Flag("json", bool, False, "one JSON document instead of a table")
 _STEP = Flag("step", int, None, "which step")
+_EVENTS = Flag("events_dir", str, None, "where the job's events are; ROOT/events without it")
 _NAME = Flag("name", str, "pin", "name of the pin; a step may have several")
 
 
@@ -40,6 +42,7 @@ class Command:
     about: str
     flags: tuple[Flag, ...]
     examples: tuple[str, ...]
+    arguments: tuple[str, ...] = ()  # words after ROOT; the command gets them among its flags
 
 
 COMMANDS = {
@@ -61,15 +64,45 @@ COMMANDS = {
         (Flag("last", int, 0, "only the last N entries; 0: all"),),
         ("orchestrator log /data/run --last=20",),
     ),
+    "watch": Command(
+        watch.watch,
+        "what a run does now: hosts and their phases, the last commits, what would be lost if it died",
+        (
+            Flag("once", bool, False, "one look; the same where the output is no terminal"),
+            Flag("interval_s", float, 1.0, "seconds from one look to the next"),
+            _EVENTS,
+        ),
+        ("orchestrator watch /data/run", "orchestrator watch /data/run --json | jq .loss_s"),
+    ),
     "verify": Command(
-        commands.verify,
-        "read a step back and compare every file with its manifest; 4 if something is damaged",
+        verify.verify,
+        "read a step back, compare every file and chunk with the manifest; 4 if something is damaged",
         (
             _STEP,
             Flag("all", bool, False, "every step"),
-            Flag("read_only", bool, False, "do not record in the journal that a step was found good"),
+            Flag("sample", str, None, "of the arrays' chunks, only this share, such as 10%; marks nothing as verified"),
+            Flag("seed", int, 0, "chooses the sample"),
+            Flag("repair_journal", str, "auto", "auto: mark the good as verified, quarantine the damaged; or never"),
         ),
-        ("orchestrator verify /data/run", "orchestrator verify /data/run --all"),
+        (
+            "orchestrator verify /data/run",
+            "orchestrator verify /data/run --all --repair_journal=never",
+            "orchestrator verify /data/run --step=100 --sample=10%",
+        ),
+    ),
+    "diff": Command(
+        diff.diff,
+        "which leaves differ between steps A and B; 1 if any does",
+        (
+            Flag("other", str, None, "B is a step of this run instead of ROOT"),
+            Flag("max_difference", bool, False, "read what differs: how many elements, and the greatest difference"),
+            Flag("all", bool, False, "show equal leaves, too"),
+        ),
+        (
+            "orchestrator diff /data/run 100 200",
+            "orchestrator diff /data/run 100 100 --other=/data/second --max_difference",
+        ),
+        arguments=("A", "B"),
     ),
     "gc": Command(
         commands.gc,
@@ -110,10 +143,11 @@ def _help(name: str, command: Command) -> str:
     rows = []
     for flag in (*command.flags, _JSON):
         default = "" if flag.default in (None, False) else f" (default {flag.default})"
-        rows.append(f"  --{flag.name:<12} {flag.about}{default}")
+        short = f"-{flag.short}, " if flag.short else ""
+        rows.append(f"  {short}--{flag.name:<12} {flag.about}{default}")
     examples = "\n".join(f"  {line}" for line in command.examples)
     return (
-        f"usage: orchestrator {name} ROOT [flags]\n\n{command.about}\n\nflags:\n"
+        f"usage: orchestrator {' '.join((name, 'ROOT', *command.arguments))} [flags]\n\n{command.about}\n\nflags:\n"
         + "\n".join(rows)
         + f"\n\nexamples:\n{examples}"
     )
@@ -125,18 +159,23 @@ def _parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[str, 
     define: dict[type, Callable[..., Any]] = {
         bool: absl_flags.DEFINE_bool,
         int: absl_flags.DEFINE_integer,
+        float: absl_flags.DEFINE_float,
         str: absl_flags.DEFINE_string,
     }
     for flag in (*command.flags, _JSON):
-        define[flag.kind](flag.name, flag.default, flag.about, flag_values=values)
+        define[flag.kind](flag.name, flag.default, flag.about, flag_values=values, short_name=flag.short)
     try:
         positional = values([name, *arguments])[1:]
     except absl_flags.Error as error:
         raise UsageError(str(error).splitlines()[0]) from error
-    if len(positional) != 1:
-        wrong = "the run's ROOT is missing" if not positional else f"unexpected {positional[1]!r}"
-        raise UsageError(f"{wrong}; usage: orchestrator {name} ROOT [flags]")
-    return positional[0], values.flag_values_dict()
+    wanted = ("ROOT", *command.arguments)
+    if len(positional) != len(wanted):
+        missing = wanted[len(positional)] if len(positional) < len(wanted) else ""
+        wrong = f"the run's {missing} is missing" if missing == "ROOT" else f"{missing} is missing"
+        wrong = wrong if missing else f"unexpected {positional[len(wanted)]!r}"
+        raise UsageError(f"{wrong}; usage: orchestrator {name} {' '.join(wanted)} [flags]")
+    words = {word.lower(): value for word, value in zip(command.arguments, positional[1:], strict=True)}
+    return positional[0], {**values.flag_values_dict(), **words}
 
 
 def main(argv: Sequence[str]) -> int:

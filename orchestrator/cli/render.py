@@ -7,23 +7,32 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 
 
-def _console(to: Any) -> Console:
-    return Console(file=to, width=None if to.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=True)
+def console(to: Any) -> Console:
+    """Where people look: as wide as their terminal, or wide enough for programs. Styles show on terminals only."""
+    return Console(file=to, width=None if to.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def say(text: str) -> None:
     """A line for people, on standard output."""
-    _console(sys.stdout).print(Text(text))
+    console(sys.stdout).print(Text(text), soft_wrap=True)
 
 
 def give(value: Any) -> None:
@@ -32,16 +41,17 @@ def give(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A plain table. `right`: columns of numbers. Styles show on terminals only."""
+    """A plain table on standard output. `right`: columns of numbers."""
+    console(sys.stdout).print(drawn_table(columns, rows, right))
+
+
+def drawn_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    console = Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, no_color=None
-    )
-    console.print(drawn)
+    return drawn
 
 
 def size(count: float) -> str:
@@ -58,25 +68,41 @@ def moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def duration(seconds: float) -> str:
+    """0.25 -> `0.25 s`, 200 -> `3 min 20 s`, 90000 -> `1 d 1 h`."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest_s, "s")]
+    first = next(index for index, (count, _) in enumerate(parts) if count)
+    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count)
+
+
 def number(value: float) -> str:
     return f"{value:.5g}"
 
 
 class Bar:
-    """Counts files done, on a terminal only."""
+    """Shows how far a work has come, on a terminal only: in files, or in bytes. Any thread."""
 
     def __init__(self, progress: Progress | None, about: str, total: int | None) -> None:
         self._progress = progress
         self._task = progress.add_task(about, total=total) if progress else None
 
-    def step(self, key: str) -> None:
+    def file(self, key: str) -> None:
+        self.add(1)
+
+    def add(self, count: int) -> None:
         if self._progress and self._task is not None:
-            self._progress.advance(self._task)
+            self._progress.advance(self._task, count)
 
 
-def progress() -> AbstractContextManager[Progress | None]:
-    """A progress display on standard error where that is a terminal."""
+def progress(unit: Literal["files", "bytes"] = "files") -> AbstractContextManager[Progress | None]:
+    """A progress display on standard error where that is a terminal; for bytes with the rate."""
     if not sys.stderr.isatty():
         return nullcontext(None)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    counts = (MofNCompleteColumn(),) if unit == "files" else (DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
     return Progress(*columns, console=Console(file=sys.stderr), transient=True)

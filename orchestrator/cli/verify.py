@@ -1,0 +1,75 @@
+"""`orchestrator verify`: read steps back, say what is damaged, journal what was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.catalog import Catalog
+from orchestrator.cli import render
+from orchestrator.cli.commands import Flags, live_step, open_catalog
+from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError, UsageError
+from orchestrator.layout import shown
+from orchestrator.records import LiveStep
+
+
+def verify(root: str, flags: Flags) -> int:
+    if flags["repair_journal"] not in ("auto", "never"):
+        raise UsageError(f"--repair_journal={flags['repair_journal']}: wanted auto or never")
+    sample = _fraction(flags["sample"])
+    catalog = open_catalog(root)
+    chosen = list(catalog.require_head().live) if flags["all"] else [live_step(catalog, flags["step"])]
+    found = [_verify(catalog, live, sample, flags) for live in chosen]
+    if flags["json"]:
+        render.give(found)
+    else:
+        for one in found:
+            _say(one)
+    if any(one["problems"] for one in found):
+        return EXIT_DAMAGED
+    return EXIT_FAILED if any(one["unread"] for one in found) else EXIT_OK
+
+
+def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags) -> dict[str, Any]:
+    from orchestrator import verify  # JAX takes a second to import: only here
+
+    try:
+        total = verify.total_bytes(catalog.manifest(live), sample)
+    except OrchestratorError:  # it will be among the findings
+        total = live.bytes
+    with render.progress("bytes") as display:
+        bar = render.Bar(display, f"step {live.step}", total)
+        verdict = verify.read_back(catalog, live, sample=sample, seed=flags["seed"], on_bytes=bar.add)
+    if flags["repair_journal"] == "auto":
+        verify.record(catalog, live, verdict)
+    return {
+        "step": live.step,
+        "attempt": live.attempt,
+        "bytes": live.bytes,
+        "files": verdict.files,
+        "chunks": verdict.chunks,
+        "sample": sample,
+        "problems": verdict.damaged,
+        "unread": verdict.unread,
+    }
+
+
+def _say(one: dict[str, Any]) -> None:
+    state = "damaged" if one["problems"] else "not read" if one["unread"] else "good"
+    share = "" if one["sample"] is None else f", a sample of {one['sample']:.3g} of the chunks"
+    read = f"{one['files']} files and {one['chunks']} chunks of {render.size(one['bytes'])} read back{share}"
+    render.say(f"{shown(one['step'], one['attempt'])}: {state}, {read}")
+    for line in (*one["problems"], *one["unread"]):
+        render.say(f"  {line}")
+
+
+def _fraction(text: str | None) -> float | None:
+    """`10%` or `0.1` as 0.1; None where nothing was said. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        number = -1.0
+    if not 0 < number <= 1:
+        raise UsageError(f"--sample={text}: wanted a share such as 10%, above 0% and up to 100%")
+    return number

@@ -1,0 +1,31 @@
+"""What an agent tells the outside about itself: the event log, metrics, traces. One object, opened and closed by it.
+
+None of it may hurt the job: what cannot be opened is one warning. The agent's thread never waits for a disk or a port.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator import events
+from orchestrator.eventlog import EventLog, directory_of
+from orchestrator.options import Options
+
+
+class Telemetry:
+    """Hears every event of this process until `close`. `epoch`: of the incarnation that has just been opened."""
+
+    def __init__(self, options: Options, url: str, *, process: int, host: str, epoch: int) -> None:
+        self._closers: list[Callable[[], None]] = []
+        directory = directory_of(url, options.events_dir)
+        if directory is not None:
+            log = EventLog(directory, process=process, host=host, epoch=epoch)
+            self._hear(log.write, log.close)
+
+    def _hear(self, reader: Callable[[events.Event], None], close: Callable[[], None]) -> None:
+        self._closers += [events.subscribe(reader), close]
+
+    def close(self) -> None:
+        """End it, bounded by a few seconds. Idempotent."""
+        while self._closers:
+            self._closers.pop(0)()

@@ -1,0 +1,141 @@
+"""Reading a committed attempt back, whole or in part, and saying what is damaged: which file, array and shard.
+
+Needs no devices and no target. Every file is compared with the manifest, then every chunk, which also tells another
+save's data files from this one's (their own checksums cannot).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from orchestrator import arrays, attest, chunks, journal, layout
+from orchestrator.catalog import Catalog
+from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, StorageError
+from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
+
+_THREADS = 4  # each holds one file in memory
+_DATA = "/d/"  # OCDBT keeps an array store's bytes in such directories
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass
+class Verdict:
+    """What reading an attempt back has found. `damaged`: is not what was saved. `unread`: the store failed, which says
+    nothing about the data. One line each. `whole`: everything was read, not a sample."""
+
+    damaged: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    files: int = 0
+    chunks: int = 0
+    whole: bool = True
+
+    @property
+    def good(self) -> bool:
+        return not self.damaged and not self.unread
+
+
+def read_back(
+    catalog: Catalog,
+    live: LiveStep,
+    *,
+    sample: float | None = None,
+    seed: int = 0,
+    on_bytes: OnBytes = lambda read_bytes: None,
+) -> Verdict:
+    """Compare what is stored with what was saved. `sample`: of the arrays, only this fraction of the chunks (at least
+    one), chosen by `seed`; records, sizes and process states are always looked at. Any thread."""
+    verdict = Verdict(whole=sample is None)
+    try:
+        manifest = catalog.manifest(live)
+        if sample is not None:
+            catalog.check_sizes(live, manifest)
+    except OrchestratorError as error:
+        _note(verdict, error)
+        return verdict
+    files = [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
+    _read_files(catalog, live, files, verdict, on_bytes)
+    keys = sorted(manifest.chunks)
+    if sample is not None and keys:
+        keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
+    _read_chunks(catalog, live, manifest, keys, verdict, on_bytes)
+    return verdict
+
+
+def total_bytes(manifest: Manifest, sample: float | None = None) -> int:
+    """About how much `read_back` will read: each data file once as a file and once as chunks."""
+    data = sum(entry.bytes for entry in manifest.files if _DATA in entry.path)
+    return manifest.total_bytes + data if sample is None else manifest.total_bytes - data + math.ceil(data * sample)
+
+
+def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
+    """Journal the verdict: a good attempt read whole is `verified`, a damaged one quarantined. One that was retired
+    while it was read stays as it is. Raises StorageError."""
+    if verdict.damaged:
+        reason = f"verify: {verdict.damaged[0]}"[:1000]
+        catalog.append(partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason))
+    elif verdict.good and verdict.whole:
+        catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="verified"))
+
+
+def _note(verdict: Verdict, error: OrchestratorError) -> None:
+    (verdict.damaged if isinstance(error, Damaged | NewerFormat) else verdict.unread).append(str(error))
+
+
+def _read_files(catalog: Catalog, live: LiveStep, files: list[FileEntry], verdict: Verdict, on_bytes: OnBytes) -> None:
+    def read(entry: FileEntry) -> OrchestratorError | None:
+        try:
+            catalog.checked(live, entry)
+        except (Damaged, StorageError) as error:
+            return error
+        on_bytes(entry.bytes)
+        return None
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
+        for error in pool.map(read, files):
+            if error:
+                _note(verdict, error)
+    verdict.files = len(files)
+
+
+def _read_chunks(
+    catalog: Catalog, live: LiveStep, manifest: Manifest, keys: list[str], verdict: Verdict, on_bytes: OnBytes
+) -> None:
+    directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
+    try:
+        bad = arrays.check(directory, {key: manifest.chunks[key] for key in keys}, on_bytes) if keys else {}
+    except OrchestratorError as error:
+        _note(verdict, error)
+        return
+    verdict.chunks = len(keys)
+    where = _places(catalog, live, manifest, set(bad)) if bad else {}
+    verdict.damaged += [f"{where.get(key, key)}: {problem}" for key, problem in bad.items()]
+
+
+def _places(catalog: Catalog, live: LiveStep, manifest: Manifest, keys: set[str]) -> dict[str, str]:
+    """For people: which region of which array a chunk is, and who wrote it, as far as the records can still be read."""
+    writers: dict[str, str] = {}
+    regions: dict[str, str] = {}
+    try:
+        for process in range(manifest.process_count):
+            receipt = catalog.receipt(live.step, live.attempt, process)
+            for key in keys & (receipt.chunks.keys() if receipt else set()):
+                writers[key] = f" of process {process} ({manifest.hosts[process]})"
+        for leaf in catalog.intent(live, manifest).tree.leaves:
+            regions |= _regions(leaf, keys)
+    except OrchestratorError:
+        pass  # the damage that keeps us from reading them is on the list already
+    return {key: regions.get(key, key) + writers.get(key, "") for key in keys}
+
+
+def _regions(leaf: LeafSpec, keys: set[str]) -> dict[str, str]:
+    if not leaf.in_store or leaf.chunk is None:
+        return {}
+    whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    boxes = ((chunks.key(leaf.name, box, leaf.chunk), box) for box in chunks.cut(whole, leaf.chunk))
+    return {key: leaf.label + attest.shown(box) for key, box in boxes if key in keys}
