@@ -341,6 +341,7 @@ class _Incarnation:
                 local_devices=self._job.devices_per_process,
                 restart_count=self._restart_count,
                 host_name=f"host-{index}",
+                grace_period_s=self._job.rules.stop_grace_s / 2 or None,  # the other half is for leaving
             )
             self._spawn(contract, logs)
 

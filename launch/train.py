@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from launch.report import Line, Summary, state_digest
 AXES = ("data", "model")
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("root", None, "where the checkpoints are: a directory or gs://bucket/path")
+flags.DEFINE_string("root", None, "where the checkpoints are: a directory or gs://bucket/path; else the launcher's")
 flags.DEFINE_integer("steps", 100, "train up to this step", lower_bound=0)
 flags.DEFINE_bool("save", True, "save checkpoints; --nosave trains without")
 flags.DEFINE_bool("restore", True, "go on from the newest checkpoint; --norestore starts anew")
@@ -202,15 +203,24 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
     summary.latest_step, summary.interrupted_saves = agent.latest_step(), agent.failures
 
 
+def make_options(job: contract.Contract | None) -> oc.Options:
+    """The agent's, in step with the time the launcher leaves for a last save."""
+    options = oc.Options(async_save=bool(FLAGS["async"].value))  # `async` is a word of the language
+    if job is None or job.grace_period_s is None:
+        return options
+    return replace(options, preemption_grace_s=job.grace_period_s)
+
+
 def run() -> int:
     """Train as the flags say and return the exit code. Raises OrchestratorError, ContractError."""
-    if not FLAGS.root:
+    job = contract.from_environment(os.environ) if FLAGS.distributed else None
+    root = FLAGS.root or (job.run_root if job else None)
+    if not root:
         raise oc.UsageError("--root is needed: where the checkpoints are")
     parse_mesh(FLAGS.mesh)  # a typing error need not wait for the other hosts
     sizes = Sizes(FLAGS.layers, FLAGS.width, FLAGS.heads, FLAGS.length)
     if sizes.width % sizes.heads:
         raise oc.UsageError(f"--width={sizes.width}: wanted a multiple of --heads={sizes.heads}")
-    job = contract.from_environment(os.environ) if FLAGS.distributed else None
     if job:
         contract.initialize(job)
     mesh = make_mesh(FLAGS.mesh, sizes, FLAGS.batch_size)
@@ -218,10 +228,10 @@ def run() -> int:
     loader = Loader(text, batch_size=FLAGS.batch_size, length=FLAGS.length, seed=FLAGS.seed)
     summary = Summary(jax.process_count(), jax.device_count(), dict(mesh.shape))
     with oc.Agent(
-        FLAGS.root,
+        root,
         save=oc.every(FLAGS.save_every),
         keep=oc.last(FLAGS.keep_last),
-        options=oc.Options(async_save=bool(FLAGS["async"].value)),  # `async` is a word of the language
+        options=make_options(job),
     ) as agent:
         train(agent, mesh, Transformer(sizes), loader, summary)
     if FLAGS.summary and jax.process_index() == 0:

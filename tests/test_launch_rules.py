@@ -1,13 +1,11 @@
-"""The launcher's pure parts: the supervisor's rules and the environment contract."""
+"""The local launcher's pure part: the supervisor's rules."""
 
 from __future__ import annotations
 
 import signal
 from typing import Any
 
-import pytest
-
-from launch import contract, supervise
+from launch import supervise
 from launch.supervise import Exit, Finish, History, Restart, Rules, Signal, State
 
 
@@ -123,24 +121,3 @@ def test_an_elastic_job_comes_back_without_its_lost_host_until_too_few_are_left(
     assert dies(history, at_step=9, returncode=-signal.SIGKILL, elastic=(2, 4)) == Finish(137)
     same = dies(History(3), at_step=5, returncode=1, elastic=(2, 4))
     assert isinstance(same, History) and same.hosts == 3, "a program that fails has not lost its host"
-
-
-def test_the_contract_survives_the_environment() -> None:
-    given = contract.JobContract("127.0.0.1:1", 4, 3, 2, 1, "host-3")
-    assert contract.from_environment(given.to_environment()) == given
-    assert contract.from_environment({"PATH": "/bin"}) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({contract.PROCESS_INDEX: "4"}, "ORCHESTRATOR_PROCESS_INDEX=4: wanted less than ORCHESTRATOR_PROCESS_COUNT=4"),
-        ({contract.PROCESS_COUNT: "zwei"}, "ORCHESTRATOR_PROCESS_COUNT='zwei': wanted a whole number of at least 1"),
-        ({contract.LOCAL_DEVICES: "0"}, "ORCHESTRATOR_LOCAL_DEVICES='0'"),
-        ({contract.COORDINATOR_ADDRESS: "here"}, "ORCHESTRATOR_COORDINATOR_ADDRESS='here': wanted host:port"),
-    ],
-)
-def test_a_broken_contract_names_the_variable(change: dict[str, str], message: str) -> None:
-    environ = contract.JobContract("127.0.0.1:1", 4, 3, 2, 1, "host-3").to_environment() | change
-    with pytest.raises(contract.ContractError, match="^" + message.replace("[", r"\[")):
-        contract.from_environment(environ)
