@@ -62,7 +62,18 @@ class Collected:
     failed: int
 
 
-Event = EpochOpened | SaveStarted | Committed | SaveNotCommitted | Restored | SteppedDown | Collected
+@dataclass(frozen=True)
+class StoreRetried:
+    """A request to an object store got no usable answer and is made again. `tries`: so far."""
+
+    operation: str
+    name: str
+    reason: str
+    tries: int
+    wait_s: float
+
+
+Event = EpochOpened | SaveStarted | Committed | SaveNotCommitted | Restored | SteppedDown | Collected | StoreRetried
 _WARNINGS = (SaveNotCommitted, SteppedDown)
 _readers: list[Callable[[Event], None]] = []
 

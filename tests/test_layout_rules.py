@@ -22,6 +22,7 @@ RANKS = {
     **dict.fromkeys(["options", "chunks", "attest"], PURE),
     "storage.base": PORTS,
     **dict.fromkeys(["storage", "storage.memory", "storage.posix", "storage.gcs"], ADAPTERS),
+    "storage.gcs_client": ADAPTERS,
     **dict.fromkeys(
         ["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading", "arrays.fingerprint"], ADAPTERS
     ),
