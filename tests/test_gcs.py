@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from gcs import BUCKET, EmulatorProcess, emulator, new_root
+from gcs import BUCKET, emulator, faults, new_root
 
+from launch.gcs_emulator.process import EmulatorProcess
 from orchestrator.errors import OutcomeUnknown, StorageError, UsageError
 from orchestrator.events import Event, StoreRetried, subscribe
 from orchestrator.records import FileEntry, crc32c
@@ -75,7 +76,7 @@ def test_of_64_concurrent_creators_exactly_one_wins_and_all_know_it(store: GcsSt
 def test_with_30_percent_of_replies_lost_exactly_one_of_64_wins_and_nobody_is_told_a_lie(gcs: EmulatorProcess) -> None:
     store = patient(gcs)
     gcs.counts(reset=True)
-    with gcs.faults(lost=0.3, seed=4):
+    with faults(gcs, lost=0.3, seed=4):
         for key in ("journal/a", "journal/b", "journal/c"):
             outcomes = create_at_once([store] * 64, key)
             winners = [index for index, outcome in enumerate(outcomes) if outcome == Created()]
@@ -89,7 +90,7 @@ def test_with_30_percent_of_replies_lost_exactly_one_of_64_wins_and_nobody_is_to
 
 def test_a_create_whose_every_reply_is_lost_is_read_back_or_called_unknown(gcs: EmulatorProcess) -> None:
     store = patient(gcs, deadline_s=0.5)
-    with gcs.faults(lost=1), pytest.raises(OutcomeUnknown, match=r"create gs://.*/journal/0"):
+    with faults(gcs, lost=1), pytest.raises(OutcomeUnknown, match=r"create gs://.*/journal/0"):
         store.create("journal/0", b"ours")
     assert store.get("journal/0") == b"ours"  # and so the word "unknown" was the right one
     assert store.create("journal/0", b"ours") == Created()
@@ -98,7 +99,7 @@ def test_a_create_whose_every_reply_is_lost_is_read_back_or_called_unknown(gcs: 
 
 def test_what_was_refused_for_sure_is_an_error_and_not_an_unknown_outcome(gcs: EmulatorProcess) -> None:
     store = patient(gcs, deadline_s=0.5)
-    with gcs.faults(too_many=1), pytest.raises(StorageError, match=r"HTTP 429.*gave up after") as caught:
+    with faults(gcs, too_many=1), pytest.raises(StorageError, match=r"HTTP 429.*gave up after") as caught:
         store.create("journal/0", b"ours")
     assert not isinstance(caught.value, OutcomeUnknown) or "cannot be read back" in str(caught.value)
 
@@ -110,7 +111,7 @@ def test_every_operation_rides_out_five_percent_of_each_fault_and_counts_its_ret
     gcs.counts(reset=True)
     bodies = {f"a/{index:03}": os.urandom(2000) for index in range(150)}
     try:
-        with gcs.faults(**ALL_FAULTS, slow_s=0.05, seed=11), ThreadPoolExecutor(16) as pool:
+        with faults(gcs, **ALL_FAULTS, slow_s=0.05, seed=11), ThreadPoolExecutor(16) as pool:
             assert set(pool.map(lambda item: store.create(*item), bodies.items())) == {Created()}
             assert dict(zip(bodies, pool.map(store.get, bodies), strict=True)) == bodies
             assert [entry.key for entry in store.list("a/")] == list(bodies)
@@ -121,8 +122,8 @@ def test_every_operation_rides_out_five_percent_of_each_fault_and_counts_its_ret
     finally:
         unsubscribe()
     assert list(store.list("")) == []
-    faults = gcs.counts()["faults"]
-    assert min(faults.values()) > 5 and set(faults) == set(ALL_FAULTS)
+    met = gcs.counts()["faults"]
+    assert min(met.values()) > 5 and set(met) == set(ALL_FAULTS)
     retried = Counter(event.reason for event in told if isinstance(event, StoreRetried))
     assert retried == store._client.retries
     assert retried["http 429"] + retried["http 503"] >= 20 and retried["connection"] >= 10
@@ -133,7 +134,7 @@ def test_a_store_that_is_down_is_an_error_within_the_deadline_and_works_again_wh
 ) -> None:
     store = patient(gcs, deadline_s=1.0)
     store.create("a", b"1")
-    with gcs.faults(down=True):
+    with faults(gcs, down=True):
         for call in (lambda: store.get("a"), lambda: list(store.list("")), lambda: store.delete("a")):
             started = time.monotonic()
             with pytest.raises(StorageError, match=r"gs://.*gave up after \d+ tries"):
@@ -146,20 +147,20 @@ def test_when_the_retry_budget_is_spent_callers_fail_at_once_and_answers_earn_it
     store = patient(gcs, deadline_s=30, retries=6)
     store.create("a", b"1")
     gcs.counts(reset=True)
-    with gcs.faults(unavailable=1):
+    with faults(gcs, unavailable=1):
         for _ in range(20):
             with pytest.raises(StorageError, match="budget is spent"):
                 store.get("a")
     assert gcs.counts()["faults"]["unavailable"] == 26  # 20 calls, and no more than the six retries of the budget
     for _ in range(6):
         assert store.get("a") == b"1"
-    with gcs.faults(unavailable=0.4, seed=3):
+    with faults(gcs, unavailable=0.4, seed=3):
         assert store.get("a") == b"1"
 
 
 def test_a_reader_may_read_and_is_told_which_right_it_lacks(gcs: EmulatorProcess, store: GcsStorage) -> None:
     store.create("a", b"1")
-    with gcs.faults(read_only=True):
+    with faults(gcs, read_only=True):
         assert (store.get("a"), len(list(store.list(""))), store.seal(["a"])[0].bytes) == (b"1", 1, 1)
         for call in (lambda: store.create("b", b"2"), lambda: store.delete("a")):
             with pytest.raises(StorageError, match=r"HTTP 403 .*lacks a role on the bucket, see docs/gcs.md"):
@@ -220,7 +221,7 @@ def test_many_objects_are_deleted_a_hundred_to_a_request(gcs: EmulatorProcess, s
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(lambda key: store.create(key, b"x"), keys))
     gcs.counts(reset=True)
-    with gcs.faults(too_many=0.1, seed=5):  # also of single calls inside a batch
+    with faults(gcs, too_many=0.1, seed=5):  # also of single calls inside a batch
         assert list(store.delete_many([*keys, "a/gone"])) == [(key, None) for key in [*keys, "a/gone"]]
     assert gcs.counts()["operations"]["batch"] == 3
     assert gcs.counts()["faults"]["too_many"] > 5

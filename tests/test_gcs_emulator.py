@@ -17,13 +17,14 @@ from typing import Any
 import crc32c
 import pytest
 import tensorstore as ts
-from gcs import BUCKET, REPO, EmulatorProcess, emulator
+from gcs import BUCKET, REPO, emulator, faults
 from gcsfs.core import GCSFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.gcs_emulator.bucket import Bucket, Preconditions, Refused
 from launch.gcs_emulator.faults import Dice, Faults
+from launch.gcs_emulator.process import EmulatorProcess
 
 OBJECTS = f"/storage/v1/b/{BUCKET}/o"
 
@@ -270,21 +271,21 @@ def test_each_fault_does_what_it_says_and_is_counted(gcs: EmulatorProcess, folde
     path = f"{OBJECTS}/{folder}%2Fx?alt=media"
     upload(gcs, f"{folder}/x", b"0123456789")
     gcs.counts(reset=True)
-    with gcs.faults(too_many=1):
+    with faults(gcs, too_many=1):
         assert gcs.ask("GET", path)[0] == 429
-    with gcs.faults(unavailable=1):
+    with faults(gcs, unavailable=1):
         assert gcs.ask("GET", path)[0] == 503
-    with gcs.faults(lost=1), pytest.raises(OSError):
+    with faults(gcs, lost=1), pytest.raises(OSError):
         upload(gcs, f"{folder}/lost", b"landed")
     assert gcs.ask("GET", f"{OBJECTS}/{folder}%2Flost?alt=media")[2] == b"landed"
-    with gcs.faults(cut=1), pytest.raises(OSError):
+    with faults(gcs, cut=1), pytest.raises(OSError):
         upload(gcs, f"{folder}/cut", b"never lands")
     assert gcs.ask("GET", f"{OBJECTS}/{folder}%2Fcut")[0] == 404
-    with gcs.faults(cut=1), pytest.raises(Exception, match="IncompleteRead"):
+    with faults(gcs, cut=1), pytest.raises(Exception, match="IncompleteRead"):
         gcs.ask("GET", path)
-    with gcs.faults(down=True), pytest.raises(OSError):
+    with faults(gcs, down=True), pytest.raises(OSError):
         gcs.ask("GET", path)
-    with gcs.faults(read_only=True):
+    with faults(gcs, read_only=True):
         assert upload(gcs, f"{folder}/no", b"x")[0] == 403
         assert gcs.ask("GET", path)[2] == b"0123456789"
     assert gcs.counts()["faults"] == {"too_many": 1, "unavailable": 1, "lost": 1, "cut": 2, "down": 1}
@@ -324,9 +325,9 @@ def test_faults_that_make_no_sense_are_refused_in_one_line(text: str) -> None:
 
 
 def test_the_same_seed_brings_the_same_faults() -> None:
-    faults = Faults.parse("lost=0.3,slow_s=0.5,seed=7")
-    assert (faults.lost, faults.slow_s, faults.seed) == (0.3, 0.5, 7)
-    draws = [[dice.hit("lost") for _ in range(50)] for dice in (Dice(faults), Dice(faults))]
+    told = Faults.parse("lost=0.3,slow_s=0.5,seed=7")
+    assert (told.lost, told.slow_s, told.seed) == (0.3, 0.5, 7)
+    draws = [[dice.hit("lost") for _ in range(50)] for dice in (Dice(told), Dice(told))]
     assert draws[0] == draws[1] and 5 < sum(draws[0]) < 25
 
 

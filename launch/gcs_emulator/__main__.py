@@ -10,12 +10,14 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from absl import app, flags
 from aiohttp import web
 
 from launch.gcs_emulator.faults import Faults
+from launch.gcs_emulator.process import environ
 from launch.gcs_emulator.server import Emulator
 
 FLAGS = flags.FLAGS
@@ -25,19 +27,14 @@ flags.DEFINE_list("buckets", ["demo"], "buckets that there are from the start")
 flags.DEFINE_string(
     "faults", "", "such as lost=0.3,too_many=0.05,slow=0.1,slow_s=2,seed=7; later: PUT /_emulator/faults"
 )
+flags.DEFINE_bool("until_stdin_closes", False, "end when standard input does: with the process that holds it")
 flags.DEFINE_float("max_gib", 4.0, "how much each bucket holds at most", lower_bound=0.0)
 
 
-def environ(url: str) -> dict[str, str]:
-    """What a process needs in its environment so that gcsfs, TensorStore and this package use the emulator."""
-    return {
-        "STORAGE_EMULATOR_HOST": url,
-        "TENSORSTORE_GCS_HTTP_URL": url,
-        "GOOGLE_CLOUD_PROJECT": "emulator",
-        "NO_GCE_CHECK": "true",  # else the search for credentials asks the metadata server for seconds
-        "GCE_METADATA_TIMEOUT": "1",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks for the bucket's type by gRPC, for a minute
-    }
+def _stop_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    loop.call_soon_threadsafe(stop.set)
 
 
 async def serve(emulator: Emulator, command: Sequence[str]) -> int:
@@ -51,6 +48,8 @@ async def serve(emulator: Emulator, command: Sequence[str]) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    if FLAGS.until_stdin_closes:
+        threading.Thread(target=_stop_at_end_of_input, args=(loop, stop), daemon=True).start()
     try:
         if not command:
             print(f"serving {', '.join(FLAGS.buckets)} at {url}", flush=True)
