@@ -33,8 +33,8 @@ check: setup ## ruff, format, mypy --strict, import directions
 test: check ## make check and the whole test suite
 	$(BIN)/python -m pytest
 
-demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh
-	$(BIN)/python -m launch.demo
+demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
+	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)
 
 bench: setup ## time saves beside Orbax's CheckpointManager
 	$(BIN)/python -m benchmarks.compare

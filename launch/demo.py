@@ -1,5 +1,7 @@
 """`make demo`: a job of 4 simulated hosts loses one in the middle of a save and comes back on 2, with another mesh.
 
+With `STORAGE=gcs` the run is kept in a bucket of the emulator (`launch.gcs_emulator`), which ends with the demo.
+
 Every claim it prints is checked on what the job left behind; it ends with 1 if one does not hold.
 """
 
@@ -24,16 +26,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import orchestrator as oc
 from launch import local
+from launch.gcs_emulator.process import EmulatorProcess
 from launch.report import Line, Summary
 from launch.supervise import Rules
+from orchestrator import layout
+from orchestrator.storage import open_storage
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("root", "demo-run", "where the demo writes; made anew each time")
+flags.DEFINE_enum("storage", "local", ["local", "gcs"], "where the run is: below --root, or in an emulated bucket")
 flags.DEFINE_integer("steps", 60, "steps of the whole run", lower_bound=30)
 
 SAVE_EVERY = 10
 KILLED_HOST = 2
 KILL_AFTER_STEP = 25  # the first save that begins after this step is the one cut off
+BUCKET = "demo-bucket"  # of the emulator
 MARK = ".demo"  # says that a directory is ours to delete
 
 
@@ -60,9 +67,9 @@ def prepare(root: Path) -> None:
     (root / MARK).touch()
 
 
-def train_command(root: Path, mesh: str, steps: int) -> list[str]:
+def train_command(root: Path, run: str, mesh: str, steps: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "launch.train", f"--root={root / 'run'}", f"--steps={steps}", f"--mesh={mesh}"),
+        *(sys.executable, "-m", "launch.train", f"--root={run}", f"--steps={steps}", f"--mesh={mesh}"),
         *(f"--save_every={SAVE_EVERY}", "--keep_last=3", "--log_every=1", "--digests"),
         f"--summary={root / 'summary.json'}",
     ]
@@ -108,14 +115,15 @@ def run_part(
 class Killer:
     """Kills one host, once, when a save has begun that is not committed."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: str) -> None:
         self._run = run
         self.step: int | None = None
 
     def __call__(self, part: Part, running: Sequence[local.HostView]) -> None:
         if self.step is not None or max(part.losses, default=0) < KILL_AFTER_STEP:
             return
-        begun = {int(path.parent.parent.name) for path in self._run.glob("steps/*/*/intent.json")}
+        found = (layout.split_attempt_key(entry.key) for entry in open_storage(self._run).list(layout.STEPS))
+        begun = {part[0] for part in found if part and part[2] == layout.INTENT}
         open_steps = begun - set(oc.open_run(self._run).all_steps())
         victim = next((host for host in running if host.index == KILLED_HOST), None)
         if open_steps and victim:
@@ -169,17 +177,15 @@ def draw(path: Path, first: Part, second: Part, cut_step: int, restored_step: in
     pyplot.close(figure)
 
 
-def demo(root: Path, steps: int, console: Console) -> None:
+def demo(root: Path, run: str, steps: int, console: Console) -> None:
     """Raises DemoFailed if anything that it shows does not hold."""
     started = time.monotonic()
-    prepare(root)
-    run = root / "run"
     rules = Rules(end_grace_s=1.0)
 
     killer = Killer(run)
     # Slowed down in its writes, so that the save can be caught in the middle.
     slow = {"ORCHESTRATOR_FAILPOINTS": f"receipt.write=delay:0.7@process={KILLED_HOST}"}
-    job = local.LocalJob(train_command(root, "data=4,model=2", steps), 4, 2, environ=slow, rules=rules)
+    job = local.LocalJob(train_command(root, run, "data=4,model=2", steps), 4, 2, environ=slow, rules=rules)
     first = run_part(root, job, "training on 4 hosts x 2 devices", steps, console, killer)
     if killer.step is None:
         raise DemoFailed(
@@ -193,7 +199,7 @@ def demo(root: Path, steps: int, console: Console) -> None:
     )
     console.print(f"    restorable now: {', '.join(map(str, steps_left))}", highlight=False)
 
-    job = local.LocalJob(train_command(root, "data=2,model=2", steps), 2, 2, rules=rules)
+    job = local.LocalJob(train_command(root, run, "data=2,model=2", steps), 2, 2, rules=rules)
     second = run_part(root, job, "resuming on 2 hosts x 2 devices, mesh data=2,model=2", steps, console, None)
     if second.code != 0:
         raise DemoFailed(f"the resumed job ended with {second.code}; see {root}/demo.log")
@@ -207,7 +213,7 @@ def demo(root: Path, steps: int, console: Console) -> None:
     draw(root / "loss.png", first, second, killer.step, restored)
     console.print(f"    loss across the break: {root / 'loss.png'}", highlight=False)
     console.print(f"\n$ orchestrator ls {run}", highlight=False)
-    done = subprocess.run([sys.executable, "-m", "orchestrator.cli", "ls", str(run)], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "orchestrator.cli", "ls", run], check=False, timeout=60)
     check(done.returncode == 0, f"all of it in {time.monotonic() - started:.0f} s", console)
 
 
@@ -217,8 +223,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         if len(argv) > 1:
             raise DemoFailed(f"unexpected {argv[1]!r}; see --help")
-        demo(Path(FLAGS.root).absolute(), FLAGS.steps, console)
-    except (DemoFailed, local.LaunchError, oc.OrchestratorError, json.JSONDecodeError) as error:
+        root = Path(FLAGS.root).absolute()
+        prepare(root)
+        if FLAGS.storage == "local":
+            demo(root, str(root / "run"), FLAGS.steps, console)
+            return 0
+        with EmulatorProcess([BUCKET]) as emulator:
+            os.environ.update(emulator.environ)
+            console.print(f"an emulated bucket at {emulator.url}", highlight=False)
+            demo(root, f"gs://{BUCKET}/run", FLAGS.steps, console)
+            told = emulator.counts()
+            kinds = ", ".join(f"{count} of class {kind}" for kind, count in sorted(told["classes"].items()))
+            console.print(f"    requests: {kinds}", highlight=False)
+    except (DemoFailed, local.LaunchError, oc.OrchestratorError, OSError, json.JSONDecodeError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     return 0

@@ -116,6 +116,17 @@ class Closed:
     failures: int
 
 
+@dataclass(frozen=True)
+class StoreRetried:
+    """A request to an object store got no usable answer and is made again. `tries`: so far."""
+
+    operation: str
+    name: str
+    reason: str
+    tries: int
+    wait_s: float
+
+
 Event = (
     EpochOpened
     | Alive
@@ -126,6 +137,7 @@ Event = (
     | Restored
     | SteppedDown
     | Retried
+    | StoreRetried
     | Collected
     | Closed
 )

@@ -18,8 +18,9 @@ def demo(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_demo_shows_a_kill_and_a_resume_on_another_mesh_bit_for_bit(tmp_path: Path) -> None:
-    done = demo(f"--root={tmp_path / 'demo'}", "--steps=40")
+@pytest.mark.parametrize("storage", ["local", "gcs"])
+def test_the_demo_shows_a_kill_and_a_resume_on_another_mesh_bit_for_bit(tmp_path: Path, storage: str) -> None:
+    done = demo(f"--root={tmp_path / 'demo'}", "--steps=40", f"--storage={storage}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\nok  ") == 5 and "\nNO" not in done.stdout
     assert "host-2 was killed while step 30 was being saved" in done.stdout

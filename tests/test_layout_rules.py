@@ -17,19 +17,17 @@ FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
 
 PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
-RANKS = {
-    **dict.fromkeys(["errors", "layout", "records", "journal", "protocol", "plan", "policy"], PURE),
-    **dict.fromkeys(["options", "chunks", "attest"], PURE),
-    "storage.base": PORTS,
-    **dict.fromkeys(["storage", "storage.memory", "storage.posix", "storage.gcs"], ADAPTERS),
-    **dict.fromkeys(["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading"], ADAPTERS),
-    "arrays.fingerprint": ADAPTERS,
-    **dict.fromkeys(["rendezvous", "events", "eventlog", "story", "telemetry", "failpoints", "heartbeat"], ADAPTERS),
-    **dict.fromkeys(
-        ["agent", "saving", "coordinator", "restore", "proof", "verify", "diff", "collect", "catalog"], ROLES
-    ),
-    "": FACADE,  # orchestrator/__init__.py gives the roles their public names
+# Add a name to the end of its rank's last line.
+_NAMES = {
+    PURE: """errors layout records journal protocol plan policy options chunks attest""",
+    PORTS: """storage.base""",
+    ADAPTERS: """storage storage.memory storage.posix storage.gcs storage.gcs_client
+        tree arrays arrays.store arrays.writing arrays.reading arrays.fingerprint
+        rendezvous events eventlog story telemetry failpoints heartbeat""",
+    ROLES: """agent saving coordinator restore proof verify diff collect catalog""",
 }
+RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
+RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names
 IMPURE = {
     *("os", "io", "time", "datetime", "random", "uuid", "secrets", "socket", "threading", "asyncio", "pathlib"),
     *("subprocess", "signal", "absl", "numpy", "orbax", "tensorstore", "etils"),

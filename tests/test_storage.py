@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from builders import head, live
 from conftest import snapshot
+from gcs import new_root
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +37,7 @@ from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixSto
 STORES: dict[str, Callable[[Path], Storage]] = {
     "memory": lambda folder: MemoryStorage(),
     "posix": lambda folder: PosixStorage(str(folder / "run")),
+    "gcs": lambda folder: open_storage(new_root()),
 }
 
 

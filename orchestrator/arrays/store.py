@@ -13,5 +13,15 @@ def store_spec(base: str) -> dict[str, Any]:
 
 
 def context() -> ts.Context:
-    """Bounded: B-tree nodes cached, files in flight."""
-    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 64 << 20}, "file_io_concurrency": {"limit": 32}})
+    """Bounded: B-tree nodes cached, files and requests in flight, and tries of a request to an object store.
+
+    Those give up after about half a minute without an answer, so that a store that is down fails the save.
+    """
+    return ts.Context(
+        {
+            "cache_pool#ocdbt": {"total_bytes_limit": 64 << 20},
+            "file_io_concurrency": {"limit": 32},
+            "gcs_request_concurrency": {"limit": 32},
+            "gcs_request_retries": {"max_retries": 9, "initial_delay": "100ms", "max_delay": "8s"},
+        }
+    )

@@ -22,4 +22,8 @@ def open_storage(root: str) -> Storage:
         return PosixStorage(root)
     if scheme == "file":
         return PosixStorage(rest)
-    raise UsageError(f"{root}: no storage for {scheme}://; wanted a local path or file://")
+    if scheme == "gs":
+        from orchestrator.storage.gcs import GcsStorage  # gcsfs takes half a second to import: only where it is used
+
+        return GcsStorage(root)
+    raise UsageError(f"{root}: no storage for {scheme}://; wanted a local path, file:// or gs://")

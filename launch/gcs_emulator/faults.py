@@ -1,0 +1,77 @@
+"""Faults on command: which request meets which fault. Seeded, counted, and the same for every client."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Rates from 0 to 1 of each fault, drawn per request.
+
+    too_many: 429. unavailable: 503. slow: `slow_s` seconds late. cut: the connection ends in the middle of the data,
+    an upload has not landed. lost: the request is carried out and the connection ends before the reply. down: no
+    request is answered. read_only: writes are refused with 403, as IAM does for a reader's credential.
+    """
+
+    too_many: float = 0.0
+    unavailable: float = 0.0
+    slow: float = 0.0
+    cut: float = 0.0
+    lost: float = 0.0
+    slow_s: float = 1.0
+    down: bool = False
+    read_only: bool = False
+    seed: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Faults:
+        """From JSON. Raises ValueError for unknown names, wrong types and rates outside 0 to 1."""
+        kinds = {one.name: type(getattr(cls, one.name)) for one in fields(cls)}
+        made = {}
+        for name, value in values.items():
+            if name not in kinds:
+                raise ValueError(f"no fault {name!r}; there is: {', '.join(kinds)}")
+            if kinds[name] is bool and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: wanted true or false")
+            made[name] = kinds[name](value)
+        faults = replace(cls(), **made)
+        for name in RATES:
+            if not 0 <= getattr(faults, name) <= 1:
+                raise ValueError(f"{name}={getattr(faults, name)}: wanted a rate from 0 to 1")
+        return faults
+
+    @classmethod
+    def parse(cls, text: str) -> Faults:
+        """From `lost=0.3,slow=0.1,slow_s=2`. Raises ValueError."""
+        pairs: dict[str, Any] = {}
+        for part in filter(None, text.split(",")):
+            name, separator, value = part.partition("=")
+            flag = {"true": True, "false": False}.get(value.lower())
+            pairs[name.strip()] = True if not separator else value if flag is None else flag
+        return cls.of(pairs)
+
+
+RATES = ("too_many", "unavailable", "slow", "cut", "lost")
+
+
+class Dice:
+    """Draws the faults of each request and counts them."""
+
+    def __init__(self, faults: Faults) -> None:
+        self.counts: Counter[str] = Counter()
+        self.set(faults)
+
+    def set(self, faults: Faults) -> None:
+        self.faults = faults
+        self._random = random.Random(faults.seed)
+
+    def hit(self, kind: str) -> bool:
+        if self._random.random() >= getattr(self.faults, kind):
+            return False
+        self.counts[kind] += 1
+        return True

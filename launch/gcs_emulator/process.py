@@ -1,0 +1,73 @@
+"""An emulator of one's own, as a process beside this one: for the demo, tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+
+def environ(url: str) -> dict[str, str]:
+    """What a process needs in its environment so that gcsfs, TensorStore and this package use the emulator."""
+    return {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_CLOUD_PROJECT": "emulator",
+        "NO_GCE_CHECK": "true",  # else the search for credentials asks the metadata server for seconds
+        "GCE_METADATA_TIMEOUT": "1",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks for the bucket's type by gRPC, for a minute
+    }
+
+
+class EmulatorProcess:
+    """A running emulator on a free port of this machine. It ends with `end`, or when this process ends."""
+
+    def __init__(self, buckets: Sequence[str], *flags: str) -> None:
+        module = [sys.executable, "-m", "launch.gcs_emulator"]
+        command = [*module, "--port=0", "--until_stdin_closes", f"--buckets={','.join(buckets)}", *flags]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        words = self._process.stdout.readline().split()
+        if not words:
+            raise OSError(f"the emulator ended with {self._process.wait()} instead of serving")
+        self.url = words[-1]
+        self.environ = environ(self.url)
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """One plain request, without any client library. Returns status, headers and body. Raises OSError."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(self.url + path, body, named, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.status, dict(reply.headers), reply.read()
+        except urllib.error.HTTPError as error:
+            return error.code, dict(error.headers), error.read()
+
+    def counts(self, *, reset: bool = False) -> dict[str, Any]:
+        """Requests by operation and by class, and faults by kind, since the last reset."""
+        _, _, body = self.ask("DELETE" if reset else "GET", "/_emulator/counts")
+        return dict(json.loads(body))
+
+    def set_faults(self, **faults: float) -> None:
+        """From now on these faults (`faults.Faults`) and no others. Raises ValueError."""
+        status, _, body = self.ask("PUT", "/_emulator/faults", json.dumps(faults).encode())
+        if status != 200:
+            raise ValueError(body.decode())
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+    def __enter__(self) -> EmulatorProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()

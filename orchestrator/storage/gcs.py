@@ -1,0 +1,229 @@
+"""Storage in a Google Cloud Storage bucket: `gs://bucket/prefix`.
+
+`create` carries `ifGenerationMatch=0` and the body's CRC-32C, so the object appears whole or not at all, once. An
+object is durable when the service has acknowledged it, and strongly consistent from then on: `seal` asks for size and
+checksum and downloads nothing. Only names below the prefix are ever sent; names that come back and are not plain keys
+(folder placeholders, `..`) are not entries and are never touched.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+import crc32c
+
+from orchestrator.errors import OutcomeUnknown, StorageError, UnsafeKey, UsageError
+from orchestrator.layout import check_key
+from orchestrator.records import FileEntry
+from orchestrator.storage.base import Created, Entry, Exists
+from orchestrator.storage.gcs_client import Client, Reply, Unanswered, client, refusal
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+_BATCH = 100  # deletes in one request, the most that the service takes
+_GONE_TRIES = 3
+_THREADS = 16
+_DAMAGED_TRIES = 3
+_TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class GcsStorage:
+    """A run's prefix in a bucket. Creating the object touches nothing. Methods may be called from any thread."""
+
+    def __init__(self, url: str, sender: Client | None = None) -> None:
+        """Raises UsageError for anything but `gs://bucket/prefix`."""
+        found = re.fullmatch(r"gs://([^/]+)/(.+?)/*", url)
+        if not found or not _BUCKET.fullmatch(found[1]):
+            raise UsageError(f"{url}: wanted gs://BUCKET/PREFIX, a run has a prefix of its own")
+        try:
+            self._prefix = check_key(found[2], url) + "/"
+        except UnsafeKey:
+            raise UsageError(f"{url}: the prefix has empty, '.' or '..' parts") from None
+        self._bucket = found[1]
+        self.url = f"gs://{self._bucket}/{found[2]}"
+        self._client = sender or client()
+        self._objects = f"/storage/v1/b/{self._bucket}/o"
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        where = f"{self.url}/{check_key(key, self.url)}"
+        boundary = uuid.uuid4().hex
+        about = {"name": self._prefix + key, "crc32c": _base64(crc32c.crc32c(body))}
+        parts = (
+            f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(about)}\r\n"
+            f"--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
+        )
+        for _ in range(_GONE_TRIES):
+            try:
+                reply = self._client.send(
+                    "create",
+                    where,
+                    "POST",
+                    f"/upload{self._objects}",
+                    params={"uploadType": "multipart", "ifGenerationMatch": "0"},
+                    headers={"Content-Type": f"multipart/related; boundary={boundary}"},
+                    body=parts.encode() + body + f"\r\n--{boundary}--".encode(),
+                )
+            except Unanswered as error:
+                return self._read_back(key, body, error)
+            if reply.status == 200:
+                return Created()
+            if reply.status != 412:
+                raise refusal("create", where, reply)
+            there = self._compare(key, body)
+            if there is not None:
+                return there
+        raise StorageError(f"create {where}: was there, and was gone when it was read, {_GONE_TRIES} times")
+
+    def _compare(self, key: str, body: bytes) -> Created | Exists | None:
+        """Whose object is under the key: ours, if an earlier try landed and its reply was lost. None if it is gone."""
+        try:
+            there = self.get(key)
+        except StorageError as error:
+            raise OutcomeUnknown(f"create {self.url}/{key}: exists, but cannot be read back ({error})") from error
+        if there is None:
+            return None
+        return Created() if there == body else Exists(there)
+
+    def _read_back(self, key: str, body: bytes, error: Unanswered) -> Created | Exists:
+        """After a create without an answer. An object that is not there may still come, unless it was refused."""
+        there = self._compare(key, body)
+        if there is not None:
+            return there
+        if error.landed:
+            raise OutcomeUnknown(f"{error}; it may have been carried out, or be yet") from error
+        raise error
+
+    def get(self, key: str) -> bytes | None:
+        where = f"{self.url}/{check_key(key, self.url)}"
+        for _ in range(_DAMAGED_TRIES):
+            reply = self._client.send("get", where, "GET", self._path(key), params={"alt": "media"})
+            if reply.status == 404:
+                self._check_bucket("get", where, reply)
+                return None
+            if reply.status != 200:
+                raise refusal("get", where, reply)
+            told = re.search(r"crc32c=([^,\s]+)", reply.headers.get("x-goog-hash", ""))
+            if told is None or told[1] == _base64(crc32c.crc32c(reply.body)):
+                return reply.body
+            self._client.retries["checksum"] += 1
+        raise StorageError(f"get {where}: arrived with a wrong crc32c {_DAMAGED_TRIES} times; the network damages data")
+
+    def _check_bucket(self, operation: str, where: str, reply: Reply) -> None:
+        """A bucket that is not there must not look like an object that is not there."""
+        if b"bucket does not exist" in reply.body:
+            raise refusal(operation, where, reply)
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        where = f"{self.url}/{prefix}"
+        params = {"prefix": self._prefix + prefix, "fields": "items(name,size),nextPageToken", "maxResults": "1000"}
+        if start > prefix:
+            params["startOffset"] = self._prefix + start
+        while True:
+            reply = self._client.send("list", where, "GET", self._objects, params=params)
+            if reply.status != 200:
+                raise refusal("list", where, reply)
+            page = json.loads(reply.body)
+            for item in page.get("items", ()):
+                key = str(item["name"]).removeprefix(self._prefix)
+                if _plain(key) and key >= start:
+                    yield Entry(key, int(item["size"]))
+            if "nextPageToken" not in page:
+                return
+            params["pageToken"] = page["nextPageToken"]
+
+    def delete(self, key: str) -> bool:
+        where = f"{self.url}/{check_key(key, self.url)}"
+        reply = self._client.send("delete", where, "DELETE", self._path(key))
+        if reply.status == 404:
+            self._check_bucket("delete", where, reply)
+            return reply.repeated  # then it was our own earlier try, or somebody who was as fast
+        if reply.status not in (200, 204):
+            raise refusal("delete", where, reply)
+        return True
+
+    def delete_many(self, keys: Sequence[str]) -> Iterator[tuple[str, StorageError | None]]:
+        """Delete, 100 to a request, one request at a time. Yields each key, with what kept it from being deleted."""
+        for first in range(0, len(keys), _BATCH):
+            chosen = keys[first : first + _BATCH]
+            yield from self._delete_batch(chosen)
+
+    def _delete_batch(self, keys: Sequence[str]) -> Iterator[tuple[str, StorageError | None]]:
+        boundary = uuid.uuid4().hex
+        calls = "".join(
+            f"--{boundary}\r\nContent-Type: application/http\r\nContent-ID: <{index}>\r\n\r\n"
+            f"DELETE {self._path(check_key(key, self.url))} HTTP/1.1\r\n\r\n\r\n"
+            for index, key in enumerate(keys)
+        )
+        where = f"{len(keys)} objects of {self.url}"
+        try:
+            reply = self._client.send(
+                "delete",
+                where,
+                "POST",
+                "/batch/storage/v1",
+                headers={"Content-Type": f"multipart/mixed; boundary={boundary}"},
+                body=f"{calls}--{boundary}--\r\n".encode(),
+            )
+            statuses = _batch_statuses(reply) if reply.status == 200 else {}
+        except Unanswered:  # each by itself, with an answer of its own
+            statuses = {}
+        for index, key in enumerate(keys):
+            error: StorageError | None = None
+            if statuses.get(index, 503) not in (200, 204, 404):
+                try:  # what a batch did not do has the patience and the errors of a single delete
+                    if index in statuses and statuses[index] not in _TRY_AGAIN:
+                        raise StorageError(f"delete {self.url}/{key}: HTTP {statuses[index]}")
+                    self.delete(key)
+                except StorageError as failed:
+                    error = failed
+            yield key, error
+
+    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+        wanted = list(keys)
+        if len(wanted) <= 1:
+            sealed = tuple(map(self._seal, wanted))
+        else:
+            with ThreadPoolExecutor(_THREADS, thread_name_prefix="seal") as pool:
+                sealed = tuple(pool.map(self._seal, wanted))
+        for entry in sealed:
+            told = (known or {}).get(entry.path)
+            if told is not None and (told.bytes, told.crc32c) != (entry.bytes, entry.crc32c):
+                raise StorageError(
+                    f"seal {self.url}/{entry.path}: the store has {entry.bytes} bytes with crc32c {entry.crc32c}, "
+                    f"{told.bytes} with {told.crc32c} were written; it is not used"
+                )
+        return sealed
+
+    def _seal(self, key: str) -> FileEntry:
+        where = f"{self.url}/{check_key(key, self.url)}"
+        reply = self._client.send("stat", where, "GET", self._path(key), params={"fields": "size,crc32c"})
+        if reply.status != 200:
+            raise refusal("stat", where, reply)
+        found = json.loads(reply.body)
+        return FileEntry(path=key, bytes=int(found["size"]), crc32c=base64.b64decode(found["crc32c"]).hex())
+
+    def _path(self, key: str) -> str:
+        return f"{self._objects}/{quote(self._prefix + key, safe='')}"
+
+
+def _base64(checksum: int) -> str:
+    return base64.b64encode(checksum.to_bytes(4, "big")).decode()
+
+
+def _plain(key: str) -> bool:
+    try:
+        check_key(key, "")
+    except UnsafeKey:
+        return False
+    return True
+
+
+def _batch_statuses(reply: Reply) -> dict[int, int]:
+    """Index of a call -> its status. What the reply does not tell of is left out."""
+    found = re.finditer(rb"(?is)content-id:\s*<?response-<?(\d+)>?>?.*?HTTP/[\d.]+ (\d{3})", reply.body)
+    return {int(match[1]): int(match[2]) for match in found}

@@ -1,0 +1,268 @@
+"""Requests to Google Cloud Storage's JSON API: one client per process, bounded in every way.
+
+gcsfs finds the credentials and the endpoint (application default, service account, workload identity; anonymous for an
+emulator). Its file calls are not used: their retries know neither a deadline nor a budget, and turn different answers
+into the same exception. Here a request is tried again only if that cannot do harm: what it asks for is idempotent or
+carries a precondition. Retries wait with full jitter, count against a deadline and against a budget that all requests
+of the process share, so that a store that is down is not hammered and every caller hears of it soon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import itertools
+import json
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from fsspec.asyn import get_loop
+from gcsfs.core import GCSFileSystem
+
+from orchestrator.errors import StorageError, UsageError
+from orchestrator.events import StoreRetried, emit
+
+CONCURRENCY = 32  # requests in flight per process
+_DEADLINE_S = 120.0  # for one operation with all its retries; DEADLINE says another
+DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"
+_REQUEST_S = 30.0  # for one try, and a second more for each MiB that it carries
+_FIRST_WAIT_S, _WAIT_MAX_S = 0.25, 16.0
+_BUDGET = 200.0  # retries that may be spent before answers have to earn them
+_EARNED = 1.0  # by each request that is answered
+_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+_REFUSED_FOR_SURE = frozenset({408, 429})  # and certainly not carried out
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that is final. `repeated`: an earlier try got none, and may have been carried out."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    repeated: bool = False
+
+
+class Unanswered(StorageError):
+    """No final answer within the deadline or the budget. `landed` is whether it may have been carried out."""
+
+    def __init__(self, message: str, *, landed: bool) -> None:
+        super().__init__(message)
+        self.landed = landed
+
+
+class Budget:
+    """Retries that the process may spend. Thread-safe."""
+
+    def __init__(self, tokens: float = _BUDGET) -> None:
+        self._most = self._tokens = tokens
+        self._lock = threading.Lock()
+
+    def earn(self) -> None:
+        with self._lock:
+            self._tokens = min(self._most, self._tokens + _EARNED)
+
+    def spend(self) -> bool:
+        """False if there is nothing left to spend."""
+        with self._lock:
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
+
+class _NoAnswer(Exception):
+    """One try brought no usable answer. `kind` is what retries are counted by."""
+
+    def __init__(self, kind: str, cause: str, *, landed: bool, wait_s: float = 0.0) -> None:
+        super().__init__(cause)
+        self.kind, self.landed, self.wait_s = kind, landed, wait_s
+
+
+class Client:
+    """Sends requests from any thread; the work is done on fsspec's I/O thread.
+
+    `requests` counts tries by operation, `retries` counts what was tried again by its reason.
+    """
+
+    def __init__(
+        self, deadline_s: float = _DEADLINE_S, budget: Budget | None = None, first_wait_s: float = _FIRST_WAIT_S
+    ) -> None:
+        anonymous = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
+        self._files = GCSFileSystem(
+            access="read_write",
+            token=anonymous,
+            project=os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+        self.endpoint = str(self._files.base).removesuffix("/storage/v1/")
+        self.deadline_s = deadline_s
+        self.requests: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter()
+        self._budget, self._first_wait_s = budget or Budget(), first_wait_s
+        self._loop = get_loop()
+        self._session: aiohttp.ClientSession | None = None
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End idle connections, else aiohttp complains when Python exits. Nothing depends on it."""
+        if self._session is not None:
+            with contextlib.suppress(TimeoutError):
+                asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(1)
+
+    def send(
+        self,
+        operation: str,
+        name: str,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Reply:
+        """The final answer to a request that may be repeated without harm. `name` is what errors call it.
+
+        Raises Unanswered where there is none within the deadline or the retry budget.
+        """
+        work = self._persist(operation, name, method, path, params or {}, headers or {}, body)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(self.deadline_s + _REQUEST_S)
+        except TimeoutError:
+            future.cancel()
+            raise Unanswered(f"{operation} {name}: no answer within {self.deadline_s:g} s", landed=True) from None
+
+    async def _persist(
+        self,
+        operation: str,
+        name: str,
+        method: str,
+        path: str,
+        params: Mapping[str, str],
+        headers: Mapping[str, str],
+        body: bytes | None,
+    ) -> Reply:
+        started = time.monotonic()
+        landed = False
+        for tries in itertools.count(1):
+            self.requests[operation] += 1
+            try:
+                left_s = started + self.deadline_s - time.monotonic()
+                reply = await self._once(method, path, params, headers, body, max(0.001, left_s))
+                self._budget.earn()
+                return Reply(reply.status, reply.headers, reply.body, repeated=landed)
+            except _NoAnswer as error:
+                landed |= error.landed
+                wait_s = max(error.wait_s, random.uniform(0, min(_WAIT_MAX_S, self._first_wait_s * 2 ** (tries - 1))))
+                spent_s = time.monotonic() - started
+                late = spent_s + wait_s > self.deadline_s
+                if late or not self._budget.spend():
+                    why = f"deadline of {self.deadline_s:g} s" if late else "the process's retry budget is spent"
+                    text = f"{operation} {name}: {error}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
+                    raise Unanswered(text, landed=landed) from error
+                self.retries[error.kind] += 1
+                emit(StoreRetried(operation, name, error.kind, tries, wait_s))
+                await asyncio.sleep(wait_s)
+        raise AssertionError("unreachable")
+
+    async def _once(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str],
+        headers: Mapping[str, str],
+        body: bytes | None,
+        left_s: float,
+    ) -> Reply:
+        """One try. Raises _NoAnswer where another one could help."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=CONCURRENCY)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=True, middlewares=(_once_only,))
+        limit_s = min(left_s, _REQUEST_S + len(body or b"") / (1 << 20))
+        signed = dict(headers)
+        try:
+            async with self._slots, asyncio.timeout(limit_s):
+                # On a thread: renewing a token is a blocking request of its own.
+                await asyncio.to_thread(self._files.credentials.apply, signed)
+                async with self._session.request(
+                    method, self.endpoint + path, params=dict(params), headers=signed, data=body
+                ) as response:
+                    reply = Reply(response.status, dict(response.headers), await response.read())
+        except TimeoutError as error:
+            raise _NoAnswer("timeout", f"no answer within {limit_s:.1f} s", landed=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            refused = isinstance(error, aiohttp.ClientConnectorError)  # never connected: never carried out
+            text = str(error) if isinstance(error, _Interrupted) else f"{type(error).__name__}: {error}"
+            raise _NoAnswer("connection", text, landed=not refused) from error
+        if reply.status in _TRANSIENT:
+            text = f"HTTP {reply.status} {_message(reply)}"
+            landed = reply.status not in _REFUSED_FOR_SURE
+            raise _NoAnswer(f"http {reply.status}", text, landed=landed, wait_s=_retry_after(reply))
+        return reply
+
+
+class _Interrupted(aiohttp.ClientError):
+    """The connection ended before the reply."""
+
+
+async def _once_only(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Keeps aiohttp from repeating GET and DELETE by itself when a connection ends: uncounted, and a delete whose
+    reply was lost would look like a delete of nothing. It does so only for the errors caught here."""
+    try:
+        return await send(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise _Interrupted(f"{type(error).__name__}: {error}") from error
+
+
+def _retry_after(reply: Reply) -> float:
+    told = reply.headers.get("Retry-After", "")
+    return min(float(told), _WAIT_MAX_S) if told.isdecimal() else 0.0
+
+
+def _message(reply: Reply) -> str:
+    """What the service says, in one short line."""
+    text = reply.body[:2000].decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join(text.split())[:300]
+
+
+def refusal(operation: str, name: str, reply: Reply) -> StorageError:
+    """The error for a final answer that is not the one wanted."""
+    hint = {
+        401: "; the credentials are not accepted",
+        403: "; the credential lacks a role on the bucket, see docs/gcs.md",
+        404: "; check the bucket's name",
+    }.get(reply.status, "")
+    return StorageError(f"{operation} {name}: HTTP {reply.status} {_message(reply)}{hint}")
+
+
+@functools.lru_cache(maxsize=8)
+def _client(endpoint: str, deadline_s: float) -> Client:
+    return Client(deadline_s)
+
+
+def client() -> Client:
+    """This process's client. Raises UsageError for a deadline that is no number."""
+    told: Any = os.environ.get(DEADLINE, _DEADLINE_S)
+    try:
+        deadline_s = float(told)
+        if not deadline_s > 0:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{DEADLINE}={told!r}: wanted a positive number of seconds") from None
+    return _client(os.environ.get("STORAGE_EMULATOR_HOST", ""), deadline_s)
