@@ -184,6 +184,15 @@ class Catalog:
         with ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="verify") as pool:
             return [line for line in pool.map(check, manifest.files) if line]
 
+    def check_files(self, live: LiveStep, manifest: Manifest, below: str, share: tuple[int, int]) -> None:
+        """Read this process's share, (index, count), of the files below a name whole, a few at a time. Raises Damaged
+        naming the first that is not what the manifest says."""
+        index, count = share
+        mine = [entry for entry in manifest.files if entry.path.startswith(below)][index::count]
+        with ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="verify") as pool:
+            for _ in pool.map(lambda entry: len(self._checked(live, entry)), mine):
+                pass
+
     def file(self, live: LiveStep, manifest: Manifest, name: str) -> bytes | None:
         """A small file of an attempt, checked against the manifest; None if the attempt has none of that name."""
         entry = next((entry for entry in manifest.files if entry.path == name), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -46,11 +46,13 @@ class Restored:
 @dataclass(frozen=True)
 class RestoreArgs:
     """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
-    strict: damage raises instead of stepping down."""
+    strict: damage raises instead of stepping down. share: (process, count) of those that restore together, and share
+    the checking of files whose chunks carry no checksum."""
 
     partial: bool = False
     cast: bool = False
     strict: bool = False
+    share: tuple[int, int] = (0, 1)
 
 
 def read_step(
@@ -65,6 +67,8 @@ def read_step(
     catalog.check_sizes(live, manifest)
     saved = catalog.intent(live, manifest).tree
     extra = catalog.extra(live, manifest)
+    if any(leaf.foreign for leaf in saved.leaves):
+        catalog.check_files(live, manifest, layout.STATE, args.share)
     prefix = layout.attempt_prefix(live.step, live.attempt)
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
     if like is None:
@@ -151,6 +155,7 @@ def restore_together(
     out that many of the newest steps: what a supervisor asks for after a crash loop.
     """
     started = time.monotonic()
+    args = replace(args, share=(rendezvous.process, rendezvous.count))
     tried = 0
     while True:
         choice = agree(rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back))

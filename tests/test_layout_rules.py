@@ -22,9 +22,13 @@ RANKS = {
     **dict.fromkeys(["options", "chunks"], PURE),
     "storage.base": PORTS,
     **dict.fromkeys(["storage", "storage.memory", "storage.posix", "storage.gcs"], ADAPTERS),
-    **dict.fromkeys(["tree", "arrays", "arrays.store", "arrays.writing", "arrays.reading"], ADAPTERS),
+    **dict.fromkeys(
+        ["tree", "arrays", "arrays.store", "arrays.orbax", "arrays.foreign", "arrays.writing", "arrays.reading"],
+        ADAPTERS,
+    ),
     **dict.fromkeys(["rendezvous", "events", "failpoints", "heartbeat"], ADAPTERS),
-    **dict.fromkeys(["agent", "saving", "coordinator", "restore", "collect", "catalog"], ROLES),
+    **dict.fromkeys(["compat", "orbax_manager", "orbax_items", "orbax_options"], ROLES),
+    **dict.fromkeys(["adopt", "agent", "saving", "coordinator", "restore", "collect", "catalog"], ROLES),
     "": FACADE,  # orchestrator/__init__.py gives the roles their public names
 }
 IMPURE = {

@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from orchestrator.cli import commands
+from orchestrator.cli.adopt import adopt
 from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
 _BROKEN_PIPE = 128 + 13
@@ -70,6 +71,15 @@ COMMANDS = {
             Flag("read_only", bool, False, "do not record in the journal that a step was found good"),
         ),
         ("orchestrator verify /data/run", "orchestrator verify /data/run --all"),
+    ),
+    "adopt": Command(
+        adopt,
+        "take over a directory of Orbax's CheckpointManager; nothing is copied",
+        (
+            Flag("from", str, None, "where Orbax's steps are; the run's own ROOT if unset"),
+            Flag("skip", str, "", "items to leave out, separated by commas"),
+        ),
+        ("orchestrator adopt /data/run", "orchestrator adopt /data/run --from=/data/orbax-run"),
     ),
     "gc": Command(
         commands.gc,
