@@ -149,6 +149,11 @@ class Agent:
         """All restorable steps, ascending."""
         return sorted(live.step for live in self._catalog.require_head().live if live.restorable)
 
+    @property
+    def in_flight(self) -> int | None:
+        """The step that is being saved in the background, None if none is."""
+        return self._current.step if self._current and self._current.running else None
+
     # Saving.
 
     def save(

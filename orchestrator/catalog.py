@@ -9,6 +9,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from orchestrator import journal, layout
 from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
@@ -30,6 +31,7 @@ from orchestrator.records import (
 from orchestrator.storage.base import Created, Storage
 
 _CONFLICTS_MAX = 100
+_READ_THREADS = 4  # each holds one file in memory
 _CONFLICT_PAUSE_S = 0.01
 
 
@@ -163,6 +165,15 @@ class Catalog:
             if got != wanted.bytes:
                 has = "is missing" if got is None else f"has {got} bytes"
                 raise Damaged(f"{self.url}/{prefix}{wanted.path}: {has}, the manifest says {wanted.bytes}")
+
+    def check_files(self, live: LiveStep, manifest: Manifest, below: str, share: tuple[int, int]) -> None:
+        """Read this process's share, (index, count), of the files below a name whole, a few at a time. Raises Damaged
+        naming the first that is not what the manifest says."""
+        index, count = share
+        mine = [entry for entry in manifest.files if entry.path.startswith(below)][index::count]
+        with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="verify") as pool:
+            for _ in pool.map(lambda entry: len(self.checked(live, entry)), mine):
+                pass
 
     def file(self, live: LiveStep, manifest: Manifest, name: str) -> bytes | None:
         """A small file of an attempt, checked against the manifest; None if the attempt has none of that name."""

@@ -67,7 +67,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class SaveNotCommitted:
-    """`cause`: refused, silent, fenced, incomplete, finalize, hung or failed."""
+    """`cause`: refused, silent, fenced, incomplete, disagree, finalize, hung or failed."""
 
     step: int
     attempt: str

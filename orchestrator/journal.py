@@ -62,8 +62,10 @@ def open_epoch(head: Head | None, stamp: Stamp) -> Next:
     return _next(head, stamp, Event(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
 
 
-def commit(head: Head | None, stamp: Stamp, *, epoch: int, entry: LiveStep, keep: KeepPolicy | None) -> Next:
-    """Add `entry` to the live steps and retire, in the same entry, what retention lets go."""
+def commit(
+    head: Head | None, stamp: Stamp, *, epoch: int, entry: LiveStep, keep: KeepPolicy | None, reason: str = ""
+) -> Next:
+    """Add `entry` to the live steps and retire, in the same entry, what retention lets go. `reason`: for the log."""
     if head is None or head.epoch != epoch:
         return _not_our_epoch(head, epoch)
     if any(live.attempt == entry.attempt and live.step == entry.step for live in head.live):
@@ -83,7 +85,7 @@ def commit(head: Head | None, stamp: Stamp, *, epoch: int, entry: LiveStep, keep
             if old.step in dropped
         ),
     ]
-    event = Event(kind="committed", step=entry.step, attempt=entry.attempt, steps=tuple(sorted(dropped)))
+    event = Event(kind="committed", step=entry.step, attempt=entry.attempt, reason=reason, steps=tuple(sorted(dropped)))
     kept = tuple(old for old in live if old.step not in dropped)
     return _next(head, stamp, event, live=kept, retired=(*head.retired, *retired))
 

@@ -82,7 +82,8 @@ def _problem(
     both_stored = leaf.kind in STORED_KINDS and found.kind in STORED_KINDS
     if not both_stored:
         same_number = found.number != "" and found.number == leaf.number
-        return None if same_number or leaf.kind == found.kind else f"checkpoint {got}, target {want}"
+        both_empty = {leaf.kind, found.kind} <= {"none", "empty"}
+        return None if same_number or both_empty or leaf.kind == found.kind else f"checkpoint {got}, target {want}"
     if leaf.shape != found.shape:
         return f"checkpoint {got}, target {want}; shapes must be equal"
     if leaf.dtype == found.dtype:
@@ -113,6 +114,7 @@ def tree_differences(saved: TreeSpec, new: TreeSpec, limit: int = 5) -> list[str
         was = brief(old.kind, old.shape, old.dtype) if old else "nothing"
         now = brief(fresh.kind, fresh.shape, fresh.dtype) if fresh else "nothing"
         same_number = old and fresh and old.number and old.number == fresh.number
-        if not same_number and (old and old.kind, was) != (fresh and fresh.kind, now):
+        no_data = old and fresh and {old.kind, fresh.kind} <= {"none", "empty"}
+        if not same_number and not no_data and (old and old.kind, was) != (fresh and fresh.kind, now):
             lines.append(f"{'/'.join(path) or '(root)'}: the run has {was}, this job {now}")
     return lines[:limit]

@@ -194,6 +194,7 @@ def _abort(state: Attempt, reason: str) -> Step:
 
 _CAUSES = (  # words of the reasons above, and what they are counted as
     ("fenced by epoch", "fenced"),
+    ("replicas disagree", "disagree"),
     ("said no", "refused"),
     ("no receipt from processes", "silent"),
     ("could not finalize", "finalize"),
@@ -205,7 +206,8 @@ _CAUSES = (  # words of the reasons above, and what they are counted as
 
 
 def cause_of(reason: str) -> str:
-    """What kind of end a reason tells of, for counting: fenced, refused, silent, finalize, incomplete or failed."""
+    """What kind of end a reason tells of, for counting: fenced, refused, silent, finalize, incomplete, disagree or
+    failed."""
     return next((cause for words, cause in _CAUSES if words in reason), "failed")
 
 

@@ -42,6 +42,19 @@ def number_class(dtype: str) -> str:
     return dtype if dtype == "bool" else "complex" if dtype.startswith("complex") else "float"
 
 
+class Foreign(Record, frozen=True):
+    """How another writer (Orbax, before the run was adopted) stored an array.
+
+    item: its directory below `state/` ('': `state/` itself). driver: TensorStore's (`zarr` or `zarr3`). ocdbt: whether
+    the item is an OCDBT store; else each array has a directory. name: the array's key prefix in it.
+    """
+
+    item: str
+    driver: str
+    ocdbt: bool
+    name: str
+
+
 class LeafSpec(Record, frozen=True, omit_defaults=True):
     """One leaf of the saved tree.
 
@@ -50,6 +63,7 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
     shape, dtype: as the user sees them (for `key`: the shape of the key array, dtype `key<impl>`).
     stored_shape, stored_dtype: as the file holds them, where that differs. `value`: the text of a value kept here.
     chunk: shape of the stored chunks, each raw elements and their CRC-32C; None: as the array's own metadata says.
+    foreign: where the array is, if it was not written by us.
     """
 
     path: tuple[str, ...]
@@ -61,6 +75,7 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
     sharding: str = ""
     value: str = ""
     chunk: tuple[int, ...] | None = None
+    foreign: Foreign | None = None
 
     @property
     def name(self) -> str:
@@ -100,10 +115,12 @@ class TreeSpec(Record, frozen=True):
     leaves: tuple[LeafSpec, ...]
 
     def fingerprint(self) -> str:
-        """Identity of the tree for `OtherJob`: paths, kinds, shapes and dtypes, not values or shardings."""
+        """Identity of the tree for `OtherJob`: paths, kinds, shapes and dtypes, not values or shardings. Of what holds
+        data: an empty container is None to Orbax."""
         shape_of = [
             (leaf.path, "number", (), leaf.number) if leaf.number else (leaf.path, leaf.kind, leaf.shape, leaf.dtype)
             for leaf in self.leaves
+            if leaf.kind not in ("none", "empty")
         ]
         return crc32c(msgspec.json.encode(sorted(shape_of)))
 

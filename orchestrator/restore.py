@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,12 +49,14 @@ class Restored:
 @dataclass(frozen=True)
 class RestoreArgs:
     """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
-    strict: damage raises instead of stepping down. attest: compare fingerprints with the saved ones, where there are
-    any. reader: who reads the arrays."""
+    strict: damage raises instead of stepping down. share: (process, count) of those that restore together, and share
+    the checking of files whose chunks carry no checksum. attest: compare fingerprints with the saved ones, where there
+    are any. reader: who reads the arrays."""
 
     partial: bool = False
     cast: bool = False
     strict: bool = False
+    share: tuple[int, int] = (0, 1)
     attest: bool = False
     reader: Callable[..., list[Any]] = arrays.load
 
@@ -99,6 +101,8 @@ def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, readin
     catalog.check_sizes(live, manifest)
     saved = catalog.intent(live, manifest).tree
     extra = catalog.extra(live, manifest)
+    if any(leaf.foreign for leaf in saved.leaves):
+        catalog.check_files(live, manifest, layout.STATE, args.share)
     prefix = layout.attempt_prefix(live.step, live.attempt)
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
     if like is None:
@@ -184,6 +188,7 @@ def restore_together(
     steps: what a supervisor asks for after a crash loop. Raises Damaged, StorageError, NothingToRestore, Mismatch.
     """
     started = time.monotonic()
+    args = replace(args, share=(rendezvous.process, rendezvous.count))
     passed: dict[tuple[int, str], _Objection] = {}
     while True:
         choose = partial(_choose, catalog, step, back, frozenset(passed))

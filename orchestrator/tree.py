@@ -84,7 +84,7 @@ def flatten(tree: Any) -> Flat:
     Raises UnsupportedLeaf naming the path for values that cannot be stored, deleted (donated) arrays and name clashes.
     """
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
-    leaves = tuple(_describe(_path(path), value) for path, value in with_paths)
+    leaves = tuple(_describe(tree_path(path), value) for path, value in with_paths)
     if leaves[0].path == () and leaves[0].kind in ("none", "empty"):
         raise UnsupportedLeaf("the state has no leaves: there is nothing to save")
     _check_names(leaves)
@@ -98,7 +98,7 @@ def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_empty)
     wanted = []
     for raw_path, value in with_paths:
-        path = _path(raw_path)
+        path = tree_path(raw_path)
         if isinstance(value, jax.ShapeDtypeStruct):
             kind = "key" if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else "array"
             wanted.append(TargetLeaf(path, kind, tuple(value.shape), str(value.dtype)))
@@ -113,7 +113,8 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, dict | list | tuple) and not value)
 
 
-def _path(path: Sequence[Any]) -> tuple[str, ...]:
+def tree_path(path: Sequence[Any]) -> tuple[str, ...]:
+    """JAX's key path as the names that a tree spec uses."""
     names = []
     for key in path:
         for attribute in ("key", "name", "idx"):
@@ -193,6 +194,13 @@ def _chunk(value: jax.Array, stored_shape: tuple[int, ...], item_bytes: int) -> 
         return None
     shard = value.sharding.shard_shape(value.shape)
     return chunks.chunk_shape((*shard, *stored_shape[len(shard) :]), item_bytes)
+
+
+def inline_text(value: bool | int | float | complex) -> tuple[str, str]:
+    """(kind, text) of a Python number in the tree spec. Inverse of `inline_value`."""
+    told = _inline(value)
+    assert told is not None
+    return told
 
 
 def _inline(value: Any) -> tuple[str, str] | None:

@@ -22,9 +22,10 @@ _NAMES = {
     PURE: """errors layout records journal protocol plan policy options chunks attest""",
     PORTS: """storage.base""",
     ADAPTERS: """storage storage.memory storage.posix storage.gcs storage.gcs_client
-        tree arrays arrays.store arrays.writing arrays.reading arrays.fingerprint
+        tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         rendezvous events eventlog story telemetry failpoints heartbeat""",
-    ROLES: """agent saving coordinator restore proof verify diff collect catalog""",
+    ROLES: """compat orbax_manager orbax_items orbax_options adopt
+        agent saving coordinator restore proof verify diff collect catalog""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names

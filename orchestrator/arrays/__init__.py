@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.arrays.foreign import describe, is_tree
 from orchestrator.arrays.reading import Load, check, leaf_bytes, load, sharding_of
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped, own_files
 
@@ -12,6 +13,8 @@ __all__ = [
     "PendingWrite",
     "WriteStopped",
     "check",
+    "describe",
+    "is_tree",
     "leaf_bytes",
     "load",
     "own_files",

@@ -7,6 +7,7 @@ without `chunk`: compressed, or written by another Orbax) is read through Tensor
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import deque
@@ -21,9 +22,9 @@ import numpy as np
 import tensorstore as ts
 
 from orchestrator import chunks
-from orchestrator.arrays.store import context, store_spec
+from orchestrator.arrays.store import context, foreign_spec, store_spec
 from orchestrator.errors import Damaged, OrchestratorError, StorageError, WaitTimeout
-from orchestrator.records import Box, LeafSpec
+from orchestrator.records import Box, Foreign, LeafSpec
 from orchestrator.tree import inline_value, numpy_dtype
 
 _WINDOW_BYTES = 64 << 20  # read and not yet copied to their place
@@ -148,10 +149,13 @@ class _Reader:
     def __init__(self, directory: str, on_bytes: Callable[[int], None], checksums: Mapping[str, str]) -> None:
         self._directory, self._on_bytes, self._context = directory, on_bytes, context()
         self._checksums = checksums
+
+    @functools.cached_property
+    def _store(self) -> Any:
         try:
-            self._store = ts.KvStore.open(store_spec(directory), context=self._context).result(timeout=_TIMEOUT_S)
+            return ts.KvStore.open(store_spec(self._directory), context=self._context).result(timeout=_TIMEOUT_S)
         except (ValueError, OSError) as error:
-            raise _fault(error)(f"{directory}: cannot be opened: {error}") from error
+            raise _fault(error)(f"{self._directory}: cannot be opened: {error}") from error
 
     def fill(self, fillings: Sequence[_Filling]) -> None:
         ours = [filling for filling in fillings if filling.item.leaf.chunk is not None]
@@ -255,7 +259,8 @@ class _Reader:
 
     def _fill_by_zarr(self, filling: _Filling) -> None:
         leaf = filling.item.leaf
-        spec = {"driver": "zarr3", "kvstore": {**store_spec(self._directory), "path": leaf.name + "/"}}
+        foreign = leaf.foreign or Foreign(item="", driver="zarr3", ocdbt=True, name=leaf.name)
+        spec = foreign_spec(f"{self._directory.rstrip('/')}/{foreign.item}", foreign)
         store = self._result(leaf, ts.open(spec, open=True, read=True, context=self._context))
         if tuple(store.shape) != leaf.file_shape:
             raise Damaged(f"{leaf.label}: the file holds {list(store.shape)}, the tree spec {list(leaf.file_shape)}")

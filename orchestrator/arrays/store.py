@@ -6,10 +6,22 @@ from typing import Any
 
 import tensorstore as ts
 
+from orchestrator.records import Foreign
+
 
 def store_spec(base: str) -> dict[str, Any]:
     """The OCDBT store at URL `base`."""
     return {"driver": "ocdbt", "base": base.rstrip("/") + "/", "cache_pool": "cache_pool#ocdbt"}
+
+
+def foreign_spec(directory: str, foreign: Foreign) -> dict[str, Any]:
+    """An array that Orbax has written; `directory`: URL of its item."""
+    if foreign.ocdbt:
+        store = {**store_spec(directory), "path": foreign.name + "/"}
+    else:
+        path = directory.removeprefix("file://").rstrip("/")
+        store = {"driver": "file", "path": f"{path}/{foreign.name}/"}
+    return {"driver": foreign.driver, "kvstore": store}
 
 
 def context() -> ts.Context:

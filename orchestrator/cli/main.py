@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from orchestrator.cli import commands, diff, verify, watch
+from orchestrator.cli.adopt import adopt
 from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
 _BROKEN_PIPE = 128 + 13
@@ -103,6 +104,15 @@ COMMANDS = {
             "orchestrator diff /data/run 100 100 --other=/data/second --max_difference",
         ),
         arguments=("A", "B"),
+    ),
+    "adopt": Command(
+        adopt,
+        "take over a directory of Orbax's CheckpointManager; nothing is copied",
+        (
+            Flag("from", str, None, "where Orbax's steps are; the run's own ROOT if unset"),
+            Flag("skip", str, "", "items to leave out, separated by commas"),
+        ),
+        ("orchestrator adopt /data/run", "orchestrator adopt /data/run --from=/data/orbax-run"),
     ),
     "gc": Command(
         commands.gc,

@@ -57,6 +57,19 @@ class PosixStorage:
             raise _storage_error("create", path, error) from error
         return Created()
 
+    def link(self, source: str, key: str) -> Created | Exists:
+        """Give the file at `source`, which must never change, a second name in the run: no byte is copied. Durable once
+        sealed. Raises StorageError; a file system cannot link to another one's files."""
+        path = self._path(key)
+        try:
+            _link(source, path)
+        except FileExistsError:
+            return Created() if os.path.samefile(source, path) else Exists(b"")
+        except OSError as error:
+            more = "; the run must be on the same file system" if error.errno == errno.EXDEV else ""
+            raise StorageError(f"link {source} to {path}: {_reason(error)}{more}") from error
+        return Created()
+
     def _sweep(self, fresh: str) -> None:
         """Once per process: remove what crashes have left in `.tmp`, an hour or more older than `fresh` (by the file
         system's own clock). Should its writer live after all, its link fails, and it is told so."""

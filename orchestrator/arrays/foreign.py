@@ -1,0 +1,102 @@
+"""Item directories that Orbax's own CheckpointManager has written: what leaves they hold, as tree-spec leaves.
+
+Reads the JSON that Orbax documents its trees with, and opens each array once for its shape and dtype. zarr2 or zarr3,
+in an OCDBT store or a directory for each array.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorstore as ts
+
+from orchestrator.arrays.store import context, foreign_spec
+from orchestrator.errors import Damaged, UsageError
+from orchestrator.records import Foreign, LeafSpec
+from orchestrator.tree import inline_text
+
+_TIMEOUT_S = 600.0
+_EMPTY = {"Dict": "dict", "List": "list", "Tuple": "tuple", "NamedTuple": "tuple"}
+
+
+def is_tree(directory: str | os.PathLike[str]) -> bool:
+    """Whether this is an item that holds a pytree of arrays."""
+    return (Path(directory) / "_METADATA").is_file()
+
+
+def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
+    """The leaves of the item in `directory`, which will be `state/<item>` of an attempt ('': `state` itself); their
+    paths begin with the item. Raises Damaged naming what cannot be read, UsageError for a leaf of an unknown kind."""
+    base = Path(directory)
+    metadata = json.loads((base / "_METADATA").read_text())
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    ocdbt = bool(metadata.get("use_ocdbt", (base / "manifest.ocdbt").exists()))
+    strings = base / "_strings.json"
+    texts = json.loads(strings.read_text()) if strings.is_file() else {}
+    keys = _key_implementations(base)
+    above = (item,) if item else ()
+    opened: list[tuple[tuple[str, ...], Foreign, str, Any]] = []
+    leaves: list[LeafSpec] = []
+    shared = context()
+    for entry in metadata["tree_metadata"].values():
+        names = tuple(str(key["key"]) for key in entry["key_metadata"])
+        path, name, kind = (*above, *names), ".".join(names), entry["value_metadata"]["value_type"]
+        if kind == "None":
+            leaves.append(LeafSpec(path=path, kind="none"))
+        elif kind in _EMPTY:
+            leaves.append(LeafSpec(path=path, kind="empty", value=_EMPTY[kind]))
+        elif kind == "string":
+            leaves.append(LeafSpec(path=path, kind="str", value=texts[name]))
+        elif kind in ("jax.Array", "np.ndarray", "scalar"):
+            foreign = Foreign(item=item, driver=driver, ocdbt=ocdbt, name=name)
+            future = ts.open(foreign_spec(f"file://{base.absolute()}", foreign), open=True, read=True, context=shared)
+            opened.append((path, foreign, kind, future))
+        else:
+            raise UsageError(f"{base}: {name} is of Orbax's kind {kind!r}, which cannot be adopted")
+    for path, foreign, kind, future in opened:
+        leaves.append(_array_leaf(path, foreign, kind, _result(base, foreign, future), keys.get(foreign.name)))
+    return leaves
+
+
+def _result(base: Path, foreign: Foreign, future: Any) -> Any:
+    try:
+        return future.result(timeout=_TIMEOUT_S)
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise Damaged(f"{base}: {foreign.name} cannot be opened: {error}") from error
+
+
+def _key_implementations(base: Path) -> dict[str, str]:
+    """Array name -> implementation, of typed PRNG keys."""
+    found = {}
+    for path in sorted((base / "array_metadatas").glob("process_*")):
+        for entry in json.loads(path.read_text())["array_metadatas"]:
+            told = entry["array_metadata"]
+            if (told.get("ext_metadata") or {}).get("random_key_impl"):
+                found[told["param_name"]] = told["ext_metadata"]["random_key_impl"]
+    return found
+
+
+def _array_leaf(path: tuple[str, ...], foreign: Foreign, kind: str, array: Any, key: str | None) -> LeafSpec:
+    shape, dtype = tuple(array.shape), str(array.dtype.name)
+    if kind == "scalar" and shape == ():
+        name, text = inline_text(array.read().result(timeout=_TIMEOUT_S).item())
+        return LeafSpec(path=path, kind=name, value=text)
+    if key:
+        one = jax.eval_shape(lambda: jax.random.key(0, impl=key))
+        data = jax.eval_shape(jax.random.key_data, one)
+        return LeafSpec(
+            path=path,
+            kind="key",
+            shape=shape[: len(shape) - len(data.shape)],
+            dtype=str(one.dtype),
+            stored_shape=shape,
+            stored_dtype=dtype,
+            value=key,
+            foreign=foreign,
+        )
+    named = "numpy" if kind == "np.ndarray" else "array"
+    return LeafSpec(path=path, kind=named, shape=shape, dtype=dtype, foreign=foreign)

@@ -1,0 +1,85 @@
+"""What `compat` takes from Orbax itself, all of it public: names to hand through, and its save and retention policies,
+so that a loop written for Orbax saves and keeps the same steps here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+def public(name: str) -> Any:
+    """`orbax.checkpoint.<name>`. Raises AttributeError."""
+    return getattr(ocp, name)
+
+
+def path(directory: str) -> Any:
+    """`CheckpointManager.directory` is an epath in Orbax; loops join names to it."""
+    return epath.Path(directory)
+
+
+def step_exists(message: str) -> Exception:
+    """What Orbax raises for a step that is there already; loops catch it."""
+    error: Exception = ocp.checkpoint_manager.StepAlreadyExistsError(message)
+    return error
+
+
+class Saves:
+    """Orbax's decision whether to save a step, for given CheckpointManagerOptions."""
+
+    def __init__(self, options: Any) -> None:
+        managers = ocp.checkpoint_managers
+        self._policy = options.save_decision_policy
+        if self._policy is None and options.should_save_fn is None:
+            policies = [managers.PreemptionCheckpointingPolicy(), managers.InitialSavePolicy()]
+            if options.save_interval_steps:
+                policies.append(managers.FixedIntervalPolicy(options.save_interval_steps))
+            if options.save_on_steps is not None:
+                policies.append(managers.SpecificStepsPolicy(options.save_on_steps))
+            self._policy = managers.AnySavePolicy(policies)
+        self._function = None if options.save_decision_policy else options.should_save_fn
+
+    def due(self, step: Any, before: Sequence[Any], *, saving: bool, preempted: bool) -> bool:
+        """`step` and `before`: objects with `step`, `time` (datetime) and `metrics`, oldest first."""
+        if self._function:
+            return bool(preempted or self._function(step.step, before[-1].step if before else None))
+        context = ocp.checkpoint_managers.DecisionContext(
+            is_saving_in_progress=saving,
+            reached_preemption=preempted,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(),
+        )
+        return bool(self._policy.should_save(step, before, context=context))
+
+
+class Keeps:
+    """Orbax's decision which steps to keep, for given CheckpointManagerOptions."""
+
+    def __init__(self, options: Any) -> None:
+        managers = ocp.checkpoint_managers
+        self._policy = options.preservation_policy
+        if self._policy is not None:
+            return
+        policies: list[Any] = []
+        if options.keep_period is not None:
+            policies.append(managers.EveryNSteps(options.keep_period))
+        if options.keep_time_interval is not None:
+            policies.append(managers.EveryNSeconds(interval_secs=int(options.keep_time_interval.total_seconds())))
+        if options.best_fn is None:
+            policies.append(managers.LatestN(n=options.max_to_keep))
+        else:
+            policies.append(
+                managers.BestN(
+                    get_metric_fn=options.best_fn,
+                    reverse=options.best_mode == "min",
+                    n=options.max_to_keep,
+                    keep_checkpoints_without_metrics=options.keep_checkpoints_without_metrics,
+                )
+            )
+        self._policy = managers.AnyPreservationPolicy(policies)
+
+    def keep(self, steps: Sequence[Any]) -> frozenset[int]:
+        """Which of `steps` (as in `Saves.due`) stay."""
+        kept = self._policy.should_preserve(steps, context=ocp.checkpoint_managers.PreservationContext())
+        return frozenset(each.step for each, keep in zip(steps, kept, strict=True) if keep)

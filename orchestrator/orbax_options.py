@@ -1,0 +1,91 @@
+"""Orbax's CheckpointManagerOptions as policies and options of ours. What has no counterpart is refused by name."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.arrays.orbax import Keeps
+from orchestrator.errors import UsageError
+from orchestrator.options import Options
+from orchestrator.policy import Candidate
+
+# Option -> what to do instead. Each is refused where it has another value than Orbax's default.
+REFUSED = {
+    "step_prefix": "steps are found by their number; leave it out",
+    "step_format_fixed_length": "steps are found by their number; leave it out",
+    "step_name_format": "steps are found by their number; leave it out",
+    "todelete_subdir": "retired data is deleted in the background; leave it out",
+    "todelete_full_path": "retired data is deleted in the background; leave it out",
+    "atomicity_options": "a step is committed by one journal entry; leave it out",
+    "temporary_path_class": "a step is committed by one journal entry; leave it out",
+    "file_options": "set the umask of the process instead",
+    "multiprocessing_options": "all processes of jax.distributed take part; leave it out",
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """A step as Orbax's policies see it. `metrics`: None where the step has none."""
+
+    step: int
+    time: datetime.datetime
+    metrics: dict[str, float] | None
+
+
+def info(step: int, time_s: float, metrics: dict[str, float] | None) -> Info:
+    return Info(step, datetime.datetime.fromtimestamp(time_s, tz=datetime.UTC), metrics or None)
+
+
+def check(options: Any, defaults: Any) -> None:
+    """Raises UsageError naming the first option that cannot be honoured here."""
+    for name, instead in REFUSED.items():
+        if getattr(options, name) != getattr(defaults, name):
+            raise UsageError(f"CheckpointManagerOptions({name}={getattr(options, name)!r}): not supported; {instead}")
+    if type(options.save_decision_policy).__name__ == "ContinuousCheckpointingPolicy":
+        raise UsageError(
+            "CheckpointManagerOptions(save_decision_policy=ContinuousCheckpointingPolicy): it goes by each "
+            "process's own clock; use orchestrator.Agent(save=oc.every_seconds(...)) or oc.auto()"
+        )
+    for name in ("barrier_sync_fn", "post_finalization_callback"):
+        if getattr(options.async_options, name, None) is not None:
+            raise UsageError(
+                f"AsyncOptions({name}=...): not supported; leave it out (oc.open_run(root).watch() tells of commits)"
+            )
+
+
+def ours(options: Any) -> Options:
+    """`enable_async_checkpointing` and `async_options.timeout_secs`; a failed save is logged and counted."""
+    plain = Options(async_save=options.enable_async_checkpointing, other_tree=True)
+    if options.async_options is None:
+        return plain
+    return replace(plain, save_timeout_s=float(options.async_options.timeout_secs))
+
+
+@dataclass(frozen=True)
+class KeepAsOrbax:
+    """`max_to_keep`, `keep_period`, `keep_time_interval`, `best_fn` and `preservation_policy`, by Orbax's own rules."""
+
+    keeps: Keeps
+
+    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        return self.keeps.keep([info(each.step, each.time, each.metrics) for each in steps])
+
+
+@dataclass(frozen=True)
+class KeepAllBut:
+    """For `delete(step)`."""
+
+    step: int
+
+    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        return frozenset(each.step for each in steps) - {self.step}
+
+
+def best(infos: Sequence[Info], best_fn: Callable[[Any], float], mode: str) -> int | None:
+    """The step with the best metric; on a tie the later, as in Orbax."""
+    scored = [each for each in infos if each.metrics is not None]
+    ordered = sorted(scored, key=lambda each: best_fn(each.metrics), reverse=mode == "min")
+    return ordered[-1].step if ordered else None
