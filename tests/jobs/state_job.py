@@ -7,6 +7,10 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     delay=S        seconds per step
     fail=I         process I cannot write (a file stands where its data directory should be)
     timeout=S      save_timeout_s
+    attest=full    Options.attest
+    flip=I@N       at step N one bit of `bias` is wrong on the last device of process I
+    swap=1         the restore reads with an axis swapped
+    resave=1       save what was restored once more, one step later
 Prints one JSON object a line; `event` says what.
 """
 
@@ -31,6 +35,8 @@ if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
 
 import orchestrator as oc
+from orchestrator import arrays
+from orchestrator.restore import RestoreArgs, restore_together
 
 SHAPE = (16, 8)
 
@@ -77,14 +83,45 @@ def wrong_bits(step: int, state: dict[str, object]) -> list[str]:
     return wrong
 
 
+def with_a_wrong_bit(array: jax.Array) -> jax.Array:
+    """One replica of a replicated array changed by one bit, as a device that computes wrongly would do it."""
+    parts = [shard.data for shard in array.addressable_shards]
+    body = np.array(parts[-1])
+    body.view(np.uint8)[5] ^= 1
+    parts[-1] = jax.device_put(body, parts[-1].devices().pop())
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+
+
+def swapped(*arguments: object) -> list[object]:
+    """A reader that takes the axes in the wrong order: every byte and checksum is right."""
+    directory, loads, *more = arguments
+
+    def turned(load: arrays.Load, value: object) -> object:
+        if load.leaf.shape != SHAPE:
+            return value
+        (whole,) = arrays.load(directory, [arrays.Load(load.leaf)], *more)
+        wrong = whole.T.reshape(SHAPE)
+        return jax.make_array_from_callback(SHAPE, value.sharding, lambda at: wrong[at])
+
+    return [turned(load, value) for load, value in zip(loads, arrays.load(*arguments), strict=True)]
+
+
 like = {
     name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding) if name in shardings else value
     for name, value in state_at(0).items()
 }
-options = oc.Options(save_timeout_s=float(args.get("timeout", 30)), rendezvous_timeout_s=30)
+options = oc.Options(
+    save_timeout_s=float(args.get("timeout", 30)), rendezvous_timeout_s=30, attest=args.get("attest", "off")
+)
+flip = tuple(map(int, args.get("flip", "-1@-1").split("@")))
 try:
     with oc.Agent(root, save=oc.every(1), keep=oc.last(int(args.get("keep", 3))), options=options) as agent:
-        restored = agent.restore(like={**like, "count": 0})
+        target = {**like, "count": 0}
+        if args.get("swap"):
+            wrong = RestoreArgs(attest=True, strict=True, reader=swapped)
+            restored = restore_together(agent._catalog, agent._rendezvous, target, None, wrong, 30)
+        else:
+            restored = agent.restore(like=target)
         start = 0
         if restored:
             start = restored.step + 1
@@ -95,12 +132,17 @@ try:
                 process_states={str(k): v.decode() for k, v in restored.process_states.items()},
                 extra=restored.extra,
             )
+        if restored and args.get("resave"):
+            agent.save(restored.step + 1, restored.state)
         for step in range(start, start + int(args.get("steps", 0))):
             if args.get("fail") == str(index):
                 blocked = f"{root}/steps/{step:08d}/e{agent.epoch:04d}-a01/state/ocdbt.process_{index}"
                 os.makedirs(os.path.dirname(blocked), exist_ok=True)
                 open(blocked, "w").close()
-            agent.save(step, state_at(step), process_state=f"host {index} at {step}".encode(), extra={"step": step})
+            state = state_at(step)
+            if (index, step) == flip:
+                state["bias"] = with_a_wrong_bit(state["bias"])
+            agent.save(step, state, process_state=f"host {index} at {step}".encode(), extra={"step": step})
             say("trained", step=step, steps=agent.all_steps(), failures=agent.failures)
             if agent.reached_preemption(step):
                 say("preempted", step=step)
