@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import snapshot
+from fakes import HookedStorage
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
@@ -134,6 +135,33 @@ def test_when_every_step_is_damaged_there_is_nothing_to_restore(root: Path) -> N
     with pytest.raises(oc.NothingToRestore, match="all 2 restorable steps are damaged"):
         agent.restore(LIKE)
     assert errors.NothingToRestore.exit_code == 6
+
+
+class Unreadable:
+    """A hook: the store cannot read `names`, as a disk with bad sectors or an outage would have it."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __call__(self, operation: str, key: str) -> None:
+        if operation == "get" and key.startswith(self.names) and key.endswith("extra.json"):
+            raise errors.StorageError(f"{operation} {key}: EIO (Input/output error)")
+
+
+def test_a_store_that_fails_is_stepped_over_and_nothing_is_quarantined_for_it(root: Path) -> None:
+    fill(root, 1, 2)
+    store = HookedStorage(PosixStorage(str(root)), before=Unreadable("steps/00000002/"))
+    with oc.Agent(root, options=now(), storage=store) as agent:
+        restored = agent.restore(LIKE)
+        assert restored is not None and restored.step == 1
+        assert agent.all_steps() == [1, 2]  # it may answer tomorrow
+        with pytest.raises(oc.StorageError, match="step 2 e0001-a01 cannot be restored: .*EIO"):
+            agent.restore(LIKE, strict=True)
+    store = HookedStorage(PosixStorage(str(root)), before=Unreadable("steps/"))
+    with oc.Agent(root, options=now(), storage=store) as agent:
+        with pytest.raises(oc.StorageError, match="none of 2 steps could be read; step 2: .*EIO.*step 1: "):
+            agent.restore(LIKE)
+        assert agent.all_steps() == [1, 2]
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.3, 0.5, 0.7, 0.98])

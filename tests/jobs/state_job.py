@@ -10,6 +10,7 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     attest=full    Options.attest
     flip=I@N       at step N one bit of `bias` is wrong on the last device of process I
     swap=1         the restore reads with an axis swapped
+    big=1          with an array of 128 KiB, sharded by rows
     resave=1       save what was restored once more, one step later
 Prints one JSON object a line; `event` says what.
 """
@@ -48,7 +49,8 @@ def say(event: str, **more: object) -> None:
 def reference(step: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(step)
     bits = rng.integers(0, 2**16, SHAPE, dtype=np.uint16)
-    return {"w": rng.random(SHAPE, dtype=np.float32), "bf16": bits.view(jnp.bfloat16), "bias": rng.random(8)[:8]}
+    known = {"w": rng.random(SHAPE, dtype=np.float32), "bf16": bits.view(jnp.bfloat16), "bias": rng.random(8)[:8]}
+    return known | ({"big": rng.random((512, 64), dtype=np.float32)} if args.get("big") else {})
 
 
 data, model = (int(size) for size in args.get("mesh", f"{count * devices}x1").split("x"))
@@ -61,6 +63,7 @@ shardings = {
     "w": NamedSharding(mesh, spec),
     "bf16": NamedSharding(mesh, rows),
     "bias": NamedSharding(mesh, PartitionSpec()),
+    "big": NamedSharding(mesh, rows),
 }
 
 
