@@ -155,11 +155,11 @@ def test_a_store_that_fails_is_stepped_over_and_nothing_is_quarantined_for_it(ro
         restored = agent.restore(LIKE)
         assert restored is not None and restored.step == 1
         assert agent.all_steps() == [1, 2]  # it may answer tomorrow
-        with pytest.raises(oc.StorageError, match="step 2 e0001-a01 cannot be restored: .*EIO"):
+        with pytest.raises(oc.StorageError, match=r"step 2 e0001-a01 cannot be restored: .*EIO"):
             agent.restore(LIKE, strict=True)
     store = HookedStorage(PosixStorage(str(root)), before=Unreadable("steps/"))
     with oc.Agent(root, options=now(), storage=store) as agent:
-        with pytest.raises(oc.StorageError, match="none of 2 steps could be read; step 2: .*EIO.*step 1: "):
+        with pytest.raises(oc.StorageError, match=r"none of 2 steps could be read; step 2: .*EIO.*step 1: "):
             agent.restore(LIKE)
         assert agent.all_steps() == [1, 2]
 
