@@ -11,6 +11,7 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     flip=I@N       at step N one bit of `bias` is wrong on the last device of process I
     swap=1         the restore reads with an axis swapped
     resave=1       save what was restored once more, one step later
+    auto=S         save at the interval of oc.auto(max_loss_s=S), not at every step
 Prints one JSON object a line; `event` says what.
 """
 
@@ -115,7 +116,8 @@ options = oc.Options(
 )
 flip = tuple(map(int, args.get("flip", "-1@-1").split("@")))
 try:
-    with oc.Agent(root, save=oc.every(1), keep=oc.last(int(args.get("keep", 3))), options=options) as agent:
+    save = oc.auto(float(args["auto"])) if "auto" in args else oc.every(1)
+    with oc.Agent(root, save=save, keep=oc.last(int(args.get("keep", 3))), options=options) as agent:
         target = {**like, "count": 0}
         if args.get("swap"):
             wrong = RestoreArgs(attest=True, strict=True, reader=swapped)
