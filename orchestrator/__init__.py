@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.agent import Agent
+    from orchestrator.cadence import Cadence
     from orchestrator.errors import (
         Damaged,
         Fenced,
@@ -30,24 +31,26 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from orchestrator.options import Options
-    from orchestrator.policy import at, best, every, every_nth, every_seconds, last, within
+    from orchestrator.policy import at, auto, best, every, every_nth, every_seconds, last, within
     from orchestrator.restore import Restored, Run
 
 _HOMES = {
     "agent": ("Agent",),
+    "cadence": ("Cadence",),
     "errors": (
         *("Damaged", "Fenced", "Mismatch", "NewerFormat", "NotARun", "NothingToRestore", "OrchestratorError"),
         *("OtherJob", "OutcomeUnknown", "SaveFailed", "StepNotFound", "StorageError", "UnsafeKey", "UnsupportedLeaf"),
         *("UsageError", "WaitTimeout"),
     ),
     "options": ("Options",),
-    "policy": ("at", "best", "every", "every_nth", "every_seconds", "last", "within"),
+    "policy": ("at", "auto", "best", "every", "every_nth", "every_seconds", "last", "within"),
     "restore": ("Restored", "Run"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Agent",
+    "Cadence",
     "Damaged",
     "Fenced",
     "Mismatch",
@@ -68,6 +71,7 @@ __all__ = [
     "UsageError",
     "WaitTimeout",
     "at",
+    "auto",
     "best",
     "every",
     "every_nth",

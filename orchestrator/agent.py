@@ -21,6 +21,7 @@ from absl import logging
 
 from orchestrator import failpoints, heartbeat, journal, plan
 from orchestrator.arrays import ArrayOptions, ArrayWriter
+from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
 from orchestrator.collect import collect
 from orchestrator.coordinator import Coordinator, UserData
@@ -36,7 +37,8 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
 from orchestrator.options import Options
-from orchestrator.policy import KeepPolicy, SavePolicy, every
+from orchestrator.pacing import Pacing
+from orchestrator.policy import Adaptive, KeepPolicy, SavePolicy, every
 from orchestrator.records import Json
 from orchestrator.rendezvous import Rendezvous, connect
 from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
@@ -93,6 +95,9 @@ class Agent:
             attest=self._attest != "off",
             committed=self._collect_in_background,
         )
+        self._pacing: Pacing | None = None
+        if me.process == 0 and isinstance(self._policy, Adaptive):
+            self._pacing = Pacing(self._catalog)
         self._current: Save | None = None
         self._pending_error: OrchestratorError | None = None
         self._last_save_s: float | None = None
@@ -126,7 +131,10 @@ class Agent:
         heartbeat.beat("training", step)
         elapsed = None if self._last_save_s is None else time.monotonic() - self._last_save_s
         if self._policy.timed:
-            decide = self._policy.due(step, elapsed)
+            policy = self._policy
+            if self._pacing and isinstance(policy, Adaptive):
+                policy = self._pacing.informed(policy)
+            decide = policy.due(step, elapsed)
             due = bool(self._rendezvous.broadcast(f"save step {step}?", decide, self.options.rendezvous_timeout_s))
         else:
             due = self._policy.due(step, elapsed)
@@ -148,6 +156,11 @@ class Agent:
     def all_steps(self) -> list[int]:
         """All restorable steps, ascending."""
         return sorted(live.step for live in self._catalog.require_head().live if live.restorable)
+
+    @property
+    def cadence(self) -> Cadence | None:
+        """What `save=oc.auto()` has chosen, and why; None before the first commit, and on processes other than 0."""
+        return self._pacing.chosen if self._pacing else None
 
     @property
     def in_flight(self) -> int | None:
@@ -178,6 +191,7 @@ class Agent:
         if not (self.should_save(step) or force) or step == self._last_saved_step:
             return False
         user = UserData(_metrics(metrics), _extra(extra), timestamp=time.time())
+        entered = time.monotonic()
         finished = self._finished()
         save = self._saver.begin(step, user, process_state)
         self._last_save_s, self._last_saved_step = save.started, step
@@ -192,6 +206,7 @@ class Agent:
             self._last_saved_step = None
             raise
         self._saver.start(save, flat)
+        save.blocked_s = time.monotonic() - entered
         self._current = save
         if not self.options.async_save:
             self.wait_until_finished()
@@ -284,6 +299,9 @@ class Agent:
         save = self._current
         if save and not save.running:
             self._current = None
+            if self._pacing and not save.error:
+                blocked_s = max(save.blocked_s, save.stage_s) if self.options.async_save else save.durable_s
+                self._pacing.saved(blocked_s, save.durable_s)
             if save.error:
                 self.failures += 1
                 self._last_saved_step = None

@@ -77,6 +77,7 @@ class Coordinator:
         self._previous = signal_prefix(run, -1, "none")
         self._entry: LiveStep | None = None
         self.committed_bytes = 0  # of the last decided attempt
+        self.stage_s = 0.0  # of its slowest process
 
     def open(self, intent: Intent) -> None:
         """Write the attempt's intent. Raises if another writer already uses this attempt's name."""
@@ -210,6 +211,7 @@ class Coordinator:
     def _finalize(self, state: Attempt, user: UserData) -> LiveStep:
         """Merge, seal the coordinator's own files, write extra and manifest. Returns the journal's line for it."""
         intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
+        self.stage_s = max(receipt.seconds.get("stage", 0.0) for receipt in receipts)
         prefix = layout.attempt_prefix(intent.step, intent.attempt)
         self._writer.finalize(f"{self._catalog.url}/{prefix}{layout.STATE}")
         failpoints.hit("finalize.merged")

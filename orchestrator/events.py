@@ -103,6 +103,15 @@ class Retried:
 
 
 @dataclass(frozen=True)
+class CadenceChosen:
+    """`oc.auto` saves every `interval_s` from now on. `goodput`: expected share of useful time."""
+
+    interval_s: float
+    goodput: float
+    because: str
+
+
+@dataclass(frozen=True)
 class Collected:
     attempts: int
     deleted_bytes: int
@@ -139,6 +148,7 @@ Event = (
     | Retried
     | StoreRetried
     | Collected
+    | CadenceChosen
     | Closed
 )
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}

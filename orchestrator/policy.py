@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
 
+from orchestrator.cadence import Cadence, Costs, choose
 from orchestrator.errors import UsageError
 
 
@@ -17,6 +18,18 @@ class SavePolicy(Protocol):
         """Whether the answer depends on `elapsed_s`; then process 0's answer is broadcast to all hosts."""
 
     def due(self, step: int, elapsed_s: float | None) -> bool: ...
+
+
+@runtime_checkable
+class Adaptive(SavePolicy, Protocol):
+    """A policy that goes by what saves and failures cost in this run."""
+
+    def informed(self, costs: Costs) -> Adaptive:
+        """The same policy, knowing `costs`."""
+
+    @property
+    def cadence(self) -> Cadence | None:
+        """What it has chosen, and why; None before it knows of any costs, or where it has no part that adapts."""
 
 
 class Candidate(Protocol):
@@ -60,6 +73,22 @@ class _EverySeconds:
 
 
 @dataclass(frozen=True)
+class _Auto:
+    max_loss_s: float
+    cadence: Cadence | None = None
+    timed: bool = True
+
+    def due(self, step: int, elapsed_s: float | None) -> bool:
+        return elapsed_s is None or elapsed_s >= (self.cadence.interval_s if self.cadence else self.max_loss_s)
+
+    def informed(self, costs: Costs) -> _Auto:
+        return replace(self, cadence=choose(costs, self.max_loss_s))
+
+    def __or__(self, other: SavePolicy) -> SavePolicy:
+        return _AnySave((self, other))
+
+
+@dataclass(frozen=True)
 class _At:
     steps: frozenset[int]
     timed: bool = False
@@ -82,6 +111,15 @@ class _AnySave:
     def due(self, step: int, elapsed_s: float | None) -> bool:
         return any(policy.due(step, elapsed_s) for policy in self.policies)
 
+    def informed(self, costs: Costs) -> _AnySave:
+        told = (policy.informed(costs) if isinstance(policy, Adaptive) else policy for policy in self.policies)
+        return _AnySave(tuple(told))
+
+    @property
+    def cadence(self) -> Cadence | None:
+        found = [policy.cadence for policy in self.policies if isinstance(policy, Adaptive) and policy.cadence]
+        return min(found, key=lambda each: each.interval_s, default=None)
+
     def __or__(self, other: SavePolicy) -> SavePolicy:
         return _AnySave((*self.policies, other))
 
@@ -96,6 +134,15 @@ def every_seconds(seconds: float) -> _EverySeconds:
     if seconds <= 0:
         raise UsageError(f"every_seconds({seconds}): wanted a positive number of seconds")
     return _EverySeconds(float(seconds))
+
+
+def auto(max_loss_s: float = 600.0) -> _Auto:
+    """Save at the interval that loses least time to saves and failures, as this run has measured them: Daly's optimum
+    for how long a save blocks training and how often the job is interrupted, but at most `max_loss_s` of training can
+    be lost. The first save of an incarnation is due at once; process 0 decides for all hosts."""
+    if not max_loss_s > 0:
+        raise UsageError(f"auto(max_loss_s={max_loss_s}): wanted a positive number of seconds")
+    return _Auto(float(max_loss_s))
 
 
 def at(steps: Iterable[int]) -> _At:

@@ -48,6 +48,9 @@ class Save:
     error: OrchestratorError | None = None
     failure: tuple[str, BaseException] | None = None  # phase and cause: this process will say NO
     committed_bytes: int = 0
+    blocked_s: float = 0.0  # how long it kept this process's main thread, the wait for the save before included
+    stage_s: float = 0.0  # of the slowest process, on process 0, once decided
+    durable_s: float = 0.0  # from start to commit, once committed
     seconds: dict[str, float] = field(default_factory=dict)
     thread: threading.Thread | None = None
     told_s: float = 0.0  # when progress was last told, on the monotonic clock
@@ -155,7 +158,8 @@ class Saver:
             cause = "fenced" if isinstance(save.error, Fenced) else cause_of(str(save.error))
             emit(SaveNotCommitted(save.step, save.attempt, str(save.error), cause))
         else:
-            emit(Committed(save.step, save.attempt, time.monotonic() - save.started, save.committed_bytes))
+            save.durable_s = time.monotonic() - save.started
+            emit(Committed(save.step, save.attempt, save.durable_s, save.committed_bytes))
             self._committed()
 
     def _open(self, coordinator: Coordinator, intent: Intent, save: Save) -> None:
@@ -271,7 +275,7 @@ class Saver:
         spent = time.monotonic() - save.started
         left_s = max(0.0, self._options.save_timeout_s - spent)
         state = coordinator.decide(intent, save.user, left_s, lambda: self._enter(save, "committing", pending))
-        save.committed_bytes = coordinator.committed_bytes
+        save.committed_bytes, save.stage_s = coordinator.committed_bytes, coordinator.stage_s
         return state.phase, describe(state)
 
     def _await_decision(self, save: Save) -> tuple[Phase, str]:

@@ -19,13 +19,13 @@ FUNCTION_LINES_MAX = 70
 PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 # Add a name to the end of its rank's last line.
 _NAMES = {
-    PURE: """errors layout records journal protocol plan policy options chunks attest""",
+    PURE: """errors layout records journal protocol plan policy options chunks attest cadence""",
     PORTS: """storage.base""",
     ADAPTERS: """storage storage.memory storage.posix storage.gcs storage.gcs_client
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         rendezvous events eventlog story telemetry failpoints heartbeat""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
-        agent saving coordinator restore proof verify diff collect catalog""",
+        agent saving coordinator restore proof verify diff collect catalog pacing""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names

@@ -4,6 +4,7 @@ import below changed. What a loop returns must be equal."""
 import datetime
 import json
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +151,26 @@ def part_of_a_tree_on_another_sharding(directory):
         )
 
 
+def grain_iterator_beside_the_state(directory):
+    """Data that goes on where it was."""
+
+    def reader():
+        return iter(grain.MapDataset.range(50).shuffle(seed=3).batch(4).to_iter_dataset())
+
+    iterator = reader()
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
+        for step in range(3):
+            batch = next(iterator)
+            items = {"state": ocp.args.StandardSave({"w": jnp.full(2, step)})}
+            manager.save(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator), **items))
+    following = next(iterator)
+    with ocp.CheckpointManager(directory) as manager:
+        again = grain.checkpoint.CheckpointRestore(reader())
+        like = ocp.args.StandardRestore({"w": jax.ShapeDtypeStruct((2,), jnp.int32)})
+        restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(state=like, data=again))
+    return batch, following, next(restored.data), restored.state
+
+
 def decisions_of_the_users_own(directory):
     """Chosen steps, a function that decides, policies as objects, the errors that loops catch."""
     state, saved = {"w": jnp.ones(2)}, {}
@@ -203,5 +224,6 @@ LOOPS = (
     best_of_the_metrics,
     older_api_with_handlers,
     part_of_a_tree_on_another_sharding,
+    grain_iterator_beside_the_state,
     decisions_of_the_users_own,
 )

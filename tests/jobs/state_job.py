@@ -12,6 +12,7 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     swap=1         the restore reads with an axis swapped
     big=1          with an array of 128 KiB, sharded by rows
     resave=1       save what was restored once more, one step later
+    auto=S         save at the interval of oc.auto(max_loss_s=S), not at every step
 Prints one JSON object a line; `event` says what.
 """
 
@@ -118,7 +119,8 @@ options = oc.Options(
 )
 flip = tuple(map(int, args.get("flip", "-1@-1").split("@")))
 try:
-    with oc.Agent(root, save=oc.every(1), keep=oc.last(int(args.get("keep", 3))), options=options) as agent:
+    save = oc.auto(float(args["auto"])) if "auto" in args else oc.every(1)
+    with oc.Agent(root, save=save, keep=oc.last(int(args.get("keep", 3))), options=options) as agent:
         target = {**like, "count": 0}
         if args.get("swap"):
             wrong = RestoreArgs(attest=True, strict=True, reader=swapped)
