@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from orchestrator.cli import commands, diff, plan, verify, watch
+from orchestrator.cli import commands, diff, doctor, plan, verify, watch
 from orchestrator.cli.adopt import adopt
 from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
@@ -74,6 +74,12 @@ COMMANDS = {
             _EVENTS,
         ),
         ("orchestrator watch /data/run", "orchestrator watch /data/run --json | jq .loss_s"),
+    ),
+    "doctor": Command(
+        doctor.doctor,
+        "what could hurt this run next, and what to do about it; 1 if it will, 4 if something is damaged",
+        (Flag("read_only", bool, False, "do not try out the store with a file of its own"), _EVENTS),
+        ("orchestrator doctor /data/run", "orchestrator doctor /data/run --json | jq -r .worst"),
     ),
     "plan": Command(
         plan.plan,
