@@ -14,6 +14,7 @@ import numpy as np
 from orchestrator import arrays, layout
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
+from orchestrator.forecast import leaf_bytes
 from orchestrator.plan import brief
 from orchestrator.records import LeafSpec, LiveStep, Manifest
 
@@ -126,11 +127,11 @@ def _batches(side: Side, paths: list[Path]) -> Iterator[list[Path]]:
     held = 0
     for path in paths:
         leaf = side.leaves[path]
-        if batch and held + arrays.leaf_bytes(leaf) > _BATCH_BYTES:
+        if batch and held + leaf_bytes(leaf) > _BATCH_BYTES:
             yield batch
             batch, held = [], 0
         batch.append(path)
-        held += arrays.leaf_bytes(leaf)
+        held += leaf_bytes(leaf)
     if batch:
         yield batch
 

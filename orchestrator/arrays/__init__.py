@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.arrays.foreign import describe, is_tree
-from orchestrator.arrays.reading import Load, check, leaf_bytes, load, sharding_of
+from orchestrator.arrays.reading import Load, check, load, sharding_of
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped, own_files
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "check",
     "describe",
     "is_tree",
-    "leaf_bytes",
     "load",
     "own_files",
     "sharding_of",

@@ -275,11 +275,6 @@ def _chunk_bytes(leaf: LeafSpec) -> int:
     return math.prod(leaf.chunk) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize
 
 
-def leaf_bytes(leaf: LeafSpec) -> int:
-    """Bytes of a leaf's elements in host memory; 0 for values kept in the tree spec."""
-    return math.prod(leaf.file_shape) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize if leaf.in_store else 0
-
-
 def _finish(loads: Sequence[Load], fillings: dict[int, _Filling]) -> list[Any]:
     """The values, in order. Device arrays of all leaves are made in one call."""
     values: list[Any] = [None] * len(loads)

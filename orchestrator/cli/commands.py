@@ -15,6 +15,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.collect import collect
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, StepNotFound, UsageError
+from orchestrator.forecast import leaf_bytes
 from orchestrator.plan import brief
 from orchestrator.records import Head, LeafSpec, LiveStep
 from orchestrator.storage import open_storage
@@ -86,7 +87,7 @@ def inspect(root: str, flags: Flags) -> int:
     intent = catalog.intent(live, manifest)
     extra = catalog.extra(live, manifest)
     if flags["json"]:
-        leaves = [builtins(leaf) | {"bytes": _leaf_bytes(leaf)} for leaf in intent.tree.leaves]
+        leaves = [builtins(leaf) | {"bytes": leaf_bytes(leaf)} for leaf in intent.tree.leaves]
         render.give(
             {
                 "root": catalog.url,
@@ -134,22 +135,8 @@ def _processes(
     return told
 
 
-def _leaf_bytes(leaf: LeafSpec) -> int:
-    """Bytes of the leaf's elements; 0 for values kept in the tree spec."""
-    if not leaf.in_store:
-        return 0
-    bits = {"bool": 8, "bfloat16": 16, "complex64": 64, "complex128": 128}
-    name = leaf.stored_dtype or leaf.dtype
-    digits = "".join(char for char in name.partition("_")[0].removeprefix("b") if char.isdigit())
-    item_bytes = max(1, (bits.get(name) or int(digits or 8)) // 8)
-    count = 1
-    for length in leaf.file_shape:
-        count *= length
-    return count * item_bytes
-
-
 def _shown_bytes(leaf: LeafSpec) -> str:
-    return render.size(_leaf_bytes(leaf)) if leaf.kind_stored else ""
+    return render.size(leaf_bytes(leaf)) if leaf.kind_stored else ""
 
 
 def log(root: str, flags: Flags) -> int:

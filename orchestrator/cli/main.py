@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from orchestrator.cli import commands, diff, verify, watch
+from orchestrator.cli import commands, diff, doctor, plan, verify, watch
 from orchestrator.cli.adopt import adopt
 from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
@@ -74,6 +74,28 @@ COMMANDS = {
             _EVENTS,
         ),
         ("orchestrator watch /data/run", "orchestrator watch /data/run --json | jq .loss_s"),
+    ),
+    "doctor": Command(
+        doctor.doctor,
+        "what could hurt this run next, and what to do about it; 1 if it will, 4 if something is damaged",
+        (Flag("read_only", bool, False, "do not try out the store with a file of its own"), _EVENTS),
+        ("orchestrator doctor /data/run", "orchestrator doctor /data/run --json | jq -r .worst"),
+    ),
+    "plan": Command(
+        plan.plan,
+        "what restoring a step on another mesh would read, hold and take; 1 if it does not fit",
+        (
+            _STEP,
+            Flag("mesh", str, None, "axes of the new mesh, as data=4,model=2; as saved without it"),
+            Flag("processes", int, None, "processes of the new job; as saved without it"),
+            Flag("host_memory", str, None, "memory of each host, as 64GiB: say whether it fits"),
+            Flag("program_memory", str, "1GiB", "what of that the program uses beside the restore"),
+            _EVENTS,
+        ),
+        (
+            "orchestrator plan /data/run --mesh=data=4,model=2 --processes=4",
+            "orchestrator plan /data/run --mesh=data=8 --processes=2 --host_memory=64GiB",
+        ),
     ),
     "verify": Command(
         verify.verify,

@@ -1,0 +1,341 @@
+"""`orchestrator doctor`: what could hurt this run next, and what to do about it. Reads records, not array data.
+
+Each check is a function that yields findings; one that fails is itself a finding. With --read_only nothing is written;
+else one small object is created under `.tmp/` and deleted, to see what the store really does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from orchestrator import journal
+from orchestrator.catalog import Catalog
+from orchestrator.cli import render
+from orchestrator.cli.commands import open_catalog
+from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError
+from orchestrator.eventlog import directory_of, read
+from orchestrator.records import Head
+from orchestrator.storage import Exists
+
+Level = Literal["ok", "warn", "bad", "damage"]
+LEVELS: tuple[Level, ...] = ("ok", "warn", "bad", "damage")
+_CLOCK_S = 2.0  # more than this between two clocks makes logs misleading
+_STALE_S = 3600.0
+_RECENT = 20  # decided saves that the abort rate is about
+_LOST_FSYNC_S = 20e-6  # no disk is faster; a file system in memory is
+_VOLATILE = {"tmpfs": "is in memory", "ramfs": "is in memory", "overlay": "may belong to a container"}
+_PACKAGE = "checkpoint-orchestrator"
+
+
+class Finding(msgspec.Struct, forbid_unknown_fields=True):
+    """`level`: ok, warn (will hurt some day), bad (will hurt the next save or restore), damage. `do`: '' if ok."""
+
+    check: str
+    level: Level
+    text: str
+    do: str = ""
+
+
+class Diagnosis(msgspec.Struct, forbid_unknown_fields=True):
+    root: str
+    worst: Level
+    findings: list[Finding]
+
+
+@dataclass
+class Patient:
+    """The run, read once for all checks."""
+
+    catalog: Catalog
+    read_only: bool
+    events_dir: str | None
+    head: Head
+
+    @property
+    def local(self) -> Path | None:
+        url = self.catalog.url
+        return Path(url.removeprefix("file://")) if url.startswith("file://") else None
+
+    @cached_property
+    def stored(self) -> dict[tuple[int, str], int]:
+        return self.catalog.attempts()
+
+
+def doctor(root: str, flags: dict[str, Any]) -> int:
+    """Exit code 4 if something is damaged, 1 if something will hurt the next save or restore, else 0."""
+    catalog = open_catalog(root)
+    events_dir = directory_of(catalog.url, flags["events_dir"])
+    patient = Patient(catalog, flags["read_only"], events_dir, catalog.require_head())
+    findings = [finding for name, check in CHECKS.items() for finding in _run(name, check, patient)]
+    for finding in findings:
+        finding.do = finding.do.replace("ROOT", root)
+    worst: Level = max((finding.level for finding in findings), key=LEVELS.index, default="ok")
+    if flags["json"]:
+        render.give(msgspec.to_builtins(Diagnosis(catalog.url, worst, findings)))
+    else:
+        for finding in findings:
+            level = finding.level if finding.level == "ok" else finding.level.upper()
+            render.say(f"{level:<6}  {finding.check:<11}  {finding.text}")
+            if finding.do:
+                render.say(f"{'':<21}do: {finding.do}")
+    return {"damage": EXIT_DAMAGED, "bad": EXIT_FAILED}.get(worst, EXIT_OK)
+
+
+def _run(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        found.extend(check(patient))
+    except (OrchestratorError, OSError) as error:
+        found.append(Finding(name, "bad", f"could not be checked: {error}", "mend this, then run doctor again"))
+    return found
+
+
+def _journal(patient: Patient) -> Iterator[Finding]:
+    """Every entry can be read, none is missing, epochs and times do not go back."""
+    heads: list[Head] = []
+    with render.progress() as display:
+        bar = render.Bar(display, "journal", patient.head.version + 1)
+        for version in range(patient.head.version + 1):
+            try:
+                heads.append(patient.catalog.entry(version))
+            except OrchestratorError as error:
+                do = "restores are not affected: only the newest entry counts; find out what wrote below the root"
+                yield Finding("journal", "damage", str(error), do)
+            bar.add(1)
+    for before, after in itertools.pairwise(heads):
+        if after.epoch < before.epoch:
+            text = f"epoch goes back from {before.epoch} to {after.epoch} at version {after.version}"
+            yield Finding("journal", "damage", text, "two runs share this root; give each its own")
+        if after.time < before.time - _CLOCK_S:
+            back = render.duration(before.time - after.time)
+            text = f"version {after.version} by {after.writer} is {back} older than the one before by {before.writer}"
+            yield Finding("clocks", "warn", text, "synchronize the clocks of these hosts (NTP)")
+    decided = [head.event for head in heads if head.event.kind in ("committed", "aborted")][-_RECENT:]
+    aborted = [event for event in decided if event.kind == "aborted"]
+    if len(aborted) * 5 > len(decided):
+        said = {failure.cause for event in aborted for failure in event.failures}
+        causes = said or {event.reason for event in aborted}
+        text = f"{len(aborted)} of the last {len(decided)} saves were aborted: {'; '.join(sorted(causes))[:300]}"
+        yield Finding("saves", "bad", text, "orchestrator log ROOT --last=20 names hosts and phases")
+    yield Finding("journal", "ok", f"{len(heads)} entries can be read; version {patient.head.version}")
+
+
+def _steps(patient: Patient) -> Iterator[Finding]:
+    """Every live step has its manifest and all files in their sizes; the newest was proven."""
+    head = patient.head
+    for live in head.live:
+        try:
+            patient.catalog.check_sizes(live, patient.catalog.manifest(live))
+        except OrchestratorError as error:
+            do = f"orchestrator verify ROOT --step={live.step}; then restore from another step, or quarantine this one"
+            yield Finding("steps", "damage", str(error), do)
+    bad = [live.step for live in head.live if not live.restorable]
+    if bad:
+        text = f"quarantined steps: {', '.join(map(str, bad))}"
+        yield Finding("steps", "warn", text, "orchestrator log ROOT says why; retention lets them go")
+    newest = journal.newest(head)
+    if newest is None:
+        yield Finding("steps", "bad", "no step can be restored", "a job that dies now starts anew; save soon")
+    elif newest.trust == "committed":
+        text = f"newest step {newest.step} has never been read back"
+        yield Finding("steps", "warn", text, f"orchestrator verify ROOT --step={newest.step}")
+    size = render.size(sum(live.bytes for live in head.live))
+    yield Finding("steps", "ok", f"{len(head.live)} steps, {size}; proven: {_proven(head)}")
+
+
+def _proven(head: Head) -> str:
+    return ", ".join(str(live.step) for live in head.live if live.trust in ("verified", "restored")) or "none"
+
+
+def _orphans(patient: Patient) -> Iterator[Finding]:
+    """What nobody needs any more."""
+    gone = journal.collectable(patient.head, patient.stored)
+    size = sum(patient.stored.get((each.step, each.attempt), 0) for each in gone)
+    if size:
+        text = f"{len(gone)} attempts that can never be restored hold {render.size(size)}"
+        yield Finding("orphans", "warn", text, "orchestrator gc ROOT (--dry_run first)")
+    temporary = patient.local / ".tmp" if patient.local else None
+    if temporary and temporary.is_dir():
+        stale = [path for path in temporary.iterdir() if path.stat().st_mtime < time.time() - _STALE_S]
+        if stale:
+            text = f"{len(stale)} unfinished files of an hour ago or more in {temporary}"
+            yield Finding("orphans", "warn", text, "the next process that writes to the run removes them")
+    if not size:
+        yield Finding("orphans", "ok", "nothing is left over")
+
+
+def _space(patient: Patient) -> Iterator[Finding]:
+    """Room for the next save, which stands beside all kept steps until retention has let one go."""
+    if patient.local is None:
+        return
+    file_system = os.statvfs(patient.local)
+    next_bytes = max((live.bytes for live in patient.head.live[-5:]), default=0)
+    inodes = file_system.f_favail if file_system.f_files else None
+    yield from room(file_system.f_bavail * file_system.f_frsize, inodes, next_bytes)
+
+
+def room(free: int, inodes: int | None, next_bytes: int) -> Iterator[Finding]:
+    """Whether `free` bytes and `inodes` (None: not limited) are enough for saves of `next_bytes`."""
+    text = f"{render.size(free)} free; the next save needs about {render.size(next_bytes)}"
+    if free < next_bytes * 1.1:
+        yield Finding("space", "bad", text, "free space or keep fewer steps: orchestrator gc ROOT --keep_last=N")
+    elif free < next_bytes * 3:
+        yield Finding("space", "warn", text, "room for fewer than three saves; free space or keep fewer steps")
+    else:
+        yield Finding("space", "ok", text)
+    if inodes is not None and inodes < 1000:
+        yield Finding("space", "bad", f"{inodes} free inodes", "delete files: the next save cannot create its own")
+
+
+def _permissions(patient: Patient) -> Iterator[Finding]:
+    if patient.local is None:
+        return
+    places = [patient.local, *(patient.local / name for name in ("journal", "steps", ".tmp"))]
+    refused = [path for path in places if path.exists() and not os.access(path, os.R_OK | os.W_OK | os.X_OK)]
+    for path in refused:
+        status = path.stat()
+        whose = f"owner {status.st_uid}, mode {status.st_mode & 0o777:o}"
+        text = f"{path} ({whose}) cannot be written by user {os.getuid()}"
+        yield Finding("permissions", "bad", text, "run the job as the owner, or give it the directory (chown -R)")
+    if not refused:
+        yield Finding("permissions", "ok", f"user {os.getuid()} may write here")
+
+
+def _store(patient: Patient) -> Iterator[Finding]:
+    """Create, refuse to replace, read back, delete: what the protocol rests on, tried on the store itself."""
+    if patient.read_only:
+        return
+    storage, key, body = patient.catalog.storage, f".tmp/doctor-{uuid.uuid4().hex}", b"doctor"
+    started = time.monotonic()
+    try:
+        storage.create(key, body)
+        taken = isinstance(storage.create(key, b"another"), Exists)
+        same = storage.get(key) == body
+    finally:
+        storage.delete(key)
+    took = render.duration(time.monotonic() - started)
+    if not taken:
+        text = "creating an object that exists was not refused"
+        yield Finding("store", "bad", text, "two jobs could both commit: use a file system with hard links, or gs://")
+    elif not same:
+        yield Finding("store", "bad", "an object read back is not what was written", "replace this disk or mount")
+    else:
+        yield Finding("store", "ok", f"create, refusal to replace, read and delete work ({took})")
+
+
+def _disk(patient: Patient) -> Iterator[Finding]:
+    """What fsync and the file system are worth, and whose clock they have."""
+    root = patient.local
+    if root is None:
+        return
+    kind = _file_system(root)
+    if kind in _VOLATILE:
+        text = f"the root is on {kind}, which {_VOLATILE[kind]}: committed steps may not survive a restart"
+        yield Finding("durability", "warn", text, "use a directory on a disk or on a shared file system")
+    if patient.read_only or not os.access(root, os.W_OK):
+        return
+    probe = root / ".tmp" / f"doctor-{uuid.uuid4().hex}"
+    probe.parent.mkdir(exist_ok=True)
+    spent = []
+    try:
+        with probe.open("wb", buffering=0) as file:
+            for _ in range(5):
+                file.write(bytes(4096))
+                started = time.monotonic()
+                os.fsync(file.fileno())
+                spent.append(time.monotonic() - started)
+            skew_s = os.fstat(file.fileno()).st_mtime - time.time()
+    finally:
+        probe.unlink(missing_ok=True)
+    fsync_s = statistics.median(spent)
+    text = f"{kind or 'file system'}: fsync takes {fsync_s * 1e3:.2f} ms"
+    if fsync_s < _LOST_FSYNC_S and kind not in _VOLATILE:
+        do = "no disk is that quick: see that writes reach it (mount options, the virtual machine's cache mode)"
+        yield Finding("durability", "warn", text, do)
+    else:
+        yield Finding("durability", "ok", text)
+    yield from _skew("the file system", skew_s)
+
+
+def _skew(whose: str, skew_s: float) -> Iterator[Finding]:
+    if abs(skew_s) > _CLOCK_S:
+        ahead = "ahead of" if skew_s > 0 else "behind"
+        text = f"the clock of {whose} is {render.duration(abs(skew_s))} {ahead} this machine's"
+        yield Finding("clocks", "warn", text, "synchronize the clocks (NTP); ages and rates are wrong until then")
+
+
+def _clocks(patient: Patient) -> Iterator[Finding]:
+    """The writers' clocks against this machine's: nothing is decided by clocks, but people read them."""
+    ahead_s = patient.head.time - time.time()
+    if ahead_s > _CLOCK_S:
+        yield from _skew(patient.head.writer, ahead_s)
+    else:
+        yield Finding("clocks", "ok", "no entry is from the future")
+    if patient.events_dir and os.path.isdir(patient.events_dir):
+        newest = {line.process: line for line in read(patient.events_dir)}
+        for process, line in newest.items():
+            path = Path(patient.events_dir) / f"{process:05d}.jsonl"
+            if path.exists():
+                yield from _skew(f"{line.machine} ({line.host})", line.time - path.stat().st_mtime)
+
+
+def _versions(patient: Patient) -> Iterator[Finding]:
+    """The installed libraries against the bounds that this package was tested with."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(text) for text in metadata.requires(_PACKAGE) or ()]
+    except metadata.PackageNotFoundError:
+        yield Finding("versions", "warn", f"{_PACKAGE} is not installed as a package", "pip install it")
+        return
+    told = []
+    for requirement in wanted:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            have = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("versions", "bad", f"{requirement.name} is missing", f"pip install '{requirement}'")
+            continue
+        if have not in requirement.specifier:
+            text = f"{requirement.name} {have}, tested with {requirement.specifier}"
+            yield Finding("versions", "warn", text, f"pip install '{requirement}'")
+        elif requirement.name in ("jax", "orbax-checkpoint", "tensorstore"):
+            told.append(f"{requirement.name} {have}")
+    yield Finding("versions", "ok", f"{_PACKAGE} {metadata.version(_PACKAGE)}, {', '.join(told)}")
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that `path` is on; '' where the kernel does not tell."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return ""
+    real = os.path.realpath(path)
+    above = [(mount[1], mount[2]) for mount in mounts if os.path.commonpath([real, mount[1]]) == mount[1]]
+    return max(above, key=lambda mount: len(mount[0]), default=("", ""))[1]
+
+
+CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
+    "journal": _journal,
+    "steps": _steps,
+    "orphans": _orphans,
+    "space": _space,
+    "permissions": _permissions,
+    "store": _store,
+    "durability": _disk,
+    "clocks": _clocks,
+    "versions": _versions,
+}

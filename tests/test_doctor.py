@@ -1,0 +1,194 @@
+"""`orchestrator doctor`: each way in which a run can be ill is found, named, and comes with what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from conftest import snapshot
+from fakes import HookedStorage
+from runs import fill, journal_of, state
+
+import orchestrator as oc
+from orchestrator import layout
+from orchestrator.catalog import Catalog
+from orchestrator.cli import doctor
+from orchestrator.cli.doctor import Diagnosis, Finding, Patient
+from orchestrator.cli.main import main
+from orchestrator.records import encode
+from orchestrator.storage import Created, PosixStorage
+
+
+def examine(root: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, list[Finding]]:
+    code = main(["orchestrator", "doctor", str(root), "--json", *flags])
+    return code, msgspec.json.decode(capsys.readouterr().out, type=Diagnosis).findings
+
+
+def ill(findings: list[Finding]) -> dict[str, list[str]]:
+    """Texts of what is not ok, by check; each must say what to do."""
+    found: dict[str, list[str]] = {}
+    for finding in findings:
+        assert (finding.level == "ok") == (finding.do == ""), finding
+        if finding.level != "ok":
+            found.setdefault(finding.check, []).append(f"{finding.level}: {finding.text}")
+    return found
+
+
+def test_a_healthy_run_has_no_finding_once_its_newest_step_is_proven(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0, 1)
+    code, findings = examine(root, capsys)
+    assert code == 0 and ill(findings) == {"steps": ["warn: newest step 1 has never been read back"]}
+    assert {finding.check for finding in findings} >= set(doctor.CHECKS)
+    main(["orchestrator", "verify", str(root)])
+    capsys.readouterr()
+    code, findings = examine(root, capsys)
+    assert code == 0 and ill(findings) == {}
+    assert list((root / ".tmp").iterdir()) == []
+
+
+def test_read_only_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(root, 0)
+    before = snapshot(root)
+    stamp = (root / ".tmp").stat().st_mtime_ns
+    examine(root, capsys, "--read_only")
+    assert snapshot(root) == before and (root / ".tmp").stat().st_mtime_ns == stamp
+
+
+def missing_entry(root: Path) -> None:
+    (root / layout.journal_key(1)).unlink()
+
+
+def edited_entry(root: Path) -> None:
+    path = root / layout.journal_key(1)
+    path.write_bytes(path.read_bytes().replace(b'"step":0', b'"step":9'))
+
+
+def missing_file(root: Path) -> None:
+    next((root / "steps" / "00000001").rglob("d/*")).unlink()
+
+
+def orphan(root: Path) -> None:
+    left = root / "steps" / "00000009" / "e0000-a01"
+    left.mkdir(parents=True)
+    (left / "intent.json").write_bytes(bytes(2048))
+
+
+def stale(root: Path) -> None:
+    path = root / ".tmp" / "left"
+    path.write_text("half")
+    os.utime(path, (time.time() - 7200,) * 2)
+
+
+def from_the_future(root: Path) -> None:
+    newest = journal_of(root)[-1]
+    event = msgspec.structs.replace(newest.event, kind="pinned")
+    later = msgspec.structs.replace(newest, version=newest.version + 1, time=time.time() + 600, event=event)
+    PosixStorage(str(root)).create(layout.journal_key(later.version), encode(later))
+
+
+def quarantined(root: Path) -> None:
+    for step in (0, 1):
+        main(["orchestrator", "quarantine", str(root), f"--step={step}"])
+
+
+def skewed_host(root: Path) -> None:
+    path = root / "events" / "00000.jsonl"
+    os.utime(path, (time.time() - 500,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "check", "text"),
+    [
+        (missing_entry, 4, "journal", "damage: "),
+        (edited_entry, 4, "journal", "it was edited or damaged"),
+        (missing_file, 4, "steps", "is missing"),
+        (orphan, 0, "orphans", "warn: 1 attempts that can never be restored hold 2.0 KiB"),
+        (stale, 0, "orphans", "warn: 1 unfinished files"),
+        (from_the_future, 0, "clocks", "10 min ahead of this machine's"),
+        (quarantined, 1, "steps", "bad: no step can be restored"),
+        (skewed_host, 0, "clocks", "ahead of this machine's"),
+    ],
+)
+def test_each_illness_is_found(
+    root: Path, harm: Callable[[Path], None], code: int, check: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0, 1)
+    harm(root)
+    capsys.readouterr()
+    got, findings = examine(root, capsys)
+    assert got == code and any(text in line for line in ill(findings)[check]), findings
+
+
+def test_many_aborted_saves_are_told_with_their_causes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with oc.Agent(root, options=oc.Options(async_save=False)) as agent:
+        agent.save(0, state(0))
+        (root / "steps" / "00000001").write_text("in the way")
+        agent.save(1, state(1))
+    code, findings = examine(root, capsys)
+    (line,) = ill(findings)["saves"]
+    assert code == 1 and line.startswith("bad: 1 of the last 2 saves were aborted: ") and "ENOTDIR" in line
+
+
+def patient(root: Path, storage: object = None) -> Patient:
+    catalog = Catalog(storage or PosixStorage(str(root)), "test")  # type: ignore[arg-type]
+    return Patient(catalog, False, None, catalog.require_head())
+
+
+@pytest.mark.parametrize(
+    ("free", "inodes", "levels"),
+    [(105, None, ["bad"]), (250, None, ["warn"]), (1000, 5000, ["ok"]), (1000, 5, ["ok", "bad"])],
+)
+def test_a_full_disk_is_told_before_the_next_save(free: int, inodes: int | None, levels: list[str]) -> None:
+    assert [finding.level for finding in doctor.room(free, inodes, 100)] == levels
+
+
+class Replacing(HookedStorage):
+    """A store that lets a second create through."""
+
+    def create(self, key: str, body: bytes) -> Created:
+        self.inner.delete(key)
+        self.inner.create(key, body)
+        return Created()
+
+
+def test_a_store_that_replaces_objects_is_bad(root: Path) -> None:
+    fill(root, 0)
+    (finding,) = doctor._store(patient(root, Replacing(PosixStorage(str(root)))))
+    assert finding.level == "bad" and "was not refused" in finding.text and "could both commit" in finding.do
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a second user, and so root")
+def test_a_root_of_another_user_is_named_with_its_owner(root: Path) -> None:
+    fill(root, 0)
+    os.chmod(root.parent, 0o755)
+    program = (
+        "import os, subprocess, sys; sys.path.insert(0, sys.argv[2]); import packaging.requirements\n"
+        "from orchestrator.cli.main import main\n"
+        "os.setuid(12345); sys.exit(main(['orchestrator', 'doctor', sys.argv[1]]))"
+    )
+    for folder in [root, *root.parents]:
+        if folder.stat().st_uid == 0 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    repository = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(root), repository], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written by user 12345" in done.stdout and "owner 0" in done.stdout and "chown" in done.stdout
+
+
+def test_for_people_each_finding_is_a_line_and_names_the_root_in_what_to_do(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0)
+    assert main(["orchestrator", "doctor", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert f"do: orchestrator verify {root} --step=0" in out and "WARN" in out and "ROOT" not in out
