@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import failpoints, heartbeat, journal, plan
+from orchestrator import failpoints, garbage, heartbeat, journal, plan
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -198,14 +198,15 @@ class Agent:
         if not finished:
             self._skip(save)
             return False
-        try:
-            flat = flatten(state)
-            self._check_tree(flat, save)
-        except OrchestratorError as error:  # ours alone, perhaps: the others must not wait for us
-            self._saver.refuse(save, "check", error)
-            self._last_saved_step = None
-            raise
-        self._saver.start(save, flat)
+        with garbage.paused():
+            try:
+                flat = flatten(state)
+                self._check_tree(flat, save)
+            except OrchestratorError as error:  # ours alone, perhaps: the others must not wait for us
+                self._saver.refuse(save, "check", error)
+                self._last_saved_step = None
+                raise
+            self._saver.start(save, flat)
         save.blocked_s = time.monotonic() - entered
         self._current = save
         if not self.options.async_save:

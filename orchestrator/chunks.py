@@ -7,6 +7,7 @@ zarr3 reader checks. Chunks are runs of whole rows of one shard, so that cutting
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from orchestrator.records import Box
 
 CHECKSUM_BYTES = 4
 CHUNK_BYTES = 4 << 20
+_POLYNOMIAL = 0x82F63B78  # CRC-32C's, reflected
 
 
 def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
@@ -73,8 +75,12 @@ def shape_of(box: Box) -> tuple[int, ...]:
 
 def key(name: str, box: Box, chunk: tuple[int, ...]) -> str:
     """The store key of the chunk at `box` of the array `name` (zarr3's default chunk key encoding)."""
-    index = (str(start // size) for start, size in zip(box.start, chunk, strict=True))
-    return "/".join((name, "c", *index))
+    return name + suffix(box, chunk)
+
+
+def suffix(box: Box, chunk: tuple[int, ...]) -> str:
+    """The part of a chunk's key that is the same in all arrays cut the same way."""
+    return "".join(["/c", *(f"/{start // size}" for start, size in zip(box.start, chunk, strict=True))])
 
 
 def metadata_key(name: str) -> str:
@@ -85,3 +91,33 @@ def metadata(template: dict[str, object], shape: tuple[int, ...], chunk: tuple[i
     """`zarr.json` of an array: `template` (TensorStore's own, for the data type) with this shape and chunk shape."""
     grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk)}}
     return json.dumps({**template, "shape": list(shape), "chunk_grid": grid}, separators=(",", ":")).encode()
+
+
+def combined_crc32c(first: int, second: int, second_bytes: int) -> int:
+    """The CRC-32C of two byte strings one after the other, from that of each: nothing has to be read again.
+
+    As zlib's crc32_combine: appending n bytes multiplies a CRC by x^8n modulo the polynomial.
+    """
+    return _product(_power(8 * second_bytes), first) ^ second
+
+
+@functools.lru_cache(maxsize=1024)
+def _power(exponent: int) -> int:
+    """x^exponent modulo the polynomial; bit 31 is x^0."""
+    result, square = 1 << 31, 1 << 30
+    while exponent:
+        if exponent & 1:
+            result = _product(square, result)
+        square = _product(square, square)
+        exponent >>= 1
+    return result
+
+
+def _product(a: int, b: int) -> int:
+    total = 0
+    while a:
+        if a & 0x80000000:
+            total ^= b
+        a = a << 1 & 0xFFFFFFFF
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return total

@@ -14,7 +14,7 @@ intent; report every receipt it reads, whichever way it learned of it; report th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -230,17 +230,21 @@ def uncovered(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
     for process, receipt in receipts.items():
         for name, regions in receipt.boxes.items():
             boxes.setdefault(name, []).extend((process, box) for box in regions)
+    looked_at: dict[tuple[tuple[int, ...], tuple[tuple[int, Box], ...]], str] = {}  # many leaves of few layouts
     for leaf in intent.tree.leaves:
         if not leaf.in_store:
             continue
         shape = leaf.stored_shape if leaf.stored_shape is not None else leaf.shape
-        problem = _cover(shape, boxes.get(leaf.name, []))
+        written = tuple(boxes.get(leaf.name, []))
+        problem = looked_at.get((shape, written))
+        if problem is None:
+            problem = looked_at[shape, written] = _cover(shape, written)
         if problem:
             problems.append(f"{leaf.label}{list(shape)}: {problem}")
     return problems
 
 
-def _cover(shape: tuple[int, ...], boxes: list[tuple[int, Box]]) -> str:
+def _cover(shape: tuple[int, ...], boxes: Sequence[tuple[int, Box]]) -> str:
     """'' if `boxes` tile `shape` exactly, else what is wrong."""
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     volume = 0

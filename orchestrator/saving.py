@@ -132,7 +132,7 @@ class Saver:
             process_count=self._rendezvous.count,
             device_count=jax.device_count(),
             mesh=flat.mesh,
-            tree=flat.spec,
+            tree=self._writer.recorded(flat.spec),
         )
 
     def _finish(self, save: Save, intent: Intent | None, pending: PendingWrite | None) -> None:
@@ -189,7 +189,7 @@ class Saver:
             phase, started = "seal", time.monotonic()
             self._enter(save, "sealing", pending)
             failpoints.hit("save.seal")
-            files = self._seal(save)
+            files = self._seal(save, pending)
             save.seconds["seal"] = time.monotonic() - started
             phase = "receipt"
             failpoints.hit("receipt.write")
@@ -250,7 +250,7 @@ class Saver:
         text = f"{type(cause).__name__}: {cause}"[:2000]
         return Failure(process=me.process, host=me.hosts[me.process], phase=phase, cause=text)
 
-    def _seal(self, save: Save) -> tuple[FileEntry, ...]:
+    def _seal(self, save: Save, pending: PendingWrite) -> tuple[FileEntry, ...]:
         """Make the files that this process wrote durable, whoever else writes beside it."""
         prefix = layout.attempt_prefix(save.step, save.attempt)
         storage, process = self._catalog.storage, self._rendezvous.process
@@ -260,11 +260,10 @@ class Saver:
             if isinstance(storage.create(key, save.process_state), Exists):
                 raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
             keys.append(key)
-        for own in arrays.own_files(process):
-            keys += [entry.key for entry in storage.list(prefix + layout.STATE + own)]
+        known = {prefix + layout.STATE + file.path: file for file in pending.files}
+        sealed = storage.seal([*keys, *known], known)
         return tuple(
-            FileEntry(path=entry.path.removeprefix(prefix), bytes=entry.bytes, crc32c=entry.crc32c)
-            for entry in storage.seal(keys)
+            FileEntry(path=entry.path.removeprefix(prefix), bytes=entry.bytes, crc32c=entry.crc32c) for entry in sealed
         )
 
     # The decision.

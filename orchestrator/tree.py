@@ -89,8 +89,8 @@ def flatten(tree: Any) -> Flat:
         raise UnsupportedLeaf("the state has no leaves: there is nothing to save")
     _check_names(leaves)
     values = tuple(value for _, value in with_paths)
-    meshes = [sharding.mesh for value in values if (sharding := _named(value))]
-    return Flat(TreeSpec(leaves=leaves), values, treedef, dict(meshes[0].shape) if meshes else {})
+    mesh = next((dict(sharding.mesh.shape) for value in values if (sharding := _named(value))), {})
+    return Flat(TreeSpec(leaves=leaves), values, treedef, mesh)
 
 
 def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
@@ -100,7 +100,7 @@ def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
     for raw_path, value in with_paths:
         path = tree_path(raw_path)
         if isinstance(value, jax.ShapeDtypeStruct):
-            kind = "key" if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else "array"
+            kind = "key" if _is_key(value.dtype) else "array"
             wanted.append(TargetLeaf(path, kind, tuple(value.shape), str(value.dtype)))
         else:
             spec = _describe(path, value, check_live=False)
@@ -158,9 +158,7 @@ def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> 
 
 
 def _describe_jax(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
-    named = _named(value)
-    sharding = str(named.spec) if named else type(value.sharding).__name__
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if _is_key(value.dtype):
         data = jax.eval_shape(jax.random.key_data, value)
         return LeafSpec(
             path=path,
@@ -169,30 +167,43 @@ def _describe_jax(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
             dtype=str(value.dtype),
             stored_shape=tuple(data.shape),
             stored_dtype=str(data.dtype),
-            sharding=sharding,
+            sharding=_shown(value.sharding),
             value=str(jax.random.key_impl(value)),
-            chunk=_chunk(value, tuple(data.shape), data.dtype.itemsize),
+            chunk=_chunk(value.shape, value.sharding, tuple(data.shape), data.dtype.itemsize),
         )
-    name = value.dtype.name
-    stored = STORED_AS.get(name, "")
+    name, stored, sharding, chunk = _array_form(value.dtype, value.shape, value.sharding)
     if (stored or name) not in STORABLE:
         raise UnsupportedLeaf(f"{'/'.join(path)}: dtype {name} cannot be stored; cast it to one that TensorStore has")
     return LeafSpec(
-        path=path,
-        kind="array",
-        shape=value.shape,
-        dtype=name,
-        stored_dtype=stored,
-        sharding=sharding,
-        chunk=_chunk(value, value.shape, value.dtype.itemsize),
+        path=path, kind="array", shape=value.shape, dtype=name, stored_dtype=stored, sharding=sharding, chunk=chunk
     )
 
 
-def _chunk(value: jax.Array, stored_shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...] | None:
+@functools.lru_cache(maxsize=256)
+def _is_key(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
+@functools.lru_cache(maxsize=4096)
+def _array_form(
+    dtype: np.dtype[Any], shape: tuple[int, ...], sharding: jax.sharding.Sharding
+) -> tuple[str, str, str, tuple[int, ...] | None]:
+    """dtype, stored dtype, sharding and chunk shape of a leaf: a state has many leaves of few forms."""
+    chunk = _chunk(shape, sharding, shape, dtype.itemsize)
+    return dtype.name, STORED_AS.get(dtype.name, ""), _shown(sharding), chunk
+
+
+def _shown(sharding: jax.sharding.Sharding) -> str:
+    return str(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else type(sharding).__name__
+
+
+def _chunk(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, stored_shape: tuple[int, ...], item_bytes: int
+) -> tuple[int, ...] | None:
     """Chunks tile every shard, so that no two processes write one chunk. None for an array without elements."""
-    if not value.size:
+    if 0 in shape:
         return None
-    shard = value.sharding.shard_shape(value.shape)
+    shard = sharding.shard_shape(shape)
     return chunks.chunk_shape((*shard, *stored_shape[len(shard) :]), item_bytes)
 
 

@@ -88,6 +88,8 @@ def _effect(call: str, text: str, result: int, root: str) -> Effect | None:
         case "openat" | "open" | "creat":
             flags = next((item for item in arguments if item.startswith("O_")), "O_CREAT|O_TRUNC")
             return Effect("open", paths[0], flags=flags) if "O_CREAT" in flags or "O_TRUNC" in flags else None
+        case "sync_file_range":  # begins writing back; makes nothing durable
+            return None
         case "fsync" | "fdatasync":
             return Effect("sync", first)
         case "rename" | "renameat" | "renameat2":

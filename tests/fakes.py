@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from orchestrator.errors import StorageError
 from orchestrator.records import FileEntry
@@ -43,11 +43,11 @@ class HookedStorage:
         self._call("delete", key)
         return self.inner.delete(key)
 
-    def seal(self, keys: Iterable[str]) -> tuple[FileEntry, ...]:
+    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted = list(keys)
         for key in wanted:
             self._call("seal", key)
-        return self.inner.seal(wanted)
+        return self.inner.seal(wanted, known)
 
 
 class FailOnce:

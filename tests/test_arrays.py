@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from conftest import snapshot
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from orchestrator.arrays import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
+from orchestrator.arrays import ArrayOptions, ArrayWriter, WriteStopped
 from orchestrator.tree import flatten
 
 FLOATS_8 = "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz e8m0fnu"
@@ -382,6 +381,22 @@ def test_jax_arrays_donated_right_after_save_do_not_leak_into_the_checkpoint(roo
 # Other shardings, numpy, parts, casts.
 
 
+def test_compressed_chunks_come_back_smaller_on_disk_and_damage_in_them_is_noticed(root: Path) -> None:
+    state = {"w": jnp.arange(1 << 18).reshape(512, 512) // 7, "n": np.zeros(5), "step": 3}
+    with oc.Agent(root, options=oc.Options(compression=True)) as agent:
+        agent.save(1, state)
+        restored = agent.restore(state)
+    assert restored is not None
+    assert (restored.state["w"] == state["w"]).all() and restored.state["step"] == 3
+    file = max(root.glob("steps/*/*/state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    assert file.stat().st_size < state["w"].nbytes // 3
+    body = bytearray(file.read_bytes())
+    body[len(body) // 2] ^= 1
+    file.write_bytes(body)
+    with pytest.raises(oc.Damaged, match="w: "):
+        oc.open_run(root).restore(state, step=1)
+
+
 def test_any_sharding_can_be_restored_onto_any_other(agent: oc.Agent, mesh8: jax.sharding.Mesh) -> None:
     value = jnp.arange(8 * 16, dtype=jnp.float32).reshape(8, 16)
     key = jax.random.split(jax.random.key(1), 8)
@@ -500,13 +515,11 @@ def test_the_boxes_of_a_receipt_are_each_shard_once_whatever_is_replicated(
     }
 
 
-def test_waiting_for_a_write_is_bounded() -> None:
-    class Never:
-        async def async_save(self, directory: Any, args: Any) -> None:
-            await asyncio.sleep(30)
-
-    with pytest.raises(oc.WaitTimeout, match=r"did not finish within 0\.01 s"):
-        PendingWrite(Never(), "gs://nowhere/state", {"a": 1}, {}).wait(0.01)
+def test_waiting_for_a_write_is_bounded(tmp_path: Path) -> None:
+    writer = ArrayWriter(ArrayOptions(), process=0)
+    pending = writer.stage(f"file://{tmp_path}/state", flatten({"w": jnp.zeros((256, 1 << 20), jnp.uint8)}))
+    with pytest.raises(oc.WaitTimeout, match=r"did not finish within 0\.001 s"):
+        pending.wait(0.001)
 
 
 def test_a_write_that_nobody_wants_any_more_is_given_up_and_the_next_one_is_whole(tmp_path: Path) -> None:

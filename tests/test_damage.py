@@ -63,7 +63,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "process state gone": (remove("process/*"), "process/00000.bin: is missing"),
     "data file gone": (remove("state/ocdbt.process_0/d/*"), "is missing, the manifest says"),
     "data file cut": (edit("state/ocdbt.process_0/d/*", lambda body: body[:-1]), "bytes, the manifest says"),
-    "data files zeroed": (edit("state/**/d/*", lambda body: bytes(len(body))), "cannot be read"),
+    "data files zeroed": (edit("state/**/d/*", lambda body: bytes(len(body))), "not a part of an OCDBT store"),
 }
 
 

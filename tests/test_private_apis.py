@@ -17,26 +17,30 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from jax._src import distributed
+from jax._src import core, distributed
+from jax._src.interpreters import pxla
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
-from orbax.checkpoint._src.handlers import base_pytree_checkpoint_handler
-from orbax.checkpoint._src.metadata import array_metadata, array_metadata_store
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.metadata import sharding as sharding_metadata
+
+from orchestrator.arrays import ArrayOptions, ArrayWriter
+from orchestrator.tree import flatten
 
 ROOT = Path(__file__).parent.parent
 WATCHED = {  # private names that the package may import: each has a test below
+    "jax._src.core",
     "jax._src.distributed",
-    "orbax.checkpoint._src.metadata.array_metadata",
-    "orbax.checkpoint._src.metadata.array_metadata_store",
+    "jax._src.interpreters.pxla",
     "orbax.checkpoint._src.metadata.sharding",
 }
 
@@ -186,70 +190,67 @@ def test_multihost_utils_takes_what_we_give_it() -> None:
     assert len(parameters(multihost_utils.reached_preemption_sync_point)) == 1
 
 
-# Orbax's handler layer.
+# Device arrays out of host buffers.
 
 
-def test_the_handler_takes_our_arguments_and_saves_without_a_barrier() -> None:
-    assert parameters(ocp.PyTreeCheckpointHandler) >= {
-        *("use_ocdbt", "use_zarr3", "use_compression", "type_handler_registry")
-    }
-    assert parameters(ocp.PyTreeCheckpointHandler.async_save) >= {"directory", "args"}
-    assert inspect.iscoroutinefunction(ocp.PyTreeCheckpointHandler.async_save)
-    for handler in (ocp.PyTreeCheckpointHandler, base_pytree_checkpoint_handler.BasePyTreeCheckpointHandler):
-        for method in (handler.async_save, handler.finalize):
-            source = inspect.getsource(method)
-            assert "barrier" not in source and "sync_global" not in source, f"{handler.__name__}.{method.__name__}"
+def test_one_call_makes_an_array_of_all_its_shards_without_a_copy_and_donating_it_writes_into_none() -> None:
+    sharding = NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), PartitionSpec())
+    raw = np.zeros(4096 + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    host = raw[first : first + 4096].view(np.float32)
+    aval = core.ShapedArray(host.shape, host.dtype)
+    devices = list(sharding.mesh.devices.flat)
+    array = pxla.batched_device_put(aval, sharding, [host, host], devices)
+    assert (array.shape, array.dtype, array.sharding, array.committed) == (host.shape, host.dtype, sharding, True)
+    assert [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards] == [host.ctypes.data] * 2
+    add = jax.jit(lambda value: value + 1, donate_argnums=0)
+    added = add(add(array))
+    assert array.is_deleted() and not host.any()  # both devices share the buffer: neither may change it
+    assert all((np.asarray(shard.data) == 2).all() for shard in added.addressable_shards)
 
 
-def test_a_type_handler_has_four_methods_and_a_registry_takes_pairs() -> None:
-    assert ocp.type_handlers.TypeHandler.__abstractmethods__ == {"typestr", "serialize", "deserialize", "metadata"}
-    registry = ocp.type_handlers.create_type_handler_registry((str, ocp.type_handlers.StringHandler()))
-    assert isinstance(registry.get(str), ocp.type_handlers.StringHandler)
+# Orbax's format.
+
+
+def saved_by_orbax(tree: Any, directory: Path) -> None:
+    directory.mkdir()
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
+    futures = asyncio.run(handler.async_save(epath.Path(directory), args=ocp.args.PyTreeSave(tree)))
+    for future in futures or ():
+        future.result(timeout=30)
+    handler.finalize(epath.Path(directory))
+    handler.close()
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_one_process_writes_only_below_its_own_prefixes_until_finalize_merges_them(tmp_path: Path) -> None:
-    """`own_files` says which files a process promises; the rest is the coordinator's."""
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
-    directory = epath.Path(tmp_path / "state")
-    directory.mkdir()
-    arguments = ocp.args.PyTreeSave({"w": jnp.arange(1000.0), "name": "x"})
-    futures = asyncio.run(handler.async_save(directory, args=arguments))
-    for future in futures or ():
-        future.result(timeout=30)
-    names = sorted(path.name for path in (tmp_path / "state").iterdir())
-    assert "ocdbt.process_0" in names
-    assert (tmp_path / "state" / "array_metadatas" / "process_0").is_file()
-    assert "manifest.ocdbt" not in names
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "state" / "ocdbt.process_0").rglob("*")}
-    handler.finalize(directory)
-    handler.close()
-    assert (tmp_path / "state" / "manifest.ocdbt").is_file()
-    assert {path: path.stat().st_mtime_ns for path in written} == written  # the merged store refers to them
-    plain = ocp.PyTreeCheckpointer().restore(str(tmp_path / "state"))
-    assert np.asarray(plain["w"]).tolist() == list(range(1000)) and plain["name"] == "x"
-
-
-def test_array_metadata_tells_which_arrays_are_prng_keys(tmp_path: Path) -> None:
-    assert array_metadata.RANDOM_KEY_IMPL == "random_key_impl"
-    assert parameters(array_metadata.ArrayMetadata) >= {
-        *("param_name", "shape", "dtype", "write_shape", "chunk_shape", "use_ocdbt", "use_zarr3", "ext_metadata")
+def test_our_metadata_is_what_orbaxs_own_handler_writes_for_the_same_tree(
+    tmp_path: Path, mesh8: jax.sharding.Mesh
+) -> None:
+    sharded = jax.device_put(jnp.arange(16.0).reshape(8, 2), NamedSharding(mesh8, PartitionSpec("data", "model")))
+    tree = {
+        "a": {"b": sharded, "n": np.arange(3)},
+        "pairs": [Pair(jnp.ones((2, 2), jnp.bfloat16), 3), optax.EmptyState(), Pair(1.5, True)],
+        "none": [None, {}, (), []],
+        "text": {"s": 'he said "ü"', "a/b": "nested"},
+        "key": jax.random.key(7),
+        "scalar": jnp.zeros(()),
+        7: jnp.zeros(1),
     }
-    described = array_metadata.ArrayMetadata(
-        param_name="key",
-        shape=(2,),
-        dtype=np.dtype("uint32"),
-        write_shape=(2,),
-        chunk_shape=(2,),
-        use_ocdbt=True,
-        use_zarr3=True,
-        ext_metadata={array_metadata.RANDOM_KEY_IMPL: "fry"},
-    )
-    store = array_metadata_store.Store()
-    asyncio.run(store.write(epath.Path(tmp_path), [described], 3))
-    (written,) = json.loads((tmp_path / "array_metadatas" / "process_3").read_text())["array_metadatas"]
-    assert written["array_metadata"]["param_name"] == "key"
-    assert written["array_metadata"]["ext_metadata"] == {"random_key_impl": "fry"}
+    tree = {str(key): value for key, value in tree.items()}
+    saved_by_orbax(tree, tmp_path / "theirs")
+    writer = ArrayWriter(ArrayOptions(), 0)
+    writer.stage(f"file://{tmp_path}/ours", flatten(tree)).wait(60)
+    writer.finalize(f"file://{tmp_path}/ours")
+    for name in ("_METADATA", "_sharding", "_strings.json", "array_metadatas/process_0"):
+        theirs, ours = (json.loads((tmp_path / who / name).read_text()) for who in ("theirs", "ours"))
+        assert ours == theirs, name
+    theirs, ours = (ocp.PyTreeCheckpointer().restore(tmp_path / who) for who in ("theirs", "ours"))
+    assert jax.tree.structure(theirs) == jax.tree.structure(ours)
 
 
 def test_a_sharding_can_be_told_to_plain_orbax(mesh8: jax.sharding.Mesh) -> None:

@@ -54,7 +54,15 @@ def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is
     storage = HookedStorage(a_run(tmp_path).storage)
     unused = cast(Any, None)
     worker = Saver(
-        Catalog(storage, "w"), unused, connect(1.0), None, Options(), epoch=1, run="", committed=lambda: None
+        Catalog(storage, "w"),
+        unused,
+        connect(1.0),
+        None,
+        Options(),
+        epoch=1,
+        run="",
+        attest=False,
+        committed=lambda: None,
     )
     save = worker.begin(2, UserData({}, {}, 0.0), None)
     assert worker._await_decision(save) == (Phase.COMMITTED, "")  # no signal comes: from storage
@@ -64,7 +72,7 @@ def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is
 def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
     catalog, rendezvous = Catalog(PosixStorage(str(tmp_path)), "w"), connect(1.0)
     writer = ArrayWriter(ArrayOptions(), process=0)
-    worker = Saver(catalog, writer, rendezvous, None, Options(), epoch=1, run="r", committed=lambda: None)
+    worker = Saver(catalog, writer, rendezvous, None, Options(), epoch=1, run="r", attest=False, committed=lambda: None)
     save = worker.begin(1, UserData({}, {}, 0.0), None)
     prefix = signal_prefix("r", 1, save.attempt)
     rendezvous.post(f"{prefix}receipt/1", '{"failure": "disk full"}')

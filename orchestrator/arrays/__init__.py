@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from orchestrator.arrays.foreign import describe, is_tree
-from orchestrator.arrays.reading import Load, check, load, sharding_of
-from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped, own_files
+from orchestrator.arrays.placing import Load
+from orchestrator.arrays.reading import check, load, sharding_of
+from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 
 __all__ = [
     "ArrayOptions",
@@ -16,6 +17,5 @@ __all__ = [
     "describe",
     "is_tree",
     "load",
-    "own_files",
     "sharding_of",
 ]

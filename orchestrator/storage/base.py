@@ -12,10 +12,11 @@ landed and cannot be read back. Methods may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from orchestrator.errors import StorageError
 from orchestrator.records import FileEntry
 
 
@@ -54,8 +55,16 @@ class Storage(Protocol):
     def delete(self, key: str) -> bool:
         """Remove the object; False if there was none (deleting again is harmless)."""
 
-    def seal(self, keys: Iterable[str]) -> tuple[FileEntry, ...]:
+    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         """Make these objects durable and return key, size and CRC-32C of each, in the order given.
 
-        For data that TensorStore wrote under the root's `url` without going through this port.
+        For data that was written under the root's `url` without going through this port. `known`: what their writer
+        counted, by key; those are not read again. Raises StorageError, also for one that has another size.
         """
+
+
+def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
+    """A sealed object's entry, from what its writer counted. Raises StorageError if the store has another size."""
+    if size != known.bytes:
+        raise StorageError(f"seal {url}/{key}: has {size} bytes, {known.bytes} were written; it is not used")
+    return FileEntry(path=key, bytes=size, crc32c=known.crc32c)

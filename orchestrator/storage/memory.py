@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import StorageError
 from orchestrator.layout import check_key
 from orchestrator.records import FileEntry, crc32c
-from orchestrator.storage.base import Created, Entry, Exists
+from orchestrator.storage.base import Created, Entry, Exists, checked_size
 
 
 class MemoryStorage:
@@ -39,12 +39,17 @@ class MemoryStorage:
         with self._lock:
             return self._objects.pop(key, None) is not None
 
-    def seal(self, keys: Iterable[str]) -> tuple[FileEntry, ...]:
+    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         with self._lock:
             found = [(key, self._objects.get(key)) for key in keys]
         for key, body in found:
             if body is None:
                 raise StorageError(f"sync {self.url}{key}: no such object")
+        told = known or {}
         return tuple(
-            FileEntry(path=key, bytes=len(body), crc32c=crc32c(body)) for key, body in found if body is not None
+            checked_size(self.url, key, len(body), told[key])
+            if key in told
+            else FileEntry(path=key, bytes=len(body), crc32c=crc32c(body))
+            for key, body in found
+            if body is not None
         )

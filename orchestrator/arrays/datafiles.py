@@ -1,0 +1,125 @@
+"""Where a process's chunks go: the data files of its own store, written in order, with size and CRC-32C of each.
+
+On a file system the chunks go straight from the arrays to the file, and the kernel is told to begin writing back at
+once, so that the disk works while the next chunk's checksum is computed; whoever seals the files makes them durable.
+In an object store a data file is one object, durable when the write has returned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import crc32c
+import tensorstore as ts
+
+from orchestrator import chunks
+
+Buffer = bytes | memoryview
+
+_TIMEOUT_S = 3600.0  # for one object; the save's own deadline is shorter and ends the wait before
+_WRITE_BACK_BYTES = 8 << 20
+_WRITE_BACK_BYTES_MIN = 1 << 20  # for less, sealing is as quick
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+class DataFile(Protocol):
+    """One file being written, by one thread. `path`: relative to the store."""
+
+    path: str
+    bytes: int
+    crc32c: int
+
+    def append(self, parts: Sequence[Buffer], checksum: int) -> int:
+        """Write `parts`, whose bytes together have CRC-32C `checksum`. Returns the offset of the first."""
+
+    def close(self) -> None:
+        """All of it is in the file system's hands, or in the object store."""
+
+
+def opener(url: str) -> Callable[[str], DataFile]:
+    """How files below the directory at `url` are made, by relative path. Directories come by themselves."""
+    base = url.rstrip("/")
+    if base.startswith("file://"):
+        return functools.partial(_LocalFile, base.removeprefix("file://"))
+    return functools.partial(_Object, base)
+
+
+def write_file(opened: Callable[[str], DataFile], path: str, body: bytes) -> DataFile:
+    """A whole small file."""
+    file = opened(path)
+    file.append([body], crc32c.crc32c(body))
+    file.close()
+    return file
+
+
+def data_file_path() -> str:
+    return f"d/{uuid.uuid4().hex}"
+
+
+class _LocalFile:
+    def __init__(self, base: str, path: str) -> None:
+        self.path, self.bytes, self.crc32c = path, 0, 0
+        full = os.path.join(base, path)
+        os.makedirs(os.path.dirname(full), exist_ok=True)
+        self._descriptor = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._handed_over = 0
+
+    def append(self, parts: Sequence[Buffer], checksum: int) -> int:
+        offset = self.bytes
+        size = sum(len(part) for part in parts)
+        written = os.writev(self._descriptor, parts)
+        while written < size:  # a signal or a full disk: the next call says which
+            written += os.write(self._descriptor, b"".join(parts)[written:])
+        self.bytes += size
+        self.crc32c = chunks.combined_crc32c(self.crc32c, checksum, size)
+        if self.bytes - self._handed_over >= _WRITE_BACK_BYTES:
+            self._begin_write_back()
+        return offset
+
+    def _begin_write_back(self) -> None:
+        """Best effort: without it, the disk would only begin to work when the file is sealed."""
+        call = _sync_file_range()
+        if call is not None:
+            call(self._descriptor, self._handed_over, self.bytes - self._handed_over, _SYNC_FILE_RANGE_WRITE)
+        self._handed_over = self.bytes
+
+    def close(self) -> None:
+        if self.bytes - self._handed_over >= _WRITE_BACK_BYTES_MIN:
+            self._begin_write_back()
+        os.close(self._descriptor)
+
+
+@functools.cache
+def _sync_file_range() -> Any:
+    """Linux's sync_file_range(2), which Python does not have; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
+
+
+class _Object:
+    def __init__(self, base: str, path: str) -> None:
+        self.path, self.bytes, self.crc32c = path, 0, 0
+        self._base = base
+        self._parts: list[bytes] = []
+
+    def append(self, parts: Sequence[Buffer], checksum: int) -> int:
+        offset = self.bytes
+        self._parts.append(b"".join(parts))
+        self.bytes += len(self._parts[-1])
+        self.crc32c = chunks.combined_crc32c(self.crc32c, checksum, self.bytes - offset)
+        return offset
+
+    def close(self) -> None:
+        store = ts.KvStore.open(f"{self._base}/").result(timeout=_TIMEOUT_S)
+        body, self._parts = b"".join(self._parts), []
+        store.write(self.path, body).result(timeout=_TIMEOUT_S)

@@ -1,0 +1,80 @@
+"""The merged OCDBT store of a directory on a file system, read without TensorStore."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import crc32c
+
+from orchestrator import chunks
+from orchestrator.arrays import ocdbt
+from orchestrator.errors import Damaged
+
+_PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
+
+
+class LocalStore:
+    """Files stay open until `close`. Any thread."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._open: dict[str, int] = {}
+
+    def places(self) -> dict[str, ocdbt.Value] | None:
+        """Where each value is; None if the store's tree is one that only TensorStore reads. Raises Damaged."""
+        where = f"{self._directory}/{ocdbt.MANIFEST}"
+        try:
+            with open(where, "rb") as file:
+                root = ocdbt.decode_manifest(file.read(), where)
+            found: dict[str, ocdbt.Value] = {}
+            nodes = [(b"", root)] if root else []
+            while nodes:
+                prefix, node = nodes.pop()
+                path, _, size = node.place
+                body = bytearray(size)
+                self._read(memoryview(body), node.place, "the tree")
+                entries, children = ocdbt.decode_node(bytes(body), node.transitive, prefix, f"{self._directory}/{path}")
+                found.update((key.decode(), value) for key, value in entries)
+                nodes += children
+        except ocdbt.Unsupported:
+            return None
+        except OSError as error:
+            raise Damaged(f"{where}: cannot be read: {error}") from error
+        return found
+
+    def read_into(
+        self, target: memoryview, place: ocdbt.Place, label: str, tail: memoryview | None = None
+    ) -> tuple[int, int]:
+        """A chunk's elements into `target`; CRC-32C of what was read, and what the chunk says."""
+        path, offset, _ = place
+        ending = bytearray(chunks.CHECKSUM_BYTES) if tail is None else tail
+        checksum = 0
+        for first in range(0, len(target), _PIECE_BYTES):
+            piece = target[first : first + _PIECE_BYTES]
+            self._read(piece, (path, offset + first, len(piece)), label)
+            checksum = crc32c.crc32c(piece, checksum)
+        self._read(memoryview(ending), (path, offset + len(target), len(ending)), label)
+        return checksum, int.from_bytes(ending, "little")
+
+    def _read(self, target: memoryview, place: ocdbt.Place, label: str) -> None:
+        path, offset, size = place
+        try:
+            got = os.preadv(self._descriptor(path), [target], offset)
+        except OSError as error:
+            raise Damaged(f"{label}: {self._directory}/{path} cannot be read: {error}") from error
+        if got != size:
+            raise Damaged(f"{label}: {self._directory}/{path} ends at {offset + got}, wanted {offset + size}")
+
+    def _descriptor(self, path: str) -> int:
+        if path not in self._open:
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = os.open(os.path.join(self._directory, path), os.O_RDONLY)
+        return self._open[path]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
