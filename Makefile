@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench chaos format clean
+.PHONY: help setup check test test-slurm demo bench chaos format clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # A content key, not file times: a fresh checkout, a branch switch or a restored cache must not be mistaken for a change.
 setup: ## make .venv from requirements.lock (needs only Python 3.11+ and make)
@@ -32,6 +32,10 @@ check: setup ## ruff, format, mypy --strict, import directions
 
 test: check ## make check and the whole test suite
 	$(BIN)/python -m pytest
+
+test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; writes docs/slurm.md's table (needs root, Debian)
+	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; }
+	SLURM_REPORT=docs/slurm.md $(BIN)/python -m pytest tests/test_slurm_real.py
 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any
 
 from absl import flags
 
-from launch import local
+from launch import command, gke, local, slurm, tpu_vm
+from launch.command import EXIT_USAGE, LaunchError
 from launch.supervise import Rules
 from orchestrator import failpoints
 from orchestrator.errors import UsageError
-
-EXIT_USAGE = 2
-EXIT_BROKEN_PIPE = 128 + 13
 
 LOCAL_HELP = """\
 usage: python -m launch local --processes N [flags] -- PROGRAM [ARGUMENT...]
@@ -60,30 +57,12 @@ flags.DEFINE_float(
 )
 
 
-def _flags_help() -> str:
-    rows = []
-    for name in FLAGS:
-        flag = FLAGS[name]
-        default = "" if flag.default is None else f" (default {flag.default})"
-        rows.append(f"  --{name:<24} {flag.help}{default}")
-    return "\nflags:\n" + "\n".join(rows)
-
-
-def _parse(arguments: Sequence[str]) -> local.LocalJob:
+def _job(values: dict[str, Any], program: list[str]) -> local.LocalJob:
     """Raises: LaunchError with one line for whatever cannot be used."""
-    cut = list(arguments).index("--") if "--" in arguments else len(arguments)
-    ours, command = list(arguments[:cut]), list(arguments[cut + 1 :])
-    try:
-        unexpected = FLAGS(["launch local", *ours])[1:]
-    except flags.Error as error:
-        raise local.LaunchError(str(error).splitlines()[0]) from error
-    if unexpected:
-        raise local.LaunchError(f"unexpected {unexpected[0]!r}; the program to run goes after --")
-    values: dict[str, Any] = FLAGS.flag_values_dict()
     if values["processes"] is None:
-        raise local.LaunchError("--processes is needed: how many hosts to simulate")
+        raise LaunchError("--processes is needed: how many hosts to simulate")
     return local.LocalJob(
-        command=command,
+        command=program,
         processes=values["processes"],
         devices_per_process=values["devices_per_process"],
         processes_after_restart=values["processes_after_restart"],
@@ -107,7 +86,7 @@ def _elastic(text: str | None) -> tuple[int, int] | None:
         return None
     least, _, most = text.partition(":")
     if not (least.isdigit() and most.isdigit()):
-        raise local.LaunchError(f"--elastic={text}: wanted MIN:MAX, two numbers of hosts")
+        raise LaunchError(f"--elastic={text}: wanted MIN:MAX, two numbers of hosts")
     return int(least), int(most)
 
 
@@ -117,28 +96,22 @@ def _chaos(text: str | None) -> dict[str, str]:
     try:
         failpoints.parse(text)
     except UsageError as error:
-        raise local.LaunchError(f"--chaos: {error}") from error
+        raise LaunchError(f"--chaos: {error}") from error
     return {failpoints.VARIABLE: text}
 
 
 def _local(arguments: Sequence[str]) -> int:
-    before_command = arguments[: list(arguments).index("--")] if "--" in arguments else arguments
-    if any(word in ("-h", "-help", "--help") for word in before_command):
-        print(LOCAL_HELP + _flags_help())
-        return 0
-    try:
-        return local.run(_parse(arguments))
-    except local.LaunchError as error:
-        print(f"launch local: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except BrokenPipeError:
-        # Whoever read our output has gone; the job was ended on the way here. Not at exit once more:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+    def body(values: dict[str, Any], program: list[str]) -> int:
+        return local.run(_job(values, program))
+
+    return command.run("local", LOCAL_HELP, FLAGS, arguments, body)
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "local": (_local, "N simulated hosts on this machine, each with M CPU devices"),
+    "slurm": (slurm.main, "an sbatch script, printed or submitted"),
+    "gke": (gke.main, "manifests for GKE: JobSet, or Indexed Job and Service; and their check"),
+    "tpu-vm": (tpu_vm.main, "gcloud commands for Cloud TPU VMs, printed or run"),
 }
 
 

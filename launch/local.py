@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from launch import supervise
+from launch.command import LaunchError as LaunchError  # raised by `run`, so part of what this module offers
 from launch.contract import EXIT_PREEMPTED, HEARTBEAT_FILE, STEP_BACK, JobContract
 from launch.heartbeats import Heartbeats
 
@@ -32,10 +33,6 @@ OPERATOR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LONGEST_LINE_BYTES = 64 * 1024
 DRAIN_S = 1.0  # for output still in the pipes after the last process has ended
 REAP_S = 10.0  # for the kernel to carry out a SIGKILL
-
-
-class LaunchError(Exception):
-    """The job cannot be started as asked; the message is one line for the user."""
 
 
 @dataclass(frozen=True)

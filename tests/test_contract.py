@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import pytest
 
 from launch import contract
 from launch.contract import DetectedContract, Detection, JobContract
+from tests.processes import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 DEADLINE_S = 60.0
@@ -152,12 +152,6 @@ def reports(*environs: Mapping[str, str]) -> list[dict[str, object]]:
     return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 
-def free_port() -> str:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return str(holder.getsockname()[1])
-
-
 class Metadata(BaseHTTPRequestHandler):
     """What the metadata server of a TPU VM says; the worker's number is the first part of the path."""
 
@@ -176,7 +170,7 @@ class Metadata(BaseHTTPRequestHandler):
 def test_jax_joins_the_workers_of_a_tpu_slice(where: str) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        environ = {"JAX_FORCE_TPU_INIT": "1", "JAX_COORDINATOR_PORT": free_port()}
+        environ = {"JAX_FORCE_TPU_INIT": "1", "JAX_COORDINATOR_PORT": str(free_port())}
         if where == "a GKE slice":
             environ["TPU_WORKER_HOSTNAMES"] = "localhost,localhost"
         at = f"127.0.0.1:{server.server_address[1]}"
@@ -197,8 +191,8 @@ def test_one_task_a_node_keeps_all_devices_of_its_node() -> None:
         "SLURM_RESTART_COUNT": "3",
     }
     whole, shared = reports(
-        {**alone, "JAX_COORDINATOR_PORT": free_port()},
-        {**alone, "JAX_COORDINATOR_PORT": free_port(), "SLURM_STEP_NUM_NODES": "2"},
+        {**alone, "JAX_COORDINATOR_PORT": str(free_port())},
+        {**alone, "JAX_COORDINATOR_PORT": str(free_port()), "SLURM_STEP_NUM_NODES": "2"},
     )
     assert (whole["gpus"], whole["restarts"]) == ("all", "3")
     assert shared["gpus"] == "0", "this is what JAX does by itself with a task of several"

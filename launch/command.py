@@ -1,0 +1,84 @@
+"""What the launchers' command lines have in common: own flags, then `--`, then the job's program and its arguments."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+EXIT_USAGE = 2
+EXIT_BROKEN_PIPE = 128 + 13
+
+
+class LaunchError(Exception):
+    """The job cannot be started as asked; the message is one line for the user."""
+
+
+def flags_help(values: flags.FlagValues) -> str:
+    rows = []
+    for name in values:
+        flag = values[name]
+        default = "" if flag.default in (None, []) else f" (default {flag.default})"
+        rows.append(f"  --{name:<24} {flag.help}{default}")
+    return "\nflags:\n" + "\n".join(rows)
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the launcher's arguments, the program and its own)."""
+    cut = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:cut]), list(arguments[cut + 1 :])
+
+
+def parse(name: str, values: flags.FlagValues, arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags' values. Raises: LaunchError with one line for whatever cannot be used."""
+    try:
+        unexpected = values([f"launch {name}", *arguments])[1:]
+    except flags.Error as error:
+        raise LaunchError(str(error).splitlines()[0]) from error
+    if unexpected:
+        raise LaunchError(f"unexpected {unexpected[0]!r}; the program to run goes after --")
+    found: dict[str, Any] = values.flag_values_dict()
+    return found
+
+
+def run(
+    name: str,
+    help_text: str,
+    values: flags.FlagValues,
+    arguments: Sequence[str],
+    body: Callable[[dict[str, Any], list[str]], int],
+) -> int:
+    """Carry out a launcher's command line: `body(flags, program)`, or its help. A user's mistake is one line and 2."""
+    ours, program = split(arguments)
+    if any(word in ("-h", "-help", "--help") for word in ours):
+        print(help_text + flags_help(values))
+        return 0
+    try:
+        return body(parse(name, values, ours), program)
+    except LaunchError as error:
+        print(f"launch {name}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except BrokenPipeError:
+        # Whoever read our output has gone; the job was ended on the way here. Not at exit once more:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def needs_program(program: Sequence[str], example: str) -> None:
+    if not program:
+        raise LaunchError(f"no command to run; put it after --: launch {example} -- python train.py")
+
+
+def environment(pairs: Sequence[str]) -> dict[str, str]:
+    """`--env NAME=VALUE`, any number of times. Raises: LaunchError."""
+    told = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise LaunchError(f"--env={pair}: wanted NAME=VALUE")
+        told[name] = value
+    return told

@@ -1,0 +1,173 @@
+"""TPU VMs: the commands as printed, and carried out with a `gcloud` that keeps machines in files and runs what it is
+asked to run on two workers, by a real bash."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import tpu_vm
+from launch.tpu_vm import TpuJob
+
+REPOSITORY = Path(__file__).parents[1]
+
+GCLOUD = """\
+#!/bin/bash
+# State of the queued resource in ./state; every call in ./calls.
+printf '%s\\n' "${*:3:3}" >>calls
+case "$3 $4" in
+"queued-resources create") echo ACTIVE >state ;;
+"queued-resources describe") cat state 2>/dev/null ;;
+"queued-resources delete") rm -f state ;;
+"tpu-vm ssh")
+  for word; do case "$word" in --command=*) remote=${word#--command=} ;; esac; done
+  # Two machines have two /tmp.
+  for worker in 0 1; do
+    mkdir -p "tmp$worker"
+    WORKER=$worker bash -c "${remote//\\/tmp\\/job/$PWD/tmp$worker/job}" &
+  done
+  wait; exit 0 ;;
+*) echo "gcloud: what is $*" >&2; exit 2 ;;
+esac
+"""
+
+
+def launch(tmp_path: Path, flags: str, program: str) -> subprocess.Popen[str]:
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "tpu-vm",
+        "--zone=z",
+        "--name=job",
+        f"--directory={tmp_path}",
+    ]
+    return subprocess.Popen(
+        [*command, *flags.split(), "--run", "--", "bash", "-c", program],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(tmp_path: Path, flags: str, program: str) -> tuple[int, str, str]:
+    process = launch(tmp_path, flags, program)
+    try:
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, out, error
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return [" ".join(line.split()[:2]) for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+def test_the_plan_has_every_command_in_order_and_is_shell() -> None:
+    job = TpuJob("run7", "us-east5-a", ["python", "a b"], slices=2, accelerator="v6e-16", spot=True, project="p")
+    lines = [shlex.split(line) for line in tpu_vm.plan(job).splitlines() if line.startswith("gcloud")]
+    assert [" ".join(words[3:5]) for words in lines] == [
+        "queued-resources create",
+        "queued-resources describe",
+        *["tpu-vm ssh"] * 4,
+        "queued-resources delete",
+    ]
+    assert all({"--zone=us-east5-a", "--project=p"} <= set(words) for words in lines)
+    assert {"--node-count=2", "--node-prefix=run7", "--spot", "--accelerator-type=v6e-16"} <= set(lines[0])
+    assert [words[5] for words in lines[2:6]] == ["run7-0", "run7-1", "run7-0", "run7-1"]
+    there = tpu_vm.plan(TpuJob("run7", "z", ["x"]))
+    assert "queued-resources" not in there, "machines that are there already are not ours to make or delete"
+
+
+def test_an_image_runs_in_its_container_with_the_contract() -> None:
+    job = TpuJob("run7", "z", ["python", "t.py"], image="img:1", environ={"A": "b c"})
+    (remote,) = (word for word in tpu_vm.start(job, "run7", 3) if word.startswith("--command="))
+    assert "sudo docker run --rm" in remote and "'--env=A=b c' img:1 python t.py" in remote
+    assert "--env=ORCHESTRATOR_RESTART_COUNT=3" in remote
+
+
+def test_the_workers_of_all_slices_run_the_program_and_machines_are_made_first(tmp_path: Path) -> None:
+    program = 'echo "hello $WORKER $ORCHESTRATOR_RESTART_COUNT $A"'
+    code, out, error = run(tmp_path, "--create --type=v6e-8 --slices=2 --env=A=b", program)
+    assert code == 0, error
+    assert (
+        sum("hello 0 0 b" in line for line in out.splitlines())
+        == 2
+        == sum("hello 1 0 b" in line for line in out.splitlines())
+    )
+    assert calls(tmp_path)[:2] == ["queued-resources describe", "queued-resources create"]
+
+
+def test_a_failed_job_is_started_again_and_a_hopeless_one_is_not(tmp_path: Path) -> None:
+    fails_once = '[ "$WORKER" = 0 ] || exit "$((ORCHESTRATOR_RESTART_COUNT == 0))"'
+    code, _, error = run(tmp_path, "--max_restarts=1", fails_once)
+    assert code == 0 and "restart 1" in error
+    assert calls(tmp_path) == ["tpu-vm ssh"] * 2
+    assert run(tmp_path, "--max_restarts=1", "exit 7")[0] == 7
+    (tmp_path / "calls").unlink()
+    assert run(tmp_path, "--max_restarts=9", "exit 5")[0] == 5
+    assert calls(tmp_path) == ["tpu-vm ssh"]
+
+
+def test_preempted_machines_are_made_anew_and_cost_no_restart(tmp_path: Path) -> None:
+    lost = '[ "$ORCHESTRATOR_RESTART_COUNT" != 0 ] || { echo SUSPENDED >state; exit 255; }'
+    code, _, error = run(tmp_path, "--max_restarts=0 --create --type=v6e-8", lost)
+    assert code == 0 and "the machines are gone: preempted" in error
+    assert [call for call in calls(tmp_path) if "describe" not in call] == [
+        "queued-resources create",
+        "tpu-vm ssh",
+        "queued-resources delete",
+        "queued-resources create",
+        "tpu-vm ssh",
+    ]
+    code, _, error = run(tmp_path, "--max_restarts=0", '[ "$ORCHESTRATOR_RESTART_COUNT" != 0 ] || exit 75')
+    assert code == 0 and "preempted: the job has saved and resumes" in error
+
+
+@pytest.mark.skipif(subprocess.run(["which", "fuser"], capture_output=True).returncode != 0, reason="no fuser (psmisc)")
+def test_the_operators_signal_reaches_the_program_on_every_worker(tmp_path: Path) -> None:
+    program = 'trap "echo saved $WORKER; exit 75" TERM; touch here$WORKER; while true; do sleep 0.1; done'
+    process = launch(tmp_path, "", program)
+    give_up = time.monotonic() + 30
+    while not all((tmp_path / f"here{worker}").exists() for worker in (0, 1)) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 75, out + error
+    assert "saved 0" in out and "saved 1" in out
+    assert calls(tmp_path) == ["tpu-vm ssh"] * 2, "started once, told once"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name=a", "--", "x"], "--zone is needed"),
+        (["--name=a", "--zone=z"], "no command to run"),
+        (["--name=A b", "--zone=z", "--", "x"], "--name=A b: wanted at most 60"),
+        (["--name=a", "--zone=z", "--create", "--", "x"], "--create needs --type"),
+        (["--name=a", "--zone=z", "--directory=a;b", "--", "x"], "--directory=a;b: wanted a path"),
+        (["--name=a", "--zone=z", "--run", "--", "x"], "gcloud: no such program"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_2(arguments: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "tpu-vm", *arguments],
+        env={"PATH": "/nowhere", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
