@@ -12,10 +12,11 @@ landed and cannot be read back. Methods may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from orchestrator.errors import StorageError
 from orchestrator.records import FileEntry
 
 
@@ -59,3 +60,11 @@ class Storage(Protocol):
 
         For data that TensorStore wrote under the root's `url` without going through this port.
         """
+
+
+@runtime_checkable
+class DeletesMany(Protocol):
+    """What a store may offer beside the port, where deleting one object at a time would be slow."""
+
+    def delete_many(self, keys: Sequence[str]) -> Iterator[tuple[str, StorageError | None]]:
+        """Delete all of `keys`, in any order, as the iterator goes on. Yields each, with what kept it from going."""
