@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from absl import logging
+
 from orchestrator import journal, layout
 from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
 from orchestrator.events import Retried, emit
@@ -33,6 +35,7 @@ from orchestrator.storage.base import Created, Storage
 _CONFLICTS_MAX = 100
 _READ_THREADS = 4  # each holds one file in memory
 _CONFLICT_PAUSE_S = 0.01
+_MARKED_EVERY = 500  # versions; half a page of a listing in an object store
 
 
 class Catalog:
@@ -62,7 +65,8 @@ class Catalog:
 
     def head(self) -> Head | None:
         """The highest journal entry; None if there is no journal. Raises Damaged if it cannot be trusted."""
-        versions = self._versions(self._known_version) or self._versions(0)
+        start = self._known_version or self._indexed_version()
+        versions = self._versions(start) or (self._versions(0) if start else [])
         if not versions:
             return None
         self._known_version = max(versions)
@@ -103,6 +107,18 @@ class Catalog:
         keys = (entry.key for entry in self.storage.list(layout.JOURNAL, layout.journal_key(start)))
         return [version for key in keys if (version := layout.journal_version(key)) is not None]
 
+    def _indexed_version(self) -> int:
+        """A version that the journal has reached, from its newest marker; 0 if it has none (yet)."""
+        keys = (entry.key for entry in self.storage.list(layout.JOURNAL_INDEX))
+        return next((version for key in keys if (version := layout.indexed_version(key)) is not None), 0)
+
+    def _mark(self, version: int) -> None:
+        """Spare later readers the listing of old entries. A hint: without it they list more, and find the same."""
+        try:
+            self.storage.create(layout.index_key(version), b"")
+        except StorageError as error:
+            logging.warning("%s: journal version %d could not be marked: %s", self.url, version, error)
+
     def append(self, rule: Callable[[Head | None, Stamp], Next]) -> Head | None:
         """Apply a journal rule: read the head, compute the next, create it; if somebody was first, do it again.
 
@@ -121,6 +137,8 @@ class Catalog:
                 case Head() as following:
                     created = self.storage.create(layout.journal_key(following.version), encode(following))
                     if isinstance(created, Created):
+                        if following.version % _MARKED_EVERY == 0:
+                            self._mark(following.version)
                         return following
             emit(Retried("journal", tries))
             time.sleep(random.uniform(0, _CONFLICT_PAUSE_S))
@@ -192,6 +210,16 @@ class Catalog:
                 f"the manifest says {entry.bytes} with {entry.crc32c}"
             )
         return body
+
+    def sealed(self, live: LiveStep, entry: FileEntry) -> None:
+        """As `checked`, by the store's own account: an object store knows its objects' checksums without a download."""
+        key = self.key(live.step, live.attempt, entry.path)
+        (found,) = self.storage.seal([key])
+        if (found.bytes, found.crc32c) != (entry.bytes, entry.crc32c):
+            raise Damaged(
+                f"{self.url}/{key}: the store has {found.bytes} bytes with crc32c {found.crc32c}, "
+                f"the manifest says {entry.bytes} with {entry.crc32c}"
+            )
 
     def intent(self, live: LiveStep, manifest: Manifest) -> Intent:
         """Who opened the attempt, and its tree spec."""

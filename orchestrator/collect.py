@@ -6,15 +6,17 @@ All three are final (an attempt's name is never used again), so even a collector
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 from orchestrator import failpoints, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Fenced, StorageError
 from orchestrator.events import Collected, emit
 from orchestrator.records import RetiredAttempt
+from orchestrator.storage.base import DeletesMany, Storage
 
 
 @dataclass
@@ -64,17 +66,34 @@ def _delete(
 ) -> bool:
     """Delete one attempt's files; True if all are gone. The manifest goes first: without it nothing is readable."""
     prefix = layout.attempt_prefix(gone.step, gone.attempt)
-    entries = sorted(catalog.storage.list(prefix), key=lambda entry: not entry.key.endswith(layout.MANIFEST))
+    sizes = {entry.key: entry.bytes for entry in catalog.storage.list(prefix)}
+    first = [key for key in sizes if key.endswith(layout.MANIFEST)]
+    rest = [key for key in sizes if not key.endswith(layout.MANIFEST)]
     failures = len(result.failed)
-    for entry in entries:
+    for key, error in chain(_deleted(catalog.storage, first, dry_run), _deleted(catalog.storage, rest, dry_run)):
         if on_file:
-            on_file(entry.key)
-        try:
-            if not dry_run:
-                failpoints.hit("collect.file")
-                catalog.storage.delete(entry.key)
-            result.bytes += entry.bytes
+            on_file(key)
+        if error is None:
+            result.bytes += sizes[key]
             result.files += 1
-        except StorageError as error:
+        else:
             result.failed.append(str(error))
     return len(result.failed) == failures
+
+
+def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[tuple[str, StorageError | None]]:
+    """Each key once it is deleted, with the error if it could not be."""
+    if dry_run:
+        yield from ((key, None) for key in keys)
+    elif isinstance(storage, DeletesMany):
+        failpoints.hit("collect.file")
+        yield from storage.delete_many(keys)
+    else:
+        for key in keys:
+            failpoints.hit("collect.file")
+            error: StorageError | None = None
+            try:
+                storage.delete(key)
+            except StorageError as failed:
+                error = failed
+            yield key, error

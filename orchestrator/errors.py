@@ -66,6 +66,15 @@ class StorageError(OrchestratorError):
     """The store refused or failed: permission, disk full, I/O error."""
 
 
+class Unavailable(StorageError):
+    """The store did not answer within its deadline. What it holds may be whole: nothing is damaged for all we know.
+    `landed`: what was asked for may have been carried out all the same."""
+
+    def __init__(self, message: str, *, landed: bool = False) -> None:
+        super().__init__(message)
+        self.landed = landed
+
+
 class OutcomeUnknown(StorageError):
     """A create may or may not have landed and could not be read back."""
 

@@ -11,9 +11,11 @@ import re
 from orchestrator.errors import UnsafeKey
 
 JOURNAL = "journal/"
+JOURNAL_INDEX = "journal-index/"
 STEPS = "steps/"
 STEP_DIGITS = 8
 _JOURNAL_KEY = re.compile(r"journal/(\d{20})\.json")
+_INDEX_KEY = re.compile(r"journal-index/(\d{20})")
 _ATTEMPT = re.compile(r"e(\d{4,})-a(\d{2,})")
 _ATTEMPT_KEY = re.compile(r"steps/(\d{8,})/(e\d{4,}-a\d{2,})/(.+)")
 
@@ -26,6 +28,18 @@ def journal_version(key: str) -> int | None:
     """The version of a journal key; None for any other key (a stray file is not an entry)."""
     found = _JOURNAL_KEY.fullmatch(key)
     return int(found[1]) if found else None
+
+
+def index_key(version: int) -> str:
+    """Key of the marker that says that this version exists. Later versions come first in key order, so that the first
+    page of a listing tells where the journal's end is, however long it has become."""
+    return f"{JOURNAL_INDEX}{10**20 - 1 - version:020d}"
+
+
+def indexed_version(key: str) -> int | None:
+    """The version of a marker's key; None for any other key."""
+    found = _INDEX_KEY.fullmatch(key)
+    return 10**20 - 1 - int(found[1]) if found else None
 
 
 def attempt_name(epoch: int, number: int) -> str:

@@ -24,6 +24,7 @@ from orchestrator.errors import (
     OutcomeUnknown,
     SaveFailed,
     StorageError,
+    Unavailable,
     UnsafeKey,
 )
 from orchestrator.events import Restored as RestoredEvent
@@ -371,6 +372,8 @@ class Run:
         for live in reversed([live for live in self._catalog.require_head().live if live.restorable]):
             try:
                 return read_step(self._catalog, live, like, args)
+            except Unavailable:  # an older step would be no answer to a store that is down
+                raise
             except (Damaged, StorageError) as error:
                 emit(SteppedDown(live.step, live.attempt, str(error)))
                 problems.append(f"step {live.step}: {error}")

@@ -46,20 +46,25 @@ def read_back(
     *,
     sample: float | None = None,
     seed: int = 0,
+    by_store: bool = False,
     on_bytes: OnBytes = lambda read_bytes: None,
 ) -> Verdict:
     """Compare what is stored with what was saved. `sample`: of the arrays, only this fraction of the chunks (at least
-    one), chosen by `seed`; records, sizes and process states are always looked at. Any thread."""
-    verdict = Verdict(whole=sample is None)
+    one), chosen by `seed`; records, sizes and process states are always looked at. `by_store`: the store's own word for
+    size and checksum of every file is taken, and no chunk is read. Any thread."""
+    verdict = Verdict(whole=sample is None and not by_store)
     try:
         manifest = catalog.manifest(live)
-        if sample is not None:
+        if not verdict.whole:
             catalog.check_sizes(live, manifest)
     except OrchestratorError as error:
         _note(verdict, error)
         return verdict
+    if by_store:
+        _read_files(catalog.sealed, live, list(manifest.files), verdict, on_bytes)
+        return verdict
     files = [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
-    _read_files(catalog, live, files, verdict, on_bytes)
+    _read_files(catalog.checked, live, files, verdict, on_bytes)
     keys = sorted(manifest.chunks)
     if sample is not None and keys:
         keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
@@ -87,10 +92,16 @@ def _note(verdict: Verdict, error: OrchestratorError) -> None:
     (verdict.damaged if isinstance(error, Damaged | NewerFormat) else verdict.unread).append(str(error))
 
 
-def _read_files(catalog: Catalog, live: LiveStep, files: list[FileEntry], verdict: Verdict, on_bytes: OnBytes) -> None:
+def _read_files(
+    check: Callable[[LiveStep, FileEntry], object],
+    live: LiveStep,
+    files: list[FileEntry],
+    verdict: Verdict,
+    on_bytes: OnBytes,
+) -> None:
     def read(entry: FileEntry) -> OrchestratorError | None:
         try:
-            catalog.checked(live, entry)
+            check(live, entry)
         except (Damaged, StorageError) as error:
             return error
         on_bytes(entry.bytes)

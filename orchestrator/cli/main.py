@@ -105,12 +105,16 @@ COMMANDS = {
             Flag("all", bool, False, "every step"),
             Flag("sample", str, None, "of the arrays' chunks, only this share, such as 10%; marks nothing as verified"),
             Flag("seed", int, 0, "chooses the sample"),
+            Flag(
+                "by_store", bool, False, "compare the store's own checksums: gs:// downloads nothing; nothing verified"
+            ),
             Flag("repair_journal", str, "auto", "auto: mark the good as verified, quarantine the damaged; or never"),
         ),
         (
             "orchestrator verify /data/run",
             "orchestrator verify /data/run --all --repair_journal=never",
             "orchestrator verify /data/run --step=100 --sample=10%",
+            "orchestrator verify /data/run --all --by_store",
         ),
     ),
     "diff": Command(

@@ -16,6 +16,8 @@ def verify(root: str, flags: Flags) -> int:
     if flags["repair_journal"] not in ("auto", "never"):
         raise UsageError(f"--repair_journal={flags['repair_journal']}: wanted auto or never")
     sample = _fraction(flags["sample"])
+    if flags["by_store"] and sample is not None:
+        raise UsageError("--by_store looks at every file and reads no chunk: it goes without --sample")
     catalog = open_catalog(root)
     chosen = list(catalog.require_head().live) if flags["all"] else [live_step(catalog, flags["step"])]
     found = [_verify(catalog, live, sample, flags) for live in chosen]
@@ -38,7 +40,9 @@ def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags
         total = live.bytes
     with render.progress("bytes") as display:
         bar = render.Bar(display, f"step {live.step}", total)
-        verdict = verify.read_back(catalog, live, sample=sample, seed=flags["seed"], on_bytes=bar.add)
+        verdict = verify.read_back(
+            catalog, live, sample=sample, seed=flags["seed"], by_store=flags["by_store"], on_bytes=bar.add
+        )
     if flags["repair_journal"] == "auto":
         verify.record(catalog, live, verdict)
     return {
@@ -48,6 +52,7 @@ def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags
         "files": verdict.files,
         "chunks": verdict.chunks,
         "sample": sample,
+        "by_store": flags["by_store"],
         "problems": verdict.damaged,
         "unread": verdict.unread,
     }
@@ -57,6 +62,8 @@ def _say(one: dict[str, Any]) -> None:
     state = "damaged" if one["problems"] else "not read" if one["unread"] else "good"
     share = "" if one["sample"] is None else f", a sample of {one['sample']:.3g} of the chunks"
     read = f"{one['files']} files and {one['chunks']} chunks of {render.size(one['bytes'])} read back{share}"
+    if one["by_store"]:
+        read = f"{one['files']} files of {render.size(one['bytes'])} compared by the store's checksums"
     render.say(f"{shown(one['step'], one['attempt'])}: {state}, {read}")
     for line in (*one["problems"], *one["unread"]):
         render.say(f"  {line}")

@@ -12,9 +12,9 @@ landed and cannot be read back. Methods may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from orchestrator.errors import StorageError
 from orchestrator.records import FileEntry
@@ -68,3 +68,11 @@ def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
     if size != known.bytes:
         raise StorageError(f"seal {url}/{key}: has {size} bytes, {known.bytes} were written; it is not used")
     return FileEntry(path=key, bytes=size, crc32c=known.crc32c)
+
+
+@runtime_checkable
+class DeletesMany(Protocol):
+    """What a store may offer beside the port, where deleting one object at a time would be slow."""
+
+    def delete_many(self, keys: Sequence[str]) -> Iterator[tuple[str, StorageError | None]]:
+        """Delete all of `keys`, in any order, as the iterator goes on. Yields each, with what kept it from going."""

@@ -18,11 +18,11 @@ from urllib.parse import quote
 
 import crc32c
 
-from orchestrator.errors import OutcomeUnknown, StorageError, UnsafeKey, UsageError
+from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.layout import check_key
 from orchestrator.records import FileEntry
 from orchestrator.storage.base import Created, Entry, Exists
-from orchestrator.storage.gcs_client import Client, Reply, Unanswered, client, refusal
+from orchestrator.storage.gcs_client import Client, Reply, client, refusal
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _BATCH = 100  # deletes in one request, the most that the service takes
@@ -68,7 +68,7 @@ class GcsStorage:
                     headers={"Content-Type": f"multipart/related; boundary={boundary}"},
                     body=parts.encode() + body + f"\r\n--{boundary}--".encode(),
                 )
-            except Unanswered as error:
+            except Unavailable as error:
                 return self._read_back(key, body, error)
             if reply.status == 200:
                 return Created()
@@ -89,7 +89,7 @@ class GcsStorage:
             return None
         return Created() if there == body else Exists(there)
 
-    def _read_back(self, key: str, body: bytes, error: Unanswered) -> Created | Exists:
+    def _read_back(self, key: str, body: bytes, error: Unavailable) -> Created | Exists:
         """After a create without an answer. An object that is not there may still come, unless it was refused."""
         there = self._compare(key, body)
         if there is not None:
@@ -170,7 +170,7 @@ class GcsStorage:
                 body=f"{calls}--{boundary}--\r\n".encode(),
             )
             statuses = _batch_statuses(reply) if reply.status == 200 else {}
-        except Unanswered:  # each by itself, with an answer of its own
+        except Unavailable:  # each by itself, with an answer of its own
             statuses = {}
         for index, key in enumerate(keys):
             error: StorageError | None = None

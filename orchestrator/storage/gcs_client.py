@@ -28,7 +28,7 @@ import aiohttp
 from fsspec.asyn import get_loop
 from gcsfs.core import GCSFileSystem
 
-from orchestrator.errors import StorageError, UsageError
+from orchestrator.errors import StorageError, Unavailable, UsageError
 from orchestrator.events import StoreRetried, emit
 
 CONCURRENCY = 32  # requests in flight per process
@@ -50,14 +50,6 @@ class Reply:
     headers: Mapping[str, str]
     body: bytes
     repeated: bool = False
-
-
-class Unanswered(StorageError):
-    """No final answer within the deadline or the budget. `landed` is whether it may have been carried out."""
-
-    def __init__(self, message: str, *, landed: bool) -> None:
-        super().__init__(message)
-        self.landed = landed
 
 
 class Budget:
@@ -134,7 +126,7 @@ class Client:
     ) -> Reply:
         """The final answer to a request that may be repeated without harm. `name` is what errors call it.
 
-        Raises Unanswered where there is none within the deadline or the retry budget.
+        Raises Unavailable where there is none within the deadline or the retry budget.
         """
         work = self._persist(operation, name, method, path, params or {}, headers or {}, body)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -142,7 +134,7 @@ class Client:
             return future.result(self.deadline_s + _REQUEST_S)
         except TimeoutError:
             future.cancel()
-            raise Unanswered(f"{operation} {name}: no answer within {self.deadline_s:g} s", landed=True) from None
+            raise Unavailable(f"{operation} {name}: no answer within {self.deadline_s:g} s", landed=True) from None
 
     async def _persist(
         self,
@@ -171,7 +163,7 @@ class Client:
                 if late or not self._budget.spend():
                     why = f"deadline of {self.deadline_s:g} s" if late else "the process's retry budget is spent"
                     text = f"{operation} {name}: {error}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
-                    raise Unanswered(text, landed=landed) from error
+                    raise Unavailable(text, landed=landed) from error
                 self.retries[error.kind] += 1
                 emit(StoreRetried(operation, name, error.kind, tries, wait_s))
                 await asyncio.sleep(wait_s)
