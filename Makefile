@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slurm demo bench chaos format clean
+.PHONY: help setup check test test-slurm demo bitrot bench chaos format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)
 
+bitrot: setup ## 700 damaged files, each restored and compared bit for bit (about 2 minutes); FAULTS=, SEED=
+	$(BIN)/python -m tests.bitrot --faults=$(or $(FAULTS),700) --seed=$(or $(SEED),1) --report=bitrot-report.md
+
 bench: setup ## time saves beside Orbax's CheckpointManager
 	$(BIN)/python -m benchmarks.compare
 
@@ -52,4 +55,4 @@ format: setup ## rewrite the sources as ruff wants them
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md bitrot-report.md .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from orchestrator import arrays, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, UsageError
@@ -202,7 +204,7 @@ class _Writer:
         for there in list(self._storage.list(self._prefix)):
             (sealed,) = self._storage.seal([there.key])
             self._on_file(there.key)
-            yield FileEntry(path=sealed.path.removeprefix(self._prefix), bytes=sealed.bytes, crc32c=sealed.crc32c)
+            yield replace(sealed, path=sealed.path.removeprefix(self._prefix))
 
     def _signed(self) -> dict[str, Any]:
         return {"format": FORMAT, "write_id": self._catalog.stamp().write_id}

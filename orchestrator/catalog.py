@@ -26,6 +26,7 @@ from orchestrator.records import (
     LiveStep,
     Manifest,
     Receipt,
+    crc32,
     crc32c,
     decode,
     encode,
@@ -209,6 +210,8 @@ class Catalog:
                 f"{self.url}/{key}: {len(body)} bytes with crc32c {crc32c(body)}, "
                 f"the manifest says {entry.bytes} with {entry.crc32c}"
             )
+        if entry.crc32 and crc32(body) != entry.crc32:
+            raise Damaged(f"{self.url}/{key}: is whole, but another file: crc32 {crc32(body)}, wanted {entry.crc32}")
         return body
 
     def sealed(self, live: LiveStep, entry: FileEntry) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from absl import logging
+from msgspec.structs import replace
 
 from orchestrator import failpoints, journal, layout, protocol
 from orchestrator.arrays import ArrayWriter
@@ -24,7 +25,6 @@ from orchestrator.records import (
     FORMAT,
     Extra,
     Failure,
-    FileEntry,
     Intent,
     Json,
     LiveStep,
@@ -227,10 +227,7 @@ class Coordinator:
         promised = [entry for receipt in receipts for entry in receipt.files]
         known = {prefix + entry.path for entry in promised}
         own = [entry.key for entry in self._catalog.storage.list(prefix) if entry.key not in known]
-        sealed = [
-            FileEntry(path=entry.path.removeprefix(prefix), bytes=entry.bytes, crc32c=entry.crc32c)
-            for entry in self._catalog.storage.seal(own)
-        ]
+        sealed = [replace(entry, path=entry.path.removeprefix(prefix)) for entry in self._catalog.storage.seal(own)]
         manifest = Manifest(
             format=FORMAT,
             write_id=self._catalog.stamp().write_id,

@@ -7,6 +7,7 @@ pickle. Pure: no I/O, no clock; ids and times are passed in.
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, TypeVar
 
 import crc32c as crc32c_library
@@ -15,6 +16,7 @@ import msgspec
 from orchestrator.errors import Damaged, NewerFormat
 
 FORMAT = 1
+SMALL_FILE_BYTES = 4 << 20
 _TAIL = b',"crc32c":"'
 _END = b'"}\n'
 _TAIL_BYTES = len(_TAIL) + 8 + len(_END)
@@ -125,12 +127,18 @@ class TreeSpec(Record, frozen=True):
         return crc32c(msgspec.json.encode(sorted(shape_of)))
 
 
-class FileEntry(Record, frozen=True):
-    """One durable file: `path` relative to the attempt, size, CRC-32C in hex."""
+class FileEntry(Record, frozen=True, omit_defaults=True):
+    """One durable file: `path` relative to the attempt, size, CRC-32C in hex.
+
+    crc32: the CRC-32 of IEEE 802.3, of files up to SMALL_FILE_BYTES where somebody had the bytes at hand. A file of an
+    OCDBT store consists of parts that each end with their CRC-32C, and of all such files the CRC-32C is one number: it
+    takes another polynomial to tell two of them apart. Larger ones hold chunks, whose own CRCs are in the manifest.
+    """
 
     path: str
     bytes: int
     crc32c: str
+    crc32: str = ""
 
 
 class Intent(Record, frozen=True):
@@ -266,6 +274,11 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 def crc32c(data: bytes) -> str:
     """CRC-32C of `data`, 8 hex digits."""
     return f"{crc32c_library.crc32c(data):08x}"
+
+
+def crc32(data: bytes) -> str:
+    """CRC-32 (IEEE 802.3) of `data`, 8 hex digits; '' of more than SMALL_FILE_BYTES."""
+    return f"{zlib.crc32(data):08x}" if len(data) <= SMALL_FILE_BYTES else ""
 
 
 def encode(record: Record) -> bytes:

@@ -16,6 +16,7 @@ from functools import partial
 
 import jax
 from absl import logging
+from msgspec.structs import replace
 
 from orchestrator import arrays, failpoints, journal, layout
 from orchestrator.arrays import ArrayWriter, PendingWrite
@@ -262,9 +263,7 @@ class Saver:
             keys.append(key)
         known = {prefix + layout.STATE + file.path: file for file in pending.files}
         sealed = storage.seal([*keys, *known], known)
-        return tuple(
-            FileEntry(path=entry.path.removeprefix(prefix), bytes=entry.bytes, crc32c=entry.crc32c) for entry in sealed
-        )
+        return tuple(replace(entry, path=entry.path.removeprefix(prefix)) for entry in sealed)
 
     # The decision.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
 from orchestrator import arrays, errors, layout
+from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
@@ -162,6 +164,21 @@ def test_a_store_that_fails_is_stepped_over_and_nothing_is_quarantined_for_it(ro
         with pytest.raises(oc.StorageError, match=r"none of 2 steps could be read; step 2: .*EIO.*step 1: "):
             agent.restore(LIKE)
         assert agent.all_steps() == [1, 2]
+
+
+def test_running_out_of_descriptors_is_no_damage(root: Path) -> None:
+    fill(root, 1)
+    (attempt,) = root.glob("steps/00000001/*")
+    store = LocalStore(str(attempt / "state"))
+    assert store.places()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(oc.StorageError, match="Too many open files"):
+            LocalStore(str(attempt / "state")).places()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        store.close()
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.3, 0.5, 0.7, 0.98])

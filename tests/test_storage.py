@@ -125,10 +125,11 @@ def test_seal_returns_size_and_checksum_in_the_order_given(store: Storage) -> No
     big = os.urandom((4 << 20) + 5)
     store.create("s/b", big)
     store.create("s/a/x", b"123456789")
-    assert store.seal(["s/b", "s/a/x"]) == (
-        FileEntry(path="s/b", bytes=len(big), crc32c=crc32c(big)),
-        FileEntry(path="s/a/x", bytes=9, crc32c="e3069283"),
-    )
+    large, small = store.seal(["s/b", "s/a/x"])
+    assert large == FileEntry(path="s/b", bytes=len(big), crc32c=crc32c(big))
+    # A store that knows CRC-32C without reading (an object store's metadata) has no CRC-32 to offer.
+    assert small.crc32 in ("cbf43926", "")
+    assert small == FileEntry(path="s/a/x", bytes=9, crc32c="e3069283", crc32=small.crc32)
     assert store.seal([]) == ()
 
 

@@ -19,6 +19,7 @@ import crc32c
 import tensorstore as ts
 
 from orchestrator import chunks
+from orchestrator.records import crc32
 
 Buffer = bytes | memoryview
 
@@ -34,6 +35,7 @@ class DataFile(Protocol):
     path: str
     bytes: int
     crc32c: int
+    crc32: str  # as FileEntry has it; '' while nobody has seen the whole file
 
     def append(self, parts: Sequence[Buffer], checksum: int) -> int:
         """Write `parts`, whose bytes together have CRC-32C `checksum`. Returns the offset of the first."""
@@ -54,6 +56,7 @@ def write_file(opened: Callable[[str], DataFile], path: str, body: bytes) -> Dat
     """A whole small file."""
     file = opened(path)
     file.append([body], crc32c.crc32c(body))
+    file.crc32 = crc32(body)
     file.close()
     return file
 
@@ -64,7 +67,7 @@ def data_file_path() -> str:
 
 class _LocalFile:
     def __init__(self, base: str, path: str) -> None:
-        self.path, self.bytes, self.crc32c = path, 0, 0
+        self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
         full = os.path.join(base, path)
         os.makedirs(os.path.dirname(full), exist_ok=True)
         self._descriptor = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -108,7 +111,7 @@ def _sync_file_range() -> Any:
 
 class _Object:
     def __init__(self, base: str, path: str) -> None:
-        self.path, self.bytes, self.crc32c = path, 0, 0
+        self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
         self._base = base
         self._parts: list[bytes] = []
 

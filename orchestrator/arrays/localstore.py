@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
@@ -9,9 +10,18 @@ import crc32c
 
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt
-from orchestrator.errors import Damaged
+from orchestrator.errors import Damaged, OrchestratorError, StorageError
 
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
+
+
+# What is gone, or what the disk itself cannot give back. Anything else (no permission, no descriptors left, a server
+# that does not answer) says nothing about the data.
+_LOST = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EUCLEAN})
+
+
+def _fault(error: OSError) -> type[OrchestratorError]:
+    return Damaged if error.errno in _LOST else StorageError
 
 
 class LocalStore:
@@ -41,7 +51,7 @@ class LocalStore:
         except ocdbt.Unsupported:
             return None
         except OSError as error:
-            raise Damaged(f"{where}: cannot be read: {error}") from error
+            raise _fault(error)(f"{where}: cannot be read: {error}") from error
         return found
 
     def read_into(
@@ -60,10 +70,12 @@ class LocalStore:
 
     def _read(self, target: memoryview, place: ocdbt.Place, label: str) -> None:
         path, offset, size = place
+        got = 0
         try:
-            got = os.preadv(self._descriptor(path), [target], offset)
+            while got < size and (more := os.preadv(self._descriptor(path), [target[got:]], offset + got)):
+                got += more  # some file systems give less than was asked for, before the end
         except OSError as error:
-            raise Damaged(f"{label}: {self._directory}/{path} cannot be read: {error}") from error
+            raise _fault(error)(f"{label}: {self._directory}/{path} cannot be read: {error}") from error
         if got != size:
             raise Damaged(f"{label}: {self._directory}/{path} ends at {offset + got}, wanted {offset + size}")
 

@@ -306,7 +306,8 @@ class PendingWrite:
     def files(self) -> tuple[FileEntry, ...]:
         """The files that this process has written below `state/`, not durable yet on a file system. After `wait`."""
         return tuple(
-            FileEntry(path=path, bytes=file.bytes, crc32c=f"{file.crc32c:08x}") for path, file in self._files.items()
+            FileEntry(path=path, bytes=file.bytes, crc32c=f"{file.crc32c:08x}", crc32=file.crc32)
+            for path, file in self._files.items()
         )
 
     def wait(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:

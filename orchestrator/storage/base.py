@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from msgspec.structs import replace
+
 from orchestrator.errors import StorageError
 from orchestrator.records import FileEntry
 
@@ -67,7 +69,7 @@ def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
     """A sealed object's entry, from what its writer counted. Raises StorageError if the store has another size."""
     if size != known.bytes:
         raise StorageError(f"seal {url}/{key}: has {size} bytes, {known.bytes} were written; it is not used")
-    return FileEntry(path=key, bytes=size, crc32c=known.crc32c)
+    return replace(known, path=key)
 
 
 @runtime_checkable

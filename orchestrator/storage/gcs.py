@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import crc32c
+from msgspec.structs import replace
 
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.layout import check_key
@@ -197,7 +198,8 @@ class GcsStorage:
                     f"seal {self.url}/{entry.path}: the store has {entry.bytes} bytes with crc32c {entry.crc32c}, "
                     f"{told.bytes} with {told.crc32c} were written; it is not used"
                 )
-        return sealed
+        # The store knows no CRC-32; who wrote the object may.
+        return tuple(replace((known or {}).get(entry.path, entry), path=entry.path) for entry in sealed)
 
     def _seal(self, key: str) -> FileEntry:
         where = f"{self.url}/{check_key(key, self.url)}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import StorageError
 from orchestrator.layout import check_key
-from orchestrator.records import FileEntry, crc32c
+from orchestrator.records import FileEntry, crc32, crc32c
 from orchestrator.storage.base import Created, Entry, Exists, checked_size
 
 
@@ -49,7 +49,7 @@ class MemoryStorage:
         return tuple(
             checked_size(self.url, key, len(body), told[key])
             if key in told
-            else FileEntry(path=key, bytes=len(body), crc32c=crc32c(body))
+            else FileEntry(path=key, bytes=len(body), crc32c=crc32c(body), crc32=crc32(body))
             for key, body in found
             if body is not None
         )

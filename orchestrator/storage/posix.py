@@ -18,11 +18,10 @@ import crc32c
 from orchestrator import failpoints
 from orchestrator.errors import OutcomeUnknown, StorageError
 from orchestrator.layout import check_key
-from orchestrator.records import FileEntry
+from orchestrator.records import SMALL_FILE_BYTES, FileEntry, crc32
 from orchestrator.storage.base import Created, Entry, Exists, checked_size
 
 _TMP = ".tmp"
-_READ_BYTES = 4 << 20
 _SEAL_THREADS = 8
 _PRUNED_TRIES = 100
 _STALE_S = 3600.0
@@ -168,12 +167,14 @@ class PosixStorage:
                 if known is not None:
                     return checked_size(self.url, key, os.fstat(file.fileno()).st_size, known)
                 checksum = size = 0
-                while chunk := file.read(_READ_BYTES):
+                other = ""
+                while chunk := file.read(SMALL_FILE_BYTES):
                     checksum = crc32c.crc32c(chunk, checksum)
                     size += len(chunk)
+                    other = crc32(chunk) if size == len(chunk) else ""
         except OSError as error:
             raise _storage_error("sync", path, error) from error
-        return FileEntry(path=key, bytes=size, crc32c=f"{checksum:08x}")
+        return FileEntry(path=key, bytes=size, crc32c=f"{checksum:08x}", crc32=other)
 
     def _above(self, directories: set[str]) -> Iterable[str]:
         """Directories and their parents up to the root, each once: a name is durable only when they are."""
