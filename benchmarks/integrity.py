@@ -1,0 +1,167 @@
+"""What checksums and fingerprints cost: saves and restores without them, with them, and with `attest`.
+
+    python -m benchmarks.integrity                       # 2 processes, 512 MiB in 16 arrays, 7 rounds
+    python -m benchmarks.integrity --shape=leaves        # 2000 leaves of 64 B
+
+Rounds are interleaved; medians with the range, and each variant's ratio to the one without checksums. For that one, the
+CRC-32C function of this process is replaced by one that returns 0 at once for large buffers, in writing and reading
+alike: what it would cost if the chunks of large arrays had no checksums. Also prints the fingerprints' own rate on this machine's devices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import SHAPES, abstract, ready
+
+VARIANTS = {"checksums off": "off", "checksums": "off", "attest=save": "save", "attest=full": "full"}
+COLUMNS = ("blocked", "durable", "restore")
+LIMIT_S = 500
+BULK_BYTES = 16 << 10  # chunks of the large arrays are above, records and the store's own nodes below
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="arrays")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--directory", default=None)
+    parser.add_argument("--worker", nargs=2, metavar=("INDEX", "PORT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args, int(args.worker[0]), args.worker[1])
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    scratch = tempfile.mkdtemp(prefix="bench-", dir=args.directory)
+    command = [sys.executable, "-m", "benchmarks.integrity", *sys.argv[1:], "--directory", scratch]
+    workers = [
+        subprocess.Popen([*command, "--worker", str(index), port], stdout=subprocess.PIPE)
+        for index in range(args.processes)
+    ]
+    try:
+        out, _ = workers[0].communicate(timeout=LIMIT_S)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+    line = next((line for line in out.decode().splitlines() if line.startswith("{")), None)
+    if line is None:
+        sys.exit("benchmark failed: process 0 gave no result")
+    print(render(args, json.loads(line)))
+
+
+def render(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    leaves, size = SHAPES[args.shape]
+    lines = [
+        f"{leaves} leaves of {size} B, {args.processes} processes, {args.rounds} rounds: median ms (min to max), and the",
+        "median of each round's ratio to that round's `checksums off`",
+        "",
+        "| | " + " | ".join(COLUMNS) + " |",
+        "|---|---|---|---|",
+    ]
+    base = result["rounds"]["checksums off"]
+    for name, columns in result["rounds"].items():
+        cells = []
+        for column in COLUMNS:
+            values = [1000 * value for value in columns[column]]
+            ratio = statistics.median(a / b for a, b in zip(columns[column], base[column], strict=True))
+            cells.append(f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f}), {ratio:.2f}x")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", f"Fingerprints alone, per process: {result['rate'] / 1e9:.1f} GB/s on {result['devices']}."]
+    return "\n".join(lines)
+
+
+def work(args: argparse.Namespace, index: int, port: str) -> None:
+    import crc32c
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import orchestrator as oc
+    from orchestrator.arrays import fingerprint
+    from orchestrator.tree import flatten
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_platforms", "cpu")
+    jax.distributed.initialize(f"127.0.0.1:{port}", args.processes, index)
+    leaves, size = SHAPES[args.shape]
+    sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), PartitionSpec("data"))
+    rng = np.random.default_rng(7)
+    state = {}
+    for number in range(leaves):
+        body = rng.integers(0, 2**32, size // 4, dtype=np.uint32).view(np.float32)
+        state[f"layer_{number:04d}"] = jax.make_array_from_callback(
+            body.shape, sharding, lambda at, body=body: body[at]
+        )
+    ready(state)
+
+    def together() -> None:
+        multihost_utils.sync_global_devices("bench")
+
+    real = crc32c.crc32c
+
+    def free(data: Any, value: int = 0) -> int:
+        return 0 if len(data) >= BULK_BYTES else real(data, value)
+
+    rounds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COLUMNS} for name in VARIANTS}
+    for number in range(args.rounds + 1):
+        order = list(VARIANTS)
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            directory = Path(args.directory) / f"{number}-{name.replace(' ', '')}"
+            crc32c.crc32c = free if name == "checksums off" else real
+            together()
+            agent = oc.Agent(directory, options=oc.Options(on_save_failure="raise", attest=VARIANTS[name]))  # type: ignore[arg-type]
+            together()
+            times = [time.perf_counter()]
+            agent.save(1, state)
+            times.append(time.perf_counter())
+            agent.wait_until_finished()
+            together()
+            times.append(time.perf_counter())
+            restored = agent.restore(like=abstract(state))
+            assert restored is not None
+            ready(restored.state)
+            together()
+            ended = time.perf_counter()
+            agent.close()
+            if number:  # round 0 warms up
+                spent = (times[1] - times[0], times[2] - times[0], ended - times[2])
+                for column, seconds in zip(COLUMNS, spent, strict=True):
+                    rounds[name][column].append(seconds)
+            together()
+            if index == 0:
+                shutil.rmtree(directory, ignore_errors=True)
+    flat = flatten(state)
+    pairs = list(zip(flat.spec.leaves, flat.values, strict=True))
+    fingerprint.start(pairs).result()
+    own = sum(shard.data.nbytes for leaf in state.values() for shard in leaf.addressable_shards)
+    seconds_each = []
+    for _ in range(5):
+        started = time.perf_counter()
+        fingerprint.start(pairs).result()
+        seconds_each.append(time.perf_counter() - started)
+    if index == 0:
+        devices = f"{jax.local_device_count()} {jax.local_devices()[0].platform} devices"
+        print(
+            json.dumps({"rounds": rounds, "rate": own / statistics.median(seconds_each), "devices": devices}),
+            flush=True,
+        )
+    together()
+
+
+if __name__ == "__main__":
+    main()
