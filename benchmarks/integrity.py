@@ -66,8 +66,8 @@ def main() -> None:
 def render(args: argparse.Namespace, result: dict[str, Any]) -> str:
     leaves, size = SHAPES[args.shape]
     lines = [
-        f"{leaves} leaves of {size} B, {args.processes} processes, {args.rounds} rounds: median ms (min to max), and the",
-        "median of each round's ratio to that round's `checksums off`",
+        f"{leaves} leaves of {size} B, {args.processes} processes, {args.rounds} rounds: median ms (min to max), and",
+        "the median of each round's ratio to that round's `checksums off`",
         "",
         "| | " + " | ".join(COLUMNS) + " |",
         "|---|---|---|---|",
