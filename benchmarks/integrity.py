@@ -5,7 +5,8 @@
 
 Rounds are interleaved; medians with the range, and each variant's ratio to the one without checksums. For that one, the
 CRC-32C function of this process is replaced by one that returns 0 at once for large buffers, in writing and reading
-alike: what it would cost if the chunks of large arrays had no checksums. Also prints the fingerprints' own rate on this machine's devices.
+alike: what it would cost if the chunks of large arrays had no checksums. Also prints the fingerprints' own rate on this
+machine's devices.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from absl import logging
 
-from orchestrator import journal, layout
+from orchestrator import garbage, journal, layout
 from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
 from orchestrator.events import Retried, emit
 from orchestrator.journal import FencedBy, Next, Refused, Stamp
@@ -255,4 +255,5 @@ class Catalog:
     def _decode(self, body: bytes | None, kind: type[AnyRecord], key: str) -> AnyRecord:
         if body is None:
             raise Damaged(f"{self.url}/{key}: is missing")
-        return decode(body, kind, f"{self.url}/{key}")
+        with garbage.paused():
+            return decode(body, kind, f"{self.url}/{key}")

@@ -26,11 +26,12 @@ STORED_KINDS = frozenset({"array", "key", "numpy", "numpy_scalar"})
 Json = Any  # a value that JSON can hold; checked by the codec, not by the type checker
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of all stored records: immutable, keyword-only, unknown fields ignored."""
+class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Base of all stored records: immutable, keyword-only, unknown fields ignored. Nothing in them refers back to them,
+    so the garbage collector need not look at the tens of thousands that a large state has."""
 
 
-class Box(msgspec.Struct, frozen=True, array_like=True):
+class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A half-open region of an array's global index space: `start <= index < stop` per dimension."""
 
     start: tuple[int, ...]
@@ -164,7 +165,7 @@ class Failure(Record, frozen=True):
     cause: str
 
 
-class ShardPrint(msgspec.Struct, frozen=True, array_like=True):
+class ShardPrint(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The fingerprint of one shard as it is on these devices (JAX's ids), of one process: 32 hex digits."""
 
     box: Box

@@ -209,6 +209,15 @@ def test_one_call_makes_an_array_of_all_its_shards_without_a_copy_and_donating_i
     assert all((np.asarray(shard.data) == 2).all() for shard in added.addressable_shards)
 
 
+def test_the_shards_of_an_array_are_where_we_look_for_them(mesh8: jax.sharding.Mesh) -> None:
+    for spec in (PartitionSpec("data"), PartitionSpec(), PartitionSpec("data", "model")):
+        array = jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(mesh8, spec))
+        held: Any = array._arrays
+        for one, shard in zip(held, array.addressable_shards, strict=True):
+            assert one.unsafe_buffer_pointer() == shard.data.unsafe_buffer_pointer()
+            assert one.device == shard.device
+
+
 # Orbax's format.
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import threading
 import time
 import uuid
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -27,46 +25,29 @@ import msgspec
 import numpy as np
 import tensorstore as ts
 
-from orchestrator import chunks
+from orchestrator import chunks, garbage
 from orchestrator.arrays import datafiles, fingerprint, ocdbt, orbax_files
+from orchestrator.arrays.staging import Layouts, Part, Staged, host_local, on_host, stage, start_transfer
 from orchestrator.arrays.store import context, store_spec
 from orchestrator.errors import WaitTimeout
 from orchestrator.records import Box, FileEntry, LeafSpec, ShardPrint, TreeSpec
-from orchestrator.tree import INT64, Flat, numpy_dtype
+from orchestrator.tree import Flat
 
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
 _THREADS = 4
 _THREAD_BYTES = 16 << 20  # a further thread for each of these
 _TIMEOUT_S = 3600.0  # for opening; the save's own deadline is shorter and ends the wait before
 _LOOK_S = 0.5  # how often a write looks whether it is still wanted
+_SMALL_BYTES = ocdbt.INLINE_BYTES - chunks.CHECKSUM_BYTES
 _CHECKSUM = {"name": "crc32c"}
 _ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 _STORES = "ocdbt.process_"
 
 Array = np.ndarray[Any, Any]
-# A region of a leaf to write: its elements, and of each chunk in it the key's end and where it is in them.
-_Part = tuple[Array, tuple[tuple[str, tuple[slice, ...]], ...]]
 
 
 class WriteStopped(Exception):
     """A write was given up before its end, as it was asked to."""
-
-
-@dataclass
-class Staged:
-    """One leaf on the host: what this process writes of it. `type`: Orbax's name for what it is."""
-
-    leaf: LeafSpec
-    type: str
-    parts: Sequence[_Part] = ()
-    boxes: tuple[Box, ...] = ()
-    sharding: jax.sharding.Sharding | None = None
-    text: str | None = None  # of a string
-
-    @property
-    def describes(self) -> bool:
-        """Whether this process writes the array's `zarr.json`: whoever has its first element."""
-        return any(not any(box.start) for box in self.boxes)
 
 
 @dataclass(frozen=True)
@@ -98,11 +79,11 @@ class ArrayWriter:
         reuse a donated buffer that is held: tests/test_arrays.py).
         """
         for value in flat.values:  # all transfers under way before the first is waited for
-            if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
-                _start_transfer(value)
-        layouts: _Layouts = {}
+            if isinstance(value, jax.Array) and not on_host(value.sharding):
+                start_transfer(value)
+        layouts: Layouts = {}
         staged = [
-            _stage(leaf, value, self._process, layouts)
+            stage(leaf, value, self._process, layouts)
             for leaf, value in zip(flat.spec.leaves, flat.values, strict=True)
         ]
         prints = fingerprint.start(self._attested(flat)) if attest else None
@@ -111,7 +92,7 @@ class ArrayWriter:
     def _attested(self, flat: Flat) -> Iterator[tuple[LeafSpec, Any]]:
         """The stored leaves, as far as this process answers for them: of what every host has its own of, process 0."""
         for leaf, value in zip(flat.spec.leaves, flat.values, strict=True):
-            shared = isinstance(value, jax.Array) and not _host_local(value)
+            shared = isinstance(value, jax.Array) and not host_local(value)
             if leaf.in_store and (shared or self._process == 0):
                 yield leaf, value
 
@@ -148,110 +129,6 @@ def _merged_spec(directory: str) -> dict[str, Any]:
         "compression": None,
     }
     return store_spec(directory) | {"config": config, "assume_config": True}
-
-
-# Staging.
-
-# (sharding, shape, chunk shape) -> (shard index, box, replica id) of each addressable shard; the number of replicas.
-_Where = tuple[list[tuple[int, Box, int]], int]
-_Layouts = dict[Any, Any]
-
-
-def _start_transfer(value: jax.Array) -> None:
-    device: Any = next(iter(value.sharding.device_set))
-    if device.platform != "cpu":
-        for index in range(len(value.sharding.addressable_devices)):
-            value.addressable_data(index).copy_to_host_async()
-
-
-def _host_local(value: Any) -> bool:
-    return isinstance(value, jax.Array) and value.is_fully_addressable and jax.process_count() > 1
-
-
-def _stage(leaf: LeafSpec, value: Any, process: int, layouts: _Layouts) -> Staged:
-    if leaf.kind in ("bool", "int", "float"):
-        if leaf.kind == "int" and value not in INT64:
-            return Staged(leaf, orbax_files.value_type(leaf, value, stored=False))
-        data = np.asarray(value)
-        inner = LeafSpec(path=leaf.path, kind=leaf.kind, shape=(), dtype=data.dtype.name, chunk=())
-        return _whole(inner, data, process)
-    type_name = orbax_files.value_type(leaf, value, stored=leaf.in_store)
-    if not leaf.in_store:
-        return Staged(leaf, type_name, text=value if leaf.kind == "str" else None)
-    if leaf.kind == "key":
-        value = jax.random.key_data(value)
-    if not isinstance(value, jax.Array) or _host_local(value):  # process 0's copy is the one that is stored
-        dtype = numpy_dtype(leaf.stored_dtype if leaf.kind == "key" else leaf.dtype)
-        # A copy in native byte order: the caller may overwrite his array as soon as we return.
-        return _whole(leaf, np.array(value, dtype=dtype, order="C") if process == 0 else None, process)
-    return _stage_shards(leaf, value, layouts)
-
-
-def _whole(leaf: LeafSpec, data: Array | None, process: int) -> Staged:
-    # An array that each process has for itself is numpy to Orbax: it has no sharding that others would know.
-    type_name = "scalar" if leaf.kind in ("bool", "int", "float") else "np.ndarray"
-    if process != 0:
-        return Staged(leaf, type_name)
-    assert data is not None and leaf.chunk is not None
-    shape = leaf.file_shape
-    box = Box(start=(0,) * len(shape), stop=shape)
-    return Staged(leaf, type_name, [(data, _pieces(box, leaf.chunk))], (box,))
-
-
-def _pieces(box: Box, chunk: tuple[int, ...]) -> tuple[tuple[str, tuple[slice, ...]], ...]:
-    return tuple((chunks.suffix(one, chunk), chunks.within(one, box)) for one in chunks.cut(box, chunk))
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How the shards of an array are cut, and which of it this process writes: (shard index, chunks of it, boxes)."""
-
-    replicas: int
-    shards: tuple[tuple[int, Box, int, tuple[Box, ...]], ...]
-
-
-def _stage_shards(leaf: LeafSpec, value: jax.Array, layouts: _Layouts) -> Staged:
-    """The chunks that this process writes: each chunk is written by one of the replicas that hold it, in turn, so that
-    replicated arrays are spread evenly over their hosts."""
-    key = (value.sharding, value.shape, leaf.file_shape, leaf.chunk)
-    layout = layouts.get(key)
-    if layout is None:
-        layout = layouts[key] = _layout(leaf, value)
-    # Where there are replicas, the turn depends on the leaf: many small ones are spread, too.
-    turn = zlib.crc32(leaf.name.encode()) % layout.replicas if layout.replicas > 1 else 0
-    mine = layouts.get((key, turn))
-    if mine is None:
-        mine = layouts[key, turn] = _mine(layout, turn, leaf.chunk or ())
-    shards, boxes = mine
-    parts = [(np.asarray(value.addressable_data(index)), pieces) for index, pieces in shards]
-    return Staged(leaf, "jax.Array", parts, boxes, value.sharding)
-
-
-def _layout(leaf: LeafSpec, value: jax.Array) -> _Layout:
-    assert leaf.chunk is not None
-    shape = leaf.file_shape
-    shards = tuple(
-        (index, box, shard.replica_id, tuple(chunks.cut(box, leaf.chunk)))
-        for index, shard in enumerate(value.addressable_shards)
-        for box in [chunks.box_of(shard.index, shape)]
-    )
-    distinct = math.prod(shape) // math.prod(chunks.shape_of(shards[0][1])) if shards else 1
-    return _Layout(max(1, len(value.sharding.device_set) // distinct), shards)
-
-
-def _mine(layout: _Layout, turn: int, chunk: tuple[int, ...]) -> tuple[list[Any], tuple[Box, ...]]:
-    shards: list[tuple[int, tuple[tuple[str, tuple[slice, ...]], ...]]] = []
-    boxes: list[Box] = []
-    for index, box, replica, inside in layout.shards:
-        if layout.replicas == 1:
-            shards.append((index, _pieces(box, chunk)))
-            boxes.append(box)
-            continue
-        chosen = [one for number, one in enumerate(inside) if (turn + number) % layout.replicas == replica]
-        if chosen:
-            shards.append((index, tuple((chunks.suffix(one, chunk), chunks.within(one, box)) for one in chosen)))
-            boxes.extend(chosen)
-    return shards, tuple(boxes)
 
 
 # Writing.
@@ -328,6 +205,10 @@ class PendingWrite:
 
     def _write_metadata(self, staged: Sequence[Staged]) -> None:
         """Orbax's own files; each process describes the arrays, process 0 the tree."""
+        with garbage.paused():
+            self._write_orbax_files(staged)
+
+    def _write_orbax_files(self, staged: Sequence[Staged]) -> None:
         opened = datafiles.opener(self._directory)
         arrays = [item for item in staged if item.type == "jax.Array"]
         if arrays:
@@ -357,14 +238,20 @@ class PendingWrite:
         return [pool.submit(self._describe, described), *(pool.submit(work) for _ in range(threads))]
 
     def _describe(self, leaves: Iterable[LeafSpec]) -> None:
-        for leaf in leaves:
-            assert leaf.chunk is not None
-            body = _zarr_json(leaf.stored_dtype or leaf.dtype, leaf.file_shape, leaf.chunk, self._compression)
-            self._progress.entries.append((chunks.metadata_key(leaf.name).encode(), body))
+        with garbage.paused():
+            self._progress.entries.extend(map(self._described, leaves))
+
+    def _described(self, leaf: LeafSpec) -> tuple[bytes, bytes]:
+        assert leaf.chunk is not None
+        body = _zarr_json(leaf.stored_dtype or leaf.dtype, leaf.file_shape, leaf.chunk, self._compression)
+        return chunks.metadata_key(leaf.name).encode(), body
 
     def _write_tree(self) -> None:
         """The store's tree and manifest, once all chunks have their places."""
-        entries, store = sorted(self._progress.entries), f"{_STORES}{self._process}"
+        with garbage.paused():
+            self._write_nodes(sorted(self._progress.entries), f"{_STORES}{self._process}")
+
+    def _write_nodes(self, entries: Sequence[tuple[bytes, ocdbt.Value]], store: str) -> None:
         if entries:
             opened = datafiles.opener(f"{self._directory}/{store}")
             path = datafiles.data_file_path()
@@ -399,7 +286,7 @@ def _watch(
 
 
 def _work(
-    queue: deque[tuple[LeafSpec, _Part]],
+    queue: deque[tuple[LeafSpec, Part]],
     opened: Callable[[str], datafiles.DataFile],
     progress: _Progress,
     compression: bool,
@@ -412,6 +299,13 @@ def _work(
         except IndexError:
             break
         name = leaf.name
+        if data.nbytes <= _SMALL_BYTES and len(pieces) == 1 and not compression:
+            raw_bytes = data.tobytes()
+            checksum = crc32c.crc32c(raw_bytes)
+            key = name + pieces[0][0]
+            progress.checksums[key] = f"{checksum:08x}"
+            progress.entries.append((key.encode(), raw_bytes + checksum.to_bytes(chunks.CHECKSUM_BYTES, "little")))
+            continue
         for suffix, where in pieces:
             raw = data[where].reshape(-1).view(np.uint8).data
             if compression:
