@@ -22,6 +22,9 @@ class Options:
     aborts the save if replicas of a shard differ; "full" also compares it after a restore. Process 0's counts for all.
     events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
     object store; "": nowhere.
+    metrics_port: answer Prometheus on this port of `metrics_address` (0: any free one, told in the log); None: do not.
+    metrics_file: keep Prometheus' text format in this file, for node_exporter's textfile collector.
+    traces: OpenTelemetry spans of saves and restores, to the program's own tracer provider.
     """
 
     async_save: bool = True
@@ -33,12 +36,18 @@ class Options:
     other_tree: bool = False
     attest: Literal["off", "save", "full"] = "off"
     events_dir: str | None = None
+    metrics_port: int | None = None
+    metrics_address: str = "127.0.0.1"
+    metrics_file: str | None = None
+    traces: bool = False
 
     def __post_init__(self) -> None:
         if self.on_save_failure not in ("warn", "raise"):
             raise UsageError(f"on_save_failure={self.on_save_failure!r}: wanted 'warn' or 'raise'")
         if self.attest not in ("off", "save", "full"):
             raise UsageError(f"attest={self.attest!r}: wanted 'off', 'save' or 'full'")
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
+            raise UsageError(f"metrics_port={self.metrics_port!r}: wanted 0 to 65535, or None")
         for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)!r}: wanted a positive number of seconds")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator import events
+from orchestrator.errors import UsageError
 from orchestrator.eventlog import EventLog, directory_of
 from orchestrator.options import Options
 
@@ -21,6 +22,21 @@ class Telemetry:
         if directory is not None:
             log = EventLog(directory, process=process, host=host, epoch=epoch)
             self._hear(log.write, log.close)
+        if options.metrics_port is not None or options.metrics_file:
+            from orchestrator import metrics
+
+            told = metrics.Metrics(process, host)
+            self._hear(told.hear, lambda: None)
+            if options.metrics_port is not None:
+                self._closers.append(metrics.serve(told, options.metrics_port, options.metrics_address))
+            if options.metrics_file:
+                self._closers.append(metrics.keep_textfile(told, options.metrics_file))
+        if options.traces:
+            try:
+                from orchestrator.tracing import Traces
+            except ImportError as error:
+                raise UsageError("Options(traces=True) needs opentelemetry-api: install the `traces` extra") from error
+            self._hear(Traces(process, host).hear, lambda: None)
 
     def _hear(self, reader: Callable[[events.Event], None], close: Callable[[], None]) -> None:
         self._closers += [events.subscribe(reader), close]

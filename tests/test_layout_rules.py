@@ -24,9 +24,9 @@ _NAMES = {
     ADAPTERS: """storage storage.memory storage.posix storage.gcs storage.gcs_client
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging
-        rendezvous events eventlog story telemetry failpoints heartbeat garbage""",
+        rendezvous events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
-        agent saving coordinator restore proof verify diff collect catalog pacing""",
+        agent saving coordinator restore proof verify diff collect catalog pacing export""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.arrays.foreign import describe, is_tree
 from orchestrator.arrays.placing import Load
-from orchestrator.arrays.reading import check, load, sharding_of
+from orchestrator.arrays.reading import check, load, sharding_of, slabs
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "is_tree",
     "load",
     "sharding_of",
+    "slabs",
 ]

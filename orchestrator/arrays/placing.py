@@ -85,6 +85,18 @@ def _layout(item: Load) -> Layout:
             box = chunks.box_of(index or (), shape)
             devices.append(device)
             buffer_of.append(numbers.setdefault(box, len(numbers)))
+    return _fit(numbers, chunk, tuple(devices), tuple(buffer_of))
+
+
+def piece_of(leaf: LeafSpec, box: Box) -> Filling:
+    """A region of a leaf, as stored, in one buffer on the host."""
+    return Filling(Load(leaf), _fit({box: 0}, leaf.chunk, (), ()))
+
+
+def _fit(
+    numbers: dict[Box, int], chunk: tuple[int, ...] | None, devices: tuple[Any, ...], buffer_of: tuple[int, ...]
+) -> Layout:
+    """Which chunks the boxes, with the numbers of their buffers, need."""
     wanted: dict[Box, list[Target]] = {}
     for box, number in numbers.items() if chunk is not None else ():
         for one in chunks.touching(box, chunk or ()):
@@ -96,8 +108,8 @@ def _layout(item: Load) -> Layout:
     return Layout(
         shapes=tuple(chunks.shape_of(box) for box in numbers),
         boxes=tuple(numbers),
-        devices=tuple(devices),
-        buffer_of=tuple(buffer_of),
+        devices=devices,
+        buffer_of=buffer_of,
         reads=tuple((chunks.suffix(one, chunk or ()), tuple(targets)) for one, targets in wanted.items()),
     )
 

@@ -26,10 +26,10 @@ import tensorstore as ts
 from orchestrator import chunks, garbage
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
-from orchestrator.arrays.placing import Arena, Filling, Layout, Load, Target, finish, prepare
+from orchestrator.arrays.placing import Arena, Filling, Layout, Load, Target, finish, piece_of, prepare
 from orchestrator.arrays.store import context, foreign_spec, store_spec
 from orchestrator.errors import Damaged, OrchestratorError, StorageError, WaitTimeout
-from orchestrator.records import Foreign
+from orchestrator.records import Box, Foreign, LeafSpec
 from orchestrator.tree import numpy_dtype
 
 _WINDOW_BYTES = 64 << 20  # read through TensorStore and not yet copied to their place
@@ -64,6 +64,28 @@ def load(
         reader.fill(list(fillings.values()))
     with garbage.paused():
         return finish(loads, fillings)
+
+
+def slabs(
+    directory: str,
+    leaves: Iterable[LeafSpec],
+    slab_bytes: int,
+    on_bytes: Callable[[int], None] | None = None,
+    checksums: Mapping[str, str] | None = None,
+) -> Iterator[tuple[LeafSpec, Box, Array]]:
+    """Whole arrays in pieces, checked as `load` does: (leaf, region, its elements as stored). In the order of `leaves`,
+    and in C order within each: the pieces laid end to end are the array. Holds one piece of at most `slab_bytes` (one
+    element at least) at a time, beside the window of reads. Leaves that no file holds are left out.
+    """
+    reader = _Reader(directory, on_bytes or (lambda read_bytes: None), checksums or {})
+    for leaf in leaves:
+        if leaf.in_store:
+            dtype = numpy_dtype(leaf.stored_dtype or leaf.dtype)
+            piece = chunks.chunk_shape(leaf.file_shape, dtype.itemsize, slab_bytes)
+            for box in chunks.cut(Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape), piece):
+                filling = piece_of(leaf, box)
+                reader.fill([filling])
+                yield leaf, box, filling.buffers[0]
 
 
 def check(

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from orchestrator.cli import commands, diff, doctor, plan, verify, watch
+from orchestrator.cli import commands, diff, doctor, export, plan, report, verify, watch
 from orchestrator.cli.adopt import adopt
 from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
@@ -80,6 +80,22 @@ COMMANDS = {
         "what could hurt this run next, and what to do about it; 1 if it will, 4 if something is damaged",
         (Flag("read_only", bool, False, "do not try out the store with a file of its own"), _EVENTS),
         ("orchestrator doctor /data/run", "orchestrator doctor /data/run --json | jq -r .worst"),
+    ),
+    "report": Command(
+        report.report,
+        "one self-contained page: saves on each host, stragglers, incidents, retention, goodput, shardings",
+        (Flag("output", str, "report.html", "the file to write", short="o"), _EVENTS),
+        ("orchestrator report /data/run -o report.html",),
+    ),
+    "export": Command(
+        export.export,
+        "a step, gathered from all shards, as files that other programs read; STEP is a number or newest",
+        (Flag("format", str, "orbax", "orbax, safetensors or numpy"),),
+        (
+            "orchestrator export /data/run newest /data/model.safetensors --format=safetensors",
+            "orchestrator export /data/run 100 /data/step-100 --format=numpy",
+        ),
+        arguments=("STEP", "DEST"),
     ),
     "plan": Command(
         plan.plan,

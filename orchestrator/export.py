@@ -1,0 +1,199 @@
+"""A committed step as files of another format, gathered whole from all shards, in bounded memory.
+
+The destination appears under its name only when it is complete; what an interrupted export leaves is `.NAME.partial-*`
+beside it. Every chunk is checked as in a restore. Names from storage never become paths as they are.
+
+numpy:        a directory, one `.npy` for each array, and `index.json` (each leaf's path, type, file; values kept in the
+              tree spec; metrics and extra)
+safetensors:  one file; leaf paths joined with dots are the names; other leaves and the metrics are in `__metadata__`
+orbax:        a directory that is an ordinary Orbax checkpoint: the step's own files, each compared with the manifest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from orchestrator import arrays, layout
+from orchestrator.catalog import Catalog
+from orchestrator.errors import Damaged, StorageError, UsageError
+from orchestrator.forecast import leaf_bytes
+from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest, TreeSpec, crc32c
+from orchestrator.tree import numpy_dtype
+
+SLAB_BYTES = 64 << 20
+_NAME_MAX = 200  # longer ones are numbered: file systems allow 255 bytes
+# https://huggingface.co/docs/safetensors, as its library (0.6) names types; others have no name there.
+_SAFETENSORS = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+_NATIVE_NPY = frozenset("?bhilqBHILQefdFD")  # what numpy reads back without another package
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported. `on_bytes`: told of bytes as they are read."""
+
+    catalog: Catalog
+    live: LiveStep
+    manifest: Manifest
+    tree: TreeSpec
+    about: dict[str, Any]
+    on_bytes: Callable[[int], None]
+
+    @property
+    def state_url(self) -> str:
+        return f"{self.catalog.url}/{layout.attempt_prefix(self.live.step, self.live.attempt)}{layout.STATE}"
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(map(leaf_bytes, self.tree.leaves))
+
+
+def open_source(catalog: Catalog, live: LiveStep, on_bytes: Callable[[int], None] = lambda read_bytes: None) -> Source:
+    """Raises Damaged, StorageError if the step's records cannot be read or a file is missing."""
+    manifest = catalog.manifest(live)
+    catalog.check_sizes(live, manifest)
+    extra = catalog.extra(live, manifest)
+    about = {"step": live.step, "attempt": live.attempt, "metrics": extra.metrics, "extra": extra.extra}
+    return Source(catalog, live, manifest, catalog.intent(live, manifest).tree, about, on_bytes)
+
+
+def export(source: Source, destination: str, form: str) -> int:
+    """Write `source` to `destination` as `form`; return the bytes written.
+
+    Raises UsageError if the format is unknown, the destination is taken or an array cannot be put into it, Damaged if
+    something stored is not what was saved, StorageError if the destination cannot be written. Nothing is left then.
+    """
+    write = FORMATS.get(form)
+    if write is None:
+        raise UsageError(f"--format={form}: wanted {', '.join(FORMATS)}")
+    destination = os.path.abspath(os.path.expanduser(destination))
+    if os.path.lexists(destination):
+        raise UsageError(f"{destination} exists; export to a new name")
+    folder, name = os.path.split(destination)
+    partial = os.path.join(folder, f".{name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        written = write(source, partial)
+        os.rename(partial, destination)
+    except OSError as error:
+        raise StorageError(f"export to {destination}: {error.strerror or error}") from error
+    finally:
+        if os.path.isdir(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif os.path.exists(partial):
+            os.unlink(partial)
+    return written
+
+
+def _numpy(source: Source, folder: str) -> int:
+    os.mkdir(folder)
+    index: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    for number, leaf in enumerate(source.tree.leaves):
+        said = {"path": leaf.path, "kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype, "value": leaf.value}
+        if leaf.kind_stored:
+            names[leaf.name] = _file_name(leaf, number)
+            said |= {"file": names[leaf.name], "file_dtype": _npy_dtype(leaf).name}
+            with open(os.path.join(folder, names[leaf.name]), "xb") as file:
+                header = {"descr": _npy_dtype(leaf).str, "fortran_order": False, "shape": leaf.file_shape}
+                np.lib.format.write_array_header_1_0(file, header)
+        index.append(said)
+    written = 0
+    for leaf, _, data in _slabs(source, source.tree.leaves):
+        with open(os.path.join(folder, names[leaf.name]), "ab") as file:
+            written += file.write(data.reshape(-1).view(np.uint8).data)
+    with open(os.path.join(folder, "index.json"), "w") as text:
+        json.dump({**source.about, "leaves": index}, text, indent=1)
+    return written
+
+
+def _file_name(leaf: LeafSpec, number: int) -> str:
+    name = quote(leaf.name, safe=" ._-[]()=+,")
+    return f"{name if name and len(name) <= _NAME_MAX else f'leaf-{number}'}.npy"
+
+
+def _npy_dtype(leaf: LeafSpec) -> np.dtype[Any]:
+    """The dtype of a leaf's `.npy`: its own, or unsigned integers of its width where numpy alone cannot read it."""
+    dtype = numpy_dtype(leaf.stored_dtype or leaf.dtype)
+    return dtype if dtype.char in _NATIVE_NPY else np.dtype(f"u{dtype.itemsize}")
+
+
+def _slabs(source: Source, leaves: Iterable[LeafSpec]) -> Iterator[tuple[LeafSpec, Box, np.ndarray[Any, Any]]]:
+    return arrays.slabs(source.state_url, leaves, SLAB_BYTES, source.on_bytes, source.manifest.chunks)
+
+
+def _safetensors(source: Source, path: str) -> int:
+    stored = [leaf for leaf in source.tree.leaves if leaf.kind_stored]
+    # Widest elements first, as the format's own library does, so that each array is aligned.
+    stored.sort(key=lambda leaf: -numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize)
+    values = {leaf.label: {"kind": leaf.kind, "value": leaf.value} for leaf in source.tree.leaves if leaf.value}
+    about = {name: json.dumps(value) for name, value in {**source.about, "values": values}.items()}
+    header: dict[str, Any] = {"__metadata__": about}
+    end = 0
+    for leaf in stored:
+        name = _SAFETENSORS.get(leaf.stored_dtype if leaf.kind == "key" else leaf.dtype)
+        if name is None:
+            raise UsageError(f"{leaf.label}: safetensors has no name for {leaf.dtype}; use --format=numpy or orbax")
+        start, end = end, end + leaf_bytes(leaf)
+        header[leaf.name] = {"dtype": name, "shape": leaf.file_shape, "data_offsets": [start, end]}
+    body = json.dumps(header, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    written = 0
+    with open(path, "xb") as file:
+        file.write(len(body).to_bytes(8, "little") + body)
+        for _, _, data in _slabs(source, stored):
+            written += file.write(data.reshape(-1).view(np.uint8).data)
+    return written
+
+
+def _orbax(source: Source, folder: str) -> int:
+    foreign = next((leaf for leaf in source.tree.leaves if leaf.foreign), None)
+    if foreign:
+        raise UsageError(f"step {source.live.step} was adopted: it is an Orbax checkpoint already, where it was")
+    prefix = layout.attempt_prefix(source.live.step, source.live.attempt)
+    written = 0
+    for entry in source.manifest.files:
+        if entry.path.startswith(layout.STATE):
+            name = layout.check_key(entry.path, source.catalog.url).removeprefix(layout.STATE)
+            target = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            written += _copy(source, prefix + entry.path, entry, target)
+    return written
+
+
+def _copy(source: Source, key: str, entry: FileEntry, target: str) -> int:
+    """One file (Orbax's are of 64 MiB or so), compared with the manifest."""
+    body = source.catalog.storage.get(key)
+    if body is None or len(body) != entry.bytes or crc32c(body) != entry.crc32c:
+        has = "is missing" if body is None else f"has {len(body)} bytes with crc32c {crc32c(body)}"
+        raise Damaged(f"{source.catalog.url}/{key}: {has}, the manifest says {entry.bytes} with {entry.crc32c}")
+    source.on_bytes(len(body))
+    with open(target, "xb") as file:
+        return file.write(body)
+
+
+FORMATS: dict[str, Callable[[Source, str], int]] = {"orbax": _orbax, "safetensors": _safetensors, "numpy": _numpy}
