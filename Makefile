@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slurm demo bitrot bench chaos format clean
+.PHONY: help setup check test test-slurm demo bitrot bench chaos docs format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ bench: setup ## time saves beside Orbax's CheckpointManager
 chaos: setup ## 210 rounds of faults against real jobs, the run checked after each (about 25 minutes)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check fusepy==3.0.1  # the `chaos` extra
 	$(BIN)/python -m tests.chaos --rounds=$(or $(ROUNDS),210) --seed=$(or $(SEED),20261124) --report=chaos-report.md
+
+docs: setup ## build the documentation's site into build/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8'  # the `docs` extra
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: setup ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .

@@ -74,4 +74,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--steps", type=int, default=10)
-    print(json.dumps(main(**vars(parser.parse_args()))), flush=True)
+    print(main(**vars(parser.parse_args())), flush=True)

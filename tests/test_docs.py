@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
-import textwrap
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pages
 import pytest
+from pages import FENCE
 
 import orchestrator as oc
 from launch.__main__ import FLAGS
@@ -16,17 +21,12 @@ from orchestrator.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def examples(text: str) -> list[tuple[int, str]]:
     """(lines before it, source) of each fenced python block."""
-    return [
-        (text.count("\n", 0, found.start(3)), textwrap.dedent(found[3]))
-        for found in FENCE.finditer(text)
-        if found[2] == "python"
-    ]
+    return [(block.line, block.source) for block in pages.blocks(text) if block.language == "python"]
 
 
 def anchors(text: str) -> set[str]:
@@ -45,6 +45,34 @@ def test_every_python_example_of_a_page_runs(page: Path, tmp_path: Path, monkeyp
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, source in examples(page.read_text()):  # blank lines, so that a traceback names the page's own line
         exec(compile("\n" * line + source, str(page), "exec"), namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if pages.commands(page.read_text())], ids=name)
+def test_every_shell_example_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    said = "".join(pages.run(command, tmp_path)[1] for command in pages.commands(page.read_text()))
+    if page.stem == "first-half-hour":  # and does what the page says
+        assert "restored step 50" in said and "restored step 79" in said
+
+
+# Where a block that looks like commands is not run as it stands, and what runs the same.
+NOT_RUN = {
+    "README.md": "make demo and make test: tests/test_demo.py and this suite; the rest is first-half-hour.md's",
+    "docs/first-half-hour.md": "make setup, which this suite itself has needed",
+    "docs/quickstart.md": "four hosts; first-half-hour.md runs the same with two",
+    "docs/operating.md": "gc, pin and unpin on a ROOT: tests/test_cli.py",
+    "docs/slurm.md": "needs a cluster: tests of the scripts",
+    "docs/gke.md": "needs a cluster: tests of the manifests",
+    "docs/tpu-vm.md": "needs a cluster: tests of the commands",
+}
+COMMAND = re.compile(r"^(orchestrator|python -m|make|export|pip|docker|gcloud|kubectl|sbatch) ", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_block_of_commands_is_run_or_says_why_not(page: Path) -> None:
+    loose = [block for block in pages.blocks(page.read_text()) if block.language not in ("python", "sh", "text")]
+    commands = [block.source for block in loose if COMMAND.search(block.source)]
+    assert not commands or name(page) in NOT_RUN, commands
 
 
 def test_there_are_examples_to_run() -> None:
@@ -81,3 +109,34 @@ def test_every_environment_variable_that_is_read_is_explained() -> None:
     used = {found for source in sources for found in re.findall(r"\bORCHESTRATOR_[A-Z_]+\b", source.read_text())}
     text = (ROOT / "docs/operating.md").read_text()
     assert {variable for variable in used if f"`{variable}`" not in text} == set()
+
+
+def site_hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs/site_hooks.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_references_made_from_the_code_leave_nothing_out() -> None:
+    made = {path: make() for path, make in site_hooks().PAGES.items()}
+    for public in oc.__all__:
+        assert re.search(rf"^::: orchestrator\S*\.{public}$", made["reference/generated-api.md"], re.MULTILINE), public
+    for command, about in COMMANDS.items():
+        assert f"## orchestrator {command}\n" in made["reference/generated-cli.md"]
+        assert all(f"--{flag.name}" in made["reference/generated-cli.md"] for flag in about.flags)
+    assert all(f"--{flag}" in made["reference/generated-cli.md"] for flag in FLAGS)
+    assert "](quickstart.md)" in made["index.md"] and "](docs/" not in made["index.md"]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="the `docs` extra is not installed (make docs)")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in tmp_path.rglob("*.html"):
+        assert not re.search(r"<(script|link|img)[^>]*(src|href)=\"https?://", page.read_text()), page
+    api = (tmp_path / "reference/generated-api.html").read_text()
+    assert "the newest good step, or" in api.lower() and "max_loss_s" in api

@@ -1,0 +1,97 @@
+"""Pages of the site that are made from something else: the home page from README.md, the references from the code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import orchestrator
+from launch import __main__ as launch
+from orchestrator.cli import main as cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def home() -> str:
+    """README.md, with its links as seen from docs/."""
+    return re.sub(r"\]\((?:docs/)?([^)]+)\)", r"](\1)", (ROOT / "README.md").read_text())
+
+
+def changes() -> str:
+    return (ROOT / "CHANGELOG.md").read_text()
+
+
+def api() -> str:
+    """Every public name, by its docstring and signature, the agent first."""
+    homes = {name: f"orchestrator.{home}" for name, home in orchestrator._HOME_OF.items()}
+    names = sorted(orchestrator.__all__, key=lambda name: (name != "Agent", name.lower()))
+    entries = [f"::: {homes.get(name, 'orchestrator')}.{name}" for name in names]
+    intro = "Made from the docstrings: every name of `import orchestrator as oc`. [By subject](api.md)."
+    return "\n\n".join(["# API, from the code", intro, *entries]) + "\n"
+
+
+def command_line() -> str:
+    """What every command says for --help."""
+    parts = ["# Command line, from the code", "What `--help` says. [With outputs](cli.md)."]
+    for program, main, commands in (
+        ("orchestrator", cli.main, cli.COMMANDS),
+        ("python -m launch", launch.main, launch.COMMANDS),
+    ):
+        parts += [f"```text\n{_said(main, ['--help'])}```"]
+        for name in commands:
+            parts += [f"## {program} {name}", f"```text\n{_said(main, [name, '--help'])}```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _said(main: Callable[[Sequence[str]], int], arguments: list[str]) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main(["", *arguments])
+    return out.getvalue().rstrip() + "\n"
+
+
+PAGES = {
+    "index.md": home,
+    "CHANGELOG.md": changes,
+    "reference/generated-api.md": api,
+    "reference/generated-cli.md": command_line,
+}
+
+
+def _listed(nav: Any) -> Iterator[str]:
+    match nav:
+        case str():
+            yield nav
+        case dict():
+            for each in nav.values():
+                yield from _listed(each)
+        case list():
+            for each in nav:
+                yield from _listed(each)
+
+
+def on_config(config: Any) -> Any:
+    """mkdocs's hook: pages that mkdocs.yml does not place go to the guides, decisions to a section of their own."""
+    there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    left = sorted(there - set(_listed(config["nav"])))
+    sections = {name: entries for section in config["nav"] for name, entries in section.items()}
+    sections["Guides"] += [page for page in left if "/" not in page]
+    sections["Reference"] += [page for page in left if page.startswith("reference/")]
+    config["nav"] += [
+        {"Decisions": [page for page in left if page.startswith("decisions/")]},
+        {"Changes": "CHANGELOG.md"},
+    ]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs's hook: adds the pages that are made."""
+    from mkdocs.structure.files import File
+
+    for path, make in PAGES.items():
+        files.append(File.generated(config, path, content=make()))
+    return files
