@@ -38,9 +38,9 @@ test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; 
 	SLURM_REPORT=docs/slurm.md $(BIN)/python -m pytest tests/test_slurm_real.py
 
 test-image: setup ## build the image here and run the demo in it; writes docs/containers.md's figures (needs root, Debian)
-	@{ command -v podman && command -v buildah && command -v debootstrap; } >/dev/null || \
-	  { apt-get update -q && apt-get install -qy --no-install-recommends podman buildah debootstrap; }
-	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest tests/test_image.py
+	@{ command -v podman && command -v buildah && command -v debootstrap && command -v docker-compose; } >/dev/null || \
+	  { apt-get update -q && apt-get install -qy --no-install-recommends podman buildah debootstrap docker-compose; }
+	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest tests/test_image.py tests/test_compose.py
 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)

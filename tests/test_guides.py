@@ -24,7 +24,7 @@ GUIDES = ["README.md", "docs/slurm.md", "docs/gke.md", "docs/tpu-vm.md", "docs/c
 NOT_HERE = ("kubectl", "docker", "gcloud", "squeue", "scancel")
 SMALLER = [
     ("/tmp/run", "run"),
-    ("--steps=200", "--steps=3"),
+    ("--steps=200", "--steps=3 --layers=1 --width=32 --length=16"),
     (" --submit", ""),
     (" --run ", " "),
     ("/scratch/run", "run"),
