@@ -90,6 +90,17 @@ def test_the_commands_of_a_guide_run(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "values"),
+    [("local", launch_main.FLAGS), ("slurm", slurm.FLAGS), ("gke", gke.FLAGS), ("tpu-vm", tpu_vm.FLAGS)],
+)
+def test_help_shows_every_flag(command: str, values: flags.FlagValues, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch_main.main(["launch", command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: python -m launch {command} ")
+    assert [name for name in values if f"  --{name} " not in shown] == []
+
+
+@pytest.mark.parametrize(
     ("page", "values"),
     [
         ("docs/operating.md", launch_main.FLAGS),
