@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slurm demo bitrot bench chaos docs format clean
+.PHONY: help setup check test test-slurm test-image demo bitrot bench chaos docs format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ test: check ## make check and the whole test suite
 test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; writes docs/slurm.md's table (needs root, Debian)
 	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; }
 	SLURM_REPORT=docs/slurm.md $(BIN)/python -m pytest tests/test_slurm_real.py
+
+test-image: setup ## build the image here and run the demo in it; writes docs/containers.md's figures (needs root, Debian)
+	@{ command -v podman && command -v buildah && command -v debootstrap && command -v docker-compose; } >/dev/null || \
+	  { apt-get update -q && apt-get install -qy --no-install-recommends podman buildah debootstrap docker-compose; }
+	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest tests/test_image.py tests/test_compose.py
 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)

@@ -55,6 +55,7 @@ flags.DEFINE_integer("width", 64, "size of the transformer's residual stream", l
 flags.DEFINE_integer("heads", 4, "attention heads", lower_bound=1)
 flags.DEFINE_float("learning_rate", 3e-3, "AdamW's", lower_bound=0.0)
 flags.DEFINE_integer("log_every", 10, "steps from one line of output to the next", lower_bound=1)
+flags.DEFINE_bool("load_once", False, "restore what several hosts hold on one of them, and exchange it")
 flags.DEFINE_enum("attest", "off", ["off", "save", "full"], "fingerprint every array at saves, and compare at restores")
 flags.DEFINE_bool("digests", False, "print a checksum of every batch and of every saved state (gathers the state)")
 flags.DEFINE_float("step_delay_s", 0.0, "pause after each step, for demonstrations", lower_bound=0.0)
@@ -207,7 +208,7 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
 def make_options(job: contract.Contract | None) -> oc.Options:
     """The agent's, in step with the time the launcher leaves for a last save."""
     # `async` is a word of the language
-    options = oc.Options(async_save=bool(FLAGS["async"].value), attest=FLAGS.attest)
+    options = oc.Options(async_save=bool(FLAGS["async"].value), attest=FLAGS.attest, load_once=FLAGS.load_once)
     if job is None or job.grace_period_s is None:
         return options
     return replace(options, preemption_grace_s=job.grace_period_s)

@@ -78,7 +78,8 @@ class Agent:
         self._catalog = Catalog(storage or open_storage(os.fspath(root)), writer=signature)
         opened = agree(me, "open the run", self.options.rendezvous_timeout_s, self._open_epoch)
         self.epoch, run = int(opened["epoch"]), str(opened["run"])
-        self._attest = str(opened["attest"])  # of all hosts or of none: fingerprints of some prove nothing
+        # Of all hosts or of none: fingerprints of some prove nothing, and a collective of some hangs.
+        self._attest, self._load_once = str(opened["attest"]), bool(opened["load_once"])
         failpoints.note(epoch=self.epoch)
         self._writer = ArrayWriter(ArrayOptions(compression=self.options.compression), me.process)
         coordinator = None
@@ -119,7 +120,8 @@ class Agent:
         head = self._catalog.append(journal.open_epoch)
         failpoints.hit("epoch.after")
         assert head is not None
-        return {"epoch": head.epoch, "run": uuid.uuid4().hex, "attest": self.options.attest}
+        alike = {"attest": self.options.attest, "load_once": self.options.load_once}
+        return {"epoch": head.epoch, "run": uuid.uuid4().hex, **alike}
 
     # Questions.
 
@@ -367,7 +369,13 @@ class Agent:
         Raises Mismatch (path, wanted, got; nothing read), StepNotFound, NothingToRestore, Damaged.
         """
         self.wait_until_finished()
-        args = RestoreArgs(partial=partial, cast=cast, strict=strict, attest=self._attest == "full")
+        args = RestoreArgs(
+            partial=partial,
+            cast=cast,
+            strict=strict,
+            attest=self._attest == "full",
+            load_once=self._load_once,
+        )
         back = int(os.environ.get(STEP_BACK, "0"))
         timeout_s = self.options.rendezvous_timeout_s
         return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back)

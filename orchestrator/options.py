@@ -20,6 +20,9 @@ class Options:
     compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
     attest: "save" has the devices compute a fingerprint of every array, independent of the sharding, records it and
     aborts the save if replicas of a shard differ; "full" also compares it after a restore. Process 0's counts for all.
+    load_once: a restore reads each chunk of a replicated array on one host, and the devices exchange them; for stores
+    that are slower than the interconnect. Not with attest="full", which judges what each host has read. Process 0's
+    counts for all.
     events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
     object store; "": nowhere.
     metrics_port: answer Prometheus on this port of `metrics_address` (0: any free one, told in the log); None: do not.
@@ -35,6 +38,7 @@ class Options:
     compression: bool = False
     other_tree: bool = False
     attest: Literal["off", "save", "full"] = "off"
+    load_once: bool = False
     events_dir: str | None = None
     metrics_port: int | None = None
     metrics_address: str = "127.0.0.1"
@@ -48,6 +52,8 @@ class Options:
             raise UsageError(f"attest={self.attest!r}: wanted 'off', 'save' or 'full'")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
             raise UsageError(f"metrics_port={self.metrics_port!r}: wanted 0 to 65535, or None")
+        if self.load_once and self.attest == "full":
+            raise UsageError("load_once: not with attest='full', which judges what each host has read")
         for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)!r}: wanted a positive number of seconds")

@@ -52,13 +52,15 @@ class RestoreArgs:
     """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
     strict: damage raises instead of stepping down. share: (process, count) of those that restore together, and share
     the checking of files whose chunks carry no checksum. attest: compare fingerprints with the saved ones, where there
-    are any. reader: who reads the arrays."""
+    are any. load_once: what several processes hold is read by one of them (`restore_together` only). reader: who reads
+    the arrays."""
 
     partial: bool = False
     cast: bool = False
     strict: bool = False
     share: tuple[int, int] = (0, 1)
     attest: bool = False
+    load_once: bool = False
     reader: Callable[..., list[Any]] = arrays.load
 
 
@@ -115,6 +117,8 @@ def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, readin
         where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
         chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
         loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
+        if args.load_once:
+            loads = [arrays.divided(load) for load in loads]
         read = reading.load(directory, loads, manifest.chunks)
         loaded = iter(read)
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
@@ -210,7 +214,7 @@ def restore_together(
             emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s, reading.reads))
             if rendezvous.process == 0:
                 _note_restored(catalog, live)
-            return outcome[0]
+            return _gathered(outcome[0], like) if args.load_once else outcome[0]
         assert objection is not None
         if step is not None or args.strict:
             kind = Damaged if objection.damage else StorageError
@@ -221,6 +225,13 @@ def restore_together(
         if objection.damage:
             rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=objection.reason[:1000])
             agree(rendezvous, "restore: quarantine", timeout_s, partial(_append, catalog, rule))
+
+
+def _gathered(restored: Restored, like: Any) -> Restored:
+    """With the arrays that were read once on the shardings of `like`. A collective, so only after all have agreed."""
+    _, leaves, treedef = targets(like)
+    values = arrays.gather(treedef.flatten_up_to(restored.state), leaves)
+    return replace(restored, state=jax.tree_util.tree_unflatten(treedef, values))
 
 
 _DAMAGE = frozenset(kind.__name__ for kind in (Damaged, UnsafeKey, NewerFormat))

@@ -243,6 +243,10 @@ def test_a_broken_manifest_is_rejected_by_name(name: str) -> None:
     assert any(message in problem for problem in problems), problems
 
 
+def test_the_guide_counts_them_rightly() -> None:
+    assert f"The suite rejects {len(BROKEN)} broken manifests" in (REPOSITORY / "docs" / "gke.md").read_text()
+
+
 def launch_gke(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch", "gke", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)

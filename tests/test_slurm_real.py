@@ -13,6 +13,7 @@ import pytest
 
 import orchestrator as oc
 from launch.report import Line, Summary
+from tests.reporting import put
 from tests.slurm_cluster import Cluster, eventually, why_not
 
 REASON = why_not()
@@ -26,7 +27,6 @@ TRAIN = [
     *("--save_every=5", "--keep_last=100", "--log_every=1", "--digests", "--step_delay_s=0.15"),
     *("--layers=1", "--width=32", "--length=16"),
 ]
-BEGIN, END = "<!-- begin: written by make test-slurm -->", "<!-- end -->"
 LAUNCH = [sys.executable, "-m", "launch"]
 PROGRAM = [sys.executable, *TRAIN]
 
@@ -184,11 +184,7 @@ def report(found: list[Incarnation], hosts: list[int], unbroken: Summary, took_s
             f"| {min(one.losses)} to {max(one.losses)} | {same} of {len(one.batches)} | {worst:.1g} |"
         )
     text = "\n".join(rows) + f"\n\nFrom the first start to the end: {took_s:.0f} s."
-    page = Path(os.environ["SLURM_REPORT"])
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"{page}: nowhere to write the table to"
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    put(Path(os.environ["SLURM_REPORT"]), "make test-slurm", text)
 
 
 def test_only_what_left_preempted_is_requeued(cluster: Cluster, tmp_path: Path) -> None:

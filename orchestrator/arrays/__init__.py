@@ -5,6 +5,7 @@ from __future__ import annotations
 from orchestrator.arrays.foreign import describe, is_tree
 from orchestrator.arrays.placing import Load
 from orchestrator.arrays.reading import check, load, sharding_of, slabs
+from orchestrator.arrays.sharing import divided, gather
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "WriteStopped",
     "check",
     "describe",
+    "divided",
+    "gather",
     "is_tree",
     "load",
     "sharding_of",

@@ -11,6 +11,8 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     flip=I@N       at step N one bit of `bias` is wrong on the last device of process I
     swap=1         the restore reads with an axis swapped
     big=1          with an array of 128 KiB, sharded by rows
+    heavy=1        with replicated and half-replicated arrays of many chunks, among them NaNs of all kinds
+    once=1         Options.load_once
     resave=1       save what was restored once more, one step later
     auto=S         save at the interval of oc.auto(max_loss_s=S), not at every step
 Prints one JSON object a line; `event` says what.
@@ -51,6 +53,10 @@ def reference(step: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(step)
     bits = rng.integers(0, 2**16, SHAPE, dtype=np.uint16)
     known = {"w": rng.random(SHAPE, dtype=np.float32), "bf16": bits.view(jnp.bfloat16), "bias": rng.random(8)[:8]}
+    if args.get("heavy"):
+        known["heavy"] = rng.integers(0, 2**32, (4096, 1024), dtype=np.uint32).view(np.float32)  # NaNs, -0.0, all bits
+        known["heavy_bf16"] = rng.integers(0, 2**16, (2048, 4096), dtype=np.uint16).view(jnp.bfloat16)
+        known["heavy_bool"] = rng.integers(0, 2, (4096, 4096), dtype=np.uint8).astype(bool)
     return known | ({"big": rng.random((512, 64), dtype=np.float32)} if args.get("big") else {})
 
 
@@ -65,6 +71,9 @@ shardings = {
     "bf16": NamedSharding(mesh, rows),
     "bias": NamedSharding(mesh, PartitionSpec()),
     "big": NamedSharding(mesh, rows),
+    "heavy": NamedSharding(mesh, PartitionSpec()),
+    "heavy_bf16": NamedSharding(mesh, PartitionSpec(None, "model")),
+    "heavy_bool": NamedSharding(mesh, PartitionSpec("model")),
 }
 
 
@@ -115,7 +124,11 @@ like = {
     for name, value in state_at(0).items()
 }
 options = oc.Options(
-    save_timeout_s=float(args.get("timeout", 30)), rendezvous_timeout_s=30, attest=args.get("attest", "off")
+    save_timeout_s=float(args.get("timeout", 30)),
+    rendezvous_timeout_s=30,
+    attest=args.get("attest", "off"),
+    # Process 0's counts for all, so the others need not say it.
+    load_once=bool(args.get("once")) and index == 0,
 )
 flip = tuple(map(int, args.get("flip", "-1@-1").split("@")))
 try:
