@@ -189,8 +189,9 @@ def restore_together(
 
     Process 0 chooses and broadcasts; if any process finds the step damaged, all agree, process 0 quarantines it in
     the journal and the next newest is tried. So it is if the store fails, but then nothing is quarantined: it may
-    answer tomorrow. A step that was asked for, and `strict`, never step down. `back` leaves out that many of the newest
-    steps: what a supervisor asks for after a crash loop. Raises Damaged, StorageError, NothingToRestore, Mismatch.
+    answer tomorrow; if it does not answer at all, Unavailable is raised: an older step would be no answer. A step that
+    was asked for, and `strict`, never step down. `back` leaves out that many of the newest steps: what a supervisor
+    asks for after a crash loop. Raises Damaged, StorageError, NothingToRestore, Mismatch.
     """
     started = time.monotonic()
     args = replace(args, share=(rendezvous.process, rendezvous.count))

@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import head
 from conftest import snapshot
-from gcs import emulator, faults, new_root
+from gcs import BUCKET, emulator, faults, new_root
+from gcsfs.core import GCSFileSystem
 from runs import now
 
 import orchestrator as oc
@@ -26,7 +28,11 @@ from orchestrator import journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main as cli
 from orchestrator.collect import collect
+from orchestrator.events import Event, StoreRetried, subscribe
+from orchestrator.records import encode
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
+from orchestrator.storage.gcs import GcsStorage
+from orchestrator.storage.gcs_client import Client
 
 ALL_FAULTS = dict.fromkeys(("too_many", "unavailable", "slow", "cut", "lost"), 0.05)
 
@@ -52,6 +58,39 @@ def fill(root: str, *steps: int, **arguments: Any) -> None:
     with oc.Agent(root, options=now(), **arguments) as agent:
         for step in steps:
             assert agent.save(step, state(step), extra={"at": step}, process_state=f"reader at {step}".encode())
+
+
+@pytest.mark.slow
+def test_50_saves_with_restarts_under_five_percent_of_each_fault_lose_nothing_and_are_never_wrong(
+    gcs: EmulatorProcess,
+) -> None:
+    root, told = new_root(), []
+    storage = GcsStorage(root, Client(first_wait_s=0.02))  # a test has no time for waits meant for a real bucket
+    events: list[Event] = []
+    unsubscribe = subscribe(events.append)
+    gcs.counts(reset=True)
+    try:
+        with faults(gcs, **ALL_FAULTS, slow_s=0.05, seed=2026):
+            for incarnation in range(5):
+                options = oc.Options(async_save=False)
+                with oc.Agent(root, save=oc.every(1), keep=oc.last(100), options=options, storage=storage) as agent:
+                    restored = agent.restore(state(0))
+                    start = restored.step + 1 if restored else 0
+                    assert start == len(told) and (restored is None or is_state(restored, start - 1))
+                    for step in range(start, 10 * (incarnation + 1)):
+                        assert agent.save(step, state(step))
+                        assert agent.failures == 0
+                        told.append(step)
+    finally:
+        unsubscribe()
+    met = gcs.counts()["faults"]
+    assert set(met) == set(ALL_FAULTS) and sum(met.values()) > 200
+    assert sum(isinstance(event, StoreRetried) for event in events) > 40
+    run = oc.open_run(root)
+    assert run.all_steps() == told == list(range(50))
+    for step in told:
+        assert is_state(run.restore(step=step), step)
+    assert cli(["orchestrator", "verify", root, "--all", "--repair_journal=never"]) == 0
 
 
 def test_while_the_store_is_down_saves_fail_training_goes_on_and_the_next_save_works(
@@ -123,17 +162,24 @@ def test_opening_a_run_takes_a_few_requests_whatever_its_age(gcs: EmulatorProces
     root = new_root()
     storage = open_storage(root)
     catalog = Catalog(storage, "test")
-    catalog.append(journal.open_epoch)
+
+    def grow(first: int, last: int) -> None:
+        """Entries as years of saving would leave them; the last one is appended as an agent would."""
+        with ThreadPoolExecutor(16) as pool:
+            entries = ((layout.journal_key(version), encode(head(version=version))) for version in range(first, last))
+            list(pool.map(lambda entry: storage.create(*entry), entries))
+        assert (appended := catalog.append(journal.open_epoch)) and appended.version == last
+
     told = []
-    for age in (499, 500, 1400):
-        head = catalog.require_head()
-        while head.version < age:
-            head = catalog.append(journal.open_epoch) or head
+    for first, last in ((0, 499), (500, 500), (501, 1000), (1001, 1400)):
+        grow(first, last)
         gcs.counts(reset=True)
-        assert Catalog(open_storage(root), "reader").require_head().version == age
+        assert Catalog(open_storage(root), "reader").require_head().version == last
         told.append(gcs.counts()["operations"])
-    assert told == [{"list": 2, "media": 1}] * 3
-    for entry in list(storage.list(layout.JOURNAL_INDEX)):  # a hint, and no more
+    assert told == [{"list": 2, "media": 1}] * 4
+    markers = list(storage.list(layout.JOURNAL_INDEX))
+    assert [layout.indexed_version(entry.key) for entry in markers] == [1000, 500]
+    for entry in markers:  # hints, and no more
         storage.delete(entry.key)
     assert Catalog(open_storage(root), "reader").require_head().version == 1400
 
@@ -205,7 +251,7 @@ def test_a_run_copied_between_a_bucket_and_a_disk_with_ordinary_tools_is_the_sam
 ) -> None:
     root, local = new_root(), tmp_path / "copied"
     fill(root, 1, 2)
-    bucket = fsspec.filesystem("gs", token="anon", project="p", use_listings_cache=False, skip_instance_cache=True)
+    bucket = GCSFileSystem(token="anon", project="p", use_listings_cache=False, skip_instance_cache=True)
     bucket.get(root, str(local), recursive=True)
     assert len(snapshot(local)) > 20
     assert oc.open_run(local).all_steps() == [1, 2]
@@ -220,3 +266,13 @@ def test_a_run_copied_between_a_bucket_and_a_disk_with_ordinary_tools_is_the_sam
     assert there == {entry.key: entry.bytes for entry in PosixStorage(str(local)).list("")}
     assert is_state(oc.open_run(back).restore(), 3)
     assert cli(["orchestrator", "verify", back, "--all"]) == 0
+
+
+def test_nothing_is_written_twice_a_second_and_nothing_outside_the_prefix(gcs: EmulatorProcess) -> None:
+    root = new_root()
+    gcs.counts(reset=True)
+    fill(root, 1, 2, 3, keep=oc.last(1))
+    assert gcs.counts()["rewritten_too_soon"] == 0
+    above = root.removeprefix(f"gs://{BUCKET}/").partition("/")[0]
+    listed = json.loads(gcs.ask("GET", f"/storage/v1/b/{BUCKET}/o?prefix={above}")[2])["items"]
+    assert all(item["name"].startswith(f"{above}/run/") for item in listed)

@@ -19,6 +19,7 @@ import crc32c
 import tensorstore as ts
 
 from orchestrator import chunks
+from orchestrator.arrays.store import files_spec, shared_context
 from orchestrator.records import crc32
 
 Buffer = bytes | memoryview
@@ -123,6 +124,6 @@ class _Object:
         return offset
 
     def close(self) -> None:
-        store = ts.KvStore.open(f"{self._base}/").result(timeout=_TIMEOUT_S)
+        store = ts.KvStore.open(files_spec(self._base), context=shared_context()).result(timeout=_TIMEOUT_S)
         body, self._parts = b"".join(self._parts), []
         store.write(self.path, body).result(timeout=_TIMEOUT_S)

@@ -28,7 +28,7 @@ from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.placing import Arena, Filling, Layout, Load, Target, finish, piece_of, prepare
 from orchestrator.arrays.store import context, foreign_spec, store_spec
-from orchestrator.errors import Damaged, OrchestratorError, StorageError, WaitTimeout
+from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, WaitTimeout
 from orchestrator.records import Box, Foreign, LeafSpec
 from orchestrator.tree import numpy_dtype
 
@@ -98,15 +98,14 @@ def check(
 
 
 # TensorStore's statuses that say something about the store, and nothing about what is in it.
-_STORE_FAILED = (
-    *("UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
-    *("ABORTED", "CANCELLED"),
-)
+_UNANSWERED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED")
+_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
 def _fault(error: Exception) -> type[OrchestratorError]:
-    """Whether a failed read means that the store failed, or that the data is damaged."""
-    return StorageError if str(error).startswith(_STORE_FAILED) else Damaged
+    """Whether a failed read means that the store did not answer, that it refused, or that the data is damaged."""
+    text = str(error)
+    return Unavailable if text.startswith(_UNANSWERED) else StorageError if text.startswith(_REFUSED) else Damaged
 
 
 @dataclass(frozen=True)
@@ -275,8 +274,8 @@ class _Reader:
                 text = f"chunk {key}: {self._directory} did not answer within {_TIMEOUT_S:g} s"
                 raise WaitTimeout(text) from error
             except (Damaged, ValueError, OSError) as error:
-                if _fault(error) is StorageError:
-                    raise StorageError(f"chunk {key}: cannot be read from {self._directory}: {error}") from error
+                if (kind := _fault(error)) is not Damaged:
+                    raise kind(f"chunk {key}: cannot be read from {self._directory}: {error}") from error
                 problems[key] = str(error)
 
     def _fill_by_zarr(self, filling: Filling) -> None:

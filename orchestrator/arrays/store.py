@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
 import tensorstore as ts
 
 from orchestrator.records import Foreign
 
+BACKEND = "TENSORSTORE_GCS_BACKEND"  # as Orbax knows it: gcs (the JSON API) or gcs_grpc
+
+
+def files_spec(base: str) -> Any:
+    """The files below URL `base`, as keys."""
+    where = base.rstrip("/") + "/"
+    if not where.startswith("gs://"):
+        return where
+    bucket, _, path = where.removeprefix("gs://").partition("/")
+    return {"driver": os.environ.get(BACKEND, "gcs"), "bucket": bucket, "path": path}
+
 
 def store_spec(base: str) -> dict[str, Any]:
     """The OCDBT store at URL `base`."""
-    return {"driver": "ocdbt", "base": base.rstrip("/") + "/", "cache_pool": "cache_pool#ocdbt"}
+    return {"driver": "ocdbt", "base": files_spec(base), "cache_pool": "cache_pool#ocdbt"}
 
 
 def foreign_spec(directory: str, foreign: Foreign) -> dict[str, Any]:
@@ -22,6 +35,12 @@ def foreign_spec(directory: str, foreign: Foreign) -> dict[str, Any]:
         path = directory.removeprefix("file://").rstrip("/")
         store = {"driver": "file", "path": f"{path}/{foreign.name}/"}
     return {"driver": foreign.driver, "kvstore": store}
+
+
+@functools.cache
+def shared_context() -> ts.Context:
+    """One `context` for all files that this process writes to object stores: its limits hold for them together."""
+    return context()
 
 
 def context() -> ts.Context:

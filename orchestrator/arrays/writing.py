@@ -28,7 +28,7 @@ import tensorstore as ts
 from orchestrator import chunks, garbage
 from orchestrator.arrays import datafiles, fingerprint, ocdbt, orbax_files
 from orchestrator.arrays.staging import Layouts, Part, Staged, host_local, on_host, stage, start_transfer
-from orchestrator.arrays.store import context, store_spec
+from orchestrator.arrays.store import context, files_spec, store_spec
 from orchestrator.errors import WaitTimeout
 from orchestrator.records import Box, FileEntry, LeafSpec, ShardPrint, TreeSpec
 from orchestrator.tree import Flat
@@ -99,7 +99,7 @@ class ArrayWriter:
     def finalize(self, directory: str) -> None:
         """Merge the processes' OCDBT stores into one. Called by one process when all have written."""
         shared = ts.Context({"file_io_sync": False}, parent=context())  # whoever seals the files makes them durable
-        files = ts.KvStore.open(directory.rstrip("/") + "/").result(timeout=_TIMEOUT_S)
+        files = ts.KvStore.open(files_spec(directory), context=shared).result(timeout=_TIMEOUT_S)
         listed = files.list(ts.KvStore.KeyRange(_STORES, _STORES + "~")).result(timeout=_TIMEOUT_S)
         stores = [
             name.decode().partition("/")[0] for name in listed if name.decode().partition("/")[2] == ocdbt.MANIFEST
