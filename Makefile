@@ -36,8 +36,9 @@ test: check ## make check and the whole test suite
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)
 
-bench: setup ## time saves beside Orbax's CheckpointManager
-	$(BIN)/python -m benchmarks.compare
+bench: setup ## saves and restores beside Orbax and PyTorch, into docs/benchmarks.md (about 20 minutes)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0  # the `bench` extra
+	$(BIN)/python -m benchmarks.compare --all --write=docs
 
 chaos: setup ## 210 rounds of faults against real jobs, the run checked after each (about 25 minutes)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check fusepy==3.0.1  # the `chaos` extra

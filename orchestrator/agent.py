@@ -80,7 +80,15 @@ class Agent:
         self.epoch, run = int(opened["epoch"]), str(opened["run"])
         self._attest = str(opened["attest"])  # of all hosts or of none: fingerprints of some prove nothing
         failpoints.note(epoch=self.epoch)
-        self._writer = ArrayWriter(ArrayOptions(compression=self.options.compression), me.process)
+        self._writer = ArrayWriter(
+            ArrayOptions(
+                compression=self.options.compression,
+                host_bytes_max=self.options.host_bytes_max,
+                skip_when_full=self.options.when_full == "skip",
+                timeout_s=self.options.save_timeout_s,
+            ),
+            me.process,
+        )
         coordinator = None
         if me.process == 0:
             coordinator = Coordinator(self._catalog, self._writer, me, epoch=self.epoch, run=run, keep=keep)
