@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,9 @@ def table(shape: str, results: Results) -> str:
     lines = [f"**{SHAPES[shape].title}**, {rounds} rounds", "", _row(header), _row(["---"] * len(header))]
     for name, figures in results.items():
         cells = [_times(figures.get(column, [])) for column in COLUMNS]
-        peaks = [_median(figures.get(column, []), "{:.2f}x") for column in ("peak save", "peak restore")]
+        # Of a few kilobytes of state, memory says nothing.
+        sized = [figures.get(column, []) if shape != "leaves" else [] for column in ("peak save", "peak restore")]
+        peaks = [_median(values, "{:.2f}x") for values in sized]
         disk = _median([value / (1 << 20) for value in figures.get("bytes on disk", [])], "{:.1f}")
         lines.append(_row([name, *cells, *peaks, disk]))
     lines += ["", _ratios(results), ""]
@@ -66,14 +69,28 @@ def _row(cells: list[str]) -> str:
 
 
 def write(directory: str, results: Mapping[str, Results]) -> None:
-    """The tables between the marks of `benchmarks.md` in `directory`, and `benchmarks.svg` beside it."""
+    """Into `directory`: the figures as they are (`benchmarks.json`; of shapes not in `results`, the earlier ones), the
+    tables between the marks of `benchmarks.md`, and the plot."""
+    raw = Path(directory) / "benchmarks.json"
+    earlier = json.loads(raw.read_text()) if raw.exists() else {}
+    every = {shape: figures for shape in SHAPES if (figures := results.get(shape) or earlier.get(shape))}
+    raw.write_text(json.dumps(_rounded(every), indent=1) + "\n")
     page = Path(directory) / "benchmarks.md"
-    text = page.read_text()
-    before, _, rest = text.partition(MARKS[0])
+    before, _, rest = page.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    tables = "\n".join(table(shape, figures) for shape, figures in results.items())
+    tables = "\n".join(table(shape, figures) for shape, figures in every.items())
     page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n{MARKS[1]}{after}")
-    (Path(directory) / "benchmarks.svg").write_text(plot(results))
+    (Path(directory) / "benchmarks.svg").write_text(plot(every))
+
+
+def _rounded(results: Mapping[str, Results]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    return {
+        shape: {
+            name: {column: [round(value, 5) for value in values] for column, values in figures.items()}
+            for name, figures in peers.items()
+        }
+        for shape, peers in results.items()
+    }
 
 
 _COLOURS = ("#1b6ca8", "#c44536", "#e09f3e", "#7b6d8d", "#a5a58d", "#8a8a8a")

@@ -19,8 +19,8 @@ class Shape:
 
 
 SHAPES = {
-    "arrays": Shape("(a) 512 MiB in 16 arrays", 9),
-    "leaves": Shape("(b) 2000 leaves of 64 B", 9),
+    "arrays": Shape("(a) 512 MiB in 16 arrays", 7),
+    "leaves": Shape("(b) 2000 leaves of 64 B", 7),
     "gpt2": Shape("(c) GPT-2-small with Adam, unscanned", 7),
     "large": Shape("(d) 4 GiB in 64 arrays", 3),
     "replicated": Shape("(e) 256 MiB in 16 arrays, replicated", 7, replicated=True),

@@ -81,7 +81,15 @@ class Agent:
         # Of all hosts or of none: fingerprints of some prove nothing, and a collective of some hangs.
         self._attest, self._load_once = str(opened["attest"]), bool(opened["load_once"])
         failpoints.note(epoch=self.epoch)
-        self._writer = ArrayWriter(ArrayOptions(compression=self.options.compression), me.process)
+        self._writer = ArrayWriter(
+            ArrayOptions(
+                compression=self.options.compression,
+                host_bytes_max=self.options.host_bytes_max,
+                skip_when_full=self.options.when_full == "skip",
+                timeout_s=self.options.save_timeout_s,
+            ),
+            me.process,
+        )
         coordinator = None
         if me.process == 0:
             coordinator = Coordinator(self._catalog, self._writer, me, epoch=self.epoch, run=run, keep=keep)

@@ -381,6 +381,34 @@ def test_jax_arrays_donated_right_after_save_do_not_leak_into_the_checkpoint(roo
 # Other shardings, numpy, parts, casts.
 
 
+def test_a_state_larger_than_the_memory_budget_is_written_while_it_is_staged(tmp_path: Path) -> None:
+    state = {f"w{index}": jnp.full((1 << 20,), index, jnp.uint8) for index in range(32)}
+    writer = ArrayWriter(ArrayOptions(host_bytes_max=4 << 20), process=0)
+    pending = writer.stage(f"file://{tmp_path}/state", flatten(state))
+    assert 0 < pending._feed.peak_bytes <= 4 << 20
+    pending.wait(60)
+    writer.finalize(f"file://{tmp_path}/state")
+    saved = ocp.PyTreeCheckpointer().restore(tmp_path / "state")
+    assert all((saved[name] == value).all() for name, value in state.items())
+
+
+def test_a_write_that_fails_while_the_rest_is_staged_fails_the_save(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("in the way")
+    writer = ArrayWriter(ArrayOptions(host_bytes_max=1 << 20), process=0)
+    with pytest.raises(NotADirectoryError):
+        writer.stage(f"file://{tmp_path}/state", flatten({f"w{n}": jnp.zeros(1 << 20, jnp.uint8) for n in range(8)}))
+
+
+@pytest.mark.parametrize("when_full", ["wait", "skip"])
+def test_a_save_over_the_memory_budget_waits_or_is_skipped_as_asked(root: Path, when_full: Any) -> None:
+    state = {f"w{index}": jnp.full((1 << 16,), index, jnp.uint8) for index in range(8)}
+    options = oc.Options(async_save=False, host_bytes_max=1 << 17, when_full=when_full)
+    with oc.Agent(root, options=options) as agent:
+        agent.save(1, state)
+        assert agent.all_steps() == ([1] if when_full == "wait" else [])
+        assert agent.failures == (0 if when_full == "wait" else 1)
+
+
 def test_compressed_chunks_come_back_smaller_on_disk_and_damage_in_them_is_noticed(root: Path) -> None:
     state = {"w": jnp.arange(1 << 18).reshape(512, 512) // 7, "n": np.zeros(5), "step": 3}
     with oc.Agent(root, options=oc.Options(compression=True)) as agent:

@@ -41,8 +41,8 @@ class DataFile(Protocol):
     def append(self, parts: Sequence[Buffer], checksum: int) -> int:
         """Write `parts`, whose bytes together have CRC-32C `checksum`. Returns the offset of the first."""
 
-    def close(self) -> None:
-        """All of it is in the file system's hands, or in the object store."""
+    def close(self, *, whole: bool = True) -> None:
+        """All of it is in the file system's hands, or in the object store. Not `whole`: it is given up."""
 
 
 def opener(url: str) -> Callable[[str], DataFile]:
@@ -93,8 +93,8 @@ class _LocalFile:
             call(self._descriptor, self._handed_over, self.bytes - self._handed_over, _SYNC_FILE_RANGE_WRITE)
         self._handed_over = self.bytes
 
-    def close(self) -> None:
-        if self.bytes - self._handed_over >= _WRITE_BACK_BYTES_MIN:
+    def close(self, *, whole: bool = True) -> None:
+        if whole and self.bytes - self._handed_over >= _WRITE_BACK_BYTES_MIN:
             self._begin_write_back()
         os.close(self._descriptor)
 
@@ -123,7 +123,10 @@ class _Object:
         self.crc32c = chunks.combined_crc32c(self.crc32c, checksum, self.bytes - offset)
         return offset
 
-    def close(self) -> None:
+    def close(self, *, whole: bool = True) -> None:
+        if not whole:
+            self._parts.clear()
+            return
         store = ts.KvStore.open(files_spec(self._base), context=shared_context()).result(timeout=_TIMEOUT_S)
         body, self._parts = b"".join(self._parts), []
         store.write(self.path, body).result(timeout=_TIMEOUT_S)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -21,15 +21,17 @@ from typing import Any
 
 import crc32c
 import jax
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 import tensorstore as ts
 
 from orchestrator import chunks, garbage
 from orchestrator.arrays import datafiles, fingerprint, ocdbt, orbax_files
-from orchestrator.arrays.staging import Layouts, Part, Staged, host_local, on_host, stage, start_transfer
+from orchestrator.arrays.feed import Feed
+from orchestrator.arrays.staging import Layouts, Staged, host_local, on_host, stage, start_transfer
 from orchestrator.arrays.store import context, files_spec, store_spec
-from orchestrator.errors import WaitTimeout
+from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.records import Box, FileEntry, LeafSpec, ShardPrint, TreeSpec
 from orchestrator.tree import Flat
 
@@ -52,21 +54,26 @@ class WriteStopped(Exception):
 
 @dataclass(frozen=True)
 class ArrayOptions:
-    """compression: zstd for each chunk (smaller, several times slower on a fast disk)."""
+    """compression: zstd for each chunk (smaller, several times slower on a fast disk). host_bytes_max: how much of a
+    state this process may hold that is not written yet; None: all of it. A larger one is refused (`skip_when_full`), or
+    written while it is staged, for at most timeout_s.
+    """
 
     compression: bool = False
+    host_bytes_max: int | None = None
+    skip_when_full: bool = False
+    timeout_s: float = 600.0
 
 
 class ArrayWriter:
     """Writes attempts' `state/` directories. `stage` on the main thread; the rest on any one thread at a time."""
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
-        self._process = process
-        self._compression = options.compression
+        self._process, self._options = process, options
 
     def recorded(self, spec: TreeSpec) -> TreeSpec:
         """The tree spec as readers need it: compressed chunks are not raw elements."""
-        if not self._compression:
+        if not self._options.compression:
             return spec
         return TreeSpec(leaves=tuple(msgspec.structs.replace(leaf, chunk=None) for leaf in spec.leaves))
 
@@ -78,16 +85,37 @@ class ArrayWriter:
         checkpoint. Copies from accelerators and out of numpy arrays; CPU arrays are held, not copied (JAX does not
         reuse a donated buffer that is held: tests/test_arrays.py).
         """
-        for value in flat.values:  # all transfers under way before the first is waited for
-            if isinstance(value, jax.Array) and not on_host(value.sharding):
-                start_transfer(value)
-        layouts: Layouts = {}
-        staged = [
-            stage(leaf, value, self._process, layouts)
-            for leaf, value in zip(flat.spec.leaves, flat.values, strict=True)
-        ]
+        limit = self._options.host_bytes_max
+        size = 0 if limit is None else sum(map(_host_bytes, flat.values))
+        small = limit is None or size <= limit
+        if not small and self._options.skip_when_full:
+            raise StorageError(f"{size} bytes of the state are on this process, host_bytes_max is {limit}: skipped")
         prints = fingerprint.start(self._attested(flat)) if attest else None
-        return PendingWrite(directory, staged, flat.treedef, self._process, self._compression, prints)
+        feed = Feed(None if small else limit)
+        pending = PendingWrite(directory, flat.treedef, self._process, self._options.compression, feed, prints)
+        try:
+            self._stage(flat, pending, feed, None if small else time.monotonic() + self._options.timeout_s)
+        except BaseException:
+            pending.abandon()
+            raise
+        return pending
+
+    def _stage(self, flat: Flat, pending: PendingWrite, feed: Feed, deadline: float | None) -> None:
+        if deadline is not None:  # more than may be held: it is written while it is taken
+            pending.begin(_THREADS)
+        else:
+            for value in flat.values:  # all transfers under way before the first is waited for
+                if isinstance(value, jax.Array) and not on_host(value.sharding):
+                    start_transfer(value)
+        layouts: Layouts = {}
+        staged = []
+        for leaf, value in zip(flat.spec.leaves, flat.values, strict=True):
+            if deadline is not None:
+                feed.wait_for_room(_host_bytes(value), deadline)
+            item = stage(leaf, value, self._process, layouts)
+            staged.append(item)
+            pending.add(item)
+        pending.staged(staged)
 
     def _attested(self, flat: Flat) -> Iterator[tuple[LeafSpec, Any]]:
         """The stored leaves, as far as this process answers for them: of what every host has its own of, process 0."""
@@ -150,20 +178,45 @@ class PendingWrite:
     def __init__(
         self,
         directory: str,
-        staged: Sequence[Staged],
         treedef: Any,
         process: int,
         compression: bool,
+        feed: Feed,
         prints: fingerprint.Prints | None,
     ) -> None:
         self._directory, self._treedef = directory.rstrip("/"), treedef
         self._process, self._compression, self._prints = process, compression, prints
-        self._staged: Sequence[Staged] = staged
-        self._progress = _Progress()
+        self._feed, self._progress = feed, _Progress()
+        self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
+        self._running: list[Future[None]] = []
+        self._staged: Sequence[Staged] = ()
+        self._bytes = 0
         self._files: dict[str, datafiles.DataFile] = {}
-        self.boxes: Mapping[str, tuple[Box, ...]] = {
-            item.leaf.name: item.boxes for item in staged if item.leaf.in_store and item.boxes
-        }
+        self.boxes: Mapping[str, tuple[Box, ...]] = {}
+
+    # For the writer, while it stages.
+
+    def begin(self, threads: int) -> None:
+        """Write what is added from now on."""
+        opened = datafiles.opener(f"{self._directory}/{_STORES}{self._process}")
+        work = functools.partial(_work, self._feed, opened, self._progress, self._compression)
+        self._running = [self._pool.submit(work) for _ in range(threads)]
+
+    def add(self, item: Staged) -> None:
+        self._bytes += sum(data.nbytes for data, _ in item.parts)
+        self._feed.add(item)
+
+    def staged(self, staged: Sequence[Staged]) -> None:
+        """All has been added."""
+        self._feed.end()
+        self._staged = staged
+        self.boxes = {item.leaf.name: item.boxes for item in staged if item.leaf.in_store and item.boxes}
+
+    def abandon(self) -> None:
+        """End the threads, if any: it will not be waited for."""
+        self._progress.stop.set()
+        self._feed.end()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -191,22 +244,21 @@ class PendingWrite:
         """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after
         `given_up` (asked at once and now and then) has said yes, or what the write raised."""
         deadline = time.monotonic() + timeout_s
-        staged, self._staged = self._staged, ()
-        pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
         stop = self._progress.stop
         try:
-            running = [pool.submit(self._write_metadata, staged), *self._write_chunks(staged, pool)]
-            del staged
-            _watch(running, deadline, given_up, stop, timeout_s)
-            _watch([pool.submit(self._write_tree)], deadline, given_up, stop, timeout_s)
+            if not self._running:
+                self.begin(min(_THREADS, 1 + self._bytes // _THREAD_BYTES))
+            described = [item.leaf for item in self._staged if item.describes]
+            more = [self._pool.submit(self._write_metadata), self._pool.submit(self._describe, described)]
+            _watch([*self._running, *more], deadline, given_up, stop, timeout_s)
+            _watch([self._pool.submit(self._write_tree)], deadline, given_up, stop, timeout_s)
         finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            self.abandon()
 
-    def _write_metadata(self, staged: Sequence[Staged]) -> None:
+    def _write_metadata(self) -> None:
         """Orbax's own files; each process describes the arrays, process 0 the tree."""
         with garbage.paused():
-            self._write_orbax_files(staged)
+            self._write_orbax_files(self._staged)
 
     def _write_orbax_files(self, staged: Sequence[Staged]) -> None:
         opened = datafiles.opener(self._directory)
@@ -227,15 +279,6 @@ class PendingWrite:
             written["_strings.json"] = orbax_files.strings(texts)
         for path, body in written.items():
             self._files[path] = datafiles.write_file(opened, path, body)
-
-    def _write_chunks(self, staged: Sequence[Staged], pool: ThreadPoolExecutor) -> list[Future[None]]:
-        described = [item.leaf for item in staged if item.describes]
-        queue = deque((item.leaf, part) for item in staged for part in item.parts)
-        total = sum(data.nbytes for _, (data, _) in queue)
-        threads = min(_THREADS, 1 + total // _THREAD_BYTES)
-        opened = datafiles.opener(f"{self._directory}/{_STORES}{self._process}")
-        work = functools.partial(_work, queue, opened, self._progress, self._compression)
-        return [pool.submit(self._describe, described), *(pool.submit(work) for _ in range(threads))]
 
     def _describe(self, leaves: Iterable[LeafSpec]) -> None:
         with garbage.paused():
@@ -285,50 +328,73 @@ def _watch(
             raise WaitTimeout(f"this process's array writes did not finish within {timeout_s:g} s")
 
 
-def _work(
-    queue: deque[tuple[LeafSpec, Part]],
-    opened: Callable[[str], datafiles.DataFile],
-    progress: _Progress,
-    compression: bool,
-) -> None:
-    """Write parts off the queue until it is empty: one thread, one data file at a time."""
-    file: datafiles.DataFile | None = None
-    while not progress.stop.is_set():
-        try:
-            leaf, (data, pieces) = queue.popleft()
-        except IndexError:
-            break
-        name = leaf.name
-        if data.nbytes <= _SMALL_BYTES and len(pieces) == 1 and not compression:
-            raw_bytes = data.tobytes()
-            checksum = crc32c.crc32c(raw_bytes)
-            key = name + pieces[0][0]
-            progress.checksums[key] = f"{checksum:08x}"
-            progress.entries.append((key.encode(), raw_bytes + checksum.to_bytes(chunks.CHECKSUM_BYTES, "little")))
-            continue
-        for suffix, where in pieces:
-            raw = data[where].reshape(-1).view(np.uint8).data
-            if compression:
-                raw = memoryview(_compressed(raw))
-            checksum = crc32c.crc32c(raw)
-            tail = checksum.to_bytes(chunks.CHECKSUM_BYTES, "little")
-            size = len(raw) + len(tail)
-            key = name + suffix
-            progress.checksums[key] = f"{checksum:08x}"
-            if size <= ocdbt.INLINE_BYTES:
-                progress.entries.append((key.encode(), b"".join((raw, tail))))
-                continue
-            if file is None or file.bytes >= _FILE_BYTES:
-                if file is not None:
-                    file.close()
-                file = opened(datafiles.data_file_path())
-                progress.files.append(file)
-            whole = chunks.combined_crc32c(checksum, crc32c.crc32c(tail), len(tail))
-            progress.entries.append((key.encode(), (file.path, file.append((raw, tail), whole), size)))
-            if progress.stop.is_set():
-                break
-    if file is not None:
-        file.close()
+def _work(feed: Feed, opened: Callable[[str], datafiles.DataFile], progress: _Progress, compression: bool) -> None:
+    """Write parts until there are no more: one thread, one data file at a time."""
+    files = _Rotation(opened, progress)
+    try:
+        while not progress.stop.is_set() and (taken := feed.take()) is not None:
+            leaf, (data, pieces) = taken
+            del taken
+            size = data.nbytes
+            if size <= _SMALL_BYTES and len(pieces) == 1 and not compression:
+                _put(files, progress, leaf.name + pieces[0][0], data.tobytes())
+            else:
+                for suffix, where in pieces:
+                    raw = data[where].reshape(-1).view(np.uint8).data
+                    _put(files, progress, leaf.name + suffix, _compressed(raw) if compression else raw)
+                    if progress.stop.is_set():
+                        break
+            del data
+            feed.written(size)
+    except BaseException as error:
+        files.close(whole=False)
+        feed.end(error)
+        raise
+    files.close(whole=True)
+
+
+class _Rotation:
+    """A thread's data files, one after the other."""
+
+    def __init__(self, opened: Callable[[str], datafiles.DataFile], progress: _Progress) -> None:
+        self._opened, self._progress = opened, progress
+        self._file: datafiles.DataFile | None = None
+
+    def current(self) -> datafiles.DataFile:
+        if self._file is None or self._file.bytes >= _FILE_BYTES:
+            self.close(whole=True)
+            self._file = self._opened(datafiles.data_file_path())
+            self._progress.files.append(self._file)
+        return self._file
+
+    def close(self, *, whole: bool) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close(whole=whole)
+
+
+def _put(files: _Rotation, progress: _Progress, key: str, raw: bytes | memoryview) -> None:
+    """One chunk, with its checksum."""
+    checksum = crc32c.crc32c(raw)
+    tail = checksum.to_bytes(chunks.CHECKSUM_BYTES, "little")
+    size = len(raw) + len(tail)
+    progress.checksums[key] = f"{checksum:08x}"
+    if size <= ocdbt.INLINE_BYTES:
+        progress.entries.append((key.encode(), b"".join((raw, tail))))
+        return
+    file = files.current()
+    whole = chunks.combined_crc32c(checksum, crc32c.crc32c(tail), len(tail))
+    progress.entries.append((key.encode(), (file.path, file.append((raw, tail), whole), size)))
+
+
+def _host_bytes(value: Any) -> int:
+    """At most so much of a leaf is staged by this process."""
+    if not isinstance(value, jax.Array):
+        return int(getattr(value, "nbytes", 0))
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    shard = value.sharding.shard_shape(value.shape)
+    return int(math.prod(shard) * value.dtype.itemsize * len(value.sharding.addressable_devices))
 
 
 def _compressed(raw: memoryview) -> bytes:
