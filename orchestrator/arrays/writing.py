@@ -28,7 +28,7 @@ import tensorstore as ts
 from orchestrator import chunks, garbage
 from orchestrator.arrays import datafiles, fingerprint, ocdbt, orbax_files
 from orchestrator.arrays.staging import Layouts, Part, Staged, host_local, on_host, stage, start_transfer
-from orchestrator.arrays.store import context, files_spec, store_spec
+from orchestrator.arrays.store import context, files_spec, report_retries, store_spec
 from orchestrator.errors import WaitTimeout
 from orchestrator.records import Box, FileEntry, LeafSpec, ShardPrint, TreeSpec
 from orchestrator.tree import Flat
@@ -116,6 +116,7 @@ class ArrayWriter:
         for copied in copies:
             copied.result(timeout=_TIMEOUT_S)
         transaction.commit_async().result(timeout=_TIMEOUT_S)
+        report_retries(directory)
 
     def close(self) -> None:
         """Nothing is held between saves."""
@@ -202,6 +203,7 @@ class PendingWrite:
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            report_retries(self._directory)
 
     def _write_metadata(self, staged: Sequence[Staged]) -> None:
         """Orbax's own files; each process describes the arrays, process 0 the tree."""
