@@ -85,7 +85,12 @@ def test_50_saves_with_restarts_under_five_percent_of_each_fault_lose_nothing_an
         unsubscribe()
     met = gcs.counts()["faults"]
     assert set(met) == set(ALL_FAULTS) and sum(met.values()) > 200
-    assert sum(isinstance(event, StoreRetried) for event in events) > 40
+    retried = [event for event in events if isinstance(event, StoreRetried)]
+    # Every fault but "slow" makes somebody try again. All is counted but what curl, inside TensorStore, repeats by
+    # itself when a connection that it used before is gone.
+    counted = sum(event.tries if event.operation == "arrays" else 1 for event in retried)
+    failed = sum(count for kind, count in met.items() if kind != "slow")
+    assert 0.7 * failed < counted <= failed
     run = oc.open_run(root)
     assert run.all_steps() == told == list(range(50))
     for step in told:

@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -339,6 +340,37 @@ def system_calls(log: Path) -> Iterator[None]:
         tracer.wait(10)
         if tracer.stderr:
             tracer.stderr.close()
+
+
+INJECTED = {
+    "link:error=EPERM": "EPERM (Operation not permitted): this file system has no hard links",
+    "link:error=EOPNOTSUPP": "(Operation not supported): this file system has no hard links",
+    "link:retval=0": "a hard link here is not one file with two names",
+    "link:error=EIO": "EIO (Input/output error)",
+    "fsync:error=EINVAL": "EINVAL (Invalid argument)",
+}
+
+
+@pytest.mark.parametrize("fault", INJECTED)
+def test_a_mount_without_hard_links_or_fsync_is_refused_when_the_run_is_opened(fault: str, root: Path) -> None:
+    """gcsfuse has no hard links; a link that only seems to be made is one that two writers could make."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    code = (
+        "import sys; from orchestrator.errors import StorageError; from orchestrator.storage import PosixStorage\n"
+        "try: print(PosixStorage(sys.argv[1]).create('journal/0', b'x'))\n"
+        "except StorageError as error: print('refused:', error)"
+    )
+    call, _, what = fault.partition(":")
+    both = "link,linkat" if call == "link" else call
+    trace = ["strace", "-f", "-qq", "-e", f"trace={both}", "-e", f"inject={both}:{what}", "-o", os.devnull]
+    done = subprocess.run(
+        [*trace, sys.executable, "-c", code, str(root)], capture_output=True, text=True, timeout=60, check=False
+    )
+    if not done.stdout:
+        pytest.skip(f"strace cannot trace here: {done.stderr[:200]}")
+    assert done.stdout.startswith("refused: ") and INJECTED[fault] in done.stdout
+    assert not any(path.is_file() for path in root.rglob("*"))
 
 
 def calls(log: Path, root: Path) -> list[str]:

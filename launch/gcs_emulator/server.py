@@ -94,16 +94,13 @@ class Emulator:
             if self.dice.hit(kind):
                 return _response(_refusal(Refused(status, f"injected {status}")))
         body = await request.read()
-        writes = request.method != "GET"
-        cut = self.dice.hit("cut")
-        if cut and writes:
+        if request.method != "GET" and self.dice.hit("cut"):
             self._keep_half(request, body)
             return _hang_up(request)
-        query = dict(request.query)
-        answer = self._answer(request, path, query, body)
+        answer = self._answer(request, path, dict(request.query), body)
         if self.dice.hit("lost"):
             return _hang_up(request)
-        if cut:
+        if request.method == "GET" and len(answer.body) > 1 and self.dice.hit("cut"):
             return await _cut(request, answer)
         return _response(answer)
 

@@ -27,7 +27,7 @@ from orchestrator import chunks, garbage
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.placing import Arena, Filling, Layout, Load, Target, finish, piece_of, prepare
-from orchestrator.arrays.store import context, foreign_spec, store_spec
+from orchestrator.arrays.store import context, foreign_spec, report_retries, store_spec
 from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, WaitTimeout
 from orchestrator.records import Box, Foreign, LeafSpec
 from orchestrator.tree import numpy_dtype
@@ -61,7 +61,10 @@ def load(
         fillings = {index: prepare(item, layouts) for index, item in enumerate(loads) if item.leaf.in_store}
     if fillings:
         reader = _Reader(directory, on_bytes or (lambda read_bytes: None), checksums or {})
-        reader.fill(list(fillings.values()))
+        try:
+            reader.fill(list(fillings.values()))
+        finally:
+            report_retries(directory)
     with garbage.paused():
         return finish(loads, fillings)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from typing import Any
 
 import tensorstore as ts
 
+from orchestrator.events import StoreRetried, emit
 from orchestrator.records import Foreign
 
 BACKEND = "TENSORSTORE_GCS_BACKEND"  # as Orbax knows it: gcs (the JSON API) or gcs_grpc
@@ -56,3 +58,21 @@ def context() -> ts.Context:
             "gcs_request_retries": {"max_retries": 9, "initial_delay": "100ms", "max_delay": "8s"},
         }
     )
+
+
+_RETRIES = "/tensorstore/kvstore/gcs/retries"
+_reporting = threading.Lock()
+_reported = 0
+
+
+def report_retries(directory: str) -> None:
+    """Emit an event if TensorStore has repeated requests since the last report. It tells no more than how many."""
+    global _reported
+    if not directory.startswith("gs://"):
+        return
+    found = ts.experimental_collect_matching_metrics(_RETRIES)
+    total = sum(int(value["value"]) for metric in found for value in metric["values"])
+    with _reporting:
+        fresh, _reported = total - _reported, total
+    if fresh > 0:
+        emit(StoreRetried("arrays", directory, "counted by TensorStore", fresh, 0.0))

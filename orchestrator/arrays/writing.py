@@ -30,7 +30,7 @@ from orchestrator import chunks, garbage
 from orchestrator.arrays import datafiles, fingerprint, ocdbt, orbax_files
 from orchestrator.arrays.feed import Feed
 from orchestrator.arrays.staging import Layouts, Staged, host_local, on_host, stage, start_transfer
-from orchestrator.arrays.store import context, files_spec, store_spec
+from orchestrator.arrays.store import context, files_spec, report_retries, store_spec
 from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.records import Box, FileEntry, LeafSpec, ShardPrint, TreeSpec
 from orchestrator.tree import Flat
@@ -144,6 +144,7 @@ class ArrayWriter:
         for copied in copies:
             copied.result(timeout=_TIMEOUT_S)
         transaction.commit_async().result(timeout=_TIMEOUT_S)
+        report_retries(directory)
 
     def close(self) -> None:
         """Nothing is held between saves."""
@@ -254,6 +255,7 @@ class PendingWrite:
             _watch([self._pool.submit(self._write_tree)], deadline, given_up, stop, timeout_s)
         finally:
             self.abandon()
+            report_retries(self._directory)
 
     def _write_metadata(self) -> None:
         """Orbax's own files; each process describes the arrays, process 0 the tree."""

@@ -25,6 +25,11 @@ _TMP = ".tmp"
 _SEAL_THREADS = 8
 _PRUNED_TRIES = 100
 _STALE_S = 3600.0
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_NO_LINKS_HELP = (
+    "this file system has no hard links, so nothing on it can be created exactly once; "
+    "use a local disk, NFS, or the bucket itself as gs://BUCKET/PREFIX instead of a gcsfuse mount"
+)
 
 
 class PosixStorage:
@@ -33,7 +38,7 @@ class PosixStorage:
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(os.path.expanduser(root))
         self.url = "file://" + self.root
-        self._swept = False
+        self._opened = False  # whether this process has created something, so that the file system is known to do
 
     def create(self, key: str, body: bytes) -> Created | Exists:
         path = self._path(key)
@@ -41,7 +46,10 @@ class PosixStorage:
         try:
             _make_directory(os.path.dirname(temporary))
             _write_durably(temporary, body)
-            self._sweep(temporary)
+            if not self._opened:
+                _check_links(temporary, self.root)
+                self._sweep(temporary)
+                self._opened = True
             try:
                 _link(temporary, path)
             finally:
@@ -50,9 +58,11 @@ class PosixStorage:
             _sync_directory(os.path.dirname(path))
         except FileExistsError:
             return self._compare(path, body)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+            if isinstance(error, StorageError):
+                raise
             raise _storage_error("create", path, error) from error
         return Created()
 
@@ -72,9 +82,6 @@ class PosixStorage:
     def _sweep(self, fresh: str) -> None:
         """Once per process: remove what crashes have left in `.tmp`, an hour or more older than `fresh` (by the file
         system's own clock). Should its writer live after all, its link fails, and it is told so."""
-        if self._swept:
-            return
-        self._swept = True
         with contextlib.suppress(OSError):  # never in the way of a create; the next process tries again
             stale_before = os.stat(fresh).st_mtime - _STALE_S
             with os.scandir(os.path.dirname(fresh)) as entries:
@@ -217,6 +224,31 @@ def _link(temporary: str, path: str) -> None:
         except FileNotFoundError:
             if not tries_left:
                 raise
+
+
+def _check_links(temporary: str, root: str) -> None:
+    """Once per process, before anything is created: a create is atomic only where hard links are. gcsfuse and some
+    network mounts refuse them; others copy the file, which lets two writers win. Raises StorageError."""
+    second = temporary + ".link"
+    try:
+        try:
+            os.link(temporary, second)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise StorageError(f"{root}: {_reason(error)}: {_NO_LINKS_HELP}") from error
+        same = os.path.exists(second) and os.path.samefile(temporary, second)
+        try:
+            os.link(temporary, second)
+        except FileExistsError:
+            refused = True
+        else:
+            refused = False
+        if not (same and refused):
+            raise StorageError(f"{root}: a hard link here is not one file with two names: {_NO_LINKS_HELP}")
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(second)
 
 
 def _write_durably(path: str, body: bytes) -> None:
