@@ -202,7 +202,14 @@ class _Session:
     def __init__(self, job: TpuJob, restart: int) -> None:
         self._codes: list[list[int]] = [[] for _ in job.nodes]
         self.ssh = [
-            subprocess.Popen(start(job, node, restart), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                start(job, node, restart),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # a terminal's Ctrl-C is for us, who tell the workers to save first
+            )
             for node in job.nodes
         ]
         self._readers = [
@@ -326,6 +333,8 @@ def run(job: TpuJob) -> int:
             history = end.history
             _note(f"restart {history.restarts} in {history.delay_s:g} s: {', '.join(history.news) or 'it has failed'}")
             time.sleep(history.delay_s)
+            if received:
+                return exits[0].code
 
 
 def _body(values: dict[str, Any], program: list[str]) -> int:
