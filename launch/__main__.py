@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import command, contract, gke, local, slurm, tpu_vm
+from launch import command, gke, local, slurm, tpu_vm
 from launch.command import EXIT_USAGE, LaunchError
 from launch.supervise import Rules
 from orchestrator import failpoints
@@ -34,7 +34,7 @@ flags.DEFINE_integer("processes", None, "simulated hosts, one process each", fla
 flags.DEFINE_integer("devices_per_process", 1, "CPU devices of each process", flag_values=FLAGS)
 flags.DEFINE_integer("max_restarts", 0, "start the job again this many times after a failure", flag_values=FLAGS)
 flags.DEFINE_integer("processes_after_restart", None, "hosts after a restart; as before if unset", flag_values=FLAGS)
-flags.DEFINE_string("run_root", None, "where the checkpoints are (ORCHESTRATOR_RUN_ROOT)", flag_values=FLAGS)
+command.define_told(FLAGS)
 flags.DEFINE_string("log_dir", None, "also write output to DIR/restart-R/host-I.log", flag_values=FLAGS)
 flags.DEFINE_float(
     "stop_grace_s", 60.0, "seconds from SIGTERM or Ctrl-C to SIGKILL", lower_bound=0.0, flag_values=FLAGS
@@ -68,7 +68,7 @@ def _job(values: dict[str, Any], program: list[str]) -> local.LocalJob:
         devices_per_process=values["devices_per_process"],
         processes_after_restart=values["processes_after_restart"],
         hosts_file=None if values["hosts_file"] is None else Path(values["hosts_file"]),
-        environ=_chaos(values["chaos"]) | _run_root(values["run_root"]),
+        environ=_chaos(values["chaos"]) | command.told(values),
         log_dir=None if values["log_dir"] is None else Path(values["log_dir"]),
         rules=Rules(
             max_restarts=values["max_restarts"],
@@ -89,10 +89,6 @@ def _elastic(text: str | None) -> tuple[int, int] | None:
     if not (least.isdigit() and most.isdigit()):
         raise LaunchError(f"--elastic={text}: wanted MIN:MAX, two numbers of hosts")
     return int(least), int(most)
-
-
-def _run_root(root: str | None) -> dict[str, str]:
-    return {} if root is None else {contract.RUN_ROOT: root}
 
 
 def _chaos(text: str | None) -> dict[str, str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+
+from launch import contract
 
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 128 + 13
@@ -73,12 +75,20 @@ def needs_program(program: Sequence[str], example: str) -> None:
         raise LaunchError(f"no command to run; put it after --: launch {example} -- python train.py")
 
 
-def environment(pairs: Sequence[str]) -> dict[str, str]:
-    """`--env NAME=VALUE`, any number of times. Raises: LaunchError."""
-    told = {}
-    for pair in pairs:
+def define_told(values: flags.FlagValues) -> None:
+    """The flags that every launcher has for what its processes are told; `told` reads them."""
+    flags.DEFINE_string("run_root", None, f"where the checkpoints are ({contract.RUN_ROOT})", flag_values=values)
+    flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process; may be given again", flag_values=values)
+
+
+def told(values: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that the flags of `define_told` set. Raises: LaunchError."""
+    found = {}
+    for pair in values["env"]:
         name, equals, value = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise LaunchError(f"--env={pair}: wanted NAME=VALUE")
-        told[name] = value
-    return told
+        found[name] = value
+    if values["run_root"] is not None:
+        found[contract.RUN_ROOT] = values["run_root"]
+    return found

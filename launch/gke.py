@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from absl import flags
 
-from launch import command, contract, manifests
+from launch import command, manifests
 from launch.command import LaunchError
 from launch.manifests import Manifest, PodJob, Pool
 
@@ -53,8 +53,7 @@ flags.DEFINE_integer("scratch_gib", None, "GiB of local SSD at /scratch", lower_
 flags.DEFINE_float("grace_s", 120.0, "seconds for a last save after SIGTERM", lower_bound=1.0, flag_values=FLAGS)
 flags.DEFINE_integer("hang_after_s", manifests.HANG_AFTER_S, "a host so long silent is killed", flag_values=FLAGS)
 flags.DEFINE_integer("max_restarts", 3, "restarts after failures; preemptions are free", flag_values=FLAGS)
-flags.DEFINE_string("run_root", None, "where the checkpoints are (ORCHESTRATOR_RUN_ROOT)", flag_values=FLAGS)
-flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process", flag_values=FLAGS)
+command.define_told(FLAGS)
 flags.DEFINE_string("output", None, "write a kustomize base into this directory", flag_values=FLAGS)
 flags.DEFINE_string("check", None, "check manifests, instead of writing some", flag_values=FLAGS)
 
@@ -135,9 +134,7 @@ def _body(values: dict[str, Any], program: list[str]) -> int:
         if not values[name]:
             raise LaunchError(f"--{name} is needed")
     pool, hosts = _pool(values)
-    environ = command.environment(values["env"])
-    if values["run_root"] is not None:
-        environ[contract.RUN_ROOT] = values["run_root"]
+    environ = command.told(values)
     same = [
         "name",
         "image",

@@ -60,9 +60,8 @@ flags.DEFINE_float(
     "end_grace_s", 30.0, "seconds the others get when one process has ended", lower_bound=1.0, flag_values=FLAGS
 )
 flags.DEFINE_integer("max_requeues", 100, "preemptions after which the job ends", lower_bound=0, flag_values=FLAGS)
-flags.DEFINE_string("run_root", None, "where the checkpoints are (ORCHESTRATOR_RUN_ROOT)", flag_values=FLAGS)
+command.define_told(FLAGS)
 flags.DEFINE_integer("devices_per_process", None, "simulate CPU devices", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process", flag_values=FLAGS)
 flags.DEFINE_bool("submit", False, "hand the script to sbatch and print the job's id", flag_values=FLAGS)
 
 
@@ -203,9 +202,7 @@ def _body(values: dict[str, Any], program: list[str]) -> int:
             raise LaunchError(f"--sbatch={more}: wanted a long option, as --sbatch=--constraint=h100")
         name, _, value = more[2:].partition("=")
         options[name] = value
-    environ = command.environment(values["env"])
-    if values["run_root"] is not None:
-        environ[contract.RUN_ROOT] = values["run_root"]
+    environ = command.told(values)
     if values["devices_per_process"] is not None:
         environ[contract.LOCAL_DEVICES] = str(values["devices_per_process"])
     text = script(

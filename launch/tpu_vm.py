@@ -54,8 +54,7 @@ flags.DEFINE_string("image", None, "run it in this container image (docker/Docke
 flags.DEFINE_float("grace_s", 60.0, "seconds for a last save after SIGTERM", lower_bound=1.0, flag_values=FLAGS)
 flags.DEFINE_integer("max_restarts", 3, "restarts after failures; preemptions are free", flag_values=FLAGS)
 flags.DEFINE_float("wait_s", 3600.0, "how long to wait for the machines", lower_bound=0.0, flag_values=FLAGS)
-flags.DEFINE_string("run_root", None, "where the checkpoints are (ORCHESTRATOR_RUN_ROOT)", flag_values=FLAGS)
-flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process", flag_values=FLAGS)
+command.define_told(FLAGS)
 flags.DEFINE_bool("run", False, "carry the commands out instead of printing them", flag_values=FLAGS)
 
 READY = "ACTIVE"
@@ -202,7 +201,14 @@ class _Session:
     def __init__(self, job: TpuJob, restart: int) -> None:
         self._codes: list[list[int]] = [[] for _ in job.nodes]
         self.ssh = [
-            subprocess.Popen(start(job, node, restart), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                start(job, node, restart),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # a terminal's Ctrl-C is for us, who tell the workers to save first
+            )
             for node in job.nodes
         ]
         self._readers = [
@@ -326,6 +332,8 @@ def run(job: TpuJob) -> int:
             history = end.history
             _note(f"restart {history.restarts} in {history.delay_s:g} s: {', '.join(history.news) or 'it has failed'}")
             time.sleep(history.delay_s)
+            if received:
+                return exits[0].code
 
 
 def _body(values: dict[str, Any], program: list[str]) -> int:
@@ -334,9 +342,7 @@ def _body(values: dict[str, Any], program: list[str]) -> int:
             raise LaunchError(f"--{name} is needed")
     if values["create"] and not values["type"]:
         raise LaunchError("--create needs --type, the accelerator type: v6e-16")
-    environ = command.environment(values["env"])
-    if values["run_root"] is not None:
-        environ[contract.RUN_ROOT] = values["run_root"]
+    environ = command.told(values)
     same = ["name", "zone", "project", "slices", "runtime_version", "spot", "service_account", "directory", "image"]
     same += ["grace_s", "wait_s"]
     job = TpuJob(

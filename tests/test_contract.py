@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from launch import contract
 from launch.contract import DetectedContract, Detection, JobContract
+from tests.places import DEADLINE_S, reports, start
 from tests.processes import free_port
-
-REPOSITORY = Path(__file__).parents[1]
-DEADLINE_S = 60.0
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -108,48 +100,6 @@ def test_tpu_machines_and_foreign_pods_are_left_to_jax(environ: dict[str, str], 
 
 
 # JAX itself, in processes of their own. It decides at its import whether this is a machine with TPU chips.
-
-REPORT = """\
-import json, os, sys
-import jax
-os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # set where there are no chips
-from launch import contract
-found = contract.from_environment(os.environ)
-try:
-    contract.initialize(found)
-except contract.ContractError as error:
-    sys.exit(f"refused: {error}")
-print(json.dumps({
-    "index": jax.process_index(), "count": jax.process_count(), "devices": jax.device_count(),
-    "gpus": jax.config.values["jax_cuda_visible_devices"], "restarts": os.environ.get("ORCHESTRATOR_RESTART_COUNT"),
-}))
-"""
-
-
-def start(environ: Mapping[str, str]) -> subprocess.Popen[str]:
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith(("ORCHESTRATOR_", "SLURM", "TPU"))
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", REPORT],
-        cwd=REPOSITORY,
-        env={**clean, contract.LOCAL_DEVICES: "2", **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def reports(*environs: Mapping[str, str]) -> list[dict[str, object]]:
-    processes = [start(environ) for environ in environs]
-    try:
-        ended = [process.communicate(timeout=DEADLINE_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * len(processes), [err for _, err in ended]
-    return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 
 class Metadata(BaseHTTPRequestHandler):

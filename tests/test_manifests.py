@@ -15,6 +15,8 @@ import yaml
 from launch import contract, gke, manifest_check, manifests
 from launch.contract import JobContract
 from launch.manifests import Manifest, PodJob, Pool
+from tests.places import reports
+from tests.processes import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 TPU, TPU_HOSTS = manifests.tpu_pool("tpu-v5-lite-podslice", "4x4", 4)
@@ -84,6 +86,22 @@ def test_a_pod_is_told_its_place_in_full() -> None:
     told = contract.from_environment(alone)
     assert isinstance(told, JobContract)
     assert (told.coordinator_address, told.process_index, told.local_devices) == ("run7-0.run7:8476", 3, 2)
+
+
+@pytest.mark.parametrize("kind", ["jobset", "job"])
+def test_pods_with_these_variables_are_one_job_for_jax(kind: str) -> None:
+    simulated = job(Pool("cpu", 2), hosts=1 if kind == "jobset" else 2, slices=2 if kind == "jobset" else 1)
+    documents = manifests.jobset(simulated) if kind == "jobset" else manifests.indexed_job(simulated)
+    address = {contract.COORDINATOR_ADDRESS: f"127.0.0.1:{free_port()}"}  # what DNS would lead to
+    pods = []
+    for index in range(2):
+        slice_, place = (index, 0) if kind == "jobset" else (0, index)
+        told = environ_of(documents, **{"job-index": str(slice_), "restart-attempt": "1"})
+        del told["TMPDIR"]
+        pods.append({**told, **address, contract.COMPLETION_INDEX: str(place)})
+    found = [(one["index"], one["count"], one["devices"], one["restarts"]) for one in reports(*pods)]
+    restarts = "1" if kind == "jobset" else "0"
+    assert found == [(0, 2, 4, restarts), (1, 2, 4, restarts)]
 
 
 def test_on_tpu_pools_the_addresses_are_left_to_gke() -> None:
