@@ -94,7 +94,6 @@ def measure(root: str, mesh: str, processes: int, mib: int) -> dict[str, Any]:
     newest = [line.event for line in lines if line.epoch == max(line.epoch for line in lines)]
     return {
         "bytes": sum(event.read_bytes for event in newest),
-        "requests": sum(event.reads for event in newest),
         "peak": max(each["peak_bytes"] for each in said),
         "seconds": max(event.elapsed_s for event in newest),
     }
@@ -109,7 +108,7 @@ def main(argv: list[str]) -> None:
         for _ in range(1 + FLAGS.rounds):  # saves, then restores
             job(root, *SAVED, FLAGS.mib)
         print(f"saved by {SAVED[1]} processes on {SAVED[0]}, {FLAGS.mib} MiB; foretold / measured")
-        print(f"{'mesh':<16}{'processes':>9}  {'bytes':>23}  {'requests':>11}  {'peak MiB':>15}  {'seconds':>13}")
+        print(f"{'mesh':<16}{'processes':>9}  {'bytes':>23}  {'peak MiB':>17}  {'seconds':>17}")
         for mesh, processes in MESHES:
             command = [sys.executable, "-m", "orchestrator.cli", "plan", root, f"--mesh={mesh}", "--json"]
             said = subprocess.run([*command, f"--processes={processes}"], capture_output=True, text=True, check=True)
@@ -117,11 +116,10 @@ def main(argv: list[str]) -> None:
             rounds = [measure(root, mesh, processes, FLAGS.mib) for _ in range(FLAGS.rounds)]
             got = {name: statistics.median_low(each[name] for each in rounds) for name in rounds[0]}
             peak = max(host["peak_bytes"] for host in plan["hosts"])
-            requests = sum(host["reads"] for host in plan["hosts"])
             print(
-                f"{mesh:<16}{processes:>9}  {plan['read_bytes']:>11} {got['bytes']:>11}  {requests:>5} "
-                f"{got['requests']:>5}  {peak >> 20:>5} {got['peak'] >> 20:>5} {peak / got['peak'] - 1:>+5.0%}  "
-                f"{plan['seconds']:>4.2f} {got['seconds']:>4.2f} x{plan['seconds'] / got['seconds']:.2f}",
+                f"{mesh:<16}{processes:>9}  {plan['read_bytes']:>11} {got['bytes']:>11}  {peak >> 20:>5} "
+                f"{got['peak'] >> 20:>5} {peak / got['peak'] - 1:>+5.0%}  {plan['seconds']:>5.2f} "
+                f"{got['seconds']:>5.2f} x{plan['seconds'] / got['seconds']:.2f}",
                 flush=True,
             )
 

@@ -77,14 +77,13 @@ class SaveNotCommitted:
 
 @dataclass(frozen=True)
 class Restored:
-    """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`, `reads`: this process's reading of arrays."""
+    """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`: this process's reading of arrays."""
 
     step: int
     attempt: str
     elapsed_s: float
     read_bytes: int
     array_s: float = 0.0
-    reads: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from orchestrator import chunks
 from orchestrator.errors import UsageError
 from orchestrator.records import Box, LeafSpec, TreeSpec
 
-# What reading holds beside the arrays themselves, as measured (benchmarks/forecast.py): libraries and threads; and, up
-# to the bounds of `arrays.reading`, reads in flight, buffers of TensorStore for them, and what the allocator keeps.
-FIXED_BYTES = 22 << 20
-WINDOW_BYTES = 160 << 20
+# What reading holds beside the arrays themselves. From files: chunks that do not go straight to their place. From an
+# object store: reads in flight (bounded by `arrays.reading`) and TensorStore's own copies. Measured by
+# benchmarks/forecast.py.
+FILES_BYTES = 8 << 20
+STORE_BYTES = 160 << 20
 _UNITS = {"": 1, "B": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -50,8 +51,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process. `array_bytes`: host buffers, which become the device arrays. `peak_bytes`: of host memory, beside
-    what the program uses anyway. `device_bytes`: on each of its devices."""
+    """Of one process. `array_bytes`: host buffers, which become the device arrays. `device_bytes`: on each of its
+    devices."""
 
     read_bytes: int = 0
     reads: int = 0
@@ -66,9 +67,9 @@ class Cost:
             self.device_bytes + other.device_bytes,
         )
 
-    @property
-    def peak_bytes(self) -> int:
-        return self.array_bytes + FIXED_BYTES + min(self.read_bytes, WINDOW_BYTES)
+    def peak_bytes(self, *, files: bool) -> int:
+        """`files`: the run is on a file system, not in an object store."""
+        return self.array_bytes + min(self.read_bytes, FILES_BYTES if files else STORE_BYTES)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,6 @@ class Reading:
     reader: Callable[..., list[Any]] = arrays.load
     heard: Callable[[int], None] = lambda read_bytes: None
     read_bytes: int = 0
-    reads: int = 0
     array_s: float = 0.0
 
     def load(self, directory: str, loads: list[Load], checksums: dict[str, str]) -> list[Any]:
@@ -83,7 +82,6 @@ class Reading:
 
     def _count(self, read_bytes: int) -> None:
         self.read_bytes += read_bytes
-        self.reads += 1
         self.heard(read_bytes)
 
 
@@ -212,7 +210,7 @@ def restore_together(
             failpoints.hit("restore.after")
             heartbeat.beat("restored", live.step, restored_step=live.step)
             elapsed_s = time.monotonic() - started
-            emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s, reading.reads))
+            emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s))
             if rendezvous.process == 0:
                 _note_restored(catalog, live)
             return _gathered(outcome[0], like) if args.load_once else outcome[0]

@@ -85,7 +85,6 @@ class HostRestore:
     seconds: float
     array_s: float
     read_bytes: int
-    reads: int
 
 
 @dataclass
@@ -127,7 +126,7 @@ class Story:
             case SaveNotCommitted():
                 self._end(line, event.step, event.attempt, event.cause, event.reason, None, host)
             case Restored():
-                measured = (event.elapsed_s, event.array_s, event.read_bytes, event.reads)
+                measured = (event.elapsed_s, event.array_s, event.read_bytes)
                 where = (line.time, line.epoch, line.process, line.machine, event.step)
                 self.restores.append(HostRestore(*where, *measured))
                 if host:

@@ -136,6 +136,10 @@ class _Reader:
         except (ValueError, OSError) as error:
             raise _fault(error)(f"{self._directory}: cannot be opened: {error}") from error
 
+    @functools.cached_property
+    def _places(self) -> dict[str, ocdbt.Value] | None:
+        return self._local.places() if self._local else None
+
     def fill(self, fillings: Sequence[Filling]) -> None:
         ours = [filling for filling in fillings if filling.item.leaf.chunk is not None]
         arena = Arena()
@@ -144,9 +148,8 @@ class _Reader:
             filling.buffers = [arena.array(shape, dtype) for shape in filling.layout.shapes]
         if ours:
             reads = _reads(ours)
-            places = self._local.places() if self._local else None
-            if self._local and places is not None:
-                self._fill_from_files(reads, self._local, places)
+            if self._local and self._places is not None:
+                self._fill_from_files(reads, self._local, self._places)
             else:
                 self._fill_from_store(reads)
         for filling in fillings:

@@ -11,7 +11,7 @@ from orchestrator.cli import render
 from orchestrator.cli.commands import live_step, open_catalog
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.eventlog import directory_of, read
-from orchestrator.forecast import Cost, Forecast, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
+from orchestrator.forecast import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
 from orchestrator.story import Story
 
 _ROWS = 32
@@ -61,7 +61,8 @@ def plan(root: str, flags: dict[str, Any]) -> int:
         for each in told.restores
     )
     costs = forecast(intent.tree, target)
-    problems = [*costs.problems, *_too_big(costs, memory, reserve)]
+    peaks = [cost.peak_bytes(files=catalog.url.startswith("file://")) for cost in costs.costs]
+    problems = [*costs.problems, *_too_big(peaks, memory, reserve)]
     made = Plan(
         root=catalog.url,
         step=live.step,
@@ -75,7 +76,7 @@ def plan(root: str, flags: dict[str, Any]) -> int:
         basis=_basis(pace),
         fits=False if problems else None if memory is None else True,
         problems=problems,
-        hosts=[_host(process, cost) for process, cost in enumerate(costs.costs)],
+        hosts=[_host(process, cost, peak) for process, (cost, peak) in enumerate(zip(costs.costs, peaks, strict=True))],
     )
     if flags["json"]:
         render.give(msgspec.to_builtins(made))
@@ -84,18 +85,18 @@ def plan(root: str, flags: dict[str, Any]) -> int:
     return EXIT_FAILED if problems else EXIT_OK
 
 
-def _host(process: int, cost: Cost) -> HostPlan:
-    return HostPlan(process, cost.read_bytes, cost.reads, cost.array_bytes, cost.device_bytes, cost.peak_bytes)
+def _host(process: int, cost: Cost, peak: int) -> HostPlan:
+    return HostPlan(process, cost.read_bytes, cost.reads, cost.array_bytes, cost.device_bytes, peak)
 
 
-def _too_big(costs: Forecast, memory: int | None, reserve: int) -> list[str]:
-    worst = max(range(len(costs.costs)), key=lambda process: costs.costs[process].peak_bytes)
-    needed = costs.costs[worst].peak_bytes + reserve
+def _too_big(peaks: list[int], memory: int | None, reserve: int) -> list[str]:
+    needed = max(peaks) + reserve
     if memory is None or needed <= memory:
         return []
+    who, program = peaks.index(max(peaks)), render.size(reserve)
     return [
-        f"process {worst} needs {render.size(needed)} of host memory ({render.size(reserve)} of it for the program), "
-        f"a host has {render.size(memory)}; use more processes, or split more axes"
+        f"process {who} needs {render.size(needed)} of host memory ({program} of it for the program), a host has "
+        f"{render.size(memory)}; use more processes, or split more axes"
     ]
 
 
