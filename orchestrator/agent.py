@@ -37,8 +37,8 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
 from orchestrator.options import Options
-from orchestrator.pacing import Pacing
-from orchestrator.policy import Adaptive, KeepPolicy, SavePolicy, every
+from orchestrator.pacing import Looks, Pacing
+from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every
 from orchestrator.records import Json
 from orchestrator.rendezvous import Rendezvous, connect
 from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
@@ -104,6 +104,7 @@ class Agent:
             attest=self._attest != "off",
             committed=self._collect_in_background,
         )
+        self._looks = Looks()
         self._pacing: Pacing | None = None
         if me.process == 0 and isinstance(self._policy, Adaptive):
             self._pacing = Pacing(self._catalog)
@@ -140,15 +141,27 @@ class Agent:
         """
         heartbeat.beat("training", step)
         elapsed = None if self._last_save_s is None else time.monotonic() - self._last_save_s
-        if self._policy.timed:
-            policy = self._policy
-            if self._pacing and isinstance(policy, Adaptive):
-                policy = self._pacing.informed(policy)
-            decide = policy.due(step, elapsed)
-            due = bool(self._rendezvous.broadcast(f"save step {step}?", decide, self.options.rendezvous_timeout_s))
-        else:
+        if not self._policy.timed:
             due = self._policy.due(step, elapsed)
+        elif step < self._looks.next:  # by time nothing is due, on any host; by step perhaps
+            due = self._policy.due(step, 0.0)
+        else:
+            answer = self._rendezvous.broadcast(
+                f"save step {step}?", self._look(step, elapsed), self.options.rendezvous_timeout_s
+            )
+            due, self._looks.next = bool(answer["due"]), int(answer["next"])
         return self.reached_preemption(step) or due
+
+    def _look(self, step: int, elapsed: float | None) -> Json:
+        """Whether a timed policy is due, and when to ask again. Only process 0's answer counts."""
+        if self._rendezvous.process != 0:
+            return None
+        policy = self._policy
+        if self._pacing and isinstance(policy, Adaptive):
+            policy = self._pacing.informed(policy)
+        due = policy.due(step, elapsed)
+        quiet_s = policy.quiet_s(elapsed) if isinstance(policy, Patient) and not due else 0.0
+        return {"due": due, "next": self._looks.plan(step, quiet_s)}
 
     def reached_preemption(self, step: int) -> bool:
         """True, on all hosts at the same step, once any host got SIGTERM: `save` has saved it; leave the loop."""

@@ -14,6 +14,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.events import CadenceChosen, emit
 from orchestrator.policy import Adaptive
 
+_LOOK_STEPS_MAX = 64  # between two questions to process 0, however far the next save is
 _SAVES = 5  # whose median counts: the first one of a process warms up
 _CHANGE = 0.1  # a new interval is told of if it differs by so much
 
@@ -52,6 +53,28 @@ class Pacing:
             self.chosen = chosen
             emit(CadenceChosen(chosen.interval_s, chosen.goodput, chosen.because))
         return told
+
+
+class Looks:
+    """When all processes next ask process 0 whether a timed policy is due: a question is a collective, which may cost
+    more than many saves do. Process 0 says at each look at which step the next one is: half-way, in time, to when a
+    save can be due, by how long steps have taken, so that a slower step is noticed. Main thread, all processes."""
+
+    def __init__(self) -> None:
+        self.next = 0  # the same on all processes
+        self._looked: tuple[int, float] | None = None
+
+    def plan(self, step: int, quiet_s: float) -> int:
+        """On process 0, at a look at `step`: the step of the next look. `quiet_s`: nothing is due by time before."""
+        now, before = time.monotonic(), self._looked
+        if before is None or step > before[0]:
+            self._looked = (step, now)
+        if quiet_s <= 0:
+            return step
+        if before is None or step <= before[0]:
+            return step + 1
+        step_s = max((now - before[1]) / (step - before[0]), 1e-6)
+        return step + max(1, min(_LOOK_STEPS_MAX, int(quiet_s / 2 / step_s)))
 
 
 def _history(catalog: Catalog) -> cadence.History:

@@ -21,6 +21,13 @@ class SavePolicy(Protocol):
 
 
 @runtime_checkable
+class Patient(SavePolicy, Protocol):
+    """A timed policy that knows how long it will not be due by time alone; so that hosts need not ask at each step."""
+
+    def quiet_s(self, elapsed_s: float | None) -> float: ...
+
+
+@runtime_checkable
 class Adaptive(SavePolicy, Protocol):
     """A policy that goes by what saves and failures cost in this run."""
 
@@ -68,6 +75,9 @@ class _EverySeconds:
     def due(self, step: int, elapsed_s: float | None) -> bool:
         return elapsed_s is None or elapsed_s >= self.seconds
 
+    def quiet_s(self, elapsed_s: float | None) -> float:
+        return 0.0 if elapsed_s is None else max(0.0, self.seconds - elapsed_s)
+
     def __or__(self, other: SavePolicy) -> SavePolicy:
         return _AnySave((self, other))
 
@@ -79,7 +89,14 @@ class _Auto:
     timed: bool = True
 
     def due(self, step: int, elapsed_s: float | None) -> bool:
-        return elapsed_s is None or elapsed_s >= (self.cadence.interval_s if self.cadence else self.max_loss_s)
+        return elapsed_s is None or elapsed_s >= self._interval_s
+
+    def quiet_s(self, elapsed_s: float | None) -> float:
+        return 0.0 if elapsed_s is None else max(0.0, self._interval_s - elapsed_s)
+
+    @property
+    def _interval_s(self) -> float:
+        return self.cadence.interval_s if self.cadence else self.max_loss_s
 
     def informed(self, costs: Costs) -> _Auto:
         return replace(self, cadence=choose(costs, self.max_loss_s))
@@ -110,6 +127,10 @@ class _AnySave:
 
     def due(self, step: int, elapsed_s: float | None) -> bool:
         return any(policy.due(step, elapsed_s) for policy in self.policies)
+
+    def quiet_s(self, elapsed_s: float | None) -> float:
+        timed = [policy for policy in self.policies if policy.timed]
+        return min(policy.quiet_s(elapsed_s) if isinstance(policy, Patient) else 0.0 for policy in timed)
 
     def informed(self, costs: Costs) -> _AnySave:
         told = (policy.informed(costs) if isinstance(policy, Adaptive) else policy for policy in self.policies)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import head
@@ -15,9 +18,10 @@ import orchestrator as oc
 from orchestrator import cadence
 from orchestrator.cadence import PRIOR_S, Costs, History
 from orchestrator.events import CadenceChosen, subscribe
-from orchestrator.pacing import Pacing
+from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, auto, every
 from orchestrator.records import Head
+from orchestrator.rendezvous import connect
 
 HOUR = 3600.0
 
@@ -153,3 +157,57 @@ def test_all_hosts_save_the_same_steps_at_the_chosen_interval(tmp_path: Path) ->
         assert first["steps"] == second["steps"] and first["failures"] == 0
         # About 60 steps in 3 to 6 s, at least 0.5 s apart: neither each step nor only the first.
         assert 3 <= len(first["steps"]) <= 15, first["steps"]
+
+
+class Counting:
+    """The port of a job of one process, counting what it broadcasts."""
+
+    def __init__(self) -> None:
+        self.inner = connect(1.0)
+        self.process, self.count, self.hosts = self.inner.process, self.inner.count, self.inner.hosts
+        self.asked: list[int] = []
+
+    def broadcast(self, name: str, value: Any, timeout_s: float) -> Any:
+        if name.startswith("save step"):
+            self.asked.append(int(name.removeprefix("save step ").removesuffix("?")))
+        return self.inner.broadcast(name, value, timeout_s)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def test_a_timed_policy_is_asked_about_seldom_and_its_saves_are_on_time(root: Path) -> None:
+    rendezvous, saved = Counting(), {}
+    with oc.Agent(root, save=oc.every_seconds(0.5) | oc.at([33]), rendezvous=rendezvous, options=now()) as agent:
+        started = time.monotonic()
+        for step in range(150):
+            if agent.save(step, state(step)):
+                saved[step] = time.monotonic() - started
+            time.sleep(0.01)
+    assert 33 in saved, "what is due by step is not missed between two looks"
+    times = [at for step, at in saved.items() if step != 33]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(sorted(saved.values()))]
+    assert len(times) >= 3 and max(gaps) < 1.5, (saved, rendezvous.asked)
+    assert len(rendezvous.asked) < 75, rendezvous.asked
+
+
+def test_the_next_look_is_half_way_and_never_more_than_64_steps_away() -> None:
+    looks = Looks()
+    assert looks.plan(0, 100.0) == 1  # how long a step takes is not known yet
+    assert looks.plan(1, 0.0) == 1  # due: the same question at the same step has the same answer
+    assert looks.plan(2, 1e9) == 2 + 64
+    time.sleep(0.1)
+    assert 3 + 3 <= looks.plan(3, 1.0) <= 3 + 5
+
+
+def test_a_users_own_timed_policy_is_asked_about_at_each_step(root: Path) -> None:
+    class OddMinutes:
+        timed = True
+
+        def due(self, step: int, elapsed_s: float | None) -> bool:
+            return elapsed_s is None
+
+    rendezvous = Counting()
+    with oc.Agent(root, save=OddMinutes(), rendezvous=rendezvous, options=now()) as agent:
+        assert [agent.save(step, state(step)) for step in range(4)] == [True, False, False, False]
+    assert rendezvous.asked == [0, 1, 2, 3]
