@@ -8,7 +8,7 @@ rules and their entry; what they take on this machine's CPU passes on the virtua
 --read_ms and --write_ms for a request, and serves --reads_per_s and --writes_per_s of them (defaults: what Cloud
 Storage says a bucket serves before it scales itself up, https://cloud.google.com/storage/docs/request-rate; the
 latencies are assumptions). Not modelled: the arrays' own bytes, the coordination service, TensorStore's merge beyond
-its requests (two reads for each process's store, 32 at a time).
+its requests (two reads for each process's store).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator import journal, protocol
-from orchestrator.coordinator import RECEIPT_READS
+from orchestrator.arrays.writing import MERGE_READS
+from orchestrator.coordinator import RECEIPT_BATCH, RECEIPT_READS
 from orchestrator.records import (
     FORMAT,
     Box,
@@ -40,7 +41,6 @@ from orchestrator.records import (
 )
 
 HOSTS = (100, 1000, 5000, 10_000, 20_000, 50_000)
-MERGE_READS = 32
 LIST_PAGE = 1000
 
 
@@ -106,25 +106,26 @@ def simulate(hosts: int, leaves: int, store: Store, spread_s: float, seed: int) 
     sealed = sorted(rng.uniform(0, spread_s) for _ in range(hosts))
     written = [store.request("write", at) for at in sealed]
     state, clock, cpu, receipt_bytes, receipts = protocol.Attempt(intent), 0.0, 0.0, 0, []
-    reads = [max(written[index], 0.0) for index in range(hosts)]
     under_way: list[float] = []
     effects: tuple[protocol.Effect, ...] = ()
-    for index in range(hosts):
-        at = reads[index]
-        if len(under_way) >= RECEIPT_READS:
-            at = max(at, heapq.heappop(under_way))
-        answered = store.request("read", at)
-        heapq.heappush(under_way, answered)
-        body = encode(_receipt(index, spec))
-        receipt_bytes += len(body)
+    for first in range(0, hosts, RECEIPT_BATCH):
+        batch = range(first, min(first + RECEIPT_BATCH, hosts))
+        bodies = []
+        for index in batch:
+            at = max(written[index], clock)
+            if len(under_way) >= RECEIPT_READS:
+                at = max(at, heapq.heappop(under_way))
+            heapq.heappush(under_way, store.request("read", at))
+            bodies.append(encode(_receipt(index, spec)))
+        receipt_bytes += sum(map(len, bodies))
 
-        def take(body: bytes = body, state: protocol.Attempt = state) -> Any:
-            receipt = decode(body, Receipt, "simulated")
-            return receipt, protocol.advance(state, protocol.ReceiptRead(receipt))
+        def take(bodies: list[bytes] = bodies, state: protocol.Attempt = state) -> Any:
+            read = tuple(decode(body, Receipt, "simulated") for body in bodies)
+            return read, protocol.advance(state, protocol.ReceiptsRead(read))
 
-        (receipt, (state, effects)), spent = timed(take)
-        receipts.append(receipt)
-        clock, cpu = max(clock, answered) + spent, cpu + spent
+        (read, (state, effects)), spent = timed(take)
+        receipts += read
+        clock, cpu = max(clock, *under_way) + spent, cpu + spent
     assert effects == (protocol.Finalize(),), state.failures or state.reason
     collected = clock
     clock = store.many("read", clock, 2 * hosts, MERGE_READS)

@@ -40,8 +40,8 @@ from orchestrator.storage.base import Exists
 
 _SIGNAL_POLL_S = 0.01
 _STORAGE_POLL_S = 1.0
-RECEIPT_READS = 32  # at once
-_RECEIPT_BATCH = 8 * RECEIPT_READS
+RECEIPT_READS = 64  # at once
+RECEIPT_BATCH = 16 * RECEIPT_READS
 
 
 @dataclass(frozen=True)
@@ -139,24 +139,23 @@ class Coordinator:
                 posted = {str(index): "" for index in state.missing} | posted
                 look_at = now + _STORAGE_POLL_S
             ready = [(index, posted[str(index)]) for index in state.missing if str(index) in posted]
-            for receipt in self._read_receipts(intent, ready):
-                if receipt:
-                    state, effects = protocol.advance(state, protocol.ReceiptRead(receipt))
+            for receipts in self._read_receipts(intent, ready):
+                state, effects = protocol.advance(state, protocol.ReceiptsRead(receipts))
                 if effects:
                     break
             if not effects:
                 time.sleep(_SIGNAL_POLL_S)
         return state, effects
 
-    def _read_receipts(self, intent: Intent, ready: list[tuple[int, str]]) -> Iterator[Receipt | None]:
-        """Many at once: an object store takes as long for each as for all."""
-        if len(ready) <= 1:
-            yield from (self._read_receipt(intent, *each) for each in ready)
+    def _read_receipts(self, intent: Intent, ready: list[tuple[int, str]]) -> Iterator[tuple[Receipt, ...]]:
+        """What can be read, in batches, many at once: an object store takes as long for each as for all."""
+        if not ready:
             return
-        with ThreadPoolExecutor(RECEIPT_READS, thread_name_prefix="receipts") as pool:
-            for first in range(0, len(ready), _RECEIPT_BATCH):  # bounded: none is read long before it is used
-                batch = ready[first : first + _RECEIPT_BATCH]
-                yield from pool.map(lambda each: self._read_receipt(intent, *each), batch)
+        with ThreadPoolExecutor(min(RECEIPT_READS, len(ready)), thread_name_prefix="receipts") as pool:
+            for first in range(0, len(ready), RECEIPT_BATCH):
+                batch = ready[first : first + RECEIPT_BATCH]
+                read = pool.map(lambda each: self._read_receipt(intent, *each), batch)
+                yield tuple(receipt for receipt in read if receipt)
 
     def _read_receipt(self, intent: Intent, process: int, posted: str) -> Receipt | None:
         """A receipt from storage, or, for a process that could not write one, its NO from the signal."""
