@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +40,8 @@ from orchestrator.storage.base import Exists
 
 _SIGNAL_POLL_S = 0.01
 _STORAGE_POLL_S = 1.0
+RECEIPT_READS = 64  # at once
+RECEIPT_BATCH = 16 * RECEIPT_READS
 
 
 @dataclass(frozen=True)
@@ -135,14 +138,24 @@ class Coordinator:
             if now >= look_at:
                 posted = {str(index): "" for index in state.missing} | posted
                 look_at = now + _STORAGE_POLL_S
-            for index in state.missing:
-                if str(index) in posted and not effects:
-                    receipt = self._read_receipt(intent, index, posted[str(index)])
-                    if receipt:
-                        state, effects = protocol.advance(state, protocol.ReceiptRead(receipt))
+            ready = [(index, posted[str(index)]) for index in state.missing if str(index) in posted]
+            for receipts in self._read_receipts(intent, ready):
+                state, effects = protocol.advance(state, protocol.ReceiptsRead(receipts))
+                if effects:
+                    break
             if not effects:
                 time.sleep(_SIGNAL_POLL_S)
         return state, effects
+
+    def _read_receipts(self, intent: Intent, ready: list[tuple[int, str]]) -> Iterator[tuple[Receipt, ...]]:
+        """What can be read, in batches, many at once: an object store takes as long for each as for all."""
+        if not ready:
+            return
+        with ThreadPoolExecutor(min(RECEIPT_READS, len(ready)), thread_name_prefix="receipts") as pool:
+            for first in range(0, len(ready), RECEIPT_BATCH):
+                batch = ready[first : first + RECEIPT_BATCH]
+                read = pool.map(lambda each: self._read_receipt(intent, *each), batch)
+                yield tuple(receipt for receipt in read if receipt)
 
     def _read_receipt(self, intent: Intent, process: int, posted: str) -> Receipt | None:
         """A receipt from storage, or, for a process that could not write one, its NO from the signal."""

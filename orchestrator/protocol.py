@@ -58,6 +58,13 @@ class ReceiptRead:
 
 
 @dataclass(frozen=True)
+class ReceiptsRead:
+    """Several at once: of a job of N processes, one after the other takes N times N steps."""
+
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True)
 class DeadlinePassed:
     """`hosts` names the processes as far as they are known."""
 
@@ -86,7 +93,7 @@ class FencedOff:
     writer: str
 
 
-Event = ReceiptRead | DeadlinePassed | FinalizeDone | FinalizeFailed | Appended | FencedOff
+Event = ReceiptRead | ReceiptsRead | DeadlinePassed | FinalizeDone | FinalizeFailed | Appended | FencedOff
 
 
 # Effects: what the caller must do now.
@@ -121,14 +128,22 @@ def advance(state: Attempt, event: Event) -> Step:
 
 
 def _on_receipt(state: Attempt, event: ReceiptRead) -> Step:
-    receipt = event.receipt
-    if receipt.process in state.receipts:
-        return state, ()  # repeated: the first stands, receipts are immutable
-    wrong = _foreign(state, receipt)
-    failure = receipt.failure or _objection(receipt, wrong)
-    if failure:
-        return _abort(replace(state, failures=(*state.failures, failure)), f"process {failure.process} said no")
-    state = replace(state, receipts={**state.receipts, receipt.process: receipt})
+    return _on_receipts(state, ReceiptsRead((event.receipt,)))
+
+
+def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
+    receipts = dict(state.receipts)
+    for receipt in event.receipts:
+        if receipt.process in receipts:
+            continue  # repeated: the first stands, receipts are immutable
+        failure = receipt.failure or _objection(receipt, _foreign(state, receipt))
+        if failure:
+            state = replace(state, receipts=receipts, failures=(*state.failures, failure))
+            return _abort(state, f"process {failure.process} said no")
+        receipts[receipt.process] = receipt
+    if len(receipts) == len(state.receipts):
+        return state, ()
+    state = replace(state, receipts=receipts)
     if state.missing:
         return state, ()
     # Replicas that differ: one of their devices computes wrongly, and nobody can say which one is right.
@@ -214,6 +229,7 @@ def cause_of(reason: str) -> str:
 # Each rule takes the event type it stands beside.
 _TABLE: dict[tuple[Phase, type], Callable[..., Step]] = {
     (Phase.OPEN, ReceiptRead): _on_receipt,
+    (Phase.OPEN, ReceiptsRead): _on_receipts,
     (Phase.OPEN, DeadlinePassed): _on_deadline,
     (Phase.FINALIZING, FinalizeDone): _on_finalized,
     (Phase.FINALIZING, FinalizeFailed): _on_finalize_failed,

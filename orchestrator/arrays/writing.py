@@ -37,6 +37,7 @@ from orchestrator.tree import Flat
 
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
 _THREADS = 4
+MERGE_READS = 128  # at once, of an object store, while the processes' stores are merged
 _THREAD_BYTES = 16 << 20  # a further thread for each of these
 _TIMEOUT_S = 3600.0  # for opening; the save's own deadline is shorter and ends the wait before
 _LOOK_S = 0.5  # how often a write looks whether it is still wanted
@@ -126,7 +127,9 @@ class ArrayWriter:
 
     def finalize(self, directory: str) -> None:
         """Merge the processes' OCDBT stores into one. Called by one process when all have written."""
-        shared = ts.Context({"file_io_sync": False}, parent=context())  # whoever seals the files makes them durable
+        # Whoever seals the files makes them durable. Two small reads for each process: many at once.
+        limits = {"file_io_sync": False, "gcs_request_concurrency": {"limit": MERGE_READS}}
+        shared = ts.Context(limits, parent=context())
         files = ts.KvStore.open(files_spec(directory), context=shared).result(timeout=_TIMEOUT_S)
         listed = files.list(ts.KvStore.KeyRange(_STORES, _STORES + "~")).result(timeout=_TIMEOUT_S)
         stores = [
