@@ -6,10 +6,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from tests.places import DEADLINE_S, reports, start
 
 from launch import contract
 from launch.contract import DetectedContract, Detection, JobContract
+from tests.places import DEADLINE_S, reports, start
 from tests.processes import free_port
 
 SLURM = {

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.places import reports
 
 from launch import contract, gke, manifest_check, manifests
 from launch.contract import JobContract
 from launch.manifests import Manifest, PodJob, Pool
+from tests.places import reports
 from tests.processes import free_port
 
 REPOSITORY = Path(__file__).parents[1]
