@@ -106,6 +106,8 @@ class Metrics:
                 self._down.inc()
             case events.Retried():
                 self._retries.labels(event.what).inc()
+            case events.StoreRetried():
+                self._retries.labels(f"store {event.reason}").inc()
             case events.Collected():
                 self._deleted.inc(event.deleted_bytes)
                 self._undeleted.inc(event.failed)

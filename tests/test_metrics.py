@@ -150,6 +150,11 @@ def test_a_port_or_a_file_that_cannot_be_had_is_a_warning_and_no_harm(
     assert len(said) == 2 and "cannot be listened on" in said[0] + said[1] and "/nowhere/job.prom" in said[0] + said[1]
 
 
+def test_traces_without_a_tracer_provider_go_nowhere_and_hurt_nobody(root: Path) -> None:
+    with oc.Agent(root, options=now(traces=True)) as agent:
+        assert agent.save(0, state(0)) and agent.all_steps() == [0]
+
+
 def test_the_listener_is_on_loopback_unless_asked() -> None:
     assert oc.Options().metrics_address == "127.0.0.1" and oc.Options().metrics_port is None
     with pytest.raises(oc.UsageError, match="metrics_port"):
@@ -165,11 +170,13 @@ def test_counting_is_by_cause_and_intervals_are_medians_of_the_last_ones() -> No
     at[0] = 250.0
     for cause in ("silent", "silent", "fenced"):
         metrics.hear(events.SaveNotCommitted(1, "a", "r", cause))
+    metrics.hear(events.StoreRetried("get", "a/b", "http 503", 1, 0.1))
     for kind in (events.Retried("journal", 1), events.SteppedDown(1, "a", "r"), events.Collected(1, 7, 2)):
         metrics.hear(kind)
     got = collected(metrics)
     assert got["orchestrator_commit_interval_seconds"] == 10.0 and got["orchestrator_seconds_since_commit"] == 30.0
     assert got["orchestrator_saves_not_committed_total|silent"] == 2 and got["orchestrator_fenced_total"] == 1
+    assert got["orchestrator_retries_total|store http 503"] == 1
     assert got["orchestrator_retries_total|journal"] == got["orchestrator_stepped_down_total"] == 1
     assert (got["orchestrator_deleted_bytes_total"], got["orchestrator_delete_failures_total"]) == (7, 2)
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from absl import flags as absl_flags
 
-from orchestrator.cli import commands, diff, doctor, export, plan, report, verify, watch
+from orchestrator.cli import commands, diff, doctor, export, plan, render, report, verify, watch
 from orchestrator.cli.adopt import adopt
+from orchestrator.cli.completion import script
+from orchestrator.cli.schema import schema
 from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
 _BROKEN_PIPE = 128 + 13
@@ -186,8 +189,34 @@ COMMANDS = {
 }
 
 
+# Commands without a run: what they print for the word after them.
+_PRINTED: dict[str, tuple[str, Callable[[str], str]]] = {
+    "schema": ("JSON Schema of a command's --json: orchestrator schema ls", lambda word: render.document(schema(word))),
+    "completion": (
+        "completion for bash, zsh or fish: source <(orchestrator completion bash)",
+        lambda word: script(word, {**_flag_names(), **dict.fromkeys(_PRINTED, ())}, _abouts()),
+    ),
+}
+
+
+def _flag_names() -> dict[str, list[tuple[str, str]]]:
+    return {name: [(flag.name, flag.about) for flag in (*command.flags, _JSON)] for name, command in COMMANDS.items()}
+
+
+def _abouts() -> dict[str, str]:
+    printed = {name: about for name, (about, _) in _PRINTED.items()}
+    return {name: command.about for name, command in COMMANDS.items()} | printed
+
+
+def _row(term: str, about: str, width: int) -> str:
+    """A term and what it means, in lines of 80 columns."""
+    return textwrap.fill(
+        about, 80, initial_indent=f"  {term:<{width}} ", subsequent_indent=" " * (width + 3), break_on_hyphens=False
+    )
+
+
 def _usage() -> str:
-    rows = "\n".join(f"  {name:<11} {command.about}" for name, command in COMMANDS.items())
+    rows = "\n".join(_row(name, about, 11) for name, about in _abouts().items())
     return f"usage: orchestrator COMMAND ROOT [flags]\n\ncommands (each has --help):\n{rows}"
 
 
@@ -196,12 +225,11 @@ def _help(name: str, command: Command) -> str:
     for flag in (*command.flags, _JSON):
         default = "" if flag.default in (None, False) else f" (default {flag.default})"
         short = f"-{flag.short}, " if flag.short else ""
-        rows.append(f"  {short}--{flag.name:<12} {flag.about}{default}")
+        rows.append(_row(f"{short}--{flag.name}", f"{flag.about}{default}", 16))
     examples = "\n".join(f"  {line}" for line in command.examples)
     return (
-        f"usage: orchestrator {' '.join((name, 'ROOT', *command.arguments))} [flags]\n\n{command.about}\n\nflags:\n"
-        + "\n".join(rows)
-        + f"\n\nexamples:\n{examples}"
+        f"usage: orchestrator {' '.join((name, 'ROOT', *command.arguments))} [flags]\n\n"
+        f"{textwrap.fill(command.about, 80)}\n\nflags:\n" + "\n".join(rows) + f"\n\nexamples:\n{examples}"
     )
 
 
@@ -239,6 +267,8 @@ def main(argv: Sequence[str]) -> int:
     if name in ("-h", "-help", "--help", "help"):
         print(_usage())
         return EXIT_OK
+    if name in _PRINTED:
+        return _print(name, arguments)
     command = COMMANDS.get(name)
     if command is None:
         print(f"orchestrator: no command {name!r}; there is: {', '.join(COMMANDS)}", file=sys.stderr)
@@ -251,6 +281,20 @@ def main(argv: Sequence[str]) -> int:
     except OrchestratorError as error:
         print(f"orchestrator {name}: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _print(name: str, arguments: Sequence[str]) -> int:
+    about, text = _PRINTED[name]
+    if len(arguments) != 1 or arguments[0] in ("-h", "-help", "--help"):
+        asked = len(arguments) == 1
+        print(about, file=sys.stdout if asked else sys.stderr)
+        return EXIT_OK if asked else EXIT_USAGE
+    try:
+        print(text(arguments[0]))
+    except UsageError as error:
+        print(f"orchestrator {name}: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_OK
 
 
 def entry() -> None:

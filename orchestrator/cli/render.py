@@ -37,7 +37,11 @@ def say(text: str) -> None:
 
 def give(value: Any) -> None:
     """One JSON document on standard output."""
-    print(json.dumps(value, indent=2, sort_keys=False))
+    print(document(value))
+
+
+def document(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:

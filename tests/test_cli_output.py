@@ -1,0 +1,185 @@
+"""What commands print: JSON by its schema, tables that fit a terminal, colour on terminals only, help, completion."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import orchestrator as oc
+from orchestrator.cli.main import COMMANDS, main
+from orchestrator.cli.schema import OUTPUTS
+
+
+@pytest.fixture
+def run(root: Path, mesh8: jax.sharding.Mesh) -> Path:
+    """Steps with long names, several metrics, a pin, an abort."""
+    both = NamedSharding(mesh8, PartitionSpec("data", "model"))
+    state = {
+        f"layers_{index}/attention/a_rather_long_name_of_a_projection": jax.device_put(np.zeros((8, 8)), both)
+        for index in range(3)
+    }
+    with oc.Agent(root, options=oc.Options(async_save=False)) as agent:
+        for step in (1000, 2000):
+            agent.save(step, state, metrics={"loss": 1.23456, "accuracy": 0.98765, "perplexity": 12.3456})
+        (root / "steps" / "00003000").write_text("in the way")
+        agent.save(3000, state)
+    main(["orchestrator", "pin", str(root), "--step=1000", "--name=release-candidate"])
+    return root
+
+
+def arguments(run: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """What to give each command after its root."""
+    return {
+        "export": ["2000", str(tmp_path / "export")],
+        "diff": ["1000", "2000"],
+        "report": ["-o", str(tmp_path / "report.html")],
+        "adopt": ["--from", str(tmp_path / "orbax")],
+        **{name: ["--step=1000"] for name in ("pin", "unpin", "quarantine")},
+    }
+
+
+def test_every_commands_json_is_what_its_schema_says(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ocp.CheckpointManager(tmp_path / "orbax") as manager:
+        manager.save(5, args=ocp.args.StandardSave({"w": jnp.zeros(4)}))
+    assert set(OUTPUTS) == set(COMMANDS)
+    capsys.readouterr()
+    for name in COMMANDS:
+        root = tmp_path / "adopted" if name == "adopt" else run
+        code = main(["orchestrator", name, str(root), *arguments(run, tmp_path).get(name, []), "--json"])
+        said = capsys.readouterr()
+        assert code in (0, 1), (name, said.err)
+        msgspec.json.decode(said.out, type=OUTPUTS[name])
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_every_schema_is_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["orchestrator", "schema", name]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert "$defs" in said and ("$ref" in said or said["type"] == "array")
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_80_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["orchestrator", *([name] if name else []), "--help"]) == 0
+    text = capsys.readouterr().out.partition("examples:")[0]
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def on_a_terminal(columns: int, *words: str) -> str:
+    """What a person sees of a command on a terminal of that width."""
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    command = [sys.executable, "-m", "orchestrator.cli", *words]
+    running = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**environ, "TERM": "xterm-256color"}
+    )
+    os.close(theirs)
+    shown = b""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            more = os.read(mine, 65536)
+        except OSError:  # the terminal is gone with its last program
+            break
+        if not more:
+            break
+        shown += more
+    os.close(mine)
+    assert running.wait(10) in (0, 1), shown
+    return shown.decode()
+
+
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+TABLES = ["ls", "inspect", "log", "watch --once", "plan", "verify", "diff 1000 2000"]
+
+
+@pytest.mark.parametrize("words", [words.split() for words in TABLES], ids=TABLES)
+def test_tables_fit_80_columns_and_use_more_where_there_is_more(run: Path, words: list[str]) -> None:
+    narrow = ESCAPE.sub("", on_a_terminal(80, words[0], str(run), *words[1:])).replace(str(run), "/data/run")
+    rows = [line.rstrip() for line in narrow.splitlines()]
+    # Sentences are left to the terminal to wrap; rows of tables are not.
+    assert [row for row in rows if len(row) > 80 and "   " in row.strip()] == []
+    wide = ESCAPE.sub("", on_a_terminal(200, words[0], str(run), *words[1:]))
+    assert len(wide.splitlines()) <= len(rows)
+
+
+def test_colour_is_for_terminals_only(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "\x1b[" in on_a_terminal(80, "ls", str(run))
+    piped = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "ls", str(run)], capture_output=True, text=True, timeout=60
+    )
+    assert piped.returncode == 0 and "\x1b" not in piped.stdout + piped.stderr
+
+
+def completed(shell_line: list[str]) -> list[str]:
+    """What bash offers for the last of these words."""
+    program = (
+        'source <("$PY" -m orchestrator.cli completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
+        '_orchestrator; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", program, "bash", *shell_line],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PY": sys.executable},
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_bash_completes_commands_and_flags() -> None:
+    assert completed(["orchestrator", "do"]) == ["doctor"]
+    assert completed(["orchestrator", "un"]) == ["unpin"]
+    assert completed(["orchestrator", "plan", "/data/run", "--host"]) == ["--host_memory"]
+    assert set(completed(["orchestrator", "pin", "/r", "--"])) == {"--step", "--name", "--json"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shells_script_is_one_that_it_accepts(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["orchestrator", "completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here to ask")
+    done = subprocess.run([shell, "-n"], input=text, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["completion", "tcsh"], 2, "wanted bash, zsh or fish"),
+        (["schema", "nope"], 2, "wanted one of ls, "),
+        (["schema"], 2, "orchestrator schema ls"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], code: int, said: str, capsys: Any) -> None:
+    assert main(["orchestrator", *words]) == code
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
