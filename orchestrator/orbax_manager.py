@@ -167,7 +167,10 @@ class CheckpointManager:
         args = self._from_legacy(items, save_kwargs, args, "Save")
         if self._orbax.read_only or not (force or self.should_save(step)):
             return False
-        if any(info.step == step for info in self._infos):
+        if self._knows(step):
+            self.wait_until_finished()  # perhaps it has failed: then it may be tried again
+            self.reload()
+        if self._knows(step):
             raise orbax.step_exists(f"{self._url}: step {step} is there already; it is not overwritten")
         what = orbax_items.saving(args)
         shown = None if self._orbax.prevent_write_metrics else metrics
@@ -324,6 +327,9 @@ class CheckpointManager:
                 f"`orchestrator adopt {self._url}`, or use another directory"
             )
         return [(live.step, live.time, live.metrics) for live in head.live if live.restorable] if head else []
+
+    def _knows(self, step: int) -> bool:
+        return any(info.step == step for info in self._infos)
 
     def _saving(self) -> bool:
         return self._agent is not None and self._agent.in_flight is not None

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from orchestrator import compat
+from orchestrator import compat, failpoints
 from orchestrator.cli.main import main
 
 FORMATS = {
@@ -187,3 +187,23 @@ def test_what_cannot_be_adopted_is_named_and_nothing_is_written(
     os.makedirs(unfinished)
     assert adopt(root, f"--from={theirs}") == 0
     assert oc.open_run(root).all_steps() == [10, 20]
+
+
+@pytest.mark.parametrize("nth", [3, 12, 30])
+def test_a_crash_in_the_middle_leaves_whole_steps_and_adopting_again_goes_on(
+    nth: int, root: Path, mesh8: jax.sharding.Mesh
+) -> None:
+    orbax_run(root, mesh8)
+    failpoints.configure({failpoints.VARIABLE: f"storage.link=error@nth={nth}"}, 0)
+    try:
+        assert adopt(root) == 1
+    finally:
+        failpoints.configure({}, 0)
+    if (root / "journal").exists():
+        assert main(["orchestrator", "verify", str(root), "--all"]) == 0 or not oc.open_run(root).all_steps()
+    assert adopt(root) == 0
+    assert oc.open_run(root).all_steps() == [10, 20]
+    assert main(["orchestrator", "verify", str(root), "--all"]) == 0
+    assert main(["orchestrator", "gc", str(root)]) == 0  # what the crash has left
+    files = [path.relative_to(root / "steps") for path in (root / "steps").rglob("*") if path.is_file()]
+    assert len({path.parts[:2] for path in files}) == 2

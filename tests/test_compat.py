@@ -13,7 +13,7 @@ import pytest
 from jobs import orbax_loops
 
 import orchestrator as oc
-from orchestrator import compat
+from orchestrator import compat, failpoints
 
 IMPORT = "import orbax.checkpoint as ocp\n"
 SOURCE = Path(orbax_loops.__file__).read_text()
@@ -161,3 +161,21 @@ def test_orbax_steps_that_are_not_adopted_are_not_overlooked(root: Path) -> None
         theirs.save(7, args=orbax.checkpoint.args.StandardSave({"w": jnp.ones(2)}))
     with pytest.raises(oc.UsageError, match=r"holds 1 steps of Orbax's own \(newest 7\).*orchestrator adopt"):
         compat.CheckpointManager(root)
+
+
+def test_a_save_that_failed_is_tried_again_and_does_not_end_the_loop(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = orbax.checkpoint.args.StandardSave({"w": jnp.ones(2)})
+    monkeypatch.setenv(failpoints.VARIABLE, "save.write=error@step=1")
+    with compat.CheckpointManager(root) as running:
+        assert running.save(1, args=args)
+        running.wait_until_finished()
+        assert running.all_steps() == []
+        monkeypatch.delenv(failpoints.VARIABLE)
+        failpoints.configure({}, 0)
+        assert running.save(1, args=args, force=True)
+        running.wait_until_finished()
+        assert running.all_steps() == [1]
+        with pytest.raises(orbax.checkpoint.checkpoint_manager.StepAlreadyExistsError, match="step 1 is there already"):
+            running.save(1, args=args, force=True)

@@ -48,6 +48,7 @@ def test_every_python_example_of_a_page_runs(page: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if pages.commands(page.read_text())], ids=name)
 def test_every_shell_example_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     said = "".join(pages.run(command, tmp_path)[1] for command in pages.commands(page.read_text()))

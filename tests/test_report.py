@@ -104,6 +104,10 @@ def test_incidents_have_causes_and_a_restart_its_cost(run: Path, capsys: pytest.
     began = by_step(made)[2].began
     assert second.lost_s == pytest.approx(second.opened - began + second.restore_s, abs=0.2)
     assert made.goodput.share is not None and 0 <= made.goodput.share < 1
+    marks = [each.mark for each in made.intervals]
+    assert marks.count("optimum") == 1 and marks.count("this run") == 1
+    best = next(each for each in made.intervals if each.mark == "optimum")
+    assert all(0 < each.share <= best.share * 1.01 for each in made.intervals)
     blocked = sum(part.blocked for save in made.saves for part in save.parts)
     assert made.goodput.blocked_s == pytest.approx(blocked) and made.goodput.restarts_s == second.lost_s
 

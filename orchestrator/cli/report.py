@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import statistics
 import time
 import uuid
 from collections.abc import Iterable
@@ -10,7 +12,7 @@ from importlib import resources
 
 import msgspec
 
-from orchestrator import journal, layout
+from orchestrator import cadence, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import Flags, open_catalog
@@ -21,6 +23,7 @@ from orchestrator.records import Head, LeafSpec, LiveStep
 from orchestrator.story import Story
 
 _LEAVES = 12  # of which the sharding is drawn: the largest
+_RECENT = 200  # saves that what-if figures go by
 _PLACE = "/*REPORT*/null"
 
 
@@ -86,6 +89,15 @@ class Goodput(msgspec.Struct, forbid_unknown_fields=True):
     share: float | None
 
 
+class IntervalOf(msgspec.Struct, forbid_unknown_fields=True):
+    """What saving every `interval_s` would have as goodput, by Daly's model and what this run has measured. `mark`:
+    `optimum`, or `this run` (the median between its saves)."""
+
+    interval_s: float
+    share: float
+    mark: str
+
+
 class LeafOf(msgspec.Struct, forbid_unknown_fields=True):
     """`split`: mesh axes that split each dimension; None if it is not a sharded array."""
 
@@ -120,6 +132,7 @@ class Report(msgspec.Struct, forbid_unknown_fields=True):
     incidents: list[Incident]
     goodput: Goodput
     mesh: MeshOf | None
+    intervals: list[IntervalOf] = []
 
 
 def report(root: str, flags: Flags) -> int:
@@ -177,6 +190,7 @@ def build(catalog: Catalog, story: Story, now: float) -> Report:
         incidents=_incidents(heads, story),
         goodput=_goodput(heads, saves, epochs, story),
         mesh=_mesh(catalog, newest),
+        intervals=_intervals(heads, saves),
     )
 
 
@@ -293,6 +307,22 @@ def _goodput(heads: list[_Slim], saves: list[SaveOf], epochs: list[EpochOf], sto
     restarts_s = sum(epoch.lost_s for epoch in epochs)
     share = max(0.0, 1 - (blocked_s + restarts_s) / wall_s) if wall_s > 0 else None
     return Goodput(wall_s, blocked_s, restarts_s, share)
+
+
+def _intervals(heads: list[_Slim], saves: list[SaveOf]) -> list[IntervalOf]:
+    """Expected goodput at the interval of this run, at the optimum and around it; [] before anything was measured."""
+    told = [save for save in saves if save.outcome == "committed" and save.parts][-_RECENT:]
+    if not told:
+        return []
+    blocked_s = [max(part.blocked for part in save.parts) for save in told]
+    durable_s = [max(part.ended for part in save.parts) for save in told]
+    costs = cadence.costs(cadence.history(slim.head for slim in heads), blocked_s, durable_s)
+    best = cadence.optimal_interval_s(costs.blocked_s, costs.mtbf_s)
+    marks = {best * factor: "" for factor in (1 / 16, 1 / 4, 4, 16)} | {best: "optimum"}
+    gaps = [after.began - before.began for before, after in itertools.pairwise(told) if before.epoch == after.epoch]
+    if gaps and statistics.median(gaps) > 0:
+        marks[statistics.median(gaps)] = "this run"
+    return [IntervalOf(each, share, marks[each]) for each, share in cadence.goodputs(costs, sorted(marks))]
 
 
 def _mesh(catalog: Catalog, newest: LiveStep | None) -> MeshOf | None:
