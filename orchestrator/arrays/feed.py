@@ -61,10 +61,11 @@ class Feed:
     def take(self) -> tuple[LeafSpec, Part] | None:
         """The next part; None if there is none and none will come."""
         while True:
+            open_before = self._open  # looked at first: a part may be added, and the end told, between two looks
             try:
                 return self._parts.popleft()
             except IndexError:
-                if not self._open:
+                if not open_before:
                     return None
             with self._changed:
                 if self._open and not self._parts:

@@ -194,7 +194,7 @@ class PendingWrite:
         self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
         self._running: list[Future[None]] = []
         self._staged: Sequence[Staged] = ()
-        self._bytes = 0
+        self._bytes = self._chunks = 0
         self._files: dict[str, datafiles.DataFile] = {}
         self.boxes: Mapping[str, tuple[Box, ...]] = {}
 
@@ -208,6 +208,7 @@ class PendingWrite:
 
     def add(self, item: Staged) -> None:
         self._bytes += sum(data.nbytes for data, _ in item.parts)
+        self._chunks += sum(len(pieces) for _, pieces in item.parts)
         self._feed.add(item)
 
     def staged(self, staged: Sequence[Staged]) -> None:
@@ -295,7 +296,9 @@ class PendingWrite:
         return chunks.metadata_key(leaf.name).encode(), body
 
     def _write_tree(self) -> None:
-        """The store's tree and manifest, once all chunks have their places."""
+        """The store's tree and manifest, once all chunks have their places. The receipt promises all of them."""
+        if len(self._progress.checksums) != self._chunks:
+            raise StorageError(f"{len(self._progress.checksums)} of {self._chunks} chunks were written")
         with garbage.paused():
             self._write_nodes(sorted(self._progress.entries), f"{_STORES}{self._process}")
 

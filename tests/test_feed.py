@@ -1,0 +1,74 @@
+"""Parts of a state go from the staging thread to the writing threads, each exactly once, whatever the interleaving."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import leaf
+
+from orchestrator.arrays.feed import Feed
+from orchestrator.arrays.staging import Staged
+from orchestrator.errors import WaitTimeout
+
+
+def staged(count: int = 1) -> Staged:
+    data = np.zeros(4, np.uint8)
+    return Staged(leaf("w"), "np.ndarray", tuple((data, ()) for _ in range(count)))
+
+
+def test_a_part_added_and_the_end_told_between_two_looks_is_not_lost() -> None:
+    feed = Feed(100)
+
+    class Interleaved(deque[Any]):
+        """The staging thread runs just after a writing thread has found nothing."""
+
+        done = False
+
+        def popleft(self) -> Any:
+            if not self.done:
+                self.done = True
+                feed.add(staged())
+                feed.end()
+                raise IndexError
+            return super().popleft()
+
+    feed._parts = Interleaved()
+    assert feed.take() is not None
+    assert feed.take() is None
+
+
+def test_every_part_is_taken_once_and_the_budget_is_kept() -> None:
+    for limit in (8, 16, 1000):
+        feed = Feed(limit)
+        taken: list[object] = []
+
+        def work(feed: Feed = feed, taken: list[object] = taken) -> None:
+            while (found := feed.take()) is not None:
+                taken.append(found)
+                feed.written(found[1][0].nbytes)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(300):
+            feed.wait_for_room(8, deadline=float("inf"))
+            feed.add(staged(2))
+        feed.end()
+        for thread in threads:
+            thread.join(10)
+        assert len(taken) == 600
+        assert feed.held_bytes == 0 and feed.peak_bytes <= limit
+
+
+def test_waiting_for_room_ends_at_the_deadline_and_with_a_writers_error() -> None:
+    feed = Feed(4)
+    feed.add(staged())
+    with pytest.raises(WaitTimeout, match="4 bytes of the state are not written yet, host_bytes_max is 4"):
+        feed.wait_for_room(4, deadline=0.0)
+    feed.end(OSError("disk full"))
+    with pytest.raises(OSError, match="disk full"):
+        feed.wait_for_room(4, deadline=float("inf"))
