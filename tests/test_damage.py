@@ -16,6 +16,7 @@ from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
 from orchestrator import arrays, errors, layout
+from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
 from orchestrator.storage import PosixStorage
@@ -164,6 +165,22 @@ def test_a_store_that_fails_is_stepped_over_and_nothing_is_quarantined_for_it(ro
         with pytest.raises(oc.StorageError, match=r"none of 2 steps could be read; step 2: .*EIO.*step 1: "):
             agent.restore(LIKE)
         assert agent.all_steps() == [1, 2]
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/hostname", "d/../../secret"])
+def test_a_store_whose_tree_points_out_of_its_directory_is_not_followed(tmp_path: Path, path: str) -> None:
+    (tmp_path / "secret").write_bytes(b"not yours")
+    state = tmp_path / "state"
+    state.mkdir()
+    nodes, manifest = ocdbt.encode([(b"w/c/0", (path, 0, 9))], "nodes", 0, bytes(16), 1)
+    (state / "nodes").write_bytes(nodes)
+    (state / ocdbt.MANIFEST).write_bytes(manifest)
+    store = LocalStore(str(state))
+    places = store.places()
+    assert places is not None and places["w/c/0"] == (path, 0, 9)
+    with pytest.raises(oc.UnsafeKey, match="not a plain relative path"):
+        store.read_into(memoryview(bytearray(5)), (path, 0, 9), "w")
+    store.close()
 
 
 def test_running_out_of_descriptors_is_no_damage(root: Path) -> None:

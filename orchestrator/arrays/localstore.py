@@ -11,6 +11,7 @@ import crc32c
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt
 from orchestrator.errors import Damaged, OrchestratorError, StorageError
+from orchestrator.layout import check_key
 
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 
@@ -83,6 +84,7 @@ class LocalStore:
         if path not in self._open:
             with self._lock:
                 if path not in self._open:
+                    check_key(path, f"{self._directory}/{ocdbt.MANIFEST}")  # it comes from storage
                     self._open[path] = os.open(os.path.join(self._directory, path), os.O_RDONLY)
         return self._open[path]
 
