@@ -63,6 +63,7 @@ NOT_RUN = {
     "first-half-hour": "make setup, which this suite itself has needed",
     "quickstart": "four hosts; first-half-hour.md runs the same with two",
     "operating": "gc, pin and unpin on a ROOT: tests/test_cli.py",
+    "docs/benchmarks.md": "minutes to an hour of `make bench` and its parts, and PyTorch",
 }
 COMMAND = re.compile(r"^(orchestrator|python -m|make|export|pip) ", re.MULTILINE)
 
