@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -141,6 +141,25 @@ def test_a_store_that_is_down_is_an_error_within_the_deadline_and_works_again_wh
                 call()
             assert time.monotonic() - started < 2.5
     assert store.get("a") == b"1"
+
+
+def test_an_outage_is_waited_for_once_and_after_that_only_a_part_of_the_deadline(gcs: EmulatorProcess) -> None:
+    store = patient(gcs, deadline_s=4.0)
+    store.create("a", b"1")
+
+    def seconds(call: Callable[[], object]) -> float:
+        started = time.monotonic()
+        with pytest.raises(StorageError):
+            call()
+        return time.monotonic() - started
+
+    with faults(gcs, down=True):
+        assert seconds(lambda: store.get("a")) > 1.0
+        assert seconds(lambda: store.create("b", b"2")) < 2.0  # and that is a create and reading it back
+        assert seconds(lambda: list(store.list(""))) < 1.0
+    assert store.get("a") == b"1"
+    with faults(gcs, down=True):
+        assert seconds(lambda: store.get("a")) > 1.0  # it has answered in between
 
 
 def test_when_the_retry_budget_is_spent_callers_fail_at_once_and_answers_earn_it_back(gcs: EmulatorProcess) -> None:

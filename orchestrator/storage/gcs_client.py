@@ -36,6 +36,7 @@ _DEADLINE_S = 120.0  # for one operation with all its retries; DEADLINE says ano
 DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"
 _REQUEST_S = 30.0  # for one try, and a second more for each MiB that it carries
 _FIRST_WAIT_S, _WAIT_MAX_S = 0.25, 16.0
+_DOWN_SHARE = 8  # while the store answers nothing, an operation waits only this part of the deadline
 _BUDGET = 200.0  # retries that may be spent before answers have to earn them
 _EARNED = 1.0  # by each request that is answered
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
@@ -105,6 +106,7 @@ class Client:
         self._loop = get_loop()
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(CONCURRENCY)
+        self._down = False  # an operation has waited for its whole deadline, and nothing has been answered since
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -147,21 +149,25 @@ class Client:
         body: bytes | None,
     ) -> Reply:
         started = time.monotonic()
+        # A save makes several requests in a row: each with the whole patience would outlast the save's own deadline.
+        deadline_s = self.deadline_s / _DOWN_SHARE if self._down else self.deadline_s
         landed = False
         for tries in itertools.count(1):
             self.requests[operation] += 1
             try:
-                left_s = started + self.deadline_s - time.monotonic()
+                left_s = started + deadline_s - time.monotonic()
                 reply = await self._once(method, path, params, headers, body, max(0.001, left_s))
                 self._budget.earn()
+                self._down = False
                 return Reply(reply.status, reply.headers, reply.body, repeated=landed)
             except _NoAnswer as error:
                 landed |= error.landed
                 wait_s = max(error.wait_s, random.uniform(0, min(_WAIT_MAX_S, self._first_wait_s * 2 ** (tries - 1))))
                 spent_s = time.monotonic() - started
-                late = spent_s + wait_s > self.deadline_s
+                late = spent_s + wait_s > deadline_s
+                self._down = self._down or late
                 if late or not self._budget.spend():
-                    why = f"deadline of {self.deadline_s:g} s" if late else "the process's retry budget is spent"
+                    why = f"deadline of {deadline_s:g} s" if late else "the process's retry budget is spent"
                     text = f"{operation} {name}: {error}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
                     raise Unavailable(text, landed=landed) from error
                 self.retries[error.kind] += 1
