@@ -238,8 +238,9 @@ def _cost(leaf: LeafSpec, boxes: Iterable[Box]) -> Cost:
     return Cost(read_bytes, len(wanted), sum(array_bytes), max(array_bytes))
 
 
-def speed(restores: Iterable[Measured]) -> Speed | None:
-    """How fast this run's restores were; None if none was measured. Medians: a cold cache is not the rule."""
+def speed(restores: Iterable[Measured], processes: int) -> Speed | None:
+    """How fast this run's restores were, for a job of `processes`; None if none was measured. Medians: a cold cache is
+    not the rule. On one machine processes share cores: restores by as many of them count, where there are any."""
     groups: dict[tuple[int, int], list[Measured]] = {}
     for restore in restores:
         if restore.read_bytes and restore.array_s > 0:
@@ -247,6 +248,8 @@ def speed(restores: Iterable[Measured]) -> Speed | None:
     if not groups:
         return None
     rates, fixed, crowd = [], [], 1
+    if len({restore.machine for group in groups.values() for restore in group}) == 1:
+        groups = {key: group for key, group in groups.items() if len(group) == processes} or groups
     machines = {restore.machine for group in groups.values() for restore in group}
     for group in groups.values():
         for machine in {restore.machine for restore in group}:

@@ -141,12 +141,19 @@ def restore(epoch: int, machine: str, seconds: float, array_s: float, read_bytes
 
 
 def test_speed_is_that_of_a_machine_and_the_time_that_of_the_busiest_one() -> None:
-    assert forecast.speed([restore(1, "a", 1.0, 0.5, 0)]) is None
-    one = forecast.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "a", 3.0, 2.0, 100)])
+    assert forecast.speed([restore(1, "a", 1.0, 0.5, 0)], 1) is None
+    one = forecast.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "a", 3.0, 2.0, 100)], 4)
     assert one == forecast.Speed(1.0, 100.0, None, 1)
     assert one.seconds([Cost(100), Cost(300)]) == 1.0 + 4.0  # all on that one machine
-    two = forecast.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "b", 2.0, 1.0, 100)])
+    two = forecast.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "b", 2.0, 1.0, 100)], 4)
     assert two is not None and two.seconds([Cost(100), Cost(300)]) == 1.0 + 3.0  # each on its own
+
+
+def test_on_one_machine_restores_by_as_many_processes_count_where_there_are_any() -> None:
+    by_two = [restore(1, "a", 2.0, 1.0, 100), restore(1, "a", 2.0, 1.0, 100)]
+    by_one = [restore(2, "a", 0.5, 0.25, 100)]
+    rates = [forecast.speed(by_two + by_one, processes) for processes in (1, 2, 4)]
+    assert [rate and (rate.machine_bytes_per_s, rate.restores) for rate in rates] == [(400, 1), (200, 1), (300, 2)]
 
 
 @pytest.mark.parametrize(("text", "size"), [("64GiB", 64 << 30), ("1.5T", 3 << 39), ("800MB", 800 << 20), ("7", 7)])

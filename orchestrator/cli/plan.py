@@ -56,10 +56,11 @@ def plan(root: str, flags: dict[str, Any]) -> int:
     memory = parse_bytes("host_memory", flags["host_memory"]) if flags["host_memory"] else None
     reserve = parse_bytes("program_memory", flags["program_memory"])
     told = Story().tell(read(directory_of(catalog.url, flags["events_dir"])))
-    pace = speed(
+    measured = [
         Measured((each.epoch, each.step), each.machine, each.seconds, each.array_s, each.read_bytes)
         for each in told.restores
-    )
+    ]
+    pace = speed(measured, target.processes)
     costs = forecast(intent.tree, target)
     peaks = [cost.peak_bytes(files=catalog.url.startswith("file://")) for cost in costs.costs]
     problems = [*costs.problems, *_too_big(peaks, memory, reserve)]
