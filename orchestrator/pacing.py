@@ -58,11 +58,13 @@ class Pacing:
 class Looks:
     """When all processes next ask process 0 whether a timed policy is due: a question is a collective, which may cost
     more than many saves do. Process 0 says at each look at which step the next one is: half-way, in time, to when a
-    save can be due, by how long steps have taken, so that a slower step is noticed. Main thread, all processes."""
+    save can be due, by how long steps have taken, and at most twice as far as the one before, from one step on after
+    each save: steps that are suddenly slower must not make the save late. Main thread, all processes."""
 
     def __init__(self) -> None:
         self.next = 0  # the same on all processes
         self._looked: tuple[int, float] | None = None
+        self._stride = 1
 
     def plan(self, step: int, quiet_s: float) -> int:
         """On process 0, at a look at `step`: the step of the next look. `quiet_s`: nothing is due by time before."""
@@ -70,11 +72,14 @@ class Looks:
         if before is None or step > before[0]:
             self._looked = (step, now)
         if quiet_s <= 0:
+            self._stride = 1
             return step
         if before is None or step <= before[0]:
             return step + 1
         step_s = max((now - before[1]) / (step - before[0]), 1e-6)
-        return step + max(1, min(_LOOK_STEPS_MAX, int(quiet_s / 2 / step_s)))
+        stride = max(1, min(self._stride, _LOOK_STEPS_MAX, int(quiet_s / 2 / step_s)))
+        self._stride = 2 * stride
+        return step + stride
 
 
 def _history(catalog: Catalog) -> cadence.History:

@@ -81,10 +81,10 @@ def test_save_follows_the_policy_says_whether_it_saved_and_can_be_forced(root: P
 
 
 def test_a_policy_in_seconds_counts_from_the_last_saves_beginning(root: Path) -> None:
-    with oc.Agent(root, save=oc.every_seconds(0.3), options=now()) as agent:
+    with oc.Agent(root, save=oc.every_seconds(1.5), options=now()) as agent:
         assert agent.save(1, state(1))
         assert not agent.save(2, state(2))
-        time.sleep(0.35)
+        time.sleep(1.55)
         assert agent.save(3, state(3))
 
 

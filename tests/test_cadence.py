@@ -191,13 +191,20 @@ def test_a_timed_policy_is_asked_about_seldom_and_its_saves_are_on_time(root: Pa
     assert len(rendezvous.asked) < 75, rendezvous.asked
 
 
-def test_the_next_look_is_half_way_and_never_more_than_64_steps_away() -> None:
+def test_the_next_look_is_half_way_doubles_at_most_and_is_never_more_than_64_steps_away() -> None:
     looks = Looks()
     assert looks.plan(0, 100.0) == 1  # how long a step takes is not known yet
     assert looks.plan(1, 0.0) == 1  # due: the same question at the same step has the same answer
-    assert looks.plan(2, 1e9) == 2 + 64
+    step, strides = 2, []
+    for _ in range(9):
+        following = looks.plan(step, 1e9)
+        strides.append(following - step)
+        step = following
+    assert strides == [1, 2, 4, 8, 16, 32, 64, 64, 64]
     time.sleep(0.1)
-    assert 3 + 3 <= looks.plan(3, 1.0) <= 3 + 5
+    assert 1 <= looks.plan(step, 0.01) - step <= 4  # 0.01 s is left, of steps of 0.1 s / 64
+    assert looks.plan(step + 4, 0.0) == step + 4
+    assert looks.plan(step + 5, 1e9) == step + 6  # after a save: one by one again
 
 
 def test_a_users_own_timed_policy_is_asked_about_at_each_step(root: Path) -> None:
