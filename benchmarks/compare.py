@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +41,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--directory", default=None, help="where to write (default: the system's temporary directory)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", metavar="DOCS", help="put tables and plot into this directory")
+    parser.add_argument(
+        "--peers", default="", help="only these, by name, with commas (default: all that are installed)"
+    )
+    parser.add_argument("--memory", action="store_true", help="only the peaks of memory, one round")
     parser.add_argument("--restore-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=3, metavar=("INDEX", "PORT", "PORT2"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -50,10 +55,12 @@ def main() -> None:
     if args.worker:
         work(args, int(args.worker[0]), args.worker[1:])
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the workers are ended on the way out
     results = {}
     for shape in SHAPES if args.all else [args.shape]:
         results[shape] = _shape(args, shape)
-        print(json.dumps(results[shape]) if args.json else report.table(shape, results[shape]), flush=True)
+        shown = json.dumps(results[shape]) if args.json or args.memory else report.table(shape, results[shape])
+        print(shown, flush=True)
     if args.write:
         report.write(args.write, results)
 
@@ -61,18 +68,28 @@ def main() -> None:
 def _shape(args: argparse.Namespace, shape: str) -> dict[str, dict[str, list[float]]]:
     rounds = args.rounds or SHAPES[shape].rounds
     scratch = tempfile.mkdtemp(prefix="bench-", dir=args.directory)
-    common = ["--shape", shape, "--rounds", str(rounds), "--directory", scratch]
+    common = ["--shape", shape, "--directory", scratch, "--peers", args.peers]
+    size = ["--processes", str(args.processes), "--devices", str(args.devices)]
+    alone = ["--processes", "1", "--devices", str(args.processes * args.devices), "--restore-only"]
+    jobs = [([*common, *size, "--rounds", "1", "--memory"], args.processes, _GIVE_BACK)]
+    if not args.memory:
+        timed = [*common, "--rounds", str(rounds)]
+        jobs = [([*timed, *size], args.processes, {}), ([*timed, *alone], 1, {}), *jobs]
+    results: dict[str, dict[str, list[float]]] = {}
     try:
-        results = _job([*common, "--processes", str(args.processes), "--devices", str(args.devices)], args.processes)
-        alone = ["--processes", "1", "--devices", str(args.processes * args.devices), "--restore-only"]
-        for name, figures in _job([*common, *alone], 1).items():
-            results[name].update(figures)
+        for arguments, processes, environment in jobs:
+            for name, figures in _job(arguments, processes, environment).items():
+                results.setdefault(name, {}).update(figures)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return results
 
 
-def _job(arguments: list[str], processes: int) -> dict[str, dict[str, list[float]]]:
+# glibc keeps freed memory for later: then a peak would be that of the peer before.
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def _job(arguments: list[str], processes: int, environment: dict[str, str]) -> dict[str, dict[str, list[float]]]:
     """Process 0's figures of one job."""
     ports = [str(_free_port()) for _ in range(2)]
     command = [sys.executable, "-m", "benchmarks.compare", *arguments, "--worker"]
@@ -81,7 +98,7 @@ def _job(arguments: list[str], processes: int) -> dict[str, dict[str, list[float
             [*command, str(index), *ports],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         )
         for index in range(processes)
     ]

@@ -23,12 +23,18 @@ def table(shape: str, results: Results) -> str:
     for name, figures in results.items():
         cells = [_times(figures.get(column, [])) for column in COLUMNS]
         # Of a few kilobytes of state, memory says nothing.
-        sized = [figures.get(column, []) if shape != "leaves" else [] for column in ("peak save", "peak restore")]
+        sized = [
+            figures.get(column, []) if _has_memory(shape, name) else [] for column in ("peak save", "peak restore")
+        ]
         peaks = [_median(values, "{:.2f}x") for values in sized]
         disk = _median([value / (1 << 20) for value in figures.get("bytes on disk", [])], "{:.1f}")
         lines.append(_row([name, *cells, *peaks, disk]))
     lines += ["", _ratios(results), ""]
     return "\n".join(lines)
+
+
+def _has_memory(shape: str, name: str) -> bool:
+    return shape != "leaves" and name != "raw limit"
 
 
 def _ratios(results: Results) -> str:
@@ -73,7 +79,11 @@ def write(directory: str, results: Mapping[str, Results]) -> None:
     tables between the marks of `benchmarks.md`, and the plot."""
     raw = Path(directory) / "benchmarks.json"
     earlier = json.loads(raw.read_text()) if raw.exists() else {}
-    every = {shape: figures for shape in SHAPES if (figures := results.get(shape) or earlier.get(shape))}
+    every: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for shape in (shape for shape in SHAPES if shape in results or shape in earlier):
+        for source in (earlier.get(shape, {}), results.get(shape, {})):
+            for name, figures in source.items():
+                every.setdefault(shape, {}).setdefault(name, {}).update(figures)
     raw.write_text(json.dumps(_rounded(every), indent=1) + "\n")
     page = Path(directory) / "benchmarks.md"
     before, _, rest = page.read_text().partition(MARKS[0])

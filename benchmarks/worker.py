@@ -25,6 +25,8 @@ def work(args: argparse.Namespace, index: int, ports: list[str]) -> None:
     from benchmarks.peers import peers_for
 
     peers = peers_for(args.shape)
+    if args.peers:
+        peers = {name: peers[name] for name in args.peers.split(",")}
     if any(name.startswith("torch") for name in peers):
         _torch(index, args.processes, ports[1])
     state = shapes.build(args.shape)
@@ -38,7 +40,11 @@ def work(args: argparse.Namespace, index: int, ports: list[str]) -> None:
             keep = number == args.rounds and not name.startswith("torch")
             directory = scratch / (name.replace(" ", "-") if keep else f"{number}-{name}".replace(" ", "-"))
             figures = _round(peers[name], directory, state, targets, together(args.processes))
-            figures |= {key: value / own_bytes for key, value in figures.items() if key.startswith("peak")}
+            peaks = {"peak save": figures.pop("peak save") / own_bytes}
+            if "peak restore" in figures:  # what was restored is not extra
+                peaks["peak restore"] = figures.pop("peak restore") / own_bytes - 1
+            if args.memory:
+                figures = peaks
             if number:  # round 0 warms up
                 for column, value in figures.items():
                     results[name].setdefault(column, []).append(value)
