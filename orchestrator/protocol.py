@@ -146,8 +146,9 @@ def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
     state = replace(state, receipts=receipts)
     if state.missing:
         return state, ()
+    problems = uncovered(state.intent, state.receipts)
     # Replicas that differ: one of their devices computes wrongly, and nobody can say which one is right.
-    problems = uncovered(state.intent, state.receipts) or disagreements(state.intent, state.receipts)
+    problems = problems or disagreements(state.intent, state.receipts)
     if problems:
         return _abort(state, "; ".join(problems[:5]))
     return replace(state, phase=Phase.FINALIZING), (Finalize(),)

@@ -299,7 +299,16 @@ def test_every_error_has_an_exit_code_that_programs_can_rely_on() -> None:
     codes = {name: getattr(oc, name).exit_code for name in oc.__all__ if hasattr(getattr(oc, name), "exit_code")}
     assert codes == {
         **dict.fromkeys(
-            ["Mismatch", "OrchestratorError", "OtherJob", "OutcomeUnknown", "SaveFailed", "StorageError"], 1
+            [
+                "Mismatch",
+                "OrchestratorError",
+                "OtherJob",
+                "OutcomeUnknown",
+                "SaveFailed",
+                "StorageError",
+                "Unavailable",
+            ],
+            1,
         ),
         "WaitTimeout": 1,
         **dict.fromkeys(["UnsupportedLeaf", "UsageError"], 2),

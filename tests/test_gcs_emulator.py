@@ -94,9 +94,12 @@ def test_ranges(gcs: EmulatorProcess, folder: str) -> None:
     assert gcs.ask("GET", path, Range="bytes=2-4")[1]["Content-Range"] == "bytes 2-4/10"
 
 
+@pytest.mark.parametrize("last", [b"", b"\r", b"\n", b"\r\n"])
 @pytest.mark.parametrize("end", ["\r\n", "\n"])
-def test_a_multipart_upload_is_checked_against_its_crc32c(gcs: EmulatorProcess, folder: str, end: str) -> None:
-    data = b"--b\r\n\n--not the end" + bytes(range(256))
+def test_a_multipart_upload_is_checked_against_its_crc32c(
+    gcs: EmulatorProcess, folder: str, end: str, last: bytes
+) -> None:
+    data = b"--b\r\n\n--not the end" + bytes(range(256)) + last
     good = "crc32c=" + _base64(crc32c.crc32c(data))
 
     def send(checksum: str, name: str) -> int:

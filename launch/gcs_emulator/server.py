@@ -400,7 +400,8 @@ def _multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], str, byt
     _, about = _split_part(parts[1])
     headers, data = _split_part(second)
     sort = re.search(rb"(?im)^content-type:\s*([^\r\n]+)", headers)
-    data = data[:-2] if data.endswith(b"\r\n") else data[:-1]
+    line_end = b"\r\n" if second.startswith(b"\r\n") else b"\n"  # the data may end with a carriage return of its own
+    data = data.removesuffix(line_end)
     return json.loads(about), sort[1].decode() if sort else "application/octet-stream", data
 
 
