@@ -256,6 +256,8 @@ def speed(restores: Iterable[Measured], processes: int) -> Speed | None:
             here = [restore for restore in group if restore.machine == machine]
             rates.append(sum(restore.read_bytes for restore in here) / max(restore.array_s for restore in here))
             crowd = max(crowd, len(here))
-        fixed.append(max(restore.seconds for restore in group) - max(restore.array_s for restore in group))
+        agreeing_s = max(restore.seconds for restore in group) - max(restore.array_s for restore in group)
+        # On one machine the processes take turns at what each must do.
+        fixed.append(agreeing_s * processes / len(group) if len(machines) == 1 else agreeing_s)
     spread = None if len(machines) == 1 else crowd
     return Speed(max(0.0, statistics.median(fixed)), statistics.median(rates), spread, len(groups))

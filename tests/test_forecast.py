@@ -143,8 +143,8 @@ def restore(epoch: int, machine: str, seconds: float, array_s: float, read_bytes
 def test_speed_is_that_of_a_machine_and_the_time_that_of_the_busiest_one() -> None:
     assert forecast.speed([restore(1, "a", 1.0, 0.5, 0)], 1) is None
     one = forecast.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "a", 3.0, 2.0, 100)], 4)
-    assert one == forecast.Speed(1.0, 100.0, None, 1)
-    assert one.seconds([Cost(100), Cost(300)]) == 1.0 + 4.0  # all on that one machine
+    assert one == forecast.Speed(2.0, 100.0, None, 1)  # twice as many processes agree on it
+    assert one.seconds([Cost(100), Cost(300)]) == 2.0 + 4.0  # all on that one machine
     two = forecast.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "b", 2.0, 1.0, 100)], 4)
     assert two is not None and two.seconds([Cost(100), Cost(300)]) == 1.0 + 3.0  # each on its own
 
