@@ -7,8 +7,8 @@ Real: receipts, their bytes and their decoding, `protocol.advance` with its cove
 rules and their entry; what they take on this machine's CPU passes on the virtual clock. Modelled: a store that takes
 --read_ms and --write_ms for a request, and serves --reads_per_s and --writes_per_s of them (defaults: what Cloud
 Storage says a bucket serves before it scales itself up, https://cloud.google.com/storage/docs/request-rate; the
-latencies are assumptions). Not modelled: the arrays' own bytes, the coordination service, TensorStore's merge beyond
-its requests (two reads for each process's store).
+latencies are assumptions). The tree of chunks is made and encoded by the real code, too. Not modelled: the arrays' own
+bytes, the coordination service.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator import journal, protocol
-from orchestrator.arrays.writing import MERGE_READS
+from orchestrator import contents, journal, protocol
+from orchestrator.arrays import ocdbt
 from orchestrator.coordinator import RECEIPT_BATCH, RECEIPT_READS
 from orchestrator.records import (
     FORMAT,
@@ -33,6 +33,7 @@ from orchestrator.records import (
     LeafSpec,
     LiveStep,
     Manifest,
+    Place,
     Receipt,
     TreeSpec,
     crc32c,
@@ -41,7 +42,6 @@ from orchestrator.records import (
 )
 
 HOSTS = (100, 1000, 5000, 10_000, 20_000, 50_000)
-LIST_PAGE = 1000
 
 
 @dataclass
@@ -128,23 +128,21 @@ def simulate(hosts: int, leaves: int, store: Store, spread_s: float, seed: int) 
         clock, cpu = max(clock, *under_way) + spent, cpu + spent
     assert effects == (protocol.Finalize(),), state.failures or state.reason
     collected = clock
-    clock = store.many("read", clock, 2 * hosts, MERGE_READS)
-    merged = clock
-    clock = store.many("read", clock, -(-4 * hosts // LIST_PAGE), 1)
-    manifest_bytes, spent = timed(lambda: len(encode(_manifest(receipts))))
-    clock, cpu = clock + spent, cpu + spent
-    for _ in range(3):  # extra, manifest, what the merge has written
-        clock = store.request("write", clock)
+    tree_bytes, spent = timed(lambda: _tree_bytes(receipts))
+    clock = store.many("write", clock + spent, 2, 2)
+    manifest_bytes, more = timed(lambda: len(encode(_manifest(receipts))))
+    clock, cpu = store.request("write", clock + more), cpu + spent + more
     clock = store.request("read", clock)
     clock = store.request("write", clock + timed(lambda: _entry(1))[1])
     return {
         "hosts": hosts,
         "commit_s": clock - max(sealed),
         "receipts_s": collected - max(sealed),
-        "merge_s": merged - collected,
+        "tree_s": spent,
         "cpu_s": cpu,
         "requests": store.requests,
         "receipts_MB": receipt_bytes / 1e6,
+        "tree_MB": tree_bytes / 1e6,
         "manifest_MB": manifest_bytes / 1e6,
     }
 
@@ -161,7 +159,10 @@ def _receipt(process: int, spec: TreeSpec) -> Receipt:
         host=f"host-{process}",
         files=tuple(FileEntry(path=f"{prefix}/d/{n:032x}", bytes=1 << 26, crc32c="01234567") for n in range(3)),
         boxes={leaf.name: (box,) for leaf in spec.leaves},
-        chunks={f"{leaf.name}/c/{process}/0": "89abcdef" for leaf in spec.leaves},
+        places={
+            f"{leaf.name}/c/{process}/0": Place(file=number % 3, offset=number << 20, bytes=1 << 20, crc32c="89abcdef")
+            for number, leaf in enumerate(spec.leaves)
+        },
     )
 
 
@@ -175,8 +176,14 @@ def _manifest(receipts: list[Receipt]) -> Manifest:
         files=tuple(entry for receipt in receipts for entry in receipt.files),
         hosts=tuple(receipt.host for receipt in receipts),
         seconds=tuple(receipt.seconds for receipt in receipts),
-        chunks={key: checksum for receipt in receipts for key, checksum in receipt.chunks.items()},
+        chunks=contents.checksums(receipts),
     )
+
+
+def _tree_bytes(receipts: list[Receipt]) -> int:
+    entries = contents.entries(receipts)
+    ordered = sorted((key.encode(), value) for key, value in entries.items())
+    return sum(map(len, ocdbt.encode(ordered, "d/0", 0, bytes(16), 0)))
 
 
 def _entry(step: int) -> int:
@@ -208,8 +215,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not args.json:
-        print("| hosts | commit s | receipts s | merge s | CPU s | requests | receipts MB | manifest MB |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| hosts | commit s | receipts s | tree s | CPU s | requests | receipts MB | tree MB | manifest MB |")
+        print("|---|---|---|---|---|---|---|---|---|")
     for hosts in args.hosts:
         store = Store(args.read_ms / 1000, args.write_ms / 1000, args.reads_per_s, args.writes_per_s)
         found = simulate(hosts, args.leaves, store, args.spread_s, args.seed)

@@ -92,7 +92,7 @@ class Agent:
         )
         coordinator = None
         if me.process == 0:
-            coordinator = Coordinator(self._catalog, self._writer, me, epoch=self.epoch, run=run, keep=keep)
+            coordinator = Coordinator(self._catalog, me, epoch=self.epoch, run=run, keep=keep)
         self._saver = Saver(
             self._catalog,
             self._writer,
@@ -354,7 +354,6 @@ class Agent:
             self._leave()
 
     def _leave(self) -> None:
-        self._writer.close()
         emit(Closed(self.failures))
         self._telemetry.close()
 

@@ -30,6 +30,7 @@ from orchestrator.records import (
     crc32c,
     decode,
     encode,
+    file_entry,
 )
 from orchestrator.storage.base import Created, Storage
 
@@ -233,11 +234,13 @@ class Catalog:
         key = self.key(live.step, live.attempt, layout.EXTRA)
         return self._decode(self.file(live, manifest, layout.EXTRA), Extra, key)
 
-    def receipt(self, step: int, attempt: str, process: int) -> Receipt | None:
-        """The receipt of a process, None if it is not written yet."""
+    def receipt(self, step: int, attempt: str, process: int) -> tuple[Receipt, FileEntry] | None:
+        """The receipt of a process, and it as a file of the attempt; None if it is not written yet."""
         key = self.key(step, attempt, layout.receipt_name(process))
         body = self.storage.get(key)
-        return None if body is None else self._decode(body, Receipt, key)
+        if body is None:
+            return None
+        return self._decode(body, Receipt, key), file_entry(layout.receipt_name(process), body)
 
     def process_states(self, live: LiveStep, manifest: Manifest) -> dict[int, bytes]:
         files = [entry for entry in manifest.files if entry.path.startswith(layout.PROCESS)]

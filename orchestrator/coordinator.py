@@ -15,8 +15,8 @@ from functools import partial
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import failpoints, journal, layout, protocol
-from orchestrator.arrays import ArrayWriter
+from orchestrator import contents, failpoints, journal, layout, protocol
+from orchestrator.arrays import PendingWrite
 from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, StorageError
@@ -26,6 +26,7 @@ from orchestrator.records import (
     FORMAT,
     Extra,
     Failure,
+    FileEntry,
     Intent,
     Json,
     LiveStep,
@@ -34,6 +35,7 @@ from orchestrator.records import (
     crc32c,
     decode,
     encode,
+    file_entry,
 )
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists
@@ -64,7 +66,6 @@ class Coordinator:
     def __init__(
         self,
         catalog: Catalog,
-        writer: ArrayWriter,
         rendezvous: Rendezvous,
         *,
         epoch: int,
@@ -72,31 +73,47 @@ class Coordinator:
         keep: KeepPolicy | None,
     ) -> None:
         self._catalog = catalog
-        self._writer = writer
         self._rendezvous = rendezvous
         self._epoch = epoch
         self._run = run
         self._keep = keep
         self._previous = signal_prefix(run, -1, "none")
         self._entry: LiveStep | None = None
+        self._files: dict[str, FileEntry] = {}  # of the attempt: records, by path
         self.committed_bytes = 0  # of the last decided attempt
         self.stage_s = 0.0  # of its slowest process
 
-    def open(self, intent: Intent) -> None:
-        """Write the attempt's intent. Raises if another writer already uses this attempt's name."""
-        key = self._catalog.key(intent.step, intent.attempt, layout.INTENT)
+    def open(self, intent: Intent, user: UserData) -> None:
+        """Write the attempt's intent and the user's data. Raises if another writer already uses this attempt's name.
+
+        Any thread, while this process writes its arrays; `decide` comes after it.
+        """
+        self._files = {}
         failpoints.hit("intent.before")
-        created = self._catalog.storage.create(key, encode(intent))
+        self._create(intent, layout.INTENT, encode(intent))
         failpoints.hit("intent.after")
-        if isinstance(created, Exists):
-            raise OrchestratorError(f"{self._catalog.url}/{key}: another writer uses this attempt; it is never reused")
+        extra = Extra(
+            format=FORMAT,
+            write_id=self._catalog.stamp().write_id,
+            step=intent.step,
+            timestamp=user.timestamp,
+            metrics=user.metrics,
+            extra=user.extra,
+        )
+        self._create(intent, layout.EXTRA, encode(extra))
 
     def decide(
-        self, intent: Intent, user: UserData, deadline_s: float, all_in: Callable[[], None] = lambda: None
+        self,
+        intent: Intent,
+        user: UserData,
+        pending: PendingWrite | None,
+        deadline_s: float,
+        all_in: Callable[[], None] = lambda: None,
     ) -> Attempt:
         """Collect receipts until all are in, one says NO or `deadline_s` has passed; commit or abort; announce.
 
-        `all_in` is called when all are in and the commit begins.
+        `pending`: this process's own write, None if it has failed. `all_in` is called when all are in and the commit
+        begins.
         Returns the attempt in a terminal phase. Raises StorageError if the outcome could not be journalled: then the
         attempt is either not committed (and a later epoch collects it) or committed without anybody being told.
         """
@@ -108,7 +125,7 @@ class Coordinator:
             self._previous = prefix
             if state.phase is Phase.FINALIZING:
                 all_in()
-            state = self._carry_out(state, effects, user)
+            state = self._carry_out(state, effects, user, pending)
         except Exception as error:  # the others wait for a word; the caller gets the error itself
             reason = f"the outcome could not be journalled: {error}"
             self.announce(prefix, Phase.ABORTED, reason)
@@ -116,9 +133,11 @@ class Coordinator:
         self.announce(prefix, state.phase, describe(state))
         return state
 
-    def _carry_out(self, state: Attempt, effects: tuple[protocol.Effect, ...], user: UserData) -> Attempt:
+    def _carry_out(
+        self, state: Attempt, effects: tuple[protocol.Effect, ...], user: UserData, pending: PendingWrite | None
+    ) -> Attempt:
         while effects:
-            event = self._perform(effects[0], state, user)
+            event = self._perform(effects[0], state, user, pending)
             if event is None:
                 break
             state, effects = protocol.advance(state, event)
@@ -162,7 +181,11 @@ class Coordinator:
         try:
             if posted.startswith("{"):
                 return decode(posted.encode(), Receipt, f"signal of process {process}")
-            return self._catalog.receipt(intent.step, intent.attempt, process)
+            found = self._catalog.receipt(intent.step, intent.attempt, process)
+            if found is None:
+                return None
+            self._files[found[1].path] = found[1]
+            return found[0]
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("receipt of process %d cannot be read yet: %s", process, error)
             return None
@@ -179,14 +202,16 @@ class Coordinator:
                 failure=failure,
             )
 
-    def _perform(self, effect: protocol.Effect, state: Attempt, user: UserData) -> protocol.Event | None:
+    def _perform(
+        self, effect: protocol.Effect, state: Attempt, user: UserData, pending: PendingWrite | None
+    ) -> protocol.Event | None:
         intent = state.intent
         try:
             match effect:
                 case Finalize():
                     try:
                         failpoints.hit("finalize.before")
-                        self._entry = self._finalize(state, user)
+                        self._entry = self._finalize(state, user, pending)
                     except Exception as error:  # whatever it was: the attempt is aborted with it as the cause
                         failure = Failure(
                             process=self._rendezvous.process,
@@ -221,41 +246,33 @@ class Coordinator:
             return protocol.FencedOff(head.epoch, head.writer)
         return None
 
-    def _finalize(self, state: Attempt, user: UserData) -> LiveStep:
-        """Merge, seal the coordinator's own files, write extra and manifest. Returns the journal's line for it."""
+    def _finalize(self, state: Attempt, user: UserData, pending: PendingWrite | None) -> LiveStep:
+        """Write the tree of all chunks and the manifest. Returns the journal's line for the attempt."""
+        assert pending is not None  # its process's receipt is in
         intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
         self.stage_s = max(receipt.seconds.get("stage", 0.0) for receipt in receipts)
         prefix = layout.attempt_prefix(intent.step, intent.attempt)
-        self._writer.finalize(f"{self._catalog.url}/{prefix}{layout.STATE}")
+        tree = {prefix + layout.STATE + file.path: file for file in pending.merge(contents.entries(receipts))}
         failpoints.hit("finalize.merged")
-        extra = Extra(
-            format=FORMAT,
-            write_id=self._catalog.stamp().write_id,
-            step=intent.step,
-            timestamp=user.timestamp,
-            metrics=user.metrics,
-            extra=user.extra,
-        )
-        self._create(prefix + layout.EXTRA, encode(extra))
+        sealed = [
+            replace(entry, path=entry.path.removeprefix(prefix)) for entry in self._catalog.storage.seal(tree, tree)
+        ]
         promised = [entry for receipt in receipts for entry in receipt.files]
-        known = {prefix + entry.path for entry in promised}
-        own = [entry.key for entry in self._catalog.storage.list(prefix) if entry.key not in known]
-        sealed = [replace(entry, path=entry.path.removeprefix(prefix)) for entry in self._catalog.storage.seal(own)]
         manifest = Manifest(
             format=FORMAT,
             write_id=self._catalog.stamp().write_id,
             step=intent.step,
             attempt=intent.attempt,
             process_count=intent.process_count,
-            files=tuple(sorted((*promised, *sealed), key=lambda entry: entry.path)),
+            files=tuple(sorted((*promised, *sealed, *self._files.values()), key=lambda entry: entry.path)),
             hosts=tuple(receipt.host for receipt in receipts),
             seconds=tuple(receipt.seconds for receipt in receipts),
-            chunks={key: checksum for receipt in receipts for key, checksum in receipt.chunks.items()},
+            chunks=contents.checksums(receipts),
             fingerprints=fingerprints(intent, state.receipts),
         )
         body = encode(manifest)
         failpoints.hit("manifest.before")
-        self._create(prefix + layout.MANIFEST, body)
+        self._create(intent, layout.MANIFEST, body)
         failpoints.hit("manifest.after")
         return LiveStep(
             step=intent.step,
@@ -267,9 +284,12 @@ class Coordinator:
             time=user.timestamp,
         )
 
-    def _create(self, key: str, body: bytes) -> None:
+    def _create(self, intent: Intent, name: str, body: bytes) -> None:
+        """A record of the attempt, at `name` in it, created once and durable."""
+        key = self._catalog.key(intent.step, intent.attempt, name)
         if isinstance(self._catalog.storage.create(key, body), Exists):
-            raise OrchestratorError(f"{self._catalog.url}/{key}: another writer was here; the attempt is not committed")
+            raise OrchestratorError(f"{self._catalog.url}/{key}: another writer uses this attempt; it is never reused")
+        self._files[name] = file_entry(name, body)
 
     def announce(self, prefix: str, phase: Phase, reason: str) -> None:
         """Tell the other processes how an attempt ended, so that they need not look in the journal."""

@@ -173,8 +173,21 @@ class ShardPrint(msgspec.Struct, frozen=True, array_like=True, gc=False):
     devices: tuple[int, ...]
 
 
+class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a chunk is: the number of its file among the receipt's, offset and bytes there, CRC-32C of its elements."""
+
+    file: int
+    offset: int
+    bytes: int
+    crc32c: str
+
+
 class Receipt(Record, frozen=True):
-    """A process's promise about what it made durable, or its failure."""
+    """A process's promise about what it made durable, or its failure.
+
+    places, small: key in the array store -> where each chunk of this process is, or the chunk itself (elements and
+    CRC-32C) if it is too small to be worth a place in a file.
+    """
 
     format: int
     write_id: str
@@ -184,7 +197,8 @@ class Receipt(Record, frozen=True):
     host: str
     files: tuple[FileEntry, ...] = ()
     boxes: dict[str, tuple[Box, ...]] = {}  # leaf name -> regions this process wrote
-    chunks: dict[str, str] = {}  # key in the array store -> CRC-32C, in hex, of each chunk this process wrote
+    places: dict[str, Place] = {}
+    small: dict[str, bytes] = {}
     prints: dict[str, tuple[ShardPrint, ...]] = {}  # leaf name -> fingerprints of this process's shards, with `attest`
     seconds: dict[str, float] = {}  # stage, write, seal
     failure: Failure | None = None
@@ -201,8 +215,9 @@ class Manifest(Record, frozen=True):
     files: tuple[FileEntry, ...]
     hosts: tuple[str, ...]
     seconds: tuple[dict[str, float], ...]  # per process, from the receipts
-    # The receipts' chunks. A file's own CRC-32C cannot tell it from another save's: it consists of parts that each end
-    # with their CRC-32C, and of all such files of one layout the CRC-32C is the same.
+    # Key in the array store -> CRC-32C of each chunk's elements, in hex. A file's own CRC-32C cannot tell it from
+    # another save's: it consists of parts that each end with their CRC-32C, and of all such files of one layout the
+    # CRC-32C is the same.
     chunks: dict[str, str] = {}
     fingerprints: dict[str, str] = {}  # leaf name -> fingerprint of the whole array, with `attest`
 
@@ -275,6 +290,11 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 def crc32c(data: bytes) -> str:
     """CRC-32C of `data`, 8 hex digits."""
     return f"{crc32c_library.crc32c(data):08x}"
+
+
+def file_entry(path: str, body: bytes) -> FileEntry:
+    """A file as the manifest lists it, from its bytes."""
+    return FileEntry(path=path, bytes=len(body), crc32c=crc32c(body), crc32=crc32(body))
 
 
 def crc32(data: bytes) -> str:

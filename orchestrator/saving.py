@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -132,16 +133,17 @@ class Saver:
             time=save.user.timestamp,
             process_count=self._rendezvous.count,
             device_count=jax.device_count(),
-            mesh=flat.mesh,
+            mesh=flat.form.mesh,
             tree=self._writer.recorded(flat.spec),
         )
 
     def _finish(self, save: Save, intent: Intent | None, pending: PendingWrite | None) -> None:
         """Background: write, receipt, decision. Leaves the outcome in `save`."""
         try:
-            if self._coordinator and intent:
-                self._open(self._coordinator, intent, save)
-            self._promise(save, pending)
+            opening = self._opening(self._coordinator, intent, save) if self._coordinator and intent else None
+            self._promise(save, pending, opening)
+            if opening:  # nothing of ours may appear in an attempt that is decided
+                wait([opening], GRACE_S)
             if self._coordinator and intent:
                 phase, reason = self._decide(self._coordinator, intent, save, pending)
             else:
@@ -163,16 +165,26 @@ class Saver:
             emit(Committed(save.step, save.attempt, save.durable_s, save.committed_bytes))
             self._committed()
 
-    def _open(self, coordinator: Coordinator, intent: Intent, save: Save) -> None:
-        try:
-            coordinator.open(intent)
-        except Exception as error:  # told to all as this process's NO
-            save.failure = save.failure or ("open", error)
+    def _opening(self, coordinator: Coordinator, intent: Intent, save: Save) -> Future[None]:
+        """The attempt's intent, written beside the arrays. A thread of its own, as a store may hang for ever."""
+        opening: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                coordinator.open(intent, save.user)
+            except BaseException as error:
+                opening.set_exception(error)
+            else:
+                opening.set_result(None)
+
+        threading.Thread(target=run, name=f"open-{save.step}", daemon=True).start()
+        return opening
 
     # The receipt: this process's promise.
 
-    def _promise(self, save: Save, pending: PendingWrite | None) -> None:
-        """Make this process's part durable and sign a receipt, or say NO with the cause."""
+    def _promise(self, save: Save, pending: PendingWrite | None, opening: Future[None] | None) -> None:
+        """Make this process's part durable and sign a receipt, or say NO with the cause. `opening`: what must have been
+        written before."""
         me = self._rendezvous
         signal = signal_prefix(self._run, save.step, save.attempt) + f"receipt/{me.process}"
         key = self._catalog.key(save.step, save.attempt, layout.receipt_name(me.process))
@@ -192,6 +204,9 @@ class Saver:
             failpoints.hit("save.seal")
             files = self._seal(save, pending)
             save.seconds["seal"] = time.monotonic() - started
+            if opening:
+                phase = "open"
+                self._await_opening(opening, save)
             phase = "receipt"
             failpoints.hit("receipt.write")
             receipt = self._receipt(save, files, pending)
@@ -210,6 +225,14 @@ class Saver:
                 self._catalog.storage.create(key, encode(no))
             except Exception as second:  # the signal has told already; a full disk cannot hold the receipt
                 logging.warning("%s: the NO of process %d could not be stored: %s", key, me.process, second)
+
+    def _await_opening(self, opening: Future[None], save: Save) -> None:
+        left_s = save.started + self._options.save_timeout_s - time.monotonic()
+        try:
+            opening.result(timeout=max(0.0, left_s))
+        except TimeoutError as error:
+            where = f"{self._catalog.url}/{layout.attempt_prefix(save.step, save.attempt)}{layout.INTENT}"
+            raise WaitTimeout(f"{where} was not written within {self._options.save_timeout_s:g} s") from error
 
     def _enter(self, save: Save, phase: str, pending: PendingWrite | None = None) -> None:
         save.told_s = time.monotonic()
@@ -240,7 +263,8 @@ class Saver:
             host=me.hosts[me.process],
             files=files,
             boxes=dict(pending.boxes) if pending else {},
-            chunks=pending.checksums if pending else {},
+            places=pending.places(files) if pending else {},
+            small=pending.small if pending else {},
             prints=pending.fingerprints() if pending else {},
             seconds=save.seconds,
             failure=failure,
@@ -272,7 +296,8 @@ class Saver:
     ) -> tuple[Phase, str]:
         spent = time.monotonic() - save.started
         left_s = max(0.0, self._options.save_timeout_s - spent)
-        state = coordinator.decide(intent, save.user, left_s, lambda: self._enter(save, "committing", pending))
+        all_in = partial(self._enter, save, "committing", pending)
+        state = coordinator.decide(intent, save.user, pending, left_s, all_in)
         save.committed_bytes, save.stage_s = coordinator.committed_bytes, coordinator.stage_s
         return state.phase, describe(state)
 

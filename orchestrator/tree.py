@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import functools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from msgspec import structs
 
 from orchestrator import chunks
 from orchestrator.errors import Damaged, UnsupportedLeaf
@@ -68,29 +70,84 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         raise Damaged(f"dtype {name!r} in a tree spec is unknown here") from error
 
 
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What the saves of one job have in common, so that it is worked out once: structure, shapes, dtypes, shardings.
+
+    Not the values of Python numbers and strings: `leaves` has those of the first save. One object for one form: it may
+    be a key. Holds no data.
+    """
+
+    treedef: Any
+    keys: tuple[Any, ...]
+    leaves: tuple[LeafSpec, ...]
+    mesh: dict[str, int]
+
+
 @dataclass(frozen=True)
 class Flat:
     """A tree taken apart: the spec, and for each leaf of it the value to store."""
 
     spec: TreeSpec
-    values: tuple[Any, ...]
-    treedef: Any
-    mesh: dict[str, int]
+    values: Sequence[Any]
+    form: Form
+
+
+_recent: deque[Form] = deque(maxlen=4)
 
 
 def flatten(tree: Any) -> Flat:
-    """Describe every leaf of `tree`. Moves no data.
+    """Describe every leaf of `tree`. Moves no data. Quick for a tree of a form that was flattened lately.
 
     Raises UnsupportedLeaf naming the path for values that cannot be stored, deleted (donated) arrays and name clashes.
     """
+    values, treedef = jax.tree_util.tree_flatten(tree, is_leaf=_is_empty)
+    for form in tuple(_recent):
+        if form.treedef == treedef and (flat := _as_before(form, values)):
+            return flat
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
     leaves = tuple(_describe(tree_path(path), value) for path, value in with_paths)
     if leaves[0].path == () and leaves[0].kind in ("none", "empty"):
         raise UnsupportedLeaf("the state has no leaves: there is nothing to save")
     _check_names(leaves)
-    values = tuple(value for _, value in with_paths)
     mesh = next((dict(sharding.mesh.shape) for value in values if (sharding := _named(value))), {})
-    return Flat(TreeSpec(leaves=leaves), values, treedef, mesh)
+    keys = tuple(_form_key(leaf, value) for leaf, value in zip(leaves, values, strict=True))
+    form = Form(treedef, keys, leaves, mesh)
+    _recent.appendleft(form)
+    return Flat(TreeSpec(leaves=leaves), values, form)
+
+
+def _as_before(form: Form, values: Sequence[Any]) -> Flat | None:
+    """`values` as a tree of this form, None if they are not of it."""
+    changed: dict[int, LeafSpec] = {}
+    for index, (key, value) in enumerate(zip(form.keys, values, strict=True)):
+        leaf = form.leaves[index]
+        if isinstance(value, jax.Array):
+            if (value.aval, value.sharding) != key:
+                return None
+            if value.is_deleted():
+                _check_live(leaf.label, value)
+            continue
+        told = _describe(leaf.path, value)
+        if _form_key(told, value) != key:
+            return None
+        if told != leaf:
+            changed[index] = told
+    leaves = form.leaves
+    if changed:
+        leaves = tuple(changed.get(index, leaf) for index, leaf in enumerate(leaves))
+    return Flat(TreeSpec(leaves=leaves), values, form)
+
+
+def _form_key(leaf: LeafSpec, value: Any) -> Any:
+    """What two saves must have in common at a leaf for the same things to be stored in the same way."""
+    if isinstance(value, jax.Array):
+        return value.aval, value.sharding
+    if leaf.kind == "empty":
+        return leaf, type(value)
+    if leaf.kind_stored or leaf.kind == "none":
+        return leaf
+    return structs.replace(leaf, value=""), leaf.kind == "int" and value in INT64
 
 
 def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
@@ -140,8 +197,8 @@ def _named(value: Any) -> jax.sharding.NamedSharding | None:
 def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> LeafSpec:
     label = "/".join(path) or "(root)"
     if isinstance(value, jax.Array):
-        if check_live and value.is_deleted():
-            raise UnsupportedLeaf(f"{label}: the array was donated or deleted; save the state that the step returned")
+        if check_live:
+            _check_live(label, value)
         return _describe_jax(path, value)
     if isinstance(value, np.ndarray | np.generic):
         kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
@@ -161,6 +218,11 @@ def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> 
             "register its class with jax.tree_util.register_dataclass, or keep it in `extra`"
         )
     return LeafSpec(path=path, kind=text[0], value=text[1])
+
+
+def _check_live(label: str, value: jax.Array) -> None:
+    if value.is_deleted():
+        raise UnsupportedLeaf(f"{label}: the array was donated or deleted; save the state that the step returned")
 
 
 def _describe_jax(path: tuple[str, ...], value: jax.Array) -> LeafSpec:

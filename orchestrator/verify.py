@@ -134,8 +134,8 @@ def _places(catalog: Catalog, live: LiveStep, manifest: Manifest, keys: set[str]
     regions: dict[str, str] = {}
     try:
         for process in range(manifest.process_count):
-            receipt = catalog.receipt(live.step, live.attempt, process)
-            for key in keys & (receipt.chunks.keys() if receipt else set()):
+            found = catalog.receipt(live.step, live.attempt, process)
+            for key in keys & ({*found[0].places, *found[0].small} if found else set()):
                 writers[key] = f" of process {process} ({manifest.hosts[process]})"
         for leaf in catalog.intent(live, manifest).tree.leaves:
             regions |= _regions(leaf, keys)

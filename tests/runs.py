@@ -5,18 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import builders
 import jax.numpy as jnp
+from msgspec import structs
 
 import orchestrator as oc
+from orchestrator import contents, layout
+from orchestrator.arrays import PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.records import Head
 from orchestrator.storage import PosixStorage
 
-LIKE = {"w": jnp.zeros(4), "count": 0}
+LIKE = {"w": jnp.zeros(512), "count": 0}  # large enough for a data file of its own
 
 
 def state(step: int) -> dict[str, Any]:
-    return {"w": jnp.full(4, float(step)), "count": step}
+    return {"w": jnp.full(512, float(step)), "count": step}
 
 
 def journal_of(root: Path) -> list[Head]:
@@ -36,3 +40,10 @@ def fill(root: Path, *steps: int, **arguments: Any) -> None:
     with oc.Agent(root, options=now(), **arguments) as agent:
         for step in steps:
             assert agent.save(step, state(step), extra={"at": step}, process_state=f"reader at {step}".encode())
+
+
+def merge_alone(pending: PendingWrite) -> None:
+    """What the coordinator does of a write of one process, without a run around it."""
+    files = tuple(structs.replace(entry, path=layout.STATE + entry.path) for entry in pending.files)
+    receipt = builders.receipt(files=files, places=pending.places(files), small=pending.small)
+    pending.merge(contents.entries([receipt]))

@@ -308,7 +308,7 @@ def test_an_older_agent_cannot_commit_after_a_newer_one_has_opened_the_run(root:
         with pytest.raises(oc.Fenced):
             zombie.close()
         assert successor.all_steps() == [1]
-        assert successor.save(2, {**state(2), "w": jnp.full(4, -1.0)})
+        assert successor.save(2, {**state(2), "w": jnp.full(512, -1.0)})
     assert float(oc.open_run(root).restore(LIKE).state["w"][0]) == -1.0
     assert oc.Fenced.exit_code == 5
     assert {head.epoch for head in journal_of(root) if head.event.kind == "committed" and head.event.step == 2} == {2}
@@ -322,7 +322,7 @@ def test_a_job_with_another_tree_is_refused_before_it_writes_and_told_what_diffe
             other.save(2, {"w": jnp.zeros(5), "count": 2})
         assert snapshot(root) == before
     text = str(caught.value)
-    assert "holds another job's state (step 1)" in text and "w: the run has f32[4], this job f32[5]" in text
+    assert "holds another job's state (step 1)" in text and "w: the run has f32[512], this job f32[5]" in text
     with oc.Agent(root, options=now(other_tree=True)) as other:
         assert other.save(2, {"w": jnp.zeros(5), "count": 2})
 
@@ -367,7 +367,7 @@ def test_after_a_return_to_an_older_step_the_next_commit_is_the_newest(root: Pat
     with oc.Agent(root, options=now()) as agent:
         restored = agent.restore(LIKE, step=1)
         assert restored is not None and restored.step == 1
-        agent.save(2, {**state(2), "w": jnp.full(4, 20.0)})
+        agent.save(2, {**state(2), "w": jnp.full(512, 20.0)})
         again = agent.restore(LIKE)
     assert again is not None and again.step == 2 and float(again.state["w"][0]) == 20.0
     assert oc.open_run(root).all_steps() == [1, 2, 3]

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import snapshot
 from jax.sharding import NamedSharding, PartitionSpec
+from runs import merge_alone
 
 import orchestrator as oc
 from orchestrator.arrays import ArrayOptions, ArrayWriter, WriteStopped
@@ -387,7 +388,7 @@ def test_a_state_larger_than_the_memory_budget_is_written_while_it_is_staged(tmp
     pending = writer.stage(f"file://{tmp_path}/state", flatten(state))
     assert 0 < pending._feed.peak_bytes <= 4 << 20
     pending.wait(60)
-    writer.finalize(f"file://{tmp_path}/state")
+    merge_alone(pending)
     saved = ocp.PyTreeCheckpointer().restore(tmp_path / "state")
     assert all((saved[name] == value).all() for name, value in state.items())
 
@@ -535,7 +536,6 @@ def test_the_boxes_of_a_receipt_are_each_shard_once_whatever_is_replicated(
     writer = ArrayWriter(ArrayOptions(), 0)
     pending = writer.stage(f"file://{tmp_path}/state", flatten(state))
     pending.wait(60)
-    writer.close()
     counts = {name: len(boxes) for name, boxes in pending.boxes.items()}
     assert counts == {"split": 8, "replicated over model": 4, "replicated": 1, "numpy": 1}
     assert {(box.start, box.stop) for box in pending.boxes["replicated over model"]} == {
@@ -555,8 +555,8 @@ def test_a_write_that_nobody_wants_any_more_is_given_up_and_the_next_one_is_whol
     flat = flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)})
     with pytest.raises(WriteStopped):
         writer.stage(f"file://{tmp_path}/given-up", flat).wait(30, given_up=lambda: True)
-    writer.stage(f"file://{tmp_path}/whole", flat).wait(30)
-    writer.finalize(f"file://{tmp_path}/whole")
-    writer.close()
+    pending = writer.stage(f"file://{tmp_path}/whole", flat)
+    pending.wait(30)
+    merge_alone(pending)
     saved = ocp.PyTreeCheckpointer().restore(tmp_path / "whole")
     assert saved["w"].shape == (64, 1 << 20)

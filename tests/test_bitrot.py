@@ -16,5 +16,5 @@ def test_no_fault_in_any_file_of_a_step_is_silent(tmp_path: Path) -> None:
     assert not any(map(wrong, outcomes)), table
     restores = collections.Counter(one.restore for one in outcomes)
     # Both must be common, or the campaign would not show much: files that a restore needs, and files that it does not.
-    assert restores["stepped down, right bits"] > 25 and restores["not needed, right bits"] > 10, table
+    assert restores["stepped down, right bits"] > 25 and restores["not needed, right bits"] > 5, table
     assert "0 silent" in table

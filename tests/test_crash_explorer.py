@@ -23,7 +23,7 @@ from orchestrator.verify import read_back
 from tests.model import invariants
 
 JOB = Path(__file__).parent / "jobs" / "crash_job.py"
-LIKE = {"w": jnp.zeros(4), "count": 0}
+LIKE = {"w": jnp.zeros(512), "count": 0}
 Image = dict[str, bytes | None]
 
 
@@ -80,11 +80,11 @@ def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[
         restored = agent.restore(LIKE)
         if (restored and restored.step) != newest:
             problems.append(f"restored {restored and restored.step}, the newest is {newest}")
-        if restored and not np.array_equal(restored.state["w"], np.full(4, float(restored.step))):
+        if restored and not np.array_equal(restored.state["w"], np.full(512, float(restored.step))):
             problems.append(f"wrong values at step {restored.step}")
         if restored and restored.process_states != {0: b"at %d" % restored.step}:
             problems.append(f"wrong process state at step {restored.step}")
-        agent.save(9, {"w": jnp.full(4, 9.0), "count": 9}, process_state=b"at 9")
+        agent.save(9, {"w": jnp.full(512, 9.0), "count": 9}, process_state=b"at 9")
         if agent.latest_step() != 9:
             problems.append("the next save was not committed")
     return (
@@ -101,10 +101,11 @@ def damage(catalog: Catalog, live: LiveStep) -> str:
 def receipts(catalog: Catalog) -> Iterator[tuple[int, str, int, str]]:
     for step, attempt in catalog.attempts():
         try:
-            receipt = catalog.receipt(step, attempt, 0)
+            found = catalog.receipt(step, attempt, 0)
         except oc.Damaged as error:
             yield step, attempt, 0, str(error)
             continue
+        receipt = found[0] if found else None
         if receipt and receipt.failure is None:
             there = {entry.key: entry.bytes for entry in catalog.storage.list(layout.attempt_prefix(step, attempt))}
             gone = [

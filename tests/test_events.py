@@ -66,7 +66,7 @@ def test_a_field_added_by_a_later_version_is_ignored_and_a_missing_one_has_its_d
 def test_an_agent_writes_its_saves_and_restores_beside_the_run(root: Path) -> None:
     fill(root, 0, 1)
     with oc.Agent(root, options=now()) as agent:
-        agent.restore({"w": jnp.zeros(4), "count": 0})
+        agent.restore({"w": jnp.zeros(512), "count": 0})
     lines = read(str(root / "events"))
     names = [type(line.event).__name__ for line in lines]
     assert names.count("SaveStarted") == 2  # anywhere among the phases, which come from another thread
@@ -78,7 +78,7 @@ def test_an_agent_writes_its_saves_and_restores_beside_the_run(root: Path) -> No
     phases = [line.event.phase for line in lines if isinstance(line.event, events.SavePhase)]
     assert phases == [*events.PHASES] * 2
     (restored,) = [line.event for line in lines if isinstance(line.event, events.Restored)]
-    assert restored.read_bytes == 16 and 0 < restored.array_s <= restored.elapsed_s
+    assert restored.read_bytes == 2048 and 0 < restored.array_s <= restored.elapsed_s
     assert {(line.process, line.epoch) for line in lines} == {(0, 1), (0, 2)}
 
 

@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import leaf
 
 from orchestrator.arrays.feed import Feed
-from orchestrator.arrays.staging import Staged
+from orchestrator.arrays.staging import Part
 from orchestrator.errors import WaitTimeout
 
 
-def staged(count: int = 1) -> Staged:
-    data = np.zeros(4, np.uint8)
-    return Staged(leaf("w"), "np.ndarray", tuple((data, ()) for _ in range(count)))
+def staged(count: int = 1) -> list[Part]:
+    return [(np.zeros(4, np.uint8), ())] * count
 
 
 def test_a_part_added_and_the_end_told_between_two_looks_is_not_lost() -> None:
@@ -49,7 +47,7 @@ def test_every_part_is_taken_once_and_the_budget_is_kept() -> None:
         def work(feed: Feed = feed, taken: list[object] = taken) -> None:
             while (found := feed.take()) is not None:
                 taken.append(found)
-                feed.written(found[1][0].nbytes)
+                feed.written(found[0].nbytes)
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
@@ -72,3 +70,14 @@ def test_waiting_for_room_ends_at_the_deadline_and_with_a_writers_error() -> Non
     feed.end(OSError("disk full"))
     with pytest.raises(OSError, match="disk full"):
         feed.wait_for_room(4, deadline=float("inf"))
+
+
+def test_small_parts_are_taken_all_at_once_and_the_others_stay() -> None:
+    feed = Feed()
+    for size in (4, 2000, 1, 1020, 1021):
+        feed.add([(np.zeros(size, np.uint8), ())])
+    feed.end()
+    assert [data.nbytes for data, _ in feed.take_small(1020)] == [4, 1, 1020]
+    assert feed.waiting_bytes == 3021
+    assert [feed.take()[0].nbytes for _ in range(2)] == [2000, 1021]  # type: ignore[index]
+    assert feed.take() is None

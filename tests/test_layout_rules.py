@@ -19,12 +19,12 @@ FUNCTION_LINES_MAX = 70
 PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 # Add a name to the end of its rank's last line.
 _NAMES = {
-    PURE: """errors layout records journal protocol plan policy options chunks attest cadence forecast""",
+    PURE: """errors layout records journal protocol plan policy options chunks contents attest cadence forecast""",
     PORTS: """storage.base""",
     ADAPTERS: """storage storage.memory storage.posix storage.gcs storage.gcs_client
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
-        arrays.feed
+        arrays.feed arrays.planning arrays.merging
         rendezvous events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
         agent saving coordinator restore proof verify diff collect catalog pacing export""",

@@ -62,7 +62,7 @@ def test_a_run_saved_by_4_hosts_comes_back_bit_for_bit_on_any_mesh_and_in_plain_
 
 
 def test_a_host_that_cannot_write_is_named_on_all_hosts_and_training_goes_on(tmp_path: Path) -> None:
-    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, fail=1, timeout=20) as failing:
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, fail=1, big=1, timeout=20) as failing:
         assert failing.wait(60) == [0, 0], failing.story()
         for process in range(2):
             assert failing.said(process, "done")[0]["failures"] == 2

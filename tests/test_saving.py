@@ -83,4 +83,3 @@ def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_caus
     assert "process 1 said no" in str(save.error)
     assert set(rendezvous.poll(f"{prefix}receipt/")) == {"1"}
     assert catalog.receipt(1, save.attempt, 0) is None
-    writer.close()

@@ -20,7 +20,7 @@ import tensorstore as ts
 
 from orchestrator import chunks
 from orchestrator.arrays.store import files_spec, shared_context
-from orchestrator.records import crc32
+from orchestrator.records import FileEntry, crc32
 
 Buffer = bytes | memoryview
 
@@ -60,6 +60,11 @@ def write_file(opened: Callable[[str], DataFile], path: str, body: bytes) -> Dat
     file.crc32 = crc32(body)
     file.close()
     return file
+
+
+def entry(path: str, file: DataFile) -> FileEntry:
+    """`file` as the manifest lists it, under `path`."""
+    return FileEntry(path=path, bytes=file.bytes, crc32c=f"{file.crc32c:08x}", crc32=file.crc32)
 
 
 def data_file_path() -> str:

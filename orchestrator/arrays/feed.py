@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
-from orchestrator.arrays.staging import Part, Staged
+from orchestrator.arrays.staging import Part
 from orchestrator.errors import WaitTimeout
-from orchestrator.records import LeafSpec
 
 _LOOK_S = 0.5
 
@@ -18,7 +18,7 @@ class Feed:
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self._limit = limit_bytes
-        self._parts: deque[tuple[LeafSpec, Part]] = deque()
+        self._parts: deque[Part] = deque()
         self._changed = threading.Condition()
         self._open = limit_bytes is not None
         self._error: BaseException | None = None
@@ -40,17 +40,28 @@ class Feed:
                     )
                 self._changed.wait(_LOOK_S)
 
-    def add(self, item: Staged) -> None:
+    def add(self, parts: Sequence[Part]) -> None:
         """The parts of a leaf; from now on they are held here alone."""
-        parts, item.parts = item.parts, ()
         if self._limit is None:
-            self._parts.extend((item.leaf, part) for part in parts)
+            self._parts.extend(parts)
             return
         with self._changed:
-            self._parts.extend((item.leaf, part) for part in parts)
+            self._parts.extend(parts)
             self.held_bytes += sum(data.nbytes for data, _ in parts)
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
             self._changed.notify_all()
+
+    def take_small(self, size: int) -> list[Part]:
+        """All parts of at most `size` bytes, at once. Only after the end, and before anybody takes one."""
+        everything = list(self._parts)
+        self._parts.clear()
+        self._parts.extend(part for part in everything if part[0].nbytes > size)
+        return [part for part in everything if part[0].nbytes <= size]
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of what nobody has taken yet."""
+        return sum(data.nbytes for data, _ in self._parts)
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more is coming. With `error`: a writing thread has failed."""
@@ -58,7 +69,7 @@ class Feed:
             self._open, self._error = False, self._error or error
             self._changed.notify_all()
 
-    def take(self) -> tuple[LeafSpec, Part] | None:
+    def take(self) -> Part | None:
         """The next part; None if there is none and none will come."""
         while True:
             open_before = self._open  # looked at first: a part may be added, and the end told, between two looks

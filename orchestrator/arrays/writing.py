@@ -1,20 +1,19 @@
 """Writing pytrees as an ordinary Orbax checkpoint.
 
-Each process writes all its chunks, with their checksums, to the data files of one OCDBT store of its own, several at
-the same time, and then the store's tree (`ocdbt`) and Orbax's metadata (`orbax_files`). `finalize` lets TensorStore
-merge the processes' stores into the one that readers open. Orbax's own handlers would do the same through one
-TensorStore per leaf, with a copy of every chunk on the way: see docs/decisions/0008-write-ocdbt-directly.md.
+Each process writes its chunks, with their checksums, to data files of its own, several at the same time, and Orbax's
+metadata. Chunks too small to be worth a place in a file stay in memory: they go with the receipt. From all receipts one
+process then makes the tree that names every chunk (`merging`). Orbax's own handlers would do the same through one
+TensorStore per leaf, with a copy of every chunk on the way: see docs/decisions/0008-write-ocdbt-directly.md and
+0013-receipts-carry-the-tree.md.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,26 +26,21 @@ import numpy as np
 import tensorstore as ts
 
 from orchestrator import chunks, garbage
-from orchestrator.arrays import datafiles, fingerprint, ocdbt, orbax_files
+from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
 from orchestrator.arrays.feed import Feed
-from orchestrator.arrays.staging import Layouts, Staged, host_local, on_host, stage, start_transfer
-from orchestrator.arrays.store import context, files_spec, report_retries, store_spec
+from orchestrator.arrays.planning import ZSTD, Plan, host_local, plan_of
+from orchestrator.arrays.staging import Part, start_transfers, take
+from orchestrator.arrays.store import report_retries
 from orchestrator.errors import StorageError, WaitTimeout
-from orchestrator.records import Box, FileEntry, LeafSpec, ShardPrint, TreeSpec
+from orchestrator.records import Box, FileEntry, LeafSpec, Place, ShardPrint, TreeSpec
 from orchestrator.tree import Flat
 
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
 _THREADS = 4
-MERGE_READS = 128  # at once, of an object store, while the processes' stores are merged
 _THREAD_BYTES = 16 << 20  # a further thread for each of these
-_TIMEOUT_S = 3600.0  # for opening; the save's own deadline is shorter and ends the wait before
+_TIMEOUT_S = 60.0  # of TensorStore, in memory
 _LOOK_S = 0.5  # how often a write looks whether it is still wanted
 _SMALL_BYTES = ocdbt.INLINE_BYTES - chunks.CHECKSUM_BYTES
-_CHECKSUM = {"name": "crc32c"}
-_ZSTD = {"name": "zstd", "configuration": {"level": 1}}
-_STORES = "ocdbt.process_"
-
-Array = np.ndarray[Any, Any]
 
 
 class WriteStopped(Exception):
@@ -67,7 +61,7 @@ class ArrayOptions:
 
 
 class ArrayWriter:
-    """Writes attempts' `state/` directories. `stage` on the main thread; the rest on any one thread at a time."""
+    """Stages attempts' `state/` directories, on the main thread; what it returns belongs to any one thread."""
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
         self._process, self._options = process, options
@@ -91,76 +85,22 @@ class ArrayWriter:
         small = limit is None or size <= limit
         if not small and self._options.skip_when_full:
             raise StorageError(f"{size} bytes of the state are on this process, host_bytes_max is {limit}: skipped")
+        plan = plan_of(flat, self._process, self._options.compression)
         prints = fingerprint.start(self._attested(flat)) if attest else None
-        feed = Feed(None if small else limit)
-        pending = PendingWrite(directory, flat.treedef, self._process, self._options.compression, feed, prints)
+        pending = PendingWrite(directory, flat, plan, Feed(None if small else limit), prints)
         try:
-            self._stage(flat, pending, feed, None if small else time.monotonic() + self._options.timeout_s)
+            pending.stage(None if small else time.monotonic() + self._options.timeout_s)
         except BaseException:
             pending.abandon()
             raise
         return pending
 
-    def _stage(self, flat: Flat, pending: PendingWrite, feed: Feed, deadline: float | None) -> None:
-        if deadline is not None:  # more than may be held: it is written while it is taken
-            pending.begin(_THREADS)
-        else:
-            for value in flat.values:  # all transfers under way before the first is waited for
-                if isinstance(value, jax.Array) and not on_host(value.sharding):
-                    start_transfer(value)
-        layouts: Layouts = {}
-        staged = []
-        for leaf, value in zip(flat.spec.leaves, flat.values, strict=True):
-            if deadline is not None:
-                feed.wait_for_room(_host_bytes(value), deadline)
-            item = stage(leaf, value, self._process, layouts)
-            staged.append(item)
-            pending.add(item)
-        pending.staged(staged)
-
     def _attested(self, flat: Flat) -> Iterator[tuple[LeafSpec, Any]]:
         """The stored leaves, as far as this process answers for them: of what every host has its own of, process 0."""
         for leaf, value in zip(flat.spec.leaves, flat.values, strict=True):
-            shared = isinstance(value, jax.Array) and not host_local(value)
+            shared = isinstance(value, jax.Array) and not host_local(value.sharding)
             if leaf.in_store and (shared or self._process == 0):
                 yield leaf, value
-
-    def finalize(self, directory: str) -> None:
-        """Merge the processes' OCDBT stores into one. Called by one process when all have written."""
-        # Whoever seals the files makes them durable. Two small reads for each process: many at once.
-        limits = {"file_io_sync": False, "gcs_request_concurrency": {"limit": MERGE_READS}}
-        shared = ts.Context(limits, parent=context())
-        files = ts.KvStore.open(files_spec(directory), context=shared).result(timeout=_TIMEOUT_S)
-        listed = files.list(ts.KvStore.KeyRange(_STORES, _STORES + "~")).result(timeout=_TIMEOUT_S)
-        stores = [
-            name.decode().partition("/")[0] for name in listed if name.decode().partition("/")[2] == ocdbt.MANIFEST
-        ]
-        if not stores:
-            return
-        merged = ts.KvStore.open(_merged_spec(directory), context=shared).result(timeout=_TIMEOUT_S)
-        transaction = ts.Transaction(atomic=True)
-        copies = []
-        for name in stores:
-            store = ts.KvStore.open(store_spec(f"{directory.rstrip('/')}/{name}"), context=shared)
-            target = merged.with_transaction(transaction)
-            copies.append(store.result(timeout=_TIMEOUT_S).experimental_copy_range_to(target))
-        for copied in copies:
-            copied.result(timeout=_TIMEOUT_S)
-        transaction.commit_async().result(timeout=_TIMEOUT_S)
-        report_retries(directory)
-
-    def close(self) -> None:
-        """Nothing is held between saves."""
-
-
-def _merged_spec(directory: str) -> dict[str, Any]:
-    config = {
-        "max_inline_value_bytes": ocdbt.INLINE_BYTES,
-        "max_decoded_node_bytes": 100_000_000,
-        "manifest_kind": "single",
-        "compression": None,
-    }
-    return store_spec(directory) | {"config": config, "assume_config": True}
 
 
 # Writing.
@@ -168,54 +108,46 @@ def _merged_spec(directory: str) -> dict[str, Any]:
 
 @dataclass
 class _Progress:
-    """What the threads of one write share."""
+    """What the threads of one write share. `places`: key -> (data file, offset, bytes, CRC-32C)."""
 
     stop: threading.Event = field(default_factory=threading.Event)
-    checksums: dict[str, str] = field(default_factory=dict)
-    entries: list[tuple[bytes, ocdbt.Value]] = field(default_factory=list)
+    places: dict[str, tuple[datafiles.DataFile, int, int, int]] = field(default_factory=dict)
+    small: dict[str, bytes] = field(default_factory=dict)
     files: list[datafiles.DataFile] = field(default_factory=list)
 
 
 class PendingWrite:
-    """A staged state on its way to the store. `boxes`: leaf name -> regions that this process writes."""
+    """A staged state on its way to the store."""
 
-    def __init__(
-        self,
-        directory: str,
-        treedef: Any,
-        process: int,
-        compression: bool,
-        feed: Feed,
-        prints: fingerprint.Prints | None,
-    ) -> None:
-        self._directory, self._treedef = directory.rstrip("/"), treedef
-        self._process, self._compression, self._prints = process, compression, prints
+    def __init__(self, directory: str, flat: Flat, plan: Plan, feed: Feed, prints: fingerprint.Prints | None) -> None:
+        self._directory, self._plan, self._prints = directory.rstrip("/"), plan, prints
+        self._values: Sequence[Any] = flat.values
+        self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
         self._feed, self._progress = feed, _Progress()
         self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
         self._running: list[Future[None]] = []
-        self._staged: Sequence[Staged] = ()
-        self._bytes = self._chunks = 0
         self._files: dict[str, datafiles.DataFile] = {}
-        self.boxes: Mapping[str, tuple[Box, ...]] = {}
+        self._store = f"ocdbt.process_{plan.process}"
 
-    # For the writer, while it stages.
-
-    def begin(self, threads: int) -> None:
-        """Write what is added from now on."""
-        opened = datafiles.opener(f"{self._directory}/{_STORES}{self._process}")
-        work = functools.partial(_work, self._feed, opened, self._progress, self._compression)
-        self._running = [self._pool.submit(work) for _ in range(threads)]
-
-    def add(self, item: Staged) -> None:
-        self._bytes += sum(data.nbytes for data, _ in item.parts)
-        self._chunks += sum(len(pieces) for _, pieces in item.parts)
-        self._feed.add(item)
-
-    def staged(self, staged: Sequence[Staged]) -> None:
-        """All has been added."""
+    def stage(self, deadline: float | None) -> None:
+        """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
+        while it is taken."""
+        values, self._values = self._values, ()
+        if deadline is not None:
+            self._begin(_THREADS)
+        else:
+            start_transfers(self._plan.leaves, values)
+        for plan, value in zip(self._plan.leaves, values, strict=True):
+            if deadline is not None:
+                self._feed.wait_for_room(_host_bytes(value), deadline)
+            if plan.shards:
+                self._feed.add(take(plan, value))
         self._feed.end()
-        self._staged = staged
-        self.boxes = {item.leaf.name: item.boxes for item in staged if item.leaf.in_store and item.boxes}
+
+    def _begin(self, threads: int) -> None:
+        opened = datafiles.opener(f"{self._directory}/{self._store}")
+        work = functools.partial(_work, self._feed, opened, self._progress, self._plan.compression)
+        self._running = [self._pool.submit(work) for _ in range(threads)]
 
     def abandon(self) -> None:
         """End the threads, if any: it will not be waited for."""
@@ -223,10 +155,26 @@ class PendingWrite:
         self._feed.end()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    # What it has done, for the receipt.
+
     @property
-    def checksums(self) -> dict[str, str]:
-        """Key -> CRC-32C, in hex, of each chunk that has been written. After `wait`."""
-        return self._progress.checksums
+    def boxes(self) -> Mapping[str, tuple[Box, ...]]:
+        """Leaf name -> regions that this process writes."""
+        return self._plan.boxes
+
+    @property
+    def small(self) -> dict[str, bytes]:
+        """Key -> chunk, elements and CRC-32C, of those that are in no file: the receipt is to carry them. After
+        `wait`."""
+        return self._progress.small
+
+    def places(self, files: Sequence[FileEntry]) -> dict[str, Place]:
+        """Key -> where in `files` (this process's, in the attempt) each other chunk is. After `wait`."""
+        numbers = {entry.path.rpartition("/")[2]: number for number, entry in enumerate(files)}
+        return {
+            key: Place(file=numbers[file.path.rpartition("/")[2]], offset=offset, bytes=size, crc32c=f"{checksum:08x}")
+            for key, (file, offset, size, checksum) in self._progress.places.items()
+        }
 
     def fingerprints(self) -> dict[str, tuple[ShardPrint, ...]]:
         """Leaf name -> fingerprints of this process's shards; {} where none were asked for. Waits for the devices."""
@@ -240,10 +188,9 @@ class PendingWrite:
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """The files that this process has written below `state/`, not durable yet on a file system. After `wait`."""
-        return tuple(
-            FileEntry(path=path, bytes=file.bytes, crc32c=f"{file.crc32c:08x}", crc32=file.crc32)
-            for path, file in self._files.items()
-        )
+        return tuple(datafiles.entry(path, file) for path, file in self._files.items())
+
+    # Writing.
 
     def wait(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
         """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after
@@ -251,67 +198,38 @@ class PendingWrite:
         deadline = time.monotonic() + timeout_s
         stop = self._progress.stop
         try:
-            if not self._running:
-                self.begin(min(_THREADS, 1 + self._bytes // _THREAD_BYTES))
-            described = [item.leaf for item in self._staged if item.describes]
-            more = [self._pool.submit(self._write_metadata), self._pool.submit(self._describe, described)]
-            _watch([*self._running, *more], deadline, given_up, stop, timeout_s)
-            _watch([self._pool.submit(self._write_tree)], deadline, given_up, stop, timeout_s)
+            small = [] if self._running or self._plan.compression else self._feed.take_small(_SMALL_BYTES)
+            if not self._running and (size := self._feed.waiting_bytes):
+                self._begin(min(_THREADS, 1 + size // _THREAD_BYTES))
+            rest = self._pool.submit(self._write_rest, small)
+            _watch([*self._running, rest], deadline, given_up, stop, timeout_s)
         finally:
             self.abandon()
             report_retries(self._directory)
+        self._files |= {f"{self._store}/{file.path}": file for file in self._progress.files}
+        written = len(self._progress.places) + len(self._progress.small)
+        if written != self._plan.chunk_count:  # the receipt promises all of them
+            raise StorageError(f"{written} of {self._plan.chunk_count} chunks were written")
 
-    def _write_metadata(self) -> None:
-        """Orbax's own files; each process describes the arrays, process 0 the tree."""
+    def _write_rest(self, small: Sequence[Part]) -> None:
         with garbage.paused():
-            self._write_orbax_files(self._staged)
+            found = self._progress.small
+            for data, ((key, _),) in small:
+                raw = data.tobytes()
+                found[key] = raw + crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
+            opened = datafiles.opener(self._directory)
+            for path, body in self._plan.orbax_files.items():
+                self._files[path] = datafiles.write_file(opened, path, body)
+            if self._strings and self._plan.process == 0:
+                path = "_strings.json"
+                self._files[path] = datafiles.write_file(opened, path, orbax_files.strings(self._strings))
 
-    def _write_orbax_files(self, staged: Sequence[Staged]) -> None:
-        opened = datafiles.opener(self._directory)
-        arrays = [item for item in staged if item.type == "jax.Array"]
-        if arrays:
-            body = orbax_files.array_metadatas(item.leaf for item in arrays)
-            path = f"array_metadatas/process_{self._process}"
-            self._files[path] = datafiles.write_file(opened, path, body)
-        if self._process:
-            return
-        leaves = [item.leaf for item in staged]
-        written = {"_METADATA": orbax_files.tree_metadata(leaves, self._treedef, [item.type for item in staged])}
-        if arrays:
-            named = ((item.leaf.name, item.sharding) for item in arrays if item.sharding is not None)
-            written["_sharding"] = orbax_files.shardings(named)
-        texts = [(item.leaf.name, item.text) for item in staged if item.text is not None]
-        if texts:
-            written["_strings.json"] = orbax_files.strings(texts)
-        for path, body in written.items():
-            self._files[path] = datafiles.write_file(opened, path, body)
-
-    def _describe(self, leaves: Iterable[LeafSpec]) -> None:
+    def merge(self, entries: Mapping[str, ocdbt.Value]) -> tuple[FileEntry, ...]:
+        """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
+        Called by one process when all have written. Returns its files, not durable yet. Raises Damaged if `entries` are
+        not what the state's arrays consist of, StorageError."""
         with garbage.paused():
-            self._progress.entries.extend(map(self._described, leaves))
-
-    def _described(self, leaf: LeafSpec) -> tuple[bytes, bytes]:
-        assert leaf.chunk is not None
-        body = _zarr_json(leaf.stored_dtype or leaf.dtype, leaf.file_shape, leaf.chunk, self._compression)
-        return chunks.metadata_key(leaf.name).encode(), body
-
-    def _write_tree(self) -> None:
-        """The store's tree and manifest, once all chunks have their places. The receipt promises all of them."""
-        if len(self._progress.checksums) != self._chunks:
-            raise StorageError(f"{len(self._progress.checksums)} of {self._chunks} chunks were written")
-        with garbage.paused():
-            self._write_nodes(sorted(self._progress.entries), f"{_STORES}{self._process}")
-
-    def _write_nodes(self, entries: Sequence[tuple[bytes, ocdbt.Value]], store: str) -> None:
-        if entries:
-            opened = datafiles.opener(f"{self._directory}/{store}")
-            path = datafiles.data_file_path()
-            nodes, manifest = ocdbt.encode(entries, path, 0, uuid.uuid4().bytes, time.time_ns())
-            self._progress.files += [
-                datafiles.write_file(opened, path, nodes),
-                datafiles.write_file(opened, ocdbt.MANIFEST, manifest),
-            ]
-        self._files |= {f"{store}/{file.path}": file for file in self._progress.files}
+            return merging.write_tree(self._directory, self._plan, entries)
 
 
 def _watch(
@@ -341,18 +259,15 @@ def _work(feed: Feed, opened: Callable[[str], datafiles.DataFile], progress: _Pr
     files = _Rotation(opened, progress)
     try:
         while not progress.stop.is_set() and (taken := feed.take()) is not None:
-            leaf, (data, pieces) = taken
+            data, pieces = taken
             del taken
+            for key, where in pieces:
+                raw = data[where].reshape(-1).view(np.uint8).data
+                _put(files, progress, key, _compressed(raw) if compression else raw)
+                if progress.stop.is_set():
+                    break
             size = data.nbytes
-            if size <= _SMALL_BYTES and len(pieces) == 1 and not compression:
-                _put(files, progress, leaf.name + pieces[0][0], data.tobytes())
-            else:
-                for suffix, where in pieces:
-                    raw = data[where].reshape(-1).view(np.uint8).data
-                    _put(files, progress, leaf.name + suffix, _compressed(raw) if compression else raw)
-                    if progress.stop.is_set():
-                        break
-            del data
+            del data, raw
             feed.written(size)
     except BaseException as error:
         files.close(whole=False)
@@ -386,13 +301,12 @@ def _put(files: _Rotation, progress: _Progress, key: str, raw: bytes | memoryvie
     checksum = crc32c.crc32c(raw)
     tail = checksum.to_bytes(chunks.CHECKSUM_BYTES, "little")
     size = len(raw) + len(tail)
-    progress.checksums[key] = f"{checksum:08x}"
     if size <= ocdbt.INLINE_BYTES:
-        progress.entries.append((key.encode(), b"".join((raw, tail))))
+        progress.small[key] = b"".join((raw, tail))
         return
     file = files.current()
     whole = chunks.combined_crc32c(checksum, crc32c.crc32c(tail), len(tail))
-    progress.entries.append((key.encode(), (file.path, file.append((raw, tail), whole), size)))
+    progress.places[key] = (file, file.append((raw, tail), whole), size, checksum)
 
 
 def _host_bytes(value: Any) -> int:
@@ -414,7 +328,7 @@ def _compressed(raw: memoryview) -> bytes:
             "data_type": "uint8",
             "shape": [len(raw)],
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [len(raw)]}},
-            "codecs": [{"name": "bytes"}, _ZSTD],
+            "codecs": [{"name": "bytes"}, ZSTD],
             "fill_value": 0,
         },
         "store_data_equal_to_fill_value": True,
@@ -423,21 +337,3 @@ def _compressed(raw: memoryview) -> bytes:
     array.write(np.frombuffer(raw, np.uint8)).result(timeout=_TIMEOUT_S)
     store: Any = array.kvstore
     return bytes(store.read("c/0").result(timeout=_TIMEOUT_S).value)
-
-
-@functools.lru_cache(maxsize=4096)
-def _zarr_json(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...], compression: bool) -> bytes:
-    return chunks.metadata(_template(dtype, compression), shape, chunk)
-
-
-@functools.lru_cache(maxsize=256)
-def _template(dtype: str, compression: bool) -> dict[str, object]:
-    """TensorStore's own `zarr.json` of an array of `dtype`, made in memory."""
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *([_ZSTD] if compression else []), _CHECKSUM]
-    spec = {
-        "driver": "zarr3",
-        "kvstore": "memory://",
-        "metadata": {"data_type": dtype, "shape": [1], "codecs": codecs},
-    }
-    store: Any = ts.open(spec, create=True).result(timeout=_TIMEOUT_S).kvstore
-    return dict(json.loads(store.read("zarr.json").result(timeout=_TIMEOUT_S).value))

@@ -128,8 +128,8 @@ def _processes(
 ) -> list[dict[str, Any]]:
     told = []
     for index, (host, times) in enumerate(zip(hosts, seconds, strict=True)):
-        receipt = catalog.receipt(live.step, live.attempt, index)
-        files = receipt.files if receipt else ()
+        found = catalog.receipt(live.step, live.attempt, index)
+        files = found[0].files if found else ()
         written = sum(entry.bytes for entry in files)
         told.append({"process": index, "host": host, "files": len(files), "bytes": written, "seconds": times})
     return told

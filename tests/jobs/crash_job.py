@@ -21,10 +21,10 @@ root = sys.argv[1]
 def run(steps: range) -> None:
     options = oc.Options(async_save=False, on_save_failure="raise", events_dir="")  # traced, and no part of the run
     with oc.Agent(root, keep=oc.last(2), options=options) as agent:
-        restored = agent.restore({"w": jnp.zeros(4), "count": 0})
+        restored = agent.restore({"w": jnp.zeros(512), "count": 0})
         assert (restored is None) == (steps.start == 0)
         for step in steps:
-            agent.save(step, {"w": jnp.full(4, float(step)), "count": step}, process_state=b"at %d" % step)
+            agent.save(step, {"w": jnp.full(512, float(step)), "count": step}, process_state=b"at %d" % step)
             print(f"saved {step} {agent.epoch}", flush=True)
 
 

@@ -1,0 +1,47 @@
+"""What receipts say is in the store: every chunk once, each inside a file that its own receipt promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from builders import receipt
+
+from orchestrator import contents
+from orchestrator.errors import Damaged
+from orchestrator.records import FileEntry, Place, decode, encode
+
+FILES = (
+    FileEntry(path="process/00000.bin", bytes=9, crc32c="00000000"),
+    FileEntry(path="state/ocdbt.process_0/d/a", bytes=100, crc32c="00000000"),
+)
+
+
+def place(**changed: Any) -> Place:
+    return Place(**{"file": 1, "offset": 0, "bytes": 100, "crc32c": "0a0b0c0d", **changed})
+
+
+def test_chunks_are_gathered_from_all_receipts_with_their_checksums() -> None:
+    first = receipt(0, files=FILES, places={"w/c/0": place()})
+    second = receipt(1, small={"b/c/0": b"\1\2\3\4\x0d\x0c\x0b\x0a"})
+    back = [decode(encode(one), type(one), "") for one in (first, second)]  # as the coordinator gets them
+    assert contents.entries(back) == {
+        "w/c/0": ("ocdbt.process_0/d/a", 0, 100),
+        "b/c/0": b"\1\2\3\4\x0d\x0c\x0b\x0a",
+    }
+    assert contents.checksums(back) == {"w/c/0": "0a0b0c0d", "b/c/0": "0a0b0c0d"}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"file": 2}, {"file": -1}, {"file": 0}, {"offset": -1}, {"offset": 1}, {"bytes": 101}, {"bytes": 4}]
+)
+def test_a_place_outside_the_files_that_the_receipt_promises_is_refused(changed: dict[str, int]) -> None:
+    with pytest.raises(Damaged, match=r"receipt of process 0 \(host-0\): chunk w/c/0 is at"):
+        contents.entries([receipt(0, files=FILES, places={"w/c/0": place(**changed)})])
+
+
+@pytest.mark.parametrize("again", [{"places": {"w/c/0": place()}}, {"small": {"w/c/0": b"12345"}}])
+def test_a_chunk_of_two_processes_is_refused(again: dict[str, Any]) -> None:
+    first = receipt(0, files=FILES, places={"w/c/0": place()})
+    with pytest.raises(Damaged, match=r"chunk w/c/0: process 1 \(host-1\) and another one have written it"):
+        contents.entries([first, receipt(1, files=FILES, **again)])
