@@ -141,8 +141,9 @@ class Catalog:
                         if following.version % _MARKED_EVERY == 0:
                             self._mark(following.version)
                         return following
-            emit(Retried("journal", tries))
-            time.sleep(random.uniform(0, _CONFLICT_PAUSE_S))
+            wait_s = random.uniform(0, _CONFLICT_PAUSE_S)
+            emit(Retried("journal", tries, wait_s=wait_s))
+            time.sleep(wait_s)
         raise StorageError(f"{self.url}: lost {_CONFLICTS_MAX} races for the next journal version; too many writers")
 
     # Attempts.
