@@ -172,7 +172,8 @@ class Agent:
         return self._preempted[1]
 
     def latest_step(self) -> int | None:
-        """The step that `restore` would choose: the newest restorable one. None in a new run."""
+        """The step that `restore` would choose: the newest restorable one. None in a new run. Raises NothingToRestore
+        where all steps are quarantined."""
         live = self._catalog.find(None)
         return live.step if live else None
 
@@ -253,7 +254,7 @@ class Agent:
         if self._tree_checked or self.options.other_tree:
             return
         try:
-            newest = self._catalog.find(None)
+            newest = journal.newest(self._catalog.require_head())
             if newest is not None and newest.tree != flat.spec.fingerprint():
                 saved = self._catalog.intent(newest, self._catalog.manifest(newest)).tree
                 lines = plan.tree_differences(saved, flat.spec) or ["their trees differ"]

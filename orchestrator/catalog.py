@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from absl import logging
 
 from orchestrator import garbage, journal, layout
-from orchestrator.errors import Damaged, Fenced, NotARun, StepNotFound, StorageError
+from orchestrator.errors import Damaged, Fenced, NotARun, NothingToRestore, StepNotFound, StorageError
 from orchestrator.events import Retried, emit
 from orchestrator.journal import FencedBy, Next, Refused, Stamp
 from orchestrator.records import (
@@ -142,17 +142,29 @@ class Catalog:
                         if following.version % _MARKED_EVERY == 0:
                             self._mark(following.version)
                         return following
-            emit(Retried("journal", tries))
-            time.sleep(random.uniform(0, _CONFLICT_PAUSE_S))
+            wait_s = random.uniform(0, _CONFLICT_PAUSE_S)
+            emit(Retried("journal", tries, wait_s=wait_s))
+            time.sleep(wait_s)
         raise StorageError(f"{self.url}: lost {_CONFLICTS_MAX} races for the next journal version; too many writers")
 
     # Attempts.
 
+    def newest(self, head: Head) -> LiveStep | None:
+        """The restorable step committed last; None in a new run, where no step was ever committed. Raises
+        NothingToRestore where there are steps and all are quarantined: that must not be taken for a new run."""
+        found = journal.newest(head)
+        if found is None and head.live:
+            raise NothingToRestore(
+                f"{self.url}: all {len(head.live)} steps are quarantined (newest: step {head.live[-1].step}); "
+                f"`orchestrator log {self.url}` says why; to begin anew, use another root"
+            )
+        return found
+
     def find(self, step: int | None) -> LiveStep | None:
-        """The newest restorable step (None: no step at all), or the given one. Raises StepNotFound."""
+        """The `newest` step, or the given one. Raises NothingToRestore, StepNotFound."""
         head = self.require_head()
         if step is None:
-            return journal.newest(head)
+            return self.newest(head)
         found = journal.find(head, step)
         if found is None or not found.restorable:
             have = ", ".join(str(live.step) for live in head.live if live.restorable) or "none"

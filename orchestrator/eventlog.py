@@ -28,6 +28,7 @@ from absl import logging
 from orchestrator.events import KINDS, EpochOpened, Event
 
 VERSION = 1
+_FORMER = {"StoreRetried": {"event": "Retried", "what": "store"}}  # events of older logs, as they are told now
 FILE_BYTES = 8 << 20
 DIRECTORY = "events"  # below a run's root, where that is a directory
 _QUEUE_MAX = 10_000
@@ -57,6 +58,7 @@ def decode(text: bytes) -> Line | None:
     """The line that `encode` wrote; None for one that is cut off, foreign, or of an event unknown to this version."""
     try:
         said: dict[str, Any] = msgspec.json.decode(text, type=dict)
+        said |= _FORMER.get(str(said.get("event")), {})
         kind = KINDS.get(str(said.get("event")))
         if kind is None or said.get("v") != VERSION:
             return None

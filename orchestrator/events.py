@@ -95,10 +95,15 @@ class SteppedDown:
 
 @dataclass(frozen=True)
 class Retried:
-    """Something that may fail was done again; `tries` so far. `what`: journal."""
+    """Something that may fail is done again, in `wait_s`; `tries` so far. `what`: journal (another writer was first) or
+    store (a request got no usable answer; `operation`, `name` and `reason` say which and why)."""
 
     what: str
     tries: int
+    operation: str = ""
+    name: str = ""
+    reason: str = ""
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,17 +129,6 @@ class Closed:
     failures: int
 
 
-@dataclass(frozen=True)
-class StoreRetried:
-    """A request to an object store got no usable answer and is made again. `tries`: so far."""
-
-    operation: str
-    name: str
-    reason: str
-    tries: int
-    wait_s: float
-
-
 Event = (
     EpochOpened
     | Alive
@@ -145,7 +139,6 @@ Event = (
     | Restored
     | SteppedDown
     | Retried
-    | StoreRetried
     | Collected
     | CadenceChosen
     | Closed

@@ -105,9 +105,7 @@ class Metrics:
             case events.SteppedDown():
                 self._down.inc()
             case events.Retried():
-                self._retries.labels(event.what).inc()
-            case events.StoreRetried():
-                self._retries.labels(f"store {event.reason}").inc()
+                self._retries.labels(f"{event.what} {event.reason}".strip()).inc()
             case events.Collected():
                 self._deleted.inc(event.deleted_bytes)
                 self._undeleted.inc(event.failed)

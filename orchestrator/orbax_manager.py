@@ -97,12 +97,13 @@ class CheckpointManager:
         return sorted(steps if flying is None else {*steps, flying})
 
     def latest_step(self) -> int | None:
-        """The step committed last, or the one that is being saved."""
+        """The step committed last, or the one that is being saved; None in a new run. Raises NothingToRestore where
+        all steps are quarantined: a loop that asks this would take None for a new run."""
         flying = self._agent.in_flight if self._agent else None
         if flying is not None:
             return flying
         head = self._catalog.head()
-        newest = journal.newest(head) if head else None
+        newest = self._catalog.newest(head) if head else None
         return newest.step if newest else None
 
     def best_step(self) -> int | None:
@@ -140,7 +141,8 @@ class CheckpointManager:
 
     def metadata(self, step: int | None = None) -> Any:
         if step is None:
-            newest = self._catalog.head() and self._catalog.find(None)
+            head = self._catalog.head()
+            newest = journal.newest(head) if head else None
             stored = self._saved(newest).extra.get("root_metadata", {}) if newest else {}
             return RootMetadata(stored or self._root_metadata)
         live = self._live(step)
@@ -239,7 +241,8 @@ class CheckpointManager:
         """The state of `step`: the tree, or a Composite by item. `step=None`: the newest good one; a damaged newest
         step is then quarantined and the one before is taken. A given step that is damaged raises Damaged.
 
-        Raises NoSuchStep (a FileNotFoundError), Mismatch naming each leaf that does not fit.
+        Raises NoSuchStep (a FileNotFoundError), NothingToRestore where all steps are quarantined, Mismatch naming each
+        leaf that does not fit.
         """
         if directory is not None and os.fspath(directory) != self._url:
             raise UsageError(f"restore(directory={os.fspath(directory)!r}): make a CheckpointManager of that directory")
@@ -290,7 +293,7 @@ class CheckpointManager:
         head = self._catalog.head()
         live = None
         if head:
-            live = journal.newest(head) if step is None else journal.find(head, step)
+            live = self._catalog.newest(head) if step is None else journal.find(head, step)
         if live is None or not live.restorable:
             have = ", ".join(map(str, self.all_steps())) or "none"
             raise NoSuchStep(

@@ -183,7 +183,8 @@ def restore_together(
     timeout_s: float,
     back: int = 0,
 ) -> Restored | None:
-    """The newest good step (or `step`) on every process of the job; None if the run has no steps yet. Main thread.
+    """The newest good step (or `step`) on every process of the job; None in a new run, which has never had one. Main
+    thread.
 
     Process 0 chooses and broadcasts; if any process finds the step damaged, all agree, process 0 quarantines it in
     the journal and the next newest is tried. So it is if the store fails, but then nothing is quarantined: it may
@@ -195,10 +196,8 @@ def restore_together(
     args = replace(args, share=(rendezvous.process, rendezvous.count))
     passed: dict[tuple[int, str], _Objection] = {}
     while True:
-        choose = partial(_choose, catalog, step, back, frozenset(passed))
-        choice = agree(rendezvous, "restore: which step", timeout_s, choose)
+        choice = agree(rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back, passed))
         if choice is None:
-            _raise_if_none_was_good(catalog, passed)
             return None
         failpoints.hit("restore.chosen")
         live = journal.find(catalog.entry(choice[0]), choice[1])
@@ -245,14 +244,6 @@ class _Objection:
     damage: bool
 
 
-def _raise_if_none_was_good(catalog: Catalog, passed: Mapping[tuple[int, str], _Objection]) -> None:
-    failed = [f"step {step}: {why.reason}" for (step, _), why in passed.items() if not why.damage]
-    if failed:
-        raise StorageError(f"{catalog.url}: none of {len(passed)} steps could be read; " + "; ".join(failed[:3]))
-    if passed:
-        raise NothingToRestore(f"{catalog.url}: all {len(passed)} restorable steps are damaged; see `orchestrator log`")
-
-
 def _objection(
     rendezvous: Rendezvous,
     live: LiveStep,
@@ -290,19 +281,23 @@ def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journ
 
 
 def _choose(
-    catalog: Catalog, step: int | None, back: int, passed: frozenset[tuple[int, str]]
+    catalog: Catalog, step: int | None, back: int, passed: Mapping[tuple[int, str], _Objection]
 ) -> tuple[int, int] | None:
-    """(journal version, step) of what to restore, not among `passed`. `back`: leave out that many of the newest."""
+    """(journal version, step) of what to restore, not among `passed`; None in a new run. `back`: leave out that many of
+    the newest."""
     if step is None:
         head = catalog.require_head()
         good = [live for live in head.live if live.restorable and (live.step, live.attempt) not in passed]
-        if not back:
-            return (head.version, good[-1].step) if good else None
-        if len(good) <= back:
+        if len(good) > back:
+            return head.version, good[-1 - back].step
+        failed = [f"step {number}: {why.reason}" for (number, _), why in passed.items() if not why.damage]
+        if failed:
+            raise StorageError(f"{catalog.url}: none of {len(passed)} steps could be read; " + "; ".join(failed[:3]))
+        if catalog.newest(head) or back:
             raise NothingToRestore(
                 f"{catalog.url}: asked to leave out the newest {back} of {len(good)} restorable steps"
             )
-        return head.version, good[-1 - back].step
+        return None
     live = catalog.find(step)
     assert live is not None  # find raises for a step that is not there
     return catalog.require_head().version, live.step
@@ -352,6 +347,7 @@ class Run:
         catalog.require_head()
 
     def latest_step(self) -> int | None:
+        """The newest restorable step; None in a new run. Raises NothingToRestore where all steps are quarantined."""
         live = self._catalog.find(None)
         return live.step if live else None
 
@@ -379,7 +375,10 @@ class Run:
             assert live is not None  # find raises for a step that is not there
             return read_step(self._catalog, live, like, args)
         problems = []
-        for live in reversed([live for live in self._catalog.require_head().live if live.restorable]):
+        head = self._catalog.require_head()
+        if self._catalog.newest(head) is None:
+            raise NothingToRestore(f"{self._catalog.url}: nothing to restore: no step has been committed yet")
+        for live in reversed([live for live in head.live if live.restorable]):
             try:
                 return read_step(self._catalog, live, like, args)
             except Unavailable:  # an older step would be no answer to a store that is down

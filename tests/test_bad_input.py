@@ -155,7 +155,8 @@ def test_a_step_asked_of_a_run_without_steps(root: Path) -> None:
     assert agent.restore(LIKE) is None
     text = refused(root, lambda: agent.restore(LIKE, step=1), oc.StepNotFound)
     assert text.endswith("step 1 is not in this run; restorable steps: none")
-    assert refused(root, lambda: oc.open_run(root).restore(LIKE), oc.NothingToRestore).endswith("nothing to restore")
+    text = refused(root, lambda: oc.open_run(root).restore(LIKE), oc.NothingToRestore)
+    assert text.endswith("nothing to restore: no step has been committed yet")
 
 
 HOSTILE = ["../../../../outside", "/etc/passwd", "state/../../../e0009-a01/x", "a//b", "state\\..\\x", ""]

@@ -15,10 +15,11 @@ from fakes import HookedStorage
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, errors, layout
+from orchestrator import arrays, compat, errors, layout
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
+from orchestrator.cli.main import main
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
 
@@ -135,9 +136,33 @@ def test_when_every_step_is_damaged_there_is_nothing_to_restore(root: Path) -> N
     with pytest.raises(oc.NothingToRestore, match=r"step 2: .*\n.*step 1: "):
         oc.open_run(root).restore(LIKE)
     agent = oc.Agent(root)
-    with pytest.raises(oc.NothingToRestore, match="all 2 restorable steps are damaged"):
+    with pytest.raises(oc.NothingToRestore, match="all 2 steps are quarantined"):
         agent.restore(LIKE)
     assert errors.NothingToRestore.exit_code == 6
+
+
+def test_a_run_whose_steps_were_all_quarantined_before_is_no_new_run(root: Path) -> None:
+    fill(root, 1, 2)
+    for step in (1, 2):
+        assert main(["orchestrator", "quarantine", str(root), f"--step={step}", "--reason=loss spike"]) == 0
+    before = snapshot(root)
+    reader = oc.open_run(root)
+    manager = compat.CheckpointManager(root)
+    for ask in (reader.restore, reader.latest_step, manager.restore, manager.latest_step):
+        with pytest.raises(oc.NothingToRestore, match=NONE_LEFT) as caught:
+            ask()
+        assert not isinstance(caught.value, FileNotFoundError)  # what an Orbax loop takes for a new run
+    assert (reader.all_steps(), manager.all_steps(), snapshot(root)) == ([], [], before)
+    with oc.Agent(root, options=now()) as agent:
+        for ask in (lambda: agent.restore(LIKE), agent.latest_step):
+            with pytest.raises(oc.NothingToRestore, match=NONE_LEFT):
+                ask()
+        assert agent.save(3, state(3))  # who goes on all the same can save, and come back
+        restored = agent.restore(LIKE)
+        assert restored is not None and restored.step == 3
+
+
+NONE_LEFT = r"all 2 steps are quarantined \(newest: step 2\); `orchestrator log file://\S+` says why; .* another root"
 
 
 class Unreadable:

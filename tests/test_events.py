@@ -63,6 +63,13 @@ def test_a_field_added_by_a_later_version_is_ignored_and_a_missing_one_has_its_d
     assert decode(older) == line(events.Restored(1, "a", 2.0, 3))
 
 
+def test_the_former_name_of_a_request_made_again_is_still_read() -> None:
+    now_told = line(events.Retried("store", 2, "get", "a/b", "http 503", 0.5))
+    where = b'"time":1.0,"process":0,"host":"host-0","machine":"node","epoch":1'
+    own = b'"operation":"get","name":"a/b","reason":"http 503","tries":2,"wait_s":0.5'
+    assert decode(b'{"v":1,"event":"StoreRetried",%b,%b}' % (where, own)) == now_told
+
+
 def test_an_agent_writes_its_saves_and_restores_beside_the_run(root: Path) -> None:
     fill(root, 0, 1)
     with oc.Agent(root, options=now()) as agent:

@@ -20,7 +20,7 @@ from gcs import BUCKET, emulator, faults, new_root
 
 from launch.gcs_emulator.process import EmulatorProcess
 from orchestrator.errors import OutcomeUnknown, StorageError, UsageError
-from orchestrator.events import Event, StoreRetried, subscribe
+from orchestrator.events import Event, Retried, subscribe
 from orchestrator.records import FileEntry, crc32c
 from orchestrator.storage import Created, Exists, open_storage
 from orchestrator.storage.gcs import GcsStorage
@@ -124,7 +124,7 @@ def test_every_operation_rides_out_five_percent_of_each_fault_and_counts_its_ret
     assert list(store.list("")) == []
     met = gcs.counts()["faults"]
     assert min(met.values()) > 5 and set(met) == set(ALL_FAULTS)
-    retried = Counter(event.reason for event in told if isinstance(event, StoreRetried))
+    retried = Counter(event.reason for event in told if isinstance(event, Retried))
     assert retried == store._client.retries
     assert retried["http 429"] + retried["http 503"] >= 20 and retried["connection"] >= 10
 

@@ -28,7 +28,7 @@ from orchestrator import journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main as cli
 from orchestrator.collect import collect
-from orchestrator.events import Event, StoreRetried, subscribe
+from orchestrator.events import Event, Retried, subscribe
 from orchestrator.records import encode
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 from orchestrator.storage.gcs import GcsStorage
@@ -85,7 +85,7 @@ def test_50_saves_with_restarts_under_five_percent_of_each_fault_lose_nothing_an
         unsubscribe()
     met = gcs.counts()["faults"]
     assert set(met) == set(ALL_FAULTS) and sum(met.values()) > 200
-    retried = [event for event in events if isinstance(event, StoreRetried)]
+    retried = [event for event in events if isinstance(event, Retried) and event.what == "store"]
     # Every fault but "slow" makes somebody try again. All is counted but what curl, inside TensorStore, repeats by
     # itself when a connection that it used before is gone.
     counted = sum(event.tries if event.operation == "arrays" else 1 for event in retried)

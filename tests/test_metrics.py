@@ -170,7 +170,7 @@ def test_counting_is_by_cause_and_intervals_are_medians_of_the_last_ones() -> No
     at[0] = 250.0
     for cause in ("silent", "silent", "fenced"):
         metrics.hear(events.SaveNotCommitted(1, "a", "r", cause))
-    metrics.hear(events.StoreRetried("get", "a/b", "http 503", 1, 0.1))
+    metrics.hear(events.Retried("store", 1, "get", "a/b", "http 503", 0.1))
     for kind in (events.Retried("journal", 1), events.SteppedDown(1, "a", "r"), events.Collected(1, 7, 2)):
         metrics.hear(kind)
     got = collected(metrics)

@@ -19,6 +19,8 @@ from launch import local
 from launch.contract import EXIT_PREEMPTED, PROCESS_INDEX
 from launch.data import Loader, read_text
 from launch.report import Line, Summary, state_digest
+from orchestrator.cli.main import main
+from orchestrator.errors import NothingToRestore
 
 TRAIN = (sys.executable, "-m", "launch.train")
 SMALL = ("--layers=1", "--width=32", "--batch_size=8", "--length=32", "--log_every=1", "--digests")
@@ -181,6 +183,13 @@ def test_a_damaged_or_foreign_root_is_one_line_with_the_errors_own_code(tmp_path
     assert other_model.returncode == 1
     assert "leaves do not fit the target" in other_model.stderr
     assert "Traceback" not in other_model.stderr
+
+    for step in oc.open_run(root).all_steps():
+        assert main(["orchestrator", "quarantine", str(root), f"--step={step}"]) == 0
+    none_left = train_alone(f"--root={root}", "--steps=4", *small)
+    assert none_left.returncode == NothingToRestore.exit_code
+    assert "are quarantined (newest: step " in none_left.stderr
+    assert len(none_left.stderr.splitlines()) == 1
 
     newest = sorted((root / "journal").iterdir())[-1]
     newest.chmod(0o644)

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from orchestrator.events import StoreRetried, emit
+from orchestrator.events import Retried, emit
 from orchestrator.records import Foreign
 
 BACKEND = "TENSORSTORE_GCS_BACKEND"  # as Orbax knows it: gcs (the JSON API) or gcs_grpc
@@ -75,4 +75,4 @@ def report_retries(directory: str) -> None:
     with _reporting:
         fresh, _reported = total - _reported, total
     if fresh > 0:
-        emit(StoreRetried("arrays", directory, "counted by TensorStore", fresh, 0.0))
+        emit(Retried("store", fresh, "arrays", directory, "counted by TensorStore"))

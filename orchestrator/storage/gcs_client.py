@@ -29,7 +29,7 @@ from fsspec.asyn import get_loop
 from gcsfs.core import GCSFileSystem
 
 from orchestrator.errors import StorageError, Unavailable, UsageError
-from orchestrator.events import StoreRetried, emit
+from orchestrator.events import Retried, emit
 
 CONCURRENCY = 32  # requests in flight per process
 _DEADLINE_S = 120.0  # for one operation with all its retries; DEADLINE says another
@@ -171,7 +171,7 @@ class Client:
                     text = f"{operation} {name}: {error}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
                     raise Unavailable(text, landed=landed) from error
                 self.retries[error.kind] += 1
-                emit(StoreRetried(operation, name, error.kind, tries, wait_s))
+                emit(Retried("store", tries, operation, name, error.kind, wait_s))
                 await asyncio.sleep(wait_s)
         raise AssertionError("unreachable")
 
