@@ -64,8 +64,8 @@ def test_an_endpoint_tells_saves_failures_and_restores(scraped: str) -> None:
     assert got["orchestrator_saves_not_committed_total|refused"] == 1
     assert got["orchestrator_save_blocked_seconds_count"] == 3 and got["orchestrator_save_durable_seconds_count"] == 2
     assert got["orchestrator_last_committed_step"] == 1 and got["orchestrator_epoch"] == 1
-    assert got["orchestrator_restore_seconds_count"] == 1 and got["orchestrator_read_bytes_total"] == 16
-    assert got["orchestrator_written_bytes_total"] >= 2 * 16 and got["orchestrator_commit_interval_seconds"] > 0
+    assert got["orchestrator_restore_seconds_count"] == 1 and got["orchestrator_read_bytes_total"] == 2048
+    assert got["orchestrator_written_bytes_total"] >= 2 * 2048 and got["orchestrator_commit_interval_seconds"] > 0
     assert 0 <= got["orchestrator_seconds_since_commit"] < 60
 
 
