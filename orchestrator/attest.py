@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 from orchestrator.errors import Damaged
-from orchestrator.records import Box, Intent, Receipt, ShardPrint
+from orchestrator.records import Box, Intent, LeafSpec, Receipt, ShardPrint
 
 _LANES = 4
 _DIGITS = 8
@@ -48,10 +48,15 @@ def condensed(prints: Mapping[str, str]) -> str:
     return as_text(sums)
 
 
+def _attested(intent: Intent, receipts: Mapping[int, Receipt]) -> Iterable[LeafSpec]:
+    names: set[str] = set().union(*(receipt.prints for receipt in receipts.values()))
+    return (leaf for leaf in intent.tree.leaves if leaf.name in names) if names else ()
+
+
 def disagreements(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
     """Replicas of one shard whose bits differ, one line each naming array, shard, hosts and devices; [] if none do."""
-    problems = []
-    for leaf in intent.tree.leaves:
+    problems: list[str] = []
+    for leaf in _attested(intent, receipts):
         seen: dict[Box, dict[str, list[str]]] = {}
         for process, receipt in sorted(receipts.items()):
             for told in receipt.prints.get(leaf.name, ()):
@@ -68,7 +73,7 @@ def disagreements(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
 def fingerprints(intent: Intent, receipts: Mapping[int, Receipt]) -> dict[str, str]:
     """Leaf name -> fingerprint, of the leaves of which every shard has one. Replicas must have been found to agree."""
     found = {}
-    for leaf in intent.tree.leaves:
+    for leaf in _attested(intent, receipts):
         once: dict[Box, ShardPrint] = {
             told.box: told for receipt in receipts.values() for told in receipt.prints.get(leaf.name, ())
         }

@@ -40,6 +40,7 @@ from orchestrator.records import (
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists
 
+QUICK_POLL_S = 0.002  # the first time; a save of small leaves takes a few of these
 _SIGNAL_POLL_S = 0.01
 _STORAGE_POLL_S = 1.0
 RECEIPT_READS = 64  # at once
@@ -147,7 +148,7 @@ class Coordinator:
         intent = state.intent
         prefix = signal_prefix(self._run, intent.step, intent.attempt) + "receipt/"
         started = time.monotonic()
-        look_at = started  # when storage is polled next, signal or not
+        look_at = started + _STORAGE_POLL_S  # when storage is looked at next, signal or not
         effects: tuple[protocol.Effect, ...] = ()
         while not effects:
             now = time.monotonic()
@@ -155,16 +156,26 @@ class Coordinator:
                 return protocol.advance(state, protocol.DeadlinePassed(deadline_s, self._rendezvous.hosts))
             posted = self._rendezvous.poll(prefix)
             if now >= look_at:
-                posted = {str(index): "" for index in state.missing} | posted
-                look_at = now + _STORAGE_POLL_S
+                posted = self._stored(intent) | posted
+                look_at = time.monotonic() + _STORAGE_POLL_S
             ready = [(index, posted[str(index)]) for index in state.missing if str(index) in posted]
             for receipts in self._read_receipts(intent, ready):
                 state, effects = protocol.advance(state, protocol.ReceiptsRead(receipts))
                 if effects:
                     break
             if not effects:
-                time.sleep(_SIGNAL_POLL_S)
+                time.sleep(min(_SIGNAL_POLL_S, QUICK_POLL_S + (now - started) / 10))
         return state, effects
+
+    def _stored(self, intent: Intent) -> dict[str, str]:
+        """The processes whose receipts are in storage, as their signals would say. One listing, however many."""
+        prefix = layout.attempt_prefix(intent.step, intent.attempt) + layout.RECEIPTS
+        try:
+            names = [entry.key for entry in self._catalog.storage.list(prefix)]
+        except StorageError as error:  # perhaps it passes: the deadline decides
+            logging.warning("%s cannot be listed yet: %s", prefix, error)
+            return {}
+        return {str(process): "" for name in names if (process := layout.receipt_of(name)) is not None}
 
     def _read_receipts(self, intent: Intent, ready: list[tuple[int, str]]) -> Iterator[tuple[Receipt, ...]]:
         """What can be read, in batches, many at once: an object store takes as long for each as for all."""
@@ -254,8 +265,11 @@ class Coordinator:
         prefix = layout.attempt_prefix(intent.step, intent.attempt)
         tree = {prefix + layout.STATE + file.path: file for file in pending.merge(contents.entries(receipts))}
         failpoints.hit("finalize.merged")
+        # Receipts may have been read before the directory that names them was durable: with ours all of them are.
+        ours = prefix + layout.receipt_name(self._rendezvous.process)
+        known = {**tree, ours: self._files[layout.receipt_name(self._rendezvous.process)]}
         sealed = [
-            replace(entry, path=entry.path.removeprefix(prefix)) for entry in self._catalog.storage.seal(tree, tree)
+            replace(entry, path=entry.path.removeprefix(prefix)) for entry in self._catalog.storage.seal(known, known)
         ]
         promised = [entry for receipt in receipts for entry in receipt.files]
         manifest = Manifest(
@@ -264,7 +278,7 @@ class Coordinator:
             step=intent.step,
             attempt=intent.attempt,
             process_count=intent.process_count,
-            files=tuple(sorted((*promised, *sealed, *self._files.values()), key=lambda entry: entry.path)),
+            files=tuple(sorted((*promised, *sealed[:-1], *self._files.values()), key=lambda entry: entry.path)),
             hosts=tuple(receipt.host for receipt in receipts),
             seconds=tuple(receipt.seconds for receipt in receipts),
             chunks=contents.checksums(receipts),

@@ -77,10 +77,17 @@ EXTRA = "extra.json"
 STATE = "state/"
 RECEIPTS = "receipts/"
 PROCESS = "process/"
+_RECEIPT = re.compile(rf"/{RECEIPTS}(\d{{5,}})\.json$")
 
 
 def receipt_name(process: int) -> str:
     return f"{RECEIPTS}{process:05d}.json"
+
+
+def receipt_of(key: str) -> int | None:
+    """The process whose receipt is at `key`, None for anything else."""
+    found = _RECEIPT.search(key)
+    return int(found[1]) if found else None
 
 
 def process_state_name(process: int) -> str:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from orchestrator.attest import disagreements
 from orchestrator.layout import shown
@@ -243,11 +244,11 @@ _TABLE: dict[tuple[Phase, type], Callable[..., Step]] = {
 def uncovered(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
     """Arrays whose index space the receipts do not cover exactly, one line each; [] if all is covered once."""
     problems = []
-    boxes: dict[str, list[tuple[int, Box]]] = {}
+    boxes: dict[str, list[tuple[int, tuple[Box, ...]]]] = {}
     for process, receipt in receipts.items():
         for name, regions in receipt.boxes.items():
-            boxes.setdefault(name, []).extend((process, box) for box in regions)
-    looked_at: dict[tuple[tuple[int, ...], tuple[tuple[int, Box], ...]], str] = {}  # many leaves of few layouts
+            boxes.setdefault(name, []).append((process, regions))
+    looked_at: dict[Any, str] = {}  # many leaves of few layouts
     for leaf in intent.tree.leaves:
         if not leaf.in_store:
             continue
@@ -255,7 +256,8 @@ def uncovered(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
         written = tuple(boxes.get(leaf.name, []))
         problem = looked_at.get((shape, written))
         if problem is None:
-            problem = looked_at[shape, written] = _cover(shape, written)
+            flat = [(process, box) for process, regions in written for box in regions]
+            problem = looked_at[shape, written] = _cover(shape, flat)
         if problem:
             problems.append(f"{leaf.label}{list(shape)}: {problem}")
     return problems

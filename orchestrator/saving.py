@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from orchestrator import arrays, failpoints, journal, layout
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
-from orchestrator.coordinator import Coordinator, UserData, describe, signal_prefix
+from orchestrator.coordinator import QUICK_POLL_S, Coordinator, UserData, describe, signal_prefix
 from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, WaitTimeout
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
@@ -109,10 +109,14 @@ class Saver:
         save.seconds["stage"] = time.monotonic() - started
         # Made here, not in the thread: that one must not keep the state's device buffers alive.
         intent = self._intent(save, flat) if self._coordinator else None
-        run = partial(self._finish, save, intent, pending)
+        left = threading.Event()
+        run = partial(self._finish, save, intent, pending, left)
         save.thread = threading.Thread(target=run, name=f"save-{save.step}", daemon=True)
         save.thread.start()
-        emit(SaveStarted(save.step, save.attempt, time.monotonic() - save.started))
+        try:
+            emit(SaveStarted(save.step, save.attempt, time.monotonic() - save.started))
+        finally:
+            left.set()
 
     def refuse(self, save: Save, phase: str, cause: BaseException) -> None:
         """Tell the other processes, without touching storage, that this one does not take part in `save`."""
@@ -137,8 +141,9 @@ class Saver:
             tree=self._writer.recorded(flat.spec),
         )
 
-    def _finish(self, save: Save, intent: Intent | None, pending: PendingWrite | None) -> None:
+    def _finish(self, save: Save, intent: Intent | None, pending: PendingWrite | None, left: threading.Event) -> None:
         """Background: write, receipt, decision. Leaves the outcome in `save`."""
+        left.wait()  # the interpreter's lock, once lost, comes back after 5 ms: training goes first
         try:
             opening = self._opening(self._coordinator, intent, save) if self._coordinator and intent else None
             self._promise(save, pending, opening)
@@ -317,7 +322,7 @@ class Saver:
                 decided = self._journalled(save)
                 if decided:
                     return decided
-            time.sleep(DECISION_POLL_S)
+            time.sleep(min(DECISION_POLL_S, QUICK_POLL_S + (now - started) / 10))
         raise WaitTimeout(
             f"no decision from the coordinator, process 0 ({self._rendezvous.hosts[0]}), after {deadline_s:g} s"
         )

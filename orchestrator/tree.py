@@ -104,6 +104,7 @@ def flatten(tree: Any) -> Flat:
     values, treedef = jax.tree_util.tree_flatten(tree, is_leaf=_is_empty)
     for form in tuple(_recent):
         if form.treedef == treedef and (flat := _as_before(form, values)):
+            _remember(form)
             return flat
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
     leaves = tuple(_describe(tree_path(path), value) for path, value in with_paths)
@@ -113,8 +114,15 @@ def flatten(tree: Any) -> Flat:
     mesh = next((dict(sharding.mesh.shape) for value in values if (sharding := _named(value))), {})
     keys = tuple(_form_key(leaf, value) for leaf, value in zip(leaves, values, strict=True))
     form = Form(treedef, keys, leaves, mesh)
-    _recent.appendleft(form)
+    _remember(form)
     return Flat(TreeSpec(leaves=leaves), values, form)
+
+
+def _remember(form: Form) -> None:
+    """As the one used last. Main thread."""
+    if form in _recent:
+        _recent.remove(form)
+    _recent.appendleft(form)
 
 
 def _as_before(form: Form, values: Sequence[Any]) -> Flat | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,9 @@ from typing import Any, cast
 import jax.numpy as jnp
 from builders import FIRST, live
 from fakes import HookedStorage
+from runs import now
 
+import orchestrator as oc
 from orchestrator import journal, layout
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.catalog import Catalog
@@ -19,7 +22,7 @@ from orchestrator.coordinator import UserData, signal_prefix
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.protocol import Phase
-from orchestrator.rendezvous import connect
+from orchestrator.rendezvous import _Alone, connect
 from orchestrator.saving import Saver
 from orchestrator.storage import PosixStorage
 from orchestrator.tree import flatten
@@ -83,3 +86,19 @@ def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_caus
     assert "process 1 said no" in str(save.error)
     assert set(rendezvous.poll(f"{prefix}receipt/")) == {"1"}
     assert catalog.receipt(1, save.attempt, 0) is None
+
+
+def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(tmp_path: Path) -> None:
+    class Deaf(_Alone):
+        def poll(self, prefix: str) -> dict[str, str]:
+            return {}
+
+    storage = HookedStorage(PosixStorage(str(tmp_path)))
+    with oc.Agent(tmp_path, rendezvous=Deaf(), storage=storage, options=now()) as agent:
+        started = time.monotonic()
+        agent.save(1, {"w": jnp.zeros(512)})
+        assert agent.all_steps() == [1] and time.monotonic() - started < 10
+    prefix = layout.attempt_prefix(1, FIRST) + layout.RECEIPTS
+    assert ("list", prefix) in storage.calls
+    # Only what is there is read: of a job of thousands, most are not there yet.
+    assert storage.calls.count(("get", f"{prefix}00000.json")) == 1

@@ -112,20 +112,18 @@ def _leaf(entries: Sequence[tuple[bytes, Value]]) -> bytes:
 def _columns(
     values: Sequence[Value],
 ) -> tuple[list[str], list[int], list[int], list[int], list[int], list[bytes]]:
-    numbers: dict[str, int] = {}
-    kinds, lengths, files, offsets, inline = [], [], [], [], []
-    for value in values:
-        if isinstance(value, bytes):
-            kinds.append(0)
-            lengths.append(len(value))
-            inline.append(value)
-        else:
-            path, offset, size = value
-            kinds.append(1)
-            lengths.append(size)
-            files.append(numbers.setdefault(path, len(numbers)))
-            offsets.append(offset)
-    return list(numbers), kinds, lengths, files, offsets, inline
+    """Data files, and of each value: whether it is in one, and its length; of those that are, file and offset; the
+    others themselves."""
+    places = [value for value in values if not isinstance(value, bytes)]
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _, _ in places))}
+    return (
+        list(numbers),
+        [0 if isinstance(value, bytes) else 1 for value in values],
+        [len(value) if isinstance(value, bytes) else value[2] for value in values],
+        [numbers[path] for path, _, _ in places],
+        [offset for _, offset, _ in places],
+        [value for value in values if isinstance(value, bytes)],
+    )
 
 
 def _interior(children: Sequence[_Summary]) -> bytes:

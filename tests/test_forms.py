@@ -1,0 +1,90 @@
+"""Saves of one form share a plan: whatever differs between them must be seen, and be stored as it is now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from runs import now
+
+import orchestrator as oc
+from orchestrator.arrays.planning import plan_of
+from orchestrator.tree import flatten
+
+
+def base(step: int) -> dict[str, Any]:
+    return {
+        "w": jnp.full((4, 2), float(step)),
+        "empty": optax.EmptyState(),
+        "numbers": [step, step / 3, step % 2 == 0, f"step {step}", bytes([step]), complex(step, 1)],
+        "numpy": np.full(3, step),
+        "key": jax.random.key(step),
+    }
+
+
+def test_a_later_save_has_the_same_form_and_its_own_values() -> None:
+    first, second = flatten(base(1)), flatten(base(2))
+    assert second.form is first.form
+    assert plan_of(second, 0, False) is plan_of(first, 0, False)
+    assert [leaf.value for leaf in second.spec.leaves if leaf.kind == "str"] == ["step 2"]
+    fresh = flatten({**base(2), "other": 0})
+    assert tuple(leaf for leaf in fresh.spec.leaves if leaf.path != ("other",)) == second.spec.leaves
+
+
+def test_values_of_all_kinds_come_back_from_a_second_save(root: Path) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        for step in (1, 2, 3):
+            agent.save(step, base(step))
+        for step in (3, 2, 1):
+            restored = agent.restore(base(0), step=step)
+            assert restored is not None
+            wanted = base(step)
+            assert restored.state["numbers"] == wanted["numbers"]
+            for name in ("w", "numpy"):
+                assert np.array_equal(restored.state[name], wanted[name])
+            assert (jax.random.key_data(restored.state["key"]) == jax.random.key_data(wanted["key"])).all()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"w": jnp.zeros((4, 3))},
+        {"w": jnp.zeros((4, 2), jnp.bfloat16)},
+        {"w": np.zeros((4, 2), np.float32)},
+        {"numpy": np.zeros(4)},
+        {"empty": ()},
+        {"empty": None},
+        {"empty": {}},
+        {"key": jax.random.key(1, impl="rbg")},
+        {"numbers": [1, 0.5, True, "x", b"", 1]},
+        {"numbers": [2**63, 0.5, True, "x", b"", 1j]},  # not a number that Orbax's files can hold
+        {"numbers": [True, 0.5, True, "x", b"", 1j]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_anything_stored_in_another_way_is_another_form(changed: dict[str, Any]) -> None:
+    before = flatten(base(1))
+    after = flatten({**base(1), **changed})
+    assert after.form is not before.form
+    assert flatten(base(2)).form is before.form  # and the first one is still known
+
+
+def test_another_sharding_is_another_form(mesh8: jax.sharding.Mesh) -> None:
+    value = jnp.zeros((8, 8))
+    split = [jax.device_put(value, NamedSharding(mesh8, PartitionSpec(*spec))) for spec in (("data",), ("model",), ())]
+    assert len({flatten({"w": array}).form for array in split}) == 3
+
+
+def test_a_donated_array_is_refused_by_name_also_in_a_known_form() -> None:
+    flatten({"a": {"b": jnp.zeros(3)}})
+    gone = jnp.ones(3)
+    gone.delete()
+    with pytest.raises(oc.UnsupportedLeaf, match="a/b: the array was donated or deleted"):
+        flatten({"a": {"b": gone}})
