@@ -56,6 +56,9 @@ class UserData:
     timestamp: float
 
 
+Opened = tuple[FileEntry, ...]
+
+
 def signal_prefix(run: str, step: int, attempt: str) -> str:
     """Where the processes of this incarnation post signals about an attempt. `run` is random per incarnation."""
     return f"orchestrator/{run}/{step}/{attempt}/"
@@ -80,18 +83,18 @@ class Coordinator:
         self._keep = keep
         self._previous = signal_prefix(run, -1, "none")
         self._entry: LiveStep | None = None
-        self._files: dict[str, FileEntry] = {}  # of the attempt: records, by path
+        self._files: dict[str, FileEntry] = {}  # records of the attempt that is being decided, by path
         self.committed_bytes = 0  # of the last decided attempt
         self.stage_s = 0.0  # of its slowest process
 
-    def open(self, intent: Intent, user: UserData) -> None:
+    def open(self, intent: Intent, user: UserData) -> Opened:
         """Write the attempt's intent and the user's data. Raises if another writer already uses this attempt's name.
 
-        Any thread, while this process writes its arrays; `decide` comes after it.
+        Any thread, while this process writes its arrays. What it returns is for `decide`: it is not kept here, as a
+        store may let go of the thread when the next attempt is under way.
         """
-        self._files = {}
         failpoints.hit("intent.before")
-        self._create(intent, layout.INTENT, encode(intent))
+        written = self._create(intent, layout.INTENT, encode(intent))
         failpoints.hit("intent.after")
         extra = Extra(
             format=FORMAT,
@@ -101,24 +104,26 @@ class Coordinator:
             metrics=user.metrics,
             extra=user.extra,
         )
-        self._create(intent, layout.EXTRA, encode(extra))
+        return written, self._create(intent, layout.EXTRA, encode(extra))
 
     def decide(
         self,
         intent: Intent,
         user: UserData,
         pending: PendingWrite | None,
+        opened: Opened,
         deadline_s: float,
         all_in: Callable[[], None] = lambda: None,
     ) -> Attempt:
         """Collect receipts until all are in, one says NO or `deadline_s` has passed; commit or abort; announce.
 
-        `pending`: this process's own write, None if it has failed. `all_in` is called when all are in and the commit
-        begins.
+        `pending`: this process's own write, None if it has failed. `opened`: what `open` has written. `all_in` is
+        called when all are in and the commit begins.
         Returns the attempt in a terminal phase. Raises StorageError if the outcome could not be journalled: then the
         attempt is either not committed (and a later epoch collects it) or committed without anybody being told.
         """
         prefix = signal_prefix(self._run, intent.step, intent.attempt)
+        self._files = {entry.path: entry for entry in opened}
         try:
             state, effects = self._collect_receipts(Attempt(intent), deadline_s)
             # Whoever has not heard of the previous decision by now finds it in the journal.
@@ -298,12 +303,12 @@ class Coordinator:
             time=user.timestamp,
         )
 
-    def _create(self, intent: Intent, name: str, body: bytes) -> None:
+    def _create(self, intent: Intent, name: str, body: bytes) -> FileEntry:
         """A record of the attempt, at `name` in it, created once and durable."""
         key = self._catalog.key(intent.step, intent.attempt, name)
         if isinstance(self._catalog.storage.create(key, body), Exists):
             raise OrchestratorError(f"{self._catalog.url}/{key}: another writer uses this attempt; it is never reused")
-        self._files[name] = file_entry(name, body)
+        return file_entry(name, body)
 
     def announce(self, prefix: str, phase: Phase, reason: str) -> None:
         """Tell the other processes how an attempt ended, so that they need not look in the journal."""

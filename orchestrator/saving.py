@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from orchestrator import arrays, failpoints, journal, layout
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
-from orchestrator.coordinator import QUICK_POLL_S, Coordinator, UserData, describe, signal_prefix
+from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, signal_prefix
 from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, WaitTimeout
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
@@ -147,10 +147,10 @@ class Saver:
         try:
             opening = self._opening(self._coordinator, intent, save) if self._coordinator and intent else None
             self._promise(save, pending, opening)
-            if opening:  # nothing of ours may appear in an attempt that is decided
-                wait([opening], GRACE_S)
-            if self._coordinator and intent:
-                phase, reason = self._decide(self._coordinator, intent, save, pending)
+            if self._coordinator and intent and opening:
+                wait([opening], GRACE_S)  # nothing of ours should appear in an attempt that is decided
+                opened = opening.result() if opening.done() and not opening.exception() else ()
+                phase, reason = self._decide(self._coordinator, intent, save, pending, opened)
             else:
                 phase, reason = self._await_decision(save)
             if phase is Phase.FENCED:
@@ -170,24 +170,22 @@ class Saver:
             emit(Committed(save.step, save.attempt, save.durable_s, save.committed_bytes))
             self._committed()
 
-    def _opening(self, coordinator: Coordinator, intent: Intent, save: Save) -> Future[None]:
+    def _opening(self, coordinator: Coordinator, intent: Intent, save: Save) -> Future[Opened]:
         """The attempt's intent, written beside the arrays. A thread of its own, as a store may hang for ever."""
-        opening: Future[None] = Future()
+        opening: Future[Opened] = Future()
 
         def run() -> None:
             try:
-                coordinator.open(intent, save.user)
+                opening.set_result(coordinator.open(intent, save.user))
             except BaseException as error:
                 opening.set_exception(error)
-            else:
-                opening.set_result(None)
 
         threading.Thread(target=run, name=f"open-{save.step}", daemon=True).start()
         return opening
 
     # The receipt: this process's promise.
 
-    def _promise(self, save: Save, pending: PendingWrite | None, opening: Future[None] | None) -> None:
+    def _promise(self, save: Save, pending: PendingWrite | None, opening: Future[Opened] | None) -> None:
         """Make this process's part durable and sign a receipt, or say NO with the cause. `opening`: what must have been
         written before."""
         me = self._rendezvous
@@ -231,7 +229,7 @@ class Saver:
             except Exception as second:  # the signal has told already; a full disk cannot hold the receipt
                 logging.warning("%s: the NO of process %d could not be stored: %s", key, me.process, second)
 
-    def _await_opening(self, opening: Future[None], save: Save) -> None:
+    def _await_opening(self, opening: Future[Opened], save: Save) -> None:
         left_s = save.started + self._options.save_timeout_s - time.monotonic()
         try:
             opening.result(timeout=max(0.0, left_s))
@@ -297,12 +295,12 @@ class Saver:
     # The decision.
 
     def _decide(
-        self, coordinator: Coordinator, intent: Intent, save: Save, pending: PendingWrite | None
+        self, coordinator: Coordinator, intent: Intent, save: Save, pending: PendingWrite | None, opened: Opened
     ) -> tuple[Phase, str]:
         spent = time.monotonic() - save.started
         left_s = max(0.0, self._options.save_timeout_s - spent)
         all_in = partial(self._enter, save, "committing", pending)
-        state = coordinator.decide(intent, save.user, pending, left_s, all_in)
+        state = coordinator.decide(intent, save.user, pending, opened, left_s, all_in)
         save.committed_bytes, save.stage_s = coordinator.committed_bytes, coordinator.stage_s
         return state.phase, describe(state)
 
