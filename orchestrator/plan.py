@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from orchestrator.errors import Mismatch
 from orchestrator.records import STORED_KINDS, LeafSpec, TreeSpec
 
 
-@dataclass(frozen=True)
-class TargetLeaf:
+class TargetLeaf(msgspec.Struct, frozen=True, gc=False):
     """What the caller wants at a path: kind as in LeafSpec, and for stored kinds the shape and dtype."""
 
     path: tuple[str, ...]
@@ -72,6 +72,8 @@ def match(
 def _problem(
     leaf: TargetLeaf, found: LeafSpec | None, by_path: dict[tuple[str, ...], LeafSpec], cast: bool
 ) -> str | None:
+    if found is not None and (leaf.kind, leaf.shape, leaf.dtype) == (found.kind, found.shape, found.dtype):
+        return None  # nearly all are like this
     want = brief(leaf.kind, leaf.shape, leaf.dtype)
     if found is None:
         if leaf.kind in ("none", "empty"):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from orchestrator import arrays, errors, failpoints, heartbeat, journal, layout, plan
+from orchestrator import arrays, errors, failpoints, garbage, heartbeat, journal, layout, plan
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
 from orchestrator.errors import (
@@ -111,12 +111,13 @@ def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, readin
         read = reading.load(directory, loads, manifest.chunks)
         state: Any = _nested(saved.leaves, read)
     else:
-        wanted, leaves, treedef = targets(like)
-        where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
-        chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
-        loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
-        if args.load_once:
-            loads = [arrays.divided(load) for load in loads]
+        with garbage.paused():
+            wanted, leaves, treedef = targets(like)
+            where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
+            chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
+            loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
+            if args.load_once:
+                loads = [arrays.divided(load) for load in loads]
         read = reading.load(directory, loads, manifest.chunks)
         loaded = iter(read)
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
@@ -140,8 +141,11 @@ def _comparable(load: Load, known: Mapping[str, str]) -> bool:
     return load.leaf.name in known and (load.dtype is None or str(load.dtype) == load.leaf.dtype)
 
 
+_NUMBERS = (int, float, complex)
+
+
 def _load(leaf: LeafSpec, target: Any, args: RestoreArgs) -> Load:
-    if not leaf.kind_stored or isinstance(target, int | float | complex):
+    if not leaf.kind_stored or isinstance(target, _NUMBERS):
         return Load(leaf)
     dtype = target.dtype if args.cast and leaf.kind != "key" else None
     return Load(leaf, arrays.sharding_of(target), dtype)
@@ -152,9 +156,9 @@ def _as_target(leaf: LeafSpec | None, target: Any, value: Any) -> Any:
     Python number and an array without dimensions stand for each other."""
     if leaf is None or leaf.kind in ("none", "empty"):
         return target
-    if isinstance(target, int | float | complex) and leaf.kind_stored:
-        return type(target)(value)
-    if leaf.number and not leaf.kind_stored and hasattr(target, "dtype"):
+    if leaf.kind_stored:
+        return type(target)(value) if isinstance(target, _NUMBERS) else value
+    if leaf.number and hasattr(target, "dtype"):
         host = np.asarray(value, target.dtype)
         sharding = arrays.sharding_of(target)
         return host if sharding is None else jax.make_array_from_callback((), sharding, lambda index: host)

@@ -165,8 +165,8 @@ def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
     for raw_path, value in with_paths:
         path = tree_path(raw_path)
         if isinstance(value, jax.ShapeDtypeStruct):
-            kind = "key" if _is_key(value.dtype) else "array"
-            wanted.append(TargetLeaf(path, kind, tuple(value.shape), _dtype_name(value.dtype)))
+            kind, dtype = _target_form(value.dtype)
+            wanted.append(TargetLeaf(path, kind, tuple(value.shape), dtype))
         else:
             spec = _describe(path, value, check_live=False)
             wanted.append(TargetLeaf(path, spec.kind, spec.shape, spec.dtype))
@@ -174,9 +174,9 @@ def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _dtype_name(dtype: Any) -> str:
-    """Kept, as numpy takes 30 microseconds to name one."""
-    return str(dtype)
+def _target_form(dtype: Any) -> tuple[str, str]:
+    """(kind, dtype's name) of an abstract array. Kept, as numpy takes 30 microseconds to name one."""
+    return "key" if _is_key(dtype) else "array", str(dtype)
 
 
 def _is_empty(value: Any) -> bool:

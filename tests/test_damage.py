@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
+from orchestrator.records import LeafSpec
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
 
@@ -206,6 +208,52 @@ def test_a_store_whose_tree_points_out_of_its_directory_is_not_followed(tmp_path
     with pytest.raises(oc.UnsafeKey, match="not a plain relative path"):
         store.read_into(memoryview(bytearray(5)), (path, 0, 9), "w")
     store.close()
+
+
+def whole(elements: np.ndarray[Any, Any]) -> bytes:
+    """A chunk as it is stored."""
+    return elements.tobytes() + crc32c.crc32c(elements.tobytes()).to_bytes(4, "little")
+
+
+ELEMENTS = {name: np.arange(4, dtype=np.float32) + ord(name) for name in "abc"}
+SMALL_DAMAGE: dict[str, tuple[bytes | None, str]] = {
+    "flipped": (b"\1" + whole(ELEMENTS["b"])[1:], "b: chunk b/c/0 in .*: crc32c .*, written "),
+    "missing": (None, "b: chunk b/c/0 is missing"),
+    "shorter": (whole(ELEMENTS["b"][:3]), "b: chunk b/c/0 in .* has 16 bytes, wanted 20"),
+    "of another save": (whole(ELEMENTS["a"]), "b: chunk b/c/0 in .*; it belongs to another save"),
+}
+
+
+def small_leaves(directory: Path, of_b: bytes | tuple[str, int, int] | None) -> Callable[[], list[Any]]:
+    """Three leaves that are read together. `of_b`: what the store has in the place of b's chunk."""
+    stored = {f"{name}/c/0": whole(elements) for name, elements in ELEMENTS.items()}
+    entries = [(key.encode(), of_b if key == "b/c/0" else body) for key, body in stored.items()]
+    nodes, manifest = ocdbt.encode([(key, value) for key, value in entries if value], "nodes", 0, bytes(16), 1)
+    (directory / "nodes").write_bytes(nodes)
+    (directory / ocdbt.MANIFEST).write_bytes(manifest)
+    (directory / "data").write_bytes(stored["b/c/0"])
+    loads = [
+        arrays.Load(LeafSpec(path=(name,), kind="numpy", shape=(4,), dtype="float32", chunk=(4,))) for name in ELEMENTS
+    ]
+    said = {key: f"{int.from_bytes(body[-4:], 'little'):08x}" for key, body in stored.items()}
+    return lambda: arrays.load(f"file://{directory}", loads, checksums=said)
+
+
+@pytest.mark.parametrize("how", SMALL_DAMAGE)
+def test_damage_of_one_of_many_leaves_that_are_read_together_names_it(tmp_path: Path, how: str) -> None:
+    body, said = SMALL_DAMAGE[how]
+    with pytest.raises(oc.Damaged, match=said):
+        small_leaves(tmp_path, body)()
+
+
+@pytest.mark.parametrize("of_b", [whole(ELEMENTS["b"]), ("data", 0, 20)], ids=["in the tree", "one in a file"])
+def test_leaves_that_are_read_together_are_each_its_own(tmp_path: Path, of_b: bytes | tuple[str, int, int]) -> None:
+    read = small_leaves(tmp_path, of_b)()
+    for elements, value in zip(ELEMENTS.values(), read, strict=True):
+        assert np.array_equal(value, elements) and value.ctypes.data % 64 == 0
+        assert value.flags.c_contiguous and value.flags.writeable
+    read[0][:] = 0
+    assert np.array_equal(read[1], ELEMENTS["b"])
 
 
 def test_running_out_of_descriptors_is_no_damage(root: Path) -> None:

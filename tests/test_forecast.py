@@ -91,10 +91,9 @@ def test_bytes_and_requests_of_a_restore_are_foretold_exactly(run: Path, axes: d
     restored = read_step(reader._catalog, live, like, RestoreArgs(), reading)
     (cost,) = forecast.forecast(tree, Target(axes, 1)).costs
     assert reading.read_bytes == cost.read_bytes
-    layouts: dict[Any, Any] = {}
     targets = {"/".join(leaf.path): like["/".join(leaf.path)] for leaf in tree.leaves if leaf.in_store}
     loads = [Load(leaf, sharding_of(targets["/".join(leaf.path)])) for leaf in tree.leaves if leaf.in_store]
-    assert sum(len(prepare(load, layouts).layout.reads) for load in loads) == cost.reads
+    assert sum(len(one.layout.reads) * len(one.items) for one in prepare(loads)) == cost.reads
     assert cost.array_bytes == sum(map(held, restored.state.values()))
 
 

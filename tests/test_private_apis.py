@@ -27,8 +27,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from jax._src import core, distributed
-from jax._src.interpreters import pxla
-from jax._src.lib import _jax
+from jax._src.lib import _jax, xla_client
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.metadata import sharding as sharding_metadata
@@ -41,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 WATCHED = {  # private names that the package may import: each has a test below
     "jax._src.core",
     "jax._src.distributed",
-    "jax._src.interpreters.pxla",
+    "jax._src.lib.xla_client",
     "orbax.checkpoint._src.metadata.sharding",
 }
 
@@ -201,7 +200,7 @@ def test_one_call_makes_an_array_of_all_its_shards_without_a_copy_and_donating_i
     host = raw[first : first + 4096].view(np.float32)
     aval = core.ShapedArray(host.shape, host.dtype)
     devices = list(sharding.mesh.devices.flat)
-    array = pxla.batched_device_put(aval, sharding, [host, host], devices)
+    array = xla_client.batched_device_put(aval, sharding, [host, host], devices, True)
     assert (array.shape, array.dtype, array.sharding, array.committed) == (host.shape, host.dtype, sharding, True)
     assert [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards] == [host.ctypes.data] * 2
     add = jax.jit(lambda value: value + 1, donate_argnums=0)

@@ -47,7 +47,7 @@ class LocalStore:
                 body = bytearray(size)
                 self._read(memoryview(body), node.place, "the tree")
                 entries, children = ocdbt.decode_node(bytes(body), node.transitive, prefix, f"{self._directory}/{path}")
-                found.update((key.decode(), value) for key, value in entries)
+                found |= {key.decode(): value for key, value in entries}
                 nodes += children
         except ocdbt.Unsupported:
             return None

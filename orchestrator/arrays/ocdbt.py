@@ -230,7 +230,8 @@ class _Cursor:
                 7 * index
             )
         self._at += int(ends[-1]) + 1
-        return [int(value) for value in values.tolist()]
+        numbers: list[int] = values.tolist()
+        return numbers
 
     def files(self) -> list[tuple[str, str]]:
         """A data file table: (base path, relative path) of each."""

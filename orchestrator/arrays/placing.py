@@ -13,7 +13,7 @@ import numpy as np
 # Private (jax 0.10.2): one call for all shards of an array, a tenth of device_put's time for small ones.
 # tests/test_private_apis.py watches them.
 from jax._src import core as _core
-from jax._src.interpreters import pxla as _pxla
+from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 
 from orchestrator import chunks
 from orchestrator.records import Box, LeafSpec
@@ -21,6 +21,7 @@ from orchestrator.tree import inline_value, numpy_dtype
 
 _ALIGNMENT = 64  # what XLA wants of a host buffer that it takes over without a copy
 _ARENA_BYTES = 1 << 20  # buffers much smaller than this share one allocation
+_SMALL_BYTES = _ARENA_BYTES // 8
 
 Array = np.ndarray[Any, Any]
 
@@ -59,19 +60,47 @@ class Layout:
 
 @dataclass
 class Filling:
-    """A leaf being read: a host buffer for each box that this process needs."""
+    """Leaves of one form being read: for each box that this process needs a host buffer, whose first dimension is the
+    leaf. `places`: of the leaves, among all that are wanted."""
 
-    item: Load
+    items: Sequence[Load]
     layout: Layout
+    places: Sequence[int] = (0,)
     buffers: list[Array] = field(default_factory=list)
 
+    @property
+    def leaf(self) -> LeafSpec:
+        """One for all, but for its path."""
+        return self.items[0].leaf
 
-def prepare(item: Load, layouts: dict[Any, Layout]) -> Filling:
-    key = (item.sharding, item.leaf.shape, item.leaf.file_shape, item.leaf.chunk)
-    layout = layouts.get(key)
-    if layout is None:
-        layout = layouts[key] = _layout(item)
-    return Filling(item, layout)
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        return numpy_dtype(self.leaf.stored_dtype or self.leaf.dtype)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.leaf.chunk or ()) * self.dtype.itemsize
+
+
+def prepare(loads: Sequence[Load]) -> list[Filling]:
+    """The leaves that files hold. A large one comes alone, small ones of one form come together: then what there is to
+    do is done for all of them at once."""
+    forms: dict[Any, list[int]] = {}
+    for place, item in enumerate(loads):
+        leaf = item.leaf
+        if leaf.in_store:
+            form = (leaf.shape, leaf.dtype, leaf.chunk, item.sharding, item.dtype, leaf.kind, leaf.stored_shape)
+            forms.setdefault((*form, leaf.stored_dtype, leaf.value), []).append(place)
+    fillings = []
+    for places in forms.values():
+        alone = Filling((loads[places[0]],), _layout(loads[places[0]]))
+        leaf_bytes = sum(math.prod(shape) for shape in alone.layout.shapes) * alone.dtype.itemsize
+        count = max(1, _SMALL_BYTES // max(leaf_bytes, _ALIGNMENT * len(alone.layout.shapes), 1))
+        for first in range(0, len(places), count):
+            some = places[first : first + count]
+            fillings.append(Filling([loads[place] for place in some], alone.layout, some))
+    return sorted(fillings, key=lambda filling: filling.places[0])  # about as the files have them
 
 
 def _layout(item: Load) -> Layout:
@@ -90,7 +119,7 @@ def _layout(item: Load) -> Layout:
 
 def piece_of(leaf: LeafSpec, box: Box) -> Filling:
     """A region of a leaf, as stored, in one buffer on the host."""
-    return Filling(Load(leaf), _fit({box: 0}, leaf.chunk, (), ()))
+    return Filling((Load(leaf),), _fit({box: 0}, leaf.chunk, (), ()))
 
 
 def _fit(
@@ -132,15 +161,20 @@ class Arena:
         self._memory = np.empty(0, np.uint8)
         self._used = 0
 
-    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def arrays(self, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """`count` arrays, each aligned, in one of a dimension more."""
         size = math.prod(shape) * dtype.itemsize
-        if size > _ARENA_BYTES // 8:
-            return _aligned(size).view(dtype).reshape(shape)
+        step = -(-size // _ALIGNMENT) * _ALIGNMENT
+        rows = self._take(count * step).reshape(count, step)[:, :size]
+        return rows.view(dtype).reshape(count, *shape)
+
+    def _take(self, size: int) -> Array:
+        if size > _SMALL_BYTES:
+            return _aligned(size)
         if self._used + size > len(self._memory):
             self._memory, self._used = _aligned(_ARENA_BYTES), 0
-        raw = self._memory[self._used : self._used + size]
-        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return raw.view(dtype).reshape(shape)
+        self._used += size
+        return self._memory[self._used - size : self._used]
 
 
 def _aligned(size: int) -> Array:
@@ -149,21 +183,38 @@ def _aligned(size: int) -> Array:
     return raw[first : first + size]
 
 
-def finish(loads: Sequence[Load], fillings: dict[int, Filling]) -> list[Any]:
+def finish(loads: Sequence[Load], fillings: Sequence[Filling]) -> list[Any]:
     """The values, in order."""
-    values: list[Any] = []
-    for index, item in enumerate(loads):
-        filling = fillings.get(index)
-        if filling is None:
-            values.append(_empty_array(item) if item.leaf.kind_stored else inline_value(item.leaf))
-            continue
-        logical = [_logical(item, buffer) for buffer in filling.buffers]
-        if item.sharding is None:
-            values.append(logical[0][()] if item.leaf.kind == "numpy_scalar" else logical[0])
-        else:
-            values.append(_on_devices(item, item.sharding, filling.layout, logical))
+    values: list[Any] = [None] * len(loads)
+    for filling in fillings:
+        for place, value in zip(filling.places, _values(filling), strict=True):
+            values[place] = value
         filling.buffers = []  # on another device than the host's, they are not needed any more
+    for place, item in enumerate(loads):
+        if not item.leaf.in_store:
+            values[place] = _empty_array(item) if item.leaf.kind_stored else inline_value(item.leaf)
     return values
+
+
+def _values(filling: Filling) -> list[Any]:
+    """The values of leaves of one form. A CPU device takes the buffers over as they are."""
+    item, leaf = filling.items[0], filling.leaf
+    logical = [_logical(item, data) for data in filling.buffers]
+    rows = range(len(filling.items))
+    if item.sharding is None:
+        return [logical[0][row, ...][()] if leaf.kind == "numpy_scalar" else logical[0][row, ...] for row in rows]
+    # Arrays of JAX's canonical types only: int64 becomes int32 where x64 is off, as in device_put.
+    dtype = jax.dtypes.canonicalize_dtype(logical[0].dtype)
+    if dtype != logical[0].dtype:
+        logical = [data.astype(dtype) for data in logical]
+    aval = _core.ShapedArray(leaf.file_shape, dtype)
+    layout, devices = filling.layout, list(filling.layout.devices)
+    values = []
+    for row in rows:
+        hosts = [data[row, ...] for data in logical]
+        shards = [hosts[number] for number in layout.buffer_of]
+        values.append(_xla.batched_device_put(aval, item.sharding, shards, devices, True))
+    return [jax.random.wrap_key_data(value, impl=leaf.value) for value in values] if leaf.kind == "key" else values
 
 
 def _logical(item: Load, data: Array) -> Array:
@@ -172,19 +223,6 @@ def _logical(item: Load, data: Array) -> Array:
     if leaf.kind != "key" and leaf.stored_dtype:
         data = data.view(numpy_dtype(leaf.dtype))
     return data if item.dtype is None or data.dtype == item.dtype else data.astype(item.dtype)
-
-
-def _on_devices(item: Load, sharding: jax.sharding.Sharding, layout: Layout, buffers: list[Array]) -> Any:
-    """The array of one leaf. A CPU device takes the buffers over as they are."""
-    leaf = item.leaf
-    hosts = [buffers[number] for number in layout.buffer_of]
-    # Arrays of JAX's canonical types only: int64 becomes int32 where x64 is off, as in device_put.
-    dtype = jax.dtypes.canonicalize_dtype(hosts[0].dtype)
-    if dtype != hosts[0].dtype:
-        hosts = [host.astype(dtype) for host in hosts]
-    aval = _core.ShapedArray(leaf.file_shape, dtype)
-    array = _pxla.batched_device_put(aval, sharding, hosts, layout.devices)
-    return jax.random.wrap_key_data(array, impl=leaf.value) if leaf.kind == "key" else array
 
 
 def _empty_array(item: Load) -> Any:

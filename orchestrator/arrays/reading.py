@@ -1,7 +1,8 @@
 """Reading leaves of an attempt's `state/`, onto any mesh, any process count, or into numpy.
 
 On a file system each chunk is read from its data file straight into the buffer that becomes the device array, on a few
-threads, and its CRC-32C is checked there; nothing of full size lies between. From an object store, chunks are read as
+threads, and its CRC-32C is checked there; nothing of full size lies between. Small leaves of one form are read, checked
+and made into arrays together, from the store's tree that holds them. From an object store, chunks are read as
 objects of the OCDBT store in one bounded window. An array whose chunks are not ours (leaf without `chunk`: compressed,
 or written by another Orbax) is read through TensorStore's zarr3 driver.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ import tensorstore as ts
 from orchestrator import chunks, garbage
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
-from orchestrator.arrays.placing import Arena, Filling, Layout, Load, Target, finish, piece_of, prepare
+from orchestrator.arrays.placing import Arena, Filling, Load, Target, finish, piece_of, prepare
 from orchestrator.arrays.store import context, foreign_spec, report_retries, store_spec
 from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, WaitTimeout
 from orchestrator.records import Box, Foreign, LeafSpec
@@ -40,6 +40,7 @@ _BATCH_READS = 64
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 _TIMEOUT_S = 600.0  # for any one read through TensorStore
 _CHECK_READS = 16  # under way at once while checking
+_WHOLE = crc32c.crc32c(bytes(chunks.CHECKSUM_BYTES))  # of any bytes that end with their own CRC-32C
 
 Array = np.ndarray[Any, Any]
 
@@ -56,13 +57,12 @@ def load(
     the manifest's of each chunk; without them another save's chunk cannot be told from this one's.
     Raises Damaged naming the leaf if it cannot be read or a checksum is wrong, WaitTimeout if there is no answer.
     """
-    layouts: dict[Any, Layout] = {}
     with garbage.paused():
-        fillings = {index: prepare(item, layouts) for index, item in enumerate(loads) if item.leaf.in_store}
+        fillings = prepare(loads)
     if fillings:
         reader = _Reader(directory, on_bytes or (lambda read_bytes: None), checksums or {})
         try:
-            reader.fill(list(fillings.values()))
+            reader.fill(fillings)
         finally:
             report_retries(directory)
     with garbage.paused():
@@ -88,7 +88,7 @@ def slabs(
             for box in chunks.cut(Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape), piece):
                 filling = piece_of(leaf, box)
                 reader.fill([filling])
-                yield leaf, box, filling.buffers[0]
+                yield leaf, box, filling.buffers[0][0]
 
 
 def check(
@@ -113,14 +113,21 @@ def _fault(error: Exception) -> type[OrchestratorError]:
 
 @dataclass(frozen=True)
 class _Read:
+    """A chunk, of the leaf that is `row` among those of the filling."""
+
     filling: Filling
+    row: int
     key: str
     targets: tuple[Target, ...]
     bytes: int
 
     @property
     def label(self) -> str:
-        return self.filling.item.leaf.label
+        return self.filling.items[self.row].leaf.label
+
+    def into(self, target: Target) -> Array:
+        """Where the part of the chunk belongs; its first dimension is of one leaf."""
+        return self.filling.buffers[target.buffer][(slice(self.row, self.row + 1), *target.inside)]
 
 
 class _Reader:
@@ -138,25 +145,50 @@ class _Reader:
 
     @functools.cached_property
     def _places(self) -> dict[str, ocdbt.Value] | None:
-        return self._local.places() if self._local else None
+        with garbage.paused():
+            return self._local.places() if self._local else None
 
     def fill(self, fillings: Sequence[Filling]) -> None:
-        ours = [filling for filling in fillings if filling.item.leaf.chunk is not None]
+        ours = [filling for filling in fillings if filling.leaf.chunk is not None]
         arena = Arena()
         for filling in fillings:
-            dtype = numpy_dtype(filling.item.leaf.stored_dtype or filling.item.leaf.dtype)
-            filling.buffers = [arena.array(shape, dtype) for shape in filling.layout.shapes]
+            count, dtype = len(filling.items), filling.dtype
+            filling.buffers = [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
         if ours:
-            reads = _reads(ours)
             if self._local and self._places is not None:
-                self._fill_from_files(reads, self._local, self._places)
+                places = self._places
+                left = [filling for filling in ours if not self._fill_from_tree(filling, places)]
+                self._fill_from_files(_reads(left), self._local, places)
             else:
-                self._fill_from_store(reads)
+                self._fill_from_store(_reads(ours))
         for filling in fillings:
-            if filling.item.leaf.chunk is None:
+            if filling.leaf.chunk is None:
                 self._fill_by_zarr(filling)
 
     # From files.
+
+    def _fill_from_tree(self, filling: Filling, places: Mapping[str, ocdbt.Value]) -> bool:
+        """Fill from values that the store's tree holds itself, the same chunk of all leaves at once. False if not every
+        one is there, whole and of this save: reading them one by one then tells which."""
+        size, chunk = filling.chunk_bytes + chunks.CHECKSUM_BYTES, filling.leaf.chunk or ()
+        if size > ocdbt.INLINE_BYTES:
+            return False
+        names = [item.leaf.name for item in filling.items]
+        for suffix, targets in filling.layout.reads:
+            keys = [name + suffix for name in names]
+            values = [places.get(key, b"") for key in keys]
+            bodies = [value for value in values if isinstance(value, bytes) and len(value) == size]
+            if len(bodies) != len(keys) or any(crc32c.crc32c(body) != _WHOLE for body in bodies):
+                return False
+            rows = np.frombuffer(b"".join(bodies), np.uint8).reshape(len(keys), size)
+            said = rows[:, : -chunks.CHECKSUM_BYTES - 1 : -1].tobytes().hex()
+            if self._checksums and said != "".join([self._checksums.get(key, "") for key in keys]):
+                return False
+            elements = rows[:, : -chunks.CHECKSUM_BYTES].view(filling.dtype).reshape(len(keys), *chunk)
+            for target in targets:
+                filling.buffers[target.buffer][(slice(None), *target.inside)] = elements[(slice(None), *target.part)]
+        self._on_bytes(filling.chunk_bytes * len(names) * len(filling.layout.reads))
+        return True
 
     def _fill_from_files(self, reads: Iterator[_Read], store: LocalStore, places: Mapping[str, ocdbt.Value]) -> None:
         threads = min(_THREADS, max(2, os.cpu_count() or 1))
@@ -187,7 +219,7 @@ class _Reader:
             if isinstance(place, bytes):
                 self._place(read, place)
             elif target.direct and len(read.targets) == 1:
-                view = read.filling.buffers[target.buffer][target.inside].reshape(-1).view(np.uint8)
+                view = read.into(target).reshape(-1).view(np.uint8)
                 self._check(read, *store.read_into(view.data, place, read.label))
             else:
                 scratch = np.empty(size, np.uint8)  # one chunk
@@ -242,12 +274,9 @@ class _Reader:
         """Check a chunk that lies elsewhere and copy what is wanted of it."""
         raw = memoryview(body)[: read.bytes]
         self._check(read, crc32c.crc32c(raw), int.from_bytes(body[read.bytes :], "little"))
-        leaf = read.filling.item.leaf
-        assert leaf.chunk is not None
+        source = np.frombuffer(raw, read.filling.dtype).reshape(read.filling.leaf.chunk or ())
         for target in read.targets:
-            buffer = read.filling.buffers[target.buffer]
-            source = np.frombuffer(raw, buffer.dtype).reshape(leaf.chunk)
-            buffer[target.inside] = source[target.part]
+            read.into(target)[...] = source[target.part]
 
     def _same_save(self, label: str, key: str, said: int) -> None:
         wanted = self._checksums.get(key)
@@ -285,13 +314,16 @@ class _Reader:
                 problems[key] = str(error)
 
     def _fill_by_zarr(self, filling: Filling) -> None:
-        leaf = filling.item.leaf
+        for row, item in enumerate(filling.items):
+            self._read_by_zarr(item.leaf, filling.layout.boxes, [buffer[row, ...] for buffer in filling.buffers])
+
+    def _read_by_zarr(self, leaf: LeafSpec, boxes: Sequence[Box], buffers: Sequence[Array]) -> None:
         foreign = leaf.foreign or Foreign(item="", driver="zarr3", ocdbt=True, name=leaf.name)
         spec = foreign_spec(f"{self._directory.rstrip('/')}/{foreign.item}", foreign)
         store = self._result(leaf.label, ts.open(spec, open=True, read=True, context=self._context))
         if tuple(store.shape) != leaf.file_shape:
             raise Damaged(f"{leaf.label}: the file holds {list(store.shape)}, the tree spec {list(leaf.file_shape)}")
-        for box, buffer in zip(filling.layout.boxes, filling.buffers, strict=True):
+        for box, buffer in zip(boxes, buffers, strict=True):
             part = store[tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))]
             buffer[...] = self._result(leaf.label, part.read())
             self._on_bytes(buffer.nbytes)
@@ -300,12 +332,10 @@ class _Reader:
 def _reads(fillings: Iterable[Filling]) -> Iterator[_Read]:
     """Each chunk once, with all the buffers that want some of it."""
     for filling in fillings:
-        leaf = filling.item.leaf
-        assert leaf.chunk is not None
-        size = math.prod(leaf.chunk) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize
-        name = leaf.name
-        for suffix, targets in filling.layout.reads:
-            yield _Read(filling, name + suffix, targets, size)
+        for row, item in enumerate(filling.items):
+            name = item.leaf.name
+            for suffix, targets in filling.layout.reads:
+                yield _Read(filling, row, name + suffix, targets, filling.chunk_bytes)
 
 
 def _batches(reads: Iterator[_Read]) -> Iterator[list[_Read]]:
