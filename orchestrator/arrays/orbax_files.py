@@ -68,7 +68,7 @@ def _key_types(treedef: Any) -> list[tuple[int, ...]]:
 
 
 def array_metadatas(leaves: Iterable[LeafSpec]) -> bytes:
-    """`array_metadatas/process_K`: chunk shapes, and which arrays are PRNG keys."""
+    """`array_metadatas/process_0`: chunk shapes, and which arrays are PRNG keys."""
     described = [
         {
             "array_metadata": {

@@ -89,19 +89,17 @@ class Plan:
 
     @functools.cached_property
     def orbax_files(self) -> Mapping[str, bytes]:
-        """Orbax's own files, by path: each process describes the arrays, process 0 the tree."""
+        """Orbax's own files, by path. All processes would say the same, so process 0 writes them. (With Orbax each one
+        describes the arrays; its reader takes the first description that it finds.)"""
+        if self.process != 0:
+            return {}
         arrays = [plan for plan in self.leaves if plan.type == "jax.Array"]
-        written = {}
+        leaves, types = [plan.leaf for plan in self.leaves], [plan.type for plan in self.leaves]
+        written = {"_METADATA": orbax_files.tree_metadata(leaves, self.form.treedef, types)}
         if arrays:
-            described = orbax_files.array_metadatas(plan.leaf for plan in arrays)
-            written[f"array_metadatas/process_{self.process}"] = described
-        if self.process == 0:
-            types = [plan.type for plan in self.leaves]
-            leaves = [plan.leaf for plan in self.leaves]
-            written["_METADATA"] = orbax_files.tree_metadata(leaves, self.form.treedef, types)
-            if arrays:
-                named = ((plan.leaf.name, plan.sharding) for plan in arrays if plan.sharding is not None)
-                written["_sharding"] = orbax_files.shardings(named)
+            named = ((plan.leaf.name, plan.sharding) for plan in arrays if plan.sharding is not None)
+            written["_sharding"] = orbax_files.shardings(named)
+            written["array_metadatas/process_0"] = orbax_files.array_metadatas(plan.leaf for plan in arrays)
         return written
 
 
