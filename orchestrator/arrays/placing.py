@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +22,11 @@ from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import inline_value, numpy_dtype
 
 _ALIGNMENT = 64  # what XLA wants of a host buffer that it takes over without a copy
-_ARENA_BYTES = 1 << 20  # buffers much smaller than this share one allocation
-_SMALL_BYTES = _ARENA_BYTES // 8
+_PAGE_BYTES = 2 << 20  # a large page
+_ARENA_BYTES = 8 * _PAGE_BYTES
+_TOGETHER_BYTES = 128 << 10  # of leaves of one form that are handled together
+_LARGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+_PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 Array = np.ndarray[Any, Any]
 
@@ -79,6 +84,11 @@ class Filling:
         return numpy_dtype(self.leaf.stored_dtype or self.leaf.dtype)
 
     @property
+    def leaf_bytes(self) -> int:
+        """Of the buffers of one leaf."""
+        return sum(_step(math.prod(shape) * self.dtype.itemsize) for shape in self.layout.shapes)
+
+    @property
     def chunk_bytes(self) -> int:
         return math.prod(self.leaf.chunk or ()) * self.dtype.itemsize
 
@@ -95,8 +105,7 @@ def prepare(loads: Sequence[Load]) -> list[Filling]:
     fillings = []
     for places in forms.values():
         alone = Filling((loads[places[0]],), _layout(loads[places[0]]))
-        leaf_bytes = sum(math.prod(shape) for shape in alone.layout.shapes) * alone.dtype.itemsize
-        count = max(1, _SMALL_BYTES // max(leaf_bytes, _ALIGNMENT * len(alone.layout.shapes), 1))
+        count = max(1, _TOGETHER_BYTES // max(1, alone.leaf_bytes))
         for first in range(0, len(places), count):
             some = places[first : first + count]
             fillings.append(Filling([loads[place] for place in some], alone.layout, some))
@@ -155,31 +164,46 @@ def _contiguous(box: Box, outer: Box) -> bool:
 
 
 class Arena:
-    """Aligned buffers. Small ones share an allocation, which lives as long as any of them."""
+    """Aligned buffers, `total_bytes` in all. Those of up to 2 MiB share allocations of up to 16 MiB, which each live as
+    long as any buffer in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, total_bytes: int) -> None:
+        self._left = total_bytes
         self._memory = np.empty(0, np.uint8)
         self._used = 0
 
     def arrays(self, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """`count` arrays, each aligned, in one of a dimension more."""
         size = math.prod(shape) * dtype.itemsize
-        step = -(-size // _ALIGNMENT) * _ALIGNMENT
+        step = _step(size)
         rows = self._take(count * step).reshape(count, step)[:, :size]
         return rows.view(dtype).reshape(count, *shape)
 
     def _take(self, size: int) -> Array:
-        if size > _SMALL_BYTES:
-            return _aligned(size)
+        self._left -= size
+        if size > _PAGE_BYTES:
+            return _fresh(size)
         if self._used + size > len(self._memory):
-            self._memory, self._used = _aligned(_ARENA_BYTES), 0
+            self._memory, self._used = _fresh(min(_ARENA_BYTES, size + max(0, self._left))), 0
         self._used += size
         return self._memory[self._used - size : self._used]
 
 
-def _aligned(size: int) -> Array:
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    first = -raw.ctypes.data % _ALIGNMENT
+def _step(size: int) -> int:
+    """From one buffer of `size` bytes to the next."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _fresh(size: int) -> Array:
+    """Memory of its own, in large pages where Linux gives them: touching ordinary ones for the first time takes longer
+    than reading a file's cached bytes into them."""
+    large = size // _PAGE_BYTES * _PAGE_BYTES
+    memory = mmap.mmap(-1, size + (_PAGE_BYTES if large else 0), **_PRIVATE)
+    raw = np.frombuffer(memory, np.uint8)
+    first = -raw.ctypes.data % _PAGE_BYTES if large else 0
+    if large and _LARGE_PAGES is not None:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(_LARGE_PAGES, first, large)
     return raw[first : first + size]
 
 
