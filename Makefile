@@ -48,9 +48,10 @@ demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 
 bitrot: setup ## 700 damaged files, each restored and compared bit for bit (about 2 minutes); FAULTS=, SEED=
 	$(BIN)/python -m tests.bitrot --faults=$(or $(FAULTS),700) --seed=$(or $(SEED),1) --report=bitrot-report.md
 
-bench: setup ## saves and restores beside Orbax and PyTorch, into docs/benchmarks.md (about 20 minutes)
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0  # the `bench` extra
+bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md (about 35 minutes)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torchsnapshot==0.1.0  # the `bench` extra
 	$(BIN)/python -m benchmarks.compare --all --write=docs
+	$(BIN)/python -m benchmarks.growth --write=docs
 
 chaos: setup ## 210 rounds of faults against real jobs, the run checked after each (about 25 minutes)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check fusepy==3.0.1  # the `chaos` extra

@@ -124,7 +124,7 @@ def work(args: argparse.Namespace, index: int, port: str) -> None:
             agent.wait_until_finished()
             together()
             times.append(time.perf_counter())
-            restored = agent.restore(like=here(state))
+            restored = agent.restore(like=here(args.shape))
             assert restored is not None
             jax.block_until_ready(restored.state)
             together()

@@ -6,13 +6,15 @@ processes, `restore` when the arrays are on the devices of `target`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from benchmarks.shapes import own_arrays
+from benchmarks.shapes import is_replicated, own_arrays
+from orchestrator.events import Event, Restored, subscribe
 
 
 class Peer(Protocol):
@@ -23,10 +25,18 @@ class Peer(Protocol):
 
 
 class Ours:
+    """`reported_bytes`: what its events say that the last restore read."""
+
     def __init__(self, directory: Path) -> None:
         import orchestrator as oc
 
         self._agent = oc.Agent(directory, save=oc.every(1), options=oc.Options(on_save_failure="raise"))
+        self.reported_bytes = 0
+        self._unsubscribe = subscribe(self._hear)
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, Restored):
+            self.reported_bytes = event.read_bytes
 
     def save(self, state: dict[str, Any]) -> None:
         self._agent.save(1, state)
@@ -40,6 +50,7 @@ class Ours:
         return restored.state
 
     def close(self) -> None:
+        self._unsubscribe()
         self._agent.close()
 
 
@@ -84,46 +95,47 @@ class OrbaxRaw(OrbaxDefault):
 class TorchDcp:
     """PyTorch's distributed checkpoint over gloo: the same bytes as DTensors, each process its own rows."""
 
-    asynchronous = False
+    package: ClassVar[str] = "torch"
+    asynchronous: ClassVar[bool] = False
 
     def __init__(self, directory: Path) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        self._dcp, self._directory, self._future = dcp, str(directory), None
-
-    def _tensors(self, state: dict[str, Any], empty: bool = False) -> dict[str, Any]:
-        import torch
-        from torch.distributed.tensor import DTensor, Replicate, Shard
-
-        mesh = _torch_mesh()
-        tensors = {}
-        for name, leaf in state.items():
-            shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-            replicated = leaf.sharding.is_fully_replicated
-            parts = [np.asarray(shard.data) for shard in (shards[:1] if replicated else shards)]
-            raw = [torch.from_numpy(part.view(np.int16 if part.dtype.itemsize == 2 else part.dtype)) for part in parts]
-            local = torch.cat(raw) if len(raw) > 1 else raw[0]
-            placement = [Replicate() if replicated else Shard(0)]
-            whole = torch.empty_like(local) if empty else local
-            tensors[name] = DTensor.from_local(whole, mesh, placement, run_check=False)
-        return tensors
+        self._directory, self._future = str(directory), None
 
     def prepare(self, state: dict[str, Any]) -> None:
         """Outside the timing: torch's own copy of the state, and empty tensors to read into."""
-        self._state, self._target = self._tensors(state), self._tensors(state, empty=True)
+        import torch
+
+        local = {name: _local_tensor(leaf) for name, leaf in state.items()}
+        self._replicated = is_replicated(state)
+        self._state = self._placed(local)
+        self._target = self._placed({name: torch.empty_like(tensor) for name, tensor in local.items()})
+
+    def _placed(self, local: dict[str, Any]) -> dict[str, Any]:
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        placement = [Replicate() if self._replicated else Shard(0)]
+        return {name: DTensor.from_local(tensor, mesh, placement, run_check=False) for name, tensor in local.items()}
 
     def save(self, state: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as dcp
+
         if self.asynchronous:
-            self._future = self._dcp.async_save(self._state, checkpoint_id=self._directory)
+            self._future = dcp.async_save(self._state, checkpoint_id=self._directory)
         else:
-            self._dcp.save(self._state, checkpoint_id=self._directory)
+            dcp.save(self._state, checkpoint_id=self._directory)
 
     def wait(self) -> None:
         if self._future is not None:
             self._future.result()
+            self._future = None  # it holds the copy that was written
 
     def restore(self, target: dict[str, Any]) -> Any:
-        self._dcp.load(self._target, checkpoint_id=self._directory)
+        import torch.distributed.checkpoint as dcp
+
+        dcp.load(self._target, checkpoint_id=self._directory)
         return None
 
     def close(self) -> None:
@@ -134,26 +146,79 @@ class TorchDcpAsync(TorchDcp):
     asynchronous = True
 
 
-def _torch_mesh() -> Any:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
+class TorchSnapshot(TorchDcp):
+    """torchsnapshot over gloo: plain tensors, each process its own rows; replicated ones are said to be so."""
 
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+    package = "torchsnapshot"
+
+    def _placed(self, local: dict[str, Any]) -> dict[str, Any]:
+        from torchsnapshot import StateDict
+
+        return {"state": StateDict(**local)}
+
+    def save(self, state: dict[str, Any]) -> None:
+        from torchsnapshot import Snapshot
+
+        take = Snapshot.async_take if self.asynchronous else Snapshot.take
+        self._pending = take(self._directory, self._state, replicated=["**"] if self._replicated else [])
+
+    def wait(self) -> None:
+        """torchsnapshot syncs nothing. `durable` means the same for all, so what it wrote is synced here."""
+        import torch.distributed as dist
+
+        if self.asynchronous:
+            self._pending.wait()
+        files = sorted(file for file in Path(self._directory).rglob("*") if file.is_file())
+        for file in files[dist.get_rank() :: dist.get_world_size()]:
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+    def restore(self, target: dict[str, Any]) -> Any:
+        from torchsnapshot import Snapshot
+
+        Snapshot(self._directory).restore(self._target)
+        return None
+
+
+class TorchSnapshotAsync(TorchSnapshot):
+    asynchronous = True
+
+
+def _local_tensor(leaf: Any) -> Any:
+    """This process's rows of an array as a torch tensor with memory of its own, as training there would have it."""
+    import torch
+
+    shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    parts = [np.asarray(shard.data) for shard in (shards[:1] if leaf.sharding.is_fully_replicated else shards)]
+    # torch has no view of ml_dtypes; what is saved are bytes.
+    bits = np.int16 if leaf.dtype.itemsize == 2 else leaf.dtype
+    return torch.cat([torch.from_numpy(part.view(bits)) for part in parts])
 
 
 class Raw:
-    """The machine's own limit: the bytes to one file, fsync; read back into fresh memory while they are cached."""
+    """The machine's own limit: each process's share of the bytes to one file, fsync; what it needs read back, still
+    cached, into fresh memory."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / str(os.getpid())
+        self._directory = directory
         self._parts: list[Any] = []
 
     def prepare(self, state: dict[str, Any]) -> None:
+        import jax
+
         self._parts = [part.reshape(-1).view(np.uint8) for part in own_arrays(state)]
+        self._written = self._directory / str(jax.process_index())
+        # Of replicated arrays each process writes its share and needs all.
+        needed = range(jax.process_count()) if is_replicated(state) else [jax.process_index()]
+        self._needed = [self._directory / str(index) for index in needed]
+
+    def memcpy(self) -> Any:
+        """A copy of what this process writes, in fresh memory: the least that taking it from the devices can cost."""
+        return [part.copy() for part in self._parts]
 
     def save(self, state: dict[str, Any]) -> None:
-        with self._path.open("wb", buffering=1 << 20) as file:
+        with self._written.open("wb", buffering=1 << 20) as file:
             for part in self._parts:
                 file.write(part.data)
             file.flush()
@@ -163,13 +228,7 @@ class Raw:
         return
 
     def restore(self, target: dict[str, Any]) -> Any:
-        read = []
-        with self._path.open("rb", buffering=1 << 20) as file:
-            for part in self._parts:
-                buffer = np.empty(len(part), np.uint8)
-                file.readinto(buffer.data)
-                read.append(buffer)
-        return None
+        return [np.fromfile(path, np.uint8) for path in self._needed]
 
     def close(self) -> None:
         self._parts = []
@@ -181,15 +240,27 @@ PEERS: dict[str, type[Any]] = {
     "Orbax tuned": OrbaxFiles,
     "torch DCP": TorchDcp,
     "torch DCP async": TorchDcpAsync,
+    "torchsnapshot": TorchSnapshot,
+    "torchsnapshot async": TorchSnapshotAsync,
     "raw limit": Raw,
 }
 TUNED_FOR_LEAVES = {"Orbax tuned": OrbaxRaw}
 
 
 def peers_for(shape: str) -> dict[str, type[Any]]:
+    """Those that are installed."""
     chosen = PEERS | (TUNED_FOR_LEAVES if shape == "leaves" else {})
-    try:
-        import torch.distributed.checkpoint  # noqa: F401
-    except ImportError:
-        return {name: peer for name, peer in chosen.items() if not name.startswith("torch")}
-    return chosen
+    return {name: peer for name, peer in chosen.items() if _installed(peer)}
+
+
+def missing() -> dict[str, list[str]]:
+    """Packages that are not installed, and the peers that are left out for it."""
+    absent: dict[str, list[str]] = {}
+    for name, peer in PEERS.items():
+        if not _installed(peer):
+            absent.setdefault(peer.package, []).append(name)
+    return absent
+
+
+def _installed(peer: type[Any]) -> bool:
+    return importlib.util.find_spec(getattr(peer, "package", "numpy")) is not None

@@ -1,43 +1,48 @@
-"""Tables of a run's figures, and the part of docs/benchmarks.md that a run writes."""
+"""Tables of a run's figures, and the parts of docs/benchmarks.md that runs write."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.peers import PEERS
 from benchmarks.shapes import SHAPES
 
 Results = Mapping[str, Mapping[str, list[float]]]
 
 COLUMNS = ("blocked", "durable", "restore", "other mesh", "one process")
-MARKS = ("<!-- figures: written by `make bench` -->", "<!-- end of figures -->")
+RESTORES = COLUMNS[2:]
+BOUND_RATIO, BOUND_S = 1.2, 0.020  # what `blocked` may be of one memcpy, and beyond it
 
 
 def table(shape: str, results: Results) -> str:
     """Markdown: medians (and ranges) in milliseconds, memory over the state's bytes, bytes on disk."""
+    results = {name: results[name] for name in PEERS if name in results}
     rounds = len(next(iter(results.values()))["durable"])
     header = ["median ms (min to max)", *COLUMNS, "peak save", "peak restore", "MiB on disk"]
-    lines = [f"**{SHAPES[shape].title}**, {rounds} rounds", "", _row(header), _row(["---"] * len(header))]
+    lines = [f"**{SHAPES[shape].title}**, {rounds} rounds", "", row(header), row(["---"] * len(header))]
     for name, figures in results.items():
         cells = [_times(figures.get(column, [])) for column in COLUMNS]
+        if "memcpy" in figures:  # of the raw limit, being blocked means no more
+            cells[0] = f"memcpy {_times(figures['memcpy'])}"
         # Of a few kilobytes of state, memory says nothing.
         sized = [
             figures.get(column, []) if _has_memory(shape, name) else [] for column in ("peak save", "peak restore")
         ]
         peaks = [_median(values, "{:.2f}x") for values in sized]
         disk = _median([value / (1 << 20) for value in figures.get("bytes on disk", [])], "{:.1f}")
-        lines.append(_row([name, *cells, *peaks, disk]))
-    lines += ["", _ratios(results), ""]
-    return "\n".join(lines)
+        lines.append(row([name, *cells, *peaks, disk]))
+    said = [*_ratios(results), *_bound(results)]
+    return "\n".join([*lines, "", "  \n".join(said), "", *_amplification(results), ""])
 
 
 def _has_memory(shape: str, name: str) -> bool:
     return shape != "leaves" and name != "raw limit"
 
 
-def _ratios(results: Results) -> str:
+def _ratios(results: Results) -> list[str]:
     """How many times ours each peer needs, and ours of the raw limit."""
     said = []
     for name, figures in results.items():
@@ -56,41 +61,73 @@ def _ratios(results: Results) -> str:
             said.append("ours / raw limit: " + ", ".join(parts))
         else:
             said.append(f"{name} / ours: " + ", ".join(parts))
-    return "  \n".join(said)
+    return said
+
+
+def _bound(results: Results) -> list[str]:
+    """Whether ours blocks no longer than a copy of the bytes would take."""
+    memcpy, blocked = results.get("raw limit", {}).get("memcpy"), results.get("ours", {}).get("blocked")
+    if not memcpy or not blocked:
+        return []
+    allowed = BOUND_RATIO * statistics.median(memcpy) + BOUND_S
+    verdict = "within" if statistics.median(blocked) <= allowed else "**above**"
+    bound = f"{BOUND_RATIO} x one memcpy of the process's bytes + {_ms(BOUND_S)} ms = {_ms(allowed)} ms"
+    return [f"ours blocked {_ms(statistics.median(blocked))} ms: {verdict} {bound}"]
+
+
+def _amplification(results: Results) -> list[str]:
+    """What a process read over what it needed; for ours also as its events say."""
+    rows = []
+    for name, figures in results.items():
+        for label, kind in ((name, "read"), (f"{name}, by its events", "reported")):
+            cells = [_median(figures.get(f"{column} {kind}", []), "{:.2f}x") for column in RESTORES]
+            if any(cells):
+                rows.append(row([label, *cells]))
+    header = ["bytes read / bytes needed", *RESTORES]
+    return [row(header), row(["---"] * len(header)), *rows] if rows else []
 
 
 def _times(values: list[float]) -> str:
     if not values:
         return ""
-    low, middle, high = (value * 1000 for value in (min(values), statistics.median(values), max(values)))
-    return f"{middle:.0f} ({low:.0f} to {high:.0f})"
+    low, middle, high = (_ms(value) for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f}"
 
 
 def _median(values: list[float], form: str) -> str:
     return form.format(statistics.median(values)) if values else ""
 
 
-def _row(cells: list[str]) -> str:
+def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def write(directory: str, results: Mapping[str, Results]) -> None:
     """Into `directory`: the figures as they are (`benchmarks.json`; of shapes not in `results`, the earlier ones), the
-    tables between the marks of `benchmarks.md`, and the plot."""
+    tables into `benchmarks.md`, and the plot."""
     raw = Path(directory) / "benchmarks.json"
     earlier = json.loads(raw.read_text()) if raw.exists() else {}
-    every: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for shape in (shape for shape in SHAPES if shape in results or shape in earlier):
-        for source in (earlier.get(shape, {}), results.get(shape, {})):
-            for name, figures in source.items():
-                every.setdefault(shape, {}).setdefault(name, {}).update(figures)
+    every = {shape: results.get(shape) or earlier[shape] for shape in SHAPES if shape in results or shape in earlier}
     raw.write_text(json.dumps(_rounded(every), indent=1) + "\n")
-    page = Path(directory) / "benchmarks.md"
-    before, _, rest = page.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    tables = "\n".join(table(shape, figures) for shape, figures in every.items())
-    page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n{MARKS[1]}{after}")
+    put(directory, "make bench", "\n".join(table(shape, figures) for shape, figures in every.items()))
     (Path(directory) / "benchmarks.svg").write_text(plot(every))
+
+
+def put(directory: str, command: str, tables: str) -> None:
+    """Into `benchmarks.md`, between the marks of `command`."""
+    page, marks = (
+        Path(directory) / "benchmarks.md",
+        (f"<!-- figures: written by `{command}` -->", "<!-- end of figures -->"),
+    )
+    before, found, rest = page.read_text().partition(marks[0])
+    _, ended, after = rest.partition(marks[1])
+    if not found or not ended:
+        raise SystemExit(f"{page}: no place for the tables ({marks[0]} and {marks[1]}); nothing written to it")
+    page.write_text(f"{before}{marks[0]}\n\n{tables}\n{marks[1]}{after}")
 
 
 def _rounded(results: Mapping[str, Results]) -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -103,7 +140,7 @@ def _rounded(results: Mapping[str, Results]) -> dict[str, dict[str, dict[str, li
     }
 
 
-_COLOURS = ("#1b6ca8", "#c44536", "#e09f3e", "#7b6d8d", "#a5a58d", "#8a8a8a")
+_COLOURS = ("#1b6ca8", "#c44536", "#e09f3e", "#7b6d8d", "#a5a58d", "#3a7d44", "#9c6644", "#8a8a8a")
 _BAR, _GAP, _SCALE = 14, 26, 560
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +12,21 @@ COLUMNS = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """`replicated`: every device holds all of it; else the first dimension is split over all devices."""
+    """`replicated`: every device holds all of it; else the first dimension is split over all devices. `warm_up`: the
+    shape that the round which is not counted saves instead, where its own would take minutes."""
 
     title: str
-    rounds: int
+    rounds: int = 7
     replicated: bool = False
+    warm_up: str = ""
 
 
 SHAPES = {
-    "arrays": Shape("(a) 512 MiB in 16 arrays", 7),
-    "leaves": Shape("(b) 2000 leaves of 64 B", 7),
-    "gpt2": Shape("(c) GPT-2-small with Adam, unscanned", 7),
-    "large": Shape("(d) 4 GiB in 64 arrays", 3),
-    "replicated": Shape("(e) 256 MiB in 16 arrays, replicated", 7, replicated=True),
+    "arrays": Shape("(a) 512 MiB in 16 arrays"),
+    "leaves": Shape("(b) 2000 leaves of 64 B"),
+    "gpt2": Shape("(c) GPT-2-small with Adam, unscanned"),
+    "large": Shape("(d) 4 GiB in 64 arrays", warm_up="arrays"),
+    "replicated": Shape("(e) 256 MiB in 16 arrays, replicated", replicated=True),
 }
 
 
@@ -62,55 +65,75 @@ def _gpt2(width: int = 768, layers: int = 12) -> Iterator[tuple[str, tuple[int, 
     yield "ln_f_bias", (width,)
 
 
-def build(name: str) -> dict[str, Any]:
-    """The state on this job's devices."""
+def here(name: str) -> dict[str, Any]:
+    """The state as targets on the mesh of all this job's devices: the first dimension split, or replicated."""
     import jax
     import ml_dtypes
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
-    spec = PartitionSpec() if SHAPES[name].replicated else PartitionSpec("data")
-    sharding = NamedSharding(mesh, spec)
-    state = {}
-    for number, (leaf, shape, dtype) in enumerate(leaves(name)):
-        kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    sharding = NamedSharding(mesh, PartitionSpec() if SHAPES[name].replicated else PartitionSpec("data"))
+    return {
+        leaf: jax.ShapeDtypeStruct(shape, np.dtype(getattr(ml_dtypes, dtype, dtype)), sharding=sharding)
+        for leaf, shape, dtype in leaves(name)
+    }
 
-        def part(index: Any, number: int = number, shape: Any = shape, kind: Any = kind) -> Any:
-            bounds = [piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True)]
+
+def elsewhere(name: str) -> dict[str, Any]:
+    """The same on another mesh: the last dimension split, where there are two, instead of the first."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((jax.device_count(),), ("model",))
+
+    def target(leaf: Any) -> Any:
+        spec = PartitionSpec(*(None,) * (leaf.ndim - 1), "model")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return {path: target(leaf) for path, leaf in here(name).items()}
+
+
+def build(name: str) -> dict[str, Any]:
+    """The state on this job's devices."""
+    import jax
+    import numpy as np
+
+    state = {}
+    for number, (path, leaf) in enumerate(here(name).items()):
+
+        def part(index: Any, number: int = number, leaf: Any = leaf) -> Any:
+            bounds = [piece.indices(size)[:2] for piece, size in zip(index, leaf.shape, strict=True)]
             sizes = [stop - start for start, stop in bounds]
             rng = np.random.default_rng([number, *(start for start, _ in bounds)])
-            return rng.integers(0, 256, int(np.prod(sizes)) * kind.itemsize, np.uint8).view(kind).reshape(sizes)
+            raw = rng.integers(0, 256, math.prod(sizes) * leaf.dtype.itemsize, np.uint8)
+            return raw.view(leaf.dtype).reshape(sizes)
 
-        state[leaf] = jax.make_array_from_callback(shape, sharding, part)
+        state[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
     jax.block_until_ready(state)
     return state
 
 
-def elsewhere(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as targets on another mesh: the last dimension split, where there are two, instead of the first."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    def target(leaf: Any) -> Any:
-        mesh = jax.make_mesh((jax.device_count(),), ("model",))
-        spec = PartitionSpec(*(None,) * (leaf.ndim - 1), "model")
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return {name: target(leaf) for name, leaf in state.items()}
-
-
-def here(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as targets on its own mesh."""
-    import jax
-
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in state.items()}
+def is_replicated(state: dict[str, Any]) -> bool:
+    return all(leaf.sharding.is_fully_replicated for leaf in state.values())
 
 
 def own_arrays(state: dict[str, Any]) -> list[Any]:
-    """What this process would have to write: each of its shards that no lower replica holds, as numpy."""
+    """What this process has to write, as numpy: its shards; of what all processes hold, its share."""
+    import jax
     import numpy as np
 
-    return [
-        np.asarray(shard.data) for leaf in state.values() for shard in leaf.addressable_shards if not shard.replica_id
-    ]
+    if is_replicated(state):
+        mine = list(state.values())[jax.process_index() :: jax.process_count()]
+        return [np.asarray(leaf.addressable_shards[0].data) for leaf in mine]
+    return [np.asarray(shard.data) for leaf in state.values() for shard in leaf.addressable_shards]
+
+
+def needed_bytes(target: dict[str, Any]) -> int:
+    """Of this process: the target's bytes on its devices, each byte once."""
+    needed = 0
+    for leaf in target.values():
+        regions = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        needed += shard * len({str(region) for region in regions})
+    return needed
