@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import crc32c
@@ -113,18 +113,18 @@ class PosixStorage:
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
         base = self._path(folder) if folder else self.root
-        found = [entry for entry in self._walk(base, folder) if entry.key.startswith(prefix) and entry.key >= start]
+        found = self._walk(base, folder, lambda key: key.startswith(prefix) and key >= start)
         return iter(sorted(found, key=lambda entry: entry.key))
 
-    def _walk(self, directory: str, prefix: str) -> Iterator[Entry]:
+    def _walk(self, directory: str, prefix: str, wanted: Callable[[str], bool]) -> Iterator[Entry]:
         try:
             with os.scandir(directory) as entries:
                 for item in entries:
                     key = f"{prefix}/{item.name}" if prefix else item.name
                     if item.is_dir(follow_symlinks=False):
                         if key != _TMP:
-                            yield from self._walk(item.path, key)
-                    elif item.is_file(follow_symlinks=False):
+                            yield from self._walk(item.path, key, wanted)
+                    elif wanted(key) and item.is_file(follow_symlinks=False):  # before stat: a journal is long
                         with contextlib.suppress(FileNotFoundError):  # deleted since: not listed
                             yield Entry(key, item.stat(follow_symlinks=False).st_size)
         except (FileNotFoundError, NotADirectoryError):
