@@ -43,5 +43,5 @@ def checksums(receipts: Iterable[Receipt]) -> dict[str, str]:
     found: dict[str, str] = {}
     for receipt in receipts:
         found |= {key: place.crc32c for key, place in receipt.places.items()}
-        found |= {key: f"{int.from_bytes(body[-CHECKSUM_BYTES:], 'little'):08x}" for key, body in receipt.small.items()}
+        found |= {key: body[: -CHECKSUM_BYTES - 1 : -1].hex() for key, body in receipt.small.items()}  # little-endian
     return found

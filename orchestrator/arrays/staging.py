@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,10 +21,10 @@ def on_host(sharding: jax.sharding.Sharding) -> bool:
     return bool(device.platform == "cpu")
 
 
-def start_transfers(plans: Sequence[LeafPlan], values: Sequence[Any]) -> None:
+def start_transfers(leaves: Iterable[tuple[LeafPlan, Any]]) -> None:
     """All copies from accelerators under way before the first is waited for."""
-    for plan, value in zip(plans, values, strict=True):
-        if plan.shards and plan.sharding is not None and not on_host(plan.sharding) and plan.leaf.kind != "key":
+    for plan, value in leaves:
+        if plan.sharding is not None and not on_host(plan.sharding) and plan.leaf.kind != "key":
             for index, _ in plan.shards:
                 value.addressable_data(index).copy_to_host_async()
 

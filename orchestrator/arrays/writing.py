@@ -133,14 +133,14 @@ class PendingWrite:
         """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
         while it is taken."""
         values, self._values = self._values, ()
-        if deadline is not None:
-            self._begin(_THREADS)
+        mine = [(plan, value) for plan, value in zip(self._plan.leaves, values, strict=True) if plan.shards]
+        if deadline is None:
+            start_transfers(mine)
+            self._feed.add([part for plan, value in mine for part in take(plan, value)])
         else:
-            start_transfers(self._plan.leaves, values)
-        for plan, value in zip(self._plan.leaves, values, strict=True):
-            if deadline is not None:
+            self._begin(_THREADS)
+            for plan, value in mine:
                 self._feed.wait_for_room(_host_bytes(value), deadline)
-            if plan.shards:
                 self._feed.add(take(plan, value))
         self._feed.end()
 
