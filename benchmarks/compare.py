@@ -21,7 +21,7 @@ import sys
 import tempfile
 
 from benchmarks import jobs, report
-from benchmarks.peers import PEERS, missing
+from benchmarks.peers import PEERS, missing, peers_for
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import work
 
@@ -65,12 +65,15 @@ def main() -> None:
 def _shape(args: argparse.Namespace, shape: str) -> dict[str, dict[str, list[float]]]:
     rounds = args.rounds or SHAPES[shape].rounds
     scratch = tempfile.mkdtemp(prefix="bench-", dir=args.directory)
-    common = ["--shape", shape, "--directory", scratch, *(["--peers", *args.peers] if args.peers else [])]
+    names = [name for name in peers_for(shape) if not args.peers or name in args.peers]
+    common = ["--shape", shape, "--directory", scratch, "--peers"]
     size = ["--processes", str(args.processes), "--devices", str(args.devices)]
     alone = ["--processes", "1", "--devices", str(args.processes * args.devices), "--restore-only"]
-    planned = [([*common, *size, "--rounds", "1", "--memory"], args.processes, _GIVE_BACK)]
+    # Each in a job of its own: what one peer has kept would hide what the next needs.
+    measured = [name for name in names if name != "raw limit"]
+    planned = [([*common, name, *size, "--rounds", "1", "--memory"], args.processes, _GIVE_BACK) for name in measured]
     if not args.memory:
-        timed = [*common, "--rounds", str(rounds)]
+        timed = [*common, *names, "--rounds", str(rounds)]
         planned = [([*timed, *size], args.processes, {}), ([*timed, *alone], 1, {}), *planned]
     results: dict[str, dict[str, list[float]]] = {}
     try:
@@ -82,7 +85,7 @@ def _shape(args: argparse.Namespace, shape: str) -> dict[str, dict[str, list[flo
     return results
 
 
-# glibc keeps freed memory for later: then a peak would be that of the peer before.
+# glibc keeps freed memory for later: then a peak would be that of the round before.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 

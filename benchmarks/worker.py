@@ -27,8 +27,6 @@ def work(args: argparse.Namespace, index: int, ports: list[str]) -> None:
     from benchmarks.peers import peers_for
 
     peers = {name: peer for name, peer in peers_for(args.shape).items() if not args.peers or name in args.peers}
-    if args.memory:
-        peers.pop("raw limit", None)
     if any(name.startswith("torch") for name in peers):
         _torch(index, args.processes, ports[1])
     results: dict[str, dict[str, list[float]]] = {name: {} for name in peers}
@@ -175,7 +173,7 @@ def touch_free_memory(wanted_bytes: int) -> None:
 
 
 def _give_back(wanted_bytes: int) -> None:
-    """What was freed goes back to the system, all of it: else it would hide what the next peer needs."""
+    """What was freed goes back to the system, all of it: else it would hide what the next round needs."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
