@@ -22,9 +22,10 @@ from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import inline_value, numpy_dtype
 
 _ALIGNMENT = 64  # what XLA wants of a host buffer that it takes over without a copy
+_ARENA_BYTES = 1 << 20  # buffers much smaller than this share one allocation
+_SMALL_BYTES = _ARENA_BYTES // 8
 _PAGE_BYTES = 2 << 20  # a large page
-_ARENA_BYTES = 8 * _PAGE_BYTES
-_TOGETHER_BYTES = 128 << 10  # of leaves of one form that are handled together
+_LARGE_BYTES = 2 * _PAGE_BYTES
 _LARGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
@@ -105,7 +106,7 @@ def prepare(loads: Sequence[Load]) -> list[Filling]:
     fillings = []
     for places in forms.values():
         alone = Filling((loads[places[0]],), _layout(loads[places[0]]))
-        count = max(1, _TOGETHER_BYTES // max(1, alone.leaf_bytes))
+        count = max(1, _SMALL_BYTES // max(1, alone.leaf_bytes))
         for first in range(0, len(places), count):
             some = places[first : first + count]
             fillings.append(Filling([loads[place] for place in some], alone.layout, some))
@@ -164,11 +165,9 @@ def _contiguous(box: Box, outer: Box) -> bool:
 
 
 class Arena:
-    """Aligned buffers, `total_bytes` in all. Those of up to 2 MiB share allocations of up to 16 MiB, which each live as
-    long as any buffer in them."""
+    """Aligned buffers. Small ones share an allocation, which lives as long as any of them."""
 
-    def __init__(self, total_bytes: int) -> None:
-        self._left = total_bytes
+    def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
         self._used = 0
 
@@ -180,11 +179,12 @@ class Arena:
         return rows.view(dtype).reshape(count, *shape)
 
     def _take(self, size: int) -> Array:
-        self._left -= size
-        if size > _PAGE_BYTES:
-            return _fresh(size)
+        if size >= _LARGE_BYTES:
+            return _in_large_pages(size)
+        if size > _SMALL_BYTES:
+            return _aligned(size)
         if self._used + size > len(self._memory):
-            self._memory, self._used = _fresh(min(_ARENA_BYTES, size + max(0, self._left))), 0
+            self._memory, self._used = _aligned(_ARENA_BYTES), 0
         self._used += size
         return self._memory[self._used - size : self._used]
 
@@ -194,16 +194,21 @@ def _step(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _fresh(size: int) -> Array:
-    """Memory of its own, in large pages where Linux gives them: touching ordinary ones for the first time takes longer
-    than reading a file's cached bytes into them."""
-    large = size // _PAGE_BYTES * _PAGE_BYTES
-    memory = mmap.mmap(-1, size + (_PAGE_BYTES if large else 0), **_PRIVATE)
+def _aligned(size: int) -> Array:
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % _ALIGNMENT
+    return raw[first : first + size]
+
+
+def _in_large_pages(size: int) -> Array:
+    """Memory of its own, in large pages where Linux gives them. numpy asks for them too, but begins anywhere: 2 MiB of
+    each array would be in small ones, each with a page fault of its own."""
+    memory = mmap.mmap(-1, size + _PAGE_BYTES, **_PRIVATE)
     raw = np.frombuffer(memory, np.uint8)
-    first = -raw.ctypes.data % _PAGE_BYTES if large else 0
-    if large and _LARGE_PAGES is not None:
+    first = -raw.ctypes.data % _PAGE_BYTES
+    if _LARGE_PAGES is not None:
         with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(_LARGE_PAGES, first, large)
+            memory.madvise(_LARGE_PAGES, first, size // _PAGE_BYTES * _PAGE_BYTES)
     return raw[first : first + size]
 
 

@@ -150,7 +150,7 @@ class _Reader:
 
     def fill(self, fillings: Sequence[Filling]) -> None:
         ours = [filling for filling in fillings if filling.leaf.chunk is not None]
-        arena = Arena(sum(len(filling.items) * filling.leaf_bytes for filling in fillings))
+        arena = Arena()
         for filling in fillings:
             count, dtype = len(filling.items), filling.dtype
             filling.buffers = [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
