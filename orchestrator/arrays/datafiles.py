@@ -21,6 +21,7 @@ import tensorstore as ts
 from orchestrator import chunks
 from orchestrator.arrays.store import files_spec, shared_context
 from orchestrator.records import FileEntry, crc32
+from orchestrator.storage.posix import storage_error
 
 Buffer = bytes | memoryview
 
@@ -74,17 +75,23 @@ def data_file_path() -> str:
 class _LocalFile:
     def __init__(self, base: str, path: str) -> None:
         self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
-        full = os.path.join(base, path)
-        os.makedirs(os.path.dirname(full), exist_ok=True)
-        self._descriptor = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._full = os.path.join(base, path)
+        try:
+            os.makedirs(os.path.dirname(self._full), exist_ok=True)
+            self._descriptor = os.open(self._full, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except OSError as error:
+            raise storage_error("create", self._full, error) from error
         self._handed_over = 0
 
     def append(self, parts: Sequence[Buffer], checksum: int) -> int:
         offset = self.bytes
         size = sum(len(part) for part in parts)
-        written = os.writev(self._descriptor, parts)
-        while written < size:  # a signal or a full disk: the next call says which
-            written += os.write(self._descriptor, b"".join(parts)[written:])
+        try:
+            written = os.writev(self._descriptor, parts)
+            while written < size:  # a signal or a full disk: the next call says which
+                written += os.write(self._descriptor, b"".join(parts)[written:])
+        except OSError as error:
+            raise storage_error("write", self._full, error) from error
         self.bytes += size
         self.crc32c = chunks.combined_crc32c(self.crc32c, checksum, size)
         if self.bytes - self._handed_over >= _WRITE_BACK_BYTES:

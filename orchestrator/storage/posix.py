@@ -63,7 +63,7 @@ class PosixStorage:
                 os.unlink(temporary)
             if isinstance(error, StorageError):
                 raise
-            raise _storage_error("create", path, error) from error
+            raise storage_error("create", path, error) from error
         return Created()
 
     def link(self, source: str, key: str) -> Created | Exists:
@@ -108,7 +108,7 @@ class PosixStorage:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise _storage_error("read", path, error) from error
+            raise storage_error("read", path, error) from error
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
@@ -130,7 +130,7 @@ class PosixStorage:
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
-            raise _storage_error("list", directory, error) from error
+            raise storage_error("list", directory, error) from error
 
     def delete(self, key: str) -> bool:
         path = self._path(key)
@@ -139,7 +139,7 @@ class PosixStorage:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
-            raise _storage_error("delete", path, error) from error
+            raise storage_error("delete", path, error) from error
         self._prune(os.path.dirname(path))
         return True
 
@@ -180,7 +180,7 @@ class PosixStorage:
                     size += len(chunk)
                     other = crc32(chunk) if size == len(chunk) else ""
         except OSError as error:
-            raise _storage_error("sync", path, error) from error
+            raise storage_error("sync", path, error) from error
         return FileEntry(path=key, bytes=size, crc32c=f"{checksum:08x}", crc32=other)
 
     def _above(self, directories: set[str]) -> Iterable[str]:
@@ -196,7 +196,7 @@ class PosixStorage:
         try:
             _sync_directory(directory)
         except OSError as error:
-            raise _storage_error("sync", directory, error) from error
+            raise storage_error("sync", directory, error) from error
 
     def _path(self, key: str) -> str:
         return os.path.join(self.root, check_key(key, self.url))
@@ -271,7 +271,8 @@ def _sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _storage_error(what: str, path: str, error: OSError) -> StorageError:
+def storage_error(what: str, path: str, error: OSError) -> StorageError:
+    """A system call's failure as all of ours are told."""
     return StorageError(f"{what} {path}: {_reason(error)}")
 
 

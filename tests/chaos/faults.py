@@ -131,7 +131,9 @@ def zombie(place: str, process: int) -> Round:
 
     def run(arena: Arena) -> str:
         opened = len(arena.story("opened"))
-        rule = f"{place}=stop@process={process}@restart=0@nth=2"
+        # Process 0 creates a journal entry when it opens the run, and one more when it has restored.
+        nth = 4 if place == "storage.link" else 2
+        rule = f"{place}=stop@process={process}@restart=0@nth={nth}"
         old = arena.launch(f"deadline={DEADLINE_S}", flags=[f"--chaos={rule}", "--hang_after_s=0", "--end_grace_s=10"])
         arena.until("the old one is up", lambda: len(arena.story("opened")) >= opened + 2, 60, old)
         pids = [line["pid"] for line in arena.story("opened")[opened:]]
