@@ -98,7 +98,7 @@ def test_a_create_whose_every_reply_is_lost_is_read_back_or_called_unknown(gcs: 
 
 
 def test_what_was_refused_for_sure_is_an_error_and_not_an_unknown_outcome(gcs: EmulatorProcess) -> None:
-    store = patient(gcs, deadline_s=0.5)
+    store = patient(gcs, deadline_s=2)
     with faults(gcs, too_many=1), pytest.raises(StorageError, match=r"HTTP 429.*gave up after") as caught:
         store.create("journal/0", b"ours")
     assert not isinstance(caught.value, OutcomeUnknown) or "cannot be read back" in str(caught.value)
