@@ -20,4 +20,7 @@ def paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # the user's own frozen objects stay frozen
+                gc.freeze()  # all that was made counts as old at once: else the next allocation looks at all of it
+                gc.unfreeze()
             gc.enable()

@@ -70,14 +70,3 @@ def test_waiting_for_room_ends_at_the_deadline_and_with_a_writers_error() -> Non
     feed.end(OSError("disk full"))
     with pytest.raises(OSError, match="disk full"):
         feed.wait_for_room(4, deadline=float("inf"))
-
-
-def test_small_parts_are_taken_all_at_once_and_the_others_stay() -> None:
-    feed = Feed()
-    for size in (4, 2000, 1, 1020, 1021):
-        feed.add([(np.zeros(size, np.uint8), ())])
-    feed.end()
-    assert [data.nbytes for data, _ in feed.take_small(1020)] == [4, 1, 1020]
-    assert feed.waiting_bytes == 3021
-    assert [feed.take()[0].nbytes for _ in range(2)] == [2000, 1021]  # type: ignore[index]
-    assert feed.take() is None

@@ -84,6 +84,14 @@ def test_another_sharding_is_another_form(mesh8: jax.sharding.Mesh) -> None:
     assert len({flatten({"w": array}).form for array in split}) == 3
 
 
+@pytest.mark.parametrize("other", [np.zeros((4, 2), np.float32), 3.0, jnp.zeros((2, 4)), jnp.zeros((4, 2), jnp.int32)])
+def test_a_tree_of_nothing_but_arrays_is_told_from_one_that_is_not(other: Any) -> None:
+    first = flatten({"a": jnp.zeros((4, 2)), "b": jnp.ones(3)})
+    again, changed = flatten({"a": jnp.ones((4, 2)), "b": jnp.zeros(3)}), flatten({"a": other, "b": jnp.ones(3)})
+    assert again.form is first.form and again.spec == first.spec
+    assert changed.form is not first.form
+
+
 def test_a_donated_array_is_refused_by_name_also_in_a_known_form() -> None:
     flatten({"a": {"b": jnp.zeros(3)}})
     gone = jnp.ones(3)

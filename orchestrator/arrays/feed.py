@@ -51,13 +51,6 @@ class Feed:
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
             self._changed.notify_all()
 
-    def take_small(self, size: int) -> list[Part]:
-        """All parts of at most `size` bytes, at once. Only after the end, and before anybody takes one."""
-        everything = list(self._parts)
-        self._parts.clear()
-        self._parts.extend(part for part in everything if part[0].nbytes > size)
-        return [part for part in everything if part[0].nbytes <= size]
-
     @property
     def waiting_bytes(self) -> int:
         """Of what nobody has taken yet."""

@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from orchestrator import chunks
-from orchestrator.arrays import orbax_files
+from orchestrator.arrays import ocdbt, orbax_files
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import INT64, Flat, Form, numpy_dtype
 
@@ -37,7 +37,8 @@ class LeafPlan:
     """What this process writes of one leaf.
 
     leaf: as the array store holds it. type: Orbax's name for what it is. shards: (number among the addressable ones,
-    pieces). whole: the dtype to copy a leaf of the host's memory as, None if it is on devices.
+    pieces). whole: the dtype to copy a leaf of the host's memory as, None if it is on devices. small: each shard is one
+    chunk that, with its CRC, is small enough for the store's tree.
     """
 
     leaf: LeafSpec
@@ -46,6 +47,7 @@ class LeafPlan:
     boxes: tuple[Box, ...] = ()
     sharding: jax.sharding.Sharding | None = None
     whole: np.dtype[Any] | None = None
+    small: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,11 @@ class Plan:
     leaves: tuple[LeafPlan, ...]
     compression: bool
     process: int
+
+    @functools.cached_property
+    def mine(self) -> tuple[tuple[int, LeafPlan], ...]:
+        """The leaves that this process writes anything of, each with its number."""
+        return tuple((number, plan) for number, plan in enumerate(self.leaves) if plan.shards)
 
     @functools.cached_property
     def chunk_count(self) -> int:
@@ -153,7 +160,13 @@ def _whole(leaf: LeafSpec, type_name: str, dtype: np.dtype[Any], process: int) -
     assert leaf.chunk is not None
     box = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
     pieces = _named(leaf.name, _pieces(box, leaf.chunk))
-    return LeafPlan(leaf, type_name, ((0, pieces),), (box,), whole=dtype)
+    return LeafPlan(leaf, type_name, ((0, pieces),), (box,), whole=dtype, small=_small(leaf, box))
+
+
+def _small(leaf: LeafSpec, shard: Box) -> bool:
+    shape = chunks.shape_of(shard)
+    size = math.prod(shape) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize
+    return shape == leaf.chunk and size + chunks.CHECKSUM_BYTES <= ocdbt.INLINE_BYTES
 
 
 def _pieces(box: Box, chunk: tuple[int, ...]) -> Pieces:
@@ -188,7 +201,8 @@ def _of_shards(leaf: LeafSpec, value: jax.Array, layouts: _Layouts) -> LeafPlan:
         mine = by_turn[turn] = _mine(layout, turn, leaf.chunk or ())
     shards, boxes = mine
     named = tuple((index, _named(leaf.name, pieces)) for index, pieces in shards)
-    return LeafPlan(leaf, "jax.Array", named, boxes, value.sharding)
+    small = bool(layout.shards) and _small(leaf, layout.shards[0][1])
+    return LeafPlan(leaf, "jax.Array", named, boxes, value.sharding, small=small)
 
 
 def _layout(leaf: LeafSpec, value: jax.Array) -> _Layout:

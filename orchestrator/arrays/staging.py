@@ -42,3 +42,22 @@ def take(plan: LeafPlan, value: Any) -> list[Part]:
         return [(np.array(value, dtype=plan.whole, order="C"), pieces) for _, pieces in plan.shards]
     held = value._arrays
     return [(np.asarray(held[index]), pieces) for index, pieces in plan.shards]
+
+
+# What the buffer protocol knows; of the others numpy must be asked.
+_VIEWED = frozenset(
+    ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64")
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _viewed(sharding: jax.sharding.Sharding | None, dtype: str) -> bool:
+    return sharding is not None and on_host(sharding) and dtype in _VIEWED
+
+
+def take_small(plan: LeafPlan, value: Any) -> list[tuple[str, bytes]]:
+    """Key and elements of each chunk of a small leaf. A copy: quicker than to hold the buffer."""
+    if not _viewed(plan.sharding, plan.leaf.dtype):
+        return [(key, data.tobytes()) for data, ((key, _),) in take(plan, value)]
+    held = value._arrays
+    return [(key, bytes(memoryview(held[index]))) for index, ((key, _),) in plan.shards]

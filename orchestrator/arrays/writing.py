@@ -29,7 +29,7 @@ from orchestrator import chunks, garbage
 from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
 from orchestrator.arrays.feed import Feed
 from orchestrator.arrays.planning import ZSTD, Plan, host_local, plan_of
-from orchestrator.arrays.staging import Part, start_transfers, take
+from orchestrator.arrays.staging import start_transfers, take, take_small
 from orchestrator.arrays.store import report_retries
 from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.records import Box, FileEntry, LeafSpec, Place, ShardPrint, TreeSpec
@@ -40,7 +40,6 @@ _THREADS = 4
 _THREAD_BYTES = 16 << 20  # a further thread for each of these
 _TIMEOUT_S = 60.0  # of TensorStore, in memory
 _LOOK_S = 0.5  # how often a write looks whether it is still wanted
-_SMALL_BYTES = ocdbt.INLINE_BYTES - chunks.CHECKSUM_BYTES
 
 
 class WriteStopped(Exception):
@@ -122,6 +121,7 @@ class PendingWrite:
     def __init__(self, directory: str, flat: Flat, plan: Plan, feed: Feed, prints: fingerprint.Prints | None) -> None:
         self._directory, self._plan, self._prints = directory.rstrip("/"), plan, prints
         self._values: Sequence[Any] = flat.values
+        self._small: list[tuple[str, bytes]] = []
         self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
         self._feed, self._progress = feed, _Progress()
         self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
@@ -133,10 +133,14 @@ class PendingWrite:
         """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
         while it is taken."""
         values, self._values = self._values, ()
-        mine = [(plan, value) for plan, value in zip(self._plan.leaves, values, strict=True) if plan.shards]
+        mine = [(plan, values[number]) for number, plan in self._plan.mine]
         if deadline is None:
             start_transfers(mine)
-            self._feed.add([part for plan, value in mine for part in take(plan, value)])
+            for plan, value in mine:
+                if plan.small and not self._plan.compression:
+                    self._small += take_small(plan, value)
+                else:
+                    self._feed.add(take(plan, value))
         else:
             self._begin(_THREADS)
             for plan, value in mine:
@@ -198,10 +202,9 @@ class PendingWrite:
         deadline = time.monotonic() + timeout_s
         stop = self._progress.stop
         try:
-            small = [] if self._running or self._plan.compression else self._feed.take_small(_SMALL_BYTES)
             if not self._running and (size := self._feed.waiting_bytes):
                 self._begin(min(_THREADS, 1 + size // _THREAD_BYTES))
-            rest = self._pool.submit(self._write_rest, small)
+            rest = self._pool.submit(self._write_rest)
             _watch([*self._running, rest], deadline, given_up, stop, timeout_s)
         finally:
             self.abandon()
@@ -211,12 +214,11 @@ class PendingWrite:
         if written != self._plan.chunk_count:  # the receipt promises all of them
             raise StorageError(f"{written} of {self._plan.chunk_count} chunks were written")
 
-    def _write_rest(self, small: Sequence[Part]) -> None:
+    def _write_rest(self) -> None:
         with garbage.paused():
-            found = self._progress.small
-            for data, ((key, _),) in small:
-                raw = data.tobytes()
-                found[key] = raw + crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
+            small, self._small = self._small, []
+            for key, raw in small:
+                self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
             opened = datafiles.opener(self._directory)
             for path, body in self._plan.orbax_files.items():
                 self._files[path] = datafiles.write_file(opened, path, body)
