@@ -167,6 +167,7 @@ def touch_free_memory(wanted_bytes: int) -> None:
     import jax
     import numpy as np
 
+    gc.collect()  # JAX lets go of a dropped array's host buffer then: (d) would not fit otherwise
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemFree:"))
     free_bytes = int(line.split()[1]) * 1024
     np.empty(min(wanted_bytes, free_bytes * 3 // 4 // jax.process_count()), np.uint8).fill(1)
