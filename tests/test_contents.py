@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from builders import receipt
 
 from orchestrator import contents
+from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.errors import Damaged
 from orchestrator.records import FileEntry, Place, decode, encode
+from orchestrator.tree import flatten
 
 FILES = (
     FileEntry(path="process/00000.bin", bytes=9, crc32c="00000000"),
@@ -45,3 +49,17 @@ def test_a_chunk_of_two_processes_is_refused(again: dict[str, Any]) -> None:
     first = receipt(0, files=FILES, places={"w/c/0": place()})
     with pytest.raises(Damaged, match=r"chunk w/c/0: process 1 \(host-1\) and another one have written it"):
         contents.entries([first, receipt(1, files=FILES, **again)])
+
+
+@pytest.mark.parametrize("lost", [["w/c/0"], ["b/c/0"], []])
+def test_a_tree_is_written_of_exactly_the_arrays_chunks_or_not_at_all(tmp_path: Path, lost: list[str]) -> None:
+    pending = ArrayWriter(ArrayOptions(), 0).stage(
+        f"file://{tmp_path}/state", flatten({"w": jnp.ones(3), "b": jnp.ones(2)})
+    )
+    pending.wait(30)
+    entries: dict[str, contents.Entry] = {key: body for key, body in pending.small.items() if key not in lost}
+    entries |= {} if lost else {"other/c/0": b"12345"}
+    said = rf"missing \['{lost[0]}'\]" if lost else r"1 of no array: missing \[\], unknown \['other/c/0'\]"
+    with pytest.raises(Damaged, match=said):
+        pending.merge(entries)
+    assert not (tmp_path / "state" / "manifest.ocdbt").exists()

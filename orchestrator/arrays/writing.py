@@ -88,7 +88,7 @@ class ArrayWriter:
         prints = fingerprint.start(self._attested(flat)) if attest else None
         pending = PendingWrite(directory, flat, plan, Feed(None if small else limit), prints)
         try:
-            pending.stage(None if small else time.monotonic() + self._options.timeout_s)
+            pending.stage(flat.values, None if small else time.monotonic() + self._options.timeout_s)
         except BaseException:
             pending.abandon()
             raise
@@ -120,7 +120,6 @@ class PendingWrite:
 
     def __init__(self, directory: str, flat: Flat, plan: Plan, feed: Feed, prints: fingerprint.Prints | None) -> None:
         self._directory, self._plan, self._prints = directory.rstrip("/"), plan, prints
-        self._values: Sequence[Any] = flat.values
         self._small: list[tuple[str, bytes]] = []
         self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
         self._feed, self._progress = feed, _Progress()
@@ -129,10 +128,9 @@ class PendingWrite:
         self._files: dict[str, datafiles.DataFile] = {}
         self._store = f"ocdbt.process_{plan.process}"
 
-    def stage(self, deadline: float | None) -> None:
+    def stage(self, values: Sequence[Any], deadline: float | None) -> None:
         """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
         while it is taken."""
-        values, self._values = self._values, ()
         mine = [(plan, values[number]) for number, plan in self._plan.mine]
         if deadline is None:
             start_transfers(mine)
