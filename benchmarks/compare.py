@@ -33,7 +33,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="default: the shape's own")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=2, help="of each process")
-    parser.add_argument("--directory", default=None, help="where to write (default: the system's temporary directory)")
+    parser.add_argument(
+        "--directory", type=jobs.directory, help="where to write (default: the system's temporary directory)"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", metavar="DOCS", help="put tables and plot into this directory")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="only these (default: all that are installed)")

@@ -60,7 +60,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(SERIES), default=list(SERIES))
     parser.add_argument("--sizes", nargs="*", type=int, help="instead of the series' own")
     parser.add_argument("--rounds", type=int, default=0, help="default: the series' own")
-    parser.add_argument("--directory", default=None, help="where to write (default: the system's temporary directory)")
+    parser.add_argument(
+        "--directory", type=jobs.directory, help="where to write (default: the system's temporary directory)"
+    )
     parser.add_argument(
         "--write", metavar="DOCS", help="put tables and plot into this directory; every series, every size"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,6 +16,13 @@ from typing import IO, Any
 JOB_LIMIT_S = 1200
 # PyTorch then asks for huge pages as NumPy does by itself: without, its restores are of page faults.
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def directory(path: str) -> str:
+    """For argparse: a directory that is there."""
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} is no directory; make it first")
+    return path
 
 
 def run(module: str, arguments: list[str], processes: int, environment: Mapping[str, str] | None = None) -> Any:
