@@ -77,13 +77,20 @@ class Form:
 
     Not the values of Python numbers and strings: `leaves` has those of the first save. One object for one form: it may
     be a key. Holds no data.
+
+    treedef: with None and empty containers as leaves. bare: with them as structure, as JAX has them; `empties`: each,
+    with its number among `leaves`. arrays: which leaves are arrays of JAX; `shardings`: (aval, sharding) of each.
+    others: the rest, numbered, each with what two saves must have in common there.
     """
 
     treedef: Any
-    keys: list[Any]
+    bare: Any
     leaves: tuple[LeafSpec, ...]
     mesh: dict[str, int]
-    on_devices: bool  # all leaves are arrays of JAX
+    empties: tuple[tuple[int, Any], ...]
+    arrays: tuple[int, ...]
+    shardings: list[Any]
+    others: tuple[tuple[int, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Flat:
     form: Form
 
 
-_AVAL_AND_SHARDING = operator.attrgetter("aval", "sharding")
+_ON_DEVICES = operator.attrgetter("aval", "sharding")
 _IS_DELETED = operator.methodcaller("is_deleted")
 _recent: deque[Form] = deque(maxlen=4)
 
@@ -105,19 +112,35 @@ def flatten(tree: Any) -> Flat:
 
     Raises UnsupportedLeaf naming the path for values that cannot be stored, deleted (donated) arrays and name clashes.
     """
-    values, treedef = jax.tree_util.tree_flatten(tree, is_leaf=_is_empty)
+    values, bare = jax.tree_util.tree_flatten(tree)
     for form in tuple(_recent):
-        if form.treedef == treedef and (flat := _as_before(form, values)):
+        if form.bare == bare and (flat := _as_before(form, values)):
             _remember(form)
             return flat
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    values = [value for _, value in with_paths]
     leaves = tuple(_describe(tree_path(path), value) for path, value in with_paths)
     if leaves[0].path == () and leaves[0].kind in ("none", "empty"):
         raise UnsupportedLeaf("the state has no leaves: there is nothing to save")
     _check_names(leaves)
     mesh = next((dict(sharding.mesh.shape) for value in values if (sharding := _named(value))), {})
-    keys = [_form_key(leaf, value) for leaf, value in zip(leaves, values, strict=True)]
-    form = Form(treedef, keys, leaves, mesh, all(isinstance(value, jax.Array) for value in values))
+    numbered = list(enumerate(values))
+    arrays = tuple(number for number, value in numbered if isinstance(value, jax.Array))
+    # Of a type of the user's own, an empty container may be a leaf to JAX as well.
+    empties = tuple(
+        (number, value) for number, value in numbered if _is_empty(value) and not jax.tree_util.tree_leaves(value)
+    )
+    rest = sorted({number for number, _ in numbered} - {*arrays, *(number for number, _ in empties)})
+    form = Form(
+        treedef,
+        bare,
+        leaves,
+        mesh,
+        empties,
+        arrays,
+        [_ON_DEVICES(values[number]) for number in arrays],
+        tuple((number, _form_key(leaves[number], values[number])) for number in rest),
+    )
     _remember(form)
     return Flat(TreeSpec(leaves=leaves), values, form)
 
@@ -129,50 +152,42 @@ def _remember(form: Form) -> None:
     _recent.appendleft(form)
 
 
-def _as_before(form: Form, values: Sequence[Any]) -> Flat | None:
-    """`values` as a tree of this form, None if they are not of it."""
-    if form.on_devices:
-        return _all_arrays_as_before(form, values)
-    changed: dict[int, LeafSpec] = {}
-    for index, (key, value) in enumerate(zip(form.keys, values, strict=True)):
-        leaf = form.leaves[index]
-        if isinstance(value, jax.Array):
-            if (value.aval, value.sharding) != key:
-                return None
-            if value.is_deleted():
-                _check_live(leaf.label, value)
-            continue
-        told = _describe(leaf.path, value)
-        if _form_key(told, value) != key:
-            return None
-        if told != leaf:
-            changed[index] = told
-    leaves = form.leaves
-    if changed:
-        leaves = tuple(changed.get(index, leaf) for index, leaf in enumerate(leaves))
-    return Flat(TreeSpec(leaves=leaves), values, form)
-
-
-def _all_arrays_as_before(form: Form, values: Sequence[Any]) -> Flat | None:
-    """The same where nothing but arrays is stored, without a step of Python for each."""
+def _as_before(form: Form, bare_values: Sequence[Any]) -> Flat | None:
+    """A tree of this form's structure as one of this form, None if its leaves are not. Arrays without a step of Python
+    for each."""
+    values = list(bare_values)
+    for number, value in form.empties:
+        values.insert(number, value)
+    arrays = [values[number] for number in form.arrays]
     try:
-        if list(map(_AVAL_AND_SHARDING, values)) != form.keys:
+        if list(map(_ON_DEVICES, arrays)) != form.shardings:
             return None
     except AttributeError:  # one is no array of JAX any more
         return None
-    if any(map(_IS_DELETED, values)):
-        for leaf, value in zip(form.leaves, values, strict=True):
-            _check_live(leaf.label, value)
-    return Flat(TreeSpec(leaves=form.leaves), values, form)
+    if any(map(_IS_DELETED, arrays)):
+        for number in form.arrays:
+            _check_live(form.leaves[number].label, values[number])
+    changed: dict[int, LeafSpec] = {}
+    for number, key in form.others:
+        leaf = form.leaves[number]
+        told = _describe(leaf.path, values[number])
+        if _form_key(told, values[number]) != key:
+            return None
+        if told != leaf:
+            changed[number] = told
+    leaves = form.leaves
+    if changed:
+        leaves = tuple(changed.get(number, leaf) for number, leaf in enumerate(leaves))
+    return Flat(TreeSpec(leaves=leaves), values, form)
 
 
 def _form_key(leaf: LeafSpec, value: Any) -> Any:
-    """What two saves must have in common at a leaf for the same things to be stored in the same way."""
+    """What two saves must have in common at a leaf that is no array of JAX, for it to be stored in the same way."""
     if isinstance(value, jax.Array):
-        return value.aval, value.sharding
+        return _ON_DEVICES(value)
     if leaf.kind == "empty":
         return leaf, type(value)
-    if leaf.kind_stored or leaf.kind == "none":
+    if leaf.kind_stored:
         return leaf
     return structs.replace(leaf, value=""), leaf.kind == "int" and value in INT64
 

@@ -98,3 +98,27 @@ def test_a_donated_array_is_refused_by_name_also_in_a_known_form() -> None:
     gone.delete()
     with pytest.raises(oc.UnsupportedLeaf, match="a/b: the array was donated or deleted"):
         flatten({"a": {"b": gone}})
+    mixed = {"a": None, "b": 1, "c": {}, "d": jnp.zeros(3)}
+    flatten(mixed)
+    with pytest.raises(oc.UnsupportedLeaf, match="d: the array was donated or deleted"):
+        flatten({**mixed, "d": gone})
+
+
+class Table(dict[str, Any]):
+    """No container to JAX: a leaf, also when it is empty."""
+
+
+def test_empty_containers_keep_their_places_in_a_known_form() -> None:
+    def tree(number: float) -> Any:
+        return [None, jnp.full(2, number), {}, optax.EmptyState(), Table(), number, (), {"k": None, "v": number}, []]
+
+    first, again = flatten(tree(1.0)), flatten(tree(2.0))
+    assert again.form is first.form
+    assert [type(value) for value in again.values] == [type(value) for value in first.values]
+    assert [leaf.kind for leaf in first.spec.leaves] == [
+        *("none", "array", "empty", "empty", "empty", "float", "empty", "none", "float", "empty"),
+    ]
+    assert [value for value in again.values if isinstance(value, float)] == [2.0, 2.0]
+    table: Any = tree(1.0)
+    table[4] = {}
+    assert flatten(table).form is not first.form, "another container there"

@@ -49,6 +49,32 @@ class LeafPlan:
     whole: np.dtype[Any] | None = None
     small: bool = False
 
+    @functools.cached_property
+    def viewed(self) -> bool:
+        """Whether the elements can be taken from the arrays by Python's buffer protocol."""
+        return self.sharding is not None and _on_host(self.sharding) and self.leaf.dtype in _VIEWED
+
+    @functools.cached_property
+    def chunk_bytes(self) -> int:
+        """Of the elements of one chunk."""
+        return math.prod(self.leaf.chunk or ()) * _stored(self.leaf).itemsize
+
+
+# What the buffer protocol knows of JAX's types; of the others numpy must be asked.
+_VIEWED = frozenset(
+    ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
+)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_host(sharding: jax.sharding.Sharding) -> bool:
+    device: Any = next(iter(sharding.device_set))
+    return bool(device.platform == "cpu")
+
+
+def _stored(leaf: LeafSpec) -> np.dtype[Any]:
+    return numpy_dtype(leaf.stored_dtype or leaf.dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -63,6 +89,29 @@ class Plan:
     def mine(self) -> tuple[tuple[int, LeafPlan], ...]:
         """The leaves that this process writes anything of, each with its number."""
         return tuple((number, plan) for number, plan in enumerate(self.leaves) if plan.shards)
+
+    @functools.cached_property
+    def small(self) -> tuple[tuple[int, LeafPlan], ...]:
+        """Those of them whose chunks go with the receipt; compressed chunks are not known to."""
+        return () if self.compression else tuple((number, plan) for number, plan in self.mine if plan.small)
+
+    @functools.cached_property
+    def large(self) -> tuple[tuple[int, LeafPlan], ...]:
+        return tuple((number, plan) for number, plan in self.mine if self.compression or not plan.small)
+
+    @functools.cached_property
+    def small_chunks(self) -> tuple[tuple[str, int], ...]:
+        """Key and bytes of each chunk of `small`, in order."""
+        return tuple((key, plan.chunk_bytes) for _, plan in self.small for _, ((key, _),) in plan.shards)
+
+    @functools.cached_property
+    def off_host(self) -> tuple[tuple[int, LeafPlan], ...]:
+        """Those of `mine` that are on accelerators, as they are to be stored."""
+        return tuple(
+            (number, plan)
+            for number, plan in self.mine
+            if plan.sharding is not None and not _on_host(plan.sharding) and plan.leaf.kind != "key"
+        )
 
     @functools.cached_property
     def chunk_count(self) -> int:
@@ -165,7 +214,7 @@ def _whole(leaf: LeafSpec, type_name: str, dtype: np.dtype[Any], process: int) -
 
 def _small(leaf: LeafSpec, shard: Box) -> bool:
     shape = chunks.shape_of(shard)
-    size = math.prod(shape) * numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize
+    size = math.prod(shape) * _stored(leaf).itemsize
     return shape == leaf.chunk and size + chunks.CHECKSUM_BYTES <= ocdbt.INLINE_BYTES
 
 

@@ -120,7 +120,7 @@ class PendingWrite:
 
     def __init__(self, directory: str, flat: Flat, plan: Plan, feed: Feed, prints: fingerprint.Prints | None) -> None:
         self._directory, self._plan, self._prints = directory.rstrip("/"), plan, prints
-        self._small: list[tuple[str, bytes]] = []
+        self._small = b""
         self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
         self._feed, self._progress = feed, _Progress()
         self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
@@ -131,19 +131,15 @@ class PendingWrite:
     def stage(self, values: Sequence[Any], deadline: float | None) -> None:
         """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
         while it is taken."""
-        mine = [(plan, values[number]) for number, plan in self._plan.mine]
         if deadline is None:
-            start_transfers(mine)
-            for plan, value in mine:
-                if plan.small and not self._plan.compression:
-                    self._small += take_small(plan, value)
-                else:
-                    self._feed.add(take(plan, value))
+            start_transfers(self._plan, values)
         else:
             self._begin(_THREADS)
-            for plan, value in mine:
-                self._feed.wait_for_room(_host_bytes(value), deadline)
-                self._feed.add(take(plan, value))
+        for number, plan in self._plan.large:
+            if deadline is not None:
+                self._feed.wait_for_room(_host_bytes(values[number]), deadline)
+            self._feed.add(take(plan, values[number]))
+        self._small = take_small((plan, values[number]) for number, plan in self._plan.small)
         self._feed.end()
 
     def _begin(self, threads: int) -> None:
@@ -214,9 +210,12 @@ class PendingWrite:
 
     def _write_rest(self) -> None:
         with garbage.paused():
-            small, self._small = self._small, []
-            for key, raw in small:
+            first = 0
+            for key, size in self._plan.small_chunks:
+                raw = self._small[first : first + size]
+                first += size
                 self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
+            self._small = b""
             opened = datafiles.opener(self._directory)
             for path, body in self._plan.orbax_files.items():
                 self._files[path] = datafiles.write_file(opened, path, body)
