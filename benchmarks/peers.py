@@ -168,6 +168,7 @@ class TorchSnapshot(TorchDcp):
 
         if self.asynchronous:
             self._pending.wait()
+        self._pending = None  # it holds the copy that was written
         files = sorted(file for file in Path(self._directory).rglob("*") if file.is_file())
         for file in files[dist.get_rank() :: dist.get_world_size()]:
             with file.open("rb") as opened:

@@ -86,6 +86,7 @@ def _round(
     """`settle` gets the memory into the state in which it is to be, given how much may be needed."""
     peer = kind(directory)
     if hasattr(peer, "prepare"):
+        gc.collect()  # JAX lets go of a dropped array's host buffer then: beside a copy of (d) it would not fit
         peer.prepare(state)
     figures: Figures = {}
     if hasattr(peer, "memcpy"):
@@ -167,7 +168,7 @@ def touch_free_memory(wanted_bytes: int) -> None:
     import jax
     import numpy as np
 
-    gc.collect()  # JAX lets go of a dropped array's host buffer then: (d) would not fit otherwise
+    gc.collect()
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemFree:"))
     free_bytes = int(line.split()[1]) * 1024
     np.empty(min(wanted_bytes, free_bytes * 3 // 4 // jax.process_count()), np.uint8).fill(1)
