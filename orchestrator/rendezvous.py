@@ -32,6 +32,8 @@ from orchestrator.errors import WaitTimeout
 from orchestrator.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
+_FIRST_BYTES = 252  # of a message; most are shorter
+_LENGTH_BYTES = 4
 
 
 class Rendezvous(Protocol):
@@ -162,17 +164,13 @@ class _Together:
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
         self._meet(name, timeout_s)
         body = json.dumps(value).encode() if self.process == 0 else b""
-        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(body))))
-        padded = np.frombuffer(body.ljust(size, b" "), np.uint8)[:size]
-        return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+        (told,) = _exchanged(body, lambda part: np.asarray(multihost_utils.broadcast_one_to_all(part))[None])
+        return json.loads(told)
 
     def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
         self._meet(name, timeout_s)
-        body = json.dumps(value).encode()
-        size = int(np.max(multihost_utils.process_allgather(np.int32(len(body)))))
-        padded = np.frombuffer(body.ljust(size, b" "), np.uint8)
-        rows = np.asarray(multihost_utils.process_allgather(padded))
-        return [json.loads(row.tobytes()) for row in rows]
+        told = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
+        return [json.loads(body) for body in told]
 
     def preempted(self, step: int) -> bool:
         return bool(multihost_utils.reached_preemption_sync_point(step))
@@ -205,3 +203,21 @@ class _Together:
         threading.Thread(target=run, name="signal", daemon=True).start()
         done.wait(QUICK_S)
         return result[0] if result else None
+
+
+def _exchanged(body: bytes, collective: Callable[[np.ndarray[Any, Any]], Any]) -> list[bytes]:
+    """All processes' bodies, of any lengths, by a collective that takes arrays of one length and gives rows of them.
+    One call, which takes milliseconds, does for short ones: each goes behind its length; a second brings the rest."""
+    head = len(body).to_bytes(_LENGTH_BYTES, "little") + body[:_FIRST_BYTES]
+    rows = np.asarray(collective(_padded(head, _LENGTH_BYTES + _FIRST_BYTES)))
+    sizes = [int.from_bytes(row[:_LENGTH_BYTES].tobytes(), "little") for row in rows]
+    bodies = [row[_LENGTH_BYTES:].tobytes() for row in rows]
+    left = max(sizes) - _FIRST_BYTES
+    if left > 0:
+        rest = np.asarray(collective(_padded(body[_FIRST_BYTES:], left)))
+        bodies = [first + row.tobytes() for first, row in zip(bodies, rest, strict=True)]
+    return [whole[:size] for whole, size in zip(bodies, sizes, strict=True)]
+
+
+def _padded(body: bytes, size: int) -> np.ndarray[Any, Any]:
+    return np.frombuffer(body.ljust(size, b"\0"), np.uint8)

@@ -128,6 +128,10 @@ me = connect(30.0)
 said = {"hosts": me.hosts, "preempted": me.preempted(1)}
 said["broadcast"] = me.broadcast("which", {"from": me.process, "text": "x" * 5000}, 30.0)["from"]
 said["gather"] = me.gather("who", {"is": [me.process] * (1 + 50 * me.process)}, 30.0)[1]["is"][-1]
+# As JSON, of all lengths about the one up to which a message goes in one call; of both processes alike, or not.
+lengths = [(size, size + more) for size in range(249, 253) for more in (0, 1, 500)]
+said["lengths"] = lengths == [tuple(map(len, me.gather("size", "x" * pair[me.process], 30.0))) for pair in lengths]
+said["broadcasts"] = all(len(me.broadcast("size", "x" * size, 30.0)) == size for size, _ in lengths)
 for text in ("coming", "here"):
     me.post(f"test/{me.process}", text)
 if me.process == 0:
@@ -177,6 +181,7 @@ def test_two_processes_agree_through_multihost_utils_and_signal_through_the_serv
     for said in two_processes:
         assert said["hosts"] == {"0": "host-0", "1": "host-1"}
         assert (said["broadcast"], said["gather"], said["preempted"]) == (0, 1, False)
+        assert said["lengths"] and said["broadcasts"]
     assert two_processes[0]["poll"] == {"0": "here", "1": "here"}
 
 
