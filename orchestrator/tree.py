@@ -59,7 +59,6 @@ STORABLE = frozenset(
 )
 # dtypes that JAX has and TensorStore has not: stored as another of the same width, bit for bit.
 STORED_AS = {"uint2": "int2", "uint4": "int4", "float8_e4m3": "uint8"}
-INT64 = range(-(2**63), 2**63)
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,7 +111,10 @@ def flatten(tree: Any) -> Flat:
 
     Raises UnsupportedLeaf naming the path for values that cannot be stored, deleted (donated) arrays and name clashes.
     """
-    values, bare = jax.tree_util.tree_flatten(tree)
+    try:
+        values, bare = jax.tree_util.tree_flatten(tree)
+    except (ValueError, SystemError, RecursionError) as error:  # keys that have no order; a stack that overflows
+        raise UnsupportedLeaf(_no_tree(tree, error)) from error
     for form in tuple(_recent):
         if form.bare == bare and (flat := _as_before(form, values)):
             _remember(form)
@@ -143,6 +145,12 @@ def flatten(tree: Any) -> Flat:
     )
     _remember(form)
     return Flat(TreeSpec(leaves=leaves), values, form)
+
+
+def _no_tree(tree: Any, error: BaseException) -> str:
+    if isinstance(error, ValueError):
+        return f"the state is no pytree: {error} All keys of a dict must be of one kind that can be ordered"
+    return f"the state ({type(tree).__name__}) contains itself, or is nested too deeply for JAX"
 
 
 def _remember(form: Form) -> None:
@@ -189,7 +197,12 @@ def _form_key(leaf: LeafSpec, value: Any) -> Any:
         return leaf, type(value)
     if leaf.kind_stored:
         return leaf
-    return structs.replace(leaf, value=""), leaf.kind == "int" and value in INT64
+    return structs.replace(leaf, value=""), leaf.kind == "int" and fits_int64(value)
+
+
+def fits_int64(value: int) -> bool:
+    """Not by `in range`: of an int of a subclass (an IntEnum) that asks every number of the range, for ever."""
+    return -(2**63) <= value < 2**63
 
 
 def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
@@ -239,6 +252,8 @@ def _named(value: Any) -> jax.sharding.NamedSharding | None:
 def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> LeafSpec:
     label = "/".join(path) or "(root)"
     if isinstance(value, jax.Array):
+        if isinstance(value, jax.core.Tracer):
+            raise UnsupportedLeaf(f"{label}: {value} is being traced; save and restore outside of jax.jit and the like")
         if check_live:
             _check_live(label, value)
         return _describe_jax(path, value)
@@ -249,11 +264,18 @@ def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> 
             raise UnsupportedLeaf(
                 f"{label}: numpy dtype {value.dtype} cannot be stored; convert it to numbers or bytes"
             )
+        if isinstance(value, np.ma.MaskedArray):
+            raise UnsupportedLeaf(f"{label}: a masked array would lose its mask; save `data` and `mask` as two leaves")
         chunk = chunks.chunk_shape(value.shape, value.dtype.itemsize) if value.size else None
         return LeafSpec(
             path=path, kind=kind, shape=value.shape, dtype=value.dtype.name, stored_dtype=stored, chunk=chunk
         )
-    text = _inline(value)
+    try:
+        text = _inline(value)
+        if isinstance(value, str):
+            value.encode()
+    except ValueError as error:  # lone surrogates; an int of thousands of digits
+        raise UnsupportedLeaf(f"{label}: {error}; keep it as bytes") from error
     if text is None:
         raise UnsupportedLeaf(
             f"{label}: {type(value).__module__}.{type(value).__qualname__} is neither an array nor a plain value; "
@@ -373,6 +395,10 @@ def _check_names(leaves: Sequence[LeafSpec]) -> None:
     """Orbax joins a path with dots and TensorStore appends `/zarr.json`: names must stay apart under both."""
     seen: dict[str, LeafSpec] = {}
     for leaf in leaves:
+        try:
+            leaf.name.encode()
+        except UnicodeEncodeError as error:
+            raise UnsupportedLeaf(f"{leaf.name!r}: {error.reason}; rename it") from error
         other = seen.setdefault(leaf.name, leaf)
         if other is not leaf:
             raise UnsupportedLeaf(f"{leaf.label} and {other.label} would both be stored as {leaf.name!r}; rename one")

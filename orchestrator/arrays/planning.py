@@ -22,7 +22,7 @@ import tensorstore as ts
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt, orbax_files
 from orchestrator.records import Box, LeafSpec
-from orchestrator.tree import INT64, Flat, Form, numpy_dtype
+from orchestrator.tree import Flat, Form, fits_int64, numpy_dtype
 
 _CHECKSUM = {"name": "crc32c"}
 ZSTD = {"name": "zstd", "configuration": {"level": 1}}
@@ -182,7 +182,7 @@ _Layouts = dict[Any, tuple["_Layout", dict[int, Any]]]
 
 def _plan(leaf: LeafSpec, value: Any, process: int, layouts: _Layouts) -> LeafPlan:
     if leaf.kind in ("bool", "int", "float"):
-        if leaf.kind == "int" and value not in INT64:
+        if leaf.kind == "int" and not fits_int64(value):
             return LeafPlan(leaf, orbax_files.value_type(leaf, value, stored=False))
         dtype = np.asarray(value).dtype
         scalar = LeafSpec(path=leaf.path, kind=leaf.kind, shape=(), dtype=dtype.name, chunk=())
