@@ -96,4 +96,4 @@ def open_run(root: str | os.PathLike[str]) -> Run:
     from orchestrator.restore import Run
     from orchestrator.storage import open_storage
 
-    return Run(Catalog(open_storage(os.fspath(root)), writer="reader"))
+    return Run(Catalog(open_storage(root), writer="reader"))

@@ -6,20 +6,18 @@ in the background is in `saving`. Background threads never run a collective.
 
 from __future__ import annotations
 
-import json
-import math
-import operator
 import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from absl import logging
 
-from orchestrator import failpoints, garbage, heartbeat, journal, plan
+from orchestrator import arguments, failpoints, garbage, heartbeat, journal, plan
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -38,7 +36,7 @@ from orchestrator.errors import (
 from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
 from orchestrator.options import Options
 from orchestrator.pacing import Looks, Pacing
-from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every
+from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
 from orchestrator.records import Json
 from orchestrator.rendezvous import Rendezvous, connect
 from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
@@ -68,42 +66,27 @@ class Agent:
         rendezvous: Rendezvous | None = None,
         storage: Storage | None = None,
     ) -> None:
-        self.options = options or Options()
+        self.options = Options() if options is None else options
+        if not isinstance(self.options, Options):
+            raise arguments.refusal("options", options, "orchestrator.Options(...)")
         self.failures = 0
-        self._policy = save or every(1)
+        self._policy = every(1) if save is None else save
+        saves("save", self._policy)
+        if keep is not None:
+            keeps("keep", keep)
+        store = storage or open_storage(root)  # before the others are met: a root that is none is refused at once
+        self._using = threading.RLock()
         self._rendezvous = rendezvous or connect(self.options.rendezvous_timeout_s)
         me = self._rendezvous
         failpoints.configure(os.environ, me.process)
         signature = f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}"
-        self._catalog = Catalog(storage or open_storage(os.fspath(root)), writer=signature)
+        self._catalog = Catalog(store, writer=signature)
         opened = agree(me, "open the run", self.options.rendezvous_timeout_s, self._open_epoch)
         self.epoch, run = int(opened["epoch"]), str(opened["run"])
         # Of all hosts or of none: fingerprints of some prove nothing, and a collective of some hangs.
         self._attest, self._load_once = str(opened["attest"]), bool(opened["load_once"])
         failpoints.note(epoch=self.epoch)
-        self._writer = ArrayWriter(
-            ArrayOptions(
-                compression=self.options.compression,
-                host_bytes_max=self.options.host_bytes_max,
-                skip_when_full=self.options.when_full == "skip",
-                timeout_s=self.options.save_timeout_s,
-            ),
-            me.process,
-        )
-        coordinator = None
-        if me.process == 0:
-            coordinator = Coordinator(self._catalog, me, epoch=self.epoch, run=run, keep=keep)
-        self._saver = Saver(
-            self._catalog,
-            self._writer,
-            me,
-            coordinator,
-            self.options,
-            epoch=self.epoch,
-            run=run,
-            attest=self._attest != "off",
-            committed=self._collect_in_background,
-        )
+        self._saver = self._make_saver(run, keep)
         self._looks = Looks()
         self._pacing: Pacing | None = None
         if me.process == 0 and isinstance(self._policy, Adaptive):
@@ -124,6 +107,32 @@ class Agent:
         emit(EpochOpened(self.epoch, self._catalog.url, me.count))
         heartbeat.beat("opened", None)
 
+    def _make_saver(self, run: str, keep: KeepPolicy | None) -> Saver:
+        me = self._rendezvous
+        writer = ArrayWriter(
+            ArrayOptions(
+                compression=self.options.compression,
+                host_bytes_max=self.options.host_bytes_max,
+                skip_when_full=self.options.when_full == "skip",
+                timeout_s=self.options.save_timeout_s,
+            ),
+            me.process,
+        )
+        coordinator = None
+        if me.process == 0:
+            coordinator = Coordinator(self._catalog, me, epoch=self.epoch, run=run, keep=keep)
+        return Saver(
+            self._catalog,
+            writer,
+            me,
+            coordinator,
+            self.options,
+            epoch=self.epoch,
+            run=run,
+            attest=self._attest != "off",
+            committed=self._collect_in_background,
+        )
+
     def _open_epoch(self) -> Json:
         failpoints.hit("epoch.before")
         head = self._catalog.append(journal.open_epoch)
@@ -139,6 +148,7 @@ class Agent:
 
         The same answer on all processes; a policy that depends on time is decided by process 0 (a collective).
         """
+        step = arguments.step(step)
         heartbeat.beat("training", step)
         elapsed = None if self._last_save_s is None else time.monotonic() - self._last_save_s
         if not self._policy.timed:
@@ -165,6 +175,7 @@ class Agent:
 
     def reached_preemption(self, step: int) -> bool:
         """True, on all hosts at the same step, once any host got SIGTERM: `save` has saved it; leave the loop."""
+        step = arguments.step(step)
         heartbeat.beat("training", step)
         if self._preempted[0] != step and not self._preempted[1]:
             self._preempted = (step, self._rendezvous.preempted(step))
@@ -210,15 +221,24 @@ class Agent:
         Raises UnsupportedLeaf and OtherJob before anything is written, Fenced if a newer incarnation has taken over,
         SaveFailed of an earlier save with on_save_failure="raise".
         """
-        self._settle(raise_now=True)
-        step = _whole(step)
-        if not (self.should_save(step) or force) or step == self._last_saved_step:
-            return False
-        user = UserData(_metrics(metrics), _extra(extra), timestamp=time.time())
+        with self._used_by_one("save"):
+            self._settle(raise_now=True)
+            step = arguments.step(step)
+            if not (self.should_save(step) or force) or step == self._last_saved_step:
+                return False
+            try:
+                user = UserData(arguments.metrics(metrics), arguments.extra(extra), timestamp=time.time())
+                mine = arguments.own_bytes(process_state)
+            except UsageError as error:  # of this process alone, perhaps: the others must not wait for it
+                self._saver.refuse(self._saver.begin(step, UserData({}, {}, 0.0), None), "arguments", error)
+                raise
+            return self._save(step, state, user, mine)
+
+    def _save(self, step: int, state: Any, user: UserData, process_state: bytes | None) -> bool:
         entered = time.monotonic()
         finished = self._finished()
         save = self._saver.begin(step, user, process_state)
-        self._last_save_s, self._last_saved_step = save.started, step
+        self._last_save_s = save.started
         if not finished:
             self._skip(save)
             return False
@@ -226,16 +246,21 @@ class Agent:
             try:
                 flat = flatten(state)
                 self._check_tree(flat, save)
-            except OrchestratorError as error:  # ours alone, perhaps: the others must not wait for us
-                self._saver.refuse(save, "check", error)
-                self._last_saved_step = None
+                self._saver.start(save, flat)
+            except BaseException as error:  # ours alone, perhaps: the others must not wait for us
+                if save.thread:
+                    self._started(save)
+                else:
+                    self._saver.refuse(save, "check", error)
                 raise
-            self._saver.start(save, flat)
+        self._started(save)
         save.blocked_s = time.monotonic() - entered
-        self._current = save
         if not self.options.async_save:
             self.wait_until_finished()
         return True
+
+    def _started(self, save: Save) -> None:
+        self._current, self._last_saved_step = save, save.step
 
     def _skip(self, save: Save) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
@@ -243,7 +268,6 @@ class Agent:
         reason = f"{self._current.shown} still hangs on this process: the store does not answer"
         self._saver.refuse(save, "wait", WaitTimeout(reason))
         self.failures += 1
-        self._last_saved_step = None
         error = SaveFailed(f"{save.shown} was not saved: {reason}", step=save.step, attempt=save.attempt)
         emit(SaveNotCommitted(save.step, save.attempt, reason, "hung"))
         if self.options.on_save_failure == "raise":
@@ -287,6 +311,18 @@ class Agent:
         self._collector.start()
 
     # Waiting and leaving.
+
+    @contextmanager
+    def _used_by_one(self, what: str) -> Iterator[None]:
+        """One thread at a time: two saves at once would take each other's place, and hosts meet in one order."""
+        if self._closed:
+            raise UsageError(f"{what}: the agent of {self._catalog.url} is closed; open another one")
+        if not self._using.acquire(blocking=False):
+            raise UsageError(f"{what}: another thread is using the agent of {self._catalog.url}; wait until it is done")
+        try:
+            yield
+        finally:
+            self._using.release()
 
     def wait_until_finished(self) -> None:
         """Return when no save is in flight: the last one is committed or has failed.
@@ -389,6 +425,10 @@ class Agent:
         ORCHESTRATOR_STEP_BACK=N, to leave out the N newest.
         Raises Mismatch (path, wanted, got; nothing read), StepNotFound, NothingToRestore, Damaged.
         """
+        with self._used_by_one("restore"):
+            return self._restore(like, step, partial=partial, cast=cast, strict=strict)
+
+    def _restore(self, like: Any, step: int | None, *, partial: bool, cast: bool, strict: bool) -> Restored | None:
         self.wait_until_finished()
         args = RestoreArgs(
             partial=partial,
@@ -397,37 +437,9 @@ class Agent:
             attest=self._attest == "full",
             load_once=self._load_once,
         )
-        back = int(os.environ.get(STEP_BACK, "0"))
+        text = os.environ.get(STEP_BACK) or "0"
+        if not text.isdecimal():
+            raise UsageError(f"{STEP_BACK}={text!r}: wanted how many of the newest steps to leave out")
+        back = int(text)
         timeout_s = self.options.rendezvous_timeout_s
         return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back)
-
-
-def _whole(step: int) -> int:
-    """A step as a Python int, whichever kind of integer it came as. Raises UsageError."""
-    try:
-        whole = operator.index(step)
-    except TypeError as error:
-        raise UsageError(f"step {step!r}: wanted a whole number") from error
-    if whole < 0:
-        raise UsageError(f"step {whole}: steps are 0 or more")
-    return whole
-
-
-def _metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    plain = {}
-    for name, value in (metrics or {}).items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"metrics[{name!r}]: {value!r} is not a number") from error
-        # JSON has no NaN or infinity; a step without the metric is never the best, which is what NaN should mean.
-        if math.isfinite(number):
-            plain[str(name)] = number
-    return plain
-
-
-def _extra(extra: Mapping[str, Json] | None) -> dict[str, Json]:
-    try:
-        return dict(json.loads(json.dumps(dict(extra or {}), allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"extra: {error}; it must be plain JSON") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator import arguments
 from orchestrator.errors import UsageError
 
 
@@ -50,18 +51,21 @@ class Options:
     traces: bool = False
 
     def __post_init__(self) -> None:
-        if self.on_save_failure not in ("warn", "raise"):
-            raise UsageError(f"on_save_failure={self.on_save_failure!r}: wanted 'warn' or 'raise'")
-        if self.when_full not in ("wait", "skip"):
-            raise UsageError(f"when_full={self.when_full!r}: wanted 'wait' or 'skip'")
-        if self.host_bytes_max is not None and self.host_bytes_max <= 0:
-            raise UsageError(f"host_bytes_max={self.host_bytes_max!r}: wanted a positive number of bytes, or None")
-        if self.attest not in ("off", "save", "full"):
-            raise UsageError(f"attest={self.attest!r}: wanted 'off', 'save' or 'full'")
-        if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
-            raise UsageError(f"metrics_port={self.metrics_port!r}: wanted 0 to 65535, or None")
+        for name in ("async_save", "compression", "other_tree", "traces"):
+            arguments.flag(name, getattr(self, name))
+        arguments.choice("on_save_failure", self.on_save_failure, "warn", "raise")
+        arguments.choice("when_full", self.when_full, "wait", "skip")
+        arguments.choice("attest", self.attest, "off", "save", "full")
+        if self.host_bytes_max is not None:
+            arguments.whole("host_bytes_max", self.host_bytes_max, least=1)
+        if self.metrics_port is not None:
+            arguments.whole("metrics_port", self.metrics_port, most=65535)
+        if not isinstance(self.metrics_address, str):
+            raise arguments.refusal("metrics_address", self.metrics_address, "the name or number of an address")
+        for name in ("events_dir", "metrics_file"):
+            if getattr(self, name) is not None:
+                arguments.path(name, getattr(self, name))
+        for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):
+            arguments.seconds(name, getattr(self, name))
         if self.load_once and self.attest == "full":
             raise UsageError("load_once: not with attest='full', which judges what each host has read")
-        for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name}={getattr(self, name)!r}: wanted a positive number of seconds")

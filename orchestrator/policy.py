@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
+from orchestrator import arguments
 from orchestrator.cadence import Cadence, Costs, choose
-from orchestrator.errors import UsageError
 
 
 class SavePolicy(Protocol):
@@ -53,6 +53,16 @@ class Candidate(Protocol):
 class KeepPolicy(Protocol):
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         """The steps to keep, out of `steps` in commit order (newest last)."""
+
+
+def saves(name: str, policy: object) -> None:
+    """Raises UsageError unless it says when to save."""
+    arguments.can(name, policy, "due", "a policy that says when to save, such as oc.every(100)")
+
+
+def keeps(name: str, policy: object) -> None:
+    """Raises UsageError unless it says what to keep."""
+    arguments.can(name, policy, "keep", "a policy that says what to keep, such as oc.last(5)")
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,10 @@ class _At:
 class _AnySave:
     policies: tuple[SavePolicy, ...]
 
+    def __post_init__(self) -> None:
+        for policy in self.policies:
+            saves("|", policy)
+
     @property
     def timed(self) -> bool:
         return any(policy.timed for policy in self.policies)
@@ -147,28 +161,25 @@ class _AnySave:
 
 def every(n: int) -> _Every:
     """Save at steps divisible by `n` (step 0 included). Raises UsageError unless n >= 1."""
-    return _Every(_positive("every", n))
+    return _Every(arguments.whole("every: n", n, least=1))
 
 
 def every_seconds(seconds: float) -> _EverySeconds:
     """Save when `seconds` have passed since the last save began; process 0's clock decides for all hosts."""
-    if seconds <= 0:
-        raise UsageError(f"every_seconds({seconds}): wanted a positive number of seconds")
-    return _EverySeconds(float(seconds))
+    return _EverySeconds(arguments.seconds("every_seconds: seconds", seconds))
 
 
 def auto(max_loss_s: float = 600.0) -> _Auto:
     """Save at the interval that loses least time to saves and failures, as this run has measured them: Daly's optimum
     for how long a save blocks training and how often the job is interrupted, but at most `max_loss_s` of training can
     be lost. The first save of an incarnation is due at once; process 0 decides for all hosts."""
-    if not max_loss_s > 0:
-        raise UsageError(f"auto(max_loss_s={max_loss_s}): wanted a positive number of seconds")
-    return _Auto(float(max_loss_s))
+    return _Auto(arguments.seconds("auto: max_loss_s", max_loss_s))
 
 
 def at(steps: Iterable[int]) -> _At:
     """Save at exactly these steps."""
-    return _At(frozenset(steps))
+    arguments.can("at: steps", steps, "__iter__", "whole numbers, such as [100, 250]")
+    return _At(frozenset(arguments.whole("at: a step", step) for step in steps))
 
 
 @dataclass(frozen=True)
@@ -224,6 +235,10 @@ class _Within:
 class _AnyKeep:
     policies: tuple[KeepPolicy, ...]
 
+    def __post_init__(self) -> None:
+        for policy in self.policies:
+            keeps("|", policy)
+
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         return frozenset().union(*(policy.keep(steps, now) for policy in self.policies))
 
@@ -233,27 +248,22 @@ class _AnyKeep:
 
 def last(n: int) -> _Last:
     """Keep the `n` most recently committed steps."""
-    return _Last(_positive("last", n))
+    return _Last(arguments.whole("last: n", n, least=1))
 
 
 def every_nth(n: int) -> _EveryNth:
     """Keep every step divisible by `n`, forever."""
-    return _EveryNth(_positive("every_nth", n))
+    return _EveryNth(arguments.whole("every_nth: n", n, least=1))
 
 
 def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> _Best:
     """Keep the `n` steps with the best `metric`; steps without it, or with NaN, are never best."""
-    if mode not in ("min", "max"):
-        raise UsageError(f"best({metric!r}): mode {mode!r}, wanted 'min' or 'max'")
-    return _Best(metric, _positive("best", n), mode)
+    if not isinstance(metric, str):
+        raise arguments.refusal("best: metric", metric, "a metric's name")
+    arguments.choice("best: mode", mode, "min", "max")
+    return _Best(metric, arguments.whole("best: n", n, least=1), mode)
 
 
 def within(seconds: float) -> _Within:
     """Keep steps committed in the last `seconds`."""
-    return _Within(float(seconds))
-
-
-def _positive(what: str, n: int) -> int:
-    if n < 1:
-        raise UsageError(f"{what}({n}): wanted at least 1")
-    return n
+    return _Within(arguments.seconds("within: seconds", seconds))

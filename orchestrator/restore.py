@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from orchestrator import arrays, errors, failpoints, garbage, heartbeat, journal, layout, plan
+from orchestrator import arguments, arrays, errors, failpoints, garbage, heartbeat, journal, layout, plan
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
 from orchestrator.errors import (
@@ -196,6 +196,7 @@ def restore_together(
     was asked for, and `strict`, never step down. `back` leaves out that many of the newest steps: what a supervisor
     asks for after a crash loop. Raises Damaged, StorageError, NothingToRestore, Mismatch.
     """
+    step = arguments.saved_step(step)
     started = time.monotonic()
     args = replace(args, share=(rendezvous.process, rendezvous.count))
     passed: dict[tuple[int, str], _Objection] = {}
@@ -374,6 +375,7 @@ class Run:
         Mismatch, Damaged (for a step that was asked for).
         """
         args = RestoreArgs(partial=partial, cast=cast, attest=attest)
+        step = arguments.saved_step(step)
         if step is not None:
             live = self._catalog.find(step)
             assert live is not None  # find raises for a step that is not there
@@ -394,6 +396,9 @@ class Run:
 
     def watch(self, *, poll_s: float = 1.0, timeout_s: float | None = None) -> Iterator[int]:
         """Yield steps committed from now on, each once. Ends after `timeout_s` without a new one (None: never)."""
+        arguments.seconds("poll_s", poll_s)
+        if timeout_s is not None:
+            arguments.seconds("timeout_s", timeout_s)
         seen = {(live.step, live.attempt) for live in self._catalog.require_head().live}
         quiet_since = time.monotonic()
         while timeout_s is None or time.monotonic() - quiet_since < timeout_s:

@@ -111,9 +111,10 @@ class Saver:
         intent = self._intent(save, flat) if self._coordinator else None
         left = threading.Event()
         run = partial(self._finish, save, intent, pending, left)
-        save.thread = threading.Thread(target=run, name=f"save-{save.step}", daemon=True)
-        save.thread.start()
-        try:
+        thread = threading.Thread(target=run, name=f"save-{save.step}", daemon=True)
+        try:  # a Ctrl-C may come between any two of these
+            thread.start()
+            save.thread = thread
             emit(SaveStarted(save.step, save.attempt, time.monotonic() - save.started))
         finally:
             left.set()

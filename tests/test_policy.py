@@ -105,12 +105,12 @@ def test_keep_policies_combined_keep_the_union_and_invent_no_step(
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: every(0), "every(0): wanted at least 1"),
-        (lambda: last(0), "last(0): wanted at least 1"),
-        (lambda: every_nth(-3), "every_nth(-3): wanted at least 1"),
-        (lambda: best("loss", 0), "best(0): wanted at least 1"),
-        (lambda: every_seconds(0), "every_seconds(0): wanted a positive number of seconds"),
-        (lambda: best("loss", mode="low"), "best('loss'): mode 'low', wanted 'min' or 'max'"),  # type: ignore[arg-type]
+        (lambda: every(0), "every: n=0: wanted a whole number of at least 1"),
+        (lambda: last(0), "last: n=0: wanted a whole number of at least 1"),
+        (lambda: every_nth(-3), "every_nth: n=-3: wanted a whole number of at least 1"),
+        (lambda: best("loss", 0), "best: n=0: wanted a whole number of at least 1"),
+        (lambda: every_seconds(0), "every_seconds: seconds=0: wanted a positive number of seconds, at most 1000000"),
+        (lambda: best("loss", mode="low"), "best: mode='low': wanted 'min' or 'max'"),  # type: ignore[arg-type]
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused_when_it_is_made(make: Any, said: str) -> None:

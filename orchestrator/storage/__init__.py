@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+
+from orchestrator import arguments
 from orchestrator.errors import UsageError
 from orchestrator.storage.base import Created, Entry, Exists, Storage
 from orchestrator.storage.memory import MemoryStorage
@@ -10,20 +14,34 @@ from orchestrator.storage.posix import PosixStorage
 __all__ = ["Created", "Entry", "Exists", "MemoryStorage", "PosixStorage", "Storage", "open_storage"]
 
 
-def open_storage(root: str) -> Storage:
+def open_storage(root: str | os.PathLike[str]) -> Storage:
     """The store at `root`: a local path or `file://` URL. Touches nothing.
 
-    Raises UsageError for an empty root or a scheme without an adapter.
+    Raises UsageError for what is no root, an empty one, or a scheme without an adapter.
     """
-    if not root:
-        raise UsageError("the run's root is empty; wanted a directory or a URL")
-    scheme, separator, rest = root.partition("://")
+    where = _text(root)
+    scheme, separator, rest = where.partition("://")
     if not separator:
-        return PosixStorage(root)
+        return PosixStorage(where)
     if scheme == "file":
+        if not rest.startswith("/"):
+            raise UsageError(f"root={where!r}: wanted file:// and an absolute path, as file:///data/run")
         return PosixStorage(rest)
     if scheme == "gs":
         from orchestrator.storage.gcs import GcsStorage  # gcsfs takes half a second to import: only where it is used
 
-        return GcsStorage(root)
-    raise UsageError(f"{root}: no storage for {scheme}://; wanted a local path, file:// or gs://")
+        return GcsStorage(where)
+    raise UsageError(f"{where}: no storage for {scheme}://; wanted a local path, file:// or gs://")
+
+
+def _text(root: object) -> str:
+    where = os.fspath(root) if isinstance(root, os.PathLike) else root
+    if not isinstance(where, str):
+        raise arguments.refusal("root", root, "a directory or a URL, as str or Path")
+    if not where:
+        raise UsageError("the run's root is empty; wanted a directory or a URL")
+    if re.match("[a-z0-9]+:/(?!/)", where):  # it would be made below the working directory
+        raise UsageError(f"root={where!r}: has lost a slash, as a Path does to a URL; give it as a str")
+    if "\0" in where or where != where.encode(errors="replace").decode():  # events and messages are UTF-8
+        raise arguments.refusal("root", where, "a name in UTF-8 without null characters")
+    return where
