@@ -55,7 +55,7 @@ flags.DEFINE_integer("width", 64, "size of the transformer's residual stream", l
 flags.DEFINE_integer("heads", 4, "attention heads", lower_bound=1)
 flags.DEFINE_float("learning_rate", 3e-3, "AdamW's", lower_bound=0.0)
 flags.DEFINE_integer("log_every", 10, "steps from one line of output to the next", lower_bound=1)
-flags.DEFINE_bool("load_once", False, "restore what several hosts hold on one of them, and exchange it")
+flags.DEFINE_bool("load_once", False, "read what several hosts need of a step on one of them, and exchange it")
 flags.DEFINE_enum("attest", "off", ["off", "save", "full"], "fingerprint every array at saves, and compare at restores")
 flags.DEFINE_bool("digests", False, "print a checksum of every batch and of every saved state (gathers the state)")
 flags.DEFINE_float("step_delay_s", 0.0, "pause after each step, for demonstrations", lower_bound=0.0)

@@ -62,6 +62,12 @@ def overlap(a: Box, b: Box) -> Box:
     return Box(start=tuple(map(max, a.start, b.start)), stop=tuple(map(min, a.stop, b.stop)))
 
 
+def moved(box: Box, origin: tuple[int, ...]) -> Box:
+    """The box as seen from `origin`."""
+    bounds = [[at - first for at, first in zip(given, origin, strict=True)] for given in (box.start, box.stop)]
+    return Box(start=tuple(bounds[0]), stop=tuple(bounds[1]))
+
+
 def within(box: Box, outer: Box) -> tuple[slice, ...]:
     """Where `box` is in an array that holds `outer`."""
     return tuple(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator import arguments
-from orchestrator.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,8 @@ class Options:
     blocks the least. A larger state makes `save` wait for the store ("wait"), or is not saved ("skip"): when_full.
     attest: "save" has the devices compute a fingerprint of every array, independent of the sharding, records it and
     aborts the save if replicas of a shard differ; "full" also compares it after a restore. Process 0's counts for all.
-    load_once: a restore reads each chunk of a replicated array on one host, and the devices exchange them; for stores
-    that are slower than the interconnect. Not with attest="full", which judges what each host has read. Process 0's
-    counts for all.
+    load_once: a restore reads each chunk that several hosts need on one of them, and the devices exchange the parts;
+    for stores that are slower than the interconnect. Process 0's counts for all.
     events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
     object store; "": nowhere.
     metrics_port: answer Prometheus on this port of `metrics_address` (0: any free one, told in the log); None: do not.
@@ -51,7 +49,7 @@ class Options:
     traces: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("async_save", "compression", "other_tree", "traces"):
+        for name in ("async_save", "compression", "other_tree", "load_once", "traces"):
             arguments.flag(name, getattr(self, name))
         arguments.choice("on_save_failure", self.on_save_failure, "warn", "raise")
         arguments.choice("when_full", self.when_full, "wait", "skip")
@@ -67,5 +65,3 @@ class Options:
                 arguments.path(name, getattr(self, name))
         for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):
             arguments.seconds(name, getattr(self, name))
-        if self.load_once and self.attest == "full":
-            raise UsageError("load_once: not with attest='full', which judges what each host has read")

@@ -26,6 +26,7 @@ from orchestrator.errors import (
     StorageError,
     Unavailable,
     UnsafeKey,
+    UsageError,
 )
 from orchestrator.events import Restored as RestoredEvent
 from orchestrator.events import SteppedDown, emit
@@ -52,7 +53,7 @@ class RestoreArgs:
     """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
     strict: damage raises instead of stepping down. share: (process, count) of those that restore together, and share
     the checking of files whose chunks carry no checksum. attest: compare fingerprints with the saved ones, where there
-    are any. load_once: what several processes hold is read by one of them (`restore_together` only). reader: who reads
+    are any. load_once: what several processes want is read by one of them (`restore_together` only). reader: who reads
     the arrays."""
 
     partial: bool = False
@@ -93,10 +94,13 @@ def read_step(
     `like`: a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None gives nested dicts of
     numpy arrays. Raises Mismatch before any array is read, Damaged if anything stored is not what was saved.
     """
-    return _read(catalog, live, like, args, reading or Reading(args.reader))[0]
+    return _read(catalog, live, like, args, (reading or Reading(args.reader)).load)[0]
 
 
-def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, reading: Reading) -> tuple[Restored, Proof]:
+_Loader = Callable[[str, list[Load], dict[str, str]], list[Any]]
+
+
+def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, load: _Loader) -> tuple[Restored, Proof]:
     """As `read_step`, and what this process can say of the arrays that it shares with others."""
     manifest = catalog.manifest(live)
     catalog.check_sizes(live, manifest)
@@ -108,7 +112,7 @@ def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, readin
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
     if like is None:
         loads = [Load(leaf) for leaf in saved.leaves]
-        read = reading.load(directory, loads, manifest.chunks)
+        read = load(directory, loads, manifest.chunks)
         state: Any = _nested(saved.leaves, read)
     else:
         with garbage.paused():
@@ -116,15 +120,13 @@ def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, readin
             where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
             chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
             loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
-            if args.load_once:
-                loads = [arrays.divided(load) for load in loads]
-        read = reading.load(directory, loads, manifest.chunks)
+        read = load(directory, loads, manifest.chunks)
         loaded = iter(read)
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
         fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
         state = jax.tree_util.tree_unflatten(treedef, fitted)
     known = manifest.fingerprints if args.attest else {}
-    pairs = [(load.leaf, value) for load, value in zip(loads, read, strict=True) if _comparable(load, known)]
+    pairs = [(one.leaf, value) for one, value in zip(loads, read, strict=True) if _comparable(one, known)]
     proof = prove(pairs, known)
     restored = Restored(
         step=live.step,
@@ -208,7 +210,8 @@ def restore_together(
         live = journal.find(catalog.entry(choice[0]), choice[1])
         assert live is not None  # process 0 found it in that very entry
         reading = Reading(args.reader, lambda read_bytes: heartbeat.beat("restoring", None))
-        outcome, error = _try(partial(_read, catalog, live, like, args, reading))
+        load = partial(_load_once, rendezvous, live, timeout_s, reading) if args.load_once else reading.load
+        outcome, error = _try(partial(_read, catalog, live, like, args, load))
         objection = _objection(rendezvous, live, outcome, error, timeout_s)
         if outcome and not objection:
             failpoints.hit("restore.after")
@@ -217,7 +220,7 @@ def restore_together(
             emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s))
             if rendezvous.process == 0:
                 _note_restored(catalog, live)
-            return _gathered(outcome[0], like) if args.load_once else outcome[0]
+            return outcome[0]
         assert objection is not None
         if step is not None or args.strict:
             kind = Damaged if objection.damage else StorageError
@@ -230,11 +233,47 @@ def restore_together(
             agree(rendezvous, "restore: quarantine", timeout_s, partial(_append, catalog, rule))
 
 
-def _gathered(restored: Restored, like: Any) -> Restored:
-    """With the arrays that were read once on the shardings of `like`. A collective, so only after all have agreed."""
-    _, leaves, treedef = targets(like)
-    values = arrays.gather(treedef.flatten_up_to(restored.state), leaves)
-    return replace(restored, state=jax.tree_util.tree_unflatten(treedef, values))
+class _Stopped(Exception):
+    """The processes met before an exchange, and shall not begin it. `answers`: of all of them; [] if one did not come,
+    which is the cause then."""
+
+    def __init__(self, answers: list[Json]) -> None:
+        super().__init__()
+        self.answers = answers
+
+
+def _load_once(
+    rendezvous: Rendezvous,
+    live: LiveStep,
+    timeout_s: float,
+    reading: Reading,
+    directory: str,
+    loads: list[Load],
+    checksums: dict[str, str],
+) -> list[Any]:
+    """As `reading.load`, but what several processes want is read by one of them and exchanged. An exchange begins only
+    when all have read their part: whoever has failed tells so in `_objection`, which is the same meeting to the others.
+    """
+    values: list[Any] = [None] * len(loads)
+    together = arrays.groups(loads)
+    for group in together:
+        parts = reading.load(directory, group.parts, checksums)
+        try:
+            answers = rendezvous.gather(_meeting(live), {"exchange": group.told}, timeout_s)
+        except OrchestratorError as error:
+            raise _Stopped([]) from error
+        if answers != [{"exchange": group.told}] * len(answers):
+            raise _Stopped(answers)
+        for place, value in zip(group.places, group.exchanged(parts), strict=True):
+            values[place] = value
+    alone = sorted(set(range(len(loads))).difference(*(group.places for group in together)))
+    for place, value in zip(alone, reading.load(directory, [loads[at] for at in alone], checksums), strict=True):
+        values[place] = value
+    return values
+
+
+def _meeting(live: LiveStep) -> str:
+    return f"restore: step {live.step}"
 
 
 _DAMAGE = frozenset(kind.__name__ for kind in (Damaged, UnsafeKey, NewerFormat))
@@ -258,15 +297,21 @@ def _objection(
 ) -> _Objection | None:
     """Why this step cannot be used, on all processes alike. Raises, on all, what no other step would mend."""
     proof = outcome[1] if outcome else None
-    told = {"proof": proof.told()} if proof else {"kind": type(error).__name__, "text": str(error)}
-    answers = rendezvous.gather(f"restore: step {live.step}", told, timeout_s)
+    if isinstance(error, _Stopped):
+        if error.__cause__:
+            raise error.__cause__
+        answers, error = error.answers, None
+    else:
+        told = {"proof": proof.told()} if proof else {"kind": type(error).__name__, "text": str(error)}
+        answers = rendezvous.gather(_meeting(live), told, timeout_s)
     for index, answer in enumerate(answers):
         if "kind" in answer:
             if answer["kind"] not in _DAMAGE | _STORE:  # a target that does not fit, say
                 raise error or as_error(index, answer["kind"], answer["text"])
             reason = f"process {index} ({rendezvous.hosts.get(index, '?')}): {answer['text']}"
             return _Objection(reason, answer["kind"] in _DAMAGE)
-    assert proof is not None
+    if proof is None or not all("proof" in answer for answer in answers):
+        raise UsageError("load_once: the processes ask for different arrays; `like` must be the same on all of them")
     if proof.holds([answer["proof"] for answer in answers]):
         return None
     details = rendezvous.gather(f"restore: fingerprints of step {live.step}", proof.details(), timeout_s)

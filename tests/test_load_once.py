@@ -1,4 +1,4 @@
-"""What several hosts hold is read by one of them and exchanged: bit for bit, and each chunk once."""
+"""What several hosts want is read by one of them and exchanged: bit for bit, on any mesh, and each chunk once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import orchestrator as oc
-from tests.processes import job
+from orchestrator import failpoints
+from orchestrator.arrays.localstore import LocalStore
+from tests.processes import Job, job
 
-ARRAY_BYTES = 16 << 20  # of each of three arrays, in chunks of 4 MiB
+# Chunks of 4 MiB of three arrays, three of 1.4 MB, one of 2 MB.
+SHARED_BYTES = (4 + 2 + 2) * (4 << 20) + 2 * 3 * 700_004 + 2_000_004
+SMALL_BYTES = 10_000  # at most, of arrays that are too small to share
 
 
 def read_bytes(root: Path, process: int) -> int:
@@ -19,26 +22,66 @@ def read_bytes(root: Path, process: int) -> int:
     return int([line["read_bytes"] for line in lines if line["event"] == "Restored"][-1])
 
 
+def check_restored(running: Job, step: int) -> None:
+    assert running.wait(120) == [0] * len(running.processes), running.story()
+    for process in range(len(running.processes)):
+        (told,) = running.said(process, "restored")
+        assert (told["step"], told["wrong"]) == (step, []), "every bit, NaNs and negative zeros too"
+
+
+def damage(state: Path, key: str) -> None:
+    """One bit of one chunk."""
+    places = LocalStore(str(state)).places()
+    assert places is not None
+    file, offset, _ = places[key]
+    with (state / str(file)).open("r+b") as opened:
+        opened.seek(int(offset) + 7)
+        bits = opened.read(1)
+        opened.seek(int(offset) + 7)
+        opened.write(bytes([bits[0] ^ 1]))
+
+
+def check_read_once(root: Path, processes: int) -> None:
+    amount = [read_bytes(root, process) for process in range(processes)]
+    assert SHARED_BYTES <= sum(amount) < SHARED_BYTES + processes * SMALL_BYTES, f"1.00x {amount}"
+    assert max(amount) - min(amount) <= 4 << 20, f"evenly {amount}"
+
+
 @pytest.mark.slow
-def test_replicas_read_each_chunk_once_and_exchange_them_bit_for_bit(tmp_path: Path) -> None:
+def test_each_chunk_is_read_once_on_any_mesh_and_what_one_process_finds_stops_all(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    with job(2, 2, root, tmp_path / "save", mesh="2x2", steps=1, heavy=1) as first:
+    plain = {"mesh": "2x2", "heavy": 1, "timeout": 60}
+    with job(2, 2, root, tmp_path / "save", steps=3, attest="save", **plain) as first:
         assert first.wait(120) == [0, 0], first.story()
-    read: dict[str, list[int]] = {}
-    for name, mesh, more in (("each", "2x2", {}), ("once", "2x2", {"once": 1}), ("wide", "4x1", {"once": 1})):
-        with job(2, 2, root, tmp_path / name, mesh=mesh, steps=0, heavy=1, **more) as again:
-            assert again.wait(120) == [0, 0], again.story()
-            for process in range(2):
-                (told,) = again.said(process, "restored")
-                assert (told["step"], told["wrong"]) == (0, []), "every bit, NaNs and negative zeros too"
-        read[name] = [read_bytes(root, process) for process in range(2)]
-    small = 10_000  # what is too small to share
-    assert all(3 * ARRAY_BYTES <= one < 3 * ARRAY_BYTES + small for one in read["each"]), "without it each reads all"
-    assert all(1.5 * ARRAY_BYTES <= one < 1.5 * ARRAY_BYTES + small for one in read["once"]), "each chunk once"
-    # One of the three was saved as 2 x 2 chunks: no dimension has one for each of four replicas, so each host reads it.
-    assert all(2 * ARRAY_BYTES <= one < 2 * ARRAY_BYTES + small for one in read["wide"])
 
+    # By columns what was saved by rows, and in other ways.
+    with job(2, 2, root, tmp_path / "each", turned=1, **plain) as each:
+        check_restored(each, 2)
+    amount = [read_bytes(root, process) for process in range(2)]
+    assert all(SHARED_BYTES <= one < SHARED_BYTES + SMALL_BYTES for one in amount), f"each reads all: {amount}"
+    once = {**plain, "once": 1}
+    with job(4, 1, root, tmp_path / "once", turned=1, group=16 << 20, **once) as of_four:
+        check_restored(of_four, 2)
+    check_read_once(root, 4)
+    with job(2, 2, root, tmp_path / "swapped", turned=1, swap=1, **once) as swapped:
+        assert swapped.wait(120) == [4, 4], "the proof is of the arrays after the exchange" + swapped.story()
+    for process in range(2):
+        assert "heavy: its fingerprint after restoring" in swapped.said(process, "error")[0]["text"]
+    with job(2, 2, root, tmp_path / "differ", turned=1, differ=1, **once) as differing:
+        assert differing.wait(120) == [2, 2], differing.story()
+    for process in range(2):
+        assert "the processes ask for different arrays" in differing.said(process, "error")[0]["text"]
 
-def test_it_does_not_go_with_comparing_fingerprints_after_a_restore() -> None:
-    with pytest.raises(oc.UsageError, match="load_once: not with attest='full'"):
-        oc.Options(load_once=True, attest="full")
+    # One process cannot even begin to read; of the step before, one finds a chunk of the second group damaged; the next
+    # is read as it was saved, replicas and all, and proved.
+    (state,) = root.glob("steps/00000001/*/state")
+    damage(state, "heavy_bool/c/0/0")
+    environ = {failpoints.VARIABLE: "restore.read=error@process=1@nth=1"}
+    with job(2, 2, root, tmp_path / "damaged", environ=environ, attest="full", group=9 << 20, **once) as damaged:
+        check_restored(damaged, 0)
+    check_read_once(root, 2)
+    events = [json.loads(line) for line in (root / "events" / "00000.jsonl").read_text().splitlines()]
+    reasons = [line["reason"] for line in events if line["event"] == "SteppedDown"]
+    assert reasons[0] == "process 1 (host-1): failpoint restore.read=error"
+    assert "heavy_bool: chunk heavy_bool/c/0/0" in reasons[1]
+    assert len(reasons) == 2

@@ -5,19 +5,19 @@ from __future__ import annotations
 from orchestrator.arrays.foreign import describe, is_tree
 from orchestrator.arrays.placing import Load
 from orchestrator.arrays.reading import check, load, sharding_of, slabs
-from orchestrator.arrays.sharing import divided, gather
+from orchestrator.arrays.sharing import Group, groups
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 
 __all__ = [
     "ArrayOptions",
     "ArrayWriter",
+    "Group",
     "Load",
     "PendingWrite",
     "WriteStopped",
     "check",
     "describe",
-    "divided",
-    "gather",
+    "groups",
     "is_tree",
     "load",
     "sharding_of",

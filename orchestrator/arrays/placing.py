@@ -33,12 +33,23 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
+class Frame:
+    """A larger array that a leaf is read into, at `start`, to be exchanged: what lies around the leaf is not read, and
+    the elements come as their `carrier`."""
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Load:
-    """One leaf to read: where to (`sharding` None means numpy on the host) and as what dtype (None: as saved)."""
+    """One leaf to read: where to (`sharding` None means numpy on the host; it is the frame's, if there is one) and as
+    what dtype (None: as saved)."""
 
     leaf: LeafSpec
     sharding: jax.sharding.Sharding | None = None
     dtype: Any = None
+    frame: Frame | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def prepare(loads: Sequence[Load]) -> list[Filling]:
         leaf = item.leaf
         if leaf.in_store:
             form = (leaf.shape, leaf.dtype, leaf.chunk, item.sharding, item.dtype, leaf.kind, leaf.stored_shape)
-            forms.setdefault((*form, leaf.stored_dtype, leaf.value), []).append(place)
+            forms.setdefault((*form, leaf.stored_dtype, leaf.value, item.frame), []).append(place)
     fillings = []
     for places in forms.values():
         alone = Filling((loads[places[0]],), _layout(loads[places[0]]))
@@ -115,31 +126,41 @@ def prepare(loads: Sequence[Load]) -> list[Filling]:
 
 def _layout(item: Load) -> Layout:
     shape, chunk = item.leaf.file_shape, item.leaf.chunk
+    whole = Box(start=(0,) * len(shape), stop=shape)
     numbers: dict[Box, int] = {}
     devices, buffer_of = [], []
     if item.sharding is None:
-        numbers[Box(start=(0,) * len(shape), stop=shape)] = 0
+        numbers[whole] = 0
     else:
-        for device, index in item.sharding.addressable_devices_indices_map(item.leaf.shape).items():
-            box = chunks.box_of(index or (), shape)
+        frame = item.frame or Frame(item.leaf.shape, whole.start)
+        sizes = (*frame.shape, *shape[len(frame.shape) :])
+        for device, index in item.sharding.addressable_devices_indices_map(frame.shape).items():
+            box = chunks.moved(chunks.box_of(index or (), sizes), frame.start)
             devices.append(device)
             buffer_of.append(numbers.setdefault(box, len(numbers)))
-    return _fit(numbers, chunk, tuple(devices), tuple(buffer_of))
+    return _fit(numbers, chunk, tuple(devices), tuple(buffer_of), whole)
 
 
 def piece_of(leaf: LeafSpec, box: Box) -> Filling:
     """A region of a leaf, as stored, in one buffer on the host."""
-    return Filling((Load(leaf),), _fit({box: 0}, leaf.chunk, (), ()))
+    return Filling((Load(leaf),), _fit({box: 0}, leaf.chunk, (), (), box))
 
 
 def _fit(
-    numbers: dict[Box, int], chunk: tuple[int, ...] | None, devices: tuple[Any, ...], buffer_of: tuple[int, ...]
+    numbers: dict[Box, int],
+    chunk: tuple[int, ...] | None,
+    devices: tuple[Any, ...],
+    buffer_of: tuple[int, ...],
+    whole: Box,
 ) -> Layout:
-    """Which chunks the boxes, with the numbers of their buffers, need."""
+    """Which chunks the boxes, with the numbers of their buffers, need. What is outside `whole` is not filled."""
     wanted: dict[Box, list[Target]] = {}
     for box, number in numbers.items() if chunk is not None else ():
-        for one in chunks.touching(box, chunk or ()):
-            common = chunks.overlap(box, one)
+        filled = chunks.overlap(box, whole)
+        if any(start >= stop for start, stop in zip(filled.start, filled.stop, strict=True)):
+            continue
+        for one in chunks.touching(filled, chunk or ()):
+            common = chunks.overlap(filled, one)
             inside = chunks.within(common, box)
             direct = common == one and _contiguous(common, box)
             target = Target(number, inside, chunks.within(common, one), direct)
@@ -236,7 +257,9 @@ def _values(filling: Filling) -> list[Any]:
     dtype = jax.dtypes.canonicalize_dtype(logical[0].dtype)
     if dtype != logical[0].dtype:
         logical = [data.astype(dtype) for data in logical]
-    aval = _core.ShapedArray(leaf.file_shape, dtype)
+    if item.frame and (carried := carrier(dtype)):
+        dtype, logical = carried, [data.view(carried) for data in logical]
+    aval = _core.ShapedArray(item.frame.shape if item.frame else leaf.file_shape, dtype)
     layout, devices = filling.layout, list(filling.layout.devices)
     values = []
     for row in rows:
@@ -244,6 +267,13 @@ def _values(filling: Filling) -> list[Any]:
         shards = [hosts[number] for number in layout.buffer_of]
         values.append(_xla.batched_device_put(aval, item.sharding, shards, devices, True))
     return [jax.random.wrap_key_data(value, impl=leaf.value) for value in values] if leaf.kind == "key" else values
+
+
+def carrier(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The unsigned integers that elements of `dtype` are exchanged as; None: as they are. Backends may exchange small
+    floats as larger ones, which changes NaNs, and know little of elements of less than a byte."""
+    small = dtype.kind in "fV" and dtype.itemsize <= 4  # numpy's own floats, and those of ml_dtypes
+    return np.dtype(f"u{dtype.itemsize}") if small else None
 
 
 def _logical(item: Load, data: Array) -> Array:

@@ -9,10 +9,13 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     timeout=S      save_timeout_s
     attest=full    Options.attest
     flip=I@N       at step N one bit of `bias` is wrong on the last device of process I
-    swap=1         the restore reads with an axis swapped
+    swap=1         the restore reads with an axis swapped, and large arrays with two devices' parts swapped
     big=1          with an array of 128 KiB, sharded by rows
     heavy=1        with replicated and half-replicated arrays of many chunks, among them NaNs of all kinds
+    turned=1       which are sharded in other ways, by columns for one
     once=1         Options.load_once
+    group=N        of so many bytes on each device are the groups that are read once together
+    differ=1       process 1 asks for another sharding of one of them
     resave=1       save what was restored once more, one step later
     auto=S         save at the interval of oc.auto(max_loss_s=S), not at every step
 Prints one JSON object a line; `event` says what.
@@ -40,6 +43,7 @@ if count > 1:
 
 import orchestrator as oc
 from orchestrator import arrays
+from orchestrator.arrays import sharing
 from orchestrator.restore import RestoreArgs, restore_together
 
 SHAPE = (16, 8)
@@ -55,8 +59,11 @@ def reference(step: int) -> dict[str, np.ndarray]:
     known = {"w": rng.random(SHAPE, dtype=np.float32), "bf16": bits.view(jnp.bfloat16), "bias": rng.random(8)[:8]}
     if args.get("heavy"):
         known["heavy"] = rng.integers(0, 2**32, (4096, 1024), dtype=np.uint32).view(np.float32)  # NaNs, -0.0, all bits
-        known["heavy_bf16"] = rng.integers(0, 2**16, (2048, 4096), dtype=np.uint16).view(jnp.bfloat16)
-        known["heavy_bool"] = rng.integers(0, 2, (4096, 4096), dtype=np.uint8).astype(bool)
+        known["heavy_bf16"] = rng.integers(0, 2**16, (2048, 2048), dtype=np.uint16).view(jnp.bfloat16)
+        known["heavy_bool"] = rng.integers(0, 2, (4096, 2048), dtype=np.uint8).astype(bool)
+        # Three chunks, and one: no number of devices that is here divides them.
+        known["heavy_odd"] = rng.integers(0, 2**16, (3, 700_004), dtype=np.uint16).view(jnp.bfloat16)
+        known["heavy_int4"] = rng.integers(-8, 8, (1, 2_000_004), dtype=np.int8).astype(jnp.int4)
     return known | ({"big": rng.random((512, 64), dtype=np.float32)} if args.get("big") else {})
 
 
@@ -74,7 +81,15 @@ shardings = {
     "heavy": NamedSharding(mesh, PartitionSpec()),
     "heavy_bf16": NamedSharding(mesh, PartitionSpec(None, "model")),
     "heavy_bool": NamedSharding(mesh, PartitionSpec("model")),
+    "heavy_odd": NamedSharding(mesh, PartitionSpec()),
+    "heavy_int4": NamedSharding(mesh, PartitionSpec()),
 }
+if args.get("turned"):
+    columns = NamedSharding(mesh, PartitionSpec(None, ("data", "model")))
+    shardings |= dict.fromkeys(("heavy", "heavy_odd", "heavy_int4"), columns)
+    shardings["heavy_bf16"] = NamedSharding(mesh, PartitionSpec("model"))
+    shardings["heavy_bool"] = NamedSharding(mesh, PartitionSpec("model", "data"))
+sharing.GATHER_BYTES = int(args.get("group", sharing.GATHER_BYTES))
 
 
 def state_at(step: int) -> dict[str, object]:
@@ -110,6 +125,10 @@ def swapped(*arguments: object) -> list[object]:
     directory, loads, *more = arguments
 
     def turned(load: arrays.Load, value: object) -> object:
+        if load.frame:
+            one, other, *more_parts = [shard.data for shard in value.addressable_shards]
+            parts = [jax.device_put(part, place.device) for part, place in zip((other, one), (one, other), strict=True)]
+            return jax.make_array_from_single_device_arrays(value.shape, value.sharding, [*parts, *more_parts])
         if load.leaf.shape != SHAPE:
             return value
         (whole,) = arrays.load(directory, [arrays.Load(load.leaf)], *more)
@@ -135,8 +154,10 @@ try:
     save = oc.auto(float(args["auto"])) if "auto" in args else oc.every(1)
     with oc.Agent(root, save=save, keep=oc.last(int(args.get("keep", 3))), options=options) as agent:
         target = {**like, "count": 0}
+        if args.get("differ") and index == 1:
+            target["heavy"] = jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=shardings["bias"])
         if args.get("swap"):
-            wrong = RestoreArgs(attest=True, strict=True, reader=swapped)
+            wrong = RestoreArgs(attest=True, strict=True, reader=swapped, load_once=bool(args.get("once")))
             restored = restore_together(agent._catalog, agent._rendezvous, target, None, wrong, 30)
         else:
             restored = agent.restore(like=target)
