@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -181,8 +182,19 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
         (["ls"], 2, "the run's ROOT is missing"),
         (["ls", "{run}", "more"], 2, "unexpected 'more'"),
         (["ls", "{run}", "--nope"], 2, "nope"),
-        (["inspect", "{run}", "--step=x"], 2, "--step=x"),
-        (["gc", "{run}", "--keep_last=0"], 2, "last(0): wanted at least 1"),
+        (["inspect", "{run}", "--step=x"], 2, "orchestrator inspect: --step=x: wanted a whole number"),
+        (["inspect", "{run}", "--step="], 2, "orchestrator inspect: --step=: wanted a whole number"),
+        (["ls", "{run}", "--json=maybe"], 2, "orchestrator ls: --json=maybe: wanted true or false"),
+        (["watch", "{run}", "--interval_s=x"], 2, "orchestrator watch: --interval_s=x: wanted a number"),
+        (["watch", "{run}", "--once", "--interval_s=nan"], 2, "--interval_s=nan: wanted a positive number of seconds"),
+        (["gc", "{run}", "--keep_last=0"], 2, "--keep_last=0: wanted a whole number of at least 1"),
+        (["gc", "{run}", "--keep_last=-1", "--dry_run"], 2, "--keep_last=-1: wanted a whole number of at least 1"),
+        (["log", "{run}", "--last=-3"], 2, "--last=-3: wanted a whole number of at least 0"),
+        (["plan", "{run}", "--processes=0"], 2, "--processes=0: wanted a whole number of at least 1"),
+        (["pin", "{run}", "--step=10", "--name="], 2, "--name=: wanted the pin's name"),
+        (["ls", "a\udcff"], 2, "wanted a name in UTF-8"),
+        (["inspect", "{run}", "--step=7", "--json"], 6, "step 7 is not there; it has: 0, 10, 20"),
+        (["report", "{run}", "-o", "{run}/journal"], 1, "journal cannot be written: Is a directory"),
         (["ls", "s3://bucket/run"], 2, "no storage for s3://"),
         (["unlink", "{run}"], 2, "no command 'unlink'; there is: ls, "),
         (["ls", "/dev/null/run"], 3, "not a run"),
@@ -214,7 +226,29 @@ def test_ls_as_a_process_needs_no_jax_and_survives_a_closed_pipe(run: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    reader = subprocess.run(
-        f"'{sys.executable}' -m orchestrator.cli log '{run}' | true", shell=True, capture_output=True, timeout=60
-    )
-    assert reader.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("ls '{run}' | true", 141, ""),  # a table
+        ("log '{run}' --json | true", 141, ""),
+        ("ls '{run}' >/dev/full", 1, "orchestrator: No space left on device\n"),
+        ("ls '{run}' --json >/dev/full", 1, "orchestrator: No space left on device\n"),
+        ("ls '{run}' >&-", 0, ""),
+        ("log '{run}' | LC_ALL=C grep -q 'by hand'", 0, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(run: Path, redirected: str, code: int, said: str) -> None:
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    orchestrator("quarantine", run, "--step=10", "--reason=by hand: \u00fcber")
+    line = f"set -o pipefail; '{sys.executable}' -m orchestrator.cli {redirected.format(run=run)}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env=environ)
+    assert (done.stderr, done.returncode) == (said, code)
+
+
+def test_help_of_a_command_may_be_asked_for_in_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    assert orchestrator("help", "gc") == 0
+    first = capsys.readouterr().out
+    assert orchestrator("gc", "--help") == 0
+    assert capsys.readouterr().out == first

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator import journal, layout, policy
+from orchestrator import arguments, journal, layout, policy
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.collect import collect
@@ -141,6 +141,7 @@ def _shown_bytes(leaf: LeafSpec) -> str:
 
 def log(root: str, flags: Flags) -> int:
     catalog = open_catalog(root)
+    arguments.whole("--last", flags["last"])
     catalog.require_head()
     heads = list(catalog.entries())
     heads = heads[-flags["last"] :] if flags["last"] else heads
@@ -171,6 +172,8 @@ def gc(root: str, flags: Flags) -> int:
     catalog = open_catalog(root)
     head = catalog.require_head()
     keep = flags["keep_last"]
+    if keep is not None:
+        arguments.whole("--keep_last", keep, least=1)
     if keep is not None and not flags["dry_run"]:
         catalog.append(partial(journal.retire, keep=policy.last(keep)))
     would_retire: tuple[int, ...] = ()
@@ -252,6 +255,8 @@ def _wanted(flags: Flags) -> int:
 
 
 def _name(flags: Flags) -> str:
+    if not flags["name"]:
+        raise UsageError("--name=: wanted the pin's name")
     return str(flags["name"])
 
 

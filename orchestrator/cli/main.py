@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 failed, 2 usage, 3 not a run, 4 damage found, 5 fenced, 6 no
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from orchestrator.cli import commands, diff, doctor, export, plan, render, repor
 from orchestrator.cli.adopt import adopt
 from orchestrator.cli.completion import script
 from orchestrator.cli.schema import schema
-from orchestrator.errors import EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
+from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
 _BROKEN_PIPE = 128 + 13
 
@@ -247,7 +248,7 @@ def _parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[str, 
     try:
         positional = values([name, *arguments])[1:]
     except absl_flags.Error as error:
-        raise UsageError(str(error).splitlines()[0]) from error
+        raise UsageError(_plainly(str(error).splitlines()[0], command)) from error
     wanted = ("ROOT", *command.arguments)
     if len(positional) != len(wanted):
         missing = wanted[len(positional)] if len(positional) < len(wanted) else ""
@@ -258,6 +259,17 @@ def _parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[str, 
     return positional[0], {**values.flag_values_dict(), **words}
 
 
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _plainly(text: str, command: Command) -> str:
+    """absl's word for a value that a flag cannot take speaks of Python's int()."""
+    given, _, _ = text.removeprefix("flag ").partition(": ")
+    kinds = {f"--{flag.name}": flag.kind for flag in (*command.flags, _JSON)}
+    wanted = _WANTED.get(kinds.get(given.partition("=")[0], str))
+    return f"{given}: wanted {wanted}" if wanted and "=" in given else text
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command. Returns the exit code; users' mistakes and damage are one line on standard error."""
     if len(argv) < 2:
@@ -265,7 +277,8 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_USAGE
     name, arguments = argv[1], argv[2:]
     if name in ("-h", "-help", "--help", "help"):
-        print(_usage())
+        about = arguments[0] if arguments else ""
+        print(_help(about, COMMANDS[about]) if about in COMMANDS else _usage())
         return EXIT_OK
     if name in _PRINTED:
         return _print(name, arguments)
@@ -299,12 +312,25 @@ def _print(name: str, arguments: Sequence[str]) -> int:
 
 def entry() -> None:
     """The console script."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read us has gone; not at exit once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read us has gone
         code = _BROKEN_PIPE
+        _say_no_more()
+    except OSError as error:  # of our own output: the commands raise StorageError for what they read and write
+        print(f"orchestrator: {error.strerror or error}", file=sys.stderr)
+        code = EXIT_FAILED
+        _say_no_more()
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _say_no_more() -> None:
+    """What is still in the buffer must not fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from orchestrator import layout
+from orchestrator import arguments, layout
 from orchestrator.cli import render
 from orchestrator.cli.commands import live_step, open_catalog
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
@@ -52,6 +52,8 @@ def plan(root: str, flags: dict[str, Any]) -> int:
     live = live_step(catalog, flags["step"])
     intent = catalog.intent(live, catalog.manifest(live))
     axes = parse_mesh(flags["mesh"]) if flags["mesh"] else intent.mesh
+    if flags["processes"] is not None:
+        arguments.whole("--processes", flags["processes"], least=1)
     target = Target(axes, flags["processes"] or intent.process_count)
     memory = parse_bytes("host_memory", flags["host_memory"]) if flags["host_memory"] else None
     reserve = parse_bytes("program_memory", flags["program_memory"])

@@ -25,9 +25,14 @@ from rich.text import Text
 _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the program with 1; `entry` knows what it means
+
+
 def console(to: Any) -> Console:
     """Where people look: as wide as their terminal, or wide enough for programs. Styles show on terminals only."""
-    return Console(file=to, width=None if to.isatty() else _PIPE_WIDTH, highlight=False)
+    return _Console(file=to, width=None if to.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import statistics
@@ -163,6 +164,8 @@ def write_whole(path: str, text: str) -> None:
             file.write(text)
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
         raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -13,11 +13,11 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from orchestrator import journal
+from orchestrator import arguments, journal
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
-from orchestrator.errors import EXIT_OK, UsageError
+from orchestrator.errors import EXIT_OK
 from orchestrator.eventlog import Tail, directory_of
 from orchestrator.events import PHASES
 from orchestrator.heartbeat import EVENT_INTERVAL_S
@@ -78,8 +78,7 @@ class Now(msgspec.Struct, forbid_unknown_fields=True):
 
 def watch(root: str, flags: dict[str, Any]) -> int:
     """Show the run again and again until Ctrl-C; once with --once, with --json, or where nobody looks at a terminal."""
-    if flags["interval_s"] <= 0:
-        raise UsageError(f"--interval_s={flags['interval_s']}: wanted a positive number of seconds")
+    arguments.seconds("--interval_s", flags["interval_s"])
     catalog = open_catalog(root)
     tail = Tail(directory_of(catalog.url, flags["events_dir"]))
     looks = _looks(catalog, tail)
