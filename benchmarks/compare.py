@@ -21,7 +21,7 @@ import sys
 import tempfile
 
 from benchmarks import jobs, report
-from benchmarks.peers import PEERS, missing, peers_for
+from benchmarks.peers import PEERS, missing, only, peers_for
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import work
 
@@ -72,7 +72,7 @@ def _shape(args: argparse.Namespace, shape: str) -> dict[str, dict[str, list[flo
     size = ["--processes", str(args.processes), "--devices", str(args.devices)]
     alone = ["--processes", "1", "--devices", str(args.processes * args.devices), "--restore-only"]
     # Each in a job of its own: what one peer has kept would hide what the next needs.
-    measured = [name for name in names if name != "raw limit"]
+    measured = [name for name in names if name != "raw limit" and not only(PEERS[name])]
     planned = [([*common, name, *size, "--rounds", "1", "--memory"], args.processes, _GIVE_BACK) for name in measured]
     if not args.memory:
         timed = [*common, *names, "--rounds", str(rounds)]

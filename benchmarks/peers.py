@@ -27,10 +27,13 @@ class Peer(Protocol):
 class Ours:
     """`reported_bytes`: what its events say that the last restore read."""
 
+    load_once: ClassVar[bool] = False
+
     def __init__(self, directory: Path) -> None:
         import orchestrator as oc
 
-        self._agent = oc.Agent(directory, save=oc.every(1), options=oc.Options(on_save_failure="raise"))
+        options = oc.Options(on_save_failure="raise", load_once=self.load_once)
+        self._agent = oc.Agent(directory, save=oc.every(1), options=options)
         self.reported_bytes = 0
         self._unsubscribe = subscribe(self._hear)
 
@@ -52,6 +55,13 @@ class Ours:
     def close(self) -> None:
         self._unsubscribe()
         self._agent.close()
+
+
+class OursOnce(Ours):
+    """What several processes need is read by one of them. Saves, and restores as they were saved, are as ever."""
+
+    load_once = True
+    only: ClassVar[str] = "other mesh"
 
 
 class OrbaxDefault:
@@ -237,6 +247,7 @@ class Raw:
 
 PEERS: dict[str, type[Any]] = {
     "ours": Ours,
+    "ours, load_once": OursOnce,
     "Orbax default": OrbaxDefault,
     "Orbax tuned": OrbaxFiles,
     "torch DCP": TorchDcp,
@@ -249,9 +260,15 @@ TUNED_FOR_LEAVES = {"Orbax tuned": OrbaxRaw}
 
 
 def peers_for(shape: str) -> dict[str, type[Any]]:
-    """Those that are installed."""
+    """Those that are installed. Small leaves are read by all processes, whatever the options."""
     chosen = PEERS | (TUNED_FOR_LEAVES if shape == "leaves" else {})
-    return {name: peer for name, peer in chosen.items() if _installed(peer)}
+    left_out = ("ours, load_once",) if shape == "leaves" else ()
+    return {name: peer for name, peer in chosen.items() if name not in left_out and _installed(peer)}
+
+
+def only(peer: Any) -> str:
+    """The one column that a peer is measured for; empty: all of them."""
+    return str(getattr(peer, "only", ""))
 
 
 def missing() -> dict[str, list[str]]:

@@ -41,6 +41,7 @@ def work(args: argparse.Namespace, index: int, ports: list[str]) -> None:
 
 def _rounds(args: argparse.Namespace, index: int, peers: dict[str, type[Any]], results: Any) -> None:
     from benchmarks import shapes
+    from benchmarks.peers import only
 
     scratch, order, shape, state = Path(args.directory), list(peers), "", {}
     for number in range(args.rounds + 1):  # round 0 warms up
@@ -50,11 +51,11 @@ def _rounds(args: argparse.Namespace, index: int, peers: dict[str, type[Any]], r
             targets = {"restore": shapes.here(shape)} | ({} if args.memory else {"other mesh": shapes.elsewhere(shape)})
             own_bytes = held_bytes(state)
         for name in order[number % len(order) :] + order[: number % len(order)]:  # nobody always goes first
-            keep = number == args.rounds and not name.startswith("torch")
+            keep = number == args.rounds and not name.startswith("torch") and not only(peers[name])
             directory = scratch / (name.replace(" ", "-") if keep else f"{number}-{name}".replace(" ", "-"))
             settle = _give_back if args.memory else touch_free_memory
             figures = _round(peers[name], directory, state, targets, together(args.processes), settle)
-            peaks = {"peak save": figures.pop("peak save") / own_bytes}
+            peaks = {"peak save": figures.pop("peak save") / own_bytes} if "peak save" in figures else {}
             if "peak restore" in figures:  # what was restored is not extra
                 peaks["peak restore"] = figures.pop("peak restore") / own_bytes - 1
             for column, value in (peaks if args.memory else figures).items() if number else ():
@@ -84,6 +85,8 @@ def _round(
     settle: Callable[[int], None],
 ) -> Figures:
     """`settle` gets the memory into the state in which it is to be, given how much may be needed."""
+    from benchmarks.peers import only
+
     peer = kind(directory)
     if hasattr(peer, "prepare"):
         gc.collect()  # JAX lets go of a dropped array's host buffer then: beside a copy of (d) it would not fit
@@ -107,6 +110,8 @@ def _round(
     for name, target in targets.items():
         if name == "other mesh" and hasattr(peer, "prepare"):
             continue  # torch's targets and the raw file are as they were saved
+        if only(peer) not in ("", name):
+            continue
         settle(held_bytes(state))
         meet()
         before = _reset_peak()
@@ -118,7 +123,7 @@ def _round(
     meet()
     peer.close()
     meet()
-    return figures
+    return {column: value for column, value in figures.items() if column.startswith(only(peer))}
 
 
 def _restore(peer: Any, column: str, target: Any, meet: Callable[[], None], figures: Figures) -> Any:
