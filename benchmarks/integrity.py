@@ -14,20 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import socket
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import jobs
 from benchmarks.shapes import SHAPES, build, here
 
 VARIANTS = {"checksums off": "off", "checksums": "off", "attest=save": "save", "attest=full": "full"}
 COLUMNS = ("blocked", "durable", "restore")
-LIMIT_S = 500
 BULK_BYTES = 16 << 10  # chunks of the large arrays are above, records and the store's own nodes below
 
 
@@ -36,32 +35,17 @@ def main() -> None:
     parser.add_argument("--shape", choices=("arrays", "leaves"), default="arrays")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--directory", default=None)
-    parser.add_argument("--worker", nargs=2, metavar=("INDEX", "PORT"), help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=jobs.directory, help="where to write (default: the system's temporary one)")
+    parser.add_argument("--worker", nargs=3, metavar=("INDEX", "PORT", "PORT2"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args, int(args.worker[0]), args.worker[1])
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    scratch = tempfile.mkdtemp(prefix="bench-", dir=args.directory)
-    command = [sys.executable, "-m", "benchmarks.integrity", *sys.argv[1:], "--directory", scratch]
-    workers = [
-        subprocess.Popen([*command, "--worker", str(index), port], stdout=subprocess.PIPE)
-        for index in range(args.processes)
-    ]
-    try:
-        out, _ = workers[0].communicate(timeout=LIMIT_S)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        shutil.rmtree(scratch, ignore_errors=True)
-    line = next((line for line in out.decode().splitlines() if line.startswith("{")), None)
-    if line is None:
-        sys.exit("benchmark failed: process 0 gave no result")
-    print(render(args, json.loads(line)))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the workers are ended on the way out
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=args.directory) as scratch:
+        arguments = [f"--{name}={getattr(args, name)}" for name in ("shape", "rounds", "processes")]
+        result = jobs.run("benchmarks.integrity", [*arguments, f"--directory={scratch}"], args.processes)
+    print(render(args, result))
 
 
 def render(args: argparse.Namespace, result: dict[str, Any]) -> str:

@@ -12,14 +12,15 @@ from orchestrator.chunks import CHECKSUM_BYTES
 from orchestrator.errors import Damaged
 from orchestrator.records import Receipt
 
-Entry = bytes | tuple[str, int, int]  # a chunk, or its file below `state/`, offset, bytes
+Place = tuple[str, int, int]  # file below `state/`, offset, bytes
+Chunk = bytes | Place  # itself, or where it is
 
 
-def entries(receipts: Iterable[Receipt]) -> dict[str, Entry]:
+def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
     """Key -> chunk or place. Raises Damaged naming the process whose receipt cannot be right."""
-    found: dict[str, Entry] = {}
+    found: dict[str, Chunk] = {}
     for receipt in receipts:
-        own: dict[str, Entry] = dict(receipt.small)
+        own: dict[str, Chunk] = dict(receipt.small)
         for key, place in receipt.places.items():
             file = receipt.files[place.file] if 0 <= place.file < len(receipt.files) else None
             within = file and file.path.startswith(layout.STATE)

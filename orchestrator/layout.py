@@ -14,10 +14,11 @@ JOURNAL = "journal/"
 JOURNAL_INDEX = "journal-index/"
 STEPS = "steps/"
 STEP_DIGITS = 8
-_JOURNAL_KEY = re.compile(r"journal/(\d{20})\.json")
-_INDEX_KEY = re.compile(r"journal-index/(\d{20})")
-_ATTEMPT = re.compile(r"e(\d{4,})-a(\d{2,})")
-_ATTEMPT_KEY = re.compile(r"steps/(\d{8,})/(e\d{4,}-a\d{2,})/(.+)")
+# ASCII digits only, and each name in one spelling: what is parsed must be what would be built.
+_JOURNAL_KEY = re.compile(r"journal/([0-9]{20})\.json")
+_INDEX_KEY = re.compile(r"journal-index/([0-9]{20})")
+_ATTEMPT = re.compile(r"e([0-9]{4,})-a([0-9]{2,})")
+_ATTEMPT_KEY = re.compile(r"steps/([0-9]{8,})/(e[0-9]{4,}-a[0-9]{2,})/(.+)")
 
 
 def journal_key(version: int) -> str:
@@ -49,7 +50,7 @@ def attempt_name(epoch: int, number: int) -> str:
 def parse_attempt(name: str) -> tuple[int, int]:
     """(epoch, number) of an attempt name. Raises UnsafeKey for anything else."""
     found = _ATTEMPT.fullmatch(name)
-    if not found:
+    if not found or name != attempt_name(int(found[1]), int(found[2])):
         raise UnsafeKey(f"attempt name {name!r}: wanted eEEEE-aNN; the record that holds it is damaged")
     return int(found[1]), int(found[2])
 
@@ -67,7 +68,9 @@ def attempt_prefix(step: int, attempt: str) -> str:
 def split_attempt_key(key: str) -> tuple[int, str, str] | None:
     """(step, attempt, rest) of a key below an attempt; None for other keys."""
     found = _ATTEMPT_KEY.fullmatch(key)
-    return (int(found[1]), found[2], found[3]) if found else None
+    if not found or not key.startswith(step_prefix(int(found[1]))):
+        return None
+    return int(found[1]), found[2], found[3]
 
 
 # Keys inside an attempt, relative to its prefix.
@@ -77,7 +80,7 @@ EXTRA = "extra.json"
 STATE = "state/"
 RECEIPTS = "receipts/"
 PROCESS = "process/"
-_RECEIPT = re.compile(rf"/{RECEIPTS}(\d{{5,}})\.json$")
+_OF_A_PROCESS = re.compile(rf"(?:{RECEIPTS}([0-9]+)\.json|{PROCESS}([0-9]+)\.bin)")
 
 
 def receipt_name(process: int) -> str:
@@ -86,8 +89,13 @@ def receipt_name(process: int) -> str:
 
 def receipt_of(key: str) -> int | None:
     """The process whose receipt is at `key`, None for anything else."""
-    found = _RECEIPT.search(key)
-    return int(found[1]) if found else None
+    found = split_attempt_key(key)
+    if not found or not found[2].startswith(RECEIPTS):
+        return None
+    try:
+        return process_of(found[2])
+    except UnsafeKey:  # a stray file
+        return None
 
 
 def process_state_name(process: int) -> str:
@@ -95,8 +103,14 @@ def process_state_name(process: int) -> str:
 
 
 def process_of(name: str) -> int:
-    """The process index in a receipt's or process state's name."""
-    return int(name.rsplit("/", 1)[-1].split(".", 1)[0])
+    """The process index in the name of a receipt or of a process's state. Raises UnsafeKey for anything else."""
+    found = _OF_A_PROCESS.fullmatch(name)
+    process = int(found[1] or found[2]) if found else -1
+    if name not in (receipt_name(process), process_state_name(process)):
+        raise UnsafeKey(
+            f"{name!r}: wanted receipts/PPPPP.json or process/PPPPP.bin; the record that holds it is damaged"
+        )
+    return process
 
 
 def check_key(key: str, where: str) -> str:

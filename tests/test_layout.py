@@ -97,3 +97,24 @@ def test_no_key_that_passes_leaves_its_prefix(key: str) -> None:
         assume(part)
         depth += -1 if part == ".." else part != "."
         assert depth > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("process/3.bin", "process/000003.bin", "process/00003.json", "process/00003.bin.tmp", "process/x/00003.bin"),
+        *("process/-0003.bin", "process/\u0661\u0661\u0661\u0661\u0661.bin", "receipts/00003.json\n", "00003.bin", ""),
+    ],
+)
+def test_a_process_is_not_read_out_of_a_name_that_nobody_builds(name: str) -> None:
+    with pytest.raises(UnsafeKey):
+        layout.process_of(name)
+    assert layout.receipt_of(layout.attempt_prefix(1, "e0001-a01") + name) is None
+
+
+def test_each_attempt_has_one_name() -> None:
+    with pytest.raises(UnsafeKey):
+        layout.parse_attempt("e00003-a01")
+    assert layout.split_attempt_key("steps/000000100/e0003-a01/x") is None
+    assert layout.split_attempt_key("steps/00000100/e0003-a01/x") == (100, "e0003-a01", "x")
+    assert layout.receipt_of("steps/00000100/e0003-a01/receipts/00007.json") == 7

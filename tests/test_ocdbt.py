@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
+from orchestrator.contents import Chunk
 from orchestrator.errors import Damaged
 
 DATA = bytes(range(256)) * 400
 CONTEXT = ts.Context()  # stores copy ranges to each other only within one
 
 
-def put(directory: Path, entries: list[tuple[bytes, ocdbt.Value]]) -> None:
+def put(directory: Path, entries: list[tuple[bytes, Chunk]]) -> None:
     """A store of ours: values in `d/data`, then the tree."""
     nodes, manifest = ocdbt.encode(entries, "d/data", len(DATA), os.urandom(16), 1_700_000_000_000_000_000)
     (directory / "d").mkdir(parents=True, exist_ok=True)
@@ -34,14 +35,14 @@ def opened(directory: Path, **options: Any) -> Any:
     return ts.KvStore.open(spec, context=CONTEXT).result()
 
 
-def some_entries(count: int) -> list[tuple[bytes, ocdbt.Value]]:
-    def value(index: int) -> ocdbt.Value:
+def some_entries(count: int) -> list[tuple[bytes, Chunk]]:
+    def value(index: int) -> Chunk:
         return b"inline %d" % index if index % 3 else ("d/data", index % 1000, 1 + index % 300)
 
     return sorted((f"layer_{index}/c/{index % 4}".encode(), value(index)) for index in range(count))
 
 
-def bytes_of(value: ocdbt.Value) -> bytes:
+def bytes_of(value: Chunk) -> bytes:
     return value if isinstance(value, bytes) else DATA[value[1] : value[1] + value[2]]
 
 

@@ -14,11 +14,12 @@ from fakes import HookedStorage
 from runs import now
 
 import orchestrator as oc
-from orchestrator import journal, layout
+from orchestrator import events, journal, layout
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.catalog import Catalog
 from orchestrator.collect import collect
 from orchestrator.coordinator import UserData, signal_prefix
+from orchestrator.events import SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.protocol import Phase
@@ -102,3 +103,16 @@ def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(t
     assert ("list", prefix) in storage.calls
     # Only what is there is read: of a job of thousands, most are not there yet.
     assert storage.calls.count(("get", f"{prefix}00000.json")) == 1
+
+
+def test_what_a_save_tells_of_its_progress_counts_small_leaves_too(tmp_path: Path) -> None:
+    told: list[SavePhase] = []
+    stop = events.subscribe(lambda event: told.append(event) if isinstance(event, SavePhase) else None)
+    try:
+        with oc.Agent(tmp_path, options=now()) as agent:
+            agent.save(1, {f"leaf {number}": jnp.zeros(16) for number in range(100)})
+    finally:
+        stop()
+    written = {event.phase: event.written_bytes for event in told}
+    assert written["staging"] == 0
+    assert written["sealing"] == written["committing"] == 100 * (64 + 4)  # elements and CRC-32C

@@ -10,6 +10,7 @@ import crc32c
 
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt
+from orchestrator.contents import Chunk, Place
 from orchestrator.errors import Damaged, OrchestratorError, StorageError
 from orchestrator.layout import check_key
 
@@ -33,13 +34,13 @@ class LocalStore:
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
 
-    def places(self) -> dict[str, ocdbt.Value] | None:
+    def places(self) -> dict[str, Chunk] | None:
         """Where each value is; None if the store's tree is one that only TensorStore reads. Raises Damaged."""
         where = f"{self._directory}/{ocdbt.MANIFEST}"
         try:
             with open(where, "rb") as file:
                 root = ocdbt.decode_manifest(file.read(), where)
-            found: dict[str, ocdbt.Value] = {}
+            found: dict[str, Chunk] = {}
             nodes = [(b"", root)] if root else []
             while nodes:
                 prefix, node = nodes.pop()
@@ -56,7 +57,7 @@ class LocalStore:
         return found
 
     def read_into(
-        self, target: memoryview, place: ocdbt.Place, label: str, tail: memoryview | None = None
+        self, target: memoryview, place: Place, label: str, tail: memoryview | None = None
     ) -> tuple[int, int]:
         """A chunk's elements into `target`; CRC-32C of what was read, and what the chunk says."""
         path, offset, _ = place
@@ -69,7 +70,7 @@ class LocalStore:
         self._read(memoryview(ending), (path, offset + len(target), len(ending)), label)
         return checksum, int.from_bytes(ending, "little")
 
-    def _read(self, target: memoryview, place: ocdbt.Place, label: str) -> None:
+    def _read(self, target: memoryview, place: Place, label: str) -> None:
         path, offset, size = place
         got = 0
         try:

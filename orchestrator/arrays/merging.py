@@ -8,11 +8,12 @@ from collections.abc import Mapping
 
 from orchestrator.arrays import datafiles, ocdbt
 from orchestrator.arrays.planning import Plan
+from orchestrator.contents import Chunk
 from orchestrator.errors import Damaged
 from orchestrator.records import FileEntry
 
 
-def write_tree(directory: str, plan: Plan, entries: Mapping[str, ocdbt.Value]) -> tuple[FileEntry, ...]:
+def write_tree(directory: str, plan: Plan, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
     """Write the OCDBT store of the `state/` at URL `directory`: key -> the chunk, or its place. Returns the files.
 
     Raises Damaged if `entries` are not exactly the chunks that the arrays consist of.
@@ -25,7 +26,7 @@ def write_tree(directory: str, plan: Plan, entries: Mapping[str, ocdbt.Value]) -
         )
     if not plan.order:
         return ()
-    everything: dict[str, ocdbt.Value] = {**entries, **plan.metadata}
+    everything: dict[str, Chunk] = {**entries, **plan.metadata}
     opened = datafiles.opener(directory)
     path = datafiles.data_file_path()
     ordered = [(raw, everything[key]) for key, raw in plan.order]

@@ -16,6 +16,7 @@ from typing import Any
 import crc32c
 import numpy as np
 
+from orchestrator.contents import Chunk, Place
 from orchestrator.errors import Damaged
 
 MANIFEST = "manifest.ocdbt"
@@ -26,8 +27,6 @@ _MANIFEST_MAGIC, _NODE_MAGIC = 0x0CDB3A2A, 0x0CDB20DE
 _ARITY_LOG2 = 4
 _FOOTER_BYTES = 4
 
-Place = tuple[str, int, int]  # data file relative to the store, offset, bytes
-Value = bytes | Place
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -58,7 +57,7 @@ class _Summary:
 
 
 def encode(
-    entries: Sequence[tuple[bytes, Value]], path: str, offset: int, uuid: bytes, time_ns: int
+    entries: Sequence[tuple[bytes, Chunk]], path: str, offset: int, uuid: bytes, time_ns: int
 ) -> tuple[bytes, bytes]:
     """The tree's nodes, to be put at `offset` of the data file `path`, and the manifest. `entries` in key order."""
     nodes: list[bytes] = []
@@ -93,7 +92,7 @@ def _manifest(root: _Summary, height: int, uuid: bytes, time_ns: int) -> bytes:
     return _framed(_MANIFEST_MAGIC, config + _file_table([path]) + version + time_ns.to_bytes(8, "little") + b"\0")
 
 
-def _leaf(entries: Sequence[tuple[bytes, Value]]) -> bytes:
+def _leaf(entries: Sequence[tuple[bytes, Chunk]]) -> bytes:
     paths, kinds, lengths, files, offsets, inline = _columns([value for _, value in entries])
     parts = [
         b"\0",
@@ -110,7 +109,7 @@ def _leaf(entries: Sequence[tuple[bytes, Value]]) -> bytes:
 
 
 def _columns(
-    values: Sequence[Value],
+    values: Sequence[Chunk],
 ) -> tuple[list[str], list[int], list[int], list[int], list[int], list[bytes]]:
     """Data files, and of each value: whether it is in one, and its length; of those that are, file and offset; the
     others themselves."""
@@ -283,7 +282,7 @@ def decode_manifest(body: bytes, where: str) -> Root | None:
 
 def decode_node(
     body: bytes, transitive: str, prefix: bytes, where: str
-) -> tuple[list[tuple[bytes, Value]], list[tuple[bytes, Root]]]:
+) -> tuple[list[tuple[bytes, Chunk]], list[tuple[bytes, Root]]]:
     """A node's entries (of a leaf) and its children, each with the prefix of its keys. Raises Damaged, Unsupported."""
     cursor = _unframed(_NODE_MAGIC, body, where)
     try:
@@ -302,7 +301,7 @@ def decode_node(
         raise Damaged(f"{where}: not a node of an OCDBT store: {error}") from error
 
 
-def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes) -> list[tuple[bytes, Value]]:
+def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes) -> list[tuple[bytes, Chunk]]:
     keys, _ = cursor.keys(count)
     lengths, kinds = cursor.numbers(count), cursor.numbers(count)
     indirect = sum(kinds)
@@ -310,7 +309,7 @@ def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: 
     paths = [base + relative for base, relative in files]
     rest = cursor.take(sum(itertools.compress(lengths, (not kind for kind in kinds))))
     at = 0
-    found: list[tuple[bytes, Value]] = []
+    found: list[tuple[bytes, Chunk]] = []
     for key, size, kind in zip(keys, lengths, kinds, strict=True):
         if kind:
             file, offset = next(places)

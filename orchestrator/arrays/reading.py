@@ -28,6 +28,7 @@ from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.placing import Arena, Filling, Load, Target, finish, piece_of, prepare
 from orchestrator.arrays.store import context, foreign_spec, report_retries, store_spec
+from orchestrator.contents import Chunk
 from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, WaitTimeout
 from orchestrator.records import Box, Foreign, LeafSpec
 from orchestrator.tree import numpy_dtype
@@ -144,7 +145,7 @@ class _Reader:
             raise _fault(error)(f"{self._directory}: cannot be opened: {error}") from error
 
     @functools.cached_property
-    def _places(self) -> dict[str, ocdbt.Value] | None:
+    def _places(self) -> dict[str, Chunk] | None:
         with garbage.paused():
             return self._local.places() if self._local else None
 
@@ -167,7 +168,7 @@ class _Reader:
 
     # From files.
 
-    def _fill_from_tree(self, filling: Filling, places: Mapping[str, ocdbt.Value]) -> bool:
+    def _fill_from_tree(self, filling: Filling, places: Mapping[str, Chunk]) -> bool:
         """Fill from values that the store's tree holds itself, the same chunk of all leaves at once. False if not every
         one is there, whole and of this save: reading them one by one then tells which."""
         size, chunk = filling.chunk_bytes + chunks.CHECKSUM_BYTES, filling.leaf.chunk or ()
@@ -190,7 +191,7 @@ class _Reader:
         self._on_bytes(filling.chunk_bytes * len(names) * len(filling.layout.reads))
         return True
 
-    def _fill_from_files(self, reads: Iterator[_Read], store: LocalStore, places: Mapping[str, ocdbt.Value]) -> None:
+    def _fill_from_files(self, reads: Iterator[_Read], store: LocalStore, places: Mapping[str, Chunk]) -> None:
         threads = min(_THREADS, max(2, os.cpu_count() or 1))
         try:
             with ThreadPoolExecutor(threads, thread_name_prefix="restore") as pool:
@@ -207,7 +208,7 @@ class _Reader:
         finally:
             store.close()
 
-    def _read_batch(self, batch: list[_Read], store: LocalStore, places: Mapping[str, ocdbt.Value]) -> None:
+    def _read_batch(self, batch: list[_Read], store: LocalStore, places: Mapping[str, Chunk]) -> None:
         for read in batch:
             place = places.get(read.key)
             if place is None:

@@ -31,6 +31,7 @@ from orchestrator.arrays.feed import Feed
 from orchestrator.arrays.planning import ZSTD, Plan, host_local, plan_of
 from orchestrator.arrays.staging import start_transfers, take, take_small
 from orchestrator.arrays.store import report_retries
+from orchestrator.contents import Chunk
 from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.records import Box, FileEntry, LeafSpec, Place, ShardPrint, TreeSpec
 from orchestrator.tree import Flat
@@ -180,8 +181,9 @@ class PendingWrite:
 
     @property
     def written_bytes(self) -> int:
-        """How much of this process's arrays has been written by now. Any thread."""
-        return sum(file.bytes for file in list(self._progress.files))
+        """How much of this process's arrays has been written by now, or waits for the receipt. Any thread."""
+        small = sum(map(len, list(self._progress.small.values())))
+        return small + sum(file.bytes for file in list(self._progress.files))
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -223,7 +225,7 @@ class PendingWrite:
                 path = "_strings.json"
                 self._files[path] = datafiles.write_file(opened, path, orbax_files.strings(self._strings))
 
-    def merge(self, entries: Mapping[str, ocdbt.Value]) -> tuple[FileEntry, ...]:
+    def merge(self, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
         """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
         Called by one process when all have written. Returns its files, not durable yet. Raises Damaged if `entries` are
         not what the state's arrays consist of, StorageError."""

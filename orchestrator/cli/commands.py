@@ -130,7 +130,8 @@ def _processes(
     for index, (host, times) in enumerate(zip(hosts, seconds, strict=True)):
         found = catalog.receipt(live.step, live.attempt, index)
         files = found[0].files if found else ()
-        written = sum(entry.bytes for entry in files)
+        small = found[0].small.values() if found else ()  # goes with the receipt
+        written = sum(entry.bytes for entry in files) + sum(map(len, small))
         told.append({"process": index, "host": host, "files": len(files), "bytes": written, "seconds": times})
     return told
 
