@@ -60,7 +60,7 @@ def test_each_chunk_is_read_once_on_any_mesh_and_what_one_process_finds_stops_al
     amount = [read_bytes(root, process) for process in range(2)]
     assert all(SHARED_BYTES <= one < SHARED_BYTES + SMALL_BYTES for one in amount), f"each reads all: {amount}"
     once = {**plain, "once": 1}
-    with job(4, 1, root, tmp_path / "once", turned=1, group=16 << 20, **once) as of_four:
+    with job(4, 1, root, tmp_path / "once", turned=1, part=1, group=16 << 20, **once) as of_four:
         check_restored(of_four, 2)
     check_read_once(root, 4)
     with job(2, 2, root, tmp_path / "swapped", turned=1, swap=1, **once) as swapped:
@@ -71,6 +71,11 @@ def test_each_chunk_is_read_once_on_any_mesh_and_what_one_process_finds_stops_al
         assert differing.wait(120) == [2, 2], differing.story()
     for process in range(2):
         assert "the processes ask for different arrays" in differing.said(process, "error")[0]["text"]
+
+    environ = {failpoints.VARIABLE: "restore.read=stop@process=1"}
+    with job(2, 2, root, tmp_path / "stopped", environ=environ, meet=4, **once) as stopped:
+        (error,) = stopped.wait_for(0, "error", 60)
+        assert "processes [1 (host-1)] did not arrive within 4 s" in error["text"], "before the first exchange"
 
     # One process cannot even begin to read; of the step before, one finds a chunk of the second group damaged; the next
     # is read as it was saved, replicas and all, and proved.

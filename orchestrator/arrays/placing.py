@@ -254,8 +254,9 @@ def _values(filling: Filling) -> list[Any]:
     if item.sharding is None:
         return [logical[0][row, ...][()] if leaf.kind == "numpy_scalar" else logical[0][row, ...] for row in rows]
     # Arrays of JAX's canonical types only: int64 becomes int32 where x64 is off, as in device_put.
-    dtype = jax.dtypes.canonicalize_dtype(logical[0].dtype)
-    if dtype != logical[0].dtype:
+    held = _logical(item, np.empty(0, filling.dtype)).dtype  # a process that has none of the devices has no buffers
+    dtype = jax.dtypes.canonicalize_dtype(held)
+    if dtype != held:
         logical = [data.astype(dtype) for data in logical]
     if item.frame and (carried := carrier(dtype)):
         dtype, logical = carried, [data.view(carried) for data in logical]

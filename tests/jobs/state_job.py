@@ -13,8 +13,10 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     big=1          with an array of 128 KiB, sharded by rows
     heavy=1        with replicated and half-replicated arrays of many chunks, among them NaNs of all kinds
     turned=1       which are sharded in other ways, by columns for one
+    part=1         one of which only half of the devices want
     once=1         Options.load_once
     group=N        of so many bytes on each device are the groups that are read once together
+    meet=S         rendezvous_timeout_s
     differ=1       process 1 asks for another sharding of one of them
     resave=1       save what was restored once more, one step later
     auto=S         save at the interval of oc.auto(max_loss_s=S), not at every step
@@ -89,12 +91,20 @@ if args.get("turned"):
     shardings |= dict.fromkeys(("heavy", "heavy_odd", "heavy_int4"), columns)
     shardings["heavy_bf16"] = NamedSharding(mesh, PartitionSpec("model"))
     shardings["heavy_bool"] = NamedSharding(mesh, PartitionSpec("model", "data"))
+if args.get("part"):
+    half = jax.sharding.Mesh(jax.devices()[: count * devices // 2], ("half",))
+    shardings["heavy_int4"] = NamedSharding(half, PartitionSpec(None, "half"))
 sharing.GATHER_BYTES = int(args.get("group", sharing.GATHER_BYTES))
 
 
 def state_at(step: int) -> dict[str, object]:
     arrays = {
-        name: jax.make_array_from_callback(value.shape, shardings[name], lambda at, value=value: value[at])
+        name: jax.make_array_from_callback(
+            value.shape,
+            shardings[name],
+            lambda at, value=value: value[at],
+            dtype=jax.dtypes.canonicalize_dtype(value.dtype),
+        )
         for name, value in reference(step).items()
     }
     return {**arrays, "host_local": jnp.float32(step), "numpy": np.arange(step, step + 3), "count": step}
@@ -144,7 +154,7 @@ like = {
 }
 options = oc.Options(
     save_timeout_s=float(args.get("timeout", 30)),
-    rendezvous_timeout_s=30,
+    rendezvous_timeout_s=float(args.get("meet", 30)),
     attest=args.get("attest", "off"),
     # Process 0's counts for all, so the others need not say it.
     load_once=bool(args.get("once")) and index == 0,
