@@ -10,6 +10,7 @@ import json
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from orchestrator import arrays, failpoints, journal, layout
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, signal_prefix
-from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, WaitTimeout
+from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, UsageError, WaitTimeout
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.protocol import Phase, cause_of
@@ -86,13 +87,16 @@ class Saver:
         self._catalog, self._writer, self._rendezvous = catalog, writer, rendezvous
         self._coordinator, self._options = coordinator, options
         self._epoch, self._run, self._attest, self._committed = epoch, run, attest, committed
+        self._began: deque[str] = deque(maxlen=64)  # the attempts that this process has begun, latest last
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 
     def begin(self, step: int, user: UserData, process_state: bytes | None) -> Save:
         """Name the next attempt at `step`. Computed, not communicated: every process comes to the same name."""
         number = self._numbers[step] = self._numbers.get(step, 0) + 1
         failpoints.note(step=step, epoch=self._epoch)
-        return Save(step, layout.attempt_name(self._epoch, number), user, process_state)
+        save = Save(step, layout.attempt_name(self._epoch, number), user, process_state)
+        self._began.append(save.shown)
+        return save
 
     def start(self, save: Save, flat: Flat) -> None:
         """Stage `flat` and go on in the background. Whatever fails from here on is this process's NO."""
@@ -147,6 +151,8 @@ class Saver:
         left.wait()  # the interpreter's lock, once lost, comes back after 5 ms: training goes first
         try:
             opening = self._opening(self._coordinator, intent, save) if self._coordinator and intent else None
+            if self._coordinator:
+                self._rendezvous.post(f"{self._run_prefix}saving/0", json.dumps([save.step, save.attempt]))
             self._promise(save, pending, opening)
             if self._coordinator and intent and opening:
                 wait([opening], GRACE_S)  # nothing of ours should appear in an attempt that is decided
@@ -318,13 +324,35 @@ class Saver:
                 return Phase[outcome["phase"]], str(outcome["reason"])
             if now >= look_at:
                 look_at = now + STORAGE_POLL_S
-                decided = self._journalled(save)
+                decided = self._journalled(save) or self._apart(save)
                 if decided:
                     return decided
             time.sleep(min(DECISION_POLL_S, QUICK_POLL_S + (now - started) / 10))
         raise WaitTimeout(
             f"no decision from the coordinator, process 0 ({self._rendezvous.hosts[0]}), after {deadline_s:g} s"
         )
+
+    def _apart(self, save: Save) -> tuple[Phase, str] | None:
+        """Whether process 0 saves another step instead: one that this process has not begun, though all save in one
+        order. Neither could be committed; both hear of it now, and not at their deadlines."""
+        said = self._rendezvous.poll(f"{self._run_prefix}saving/").get("0")
+        theirs = json.loads(said) if said else None
+        if theirs is None or layout.shown(*theirs) in self._began:
+            return None
+        me = self._rendezvous
+        reason = (
+            f"process 0 ({me.hosts[0]}) saves step {theirs[0]} where process {me.process} ({me.hosts[me.process]}) "
+            f"saves step {save.step}; all must save the same steps in the same order"
+        )
+        no = self._receipt(save, failure=self._failure("agree", UsageError(reason)))
+        for step, attempt in (theirs, (save.step, save.attempt)):
+            signal = signal_prefix(self._run, step, attempt) + f"receipt/{me.process}"
+            me.post(signal, encode(replace(no, step=step, attempt=attempt)).decode())
+        return Phase.ABORTED, reason
+
+    @property
+    def _run_prefix(self) -> str:
+        return f"orchestrator/{self._run}/"
 
     def _journalled(self, save: Save) -> tuple[Phase, str] | None:
         try:

@@ -23,6 +23,7 @@ from orchestrator.events import SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.protocol import Phase
+from orchestrator.records import Receipt, decode
 from orchestrator.rendezvous import _Alone, connect
 from orchestrator.saving import Saver
 from orchestrator.storage import PosixStorage
@@ -87,6 +88,40 @@ def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_caus
     assert "process 1 said no" in str(save.error)
     assert set(rendezvous.poll(f"{prefix}receipt/")) == {"1"}
     assert catalog.receipt(1, save.attempt, 0) is None
+
+
+def test_a_process_that_saves_another_step_than_process_0_says_so_to_both_attempts_and_waits_no_longer(
+    tmp_path: Path,
+) -> None:
+    rendezvous = connect(1.0)
+    storage = PosixStorage(str(tmp_path))
+    unused = cast(Any, None)
+    worker = Saver(
+        Catalog(storage, "w"),
+        unused,
+        rendezvous,
+        None,
+        Options(save_timeout_s=3),
+        epoch=1,
+        run="r",
+        attest=False,
+        committed=lambda: None,
+    )
+    Catalog(storage, "w").append(journal.open_epoch)
+    worker.begin(1, UserData({}, {}, 0.0), None)
+    rendezvous.post("orchestrator/r/saving/0", json.dumps([1, FIRST]))
+    save = worker.begin(3, UserData({}, {}, 0.0), None)
+    assert worker._apart(save) is None  # process 0 is behind: this one has been there
+    rendezvous.post("orchestrator/r/saving/0", json.dumps([2, FIRST]))
+    started = time.monotonic()
+    phase, reason = worker._await_decision(save)
+    assert time.monotonic() - started < 5
+    host = rendezvous.hosts[0]
+    said = f"process 0 ({host}) saves step 2 where process 0 ({host}) saves step 3; all must save the same steps"
+    assert phase is Phase.ABORTED and reason.startswith(said)
+    for step in (2, 3):
+        no = decode(rendezvous.poll(signal_prefix("r", step, FIRST) + "receipt/")["0"].encode(), Receipt, "signal")
+        assert no.step == step and no.failure is not None and said in no.failure.cause
 
 
 def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(tmp_path: Path) -> None:
