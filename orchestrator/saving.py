@@ -339,6 +339,8 @@ class Saver:
         theirs = json.loads(said) if said else None
         if theirs is None or layout.shown(*theirs) in self._began:
             return None
+        if self._rendezvous.poll(signal_prefix(self._run, save.step, save.attempt) + "decision/"):
+            return None  # it has just decided this one, and gone on: a decision is posted before the next save is
         me = self._rendezvous
         reason = (
             f"process 0 ({me.hosts[0]}) saves step {theirs[0]} where process {me.process} ({me.hosts[me.process]}) "

@@ -113,6 +113,9 @@ def test_a_process_that_saves_another_step_than_process_0_says_so_to_both_attemp
     save = worker.begin(3, UserData({}, {}, 0.0), None)
     assert worker._apart(save) is None  # process 0 is behind: this one has been there
     rendezvous.post("orchestrator/r/saving/0", json.dumps([2, FIRST]))
+    rendezvous.post(signal_prefix("r", 3, FIRST) + "decision/0", "{}")
+    assert worker._apart(save) is None  # process 0 has just decided this very attempt, and begun the next
+    rendezvous.forget(signal_prefix("r", 3, FIRST))
     started = time.monotonic()
     phase, reason = worker._await_decision(save)
     assert time.monotonic() - started < 5
