@@ -260,6 +260,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
+    if args.faults < 1:
+        parser.error(f"--faults={args.faults}: wanted at least 1")
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     outcomes = []

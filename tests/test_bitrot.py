@@ -6,7 +6,7 @@ import collections
 from pathlib import Path
 
 import pytest
-from bitrot import KINDS, campaign, report, wrong
+from bitrot import KINDS, campaign, main, report, wrong
 
 
 @pytest.mark.slow
@@ -18,3 +18,10 @@ def test_no_fault_in_any_file_of_a_step_is_silent(tmp_path: Path) -> None:
     # Both must be common, or the campaign would not show much: files that a restore needs, and files that it does not.
     assert restores["stepped down, right bits"] > 25 and restores["not needed, right bits"] > 5, table
     assert "0 silent" in table
+
+
+def test_a_campaign_without_faults_proves_nothing_and_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bitrot", "--faults=-1"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
