@@ -44,7 +44,9 @@ def _has_memory(shape: str, name: str) -> bool:
 
 def _ratios(results: Results) -> list[str]:
     """How many times ours each peer needs, and ours of the raw limit."""
-    said = []
+    said: list[str] = []
+    if "ours" not in results:
+        return said
     for name, figures in results.items():
         if name == "ours":
             continue

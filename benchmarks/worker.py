@@ -88,8 +88,8 @@ def _round(
     from benchmarks.peers import only
 
     peer = kind(directory)
+    gc.collect()  # JAX lets go of a dropped array's host buffer then: what peers have restored of (d) would not fit
     if hasattr(peer, "prepare"):
-        gc.collect()  # JAX lets go of a dropped array's host buffer then: beside a copy of (d) it would not fit
         peer.prepare(state)
     figures: Figures = {}
     if hasattr(peer, "memcpy"):
@@ -112,6 +112,7 @@ def _round(
             continue  # torch's targets and the raw file are as they were saved
         if only(peer) not in ("", name):
             continue
+        gc.collect()
         settle(held_bytes(state))
         meet()
         before = _reset_peak()
