@@ -70,6 +70,11 @@ def path(name: str, value: object) -> None:
         raise refusal(name, value, "a path")
 
 
+def is_utf8(text: str) -> bool:
+    """Whether it can be written as UTF-8: one with a lone surrogate, as in a file's name of other bytes, cannot."""
+    return text == text.encode(errors="replace").decode()
+
+
 def can(name: str, value: object, method: str, wanted: str) -> None:
     """`value` is an object with this method, and not the class or function that would make one."""
     if isinstance(value, type) or not callable(getattr(value, method, None)):
@@ -113,7 +118,7 @@ def _mapping(name: str, given: object) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise refusal(name, given, "a dict")
     for key in given:
-        if not isinstance(key, str) or key != key.encode(errors="replace").decode():
+        if not isinstance(key, str) or not is_utf8(key):
             raise refusal(f"a key of {name}", key, "text")
     return dict(given)
 

@@ -59,9 +59,14 @@ class UserData:
 Opened = tuple[FileEntry, ...]
 
 
+def run_prefix(run: str) -> str:
+    """Where the processes of this incarnation post signals."""
+    return f"orchestrator/{run}/"
+
+
 def signal_prefix(run: str, step: int, attempt: str) -> str:
     """Where the processes of this incarnation post signals about an attempt. `run` is random per incarnation."""
-    return f"orchestrator/{run}/{step}/{attempt}/"
+    return f"{run_prefix(run)}{step}/{attempt}/"
 
 
 class Coordinator:

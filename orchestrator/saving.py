@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from orchestrator import arrays, failpoints, journal, layout
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
-from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, signal_prefix
+from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, run_prefix, signal_prefix
 from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, UsageError, WaitTimeout
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
@@ -152,7 +152,7 @@ class Saver:
         try:
             opening = self._opening(self._coordinator, intent, save) if self._coordinator and intent else None
             if self._coordinator:
-                self._rendezvous.post(f"{self._run_prefix}saving/0", json.dumps([save.step, save.attempt]))
+                self._rendezvous.post(f"{run_prefix(self._run)}saving/0", json.dumps([save.step, save.attempt]))
             self._promise(save, pending, opening)
             if self._coordinator and intent and opening:
                 wait([opening], GRACE_S)  # nothing of ours should appear in an attempt that is decided
@@ -335,7 +335,7 @@ class Saver:
     def _apart(self, save: Save) -> tuple[Phase, str] | None:
         """Whether process 0 saves another step instead: one that this process has not begun, though all save in one
         order. Neither could be committed; both hear of it now, and not at their deadlines."""
-        said = self._rendezvous.poll(f"{self._run_prefix}saving/").get("0")
+        said = self._rendezvous.poll(f"{run_prefix(self._run)}saving/").get("0")
         theirs = json.loads(said) if said else None
         if theirs is None or layout.shown(*theirs) in self._began:
             return None
@@ -351,10 +351,6 @@ class Saver:
             signal = signal_prefix(self._run, step, attempt) + f"receipt/{me.process}"
             me.post(signal, encode(replace(no, step=step, attempt=attempt)).decode())
         return Phase.ABORTED, reason
-
-    @property
-    def _run_prefix(self) -> str:
-        return f"orchestrator/{self._run}/"
 
     def _journalled(self, save: Save) -> tuple[Phase, str] | None:
         try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from orchestrator.arrays.foreign import describe, is_tree
 from orchestrator.arrays.placing import Load
 from orchestrator.arrays.reading import check, load, sharding_of, slabs
-from orchestrator.arrays.sharing import Group, groups
+from orchestrator.arrays.sharing import groups
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 
 __all__ = [
     "ArrayOptions",
     "ArrayWriter",
-    "Group",
     "Load",
     "PendingWrite",
     "WriteStopped",

@@ -42,6 +42,6 @@ def _text(root: object) -> str:
         raise UsageError("the run's root is empty; wanted a directory or a URL")
     if re.match("[a-z0-9]+:/(?!/)", where):  # it would be made below the working directory
         raise UsageError(f"root={where!r}: has lost a slash, as a Path does to a URL; give it as a str")
-    if "\0" in where or where != where.encode(errors="replace").decode():  # events and messages are UTF-8
+    if "\0" in where or not arguments.is_utf8(where):  # events and messages are UTF-8
         raise arguments.refusal("root", where, "a name in UTF-8 without null characters")
     return where
