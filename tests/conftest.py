@@ -1,20 +1,35 @@
-"""JAX as eight CPU devices, set before any test touches it, and the few helpers that many tests share."""
+"""JAX as eight CPU devices, and behind them the machine's own; the few helpers that many tests share."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 from hypothesis import settings
 
-jax.config.update("jax_platforms", "cpu")
+# Module that a platform needs -> the platform. CPUs come first: what names no devices runs on them.
+PLATFORMS = {"jax_cuda12_plugin": "cuda", "jax_cuda13_plugin": "cuda", "libtpu": "tpu"}
+OTHERS = sorted({platform for module, platform in PLATFORMS.items() if find_spec(module)})
+jax.config.update("jax_platforms", ",".join(["cpu", *OTHERS]))
 jax.config.update("jax_num_cpu_devices", 8)
 # A shared machine is no place for time limits on single examples; --hypothesis-profile=default has more examples.
 settings.register_profile("quick", deadline=None, max_examples=60)
 settings.load_profile("quick")
+
+
+def accelerators() -> list[Any]:
+    """This machine's own."""
+    for platform in OTHERS:
+        try:
+            return jax.devices(platform)
+        except RuntimeError:  # the plugin is installed, and there is nothing for it here
+            continue
+    return []
 
 
 @pytest.fixture

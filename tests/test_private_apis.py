@@ -218,6 +218,7 @@ def test_the_shards_of_an_array_are_where_we_look_for_them(mesh8: jax.sharding.M
     for spec in (PartitionSpec("data"), PartitionSpec(), PartitionSpec("data", "model")):
         array = jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(mesh8, spec))
         held: Any = array._arrays
+        assert all(one is again for one, again in zip(held, array._arrays, strict=True))  # a copy begun is found again
         for one, shard in zip(held, array.addressable_shards, strict=True):
             assert one.unsafe_buffer_pointer() == shard.data.unsafe_buffer_pointer()
             assert one.device == shard.device

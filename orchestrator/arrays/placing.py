@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import mmap
 from collections.abc import Sequence
@@ -101,8 +102,26 @@ class Filling:
         return sum(_step(math.prod(shape) * self.dtype.itemsize) for shape in self.layout.shapes)
 
     @property
+    def bytes(self) -> int:
+        """Of all its buffers."""
+        return len(self.items) * self.leaf_bytes
+
+    @property
+    def copied(self) -> bool:
+        """Whether the buffers are copied to an accelerator's memory; else they become the arrays."""
+        sharding = self.items[0].sharding
+        return sharding is not None and not on_host(sharding)
+
+    @property
     def chunk_bytes(self) -> int:
         return math.prod(self.leaf.chunk or ()) * self.dtype.itemsize
+
+
+@functools.lru_cache(maxsize=256)
+def on_host(sharding: jax.sharding.Sharding) -> bool:
+    """Whether its devices are CPUs, whose arrays lie where numpy's do."""
+    device: Any = next(iter(sharding.device_set))
+    return bool(device.platform == "cpu")
 
 
 def prepare(loads: Sequence[Load]) -> list[Filling]:
@@ -210,6 +229,22 @@ class Arena:
         return self._memory[self._used - size : self._used]
 
 
+class Slab(Arena):
+    """Aligned buffers in one allocation, for arrays that are copied to accelerators: fresh memory for all of them would
+    cost more time than the copies, and as much memory as the state has."""
+
+    def reset(self, size: int) -> None:
+        """From now on its `size` bytes are handed out, those that are in use too."""
+        if size > len(self._memory):
+            self._memory = _in_large_pages(size)
+        self._used = 0
+
+    def _take(self, size: int) -> Array:
+        self._used += size
+        assert self._used <= len(self._memory)
+        return self._memory[self._used - size : self._used]
+
+
 def _step(size: int) -> int:
     """From one buffer of `size` bytes to the next."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -233,17 +268,21 @@ def _in_large_pages(size: int) -> Array:
     return raw[first : first + size]
 
 
-def finish(loads: Sequence[Load], fillings: Sequence[Filling]) -> list[Any]:
-    """The values, in order."""
-    values: list[Any] = [None] * len(loads)
+def place(fillings: Sequence[Filling], values: list[Any]) -> list[Any]:
+    """Put the values of leaves that were read where they belong in `values`, and return them."""
+    placed = []
     for filling in fillings:
-        for place, value in zip(filling.places, _values(filling), strict=True):
-            values[place] = value
+        made = _values(filling)
+        for at, value in zip(filling.places, made, strict=True):
+            values[at] = value
+        placed += made
         filling.buffers = []  # on another device than the host's, they are not needed any more
-    for place, item in enumerate(loads):
-        if not item.leaf.in_store:
-            values[place] = _empty_array(item) if item.leaf.kind_stored else inline_value(item.leaf)
-    return values
+    return placed
+
+
+def unread(item: Load) -> Any:
+    """The value of a leaf that no file holds."""
+    return _empty_array(item) if item.leaf.kind_stored else inline_value(item.leaf)
 
 
 def _values(filling: Filling) -> list[Any]:

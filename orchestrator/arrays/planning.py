@@ -21,6 +21,7 @@ import tensorstore as ts
 
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt, orbax_files
+from orchestrator.arrays.placing import on_host
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import Flat, Form, fits_int64, numpy_dtype
 
@@ -52,7 +53,19 @@ class LeafPlan:
     @functools.cached_property
     def viewed(self) -> bool:
         """Whether the elements can be taken from the arrays by Python's buffer protocol."""
-        return self.sharding is not None and _on_host(self.sharding) and self.leaf.dtype in _VIEWED
+        return self.sharding is not None and on_host(self.sharding) and self.leaf.dtype in _VIEWED
+
+    @functools.cached_property
+    def offloaded(self) -> bool:
+        """Whether it is in host memory that an accelerator's runtime owns."""
+        if self.sharding is None or on_host(self.sharding):
+            return False
+        return self.sharding.memory_kind not in (None, _default_memory(self.sharding))
+
+    @functools.cached_property
+    def off_host(self) -> bool:
+        """Whether it is in an accelerator's own memory."""
+        return self.sharding is not None and not on_host(self.sharding) and not self.offloaded
 
     @functools.cached_property
     def chunk_bytes(self) -> int:
@@ -67,9 +80,9 @@ _VIEWED = frozenset(
 
 
 @functools.lru_cache(maxsize=256)
-def _on_host(sharding: jax.sharding.Sharding) -> bool:
+def _default_memory(sharding: jax.sharding.Sharding) -> str:
     device: Any = next(iter(sharding.device_set))
-    return bool(device.platform == "cpu")
+    return str(device.default_memory().kind)
 
 
 def _stored(leaf: LeafSpec) -> np.dtype[Any]:
@@ -92,8 +105,9 @@ class Plan:
 
     @functools.cached_property
     def small(self) -> tuple[tuple[int, LeafPlan], ...]:
-        """Those of them whose chunks go with the receipt; compressed chunks are not known to."""
-        return () if self.compression else tuple((number, plan) for number, plan in self.mine if plan.small)
+        """Those of them whose chunks go with the receipt; compressed chunks are not known to. Accelerators' last."""
+        some = () if self.compression else ((number, plan) for number, plan in self.mine if plan.small)
+        return tuple(sorted(some, key=lambda numbered: numbered[1].off_host))
 
     @functools.cached_property
     def large(self) -> tuple[tuple[int, LeafPlan], ...]:
@@ -103,15 +117,6 @@ class Plan:
     def small_chunks(self) -> tuple[tuple[str, int], ...]:
         """Key and bytes of each chunk of `small`, in order."""
         return tuple((key, plan.chunk_bytes) for _, plan in self.small for _, ((key, _),) in plan.shards)
-
-    @functools.cached_property
-    def off_host(self) -> tuple[tuple[int, LeafPlan], ...]:
-        """Those of `mine` that are on accelerators, as they are to be stored."""
-        return tuple(
-            (number, plan)
-            for number, plan in self.mine
-            if plan.sharding is not None and not _on_host(plan.sharding) and plan.leaf.kind != "key"
-        )
 
     @functools.cached_property
     def chunk_count(self) -> int:

@@ -1,8 +1,9 @@
 """Reading leaves of an attempt's `state/`, onto any mesh, any process count, or into numpy.
 
 On a file system each chunk is read from its data file straight into the buffer that becomes the device array, on a few
-threads, and its CRC-32C is checked there; nothing of full size lies between. Small leaves of one form are read, checked
-and made into arrays together, from the store's tree that holds them. From an object store, chunks are read as
+threads, and its CRC-32C is checked there; nothing of full size lies between. What accelerators are to have goes through
+two buffers of bounded size instead, one of them read into while the other is copied. Small leaves of one form are read,
+checked and made into arrays together, from the store's tree that holds them. From an object store, chunks are read as
 objects of the OCDBT store in one bounded window. An array whose chunks are not ours (leaf without `chunk`: compressed,
 or written by another Orbax) is read through TensorStore's zarr3 driver.
 """
@@ -26,7 +27,7 @@ import tensorstore as ts
 from orchestrator import chunks, garbage
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
-from orchestrator.arrays.placing import Arena, Filling, Load, Target, finish, piece_of, prepare
+from orchestrator.arrays.placing import Arena, Filling, Load, Slab, Target, piece_of, place, prepare, unread
 from orchestrator.arrays.store import context, foreign_spec, report_retries, store_spec
 from orchestrator.contents import Chunk
 from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, WaitTimeout
@@ -35,9 +36,10 @@ from orchestrator.tree import numpy_dtype
 
 _WINDOW_BYTES = 64 << 20  # read through TensorStore and not yet copied to their place
 _WINDOW_READS = 2048
-_THREADS = 4
+_THREADS = 8  # at most: half of an H100's 16 cores read and check all that its memory takes
 _BATCH_BYTES = 4 << 20  # reads that one thread does in one go
 _BATCH_READS = 64
+_PART_BYTES = 128 << 20  # that goes to accelerators while as much is read
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 _TIMEOUT_S = 600.0  # for any one read through TensorStore
 _CHECK_READS = 16  # under way at once while checking
@@ -58,16 +60,47 @@ def load(
     the manifest's of each chunk; without them another save's chunk cannot be told from this one's.
     Raises Damaged naming the leaf if it cannot be read or a checksum is wrong, WaitTimeout if there is no answer.
     """
+    values: list[Any] = [None if item.leaf.in_store else unread(item) for item in loads]
     with garbage.paused():
         fillings = prepare(loads)
-    if fillings:
-        reader = _Reader(directory, on_bytes or (lambda read_bytes: None), checksums or {})
-        try:
-            reader.fill(fillings)
-        finally:
-            report_retries(directory)
-    with garbage.paused():
-        return finish(loads, fillings)
+    if not fillings:
+        return values
+    reader = _Reader(directory, on_bytes or (lambda read_bytes: None), checksums or {})
+    try:
+        if held := [filling for filling in fillings if not filling.copied]:
+            reader.fill(held, Arena())
+            with garbage.paused():
+                place(held, values)
+        _load_copied(reader, [filling for filling in fillings if filling.copied], values)
+    finally:
+        report_retries(directory)
+    return values
+
+
+def _load_copied(reader: _Reader, fillings: Sequence[Filling], values: list[Any]) -> None:
+    """Read what goes on to accelerators, a part at a time: while one is copied, the next is read into other memory."""
+    memory = [(Slab(), list[Any]()) for _ in range(2)]
+    for number, part in enumerate(parts(fillings)):
+        slab, copied = memory[number % len(memory)]
+        jax.block_until_ready(copied)
+        slab.reset(sum(filling.bytes for filling in part))
+        reader.fill(part, slab)
+        with garbage.paused():
+            copied[:] = place(part, values)
+
+
+def parts(fillings: Iterable[Filling]) -> Iterator[list[Filling]]:
+    """In order, of at most _PART_BYTES each; a larger leaf comes alone."""
+    part: list[Filling] = []
+    size = 0
+    for filling in fillings:
+        if part and size + filling.bytes > _PART_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(filling)
+        size += filling.bytes
+    if part:
+        yield part
 
 
 def slabs(
@@ -88,7 +121,7 @@ def slabs(
             piece = chunks.chunk_shape(leaf.file_shape, dtype.itemsize, slab_bytes)
             for box in chunks.cut(Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape), piece):
                 filling = piece_of(leaf, box)
-                reader.fill([filling])
+                reader.fill([filling], Arena())
                 yield leaf, box, filling.buffers[0][0]
 
 
@@ -149,9 +182,8 @@ class _Reader:
         with garbage.paused():
             return self._local.places() if self._local else None
 
-    def fill(self, fillings: Sequence[Filling]) -> None:
+    def fill(self, fillings: Sequence[Filling], arena: Arena) -> None:
         ours = [filling for filling in fillings if filling.leaf.chunk is not None]
-        arena = Arena()
         for filling in fillings:
             count, dtype = len(filling.items), filling.dtype
             filling.buffers = [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]

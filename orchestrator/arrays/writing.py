@@ -10,6 +10,7 @@ TensorStore per leaf, with a copy of every chunk on the way: see docs/decisions/
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import threading
 import time
@@ -29,7 +30,7 @@ from orchestrator import chunks, garbage
 from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
 from orchestrator.arrays.feed import Feed
 from orchestrator.arrays.planning import ZSTD, Plan, host_local, plan_of
-from orchestrator.arrays.staging import start_transfers, take, take_small
+from orchestrator.arrays.staging import start, take, take_small
 from orchestrator.arrays.store import report_retries
 from orchestrator.contents import Chunk
 from orchestrator.errors import StorageError, WaitTimeout
@@ -77,8 +78,8 @@ class ArrayWriter:
         devices compute the fingerprints of their shards, too.
 
         When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
-        checkpoint. Copies from accelerators and out of numpy arrays; CPU arrays are held, not copied (JAX does not
-        reuse a donated buffer that is held: tests/test_arrays.py).
+        checkpoint. Copies out of numpy arrays; CPU arrays are held, not copied (JAX does not reuse a donated buffer
+        that is held: tests/test_arrays.py). What is on accelerators is being copied (tests/test_accelerator.py).
         """
         limit = self._options.host_bytes_max
         size = 0 if limit is None else sum(map(_host_bytes, flat.values))
@@ -121,7 +122,7 @@ class PendingWrite:
 
     def __init__(self, directory: str, flat: Flat, plan: Plan, feed: Feed, prints: fingerprint.Prints | None) -> None:
         self._directory, self._plan, self._prints = directory.rstrip("/"), plan, prints
-        self._small = b""
+        self._small, self._coming = b"", list[Any]()  # of small leaves: the host's, and what accelerators still copy
         self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
         self._feed, self._progress = feed, _Progress()
         self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
@@ -132,15 +133,24 @@ class PendingWrite:
     def stage(self, values: Sequence[Any], deadline: float | None) -> None:
         """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
         while it is taken."""
-        if deadline is None:
-            start_transfers(self._plan, values)
-        else:
+        small = [(plan, values[number]) for number, plan in self._plan.small]
+        off_host = [each for each in small if each[0].off_host]
+        large = self._plan.large if deadline is None else ()
+        at_once = [(plan, values[number]) for number, plan in large if plan.off_host]
+        started = iter(start([*off_host, *at_once]))
+        self._coming = list(itertools.chain.from_iterable(itertools.islice(started, len(off_host))))
+        if deadline is not None:
             self._begin(_THREADS)
         for number, plan in self._plan.large:
             if deadline is not None:
                 self._feed.wait_for_room(_host_bytes(values[number]), deadline)
-            self._feed.add(take(plan, values[number]))
-        self._small = take_small((plan, values[number]) for number, plan in self._plan.small)
+            if plan.off_host:
+                copies = next(started) if deadline is None else start([(plan, values[number])])[0]
+                parts = [(copy, pieces) for copy, (_, pieces) in zip(copies, plan.shards, strict=True)]
+            else:
+                parts = take(plan, values[number])
+            self._feed.add(parts)
+        self._small = take_small(small[: len(small) - len(off_host)])
         self._feed.end()
 
     def _begin(self, threads: int) -> None:
@@ -212,12 +222,12 @@ class PendingWrite:
 
     def _write_rest(self) -> None:
         with garbage.paused():
-            first = 0
+            small, first = self._small + b"".join(np.asarray(copy).tobytes() for copy in self._coming), 0
+            self._small, self._coming = b"", []
             for key, size in self._plan.small_chunks:
-                raw = self._small[first : first + size]
+                raw = small[first : first + size]
                 first += size
                 self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
-            self._small = b""
             opened = datafiles.opener(self._directory)
             for path, body in self._plan.orbax_files.items():
                 self._files[path] = datafiles.write_file(opened, path, body)
@@ -260,8 +270,9 @@ def _work(feed: Feed, opened: Callable[[str], datafiles.DataFile], progress: _Pr
     files = _Rotation(opened, progress)
     try:
         while not progress.stop.is_set() and (taken := feed.take()) is not None:
-            data, pieces = taken
-            del taken
+            copy, pieces = taken
+            data = np.asarray(copy)  # what an accelerator copies is waited for here
+            del taken, copy
             for key, where in pieces:
                 raw = data[where].reshape(-1).view(np.uint8).data
                 _put(files, progress, key, _compressed(raw) if compression else raw)
