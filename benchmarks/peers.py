@@ -263,7 +263,7 @@ def peers_for(shape: str) -> dict[str, type[Any]]:
     """Those that are installed. Small leaves are read by all processes, whatever the options."""
     chosen = PEERS | (TUNED_FOR_LEAVES if shape == "leaves" else {})
     left_out = ("ours, load_once",) if shape == "leaves" else ()
-    return {name: peer for name, peer in chosen.items() if name not in left_out and _installed(peer)}
+    return {name: peer for name, peer in chosen.items() if name not in left_out and installed(peer)}
 
 
 def only(peer: Any) -> str:
@@ -275,10 +275,10 @@ def missing() -> dict[str, list[str]]:
     """Packages that are not installed, and the peers that are left out for it."""
     absent: dict[str, list[str]] = {}
     for name, peer in PEERS.items():
-        if not _installed(peer):
+        if not installed(peer):
             absent.setdefault(peer.package, []).append(name)
     return absent
 
 
-def _installed(peer: type[Any]) -> bool:
+def installed(peer: type[Any]) -> bool:
     return importlib.util.find_spec(getattr(peer, "package", "numpy")) is not None

@@ -24,15 +24,15 @@ def table(shape: str, results: Results) -> str:
     header = ["median ms (min to max)", *COLUMNS, "peak save", "peak restore", "MiB on disk"]
     lines = [f"**{SHAPES[shape].title}**, {rounds} rounds", "", row(header), row(["---"] * len(header))]
     for name, figures in results.items():
-        cells = [_times(figures.get(column, [])) for column in COLUMNS]
+        cells = [times(figures.get(column, [])) for column in COLUMNS]
         if "memcpy" in figures:  # of the raw limit, being blocked means no more
-            cells[0] = f"memcpy {_times(figures['memcpy'])}"
+            cells[0] = f"memcpy {times(figures['memcpy'])}"
         # Of a few kilobytes of state, memory says nothing.
         sized = [
             figures.get(column, []) if _has_memory(shape, name) else [] for column in ("peak save", "peak restore")
         ]
-        peaks = [_median(values, "{:.2f}x") for values in sized]
-        disk = _median([value / (1 << 20) for value in figures.get("bytes on disk", [])], "{:.1f}")
+        peaks = [median(values, "{:.2f}x") for values in sized]
+        disk = median([value / (1 << 20) for value in figures.get("bytes on disk", [])], "{:.1f}")
         lines.append(row([name, *cells, *peaks, disk]))
     said = [*_ratios(results), *_bound(results)]
     return "\n".join([*lines, "", "  \n".join(said), "", *_amplification(results), ""])
@@ -82,14 +82,14 @@ def _amplification(results: Results) -> list[str]:
     rows = []
     for name, figures in results.items():
         for label, kind in ((name, "read"), (f"{name}, by its events", "reported")):
-            cells = [_median(figures.get(f"{column} {kind}", []), "{:.2f}x") for column in RESTORES]
+            cells = [median(figures.get(f"{column} {kind}", []), "{:.2f}x") for column in RESTORES]
             if any(cells):
                 rows.append(row([label, *cells]))
     header = ["bytes read / bytes needed", *RESTORES]
     return [row(header), row(["---"] * len(header)), *rows] if rows else []
 
 
-def _times(values: list[float]) -> str:
+def times(values: list[float]) -> str:
     if not values:
         return ""
     low, middle, high = (_ms(value) for value in (min(values), statistics.median(values), max(values)))
@@ -100,7 +100,7 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.0f}"
 
 
-def _median(values: list[float], form: str) -> str:
+def median(values: list[float], form: str) -> str:
     return form.format(statistics.median(values)) if values else ""
 
 

@@ -53,7 +53,7 @@ def _rounds(args: argparse.Namespace, index: int, peers: dict[str, type[Any]], r
         for name in order[number % len(order) :] + order[: number % len(order)]:  # nobody always goes first
             keep = number == args.rounds and not name.startswith("torch") and not only(peers[name])
             directory = scratch / (name.replace(" ", "-") if keep else f"{number}-{name}".replace(" ", "-"))
-            settle = _give_back if args.memory else touch_free_memory
+            settle = give_back if args.memory else touch_free_memory
             figures = _round(peers[name], directory, state, targets, together(args.processes), settle)
             peaks = {"peak save": figures.pop("peak save") / own_bytes} if "peak save" in figures else {}
             if "peak restore" in figures:  # what was restored is not extra
@@ -99,14 +99,14 @@ def _round(
         del copies
     settle(2 * held_bytes(state))  # the files in the page cache, and a copy where a peer makes one
     meet()
-    before = _reset_peak()
+    before = reset_peak()
     started = time.perf_counter()
     peer.save(state)
     figures["blocked"] = time.perf_counter() - started
     peer.wait()
     meet()
     figures["durable"] = time.perf_counter() - started
-    figures["peak save"] = float(_peak() - before)
+    figures["peak save"] = float(peak() - before)
     for name, target in targets.items():
         if name == "other mesh" and hasattr(peer, "prepare"):
             continue  # torch's targets and the raw file are as they were saved
@@ -115,10 +115,10 @@ def _round(
         gc.collect()
         settle(held_bytes(state))
         meet()
-        before = _reset_peak()
+        before = reset_peak()
         restored = _restore(peer, name, target, meet, figures)
         if name == "restore" and restored is not None:
-            figures["peak restore"] = float(_peak() - before)
+            figures["peak restore"] = float(peak() - before)
         del restored
     figures["bytes on disk"] = float(sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()))
     meet()
@@ -180,7 +180,7 @@ def touch_free_memory(wanted_bytes: int) -> None:
     np.empty(min(wanted_bytes, free_bytes * 3 // 4 // jax.process_count()), np.uint8).fill(1)
 
 
-def _give_back(wanted_bytes: int) -> None:
+def give_back(wanted_bytes: int) -> None:
     """What was freed goes back to the system, all of it: else it would hide what the next round needs."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -192,12 +192,12 @@ def _read_bytes() -> int:
     return int(line.split()[1])
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
-def _peak() -> int:
+def peak() -> int:
     return _status("VmHWM")
 
 
