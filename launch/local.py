@@ -33,6 +33,7 @@ OPERATOR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LONGEST_LINE_BYTES = 64 * 1024
 DRAIN_S = 1.0  # for output still in the pipes after the last process has ended
 REAP_S = 10.0  # for the kernel to carry out a SIGKILL
+SAME_MOMENT_S = 0.1  # exits so close together count as one moment's
 
 
 @dataclass(frozen=True)
@@ -401,6 +402,11 @@ class _Incarnation:
 
     def _reap(self) -> None:
         ended = [host for host in self._hosts.values() if host.has_ended()]
+        if ended and len(ended) < len(self._hosts) and self._state.cause is None:
+            # A dying process's connections close before it can be waited for, so a survivor may crash and be seen
+            # first: look again before judging which of them was the cause.
+            time.sleep(SAME_MOMENT_S)
+            ended = [host for host in self._hosts.values() if host.has_ended()]
         exits = []
         for host in ended:
             host.signal_group(signal.SIGKILL)  # what the leader started and left behind

@@ -21,6 +21,8 @@ from launch.contract import EXIT_PREEMPTED
 # A second start cannot mend these: wrong usage stays wrong, a fenced job would fence its own successor in turn, and
 # where nothing can be restored nothing will be.
 FINAL_CODES = frozenset({2, 5, 6})
+# Signals that a process brings upon itself.
+CRASHES = frozenset({signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,10 @@ def first_cause(exits: Sequence[Exit]) -> Exit | None:
     """The failure among exits seen at the same moment that most likely caused the others; None if all are 0."""
 
     def rank(exit_: Exit) -> tuple[int, int]:
-        # JAX's survivors of a lost peer abort or raise; a process ended by another signal was the peer.
-        ended_from_outside = exit_.returncode < 0 and exit_.returncode != -signal.SIGABRT
-        return (0 if ended_from_outside else 1, exit_.index)
+        # A process ended by a signal from outside was the lost peer. Its survivors raise or crash, in JAX's client or
+        # in gloo, so a crash is the least likely cause.
+        crashed = -exit_.returncode in CRASHES
+        return (0 if exit_.returncode < 0 and not crashed else 2 if crashed else 1, exit_.index)
 
     return min((exit_ for exit_ in exits if exit_.failed), key=rank, default=None)
 

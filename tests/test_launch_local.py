@@ -91,7 +91,15 @@ def test_each_line_carries_its_hosts_name_and_each_host_its_own_contract() -> No
 
 
 def test_logs_hold_each_hosts_output_per_restart(tmp_path: Path) -> None:
-    script = "print('run', os.environ['ORCHESTRATOR_RESTART_COUNT']); raise SystemExit(i)"
+    # Host 1 fails only once host 0 has printed: a failed host's peers are ended, whatever they had still to say.
+    script = (
+        "import pathlib, time; r = os.environ['ORCHESTRATOR_RESTART_COUNT']; print('run', r)\n"
+        f"printed = pathlib.Path({str(tmp_path)!r}, f'printed-{{r}}')\n"
+        "if i == 0: printed.touch()\n"
+        f"limit = time.monotonic() + {DEADLINE_S / 4}\n"
+        "while not printed.exists() and time.monotonic() < limit: time.sleep(0.01)\n"
+        "raise SystemExit(i)"
+    )
     launch(["--processes", "2", "--max_restarts", "1", "--log_dir", str(tmp_path / "logs")], script)
     texts = {p.relative_to(tmp_path / "logs").as_posix(): p.read_text() for p in tmp_path.rglob("*.log")}
     assert texts == {f"restart-{r}/host-{i}.log": f"run {r}\n" for r in (0, 1) for i in (0, 1)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+import pytest
+
 from launch import supervise
 from launch.supervise import Exit, Finish, History, Restart, Rules, Signal, State
 
@@ -36,6 +38,14 @@ def test_the_first_failure_ends_the_others_once() -> None:
 def test_a_killed_peer_is_the_cause_among_survivors_that_abort_or_raise() -> None:
     assert supervise.first_cause([Exit(0, 1), Exit(1, -signal.SIGABRT), Exit(2, -9), Exit(3, 0)]) == Exit(2, -9)
     assert supervise.first_cause([Exit(3, 0)]) is None
+
+
+@pytest.mark.parametrize("crash", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
+def test_a_survivor_that_crashes_is_not_the_cause_if_a_peer_was_killed_or_gave_up_by_itself(crash: int) -> None:
+    assert supervise.first_cause([Exit(0, -crash), Exit(1, -signal.SIGKILL)]) == Exit(1, -signal.SIGKILL)
+    assert supervise.first_cause([Exit(0, -crash), Exit(1, 2)]) == Exit(1, 2)
+    assert supervise.first_cause([Exit(0, -crash), Exit(1, 0)]) == Exit(0, -crash)
+    assert supervise.on_exits(running(2), [Exit(0, -crash), Exit(1, -signal.SIGKILL)])[1] == (Finish(137),)
 
 
 def test_processes_that_end_well_leave_the_others_running() -> None:
