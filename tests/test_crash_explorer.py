@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -122,11 +124,12 @@ def test_whatever_is_left_after_any_effect_the_run_goes_on(
     trace: tuple[str, list[Effect]], tmp_path: Path, power_cut: bool
 ) -> None:
     count = 0
+    # What had become durable is known from the trace; in memory the recoveries are spared a real disk's fsyncs.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
     for where, image, saved in points(trace, power_cut=power_cut):
-        root = tmp_path / f"{count}"
-        problems = broken(image, saved, root)
+        with tempfile.TemporaryDirectory(prefix="recovered-", dir=memory) as directory:
+            problems = broken(image, saved, Path(directory) / "run")
         assert problems == [], where
-        shutil.rmtree(root)
         count += 1
     print(f"{len(trace[1])} effects, {count} different images recovered")
     assert count > (40 if power_cut else 150)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from compiled import ENVIRON
 
 REPO = Path(__file__).parent.parent
 
 
 def demo(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch.demo", *flags]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
+    environ = {**os.environ, **ENVIRON}
+    return subprocess.run(command, cwd=REPO, env=environ, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.slow

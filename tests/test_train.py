@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled import ENVIRON
 
 import orchestrator as oc
 from launch import local
@@ -25,6 +26,7 @@ from orchestrator.errors import NothingToRestore
 TRAIN = (sys.executable, "-m", "launch.train")
 SMALL = ("--layers=1", "--width=32", "--batch_size=8", "--length=32", "--log_every=1", "--digests")
 REPO = Path(__file__).parent.parent
+JOB_ENVIRON = {**ENVIRON, "PYTHONPATH": str(REPO)}
 
 
 @dataclass
@@ -55,12 +57,12 @@ def run(directory: Path, *flags: str, hosts: int, devices: int, kill_host_after_
     )
     command = [*TRAIN, f"--root={directory / 'run'}", f"--summary={path}", *SMALL, *flags]
     rules = local.supervise.Rules(end_grace_s=1.0)
-    code = local.run(local.LocalJob(command, hosts, devices, environ={"PYTHONPATH": str(REPO)}, rules=rules), observer)
+    code = local.run(local.LocalJob(command, hosts, devices, environ=JOB_ENVIRON, rules=rules), observer)
     return Run(code, lines, Summary.read(path) if path.exists() else None)
 
 
 def train_alone(*flags: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    environ = {**os.environ, **JOB_ENVIRON, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     return subprocess.run([*TRAIN, *flags], capture_output=True, text=True, timeout=60, check=False, env=environ)
 
 
@@ -119,7 +121,7 @@ def test_a_host_that_fails_alone_ends_the_job_at_once_with_its_own_line(tmp_path
     lines: list[str] = []
     observer = local.Observer(lambda host, text: lines.append(f"{host} {text}"), lines.append)
     rules = local.supervise.Rules(end_grace_s=1.0)
-    job = local.LocalJob(["sh", "-c", script], 2, environ={"PYTHONPATH": str(REPO)}, rules=rules)
+    job = local.LocalJob(["sh", "-c", script], 2, environ=JOB_ENVIRON, rules=rules)
     assert local.run(job, observer) == 2, lines
     assert f"host-1 train: --data={tmp_path}/1: not a directory; wanted one with text files" in lines
     assert not [line for line in lines if "Traceback" in line]
@@ -139,7 +141,7 @@ def test_sigterm_saves_the_step_and_leaves_with_75(tmp_path: Path) -> None:
     observer = local.Observer(line, lines.append, lambda running: pids.extend(host.pid for host in running))
     command = [*TRAIN, f"--root={root}", "--steps=100000", "--save_every=1000", "--step_delay_s=0.05", *SMALL]
     rules = local.supervise.Rules(max_preemptions=0)
-    code = local.run(local.LocalJob(command, 1, 4, environ={"PYTHONPATH": str(REPO)}, rules=rules), observer)
+    code = local.run(local.LocalJob(command, 1, 4, environ=JOB_ENVIRON, rules=rules), observer)
     assert code == EXIT_PREEMPTED, lines
     (told,) = [text for text in lines if text.startswith("told to stop after step ")]
     assert oc.open_run(root).latest_step() == int(told.rpartition(" ")[2]) < 1000
