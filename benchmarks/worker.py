@@ -88,7 +88,9 @@ def _round(
     from benchmarks.peers import only
 
     peer = kind(directory)
-    gc.collect()  # JAX lets go of a dropped array's host buffer then: what peers have restored of (d) would not fit
+    # JAX lets go of a dropped array's host buffer when garbage is collected, and glibc keeps what was freed: what all
+    # peers before have left of (d) would not fit into memory.
+    give_back(0)
     if hasattr(peer, "prepare"):
         peer.prepare(state)
     figures: Figures = {}
