@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,17 +30,24 @@ def read_text(directory: Path | None = None) -> bytes:
     """
     if directory is None:
         stdlib = Path(sysconfig.get_path("stdlib"))
-        return _join(path for path in _files(stdlib, "*.py") if not NOT_STDLIB & {*path.relative_to(stdlib).parts})
+        return _join(_files(stdlib, ".py", NOT_STDLIB))
     if not directory.is_dir():
         raise oc.UsageError(f"--data={directory}: not a directory; wanted one with text files")
     try:
-        return _join(_files(directory, "*"))
+        return _join(_files(directory))
     except OSError as error:
         raise oc.UsageError(f"--data={directory}: {error.filename}: {error.strerror}") from error
 
 
-def _files(directory: Path, pattern: str) -> Iterator[Path]:
-    yield from sorted(path for path in directory.rglob(pattern) if path.is_file())
+def _files(directory: Path, suffix: str = "", without: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """In the order of their paths' parts. Looks no further than it is asked to: site-packages may hold 50,000 files."""
+    with os.scandir(directory) as found:
+        entries = sorted((entry for entry in found if entry.name not in without), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(Path(entry.path), suffix, without)
+        elif entry.name.endswith(suffix) and entry.is_file():
+            yield Path(entry.path)
 
 
 def _join(paths: Iterable[Path]) -> bytes:
