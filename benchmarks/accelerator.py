@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,22 +31,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import report
-from benchmarks.peers import OrbaxDefault, Ours, TorchDcp, installed
+from benchmarks import jobs, report
+from benchmarks.peers import OrbaxDefault, OrbaxFiles, Ours, TorchDcp, installed
 from benchmarks.worker import give_back, peak, reset_peak
 
 ARRAYS = 64
 COLUMNS = ("blocked", "delay", "durable", "restore")
+# What is measured of a peer in a process of its own, and its column's name.
+ALONE = {"blocked": "first save blocked", "peak save": "peak save", "peak restore": "peak restore"}
 
 
 class OrbaxTuned(OrbaxDefault):
     """A file for each chunk, no compression, page-locked host memory."""
 
-    handler: ClassVar[dict[str, Any]] = {
-        "use_ocdbt": False,
-        "use_compression": False,
-        "enable_pinned_host_transfer": True,
-    }
+    handler: ClassVar[dict[str, Any]] = {**OrbaxFiles.handler, "enable_pinned_host_transfer": True}
 
 
 class TorchOnDevice(TorchDcp):
@@ -166,9 +163,7 @@ def measure(kind: type[Any], directory: Path, state: dict[str, Any], memory: boo
     gc.collect()
     if hasattr(peer, "prepare"):
         peer.prepare(state)
-    target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in state.items()
-    }
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     size = sum(leaf.nbytes for leaf in state.values())
     kept = jax.block_until_ready(jax.tree.map(jnp.copy, state))
     alone = _stepped(peer, jax.tree.map(jnp.copy, state))[0]
@@ -209,29 +204,30 @@ def _stepped(peer: Any, state: dict[str, Any]) -> tuple[float, dict[str, Any]]:
 
 
 def rounds(args: argparse.Namespace, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Of the first save, in a worker: how long it blocks, and peaks of memory. Else the other figures of all rounds."""
     state, results = build(args.bytes), {name: dict[str, list[float]]() for name in names}
-    for number in range(args.rounds + 1):  # round 0 warms up
+    for number in [0] if args.worker else range(args.rounds + 1):  # round 0 warms up
         for name in names[number % len(names) :] + names[: number % len(names)]:
             directory = Path(tempfile.mkdtemp(prefix="bench-", dir=args.directory))
-            figures, state = measure(PEERS[name], directory / "run", state, args.memory)
+            figures, state = measure(PEERS[name], directory / "run", state, bool(args.worker))
             shutil.rmtree(directory, ignore_errors=True)
             for column, value in figures.items():
-                if args.memory:
-                    column = {"blocked": "first blocked"}.get(column, column)
-                if args.memory == (column.startswith(("peak", "first"))) and (number or args.memory):
+                if args.worker and (column in ALONE):
+                    results[name][ALONE[column]] = [value]
+                elif number and column in COLUMNS:
                     results[name].setdefault(column, []).append(value)
     return results
 
 
 def table(results: dict[str, dict[str, list[float]]], title: str) -> str:
-    header = ["median ms (min to max)", *COLUMNS, "first save blocked", "peak save", "peak restore"]
+    header = ["median ms (min to max)", *COLUMNS, *ALONE.values()]
     lines = [title, "", report.row(header), report.row(["---"] * len(header))]
     for name, had in results.items():
-        cells = [report.times(had.get(column, [])) for column in (*COLUMNS, "first blocked")]
+        cells = [report.times(had.get(column, [])) for column in (*COLUMNS, "first save blocked")]
         peaks = [report.median(had.get(column, []), "{:.2f}x") for column in ("peak save", "peak restore")]
         lines.append(report.row([name, *cells, *peaks]))
     said = []
-    for name, had in results.items():
+    for name, had in results.items() if "ours" in results else ():
         if name != "ours":
             ratios = [(column, _ratio(had, results["ours"], column)) for column in COLUMNS]
             said.append(f"{name} / ours: " + ", ".join(f"{column} {ratio:.2f}x" for column, ratio in ratios))
@@ -246,12 +242,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=4.0, help="of the state")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--directory", help="where to write (default: the system's temporary directory)")
+    parser.add_argument(
+        "--directory", type=jobs.directory, help="where to write (default: the system's temporary directory)"
+    )
     parser.add_argument("--write", metavar="DOCS", help="put the table into this directory's benchmarks.md")
     parser.add_argument("--out", help="keep the raw figures in this file, as JSON")
     parser.add_argument("--smoke", action="store_true", help="64 MiB and one round, on whatever device there is")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="only these")
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("INDEX", "PORT", "PORT2"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.bytes = int(args.gib * (1 << 30))
     if args.smoke:
@@ -268,15 +266,12 @@ def main() -> None:
     known = [name for name, peer in PEERS.items() if installed(peer) and (on_gpu or not name.startswith("torch"))]
     names = [name for name in known if not args.peers or name in args.peers]
     results = rounds(args, names)
-    if args.memory:
+    if args.worker:
         print(json.dumps(results), flush=True)
         os._exit(0)
-    for name in names if "ours" in names else ():  # each in a process of its own
+    for name in names:
         if name != "raw limit":
-            command = [sys.executable, "-m", "benchmarks.accelerator", *sys.argv[1:], "--memory", "--rounds=0"]
-            done = subprocess.run([*command, "--peers", name], capture_output=True, text=True, timeout=300)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            results[name] |= json.loads(lines[-1])[name] if lines else {}
+            results[name] |= jobs.run("benchmarks.accelerator", [*sys.argv[1:], "--peers", name], 1)[name]
     title = f"**{args.bytes / (1 << 30):g} GiB in {ARRAYS} arrays on one {device.device_kind}**, {args.rounds} rounds"
     shown = table(results, title)
     print(shown, flush=True)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import IO, Any
 
-JOB_LIMIT_S = 2400  # (d) was in its last round after 12 minutes on a slow machine
+JOB_LIMIT_S = 2400  # the rounds of (d) took 26 minutes on a slow machine
 # PyTorch then asks for huge pages as NumPy does by itself: without, its restores are of page faults.
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 

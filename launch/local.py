@@ -262,7 +262,14 @@ class _Host:
 
     def has_ended(self) -> bool:
         """True once the process has ended; it stays unreaped, so that its group id stays its own."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return self._outcome() is not None
+
+    def has_failed(self) -> bool:
+        outcome = self._outcome()
+        return outcome is not None and outcome.si_status != 0
+
+    def _outcome(self) -> os.waitid_result | None:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
     def lines(self, chunk: bytes) -> list[bytes]:
         """The lines that `chunk` completes; an overlong one is cut instead of growing without end."""
@@ -402,7 +409,7 @@ class _Incarnation:
 
     def _reap(self) -> None:
         ended = [host for host in self._hosts.values() if host.has_ended()]
-        if ended and len(ended) < len(self._hosts) and self._state.cause is None:
+        if self._state.cause is None and any(host.has_failed() for host in ended) and len(ended) < len(self._hosts):
             # A dying process's connections close before it can be waited for, so a survivor may crash and be seen
             # first: look again before judging which of them was the cause.
             time.sleep(SAME_MOMENT_S)

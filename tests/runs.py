@@ -23,8 +23,12 @@ def state(step: int) -> dict[str, Any]:
     return {"w": jnp.full(512, float(step)), "count": step}
 
 
+def catalog_of(root: Path) -> Catalog:
+    return Catalog(PosixStorage(str(root)), "test")
+
+
 def journal_of(root: Path) -> list[Head]:
-    return list(Catalog(PosixStorage(str(root)), "test").entries())
+    return list(catalog_of(root).entries())
 
 
 def kinds(root: Path) -> list[str]:

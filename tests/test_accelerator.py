@@ -17,13 +17,11 @@ import numpy as np
 import pytest
 from conftest import accelerators
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from runs import now
-from test_arrays import DTYPES, every_pattern
+from runs import catalog_of, now
+from test_arrays import DTYPES, every_pattern, same
 
 import orchestrator as oc
 from orchestrator.arrays import reading
-from orchestrator.catalog import Catalog
-from orchestrator.storage import PosixStorage
 
 ACCELERATORS = accelerators()
 pytestmark = pytest.mark.skipif(not ACCELERATORS, reason="no accelerator on this machine")
@@ -53,19 +51,8 @@ def mixed(devices: list[Any]) -> dict[str, Any]:
     return tree
 
 
-def bits(leaf: Any) -> bytes:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).tobytes()
-
-
-def same(tree: dict[str, Any], other: dict[str, Any]) -> None:
-    assert tree.keys() == other.keys()
-    assert [name for name in tree if bits(tree[name]) != bits(other[name])] == []
-
-
 def chunks_of(root: Path) -> dict[str, str]:
-    catalog = Catalog(PosixStorage(str(root)), "test")
+    catalog = catalog_of(root)
     live = catalog.find(None)
     assert live is not None
     return dict(catalog.manifest(live).chunks)
@@ -89,10 +76,9 @@ def test_what_is_saved_from_either_comes_back_on_the_other_with_the_same_chunks_
     assert chunks_of(tmp_path / "other") == chunks_of(root)
 
 
-def test_a_state_donated_right_after_save_returns_cannot_leak_into_the_checkpoint(root: Path) -> None:
-    sharding = on(ACCELERATORS, PartitionSpec("data"))
-    state = {str(number): jax.device_put(np.full((512, 4096), number, np.float32), sharding) for number in range(16)}
-    spoil = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
+def spoiled_after_saving(root: Path, sharding: NamedSharding, count: int, spoil: Any) -> None:
+    """`spoil` donates the state that it is given and makes another one."""
+    state = {str(number): jax.device_put(np.full((512, 4096), number, np.float32), sharding) for number in range(count)}
     with oc.Agent(root, options=oc.Options(on_save_failure="raise")) as agent:
         assert agent.save(1, state)
         for _ in range(3):
@@ -101,8 +87,13 @@ def test_a_state_donated_right_after_save_returns_cannot_leak_into_the_checkpoin
         agent.wait_until_finished()
         restored = agent.restore(like=state)
     assert restored is not None
-    for number in range(16):
+    for number in range(count):
         assert (np.asarray(restored.state[str(number)]) == number).all()
+
+
+def test_a_state_donated_right_after_save_returns_cannot_leak_into_the_checkpoint(root: Path) -> None:
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
+    spoiled_after_saving(root, on(ACCELERATORS, PartitionSpec("data")), 16, spoil)
 
 
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])
@@ -144,23 +135,12 @@ def test_a_state_in_the_accelerators_host_memory_goes_back_to_it(root: Path) -> 
 
 def test_an_offloaded_state_donated_right_after_save_returns_cannot_leak_either(root: Path) -> None:
     sharding = on(ACCELERATORS, PartitionSpec("data"), memory_kind="pinned_host")
-    state = {str(number): jax.device_put(np.full((512, 4096), number, np.float32), sharding) for number in range(8)}
 
     def spoil(tree: Any) -> Any:
         there = jax.device_put(tree, on(ACCELERATORS, PartitionSpec("data"), memory_kind="device"))
         return jax.device_put(jax.tree.map(lambda leaf: leaf * 0 - 1, there), sharding)
 
-    spoiling = jax.jit(spoil, donate_argnums=0, out_shardings=sharding)
-    with oc.Agent(root, options=oc.Options(on_save_failure="raise")) as agent:
-        assert agent.save(1, state)
-        for _ in range(3):
-            state = spoiling(state)
-        jax.block_until_ready(state)
-        agent.wait_until_finished()
-        restored = agent.restore(like=state)
-    assert restored is not None
-    for number in range(8):
-        assert (np.asarray(restored.state[str(number)]) == number).all()
+    spoiled_after_saving(root, sharding, 8, jax.jit(spoil, donate_argnums=0, out_shardings=sharding))
 
 
 A_GIGABYTE_AND_A_HALF = """

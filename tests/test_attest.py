@@ -16,19 +16,13 @@ import pytest
 from conftest import snapshot
 from jax.sharding import NamedSharding, PartitionSpec
 from processes import job
-from runs import journal_of, kinds, now
+from runs import catalog_of, journal_of, kinds, now
 
 import orchestrator as oc
 from orchestrator import arrays
-from orchestrator.catalog import Catalog
 from orchestrator.restore import RestoreArgs, read_step
-from orchestrator.storage import PosixStorage
 
 SPECS = [PartitionSpec(), PartitionSpec("data"), PartitionSpec("model", "data"), PartitionSpec(None, ("data", "model"))]
-
-
-def catalog_of(root: Path) -> Catalog:
-    return Catalog(PosixStorage(str(root)), "test")
 
 
 def fingerprints(root: Path, step: int) -> dict[str, str]:

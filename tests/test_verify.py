@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import snapshot
 from fakes import HookedStorage
-from runs import journal_of, now
+from runs import catalog_of, journal_of, now
 from test_cli import orchestrator
 
 import orchestrator as oc
@@ -52,10 +52,6 @@ def flip(path: Path, fraction: float = 0.5) -> None:
     body = bytearray(path.read_bytes())
     body[int(len(body) * fraction)] ^= 4
     path.write_bytes(body)
-
-
-def catalog_of(root: Path) -> Catalog:
-    return Catalog(PosixStorage(str(root)), "test")
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> Any:

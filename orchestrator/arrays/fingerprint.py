@@ -36,6 +36,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator import attest, chunks
+from orchestrator.arrays.placing import in_own_memory
 from orchestrator.records import Box, LeafSpec, ShardPrint
 
 _SMALL_BYTES = 256 << 10  # shards below this are computed many at a time
@@ -158,7 +159,7 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         data = [shard.data for shard in value.addressable_shards]
     else:
         data = [value.addressable_data(index) for index in range(len(parts))]
-    if value.sharding.memory_kind in (None, devices[0].default_memory().kind):
+    if in_own_memory(value.sharding):
         yield _plan(leaf.name, value.shape, parts, data, devices, _words(value.dtype))
     else:  # an accelerator's host memory
         for part, shard in zip(parts, data, strict=True):

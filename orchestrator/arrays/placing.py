@@ -124,6 +124,13 @@ def on_host(sharding: jax.sharding.Sharding) -> bool:
     return bool(device.platform == "cpu")
 
 
+@functools.lru_cache(maxsize=256)
+def in_own_memory(sharding: jax.sharding.Sharding) -> bool:
+    """Whether its arrays are where the devices have theirs by default; else in host memory that belongs to them."""
+    device: Any = next(iter(sharding.device_set))
+    return sharding.memory_kind in (None, device.default_memory().kind)
+
+
 def prepare(loads: Sequence[Load]) -> list[Filling]:
     """The leaves that files hold. A large one comes alone, small ones of one form come together: then what there is to
     do is done for all of them at once."""

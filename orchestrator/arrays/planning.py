@@ -21,7 +21,7 @@ import tensorstore as ts
 
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt, orbax_files
-from orchestrator.arrays.placing import on_host
+from orchestrator.arrays.placing import in_own_memory, on_host
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import Flat, Form, fits_int64, numpy_dtype
 
@@ -58,14 +58,12 @@ class LeafPlan:
     @functools.cached_property
     def offloaded(self) -> bool:
         """Whether it is in host memory that an accelerator's runtime owns."""
-        if self.sharding is None or on_host(self.sharding):
-            return False
-        return self.sharding.memory_kind not in (None, _default_memory(self.sharding))
+        return self.sharding is not None and not on_host(self.sharding) and not in_own_memory(self.sharding)
 
     @functools.cached_property
     def off_host(self) -> bool:
         """Whether it is in an accelerator's own memory."""
-        return self.sharding is not None and not on_host(self.sharding) and not self.offloaded
+        return self.sharding is not None and not on_host(self.sharding) and in_own_memory(self.sharding)
 
     @functools.cached_property
     def chunk_bytes(self) -> int:
@@ -77,12 +75,6 @@ class LeafPlan:
 _VIEWED = frozenset(
     ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
 )
-
-
-@functools.lru_cache(maxsize=256)
-def _default_memory(sharding: jax.sharding.Sharding) -> str:
-    device: Any = next(iter(sharding.device_set))
-    return str(device.default_memory().kind)
 
 
 def _stored(leaf: LeafSpec) -> np.dtype[Any]:
@@ -105,13 +97,28 @@ class Plan:
 
     @functools.cached_property
     def small(self) -> tuple[tuple[int, LeafPlan], ...]:
-        """Those of them whose chunks go with the receipt; compressed chunks are not known to. Accelerators' last."""
-        some = () if self.compression else ((number, plan) for number, plan in self.mine if plan.small)
-        return tuple(sorted(some, key=lambda numbered: numbered[1].off_host))
+        """Those of them whose chunks go with the receipt; compressed chunks are not known to."""
+        return (*self.small_on_host, *self.small_off_host)
+
+    @functools.cached_property
+    def small_on_host(self) -> tuple[tuple[int, LeafPlan], ...]:
+        return tuple((number, plan) for number, plan in self.mine if self._is_small(plan) and not plan.off_host)
+
+    @functools.cached_property
+    def small_off_host(self) -> tuple[tuple[int, LeafPlan], ...]:
+        return tuple((number, plan) for number, plan in self.mine if self._is_small(plan) and plan.off_host)
+
+    def _is_small(self, plan: LeafPlan) -> bool:
+        return plan.small and not self.compression
 
     @functools.cached_property
     def large(self) -> tuple[tuple[int, LeafPlan], ...]:
-        return tuple((number, plan) for number, plan in self.mine if self.compression or not plan.small)
+        return tuple((number, plan) for number, plan in self.mine if not self._is_small(plan))
+
+    @functools.cached_property
+    def off_host(self) -> tuple[tuple[int, LeafPlan], ...]:
+        """What accelerators copy of both, in the order in which it is wanted."""
+        return (*self.small_off_host, *((number, plan) for number, plan in self.large if plan.off_host))
 
     @functools.cached_property
     def small_chunks(self) -> tuple[tuple[str, int], ...]:

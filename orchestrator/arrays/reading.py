@@ -13,11 +13,12 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import crc32c
 import jax
@@ -80,27 +81,13 @@ def load(
 def _load_copied(reader: _Reader, fillings: Sequence[Filling], values: list[Any]) -> None:
     """Read what goes on to accelerators, a part at a time: while one is copied, the next is read into other memory."""
     memory = [(Slab(), list[Any]()) for _ in range(2)]
-    for number, part in enumerate(parts(fillings)):
+    for number, part in enumerate(_grouped(fillings, _PART_BYTES)):
         slab, copied = memory[number % len(memory)]
         jax.block_until_ready(copied)
         slab.reset(sum(filling.bytes for filling in part))
         reader.fill(part, slab)
         with garbage.paused():
             copied[:] = place(part, values)
-
-
-def parts(fillings: Iterable[Filling]) -> Iterator[list[Filling]]:
-    """In order, of at most _PART_BYTES each; a larger leaf comes alone."""
-    part: list[Filling] = []
-    size = 0
-    for filling in fillings:
-        if part and size + filling.bytes > _PART_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(filling)
-        size += filling.bytes
-    if part:
-        yield part
 
 
 def slabs(
@@ -228,7 +215,7 @@ class _Reader:
         try:
             with ThreadPoolExecutor(threads, thread_name_prefix="restore") as pool:
                 running: deque[Any] = deque()
-                for batch in _batches(reads):
+                for batch in _grouped(reads, _BATCH_BYTES, _BATCH_READS):
                     if batch[0].bytes * len(batch) > _PIECE_BYTES:
                         running.append((pool.submit(self._read_batch, batch, store, places), batch))
                     else:
@@ -371,17 +358,21 @@ def _reads(fillings: Iterable[Filling]) -> Iterator[_Read]:
                 yield _Read(filling, row, name + suffix, targets, filling.chunk_bytes)
 
 
-def _batches(reads: Iterator[_Read]) -> Iterator[list[_Read]]:
-    batch: list[_Read] = []
+_Sized = TypeVar("_Sized", _Read, Filling)
+
+
+def _grouped(items: Iterable[_Sized], most_bytes: int, most: int = sys.maxsize) -> Iterator[list[_Sized]]:
+    """In order, of at most so many bytes and items each; a larger item comes alone."""
+    group: list[_Sized] = []
     total = 0
-    for read in reads:
-        if batch and (total + read.bytes > _BATCH_BYTES or len(batch) >= _BATCH_READS):
-            yield batch
-            batch, total = [], 0
-        batch.append(read)
-        total += read.bytes
-    if batch:
-        yield batch
+    for item in items:
+        if group and (total + item.bytes > most_bytes or len(group) >= most):
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += item.bytes
+    if group:
+        yield group
 
 
 def sharding_of(target: Any) -> jax.sharding.Sharding | None:

@@ -28,6 +28,8 @@ def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
     `_arrays` is private (jax 0.10.2): `addressable_data` gives another object for replicated arrays and those of one
     device, which knows nothing of this one's copy. tests/test_private_apis.py watches it.
     """
+    if not leaves:
+        return []
     shards = [[as_stored(plan.leaf, value)._arrays[index] for index, _ in plan.shards] for plan, value in leaves]
     try:
         return _pinned(shards)
@@ -61,9 +63,8 @@ def take(plan: LeafPlan, value: Any) -> list[Part]:
     if plan.whole is not None:
         return [(np.array(value, dtype=plan.whole, order="C"), pieces) for _, pieces in plan.shards]
     held = as_stored(plan.leaf, value)._arrays
-    if plan.offloaded:  # its owner may donate it
-        return [(np.array(held[index]), pieces) for index, pieces in plan.shards]
-    return [(np.asarray(held[index]), pieces) for index, pieces in plan.shards]
+    from_host: Any = np.array if plan.offloaded else np.asarray  # the owner may donate what is offloaded
+    return [(from_host(held[index]), pieces) for index, pieces in plan.shards]
 
 
 def take_small(leaves: Iterable[tuple[LeafPlan, Any]]) -> bytes:

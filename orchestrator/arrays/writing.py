@@ -10,7 +10,6 @@ TensorStore per leaf, with a copy of every chunk on the way: see docs/decisions/
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import threading
 import time
@@ -133,12 +132,9 @@ class PendingWrite:
     def stage(self, values: Sequence[Any], deadline: float | None) -> None:
         """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
         while it is taken."""
-        small = [(plan, values[number]) for number, plan in self._plan.small]
-        off_host = [each for each in small if each[0].off_host]
-        large = self._plan.large if deadline is None else ()
-        at_once = [(plan, values[number]) for number, plan in large if plan.off_host]
-        started = iter(start([*off_host, *at_once]))
-        self._coming = list(itertools.chain.from_iterable(itertools.islice(started, len(off_host))))
+        at_once = self._plan.off_host if deadline is None else self._plan.small_off_host
+        started = iter(start([(plan, values[number]) for number, plan in at_once]))
+        self._coming = [copy for _ in self._plan.small_off_host for copy in next(started)]
         if deadline is not None:
             self._begin(_THREADS)
         for number, plan in self._plan.large:
@@ -150,7 +146,7 @@ class PendingWrite:
             else:
                 parts = take(plan, values[number])
             self._feed.add(parts)
-        self._small = take_small(small[: len(small) - len(off_host)])
+        self._small = take_small((plan, values[number]) for number, plan in self._plan.small_on_host)
         self._feed.end()
 
     def _begin(self, threads: int) -> None:
