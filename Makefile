@@ -48,7 +48,7 @@ demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 
 bitrot: setup ## 700 damaged files, each restored and compared bit for bit (about 2 minutes); FAULTS=, SEED=
 	$(BIN)/python -m tests.bitrot --faults=$(or $(FAULTS),700) --seed=$(or $(SEED),1) --report=bitrot-report.md
 
-bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md (about 35 minutes)
+bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md (35 minutes to an hour and a half)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torchsnapshot==0.1.0  # the `bench` extra
 	$(BIN)/python -m benchmarks.compare --all --write=docs
 	$(BIN)/python -m benchmarks.growth --write=docs
