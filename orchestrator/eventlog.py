@@ -80,6 +80,10 @@ class _Where(msgspec.Struct):
         return msgspec.structs.asdict(self)
 
 
+for _kind in (_Where, *KINDS.values()):
+    msgspec.json.Decoder(_kind)  # described while one thread is here, as in `records`
+
+
 class EventLog:
     """Writes this process's events below `directory`, on a thread of its own. `write` may be called from any thread and
     never waits. `dropped`: events that were not written."""

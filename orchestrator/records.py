@@ -284,7 +284,18 @@ class Head(Record, frozen=True):
     retired: tuple[RetiredAttempt, ...] = ()
 
 
+class _Format(Record, frozen=True):
+    format: int
+
+
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+# Made by the thread that imports, before there are others: msgspec shows a type's description to all threads before it
+# is whole, so that two threads that are the first to decode a kind crash the process (`StructInfo_Convert` in
+# src/msgspec/_core.c, 0.22: no lock under the GIL, and describing a field runs Python).
+_DECODERS: dict[type[Record], msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in Record.__subclasses__()
+}
 
 
 def crc32c(data: bytes) -> str:
@@ -325,17 +336,15 @@ def decode(data: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
     if not signed:
         raise Damaged(f"{where}: {len(data)} bytes that do not end in a checksum; truncated or not a record of a run")
     try:
-        return msgspec.json.decode(data, type=kind)
+        record: AnyRecord = _DECODERS[kind].decode(data)
     except msgspec.DecodeError as error:
         raise Damaged(f"{where}: not a {kind.__name__}: {error}") from error
-
-
-class _Format(Record, frozen=True):
-    format: int
+    return record
 
 
 def _format_of(data: bytes) -> int | None:
     try:
-        return msgspec.json.decode(data, type=_Format).format
+        said: _Format = _DECODERS[_Format].decode(data)
     except msgspec.DecodeError:
         return None
+    return said.format
