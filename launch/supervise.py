@@ -22,7 +22,7 @@ from launch.contract import EXIT_PREEMPTED
 # where nothing can be restored nothing will be.
 FINAL_CODES = frozenset({2, 5, 6})
 # Signals that a process brings upon itself.
-CRASHES = frozenset({signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,11 @@ def first_cause(exits: Sequence[Exit]) -> Exit | None:
     """The failure among exits seen at the same moment that most likely caused the others; None if all are 0."""
 
     def rank(exit_: Exit) -> tuple[int, int]:
-        # A process ended by a signal from outside was the lost peer. Its survivors raise or crash, in JAX's client or
-        # in gloo, so a crash is the least likely cause.
-        crashed = -exit_.returncode in CRASHES
-        return (0 if exit_.returncode < 0 and not crashed else 2 if crashed else 1, exit_.index)
+        # A process ended by a signal from outside was the lost peer, and so was one that crashed. Survivors raise, or
+        # JAX's client aborts them ("another task died"): that is the least likely cause.
+        signum = -exit_.returncode
+        order = 3 if signum == signal.SIGABRT else 2 if signum < 0 else 1 if signum in CRASHES else 0
+        return order, exit_.index
 
     return min((exit_ for exit_ in exits if exit_.failed), key=rank, default=None)
 

@@ -19,8 +19,12 @@ DEADLINE_S = 20.0
 INDEX = "import os; i = int(os.environ['ORCHESTRATOR_PROCESS_INDEX'])\n"
 
 
+def job(flags: list[str], script: str) -> list[str]:
+    return ["local", *flags, "--", sys.executable, "-S", "-c", INDEX + script]
+
+
 def launch_command(flags: list[str], script: str) -> list[str]:
-    return [sys.executable, "-m", "launch", "local", *flags, "--", sys.executable, "-S", "-c", INDEX + script]
+    return [sys.executable, "-m", "launch", *job(flags, script)]
 
 
 def launch(flags: list[str], script: str) -> subprocess.CompletedProcess[str]:
@@ -123,6 +127,16 @@ def test_when_one_dies_the_others_are_ended_even_if_they_ignore_sigterm(tmp_path
     assert done.returncode == 137
     assert "host-1 was ended by SIGKILL; ending 2 others" in done.stderr
     assert len(pids(tmp_path)) == 3 and alive(tmp_path) == []
+
+
+def test_a_killed_host_is_the_cause_even_if_a_survivor_that_crashed_is_seen_first() -> None:
+    patient = (
+        "import sys, launch.__main__ as m; m.local.SAME_MOMENT_S = 3.0; sys.exit(m.main(['launch', *sys.argv[1:]]))"
+    )
+    script = "import time\nif i == 0: os.abort()\ntime.sleep(0.5); os.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", patient, *job(["--processes", "2"], script)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 137 and "host-1 was ended by SIGKILL\n" in done.stderr, done.stderr
 
 
 def test_what_a_process_started_is_ended_with_it(tmp_path: Path) -> None:

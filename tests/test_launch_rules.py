@@ -41,11 +41,17 @@ def test_a_killed_peer_is_the_cause_among_survivors_that_abort_or_raise() -> Non
 
 
 @pytest.mark.parametrize("crash", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
-def test_a_survivor_that_crashes_is_not_the_cause_if_a_peer_was_killed_or_gave_up_by_itself(crash: int) -> None:
+def test_a_survivor_that_crashes_is_not_the_cause_if_a_peer_was_killed(crash: int) -> None:
     assert supervise.first_cause([Exit(0, -crash), Exit(1, -signal.SIGKILL)]) == Exit(1, -signal.SIGKILL)
-    assert supervise.first_cause([Exit(0, -crash), Exit(1, 2)]) == Exit(1, 2)
     assert supervise.first_cause([Exit(0, -crash), Exit(1, 0)]) == Exit(0, -crash)
     assert supervise.on_exits(running(2), [Exit(0, -crash), Exit(1, -signal.SIGKILL)])[1] == (Finish(137),)
+
+
+def test_a_crash_is_the_cause_among_survivors_that_raise_and_an_abort_is_not() -> None:
+    """What a job did whose host 2 crashed: JAX's client aborted the others."""
+    aborted = [Exit(0, -signal.SIGABRT), Exit(1, 1), Exit(3, -signal.SIGABRT)]
+    assert supervise.first_cause([*aborted, Exit(2, -signal.SIGSEGV)]) == Exit(2, -signal.SIGSEGV)
+    assert supervise.first_cause(aborted) == Exit(1, 1)
 
 
 def test_processes_that_end_well_leave_the_others_running() -> None:
