@@ -31,7 +31,10 @@ check: setup ## ruff, format, mypy --strict, import directions
 	$(BIN)/python -m pytest -q tests/test_layout_rules.py
 
 test: check ## make check and the whole test suite
-	$(BIN)/python -m pytest
+	@failed=0; \
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 -m "not jobs" || failed=1; \
+	$(BIN)/python -m pytest -m jobs || failed=1; \
+	exit $$failed
 
 test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; writes docs/slurm.md's table (needs root, Debian)
 	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; }

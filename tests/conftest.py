@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,17 @@ OTHERS = [
 ]
 jax.config.update("jax_platforms", ",".join(["cpu", *OTHERS]))
 jax.config.update("jax_num_cpu_devices", 8)
+# How tests and the jobs that they start compile: quickly rather than well (a half of a job's time on two cores), and in
+# jobs once for the whole session, as far as JAX does: process 0 keeps what it compiles.
+_compiled = tempfile.TemporaryDirectory(prefix="compiled-")  # removed when the session ends
+COMPILING = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "false" if OTHERS else "true",
+    "JAX_COMPILATION_CACHE_DIR": _compiled.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",  # the default keeps what takes more than a second
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+os.environ |= COMPILING
+jax.config.update("jax_disable_most_optimizations", not OTHERS)  # JAX here has read its environment
 # A shared machine is no place for time limits on single examples; --hypothesis-profile=default has more examples.
 settings.register_profile("quick", deadline=None, max_examples=60)
 settings.load_profile("quick")

@@ -15,8 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from compiled import ENVIRON
-
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _TIMEOUT_S = 180
@@ -47,7 +45,7 @@ def commands(text: str) -> list[str]:
 def run(command: str, directory: Path) -> tuple[float, str]:
     """(seconds, output) of one command. Raises AssertionError with its output if it fails."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environ = {**os.environ, **ENVIRON, "PATH": path, "PYTHONPATH": str(ROOT)}
+    environ = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compiled import ENVIRON
-
 STATE_JOB = Path(__file__).parent / "jobs" / "state_job.py"
 
 
@@ -42,7 +40,7 @@ class Job:
         self.outputs = [logs / f"{index}.jsonl" for index in range(count)]
         self.errors = [logs / f"{index}.err" for index in range(count)]
         settings = [f"{name}={value}" for name, value in args.items()]
-        inherited = {**os.environ, **ENVIRON, "PYTHONPATH": str(Path(__file__).parent.parent), **(environ or {})}
+        inherited = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **(environ or {})}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, STATE_JOB, *map(str, (index, count, devices, port, root)), *settings],

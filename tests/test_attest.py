@@ -22,6 +22,8 @@ import orchestrator as oc
 from orchestrator import arrays
 from orchestrator.restore import RestoreArgs, read_step
 
+pytestmark = pytest.mark.jobs
+
 SPECS = [PartitionSpec(), PartitionSpec("data"), PartitionSpec("model", "data"), PartitionSpec(None, ("data", "model"))]
 
 

@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.chaos import check, faults
 from tests.chaos.arena import REPOSITORY, Arena
+
+pytestmark = pytest.mark.jobs
 
 
 def test_a_zombie_is_fenced_and_ends_with_5_and_the_run_keeps_its_promises(tmp_path: Path) -> None:
@@ -34,6 +38,15 @@ def test_the_campaigns_check_notices_a_lost_step_and_a_changed_byte(tmp_path: Pa
     file.write_bytes(whole)
     (arena.root / "journal" / f"{6:020}.json").rename(tmp_path / "gone")
     assert check.violations(arena.root, told) != []
+
+
+def test_the_campaign_notices_a_crash_whatever_the_job_made_of_it(tmp_path: Path) -> None:
+    arena = Arena(tmp_path, tmp_path / "run")
+    for signum in ("SIGSEGV", "SIGABRT"):  # JAX's client aborts survivors
+        arena.wait(arena.start([sys.executable, "-c", f"import os, signal; os.kill(os.getpid(), signal.{signum})"]), 20)
+    (crash,) = arena.crashes()
+    assert crash.startswith("a process crashed: Fatal Python error: Segmentation fault | ")
+    assert arena.crashes() == []
 
 
 def test_the_campaigns_command_runs_rounds_and_prints_a_table(tmp_path: Path) -> None:

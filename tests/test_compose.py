@@ -19,6 +19,8 @@ from launch.contract import JobContract
 from launch.gcs_emulator.process import environ
 from tests.processes import free_port
 
+pytestmark = pytest.mark.jobs
+
 REPOSITORY = Path(__file__).parents[1]
 FILE = REPOSITORY / "docker" / "docker-compose.yml"
 SERVICES: dict[str, Any] = yaml.safe_load(FILE.read_text())["services"]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from compiled import ENVIRON
+
+pytestmark = pytest.mark.jobs
 
 REPO = Path(__file__).parent.parent
 
 
 def demo(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch.demo", *flags]
-    environ = {**os.environ, **ENVIRON}
-    return subprocess.run(command, cwd=REPO, env=environ, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from launch.__main__ import FLAGS
 from orchestrator import failpoints
 from orchestrator.cli.main import COMMANDS
 
+pytestmark = pytest.mark.jobs
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

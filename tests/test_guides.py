@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from conftest import COMPILING
 
 from launch import __main__ as launch_main
 from launch import gke, slurm, tpu_vm
+
+pytestmark = pytest.mark.jobs
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -55,7 +58,7 @@ def shell(tmp_path: Path, block: str) -> str:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=tmp_path,
-        env={"PATH": f"{bin_}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        env={**COMPILING, "PATH": f"{bin_}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

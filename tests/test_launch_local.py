@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.jobs
+
 REPOSITORY = Path(__file__).parents[1]
 DEADLINE_S = 20.0
 INDEX = "import os; i = int(os.environ['ORCHESTRATOR_PROCESS_INDEX'])\n"

@@ -11,6 +11,8 @@ from orchestrator import failpoints
 from orchestrator.arrays.localstore import LocalStore
 from tests.processes import Job, job
 
+pytestmark = pytest.mark.jobs
+
 # Chunks of 4 MiB of three arrays, three of 1.4 MB, one of 2 MB.
 SHARED_BYTES = (4 + 2 + 2) * (4 << 20) + 2 * 3 * 700_004 + 2_000_004
 SMALL_BYTES = 10_000  # at most, of arrays that are too small to share

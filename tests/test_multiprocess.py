@@ -18,6 +18,8 @@ from orchestrator import failpoints
 from orchestrator.catalog import Catalog
 from orchestrator.storage import open_storage
 
+pytestmark = pytest.mark.jobs
+
 PLAIN_ORBAX = """
 import sys, jax, numpy as np, orbax.checkpoint as ocp
 assert "orchestrator" not in sys.modules

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compiled import ENVIRON
 
 import orchestrator as oc
 from launch import local
@@ -23,10 +22,12 @@ from launch.report import Line, Summary, state_digest
 from orchestrator.cli.main import main
 from orchestrator.errors import NothingToRestore
 
+pytestmark = pytest.mark.jobs
+
 TRAIN = (sys.executable, "-m", "launch.train")
 SMALL = ("--layers=1", "--width=32", "--batch_size=8", "--length=32", "--log_every=1", "--digests")
 REPO = Path(__file__).parent.parent
-JOB_ENVIRON = {**ENVIRON, "PYTHONPATH": str(REPO)}
+JOB_ENVIRON = {"PYTHONPATH": str(REPO)}
 
 
 @dataclass

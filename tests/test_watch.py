@@ -21,6 +21,8 @@ from orchestrator.cli.watch import SILENT_S, Now, draw, look
 from orchestrator.eventlog import Line
 from orchestrator.story import Story
 
+pytestmark = pytest.mark.jobs
+
 
 def line(event: events.Event, time: float, process: int = 0, epoch: int = 3) -> Line:
     return Line(time, process, f"host-{process}", "node", epoch, event)

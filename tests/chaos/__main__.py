@@ -83,6 +83,7 @@ def play(one: faults.Round, arena: Arena) -> tuple[str, list[str]]:
     left = arena.end()
     if left:
         problems.append(f"left over: processes {left}")
+    problems += arena.crashes()
     if not one.fresh:
         problems += check.violations(arena.root, arena.story()) + check.leftovers(arena.root)
     return outcome, problems + arena.problems

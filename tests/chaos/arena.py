@@ -17,6 +17,7 @@ from tests.chaos import check
 
 REPOSITORY = Path(__file__).parents[2]
 MARK = "CHAOS_ROUND"
+CRASHES = ("Segmentation fault", "Bus error", "Floating point exception", "Illegal instruction")
 
 
 class Hang(Exception):
@@ -54,7 +55,7 @@ class Arena:
             stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
             cwd=REPOSITORY,
-            env={**inherited, MARK: self.mark, **environ},
+            env={**inherited, MARK: self.mark, "PYTHONFAULTHANDLER": "1", **environ},
         )
         self.jobs.append(started)
         return started
@@ -95,6 +96,19 @@ class Arena:
     def tail(self) -> str:
         text = self.logs[-1].read_text(errors="replace") if self.logs else ""
         return " | ".join(line for line in text.splitlines() if "Gloo" not in line and "    @" not in line)[-1500:]
+
+    def crashes(self) -> list[str]:
+        """Where a process crashed in a round that has ended: no fault makes that right. (JAX's client aborts by design
+        when a peer is lost.)"""
+        found = []
+        for log in self.logs:
+            lines = log.read_text(errors="replace").splitlines()
+            fatal = [
+                n for n, line in enumerate(lines) if any(f"Fatal Python error: {what}" in line for what in CRASHES)
+            ]
+            found += [f"a process crashed: {' | '.join(lines[n : n + 12])}" for n in fatal]
+        self.logs.clear()
+        return found
 
     def running(self) -> list[int]:
         """Processes of this arena that are there, whoever started them: by the mark in their environment."""
