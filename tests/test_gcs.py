@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from gcs import BUCKET, emulator, faults, new_root
@@ -101,7 +102,32 @@ def test_what_was_refused_for_sure_is_an_error_and_not_an_unknown_outcome(gcs: E
     store = patient(gcs, deadline_s=2)
     with faults(gcs, too_many=1), pytest.raises(StorageError, match=r"HTTP 429.*gave up after") as caught:
         store.create("journal/0", b"ours")
+    # The deadline may have cut the last try short, on its way.
     assert not isinstance(caught.value, OutcomeUnknown) or "cannot be read back" in str(caught.value)
+
+
+def test_an_error_at_the_deadline_tells_what_the_store_said_and_not_that_the_last_try_was_cut_short() -> None:
+    """A store that refuses at once, and then is as slow as the deadline."""
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if asked.pop():
+                self.send_error(503, "come back later")
+            else:
+                time.sleep(1.5)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    asked = [False, True]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+            store = GcsStorage("gs://bucket/run", Client(1.0, Budget(10), first_wait_s=0.01))
+            with pytest.raises(StorageError, match=r"HTTP 503 .*gave up after 2 tries in 1.0 s \(deadline of 1 s\)"):
+                store.get("a")
+        server.shutdown()
 
 
 def test_every_operation_rides_out_five_percent_of_each_fault_and_counts_its_retries(gcs: EmulatorProcess) -> None:

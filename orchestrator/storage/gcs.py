@@ -85,19 +85,22 @@ class GcsStorage:
         try:
             there = self.get(key)
         except StorageError as error:
-            raise OutcomeUnknown(f"create {self.url}/{key}: exists, but cannot be read back ({error})") from error
+            raise OutcomeUnknown(f"create {self.url}/{key}: cannot be read back ({error})") from error
         if there is None:
             return None
         return Created() if there == body else Exists(there)
 
     def _read_back(self, key: str, body: bytes, error: Unavailable) -> Created | Exists:
-        """After a create without an answer. An object that is not there may still come, unless it was refused."""
-        there = self._compare(key, body)
-        if there is not None:
-            return there
-        if error.landed:
+        """After a create without an answer: an object not there may still come, unless all tries were refused."""
+        if not error.landed:
+            raise error
+        try:
+            there = self._compare(key, body)
+        except OutcomeUnknown as unread:
+            raise OutcomeUnknown(f"{error}; it may have been carried out: {unread}") from error
+        if there is None:
             raise OutcomeUnknown(f"{error}; it may have been carried out, or be yet") from error
-        raise error
+        return there
 
     def get(self, key: str) -> bytes | None:
         where = f"{self.url}/{check_key(key, self.url)}"

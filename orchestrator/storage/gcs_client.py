@@ -151,11 +151,11 @@ class Client:
         started = time.monotonic()
         # A save makes several requests in a row: each with the whole patience would outlast the save's own deadline.
         deadline_s = self.deadline_s / _DOWN_SHARE if self._down else self.deadline_s
-        landed = False
+        landed, before = False, None
         for tries in itertools.count(1):
             self.requests[operation] += 1
+            left_s = started + deadline_s - time.monotonic()
             try:
-                left_s = started + deadline_s - time.monotonic()
                 reply = await self._once(method, path, params, headers, body, max(0.001, left_s))
                 self._budget.earn()
                 self._down = False
@@ -168,9 +168,12 @@ class Client:
                 self._down = self._down or late
                 if late or not self._budget.spend():
                     why = f"deadline of {deadline_s:g} s" if late else "the process's retry budget is spent"
-                    text = f"{operation} {name}: {error}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
+                    # A last try that the deadline cut short says nothing of the store; the one before did.
+                    said = before if before and error.kind == "timeout" and left_s < _REQUEST_S else error
+                    text = f"{operation} {name}: {said}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
                     raise Unavailable(text, landed=landed) from error
                 self.retries[error.kind] += 1
+                before = error
                 emit(Retried("store", tries, operation, name, error.kind, wait_s))
                 await asyncio.sleep(wait_s)
         raise AssertionError("unreachable")
