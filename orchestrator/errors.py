@@ -35,7 +35,8 @@ class NewerFormat(OrchestratorError):
 
 
 class Damaged(OrchestratorError):
-    """Stored bytes are not what was written: truncated, edited, missing or unreadable."""
+    """Stored bytes are not what was written: truncated, edited or missing. Proven, not suspected: they were read twice,
+    or the store itself says so."""
 
     exit_code = EXIT_DAMAGED
 
@@ -44,10 +45,35 @@ class UnsafeKey(Damaged):
     """A stored record names a key outside its own attempt (`..`, absolute, empty parts)."""
 
 
+class Suspect(OrchestratorError):
+    """What was read is not what was expected, once: no proof of anything yet. Raised by the data plane; whoever knows
+    the step asks the store again and makes it Damaged, StepRetired or Unavailable. If nobody does, it is a plain
+    failure: nothing may be quarantined for it.
+
+    files: at fault, relative to the attempt, as far as known. chunks: keys in the array store whose elements are wrong.
+    """
+
+    def __init__(self, message: str, *, files: Sequence[str] = (), chunks: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.files, self.chunks = tuple(files), tuple(chunks)
+
+
+class JournalLost(OrchestratorError):
+    """The root holds attempts that its journal, missing or cut short, does not know: nothing may be opened, collected
+    or overwritten. `orchestrator doctor` and `orchestrator recover` say what is whole."""
+
+    exit_code = EXIT_DAMAGED
+
+
 class Fenced(OrchestratorError):
     """A newer incarnation has opened its epoch; this one may not change the run any more."""
 
     exit_code = EXIT_FENCED
+
+
+class RootChanged(Fenced):
+    """The run's root is not the directory that this process has opened: renamed, replaced or deleted. As final as
+    Fenced: nothing is written any more."""
 
 
 class NothingToRestore(OrchestratorError):
@@ -62,13 +88,17 @@ class StepNotFound(OrchestratorError):
     exit_code = EXIT_NOTHING
 
 
+class StepRetired(StepNotFound):
+    """The step was retired while it was read: newer ones have been committed. Not damage."""
+
+
 class StorageError(OrchestratorError):
     """The store refused or failed: permission, disk full, I/O error."""
 
 
 class Unavailable(StorageError):
-    """The store did not answer within its deadline. What it holds may be whole: nothing is damaged for all we know.
-    `landed`: what was asked for may have been carried out all the same."""
+    """What is stored could not be read or written: no answer, credentials, permissions, descriptors, an answer nobody
+    expects. It may be whole: nothing is damaged for all we know. `landed`: what was asked for may have been carried out all the same."""
 
     def __init__(self, message: str, *, landed: bool = False) -> None:
         super().__init__(message)

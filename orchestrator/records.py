@@ -154,6 +154,7 @@ class Intent(Record, frozen=True):
     device_count: int
     mesh: dict[str, int]
     tree: TreeSpec
+    built_on: int = -1  # version of the head that this attempt builds on; -1: written before there was this field
 
 
 class Failure(Record, frozen=True):
@@ -202,6 +203,7 @@ class Receipt(Record, frozen=True):
     prints: dict[str, tuple[ShardPrint, ...]] = {}  # leaf name -> fingerprints of this process's shards, with `attest`
     seconds: dict[str, float] = {}  # stage, write, seal
     failure: Failure | None = None
+    built_on: int = -1  # as in Intent
 
 
 class Manifest(Record, frozen=True):
@@ -220,6 +222,7 @@ class Manifest(Record, frozen=True):
     # CRC-32C is the same.
     chunks: dict[str, str] = {}
     fingerprints: dict[str, str] = {}  # leaf name -> fingerprint of the whole array, with `attest`
+    built_on: int = -1  # as in Intent
 
     @property
     def total_bytes(self) -> int:

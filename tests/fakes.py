@@ -43,6 +43,10 @@ class HookedStorage:
         self._call("delete", key)
         return self.inner.delete(key)
 
+    def measure(self, key: str) -> FileEntry | None:
+        self._call("measure", key)
+        return self.inner.measure(key)
+
     def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted = list(keys)
         for key in wanted:

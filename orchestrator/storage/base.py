@@ -36,23 +36,35 @@ class Exists:
 
 @dataclass(frozen=True)
 class Entry:
+    """What a listing finds under a key. `problem`: why it is no object of a run (a link, a special file, a name that no
+    key can have), '' for one that is; it is listed so that nobody takes it for missing."""
+
     key: str
     bytes: int
+    problem: str = ""
 
 
-class Storage(Protocol):
-    """A root with immutable objects under it. `url` is what TensorStore and people call it."""
+class Reads(Protocol):
+    """A root with immutable objects under it, for those who only look. `url` is what people call it."""
 
     url: str
-
-    def create(self, key: str, body: bytes) -> Created | Exists:
-        """Put `body` under `key` if nothing is there. On `Created` it survives power loss."""
 
     def get(self, key: str) -> bytes | None:
         """The object's bytes, None if there is no such object."""
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         """Entries whose key begins with `prefix` and is >= `start`, in key order, always fresh."""
+
+    def measure(self, key: str) -> FileEntry | None:
+        """Size and CRC-32C of the object as the store itself has it now, past every cache; None if the store says that
+        there is no such object. What damage is proven by. Raises StorageError."""
+
+
+class Storage(Reads, Protocol):
+    """And for those who write."""
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        """Put `body` under `key` if nothing is there. On `Created` it survives power loss."""
 
     def delete(self, key: str) -> bool:
         """Remove the object; False if there was none (deleting again is harmless)."""

@@ -205,12 +205,21 @@ class GcsStorage:
         return tuple(replace((known or {}).get(entry.path, entry), path=entry.path) for entry in sealed)
 
     def _seal(self, key: str) -> FileEntry:
+        found = self.measure(key)
+        if found is None:
+            raise StorageError(f"stat {self.url}/{key}: no such object")
+        return found
+
+    def measure(self, key: str) -> FileEntry | None:
         where = f"{self.url}/{check_key(key, self.url)}"
         reply = self._client.send("stat", where, "GET", self._path(key), params={"fields": "size,crc32c"})
+        if reply.status == 404:
+            self._check_bucket("stat", where, reply)
+            return None
         if reply.status != 200:
             raise refusal("stat", where, reply)
         found = json.loads(reply.body)
-        return FileEntry(path=key, bytes=int(found["size"]), crc32c=base64.b64decode(found["crc32c"]).hex())
+        return FileEntry(path=key, bytes=int(found.get("size", 0)), crc32c=base64.b64decode(found["crc32c"]).hex())
 
     def _path(self, key: str) -> str:
         return f"{self._objects}/{quote(self._prefix + key, safe='')}"

@@ -35,6 +35,10 @@ class MemoryStorage:
             found = sorted((key, len(body)) for key, body in self._objects.items())
         return (Entry(key, size) for key, size in found if key.startswith(prefix) and key >= start)
 
+    def measure(self, key: str) -> FileEntry | None:
+        body = self.get(key)
+        return None if body is None else FileEntry(path=key, bytes=len(body), crc32c=crc32c(body), crc32=crc32(body))
+
     def delete(self, key: str) -> bool:
         with self._lock:
             return self._objects.pop(key, None) is not None

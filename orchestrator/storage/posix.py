@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import crc32c
 
@@ -110,6 +111,18 @@ class PosixStorage:
         except OSError as error:
             raise storage_error("read", path, error) from error
 
+    def measure(self, key: str) -> FileEntry | None:
+        path = self._path(key)
+        try:
+            with open(path, "rb") as file:
+                # Clean pages only: what is stored, and not what a cache has kept of it.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                return _measured(key, file)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise storage_error("read", path, error) from error
+
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]
         base = self._path(folder) if folder else self.root
@@ -173,15 +186,9 @@ class PosixStorage:
                 os.fsync(file.fileno())
                 if known is not None:
                     return checked_size(self.url, key, os.fstat(file.fileno()).st_size, known)
-                checksum = size = 0
-                other = ""
-                while chunk := file.read(SMALL_FILE_BYTES):
-                    checksum = crc32c.crc32c(chunk, checksum)
-                    size += len(chunk)
-                    other = crc32(chunk) if size == len(chunk) else ""
+                return _measured(key, file)
         except OSError as error:
             raise storage_error("sync", path, error) from error
-        return FileEntry(path=key, bytes=size, crc32c=f"{checksum:08x}", crc32=other)
 
     def _above(self, directories: set[str]) -> Iterable[str]:
         """Directories and their parents up to the root, each once: a name is durable only when they are."""
@@ -200,6 +207,17 @@ class PosixStorage:
 
     def _path(self, key: str) -> str:
         return os.path.join(self.root, check_key(key, self.url))
+
+
+def _measured(key: str, file: BinaryIO) -> FileEntry:
+    """Size and checksums of an open file, read a piece at a time."""
+    checksum = size = 0
+    other = ""
+    while chunk := file.read(SMALL_FILE_BYTES):
+        checksum = crc32c.crc32c(chunk, checksum)
+        size += len(chunk)
+        other = crc32(chunk) if size == len(chunk) else ""
+    return FileEntry(path=key, bytes=size, crc32c=f"{checksum:08x}", crc32=other)
 
 
 def _make_directory(path: str) -> None:

@@ -1,0 +1,38 @@
+"""A store that nothing is written to: what whoever only reads a run is given, so that no method of theirs can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from orchestrator.errors import UsageError
+from orchestrator.records import FileEntry
+from orchestrator.storage.base import Created, Entry, Exists, Reads
+
+
+class ReadOnlyStorage:
+    """`storage`, for reading. Every write raises UsageError: the one place that decides it."""
+
+    def __init__(self, storage: Reads) -> None:
+        self._storage = storage
+        self.url = storage.url
+
+    def get(self, key: str) -> bytes | None:
+        return self._storage.get(key)
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        return self._storage.list(prefix, start)
+
+    def measure(self, key: str) -> FileEntry | None:
+        return self._storage.measure(key)
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        raise self._refusal("create", key)
+
+    def delete(self, key: str) -> bool:
+        raise self._refusal("delete", key)
+
+    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+        raise self._refusal("sync", ", ".join(keys))
+
+    def _refusal(self, what: str, key: str) -> UsageError:
+        return UsageError(f"{what} {self.url}/{key}: the run was opened read-only; nothing is written to it")
