@@ -98,7 +98,8 @@ class StorageError(OrchestratorError):
 
 class Unavailable(StorageError):
     """What is stored could not be read or written: no answer, credentials, permissions, descriptors, an answer nobody
-    expects. It may be whole: nothing is damaged for all we know. `landed`: what was asked for may have been carried out all the same."""
+    expects. It may be whole: nothing is damaged for all we know. `landed`: what was asked for may have been carried out
+    all the same."""
 
     def __init__(self, message: str, *, landed: bool = False) -> None:
         super().__init__(message)
