@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     )
     from orchestrator.options import Options
     from orchestrator.policy import at, auto, best, every, every_nth, every_seconds, last, within
-    from orchestrator.restore import Restored, Run
+    from orchestrator.reader import Run
+    from orchestrator.restore import Restored
 
 _HOMES = {
     "agent": ("Agent",),
@@ -48,7 +49,8 @@ _HOMES = {
     ),
     "options": ("Options",),
     "policy": ("at", "auto", "best", "every", "every_nth", "every_seconds", "last", "within"),
-    "restore": ("Restored", "Run"),
+    "reader": ("Run",),
+    "restore": ("Restored",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -99,7 +101,8 @@ def __getattr__(name: str) -> Any:
 def open_run(root: str | os.PathLike[str]) -> Run:
     """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
     from orchestrator.catalog import Catalog
-    from orchestrator.restore import Run
+    from orchestrator.reader import Run
     from orchestrator.storage import open_storage
+    from orchestrator.storage.read_only import ReadOnlyStorage
 
-    return Run(Catalog(open_storage(root), writer="reader"))
+    return Run(Catalog(ReadOnlyStorage(open_storage(root)), writer="reader"))

@@ -8,13 +8,23 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from absl import logging
 
 from orchestrator import garbage, journal, layout
-from orchestrator.errors import Damaged, Fenced, NotARun, NothingToRestore, StepNotFound, StorageError
+from orchestrator.errors import (
+    Damaged,
+    Fenced,
+    NotARun,
+    NothingToRestore,
+    StepNotFound,
+    StepRetired,
+    StorageError,
+    Unavailable,
+)
 from orchestrator.events import Retried, emit
 from orchestrator.journal import FencedBy, Next, Refused, Stamp
 from orchestrator.records import (
@@ -26,16 +36,16 @@ from orchestrator.records import (
     LiveStep,
     Manifest,
     Receipt,
-    crc32,
-    crc32c,
     decode,
     encode,
     file_entry,
 )
 from orchestrator.storage.base import Created, Storage
 
+READS = 3  # of one object, before what differs from read to read is given up
 _CONFLICTS_MAX = 100
 _READ_THREADS = 4  # each holds one file in memory
+_MEASURE_THREADS = 8
 _CONFLICT_PAUSE_S = 0.01
 _MARKED_EVERY = 500  # versions; half a page of a listing in an object store
 
@@ -92,7 +102,11 @@ class Catalog:
     def entry(self, version: int) -> Head:
         """One journal entry. Raises Damaged if it is missing, edited or in the wrong place."""
         key = layout.journal_key(version)
-        head = self._decode(self.storage.get(key), Head, key)
+        try:
+            head = self._decode(self.storage.get(key), Head, key)
+        except Damaged:  # once is no proof
+            self.storage.measure(key)  # what a cache has kept of it is gone then
+            head = self._decode(self.storage.get(key), Head, key)
         if head.version != version:
             raise Damaged(f"{self.url}/{key}: says it is version {head.version}; it was copied or renamed, not used")
         for live in head.live:
@@ -177,26 +191,91 @@ class Catalog:
         prefix = layout.attempt_prefix(step, attempt)
         return prefix + layout.check_key(name, f"{self.url}/{prefix}{layout.MANIFEST}")
 
-    def manifest(self, live: LiveStep) -> Manifest:
-        """The manifest of a committed attempt, checked against the journal. Raises Damaged."""
-        key = self.key(live.step, live.attempt, layout.MANIFEST)
+    def check_live(self, live: LiveStep) -> Head:
+        """The head, in which the attempt is still live: whatever is wrong with what is stored of it is no matter of
+        retention. Raises StepRetired."""
+        head = self.require_head()
+        if not journal.is_live(head, live.step, live.attempt):
+            newest = journal.newest(head)
+            now = f"the newest is step {newest.step}" if newest else "none is restorable"
+            raise StepRetired(
+                f"{self.url} {layout.shown(live.step, live.attempt)}: was retired while it was read; {now}"
+            )
+        return head
+
+    def _proven(self, live: LiveStep, name: str, problem: Callable[[FileEntry | None], str]) -> bytes:
+        """A file of an attempt that `problem` finds nothing wrong with, '' or in words.
+
+        What is wrong once is no proof. It is Damaged if the store's own account of the object is wrong as well, or if
+        what it gave twice is what it has, and wrong. Else it is read again, and Unavailable in the end.
+        """
+        key = self.key(live.step, live.attempt, name)
+        for _ in range(READS):
+            body = self.storage.get(key)
+            read = None if body is None else file_entry(name, body)
+            wrong = problem(read)
+            if body is not None and not wrong:
+                return body
+            self.check_live(live)
+            again = self.storage.measure(key)
+            if said := problem(again):
+                raise Damaged(f"{self.url}/{key}: {said}", files=[name])
+            if read and again and (read.bytes, read.crc32c) == (again.bytes, again.crc32c) and self._same(key, read):
+                raise Damaged(f"{self.url}/{key}: {wrong}", files=[name])
+        raise Unavailable(
+            f"{self.url}/{key}: {wrong or 'was not there'} when read {READS} times, but the store's own account is "
+            "right; the network, a cache or this host's memory gives wrong bytes"
+        )
+
+    def _same(self, key: str, read: FileEntry) -> bool:
         body = self.storage.get(key)
-        if body is not None and crc32c(body) != live.manifest_crc32c:
-            raise Damaged(f"{self.url}/{key}: crc32c is {crc32c(body)}, the journal says {live.manifest_crc32c}")
-        manifest = self._decode(body, Manifest, key)
+        return body is not None and file_entry(read.path, body) == read
+
+    def manifest(self, live: LiveStep) -> Manifest:
+        """The manifest of a committed attempt, checked against the journal. Raises Damaged, StepRetired."""
+        key = self.key(live.step, live.attempt, layout.MANIFEST)
+
+        def problem(found: FileEntry | None) -> str:
+            if found is None:
+                return "is missing"
+            told = live.manifest_crc32c
+            return "" if found.crc32c == told else f"crc32c is {found.crc32c}, the journal says {told}"
+
+        manifest = self._decode(self._proven(live, layout.MANIFEST, problem), Manifest, key)
         for entry in manifest.files:
             layout.check_key(entry.path, f"{self.url}/{key}")
         return manifest
 
     def check_sizes(self, live: LiveStep, manifest: Manifest) -> None:
-        """Every file of the manifest is there with its size. Raises Damaged naming the first that is not."""
+        """Every file of the manifest is there with its size. Raises Damaged naming the first that is not, StepRetired,
+        Unavailable where a listing and the object itself tell different things."""
         prefix = layout.attempt_prefix(live.step, live.attempt)
-        there = {entry.key.removeprefix(prefix): entry.bytes for entry in self.storage.list(prefix)}
-        for wanted in manifest.files:
-            got = there.get(wanted.path)
-            if got != wanted.bytes:
-                has = "is missing" if got is None else f"has {got} bytes"
-                raise Damaged(f"{self.url}/{prefix}{wanted.path}: {has}, the manifest says {wanted.bytes}")
+        for _ in range(READS):
+            there = {entry.key.removeprefix(prefix): entry.bytes for entry in self.storage.list(prefix)}
+            wrong = [wanted for wanted in manifest.files if there.get(wanted.path) != wanted.bytes]
+            if not wrong:
+                return
+            self.check_live(live)
+            self.check_measured(live, wrong[:1])
+        raise Unavailable(
+            f"{self.url}/{prefix}{wrong[0].path}: {READS} listings show {there.get(wrong[0].path, 'no')} bytes, "
+            f"the store's own account is {wrong[0].bytes}, as the manifest says"
+        )
+
+    def check_measured(self, live: LiveStep, entries: Iterable[FileEntry]) -> None:
+        """These files of the manifest are in the store, by its own account, as the manifest says. Raises Damaged naming
+        the first that is not, StorageError. The attempt must be known to be live, before or after."""
+
+        def problem(entry: FileEntry) -> str:
+            return _problem(entry, self.storage.measure(self.key(live.step, live.attempt, entry.path)))
+
+        wanted = list(entries)
+        prefix = layout.attempt_prefix(live.step, live.attempt)
+        with ThreadPoolExecutor(_MEASURE_THREADS, thread_name_prefix="measure") as pool:
+            for entry, wrong in zip(wanted, pool.map(problem, wanted), strict=True):
+                if wrong:
+                    self.check_live(live)
+                    raise Damaged(f"{self.url}/{prefix}{entry.path}: {wrong}", files=[entry.path])
 
     def check_files(self, live: LiveStep, manifest: Manifest, below: str, share: tuple[int, int]) -> None:
         """Read this process's share, (index, count), of the files below a name whole, a few at a time. Raises Damaged
@@ -213,29 +292,12 @@ class Catalog:
         return None if entry is None else self.checked(live, entry)
 
     def checked(self, live: LiveStep, entry: FileEntry) -> bytes:
-        """A file of an attempt, as the manifest's `entry` says it is. Raises Damaged, StorageError."""
-        key = self.key(live.step, live.attempt, entry.path)
-        body = self.storage.get(key)
-        if body is None:
-            raise Damaged(f"{self.url}/{key}: is missing, the manifest lists it")
-        if len(body) != entry.bytes or crc32c(body) != entry.crc32c:
-            raise Damaged(
-                f"{self.url}/{key}: {len(body)} bytes with crc32c {crc32c(body)}, "
-                f"the manifest says {entry.bytes} with {entry.crc32c}"
-            )
-        if entry.crc32 and crc32(body) != entry.crc32:
-            raise Damaged(f"{self.url}/{key}: is whole, but another file: crc32 {crc32(body)}, wanted {entry.crc32}")
-        return body
+        """A file of an attempt, as the manifest's `entry` says it is. Raises Damaged, StepRetired, StorageError."""
+        return self._proven(live, entry.path, partial(_problem, entry))
 
-    def sealed(self, live: LiveStep, entry: FileEntry) -> None:
+    def measured(self, live: LiveStep, entry: FileEntry) -> None:
         """As `checked`, by the store's own account: an object store knows its objects' checksums without a download."""
-        key = self.key(live.step, live.attempt, entry.path)
-        (found,) = self.storage.seal([key])
-        if (found.bytes, found.crc32c) != (entry.bytes, entry.crc32c):
-            raise Damaged(
-                f"{self.url}/{key}: the store has {found.bytes} bytes with crc32c {found.crc32c}, "
-                f"the manifest says {entry.bytes} with {entry.crc32c}"
-            )
+        self.check_measured(live, [entry])
 
     def intent(self, live: LiveStep, manifest: Manifest) -> Intent:
         """Who opened the attempt, and its tree spec."""
@@ -253,6 +315,13 @@ class Catalog:
         if body is None:
             return None
         return self._decode(body, Receipt, key), file_entry(layout.receipt_name(process), body)
+
+    def stored_receipts(self, live: LiveStep, manifest: Manifest) -> list[Receipt]:
+        """The receipts of a committed attempt, checked against the manifest, as far as it lists any (an adopted one has
+        none)."""
+        listed = [entry for entry in manifest.files if entry.path.startswith(layout.RECEIPTS)]
+        prefix = layout.attempt_prefix(live.step, live.attempt)
+        return [self._decode(self.checked(live, entry), Receipt, prefix + entry.path) for entry in listed]
 
     def process_states(self, live: LiveStep, manifest: Manifest) -> dict[int, bytes]:
         files = [entry for entry in manifest.files if entry.path.startswith(layout.PROCESS)]
@@ -272,3 +341,15 @@ class Catalog:
             raise Damaged(f"{self.url}/{key}: is missing")
         with garbage.paused():
             return decode(body, kind, f"{self.url}/{key}")
+
+
+def _problem(wanted: FileEntry, found: FileEntry | None) -> str:
+    """What is wrong with a file, '' if it is as the manifest says."""
+    if found is None:
+        return f"is missing, the manifest says {wanted.bytes} bytes"
+    if (found.bytes, found.crc32c) != (wanted.bytes, wanted.crc32c):
+        has = f"{found.bytes} bytes with crc32c {found.crc32c}"
+        return f"has {has}, the manifest says {wanted.bytes} bytes with crc32c {wanted.crc32c}"
+    if found.crc32 and wanted.crc32 and found.crc32 != wanted.crc32:
+        return f"is whole, but another file: crc32 {found.crc32}, the manifest says {wanted.crc32}"
+    return ""

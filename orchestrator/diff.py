@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import arrays, layout
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
 from orchestrator.forecast import leaf_bytes
 from orchestrator.plan import brief
-from orchestrator.records import LeafSpec, LiveStep, Manifest
+from orchestrator.records import LeafSpec, LiveStep
+from orchestrator.stored_step import StoredStep
 
 _BATCH_BYTES = 256 << 20
 _BLOCK = 1 << 20  # elements compared at once
@@ -43,22 +43,20 @@ class Side:
     """One committed step, opened for comparing. Raises Damaged."""
 
     def __init__(self, catalog: Catalog, live: LiveStep) -> None:
-        manifest: Manifest = catalog.manifest(live)
-        catalog.check_sizes(live, manifest)
-        self.leaves: dict[Path, LeafSpec] = {leaf.path: leaf for leaf in catalog.intent(live, manifest).tree.leaves}
-        self.fingerprints, self._chunks = manifest.fingerprints, manifest.chunks
-        self._directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
+        self._stored = StoredStep(catalog, live)
+        self.leaves: dict[Path, LeafSpec] = {leaf.path: leaf for leaf in self._stored.intent.tree.leaves}
+        self.fingerprints = self._stored.manifest.fingerprints
 
     def read(self, paths: list[Path], on_bytes: Callable[[int], None]) -> list[np.ndarray[Any, Any]]:
         loads = [Load(self.leaves[path]) for path in paths]
-        return [np.asarray(value) for value in arrays.load(self._directory, loads, on_bytes, self._chunks)]
+        return [np.asarray(value) for value in self._stored.load(loads, on_bytes)]
 
 
 def compare(
     a: Side, b: Side, *, measure: bool = False, on_bytes: Callable[[int], None] = lambda read_bytes: None
 ) -> list[LeafDifference]:
     """Every leaf of either side, in a's order. `measure`: read the arrays that differ, for how many elements and how
-    much. Raises Damaged, StorageError, WaitTimeout."""
+    much. Raises Damaged, StepRetired, StorageError."""
     paths = [*a.leaves, *(path for path in b.leaves if path not in a.leaves)]
     found = {path: _by_record(a, b, path) for path in paths}
     to_read = [

@@ -36,9 +36,13 @@ class NewerFormat(OrchestratorError):
 
 class Damaged(OrchestratorError):
     """Stored bytes are not what was written: truncated, edited or missing. Proven, not suspected: they were read twice,
-    or the store itself says so."""
+    or the store itself says so. `files`, `chunks`: as of Suspect, for another process to look at."""
 
     exit_code = EXIT_DAMAGED
+
+    def __init__(self, message: str, *, files: Sequence[str] = (), chunks: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.files, self.chunks = tuple(files), tuple(chunks)
 
 
 class UnsafeKey(Damaged):
@@ -99,11 +103,11 @@ class StorageError(OrchestratorError):
 class Unavailable(StorageError):
     """What is stored could not be read or written: no answer, credentials, permissions, descriptors, an answer nobody
     expects. It may be whole: nothing is damaged for all we know. `landed`: what was asked for may have been carried out
-    all the same."""
+    all the same. `waited`: for as long as the bound allows, so that trying again at once makes no sense."""
 
-    def __init__(self, message: str, *, landed: bool = False) -> None:
+    def __init__(self, message: str, *, landed: bool = False, waited: bool = False) -> None:
         super().__init__(message)
-        self.landed = landed
+        self.landed, self.waited = landed, waited
 
 
 class OutcomeUnknown(StorageError):

@@ -22,11 +22,12 @@ from urllib.parse import quote
 
 import numpy as np
 
-from orchestrator import arrays, layout
+from orchestrator import layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.forecast import leaf_bytes
 from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest, TreeSpec, crc32c
+from orchestrator.stored_step import StoredStep
 from orchestrator.tree import numpy_dtype
 
 SLAB_BYTES = 64 << 20
@@ -62,10 +63,6 @@ class Source:
     tree: TreeSpec
     about: dict[str, Any]
     on_bytes: Callable[[int], None]
-
-    @property
-    def state_url(self) -> str:
-        return f"{self.catalog.url}/{layout.attempt_prefix(self.live.step, self.live.attempt)}{layout.STATE}"
 
     @property
     def state_bytes(self) -> int:
@@ -143,7 +140,7 @@ def _npy_dtype(leaf: LeafSpec) -> np.dtype[Any]:
 
 
 def _slabs(source: Source, leaves: Iterable[LeafSpec]) -> Iterator[tuple[LeafSpec, Box, np.ndarray[Any, Any]]]:
-    return arrays.slabs(source.state_url, leaves, SLAB_BYTES, source.on_bytes, source.manifest.chunks)
+    return StoredStep(source.catalog, source.live).slabs(leaves, SLAB_BYTES, source.on_bytes)
 
 
 def _safetensors(source: Source, path: str) -> int:

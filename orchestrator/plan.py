@@ -11,12 +11,14 @@ from orchestrator.records import STORED_KINDS, LeafSpec, TreeSpec
 
 
 class TargetLeaf(msgspec.Struct, frozen=True, gc=False):
-    """What the caller wants at a path: kind as in LeafSpec, and for stored kinds the shape and dtype."""
+    """What the caller wants at a path: kind as in LeafSpec, and for stored kinds the shape and dtype. `held`: the dtype
+    that JAX would really give it in this process, where that is another one (64 bits without x64)."""
 
     path: tuple[str, ...]
     kind: str
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    held: str = ""
 
     @property
     def number(self) -> str:
@@ -72,6 +74,12 @@ def match(
 def _problem(
     leaf: TargetLeaf, found: LeafSpec | None, by_path: dict[tuple[str, ...], LeafSpec], cast: bool
 ) -> str | None:
+    if leaf.held:
+        return (
+            f"target {brief(leaf.kind, leaf.shape, leaf.dtype)}, but this process holds it as "
+            f"{brief(leaf.kind, (), leaf.held).removesuffix('[]')}, which would truncate values: enable x64 "
+            "(jax.config.update('jax_enable_x64', True)), or ask for numpy, or for that dtype with cast=True"
+        )
     if found is not None and (leaf.kind, leaf.shape, leaf.dtype) == (found.kind, found.shape, found.dtype):
         return None  # nearly all are like this
     want = brief(leaf.kind, leaf.shape, leaf.dtype)
@@ -84,6 +92,8 @@ def _problem(
     both_stored = leaf.kind in STORED_KINDS and found.kind in STORED_KINDS
     if not both_stored:
         same_number = found.number != "" and found.number == leaf.number
+        if same_number and not found.in_store and not _holds(leaf.dtype, found):
+            return f"checkpoint {found.kind} {found.value}, target {want}, which cannot hold it; ask for a wider dtype"
         both_empty = {leaf.kind, found.kind} <= {"none", "empty"}
         return None if same_number or both_empty or leaf.kind == found.kind else f"checkpoint {got}, target {want}"
     if leaf.shape != found.shape:
@@ -94,6 +104,15 @@ def _problem(
         return f"checkpoint {got}, target {want}; PRNG keys cannot be cast"
     short = brief(found.kind, (), found.dtype).removesuffix("[]")
     return None if cast else f"checkpoint {got}, target {want}; restore as {short} and cast, or pass cast=True"
+
+
+def _holds(dtype: str, number: LeafSpec) -> bool:
+    """Whether an array of `dtype` can hold this Python number, rounded where it is no integer."""
+    if number.kind != "int" or not number.value or not dtype:
+        return True
+    bits = int(dtype.lstrip("uint"))
+    low, high = (0, 1 << bits) if dtype.startswith("u") else (-(1 << bits - 1), 1 << bits - 1)
+    return low <= int(number.value) < high
 
 
 def _nearest(path: tuple[str, ...], by_path: dict[tuple[str, ...], LeafSpec]) -> str:

@@ -15,7 +15,6 @@ import jax
 
 from orchestrator import attest
 from orchestrator.arrays import fingerprint
-from orchestrator.errors import Damaged
 from orchestrator.records import Json, LeafSpec
 
 _WHY = "every checksum was right, so it was put in the wrong place, or changed on its way to the devices"
@@ -24,10 +23,12 @@ _WHY = "every checksum was right, so it was put in the wrong place, or changed o
 @dataclass(frozen=True)
 class Proof:
     """This process's share. By replica: leaf -> sum over its own shards; and the saved ones that all shares must add up
-    to (the same on all processes)."""
+    to (the same on all processes). `wrong_here`: of the arrays that it holds whole, (leaf, line) of those that are not
+    what was saved."""
 
     shares: Mapping[int, Mapping[str, str]]
     wanted: Mapping[int, Mapping[str, str]]
+    wrong_here: Sequence[tuple[str, str]] = ()
 
     def told(self) -> Json:
         """One number for each replica: what the processes exchange."""
@@ -43,10 +44,10 @@ class Proof:
             for replica, saved in self.wanted.items()
         )
 
-    def wrong(self, details: Sequence[Json]) -> list[str]:
-        """The leaves that are not as they were saved, one line each, of all processes' `details`."""
+    def wrong(self, details: Sequence[Json]) -> list[tuple[str, str]]:
+        """The leaves that are not as they were saved, each with a line about it, of all processes' `details`."""
         return [
-            _line(name, total, saved[name], f"replica {replica} over all processes")
+            (name, _line(name, total, saved[name], f"replica {replica} over all processes"))
             for replica, saved in self.wanted.items()
             for name in saved
             if (total := attest.total(one.get(str(replica), {}).get(name, attest.NOTHING) for one in details))
@@ -56,11 +57,12 @@ class Proof:
 
 def prove(restored: Iterable[tuple[LeafSpec, Any]], saved: Mapping[str, str]) -> Proof:
     """Compute fingerprints of restored arrays, on their devices. `saved`: the manifest's; leaves without one, and cast
-    ones, must not be among `restored`. Main thread. Raises Damaged naming an array that this process finds wrong."""
+    ones, must not be among `restored`. Main thread."""
     pairs = list(restored)
     found = fingerprint.start(pairs).result()
     shares: dict[int, dict[str, str]] = {}
     wanted: dict[int, dict[str, str]] = {}
+    wrong: list[tuple[str, str]] = []
     for leaf, value in pairs:
         by_replica: dict[int, list[str]] = {}
         for part, told in found.get(leaf.name, ()):
@@ -69,13 +71,13 @@ def prove(restored: Iterable[tuple[LeafSpec, Any]], saved: Mapping[str, str]) ->
         if not isinstance(value, jax.Array) or value.is_fully_addressable:
             for replica, total in sums.items():
                 if total != saved[leaf.name]:
-                    raise Damaged(_line(leaf.label, total, saved[leaf.name], f"replica {replica}"))
+                    wrong.append((leaf.name, _line(leaf.label, total, saved[leaf.name], f"replica {replica}")))
             continue
         for replica, total in sums.items():
             shares.setdefault(replica, {})[leaf.name] = total
         for replica in range(_replicas(value)):
             wanted.setdefault(replica, {})[leaf.name] = saved[leaf.name]
-    return Proof(shares, wanted)
+    return Proof(shares, wanted, wrong)
 
 
 def _replicas(value: jax.Array) -> int:

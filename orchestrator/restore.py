@@ -1,12 +1,12 @@
-"""Restoring: choose a committed step, check it, match the target, read. For agents (all processes) and for readers."""
+"""Restoring on all processes of a job: choose a committed step, match the target, read, and agree on what was found."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,11 +18,11 @@ from orchestrator.catalog import Catalog
 from orchestrator.errors import (
     Damaged,
     Mismatch,
-    NewerFormat,
     NothingToRestore,
     OrchestratorError,
     OutcomeUnknown,
     SaveFailed,
+    StepRetired,
     StorageError,
     Unavailable,
     UnsafeKey,
@@ -33,7 +33,10 @@ from orchestrator.events import SteppedDown, emit
 from orchestrator.proof import Proof, prove
 from orchestrator.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.rendezvous import Rendezvous
+from orchestrator.stored_step import StoredStep
 from orchestrator.tree import targets
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ class Reading:
     read_bytes: int = 0
     array_s: float = 0.0
 
-    def load(self, directory: str, loads: list[Load], checksums: dict[str, str]) -> list[Any]:
-        """As `arrays.load`, counted."""
+    def load(self, stored: StoredStep, loads: list[Load]) -> list[Any]:
+        """As `StoredStep.load`, counted."""
         started = time.monotonic()
-        values = self.reader(directory, loads, self._count, checksums)
+        values = stored.load(loads, self._count, self.reader)
         self.array_s += time.monotonic() - started
         return values
 
@@ -86,56 +89,59 @@ class Reading:
         self.heard(read_bytes)
 
 
-def read_step(
-    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, reading: Reading | None = None
-) -> Restored:
-    """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings.
-
-    `like`: a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None gives nested dicts of
-    numpy arrays. Raises Mismatch before any array is read, Damaged if anything stored is not what was saved.
-    """
-    return _read(catalog, live, like, args, (reading or Reading(args.reader)).load)[0]
+_Loader = Callable[[StoredStep, list[Load]], list[Any]]
 
 
-_Loader = Callable[[str, list[Load], dict[str, str]], list[Any]]
+@dataclass(frozen=True)
+class Plan:
+    """A step and a target that fit each other: what will be read, and how it becomes the target's tree."""
+
+    stored: StoredStep
+    loads: list[Load]
+    build: Callable[[list[Any]], Any]
+    known: Mapping[str, str]  # fingerprints to compare with
+    share: tuple[int, int]
+
+    def read(self, load: _Loader) -> tuple[Restored, Proof]:
+        """Read it. Also what this process can say of the arrays that it shares with others."""
+        failpoints.hit("restore.read")
+        stored, live = self.stored, self.stored.live
+        if any(one.leaf.foreign for one in self.loads):  # their chunks have no checksum in the manifest
+            stored.catalog.check_files(live, stored.manifest, layout.STATE, self.share)
+        read = load(stored, self.loads)
+        state = self.build(read)
+        pairs = [(one.leaf, value) for one, value in zip(self.loads, read, strict=True) if _comparable(one, self.known)]
+        proof = prove(pairs, self.known)
+        restored = Restored(
+            step=live.step,
+            state=state,
+            extra={**stored.extra.extra, "timestamp": stored.extra.timestamp},
+            metrics=stored.extra.metrics,
+            process_states=stored.process_states(),
+        )
+        return restored, proof
 
 
-def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, load: _Loader) -> tuple[Restored, Proof]:
-    """As `read_step`, and what this process can say of the arrays that it shares with others."""
-    manifest = catalog.manifest(live)
-    catalog.check_sizes(live, manifest)
-    saved = catalog.intent(live, manifest).tree
-    extra = catalog.extra(live, manifest)
-    if any(leaf.foreign for leaf in saved.leaves):
-        catalog.check_files(live, manifest, layout.STATE, args.share)
-    prefix = layout.attempt_prefix(live.step, live.attempt)
-    directory = f"{catalog.url}/{prefix}{layout.STATE}"
+def fit(stored: StoredStep, like: Any, args: RestoreArgs) -> Plan:
+    """Match the step and `like`, a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None
+    gives nested dicts of numpy arrays. Reads records and no array. Raises Mismatch, and what StoredStep raises."""
+    saved = stored.intent.tree
+    known = stored.manifest.fingerprints if args.attest else {}
     if like is None:
         loads = [Load(leaf) for leaf in saved.leaves]
-        read = load(directory, loads, manifest.chunks)
-        state: Any = _nested(saved.leaves, read)
-    else:
-        with garbage.paused():
-            wanted, leaves, treedef = targets(like)
-            where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
-            chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
-            loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
-        read = load(directory, loads, manifest.chunks)
+        return Plan(stored, loads, partial(_nested, saved.leaves), known, args.share)
+    with garbage.paused():
+        wanted, leaves, treedef = targets(like)
+        chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=stored.where)
+        loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
+
+    def build(read: list[Any]) -> Any:
         loaded = iter(read)
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
         fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
-        state = jax.tree_util.tree_unflatten(treedef, fitted)
-    known = manifest.fingerprints if args.attest else {}
-    pairs = [(one.leaf, value) for one, value in zip(loads, read, strict=True) if _comparable(one, known)]
-    proof = prove(pairs, known)
-    restored = Restored(
-        step=live.step,
-        state=state,
-        extra={**extra.extra, "timestamp": extra.timestamp},
-        metrics=extra.metrics,
-        process_states=catalog.process_states(live, manifest),
-    )
-    return restored, proof
+        return jax.tree_util.tree_unflatten(treedef, fitted)
+
+    return Plan(stored, loads, build, known, args.share)
 
 
 def _comparable(load: Load, known: Mapping[str, str]) -> bool:
@@ -180,6 +186,10 @@ def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:
     return root
 
 
+_Passed = dict[tuple[int, str], str]  # attempts that are proven to be damaged -> how
+_RETIRED_MAX = 20  # times that retention may be quicker than a restore
+
+
 def restore_together(
     catalog: Catalog,
     rendezvous: Rendezvous,
@@ -188,32 +198,41 @@ def restore_together(
     args: RestoreArgs,
     timeout_s: float,
     back: int = 0,
+    admit: Callable[[], None] = lambda: None,
 ) -> Restored | None:
     """The newest good step (or `step`) on every process of the job; None in a new run, which has never had one. Main
     thread.
 
-    Process 0 chooses and broadcasts; if any process finds the step damaged, all agree, process 0 quarantines it in
-    the journal and the next newest is tried. So it is if the store fails, but then nothing is quarantined: it may
-    answer tomorrow; if it does not answer at all, Unavailable is raised: an older step would be no answer. A step that
-    was asked for, and `strict`, never step down. `back` leaves out that many of the newest steps: what a supervisor
-    asks for after a crash loop. Raises Damaged, StorageError, NothingToRestore, Mismatch.
+    Process 0 chooses and broadcasts. If the step is proven to be damaged, all agree, process 0 quarantines it in the
+    journal and the next newest is tried. A step that merely cannot be read is no reason for that: Unavailable is raised
+    on all, and nothing is changed. A step that was asked for, and `strict`, never step down. `back` leaves out that
+    many of the newest steps: what a supervisor asks for after a crash loop. `admit` is called on all processes when a
+    step and the target are known to fit, before anything is written to the journal or any array is read.
+    Raises Damaged, Unavailable, NothingToRestore, Mismatch.
     """
     step = arguments.saved_step(step)
     started = time.monotonic()
     args = replace(args, share=(rendezvous.process, rendezvous.count))
-    passed: dict[tuple[int, str], _Objection] = {}
+    together = _Together(catalog, rendezvous, timeout_s, never_down=step is not None or args.strict)
     while True:
-        choice = agree(rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back, passed))
+        choice = agree(
+            rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back, together.passed)
+        )
         if choice is None:
             return None
         failpoints.hit("restore.chosen")
         live = journal.find(catalog.entry(choice[0]), choice[1])
         assert live is not None  # process 0 found it in that very entry
+        stored = StoredStep(catalog, live)
+        fitted = together.all_of(stored, "fits", partial(fit, stored, like, args))
+        if fitted is None:
+            continue
+        admit()
+        together.quarantine()
         reading = Reading(args.reader, lambda read_bytes: heartbeat.beat("restoring", None))
-        load = partial(_load_once, rendezvous, live, timeout_s, reading) if args.load_once else reading.load
-        outcome, error = _try(partial(_read, catalog, live, like, args, load))
-        objection = _objection(rendezvous, live, outcome, error, timeout_s)
-        if outcome and not objection:
+        load: _Loader = partial(_load_once, rendezvous, timeout_s, reading) if args.load_once else reading.load
+        outcome = together.all_of(stored, "", partial(fitted.read, load))
+        if outcome is not None and (not args.attest or together.proves(stored, outcome[1])):
             failpoints.hit("restore.after")
             heartbeat.beat("restored", live.step, restored_step=live.step)
             elapsed_s = time.monotonic() - started
@@ -221,16 +240,7 @@ def restore_together(
             if rendezvous.process == 0:
                 _note_restored(catalog, live)
             return outcome[0]
-        assert objection is not None
-        if step is not None or args.strict:
-            kind = Damaged if objection.damage else StorageError
-            shown = layout.shown(live.step, live.attempt)
-            raise kind(f"{catalog.url} {shown} cannot be restored: {objection.reason}")
-        emit(SteppedDown(live.step, live.attempt, objection.reason))
-        passed[live.step, live.attempt] = objection
-        if objection.damage:
-            rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=objection.reason[:1000])
-            agree(rendezvous, "restore: quarantine", timeout_s, partial(_append, catalog, rule))
+        together.quarantine()
 
 
 class _Stopped(Exception):
@@ -243,23 +253,18 @@ class _Stopped(Exception):
 
 
 def _load_once(
-    rendezvous: Rendezvous,
-    live: LiveStep,
-    timeout_s: float,
-    reading: Reading,
-    directory: str,
-    loads: list[Load],
-    checksums: dict[str, str],
+    rendezvous: Rendezvous, timeout_s: float, reading: Reading, stored: StoredStep, loads: list[Load]
 ) -> list[Any]:
     """As `reading.load`, but what several processes want is read by one of them and exchanged. An exchange begins only
-    when all have read their part: whoever has failed tells so in `_objection`, which is the same meeting to the others.
+    when all have read their part: whoever has failed tells so in `_Together.all_of`, which is the same meeting to the
+    others.
     """
     values: list[Any] = [None] * len(loads)
     together = arrays.groups(loads)
     for group in together:
-        parts = reading.load(directory, group.parts, checksums)
+        parts = reading.load(stored, group.parts)
         try:
-            answers = rendezvous.gather(_meeting(live), {"exchange": group.told}, timeout_s)
+            answers = rendezvous.gather(_meeting(stored, ""), {"exchange": group.told}, timeout_s)
         except OrchestratorError as error:
             raise _Stopped([]) from error
         if answers != [{"exchange": group.told}] * len(answers):
@@ -267,55 +272,128 @@ def _load_once(
         for place, value in zip(group.places, group.exchanged(parts), strict=True):
             values[place] = value
     alone = sorted(set(range(len(loads))).difference(*(group.places for group in together)))
-    for place, value in zip(alone, reading.load(directory, [loads[at] for at in alone], checksums), strict=True):
+    for place, value in zip(alone, reading.load(stored, [loads[at] for at in alone]), strict=True):
         values[place] = value
     return values
 
 
-def _meeting(live: LiveStep) -> str:
-    return f"restore: step {live.step}"
+def _meeting(stored: StoredStep, what: str) -> str:
+    return f"restore: step {stored.live.step}{what and ' ' + what}"
 
 
-_DAMAGE = frozenset(kind.__name__ for kind in (Damaged, UnsafeKey, NewerFormat))
-_STORE = frozenset(kind.__name__ for kind in (StorageError, OutcomeUnknown))
+# Named, as they come from other processes. A newer format is none: this version cannot judge it.
+_DAMAGE = frozenset(kind.__name__ for kind in (Damaged, UnsafeKey))
+_STORE = frozenset(kind.__name__ for kind in (StorageError, Unavailable, OutcomeUnknown))
 
 
-@dataclass(frozen=True)
-class _Objection:
-    """Why a step cannot be used. `damage`: what is stored is not what was saved; else the store could not be read."""
+class _Together:
+    """What the processes of a job find out about steps, the same on all of them. `passed`: attempts proven to be
+    damaged; those that are `found` so are journalled by `quarantine`."""
 
-    reason: str
-    damage: bool
+    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, timeout_s: float, never_down: bool) -> None:
+        self._catalog, self._rendezvous, self._timeout_s = catalog, rendezvous, timeout_s
+        self._never_down, self._retired = never_down, 0
+        self.passed: _Passed = {}
+        self._found: list[LiveStep] = []
 
-
-def _objection(
-    rendezvous: Rendezvous,
-    live: LiveStep,
-    outcome: tuple[Restored, Proof] | None,
-    error: Exception | None,
-    timeout_s: float,
-) -> _Objection | None:
-    """Why this step cannot be used, on all processes alike. Raises, on all, what no other step would mend."""
-    proof = outcome[1] if outcome else None
-    if isinstance(error, _Stopped):
-        if error.__cause__:
-            raise error.__cause__
-        answers, error = error.answers, None
-    else:
-        told = {"proof": proof.told()} if proof else {"kind": type(error).__name__, "text": str(error)}
-        answers = rendezvous.gather(_meeting(live), told, timeout_s)
-    for index, answer in enumerate(answers):
-        if "kind" in answer:
-            if answer["kind"] not in _DAMAGE | _STORE:  # a target that does not fit, say
+    def all_of(self, stored: StoredStep, what: str, read: Callable[[], Value]) -> Value | None:
+        """What `read` returns, if it has returned on all processes. None if another step is to be tried: this one is
+        damaged, or retired since. Raises, on all, what no other step would mend."""
+        outcome, error = _try(read)
+        if isinstance(error, _Stopped):
+            if error.__cause__:
+                raise error.__cause__
+            answers, error = error.answers, None
+        else:
+            answers = self._rendezvous.gather(_meeting(stored, what), _told(error), self._timeout_s)
+        failed = [(index, answer) for index, answer in enumerate(answers) if "kind" in answer]
+        if not failed:
+            if outcome is None or not all(answer == {"read": True} for answer in answers):
+                text = "load_once: the processes ask for different arrays; `like` must be the same on all of them"
+                raise UsageError(text)
+            return outcome
+        for index, answer in failed:
+            if answer["kind"] not in {*_DAMAGE, *_STORE, StepRetired.__name__}:  # a target that does not fit, say
                 raise error or as_error(index, answer["kind"], answer["text"])
-            reason = f"process {index} ({rendezvous.hosts.get(index, '?')}): {answer['text']}"
-            return _Objection(reason, answer["kind"] in _DAMAGE)
-    if proof is None or not all("proof" in answer for answer in answers):
-        raise UsageError("load_once: the processes ask for different arrays; `like` must be the same on all of them")
-    if proof.holds([answer["proof"] for answer in answers]):
+        if any(answer["kind"] == StepRetired.__name__ for _, answer in failed):
+            self._again_if_retired(failed)
+            return None
+        unread = [self._line(index, answer) for index, answer in failed if answer["kind"] in _STORE]
+        if unread:
+            raise Unavailable(f"{stored.where} cannot be read now, and nothing was changed for it: {unread[0]}")
+        self._damaged(stored, *failed[0])
         return None
-    details = rendezvous.gather(f"restore: fingerprints of step {live.step}", proof.details(), timeout_s)
-    return _Objection("; ".join(proof.wrong(details)[:5]), damage=True)
+
+    def proves(self, stored: StoredStep, proof: Proof) -> bool:
+        """Whether what all processes have restored is what was saved, by its fingerprints. False: it is damaged."""
+        told = {"sums": proof.told(), "wrong": proof.wrong_here[:5]}
+        answers = self._rendezvous.gather(_meeting(stored, "fingerprints"), told, self._timeout_s)
+        lines = [line for answer in answers for line in answer["wrong"]]
+        if not proof.holds([answer["sums"] for answer in answers]):
+            told = proof.details()
+            details = self._rendezvous.gather(_meeting(stored, "all fingerprints"), told, self._timeout_s)
+            lines += proof.wrong(details)
+        if not lines:
+            return True
+        names = [name for name, _ in lines[:3]]
+        text = "; ".join(line for _, line in lines[:5])
+        judge = partial(stored.judge_fingerprints, names, text)
+        try:
+            agree(self._rendezvous, _meeting(stored, "stored fingerprints"), self._timeout_s, judge)
+        except Damaged as proof:
+            self._pass(stored.live, str(proof))
+        return False
+
+    def quarantine(self) -> None:
+        """Journal what was found to be damaged."""
+        while self._found:
+            live = self._found.pop(0)
+            reason = self.passed[live.step, live.attempt][:1000]
+            rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason)
+            agree(self._rendezvous, "restore: quarantine", self._timeout_s, partial(_append, self._catalog, rule))
+
+    def _again_if_retired(self, failed: list[tuple[int, Json]]) -> None:
+        self._retired += 1
+        index, answer = next(each for each in failed if each[1]["kind"] == StepRetired.__name__)
+        if self._never_down or self._retired > _RETIRED_MAX:
+            raise StepRetired(self._line(index, answer))
+
+    def _damaged(self, stored: StoredStep, index: int, answer: Json) -> None:
+        """Process `index` has proof. What process 0 journals it has seen itself: a host with a bad cache or bad memory
+        may prove anything."""
+
+        def confirm() -> str:
+            if index == 0:
+                return str(answer["text"])
+            try:
+                stored.judge(answer["files"], answer["chunks"])
+            except Damaged:
+                return str(answer["text"])
+            return ""
+
+        if not agree(self._rendezvous, _meeting(stored, "damage"), self._timeout_s, confirm):
+            raise Unavailable(
+                f"{stored.where}: {self._line(index, answer)}; process 0 finds it as it was saved: look at that host"
+            )
+        self._pass(stored.live, self._line(index, answer))
+
+    def _pass(self, live: LiveStep, reason: str) -> None:
+        if self._never_down:
+            shown = layout.shown(live.step, live.attempt)
+            raise Damaged(f"{self._catalog.url} {shown} cannot be restored: {reason}")
+        emit(SteppedDown(live.step, live.attempt, reason))
+        self.passed[live.step, live.attempt] = reason
+        self._found.append(live)
+
+    def _line(self, index: int, answer: Json) -> str:
+        return f"process {index} ({self._rendezvous.hosts.get(index, '?')}): {answer['text']}"
+
+
+def _told(error: Exception | None) -> Json:
+    if error is None:
+        return {"read": True}
+    suspects = {"files": error.files, "chunks": error.chunks} if isinstance(error, Damaged) else {}
+    return {"kind": type(error).__name__, "text": str(error), **suspects}
 
 
 def _note_restored(catalog: Catalog, live: LiveStep) -> None:
@@ -330,9 +408,7 @@ def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journ
     catalog.append(rule)
 
 
-def _choose(
-    catalog: Catalog, step: int | None, back: int, passed: Mapping[tuple[int, str], _Objection]
-) -> tuple[int, int] | None:
+def _choose(catalog: Catalog, step: int | None, back: int, passed: _Passed) -> tuple[int, int] | None:
     """(journal version, step) of what to restore, not among `passed`; None in a new run. `back`: leave out that many of
     the newest."""
     if step is None:
@@ -340,9 +416,8 @@ def _choose(
         good = [live for live in head.live if live.restorable and (live.step, live.attempt) not in passed]
         if len(good) > back:
             return head.version, good[-1 - back].step
-        failed = [f"step {number}: {why.reason}" for (number, _), why in passed.items() if not why.damage]
-        if failed:
-            raise StorageError(f"{catalog.url}: none of {len(passed)} steps could be read; " + "; ".join(failed[:3]))
+        if passed:
+            raise NothingToRestore(f"{catalog.url}: nothing to restore, and nothing was changed" + shown(passed))
         if catalog.newest(head) or back:
             raise NothingToRestore(
                 f"{catalog.url}: asked to leave out the newest {back} of {len(good)} restorable steps"
@@ -353,10 +428,14 @@ def _choose(
     return catalog.require_head().version, live.step
 
 
-def _try(read: Callable[[], tuple[Restored, Proof]]) -> tuple[tuple[Restored, Proof] | None, Exception | None]:
+def shown(passed: _Passed) -> str:
+    """A line for each step that is damaged."""
+    return "".join(f"\n  step {step}: {reason}" for (step, _), reason in passed.items())
+
+
+def _try(read: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
     """What was read, or what went wrong: the other processes must hear of it before it is raised here."""
     try:
-        failpoints.hit("restore.read")
         return read(), None
     except Exception as error:
         return None, error
@@ -387,70 +466,3 @@ def as_error(process: int, name: str, text: str) -> Exception:
     if isinstance(kind, type) and issubclass(kind, OrchestratorError) and not issubclass(kind, Mismatch | SaveFailed):
         return kind(message)
     return OrchestratorError(f"process {process}: {name}: {text}")
-
-
-class Run:
-    """A run opened for reading (evaluators, notebooks): no epoch is opened and nothing is ever written."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        catalog.require_head()
-
-    def latest_step(self) -> int | None:
-        """The newest restorable step; None in a new run. Raises NothingToRestore where all steps are quarantined."""
-        live = self._catalog.find(None)
-        return live.step if live else None
-
-    def all_steps(self) -> list[int]:
-        return sorted(live.step for live in self._catalog.require_head().live if live.restorable)
-
-    def restore(
-        self,
-        like: Any = None,
-        *,
-        step: int | None = None,
-        partial: bool = False,
-        cast: bool = False,
-        attest: bool = False,
-    ) -> Restored:
-        """Read a step (the newest by default) into `like`; None gives nested dicts of numpy arrays.
-
-        Steps down past damaged steps without writing that to the journal. `attest`: compare fingerprints with those of
-        the save, of arrays that are wholly in this process. Raises NothingToRestore, StepNotFound,
-        Mismatch, Damaged (for a step that was asked for).
-        """
-        args = RestoreArgs(partial=partial, cast=cast, attest=attest)
-        step = arguments.saved_step(step)
-        if step is not None:
-            live = self._catalog.find(step)
-            assert live is not None  # find raises for a step that is not there
-            return read_step(self._catalog, live, like, args)
-        problems = []
-        head = self._catalog.require_head()
-        if self._catalog.newest(head) is None:
-            raise NothingToRestore(f"{self._catalog.url}: nothing to restore: no step has been committed yet")
-        for live in reversed([live for live in head.live if live.restorable]):
-            try:
-                return read_step(self._catalog, live, like, args)
-            except Unavailable:  # an older step would be no answer to a store that is down
-                raise
-            except (Damaged, StorageError) as error:
-                emit(SteppedDown(live.step, live.attempt, str(error)))
-                problems.append(f"step {live.step}: {error}")
-        raise NothingToRestore(f"{self._catalog.url}: nothing to restore" + "".join(f"\n  {line}" for line in problems))
-
-    def watch(self, *, poll_s: float = 1.0, timeout_s: float | None = None) -> Iterator[int]:
-        """Yield steps committed from now on, each once. Ends after `timeout_s` without a new one (None: never)."""
-        arguments.seconds("poll_s", poll_s)
-        if timeout_s is not None:
-            arguments.seconds("timeout_s", timeout_s)
-        seen = {(live.step, live.attempt) for live in self._catalog.require_head().live}
-        quiet_since = time.monotonic()
-        while timeout_s is None or time.monotonic() - quiet_since < timeout_s:
-            fresh = [live for live in self._catalog.require_head().live if (live.step, live.attempt) not in seen]
-            for live in fresh:
-                seen.add((live.step, live.attempt))
-                yield live.step
-                quiet_since = time.monotonic()
-            if not fresh:
-                time.sleep(poll_s)

@@ -213,7 +213,7 @@ def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
         path = tree_path(raw_path)
         if isinstance(value, jax.ShapeDtypeStruct):
             kind, dtype = _target_form(value.dtype)
-            wanted.append(TargetLeaf(path, kind, tuple(value.shape), dtype))
+            wanted.append(TargetLeaf(path, kind, tuple(value.shape), dtype, _held(value.dtype)))
         else:
             spec = _describe(path, value, check_live=False)
             wanted.append(TargetLeaf(path, spec.kind, spec.shape, spec.dtype))
@@ -224,6 +224,12 @@ def targets(like: Any) -> tuple[list[TargetLeaf], list[Any], Any]:
 def _target_form(dtype: Any) -> tuple[str, str]:
     """(kind, dtype's name) of an abstract array. Kept, as numpy takes 30 microseconds to name one."""
     return "key" if _is_key(dtype) else "array", str(dtype)
+
+
+def _held(dtype: Any) -> str:
+    """The dtype that an array of `dtype` has in this process, '' if it is that one. It may change: x64 is a setting."""
+    held = dtype if _is_key(dtype) else jax.dtypes.canonicalize_dtype(dtype)
+    return "" if held == dtype else str(held)
 
 
 def _is_empty(value: Any) -> bool:

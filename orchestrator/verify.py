@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from orchestrator import arrays, attest, chunks, journal, layout
+from orchestrator import attest, chunks, journal
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, StorageError
+from orchestrator.errors import Damaged, OrchestratorError, StepRetired
 from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
+from orchestrator.stored_step import StoredStep
 
 _THREADS = 4  # each holds one file in memory
 _DATA = "/d/"  # OCDBT keeps an array store's bytes in such directories
@@ -26,18 +27,26 @@ OnBytes = Callable[[int], None]
 
 @dataclass
 class Verdict:
-    """What reading an attempt back has found. `damaged`: is not what was saved. `unread`: the store failed, which says
-    nothing about the data. One line each. `whole`: everything was read, not a sample."""
+    """What reading an attempt back has found. `damaged`: is proven not to be what was saved. `unread`: could not be
+    read, which says nothing about the data. One line each. `retired`: retention was quicker, there is nothing to say.
+    `whole`: everything was read, not a sample."""
 
     damaged: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+    retired: str = ""
     files: int = 0
     chunks: int = 0
     whole: bool = True
 
     @property
     def good(self) -> bool:
-        return not self.damaged and not self.unread
+        return not self.damaged and not self.unread and not self.retired
+
+    def note(self, error: OrchestratorError) -> None:
+        if isinstance(error, StepRetired):
+            self.retired = str(error)
+        else:
+            (self.damaged if isinstance(error, Damaged) else self.unread).append(str(error))
 
 
 def read_back(
@@ -53,22 +62,24 @@ def read_back(
     one), chosen by `seed`; records, sizes and process states are always looked at. `by_store`: the store's own word for
     size and checksum of every file is taken, and no chunk is read. Any thread."""
     verdict = Verdict(whole=sample is None and not by_store)
+    stored = StoredStep(catalog, live)
     try:
         manifest = catalog.manifest(live)
         if not verdict.whole:
             catalog.check_sizes(live, manifest)
     except OrchestratorError as error:
-        _note(verdict, error)
+        verdict.note(error)
         return verdict
     if by_store:
-        _read_files(catalog.sealed, live, list(manifest.files), verdict, on_bytes)
+        _read_files(catalog.measured, live, list(manifest.files), verdict, on_bytes)
         return verdict
     files = [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
     _read_files(catalog.checked, live, files, verdict, on_bytes)
     keys = sorted(manifest.chunks)
     if sample is not None and keys:
         keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
-    _read_chunks(catalog, live, manifest, keys, verdict, on_bytes)
+    if keys and not verdict.retired:
+        _read_chunks(stored, keys, verdict, on_bytes)
     return verdict
 
 
@@ -88,10 +99,6 @@ def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
         catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="verified"))
 
 
-def _note(verdict: Verdict, error: OrchestratorError) -> None:
-    (verdict.damaged if isinstance(error, Damaged | NewerFormat) else verdict.unread).append(str(error))
-
-
 def _read_files(
     check: Callable[[LiveStep, FileEntry], object],
     live: LiveStep,
@@ -102,7 +109,7 @@ def _read_files(
     def read(entry: FileEntry) -> OrchestratorError | None:
         try:
             check(live, entry)
-        except (Damaged, StorageError) as error:
+        except OrchestratorError as error:
             return error
         on_bytes(entry.bytes)
         return None
@@ -110,18 +117,16 @@ def _read_files(
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
         for error in pool.map(read, files):
             if error:
-                _note(verdict, error)
+                verdict.note(error)
     verdict.files = len(files)
 
 
-def _read_chunks(
-    catalog: Catalog, live: LiveStep, manifest: Manifest, keys: list[str], verdict: Verdict, on_bytes: OnBytes
-) -> None:
-    directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
+def _read_chunks(stored: StoredStep, keys: list[str], verdict: Verdict, on_bytes: OnBytes) -> None:
+    catalog, live, manifest = stored.catalog, stored.live, stored.catalog.manifest(stored.live)
     try:
-        bad = arrays.check(directory, {key: manifest.chunks[key] for key in keys}, on_bytes) if keys else {}
+        bad = stored.bad_chunks(keys, on_bytes)
     except OrchestratorError as error:
-        _note(verdict, error)
+        verdict.note(error)
         return
     verdict.chunks = len(keys)
     where = _places(catalog, live, manifest, set(bad)) if bad else {}

@@ -291,7 +291,7 @@ def test_a_head_that_promises_more_bytes_than_there_are(run: Path) -> None:
     larger = type(manifest)(
         **{**{name: getattr(manifest, name) for name in manifest.__struct_fields__}, "files": tuple(grown)}
     )
-    with pytest.raises(oc.Damaged, match=r"has \d+ bytes, the manifest says \d+"):
+    with pytest.raises(oc.Damaged, match=r"has \d+ bytes with crc32c \w+, the manifest says \d+"):
         catalog.check_sizes(head.live[-1], larger)
     assert encode(larger) != encode(manifest)
 
@@ -314,7 +314,7 @@ def test_every_error_has_an_exit_code_that_programs_can_rely_on() -> None:
         "WaitTimeout": 1,
         **dict.fromkeys(["UnsupportedLeaf", "UsageError"], 2),
         **dict.fromkeys(["NewerFormat", "NotARun"], 3),
-        **dict.fromkeys(["Damaged", "UnsafeKey"], 4),
-        "Fenced": 5,
-        **dict.fromkeys(["NothingToRestore", "StepNotFound"], 6),
+        **dict.fromkeys(["Damaged", "JournalLost", "UnsafeKey"], 4),
+        **dict.fromkeys(["Fenced", "RootChanged"], 5),
+        **dict.fromkeys(["NothingToRestore", "StepNotFound", "StepRetired"], 6),
     }

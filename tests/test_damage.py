@@ -21,6 +21,7 @@ from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
+from orchestrator.reader import Run
 from orchestrator.records import LeafSpec
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
@@ -68,7 +69,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "process state edited": (edit("process/*", lambda body: body[::-1]), "process/00000.bin"),
     "process state gone": (remove("process/*"), "process/00000.bin: is missing"),
     "data file gone": (remove("state/ocdbt.process_0/d/*"), "is missing, the manifest says"),
-    "data file cut": (edit("state/ocdbt.process_0/d/*", lambda body: body[:-1]), "bytes, the manifest says"),
+    "data file cut": (edit("state/ocdbt.process_0/d/*", lambda body: body[:-1]), "the manifest says"),
     "data files zeroed": (edit("state/**/d/*", lambda body: bytes(len(body))), "not a part of an OCDBT store"),
 }
 
@@ -137,9 +138,10 @@ def test_when_every_step_is_damaged_there_is_nothing_to_restore(root: Path) -> N
         DAMAGE["manifest gone"][0](attempt)
     with pytest.raises(oc.NothingToRestore, match=r"step 2: .*\n.*step 1: "):
         oc.open_run(root).restore(LIKE)
-    agent = oc.Agent(root)
-    with pytest.raises(oc.NothingToRestore, match="all 2 steps are quarantined"):
+    agent, before = oc.Agent(root), snapshot(root / "steps")
+    with pytest.raises(oc.NothingToRestore, match=r"nothing was changed\n  step 2: .*\n  step 1: "):
         agent.restore(LIKE)
+    assert (agent.all_steps(), snapshot(root / "steps")) == ([1, 2], before), "nothing fits, so nothing is journalled"
     assert errors.NothingToRestore.exit_code == 6
 
 
@@ -178,20 +180,21 @@ class Unreadable:
             raise errors.StorageError(f"{operation} {key}: EIO (Input/output error)")
 
 
-def test_a_store_that_fails_is_stepped_over_and_nothing_is_quarantined_for_it(root: Path) -> None:
+def test_a_store_that_fails_is_no_reason_to_begin_at_an_older_step(root: Path) -> None:
     fill(root, 1, 2)
     store = HookedStorage(PosixStorage(str(root)), before=Unreadable("steps/00000002/"))
+    said = r"step 2 e0001-a01 cannot be read now, and nothing was changed for it: process 0 \(.*EIO"
     with oc.Agent(root, options=now(), storage=store) as agent:
-        restored = agent.restore(LIKE)
-        assert restored is not None and restored.step == 1
-        assert agent.all_steps() == [1, 2]  # it may answer tomorrow
-        with pytest.raises(oc.StorageError, match=r"step 2 e0001-a01 cannot be restored: .*EIO"):
-            agent.restore(LIKE, strict=True)
-    store = HookedStorage(PosixStorage(str(root)), before=Unreadable("steps/"))
-    with oc.Agent(root, options=now(), storage=store) as agent:
-        with pytest.raises(oc.StorageError, match=r"none of 2 steps could be read; step 2: .*EIO.*step 1: "):
-            agent.restore(LIKE)
+        for arguments in ({}, {"strict": True}, {"step": 2}):
+            with pytest.raises(oc.Unavailable, match=said):
+                agent.restore(LIKE, **arguments)
         assert agent.all_steps() == [1, 2]
+    reader = Run(Catalog(store, "reader"))
+    with pytest.raises(oc.StorageError, match="EIO"):
+        reader.restore(LIKE)
+    with oc.Agent(root, options=now()) as agent:
+        restored = agent.restore(LIKE)
+        assert restored is not None and restored.step == 2, "once it answers, all is as it was"
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/hostname", "d/../../secret"])
@@ -242,7 +245,7 @@ def small_leaves(directory: Path, of_b: bytes | tuple[str, int, int] | None) -> 
 @pytest.mark.parametrize("how", SMALL_DAMAGE)
 def test_damage_of_one_of_many_leaves_that_are_read_together_names_it(tmp_path: Path, how: str) -> None:
     body, said = SMALL_DAMAGE[how]
-    with pytest.raises(oc.Damaged, match=said):
+    with pytest.raises(errors.Suspect, match=said):
         small_leaves(tmp_path, body)()
 
 
@@ -300,7 +303,7 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     assert "belongs to another save" in said
     leaves = [arrays.Load(leaf) for leaf in catalog.intent(one, own).tree.leaves]
     assert len(arrays.load(directory, leaves, None, own.chunks)) == 1
-    with pytest.raises(oc.Damaged, match=r"w: chunk w/c/0/0 .* belongs to another save"):
+    with pytest.raises(errors.Suspect, match=r"w: chunk w/c/0/0 .* belongs to another save"):
         arrays.load(directory, leaves, None, other.chunks)
 
 

@@ -22,8 +22,9 @@ from orchestrator.cli.main import main
 from orchestrator.cli.plan import Plan
 from orchestrator.errors import UsageError
 from orchestrator.forecast import FILES_BYTES, STORE_BYTES, Cost, Measured, Target
+from orchestrator.reader import read_step
 from orchestrator.records import Box, LeafSpec
-from orchestrator.restore import Reading, RestoreArgs, read_step
+from orchestrator.restore import Reading, RestoreArgs
 from orchestrator.tree import STORABLE, flatten, numpy_dtype
 
 P = PartitionSpec

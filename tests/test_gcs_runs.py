@@ -244,7 +244,7 @@ def test_verify_by_store_downloads_no_array_and_finds_what_was_changed(
     capsys.readouterr()
     assert cli(["orchestrator", "verify", root, "--by_store", "--repair_journal=never", "--json"]) == 4
     (found,) = json.loads(capsys.readouterr().out)
-    assert len(found["problems"]) == 1 and f"{data.key}: the store has {data.bytes} bytes" in found["problems"][0]
+    assert len(found["problems"]) == 1 and f"{data.key}: has {data.bytes} bytes" in found["problems"][0]
     storage.delete("steps/00000001/e0001-a01/extra.json")
     assert cli(["orchestrator", "verify", root, "--by_store"]) == 4
     assert "extra.json: is missing" in capsys.readouterr().out

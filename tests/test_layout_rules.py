@@ -26,9 +26,9 @@ _NAMES = {
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
         arrays.feed arrays.planning arrays.merging arrays.dividing
-        rendezvous events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
+        rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
-        agent saving coordinator restore proof verify diff collect catalog pacing export""",
+        agent saving coordinator restore reader stored_step proof verify diff collect catalog pacing export""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names

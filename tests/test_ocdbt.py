@@ -16,7 +16,7 @@ from orchestrator import chunks
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.contents import Chunk
-from orchestrator.errors import Damaged
+from orchestrator.errors import Suspect
 
 DATA = bytes(range(256)) * 400
 CONTEXT = ts.Context()  # stores copy ranges to each other only within one
@@ -97,7 +97,7 @@ def test_a_store_with_compressed_nodes_is_left_to_tensorstore(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("file", ["d/data", ocdbt.MANIFEST])
-def test_a_flipped_bit_or_a_cut_in_the_tree_is_damage(tmp_path: Path, file: str) -> None:
+def test_a_flipped_bit_or_a_cut_in_the_tree_is_noticed(tmp_path: Path, file: str) -> None:
     put(tmp_path, some_entries(30))
     whole = (tmp_path / file).read_bytes()
     first = len(DATA) if file == "d/data" else 0
@@ -105,10 +105,10 @@ def test_a_flipped_bit_or_a_cut_in_the_tree_is_damage(tmp_path: Path, file: str)
         broken = bytearray(whole)
         broken[at] ^= 4
         (tmp_path / file).write_bytes(broken)
-        with pytest.raises(Damaged):
+        with pytest.raises(Suspect):
             LocalStore(str(tmp_path)).places()
     (tmp_path / file).write_bytes(whole[:-1])
-    with pytest.raises(Damaged):
+    with pytest.raises(Suspect):
         LocalStore(str(tmp_path)).places()
 
 

@@ -130,7 +130,8 @@ def test_a_step_retired_while_it_was_read_is_not_quarantined(run: Path) -> None:
     with oc.Agent(run, options=now(), keep=oc.last(1)) as agent:
         agent.save(2, big(2))
     verdict = verify.read_back(catalog, step)
-    assert verdict.damaged
+    assert "was retired while it was read; the newest is step 2" in verdict.retired
+    assert not verdict.good and not verdict.damaged and not verdict.unread
     before = snapshot(run)
     verify.record(catalog, step, verdict)
     assert snapshot(run) == before

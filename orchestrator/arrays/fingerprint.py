@@ -132,6 +132,16 @@ def of(leaf: LeafSpec, value: Any) -> str:
     return attest.total({part.box: told for part, told in found}.values())
 
 
+def of_pieces(leaf: LeafSpec, pieces: Iterable[tuple[Box, Any]]) -> str:
+    """The fingerprint of an array from numpy pieces that cover it once, as stored. Holds one piece at a time."""
+    found = []
+    for box, data in pieces:
+        kind, item = _from_host(leaf, leaf.file_shape, Part(box, 0, _HOST), data)
+        (lanes,) = np.asarray(_launch(kind, [item])).reshape(-1, 4).tolist()
+        found.append(attest.as_text(lanes))
+    return attest.total(found)
+
+
 def _groups(items: list[_Item], most: int) -> Iterator[list[_Item]]:
     """Groups of sizes that are powers of two, so that few programs serve any number of leaves."""
     first = 0

@@ -11,19 +11,21 @@ import crc32c
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt
 from orchestrator.contents import Chunk, Place
-from orchestrator.errors import Damaged, OrchestratorError, StorageError
-from orchestrator.layout import check_key
+from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
+from orchestrator.layout import STATE, check_key
 
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 
 
-# What is gone, or what the disk itself cannot give back. Anything else (no permission, no descriptors left, a server
-# that does not answer) says nothing about the data.
-_LOST = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EUCLEAN})
+# What seems to be gone is looked for again in another way. Anything else (no permission, no descriptors left, a disk or
+# a server that does not answer) says nothing about the data.
+_LOST = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 
 
-def _fault(error: OSError) -> type[OrchestratorError]:
-    return Damaged if error.errno in _LOST else StorageError
+def _fault(text: str, path: str, error: OSError) -> OrchestratorError:
+    if error.errno in _LOST:
+        return Suspect(text, files=[STATE + path])
+    return Unavailable(text)
 
 
 class LocalStore:
@@ -33,28 +35,42 @@ class LocalStore:
         self._directory = directory
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
+        self._tree: list[str] = []  # files that the tree was read from
 
     def places(self) -> dict[str, Chunk] | None:
-        """Where each value is; None if the store's tree is one that only TensorStore reads. Raises Damaged."""
+        """Where each value is; None if the store's tree is one that only TensorStore reads. Raises Suspect naming the
+        files that it was read from, Unavailable."""
+        self._tree = [ocdbt.MANIFEST]
+        try:
+            return self._read_tree()
+        except ocdbt.Unsupported:
+            return None
+        except Damaged as error:  # once is no proof
+            raise Suspect(str(error), files=[STATE + path for path in self._tree]) from error
+
+    def _read_tree(self) -> dict[str, Chunk]:
         where = f"{self._directory}/{ocdbt.MANIFEST}"
         try:
             with open(where, "rb") as file:
                 root = ocdbt.decode_manifest(file.read(), where)
-            found: dict[str, Chunk] = {}
-            nodes = [(b"", root)] if root else []
-            while nodes:
-                prefix, node = nodes.pop()
-                path, _, size = node.place
-                body = bytearray(size)
-                self._read(memoryview(body), node.place, "the tree")
-                entries, children = ocdbt.decode_node(bytes(body), node.transitive, prefix, f"{self._directory}/{path}")
-                found |= {key.decode(): value for key, value in entries}
-                nodes += children
-        except ocdbt.Unsupported:
-            return None
         except OSError as error:
-            raise _fault(error)(f"{where}: cannot be read: {error}") from error
+            raise _fault(f"{where}: cannot be read: {error}", ocdbt.MANIFEST, error) from error
+        found: dict[str, Chunk] = {}
+        nodes = [(b"", root)] if root else []
+        while nodes:
+            prefix, node = nodes.pop()
+            path, _, size = node.place
+            self._tree.append(path)
+            body = bytearray(size)
+            self._read(memoryview(body), node.place, "the tree")
+            entries, children = ocdbt.decode_node(bytes(body), node.transitive, prefix, f"{self._directory}/{path}")
+            found |= {key.decode(): value for key, value in entries}
+            nodes += children
         return found
+
+    def files_of(self, chunk: Chunk | None) -> list[str]:
+        """The files, below the directory, that say what this value is: its own, or those of the tree."""
+        return [chunk[0]] if isinstance(chunk, tuple) else sorted(set(self._tree))
 
     def read_into(
         self, target: memoryview, place: Place, label: str, tail: memoryview | None = None
@@ -77,9 +93,10 @@ class LocalStore:
             while got < size and (more := os.preadv(self._descriptor(path), [target[got:]], offset + got)):
                 got += more  # some file systems give less than was asked for, before the end
         except OSError as error:
-            raise _fault(error)(f"{label}: {self._directory}/{path} cannot be read: {error}") from error
+            raise _fault(f"{label}: {self._directory}/{path} cannot be read: {error}", path, error) from error
         if got != size:
-            raise Damaged(f"{label}: {self._directory}/{path} ends at {offset + got}, wanted {offset + size}")
+            text = f"{label}: {self._directory}/{path} ends at {offset + got}, wanted {offset + size}"
+            raise Suspect(text, files=[STATE + path])
 
     def _descriptor(self, path: str) -> int:
         if path not in self._open:

@@ -25,13 +25,14 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from orchestrator import chunks, garbage
+from orchestrator import chunks, environment, garbage, layout
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.placing import Arena, Filling, Load, Slab, Target, piece_of, place, prepare, unread
 from orchestrator.arrays.store import context, foreign_spec, report_retries, store_spec
 from orchestrator.contents import Chunk
-from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, WaitTimeout
+from orchestrator.errors import OrchestratorError, Suspect, Unavailable
+from orchestrator.events import Retried, emit
 from orchestrator.records import Box, Foreign, LeafSpec
 from orchestrator.tree import numpy_dtype
 
@@ -42,7 +43,8 @@ _BATCH_BYTES = 4 << 20  # reads that one thread does in one go
 _BATCH_READS = 64
 _PART_BYTES = 128 << 20  # that goes to accelerators while as much is read
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
-_TIMEOUT_S = 600.0  # for any one read through TensorStore
+_WORD_S = 10.0  # while a store does not answer, this often somebody is told
+_FAILURES = (ValueError, OSError, NotImplementedError)  # as which TensorStore's statuses arrive
 _CHECK_READS = 16  # under way at once while checking
 _WHOLE = crc32c.crc32c(bytes(chunks.CHECKSUM_BYTES))  # of any bytes that end with their own CRC-32C
 
@@ -59,7 +61,8 @@ def load(
 
     Works on any mesh and process count. `on_bytes` is told of bytes as they arrive, for progress displays. `checksums`:
     the manifest's of each chunk; without them another save's chunk cannot be told from this one's.
-    Raises Damaged naming the leaf if it cannot be read or a checksum is wrong, WaitTimeout if there is no answer.
+    Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
+    cannot be read.
     """
     values: list[Any] = [None if item.leaf.in_store else unread(item) for item in loads]
     with garbage.paused():
@@ -116,20 +119,22 @@ def check(
     directory: str, checksums: Mapping[str, str], on_bytes: Callable[[int], None] = lambda read_bytes: None
 ) -> dict[str, str]:
     """Read these chunks (key -> the manifest's CRC-32C) of the `state/` at URL `directory`. By key: what is wrong with
-    each that is not what was saved. Holds a few at a time. Raises Damaged if the store cannot be opened, StorageError,
-    WaitTimeout."""
+    each that was not read as it was saved, which proves nothing yet. Holds a few at a time. Raises Suspect if the store
+    is not as it should be, Unavailable."""
     return _Reader(directory, on_bytes, checksums).check()
 
 
-# TensorStore's statuses that say something about the store, and nothing about what is in it.
-_UNANSWERED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED")
-_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+# TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
+# say, and whatever any other status says (credentials, certificates, a proxy's opinion), is no proof of damage.
+_SUSPICIOUS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+_TRIED_LONG = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # TensorStore's own retries are over
 
 
-def _fault(error: Exception) -> type[OrchestratorError]:
-    """Whether a failed read means that the store did not answer, that it refused, or that the data is damaged."""
-    text = str(error)
-    return Unavailable if text.startswith(_UNANSWERED) else StorageError if text.startswith(_REFUSED) else Damaged
+def _fault(text: str, error: Exception, keys: Sequence[str] = ()) -> OrchestratorError:
+    """What a read that TensorStore has failed means."""
+    if str(error).startswith(_SUSPICIOUS):
+        return Suspect(text, chunks=keys)
+    return Unavailable(text, waited=str(error).startswith(_TRIED_LONG))
 
 
 @dataclass(frozen=True)
@@ -160,9 +165,9 @@ class _Reader:
     @functools.cached_property
     def _store(self) -> Any:
         try:
-            return ts.KvStore.open(store_spec(self._directory), context=self._context).result(timeout=_TIMEOUT_S)
-        except (ValueError, OSError) as error:
-            raise _fault(error)(f"{self._directory}: cannot be opened: {error}") from error
+            return self._awaited(ts.KvStore.open(store_spec(self._directory), context=self._context), self._directory)
+        except _FAILURES as error:
+            raise _fault(f"{self._directory}: cannot be opened: {error}", error) from error
 
     @functools.cached_property
     def _places(self) -> dict[str, Chunk] | None:
@@ -231,7 +236,7 @@ class _Reader:
         for read in batch:
             place = places.get(read.key)
             if place is None:
-                raise Damaged(f"{read.label}: chunk {read.key} is missing in {self._directory}")
+                raise self._suspect(read, f"chunk {read.key} is missing in {self._directory}")
             size = len(place) if isinstance(place, bytes) else place[2]
             if size != read.bytes + chunks.CHECKSUM_BYTES:
                 self._wrong_size(read, size)
@@ -262,33 +267,52 @@ class _Reader:
     def _take(self, waiting: deque[tuple[_Read, Any]]) -> int:
         """Take the oldest read and put its bytes where they belong. Returns its size."""
         read, future = waiting.popleft()
-        result = self._result(read.label, future)
+        result = self._result(read.label, future, [read.key])
         if result.state != "value":
-            raise Damaged(f"{read.label}: chunk {read.key} is missing in {self._directory}")
+            raise self._suspect(read, f"chunk {read.key} is missing in {self._directory}")
         if len(result.value) != read.bytes + chunks.CHECKSUM_BYTES:
             self._wrong_size(read, len(result.value))
         self._place(read, result.value)
         self._on_bytes(read.bytes)
         return read.bytes
 
-    def _result(self, label: str, future: Any) -> Any:
+    def _result(self, label: str, future: Any, keys: Sequence[str] = ()) -> Any:
         try:
-            return future.result(timeout=_TIMEOUT_S)
-        except TimeoutError as error:
-            raise WaitTimeout(f"{label}: {self._directory} did not answer within {_TIMEOUT_S:g} s") from error
-        except (ValueError, OSError, NotImplementedError) as error:  # TensorStore's statuses arrive as these
-            raise _fault(error)(f"{label}: cannot be read from {self._directory}: {error}") from error
+            return self._awaited(future, label)
+        except _FAILURES as error:
+            raise _fault(f"{label}: cannot be read from {self._directory}: {error}", error, keys) from error
+
+    def _awaited(self, future: Any, label: str) -> Any:
+        """The result, within the deadline of an operation on a store; a word in between for whoever looks on."""
+        deadline_s = environment.store_deadline_s()
+        waited_s = 0.0
+        while True:
+            try:
+                return future.result(timeout=min(_WORD_S, deadline_s - waited_s))
+            except TimeoutError:
+                waited_s += _WORD_S
+            if waited_s >= deadline_s:
+                future.cancel()
+                text = f"{label}: {self._directory} did not answer within {deadline_s:g} s"
+                raise Unavailable(f"{text} ({environment.STORE_DEADLINE})", waited=True) from None
+            emit(Retried("store", 1, "read", f"{self._directory} {label}", f"no answer for {waited_s:g} s", 0.0))
 
     # Both.
 
+    def _suspect(self, read: _Read, text: str) -> Suspect:
+        place = self._places.get(read.key) if self._local and self._places is not None else None
+        files = self._local.files_of(place) if self._local and self._places is not None else ()
+        return Suspect(f"{read.label}: {text}", files=[layout.STATE + path for path in files], chunks=[read.key])
+
     def _wrong_size(self, read: _Read, size: int) -> None:
         wanted = read.bytes + chunks.CHECKSUM_BYTES
-        raise Damaged(f"{read.label}: chunk {read.key} in {self._directory} has {size} bytes, wanted {wanted}")
+        raise self._suspect(read, f"chunk {read.key} in {self._directory} has {size} bytes, wanted {wanted}")
 
     def _check(self, read: _Read, got: int, said: int) -> None:
         if got != said:
-            raise Damaged(f"{read.label}: chunk {read.key} in {self._directory}: crc32c {got:08x}, written {said:08x}")
-        self._same_save(read.label, read.key, said)
+            raise self._suspect(read, f"chunk {read.key} in {self._directory}: crc32c {got:08x}, written {said:08x}")
+        if problem := self._another_save(read.key, said):
+            raise self._suspect(read, problem)
 
     def _place(self, read: _Read, body: bytes | memoryview) -> None:
         """Check a chunk that lies elsewhere and copy what is wanted of it."""
@@ -298,16 +322,15 @@ class _Reader:
         for target in read.targets:
             read.into(target)[...] = source[target.part]
 
-    def _same_save(self, label: str, key: str, said: int) -> None:
+    def _another_save(self, key: str, said: int) -> str:
         wanted = self._checksums.get(key)
-        if self._checksums and wanted != f"{said:08x}":
-            raise Damaged(
-                f"{label}: chunk {key} in {self._directory} ends with crc32c {said:08x}, the manifest says {wanted}; "
-                "it belongs to another save"
-            )
+        if not self._checksums or wanted == f"{said:08x}":
+            return ""
+        where = f"chunk {key} in {self._directory}"
+        return f"{where} ends with crc32c {said:08x}, the manifest says {wanted}; it belongs to another save"
 
     def check(self) -> dict[str, str]:
-        """Read every chunk that there is a checksum of. Key -> what is wrong with it."""
+        """Read every chunk that there is a checksum of. Key -> what seems to be wrong with it."""
         problems: dict[str, str] = {}
         waiting: deque[tuple[str, Any]] = deque()
         keys = iter(self._checksums)
@@ -318,20 +341,17 @@ class _Reader:
                 return problems
             key, future = waiting.popleft()
             try:
-                result = future.result(timeout=_TIMEOUT_S)
-                self._on_bytes(len(result.value))
-                body = result.value if result.state == "value" else b""
-                said = int.from_bytes(body[-chunks.CHECKSUM_BYTES :], "little")
-                if len(body) < chunks.CHECKSUM_BYTES or crc32c.crc32c(body[: -chunks.CHECKSUM_BYTES]) != said:
-                    raise Damaged(f"chunk {key} in {self._directory} is missing or damaged")
-                self._same_save(key.partition("/c")[0], key, said)
-            except TimeoutError as error:
-                text = f"chunk {key}: {self._directory} did not answer within {_TIMEOUT_S:g} s"
-                raise WaitTimeout(text) from error
-            except (Damaged, ValueError, OSError) as error:
-                if (kind := _fault(error)) is not Damaged:
-                    raise kind(f"chunk {key}: cannot be read from {self._directory}: {error}") from error
-                problems[key] = str(error)
+                result = self._result(f"chunk {key}", future, [key])
+            except Suspect as suspect:
+                problems[key] = str(suspect)
+                continue
+            self._on_bytes(len(result.value))
+            body = result.value if result.state == "value" else b""
+            said = int.from_bytes(body[-chunks.CHECKSUM_BYTES :], "little")
+            if len(body) < chunks.CHECKSUM_BYTES or crc32c.crc32c(body[: -chunks.CHECKSUM_BYTES]) != said:
+                problems[key] = f"chunk {key} in {self._directory} is missing or damaged"
+            elif problem := self._another_save(key, said):
+                problems[key] = problem
 
     def _fill_by_zarr(self, filling: Filling) -> None:
         for row, item in enumerate(filling.items):
@@ -342,7 +362,7 @@ class _Reader:
         spec = foreign_spec(f"{self._directory.rstrip('/')}/{foreign.item}", foreign)
         store = self._result(leaf.label, ts.open(spec, open=True, read=True, context=self._context))
         if tuple(store.shape) != leaf.file_shape:
-            raise Damaged(f"{leaf.label}: the file holds {list(store.shape)}, the tree spec {list(leaf.file_shape)}")
+            raise Suspect(f"{leaf.label}: the file holds {list(store.shape)}, the tree spec {list(leaf.file_shape)}")
         for box, buffer in zip(boxes, buffers, strict=True):
             part = store[tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))]
             buffer[...] = self._result(leaf.label, part.read())

@@ -24,7 +24,7 @@ from orchestrator import journal
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
-from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError
+from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, OrchestratorError, StepRetired
 from orchestrator.eventlog import directory_of, read
 from orchestrator.records import Head
 from orchestrator.storage import Exists
@@ -138,9 +138,14 @@ def _steps(patient: Patient) -> Iterator[Finding]:
     for live in head.live:
         try:
             patient.catalog.check_sizes(live, patient.catalog.manifest(live))
-        except OrchestratorError as error:
+        except Damaged as error:
             do = f"orchestrator verify ROOT --step={live.step}; then restore from another step, or quarantine this one"
             yield Finding("steps", "damage", str(error), do)
+        except StepRetired:
+            continue  # a job is at work beside us
+        except OrchestratorError as error:
+            do = "this says nothing about what is stored: fix what keeps it from being read, then run doctor again"
+            yield Finding("steps", "bad", f"step {live.step} could not be read: {error}", do)
     bad = [live.step for live in head.live if not live.restorable]
     if bad:
         text = f"quarantined steps: {', '.join(map(str, bad))}"

@@ -76,7 +76,8 @@ class Entry(_Output):
 
 
 class Verified(_Output):
-    """`verify` prints a list of these. problems: what is damaged; unread: what could not be read."""
+    """`verify` prints a list of these. problems: what is damaged; unread: what could not be read;
+    retired: a job has retired the step meanwhile; not_recorded: why the journal does not say so."""
 
     step: int
     attempt: str
@@ -87,6 +88,8 @@ class Verified(_Output):
     by_store: bool
     problems: list[str]
     unread: list[str]
+    retired: str
+    not_recorded: str
 
 
 class Difference(_Output):

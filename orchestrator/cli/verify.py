@@ -20,15 +20,16 @@ def verify(root: str, flags: Flags) -> int:
         raise UsageError("--by_store looks at every file and reads no chunk: it goes without --sample")
     catalog = open_catalog(root)
     chosen = list(catalog.require_head().live) if flags["all"] else [live_step(catalog, flags["step"])]
-    found = [_verify(catalog, live, sample, flags) for live in chosen]
+    found = []
+    for live in chosen:
+        found.append(_verify(catalog, live, sample, flags))
+        if not flags["json"]:
+            _say(found[-1])  # at once: what comes after may take hours, or fail
     if flags["json"]:
         render.give(found)
-    else:
-        for one in found:
-            _say(one)
     if any(one["problems"] for one in found):
         return EXIT_DAMAGED
-    return EXIT_FAILED if any(one["unread"] for one in found) else EXIT_OK
+    return EXIT_FAILED if any(one["unread"] or one["not_recorded"] for one in found) else EXIT_OK
 
 
 def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags) -> dict[str, Any]:
@@ -43,8 +44,12 @@ def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags
         verdict = verify.read_back(
             catalog, live, sample=sample, seed=flags["seed"], by_store=flags["by_store"], on_bytes=bar.add
         )
+    not_recorded = ""
     if flags["repair_journal"] == "auto":
-        verify.record(catalog, live, verdict)
+        try:
+            verify.record(catalog, live, verdict)
+        except OrchestratorError as error:  # a reader's right to know does not depend on the right to write
+            not_recorded = str(error)
     return {
         "step": live.step,
         "attempt": live.attempt,
@@ -55,11 +60,16 @@ def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags
         "by_store": flags["by_store"],
         "problems": verdict.damaged,
         "unread": verdict.unread,
+        "retired": verdict.retired,
+        "not_recorded": not_recorded,
     }
 
 
 def _say(one: dict[str, Any]) -> None:
     state = "damaged" if one["problems"] else "not read" if one["unread"] else "good"
+    if one["retired"]:
+        render.say(f"{shown(one['step'], one['attempt'])}: retired while it was read; a job has newer steps")
+        return
     share = "" if one["sample"] is None else f", a sample of {one['sample']:.3g} of the chunks"
     read = f"{one['files']} files and {one['chunks']} chunks of {render.size(one['bytes'])} read back{share}"
     if one["by_store"]:
@@ -67,6 +77,8 @@ def _say(one: dict[str, Any]) -> None:
     render.say(f"{shown(one['step'], one['attempt'])}: {state}, {read}")
     for line in (*one["problems"], *one["unread"]):
         render.say(f"  {line}")
+    if one["not_recorded"]:
+        render.say(f"  not recorded in the journal: {one['not_recorded']}")
 
 
 def _fraction(text: str | None) -> float | None:

@@ -22,18 +22,17 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 from fsspec.asyn import get_loop
 from gcsfs.core import GCSFileSystem
 
-from orchestrator.errors import StorageError, Unavailable, UsageError
+from orchestrator import environment
+from orchestrator.errors import StorageError, Unavailable
 from orchestrator.events import Retried, emit
 
 CONCURRENCY = 32  # requests in flight per process
-_DEADLINE_S = 120.0  # for one operation with all its retries; DEADLINE says another
-DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"
+_DEADLINE_S = 120.0  # for one operation with all its retries
 _REQUEST_S = 30.0  # for one try, and a second more for each MiB that it carries
 _FIRST_WAIT_S, _WAIT_MAX_S = 0.25, 16.0
 _DOWN_SHARE = 8  # while the store answers nothing, an operation waits only this part of the deadline
@@ -259,11 +258,4 @@ def _client(endpoint: str, deadline_s: float) -> Client:
 
 def client() -> Client:
     """This process's client. Raises UsageError for a deadline that is no number."""
-    told: Any = os.environ.get(DEADLINE, _DEADLINE_S)
-    try:
-        deadline_s = float(told)
-        if not deadline_s > 0:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"{DEADLINE}={told!r}: wanted a positive number of seconds") from None
-    return _client(os.environ.get("STORAGE_EMULATOR_HOST", ""), deadline_s)
+    return _client(os.environ.get("STORAGE_EMULATOR_HOST", ""), environment.store_deadline_s())
