@@ -115,6 +115,9 @@ class Run:
         if timeout_s is not None:
             arguments.seconds("timeout_s", timeout_s)
         seen = {(live.step, live.attempt) for live in self._catalog.require_head().live}
+        return self._watch(seen, poll_s, timeout_s)
+
+    def _watch(self, seen: set[tuple[int, str]], poll_s: float, timeout_s: float | None) -> Iterator[int]:
         quiet_since = time.monotonic()
         while timeout_s is None or time.monotonic() - quiet_since < timeout_s:
             fresh = [live for live in self._catalog.require_head().live if (live.step, live.attempt) not in seen]
