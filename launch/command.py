@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from launch import contract
+from orchestrator.texts import printable
 
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 128 + 13
@@ -18,6 +19,11 @@ EXIT_BROKEN_PIPE = 128 + 13
 
 class LaunchError(Exception):
     """The job cannot be started as asked; the message is one line for the user."""
+
+
+def complain(text: str) -> None:
+    """What went wrong, on standard error. It may quote what others have written: a file, another program's answer."""
+    print(printable(text, details=True), file=sys.stderr, flush=True)
 
 
 def flags_help(values: flags.FlagValues) -> str:
@@ -62,7 +68,7 @@ def run(
     try:
         return body(parse(name, values, ours), program)
     except LaunchError as error:
-        print(f"launch {name}: {error}", file=sys.stderr)
+        complain(f"launch {name}: {error}")
         return EXIT_USAGE
     except BrokenPipeError:
         # Whoever read our output has gone; the job was ended on the way here. Not at exit once more:

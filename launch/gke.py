@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,7 @@ def _check(path: Path) -> int:
     except ImportError as error:
         raise LaunchError("--check needs kubernetes-validate: pip install checkpoint-orchestrator[gke]") from error
     for problem in problems:
-        print(problem, file=sys.stderr)
+        command.complain(problem)
     if not problems:
         print(f"{len(documents)} manifests, nothing wrong")
     return 1 if problems else 0

@@ -24,7 +24,7 @@ from io import FileIO
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from launch import supervise
+from launch import command, supervise
 from launch.command import LaunchError as LaunchError  # raised by `run`, so part of what this module offers
 from launch.contract import EXIT_PREEMPTED, HEARTBEAT_FILE, STEP_BACK, JobContract
 from launch.heartbeats import Heartbeats
@@ -101,8 +101,7 @@ def console_observer() -> Observer:
         sys.stdout.flush()
 
     def note(text: str) -> None:
-        sys.stderr.write(f"[launch] {text}\n")
-        sys.stderr.flush()
+        command.complain(f"[launch] {text}")
 
     return Observer(line, note)
 

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +176,7 @@ def submit(text: str, log_dir: str) -> int:
         raise LaunchError(f"sbatch: no answer in {SUBMIT_S:g} s; see squeue before trying again") from error
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        print(f"launch slurm: {last}", file=sys.stderr)
+        command.complain(f"launch slurm: {last}")
         return 1
     print(done.stdout.strip())
     return 0

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,7 +191,7 @@ def _must(words: Sequence[str]) -> None:
 
 
 def _note(text: str) -> None:
-    print(f"[launch] {text}", file=sys.stderr, flush=True)
+    command.complain(f"[launch] {text}")
 
 
 class _Session:

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -284,7 +285,7 @@ def main(argv: Sequence[str]) -> int:
         return _print(name, arguments)
     command = COMMANDS.get(name)
     if command is None:
-        print(f"orchestrator: no command {name!r}; there is: {', '.join(COMMANDS)}", file=sys.stderr)
+        render.complain(f"orchestrator: no command {name!r}; there is: {', '.join(COMMANDS)}")
         return EXIT_USAGE
     if any(word in ("-h", "-help", "--help") for word in arguments):
         print(_help(name, command))
@@ -292,7 +293,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return command.run(*_parse(name, command, arguments))
     except OrchestratorError as error:
-        print(f"orchestrator {name}: {error}", file=sys.stderr)
+        render.complain(f"orchestrator {name}: {error}")
         return error.exit_code
 
 
@@ -305,7 +306,7 @@ def _print(name: str, arguments: Sequence[str]) -> int:
     try:
         print(text(arguments[0]))
     except UsageError as error:
-        print(f"orchestrator {name}: {error}", file=sys.stderr)
+        render.complain(f"orchestrator {name}: {error}")
         return error.exit_code
     return EXIT_OK
 
@@ -323,11 +324,15 @@ def entry() -> None:
         code = _BROKEN_PIPE
         _say_no_more()
     except OSError as error:  # of our own output: the commands raise StorageError for what they read and write
-        print(f"orchestrator: {error.strerror or error}", file=sys.stderr)
+        render.complain(f"orchestrator: {error.strerror or error}")
         code = EXIT_FAILED
         _say_no_more()
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:  # a fault of ours: the whole traceback, but nothing in it that a terminal obeys
+        for line in "".join(traceback.format_exception(error)).split("\n"):
+            render.complain(line)
+        code = EXIT_FAILED
     sys.exit(code)
 
 
