@@ -11,10 +11,13 @@ from typing import Any
 from absl import flags
 
 from launch import contract
+from orchestrator.arguments import path as local_path
+from orchestrator.errors import UsageError
 from orchestrator.texts import printable
 
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 128 + 13
+LOCAL_PATHS = ("log_dir", "hosts_file", "output", "check")  # flags of any launcher that name files of this machine
 
 
 class LaunchError(Exception):
@@ -50,6 +53,12 @@ def parse(name: str, values: flags.FlagValues, arguments: Sequence[str]) -> dict
     if unexpected:
         raise LaunchError(f"unexpected {unexpected[0]!r}; the program to run goes after --")
     found: dict[str, Any] = values.flag_values_dict()
+    for flag in LOCAL_PATHS:
+        if found.get(flag) is not None:
+            try:
+                local_path(f"--{flag}", found[flag])
+            except UsageError as error:
+                raise LaunchError(str(error)) from error
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
+from orchestrator.arguments import path as local_path
 from orchestrator.cli import commands, diff, doctor, export, plan, render, report, verify, watch
 from orchestrator.cli.adopt import adopt
 from orchestrator.cli.completion import script
@@ -27,18 +28,20 @@ _BROKEN_PIPE = 128 + 13
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of one command. `kind`: bool, int, float or str. `short`: one letter that stands for it."""
+    """A flag of one command. `kind`: bool, int, float or str. `short`: one letter that stands for it. `path`: a file or
+    directory of this machine."""
 
     name: str
     kind: type
     default: Any
     about: str
     short: str | None = None
+    path: bool = False
 
 
 _JSON = Flag("json", bool, False, "one JSON document instead of a table")
 _STEP = Flag("step", int, None, "which step")
-_EVENTS = Flag("events_dir", str, None, "where the job's events are; ROOT/events without it")
+_EVENTS = Flag("events_dir", str, None, "where the job's events are; ROOT/events without it", path=True)
 _NAME = Flag("name", str, "pin", "name of the pin; a step may have several")
 
 
@@ -89,7 +92,7 @@ COMMANDS = {
     "report": Command(
         report.report,
         "one self-contained page: saves on each host, stragglers, incidents, retention, goodput, shardings",
-        (Flag("output", str, "report.html", "the file to write", short="o"), _EVENTS),
+        (Flag("output", str, "report.html", "the file to write", short="o", path=True), _EVENTS),
         ("orchestrator report /data/run -o report.html",),
     ),
     "export": Command(
@@ -256,6 +259,9 @@ def _parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[str, 
         wrong = f"the run's {missing} is missing" if missing == "ROOT" else f"{missing} is missing"
         wrong = wrong if missing else f"unexpected {positional[len(wanted)]!r}"
         raise UsageError(f"{wrong}; usage: orchestrator {name} {' '.join(wanted)} [flags]")
+    for flag in command.flags:
+        if flag.path and values[flag.name].value is not None:
+            local_path(f"--{flag.name}", values[flag.name].value)
     words = {word.lower(): value for word, value in zip(command.arguments, positional[1:], strict=True)}
     return positional[0], {**values.flag_values_dict(), **words}
 
