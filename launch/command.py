@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from launch import contract
+from orchestrator.arguments import is_utf8
 from orchestrator.arguments import path as local_path
 from orchestrator.errors import UsageError
 from orchestrator.texts import printable
@@ -86,8 +87,16 @@ def run(
 
 
 def needs_program(program: Sequence[str], example: str) -> None:
+    """Raises: LaunchError if there is none, or one that a script or a manifest cannot hold."""
     if not program:
         raise LaunchError(f"no command to run; put it after --: launch {example} -- python train.py")
+    for word in program:
+        _in_utf8("the program's", word)
+
+
+def _in_utf8(what: str, text: str) -> None:
+    if not is_utf8(text):
+        raise LaunchError(f"{what} {text!r}: wanted text in UTF-8")
 
 
 def define_told(values: flags.FlagValues) -> None:
@@ -103,7 +112,9 @@ def told(values: Mapping[str, Any]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise LaunchError(f"--env={pair}: wanted NAME=VALUE")
+        _in_utf8(f"--env {name}", value)
         found[name] = value
     if values["run_root"] is not None:
+        _in_utf8("--run_root", values["run_root"])
         found[contract.RUN_ROOT] = values["run_root"]
     return found
