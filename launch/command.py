@@ -11,13 +11,23 @@ from typing import Any
 from absl import flags
 
 from launch import contract
+from orchestrator.arguments import is_utf8
+from orchestrator.arguments import path as local_path
+from orchestrator.errors import UsageError
+from orchestrator.texts import printable
 
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 128 + 13
+LOCAL_PATHS = ("log_dir", "hosts_file", "output", "check")  # flags of any launcher that name files of this machine
 
 
 class LaunchError(Exception):
     """The job cannot be started as asked; the message is one line for the user."""
+
+
+def complain(text: str) -> None:
+    """What went wrong, on standard error. It may quote what others have written: a file, another program's answer."""
+    print(printable(text, details=True), file=sys.stderr, flush=True)
 
 
 def flags_help(values: flags.FlagValues) -> str:
@@ -44,6 +54,12 @@ def parse(name: str, values: flags.FlagValues, arguments: Sequence[str]) -> dict
     if unexpected:
         raise LaunchError(f"unexpected {unexpected[0]!r}; the program to run goes after --")
     found: dict[str, Any] = values.flag_values_dict()
+    for flag in LOCAL_PATHS:
+        if found.get(flag) is not None:
+            try:
+                local_path(f"--{flag}", found[flag])
+            except UsageError as error:
+                raise LaunchError(str(error)) from error
     return found
 
 
@@ -62,7 +78,7 @@ def run(
     try:
         return body(parse(name, values, ours), program)
     except LaunchError as error:
-        print(f"launch {name}: {error}", file=sys.stderr)
+        complain(f"launch {name}: {error}")
         return EXIT_USAGE
     except BrokenPipeError:
         # Whoever read our output has gone; the job was ended on the way here. Not at exit once more:
@@ -71,8 +87,16 @@ def run(
 
 
 def needs_program(program: Sequence[str], example: str) -> None:
+    """Raises: LaunchError if there is none, or one that a script or a manifest cannot hold."""
     if not program:
         raise LaunchError(f"no command to run; put it after --: launch {example} -- python train.py")
+    for word in program:
+        _in_utf8("the program's", word)
+
+
+def _in_utf8(what: str, text: str) -> None:
+    if not is_utf8(text):
+        raise LaunchError(f"{what} {text!r}: wanted text in UTF-8")
 
 
 def define_told(values: flags.FlagValues) -> None:
@@ -88,7 +112,9 @@ def told(values: Mapping[str, Any]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise LaunchError(f"--env={pair}: wanted NAME=VALUE")
+        _in_utf8(f"--env {name}", value)
         found[name] = value
     if values["run_root"] is not None:
+        _in_utf8("--run_root", values["run_root"])
         found[contract.RUN_ROOT] = values["run_root"]
     return found

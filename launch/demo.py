@@ -30,6 +30,7 @@ from launch.gcs_emulator.process import EmulatorProcess
 from launch.report import Line, Summary
 from launch.supervise import Rules
 from orchestrator import layout
+from orchestrator.arguments import path as local_path
 from orchestrator.storage import open_storage
 
 FLAGS = flags.FLAGS
@@ -223,6 +224,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if len(argv) > 1:
             raise DemoFailed(f"unexpected {argv[1]!r}; see --help")
+        local_path("--root", FLAGS.root)
         root = Path(FLAGS.root).absolute()
         prepare(root)
         if FLAGS.storage == "local":

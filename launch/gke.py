@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 from absl import flags
 
-from launch import command, manifests
+from launch import command, manifests, plainfile
 from launch.command import LaunchError
 from launch.manifests import Manifest, PodJob, Pool
 
@@ -58,6 +57,10 @@ flags.DEFINE_string("output", None, "write a kustomize base into this directory"
 flags.DEFINE_string("check", None, "check manifests, instead of writing some", flag_values=FLAGS)
 
 
+_MOST_BYTES = 16 << 20
+_NODES_MAX = 1_000_000
+
+
 def to_yaml(documents: Sequence[Manifest]) -> str:
     text: str = yaml.safe_dump_all(documents, sort_keys=False, explicit_start=True, width=120)
     return text
@@ -81,15 +84,31 @@ def write_base(documents: Sequence[Manifest], directory: Path) -> list[Path]:
     return [directory / name for name in files]
 
 
+def _nodes(value: Any, known: dict[int, int]) -> int:
+    """How many values there are in `value` with its aliases written out. Raises: ValueError for more than are checked:
+    a few aliases of aliases make billions, and one of itself has no end."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _NODES_MAX  # as long as we are inside of it
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_nodes(one, known) for one in inside)
+    if known[id(value)] >= _NODES_MAX:
+        raise ValueError(f"{_NODES_MAX} values or more, with its aliases written out")
+    return known[id(value)]
+
+
 def read(path: Path) -> list[Manifest]:
     """The documents of a file, or of a directory's .yaml files. Raises: LaunchError."""
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     try:
-        found = [document for file in files for document in yaml.safe_load_all(file.read_text())]
+        found = [document for file in files for document in yaml.safe_load_all(plainfile.read_text(file, _MOST_BYTES))]
+        _nodes(found, {})
     except OSError as error:
         raise LaunchError(f"--check={path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LaunchError(f"--check={path}: not YAML: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise LaunchError(f"--check={path}: not manifests in YAML: {why}") from error
     if not found or not all(isinstance(document, dict) for document in found):
         raise LaunchError(f"--check={path}: wanted one manifest or more")
     return [document for document in found if document.get("kind") != "Kustomization"]
@@ -104,7 +123,7 @@ def _check(path: Path) -> int:
     except ImportError as error:
         raise LaunchError("--check needs kubernetes-validate: pip install checkpoint-orchestrator[gke]") from error
     for problem in problems:
-        print(problem, file=sys.stderr)
+        command.complain(problem)
     if not problems:
         print(f"{len(documents)} manifests, nothing wrong")
     return 1 if problems else 0

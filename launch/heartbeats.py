@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from launch import plainfile
+
+_MOST_BYTES = 1 << 16
+_DOING_CHARS = 200
 
 
 class Heartbeats:
@@ -21,23 +28,37 @@ class Heartbeats:
         return self._directory / str(index)
 
     def listen(self, now_s: float) -> dict[int, float]:
-        """Seconds of silence of each host that ever beat. `now_s`: a monotonic clock; the hosts' own is not trusted."""
-        for path in self._directory.iterdir():
-            if not path.name.isdigit():
+        """Seconds of silence of each host that ever beat; {} if its directory is gone, as then nobody can be heard.
+        `now_s`: a monotonic clock; the hosts' own is not trusted. A file that no agent has written tells nothing.
+        """
+        try:
+            names = os.listdir(self._directory)
+        except OSError:
+            return {}
+        for name in names:
+            if not (name.isascii() and name.isdecimal()):
                 continue  # a file about to be moved into place
-            index = int(path.name)
+            index = int(name)
             try:
-                stamp = path.stat().st_mtime_ns
+                stamp = os.stat(self._directory / name).st_mtime_ns
                 if self._seen.get(index, (0, 0.0))[0] == stamp:
                     continue
-                said = json.loads(path.read_text())
-            except (OSError, ValueError):
+                said = _said(plainfile.read_text(self._directory / name, _MOST_BYTES))
+            except (OSError, ValueError, RecursionError):
                 continue
             self._seen[index] = (stamp, now_s)
-            if isinstance(step := said.get("step"), int):
+            if type(step := said.get("step")) is int:  # True is an int, too
                 self.steps[index] = step
-            self.doing[index] = f"{said.get('doing')} at step {said.get('step')}"
+            self.doing[index] = f"{said.get('doing')} at step {said.get('step')}"[:_DOING_CHARS]
         return {index: now_s - heard_s for index, (_, heard_s) in self._seen.items()}
 
     def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _said(text: str) -> dict[str, Any]:
+    """Raises: ValueError, RecursionError if it is not a JSON object."""
+    said = json.loads(text)
+    if not isinstance(said, dict):
+        raise ValueError("not an object")
+    return said

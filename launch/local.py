@@ -24,7 +24,7 @@ from io import FileIO
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from launch import supervise
+from launch import command, plainfile, supervise
 from launch.command import LaunchError as LaunchError  # raised by `run`, so part of what this module offers
 from launch.contract import EXIT_PREEMPTED, HEARTBEAT_FILE, STEP_BACK, JobContract
 from launch.heartbeats import Heartbeats
@@ -101,8 +101,7 @@ def console_observer() -> Observer:
         sys.stdout.flush()
 
     def note(text: str) -> None:
-        sys.stderr.write(f"[launch] {text}\n")
-        sys.stderr.flush()
+        command.complain(f"[launch] {text}")
 
     return Observer(line, note)
 
@@ -146,9 +145,11 @@ def _hosts_there(job: LocalJob, history: supervise.History) -> int:
     give_up = time.monotonic() + job.wait_for_hosts_s
     while True:
         try:
-            there = len([line for line in job.hosts_file.read_text().splitlines() if line.strip()])
+            there = len([line for line in plainfile.read_text(job.hosts_file).splitlines() if line.strip()])
         except OSError as error:
             raise LaunchError(f"--hosts_file {job.hosts_file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise LaunchError(f"--hosts_file {job.hosts_file}: not text in UTF-8") from error
         if there >= least:
             return min(there, most)
         if time.monotonic() >= give_up:

@@ -93,7 +93,9 @@ def problems(documents: Sequence[Manifest]) -> list[str]:
     """
     found: list[str] = []
     for document in documents:
-        where = f"{document.get('kind', '?')}/{(document.get('metadata') or {}).get('name', '?')}"
+        metadata = document.get("metadata")
+        name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
+        where = f"{document.get('kind', '?')}/{name}"
         faults = list(_jobset(document) if document.get("kind") == "JobSet" else _core(document))
         if not faults:  # the rules below read what the schema promises
             faults = list(_contract(document, documents))
@@ -106,8 +108,8 @@ def _core(document: Manifest, prefix: str = "") -> Iterator[str]:
     import kubernetes_validate
     from jsonschema import ValidationError
 
-    if not {"apiVersion", "kind"} <= document.keys():
-        yield "apiVersion, kind: both are needed"
+    if not all(isinstance(document.get(name), str) for name in ("apiVersion", "kind")):
+        yield "apiVersion, kind: both are needed, as text"
         return
     try:
         kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)

@@ -215,7 +215,12 @@ def _field(path: str) -> Manifest:
 
 
 def _variable(name: str, value: str | Manifest) -> Manifest:
-    return {"name": name, "value": value} if isinstance(value, str) else {"name": name, "valueFrom": value}
+    return {"name": name, "value": _literal(value)} if isinstance(value, str) else {"name": name, "valueFrom": value}
+
+
+def _literal(text: str) -> str:
+    """`text` as it reaches the process: in commands and variables Kubernetes puts the value of NAME for `$(NAME)`."""
+    return text.replace("$", "$$")
 
 
 def _place(job: PodJob, address: str) -> list[Manifest]:
@@ -242,7 +247,7 @@ def _pod(job: PodJob, told: Sequence[Manifest]) -> Manifest:
     container = {
         "name": "job",
         "image": job.image,
-        "command": list(job.program),
+        "command": list(map(_literal, job.program)),
         "env": told,
         "ports": [{"name": "coordinator", "containerPort": contract.COORDINATOR_PORT}],
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},

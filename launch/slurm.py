@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from absl import flags
 from launch import command, contract
 from launch.command import LaunchError
 from launch.supervise import FINAL_CODES
+from orchestrator.texts import printable
 
 SUBMIT_S = 60.0
 NODE_ANSWERS_S = 60
@@ -127,7 +127,7 @@ def script(job: SlurmJob) -> str:
             "",
             "restart=${SLURM_RESTART_COUNT:-0}",
             f'logs={shlex.quote(job.log_dir)}/"$SLURM_JOB_ID/restart-$restart"',
-            'mkdir -p "$logs"',
+            'mkdir -p -- "$logs"',
             f'export {contract.RESTART_COUNT}="$restart"',
             *(f"export {name}={shlex.quote(value)}" for name, value in told.items()),
             "# A signal to the whole job must not end the shell that decides what comes afterwards.",
@@ -146,8 +146,11 @@ def script(job: SlurmJob) -> str:
             "fi",
             "",
             "# Preempted: saved, and to be started again. Not so if somebody has cancelled the job meanwhile.",
-            'case "$(scontrol show job --oneliner "$SLURM_JOB_ID")" in',
-            '  *" JobState=RUNNING "*) ;;',
+            "# The first word of that name: directories and comments, which may say anything, come after it.",
+            'state=$(scontrol show job --oneliner "$SLURM_JOB_ID")',
+            "state=${state#* JobState=}",
+            'case "${state%% *}" in',
+            "  RUNNING) ;;",
             '  *) echo "preempted, but no longer running: not requeued"; exit "$code" ;;',
             "esac",
             f'if [ "$restart" -ge {job.max_requeues} ]; then',
@@ -171,15 +174,21 @@ def submit(text: str, log_dir: str) -> int:
         raise LaunchError(f"--log_dir={log_dir}: {error.strerror}") from error
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable"], input=text, capture_output=True, text=True, timeout=SUBMIT_S, check=False
+            ["sbatch", "--parsable"],
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SUBMIT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise LaunchError(f"sbatch: no answer in {SUBMIT_S:g} s; see squeue before trying again") from error
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        print(f"launch slurm: {last}", file=sys.stderr)
+        command.complain(f"launch slurm: {last}")
         return 1
-    print(done.stdout.strip())
+    print(printable(done.stdout.strip()))
     return 0
 
 

@@ -8,12 +8,13 @@ they are made anew, and that costs nothing of --max_restarts.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,9 @@ READY = "ACTIVE"
 COMMAND_S = 300.0
 END_S = 300.0  # JAX ends the survivors of a lost process after 100 s
 POLL_S = 10.0
-ENDED = re.compile(r"launch: the program ended with (\d+)")
+LONGEST_LINE = 64 * 1024
+# Answers that say that the machines are no more; no answer, and any other, says nothing of the kind.
+GONE = frozenset({"SUSPENDING", "SUSPENDED", "FAILED", "DELETING"})
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,19 @@ def _on_all_workers(job: TpuJob, node: str, remote: str) -> list[str]:
     return _gcloud(job, "tpu-vm", "ssh", node, "--worker=all", f"--command={remote}")
 
 
-def start(job: TpuJob, node: str, restart: int) -> list[str]:
+def _lock(job: TpuJob) -> str:
+    """On each worker, in shell: in the user's home, where nobody else can put a link or hold it; the machine's name is
+    part of it as homes may be shared."""
+    return f'"$HOME/.orchestrator-{job.name}-$(uname -n).lock"'
+
+
+def ended(token: str) -> re.Pattern[str]:
+    """What a worker of this start says when its program has ended. `token` is of one start: the program may print
+    anything, the words of another launcher among it."""
+    return re.compile(rf"launch{re.escape(token)}: the program ended with (\d{{1,3}})\b")
+
+
+def start(job: TpuJob, node: str, restart: int, token: str = "") -> list[str]:
     """The program on every worker of one slice. It waits there for a process of an earlier start to leave."""
     told = {
         contract.RESTART_COUNT: str(restart),
@@ -146,9 +161,9 @@ def start(job: TpuJob, node: str, restart: int) -> list[str]:
         words += [job.image, *job.program]
     remote = [
         "trap : TERM",  # `stop` signals all that hold the lock; this shell has still to say how the program ended
-        f"exec 9>/tmp/{job.name}.lock",
-        f"cd {job.directory} && flock --timeout {wait_s} 9 && {shlex.join(words)}",
-        'code=$?; echo "launch: the program ended with $code"; exit $code',
+        f"exec 9>{_lock(job)}",
+        f"cd -- {job.directory} && flock --timeout {wait_s} 9 && {shlex.join(words)}",
+        f'code=$?; echo "launch{token}: the program ended with $code"; exit $code',
     ]
     return _on_all_workers(job, node, "; ".join(remote))
 
@@ -157,7 +172,7 @@ def stop(job: TpuJob, node: str) -> list[str]:
     """SIGTERM for the program on every worker: it saves and leaves."""
     if job.image is not None:
         return _on_all_workers(job, node, shlex.join(["sudo", "docker", "kill", "--signal=TERM", job.name]))
-    return _on_all_workers(job, node, shlex.join(["fuser", "-k", "-TERM", f"/tmp/{job.name}.lock"]))
+    return _on_all_workers(job, node, f"fuser -k -TERM {_lock(job)}")
 
 
 def plan(job: TpuJob) -> str:
@@ -179,7 +194,9 @@ def plan(job: TpuJob) -> str:
 
 def _answer(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+        return subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", timeout=COMMAND_S, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise LaunchError(f"{shlex.join(words)}: no answer in {COMMAND_S:g} s") from error
 
@@ -192,7 +209,7 @@ def _must(words: Sequence[str]) -> None:
 
 
 def _note(text: str) -> None:
-    print(f"[launch] {text}", file=sys.stderr, flush=True)
+    command.complain(f"[launch] {text}")
 
 
 class _Session:
@@ -200,13 +217,16 @@ class _Session:
 
     def __init__(self, job: TpuJob, restart: int) -> None:
         self._codes: list[list[int]] = [[] for _ in job.nodes]
+        token = f"-{secrets.token_hex(8)}"
+        self._ended = ended(token)
         self.ssh = [
             subprocess.Popen(
-                start(job, node, restart),
+                start(job, node, restart, token),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
+                errors="replace",  # a reader that stops would stop the job
                 start_new_session=True,  # a terminal's Ctrl-C is for us, who tell the workers to save first
             )
             for node in job.nodes
@@ -220,27 +240,29 @@ class _Session:
     def _read(self, index: int, node: str) -> None:
         output = self.ssh[index].stdout
         assert output is not None
-        for line in output:
-            print(f"[{node}] {line}", end="", flush=True)
-            if found := ENDED.search(line):
+        while line := output.readline(LONGEST_LINE):
+            with contextlib.suppress(OSError):  # whoever looked on has gone; the job need not
+                print(f"[{node}] {line}", end="" if line.endswith("\n") else "\n", flush=True)
+            if found := self._ended.search(line):
                 self._codes[index].append(int(found[1]))
 
     def running(self) -> bool:
         return any(ssh.poll() is None for ssh in self.ssh)
 
     def exits(self) -> list[supervise.Exit]:
-        """How each slice ended: by its workers' own word, and by ssh's where they have none."""
+        """How each slice ended: by its workers' own word, and by ssh's where one has none. Silence is no success."""
         found = []
         for index, (ssh, reader) in enumerate(zip(self.ssh, self._readers, strict=True)):
             code = ssh.wait()
             reader.join(timeout=COMMAND_S)
             said = [supervise.Exit(index, one) for one in self._codes[index]]
             failed = supervise.first_cause(said)
-            preempted = contract.EXIT_PREEMPTED in self._codes[index]
             if failed is not None:
                 found.append(failed)
+            elif contract.EXIT_PREEMPTED in self._codes[index]:
+                found.append(supervise.Exit(index, contract.EXIT_PREEMPTED))
             else:
-                found.append(supervise.Exit(index, contract.EXIT_PREEMPTED if preempted else 0 if said else code))
+                found.append(supervise.Exit(index, code if said else code or 1))
         return found
 
     def close(self) -> None:
@@ -276,7 +298,8 @@ def _wait_for_machines(job: TpuJob, received: Sequence[int]) -> None:
 
 
 def _gone(job: TpuJob) -> bool:
-    return job.accelerator is not None and _answer(describe(job)).stdout.strip() != READY
+    """Whether Google says so, in words: what is left of them is deleted then."""
+    return job.accelerator is not None and _answer(describe(job)).stdout.strip() in GONE
 
 
 def _watch(job: TpuJob, session: _Session, received: Sequence[int]) -> list[supervise.Exit]:

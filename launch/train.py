@@ -32,6 +32,7 @@ from launch import contract
 from launch.data import Loader, read_text
 from launch.model import Sizes, Transformer
 from launch.report import Line, Summary, state_digest
+from orchestrator.arguments import path as local_path
 
 AXES = ("data", "model")
 FLAGS = flags.FLAGS
@@ -227,6 +228,8 @@ def run() -> int:
     if job:
         contract.initialize(job)
     mesh = make_mesh(FLAGS.mesh, sizes, FLAGS.batch_size)
+    if FLAGS.summary:
+        local_path("--summary", FLAGS.summary)  # before the training, not after it
     text = read_text(Path(FLAGS.data) if FLAGS.data else None)
     loader = Loader(text, batch_size=FLAGS.batch_size, length=FLAGS.length, seed=FLAGS.seed)
     summary = Summary(jax.process_count(), jax.device_count(), dict(mesh.shape))

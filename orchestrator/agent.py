@@ -44,6 +44,7 @@ from orchestrator.saving import GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
 from orchestrator.telemetry import Telemetry
+from orchestrator.texts import printable
 from orchestrator.tree import Flat, flatten
 
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop
@@ -282,7 +283,7 @@ class Agent:
             if newest is not None and newest.tree != flat.spec.fingerprint():
                 saved = self._catalog.intent(newest, self._catalog.manifest(newest)).tree
                 lines = plan.tree_differences(saved, flat.spec) or ["their trees differ"]
-                detail = "\n".join(f"  {line}" for line in lines)
+                detail = "\n".join(f"  {printable(line)}" for line in lines)
                 raise OtherJob(
                     f"{self._catalog.url} holds another job's state (step {newest.step}); use another root, or "
                     f"Options(other_tree=True):\n{detail}"
@@ -303,7 +304,7 @@ class Agent:
                 result = collect(self._catalog, epoch=self.epoch, orphans=not self._swept)
                 self._swept = True
                 for line in result.failed:
-                    logging.warning("collect: %s", line)
+                    logging.warning("collect: %s", printable(line))
             except OrchestratorError as error:
                 logging.warning("collect: %s; tried again after the next save", error)
 

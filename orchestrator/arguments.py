@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from orchestrator.records import Json
 STEP_MAX = 2**31 - 1  # JAX counts the steps of a preemption's sync point in 32 bits
 SECONDS_MAX = 10**6  # every wait ends: clocks and locks overflow at less than infinity
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{0,2}")  # of RFC 3986, but for one letter: that may be a drive
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
@@ -66,8 +68,16 @@ def choice(name: str, value: object, *choices: str) -> None:
 
 
 def path(name: str, value: object) -> None:
+    """A path on this machine. A URL is one, too, for an operating system: `gs://bucket/x` would be made below the
+    working directory, as `gs:/bucket/x`, and nobody would find it."""
     if not isinstance(value, str) and not hasattr(value, "__fspath__"):
         raise refusal(name, value, "a path")
+    if scheme := _SCHEME.match(str(value)):
+        raise UsageError(
+            f"{name}={_short.repr(str(value))}: wanted a path on this machine, got one that begins with {scheme[0]}; "
+            "what belongs in a bucket is written here and copied (gcloud storage cp -r); "
+            "for a file that is really called so, put ./ before it"
+        )
 
 
 def is_utf8(text: str) -> bool:

@@ -1,19 +1,26 @@
 """The error taxonomy: what can go wrong, with the exit code that a program sees.
 
-Every message says where, what was got, what was wanted and what to do next. May not import anything of the package.
+Every message says where, what was got, what was wanted and what to do next. May import nothing of the package but
+`texts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from orchestrator.texts import printable
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_A_RUN, EXIT_DAMAGED, EXIT_FENCED, EXIT_NOTHING = range(7)
 
 
 class OrchestratorError(Exception):
-    """Anything this package raises on purpose. `exit_code` is what the command line ends with."""
+    """Anything this package raises on purpose. `exit_code` is what the command line ends with. Its text may hold what
+    others have stored: `str` of it is fit for a terminal; `args` has it as it was."""
 
     exit_code = EXIT_FAILED
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), details=True)
 
 
 class UsageError(OrchestratorError):
@@ -139,7 +146,7 @@ class Mismatch(OrchestratorError):
 
     def __init__(self, where: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        shown = [f"  {line}" for line in self.problems[:20]]
+        shown = [f"  {printable(line)}" for line in self.problems[:20]]
         if len(self.problems) > 20:
             shown.append(f"  ... and {len(self.problems) - 20} more")
         super().__init__("\n".join([f"{where}: {len(self.problems)} leaves do not fit the target", *shown]))

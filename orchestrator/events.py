@@ -13,6 +13,8 @@ from typing import get_args
 
 from absl import logging
 
+from orchestrator.texts import printable
+
 PHASES = ("staging", "writing", "sealing", "waiting", "committing")  # of a save on one process, in this order
 
 
@@ -167,4 +169,4 @@ def subscribe(reader: Callable[[Event], None]) -> Callable[[], None]:
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    return repr(value) if isinstance(value, str) and " " in value else str(value)
+    return printable(repr(value) if isinstance(value, str) and " " in value else str(value))

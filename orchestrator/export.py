@@ -6,11 +6,13 @@ beside it. Every chunk is checked as in a restore. Names from storage never beco
 numpy:        a directory, one `.npy` for each array, and `index.json` (each leaf's path, type, file; values kept in the
               tree spec; metrics and extra)
 safetensors:  one file; leaf paths joined with dots are the names; other leaves and the metrics are in `__metadata__`
-orbax:        a directory that is an ordinary Orbax checkpoint: the step's own files, each compared with the manifest
+orbax:        a directory that is an ordinary Orbax checkpoint: the step's own files, each compared with the manifest,
+              and then every chunk in the copy
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -22,11 +24,11 @@ from urllib.parse import quote
 
 import numpy as np
 
-from orchestrator import layout
+from orchestrator import arguments, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.forecast import leaf_bytes
-from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest, TreeSpec, crc32c
+from orchestrator.records import Box, LeafSpec, LiveStep, Manifest, TreeSpec
 from orchestrator.stored_step import StoredStep
 from orchestrator.tree import numpy_dtype
 
@@ -50,6 +52,7 @@ _SAFETENSORS = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+_SAFETENSORS_OWN = frozenset({"__metadata__"})
 _NATIVE_NPY = frozenset("?bhilqBHILQefdFD")  # what numpy reads back without another package
 
 
@@ -87,6 +90,7 @@ def export(source: Source, destination: str, form: str) -> int:
     write = FORMATS.get(form)
     if write is None:
         raise UsageError(f"--format={form}: wanted {', '.join(FORMATS)}")
+    arguments.path("DEST", destination)
     destination = os.path.abspath(os.path.expanduser(destination))
     if os.path.lexists(destination):
         raise UsageError(f"{destination} exists; export to a new name")
@@ -107,13 +111,13 @@ def export(source: Source, destination: str, form: str) -> int:
 
 
 def _numpy(source: Source, folder: str) -> int:
+    _distinct((leaf.name for leaf in source.tree.leaves if leaf.kind_stored), "numpy")
     os.mkdir(folder)
     index: list[dict[str, Any]] = []
-    names: dict[str, str] = {}
-    for number, leaf in enumerate(source.tree.leaves):
+    names = _file_names(source.tree.leaves)
+    for leaf in source.tree.leaves:
         said = {"path": leaf.path, "kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype, "value": leaf.value}
         if leaf.kind_stored:
-            names[leaf.name] = _file_name(leaf, number)
             said |= {"file": names[leaf.name], "file_dtype": _npy_dtype(leaf).name}
             with open(os.path.join(folder, names[leaf.name]), "xb") as file:
                 header = {"descr": _npy_dtype(leaf).str, "fortran_order": False, "shape": leaf.file_shape}
@@ -128,9 +132,29 @@ def _numpy(source: Source, folder: str) -> int:
     return written
 
 
-def _file_name(leaf: LeafSpec, number: int) -> str:
-    name = quote(leaf.name, safe=" ._-[]()=+,")
-    return f"{name if name and len(name) <= _NAME_MAX else f'leaf-{number}'}.npy"
+def _file_names(leaves: Iterable[LeafSpec]) -> dict[str, str]:
+    """A file for each array, by its leaf's name: called like it where a file can be, else numbered. No two are the
+    same, not even on a file system that does not tell capitals from small letters."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for number, leaf in enumerate(leaves):
+        if leaf.kind_stored:
+            quoted = quote(leaf.name, safe=" ._-[]()=+,")
+            numbered = (f"leaf-{number}{'+' * more}" for more in itertools.count())
+            names_wanted = itertools.chain([quoted] if 0 < len(quoted) <= _NAME_MAX else [], numbered)
+            names[leaf.name] = next(name for name in names_wanted if name.lower() not in taken) + ".npy"
+            taken.add(names[leaf.name].removesuffix(".npy").lower())
+    return names
+
+
+def _distinct(names: Iterable[str], form: str, reserved: frozenset[str] = frozenset()) -> None:
+    """Raises UsageError if a name is there twice, or is one that the format keeps for itself: a leaf would be lost."""
+    seen = set(reserved)
+    for name in names:
+        if name in seen:
+            why = "keeps this name for itself" if name in reserved else "would hold two leaves of this name"
+            raise UsageError(f"{name}: {form} {why}; use --format=orbax")
+        seen.add(name)
 
 
 def _npy_dtype(leaf: LeafSpec) -> np.dtype[Any]:
@@ -145,9 +169,12 @@ def _slabs(source: Source, leaves: Iterable[LeafSpec]) -> Iterator[tuple[LeafSpe
 
 def _safetensors(source: Source, path: str) -> int:
     stored = [leaf for leaf in source.tree.leaves if leaf.kind_stored]
+    kept = [leaf for leaf in source.tree.leaves if not leaf.kind_stored]
+    _distinct((leaf.name for leaf in stored), "safetensors", _SAFETENSORS_OWN)
+    _distinct((leaf.label for leaf in kept), "safetensors' metadata")
     # Widest elements first, as the format's own library does, so that each array is aligned.
     stored.sort(key=lambda leaf: -numpy_dtype(leaf.stored_dtype or leaf.dtype).itemsize)
-    values = {leaf.label: {"kind": leaf.kind, "value": leaf.value} for leaf in source.tree.leaves if leaf.value}
+    values = {leaf.label: {"kind": leaf.kind, "value": leaf.value} for leaf in kept}
     about = {name: json.dumps(value) for name, value in {**source.about, "values": values}.items()}
     header: dict[str, Any] = {"__metadata__": about}
     end = 0
@@ -171,26 +198,22 @@ def _orbax(source: Source, folder: str) -> int:
     foreign = next((leaf for leaf in source.tree.leaves if leaf.foreign), None)
     if foreign:
         raise UsageError(f"step {source.live.step} was adopted: it is an Orbax checkpoint already, where it was")
-    prefix = layout.attempt_prefix(source.live.step, source.live.attempt)
     written = 0
     for entry in source.manifest.files:
         if entry.path.startswith(layout.STATE):
             name = layout.check_key(entry.path, source.catalog.url).removeprefix(layout.STATE)
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            written += _copy(source, prefix + entry.path, entry, target)
+            body = source.catalog.checked(source.live, entry)  # whole in memory: Orbax's files are of 64 MiB or so
+            source.on_bytes(len(body))
+            with open(target, "xb") as file:
+                written += file.write(body)
+    # A large file's checksum does not tell it from another save's (records.FileEntry); those of its chunks do.
+    bad = arrays.check(f"file://{folder}/", source.manifest.chunks)
+    if bad:
+        problem = min(bad.values()).replace(f"file://{folder}/", source.state_url)
+        raise Damaged(f"{len(bad)} of {len(source.manifest.chunks)} chunks are not what was saved: {problem}")
     return written
-
-
-def _copy(source: Source, key: str, entry: FileEntry, target: str) -> int:
-    """One file (Orbax's are of 64 MiB or so), compared with the manifest."""
-    body = source.catalog.storage.get(key)
-    if body is None or len(body) != entry.bytes or crc32c(body) != entry.crc32c:
-        has = "is missing" if body is None else f"has {len(body)} bytes with crc32c {crc32c(body)}"
-        raise Damaged(f"{source.catalog.url}/{key}: {has}, the manifest says {entry.bytes} with {entry.crc32c}")
-    source.on_bytes(len(body))
-    with open(target, "xb") as file:
-        return file.write(body)
 
 
 FORMATS: dict[str, Callable[[Source, str], int]] = {"orbax": _orbax, "safetensors": _safetensors, "numpy": _numpy}

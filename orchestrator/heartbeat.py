@@ -40,7 +40,10 @@ def beat(doing: str, step: int | None, **more: object) -> None:
     _last.update(more, doing=doing, written_s=now)
     told = {name: value for name, value in _last.items() if name not in ("written_s", "told_s")}
     temporary = f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):
+    try:
         with open(temporary, "w") as file:
             json.dump({**told, "pid": os.getpid()}, file)
         os.replace(temporary, path)  # a reader sees the old one or the new one, never half
+    except OSError:  # a full disk has still room for a time stamp; without a beat a supervisor would kill us
+        with contextlib.suppress(OSError):
+            os.utime(path)

@@ -13,6 +13,14 @@ from launch import contract
 
 REPOSITORY = Path(__file__).parents[1]
 DEADLINE_S = 60.0
+# What a shell, a manifest or a script could take for something else. A launcher hands them on word for word.
+METACHARACTERS = [
+    *("a b", " ", "", "it's", 'say "hi"', "\\", "\\n", "x\ny", "x\n#SBATCH --nodes=9", "#", "# x", "\t", "\r"),
+    *("$HOME", "$(HOME)", "$$(HOME)", "$", "$$", "`id`", "$(id)", "${HOME}", "*", "?", "[a]", "~", "!!", "%j"),
+    *("a;b", "a&b", "a|b", "a>b", "<(x)", "{a,b}", "--flag=x y", "-x", "é世\u202e", "\x1b[2J"),
+    *("yes", "null", "1e3", "0x1", "- a", "a: b", "&a", "!x"),
+]
+NASTY = "\n".join(METACHARACTERS)
 
 REPORT = """\
 import json, os, sys

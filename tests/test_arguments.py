@@ -158,6 +158,7 @@ def test_metrics_and_steps_that_are_traced_say_so(root: Path) -> None:
         *(("attest", value) for value in (True, None)),
         *(("metrics_port", value) for value in ("80", 1.5, True, 70000)),
         *((name, 3) for name in ("metrics_address", "events_dir", "metrics_file")),
+        *((name, "gs://bucket/x") for name in ("events_dir", "metrics_file")),
         ("other_tree", "no"),
         ("traces", "no"),
         ("when_full", 3),

@@ -123,6 +123,145 @@ def test_damage_is_refused_and_nothing_is_left(
     assert "crc32c" in capsys.readouterr().err and list((tmp_path / "to").iterdir()) == []
 
 
+def swaps(root: Path) -> list[tuple[Path, Path]]:
+    """(a file of step 7's state, another save's file of the same size that stands in its place)."""
+    ours, theirs = (
+        [path for path in (root / "steps" / f"{step:08d}").rglob("state/**/*") if path.is_file()] for step in (7, 6)
+    )
+    return [
+        (mine, other)
+        for mine in ours
+        for other in theirs
+        if other.stat().st_size == mine.stat().st_size and other.read_bytes() != mine.read_bytes()
+    ]
+
+
+@pytest.mark.parametrize("mebibytes", [1, 6], ids=["with a second checksum", "too large for one"])
+def test_what_verify_calls_damaged_no_format_exports(root: Path, tmp_path: Path, mebibytes: int, capsys: Any) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        for step in (6, 7):
+            agent.save(step, {"w": np.full(mebibytes << 18, step, np.float32), "small": np.full(3, step)})
+    pairs = swaps(root)
+    assert pairs, "two saves of one tree have files of one size"
+    for number, (mine, other) in enumerate(pairs):
+        whole = mine.read_bytes()
+        mine.write_bytes(other.read_bytes())
+        assert main(["orchestrator", "verify", str(root), "--step=7", "--repair_journal=never"]) == 4
+        for form in rules.FORMATS:
+            code = export(root, tmp_path / "to" / f"{form}-{number}", form, "7")
+            # What a format does not read cannot hurt it; what it writes is then what was saved.
+            assert code == 4 if form == "orbax" else code in (0, 4), (mine, form)
+            if code == 0:
+                assert_saved(tmp_path / "to" / f"{form}-{number}", form, np.full(mebibytes << 18, 7, np.float32))
+        mine.write_bytes(whole)
+    said = capsys.readouterr().err
+    assert f"{root}/steps/00000007" in said and ".partial" not in said
+
+
+def assert_saved(out: Path, form: str, value: np.ndarray) -> None:
+    assert (
+        value.tobytes() in out.read_bytes() if form == "safetensors" else np.array_equal(np.load(out / "w.npy"), value)
+    )
+
+
+SCHEMES = [
+    "gs://bucket/dest",
+    "s3://b/d",
+    "file:///tmp/x",
+    "file:x",
+    "http://h/x",
+    "gs:/bucket/dest",
+    "GS://b/x",
+    "az+x://y",
+]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["export", "newest", "DEST", f"--format={form}"] for form in rules.FORMATS),
+        ["report", "--output=DEST"],
+        ["report", "-o", "DEST"],
+        *([name, "--events_dir=DEST"] for name in ("watch", "doctor", "report", "plan")),
+    ],
+    ids=" ".join,
+)
+def test_a_url_is_no_path(
+    run: Path, tmp_path: Path, words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    name, *more = words
+    for url in SCHEMES:
+        assert main(["orchestrator", name, str(run), *(word.replace("DEST", url) for word in more)]) == 2
+        err = capsys.readouterr().err
+        assert "wanted a path on this machine" in err and url in err and "gcloud storage cp" in err
+        assert err.count("\n") == 1 and snapshot(tmp_path) == before
+
+
+def test_a_name_with_a_colon_is_a_path_when_it_says_so(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["orchestrator", "export", str(run), "7", "./gs:x", "--format=numpy"]) == 0
+    assert main(["orchestrator", "report", str(run), "-o", "./at 12:30.html"]) == 0
+    assert (tmp_path / "gs:x" / "index.json").exists() and (tmp_path / "at 12:30.html").exists()
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("names", "form", "refused"),
+    [
+        (["__metadata__"], "safetensors", "__metadata__: safetensors keeps this name for itself"),
+        (["__metadata__"], "numpy", None),
+        (["index", "index.json", ".", "..", "W", "w", " ", "CON", "é", "a/b", "a\\b", "%41", "A"], "numpy", None),
+        (["index", "index.json", ".", "..", "W", "w", " ", "é", "a/b", "%41", "A"], "safetensors", None),
+        ([LONG, LONG + "y", "leaf-0", "leaf-1", "LEAF-0"], "numpy", None),
+        ([LONG, LONG + "y", "leaf-0"], "safetensors", None),
+    ],
+)
+def test_every_leaf_is_in_the_export_under_a_name_of_its_own(
+    root: Path, tmp_path: Path, names: list[str], form: str, refused: str | None, capsys: Any
+) -> None:
+    state = {name: np.full(2, number, np.int32) for number, name in enumerate(names)} | {"text": "", "none": None}
+    with oc.Agent(root, options=now()) as agent:
+        agent.save(7, state)
+    code = export(root, tmp_path / "out", form)
+    if refused:
+        assert code == 2 and refused in capsys.readouterr().err and not (tmp_path / "out").exists()
+        return
+    assert code == 0
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            assert np.array_equal(exported(tmp_path / "out", form, name), value), name
+    if form == "numpy":
+        files = [path.name for path in (tmp_path / "out").iterdir()]
+        assert len({name.lower() for name in files}) == len(names) + 1
+    else:
+        header = header_of(tmp_path / "out")
+        assert json.loads(header["__metadata__"]["values"]).keys() == {"text", "none"}
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    body = path.read_bytes()
+    return dict(json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")]))
+
+
+def exported(out: Path, form: str, name: str) -> np.ndarray:
+    if form == "numpy":
+        (leaf,) = (leaf for leaf in json.loads((out / "index.json").read_text())["leaves"] if leaf["path"] == [name])
+        return np.load(out / leaf["file"])
+    entry, body = header_of(out)[name], out.read_bytes()
+    start, end = (8 + int.from_bytes(body[:8], "little") + offset for offset in entry["data_offsets"])
+    return np.frombuffer(body[start:end], np.int32)
+
+
+def test_two_leaves_of_one_name_are_refused() -> None:
+    for form, reserved in (("numpy", frozenset[str]()), ("safetensors", frozenset({"__metadata__"}))):
+        with pytest.raises(oc.UsageError, match=rf"a.b: {form} would hold two leaves of this name; use"):
+            rules._distinct(["a", "a.b", "a.b"], form, reserved)
+
+
 @pytest.mark.parametrize(
     ("step", "form", "place", "code", "said"),
     [

@@ -298,6 +298,14 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> N
         (["local", "--nope", "--", "true"], "nope"),
         (["local", "--processes", "1", "--log_dir", "/dev/null/x", "--", "true"], "--log_dir /dev/null/x"),
         (
+            ["local", "--processes", "1", "--log_dir", "gs://bucket/x", "--", "true"],
+            "--log_dir='gs://bucket/x': wanted a",
+        ),
+        (["local", "--processes", "1", "--hosts_file", "file:x", "--", "true"], "--hosts_file='file:x': wanted a path"),
+        (["slurm", "--nodes", "1", "--log_dir", "gs://bucket/x", "--", "true"], "--log_dir='gs://bucket/x': wanted a"),
+        (["gke", "--output", "gs://bucket/x", "--", "true"], "--output='gs://bucket/x': wanted a path"),
+        (["gke", "--check", "s3://bucket/x"], "--check='s3://bucket/x': wanted a path"),
+        (
             ["local", "--processes", "2", "--elastic", "3:4", "--", "true"],
             "--elastic=3:4: wanted 1 <= MIN <= --processes",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import yaml
 from launch import contract, gke, manifest_check, manifests
 from launch.contract import JobContract
 from launch.manifests import Manifest, PodJob, Pool
-from tests.places import reports
+from tests.places import METACHARACTERS, NASTY, reports
 from tests.processes import free_port
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,6 +35,27 @@ def pod_of(documents: list[Manifest]) -> Manifest:
     job = spec["replicatedJobs"][0]["template"] if documents[-1]["kind"] == "JobSet" else documents[-1]
     pod: Manifest = job["spec"]["template"]["spec"]
     return pod
+
+
+def expanded(text: str, environ: dict[str, str]) -> str:
+    """A word of a command, or a variable's value, as the kubelet expands it (third_party/forked/golang/expansion): `$$`
+    is a dollar, `$(NAME)` the value of a variable that there is."""
+
+    def one(found: re.Match[str]) -> str:
+        return "$" if found[0] == "$$" else environ.get(found[1], found[0])
+
+    return re.sub(r"\$\$|\$\(([^()]*)\)", one, text)
+
+
+@pytest.mark.parametrize("write", [manifests.jobset, manifests.indexed_job])
+def test_the_program_and_its_variables_reach_the_pod_word_for_word(write: Callable[[PodJob], list[Manifest]]) -> None:
+    words = ["python", *METACHARACTERS]
+    documents = write(job(Pool("cpu", 2), program=words, environ={"HOME": "x", "NAME": NASTY}))
+    assert manifest_check.problems(documents) == []
+    container = pod_of(list(yaml.safe_load_all(gke.to_yaml(documents))))["containers"][0]
+    environ = {"HOME": "/root"}
+    assert [expanded(word, environ) for word in container["command"]] == words
+    assert [expanded(one["value"], environ) for one in container["env"] if one["name"] == "NAME"] == [NASTY]
 
 
 def environ_of(documents: list[Manifest], **fields: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 from launch import contract, slurm
 from launch.command import LaunchError
 from launch.slurm import SlurmJob
+from tests.places import METACHARACTERS, NASTY
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -48,21 +49,20 @@ def run(tmp_path: Path, text: str, restart: int = 0, **programs: str) -> tuple[i
 
 
 def test_the_program_reaches_the_nodes_word_for_word_with_its_contract(tmp_path: Path) -> None:
-    words = ["python", "a b", "$HOME", "it's", 'say "hi"', "x\ny", "*"]
-    job = SlurmJob(words, 4, 2, cpus_per_node=8, grace_s=45, environ={"NAME": "a 'b' $c"}, log_dir="out/logs")
+    words = ["python", *METACHARACTERS]
+    job = SlurmJob(words, 4, 2, cpus_per_node=8, grace_s=45, environ={"NAME": NASTY}, log_dir="out/logs")
     srun = 'printf "%s\\0" "$@" >words; env -0 >environ'
     code, _, requeues = run(tmp_path, slurm.script(job), restart=2, srun=srun)
     assert (code, requeues) == (0, [])
-    told = (tmp_path / "words").read_text().split("\0")[:-1]
+    told = (tmp_path / "words").read_bytes().decode().split("\0")[:-1]
     assert told[-len(words) :] == words
     assert {"--nodes=3", "--ntasks=3", "--cpus-per-task=8", "--output=out/logs/7/restart-2/host-%t.log"} <= set(told)
     assert (tmp_path / "out/logs/7/restart-2").is_dir()
-    environ = dict(line.split("=", 1) for line in (tmp_path / "environ").read_text().split("\0") if "=" in line)
-    assert (environ[contract.RESTART_COUNT], environ[contract.GRACE_PERIOD_S], environ["NAME"]) == (
-        "2",
-        "45",
-        "a 'b' $c",
+    environ = dict(
+        line.split("=", 1) for line in (tmp_path / "environ").read_bytes().decode().split("\0") if "=" in line
     )
+    assert (environ[contract.RESTART_COUNT], environ[contract.GRACE_PERIOD_S], environ["NAME"]) == ("2", "45", NASTY)
+    assert len(options(slurm.script(job))) == len(options(slurm.script(SlurmJob(["x"], 4, 2, cpus_per_node=8))))
 
 
 def test_slurm_is_asked_for_whole_nodes_and_for_time_to_save() -> None:
@@ -84,6 +84,8 @@ def test_a_preempted_job_is_requeued_unless_cancelled_or_worn_out(tmp_path: Path
         ("preempted", 1, "RUNNING", ["7"]),
         ("cancelled", 1, "CANCELLED", []),
         ("worn", 2, "RUNNING", []),
+        ("elsewhere", 1, "CANCELLED Command=/a JobState=RUNNING b", []),
+        ("silent", 1, "' >&2; echo '", []),
     ):
         (at := tmp_path / name).mkdir()
         _, output, requeues = run(at, text, restart, srun="exit 75", scontrol=f"echo 'JobId=7 JobState={state} x=y'")
@@ -111,6 +113,9 @@ def test_a_node_that_does_not_answer_leaves_the_decision_to_slurm(tmp_path: Path
         ("--nodes 2 --job_name 'a\n#SBATCH' -- true", "not an option that a script can hold"),
         ("--nodes 2 --log_dir 'a%b' -- true", "--log_dir=a%b: wanted a path without"),
         ("--nodes 2 --env=x -- true", "--env=x: wanted NAME=VALUE"),
+        ("--nodes 2 --env=A=\udcff -- true", "--env A '\\udcff': wanted text in UTF-8"),
+        ("--nodes 2 -- \udcff", "the program's '\\udcff': wanted text in UTF-8"),
+        ("--nodes 2 --partition '$(x)\n#SBATCH --x' -- true", "not an option that a script can hold"),
         ("--nodes 2 --submit -- true", "sbatch: no such program"),
     ],
 )

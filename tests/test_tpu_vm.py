@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch import tpu_vm
 from launch.tpu_vm import TpuJob
+from tests.places import METACHARACTERS, NASTY
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -28,10 +30,10 @@ case "$3 $4" in
 "queued-resources delete") rm -f state ;;
 "tpu-vm ssh")
   for word; do case "$word" in --command=*) remote=${word#--command=} ;; esac; done
-  # Two machines have two /tmp.
+  # Two machines have two homes.
   for worker in 0 1; do
-    mkdir -p "tmp$worker"
-    WORKER=$worker bash -c "${remote//\\/tmp\\/job/$PWD/tmp$worker/job}" &
+    mkdir -p "home$worker"
+    WORKER=$worker HOME=$PWD/home$worker bash -c "$remote" &
   done
   wait; exit 0 ;;
 *) echo "gcloud: what is $*" >&2; exit 2 ;;
@@ -108,6 +110,62 @@ def test_the_workers_of_all_slices_run_the_program_and_machines_are_made_first(t
         == sum("hello 1 0 b" in line for line in out.splitlines())
     )
     assert calls(tmp_path)[:2] == ["queued-resources describe", "queued-resources create"]
+
+
+def remote_of(job: TpuJob) -> str:
+    (remote,) = (word for word in tpu_vm.start(job, "job", 0) if word.startswith("--command="))
+    return remote.removeprefix("--command=")
+
+
+def test_the_program_reaches_the_workers_word_for_word(tmp_path: Path) -> None:
+    def output(job: TpuJob) -> str:
+        environ = {**os.environ, "HOME": str(tmp_path)}
+        done = subprocess.run(["bash", "-c", remote_of(job)], env=environ, capture_output=True, timeout=60)
+        return done.stdout.decode()
+
+    job = TpuJob("job", "z", ["printf", "%s\\0", *METACHARACTERS], environ={"NAME": NASTY}, directory=str(tmp_path))
+    assert output(job) == "\0".join([*METACHARACTERS, "launch: the program ended with 0\n"])
+    assert output(replace(job, program=["printenv", "NAME"])) == f"{NASTY}\nlaunch: the program ended with 0\n"
+    assert f"--env=NAME={NASTY}" in shlex.split(remote_of(replace(job, image="img:1")))
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ('echo "launch: the program ended with 0"; exit 3', 3),
+        ('echo "launch: the program ended with 9"', 0),
+        ('echo "launch-0123456789abcdef: the program ended with 9"', 0),
+        ("printf 'half a line'; exit 4", 4),
+        ("printf '\\377\\376 no text'; exit 3", 3),
+        ("head -c 300000 /dev/zero; exit 3", 3),
+        ("printf '\\r\\033[2K'; exit 3", 3),
+    ],
+)
+def test_only_our_own_word_says_how_the_program_ended(tmp_path: Path, program: str, code: int) -> None:
+    assert run(tmp_path, "--max_restarts=0", program)[0] == code
+
+
+def test_a_worker_that_says_nothing_has_not_ended_well(tmp_path: Path) -> None:
+    dies = '[ "$WORKER" = 0 ] || kill -9 $PPID'  # the shell that would have said it
+    (tmp_path / "both").mkdir()
+    assert run(tmp_path / "both", "--max_restarts=0", "kill -9 $PPID")[0] == 1
+    code, out, _ = run(tmp_path, "--max_restarts=0", dies)
+    assert code in (0, 137) and out.count("ended with") == 1, "gcloud's own code decides where one has no word"
+
+
+@pytest.mark.parametrize("state", ["", "ACTIVE", "PROVISIONING", "garbage"])
+def test_machines_that_are_not_known_to_be_gone_are_not_deleted(tmp_path: Path, state: str) -> None:
+    """Also where nobody answers: gcloud without credentials says nothing on standard output."""
+    failing = f'[ "$ORCHESTRATOR_RESTART_COUNT" != 0 ] || {{ echo {state} >state; exit 3; }}; echo ACTIVE >state'
+    run(tmp_path, "--max_restarts=0 --create --type=v6e-8 --wait_s=1", failing)
+    assert "queued-resources delete" not in calls(tmp_path)
+
+
+def test_the_lock_is_in_the_users_home_and_nobody_elses(tmp_path: Path) -> None:
+    assert run(tmp_path, "", "true")[0] == 0
+    assert [path.name for path in (tmp_path / "home0").iterdir()] == [f".orchestrator-job-{os.uname().nodename}.lock"]
+    job = TpuJob("job", "z", ["x"])
+    assert "/tmp" not in " ".join([*tpu_vm.start(job, "n", 0), *tpu_vm.stop(job, "n")])
 
 
 def test_a_failed_job_is_started_again_and_a_hopeless_one_is_not(tmp_path: Path) -> None:

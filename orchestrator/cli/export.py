@@ -33,7 +33,14 @@ def export(root: str, flags: Flags) -> int:
         bar = render.Bar(display, f"step {live.step}", live.bytes)
         source = rules.open_source(catalog, live, bar.add)
         written = rules.export(source, flags["dest"], flags["format"])
-    done = Exported(catalog.url, live.step, live.attempt, os.path.abspath(flags["dest"]), flags["format"], written)
+    done = Exported(
+        catalog.url,
+        live.step,
+        live.attempt,
+        os.path.abspath(os.path.expanduser(flags["dest"])),
+        flags["format"],
+        written,
+    )
     if flags["json"]:
         render.give(msgspec.to_builtins(done))
     else:

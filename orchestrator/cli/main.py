@@ -9,12 +9,14 @@ import io
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from absl import flags as absl_flags
 
+from orchestrator.arguments import path as local_path
 from orchestrator.cli import commands, diff, doctor, export, plan, render, report, verify, watch
 from orchestrator.cli.adopt import adopt
 from orchestrator.cli.completion import script
@@ -26,18 +28,20 @@ _BROKEN_PIPE = 128 + 13
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of one command. `kind`: bool, int, float or str. `short`: one letter that stands for it."""
+    """A flag of one command. `kind`: bool, int, float or str. `short`: one letter that stands for it. `path`: a file or
+    directory of this machine."""
 
     name: str
     kind: type
     default: Any
     about: str
     short: str | None = None
+    path: bool = False
 
 
 _JSON = Flag("json", bool, False, "one JSON document instead of a table")
 _STEP = Flag("step", int, None, "which step")
-_EVENTS = Flag("events_dir", str, None, "where the job's events are; ROOT/events without it")
+_EVENTS = Flag("events_dir", str, None, "where the job's events are; ROOT/events without it", path=True)
 _NAME = Flag("name", str, "pin", "name of the pin; a step may have several")
 
 
@@ -88,7 +92,7 @@ COMMANDS = {
     "report": Command(
         report.report,
         "one self-contained page: saves on each host, stragglers, incidents, retention, goodput, shardings",
-        (Flag("output", str, "report.html", "the file to write", short="o"), _EVENTS),
+        (Flag("output", str, "report.html", "the file to write", short="o", path=True), _EVENTS),
         ("orchestrator report /data/run -o report.html",),
     ),
     "export": Command(
@@ -255,6 +259,9 @@ def _parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[str, 
         wrong = f"the run's {missing} is missing" if missing == "ROOT" else f"{missing} is missing"
         wrong = wrong if missing else f"unexpected {positional[len(wanted)]!r}"
         raise UsageError(f"{wrong}; usage: orchestrator {name} {' '.join(wanted)} [flags]")
+    for flag in command.flags:
+        if flag.path and values[flag.name].value is not None:
+            local_path(f"--{flag.name}", values[flag.name].value)
     words = {word.lower(): value for word, value in zip(command.arguments, positional[1:], strict=True)}
     return positional[0], {**values.flag_values_dict(), **words}
 
@@ -284,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
         return _print(name, arguments)
     command = COMMANDS.get(name)
     if command is None:
-        print(f"orchestrator: no command {name!r}; there is: {', '.join(COMMANDS)}", file=sys.stderr)
+        render.complain(f"orchestrator: no command {name!r}; there is: {', '.join(COMMANDS)}")
         return EXIT_USAGE
     if any(word in ("-h", "-help", "--help") for word in arguments):
         print(_help(name, command))
@@ -292,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return command.run(*_parse(name, command, arguments))
     except OrchestratorError as error:
-        print(f"orchestrator {name}: {error}", file=sys.stderr)
+        render.complain(f"orchestrator {name}: {error}")
         return error.exit_code
 
 
@@ -305,7 +312,7 @@ def _print(name: str, arguments: Sequence[str]) -> int:
     try:
         print(text(arguments[0]))
     except UsageError as error:
-        print(f"orchestrator {name}: {error}", file=sys.stderr)
+        render.complain(f"orchestrator {name}: {error}")
         return error.exit_code
     return EXIT_OK
 
@@ -323,11 +330,15 @@ def entry() -> None:
         code = _BROKEN_PIPE
         _say_no_more()
     except OSError as error:  # of our own output: the commands raise StorageError for what they read and write
-        print(f"orchestrator: {error.strerror or error}", file=sys.stderr)
+        render.complain(f"orchestrator: {error.strerror or error}")
         code = EXIT_FAILED
         _say_no_more()
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:  # a fault of ours: the whole traceback, but nothing in it that a terminal obeys
+        for line in "".join(traceback.format_exception(error)).split("\n"):
+            render.complain(line)
+        code = EXIT_FAILED
     sys.exit(code)
 
 

@@ -1,4 +1,8 @@
-"""Tables for people, JSON for programs. Nothing here reads a run."""
+"""Tables for people, JSON for programs. Nothing here reads a run.
+
+All that a command shows goes through here, and every text for people through `texts.printable`: what a run has stored
+may not speak to the terminal.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.texts import printable
+
 _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 
 
@@ -35,9 +41,19 @@ def console(to: Any) -> Console:
     return _Console(file=to, width=None if to.isatty() else _PIPE_WIDTH, highlight=False)
 
 
+def words(text: str, style: str = "") -> Text:
+    """One line of text, whatever is in it."""
+    return Text(printable(text), style=style)
+
+
 def say(text: str) -> None:
     """A line for people, on standard output."""
-    console(sys.stdout).print(Text(text), soft_wrap=True)
+    console(sys.stdout).print(words(text), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """What went wrong, for people, on standard error: one line, and one for each detail."""
+    print(printable(text, details=True), file=sys.stderr)
 
 
 def give(value: Any) -> None:
@@ -46,6 +62,7 @@ def give(value: Any) -> None:
 
 
 def document(value: Any) -> str:
+    """In ASCII: what is not to be seen is a JSON escape."""
     return json.dumps(value, indent=2, sort_keys=False)
 
 
@@ -59,7 +76,7 @@ def drawn_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*map(words, row))
     return drawn
 
 
@@ -98,7 +115,7 @@ class Bar:
 
     def __init__(self, progress: Progress | None, about: str, total: int | None) -> None:
         self._progress = progress
-        self._task = progress.add_task(about, total=total) if progress else None
+        self._task = progress.add_task(printable(about), total=total) if progress else None
 
     def file(self, key: str) -> None:
         self.add(1)
@@ -113,5 +130,5 @@ def progress(unit: Literal["files", "bytes"] = "files") -> AbstractContextManage
     if not sys.stderr.isatty():
         return nullcontext(None)
     counts = (MofNCompleteColumn(),) if unit == "files" else (DownloadColumn(), TransferSpeedColumn())
-    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
     return Progress(*columns, console=Console(file=sys.stderr), transient=True)

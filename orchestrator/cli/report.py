@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from importlib import resources
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,7 @@ from orchestrator.eventlog import directory_of, read
 from orchestrator.forecast import leaf_bytes, partition
 from orchestrator.records import Head, LeafSpec, LiveStep
 from orchestrator.story import Story
+from orchestrator.texts import printable
 
 _LEAVES = 12  # of which the sharding is drawn: the largest
 _RECENT = 200  # saves that what-if figures go by
@@ -151,16 +153,29 @@ def report(root: str, flags: Flags) -> int:
 
 def page(made: Report) -> str:
     """The page, with everything in it."""
-    template = resources.files("orchestrator.cli").joinpath("report.html").read_text()
+    template = resources.files("orchestrator.cli").joinpath("report.html").read_text("utf-8")
     # `<` is escaped, so that no text of a run can end the script.
-    return template.replace(_PLACE, msgspec.json.encode(made).decode().replace("<", "\\u003c"))
+    body = msgspec.json.encode(_printable(msgspec.to_builtins(made))).decode()
+    return template.replace(_PLACE, body.replace("<", "\\u003c"))
+
+
+def _printable(value: Any) -> Any:
+    """A browser obeys no escape sequences, but bidirectional overrides; and what is copied out of it goes anywhere."""
+    match value:
+        case str():
+            return printable(value)
+        case dict():
+            return {printable(name): _printable(each) for name, each in value.items()}
+        case list():
+            return [_printable(each) for each in value]
+    return value
 
 
 def write_whole(path: str, text: str) -> None:
     """Replace `path`; nobody sees half of it."""
     partial = f"{path}.{uuid.uuid4().hex[:8]}"
     try:
-        with open(partial, "w") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(partial, path)
     except OSError as error:

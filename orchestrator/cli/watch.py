@@ -155,14 +155,17 @@ def slowest(story: Story) -> Slowest | None:
 
 def draw(now: Now) -> RenderableType:
     parts: list[RenderableType] = [
-        Text(f"{now.root}  epoch {now.epoch}, journal version {now.version}, {render.moment(now.time)}"),
-        Text(_loss(now), style="bold"),
-        Text(),
+        render.words(f"{now.root}  epoch {now.epoch}, journal version {now.version}, {render.moment(now.time)}"),
+        render.words(_loss(now), style="bold"),
+        render.words(""),
     ]
     if now.hosts:
-        parts += [_hosts(now), *_notes(now), Text()]
+        parts += [_hosts(now), *_notes(now), render.words("")]
     else:
-        parts += [Text("no events of this incarnation: see --events_dir, or the job runs without them"), Text()]
+        parts += [
+            render.words("no events of this incarnation: see --events_dir, or the job runs without them"),
+            render.words(""),
+        ]
     rows = [
         [
             str(commit.step),
@@ -210,12 +213,12 @@ def _hosts(now: Now) -> RenderableType:
 
 def _notes(now: Now) -> Iterator[Text]:
     if len(now.hosts) > _HOSTS_SHOWN:
-        yield Text(f"... and {len(now.hosts) - _HOSTS_SHOWN} more")
+        yield render.words(f"... and {len(now.hosts) - _HOSTS_SHOWN} more")
     missing = sorted(set(range(now.processes or 0)) - {host.process for host in now.hosts})
     if missing:
-        yield Text(f"not heard of: processes {', '.join(map(str, missing[:20]))}", style="bold")
+        yield render.words(f"not heard of: processes {', '.join(map(str, missing[:20]))}", style="bold")
     if slow := now.slowest:
-        yield Text(
+        yield render.words(
             f"slowest in step {slow.step}: process {slow.process} ({slow.host}), {render.duration(slow.seconds)} until "
             f"its part was durable; median {render.duration(slow.median_s)}"
         )

@@ -1,0 +1,33 @@
+"""Text that was stored or sent by somebody else, made fit for a terminal, a log line or an error. Pure.
+
+A terminal obeys what it is shown: an escape sequence in a host's name sets its title or clears it, a carriage return
+writes over what was said before, and a bidirectional override makes a name look like another. So no text for people
+leaves the program but through `printable`: `cli.render` for the commands, `OrchestratorError.__str__` for exceptions,
+`events.emit` for log lines.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Control characters (C0, DEL, C1), format characters (bidirectional, zero-width, tags), lone surrogates, and the two
+# separators at which some programs break lines.
+_ESCAPED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_OUR_BREAK = "\n  "
+
+
+def printable(text: str, *, details: bool = False) -> str:
+    """`text` with every character that is not to be seen as a backslash escape. What has been through here comes out
+    unchanged the second time.
+
+    details: a line break that two blanks follow is ours, and stays: that is how errors list what is wrong.
+    """
+    if text.isprintable():  # nearly always
+        return text
+    if details:
+        return _OUR_BREAK.join(map(printable, text.split(_OUR_BREAK)))
+    return "".join(_escaped(char) if unicodedata.category(char) in _ESCAPED else char for char in text)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
