@@ -77,7 +77,7 @@ def open_source(catalog: Catalog, live: LiveStep, on_bytes: Callable[[int], None
     manifest = catalog.manifest(live)
     catalog.check_sizes(live, manifest)
     extra = catalog.extra(live, manifest)
-    about = {"step": live.step, "attempt": live.attempt, "metrics": extra.metrics, "extra": extra.extra}
+    about = {"step": live.step, "attempt": live.attempt, "metrics": extra.stored_metrics, "extra": extra.stored_extra}
     return Source(catalog, live, manifest, catalog.intent(live, manifest).tree, about, on_bytes)
 
 

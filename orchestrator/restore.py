@@ -52,14 +52,15 @@ class Restored:
 class RestoreArgs:
     """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
     strict: damage raises instead of stepping down. share: (process, count) of those that restore together, and share
-    the checking of files whose chunks carry no checksum. attest: compare fingerprints with the saved ones, where there
-    are any. load_once: what several processes want is read by one of them (`restore_together` only). reader: who reads
-    the arrays."""
+    the checking of files whose chunks carry no checksum. record: journal what is damaged, and what was restored
+    (`restore_together` only). attest: compare fingerprints with the saved ones, where there are any. load_once: what
+    several processes want is read by one of them (`restore_together` only). reader: who reads the arrays."""
 
     partial: bool = False
     cast: bool = False
     strict: bool = False
     share: tuple[int, int] = (0, 1)
+    record: bool = True
     attest: bool = False
     load_once: bool = False
     reader: Callable[..., list[Any]] = arrays.load
@@ -218,7 +219,7 @@ def restore_together(
             heartbeat.beat("restored", live.step, restored_step=live.step)
             elapsed_s = time.monotonic() - started
             emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s))
-            if rendezvous.process == 0:
+            if rendezvous.process == 0 and args.record:
                 _note_restored(catalog, live)
             return outcome[0]
         assert objection is not None
@@ -228,7 +229,7 @@ def restore_together(
             raise kind(f"{catalog.url} {shown} cannot be restored: {objection.reason}")
         emit(SteppedDown(live.step, live.attempt, objection.reason))
         passed[live.step, live.attempt] = objection
-        if objection.damage:
+        if objection.damage and args.record:
             rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=objection.reason[:1000])
             agree(rendezvous, "restore: quarantine", timeout_s, partial(_append, catalog, rule))
 
