@@ -61,7 +61,7 @@ def unadopted(catalog: Catalog, head: Head | None) -> str | None:
     if base is None:
         found = [name for name in orbax_steps.in_store(catalog.storage) if int(name) > newest]
         return _elsewhere(catalog.url, found) if found else None
-    there = orbax_steps.survey(base)
+    root, there = str(base), orbax_steps.survey(base)
     newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
     known = {live.step for live in head.live} if head else set()
 
@@ -70,18 +70,18 @@ def unadopted(catalog: Catalog, head: Head | None) -> str | None:
 
     strange = [path.name for path in there.strange if is_newer(path)]
     if strange:
-        return _elsewhere(catalog.url, strange)
+        return _elsewhere(root, strange)
     steps = sorted(step for step, path in there.steps.items() if step not in known and is_newer(path))
     if not steps:
         return None
     if steps[-1] > newest:
-        way_out = f"take them over with `orchestrator adopt {shlex.quote(catalog.url)}`, or use another directory"
+        way_out = f"take them over with `orchestrator adopt {shlex.quote(root)}`, or use another directory"
     else:
         way_out = (
             f"the run has step {newest}. Move Orbax's elsewhere to go on from there, or make a run of them with "
-            f"`orchestrator adopt OTHER_ROOT --from={shlex.quote(catalog.url)}`"
+            f"`orchestrator adopt OTHER_ROOT --from={shlex.quote(root)}`"
         )
-    return f"{catalog.url}: holds {len(steps)} steps of Orbax's own (newest {steps[-1]}), not in the run; {way_out}"
+    return f"{root}: holds {len(steps)} steps of Orbax's own (newest {steps[-1]}), not in the run; {way_out}"
 
 
 def _elsewhere(url: str, names: Sequence[str]) -> str:

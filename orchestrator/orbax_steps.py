@@ -77,7 +77,7 @@ def survey(base: Path) -> Directory:
                 continue
             number = int(named[2])
             if number in steps:
-                raise UsageError(f"{base}: {name} and {steps[number].name} are both step {number}; move one elsewhere")
+                raise UsageError(f"{base}: {steps[number].name} and {name} are both step {number}; move one elsewhere")
             if number > arguments.STEP_MAX:
                 raise UsageError(f"{path}: steps are at most {arguments.STEP_MAX} here; move it elsewhere")
             steps[number] = path
