@@ -258,7 +258,7 @@ def _journal(directory: Path, live: int, entries: int) -> None:
             manifest_crc32c="01234567",
             tree="89abcdef",
             bytes=1,
-            metrics={"loss": 0.5},
+            stored_metrics={"loss": 0.5},
             time=0.0,
         )
         for number in range(live)

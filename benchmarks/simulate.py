@@ -196,7 +196,7 @@ def _entry(step: int) -> int:
         manifest_crc32c=crc32c(b""),
         tree="0" * 8,
         bytes=1,
-        metrics={},
+        stored_metrics={},
         time=0.0,
     )
     return len(encode(journal.commit(head, stamp, epoch=head.epoch, entry=live, keep=None)))  # type: ignore[arg-type]

@@ -8,27 +8,26 @@ its checksum: from then on damage is noticed, which Orbax's own format does not 
 from __future__ import annotations
 
 import json
-import re
+import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator import arrays, journal, layout
+from orchestrator import journal, json_words, layout, orbax_steps
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, UsageError
+from orchestrator.errors import UsageError
 from orchestrator.records import (
     FORMAT,
     Extra,
     FileEntry,
+    Head,
     Intent,
-    Json,
-    LeafSpec,
     LiveStep,
     Manifest,
     Record,
@@ -39,10 +38,6 @@ from orchestrator.records import (
 from orchestrator.storage import PosixStorage
 
 EXTRA = "orbax"  # our member of a step's extra JSON: what Orbax knew beside the arrays
-DEFAULT = "default"  # Orbax's name for a single, unnamed item
-_STEP = re.compile(r"(?:.*_)?0*(\d+)")  # with CheckpointManagerOptions(step_prefix=..., step_format_fixed_length=...)
-_METRICS = "metrics"
-_ITERATOR = re.compile(r"process_(\d+)-of-\d+\.json")
 
 
 @dataclass(frozen=True)
@@ -54,31 +49,47 @@ class Adopted:
     bytes: int
 
 
-@dataclass
-class _Found:
-    """What one Orbax step holds. `files`: name below `state/` -> where it is now."""
+def unadopted(catalog: Catalog, head: Head | None) -> str | None:
+    """What is to be said to whoever opens a root that holds steps of Orbax's which the run does not know: `head` would
+    be taken for all there is, and training would begin anew or go on from an older step. None if there are none.
 
-    leaves: list[LeafSpec] = field(default_factory=list)
-    files: dict[str, Path] = field(default_factory=dict)
-    json: dict[str, Json] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    iterators: dict[int, dict[str, str]] = field(default_factory=dict)
-    custom_metadata: dict[str, Json] = field(default_factory=dict)
-    single: bool = False
-    time: float = 0.0
+    Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
+    and retired since, or were left behind. Changes nothing. Raises StorageError.
+    """
+    base = orbax_steps.local_path(catalog.url)
+    newest = max((live.step for live in head.live), default=-1) if head else -1
+    if base is None:
+        found = [name for name in orbax_steps.in_store(catalog.storage) if int(name) > newest]
+        return _elsewhere(catalog.url, found) if found else None
+    root, there = str(base), orbax_steps.survey(base)
+    newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
+    known = {live.step for live in head.live} if head else set()
+
+    def is_newer(path: Path) -> bool:
+        return not (newest_s and orbax_steps.stands_alone(path)) and orbax_steps.finished_s(path) > newest_s
+
+    strange = [path.name for path in there.strange if is_newer(path)]
+    if strange:
+        return _elsewhere(root, strange)
+    steps = sorted(step for step, path in there.steps.items() if step not in known and is_newer(path))
+    if not steps:
+        return None
+    if steps[-1] > newest:
+        way_out = f"take them over with `orchestrator adopt {shlex.quote(root)}`, or use another directory"
+    else:
+        way_out = (
+            f"the run has step {newest}. Move Orbax's elsewhere to go on from there, or make a run of them with "
+            f"`orchestrator adopt OTHER_ROOT --from={shlex.quote(root)}`"
+        )
+    return f"{root}: holds {len(steps)} steps of Orbax's own (newest {steps[-1]}), not in the run; {way_out}"
 
 
-def orbax_steps(directory: str) -> dict[int, Path]:
-    """The finished steps in a directory of Orbax's CheckpointManager; {} if it is none. Local directories only."""
-    base = Path(directory.removeprefix("file://"))
-    if "://" in str(base) or not base.is_dir():
-        return {}
-    found = {}
-    for path in base.iterdir():
-        named = _STEP.fullmatch(path.name)
-        if named and path.is_dir() and (path / "_CHECKPOINT_METADATA").is_file():
-            found[int(named[1])] = path
-    return found
+def _elsewhere(url: str, names: Sequence[str]) -> str:
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"{url}: holds {some}, named like steps of Orbax's, which cannot be taken over; restore them with Orbax and "
+        "save them here, or move them elsewhere, or use another directory"
+    )
 
 
 def adopt(
@@ -87,21 +98,25 @@ def adopt(
     """Make every Orbax step in directory `source` that is newer than the run's newest a step of the run.
 
     Opens an epoch, as the start of a job does: no job may be saving to the run. A crash leaves whole steps; calling it
-    again goes on. `skip`: items to leave out. Raises UsageError for a source that holds no steps, for items that cannot
-    be adopted, and for roots that are not on a file system; Damaged naming what cannot be read.
+    again goes on. `skip`: items to leave out. Raises UsageError for a source that holds no steps, for what cannot be
+    adopted, and for roots that are not on a file system; Damaged naming what is not as Orbax leaves it; StorageError.
     """
-    if not isinstance(catalog.storage, PosixStorage):
+    base = orbax_steps.local_path(source)
+    if not isinstance(catalog.storage, PosixStorage) or base is None:
         raise UsageError(f"{catalog.url}: adopting needs a local or shared file system, as it links to Orbax's files")
-    found = orbax_steps(source)
-    if not found:
-        raise UsageError(f"{source}: no steps of an Orbax CheckpointManager in it; check the path")
+    there = orbax_steps.survey(base)
     head = catalog.head()
     newest = max((live.step for live in head.live), default=-1) if head else -1
+    if there.strange:
+        raise UsageError(_elsewhere(source, [path.name for path in there.strange]))
+    found = there.steps
+    if not found:
+        raise UsageError(f"{source}: no steps of an Orbax CheckpointManager in it; check the path")
     steps = sorted(step for step in found if step > newest)
     known = {live.step for live in head.live} if head else set()
     older = tuple(sorted(step for step in found if step <= newest and step not in known))
     # Everything is looked at before anything is written: a step that cannot be adopted leaves the run as it was.
-    described = {step: _look(found[step], skip) for step in steps}
+    described = {step: orbax_steps.look(found[step], skip) for step in steps}
     if not steps:
         return Adopted((), older, 0)
     opened = catalog.append(journal.open_epoch)
@@ -111,47 +126,6 @@ def adopt(
         writer = _Writer(catalog, catalog.storage, opened.epoch, step, on_file)
         adopted_bytes += writer.write(described[step], f"adopted from {found[step]}")
     return Adopted(tuple(steps), older, adopted_bytes)
-
-
-def _look(path: Path, skip: frozenset[str]) -> _Found:
-    """Read what an Orbax step is made of; no array data."""
-    try:
-        told = json.loads((path / "_CHECKPOINT_METADATA").read_text())
-    except ValueError as error:
-        raise Damaged(f"{path}/_CHECKPOINT_METADATA: not JSON: {error}") from error
-    found = _Found(custom_metadata=told.get("custom_metadata") or {})
-    found.time = (told.get("commit_timestamp_nsecs") or 0) / 1e9 or path.stat().st_mtime
-    items = {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and each.name not in skip}
-    if arrays.is_tree(path):  # written by a Checkpointer without items
-        items = {DEFAULT: path}
-    found.single = items.keys() - {_METRICS} == {DEFAULT}
-    for name, directory in items.items():
-        _look_at_item(found, name, directory)
-    if not found.leaves:
-        raise UsageError(f"{path}: holds no pytree of arrays; nothing to adopt")
-    return found
-
-
-def _look_at_item(found: _Found, name: str, directory: Path) -> None:
-    files = {str(each.relative_to(directory)): each for each in sorted(directory.rglob("*")) if each.is_file()}
-    iterators = {int(named[1]): each for each in files.values() if (named := _ITERATOR.fullmatch(each.name))}
-    if arrays.is_tree(directory):
-        item = "" if found.single else name
-        found.leaves += arrays.describe(directory, item)
-        found.files |= {f"{item}/{relative}" if item else relative: each for relative, each in files.items()}
-    elif name == _METRICS and (directory / _METRICS).is_file():
-        metrics = json.loads((directory / _METRICS).read_text())
-        found.metrics = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-    elif (directory / "metadata").is_file():  # JsonSave
-        found.json[name] = json.loads((directory / "metadata").read_text())
-    elif iterators:
-        for index, each in iterators.items():
-            found.iterators.setdefault(index, {})[name] = each.read_text()
-    else:
-        raise UsageError(
-            f"{directory}: item {name!r} is neither a pytree, JSON nor a grain iterator, and cannot be adopted; "
-            f"--skip={name} leaves it where it is"
-        )
 
 
 class _Writer:
@@ -165,13 +139,17 @@ class _Writer:
         self._prefix = layout.attempt_prefix(step, self._attempt)
         self._on_file = on_file or (lambda path: None)
 
-    def write(self, found: _Found, reason: str) -> int:
+    def write(self, found: orbax_steps.Found, reason: str) -> int:
         """Returns the attempt's bytes."""
         tree = TreeSpec(leaves=tuple(found.leaves))
         self._create(layout.INTENT, self._intent(tree))
         told = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
         extra = Extra(
-            **self._signed(), step=self._step, timestamp=found.time, metrics=found.metrics, extra={EXTRA: told}
+            **self._signed(),
+            step=self._step,
+            timestamp=found.time,
+            stored_metrics=json_words.stored_all(found.metrics),
+            stored_extra={EXTRA: json_words.pack(told)},
         )
         self._create(layout.EXTRA, extra)
         for index, states in found.iterators.items():
@@ -194,7 +172,7 @@ class _Writer:
             manifest_crc32c=crc32c(body),
             tree=tree.fingerprint(),
             bytes=manifest.total_bytes + len(body),
-            metrics=found.metrics,
+            stored_metrics=json_words.stored_all(found.metrics),
             time=found.time,
         )
         self._catalog.append(partial(journal.commit, epoch=self._epoch, entry=entry, keep=None, reason=reason))

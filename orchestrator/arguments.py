@@ -5,16 +5,16 @@ what was got and what was wanted. Pure; changes nothing.
 from __future__ import annotations
 
 import json
-import math
 import operator
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.records import Json
 
+JSON_DEPTH_MAX = 100  # so that it can be read back however deep the stack of who reads it is
 STEP_MAX = 2**31 - 1  # JAX counts the steps of a preemption's sync point in 32 bits
 SECONDS_MAX = 10**6  # every wait ends: clocks and locks overflow at less than infinity
 
@@ -92,27 +92,29 @@ def can(name: str, value: object, method: str, wanted: str) -> None:
 
 
 def metrics(given: object) -> dict[str, float]:
-    """Finite numbers only: JSON has no others, and a step without the metric is never the best, as NaN should be."""
+    """Numbers of any kind, NaN and the infinities too: they are facts about training."""
     plain = {}
     for name, value in _mapping("metrics", given).items():
         number = _number(value)
         if number is None:
             raise refusal(f"metrics[{name!r}]", value, "a number")
-        if math.isfinite(number):
-            plain[name] = number
+        plain[name] = number
     return plain
 
 
 def extra(given: object) -> dict[str, Json]:
-    """A copy, as it will be read back."""
-    plain = {}
-    for name, value in _mapping("extra", given).items():
-        try:
-            text = json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-            plain[name] = json.loads(text, object_pairs_hook=_without_twins)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise refusal(f"extra[{name!r}]", value, f"plain JSON ({error})") from error
-    return plain
+    return {name: plain_json(f"extra[{name!r}]", value) for name, value in _mapping("extra", given).items()}
+
+
+def plain_json(name: str, value: object) -> Json:
+    """A copy, as it will be read back: numbers may be NaN or infinite, a scalar of numpy's becomes Python's own."""
+    try:
+        text = json.dumps(value, default=_scalar, ensure_ascii=False).encode()
+        copy: Json = json.loads(text, object_pairs_hook=_without_twins)
+        _check_depth(copy)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise refusal(name, value, f"plain JSON ({error})") from error
+    return copy
 
 
 def own_bytes(given: object) -> bytes | None:
@@ -150,6 +152,28 @@ def _number(value: object) -> float | None:
         return float(value)  # type: ignore[arg-type]
     except Exception:  # what float() raises; of an array that is gone or not of this process, JAX's own
         return None
+
+
+def _check_depth(value: Json) -> None:
+    level = [value]
+    for _ in range(JSON_DEPTH_MAX):
+        level = [inner for each in level for inner in _members(each)]
+    if level:
+        raise ValueError(f"nested more than {JSON_DEPTH_MAX} deep")
+
+
+def _members(value: Json) -> Iterable[Json]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _scalar(value: object) -> object:
+    """A scalar of numpy's as Python's own number: `json` calls this for what it does not know. An array is none, though
+    it may hold one number only, and a time is none, though numpy may give it out as one."""
+    scalar = hasattr(value, "item") and hasattr(value, "dtype") and not hasattr(value, "__setitem__")
+    number = value.item() if scalar and value.dtype.kind not in "mM" else None  # type: ignore[attr-defined]
+    if not isinstance(number, bool | int | float):
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return number
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

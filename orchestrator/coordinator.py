@@ -15,7 +15,7 @@ from functools import partial
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import contents, failpoints, journal, layout, protocol
+from orchestrator import contents, failpoints, journal, json_words, layout, protocol
 from orchestrator.arrays import PendingWrite
 from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
@@ -106,8 +106,8 @@ class Coordinator:
             write_id=self._catalog.stamp().write_id,
             step=intent.step,
             timestamp=user.timestamp,
-            metrics=user.metrics,
-            extra=user.extra,
+            stored_metrics=json_words.stored_all(user.metrics),
+            stored_extra={name: json_words.pack(value) for name, value in user.extra.items()},
         )
         return written, self._create(intent, layout.EXTRA, encode(extra))
 
@@ -304,7 +304,7 @@ class Coordinator:
             manifest_crc32c=crc32c(body),
             tree=intent.tree.fingerprint(),
             bytes=manifest.total_bytes + len(body),
-            metrics=user.metrics,
+            stored_metrics=json_words.stored_all(user.metrics),
             time=user.timestamp,
         )
 

@@ -24,9 +24,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from orchestrator import arguments, layout
+from orchestrator import arguments, arrays, layout
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, StorageError, UsageError
+from orchestrator.errors import StorageError, UsageError
 from orchestrator.forecast import leaf_bytes
 from orchestrator.records import Box, LeafSpec, LiveStep, Manifest, TreeSpec
 from orchestrator.stored_step import StoredStep
@@ -77,7 +77,7 @@ def open_source(catalog: Catalog, live: LiveStep, on_bytes: Callable[[int], None
     manifest = catalog.manifest(live)
     catalog.check_sizes(live, manifest)
     extra = catalog.extra(live, manifest)
-    about = {"step": live.step, "attempt": live.attempt, "metrics": extra.metrics, "extra": extra.extra}
+    about = {"step": live.step, "attempt": live.attempt, "metrics": extra.stored_metrics, "extra": extra.stored_extra}
     return Source(catalog, live, manifest, catalog.intent(live, manifest).tree, about, on_bytes)
 
 
@@ -211,8 +211,8 @@ def _orbax(source: Source, folder: str) -> int:
     # A large file's checksum does not tell it from another save's (records.FileEntry); those of its chunks do.
     bad = arrays.check(f"file://{folder}/", source.manifest.chunks)
     if bad:
-        problem = min(bad.values()).replace(f"file://{folder}/", source.state_url)
-        raise Damaged(f"{len(bad)} of {len(source.manifest.chunks)} chunks are not what was saved: {problem}")
+        StoredStep(source.catalog, source.live).judge([], sorted(bad))
+        raise StorageError(f"{folder}: {len(bad)} chunks are not what was copied there: {min(bad.values())}")
     return written
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from orchestrator import layout
+from orchestrator import layout, policy
 from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound
+from orchestrator.json_words import stored_all
 from orchestrator.policy import KeepPolicy
 from orchestrator.records import FORMAT, Event, Failure, Head, LiveStep, RetiredAttempt
 
@@ -65,7 +66,8 @@ def open_epoch(head: Head | None, stamp: Stamp) -> Next:
 def commit(
     head: Head | None, stamp: Stamp, *, epoch: int, entry: LiveStep, keep: KeepPolicy | None, reason: str = ""
 ) -> Next:
-    """Add `entry` to the live steps and retire, in the same entry, what retention lets go. `reason`: for the log."""
+    """Add `entry` to the live steps and retire, in the same entry, what retention lets go. `reason`: for the log.
+    `entry` comes with all of its step's metrics; as many as a head carries stay in it."""
     if head is None or head.epoch != epoch:
         return _not_our_epoch(head, epoch)
     if any(live.attempt == entry.attempt and live.step == entry.step for live in head.live):
@@ -75,7 +77,7 @@ def commit(
         return Refused(OrchestratorError(f"{where}: already aborted or retired in the journal; it cannot be committed"))
     replaced = [live for live in head.live if live.step == entry.step]
     pins = tuple(pin for old in replaced for pin in old.pins)  # a pin is on the step, not on the attempt
-    live = (*(old for old in head.live if old.step != entry.step), replace(entry, pins=pins))
+    live = (*(old for old in head.live if old.step != entry.step), replace(_carried(entry, keep), pins=pins))
     dropped = _let_go(live, keep, stamp.time) if keep else frozenset()
     retired = [
         *(RetiredAttempt(step=old.step, attempt=old.attempt, reason="replaced") for old in replaced),
@@ -204,11 +206,32 @@ def _let_go(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozens
     good = [entry for entry in live if entry.restorable]
     if not good:
         return frozenset()
-    wanted = set(keep.keep(good, now)) | {good[-1].step}
+    # Nobody is judged without the metric that decides, if only extra.json has it: the step stays.
+    judged = [entry for entry in good if _tells(entry, keep)]
+    wanted = {entry.step for entry in good if entry not in judged} | {good[-1].step}
+    if judged:
+        wanted |= keep.keep(judged, now)
     proven = [entry.step for entry in good if entry.trust in ("verified", "restored")]
     wanted.update(proven[-1:])
     wanted.update(entry.step for entry in live if entry.pins)
     return frozenset(entry.step for entry in live if entry.step not in wanted)
+
+
+def _carried(entry: LiveStep, keep: KeepPolicy | None) -> LiveStep:
+    chosen = policy.carried(entry.metrics, keep)
+    omitted = len(entry.stored_metrics) - len(chosen)
+    if not omitted:
+        return entry
+    absent = tuple(sorted((policy.needed(keep, entry.metrics) or frozenset()) - entry.stored_metrics.keys()))
+    return replace(entry, stored_metrics=stored_all(chosen), metrics_omitted=omitted, metrics_absent=absent)
+
+
+def _tells(entry: LiveStep, keep: KeepPolicy) -> bool:
+    """Whether the head has every metric of the step that `keep` looks at."""
+    if not entry.metrics_omitted:
+        return True
+    names = policy.needed(keep, entry.metrics)
+    return names is not None and names <= entry.stored_metrics.keys() | set(entry.metrics_absent)
 
 
 def newest(head: Head) -> LiveStep | None:

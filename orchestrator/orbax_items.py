@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from orchestrator import plan
-from orchestrator.adopt import DEFAULT, EXTRA
+from orchestrator import arguments, plan
+from orchestrator.adopt import EXTRA
+from orchestrator.arrays import orbax_json
 from orchestrator.errors import Mismatch, UsageError
+from orchestrator.orbax_steps import DEFAULT
 from orchestrator.records import Json, LeafSpec, TreeSpec
 from orchestrator.tree import inline_value, numpy_dtype, targets, tree_path
 
@@ -61,7 +63,12 @@ class Saving:
     iterators: dict[str, str] = field(default_factory=dict)
 
     def extra(self, custom_metadata: Mapping[str, Json] | None, root_metadata: Mapping[str, Json]) -> dict[str, Json]:
-        told = {"single": self.single, "json": self.json, "custom_metadata": dict(custom_metadata or {})}
+        """Raises UsageError naming what is not plain JSON."""
+        custom = {
+            name: arguments.plain_json(f"custom_metadata[{name!r}]", value)
+            for name, value in (custom_metadata or {}).items()
+        }
+        told = {"single": self.single, "json": self.json, "custom_metadata": custom}
         return {EXTRA: {**told, "root_metadata": dict(root_metadata)}}
 
     @property
@@ -77,7 +84,7 @@ def saving(args: Any) -> Saving:
     for name, each in named.items():
         match kind_of(each, name):
             case "json":
-                result.json[name] = each.item
+                result.json[name] = arguments.plain_json(f"item {name!r}", each.item)
             case "iterator":
                 result.iterators[name] = iterator_state(each.item)
             case _:
@@ -215,10 +222,9 @@ def lists_in(body: bytes, name: str) -> set[tuple[str, ...]]:
     found = _METADATA.fullmatch(name)
     above = (found[1],) if found and found[1] else ()
     lists = set()
-    for entry in json.loads(body).get("tree_metadata", {}).values():
-        keys = entry["key_metadata"]
-        names = tuple(str(key["key"]) for key in keys)
-        lists |= {(*above, *names[:depth]) for depth, key in enumerate(keys) if key["key_type"] == _SEQUENCE}
+    for entry in orbax_json.parse(body, orbax_json.TreeMetadata, name).tree_metadata.values():
+        keys = enumerate(entry.key_metadata)
+        lists |= {(*above, *entry.path[:depth]) for depth, key in keys if key.key_type == _SEQUENCE}
     return lists
 
 

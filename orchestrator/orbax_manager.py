@@ -14,20 +14,23 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from orchestrator import journal, orbax_items, orbax_options, policy
-from orchestrator.adopt import DEFAULT, EXTRA, orbax_steps
+from absl import logging
+
+from orchestrator import arguments, journal, orbax_items, orbax_options, policy
+from orchestrator.adopt import EXTRA, unadopted
 from orchestrator.agent import Agent
 from orchestrator.arrays import orbax
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, StepNotFound, StorageError, UsageError
 from orchestrator.orbax_items import Saved
 from orchestrator.orbax_options import Info
+from orchestrator.orbax_steps import DEFAULT
 from orchestrator.records import Json, LiveStep
 from orchestrator.rendezvous import connect
 from orchestrator.restore import RestoreArgs, agree, restore_together
 from orchestrator.storage import open_storage
-
-_ARGS = RestoreArgs(partial=True, cast=True)  # each item has been matched before
+from orchestrator.storage.base import Storage
+from orchestrator.storage.read_only import ReadOnlyStorage
 
 
 class NoSuchStep(StepNotFound, FileNotFoundError):
@@ -54,6 +57,8 @@ class CheckpointManager:
     `oc.Agent` work on it.
 
     The first `save` (or `should_save`) opens an epoch: from then on an older incarnation of the job cannot commit.
+    With `read_only=True` nothing is ever written, whichever method is called: as in Orbax, `save` returns False and
+    `delete` does nothing; `restore` steps down past damaged steps and leaves them as they are.
     Raises UsageError for options and handlers that have no counterpart, and for a directory that holds Orbax's own
     steps and has not been adopted.
     """
@@ -75,12 +80,18 @@ class CheckpointManager:
         self._options = orbax_options.ours(self._orbax)
         self._saves = orbax.Saves(self._orbax)
         self._url = os.fspath(directory)
-        self._storage = open_storage(self._url)
+        store = open_storage(self._url)
+        self._storage: Storage = ReadOnlyStorage(store) if self._orbax.read_only else store
         self._catalog = Catalog(self._storage, writer="compat")
         self._rendezvous = connect(self._options.rendezvous_timeout_s)
-        self._root_metadata = dict(metadata or {})
+        self._root_metadata = {
+            name: arguments.plain_json(f"metadata[{name!r}]", value) for name, value in (metadata or {}).items()
+        }
+        self._kept_root_metadata: dict[str, Json] | None = None
         self._agent: Agent | None = None
         self._infos: list[Info] = []
+        self._all_metrics: dict[tuple[int, str], dict[str, float]] = {}
+        agree(self._rendezvous, "open the directory", self._options.rendezvous_timeout_s, self._admit)
         self.reload()
 
     # Questions.
@@ -109,15 +120,19 @@ class CheckpointManager:
     def best_step(self) -> int | None:
         if self._orbax.best_fn is None:
             return self.latest_step()
-        infos = [orbax_options.info(*each) for each in self._plain_infos()]
+        infos = [orbax_options.info(*each) for each in self._plain_infos(whole=True)]
         return orbax_options.best(infos, self._orbax.best_fn, self._orbax.best_mode)
 
     def reload(self) -> None:
         """Read the steps anew; all processes then know the same (process 0's)."""
-        told = agree(self._rendezvous, "steps of the run", self._options.rendezvous_timeout_s, self._plain_infos)
+        # Only a policy of the user's own may look at the metrics of the steps before.
+        infos = partial(self._plain_infos, whole=self._orbax.save_decision_policy is not None)
+        told = agree(self._rendezvous, "steps of the run", self._options.rendezvous_timeout_s, infos)
         self._infos = [orbax_options.info(*each) for each in told]
 
     def reached_preemption(self, step: int) -> bool:
+        if self._orbax.read_only:  # an agent is for saving
+            return self._rendezvous.preempted(arguments.step(step))
         return self._writer().reached_preemption(step)
 
     def should_save(self, step: int) -> bool:
@@ -131,7 +146,7 @@ class CheckpointManager:
         return self._saving()
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        return self._live(step).metrics or None
+        return self._metrics_of(self._live(step)) or None
 
     def item_metadata(self, step: int) -> Any:
         """Abstract arrays in the structure of what was saved; a Composite of them for several items."""
@@ -141,13 +156,10 @@ class CheckpointManager:
 
     def metadata(self, step: int | None = None) -> Any:
         if step is None:
-            head = self._catalog.head()
-            newest = journal.newest(head) if head else None
-            stored = self._saved(newest).extra.get("root_metadata", {}) if newest else {}
-            return RootMetadata(stored or self._root_metadata)
+            return RootMetadata(self._kept_root_metadata or self._find_root_metadata())
         live = self._live(step)
         custom = self._saved(live).extra.get("custom_metadata", {})
-        return StepMetadata(self.item_metadata(step), live.metrics, custom, int(live.time * 1e9))
+        return StepMetadata(self.item_metadata(step), self._metrics_of(live), custom, int(live.time * 1e9))
 
     # Saving.
 
@@ -174,6 +186,8 @@ class CheckpointManager:
             self.reload()
         if self._knows(step):
             raise orbax.step_exists(f"{self._url}: step {step} is there already; it is not overwritten")
+        if self._kept_root_metadata is None:
+            self._kept_root_metadata = self._find_root_metadata() if self._rendezvous.process == 0 else {}
         what = orbax_items.saving(args)
         shown = None if self._orbax.prevent_write_metrics else metrics
         agent = self._writer()
@@ -181,7 +195,7 @@ class CheckpointManager:
             step,
             what.state,
             metrics=shown,
-            extra=what.extra(custom_metadata, self._root_metadata),
+            extra=what.extra(custom_metadata, self._kept_root_metadata),
             process_state=what.process_state,
             force=True,
         )
@@ -201,6 +215,9 @@ class CheckpointManager:
     def delete(self, step: int) -> None:
         """Let go of a step; its data is deleted in the background. Raises NoSuchStep, and UsageError for a step that is
         never let go: the newest one, the newest one known to be good, a pinned one."""
+        if self._orbax.read_only:
+            logging.warning("%s is read only: step %s is not deleted", self._url, step)
+            return
         self.wait_until_finished()
         self._live(step)
         rule = partial(journal.retire, keep=orbax_options.KeepAllBut(step))
@@ -271,7 +288,9 @@ class CheckpointManager:
         if trees:
             like = trees[DEFAULT] if saved.whole else trees
             timeout_s = self._options.rendezvous_timeout_s
-            found = restore_together(self._catalog, self._rendezvous, like, step, _ARGS, timeout_s)
+            # Each item has been matched before.
+            how = RestoreArgs(partial=True, cast=True, record=not self._orbax.read_only)
+            found = restore_together(self._catalog, self._rendezvous, like, step, how, timeout_s)
             if found is None:
                 raise NoSuchStep(f"{self._url}: no steps")
             states, told = found.process_states, found.extra.get(EXTRA, {})
@@ -318,18 +337,38 @@ class CheckpointManager:
         lists: set[tuple[str, ...]] = set()
         for name in orbax_items.metadata_files([entry.path for entry in manifest.files]):
             body = self._catalog.file(live, manifest, name)
-            lists |= orbax_items.lists_in(body or b"{}", name)
+            lists |= orbax_items.lists_in(body, name) if body else set()
         states = self._catalog.process_states(live, manifest)
         return Saved(live.step, spec.leaves, frozenset(lists), single, told or {}, states)
 
-    def _plain_infos(self) -> list[tuple[int, float, dict[str, float]]]:
+    def _admit(self) -> None:
+        refusal = unadopted(self._catalog, self._catalog.head())
+        if refusal:
+            raise UsageError(refusal)
+
+    def _plain_infos(self, *, whole: bool) -> list[tuple[int, float, dict[str, float]]]:
+        """(step, time, metrics) of the restorable steps; metrics `whole`, or as many as the journal carries."""
         head = self._catalog.head()
-        if head is None and (found := orbax_steps(self._url)):
-            raise UsageError(
-                f"{self._url}: holds {len(found)} steps of Orbax's own (newest {max(found)}); take them over with "
-                f"`orchestrator adopt {self._url}`, or use another directory"
-            )
-        return [(live.step, live.time, live.metrics) for live in head.live if live.restorable] if head else []
+        good = [live for live in head.live if live.restorable] if head else []
+        return [(live.step, live.time, self._metrics_of(live) if whole else live.metrics) for live in good]
+
+    def _metrics_of(self, live: LiveStep) -> dict[str, float]:
+        """All of a step's metrics."""
+        if not live.metrics_omitted:
+            return live.metrics
+        key = (live.step, live.attempt)
+        if key not in self._all_metrics:
+            self._all_metrics[key] = self._catalog.extra(live, self._catalog.manifest(live)).metrics
+        return self._all_metrics[key]
+
+    def _find_root_metadata(self) -> dict[str, Json]:
+        """As in Orbax, what the directory was given first, by whichever manager, stays: each step carries it on."""
+        head = self._catalog.head()
+        for live in reversed(head.live if head else ()):
+            with contextlib.suppress(Damaged, StorageError):
+                extra = self._catalog.extra(live, self._catalog.manifest(live)).extra
+                return extra.get(EXTRA, {}).get("root_metadata") or self._root_metadata
+        return self._root_metadata
 
     def _knows(self, step: int) -> bool:
         return any(info.step == step for info in self._infos)

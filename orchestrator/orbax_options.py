@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,12 +66,55 @@ def ours(options: Any) -> Options:
 
 @dataclass(frozen=True)
 class KeepAsOrbax:
-    """`max_to_keep`, `keep_period`, `keep_time_interval`, `best_fn` and `preservation_policy`, by Orbax's own rules."""
+    """`max_to_keep`, `keep_period`, `keep_time_interval`, `best_fn` and `preservation_policy`, by Orbax's own rules.
+
+    To Orbax, NaN is as good as any number, and a run that has diverged deletes its best steps. Those that Orbax's rules
+    keep when nobody has NaN stay, too."""
 
     keeps: Keeps
 
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
-        return self.keeps.keep([info(each.step, each.time, each.metrics) for each in steps])
+        infos = [info(each.step, each.time, each.metrics) for each in steps]
+        numbers = [each for each in infos if not any(is_nan(score, each) for score in self.keeps.scores or ())]
+        return self.keeps.keep(infos) | (self.keeps.keep(numbers) if 0 < len(numbers) < len(infos) else frozenset())
+
+    def metrics_needed(self, metrics: Mapping[str, float]) -> frozenset[str] | None:
+        """Found by asking each score, as Orbax would, and watching what it looks at."""
+        if self.keeps.scores is None:
+            return None
+        asked = _Asked(metrics)
+        for score in self.keeps.scores if metrics else ():
+            try:
+                score(asked)
+            except Exception:  # whatever the user's function raises; retention will hear of it
+                return None
+        return None if asked.all else frozenset(asked.names)
+
+
+class _Asked(Mapping[str, float]):
+    """Metrics that note what is asked of them. `all`: more than single names."""
+
+    def __init__(self, metrics: Mapping[str, float]) -> None:
+        self._metrics = metrics
+        self.names: set[str] = set()
+        self.all = False
+
+    def __getitem__(self, name: str) -> float:
+        self.names.add(name)
+        return self._metrics[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.all = True
+        return iter(self._metrics)
+
+    def __len__(self) -> int:
+        self.all = True
+        return len(self._metrics)
+
+
+def is_nan(score: Callable[[Any], float], about: Info) -> bool:
+    value = None if about.metrics is None else score(about.metrics)
+    return bool(value != value)
 
 
 @dataclass(frozen=True)
@@ -80,12 +123,16 @@ class KeepAllBut:
 
     step: int
 
+    def metrics_needed(self, metrics: Mapping[str, float]) -> frozenset[str]:
+        return frozenset()
+
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         return frozenset(each.step for each in steps) - {self.step}
 
 
 def best(infos: Sequence[Info], best_fn: Callable[[Any], float], mode: str) -> int | None:
-    """The step with the best metric; on a tie the later, as in Orbax."""
+    """The step with the best metric; on a tie the later, as in Orbax. NaN is the best only where all are NaN."""
     scored = [each for each in infos if each.metrics is not None]
-    ordered = sorted(scored, key=lambda each: best_fn(each.metrics), reverse=mode == "min")
+    numbers = [each for each in scored if not is_nan(best_fn, each)]
+    ordered = sorted(numbers or scored, key=lambda each: best_fn(each.metrics), reverse=mode == "min")
     return ordered[-1].step if ordered else None

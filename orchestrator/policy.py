@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -53,6 +54,55 @@ class Candidate(Protocol):
 class KeepPolicy(Protocol):
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         """The steps to keep, out of `steps` in commit order (newest last)."""
+
+
+@runtime_checkable
+class JudgesMetrics(KeepPolicy, Protocol):
+    """A policy of the user's that says which metrics it goes by; for one that does not say, heads carry all."""
+
+    def metrics_needed(self, metrics: Mapping[str, float]) -> frozenset[str] | None:
+        """The names it looks at in a step with these `metrics`; None: it may look at all."""
+
+
+METRICS_MAX = 64
+METRICS_BYTES_MAX = 4096
+_NUMBER_BYTES = 26  # at most, with colon and comma
+
+
+def needed(keep: KeepPolicy | None, metrics: Mapping[str, float]) -> frozenset[str] | None:
+    """The names of the metrics that `keep` judges a step with these `metrics` by; None: perhaps all."""
+    match keep:
+        case None | _Last() | _EveryNth() | _Within():
+            return frozenset()
+        case _Best(metric):
+            return frozenset({metric})
+        case _AnyKeep(policies):
+            each = [needed(policy, metrics) for policy in policies]
+            return None if None in each else frozenset().union(*(names for names in each if names))
+        case JudgesMetrics():
+            return keep.metrics_needed(metrics)
+    return None
+
+
+def carried(metrics: Mapping[str, float], keep: KeepPolicy | None) -> dict[str, float]:
+    """Those of a step's metrics that each journal entry carries while the step is live: what `keep` judges by, always,
+    and then the first ones, METRICS_MAX and METRICS_BYTES_MAX in all. An entry is a complete head: without a bound, the
+    journal of a run that keeps k steps grows by k times all metrics with each save."""
+    names = needed(keep, metrics)
+    if names is None:
+        return dict(metrics)
+    chosen = {name for name in metrics if name in names}
+    left = METRICS_BYTES_MAX - sum(map(_stored_bytes, chosen))
+    for name in metrics:
+        left -= 0 if name in chosen else _stored_bytes(name)
+        if left < 0 or len(chosen) >= METRICS_MAX:
+            break
+        chosen.add(name)
+    return {name: value for name, value in metrics.items() if name in chosen}
+
+
+def _stored_bytes(name: str) -> int:
+    return len(json.dumps(name, ensure_ascii=False).encode()) + _NUMBER_BYTES
 
 
 def saves(name: str, policy: object) -> None:
@@ -258,7 +308,7 @@ def every_nth(n: int) -> _EveryNth:
 
 def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> _Best:
     """Keep the `n` steps with the best `metric`; steps without it, or with NaN, are never best."""
-    if not isinstance(metric, str):
+    if not isinstance(metric, str) or not arguments.is_utf8(metric):
         raise arguments.refusal("best: metric", metric, "a metric's name")
     arguments.choice("best: mode", mode, "min", "max")
     return _Best(metric, arguments.whole("best: n", n, least=1), mode)

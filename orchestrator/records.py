@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import crc32c as crc32c_library
 import msgspec
 
+from orchestrator import json_words
 from orchestrator.errors import Damaged, NewerFormat
 
 FORMAT = 1
@@ -230,14 +231,23 @@ class Manifest(Record, frozen=True):
 
 
 class Extra(Record, frozen=True):
-    """The user's JSON beside a step. `timestamp`: seconds since the epoch, coordinator's clock."""
+    """The user's JSON beside a step. `timestamp`: seconds since the epoch, coordinator's clock. The stored forms are
+    those of `json_words`; `metrics` and `extra` are what the user gave."""
 
     format: int
     write_id: str
     step: int
     timestamp: float
-    metrics: dict[str, float]
-    extra: dict[str, Json]
+    stored_metrics: dict[str, json_words.Stored] = msgspec.field(name="metrics")
+    stored_extra: dict[str, Json] = msgspec.field(name="extra")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return json_words.numbers(self.stored_metrics)
+
+    @property
+    def extra(self) -> dict[str, Json]:
+        return {name: json_words.unpack(value) for name, value in self.stored_extra.items()}
 
 
 class Event(Record, frozen=True, omit_defaults=True):
@@ -250,17 +260,27 @@ class Event(Record, frozen=True, omit_defaults=True):
 
 
 class LiveStep(Record, frozen=True):
-    """One committed attempt. `trust`: committed, verified, restored or quarantined. `bytes`: all its files."""
+    """One committed attempt. `trust`: committed, verified, restored or quarantined. `bytes`: all its files.
+
+    metrics: those that the journal carries. metrics_omitted: how many more there are, in the attempt's extra.json.
+    metrics_absent: what retention looked for and is not among those either.
+    """
 
     step: int
     attempt: str
     manifest_crc32c: str
     tree: str
     bytes: int
-    metrics: dict[str, float]
+    stored_metrics: dict[str, json_words.Stored] = msgspec.field(name="metrics")
     time: float
     trust: str = "committed"
     pins: tuple[str, ...] = ()
+    metrics_omitted: int = 0
+    metrics_absent: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return json_words.numbers(self.stored_metrics)
 
     @property
     def restorable(self) -> bool:

@@ -55,14 +55,15 @@ class Restored:
 class RestoreArgs:
     """partial: the target may leave out saved leaves. cast: dtypes are converted to the target's.
     strict: damage raises instead of stepping down. share: (process, count) of those that restore together, and share
-    the checking of files whose chunks carry no checksum. attest: compare fingerprints with the saved ones, where there
-    are any. load_once: what several processes want is read by one of them (`restore_together` only). reader: who reads
-    the arrays."""
+    the checking of files whose chunks carry no checksum. record: journal what is damaged, and what was restored
+    (`restore_together` only). attest: compare fingerprints with the saved ones, where there are any. load_once: what
+    several processes want is read by one of them (`restore_together` only). reader: who reads the arrays."""
 
     partial: bool = False
     cast: bool = False
     strict: bool = False
     share: tuple[int, int] = (0, 1)
+    record: bool = True
     attest: bool = False
     load_once: bool = False
     reader: Callable[..., list[Any]] = arrays.load
@@ -213,7 +214,7 @@ def restore_together(
     step = arguments.saved_step(step)
     started = time.monotonic()
     args = replace(args, share=(rendezvous.process, rendezvous.count))
-    together = _Together(catalog, rendezvous, timeout_s, never_down=step is not None or args.strict)
+    together = _Together(catalog, rendezvous, timeout_s, step is not None or args.strict, args.record)
     while True:
         choice = agree(
             rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back, together.passed)
@@ -237,7 +238,7 @@ def restore_together(
             heartbeat.beat("restored", live.step, restored_step=live.step)
             elapsed_s = time.monotonic() - started
             emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s))
-            if rendezvous.process == 0:
+            if rendezvous.process == 0 and args.record:
                 _note_restored(catalog, live)
             return outcome[0]
         together.quarantine()
@@ -290,9 +291,11 @@ class _Together:
     """What the processes of a job find out about steps, the same on all of them. `passed`: attempts proven to be
     damaged; those that are `found` so are journalled by `quarantine`."""
 
-    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, timeout_s: float, never_down: bool) -> None:
+    def __init__(
+        self, catalog: Catalog, rendezvous: Rendezvous, timeout_s: float, never_down: bool, record: bool
+    ) -> None:
         self._catalog, self._rendezvous, self._timeout_s = catalog, rendezvous, timeout_s
-        self._never_down, self._retired = never_down, 0
+        self._never_down, self._record, self._retired = never_down, record, 0
         self.passed: _Passed = {}
         self._found: list[LiveStep] = []
 
@@ -346,7 +349,7 @@ class _Together:
 
     def quarantine(self) -> None:
         """Journal what was found to be damaged."""
-        while self._found:
+        while self._found and self._record:
             live = self._found.pop(0)
             reason = self.passed[live.step, live.attempt][:1000]
             rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason)

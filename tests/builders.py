@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from orchestrator import json_words
 from orchestrator.journal import Stamp
 from orchestrator.layout import attempt_name
 from orchestrator.records import Box, Event, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
@@ -16,8 +17,9 @@ def stamp(time: float = 1.0) -> Stamp:
 
 
 def live(step: int, attempt: str = FIRST, **more: Any) -> LiveStep:
-    plain: dict[str, Any] = {"manifest_crc32c": "00000000", "tree": "t", "bytes": 1, "metrics": {}, "time": float(step)}
-    return LiveStep(step=step, attempt=attempt, **{**plain, **more})
+    plain: dict[str, Any] = {"manifest_crc32c": "00000000", "tree": "t", "bytes": 1, "time": float(step)}
+    metrics = json_words.stored_all(more.pop("metrics", {}))
+    return LiveStep(step=step, attempt=attempt, stored_metrics=metrics, **{**plain, **more})
 
 
 def head(*steps: LiveStep, epoch: int = 1, version: int = 7, **more: Any) -> Head:

@@ -80,6 +80,13 @@ cycle: list[Any] = []
 cycle.append(cycle)
 
 
+def deep(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -93,11 +100,15 @@ cycle.append(cycle)
         ({"extra": {"a": {1, 2}}}, "extra['a']={1, 2}: wanted plain JSON (Object of type set"),
         ({"extra": {"a": b"x"}}, "extra['a']=b'x': wanted plain JSON"),
         ({"extra": {"a": cycle}}, "extra['a']=[[[[[[[...]]]]]]]: wanted plain JSON (Circular reference"),
-        ({"extra": {"a": [math.nan]}}, "extra['a']=[nan]: wanted plain JSON"),
+        ({"extra": {"a": np.datetime64(1, "ns")}}, "wanted plain JSON (Object of type datetime64"),
+        ({"extra": {"a": np.float32([3])}}, "wanted plain JSON (Object of type ndarray"),
+        ({"extra": {"a": np.array(3.0)}}, "wanted plain JSON (Object of type ndarray"),
+        ({"extra": {"a": jnp.float32(3)}}, "wanted plain JSON (Object of type ArrayImpl"),
+        ({"extra": {"a": deep(100_000)}}, "wanted plain JSON ("),
+        ({"extra": {"a": deep(100)}}, "wanted plain JSON (nested more than 100 deep)"),
         ({"extra": {"a": "\ud800"}}, "extra['a']='\\ud800': wanted plain JSON"),
         ({"extra": {"a": {1: 2, "1": 3}}}, "two keys are the same as text"),
         ({"extra": {3: 1}}, "a key of extra=3: wanted text"),
-        ({"extra": {"a": np.float32(3)}}, "extra['a']=np.float32(3.0): wanted plain JSON"),
         ({"process_state": "text"}, "process_state='text': wanted bytes"),
         ({"process_state": np.zeros(3, np.uint8)}, "process_state=array([0, 0, 0], dtype=uint8): wanted bytes"),
     ],
@@ -124,10 +135,22 @@ def test_the_other_hosts_hear_at_once_that_this_one_was_given_nonsense(root: Pat
 
 def test_numbers_that_json_has_not_and_what_is_longer_than_a_machine_word_come_back(root: Path) -> None:
     with oc.Agent(root, options=now()) as agent:
-        agent.save(1, state(1), metrics={"nan": math.nan, "up": True}, extra={"n": 2**70, "five": Number.FIVE})
+        extra = {
+            "n": 2**70,
+            "five": Number.FIVE,
+            "best": [{"loss": math.inf}],
+            "$number": "NaN",
+            "a": {"$number": "NaN"},
+        }
+        scalars = {"bad": np.float32("nan"), "bf16": jnp.bfloat16(1.5).item(), "n": np.int8(3), "yes": np.bool_(True)}
+        agent.save(1, state(1), metrics={"nan": math.nan, "up": True, "low": -math.inf}, extra={**extra, "np": scalars})
         restored = agent.restore(state(0))
-        assert restored is not None and restored.metrics == {"up": 1.0}
-        assert (restored.extra["n"], restored.extra["five"]) == (2**70, 5)
+    assert restored is not None
+    assert (restored.metrics["up"], restored.metrics["low"]) == (1.0, -math.inf) and math.isnan(restored.metrics["nan"])
+    assert math.isnan(restored.extra["np"].pop("bad"))
+    assert restored.extra.pop("np") == {"bf16": 1.5, "n": 3, "yes": True}
+    del restored.extra["timestamp"]
+    assert restored.extra == {**extra, "five": 5}
 
 
 def test_process_state_may_be_overwritten_when_save_returns(root: Path) -> None:

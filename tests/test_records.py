@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import Damaged, NewerFormat
+from orchestrator.json_words import stored, stored_all
 from orchestrator.records import (
     Box,
     Event,
@@ -38,7 +40,7 @@ WHERE = "run/journal/7.json"
 FAILURE = Failure(process=3, host="host-d", phase="write", cause='OSError: ENOSPC "quoted" \u2028 ü \\ \n')
 EXAMPLES: list[Record] = [
     head(
-        live(1, metrics={"loss": 0.1}, pins=("paper",)),
+        live(1, metrics={"loss": 0.1, "nan": math.nan, "best": -math.inf}, pins=("paper",)),
         live(2, trust="quarantined"),
         retired=(RetiredAttempt(step=0, attempt="e0001-a01", reason="aborted"),),
         event=Event(kind="aborted", step=0, attempt="e0001-a01", failures=(FAILURE,), reason="because", steps=(1, 2)),
@@ -52,7 +54,14 @@ EXAMPLES: list[Record] = [
     ),
     receipt(3, failure=FAILURE),
     Manifest(format=1, write_id="m", step=1, attempt="e0001-a01", process_count=0, files=(), hosts=("h",), seconds=()),
-    Extra(format=1, write_id="x", step=1, timestamp=0.1, metrics={}, extra={"a": [1, None, {"b": "c"}], "": True}),
+    Extra(
+        format=1,
+        write_id="x",
+        step=1,
+        timestamp=0.1,
+        stored_metrics=stored_all({"loss": math.inf}),
+        stored_extra={"a": [1, None, {"b": "c"}], "": True},
+    ),
 ]
 NAMES = [type(example).__name__ for example in EXAMPLES]
 
@@ -198,7 +207,7 @@ HEADS = st.builds(
             manifest_crc32c=TEXT,
             tree=TEXT,
             bytes=st.integers(0, 2**62),
-            metrics=st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
+            stored_metrics=st.dictionaries(TEXT, st.floats().map(stored), max_size=3),
             time=st.floats(allow_nan=False, allow_infinity=False),
             pins=st.lists(TEXT, max_size=2).map(tuple),
         ),

@@ -6,7 +6,6 @@ in an OCDBT store or a directory for each array.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import jax
 import tensorstore as ts
 
+from orchestrator import layout
+from orchestrator.arrays import orbax_json
 from orchestrator.arrays.store import context, foreign_spec
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.records import Foreign, LeafSpec
@@ -32,33 +33,48 @@ def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
     """The leaves of the item in `directory`, which will be `state/<item>` of an attempt ('': `state` itself); their
     paths begin with the item. Raises Damaged naming what cannot be read, UsageError for a leaf of an unknown kind."""
     base = Path(directory)
-    metadata = json.loads((base / "_METADATA").read_text())
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    ocdbt = bool(metadata.get("use_ocdbt", (base / "manifest.ocdbt").exists()))
+    metadata = orbax_json.read(base / "_METADATA", orbax_json.TreeMetadata)
+    driver = "zarr3" if metadata.use_zarr3 else "zarr"
+    ocdbt = (base / "manifest.ocdbt").exists() if metadata.use_ocdbt is None else metadata.use_ocdbt
     strings = base / "_strings.json"
-    texts = json.loads(strings.read_text()) if strings.is_file() else {}
+    texts = orbax_json.read(strings, dict[str, Any]) if strings.exists() else {}
     keys = _key_implementations(base)
     above = (item,) if item else ()
     opened: list[tuple[tuple[str, ...], Foreign, str, Any]] = []
     leaves: list[LeafSpec] = []
     shared = context()
-    for entry in metadata["tree_metadata"].values():
-        names = tuple(str(key["key"]) for key in entry["key_metadata"])
-        path, name, kind = (*above, *names), ".".join(names), entry["value_metadata"]["value_type"]
+    paths = [entry.path for entry in metadata.tree_metadata.values()]
+    if len(set(paths)) < len(paths):
+        raise Damaged(f"{base}/_METADATA: describes a leaf twice")
+    for entry in metadata.tree_metadata.values():
+        path, name, kind = (*above, *entry.path), ".".join(entry.path), entry.value_metadata.value_type
         if kind == "None":
             leaves.append(LeafSpec(path=path, kind="none"))
         elif kind in _EMPTY:
             leaves.append(LeafSpec(path=path, kind="empty", value=_EMPTY[kind]))
         elif kind == "string":
+            if not isinstance(texts.get(name), str):
+                raise Damaged(f"{strings}: no text for {name}")
             leaves.append(LeafSpec(path=path, kind="str", value=texts[name]))
         elif kind in ("jax.Array", "np.ndarray", "scalar"):
+            if entry.value_metadata.skip_deserialize:
+                raise UsageError(
+                    f"{base}: {name} is in the file `checkpoint`, where older versions of Orbax kept small arrays; "
+                    "restore the step with Orbax and save it here"
+                )
+            layout.check_key(name, f"{base}/_METADATA")
             foreign = Foreign(item=item, driver=driver, ocdbt=ocdbt, name=name)
             future = ts.open(foreign_spec(f"file://{base.absolute()}", foreign), open=True, read=True, context=shared)
             opened.append((path, foreign, kind, future))
         else:
             raise UsageError(f"{base}: {name} is of Orbax's kind {kind!r}, which cannot be adopted")
     for path, foreign, kind, future in opened:
-        leaves.append(_array_leaf(path, foreign, kind, _result(base, foreign, future), keys.get(foreign.name)))
+        array = _result(base, foreign, future)
+        if kind == "scalar" and array.shape == ():
+            text_kind, text = inline_text(_result(base, foreign, array.read()).item())
+            leaves.append(LeafSpec(path=path, kind=text_kind, value=text))
+        else:
+            leaves.append(_array_leaf(path, foreign, kind, array, keys.get(foreign.name), str(base)))
     return leaves
 
 
@@ -66,27 +82,29 @@ def _result(base: Path, foreign: Foreign, future: Any) -> Any:
     try:
         return future.result(timeout=_TIMEOUT_S)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise Damaged(f"{base}: {foreign.name} cannot be opened: {error}") from error
+        raise Damaged(f"{base}: {foreign.name} cannot be read: {error}") from error
 
 
 def _key_implementations(base: Path) -> dict[str, str]:
     """Array name -> implementation, of typed PRNG keys."""
     found = {}
     for path in sorted((base / "array_metadatas").glob("process_*")):
-        for entry in json.loads(path.read_text())["array_metadatas"]:
-            told = entry["array_metadata"]
-            if (told.get("ext_metadata") or {}).get("random_key_impl"):
-                found[told["param_name"]] = told["ext_metadata"]["random_key_impl"]
+        for entry in orbax_json.read(path, orbax_json.ArrayMetadatas).array_metadatas:
+            told = entry.array_metadata
+            if told.ext_metadata and told.ext_metadata.random_key_impl:
+                found[told.param_name] = told.ext_metadata.random_key_impl
     return found
 
 
-def _array_leaf(path: tuple[str, ...], foreign: Foreign, kind: str, array: Any, key: str | None) -> LeafSpec:
+def _array_leaf(
+    path: tuple[str, ...], foreign: Foreign, kind: str, array: Any, key: str | None, where: str
+) -> LeafSpec:
     shape, dtype = tuple(array.shape), str(array.dtype.name)
-    if kind == "scalar" and shape == ():
-        name, text = inline_text(array.read().result(timeout=_TIMEOUT_S).item())
-        return LeafSpec(path=path, kind=name, value=text)
     if key:
-        one = jax.eval_shape(lambda: jax.random.key(0, impl=key))
+        try:
+            one = jax.eval_shape(lambda: jax.random.key(0, impl=key))
+        except ValueError as error:
+            raise UsageError(f"{where}: {foreign.name} is a PRNG key of kind {key!r}: {error}") from error
         data = jax.eval_shape(jax.random.key_data, one)
         return LeafSpec(
             path=path,

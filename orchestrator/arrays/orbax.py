@@ -3,7 +3,7 @@ so that a loop written for Orbax saves and keeps the same steps here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -54,13 +54,19 @@ class Saves:
 
 
 class Keeps:
-    """Orbax's decision which steps to keep, for given CheckpointManagerOptions."""
+    """Orbax's decision which steps to keep, for given CheckpointManagerOptions.
+
+    scores: the functions of a step's metrics that it goes by; None for a policy of the user's own, which may look at
+    all of them."""
 
     def __init__(self, options: Any) -> None:
+        self._policy = options.preservation_policy or self._default(options)
+        found = list(_scores(self._policy))
+        self.scores = None if None in found else tuple(score for score in found if score)
+
+    @staticmethod
+    def _default(options: Any) -> Any:
         managers = ocp.checkpoint_managers
-        self._policy = options.preservation_policy
-        if self._policy is not None:
-            return
         policies: list[Any] = []
         if options.keep_period is not None:
             policies.append(managers.EveryNSteps(options.keep_period))
@@ -77,9 +83,25 @@ class Keeps:
                     keep_checkpoints_without_metrics=options.keep_checkpoints_without_metrics,
                 )
             )
-        self._policy = managers.AnyPreservationPolicy(policies)
+        return managers.AnyPreservationPolicy(policies)
 
     def keep(self, steps: Sequence[Any]) -> frozenset[int]:
         """Which of `steps` (as in `Saves.due`) stay."""
         kept = self._policy.should_preserve(steps, context=ocp.checkpoint_managers.PreservationContext())
         return frozenset(each.step for each, keep in zip(steps, kept, strict=True) if keep)
+
+
+def _scores(policy: Any) -> Iterator[Callable[[Any], float] | None]:
+    """The scores that a policy of Orbax's goes by; None for a policy that is not Orbax's."""
+    managers = ocp.checkpoint_managers
+    by_step_or_time = (
+        *(managers.LatestN, managers.LatestDuration, managers.EveryNSeconds, managers.EveryNSteps),
+        *(managers.EveryNStepsClosest, managers.CustomSteps),
+    )
+    if type(policy) is managers.AnyPreservationPolicy:
+        for each in policy.policies:
+            yield from _scores(each)
+    elif type(policy) is managers.BestN:
+        yield policy.get_metric_fn
+    elif type(policy) not in by_step_or_time:
+        yield None

@@ -65,7 +65,9 @@ def ls(root: str, flags: Flags) -> int:
 
 
 def _row(live: LiveStep, newest: LiveStep | None) -> list[str]:
-    metrics = " ".join(f"{name}={render.number(value)}" for name, value in live.metrics.items())
+    metrics = _shown_metrics(live.metrics)
+    if live.metrics_omitted:
+        metrics += f" and {live.metrics_omitted} more (orchestrator inspect)"
     mark = "*" if live == newest else ""  # what a restore takes
     saved = render.moment(live.time)
     return [
@@ -78,6 +80,10 @@ def _row(live: LiveStep, newest: LiveStep | None) -> list[str]:
         metrics,
         " ".join(live.pins),
     ]
+
+
+def _shown_metrics(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name}={render.number(value)}" for name, value in metrics.items())
 
 
 def inspect(root: str, flags: Flags) -> int:
@@ -98,7 +104,8 @@ def inspect(root: str, flags: Flags) -> int:
                 "device_count": intent.device_count,
                 "mesh": intent.mesh,
                 "leaves": leaves,
-                "extra": extra.extra,
+                "metrics": extra.stored_metrics,
+                "extra": extra.stored_extra,
                 "files": [builtins(entry) for entry in manifest.files],
                 "processes": _processes(manifest.hosts, manifest.seconds, catalog, live),
             }
@@ -107,6 +114,8 @@ def inspect(root: str, flags: Flags) -> int:
     mesh = " x ".join(f"{name}={count}" for name, count in intent.mesh.items()) or "no mesh"
     render.say(f"{catalog.url} {layout.shown(live.step, live.attempt)}: {live.trust}, saved {render.moment(live.time)}")
     render.say(f"{intent.process_count} processes, {intent.device_count} devices, {mesh}; opened by {intent.opened_by}")
+    if extra.stored_metrics:
+        render.say(f"metrics: {_shown_metrics(extra.metrics)}")
     render.say("")
     rows = [
         [leaf.label, brief(leaf.kind, leaf.shape, leaf.dtype), leaf.sharding or leaf.value[:40], _shown_bytes(leaf)]

@@ -21,6 +21,7 @@ from orchestrator.cli.commands import Flags, open_catalog
 from orchestrator.errors import EXIT_OK, OrchestratorError, StorageError
 from orchestrator.eventlog import directory_of, read
 from orchestrator.forecast import leaf_bytes, partition
+from orchestrator.json_words import Stored
 from orchestrator.records import Head, LeafSpec, LiveStep
 from orchestrator.story import Story
 from orchestrator.texts import printable
@@ -58,7 +59,7 @@ class SaveOf(msgspec.Struct, forbid_unknown_fields=True):
     state: str = ""
     trust: str = ""
     pins: list[str] = []
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Stored] = {}
     parts: list[Part] = []
 
 
@@ -259,7 +260,7 @@ def _saves(heads: Iterable[_Slim], head: Head, story: Story) -> list[SaveOf]:
         else:
             made.state = "live" if key in live else "retired" if key in retired else "gone"
             if slim.about:
-                made.bytes, made.metrics, made.trust = slim.about.bytes, slim.about.metrics, slim.about.trust
+                made.bytes, made.metrics, made.trust = slim.about.bytes, slim.about.stored_metrics, slim.about.trust
                 made.pins = list(slim.about.pins)
         saves[key] = made
     for key, mine in parts.items():

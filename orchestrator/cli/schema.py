@@ -15,6 +15,7 @@ from orchestrator.cli.plan import Plan
 from orchestrator.cli.report import Report
 from orchestrator.cli.watch import Now
 from orchestrator.errors import UsageError
+from orchestrator.json_words import Stored
 from orchestrator.records import Event, FileEntry, LiveStep, RetiredAttempt
 
 
@@ -50,7 +51,7 @@ class Writer(_Output):
 
 
 class Inspection(_Output):
-    """`inspect`. leaves: as in the tree spec of the on-disk format, and `bytes`."""
+    """`inspect`. leaves: as in the tree spec of the on-disk format, and `bytes`. metrics: all of the step's."""
 
     root: str
     step: LiveStep
@@ -60,6 +61,7 @@ class Inspection(_Output):
     device_count: int
     mesh: dict[str, int]
     leaves: list[dict[str, Any]]
+    metrics: dict[str, Stored]
     extra: dict[str, Any]
     files: list[FileEntry]
     processes: list[Writer]

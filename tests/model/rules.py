@@ -172,7 +172,7 @@ class Engine:
 
 
 def entry(step: int, attempt: str) -> LiveStep:
-    return LiveStep(step=step, attempt=attempt, manifest_crc32c="", tree="", bytes=1, metrics={}, time=0.0)
+    return LiveStep(step=step, attempt=attempt, manifest_crc32c="", tree="", bytes=1, stored_metrics={}, time=0.0)
 
 
 def intent(step: int, attempt: str, processes: int) -> Intent:

@@ -1,0 +1,184 @@
+"""Directories of Orbax's CheckpointManager, looked at: which steps there are, and what each is made of.
+
+Any version of Orbax since 0.4. Reads names and JSON, no array data, and changes nothing. What looks like a step and
+cannot be read as one is named; nothing is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator import arguments, arrays, layout
+from orchestrator.arrays import orbax_json
+from orchestrator.errors import Damaged, StorageError, UsageError
+from orchestrator.records import Json, LeafSpec
+from orchestrator.storage.base import Reads
+
+DEFAULT = "default"  # Orbax's name for a single, unnamed item
+_STEP_METADATA = "_CHECKPOINT_METADATA"  # since 0.5.1; on a file system a step is finished once it has its name
+_METRICS = "metrics"
+_JSON = "metadata"  # of a JsonSave
+# With CheckpointManagerOptions(step_prefix=..., step_format_fixed_length=...). What a save has not finished is called
+# otherwise, and is none of ours.
+_STEP = re.compile(r"(?:(.*)_)?([0-9]+)")
+_ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
+# Files that only Orbax, or Flax by it, leaves in a step that does not say what its trees are made of.
+_MARKS = ("_sharding", "checkpoint", "default/checkpoint", "manifest.ocdbt", "commit_success.txt")
+_OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
+
+
+@dataclass(frozen=True)
+class Directory:
+    """steps: those that can be read, by number. strange: what is called like a step and is nothing that we know."""
+
+    steps: dict[int, Path]
+    strange: tuple[Path, ...]
+
+
+@dataclass
+class Found:
+    """What one Orbax step holds. `files`: name below `state/` -> where it is now."""
+
+    leaves: list[LeafSpec] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    json: dict[str, Json] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    iterators: dict[int, dict[str, str]] = field(default_factory=dict)
+    custom_metadata: dict[str, Json] = field(default_factory=dict)
+    single: bool = False
+    time: float = 0.0
+
+
+def local_path(url: str) -> Path | None:
+    """None for an object store's."""
+    plain = url.removeprefix("file://")
+    return None if "://" in plain else Path(plain)
+
+
+def survey(base: Path) -> Directory:
+    """The finished steps in a directory of Orbax's, and what may be some. Raises UsageError where two are of one
+    number, or one of a number that no run here can have; StorageError."""
+    steps: dict[int, Path] = {}
+    strange = []
+    try:
+        with os.scandir(base) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_dir())
+        for name in names:
+            path, named = base / name, _STEP.fullmatch(name)
+            if named is None:
+                continue
+            if not _is_step(path):
+                if named[1] is None or any((path / mark).exists() for mark in _MARKS):
+                    strange.append(path)
+                continue
+            number = int(named[2])
+            if number in steps:
+                raise UsageError(f"{base}: {steps[number].name} and {name} are both step {number}; move one elsewhere")
+            if number > arguments.STEP_MAX:
+                raise UsageError(f"{path}: steps are at most {arguments.STEP_MAX} here; move it elsewhere")
+            steps[number] = path
+    except (FileNotFoundError, NotADirectoryError):  # of `base`; what vanishes meanwhile is not there
+        return Directory({}, ())
+    except OSError as error:
+        raise StorageError(f"{base}: cannot be searched for steps: {error.strerror or error}") from error
+    return Directory(steps, tuple(strange))
+
+
+def _is_step(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return (path / _STEP_METADATA).exists() or any(map(_says_its_tree, (path, *path.iterdir())))
+    return False
+
+
+def _says_its_tree(path: Path) -> bool:
+    return (path / "_METADATA").exists()
+
+
+def stands_alone(path: Path) -> bool:
+    """Whether it was saved by a Checkpointer, or exported, under a name of its own: no manager's step."""
+    return not path.name.isdecimal() and _says_its_tree(path)
+
+
+def finished_s(path: Path) -> float:
+    """When a step was finished, as far as its directory tells, in seconds since 1970."""
+    try:
+        return _time(path, _metadata(path))
+    except (Damaged, UsageError):
+        return _time(path, orbax_json.StepMetadata())
+
+
+def _metadata(path: Path) -> orbax_json.StepMetadata:
+    """What Orbax knew of a step; nothing in those of old versions."""
+    file = path / _STEP_METADATA
+    return orbax_json.read(file, orbax_json.StepMetadata) if os.path.lexists(file) else orbax_json.StepMetadata()
+
+
+def _time(path: Path, known: orbax_json.StepMetadata) -> float:
+    return (known.commit_timestamp_nsecs or 0) / 1e9 or os.lstat(path).st_mtime
+
+
+def look(path: Path, skip: frozenset[str]) -> Found:
+    """Read what an Orbax step is made of; no array data. Raises UsageError for what cannot be adopted, Damaged naming
+    what is not as Orbax leaves it, StorageError."""
+    known = _metadata(path)
+    custom = arguments.plain_json(f"{path}/{_STEP_METADATA}: custom_metadata", known.custom_metadata or {})
+    found = Found(custom_metadata=custom, time=_time(path, known))
+    items = {name: each for name, each in orbax_json.directories(path).items() if name not in skip}
+    if arrays.is_tree(path):  # written by a Checkpointer without items
+        items = {DEFAULT: path}
+    found.single = items.keys() - {_METRICS} == {DEFAULT}
+    for name, directory in items.items():
+        _look_at_item(found, name, directory)
+    if not found.leaves:
+        raise UsageError(f"{path}: holds no pytree of arrays that says what it is made of; {_OLD_HELP}")
+    return found
+
+
+def _look_at_item(found: Found, name: str, directory: Path) -> None:
+    files = orbax_json.files_below(directory)
+    iterators = {int(named[1]): files[each] for each in files if (named := _ITERATOR.fullmatch(each))}
+    if arrays.is_tree(directory):
+        item = "" if found.single else name
+        found.leaves += arrays.describe(directory, item)
+        for relative, each in files.items():
+            key = layout.check_key(f"{item}/{relative}" if item else relative, str(directory))
+            if not arguments.is_utf8(key):
+                raise Damaged(f"{directory}: {relative!r} is not UTF-8")
+            found.files[key] = each
+    elif name == _METRICS and _METRICS in files:
+        metrics = orbax_json.read(files[_METRICS], dict[str, Json])
+        found.metrics = {key: float(each) for key, each in metrics.items() if isinstance(each, int | float)}
+        rest = {key: each for key, each in metrics.items() if key not in found.metrics}
+        if rest:  # not numbers, or trees of them
+            found.json[_METRICS] = arguments.plain_json(f"{directory}/{_METRICS}", rest)
+    elif _JSON in files:
+        found.json[name] = arguments.plain_json(f"{directory}/{_JSON}", orbax_json.read(files[_JSON], Json))
+    elif iterators:
+        for index, each in iterators.items():
+            found.iterators.setdefault(index, {})[name] = orbax_json.read_text(each)
+    elif "checkpoint" in files:
+        raise UsageError(f"{directory}: of an Orbax that did not write what its trees are made of; {_OLD_HELP}")
+    else:
+        raise UsageError(
+            f"{directory}: item {name!r} is neither a pytree, JSON nor a grain iterator, and cannot be adopted; "
+            f"--skip={name} leaves it where it is"
+        )
+
+
+def in_store(storage: Reads) -> tuple[str, ...]:
+    """The names at the root of an object store that begin with a digit, as Orbax's steps do and nothing of ours does.
+    One request for each."""
+    found: list[str] = []
+    start = "0"
+    while True:
+        key = next((entry.key for entry in storage.list("", start)), None)
+        if key is None or not "0" <= key[0] <= "9":
+            return tuple(found)
+        name, slash, _ = key.partition("/")
+        if slash and _STEP.fullmatch(name):
+            found.append(name)
+        start = name + chr(ord("/") + 1) if slash else key + "\0"
