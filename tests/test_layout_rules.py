@@ -28,7 +28,8 @@ _NAMES = {
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json
         rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
-        agent saving coordinator restore reader stored_step proof verify diff collect catalog pacing export orbax_steps""",
+        agent saving coordinator restore reader stored_step proof verify diff collect catalog pacing export
+        orbax_steps""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names
