@@ -31,9 +31,9 @@ class HookedStorage:
             self.after("create", key)
         return outcome
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str, *most_bytes: int) -> bytes | None:
         self._call("get", key)
-        return self.inner.get(key)
+        return self.inner.get(key, *most_bytes)
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         self._call("list", prefix)

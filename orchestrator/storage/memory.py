@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from orchestrator.errors import StorageError
 from orchestrator.layout import check_key
 from orchestrator.records import FileEntry, crc32, crc32c
-from orchestrator.storage.base import Created, Entry, Exists, checked_size
+from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, checked_size, too_large
 
 
 class MemoryStorage:
@@ -26,9 +26,12 @@ class MemoryStorage:
             there = self._objects.setdefault(key, body)
         return Created() if there == body else Exists(there)
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
         with self._lock:
-            return self._objects.get(key)
+            body = self._objects.get(key)
+        if body is not None and len(body) > most_bytes:
+            raise too_large(self.url, key, len(body), most_bytes)
+        return body
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         with self._lock:
