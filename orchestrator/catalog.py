@@ -195,6 +195,9 @@ class Catalog:
         for wanted in manifest.files:
             got = there.get(wanted.path)
             if got != wanted.bytes:
+                self.storage.measure(
+                    prefix + wanted.path, wanted.bytes
+                )  # a link is no missing file: raises Unavailable
                 has = "is missing" if got is None else f"has {got} bytes"
                 raise Damaged(f"{self.url}/{prefix}{wanted.path}: {has}, the manifest says {wanted.bytes}")
 

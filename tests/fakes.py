@@ -43,9 +43,9 @@ class HookedStorage:
         self._call("delete", key)
         return self.inner.delete(key)
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, *expected_bytes: int) -> FileEntry | None:
         self._call("measure", key)
-        return self.inner.measure(key)
+        return self.inner.measure(key, *expected_bytes)
 
     def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted = list(keys)

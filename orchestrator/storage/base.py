@@ -58,9 +58,10 @@ class Reads(Protocol):
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         """Entries whose key begins with `prefix` and is >= `start`, in key order, always fresh."""
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         """Size and CRC-32C of the object as the store itself has it now, past every cache; None if the store says that
-        there is no such object. What damage is proven by. Raises StorageError."""
+        there is no such object. What damage is proven by. The CRC-32C may be left out, '', for one of another size than
+        `expected_bytes`: it is the wrong one already, and may have any size. Raises StorageError."""
 
 
 class Storage(Reads, Protocol):

@@ -305,8 +305,11 @@ def alias(path: str) -> str:
     """Another path to the directory at `path`, for a library that takes a backslash for a slash. Raises UsageError
     where the system has none."""
     root, key = find(path)
+    try:
+        other = f"/proc/self/fd/{root.descriptor()}/{key}".rstrip("/") + "/"
+    except OSError as error:
+        raise storage_error("read", path, error) from error
     _aliased[root.path] = root
-    other = f"/proc/self/fd/{root.descriptor()}/{key}".rstrip("/") + "/"
     if "\\" in other or not os.path.isdir("/proc/self/fd"):
         raise UsageError(f"{path}: TensorStore cannot open a path with a backslash in it here; rename the directory")
     return other

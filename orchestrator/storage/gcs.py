@@ -212,7 +212,7 @@ class GcsStorage:
             raise StorageError(f"stat {self.url}/{key}: no such object")
         return found
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         where = f"{self.url}/{check_key(key, self.url)}"
         reply = self._client.send("stat", where, "GET", self._path(key), params={"fields": "size,crc32c"})
         if reply.status == 404:

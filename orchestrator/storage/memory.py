@@ -38,7 +38,7 @@ class MemoryStorage:
             found = sorted((key, len(body)) for key, body in self._objects.items())
         return (Entry(key, size) for key, size in found if key.startswith(prefix) and key >= start)
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         body = self.get(key)
         return None if body is None else FileEntry(path=key, bytes=len(body), crc32c=crc32c(body), crc32=crc32(body))
 

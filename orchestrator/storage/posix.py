@@ -149,9 +149,12 @@ class PosixStorage:
                 raise too_large(self.url, key, size, most_bytes)
             return file.read()
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         try:
             with self._file(key) as file:
+                size = os.fstat(file.fileno()).st_size
+                if expected_bytes is not None and size != expected_bytes:
+                    return FileEntry(path=key, bytes=size, crc32c="")
                 # Clean pages only: what is stored, and not what a cache has kept of it.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 return _measured(key, file)

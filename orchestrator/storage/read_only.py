@@ -22,8 +22,8 @@ class ReadOnlyStorage:
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         return self._storage.list(prefix, start)
 
-    def measure(self, key: str) -> FileEntry | None:
-        return self._storage.measure(key)
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
+        return self._storage.measure(key, expected_bytes)
 
     def create(self, key: str, body: bytes) -> Created | Exists:
         raise self._refusal("create", key)
