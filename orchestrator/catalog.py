@@ -40,7 +40,7 @@ from orchestrator.records import (
     encode,
     file_entry,
 )
-from orchestrator.storage.base import Created, Storage
+from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Storage, TooLarge
 
 READS = 3  # of one object, before what differs from read to read is given up
 _CONFLICTS_MAX = 100
@@ -203,7 +203,13 @@ class Catalog:
             )
         return head
 
-    def _proven(self, live: LiveStep, name: str, problem: Callable[[FileEntry | None], str]) -> bytes:
+    def _proven(
+        self,
+        live: LiveStep,
+        name: str,
+        problem: Callable[[FileEntry | None], str],
+        most_bytes: int = RECORD_BYTES_MAX,
+    ) -> bytes:
         """A file of an attempt that `problem` finds nothing wrong with, '' or in words.
 
         What is wrong once is no proof. It is Damaged if the store's own account of the object is wrong as well, or if
@@ -211,13 +217,17 @@ class Catalog:
         """
         key = self.key(live.step, live.attempt, name)
         for _ in range(READS):
-            body = self.storage.get(key)
-            read = None if body is None else file_entry(name, body)
+            expected_bytes = None
+            try:
+                body = self.storage.get(key, most_bytes)
+                read = None if body is None else file_entry(name, body)
+            except TooLarge as error:  # whatever is in it
+                body, read, expected_bytes = None, FileEntry(path=name, bytes=error.bytes, crc32c=""), most_bytes
             wrong = problem(read)
             if body is not None and not wrong:
                 return body
             self.check_live(live)
-            again = self.storage.measure(key)
+            again = self.storage.measure(key, expected_bytes)
             if said := problem(again):
                 raise Damaged(f"{self.url}/{key}: {said}", files=[name])
             if read and again and (read.bytes, read.crc32c) == (again.bytes, again.crc32c) and self._same(key, read):
@@ -228,7 +238,7 @@ class Catalog:
         )
 
     def _same(self, key: str, read: FileEntry) -> bool:
-        body = self.storage.get(key)
+        body = self.storage.get(key, max(read.bytes, RECORD_BYTES_MAX))
         return body is not None and file_entry(read.path, body) == read
 
     def manifest(self, live: LiveStep) -> Manifest:
@@ -239,7 +249,12 @@ class Catalog:
             if found is None:
                 return "is missing"
             told = live.manifest_crc32c
-            return "" if found.crc32c == told else f"crc32c is {found.crc32c}, the journal says {told}"
+            has = (
+                f"crc32c is {found.crc32c}"
+                if found.crc32c
+                else f"has {found.bytes} bytes, more than a manifest can have"
+            )
+            return "" if found.crc32c == told else f"{has}, the journal says {told}"
 
         manifest = self._decode(self._proven(live, layout.MANIFEST, problem), Manifest, key)
         for entry in manifest.files:
@@ -267,7 +282,8 @@ class Catalog:
         the first that is not, StorageError. The attempt must be known to be live, before or after."""
 
         def problem(entry: FileEntry) -> str:
-            return _problem(entry, self.storage.measure(self.key(live.step, live.attempt, entry.path)))
+            key = self.key(live.step, live.attempt, entry.path)
+            return _problem(entry, self.storage.measure(key, entry.bytes))
 
         wanted = list(entries)
         prefix = layout.attempt_prefix(live.step, live.attempt)
@@ -293,7 +309,8 @@ class Catalog:
 
     def checked(self, live: LiveStep, entry: FileEntry) -> bytes:
         """A file of an attempt, as the manifest's `entry` says it is. Raises Damaged, StepRetired, StorageError."""
-        return self._proven(live, entry.path, partial(_problem, entry))
+        most_bytes = max(entry.bytes, RECORD_BYTES_MAX)  # a process's state may be of any size
+        return self._proven(live, entry.path, partial(_problem, entry), most_bytes)
 
     def measured(self, live: LiveStep, entry: FileEntry) -> None:
         """As `checked`, by the store's own account: an object store knows its objects' checksums without a download."""
@@ -348,7 +365,7 @@ def _problem(wanted: FileEntry, found: FileEntry | None) -> str:
     if found is None:
         return f"is missing, the manifest says {wanted.bytes} bytes"
     if (found.bytes, found.crc32c) != (wanted.bytes, wanted.crc32c):
-        has = f"{found.bytes} bytes with crc32c {found.crc32c}"
+        has = f"{found.bytes} bytes" + (f" with crc32c {found.crc32c}" if found.crc32c else "")
         return f"has {has}, the manifest says {wanted.bytes} bytes with crc32c {wanted.crc32c}"
     if found.crc32 and wanted.crc32 and found.crc32 != wanted.crc32:
         return f"is whole, but another file: crc32 {found.crc32}, the manifest says {wanted.crc32}"

@@ -13,7 +13,7 @@ from itertools import chain
 
 from orchestrator import failpoints, journal, layout
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Fenced, StorageError
+from orchestrator.errors import Fenced, StorageError, UnsafeKey
 from orchestrator.events import Collected, emit
 from orchestrator.records import RetiredAttempt
 from orchestrator.storage.base import DeletesMany, Storage
@@ -64,9 +64,17 @@ def collect(
 def _delete(
     catalog: Catalog, gone: RetiredAttempt, result: Collection, dry_run: bool, on_file: Callable[[str], None] | None
 ) -> bool:
-    """Delete one attempt's files; True if all are gone. The manifest goes first: without it nothing is readable."""
+    """Delete one attempt's files; True if all are gone. The manifest goes first: without it nothing is readable.
+
+    What is no object of a run goes with it if it is a plain file, whatever its name. A link and a special file stay,
+    and with them the attempt's line in the journal: they are somebody's, who is told so each time.
+    """
     prefix = layout.attempt_prefix(gone.step, gone.attempt)
-    sizes = {entry.key: entry.bytes for entry in catalog.storage.list(prefix)}
+    try:
+        sizes = {entry.key: entry.bytes for entry in catalog.storage.list(prefix)}
+    except StorageError as unreadable:  # the others can still be deleted
+        result.failed.append(str(unreadable))
+        return False
     first = [key for key in sizes if key.endswith(layout.MANIFEST)]
     rest = [key for key in sizes if not key.endswith(layout.MANIFEST)]
     failures = len(result.failed)
@@ -94,6 +102,6 @@ def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[t
             error: StorageError | None = None
             try:
                 storage.delete(key)
-            except StorageError as failed:
-                error = failed
+            except (StorageError, UnsafeKey) as failed:
+                error = StorageError(str(failed))
             yield key, error

@@ -19,7 +19,7 @@ from orchestrator import contents, failpoints, journal, json_words, layout, prot
 from orchestrator.arrays import PendingWrite
 from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, Fenced, OrchestratorError, StorageError
+from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
 from orchestrator.policy import KeepPolicy
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
 from orchestrator.records import (
@@ -262,6 +262,8 @@ class Coordinator:
                     self._catalog.append(rule)
                     failpoints.hit("abort.after")
                     return protocol.Appended()
+        except RootChanged:  # there is no head to ask any more
+            raise
         except Fenced:
             head = self._catalog.require_head()
             return protocol.FencedOff(head.epoch, head.writer)

@@ -18,7 +18,7 @@ STEP_DIGITS = 8
 _JOURNAL_KEY = re.compile(r"journal/([0-9]{20})\.json")
 _INDEX_KEY = re.compile(r"journal-index/([0-9]{20})")
 _ATTEMPT = re.compile(r"e([0-9]{4,})-a([0-9]{2,})")
-_ATTEMPT_KEY = re.compile(r"steps/([0-9]{8,})/(e[0-9]{4,}-a[0-9]{2,})/(.+)")
+_ATTEMPT_KEY = re.compile(r"steps/([0-9]{8,19})/(e([0-9]{4,18})-a([0-9]{2,18}))/(.+)", re.DOTALL)
 
 
 def journal_key(version: int) -> str:
@@ -70,7 +70,9 @@ def split_attempt_key(key: str) -> tuple[int, str, str] | None:
     found = _ATTEMPT_KEY.fullmatch(key)
     if not found or not key.startswith(step_prefix(int(found[1]))):
         return None
-    return int(found[1]), found[2], found[3]
+    if found[2] != attempt_name(int(found[3]), int(found[4])):
+        return None
+    return int(found[1]), found[2], found[5]
 
 
 # Keys inside an attempt, relative to its prefix.
@@ -113,10 +115,14 @@ def process_of(name: str) -> int:
     return process
 
 
+# Control characters, a backslash, and halves of surrogates (what Python makes of names that are not UTF-8).
+_NEVER_IN_KEYS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+
+
 def check_key(key: str, where: str) -> str:
     """`key` itself if it is safe to join to a prefix. Raises UnsafeKey naming the record `where` it was found."""
     parts = key.split("/")
-    bad = not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts)
+    bad = not key or _NEVER_IN_KEYS.search(key) or any(part in ("", ".", "..") for part in parts)
     if bad:
         raise UnsafeKey(
             f"{where}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used"

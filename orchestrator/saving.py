@@ -30,7 +30,7 @@ from orchestrator.options import Options
 from orchestrator.protocol import Phase, cause_of
 from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Receipt, encode
 from orchestrator.rendezvous import Rendezvous
-from orchestrator.storage.base import Exists
+from orchestrator.storage.base import Exists, check_root
 from orchestrator.tree import Flat
 
 DECISION_POLL_S = 0.01
@@ -106,6 +106,7 @@ class Saver:
         if not save.failure:
             prefix = layout.attempt_prefix(save.step, save.attempt)
             try:
+                check_root(self._catalog.storage)
                 failpoints.hit("save.stage")
                 pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat, self._attest)
             except Exception as error:  # the other hosts must hear of it
@@ -160,7 +161,10 @@ class Saver:
                 phase, reason = self._decide(self._coordinator, intent, save, pending, opened)
             else:
                 phase, reason = self._await_decision(save)
-            if phase is Phase.FENCED:
+            cause = save.failure[1] if save.failure else None
+            if isinstance(cause, Fenced):  # final for this process, whatever the others decide
+                save.error = cause
+            elif phase is Phase.FENCED:
                 save.error = Fenced(f"{save.shown}: {reason}; this process must stop")
             elif phase is not Phase.COMMITTED:
                 save.error = SaveFailed(f"{save.shown} was not saved: {reason}", step=save.step, attempt=save.attempt)
@@ -170,8 +174,8 @@ class Saver:
             text = f"{save.shown} was not saved: {type(error).__name__}: {error}"
             save.error = SaveFailed(text, step=save.step, attempt=save.attempt)
         if save.error:
-            cause = "fenced" if isinstance(save.error, Fenced) else cause_of(str(save.error))
-            emit(SaveNotCommitted(save.step, save.attempt, str(save.error), cause))
+            kind = "fenced" if isinstance(save.error, Fenced) else cause_of(str(save.error))
+            emit(SaveNotCommitted(save.step, save.attempt, str(save.error), kind))
         else:
             save.durable_s = time.monotonic() - save.started
             emit(Committed(save.step, save.attempt, save.durable_s, save.committed_bytes))
@@ -229,6 +233,7 @@ class Saver:
         except arrays.WriteStopped:  # another's NO has decided: no word of ours, so that theirs is the cause
             logging.warning("%s: gave up writing, another process has said no", save.shown)
         except Exception as error:
+            save.failure = (phase, error)
             no = self._receipt(save, failure=self._failure(phase, error))
             me.post(signal, encode(no).decode())
             try:

@@ -31,9 +31,9 @@ class HookedStorage:
             self.after("create", key)
         return outcome
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str, *most_bytes: int) -> bytes | None:
         self._call("get", key)
-        return self.inner.get(key)
+        return self.inner.get(key, *most_bytes)
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         self._call("list", prefix)
@@ -43,9 +43,9 @@ class HookedStorage:
         self._call("delete", key)
         return self.inner.delete(key)
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, *expected_bytes: int) -> FileEntry | None:
         self._call("measure", key)
-        return self.inner.measure(key)
+        return self.inner.measure(key, *expected_bytes)
 
     def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted = list(keys)

@@ -22,7 +22,7 @@ _NAMES = {
     PURE: """errors layout records journal protocol plan policy options chunks contents attest cadence forecast
         arguments texts json_words""",
     PORTS: """storage.base""",
-    ADAPTERS: """storage storage.read_only storage.memory storage.posix storage.gcs storage.gcs_client
+    ADAPTERS: """storage storage.read_only storage.memory storage.directory storage.posix storage.gcs storage.gcs_client
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from orchestrator import journal
 from orchestrator.catalog import Catalog
-from orchestrator.errors import OutcomeUnknown, StorageError, UnsafeKey, UsageError
+from orchestrator.errors import StorageError, UnsafeKey, UsageError
 from orchestrator.records import FileEntry, crc32c, encode
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
 
@@ -232,8 +232,12 @@ def test_stray_files_links_and_unfinished_temporaries_are_not_objects(posix: Pos
     (root / "journal" / "00000000000000000009.json~").write_bytes(b"an editor's copy")
     (root / "journal" / ".DS_Store").write_bytes(b"")
     (root / "away").symlink_to("/etc")
-    listed = keys(posix, "")
-    assert not any(key.startswith((".tmp", "away", "journal/link", "journal/folder")) for key in listed)
+    listed = list(posix.list(""))
+    assert not any(entry.key.startswith((".tmp", "journal/folder")) for entry in listed)
+    assert {entry.key: entry.problem for entry in listed if entry.problem} == {
+        "away": "is a symbolic link",
+        "journal/link": "is a symbolic link",
+    }
     found = Catalog(posix, "test").head()
     assert found is not None and found.version == 0
 
@@ -308,17 +312,6 @@ def test_a_root_below_a_file_is_an_error_that_names_the_path(tmp_path: Path) -> 
     assert keys(store, "") == []
 
 
-def test_a_directory_in_an_objects_place_is_an_unknown_outcome_not_a_success(posix: PosixStorage, root: Path) -> None:
-    (root / "journal" / "0").mkdir(parents=True)
-    with pytest.raises(OutcomeUnknown, match=r"journal/0: exists, but cannot be read back \(EISDIR"):
-        posix.create("journal/0", b"x")
-    with pytest.raises(StorageError, match=r"read .*journal/0: EISDIR"):
-        posix.get("journal/0")
-    with pytest.raises(StorageError, match=r"delete .*journal/0: "):
-        posix.delete("journal/0")
-    assert list((root / ".tmp").iterdir()) == []
-
-
 @contextmanager
 def system_calls(log: Path) -> Iterator[None]:
     """Record this process's file system calls below, with the kernel's own view of each descriptor."""
@@ -374,7 +367,8 @@ def test_a_mount_without_hard_links_or_fsync_is_refused_when_the_run_is_opened(f
 
 
 def calls(log: Path, root: Path) -> list[str]:
-    """`fsync /journal`, `link /journal/0`, ...: what was done below the root, temporaries as `/.tmp/*`."""
+    """`fsync /journal`, `link /journal/0`, ...: what was done below the root, temporaries as `/.tmp/*`. A name that is
+    given with a descriptor of its directory is one with it."""
     found = []
     begun: dict[str, str] = {}  # thread -> the call that another thread's line has interrupted
     for text in log.read_text().splitlines():
@@ -385,7 +379,8 @@ def calls(log: Path, root: Path) -> list[str]:
             line = begun.pop(thread, "") + line.partition("resumed>")[2]
         match = re.search(r"\b(fsync|link|linkat|rename\w*|mkdir|mkdirat)\((.*)\) += 0", line)
         if match:
-            paths = re.findall(rf"{re.escape(str(root))}([^\s\">]*)", match[2])
+            whole = re.sub(r'\d+<([^>]*)>, "([^"]*)"', r"\1/\2", match[2])
+            paths = re.findall(rf"{re.escape(str(root))}([^\s\">,]*)", whole)
             name = match[1].removesuffix("at")
             found.append(f"{name} {re.sub(r'/.tmp/[0-9a-f]+', '/.tmp/*', paths[-1] or '/') if paths else '?'}")
     return found

@@ -21,7 +21,8 @@ import tensorstore as ts
 from orchestrator import chunks
 from orchestrator.arrays.store import files_spec, shared_context
 from orchestrator.records import FileEntry, crc32
-from orchestrator.storage.posix import storage_error
+from orchestrator.storage import directory
+from orchestrator.storage.directory import storage_error
 
 Buffer = bytes | memoryview
 
@@ -50,7 +51,7 @@ def opener(url: str) -> Callable[[str], DataFile]:
     """How files below the directory at `url` are made, by relative path. Directories come by themselves."""
     base = url.rstrip("/")
     if base.startswith("file://"):
-        return functools.partial(_LocalFile, base.removeprefix("file://"))
+        return functools.partial(_LocalFile, *directory.find(base.removeprefix("file://")))
     return functools.partial(_Object, base)
 
 
@@ -73,12 +74,15 @@ def data_file_path() -> str:
 
 
 class _LocalFile:
-    def __init__(self, base: str, path: str) -> None:
+    """`root`: what the store is in, at key `base`."""
+
+    def __init__(self, root: directory.Root, base: str, path: str) -> None:
         self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
-        self._full = os.path.join(base, path)
+        key = f"{base}/{path}" if base else path
+        self._full = root.shown(key)
         try:
-            os.makedirs(os.path.dirname(self._full), exist_ok=True)
-            self._descriptor = os.open(self._full, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            root.ready()  # data does not go where the run is no more
+            self._descriptor = root.create(key)
         except OSError as error:
             raise storage_error("create", self._full, error) from error
         self._handed_over = 0

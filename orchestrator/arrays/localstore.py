@@ -13,7 +13,9 @@ from orchestrator.arrays import ocdbt
 from orchestrator.contents import Chunk, Place
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.layout import STATE, check_key
+from orchestrator.storage.directory import find
 
+_MANIFEST_BYTES_MAX = 64 << 20
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 
 
@@ -33,6 +35,7 @@ class LocalStore:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._root, self._base = find(directory)
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
         self._tree: list[str] = []  # files that the tree was read from
@@ -51,8 +54,7 @@ class LocalStore:
     def _read_tree(self) -> dict[str, Chunk]:
         where = f"{self._directory}/{ocdbt.MANIFEST}"
         try:
-            with open(where, "rb") as file:
-                root = ocdbt.decode_manifest(file.read(), where)
+            root = ocdbt.decode_manifest(self._whole(ocdbt.MANIFEST, where), where)
         except OSError as error:
             raise _fault(f"{where}: cannot be read: {error}", ocdbt.MANIFEST, error) from error
         found: dict[str, Chunk] = {}
@@ -103,8 +105,17 @@ class LocalStore:
             with self._lock:
                 if path not in self._open:
                     check_key(path, f"{self._directory}/{ocdbt.MANIFEST}")  # it comes from storage
-                    self._open[path] = os.open(os.path.join(self._directory, path), os.O_RDONLY)
+                    self._open[path] = self._root.open(f"{self._base}/{path}" if self._base else path)
         return self._open[path]
+
+    def _whole(self, path: str, where: str) -> bytes:
+        """A small file."""
+        size = os.fstat(self._descriptor(path)).st_size
+        if size > _MANIFEST_BYTES_MAX:
+            raise Unavailable(f"{where}: has {size} bytes, at most {_MANIFEST_BYTES_MAX} were expected; it is not read")
+        body = bytearray(size)
+        self._read(memoryview(body), (path, 0, size), "the tree")
+        return bytes(body)
 
     def close(self) -> None:
         for descriptor in self._open.values():

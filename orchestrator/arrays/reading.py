@@ -29,7 +29,7 @@ from orchestrator import chunks, environment, garbage, layout
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.placing import Arena, Filling, Load, Slab, Target, piece_of, place, prepare, unread
-from orchestrator.arrays.store import context, foreign_spec, report_retries, store_spec
+from orchestrator.arrays.store import context, foreign_spec, inspect, report_retries, store_spec
 from orchestrator.contents import Chunk
 from orchestrator.errors import OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
@@ -159,11 +159,18 @@ class _Read:
 class _Reader:
     def __init__(self, directory: str, on_bytes: Callable[[int], None], checksums: Mapping[str, str]) -> None:
         self._directory, self._on_bytes, self._context = directory, on_bytes, context()
-        self._checksums = checksums
+        self._checksums, self._inspected = checksums, False
         self._local = LocalStore(directory.removeprefix("file://")) if directory.startswith("file://") else None
+
+    def _inspect(self) -> None:
+        """Before TensorStore opens anything."""
+        if not self._inspected:
+            inspect(self._directory)
+            self._inspected = True
 
     @functools.cached_property
     def _store(self) -> Any:
+        self._inspect()
         try:
             return self._awaited(ts.KvStore.open(store_spec(self._directory), context=self._context), self._directory)
         except _FAILURES as error:
@@ -358,6 +365,7 @@ class _Reader:
             self._read_by_zarr(item.leaf, filling.layout.boxes, [buffer[row, ...] for buffer in filling.buffers])
 
     def _read_by_zarr(self, leaf: LeafSpec, boxes: Sequence[Box], buffers: Sequence[Array]) -> None:
+        self._inspect()
         foreign = leaf.foreign or Foreign(item="", driver="zarr3", ocdbt=True, name=leaf.name)
         spec = foreign_spec(f"{self._directory.rstrip('/')}/{foreign.item}", foreign)
         store = self._result(leaf.label, ts.open(spec, open=True, read=True, context=self._context))

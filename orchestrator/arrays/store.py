@@ -11,15 +11,18 @@ import tensorstore as ts
 
 from orchestrator.events import Retried, emit
 from orchestrator.records import Foreign
+from orchestrator.storage.directory import alias, find, storage_error
 
 BACKEND = "TENSORSTORE_GCS_BACKEND"  # as Orbax knows it: gcs (the JSON API) or gcs_grpc
 
 
-def files_spec(base: str) -> Any:
-    """The files below URL `base`, as keys."""
+def files_spec(base: str) -> dict[str, Any]:
+    """The files below URL `base`, as keys. Never as a URL: TensorStore decodes `%41` in one, and cuts it at `?`, `#`
+    and `|`, all of which may stand in a directory's name. A backslash it takes for a slash even in a path."""
     where = base.rstrip("/") + "/"
     if not where.startswith("gs://"):
-        return where
+        path = where.removeprefix("file://")
+        return {"driver": "file", "path": path if "\\" not in path else alias(path)}
     bucket, _, path = where.removeprefix("gs://").partition("/")
     return {"driver": os.environ.get(BACKEND, "gcs"), "bucket": bucket, "path": path}
 
@@ -34,9 +37,21 @@ def foreign_spec(directory: str, foreign: Foreign) -> dict[str, Any]:
     if foreign.ocdbt:
         store = {**store_spec(directory), "path": foreign.name + "/"}
     else:
-        path = directory.removeprefix("file://").rstrip("/")
-        store = {"driver": "file", "path": f"{path}/{foreign.name}/"}
+        store = files_spec(f"{directory.rstrip('/')}/{foreign.name}")
     return {"driver": foreign.driver, "kvstore": store}
+
+
+def inspect(base: str) -> None:
+    """What TensorStore is to read below URL `base` are plain files, all of it. Raises Unavailable, naming what is not:
+    TensorStore would follow links out of the run, and wait for ever at a pipe."""
+    if base.startswith("file://"):
+        root, key = find(base.removeprefix("file://"))
+        try:
+            root.inspect(key)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # that is for whoever opens it to say
+        except OSError as error:
+            raise storage_error("read", root.shown(key), error) from error
 
 
 @functools.cache

@@ -25,15 +25,17 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, OrchestratorError, StepRetired
-from orchestrator.eventlog import directory_of, read
+from orchestrator.eventlog import Tail, directory_of
 from orchestrator.records import Head
-from orchestrator.storage import Exists
+from orchestrator.storage import Exists, PosixStorage
+from orchestrator.storage.directory import Root
 
 Level = Literal["ok", "warn", "bad", "damage"]
 LEVELS: tuple[Level, ...] = ("ok", "warn", "bad", "damage")
 _CLOCK_S = 2.0  # more than this between two clocks makes logs misleading
 _STALE_S = 3600.0
 _RECENT = 20  # decided saves that the abort rate is about
+_STRANGERS_SHOWN = 10
 _LOST_FSYNC_S = 20e-6  # no disk is faster; a file system in memory is
 _VOLATILE = {"tmpfs": "is in memory", "ramfs": "is in memory", "overlay": "may belong to a container"}
 _PACKAGE = "checkpoint-orchestrator"
@@ -67,6 +69,11 @@ class Patient:
     def local(self) -> Path | None:
         url = self.catalog.url
         return Path(url.removeprefix("file://")) if url.startswith("file://") else None
+
+    @property
+    def root(self) -> Root | None:
+        """The run's directory, None in an object store."""
+        return self.catalog.storage.root if isinstance(self.catalog.storage, PosixStorage) else None
 
     @cached_property
     def stored(self) -> dict[tuple[int, str], int]:
@@ -171,14 +178,34 @@ def _orphans(patient: Patient) -> Iterator[Finding]:
     if size:
         text = f"{len(gone)} attempts that can never be restored hold {render.size(size)}"
         yield Finding("orphans", "warn", text, "orchestrator gc ROOT (--dry_run first)")
-    temporary = patient.local / ".tmp" if patient.local else None
-    if temporary and temporary.is_dir():
-        stale = [path for path in temporary.iterdir() if path.stat().st_mtime < time.time() - _STALE_S]
-        if stale:
-            text = f"{len(stale)} unfinished files of an hour ago or more in {temporary}"
-            yield Finding("orphans", "warn", text, "the next process that writes to the run removes them")
+    stale = _stale(patient.root) if patient.root else 0
+    if stale:
+        text = f"{stale} unfinished files of an hour ago or more in {patient.local}/.tmp"
+        yield Finding("orphans", "warn", text, "the next process that writes to the run removes them")
     if not size:
         yield Finding("orphans", "ok", "nothing is left over")
+
+
+def _stale(root: Root) -> int:
+    try:
+        with root.directory(".tmp") as temporaries:
+            names = os.listdir(temporaries)
+            times = [os.stat(name, dir_fd=temporaries, follow_symlinks=False).st_mtime for name in names]
+    except FileNotFoundError:  # or gone since
+        return 0
+    return sum(time_s < time.time() - _STALE_S for time_s in times)
+
+
+def _strangers(patient: Patient) -> Iterator[Finding]:
+    """What stands among the run's files and is none: nothing follows it or opens it."""
+    odd = [entry for entry in patient.catalog.storage.list("") if entry.problem]
+    for entry in odd[:_STRANGERS_SHOWN]:
+        do = "move what it points to back to its place, or take it away; until then nothing is read through it"
+        yield Finding("strangers", "bad", f"{patient.catalog.url}/{entry.key} {entry.problem}", do)
+    if len(odd) > _STRANGERS_SHOWN:
+        yield Finding("strangers", "bad", f"... and {len(odd) - _STRANGERS_SHOWN} more", "look through the root")
+    if not odd:
+        yield Finding("strangers", "ok", "everything below the root is a plain file with a plain name")
 
 
 def _space(patient: Patient) -> Iterator[Finding]:
@@ -208,7 +235,8 @@ def _permissions(patient: Patient) -> Iterator[Finding]:
     if patient.local is None:
         return
     places = [patient.local, *(patient.local / name for name in ("journal", "steps", ".tmp"))]
-    refused = [path for path in places if path.exists() and not os.access(path, os.R_OK | os.W_OK | os.X_OK)]
+    there = [path for path in places if path == patient.local or (path.is_dir() and not path.is_symlink())]
+    refused = [path for path in there if not os.access(path, os.R_OK | os.W_OK | os.X_OK)]
     for path in refused:
         status = path.stat()
         whose = f"owner {status.st_uid}, mode {status.st_mode & 0o777:o}"
@@ -242,28 +270,28 @@ def _store(patient: Patient) -> Iterator[Finding]:
 
 def _disk(patient: Patient) -> Iterator[Finding]:
     """What fsync and the file system are worth, and whose clock they have."""
-    root = patient.local
+    root = patient.root
     if root is None:
         return
-    kind = _file_system(root)
+    kind = _file_system(root.path)
     if kind in _VOLATILE:
         text = f"the root is on {kind}, which {_VOLATILE[kind]}: committed steps may not survive a restart"
         yield Finding("durability", "warn", text, "use a directory on a disk or on a shared file system")
-    if patient.read_only or not os.access(root, os.W_OK):
+    if patient.read_only or not os.access(root.path, os.W_OK):
         return
-    probe = root / ".tmp" / f"doctor-{uuid.uuid4().hex}"
-    probe.parent.mkdir(exist_ok=True)
+    probe = f".tmp/doctor-{uuid.uuid4().hex}"
     spent = []
-    try:
-        with probe.open("wb", buffering=0) as file:
+    root.ready()
+    with open(root.create(probe), "wb", buffering=0) as file:
+        try:
             for _ in range(5):
                 file.write(bytes(4096))
                 started = time.monotonic()
                 os.fsync(file.fileno())
                 spent.append(time.monotonic() - started)
             skew_s = os.fstat(file.fileno()).st_mtime - time.time()
-    finally:
-        probe.unlink(missing_ok=True)
+        finally:
+            root.remove(probe)
     fsync_s = statistics.median(spent)
     text = f"{kind or 'file system'}: fsync takes {fsync_s * 1e3:.2f} ms"
     if fsync_s < _LOST_FSYNC_S and kind not in _VOLATILE:
@@ -288,12 +316,15 @@ def _clocks(patient: Patient) -> Iterator[Finding]:
         yield from _skew(patient.head.writer, ahead_s)
     else:
         yield Finding("clocks", "ok", "no entry is from the future")
-    if patient.events_dir and os.path.isdir(patient.events_dir):
-        newest = {line.process: line for line in read(patient.events_dir)}
-        for process, line in newest.items():
-            path = Path(patient.events_dir) / f"{process:05d}.jsonl"
-            if path.exists():
-                yield from _skew(f"{line.machine} ({line.host})", line.time - path.stat().st_mtime)
+    tail = Tail(patient.events_dir)
+    for process, line in {line.process: line for line in tail.more(whole=False)}.items():
+        if process in tail.newest:
+            yield from _skew(f"{line.machine} ({line.host})", line.time - tail.newest[process])
+    for problem in tail.problems.values():
+        yield Finding("events", "warn", problem, "watch and report do without it; take away what is no event log")
+    if tail.skipped:
+        text = f"{tail.skipped} lines among the events in {patient.events_dir} are none"
+        yield Finding("events", "warn", text, "watch and report do without them; a crash in mid-line leaves one")
 
 
 def _versions(patient: Patient) -> Iterator[Finding]:
@@ -322,7 +353,7 @@ def _versions(patient: Patient) -> Iterator[Finding]:
     yield Finding("versions", "ok", f"{_PACKAGE} {metadata.version(_PACKAGE)}, {', '.join(told)}")
 
 
-def _file_system(path: Path) -> str:
+def _file_system(path: str) -> str:
     """The type of the file system that `path` is on; '' where the kernel does not tell."""
     try:
         mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
@@ -337,6 +368,7 @@ CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "journal": _journal,
     "steps": _steps,
     "orphans": _orphans,
+    "strangers": _strangers,
     "space": _space,
     "permissions": _permissions,
     "store": _store,

@@ -34,14 +34,27 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
     raise UsageError(f"{where}: no storage for {scheme}://; wanted a local path, file:// or gs://")
 
 
+_SCHEMES = frozenset({"file", "gs", "gcs", "s3", "http", "https", "az", "abfs", "hdfs", "memory"})
+
+
+def _check_scheme(where: str) -> None:
+    """Refuse what was meant as a URL and is none: it would be made as a directory of that name."""
+    found = re.match("([A-Za-z][A-Za-z0-9+.-]*):(?!//)(/?)(.*)", where, re.DOTALL)
+    if not found or not (found[2] or found[1].lower() in _SCHEMES):
+        return  # a plain name may have a colon in it
+    scheme, slash, rest = found[1].lower().replace("gcs", "gs"), found[2], found[3]
+    lost = "has lost a slash, as a Path does to a URL; give it as a str" if slash else "is no URL"
+    meant = (f"file:///{rest}" if slash else rest) if scheme == "file" else f"{scheme}://{rest}"
+    raise UsageError(f"root={where!r}: {lost}; expected {meant!r}, or './{where}' for a directory of that name")
+
+
 def _text(root: object) -> str:
     where = os.fspath(root) if isinstance(root, os.PathLike) else root
     if not isinstance(where, str):
         raise arguments.refusal("root", root, "a directory or a URL, as str or Path")
     if not where:
         raise UsageError("the run's root is empty; wanted a directory or a URL")
-    if re.match("[a-z0-9]+:/(?!/)", where):  # it would be made below the working directory
-        raise UsageError(f"root={where!r}: has lost a slash, as a Path does to a URL; give it as a str")
+    _check_scheme(where)
     if "\0" in where or not arguments.is_utf8(where):  # events and messages are UTF-8
         raise arguments.refusal("root", where, "a name in UTF-8 without null characters")
     return where

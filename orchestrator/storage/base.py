@@ -18,8 +18,10 @@ from typing import Protocol, runtime_checkable
 
 from msgspec.structs import replace
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import StorageError, Unavailable
 from orchestrator.records import FileEntry
+
+RECORD_BYTES_MAX = 512 << 20  # of a record; a manifest of a million chunks is an eighth of it
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,17 @@ class Reads(Protocol):
 
     url: str
 
-    def get(self, key: str) -> bytes | None:
-        """The object's bytes, None if there is no such object."""
+    def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
+        """The object's bytes, None if there is no such object. Raises TooLarge for one of more than `most_bytes`,
+        which is not read: whoever expects more says how much."""
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         """Entries whose key begins with `prefix` and is >= `start`, in key order, always fresh."""
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         """Size and CRC-32C of the object as the store itself has it now, past every cache; None if the store says that
-        there is no such object. What damage is proven by. Raises StorageError."""
+        there is no such object. What damage is proven by. The CRC-32C may be left out, '', for one of another size than
+        `expected_bytes`: it is the wrong one already, and may have any size. Raises StorageError."""
 
 
 class Storage(Reads, Protocol):
@@ -77,11 +81,33 @@ class Storage(Reads, Protocol):
         """
 
 
+class TooLarge(Unavailable):
+    """An object was not read, as it is larger than anything that could be expected. `bytes`: as the store says."""
+
+    def __init__(self, where: str, size: int, most_bytes: int) -> None:
+        super().__init__(f"read {where}: has {size} bytes, at most {most_bytes} were expected; it is not read")
+        self.bytes = size
+
+
 def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
     """A sealed object's entry, from what its writer counted. Raises StorageError if the store has another size."""
     if size != known.bytes:
         raise StorageError(f"seal {url}/{key}: has {size} bytes, {known.bytes} were written; it is not used")
     return replace(known, path=key)
+
+
+@runtime_checkable
+class Rooted(Protocol):
+    """What a store may offer beside the port, where a root can be taken away under an open job."""
+
+    def check_root(self) -> None:
+        """Raises RootChanged if the root is not the one that was opened."""
+
+
+def check_root(storage: Storage) -> None:
+    """Before much is written that does not go through the port. Raises RootChanged where the store can tell."""
+    if isinstance(storage, Rooted):
+        storage.check_root()
 
 
 @runtime_checkable

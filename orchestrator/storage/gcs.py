@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.layout import check_key
 from orchestrator.records import FileEntry
-from orchestrator.storage.base import Created, Entry, Exists
+from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists
 from orchestrator.storage.gcs_client import Client, Reply, client, refusal
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -83,7 +83,7 @@ class GcsStorage:
     def _compare(self, key: str, body: bytes) -> Created | Exists | None:
         """Whose object is under the key: ours, if an earlier try landed and its reply was lost. None if it is gone."""
         try:
-            there = self.get(key)
+            there = self.get(key, max(len(body), RECORD_BYTES_MAX))
         except StorageError as error:
             raise OutcomeUnknown(f"create {self.url}/{key}: cannot be read back ({error})") from error
         if there is None:
@@ -102,10 +102,12 @@ class GcsStorage:
             raise OutcomeUnknown(f"{error}; it may have been carried out, or be yet") from error
         return there
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
         where = f"{self.url}/{check_key(key, self.url)}"
         for _ in range(_DAMAGED_TRIES):
-            reply = self._client.send("get", where, "GET", self._path(key), params={"alt": "media"})
+            reply = self._client.send(
+                "get", where, "GET", self._path(key), params={"alt": "media"}, most_bytes=most_bytes
+            )
             if reply.status == 404:
                 self._check_bucket("get", where, reply)
                 return None
@@ -210,7 +212,7 @@ class GcsStorage:
             raise StorageError(f"stat {self.url}/{key}: no such object")
         return found
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         where = f"{self.url}/{check_key(key, self.url)}"
         reply = self._client.send("stat", where, "GET", self._path(key), params={"fields": "size,crc32c"})
         if reply.status == 404:

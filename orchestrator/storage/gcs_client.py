@@ -30,6 +30,7 @@ from gcsfs.core import GCSFileSystem
 from orchestrator import environment
 from orchestrator.errors import StorageError, Unavailable
 from orchestrator.events import Retried, emit
+from orchestrator.storage.base import TooLarge
 
 CONCURRENCY = 32  # requests in flight per process
 _DEADLINE_S = 120.0  # for one operation with all its retries
@@ -38,6 +39,7 @@ _FIRST_WAIT_S, _WAIT_MAX_S = 0.25, 16.0
 _DOWN_SHARE = 8  # while the store answers nothing, an operation waits only this part of the deadline
 _BUDGET = 200.0  # retries that may be spent before answers have to earn them
 _EARNED = 1.0  # by each request that is answered
+REPLY_BYTES_MAX = 64 << 20  # where the caller expects nothing larger: a page of a listing, an acknowledgement
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _REFUSED_FOR_SURE = frozenset({408, 429})  # and certainly not carried out
 
@@ -124,12 +126,14 @@ class Client:
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         body: bytes | None = None,
+        most_bytes: int = REPLY_BYTES_MAX,
     ) -> Reply:
         """The final answer to a request that may be repeated without harm. `name` is what errors call it.
 
-        Raises Unavailable where there is none within the deadline or the retry budget.
+        Raises Unavailable where there is none within the deadline or the retry budget, or one of more than `most_bytes`
+        bytes.
         """
-        work = self._persist(operation, name, method, path, params or {}, headers or {}, body)
+        work = self._persist(operation, name, method, path, params or {}, headers or {}, body, most_bytes)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(self.deadline_s + _REQUEST_S)
@@ -146,6 +150,7 @@ class Client:
         params: Mapping[str, str],
         headers: Mapping[str, str],
         body: bytes | None,
+        most_bytes: int,
     ) -> Reply:
         started = time.monotonic()
         # A save makes several requests in a row: each with the whole patience would outlast the save's own deadline.
@@ -155,10 +160,12 @@ class Client:
             self.requests[operation] += 1
             left_s = started + deadline_s - time.monotonic()
             try:
-                reply = await self._once(method, path, params, headers, body, max(0.001, left_s))
+                reply = await self._once(method, path, params, headers, body, max(0.001, left_s), most_bytes)
                 self._budget.earn()
                 self._down = False
                 return Reply(reply.status, reply.headers, reply.body, repeated=landed)
+            except _TooLarge as error:
+                raise TooLarge(name, error.bytes, most_bytes) from error
             except _NoAnswer as error:
                 landed |= error.landed
                 wait_s = max(error.wait_s, random.uniform(0, min(_WAIT_MAX_S, self._first_wait_s * 2 ** (tries - 1))))
@@ -185,6 +192,7 @@ class Client:
         headers: Mapping[str, str],
         body: bytes | None,
         left_s: float,
+        most_bytes: int,
     ) -> Reply:
         """One try. Raises _NoAnswer where another one could help."""
         if self._session is None:
@@ -199,7 +207,7 @@ class Client:
                 async with self._session.request(
                     method, self.endpoint + path, params=dict(params), headers=signed, data=body
                 ) as response:
-                    reply = Reply(response.status, dict(response.headers), await response.read())
+                    reply = Reply(response.status, dict(response.headers), await _body(response, most_bytes))
         except TimeoutError as error:
             raise _NoAnswer("timeout", f"no answer within {limit_s:.1f} s", landed=True) from error
         except (aiohttp.ClientError, OSError) as error:
@@ -211,6 +219,28 @@ class Client:
             landed = reply.status not in _REFUSED_FOR_SURE
             raise _NoAnswer(f"http {reply.status}", text, landed=landed, wait_s=_retry_after(reply))
         return reply
+
+
+async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
+    """The reply's body. Raises _TooLarge, before it is read where its length is announced."""
+    if (response.content_length or 0) > most_bytes:
+        raise _TooLarge(response.content_length or 0)
+    if response.content_length is not None and "Content-Encoding" not in response.headers:
+        return await response.read()
+    body = bytearray()  # of any length, or one that grows as it is unpacked
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > most_bytes:
+            raise _TooLarge(len(body))
+    return bytes(body)
+
+
+class _TooLarge(Exception):
+    """A reply of more bytes than anybody expects: so many, or so many at least."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bytes = size
 
 
 class _Interrupted(aiohttp.ClientError):

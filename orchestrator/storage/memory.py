@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from orchestrator.errors import StorageError
 from orchestrator.layout import check_key
 from orchestrator.records import FileEntry, crc32, crc32c
-from orchestrator.storage.base import Created, Entry, Exists, checked_size
+from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, TooLarge, checked_size
 
 
 class MemoryStorage:
@@ -26,16 +26,19 @@ class MemoryStorage:
             there = self._objects.setdefault(key, body)
         return Created() if there == body else Exists(there)
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
         with self._lock:
-            return self._objects.get(key)
+            body = self._objects.get(key)
+        if body is not None and len(body) > most_bytes:
+            raise TooLarge(f"{self.url}/{key}", len(body), most_bytes)
+        return body
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         with self._lock:
             found = sorted((key, len(body)) for key, body in self._objects.items())
         return (Entry(key, size) for key, size in found if key.startswith(prefix) and key >= start)
 
-    def measure(self, key: str) -> FileEntry | None:
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         body = self.get(key)
         return None if body is None else FileEntry(path=key, bytes=len(body), crc32c=crc32c(body), crc32=crc32(body))
 

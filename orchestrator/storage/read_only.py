@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import UsageError
 from orchestrator.records import FileEntry
-from orchestrator.storage.base import Created, Entry, Exists, Reads
+from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, Reads
 
 
 class ReadOnlyStorage:
@@ -16,14 +16,14 @@ class ReadOnlyStorage:
         self._storage = storage
         self.url = storage.url
 
-    def get(self, key: str) -> bytes | None:
-        return self._storage.get(key)
+    def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
+        return self._storage.get(key, most_bytes)
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         return self._storage.list(prefix, start)
 
-    def measure(self, key: str) -> FileEntry | None:
-        return self._storage.measure(key)
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
+        return self._storage.measure(key, expected_bytes)
 
     def create(self, key: str, body: bytes) -> Created | Exists:
         raise self._refusal("create", key)
