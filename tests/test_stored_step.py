@@ -23,6 +23,7 @@ from orchestrator.reader import Run, read_step
 from orchestrator.records import FileEntry
 from orchestrator.restore import RestoreArgs, restore_together
 from orchestrator.storage import Entry, PosixStorage
+from orchestrator.storage.base import RECORD_BYTES_MAX
 from orchestrator.stored_step import StoredStep
 
 
@@ -56,11 +57,11 @@ class Lying(HookedStorage):
                 return lie.answer(right)
         return right
 
-    def get(self, key: str) -> bytes | None:
-        return self._said("get", key, super().get(key))
+    def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
+        return self._said("get", key, super().get(key, most_bytes))
 
-    def measure(self, key: str) -> FileEntry | None:
-        return self._said("measure", key, super().measure(key))
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
+        return self._said("measure", key, super().measure(key, expected_bytes))
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         for entry in super().list(prefix, start):
