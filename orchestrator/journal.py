@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from orchestrator import layout, policy
-from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound
+from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound, UsageError
 from orchestrator.json_words import stored_all
 from orchestrator.policy import KeepPolicy
 from orchestrator.records import FORMAT, Event, Failure, Head, LiveStep, RetiredAttempt
@@ -46,6 +46,15 @@ class Refused:
     error: OrchestratorError
 
 
+# Whatever people and machines are called and say, an entry stays small: it is read whole, again and again. `pins` are
+# in all later entries, as long as their step is live; the others in one.
+PINS_MAX = 100
+PIN_CHARS = 200
+REASON_CHARS = 4000
+FAILURES_MAX = 64
+CAUSE_CHARS = 2000
+NAME_CHARS = 300
+
 Next = Head | FencedBy | Refused | None
 Rule = Callable[[Head | None, Stamp], Next]
 
@@ -53,9 +62,28 @@ Rule = Callable[[Head | None, Stamp], Next]
 def _next(head: Head | None, stamp: Stamp, event: Event, **changes: object) -> Head:
     base = head or Head(format=FORMAT, version=-1, epoch=0, writer="", write_id="", time=0.0, event=event)
     following = replace(
-        base, version=base.version + 1, writer=stamp.writer, write_id=stamp.write_id, time=stamp.time, event=event
+        base,
+        version=base.version + 1,
+        writer=_cut(stamp.writer, NAME_CHARS),
+        write_id=stamp.write_id,
+        time=stamp.time,
+        event=_bounded(event),
     )
     return replace(following, **changes)
+
+
+def _bounded(event: Event) -> Event:
+    failures = tuple(
+        replace(each, host=_cut(each.host, NAME_CHARS), cause=_cut(each.cause, CAUSE_CHARS))
+        for each in event.failures[:FAILURES_MAX]
+    )
+    more = len(event.failures) - len(failures)
+    left_out = f"; {more} more processes failed" if more else ""
+    return replace(event, reason=_cut(event.reason, REASON_CHARS - len(left_out)) + left_out, failures=failures)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def open_epoch(head: Head | None, stamp: Stamp) -> Next:
@@ -136,6 +164,9 @@ def collected(head: Head | None, stamp: Stamp, *, attempts: Iterable[tuple[int, 
 
 def pin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
     """Keep a step whatever the retention policy says."""
+    found = find(head, step) if head else None
+    if len(name) > PIN_CHARS or (found and name not in found.pins and len(found.pins) >= PINS_MAX):
+        return Refused(UsageError(f"step {step}: at most {PINS_MAX} pins, of at most {PIN_CHARS} characters each"))
     return _change(head, stamp, step, "pinned", lambda live: replace(live, pins=(*live.pins, name)), name, True)
 
 
@@ -206,15 +237,18 @@ def _let_go(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozens
     good = [entry for entry in live if entry.restorable]
     if not good:
         return frozenset()
-    # Nobody is judged without the metric that decides, if only extra.json has it: the step stays.
-    judged = [entry for entry in good if _tells(entry, keep)]
-    wanted = {entry.step for entry in good if entry not in judged} | {good[-1].step}
-    if judged:
-        wanted |= keep.keep(judged, now)
+    wanted = set(_kept(good, keep, now)) | {good[-1].step}
     proven = [entry.step for entry in good if entry.trust in ("verified", "restored")]
     wanted.update(proven[-1:])
     wanted.update(entry.step for entry in live if entry.pins)
     return frozenset(entry.step for entry in live if entry.step not in wanted)
+
+
+def _kept(good: list[LiveStep], keep: KeepPolicy, now: float) -> frozenset[int]:
+    """What `keep` keeps. No step is judged without the metric that decides: where only extra.json has it, it stays."""
+    untold = frozenset(entry.step for entry in good if not _tells(entry, keep))
+    judged = [entry for entry in good if entry.step not in untold] if untold else good
+    return untold | keep.keep(judged, now) if judged else untold
 
 
 def _carried(entry: LiveStep, keep: KeepPolicy | None) -> LiveStep:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orchestrator import journal, layout, policy
 from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound
 from orchestrator.journal import FencedBy, Next, Refused
-from orchestrator.records import Failure, Head, LiveStep, RetiredAttempt
+from orchestrator.records import Failure, Head, LiveStep, RetiredAttempt, encode
 
 
 def changed(following: Next) -> Head:
@@ -239,6 +239,73 @@ def test_collected_forgets_what_was_deleted_and_only_that() -> None:
     assert following.live == now.live
     assert journal.collected(following, stamp(), attempts=[(1, "e0001-a01")]) is None
     assert journal.collected(None, stamp(), attempts=[]) is None
+
+
+# What is carried from entry to entry, and how much of it.
+
+
+def many(step: int, **decisive: float) -> dict[str, float]:
+    return {**{f"m{number}": float(step) for number in range(500)}, **decisive}
+
+
+def committed(losses: list[float | None], keep: Any, before: Any = None) -> Head:
+    """A run in which `losses` were saved among many other metrics; None: without the one that decides."""
+    now = changed(journal.open_epoch(None, stamp()))
+    for step, loss in enumerate(losses):
+        entry = live(step, metrics=many(step) if loss is None else many(step, loss=loss))
+        policy_then = before if before is not None and step < 2 else keep
+        now = changed(journal.commit(now, stamp(float(step)), epoch=1, entry=entry, keep=policy_then))
+    return now
+
+
+def test_steps_are_judged_as_if_the_head_had_all_their_metrics() -> None:
+    losses = [3.0, 1.0, None, 2.0, None, 5.0, None]
+    now = committed(losses, policy.best("loss", 2))
+    assert steps(now) == [1, 3, 6], "the best two, and the newest; those without the metric go"
+    for entry in now.live:
+        assert len(entry.metrics) == policy.METRICS_MAX
+        assert len(entry.metrics) + entry.metrics_omitted == len(many(0)) + (losses[entry.step] is not None)
+    assert now.live[-1].metrics_absent == ("loss",)
+
+
+def test_a_step_whose_deciding_metric_is_not_in_the_head_stays() -> None:
+    now = committed([9.0, 1.0, 2.0, 8.0, 3.0], policy.best("loss", 1), before=policy.last(5))
+    assert steps(now) == [0, 1, 2, 4]
+    assert steps(changed(journal.retire(now, stamp(), keep=policy.last(1)))) == [4], "it is not needed for others"
+
+
+class Own:
+    """A policy of the user's own that does not say what it looks at, and looks at the last of many."""
+
+    def keep(self, found: Any, now: float) -> frozenset[int]:
+        return frozenset(entry.step for entry in found if entry.metrics["loss"] < 2.0)
+
+
+def test_for_a_policy_that_does_not_say_what_it_looks_at_heads_carry_all() -> None:
+    now = committed([3.0, 1.0, 5.0, 4.0], Own())
+    assert steps(now) == [1, 3] and now.live[0].metrics_omitted == 0
+    # Steps from before, of which the head has not all: they are not shown to it.
+    assert steps(committed([3.0, 1.0, 5.0, 4.0], Own(), before=policy.last(9))) == [0, 1, 3]
+
+
+def test_texts_and_lists_in_an_entry_are_bounded() -> None:
+    failures = tuple(Failure(process=n, host="h" * 9999, phase="write", cause="c" * 99_999) for n in range(1000))
+    signed = journal.Stamp(writer="w" * 9999, time=0.0, write_id="id")
+    now = head(live(1))
+    entry = changed(
+        journal.abort(now, signed, epoch=1, step=2, attempt="e0001-a01", failures=failures, reason="r" * 99_999)
+    )
+    assert len(encode(entry)) < 200_000
+    assert entry.event.reason.endswith("; 936 more processes failed") and len(entry.event.failures) == 64
+    quarantined = journal.quarantine(now, signed, step=1, attempt=now.live[0].attempt, reason="é" * 99_999)
+    assert len(changed(quarantined).event.reason) == journal.REASON_CHARS
+    refused = refusal(journal.pin(now, stamp(), step=1, name="p" * 201))
+    assert "at most 100 pins, of at most 200 characters" in str(refused)
+    for number in range(100):
+        now = changed(journal.pin(now, stamp(), step=1, name=str(number)))
+    refusal(journal.pin(now, stamp(), step=1, name="one more"))
+    assert journal.pin(now, stamp(), step=1, name="3") is None
+    changed(journal.unpin(now, stamp(), step=1, name="3"))
 
 
 # Random sequences: incarnations of every epoch, zombies included, go on acting in any order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
-from orchestrator.policy import at, best, every, every_nth, every_seconds, last, within
+from orchestrator.json_words import stored
+from orchestrator.policy import (
+    METRICS_BYTES_MAX,
+    METRICS_MAX,
+    at,
+    best,
+    carried,
+    every,
+    every_nth,
+    every_seconds,
+    last,
+    needed,
+    within,
+)
 
 NAN = float("nan")
 
@@ -110,6 +124,7 @@ def test_keep_policies_combined_keep_the_union_and_invent_no_step(
         (lambda: every_nth(-3), "every_nth: n=-3: wanted a whole number of at least 1"),
         (lambda: best("loss", 0), "best: n=0: wanted a whole number of at least 1"),
         (lambda: every_seconds(0), "every_seconds: seconds=0: wanted a positive number of seconds, at most 1000000"),
+        (lambda: best("\ud800"), "best: metric='\\ud800': wanted a metric's name"),
         (lambda: best("loss", mode="low"), "best: mode='low': wanted 'min' or 'max'"),  # type: ignore[arg-type]
     ],
 )
@@ -117,3 +132,56 @@ def test_a_policy_that_makes_no_sense_is_refused_when_it_is_made(make: Any, said
     with pytest.raises(UsageError) as caught:
         make()
     assert str(caught.value) == said
+
+
+# What a head carries of a step's metrics.
+
+MANY = {f"m{number}": float(number) for number in range(1000)}
+
+
+class Own:
+    """A policy that does not say what it looks at."""
+
+    def keep(self, steps: Any, now: float) -> frozenset[int]:
+        return frozenset()
+
+
+class Telling(Own):
+    def metrics_needed(self, metrics: Any) -> frozenset[str]:
+        return frozenset({"m998", "absent"})
+
+
+@pytest.mark.parametrize(
+    ("keep", "names"),
+    [
+        (None, set()),
+        (last(3), set()),
+        (every_nth(3) | within(5), set()),
+        (best("m999"), {"m999"}),
+        (last(3) | (best("m999") | best("absent", mode="max")), {"m999", "absent"}),
+        (Telling(), {"m998", "absent"}),
+        (last(1) | Telling(), {"m998", "absent"}),
+        (Own(), None),
+        (last(1) | Own(), None),
+    ],
+    ids=repr,
+)
+def test_a_head_carries_what_the_policy_judges_by_and_then_the_first(keep: Any, names: set[str] | None) -> None:
+    assert needed(keep, MANY) == names
+    few = carried(MANY, keep)
+    if names is None:
+        assert few == MANY
+        return
+    first = [name for name in MANY if name not in names][: METRICS_MAX - len(names & MANY.keys())]
+    assert list(few) == [name for name in MANY if name in names or name in first]
+    assert len(few) == METRICS_MAX and few.items() <= MANY.items()
+
+
+@given(st.dictionaries(st.text(max_size=300), st.floats(), max_size=80), st.text(max_size=5))
+def test_what_is_carried_is_bounded_in_bytes_but_for_what_decides(metrics: dict[str, float], name: str) -> None:
+    few = carried(metrics, best(name))
+    assert (name in few) == (name in metrics)
+    others = {each: stored(value) for each, value in few.items() if each != name}
+    assert len(json.dumps(others, ensure_ascii=False).encode()) <= METRICS_BYTES_MAX
+    if len(metrics) <= 10 and all(len(each) <= 20 for each in metrics):
+        assert few == metrics

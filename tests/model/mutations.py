@@ -71,7 +71,7 @@ MUTATIONS = (
     edit("retention is not journalled as retired", "commands", "5", journal,
          "for old in live\n            if old.step in dropped", "for old in live\n            if False"),
     edit("retention drops the newest step", "commands", "1", journal,
-         "set(keep.keep(good, now)) | {good[-1].step}", "{entry.step for entry in good[:-1]}"),
+         "set(_kept(good, keep, now)) | {good[-1].step}", "{entry.step for entry in good[:-1]}"),
     edit("retention drops the newest verified step", "commands", "6", journal,
          "wanted.update(proven[-1:])", "pass"),
     edit("retention drops pinned steps", "commands", "6", journal,
