@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from orchestrator import arrays, journal, layout
 from orchestrator.catalog import Catalog
+from orchestrator.codec import encode
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.records import (
     FORMAT,
@@ -34,7 +35,6 @@ from orchestrator.records import (
     Record,
     TreeSpec,
     crc32c,
-    encode,
 )
 from orchestrator.storage import PosixStorage
 

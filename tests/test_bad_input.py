@@ -15,8 +15,9 @@ from conftest import snapshot
 
 import orchestrator as oc
 from orchestrator.catalog import Catalog
+from orchestrator.codec import decode, encode
 from orchestrator.collect import collect
-from orchestrator.records import FileEntry, Head, crc32c, decode, encode
+from orchestrator.records import FileEntry, Head, crc32c
 from orchestrator.storage import PosixStorage
 
 LIKE = {"w": jnp.zeros(4)}
@@ -103,7 +104,11 @@ def test_a_root_that_no_store_serves(root: Path, root_given: str) -> None:
             oc.Damaged,
             "it was edited or damaged, not used",
         ),
-        (lambda file: rewrite(file, version=99), oc.Damaged, "says it is version 99; it was copied or renamed"),
+        (
+            lambda file: rewrite(file, version=99),
+            oc.Damaged,
+            "says it is version 99, expected 2; it was copied or renamed",
+        ),
         (lambda file: rewrite(file, live="none"), oc.Damaged, "not a Head"),
         (lambda file: rewrite(file, format=2, anything=True), oc.NewerFormat, "format 2, this version reads up to 1"),
         (
@@ -177,7 +182,7 @@ def test_a_manifest_that_names_a_file_outside_its_attempt_is_not_followed(run: P
     text = refused(run, lambda: oc.open_run(run).restore(LIKE, step=2), oc.UnsafeKey)
     assert (
         text
-        == f"file://{manifest}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used"
+        == f"file://{manifest}: files: key {key!r} is not a plain relative path; the record is damaged or hostile, not used"
     )
     assert oc.open_run(run).restore(LIKE).step == 1
 

@@ -20,7 +20,7 @@ PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 # Add a name to the end of its rank's last line.
 _NAMES = {
     PURE: """errors layout records journal protocol plan policy options chunks contents attest cadence forecast
-        arguments""",
+        arguments dtypes codec validate""",
     PORTS: """storage.base""",
     ADAPTERS: """storage storage.read_only storage.memory storage.posix storage.gcs storage.gcs_client
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint

@@ -16,10 +16,11 @@ from typing import Any
 import crc32c
 import numpy as np
 
+from orchestrator import layout
 from orchestrator.contents import Chunk, Place
 from orchestrator.errors import Damaged
 
-MANIFEST = "manifest.ocdbt"
+MANIFEST = layout.STORE
 INLINE_BYTES = 1024  # values up to this are in the tree itself
 _NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore refuses larger ones
 _NODE_ENTRIES = 16384
