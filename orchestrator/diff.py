@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import arrays, layout
+from orchestrator import arrays, contents, layout
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
 from orchestrator.forecast import leaf_bytes
@@ -46,12 +46,12 @@ class Side:
         manifest: Manifest = catalog.manifest(live)
         catalog.check_sizes(live, manifest)
         self.leaves: dict[Path, LeafSpec] = {leaf.path: leaf for leaf in catalog.intent(live, manifest).tree.leaves}
-        self.fingerprints, self._chunks = manifest.fingerprints, manifest.chunks
+        self.fingerprints, self._stored = manifest.fingerprints, contents.stored(manifest)
         self._directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
 
     def read(self, paths: list[Path], on_bytes: Callable[[int], None]) -> list[np.ndarray[Any, Any]]:
         loads = [Load(self.leaves[path]) for path in paths]
-        return [np.asarray(value) for value in arrays.load(self._directory, loads, on_bytes, self._chunks)]
+        return [np.asarray(value) for value in arrays.load(self._directory, loads, on_bytes, self._stored)]
 
 
 def compare(

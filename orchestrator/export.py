@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from orchestrator import arrays, layout
+from orchestrator import arrays, contents, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.forecast import leaf_bytes
@@ -143,7 +143,7 @@ def _npy_dtype(leaf: LeafSpec) -> np.dtype[Any]:
 
 
 def _slabs(source: Source, leaves: Iterable[LeafSpec]) -> Iterator[tuple[LeafSpec, Box, np.ndarray[Any, Any]]]:
-    return arrays.slabs(source.state_url, leaves, SLAB_BYTES, source.on_bytes, source.manifest.chunks)
+    return arrays.slabs(source.state_url, leaves, SLAB_BYTES, source.on_bytes, contents.stored(source.manifest))
 
 
 def _safetensors(source: Source, path: str) -> int:

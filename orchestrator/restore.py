@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from orchestrator import arguments, arrays, errors, failpoints, garbage, heartbeat, journal, layout, plan
+from orchestrator import arguments, arrays, contents, errors, failpoints, garbage, heartbeat, journal, layout, plan
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
+from orchestrator.contents import Stored
 from orchestrator.errors import (
     Damaged,
     Mismatch,
@@ -74,10 +75,10 @@ class Reading:
     read_bytes: int = 0
     array_s: float = 0.0
 
-    def load(self, directory: str, loads: list[Load], checksums: dict[str, str]) -> list[Any]:
+    def load(self, directory: str, loads: list[Load], stored: Stored) -> list[Any]:
         """As `arrays.load`, counted."""
         started = time.monotonic()
-        values = self.reader(directory, loads, self._count, checksums)
+        values = self.reader(directory, loads, self._count, stored)
         self.array_s += time.monotonic() - started
         return values
 
@@ -97,7 +98,7 @@ def read_step(
     return _read(catalog, live, like, args, (reading or Reading(args.reader)).load)[0]
 
 
-_Loader = Callable[[str, list[Load], dict[str, str]], list[Any]]
+_Loader = Callable[[str, list[Load], Stored], list[Any]]
 
 
 def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, load: _Loader) -> tuple[Restored, Proof]:
@@ -112,7 +113,7 @@ def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, load: 
     directory = f"{catalog.url}/{prefix}{layout.STATE}"
     if like is None:
         loads = [Load(leaf) for leaf in saved.leaves]
-        read = load(directory, loads, manifest.chunks)
+        read = load(directory, loads, contents.stored(manifest))
         state: Any = _nested(saved.leaves, read)
     else:
         with garbage.paused():
@@ -120,7 +121,7 @@ def _read(catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, load: 
             where = f"{catalog.url} {layout.shown(live.step, live.attempt)}"
             chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=where)
             loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
-        read = load(directory, loads, manifest.chunks)
+        read = load(directory, loads, contents.stored(manifest))
         loaded = iter(read)
         values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
         fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
@@ -249,7 +250,7 @@ def _load_once(
     reading: Reading,
     directory: str,
     loads: list[Load],
-    checksums: dict[str, str],
+    stored: Stored,
 ) -> list[Any]:
     """As `reading.load`, but what several processes want is read by one of them and exchanged. An exchange begins only
     when all have read their part: whoever has failed tells so in `_objection`, which is the same meeting to the others.
@@ -257,7 +258,7 @@ def _load_once(
     values: list[Any] = [None] * len(loads)
     together = arrays.groups(loads)
     for group in together:
-        parts = reading.load(directory, group.parts, checksums)
+        parts = reading.load(directory, group.parts, stored)
         try:
             answers = rendezvous.gather(_meeting(live), {"exchange": group.told}, timeout_s)
         except OrchestratorError as error:
@@ -267,7 +268,7 @@ def _load_once(
         for place, value in zip(group.places, group.exchanged(parts), strict=True):
             values[place] = value
     alone = sorted(set(range(len(loads))).difference(*(group.places for group in together)))
-    for place, value in zip(alone, reading.load(directory, [loads[at] for at in alone], checksums), strict=True):
+    for place, value in zip(alone, reading.load(directory, [loads[at] for at in alone], stored), strict=True):
         values[place] = value
     return values
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from orchestrator import arrays, attest, chunks, journal, layout
+from orchestrator import arrays, attest, chunks, contents, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, StorageError
 from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
@@ -65,6 +65,8 @@ def read_back(
         return verdict
     files = [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
     _read_files(catalog.checked, live, files, verdict, on_bytes)
+    if verdict.good:
+        _read_records(catalog, live, manifest, verdict)
     keys = sorted(manifest.chunks)
     if sample is not None and keys:
         keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
@@ -114,12 +116,30 @@ def _read_files(
     verdict.files = len(files)
 
 
+def _read_records(catalog: Catalog, live: LiveStep, manifest: Manifest, verdict: Verdict) -> None:
+    """Decode what every file of a record holds: a checksum that is right says nothing about what is in it. And the tree
+    must have the arrays that the manifest has chunks of, so that a restore reads what is checked here."""
+    processes = (layout.process_of(entry.path) for entry in manifest.files if entry.path.startswith(layout.RECEIPTS))
+    try:
+        catalog.extra(live, manifest)
+        for process in processes:
+            catalog.receipt(live.step, live.attempt, process)
+        leaves = catalog.intent(live, manifest).tree.leaves
+    except (Damaged, NewerFormat, StorageError) as error:
+        _note(verdict, error)
+        return
+    missing = sorted(contents.keys(leaves) - manifest.chunks.keys()) if manifest.chunks else []
+    if missing:
+        key = catalog.key(live.step, live.attempt, layout.MANIFEST)
+        verdict.damaged.append(f"{catalog.url}/{key}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
+
+
 def _read_chunks(
     catalog: Catalog, live: LiveStep, manifest: Manifest, keys: list[str], verdict: Verdict, on_bytes: OnBytes
 ) -> None:
     directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
     try:
-        bad = arrays.check(directory, {key: manifest.chunks[key] for key in keys}, on_bytes) if keys else {}
+        bad = arrays.check(directory, contents.stored(manifest), on_bytes, keys) if keys else {}
     except OrchestratorError as error:
         _note(verdict, error)
         return

@@ -25,7 +25,7 @@ _NAMES = {
     ADAPTERS: """storage storage.read_only storage.memory storage.posix storage.gcs storage.gcs_client
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
-        arrays.feed arrays.planning arrays.merging arrays.dividing
+        arrays.feed arrays.planning arrays.merging arrays.dividing arrays.compressed arrays.external
         rendezvous events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
         agent saving coordinator restore proof verify diff collect catalog pacing export""",

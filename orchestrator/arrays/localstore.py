@@ -10,9 +10,10 @@ import crc32c
 
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt
-from orchestrator.contents import Chunk, Place
+from orchestrator.contents import Chunk, Place, Stored
 from orchestrator.errors import Damaged, OrchestratorError, StorageError
 from orchestrator.layout import check_key
+from orchestrator.validate import INT64_MAX
 
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 
@@ -27,10 +28,10 @@ def _fault(error: OSError) -> type[OrchestratorError]:
 
 
 class LocalStore:
-    """Files stay open until `close`. Any thread."""
+    """Files stay open until `close`. `stored`: what the manifest lists there; nothing else is read. Any thread."""
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
+    def __init__(self, directory: str, stored: Stored | None = None) -> None:
+        self._directory, self._stored = directory, stored
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
 
@@ -39,22 +40,41 @@ class LocalStore:
         where = f"{self._directory}/{ocdbt.MANIFEST}"
         try:
             with open(where, "rb") as file:
-                root = ocdbt.decode_manifest(file.read(), where)
-            found: dict[str, Chunk] = {}
-            nodes = [(b"", root)] if root else []
-            while nodes:
-                prefix, node = nodes.pop()
-                path, _, size = node.place
-                body = bytearray(size)
-                self._read(memoryview(body), node.place, "the tree")
-                entries, children = ocdbt.decode_node(bytes(body), node.transitive, prefix, f"{self._directory}/{path}")
-                found |= {key.decode(): value for key, value in entries}
-                nodes += children
+                root = ocdbt.decode_manifest(file.read(ocdbt.NODE_BYTES_MAX), where)
+            return self._walked(root) if root else {}
         except ocdbt.Unsupported:
             return None
         except OSError as error:
             raise _fault(error)(f"{where}: cannot be read: {error}") from error
+
+    def _walked(self, root: ocdbt.Root) -> dict[str, Chunk]:
+        """The values of all nodes, each of which is read once."""
+        found: dict[str, Chunk] = {}
+        nodes, seen, keys = [(b"", root)], {root.place}, 0
+        while nodes:
+            prefix, node = nodes.pop()
+            where = f"{self._directory}/{node.place[0]}"
+            entries, children = ocdbt.decode_node(self._node(node.place), node, prefix, where)
+            try:
+                found |= {key.decode(): value for key, value in entries}
+            except UnicodeDecodeError as error:
+                raise Damaged(f"{where}: a key that is not UTF-8: {error}") from error
+            keys += len(entries)
+            places = {child.place for _, child in children}
+            if len(places) < len(children) or places & seen or len(found) < keys:
+                raise Damaged(f"{where}: not a tree: nodes or keys of it are there twice")
+            seen |= places
+            nodes += children
         return found
+
+    def _node(self, place: Place) -> bytes:
+        path, offset, size = place
+        real = os.fstat(self._descriptor(path)).st_size
+        if size > ocdbt.NODE_BYTES_MAX or offset + size > real:
+            raise Damaged(f"{self._directory}/{path}: a node of {size} bytes at {offset}; the file has {real}")
+        body = bytearray(size)
+        self._read(memoryview(body), place, "the tree")
+        return bytes(body)
 
     def read_into(
         self, target: memoryview, place: Place, label: str, tail: memoryview | None = None
@@ -72,6 +92,8 @@ class LocalStore:
 
     def _read(self, target: memoryview, place: Place, label: str) -> None:
         path, offset, size = place
+        if offset + size > INT64_MAX:
+            raise Damaged(f"{label}: {self._directory}/{path}: {size} bytes at {offset} are in no file")
         got = 0
         try:
             while got < size and (more := os.preadv(self._descriptor(path), [target[got:]], offset + got)):
@@ -85,7 +107,10 @@ class LocalStore:
         if path not in self._open:
             with self._lock:
                 if path not in self._open:
-                    check_key(path, f"{self._directory}/{ocdbt.MANIFEST}")  # it comes from storage
+                    where = f"{self._directory}/{ocdbt.MANIFEST}"
+                    check_key(path, where)  # it comes from storage
+                    if self._stored is not None and path not in self._stored.files:
+                        raise Damaged(f"{where}: leads to {path!r}, which the step's manifest does not list; not read")
                     self._open[path] = os.open(os.path.join(self._directory, path), os.O_RDONLY)
         return self._open[path]
 
