@@ -247,8 +247,9 @@ def opening(root: str) -> Figures:
 def _journal(directory: Path, live: int, entries: int) -> None:
     """What so many entries have left behind; in the page cache, and nothing of it still to be written to disk."""
     from orchestrator import journal
+    from orchestrator.codec import encode
     from orchestrator.layout import index_key, journal_key
-    from orchestrator.records import Event, LiveStep, encode
+    from orchestrator.records import Event, LiveStep
 
     first: Any = journal.open_epoch(None, journal.Stamp("growth", 0.0, "0" * 32))
     steps = tuple(

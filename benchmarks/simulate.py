@@ -24,6 +24,7 @@ from typing import Any
 
 from orchestrator import contents, journal, protocol
 from orchestrator.arrays import ocdbt
+from orchestrator.codec import decode, encode
 from orchestrator.coordinator import RECEIPT_BATCH, RECEIPT_READS
 from orchestrator.records import (
     FORMAT,
@@ -37,8 +38,6 @@ from orchestrator.records import (
     Receipt,
     TreeSpec,
     crc32c,
-    decode,
-    encode,
 )
 
 HOSTS = (100, 1000, 5000, 10_000, 20_000, 50_000)

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from orchestrator import journal, json_words, layout, orbax_steps
 from orchestrator.catalog import Catalog
+from orchestrator.codec import encode
 from orchestrator.errors import UsageError
 from orchestrator.records import (
     FORMAT,
@@ -33,7 +34,6 @@ from orchestrator.records import (
     Record,
     TreeSpec,
     crc32c,
-    encode,
 )
 from orchestrator.storage import PosixStorage
 

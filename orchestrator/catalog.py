@@ -14,7 +14,8 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator import garbage, journal, layout
+from orchestrator import garbage, journal, layout, validate
+from orchestrator.codec import AnyRecord, decode, encode
 from orchestrator.errors import (
     Damaged,
     Fenced,
@@ -27,19 +28,7 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Retried, emit
 from orchestrator.journal import FencedBy, Next, Refused, Stamp
-from orchestrator.records import (
-    AnyRecord,
-    Extra,
-    FileEntry,
-    Head,
-    Intent,
-    LiveStep,
-    Manifest,
-    Receipt,
-    decode,
-    encode,
-    file_entry,
-)
+from orchestrator.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Storage, TooLarge
 
 READS = 3  # of one object, before what differs from read to read is given up
@@ -103,17 +92,10 @@ class Catalog:
         """One journal entry. Raises Damaged if it is missing, edited or in the wrong place."""
         key = layout.journal_key(version)
         try:
-            head = self._decode(self.storage.get(key), Head, key)
+            return self._decode(self.storage.get(key), Head, key, version=version)
         except Damaged:  # once is no proof
             self.storage.measure(key)  # what a cache has kept of it is gone then
-            head = self._decode(self.storage.get(key), Head, key)
-        if head.version != version:
-            raise Damaged(f"{self.url}/{key}: says it is version {head.version}; it was copied or renamed, not used")
-        for live in head.live:
-            layout.parse_attempt(live.attempt)
-        for gone in head.retired:
-            layout.parse_attempt(gone.attempt)
-        return head
+            return self._decode(self.storage.get(key), Head, key, version=version)
 
     def entries(self) -> Iterator[Head]:
         """All journal entries, oldest first."""
@@ -256,10 +238,8 @@ class Catalog:
             )
             return "" if found.crc32c == told else f"{has}, the journal says {told}"
 
-        manifest = self._decode(self._proven(live, layout.MANIFEST, problem), Manifest, key)
-        for entry in manifest.files:
-            layout.check_key(entry.path, f"{self.url}/{key}")
-        return manifest
+        body = self._proven(live, layout.MANIFEST, problem)
+        return self._decode(body, Manifest, key, step=live.step, attempt=live.attempt)
 
     def check_sizes(self, live: LiveStep, manifest: Manifest) -> None:
         """Every file of the manifest is there with its size. Raises Damaged naming the first that is not, StepRetired,
@@ -317,13 +297,19 @@ class Catalog:
         self.check_measured(live, [entry])
 
     def intent(self, live: LiveStep, manifest: Manifest) -> Intent:
-        """Who opened the attempt, and its tree spec."""
+        """Who opened the attempt, and its tree spec, whose arrays fit what the manifest lists. Raises Damaged."""
         key = self.key(live.step, live.attempt, layout.INTENT)
-        return self._decode(self.file(live, manifest, layout.INTENT), Intent, key)
+        body = self.file(live, manifest, layout.INTENT)
+        intent = self._decode(body, Intent, key, step=live.step, attempt=live.attempt)
+        try:
+            validate.fits(intent, manifest)
+        except validate.Invalid as error:
+            raise Damaged(f"{self.url}/{key}: {error}; not used") from error
+        return intent
 
     def extra(self, live: LiveStep, manifest: Manifest) -> Extra:
         key = self.key(live.step, live.attempt, layout.EXTRA)
-        return self._decode(self.file(live, manifest, layout.EXTRA), Extra, key)
+        return self._decode(self.file(live, manifest, layout.EXTRA), Extra, key, step=live.step)
 
     def receipt(self, step: int, attempt: str, process: int) -> tuple[Receipt, FileEntry] | None:
         """The receipt of a process, and it as a file of the attempt; None if it is not written yet."""
@@ -331,14 +317,25 @@ class Catalog:
         body = self.storage.get(key)
         if body is None:
             return None
-        return self._decode(body, Receipt, key), file_entry(layout.receipt_name(process), body)
+        receipt = self._decode(body, Receipt, key, step=step, attempt=attempt, process=process)
+        return receipt, file_entry(layout.receipt_name(process), body)
 
     def stored_receipts(self, live: LiveStep, manifest: Manifest) -> list[Receipt]:
         """The receipts of a committed attempt, checked against the manifest, as far as it lists any (an adopted one has
         none)."""
         listed = [entry for entry in manifest.files if entry.path.startswith(layout.RECEIPTS)]
         prefix = layout.attempt_prefix(live.step, live.attempt)
-        return [self._decode(self.checked(live, entry), Receipt, prefix + entry.path) for entry in listed]
+        where = {"step": live.step, "attempt": live.attempt}
+        return [
+            self._decode(
+                self.checked(live, entry),
+                Receipt,
+                prefix + entry.path,
+                process=layout.process_of(entry.path),
+                **where,
+            )
+            for entry in listed
+        ]
 
     def process_states(self, live: LiveStep, manifest: Manifest) -> dict[int, bytes]:
         files = [entry for entry in manifest.files if entry.path.startswith(layout.PROCESS)]
@@ -353,11 +350,11 @@ class Catalog:
                 sizes[found[:2]] = sizes.get(found[:2], 0) + entry.bytes
         return sizes
 
-    def _decode(self, body: bytes | None, kind: type[AnyRecord], key: str) -> AnyRecord:
+    def _decode(self, body: bytes | None, kind: type[AnyRecord], key: str, **expected: object) -> AnyRecord:
         if body is None:
             raise Damaged(f"{self.url}/{key}: is missing")
         with garbage.paused():
-            return decode(body, kind, f"{self.url}/{key}")
+            return decode(body, kind, f"{self.url}/{key}", **expected)
 
 
 def _problem(wanted: FileEntry, found: FileEntry | None) -> str:

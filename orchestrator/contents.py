@@ -1,16 +1,17 @@
-"""What the receipts of an attempt say is in its array store: every chunk, itself or its place. Pure.
+"""What the receipts of an attempt, and then its manifest, say is in its array store. Pure.
 
 A receipt comes from storage: where it says that a chunk is, is checked before it gets into the tree that readers trust.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from orchestrator import layout
+from orchestrator import chunks, layout
 from orchestrator.chunks import CHECKSUM_BYTES
 from orchestrator.errors import Damaged
-from orchestrator.records import Receipt
+from orchestrator.records import Box, LeafSpec, Manifest, Receipt
 
 Place = tuple[str, int, int]  # file below `state/`, offset, bytes
 Chunk = bytes | Place  # itself, or where it is
@@ -37,6 +38,33 @@ def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
             raise Damaged(f"chunk {twice}: process {receipt.process} ({receipt.host}) and another one have written it")
         found |= own
     return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a manifest says is below `state/`. chunks: key in the array store -> CRC-32C, in hex. files: path -> bytes;
+    whatever else lies there belongs to no step, and is not read."""
+
+    chunks: Mapping[str, str]
+    files: Mapping[str, int]
+
+    def below(self, item: str) -> Stored:
+        """Of the directory `item` ('': all of it), which another writer's array store is."""
+        prefix = f"{item}/" if item else ""
+        inside = {path.removeprefix(prefix): size for path, size in self.files.items() if path.startswith(prefix)}
+        return Stored({}, inside)
+
+
+def keys(leaves: Iterable[LeafSpec]) -> set[str]:
+    """The chunks that arrays of ours consist of, as far as the tree spec alone says so: not of compressed ones."""
+    ours = [(leaf, leaf.chunk) for leaf in leaves if leaf.in_store and leaf.chunk is not None]
+    wholes = ((leaf, chunk, Box(start=(0,) * len(chunk), stop=leaf.file_shape)) for leaf, chunk in ours)
+    return {chunks.key(leaf.name, box, chunk) for leaf, chunk, whole in wholes for box in chunks.cut(whole, chunk)}
+
+
+def stored(manifest: Manifest) -> Stored:
+    below = (entry for entry in manifest.files if entry.path.startswith(layout.STATE))
+    return Stored(manifest.chunks, {entry.path.removeprefix(layout.STATE): entry.bytes for entry in below})
 
 
 def checksums(receipts: Iterable[Receipt]) -> dict[str, str]:

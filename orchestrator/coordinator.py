@@ -19,6 +19,7 @@ from orchestrator import contents, failpoints, journal, json_words, layout, prot
 from orchestrator.arrays import PendingWrite
 from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
+from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
 from orchestrator.policy import KeepPolicy
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
@@ -33,8 +34,6 @@ from orchestrator.records import (
     Manifest,
     Receipt,
     crc32c,
-    decode,
-    encode,
     file_entry,
 )
 from orchestrator.rendezvous import Rendezvous
@@ -201,7 +200,8 @@ class Coordinator:
         """A receipt from storage, or, for a process that could not write one, its NO from the signal."""
         try:
             if posted.startswith("{"):
-                return decode(posted.encode(), Receipt, f"signal of process {process}")
+                named = {"step": intent.step, "attempt": intent.attempt, "process": process}
+                return decode(posted.encode(), Receipt, f"signal of process {process}", **named)
             found = self._catalog.receipt(intent.step, intent.attempt, process)
             if found is None:
                 return None

@@ -62,11 +62,14 @@ class Suspect(OrchestratorError):
     failure: nothing may be quarantined for it.
 
     files: at fault, relative to the attempt, as far as known. chunks: keys in the array store whose elements are wrong.
+    structure: what was read makes no sense, though its own checksums are right.
     """
 
-    def __init__(self, message: str, *, files: Sequence[str] = (), chunks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, message: str, *, files: Sequence[str] = (), chunks: Sequence[str] = (), structure: bool = False
+    ) -> None:
         super().__init__(message)
-        self.files, self.chunks = tuple(files), tuple(chunks)
+        self.files, self.chunks, self.structure = tuple(files), tuple(chunks), structure
 
 
 class JournalLost(OrchestratorError):

@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from orchestrator import arguments, arrays, layout
+from orchestrator import arguments, arrays, contents, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.forecast import leaf_bytes
@@ -209,7 +209,7 @@ def _orbax(source: Source, folder: str) -> int:
             with open(target, "xb") as file:
                 written += file.write(body)
     # A large file's checksum does not tell it from another save's (records.FileEntry); those of its chunks do.
-    bad = arrays.check(f"file://{folder}/", source.manifest.chunks)
+    bad = arrays.check(f"file://{folder}/", contents.stored(source.manifest))
     if bad:
         StoredStep(source.catalog, source.live).judge([], sorted(bad))
         raise StorageError(f"{folder}: {len(bad)} chunks are not what was copied there: {min(bad.values())}")

@@ -8,7 +8,6 @@ as in `arrays.reading`: tests compare the two.
 
 from __future__ import annotations
 
-import ast
 import math
 import re
 import statistics
@@ -16,14 +15,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator import chunks
+from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import UsageError
 from orchestrator.records import Box, LeafSpec, TreeSpec
+from orchestrator.validate import SHARDING_CHARS_MAX
 
 # What reading holds beside the arrays themselves. From files: chunks that do not go straight to their place. From an
 # object store: reads in flight (bounded by `arrays.reading`) and TensorStore's own copies. Measured by
 # benchmarks/forecast.py.
 FILES_BYTES = 8 << 20
 STORE_BYTES = 160 << 20
+# A partition spec as JAX writes it: P('data', None, ('a', 'b')). Never as Python: it comes from storage.
+_AXIS = re.compile(r"'[^']*'|\"[^\"]*\"")
+_DIMENSION = re.compile(rf"None|{_AXIS.pattern}|\((?:(?:{_AXIS.pattern})(?:, ?)?)*\)")
+_PARTITION = re.compile(rf"P\((?:(?:{_DIMENSION.pattern})(?:, ?)?)*\)")
 _UNITS = {"": 1, "B": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -140,10 +145,7 @@ def parse_bytes(flag: str, text: str) -> int:
 
 def item_bytes(leaf: LeafSpec) -> int:
     """Size of one stored element on the host."""
-    name = leaf.stored_dtype or leaf.dtype
-    bits = {"bool": 8, "bfloat16": 16, "complex64": 64, "complex128": 128}.get(name)
-    digits = "".join(char for char in name.partition("_")[0].removeprefix("b") if char.isdigit())
-    return max(1, (bits or int(digits or 8)) // 8)
+    return ITEM_BYTES[leaf.stored_dtype or leaf.dtype]
 
 
 def leaf_bytes(leaf: LeafSpec) -> int:
@@ -153,15 +155,10 @@ def leaf_bytes(leaf: LeafSpec) -> int:
 
 def partition(leaf: LeafSpec) -> tuple[tuple[str, ...], ...] | None:
     """The mesh axes that split each dimension, of a leaf saved with a partition spec; None for any other."""
-    if not leaf.sharding.startswith("P("):
+    if len(leaf.sharding) > SHARDING_CHARS_MAX or not _PARTITION.fullmatch(leaf.sharding):
         return None
-    try:
-        dimensions = ast.literal_eval(leaf.sharding.removeprefix("P"))
-    except (ValueError, SyntaxError):
-        return None
-    dimensions = dimensions if isinstance(dimensions, tuple) else (dimensions,)
-    split = [(name,) if isinstance(name, str) else tuple(name or ()) for name in dimensions]
-    return tuple(split) if all(isinstance(axis, str) for names in split for axis in names) else None
+    split = tuple(tuple(text[1:-1] for text in _AXIS.findall(part)) for part in _DIMENSION.findall(leaf.sharding[2:-1]))
+    return split if len(split) <= len(leaf.shape) else None
 
 
 def forecast(tree: TreeSpec, target: Target) -> Forecast:

@@ -1,26 +1,20 @@
-"""What is stored, as frozen typed records, and the one codec for all of them.
+"""What is stored, as frozen typed records. `codec` makes bytes of them and back, `validate` says what may be in them.
 
-Each record is one JSON object whose last field is the CRC-32C of the bytes before it, so a truncated or hand-edited
-record is noticed by whoever reads it. Decoding is typed (msgspec: https://jcristharif.com/msgspec/structs.html), never
-pickle. Pure: no I/O, no clock; ids and times are passed in.
+Pure: no I/O, no clock; ids and times are passed in.
 """
 
 from __future__ import annotations
 
 import zlib
-from typing import Any, TypeVar
+from typing import Any
 
 import crc32c as crc32c_library
 import msgspec
 
 from orchestrator import json_words
-from orchestrator.errors import Damaged, NewerFormat
 
 FORMAT = 1
 SMALL_FILE_BYTES = 4 << 20
-_TAIL = b',"crc32c":"'
-_END = b'"}\n'
-_TAIL_BYTES = len(_TAIL) + 8 + len(_END)
 
 STORED_KINDS = frozenset({"array", "key", "numpy", "numpy_scalar"})
 
@@ -307,20 +301,6 @@ class Head(Record, frozen=True):
     retired: tuple[RetiredAttempt, ...] = ()
 
 
-class _Format(Record, frozen=True):
-    format: int
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
-
-# Made by the thread that imports, before there are others: msgspec shows a type's description to all threads before it
-# is whole, so that two threads that are the first to decode a kind crash the process (`StructInfo_Convert` in
-# src/msgspec/_core.c, 0.22: no lock under the GIL, and describing a field runs Python).
-_DECODERS: dict[type[Record], msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(kind) for kind in Record.__subclasses__()
-}
-
-
 def crc32c(data: bytes) -> str:
     """CRC-32C of `data`, 8 hex digits."""
     return f"{crc32c_library.crc32c(data):08x}"
@@ -334,40 +314,3 @@ def file_entry(path: str, body: bytes) -> FileEntry:
 def crc32(data: bytes) -> str:
     """CRC-32 (IEEE 802.3) of `data`, 8 hex digits; '' of more than SMALL_FILE_BYTES."""
     return f"{zlib.crc32(data):08x}" if len(data) <= SMALL_FILE_BYTES else ""
-
-
-def encode(record: Record) -> bytes:
-    """The stored bytes of a record: JSON, its own CRC-32C last, one newline. Deterministic for equal records."""
-    body = msgspec.json.encode(record)[:-1]
-    return body + _TAIL + crc32c(body).encode() + _END
-
-
-def decode(data: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
-    """Read back what `encode` wrote; `where` names the key in errors.
-
-    Raises NewerFormat if the record says it is of a later format, Damaged if it is truncated, edited or not of `kind`.
-    """
-    body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
-    signed = tail.startswith(_TAIL) and tail.endswith(_END)
-    wanted, got = tail[len(_TAIL) : -len(_END)].decode(errors="replace"), crc32c(body)
-    # The checksum first: a format that a flipped bit has raised is damage. A newer one may be signed in another way.
-    if signed and wanted != got:
-        raise Damaged(f"{where}: crc32c is {got}, the record says {wanted}; it was edited or damaged, not used")
-    found = _format_of(data)
-    if found is not None and found > FORMAT:
-        raise NewerFormat(f"{where}: format {found}, this version reads up to {FORMAT}; use a newer orchestrator")
-    if not signed:
-        raise Damaged(f"{where}: {len(data)} bytes that do not end in a checksum; truncated or not a record of a run")
-    try:
-        record: AnyRecord = _DECODERS[kind].decode(data)
-    except msgspec.DecodeError as error:
-        raise Damaged(f"{where}: not a {kind.__name__}: {error}") from error
-    return record
-
-
-def _format_of(data: bytes) -> int | None:
-    try:
-        said: _Format = _DECODERS[_Format].decode(data)
-    except msgspec.DecodeError:
-        return None
-    return said.format

@@ -23,12 +23,13 @@ from msgspec.structs import replace
 from orchestrator import arrays, failpoints, journal, layout
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
+from orchestrator.codec import encode
 from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, run_prefix, signal_prefix
 from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, UsageError, WaitTimeout
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.protocol import Phase, cause_of
-from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Receipt, encode
+from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Receipt
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists, check_root
 from orchestrator.tree import Flat

@@ -71,27 +71,27 @@ class StoredStep:
         self, loads: Sequence[Load], on_bytes: OnBytes | None = None, reader: Callable[..., list[Any]] = arrays.load
     ) -> list[Any]:
         """As `arrays.load`, of this step."""
-        return self._again(lambda: reader(self.state_url, list(loads), on_bytes, self.manifest.chunks))
+        return self._again(lambda: reader(self.state_url, list(loads), on_bytes, contents.stored(self.manifest)))
 
     def slabs(
         self, leaves: Iterable[LeafSpec], slab_bytes: int, on_bytes: OnBytes | None = None
     ) -> Iterator[tuple[LeafSpec, Box, Any]]:
         """As `arrays.slabs`, of this step. What is read wrongly is judged, but not read again."""
         try:
-            yield from arrays.slabs(self.state_url, leaves, slab_bytes, on_bytes, self.manifest.chunks)
+            yield from arrays.slabs(self.state_url, leaves, slab_bytes, on_bytes, contents.stored(self.manifest))
         except Suspect as suspect:
             self._judge(suspect)
             raise self._not_damaged(suspect, 1) from suspect
 
     def bad_chunks(self, keys: Iterable[str], on_bytes: OnBytes = lambda read_bytes: None) -> Mapping[str, str]:
         """Read these chunks. By key: what is wrong with each that is proven not to be what was saved."""
-        wanted = {key: self.manifest.chunks[key] for key in keys}
-        suspects = self._again(lambda: arrays.check(self.state_url, wanted, on_bytes))
+        wanted, stored = list(keys), contents.stored(self.manifest)
+        suspects = self._again(lambda: arrays.check(self.state_url, stored, on_bytes, wanted))
         if not suspects:
             return {}
         proven = {key: f"{text}; {why}" for key, text in suspects.items() if (why := self._problem_of(key))}
         for key, text in suspects.items():
-            if key not in proven and arrays.check(self.state_url, {key: wanted[key]}):
+            if key not in proven and arrays.check(self.state_url, stored, keys=[key]):
                 raise self._not_damaged(Suspect(text), 2)
         return proven
 
@@ -128,6 +128,10 @@ class StoredStep:
                 return read()
             except Suspect as suspect:
                 self._judge(suspect)
+                if suspect.structure and tries == READS:
+                    raise Damaged(
+                        f"{suspect}; read so {READS} times, and its files are the manifest's: no save writes this"
+                    ) from suspect
                 failed: Exception = suspect
             except StorageError as error:
                 if tries == READS or (isinstance(error, Unavailable) and error.waited):

@@ -22,52 +22,24 @@ import ml_dtypes
 import numpy as np
 from msgspec import structs
 
-from orchestrator import chunks
-from orchestrator.errors import Damaged, UnsupportedLeaf
+from orchestrator import chunks, validate
+from orchestrator.dtypes import ITEM_BYTES, STORED_AS
+from orchestrator.errors import Damaged, UnsupportedLeaf, UsageError
 from orchestrator.plan import TargetLeaf
 from orchestrator.records import LeafSpec, TreeSpec
 
-# What TensorStore's zarr3 driver (0.1.86) has a data type for; tests/test_arrays.py asks it.
-STORABLE = frozenset(
-    (
-        "bool",
-        "int2",
-        "int4",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-        "bfloat16",
-        "float16",
-        "float32",
-        "float64",
-        "complex64",
-        "complex128",
-        "float4_e2m1fn",
-        "float8_e3m4",
-        "float8_e4m3fn",
-        "float8_e4m3fnuz",
-        "float8_e4m3b11fnuz",
-        "float8_e5m2",
-        "float8_e5m2fnuz",
-        "float8_e8m0fnu",
-    )
-)
-# dtypes that JAX has and TensorStore has not: stored as another of the same width, bit for bit.
-STORED_AS = {"uint2": "int2", "uint4": "int4", "float8_e4m3": "uint8"}
+STORABLE = frozenset(ITEM_BYTES)
 
 
 @functools.lru_cache(maxsize=256)
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a name in a tree spec, of ml_dtypes' where numpy has none. Raises Damaged."""
-    try:
-        return np.dtype(getattr(ml_dtypes, name, name))
-    except TypeError as error:
-        raise Damaged(f"dtype {name!r} in a tree spec is unknown here") from error
+    """The numpy dtype of a name that a tree spec may have, of ml_dtypes' where numpy has none. Raises UsageError."""
+    if name in STORABLE or name in STORED_AS:  # numpy reads a language of its own in other names
+        try:
+            return np.dtype(getattr(ml_dtypes, name, name))
+        except TypeError:
+            pass
+    raise UsageError(f"dtype {name!r} is unknown to this numpy and ml_dtypes; install newer ones")
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,19 +370,11 @@ def inline_value(leaf: LeafSpec) -> Any:
 
 
 def _check_names(leaves: Sequence[LeafSpec]) -> None:
-    """Orbax joins a path with dots and TensorStore appends `/zarr.json`: names must stay apart under both."""
-    seen: dict[str, LeafSpec] = {}
     for leaf in leaves:
         try:
             leaf.name.encode()
         except UnicodeEncodeError as error:
             raise UnsupportedLeaf(f"{leaf.name!r}: {error.reason}; rename it") from error
-        other = seen.setdefault(leaf.name, leaf)
-        if other is not leaf:
-            raise UnsupportedLeaf(f"{leaf.label} and {other.label} would both be stored as {leaf.name!r}; rename one")
-    for name, leaf in seen.items():
-        parts = name.split("/")
-        for end in range(1, len(parts)):
-            above = seen.get("/".join(parts[:end]))
-            if above is not None:
-                raise UnsupportedLeaf(f"{leaf.label} would be stored inside {above.label}; rename one")
+    clash = validate.name_clash(leaves)
+    if clash:
+        raise UnsupportedLeaf(clash)

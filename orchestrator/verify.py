@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from orchestrator import attest, chunks, journal
+from orchestrator import attest, chunks, contents, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, OrchestratorError, StepRetired
 from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
@@ -75,6 +75,8 @@ def read_back(
         return verdict
     files = [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
     _read_files(catalog.checked, live, files, verdict, on_bytes)
+    if verdict.good:
+        _read_records(catalog, live, manifest, verdict)
     keys = sorted(manifest.chunks)
     if sample is not None and keys:
         keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
@@ -119,6 +121,24 @@ def _read_files(
             if error:
                 verdict.note(error)
     verdict.files = len(files)
+
+
+def _read_records(catalog: Catalog, live: LiveStep, manifest: Manifest, verdict: Verdict) -> None:
+    """Decode what every file of a record holds: a checksum that is right says nothing about what is in it. And the tree
+    must have the arrays that the manifest has chunks of, so that a restore reads what is checked here."""
+    processes = (layout.process_of(entry.path) for entry in manifest.files if entry.path.startswith(layout.RECEIPTS))
+    try:
+        catalog.extra(live, manifest)
+        for process in processes:
+            catalog.receipt(live.step, live.attempt, process)
+        leaves = catalog.intent(live, manifest).tree.leaves
+    except OrchestratorError as error:
+        verdict.note(error)
+        return
+    missing = sorted(contents.keys(leaves) - manifest.chunks.keys()) if manifest.chunks else []
+    if missing:
+        key = catalog.key(live.step, live.attempt, layout.MANIFEST)
+        verdict.damaged.append(f"{catalog.url}/{key}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
 
 
 def _read_chunks(stored: StoredStep, keys: list[str], verdict: Verdict, on_bytes: OnBytes) -> None:

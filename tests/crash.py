@@ -18,6 +18,7 @@ CALLS = (
     "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,copy_file_range,sendfile"
 )
 UNKNOWN = {"pwritev", "fallocate", "truncate", "copy_file_range", "sendfile", "symlink", "symlinkat"}
+RELATIVE = {"openat", "mkdirat", "unlinkat"}  # to the directory that the first argument is a descriptor of
 LINE = re.compile(r"^(\d+) +(\w+)\((.*)\) += (-?\d+)", re.DOTALL)
 FD = re.compile(r"^(?:AT_FDCWD|-?\d+)<([^>]*)>$")
 
@@ -71,6 +72,9 @@ def parse(lines: list[str], root: str) -> list[Effect]:
 
 def _effect(call: str, text: str, result: int, root: str) -> Effect | None:
     arguments = [_argument(item) for item in re.split(r", (?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)]
+    for at in {"linkat": (0, 2), "renameat": (0, 2), "renameat2": (0, 2)}.get(call, (0,) if call in RELATIVE else ()):
+        arguments[at + 1] = os.path.join(arguments[at], arguments[at + 1])  # the name itself, if that is absolute
+        arguments[at] = ""
     first = arguments[0]
     if call == "write" and first == "<stdout>":
         return Effect("said", data=arguments[1].encode("latin-1"))

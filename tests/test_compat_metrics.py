@@ -100,7 +100,7 @@ def test_json_comes_back_as_from_orbax(value: Any, tmp_path: Path) -> None:
     assert repr(manager.metadata(1).custom_metadata) == repr({"value": seen[0]})
 
 
-@pytest.mark.parametrize("value", [b"x", {1, 2}, np.zeros(2), jnp.zeros(()), object(), "\ud800"], ids=repr)
+@pytest.mark.parametrize("value", [b"x", {1, 2}, np.zeros(2), jnp.zeros(()), object(), "\ud800"], ids=range(6))
 def test_what_json_cannot_hold_is_named_by_its_item_before_anything_is_written(value: Any, root: Path) -> None:
     with compat.CheckpointManager(root) as manager:
         with pytest.raises(oc.UsageError, match=r"item 'meta'=.*plain JSON"):

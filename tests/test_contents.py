@@ -11,8 +11,9 @@ from builders import receipt
 
 from orchestrator import contents
 from orchestrator.arrays import ArrayOptions, ArrayWriter
+from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged
-from orchestrator.records import FileEntry, Place, decode, encode
+from orchestrator.records import FileEntry, Place
 from orchestrator.tree import flatten
 
 FILES = (

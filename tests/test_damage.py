@@ -16,11 +16,12 @@ from fakes import HookedStorage
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, compat, errors, layout
+from orchestrator import arrays, compat, contents, errors, layout
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
+from orchestrator.contents import Stored
 from orchestrator.reader import Run
 from orchestrator.records import LeafSpec
 from orchestrator.storage import PosixStorage
@@ -239,7 +240,8 @@ def small_leaves(directory: Path, of_b: bytes | tuple[str, int, int] | None) -> 
         arrays.Load(LeafSpec(path=(name,), kind="numpy", shape=(4,), dtype="float32", chunk=(4,))) for name in ELEMENTS
     ]
     said = {key: f"{int.from_bytes(body[-4:], 'little'):08x}" for key, body in stored.items()}
-    return lambda: arrays.load(f"file://{directory}", loads, checksums=said)
+    sizes = {name: (directory / name).stat().st_size for name in ("nodes", "data", ocdbt.MANIFEST)}
+    return lambda: arrays.load(f"file://{directory}", loads, stored=Stored(said, sizes))
 
 
 @pytest.mark.parametrize("how", SMALL_DAMAGE)
@@ -298,13 +300,14 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     assert one is not None and two is not None
     directory = f"{catalog.url}/{layout.attempt_prefix(1, one.attempt)}{layout.STATE}"
     own, other = catalog.manifest(one), catalog.manifest(two)
-    assert arrays.check(directory, own.chunks) == {}
-    (said,) = arrays.check(directory, other.chunks).values()
+    assert arrays.check(directory, contents.stored(own)) == {}
+    others = Stored(other.chunks, contents.stored(own).files)
+    (said,) = arrays.check(directory, others).values()
     assert "belongs to another save" in said
     leaves = [arrays.Load(leaf) for leaf in catalog.intent(one, own).tree.leaves]
-    assert len(arrays.load(directory, leaves, None, own.chunks)) == 1
+    assert len(arrays.load(directory, leaves, None, contents.stored(own))) == 1
     with pytest.raises(errors.Suspect, match=r"w: chunk w/c/0/0 .* belongs to another save"):
-        arrays.load(directory, leaves, None, other.chunks)
+        arrays.load(directory, leaves, None, others)
 
 
 def test_verify_reads_the_chunks_too(root: Path) -> None:

@@ -21,7 +21,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli import doctor
 from orchestrator.cli.doctor import Diagnosis, Finding, Patient
 from orchestrator.cli.main import main
-from orchestrator.records import encode
+from orchestrator.codec import encode
 from orchestrator.storage import Created, PosixStorage
 
 

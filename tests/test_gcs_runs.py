@@ -27,9 +27,9 @@ from launch.gcs_emulator.process import EmulatorProcess
 from orchestrator import journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main as cli
+from orchestrator.codec import encode
 from orchestrator.collect import collect
 from orchestrator.events import Event, Retried, subscribe
-from orchestrator.records import encode
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_client import Client

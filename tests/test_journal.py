@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import journal, layout, policy
+from orchestrator.codec import encode
 from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound
 from orchestrator.journal import FencedBy, Next, Refused
-from orchestrator.records import Failure, Head, LiveStep, RetiredAttempt, encode
+from orchestrator.records import Failure, Head, LiveStep, RetiredAttempt
 
 
 def changed(following: Next) -> Head:

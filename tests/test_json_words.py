@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator import arguments, json_words
-from orchestrator.records import Extra, Head, crc32c, decode, encode
+from orchestrator.codec import decode, encode
+from orchestrator.records import Extra, Head, crc32c
 
 NAMES = st.one_of(st.text(st.characters(codec="utf-8"), max_size=4), st.from_regex(r"\$*(number)?", fullmatch=True))
 WORDS = st.sampled_from(["NaN", "Infinity", "-Infinity"])

@@ -164,7 +164,7 @@ class Telling(Own):
         (Own(), None),
         (last(1) | Own(), None),
     ],
-    ids=repr,
+    ids=["none", "last", "both", "best", "nested", "telling", "last and telling", "own", "last and own"],
 )
 def test_a_head_carries_what_the_policy_judges_by_and_then_the_first(keep: Any, names: set[str] | None) -> None:
     assert needed(keep, MANY) == names

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from absl import logging
 from msgspec import structs
@@ -20,6 +21,7 @@ from runs import fill
 import orchestrator as oc
 from orchestrator import errors, events, layout
 from orchestrator.cli.main import COMMANDS, main
+from orchestrator.codec import decode
 from orchestrator.records import (
     Event,
     Extra,
@@ -33,8 +35,6 @@ from orchestrator.records import (
     RetiredAttempt,
     crc32,
     crc32c,
-    decode,
-    encode,
 )
 from orchestrator.texts import printable
 
@@ -128,6 +128,12 @@ def test_only_render_builds_text_and_prints() -> None:
 # A run whose every stored text is hostile, one at a time.
 
 
+def signed(record: Record) -> bytes:
+    """As `codec.encode`, which would not write what its reader rejects."""
+    body = msgspec.json.encode(record)[:-1]
+    return body + f',"crc32c":"{crc32c(body)}"}}\n'.encode()
+
+
 class Forger:
     """Changes a stored run and signs it again, up to the newest journal entry."""
 
@@ -138,7 +144,7 @@ class Forger:
     def head(self, change: Callable[[Head], dict[str, Any]]) -> None:
         path = max((self.root / "journal").iterdir())
         head = decode(path.read_bytes(), Head, "")
-        path.write_bytes(encode(structs.replace(head, **change(head))))
+        path.write_bytes(signed(structs.replace(head, **change(head))))
 
     def live(self, **changes: Any) -> None:
         self.head(lambda head: {"live": (*head.live[:-1], structs.replace(head.live[-1], **changes))})
@@ -146,12 +152,12 @@ class Forger:
     def manifest(self, change: Callable[[Manifest], dict[str, Any]]) -> None:
         path = self.attempt / layout.MANIFEST
         manifest = decode(path.read_bytes(), Manifest, "")
-        path.write_bytes(encode(structs.replace(manifest, **change(manifest))))
+        path.write_bytes(signed(structs.replace(manifest, **change(manifest))))
         self.live(manifest_crc32c=crc32c(path.read_bytes()))
 
     def record(self, kind: type[Record], name: str, change: Callable[[Any], dict[str, Any]]) -> None:
         path = self.attempt / name
-        body = encode(
+        body = signed(
             structs.replace(decode(path.read_bytes(), kind, ""), **change(decode(path.read_bytes(), kind, "")))
         )
         path.write_bytes(body)
@@ -187,7 +193,7 @@ IN_JSON = json.dumps(HOSTILE)
 FIELDS: dict[str, Callable[[Forger], None]] = {
     "writer": lambda run: run.head(lambda head: {"writer": HOSTILE}),
     "writer of an old time": lambda run: run.head(lambda head: {"writer": HOSTILE, "time": 9e9}),
-    "metric": lambda run: run.live(metrics={HOSTILE: 1.0}),
+    "metric": lambda run: run.live(stored_metrics={HOSTILE: 1.0}),
     "pin": lambda run: run.live(pins=(HOSTILE,)),
     "trust": lambda run: run.live(trust=HOSTILE),
     "attempt": lambda run: run.live(attempt=HOSTILE),
@@ -205,7 +211,7 @@ FIELDS: dict[str, Callable[[Forger], None]] = {
     "value": lambda run: run.leaf(value=HOSTILE),
     "mesh": lambda run: run.record(Intent, layout.INTENT, lambda intent: {"mesh": {HOSTILE: 1}}),
     "opened by": lambda run: run.record(Intent, layout.INTENT, lambda intent: {"opened_by": HOSTILE}),
-    "extra": lambda run: run.record(Extra, layout.EXTRA, lambda extra: {"extra": {HOSTILE: HOSTILE}}),
+    "extra": lambda run: run.record(Extra, layout.EXTRA, lambda extra: {"stored_extra": {HOSTILE: HOSTILE}}),
     "host of a receipt": lambda run: run.record(Receipt, layout.receipt_name(0), lambda receipt: {"host": HOSTILE}),
     "host": lambda run: run.manifest(lambda manifest: {"hosts": (HOSTILE,)}),
     "file": lambda run: run.manifest(

@@ -24,11 +24,12 @@ from orchestrator import journal
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
 from orchestrator.cli.report import Report, SaveOf, build, page
+from orchestrator.codec import encode
 from orchestrator.eventlog import Line
 from orchestrator.events import Committed, EpochOpened, Event, SavePhase, SaveStarted
 from orchestrator.layout import journal_key
 from orchestrator.policy import last
-from orchestrator.records import Head, encode
+from orchestrator.records import Head
 from orchestrator.storage import MemoryStorage
 from orchestrator.story import Story
 

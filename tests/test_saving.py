@@ -17,13 +17,14 @@ import orchestrator as oc
 from orchestrator import events, journal, layout
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.catalog import Catalog
+from orchestrator.codec import decode
 from orchestrator.collect import collect
 from orchestrator.coordinator import UserData, signal_prefix
 from orchestrator.events import SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.protocol import Phase
-from orchestrator.records import Receipt, decode
+from orchestrator.records import Receipt
 from orchestrator.rendezvous import _Alone, connect
 from orchestrator.saving import Saver
 from orchestrator.storage import PosixStorage

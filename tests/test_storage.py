@@ -31,8 +31,9 @@ from hypothesis import strategies as st
 
 from orchestrator import journal
 from orchestrator.catalog import Catalog
+from orchestrator.codec import encode
 from orchestrator.errors import StorageError, UnsafeKey, UsageError
-from orchestrator.records import FileEntry, crc32c, encode
+from orchestrator.records import FileEntry, crc32c
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
 
 STORES: dict[str, Callable[[Path], Storage]] = {

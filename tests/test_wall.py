@@ -26,9 +26,10 @@ from orchestrator import layout
 from orchestrator.arrays import datafiles
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
+from orchestrator.codec import encode
 from orchestrator.collect import collect
-from orchestrator.errors import Damaged, StorageError, Unavailable
-from orchestrator.records import RetiredAttempt, encode
+from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
+from orchestrator.records import RetiredAttempt
 from orchestrator.storage import MemoryStorage, PosixStorage
 from orchestrator.storage import posix as posix_module
 from orchestrator.storage.directory import DEPTH_MAX
@@ -176,7 +177,7 @@ def test_a_file_where_a_directory_belongs_means_that_nothing_is_below_it(
     elif operation == "delete":
         assert store.delete(KEY) is False
     else:
-        with pytest.raises((StorageError, Damaged), match=r"00000009.*(ENOTDIR|Not a directory)"):
+        with pytest.raises((StorageError, Suspect), match=r"00000009.*(ENOTDIR|Not a directory)"):
             OPERATIONS[operation](store, KEY)
     assert (root / "steps/00000009").read_text() == "a file" and list(store.list("steps/00000009/")) == []
 

@@ -10,10 +10,11 @@ import crc32c
 
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt
-from orchestrator.contents import Chunk, Place
+from orchestrator.contents import Chunk, Place, Stored
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.layout import STATE, check_key
 from orchestrator.storage.directory import find
+from orchestrator.validate import INT64_MAX
 
 _MANIFEST_BYTES_MAX = 64 << 20
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
@@ -31,10 +32,10 @@ def _fault(text: str, path: str, error: OSError) -> OrchestratorError:
 
 
 class LocalStore:
-    """Files stay open until `close`. Any thread."""
+    """Files stay open until `close`. `stored`: what the manifest lists there; nothing else is read. Any thread."""
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
+    def __init__(self, directory: str, stored: Stored | None = None) -> None:
+        self._directory, self._stored = directory, stored
         self._root, self._base = find(directory)
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
@@ -49,7 +50,8 @@ class LocalStore:
         except ocdbt.Unsupported:
             return None
         except Damaged as error:  # once is no proof
-            raise Suspect(str(error), files=[STATE + path for path in self._tree]) from error
+            files = [STATE + path for path in dict.fromkeys(self._tree)]
+            raise Suspect(str(error), files=files, structure=True) from error
 
     def _read_tree(self) -> dict[str, Chunk]:
         where = f"{self._directory}/{ocdbt.MANIFEST}"
@@ -57,22 +59,41 @@ class LocalStore:
             root = ocdbt.decode_manifest(self._whole(ocdbt.MANIFEST, where), where)
         except OSError as error:
             raise _fault(f"{where}: cannot be read: {error}", ocdbt.MANIFEST, error) from error
-        found: dict[str, Chunk] = {}
-        nodes = [(b"", root)] if root else []
-        while nodes:
-            prefix, node = nodes.pop()
-            path, _, size = node.place
-            self._tree.append(path)
-            body = bytearray(size)
-            self._read(memoryview(body), node.place, "the tree")
-            entries, children = ocdbt.decode_node(bytes(body), node.transitive, prefix, f"{self._directory}/{path}")
-            found |= {key.decode(): value for key, value in entries}
-            nodes += children
-        return found
+        return self._walked(root) if root else {}
 
     def files_of(self, chunk: Chunk | None) -> list[str]:
         """The files, below the directory, that say what this value is: its own, or those of the tree."""
         return [chunk[0]] if isinstance(chunk, tuple) else sorted(set(self._tree))
+
+    def _walked(self, root: ocdbt.Root) -> dict[str, Chunk]:
+        """The values of all nodes, each of which is read once."""
+        found: dict[str, Chunk] = {}
+        nodes, seen, keys = [(b"", root)], {root.place}, 0
+        while nodes:
+            prefix, node = nodes.pop()
+            where = f"{self._directory}/{node.place[0]}"
+            entries, children = ocdbt.decode_node(self._node(node.place), node, prefix, where)
+            try:
+                found |= {key.decode(): value for key, value in entries}
+            except UnicodeDecodeError as error:
+                raise Damaged(f"{where}: a key that is not UTF-8: {error}") from error
+            keys += len(entries)
+            places = {child.place for _, child in children}
+            if len(places) < len(children) or places & seen or len(found) < keys:
+                raise Damaged(f"{where}: not a tree: nodes or keys of it are there twice")
+            seen |= places
+            nodes += children
+        return found
+
+    def _node(self, place: Place) -> bytes:
+        path, offset, size = place
+        self._tree.append(path)
+        real = os.fstat(self._descriptor(path)).st_size
+        if size > ocdbt.NODE_BYTES_MAX or offset + size > real:
+            raise Damaged(f"{self._directory}/{path}: a node of {size} bytes at {offset}; the file has {real}")
+        body = bytearray(size)
+        self._read(memoryview(body), place, "the tree")
+        return bytes(body)
 
     def read_into(
         self, target: memoryview, place: Place, label: str, tail: memoryview | None = None
@@ -90,6 +111,8 @@ class LocalStore:
 
     def _read(self, target: memoryview, place: Place, label: str) -> None:
         path, offset, size = place
+        if offset + size > INT64_MAX:
+            raise Damaged(f"{label}: {self._directory}/{path}: {size} bytes at {offset} are in no file")
         got = 0
         try:
             while got < size and (more := os.preadv(self._descriptor(path), [target[got:]], offset + got)):
@@ -104,7 +127,10 @@ class LocalStore:
         if path not in self._open:
             with self._lock:
                 if path not in self._open:
-                    check_key(path, f"{self._directory}/{ocdbt.MANIFEST}")  # it comes from storage
+                    where = f"{self._directory}/{ocdbt.MANIFEST}"
+                    check_key(path, where)  # it comes from storage
+                    if self._stored is not None and path not in self._stored.files:
+                        raise Damaged(f"{where}: leads to {path!r}, which the step's manifest does not list; not read")
                     self._open[path] = self._root.open(f"{self._base}/{path}" if self._base else path)
         return self._open[path]
 

@@ -9,6 +9,7 @@ numbers are varints; they are coded with numpy, as a state may have a hundred th
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,15 @@ from typing import Any
 import crc32c
 import numpy as np
 
+from orchestrator import layout
 from orchestrator.contents import Chunk, Place
 from orchestrator.errors import Damaged
 
-MANIFEST = "manifest.ocdbt"
+MANIFEST = layout.STORE
 INLINE_BYTES = 1024  # values up to this are in the tree itself
-_NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore refuses larger ones
+NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore refuses larger ones
+_KEYS_BYTES_MAX = 1 << 28  # of a node's keys, each whole: in the node, what two have in common is there once
+_VARINT_BYTES_MAX = 10
 _NODE_ENTRIES = 16384
 _MANIFEST_MAGIC, _NODE_MAGIC = 0x0CDB3A2A, 0x0CDB20DE
 _ARITY_LOG2 = 4
@@ -36,10 +40,11 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Root:
-    """Where the root node of a store is. `transitive`: what its data file paths are relative to."""
+    """Where a node is. `transitive`: what its data file paths are relative to. `height`: above the leaves."""
 
     place: Place
     transitive: str
+    height: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def encode(
 
 def _manifest(root: _Summary, height: int, uuid: bytes, time_ns: int) -> bytes:
     path, offset, size = root.place
-    config = uuid + b"\0" + _varints([INLINE_BYTES, _NODE_BYTES_MAX]) + bytes([_ARITY_LOG2, 0])
+    config = uuid + b"\0" + _varints([INLINE_BYTES, NODE_BYTES_MAX]) + bytes([_ARITY_LOG2, 0])
     generation, file = 1, 0
     version = _varints([1, generation]) + bytes([height])
     version += _varints([file, offset, size, root.keys, root.tree_bytes, root.value_bytes])
@@ -190,7 +195,7 @@ def _varints(numbers: Sequence[int] | _Numbers) -> bytes:
 
 
 class _Cursor:
-    """Reads a body from front to back. Raises ValueError where it ends too early."""
+    """Reads a body from front to back. Raises ValueError where it ends too early, or says what cannot be."""
 
     def __init__(self, body: memoryview) -> None:
         self._body, self._all = body, np.frombuffer(body, np.uint8)
@@ -211,7 +216,9 @@ class _Cursor:
 
     def numbers(self, count: int) -> list[int]:
         """`count` varints."""
-        if count == 0:
+        if count <= 0:
+            if count < 0:
+                raise ValueError("a column of fewer than no numbers")
             return []
         window = self._all[self._at : self._at + 10 * count]
         ends = np.flatnonzero(window[: 2 * count] < 0x80)
@@ -222,6 +229,8 @@ class _Cursor:
         ends = ends[:count]
         starts = np.concatenate(([0], ends[:-1] + 1))
         lengths = ends - starts + 1
+        if lengths.max() > _VARINT_BYTES_MAX:
+            raise ValueError("a number of more than 64 bits")
         values = np.zeros(count, np.uint64)
         for index in range(int(lengths.max())):
             longer = lengths > index
@@ -238,6 +247,7 @@ class _Cursor:
         shared = [0, *self.numbers(count - 1)] if count else []
         lengths, bases = self.numbers(count), self.numbers(count)
         found, path = [], b""
+        _check_shared(shared, lengths)
         for prefix, size, base in zip(shared, lengths, bases, strict=True):
             path = path[:prefix] + self.take(size)
             found.append((path[:base].decode(), path[base:].decode()))
@@ -245,6 +255,7 @@ class _Cursor:
 
     def keys(self, count: int, columns_between: int = 0) -> tuple[list[bytes], list[list[int]]]:
         shared, lengths = [0, *self.numbers(count - 1)], self.numbers(count)
+        _check_shared(shared, lengths)
         between = [self.numbers(count) for _ in range(columns_between)]
         rests, at = self.take(sum(lengths)), 0
         keys, key = [], b""
@@ -252,7 +263,20 @@ class _Cursor:
             key = key[:prefix] + rests[at : at + size]
             at += size
             keys.append(key)
+        if not all(map(operator.lt, keys, keys[1:])):
+            raise ValueError("keys out of order")
         return keys, between
+
+
+def _check_shared(shared: Sequence[int], lengths: Sequence[int]) -> None:
+    """What each text has of the one before is there, and all of them written out are not too much."""
+    if sum(shared) + sum(lengths) > _KEYS_BYTES_MAX:
+        raise ValueError(f"keys of {sum(shared) + sum(lengths)} bytes")
+    before = 0
+    for prefix, size in zip(shared, lengths, strict=True):
+        if prefix > before:
+            raise ValueError("a key that has more in common with the one before than that is long")
+        before = prefix + size
 
 
 def decode_manifest(body: bytes, where: str) -> Root | None:
@@ -269,7 +293,7 @@ def decode_manifest(body: bytes, where: str) -> Root | None:
         files = cursor.files()
         count = cursor.number()
         cursor.numbers(count)
-        cursor.take(count)
+        heights = cursor.take(count)
         columns = [cursor.numbers(count) for _ in range(6)]
         file, offset, size = (column[-1] for column in columns[:3])
         if size == 0:
@@ -277,26 +301,23 @@ def decode_manifest(body: bytes, where: str) -> Root | None:
         base, relative = files[file]
     except (ValueError, IndexError) as error:
         raise Damaged(f"{where}: not a manifest of an OCDBT store: {error}") from error
-    return Root((base + relative, offset, size), base)
+    return Root((base + relative, offset, size), base, heights[-1])
 
 
 def decode_node(
-    body: bytes, transitive: str, prefix: bytes, where: str
+    body: bytes, node: Root, prefix: bytes, where: str
 ) -> tuple[list[tuple[bytes, Chunk]], list[tuple[bytes, Root]]]:
-    """A node's entries (of a leaf) and its children, each with the prefix of its keys. Raises Damaged, Unsupported."""
+    """A node's entries (of a leaf) and its children, each with the prefix of its keys. A child is one less high than
+    its parent, so that no tree has an end only for those who stop. Raises Damaged, Unsupported."""
     cursor = _unframed(_NODE_MAGIC, body, where)
     try:
-        height = cursor.byte()
-        files = [(transitive + base, relative) for base, relative in cursor.files()]
+        if cursor.byte() != node.height:
+            raise ValueError(f"not of height {node.height}, as its parent says")
+        files = [(node.transitive + base, relative) for base, relative in cursor.files()]
         count = cursor.number()
-        return (
-            ([], list(_children(cursor, files, count, prefix)))
-            if height
-            else (
-                _entries(cursor, files, count, prefix),
-                [],
-            )
-        )
+        if node.height:
+            return [], list(_children(cursor, files, count, prefix, node.height - 1))
+        return _entries(cursor, files, count, prefix), []
     except (ValueError, IndexError) as error:
         raise Damaged(f"{where}: not a node of an OCDBT store: {error}") from error
 
@@ -304,6 +325,8 @@ def decode_node(
 def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes) -> list[tuple[bytes, Chunk]]:
     keys, _ = cursor.keys(count)
     lengths, kinds = cursor.numbers(count), cursor.numbers(count)
+    if not {0, 1}.issuperset(kinds):
+        raise ValueError("values neither in the node nor in a file")
     indirect = sum(kinds)
     places = iter(zip(cursor.numbers(indirect), cursor.numbers(indirect), strict=True))
     paths = [base + relative for base, relative in files]
@@ -320,16 +343,18 @@ def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: 
     return found
 
 
-def _children(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes) -> Iterator[tuple[bytes, Root]]:
+def _children(
+    cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes, height: int
+) -> Iterator[tuple[bytes, Root]]:
     keys, (common,) = cursor.keys(count, columns_between=1)
     numbers, offsets, sizes = (cursor.numbers(count) for _ in range(3))
     for key, shared, file, offset, size in zip(keys, common, numbers, offsets, sizes, strict=True):
         base, relative = files[file]
-        yield prefix + key[:shared], Root((base + relative, offset, size), base)
+        yield prefix + key[:shared], Root((base + relative, offset, size), base, height)
 
 
 def _unframed(magic: int, body: bytes, where: str) -> _Cursor:
-    if len(body) < 18 or int.from_bytes(body[:4], "big") != magic:
+    if len(body) <= 18 or int.from_bytes(body[:4], "big") != magic:
         raise Damaged(f"{where}: not a part of an OCDBT store")
     if int.from_bytes(body[4:12], "little") != len(body):
         raise Damaged(f"{where}: {len(body)} bytes, it says {int.from_bytes(body[4:12], 'little')}")

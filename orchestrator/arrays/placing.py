@@ -19,6 +19,7 @@ from jax._src import core as _core
 from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 
 from orchestrator import chunks
+from orchestrator.errors import Damaged, UsageError
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import inline_value, numpy_dtype
 
@@ -167,6 +168,13 @@ def _layout(item: Load) -> Layout:
     return _fit(numbers, chunk, tuple(devices), tuple(buffer_of), whole)
 
 
+def recut(layout: Layout, leaf: LeafSpec, chunk: tuple[int, ...]) -> Layout:
+    """The layout of an array whose chunk shape only its own metadata has told."""
+    whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    numbers = {box: number for number, box in enumerate(layout.boxes)}
+    return _fit(numbers, chunk, layout.devices, layout.buffer_of, whole)
+
+
 def piece_of(leaf: LeafSpec, box: Box) -> Filling:
     """A region of a leaf, as stored, in one buffer on the host."""
     return Filling((Load(leaf),), _fit({box: 0}, leaf.chunk, (), (), box))
@@ -185,12 +193,17 @@ def _fit(
         filled = chunks.overlap(box, whole)
         if any(start >= stop for start, stop in zip(filled.start, filled.stop, strict=True)):
             continue
+        covered = 0
         for one in chunks.touching(filled, chunk or ()):
             common = chunks.overlap(filled, one)
             inside = chunks.within(common, box)
             direct = common == one and _contiguous(common, box)
             target = Target(number, inside, chunks.within(common, one), direct)
             wanted.setdefault(one, []).append(target)
+            covered += math.prod(chunks.shape_of(common))
+        # Memory that nothing is read into holds whatever was there before.
+        if covered != math.prod(chunks.shape_of(filled)):
+            raise Damaged(f"chunks of {chunk} cover {covered} elements of the region {filled}; not read")
     return Layout(
         shapes=tuple(chunks.shape_of(box) for box in numbers),
         boxes=tuple(numbers),
@@ -266,13 +279,23 @@ def _aligned(size: int) -> Array:
 def _in_large_pages(size: int) -> Array:
     """Memory of its own, in large pages where Linux gives them. numpy asks for them too, but begins anywhere: 2 MiB of
     each array would be in small ones, each with a page fault of its own."""
-    memory = mmap.mmap(-1, size + _PAGE_BYTES, **_PRIVATE)
+    try:
+        memory = mmap.mmap(-1, size + _PAGE_BYTES, **_PRIVATE)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"{size} bytes for an array: {error}") from error
     raw = np.frombuffer(memory, np.uint8)
     first = -raw.ctypes.data % _PAGE_BYTES
     if _LARGE_PAGES is not None:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(_LARGE_PAGES, first, size // _PAGE_BYTES * _PAGE_BYTES)
     return raw[first : first + size]
+
+
+def reserve(size: int) -> None:
+    """Whether so much could be had. A library that decodes into memory of its own ends the process if it could not.
+    Raises MemoryError."""
+    if size > _ARENA_BYTES:
+        _in_large_pages(size)
 
 
 def place(fillings: Sequence[Filling], values: list[Any]) -> list[Any]:
@@ -313,7 +336,15 @@ def _values(filling: Filling) -> list[Any]:
         hosts = [data[row, ...] for data in logical]
         shards = [hosts[number] for number in layout.buffer_of]
         values.append(_xla.batched_device_put(aval, item.sharding, shards, devices, True))
-    return [jax.random.wrap_key_data(value, impl=leaf.value) for value in values] if leaf.kind == "key" else values
+    return [_key(value, leaf) for value in values] if leaf.kind == "key" else values
+
+
+def _key(data: Any, leaf: LeafSpec) -> Any:
+    try:
+        return jax.random.wrap_key_data(data, impl=leaf.value)
+    except (ValueError, TypeError) as error:
+        text = f"{leaf.label}: keys of implementation {leaf.value!r} cannot be made of {leaf.stored_shape}"
+        raise UsageError(f"{text} by this JAX; define it first: {error}") from error
 
 
 def carrier(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
@@ -339,4 +370,4 @@ def _empty_array(item: Load) -> Any:
     if item.sharding is None:
         return host
     array = jax.make_array_from_callback(leaf.file_shape, item.sharding, lambda index: host[index])
-    return jax.random.wrap_key_data(array, impl=leaf.value) if leaf.kind == "key" else array
+    return _key(array, leaf) if leaf.kind == "key" else array

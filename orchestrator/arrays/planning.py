@@ -21,12 +21,12 @@ import tensorstore as ts
 
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt, orbax_files
+from orchestrator.arrays.compressed import ZSTD
 from orchestrator.arrays.placing import in_own_memory, on_host
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import Flat, Form, fits_int64, numpy_dtype
 
 _CHECKSUM = {"name": "crc32c"}
-ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 _TIMEOUT_S = 60.0  # of TensorStore, in memory
 
 # Of one shard on the host: the chunks to write of it, each with its key and where it is in the shard.

@@ -4,14 +4,18 @@ On a file system each chunk is read from its data file straight into the buffer 
 threads, and its CRC-32C is checked there; nothing of full size lies between. What accelerators are to have goes through
 two buffers of bounded size instead, one of them read into while the other is copied. Small leaves of one form are read,
 checked and made into arrays together, from the store's tree that holds them. From an object store, chunks are read as
-objects of the OCDBT store in one bounded window. An array whose chunks are not ours (leaf without `chunk`: compressed,
-or written by another Orbax) is read through TensorStore's zarr3 driver.
+objects of the OCDBT store in one bounded window. Compressed chunks take the same ways and are decoded last. An array
+that another Orbax has written is read through TensorStore's zarr drivers.
+
+Nothing is read but files that the step's manifest lists, and no buffer is given out that reads do not cover.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import math
 import os
 import sys
 from collections import deque
@@ -27,13 +31,26 @@ import tensorstore as ts
 
 from orchestrator import chunks, environment, garbage, layout
 from orchestrator.arrays import ocdbt
+from orchestrator.arrays.compressed import chunk_shape, inflated
+from orchestrator.arrays.external import External
 from orchestrator.arrays.localstore import LocalStore
-from orchestrator.arrays.placing import Arena, Filling, Load, Slab, Target, piece_of, place, prepare, unread
-from orchestrator.arrays.store import context, foreign_spec, inspect, report_retries, store_spec
-from orchestrator.contents import Chunk
-from orchestrator.errors import OrchestratorError, Suspect, Unavailable
+from orchestrator.arrays.placing import (
+    Arena,
+    Filling,
+    Load,
+    Slab,
+    Target,
+    piece_of,
+    place,
+    prepare,
+    recut,
+    unread,
+)
+from orchestrator.arrays.store import context, inspect, report_retries, store_spec
+from orchestrator.contents import Chunk, Stored
+from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
-from orchestrator.records import Box, Foreign, LeafSpec
+from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import numpy_dtype
 
 _WINDOW_BYTES = 64 << 20  # read through TensorStore and not yet copied to their place
@@ -55,12 +72,12 @@ def load(
     directory: str,
     loads: Sequence[Load],
     on_bytes: Callable[[int], None] | None = None,
-    checksums: Mapping[str, str] | None = None,
+    stored: Stored | None = None,
 ) -> list[Any]:
     """Read leaves of the `state/` at URL `directory`, in order, concurrently; each process reads what it needs.
 
-    Works on any mesh and process count. `on_bytes` is told of bytes as they arrive, for progress displays. `checksums`:
-    the manifest's of each chunk; without them another save's chunk cannot be told from this one's.
+    Works on any mesh and process count. `on_bytes` is told of bytes as they arrive, for progress displays. `stored`:
+    what the manifest lists; without it another save's chunk cannot be told from this one's.
     Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
     cannot be read.
     """
@@ -69,16 +86,29 @@ def load(
         fillings = prepare(loads)
     if not fillings:
         return values
-    reader = _Reader(directory, on_bytes or (lambda read_bytes: None), checksums or {})
+    reader = _Reader(directory, on_bytes or (lambda read_bytes: None), stored)
     try:
-        if held := [filling for filling in fillings if not filling.copied]:
-            reader.fill(held, Arena())
-            with garbage.paused():
-                place(held, values)
-        _load_copied(reader, [filling for filling in fillings if filling.copied], values)
+        with _suspecting(directory):
+            if held := [filling for filling in fillings if not filling.copied]:
+                reader.fill(held, Arena())
+                with garbage.paused():
+                    place(held, values)
+            _load_copied(reader, [filling for filling in fillings if filling.copied], values)
     finally:
         report_retries(directory)
     return values
+
+
+@contextlib.contextmanager
+def _suspecting(directory: str) -> Iterator[None]:
+    """What was read once proves nothing: whatever makes no sense in it is a suspicion. A lack of memory is neither."""
+    try:
+        yield
+    except Damaged as error:
+        raise Suspect(str(error), files=error.files, chunks=error.chunks, structure=True) from error
+    except MemoryError as error:
+        text = f"{directory}: this process has no memory left to read arrays: {error or 'out of memory'}"
+        raise Unavailable(text) from error
 
 
 def _load_copied(reader: _Reader, fillings: Sequence[Filling], values: list[Any]) -> None:
@@ -98,30 +128,35 @@ def slabs(
     leaves: Iterable[LeafSpec],
     slab_bytes: int,
     on_bytes: Callable[[int], None] | None = None,
-    checksums: Mapping[str, str] | None = None,
+    stored: Stored | None = None,
 ) -> Iterator[tuple[LeafSpec, Box, Array]]:
     """Whole arrays in pieces, checked as `load` does: (leaf, region, its elements as stored). In the order of `leaves`,
     and in C order within each: the pieces laid end to end are the array. Holds one piece of at most `slab_bytes` (one
     element at least) at a time, beside the window of reads. Leaves that no file holds are left out.
     """
-    reader = _Reader(directory, on_bytes or (lambda read_bytes: None), checksums or {})
+    reader = _Reader(directory, on_bytes or (lambda read_bytes: None), stored)
     for leaf in leaves:
         if leaf.in_store:
             dtype = numpy_dtype(leaf.stored_dtype or leaf.dtype)
             piece = chunks.chunk_shape(leaf.file_shape, dtype.itemsize, slab_bytes)
             for box in chunks.cut(Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape), piece):
                 filling = piece_of(leaf, box)
-                reader.fill([filling], Arena())
+                with _suspecting(directory):
+                    reader.fill([filling], Arena())
                 yield leaf, box, filling.buffers[0][0]
 
 
 def check(
-    directory: str, checksums: Mapping[str, str], on_bytes: Callable[[int], None] = lambda read_bytes: None
+    directory: str,
+    stored: Stored,
+    on_bytes: Callable[[int], None] = lambda read_bytes: None,
+    keys: Sequence[str] | None = None,
 ) -> dict[str, str]:
-    """Read these chunks (key -> the manifest's CRC-32C) of the `state/` at URL `directory`. By key: what is wrong with
-    each that was not read as it was saved, which proves nothing yet. Holds a few at a time. Raises Suspect if the store
-    is not as it should be, Unavailable."""
-    return _Reader(directory, on_bytes, checksums).check()
+    """Read the chunks (those of `keys`, or all) of the `state/` at URL `directory`. By key: what is wrong with each
+    that was not read as it was saved, which proves nothing yet. Holds a few at a time. Raises Suspect if the store is
+    not as it should be, or its chunks are not those that the manifest has; Unavailable."""
+    with _suspecting(directory):
+        return _Reader(directory, on_bytes, stored).check(keys)
 
 
 # TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
@@ -146,6 +181,8 @@ class _Read:
     key: str
     targets: tuple[Target, ...]
     bytes: int
+    chunk: tuple[int, ...]
+    compressed: bool = False
 
     @property
     def label(self) -> str:
@@ -157,10 +194,13 @@ class _Read:
 
 
 class _Reader:
-    def __init__(self, directory: str, on_bytes: Callable[[int], None], checksums: Mapping[str, str]) -> None:
+    def __init__(self, directory: str, on_bytes: Callable[[int], None], stored: Stored | None) -> None:
         self._directory, self._on_bytes, self._context = directory, on_bytes, context()
-        self._checksums, self._inspected = checksums, False
-        self._local = LocalStore(directory.removeprefix("file://")) if directory.startswith("file://") else None
+        self._stored, self._checksums = stored, stored.chunks if stored else {}
+        self._inspected = False
+        local = directory.startswith("file://")
+        self._local = LocalStore(directory.removeprefix("file://"), stored) if local else None
+        self._external = External(directory, self._context, stored, self._result)
 
     def _inspect(self) -> None:
         """Before TensorStore opens anything."""
@@ -178,11 +218,17 @@ class _Reader:
 
     @functools.cached_property
     def _places(self) -> dict[str, Chunk] | None:
+        """Of our own tree, on a file system; None in an object store. Raises Damaged."""
+        if not self._local:
+            return None
         with garbage.paused():
-            return self._local.places() if self._local else None
+            places = self._local.places()
+        if places is None:
+            raise Damaged(f"{self._directory}: the store's tree is compressed or in parts; none of ours is")
+        return places
 
     def fill(self, fillings: Sequence[Filling], arena: Arena) -> None:
-        ours = [filling for filling in fillings if filling.leaf.chunk is not None]
+        ours = [filling for filling in fillings if filling.leaf.foreign is None]
         for filling in fillings:
             count, dtype = len(filling.items), filling.dtype
             filling.buffers = [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
@@ -190,20 +236,48 @@ class _Reader:
             if self._local and self._places is not None:
                 places = self._places
                 left = [filling for filling in ours if not self._fill_from_tree(filling, places)]
-                self._fill_from_files(_reads(left), self._local, places)
+                self._fill_from_files(self._reads(left), self._local, places)
             else:
-                self._fill_from_store(_reads(ours))
+                self._fill_from_store(self._reads(ours))
         for filling in fillings:
-            if filling.leaf.chunk is None:
-                self._fill_by_zarr(filling)
+            if filling.leaf.foreign is not None:
+                self._inspect()
+                for row, item in enumerate(filling.items):
+                    buffers = [buffer[row, ...] for buffer in filling.buffers]
+                    self._external.read(item.leaf, filling.layout.boxes, buffers, self._on_bytes)
+
+    def _reads(self, fillings: Iterable[Filling]) -> Iterator[_Read]:
+        """Each chunk once, with all the buffers that want some of it."""
+        for filling in fillings:
+            for row, item in enumerate(filling.items):
+                name, chunk, layout = item.leaf.name, item.leaf.chunk, filling.layout
+                if compressed := chunk is None:
+                    key = chunks.metadata_key(name)
+                    chunk = chunk_shape(self._value(key, item.leaf.label), item.leaf, f"{key} in {self._directory}")
+                    layout = recut(layout, item.leaf, chunk)
+                size = math.prod(chunk or ()) * filling.dtype.itemsize
+                for suffix, targets in layout.reads:
+                    yield _Read(filling, row, name + suffix, targets, size, chunk or (), compressed)
+
+    def _value(self, key: str, label: str) -> bytes:
+        """A small value of our own store. Raises Damaged if it is not there."""
+        if self._places is not None:
+            found = self._places.get(key)
+            if isinstance(found, bytes):
+                return found
+        else:
+            result = self._result(label, self._store.read(key))
+            if result.state == "value":
+                return bytes(result.value)
+        raise Damaged(f"{label}: {key} is missing in {self._directory}")
 
     # From files.
 
     def _fill_from_tree(self, filling: Filling, places: Mapping[str, Chunk]) -> bool:
         """Fill from values that the store's tree holds itself, the same chunk of all leaves at once. False if not every
         one is there, whole and of this save: reading them one by one then tells which."""
-        size, chunk = filling.chunk_bytes + chunks.CHECKSUM_BYTES, filling.leaf.chunk or ()
-        if size > ocdbt.INLINE_BYTES:
+        size, chunk = filling.chunk_bytes + chunks.CHECKSUM_BYTES, filling.leaf.chunk
+        if chunk is None or size > ocdbt.INLINE_BYTES:
             return False
         names = [item.leaf.name for item in filling.items]
         for suffix, targets in filling.layout.reads:
@@ -245,17 +319,17 @@ class _Reader:
             if place is None:
                 raise self._suspect(read, f"chunk {read.key} is missing in {self._directory}")
             size = len(place) if isinstance(place, bytes) else place[2]
-            if size != read.bytes + chunks.CHECKSUM_BYTES:
-                self._wrong_size(read, size)
+            self._check_size(read, size)
             target = read.targets[0]
             if isinstance(place, bytes):
                 self._place(read, place)
-            elif target.direct and len(read.targets) == 1:
+            elif target.direct and len(read.targets) == 1 and not read.compressed:
                 view = read.into(target).reshape(-1).view(np.uint8)
                 self._check(read, *store.read_into(view.data, place, read.label))
             else:
                 scratch = np.empty(size, np.uint8)  # one chunk
-                store.read_into(scratch.data[: read.bytes], place, read.label, tail=scratch.data[read.bytes :])
+                split = size - chunks.CHECKSUM_BYTES
+                store.read_into(scratch.data[:split], place, read.label, tail=scratch.data[split:])
                 self._place(read, scratch.data)
 
     # From an object store.
@@ -277,8 +351,7 @@ class _Reader:
         result = self._result(read.label, future, [read.key])
         if result.state != "value":
             raise self._suspect(read, f"chunk {read.key} is missing in {self._directory}")
-        if len(result.value) != read.bytes + chunks.CHECKSUM_BYTES:
-            self._wrong_size(read, len(result.value))
+        self._check_size(read, len(result.value))
         self._place(read, result.value)
         self._on_bytes(read.bytes)
         return read.bytes
@@ -311,9 +384,11 @@ class _Reader:
         files = self._local.files_of(place) if self._local and self._places is not None else ()
         return Suspect(f"{read.label}: {text}", files=[layout.STATE + path for path in files], chunks=[read.key])
 
-    def _wrong_size(self, read: _Read, size: int) -> None:
+    def _check_size(self, read: _Read, size: int) -> None:
+        """Before memory is taken for it. Noise grows by less than a hundredth when it is compressed."""
         wanted = read.bytes + chunks.CHECKSUM_BYTES
-        raise self._suspect(read, f"chunk {read.key} in {self._directory} has {size} bytes, wanted {wanted}")
+        if size != wanted and not (read.compressed and chunks.CHECKSUM_BYTES < size <= wanted + wanted // 64 + 1024):
+            raise self._suspect(read, f"chunk {read.key} in {self._directory} has {size} bytes, wanted {wanted}")
 
     def _check(self, read: _Read, got: int, said: int) -> None:
         if got != said:
@@ -323,9 +398,11 @@ class _Reader:
 
     def _place(self, read: _Read, body: bytes | memoryview) -> None:
         """Check a chunk that lies elsewhere and copy what is wanted of it."""
-        raw = memoryview(body)[: read.bytes]
-        self._check(read, crc32c.crc32c(raw), int.from_bytes(body[read.bytes :], "little"))
-        source = np.frombuffer(raw, read.filling.dtype).reshape(read.filling.leaf.chunk or ())
+        raw, tail = memoryview(body)[: -chunks.CHECKSUM_BYTES], body[-chunks.CHECKSUM_BYTES :]
+        self._check(read, crc32c.crc32c(raw), int.from_bytes(tail, "little"))
+        if read.compressed:
+            raw = inflated(raw, read.bytes, lambda: f"{read.label}: chunk {read.key} in {self._directory}")
+        source = np.frombuffer(raw, read.filling.dtype).reshape(read.chunk)
         for target in read.targets:
             read.into(target)[...] = source[target.part]
 
@@ -336,11 +413,12 @@ class _Reader:
         where = f"chunk {key} in {self._directory}"
         return f"{where} ends with crc32c {said:08x}, the manifest says {wanted}; it belongs to another save"
 
-    def check(self) -> dict[str, str]:
-        """Read every chunk that there is a checksum of. Key -> what seems to be wrong with it."""
+    def check(self, some: Sequence[str] | None) -> dict[str, str]:
+        """Read `some` of the chunks that there is a checksum of, or all. Key -> what seems to be wrong with it."""
+        self._check_keys()
         problems: dict[str, str] = {}
         waiting: deque[tuple[str, Any]] = deque()
-        keys = iter(self._checksums)
+        keys = iter(self._checksums if some is None else some)
         while True:
             for key in itertools.islice(keys, _CHECK_READS - len(waiting)):
                 waiting.append((key, self._store.read(key)))
@@ -360,30 +438,18 @@ class _Reader:
             elif problem := self._another_save(key, said):
                 problems[key] = problem
 
-    def _fill_by_zarr(self, filling: Filling) -> None:
-        for row, item in enumerate(filling.items):
-            self._read_by_zarr(item.leaf, filling.layout.boxes, [buffer[row, ...] for buffer in filling.buffers])
-
-    def _read_by_zarr(self, leaf: LeafSpec, boxes: Sequence[Box], buffers: Sequence[Array]) -> None:
-        self._inspect()
-        foreign = leaf.foreign or Foreign(item="", driver="zarr3", ocdbt=True, name=leaf.name)
-        spec = foreign_spec(f"{self._directory.rstrip('/')}/{foreign.item}", foreign)
-        store = self._result(leaf.label, ts.open(spec, open=True, read=True, context=self._context))
-        if tuple(store.shape) != leaf.file_shape:
-            raise Suspect(f"{leaf.label}: the file holds {list(store.shape)}, the tree spec {list(leaf.file_shape)}")
-        for box, buffer in zip(boxes, buffers, strict=True):
-            part = store[tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))]
-            buffer[...] = self._result(leaf.label, part.read())
-            self._on_bytes(buffer.nbytes)
-
-
-def _reads(fillings: Iterable[Filling]) -> Iterator[_Read]:
-    """Each chunk once, with all the buffers that want some of it."""
-    for filling in fillings:
-        for row, item in enumerate(filling.items):
-            name = item.leaf.name
-            for suffix, targets in filling.layout.reads:
-                yield _Read(filling, row, name + suffix, targets, filling.chunk_bytes)
+    def _check_keys(self) -> None:
+        """The tree has the chunks that the manifest has, so that readers of either find the same."""
+        there: Iterable[str] = self._places or ()
+        if self._places is None:
+            there = (key.decode(errors="replace") for key in self._result("the tree", self._store.list()))
+        ours = {key for key in there if not key.endswith("/zarr.json")}
+        if ours != self._checksums.keys():
+            missing, unknown = sorted(self._checksums.keys() - ours), sorted(ours - self._checksums.keys())
+            raise Damaged(
+                f"{self._directory}: of {len(self._checksums)} chunks in the manifest, the store's tree lacks "
+                f"{len(missing)} {missing[:3]}, and it has {len(unknown)} more {unknown[:3]}"
+            )
 
 
 _Sized = TypeVar("_Sized", _Read, Filling)

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-import tensorstore as ts
 
 from orchestrator import chunks, garbage
 from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
+from orchestrator.arrays.compressed import deflated
 from orchestrator.arrays.feed import Feed
-from orchestrator.arrays.planning import ZSTD, Plan, host_local, plan_of
+from orchestrator.arrays.planning import Plan, host_local, plan_of
 from orchestrator.arrays.staging import start, take, take_small
 from orchestrator.arrays.store import report_retries
 from orchestrator.contents import Chunk
@@ -39,7 +39,6 @@ from orchestrator.tree import Flat
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
 _THREADS = 4
 _THREAD_BYTES = 16 << 20  # a further thread for each of these
-_TIMEOUT_S = 60.0  # of TensorStore, in memory
 _LOOK_S = 0.5  # how often a write looks whether it is still wanted
 
 
@@ -271,7 +270,7 @@ def _work(feed: Feed, opened: Callable[[str], datafiles.DataFile], progress: _Pr
             del taken, copy
             for key, where in pieces:
                 raw = data[where].reshape(-1).view(np.uint8).data
-                _put(files, progress, key, _compressed(raw) if compression else raw)
+                _put(files, progress, key, deflated(raw) if compression else raw)
                 if progress.stop.is_set():
                     break
             size = data.nbytes
@@ -325,23 +324,3 @@ def _host_bytes(value: Any) -> int:
         value = jax.random.key_data(value)
     shard = value.sharding.shard_shape(value.shape)
     return int(math.prod(shard) * value.dtype.itemsize * len(value.sharding.addressable_devices))
-
-
-def _compressed(raw: memoryview) -> bytes:
-    """zstd by TensorStore's own codec: one array of bytes, one chunk, in memory."""
-    spec = {
-        "driver": "zarr3",
-        "kvstore": "memory://",
-        "metadata": {
-            "data_type": "uint8",
-            "shape": [len(raw)],
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [len(raw)]}},
-            "codecs": [{"name": "bytes"}, ZSTD],
-            "fill_value": 0,
-        },
-        "store_data_equal_to_fill_value": True,
-    }
-    array = ts.open(spec, create=True).result(timeout=_TIMEOUT_S)
-    array.write(np.frombuffer(raw, np.uint8)).result(timeout=_TIMEOUT_S)
-    store: Any = array.kvstore
-    return bytes(store.read("c/0").result(timeout=_TIMEOUT_S).value)

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 from orchestrator import journal, layout, protocol
+from orchestrator.codec import encode
 from orchestrator.journal import FencedBy, Refused, Stamp
 from orchestrator.policy import KeepPolicy, last
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
-from orchestrator.records import FORMAT, Box, Failure, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec, encode
+from orchestrator.records import FORMAT, Box, Failure, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
 from orchestrator.storage.base import Created
 from orchestrator.storage.memory import MemoryStorage
 
@@ -172,7 +173,9 @@ class Engine:
 
 
 def entry(step: int, attempt: str) -> LiveStep:
-    return LiveStep(step=step, attempt=attempt, manifest_crc32c="", tree="", bytes=1, stored_metrics={}, time=0.0)
+    return LiveStep(
+        step=step, attempt=attempt, manifest_crc32c="00000000", tree="", bytes=1, stored_metrics={}, time=0.0
+    )
 
 
 def intent(step: int, attempt: str, processes: int) -> Intent:
