@@ -139,7 +139,8 @@ def test_a_journal_entry_that_is_a_directory_is_an_error_not_a_gap(run: Path) ->
     newest = entries(run)[-1]
     newest.unlink()
     newest.mkdir()
-    for ask in (lambda: oc.open_run(run).latest_step(), lambda: oc.Agent(run, options=now()).save(3, {"w": jnp.ones(4)})):
+    asked = (lambda: oc.open_run(run).latest_step(), lambda: oc.Agent(run, options=now()).save(3, LIKE))
+    for ask in asked:
         with pytest.raises(oc.Unavailable, match="is a directory; expected a regular file"):
             ask()
 
