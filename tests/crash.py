@@ -70,7 +70,13 @@ def parse(lines: list[str], root: str) -> list[Effect]:
 
 
 def _effect(call: str, text: str, result: int, root: str) -> Effect | None:
-    arguments = [_argument(item) for item in re.split(r", (?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)]
+    items = re.split(r", (?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)
+    arguments = [_argument(item) for item in items]
+    if call.endswith("at") or call == "renameat2":  # names are in the directory whose descriptor comes before
+        named = [number for number, item in enumerate(items) if item.startswith('"')]
+        for number in named:
+            arguments[number] = os.path.join(arguments[number - 1], arguments[number])
+        arguments = [item for number, item in enumerate(arguments) if number + 1 not in named]
     first = arguments[0]
     if call == "write" and first == "<stdout>":
         return Effect("said", data=arguments[1].encode("latin-1"))

@@ -29,7 +29,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.collect import collect
 from orchestrator.errors import Damaged, StorageError, Unavailable
 from orchestrator.records import RetiredAttempt, encode
-from orchestrator.storage import MemoryStorage, PosixStorage
+from orchestrator.storage import PosixStorage
 from orchestrator.storage import posix as posix_module
 from orchestrator.storage.directory import DEPTH_MAX
 
@@ -496,15 +496,6 @@ def test_what_is_larger_than_anything_a_run_writes_is_not_read(read: str, store:
         holey(root / name)
     with pytest.raises(Unavailable, match=f"{200 << 30} bytes, at most"):
         soon(lambda: READS[read](store))
-
-
-@pytest.mark.parametrize("stored", ["memory", "posix"])
-def test_a_bound_is_how_many_bytes_may_be_read(stored: str, root: Path) -> None:
-    store = MemoryStorage() if stored == "memory" else PosixStorage(str(root))
-    store.create("a", b"12345")
-    assert store.get("a", 5) == b"12345" and store.get("b", 5) is None
-    with pytest.raises(Unavailable, match="has 5 bytes, at most 4 were expected"):
-        store.get("a", 4)
 
 
 @pytest.mark.parametrize("which", ["manifest", "journal", "receipt", "intent"])
