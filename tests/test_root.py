@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from fakes import HookedStorage
 from runs import catalog_of, fill, now, state
 from test_wall import KEY, OPERATIONS
 
 import orchestrator as oc
 from orchestrator.adopt import adopt
+from orchestrator.arrays import ArrayWriter
 from orchestrator.cli import main
 from orchestrator.errors import Fenced, RootChanged, Unavailable, UsageError
 from orchestrator.eventlog import EventLog
@@ -96,6 +98,42 @@ def test_a_job_whose_root_is_taken_away_ends_before_it_writes_and_makes_no_other
         with pytest.raises(RootChanged):
             agent.close()
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("moment", ["intent.json", "receipts/", "manifest.json", "journal/"])
+@pytest.mark.parametrize("how", ["renamed", "renamed, and another in its place", "deleted"])
+def test_a_root_may_be_taken_at_any_moment_of_a_save(how: str, moment: str, root: Path, tmp_path: Path) -> None:
+    armed = False
+
+    def before(operation: str, key: str) -> None:
+        nonlocal armed
+        if armed and operation == "create" and moment in key:
+            armed = False
+            TAKEN[how][1](root)
+            taken.extend(everything(root))
+
+    taken: list[str] = []
+    agent = oc.Agent(root, options=now(on_save_failure="warn"), storage=HookedStorage(PosixStorage(str(root)), before))
+    agent.save(1, state(1))
+    armed = True
+    with pytest.raises(RootChanged):
+        agent.save(2, state(2))
+    with pytest.raises(RootChanged):
+        agent.close()
+    assert not armed and root.exists() == ("another" in how)
+    assert everything(root) == taken
+
+
+def test_a_save_looks_at_the_root_before_it_takes_anything_from_the_devices(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = oc.Agent(root, options=now())
+    root.rename(root.parent / "moved")
+    staged: list[object] = []
+    monkeypatch.setattr(ArrayWriter, "stage", lambda *arguments: staged.append(arguments))
+    with pytest.raises(RootChanged):
+        agent.save(1, state(1))
+    assert staged == []
 
 
 def everything(folder: Path) -> list[str]:

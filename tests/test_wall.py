@@ -21,15 +21,15 @@ from fakes import HookedStorage
 from runs import LIKE, catalog_of, fill, kinds, now, state
 
 import orchestrator as oc
+from orchestrator import arrays, layout
 from orchestrator import catalog as catalog_module
-from orchestrator import layout
 from orchestrator.arrays import datafiles
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
 from orchestrator.collect import collect
 from orchestrator.errors import Damaged, StorageError, Unavailable
 from orchestrator.records import RetiredAttempt, encode
-from orchestrator.storage import PosixStorage
+from orchestrator.storage import PosixStorage, directory
 from orchestrator.storage import posix as posix_module
 from orchestrator.storage.directory import DEPTH_MAX
 
@@ -141,6 +141,22 @@ def test_what_stands_at_a_key_is_named_and_neither_followed_nor_waited_for(
         soon(lambda: OPERATIONS[operation](store, KEY))
     assert snapshot(outside) == theirs and lstat(path) == there
     assert list((root / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_is_swapped_in_after_the_look_is_not_followed_and_not_waited_for_either(
+    obstacle: str, store: PosixStorage, root: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, put = OBSTACLES[obstacle]
+    path = root / KEY
+    path.parent.mkdir(parents=True)
+    put(path, outside)
+    theirs = snapshot(outside)
+    monkeypatch.setattr(directory, "_kind_at", lambda parent, name: "")  # the look saw a plain file
+    for operation in set(OPERATIONS) - {"read data"}:
+        with pytest.raises(StorageError):
+            soon(lambda operation=operation: OPERATIONS[operation](store, KEY))  # type: ignore[misc]
+    assert snapshot(outside) == theirs
 
 
 ABOVE = ["steps", "steps/00000009", "steps/00000009/e0001-a01", "steps/00000009/e0001-a01/receipts"]
@@ -450,6 +466,22 @@ def test_a_step_behind_a_link_is_not_read_and_not_damaged(
     with pytest.raises(Unavailable, match="is a symbolic link"):
         oc.open_run(root).restore(step=2)
     assert kinds(root) == before
+
+
+@pytest.mark.parametrize("obstacle", [name for name in OBSTACLES if name != "directory"])
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "ocdbt.process_0/d/file"])
+def test_what_a_library_opens_by_its_path_is_looked_at_before(
+    name: str, obstacle: str, root: Path, outside: Path
+) -> None:
+    kind, put = OBSTACLES[obstacle]
+    with oc.Agent(root, options=now(compression=True)) as agent:
+        agent.save(1, state(1))
+    folder = root / "steps/00000001/e0001-a01/state"
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    put(folder / name, outside)
+    with pytest.raises(Unavailable, match=f"{folder / name}: is {kind}"):
+        soon(lambda: arrays.check(f"file://{folder}", {"w/c/0": "00000000"}))
 
 
 PLANTED = ["intent.json", "extra.json", "manifest.json", "receipts/00000.json", "receipts", "state", "state/_METADATA"]
