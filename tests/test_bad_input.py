@@ -316,5 +316,6 @@ def test_every_error_has_an_exit_code_that_programs_can_rely_on() -> None:
         **dict.fromkeys(["NewerFormat", "NotARun"], 3),
         **dict.fromkeys(["Damaged", "UnsafeKey"], 4),
         "Fenced": 5,
+        "RootChanged": 5,
         **dict.fromkeys(["NothingToRestore", "StepNotFound"], 6),
     }
