@@ -24,7 +24,8 @@ from typing import Any
 import msgspec
 from absl import logging
 
-from orchestrator.errors import OrchestratorError, StorageError
+from orchestrator import layout
+from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey
 from orchestrator.events import KINDS, EpochOpened, Event
 from orchestrator.storage.directory import Root, find
 
@@ -80,6 +81,11 @@ def _sensible(name: str, value: object) -> bool:
     """Whether readers can reckon with it. Numbers are counts, sizes, times and durations, -1 for none."""
     if isinstance(value, int | float):
         return -1 <= value <= _MOST.get(name, _NUMBER_MAX)
+    if name == "attempt":
+        try:
+            layout.parse_attempt(str(value))
+        except (UnsafeKey, ValueError):
+            return False
     return not isinstance(value, str) or len(value) <= _TEXT_MAX
 
 

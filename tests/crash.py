@@ -18,7 +18,6 @@ CALLS = (
     "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,copy_file_range,sendfile"
 )
 UNKNOWN = {"pwritev", "fallocate", "truncate", "copy_file_range", "sendfile", "symlink", "symlinkat"}
-RELATIVE = {"openat", "mkdirat", "unlinkat"}  # to the directory that the first argument is a descriptor of
 LINE = re.compile(r"^(\d+) +(\w+)\((.*)\) += (-?\d+)", re.DOTALL)
 FD = re.compile(r"^(?:AT_FDCWD|-?\d+)<([^>]*)>$")
 
@@ -71,10 +70,13 @@ def parse(lines: list[str], root: str) -> list[Effect]:
 
 
 def _effect(call: str, text: str, result: int, root: str) -> Effect | None:
-    arguments = [_argument(item) for item in re.split(r", (?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)]
-    for at in {"linkat": (0, 2), "renameat": (0, 2), "renameat2": (0, 2)}.get(call, (0,) if call in RELATIVE else ()):
-        arguments[at + 1] = os.path.join(arguments[at], arguments[at + 1])  # the name itself, if that is absolute
-        arguments[at] = ""
+    items = re.split(r", (?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", text)
+    arguments = [_argument(item) for item in items]
+    if call.endswith("at") or call == "renameat2":  # names are in the directory whose descriptor comes before
+        named = [number for number, item in enumerate(items) if item.startswith('"')]
+        for number in named:
+            arguments[number] = os.path.join(arguments[number - 1], arguments[number])
+        arguments = [item for number, item in enumerate(arguments) if number + 1 not in named]
     first = arguments[0]
     if call == "write" and first == "<stdout>":
         return Effect("said", data=arguments[1].encode("latin-1"))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import jax.numpy as jnp
+import msgspec
 import pytest
-from runs import fill, now
+from rich.console import Console
+from runs import catalog_of, fill, now
 
 import orchestrator as oc
-from orchestrator import eventlog, events, protocol
+from orchestrator import eventlog, events, journal, protocol
+from orchestrator.cli import main, report, watch
 from orchestrator.eventlog import EventLog, Line, Tail, decode, encode, read
 from orchestrator.story import Story
 
@@ -23,7 +32,8 @@ VALUES: dict[str, Any] = {"int": 7, "float": 0.25, "str": "x"}
 
 
 def sample(kind: type[events.Event]) -> events.Event:
-    return kind(**{field.name: VALUES[str(field.type)] for field in fields(kind)})
+    values = {field.name: VALUES[str(field.type)] for field in fields(kind)}
+    return kind(**(values | {"attempt": "e0001-a01"} if "attempt" in values else values))
 
 
 def line(event: events.Event, time: float = 1.0, process: int = 0, epoch: int = 1) -> Line:
@@ -59,8 +69,8 @@ def test_a_field_added_by_a_later_version_is_ignored_and_a_missing_one_has_its_d
     newer = encode(line(events.Closed(2))).replace(b'"failures":2', b'"failures":2,"more":[1]')
     assert decode(newer) == line(events.Closed(2))
     assert all(field.default is MISSING for field in fields(events.Committed))
-    older = encode(line(events.Restored(1, "a", 2.0, 3))).replace(b',"array_s":0.0', b"")
-    assert decode(older) == line(events.Restored(1, "a", 2.0, 3))
+    older = encode(line(events.Restored(1, "e0001-a01", 2.0, 3))).replace(b',"array_s":0.0', b"")
+    assert decode(older) == line(events.Restored(1, "e0001-a01", 2.0, 3))
 
 
 def test_the_former_name_of_a_request_made_again_is_still_read() -> None:
@@ -126,16 +136,20 @@ def test_a_directory_that_cannot_be_written_is_one_warning_and_no_harm(
 
 
 def test_a_log_that_hangs_loses_lines_and_never_blocks(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "00000.jsonl")  # opening it for writing waits for a reader that never comes
-    log = EventLog(str(tmp_path), process=0, host="h", epoch=1)
+    hanging = threading.Event()
+
+    class Hanging(EventLog):
+        def _append(self, body: bytes) -> None:
+            hanging.wait(60)
+
+    log = Hanging(str(tmp_path), process=0, host="h", epoch=1)
     started = time.monotonic()
     for step in range(eventlog._QUEUE_MAX + 500):
         log.write(events.Alive("training", step))
     assert log.dropped >= 499
     log.close()
     assert time.monotonic() - started < eventlog._CLOSE_S + 5
-    reader = os.open(tmp_path / "00000.jsonl", os.O_RDONLY | os.O_NONBLOCK)  # lets the thread end
-    os.close(reader)
+    hanging.set()
 
 
 def test_a_tail_gives_each_line_once_across_a_rotation_and_waits_for_a_line_to_be_whole(tmp_path: Path) -> None:
@@ -152,6 +166,110 @@ def test_a_tail_gives_each_line_once_across_a_rotation_and_waits_for_a_line_to_b
     with file.open("ab") as more:
         more.write(body[3])
     assert [each.time for each in tail.more()] == [3.0] and tail.more() == []
+
+
+# What else may lie there.
+
+
+def put(kind: str, path: Path) -> None:
+    match kind:
+        case "a directory":
+            path.mkdir()
+        case "a named pipe":
+            os.mkfifo(path)
+        case "a symbolic link":
+            path.symlink_to("/dev/zero")
+        case "a bad byte":
+            path.write_bytes(encode(line(events.Closed(1))).replace(b"host-0", b"h\xffst-0"))
+        case "no JSON":
+            path.write_bytes(b"\0" * 1000 + b"\n" + b"[" * 100_000 + b"\n" + b'{"v":1,"event":"Closed","time":NaN}\n')
+        case "200 GB":
+            with path.open("wb") as file:
+                file.truncate(200 << 30)
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n" + encode(line(events.Closed(1))))
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a named pipe", "a symbolic link", "a bad byte", "no JSON", "200 GB"])
+def test_what_is_no_event_is_skipped_and_counted_and_breaks_no_command(
+    kind: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0, 1)
+    catalog_of(root).append(partial(journal.trusted, step=1, attempt="e0001-a01", trust="verified"))
+    whole = len(read(str(root / "events")))
+    put(kind, root / "events/00009.jsonl")
+    (root / "events/00008.jsonl").mkdir()
+    tail = Tail(str(root / "events"))
+    started = time.monotonic()
+    assert len(tail.more()) == whole + (kind == "200 GB")
+    assert time.monotonic() - started < 10
+    assert "is a directory" in tail.problems["00008.jsonl"]
+    problem = tail.problems.get("00009.jsonl", "")
+    assert kind in problem or tail.skipped or "only the last" in problem
+    assert tail.more() == []
+    for words in (["watch", "--once"], ["report", f"--output={root}.html"], ["plan", "--mesh=d=1"], ["doctor"]):
+        assert main.main(["orchestrator", words[0], str(root), *words[1:]]) == 0
+    said = capsys.readouterr().out
+    assert "00008.jsonl: is a directory" in said and "WARN    events" in said
+
+
+def test_events_behind_a_link_are_neither_written_nor_read(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("# rc\n")
+    (root / "events").mkdir(parents=True)
+    (root / "events/00000.jsonl").symlink_to(theirs)
+    fill(root, 1)
+    (root / "events/00000.jsonl").unlink()
+    (root / "events").rmdir()
+    (tmp_path / "folder").mkdir()
+    (root / "events").symlink_to(tmp_path / "folder")
+    fill(root, 2)
+    assert theirs.read_text() == "# rc\n" and list((tmp_path / "folder").iterdir()) == []
+    assert sum("events are not written" in record.message for record in caplog.records) == 2
+    assert sum("is a symbolic link" in record.message for record in caplog.records) == 2
+    assert read(str(root / "events")) == []
+
+
+@pytest.mark.parametrize("obstacle", [os.mkfifo, os.mkdir], ids=["a named pipe", "a directory"])
+def test_a_log_that_cannot_be_a_file_is_one_warning_and_never_blocks(
+    obstacle: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    obstacle(tmp_path / "00000.jsonl")
+    log = EventLog(str(tmp_path), process=0, host="h", epoch=1)
+    for step in range(10):
+        log.write(events.Alive("training", step))
+    log.close()
+    assert log.dropped == 10 and not log._thread.is_alive()
+    assert sum("events are not written" in record.message for record in caplog.records) == 1
+
+
+ODD: list[Any] = [None, True, 0, -1, -2, 2**53, 2**63 - 1, -(2**63), 2**64, 10**30, 1e308, -1e308, 1e15, 0.5, "", "x"]
+ODD += ["../..", "e0001-a01", "zz/..", "é", "\0", "\x1b[2J", [], {}, [1], "x" * 2000, "[bold]", "</script>"]
+
+
+def test_events_with_any_values_break_no_reader(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seeded: one field after another of each kind of event replaced, alone and among real ones."""
+    fill(root, 1, 2)
+    real = [each for path in (root / "events").iterdir() for each in path.read_bytes().splitlines()]
+    made = [encode(line(sample(kind))).rstrip() for kind in events.KINDS.values()]
+    random = Random(16)
+    catalog = catalog_of(root)
+    head = catalog.require_head()
+    texts: list[bytes] = []
+    for text in [*real, *made]:
+        for name in msgspec.json.decode(text):
+            value = random.choice(ODD)
+            texts.append(json.dumps({**msgspec.json.decode(text), name: value}).encode())
+    for _ in range(40):
+        lines = [decode(text) for text in [*real, *random.sample(texts, 10)]]
+        story = Story().tell(sorted((each for each in lines if each), key=lambda each: each.time))
+        Console(file=io.StringIO()).print(watch.draw(watch.look("run", head, story, time.time())))
+        report.page(report.build(catalog, story, time.time()))
+    (root / "events/00007.jsonl").write_bytes(b"\n".join(texts))
+    for words in (["watch", "--once"], ["report", f"--output={root}.html"], ["plan", "--mesh=d=1"], ["doctor"]):
+        assert main.main(["orchestrator", words[0], str(root), *words[1:]]) in (0, 1), words
 
 
 def phase(name: str, elapsed_s: float, written: int = 0, process: int = 0, epoch: int = 1) -> Line:

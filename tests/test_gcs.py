@@ -5,8 +5,11 @@ The conformance suite is in test_storage.py.
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -20,7 +23,7 @@ import pytest
 from gcs import BUCKET, emulator, faults, new_root
 
 from launch.gcs_emulator.process import EmulatorProcess
-from orchestrator.errors import OutcomeUnknown, StorageError, UsageError
+from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UsageError
 from orchestrator.events import Event, Retried, subscribe
 from orchestrator.records import FileEntry, crc32c
 from orchestrator.storage import Created, Exists, open_storage
@@ -127,6 +130,40 @@ def test_an_error_at_the_deadline_tells_what_the_store_said_and_not_that_the_las
             store = GcsStorage("gs://bucket/run", Client(1.0, Budget(10), first_wait_s=0.01))
             with pytest.raises(StorageError, match=r"HTTP 503 .*gave up after 2 tries in 1.0 s \(deadline of 1 s\)"):
                 store.get("a")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("reply", ["without a length", "packed"])
+def test_a_body_of_unknown_length_is_read_no_further_than_anybody_expects(reply: str) -> None:
+    """A gigabyte, in each."""
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            if reply == "packed":
+                body = gzip.compress(bytes(1 << 30), 1)
+                self.send_header("Content-Encoding", "gzip")
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                if reply == "packed":
+                    self.wfile.write(body)
+                else:
+                    for _ in range(1 << 10):
+                        self.wfile.write(bytes(1 << 20))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+            store = GcsStorage("gs://bucket/run", Client(30.0))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            with pytest.raises(Unavailable, match="bytes or more, at most 8000000 bytes were expected"):
+                store.get("a", 8_000_000)
+            assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 300 << 10
         server.shutdown()
 
 

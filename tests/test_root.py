@@ -15,17 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from fakes import HookedStorage
 from runs import catalog_of, fill, now, state
 from test_wall import KEY, OPERATIONS
 
 import orchestrator as oc
 from orchestrator.adopt import adopt
+from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cli import main
+from orchestrator.coordinator import UserData
 from orchestrator.errors import Fenced, RootChanged, Unavailable, UsageError
 from orchestrator.eventlog import EventLog
 from orchestrator.events import Alive
+from orchestrator.saving import Saver
 from orchestrator.storage import Created, PosixStorage, open_storage
 from orchestrator.storage.directory import find
+from orchestrator.tree import flatten
 
 
 @pytest.fixture
@@ -96,6 +101,84 @@ def test_a_job_whose_root_is_taken_away_ends_before_it_writes_and_makes_no_other
         with pytest.raises(RootChanged):
             agent.close()
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("moment", ["intent.json", "receipts/", "manifest.json", "journal/"])
+@pytest.mark.parametrize("how", ["renamed", "renamed, and another in its place", "deleted"])
+def test_a_root_may_be_taken_at_any_moment_of_a_save(how: str, moment: str, root: Path, tmp_path: Path) -> None:
+    armed = False
+
+    def before(operation: str, key: str) -> None:
+        nonlocal armed
+        if armed and operation == "create" and moment in key:
+            armed = False
+            TAKEN[how][1](root)
+            taken.extend(everything(root))
+
+    taken: list[str] = []
+    agent = oc.Agent(root, options=now(on_save_failure="warn"), storage=HookedStorage(PosixStorage(str(root)), before))
+    agent.save(1, state(1))
+    armed = True
+    with pytest.raises(RootChanged):
+        agent.save(2, state(2))
+    with pytest.raises(RootChanged):
+        agent.close()
+    assert not armed and root.exists() == ("another" in how)
+    assert everything(root) == taken
+
+
+def test_a_save_looks_at_the_root_before_it_takes_anything_from_the_devices(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = oc.Agent(root, options=now())
+    root.rename(root.parent / "moved")
+    staged: list[object] = []
+    monkeypatch.setattr(ArrayWriter, "stage", lambda *arguments: staged.append(arguments))
+    with pytest.raises(RootChanged):
+        agent.save(1, state(1))
+    assert staged == []
+
+
+class Second:
+    """Process 1 of two. Process 0 aborts whatever is begun."""
+
+    def __init__(self) -> None:
+        self.process, self.count, self.hosts = 1, 2, {0: "host-0", 1: "host-1"}
+        self.posted: dict[str, str] = {}
+
+    def broadcast(self, name: str, value: Any, timeout_s: float) -> Any:
+        return value
+
+    def gather(self, name: str, value: Any, timeout_s: float) -> list[Any]:
+        return [value, value]
+
+    def preempted(self, step: int) -> bool:
+        return False
+
+    def post(self, key: str, value: str) -> None:
+        self.posted[key] = value
+
+    def forget(self, prefix: str) -> None:
+        pass
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        return {"0": '{"phase":"ABORTED","reason":"refused"}'} if prefix.endswith("/decision/") else {}
+
+
+def test_a_host_that_alone_has_lost_the_root_says_so_to_the_others_and_ends(root: Path) -> None:
+    catalog, me = catalog_of(root), Second()
+    catalog.storage.create("journal/0", b"x")
+    writer = ArrayWriter(ArrayOptions(), 1)
+    how = {"epoch": 1, "run": "r", "attest": False, "committed": lambda: None}
+    saver = Saver(catalog, writer, me, None, now(), **how)  # type: ignore[arg-type]
+    shutil.rmtree(root)
+    save = saver.begin(1, UserData({}, {}, 0.0), None)
+    saver.start(save, flatten(state(1)))
+    assert save.thread is not None
+    save.thread.join(20)
+    assert isinstance(save.error, RootChanged) and not root.exists()
+    (said,) = [value for key, value in me.posted.items() if key.endswith("receipt/1")]
+    assert "RootChanged" in said and "host-1" in said
 
 
 def everything(folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from orchestrator import journal
 from orchestrator.catalog import Catalog
 from orchestrator.codec import encode
-from orchestrator.errors import StorageError, UnsafeKey, UsageError
+from orchestrator.errors import StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.records import FileEntry, crc32c
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
 
@@ -149,7 +149,24 @@ def test_sealing_what_is_not_there_is_an_error_that_names_it(store: Storage) -> 
         store.seal(["s/a", "s/gone"])
 
 
-@pytest.mark.parametrize("key", ["", "../x", "a/../../x", "/etc/x", "a//b", "a/"])
+def test_an_object_larger_than_anybody_expects_is_not_read(store: Storage) -> None:
+    store.create("a", b"12345")
+    assert store.get("a", 5) == b"12345" and store.get("b", 0) is None
+    with pytest.raises(Unavailable, match=r"a: has 5 bytes, at most 4 .*expected"):
+        store.get("a", 4)
+
+
+def test_an_object_is_measured_as_the_store_has_it(store: Storage) -> None:
+    store.create("a", b"12345")
+    for expected in (None, 5):
+        found = store.measure("a", expected)
+        assert found is not None and (found.bytes, found.crc32c) == (5, crc32c(b"12345"))
+    found = store.measure("a", 4)
+    assert found is not None and found.bytes == 5 and found.crc32c in ("", crc32c(b"12345"))
+    assert store.measure("b") is None and store.measure("b", 1) is None
+
+
+@pytest.mark.parametrize("key", ["", "../x", "a/../../x", "/etc/x", "a//b", "a/", "a\\b", "a\nb", "\x1b[2J", "\udcff"])
 def test_a_key_that_could_leave_the_root_is_refused_by_the_store_itself(store: Storage, key: str) -> None:
     with pytest.raises(UnsafeKey):
         store.create(key, b"x")

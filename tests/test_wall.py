@@ -21,8 +21,8 @@ from fakes import HookedStorage
 from runs import LIKE, catalog_of, fill, kinds, now, state
 
 import orchestrator as oc
+from orchestrator import arrays, contents, layout
 from orchestrator import catalog as catalog_module
-from orchestrator import layout
 from orchestrator.arrays import datafiles
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
@@ -30,7 +30,7 @@ from orchestrator.codec import encode
 from orchestrator.collect import collect
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.records import RetiredAttempt
-from orchestrator.storage import MemoryStorage, PosixStorage
+from orchestrator.storage import PosixStorage, directory
 from orchestrator.storage import posix as posix_module
 from orchestrator.storage.directory import DEPTH_MAX
 
@@ -142,6 +142,22 @@ def test_what_stands_at_a_key_is_named_and_neither_followed_nor_waited_for(
         soon(lambda: OPERATIONS[operation](store, KEY))
     assert snapshot(outside) == theirs and lstat(path) == there
     assert list((root / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_is_swapped_in_after_the_look_is_not_followed_and_not_waited_for_either(
+    obstacle: str, store: PosixStorage, root: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, put = OBSTACLES[obstacle]
+    path = root / KEY
+    path.parent.mkdir(parents=True)
+    put(path, outside)
+    theirs = snapshot(outside)
+    monkeypatch.setattr(directory, "_kind_at", lambda parent, name: "")  # the look saw a plain file
+    for operation in set(OPERATIONS) - {"read data"}:
+        with pytest.raises(StorageError):
+            soon(lambda operation=operation: OPERATIONS[operation](store, KEY))  # type: ignore[misc]
+    assert snapshot(outside) == theirs
 
 
 ABOVE = ["steps", "steps/00000009", "steps/00000009/e0001-a01", "steps/00000009/e0001-a01/receipts"]
@@ -453,6 +469,26 @@ def test_a_step_behind_a_link_is_not_read_and_not_damaged(
     assert kinds(root) == before
 
 
+@pytest.mark.parametrize("obstacle", [name for name in OBSTACLES if name != "directory"])
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "ocdbt.process_0/d/file"])
+def test_what_a_library_opens_by_its_path_is_looked_at_before(
+    name: str, obstacle: str, root: Path, outside: Path
+) -> None:
+    kind, put = OBSTACLES[obstacle]
+    with oc.Agent(root, options=now(compression=True)) as agent:
+        agent.save(1, state(1))
+    catalog = catalog_of(root)
+    live = catalog.find(1)
+    assert live is not None
+    stored = contents.stored(catalog.manifest(live))
+    folder = root / "steps/00000001/e0001-a01/state"
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    put(folder / name, outside)
+    with pytest.raises(Unavailable, match=f"{folder / name}: is {kind}"):
+        soon(lambda: arrays.check(f"file://{folder}", stored))
+
+
 PLANTED = ["intent.json", "extra.json", "manifest.json", "receipts/00000.json", "receipts", "state", "state/_METADATA"]
 
 
@@ -497,15 +533,6 @@ def test_what_is_larger_than_anything_a_run_writes_is_not_read(read: str, store:
         holey(root / name)
     with pytest.raises(Unavailable, match=f"{200 << 30} bytes, at most"):
         soon(lambda: READS[read](store))
-
-
-@pytest.mark.parametrize("stored", ["memory", "posix"])
-def test_a_bound_is_how_many_bytes_may_be_read(stored: str, root: Path) -> None:
-    store = MemoryStorage() if stored == "memory" else PosixStorage(str(root))
-    store.create("a", b"12345")
-    assert store.get("a", 5) == b"12345" and store.get("b", 5) is None
-    with pytest.raises(Unavailable, match="has 5 bytes, at most 4 were expected"):
-        store.get("a", 4)
 
 
 @pytest.mark.parametrize("which", ["manifest", "journal", "receipt", "intent"])

@@ -25,7 +25,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, OrchestratorError, StepRetired
-from orchestrator.eventlog import Tail, directory_of
+from orchestrator.eventlog import DIRECTORY, Tail, directory_of
 from orchestrator.records import Head
 from orchestrator.storage import Exists, PosixStorage
 from orchestrator.storage.directory import Root
@@ -201,7 +201,8 @@ def _strangers(patient: Patient) -> Iterator[Finding]:
     odd = [entry for entry in patient.catalog.storage.list("") if entry.problem]
     for entry in odd[:_STRANGERS_SHOWN]:
         do = "move what it points to back to its place, or take it away; until then nothing is read through it"
-        yield Finding("strangers", "bad", f"{patient.catalog.url}/{entry.key} {entry.problem}", do)
+        level: Level = "warn" if entry.key.startswith(f"{DIRECTORY}/") else "bad"
+        yield Finding("strangers", level, f"{patient.catalog.url}/{entry.key} {entry.problem}", do)
     if len(odd) > _STRANGERS_SHOWN:
         yield Finding("strangers", "bad", f"... and {len(odd) - _STRANGERS_SHOWN} more", "look through the root")
     if not odd:

@@ -317,7 +317,8 @@ def alias(path: str) -> str:
 
 def storage_error(what: str, path: str, error: OSError) -> StorageError:
     """A system call's failure as all of ours are reported. Nothing that cannot be read is thought to be damaged."""
-    kind = Unavailable if what in ("read", "list") or error.errno in _NO_ANSWER else StorageError
+    reading = what in ("read", "list") and error.errno != errno.ENAMETOOLONG  # then the name is wrong
+    kind = Unavailable if reading or error.errno in _NO_ANSWER else StorageError
     return kind(f"{what} {path}: {reason(error)}")
 
 

@@ -223,6 +223,8 @@ class Client:
 
 async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
     """The reply's body. Raises _TooLarge, before it is read where its length is announced."""
+    if response.status != 200:  # what the service says about it
+        most_bytes = REPLY_BYTES_MAX
     if (response.content_length or 0) > most_bytes:
         raise _TooLarge(response.content_length or 0)
     if response.content_length is not None and "Content-Encoding" not in response.headers:

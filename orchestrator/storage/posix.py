@@ -111,11 +111,12 @@ class PosixStorage:
         path = self._path(key)
         try:
             self.root.ready()
-            # A link to the file itself, where `source` is a symbolic one.
-            os.close(self._link(os.path.realpath(source), key))
-        except FileExistsError:
-            with self._file(key) as there:
-                return Created() if os.path.samestat(os.fstat(there.fileno()), os.stat(source)) else Exists(b"")
+            try:
+                # A link to the file itself, where `source` is a symbolic one.
+                os.close(self._link(os.path.realpath(source), key))
+            except FileExistsError:
+                with self._file(key) as there:
+                    return Created() if os.path.samestat(os.fstat(there.fileno()), os.stat(source)) else Exists(b"")
         except OSError as error:
             more = "; the run must be on the same file system" if error.errno == errno.EXDEV else ""
             raise StorageError(f"link {source} to {path}: {reason(error)}{more}") from error
