@@ -1,4 +1,4 @@
-"""requirements.lock: every package that `make setup` installs, at one version, with hashes, within pyproject's bounds."""
+"""requirements.lock: all that `make setup` installs, each at one version, with hashes, within pyproject's bounds."""
 
 from __future__ import annotations
 
