@@ -17,6 +17,7 @@ import pytest
 
 from launch import contract, listening
 from launch.contract import DetectedContract, Detection
+from tests.chaos.network import ip, why_not
 from tests.processes import free_port
 
 REPOSITORY = Path(__file__).parents[1]
@@ -162,10 +163,6 @@ def loopback(address: str) -> bool:
     return (mapped or ip).is_loopback
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
-
-
 INSIDE, OTHER, OUTSIDE = "oc-inside", "oc-other", "oc-outside"
 A, B, A_OUTSIDE, C = "10.199.77.1", "10.199.77.2", "10.198.77.1", "10.198.77.2"
 
@@ -174,16 +171,13 @@ A, B, A_OUTSIDE, C = "10.199.77.1", "10.199.77.2", "10.198.77.1", "10.198.77.2"
 def namespaces() -> Iterator[dict[str, str]]:
     """Three machines: `inside` and `other` share a network, `outside` is on another network of `inside`. The machine's
     name stands for its address in the first, as it does on most clusters. Name -> namespace."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("needs root and iproute2")
+    if reason := why_not():
+        pytest.skip(reason)
     names = {name: f"{name}-{os.getpid()}" for name in (INSIDE, OTHER, OUTSIDE)}
     hosts = Path("/etc/netns")
     try:
-        try:
-            for name in names.values():
-                ip("netns", "add", name)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+        for name in names.values():
+            ip("netns", "add", name)
         wires = (("a", INSIDE, A, "b", OTHER, B), ("c", INSIDE, A_OUTSIDE, "d", OUTSIDE, C))
         for left, left_name, left_ip, right, right_name, right_ip in wires:
             ends = [f"oc{left}{os.getpid() % 100000}", f"oc{right}{os.getpid() % 100000}"]

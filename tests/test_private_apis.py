@@ -122,7 +122,7 @@ def test_a_barrier_lets_all_pass_together_and_its_timeout_says_deadline(clients:
 TWO_PROCESSES = """
 import sys, json, jax
 jax.config.update("jax_platforms", "cpu")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), coordinator_bind_address=sys.argv[1])
 from orchestrator.errors import WaitTimeout
 from orchestrator.rendezvous import connect
 me = connect(30.0)
