@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slurm test-image demo bitrot bench chaos docs format clean
+.PHONY: help setup lock check test test-slurm test-image demo bitrot bench chaos docs format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,9 +20,17 @@ setup: ## make .venv from requirements.lock (needs only Python 3.11+ and make)
 	echo "make setup: building $(VENV) from requirements.lock"; \
 	rm -f $(STAMP); \
 	$(PYTHON) -m venv $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	echo "$$key" > $(STAMP)
+
+# uv keeps the pins that are there and still fit pyproject.toml: a new version is an edit of its line, or of the bounds.
+lock: setup ## make requirements.lock again from pyproject.toml: pins stay, hashes are the index's
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
+	  $(BIN)/uv pip compile pyproject.toml - --extra=train --extra=grain --extra=dev --python-version=3.11 --generate-hashes \
+	    --no-annotate --no-header --quiet --output-file=requirements.lock
+	@sed -i '1i # Every package of `make setup`, pinned with all it needs, and the hashes of all its files on the index, whatever their\n# platform and Python; setuptools builds the editable install. `make lock` makes it.' requirements.lock
 
 check: setup ## ruff, format, mypy --strict, import directions
 	$(BIN)/ruff check .

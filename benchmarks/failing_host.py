@@ -85,7 +85,8 @@ def work(kind: str, index: int, port: str, root: str, limit_s: float) -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, index)
+    where = f"127.0.0.1:{port}"
+    jax.distributed.initialize(where, PROCESSES, index, coordinator_bind_address=where)
     mesh = jax.make_mesh((PROCESSES,), ("data",))
     state = {"w": jnp.zeros((1024, 1024), device=NamedSharding(mesh, PartitionSpec("data")))}
     started = 0.0

@@ -39,7 +39,8 @@ def worker(index: int, count: int, port: str, root: str, mesh_text: str, mib: in
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", axes["data"] * axes["model"] // count)
     if count > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+        where = f"127.0.0.1:{port}"
+        jax.distributed.initialize(where, count, index, coordinator_bind_address=where)
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes))
     specs = [PartitionSpec("data", "model"), PartitionSpec("data", None), PartitionSpec("model", "data")]
     shape = (2048, 2048)  # 16 MiB

@@ -133,7 +133,8 @@ def work(args: argparse.Namespace, index: int, port: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1 if name.startswith("processes") else 2)
     if processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
+        where = f"127.0.0.1:{port}"
+        jax.distributed.initialize(where, processes, index, coordinator_bind_address=where)
     if name in ("live", "journal"):
         found = [opening(args.directory)]
     else:

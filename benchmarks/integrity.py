@@ -80,7 +80,8 @@ def work(args: argparse.Namespace, index: int, port: str) -> None:
 
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_platforms", "cpu")
-    jax.distributed.initialize(f"127.0.0.1:{port}", args.processes, index)
+    where = f"127.0.0.1:{port}"
+    jax.distributed.initialize(where, args.processes, index, coordinator_bind_address=where)
     state = build(args.shape)
 
     def together() -> None:

@@ -107,7 +107,8 @@ def work(peer: str, index: int, count: int, port: str, url: str, leaves: int) ->
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_platforms", "cpu")
     if count > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+        where = f"127.0.0.1:{port}"
+        jax.distributed.initialize(where, count, index, coordinator_bind_address=where)
     sharding = NamedSharding(jax.make_mesh((count,), ("data",)), PartitionSpec("data"))
     rng = np.random.default_rng(7)
     values = [rng.random(LEAF_BYTES[leaves] // 4, dtype=np.float32) for _ in range(leaves)]

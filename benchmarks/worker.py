@@ -22,7 +22,8 @@ def work(args: argparse.Namespace, index: int, ports: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", args.devices)
     jax.config.update("jax_platforms", "cpu")
     if args.processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{ports[0]}", args.processes, index)
+        where = f"127.0.0.1:{ports[0]}"
+        jax.distributed.initialize(where, args.processes, index, coordinator_bind_address=where)
     from benchmarks import shapes
     from benchmarks.peers import peers_for
 

@@ -24,9 +24,11 @@ The contract's own variables, the same for every launcher:
 | `ORCHESTRATOR_GRACE_PERIOD_S`      | seconds that a preempted process may wait for its last save            |
 | `ORCHESTRATOR_RUN_ROOT`            | where the checkpoints are, for programs not told otherwise             |
 | `ORCHESTRATOR_HOST_NAME`           | the name that people see in logs, `host-0` and so on                   |
+| `ORCHESTRATOR_HOST_ADDRESS`        | this process's own address, to listen on; else what the coordinator's  |
+|                                    | name stands for there                                                  |
 
-Reading and writing the variables is pure; only `initialize` touches JAX, and imports it when called. A process that has
-failed ends with `leave`.
+Reading and writing the variables is pure; only `initialize` touches JAX, and imports it when called. It also decides on
+which address process 0 listens (`launch.listening`; docs/networks.md). A process that has failed ends with `leave`.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn
 
+from launch import listening
+
 COORDINATOR_ADDRESS = "ORCHESTRATOR_COORDINATOR_ADDRESS"
 PROCESS_COUNT = "ORCHESTRATOR_PROCESS_COUNT"
 PROCESS_INDEX = "ORCHESTRATOR_PROCESS_INDEX"
@@ -49,6 +53,7 @@ RESTART_COUNT = "ORCHESTRATOR_RESTART_COUNT"
 GRACE_PERIOD_S = "ORCHESTRATOR_GRACE_PERIOD_S"
 RUN_ROOT = "ORCHESTRATOR_RUN_ROOT"
 HOST_NAME = "ORCHESTRATOR_HOST_NAME"
+HOST_ADDRESS = "ORCHESTRATOR_HOST_ADDRESS"
 # Read by the agent itself: where it shows that it lives, and how many of the newest steps it leaves out.
 HEARTBEAT_FILE = "ORCHESTRATOR_HEARTBEAT_FILE"
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"
@@ -222,10 +227,18 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
         jax.config.update("jax_num_cpu_devices", contract.local_devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if isinstance(contract, DetectedContract):
-        _detect(contract)
+        _detect(contract, environ)
     elif contract.process_count > 1:
+        from orchestrator.rendezvous import collectives_listen_on
+
+        host = contract.coordinator_address.rpartition(":")[0].strip("[]")
+        if listening.is_loopback(host):
+            collectives_listen_on(host)
         jax.distributed.initialize(
             coordinator_address=contract.coordinator_address,
+            coordinator_bind_address=None
+            if contract.process_index
+            else _bind_address(contract.coordinator_address, environ),
             num_processes=contract.process_count,
             process_id=contract.process_index,
             # Empty is not None: all of the machine's devices, and no cluster detection for what is told already.
@@ -234,7 +247,38 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
         )
 
 
-def _detect(contract: DetectedContract) -> None:
+def _bind_address(coordinator: str, environ: Mapping[str, str]) -> str | None:
+    """Process 0's; None leaves it to JAX, which listens everywhere or where its own variable says."""
+    from absl import logging
+
+    if listening.BIND_ADDRESS in environ:
+        return None
+    address = listening.bind_address(coordinator, environ.get(HOST_ADDRESS))
+    if address is None:
+        logging.warning(
+            "%s is not known to be an address of this machine: JAX's coordination service listens on all of them; "
+            "%s=ADDRESS:PORT chooses one",
+            coordinator,
+            listening.BIND_ADDRESS,
+        )
+    return address
+
+
+def _detected_bind_address(contract: DetectedContract, environ: MutableMapping[str, str]) -> str | None:
+    """As `_bind_address`, of a job that JAX finds by itself: where its first process knows its own name. The port is
+    JAX's choice, made here so that both know it."""
+    if contract.detection is Detection.SLURM:
+        port = environ.setdefault(listening.PORT, listening.slurm_port(environ["SLURM_JOB_ID"]))
+        host = environ.get("SLURMD_NODENAME") if environ["SLURM_PROCID"] == "0" else None
+    elif contract.detection is Detection.GKE_TPU:
+        port = environ.setdefault(listening.PORT, str(COORDINATOR_PORT))
+        host = listening.gke_slice_host(environ)
+    else:
+        return None
+    return _bind_address(f"{host}:{port}", environ) if host else None
+
+
+def _detect(contract: DetectedContract, environ: MutableMapping[str, str]) -> None:
     import importlib.util
 
     import jax
@@ -245,6 +289,7 @@ def _detect(contract: DetectedContract) -> None:
             "package `kubernetes`: set the variables (`python -m launch gke` writes them), or install jax[k8s]"
         )
     jax.distributed.initialize(
+        coordinator_bind_address=_detected_bind_address(contract, environ),
         cluster_detection_method=contract.detection.value,
         local_device_ids=() if contract.all_devices else None,
         initialization_timeout=INITIALIZATION_TIMEOUT_S,

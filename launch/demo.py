@@ -22,6 +22,7 @@ from typing import Any
 
 from absl import app, flags, logging
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import orchestrator as oc
@@ -82,12 +83,12 @@ def run_part(
     """Run the job, with a bar on a terminal; `kill` is asked about ten times a second."""
     part = Part()
     told: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     display = Progress(*columns, console=console) if console.is_terminal else nullcontext(None)
     with open(root / "demo.log", "a") as log, display as progress:
         task = progress.add_task(about, total=steps) if progress else None
         if not progress:
-            console.print(about)
+            console.print(about, markup=False)
 
         def line(host: str, text: str) -> None:
             log.write(f"[{host}] {text}\n")
@@ -109,7 +110,7 @@ def run_part(
 
         part.code = local.run(job, local.Observer(line, note, tick))
     for text in told:
-        console.print(f"  launch: {text}", highlight=False)
+        console.print(f"  launch: {text}", highlight=False, markup=False)
     return part
 
 
@@ -133,7 +134,7 @@ class Killer:
 
 
 def check(holds: bool, claim: str, console: Console) -> None:
-    console.print(f"[green]ok[/]  {claim}" if holds else f"[red]NO[/]  {claim}", highlight=False)
+    console.print("[green]ok[/] " if holds else "[red]NO[/] ", escape(claim), highlight=False)
     if not holds:
         raise DemoFailed(claim)
 
@@ -198,7 +199,7 @@ def demo(root: Path, run: str, steps: int, console: Console) -> None:
         f"host-{KILLED_HOST} was killed while step {killer.step} was being saved",
         console,
     )
-    console.print(f"    restorable now: {', '.join(map(str, steps_left))}", highlight=False)
+    console.print(f"    restorable now: {', '.join(map(str, steps_left))}", highlight=False, markup=False)
 
     job = local.LocalJob(train_command(root, run, "data=2,model=2", steps), 2, 2, rules=rules)
     second = run_part(root, job, "resuming on 2 hosts x 2 devices, mesh data=2,model=2", steps, console, None)
@@ -212,8 +213,8 @@ def demo(root: Path, run: str, steps: int, console: Console) -> None:
     check(summary.restored_digest == digest, f"its state is bit for bit what was saved ({digest[:16]}...)", console)
     check(summary.final_step == steps - 1, f"it trained on to step {summary.final_step}", console)
     draw(root / "loss.png", first, second, killer.step, restored)
-    console.print(f"    loss across the break: {root / 'loss.png'}", highlight=False)
-    console.print(f"\n$ orchestrator ls {run}", highlight=False)
+    console.print(f"    loss across the break: {root / 'loss.png'}", highlight=False, markup=False)
+    console.print(f"\n$ orchestrator ls {run}", highlight=False, markup=False)
     done = subprocess.run([sys.executable, "-m", "orchestrator.cli", "ls", run], check=False, timeout=60)
     check(done.returncode == 0, f"all of it in {time.monotonic() - started:.0f} s", console)
 
@@ -232,11 +233,11 @@ def main(argv: Sequence[str]) -> int:
             return 0
         with EmulatorProcess([BUCKET]) as emulator:
             os.environ.update(emulator.environ)
-            console.print(f"an emulated bucket at {emulator.url}", highlight=False)
+            console.print(f"an emulated bucket at {emulator.url}", highlight=False, markup=False)
             demo(root, f"gs://{BUCKET}/run", FLAGS.steps, console)
             told = emulator.counts()
             kinds = ", ".join(f"{count} of class {kind}" for kind, count in sorted(told["classes"].items()))
-            console.print(f"    requests: {kinds}", highlight=False)
+            console.print(f"    requests: {kinds}", highlight=False, markup=False)
     except (DemoFailed, local.LaunchError, oc.OrchestratorError, OSError, json.JSONDecodeError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

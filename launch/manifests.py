@@ -235,6 +235,7 @@ def _place(job: PodJob, address: str) -> list[Manifest]:
 def _pod(job: PodJob, told: Sequence[Manifest]) -> Manifest:
     told = [
         _variable(contract.HOST_NAME, _field("metadata.name")),
+        _variable(contract.HOST_ADDRESS, _field("status.podIP")),
         _variable(contract.GRACE_PERIOD_S, f"{job.grace_s:g}"),
         _variable(contract.HEARTBEAT_FILE, f"{SCRATCH}/heartbeat"),
         _variable("TMPDIR", SCRATCH),

@@ -340,3 +340,5 @@ def test_health_is_the_heartbeats_age(tmp_path: Path) -> None:
     assert (health(), health("--started")) == (0, 1), "starting"
     beat.touch()
     assert (health(), health("--started"), health("--max_age_s=0")) == (0, 0, 1)
+    beat = beat / "below a file"
+    assert (health(), health("--started")) == (0, 1), "not known to be hung"

@@ -26,7 +26,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from jax._src import core, distributed
+from jax._src import core, distributed, xla_bridge
 from jax._src.lib import _jax, xla_client
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 WATCHED = {  # private names that the package may import: each has a test below
     "jax._src.core",
     "jax._src.distributed",
+    "jax._src.lib._jax",
     "jax._src.lib.xla_client",
     "orbax.checkpoint._src.metadata.sharding",
 }
@@ -121,7 +122,7 @@ def test_a_barrier_lets_all_pass_together_and_its_timeout_says_deadline(clients:
 TWO_PROCESSES = """
 import sys, json, jax
 jax.config.update("jax_platforms", "cpu")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), coordinator_bind_address=sys.argv[1])
 from orchestrator.errors import WaitTimeout
 from orchestrator.rendezvous import connect
 me = connect(30.0)
@@ -187,6 +188,13 @@ def test_two_processes_agree_through_multihost_utils_and_signal_through_the_serv
 
 def test_a_process_that_does_not_come_to_a_meeting_is_named(two_processes: list[dict[str, Any]]) -> None:
     assert two_processes[0]["error"] == "leave together: processes [1 (host-1)] did not arrive within 1 s"
+
+
+def test_gloo_is_made_by_a_function_that_takes_an_address_and_is_looked_up_when_it_is_needed() -> None:
+    """`tests/test_networks.py` sees it listen there."""
+    assert "hostname: str | None" in str(_jax.make_gloo_tcp_collectives.__doc__)
+    made = inspect.getsource(xla_bridge.make_cpu_client)
+    assert "_jax.make_gloo_tcp_collectives(" in made and xla_bridge._jax is _jax
 
 
 def test_multihost_utils_takes_what_we_give_it() -> None:

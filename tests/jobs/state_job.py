@@ -41,7 +41,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 jax.config.update("jax_num_cpu_devices", devices)
 jax.config.update("jax_platforms", "cpu")
 if count > 1:
-    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+    where = f"127.0.0.1:{port}"
+    jax.distributed.initialize(where, count, index, coordinator_bind_address=where)
 
 import orchestrator as oc
 from orchestrator import arrays
