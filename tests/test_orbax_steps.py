@@ -316,6 +316,21 @@ def test_a_malformed_step_is_one_clear_line_and_nothing_is_written(
     assert list(root.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["../../../other/w", "../default/w", "/{outside}/w", "w/../w"])
+def test_a_name_that_leads_out_of_its_step_is_refused_though_an_array_is_there(
+    name: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    for where in (root, tmp_path / "other"):
+        with ocp.CheckpointManager(where, item_handlers=handler) as manager:
+            manager.save(5, args=ocp.args.PyTreeSave({"w": jnp.ones(4)}))
+    shutil.move(tmp_path / "other" / "5" / "default" / "w", tmp_path / "other" / "w")
+    leaf(**key(name.format(outside=tmp_path / "other")))(root / "5" / _METADATA)
+    assert run_adopt(root) == 4
+    assert "is not a plain relative path" in capsys.readouterr().err
+    assert not (root / "journal").exists()
+
+
 def test_a_linked_step_is_refused_and_what_it_leads_to_is_left_alone(root: Path, tmp_path: Path) -> None:
     orbax(tmp_path / "disk", 5)
     root.mkdir()
