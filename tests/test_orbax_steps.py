@@ -111,6 +111,16 @@ def test_numbers_that_json_has_no_word_for_are_adopted(root: Path) -> None:
         assert manager.restore(2)["meta"] == {"best": math.inf, "$number": "NaN"}
 
 
+def test_metrics_that_are_no_numbers_of_ours_are_kept_beside_them(root: Path) -> None:
+    orbax(root, 1, metrics={"loss": 1.0})
+    odd = {"huge": 10**400, "tree": {"a": [1.0, math.inf]}, "text": "x", "none": None}
+    (root / "1" / "metrics" / "metrics").write_text(json.dumps({"loss": 2, "yes": True, **odd}))
+    assert run_adopt(root) == 0
+    restored = oc.open_run(root).restore()
+    assert restored.metrics == {"loss": 2.0, "yes": 1.0}
+    assert restored.extra["orbax"]["json"]["metrics"] == odd
+
+
 # Refused, with the way out.
 
 
