@@ -54,7 +54,7 @@ def unadopted(catalog: Catalog, head: Head | None) -> str | None:
     be taken for all there is, and training would begin anew or go on from an older step. None if there are none.
 
     Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
-    and retired since, or were left behind. Changes nothing. Raises StorageError.
+    and retired since, or were left behind. Changes nothing. Raises StorageError, UsageError where names are in doubt.
     """
     base = orbax_steps.local_path(catalog.url)
     newest = max((live.step for live in head.live), default=-1) if head else -1

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from absl import logging
+
 from orchestrator.arrays.orbax import Keeps
 from orchestrator.errors import UsageError
 from orchestrator.options import Options
@@ -69,14 +71,30 @@ class KeepAsOrbax:
     """`max_to_keep`, `keep_period`, `keep_time_interval`, `best_fn` and `preservation_policy`, by Orbax's own rules.
 
     To Orbax, NaN is as good as any number, and a run that has diverged deletes its best steps. Those that Orbax's rules
-    keep when nobody has NaN stay, too."""
+    keep when nobody has NaN stay, too. A step whose metrics `best_fn` fails on stays: nothing is known against it, and
+    retention is no reason to lose the save that it goes with."""
 
     keeps: Keeps
 
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         infos = [info(each.step, each.time, each.metrics) for each in steps]
-        numbers = [each for each in infos if not any(is_nan(score, each) for score in self.keeps.scores or ())]
-        return self.keeps.keep(infos) | (self.keeps.keep(numbers) if 0 < len(numbers) < len(infos) else frozenset())
+        has_number = {each.step: self._has_number(each) for each in infos}
+        judged = [each for each in infos if has_number[each.step] is not None]
+        numbers = [each for each in judged if has_number[each.step]]
+        kept = frozenset(has_number) - {each.step for each in judged}
+        if judged:
+            kept |= self.keeps.keep(judged)
+        if 0 < len(numbers) < len(judged):
+            kept |= self.keeps.keep(numbers)
+        return kept
+
+    def _has_number(self, about: Info) -> bool | None:
+        """Whether no score of it is NaN; None where one cannot be had."""
+        try:
+            return not any(is_nan(score, about) for score in self.keeps.scores or ())
+        except Exception as error:  # the user's function
+            logging.warning("step %d: best_fn raised %r; the step stays", about.step, error)
+            return None
 
     def metrics_needed(self, metrics: Mapping[str, float]) -> frozenset[str] | None:
         """Found by asking each score, as Orbax would, and watching what it looks at."""

@@ -104,11 +104,13 @@ def stands_alone(path: Path) -> bool:
 
 
 def finished_s(path: Path) -> float:
-    """When a step was finished, as far as its directory tells, in seconds since 1970."""
+    """When a step was finished, as far as its directory tells, in seconds since 1970. Raises StorageError."""
     try:
         return _time(path, _metadata(path))
     except (Damaged, UsageError):
         return _time(path, orbax_json.StepMetadata())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _metadata(path: Path) -> orbax_json.StepMetadata:
@@ -124,10 +126,17 @@ def _time(path: Path, known: orbax_json.StepMetadata) -> float:
 def look(path: Path, skip: frozenset[str]) -> Found:
     """Read what an Orbax step is made of; no array data. Raises UsageError for what cannot be adopted, Damaged naming
     what is not as Orbax leaves it, StorageError."""
+    try:
+        return _look(path, skip)
+    except OSError as error:  # it is being deleted, or may not be read
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _look(path: Path, skip: frozenset[str]) -> Found:
     known = _metadata(path)
     custom = arguments.plain_json(f"{path}/{_STEP_METADATA}: custom_metadata", known.custom_metadata or {})
     found = Found(custom_metadata=custom, time=_time(path, known))
-    items = {name: each for name, each in orbax_json.directories(path).items() if name not in skip}
+    items = orbax_json.directories(path, skip)
     if arrays.is_tree(path):  # written by a Checkpointer without items
         items = {DEFAULT: path}
     found.single = items.keys() - {_METRICS} == {DEFAULT}
@@ -151,7 +160,7 @@ def _look_at_item(found: Found, name: str, directory: Path) -> None:
             found.files[key] = each
     elif name == _METRICS and _METRICS in files:
         metrics = orbax_json.read(files[_METRICS], dict[str, Json])
-        found.metrics = {key: float(each) for key, each in metrics.items() if isinstance(each, int | float)}
+        found.metrics = {key: float(each) for key, each in metrics.items() if _is_float(each)}
         rest = {key: each for key, each in metrics.items() if key not in found.metrics}
         if rest:  # not numbers, or trees of them
             found.json[_METRICS] = arguments.plain_json(f"{directory}/{_METRICS}", rest)
@@ -167,6 +176,10 @@ def _look_at_item(found: Found, name: str, directory: Path) -> None:
             f"{directory}: item {name!r} is neither a pytree, JSON nor a grain iterator, and cannot be adopted; "
             f"--skip={name} leaves it where it is"
         )
+
+
+def _is_float(value: Json) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
 
 
 def in_store(storage: Reads) -> tuple[str, ...]:

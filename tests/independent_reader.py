@@ -32,6 +32,19 @@ def safe(name):
     return name
 
 
+def plain(value):
+    """The user's JSON, with the numbers that JSON has no word for."""
+    if isinstance(value, dict) and len(value) == 1:
+        (name, inner), *_ = value.items()
+        if name == "$number" and inner in ("NaN", "Infinity", "-Infinity"):
+            return float(inner)
+        if re.fullmatch(r"\$\$+number", name):
+            return {name[1:]: plain(inner)}
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list) else value
+
+
 class Step:
     def __init__(self, root, step=None):
         entries = [path for path in (root / "journal").iterdir() if re.fullmatch(r"\d{20}\.json", path.name)]
@@ -48,7 +61,8 @@ class Step:
         self.files = {safe(entry["path"]): entry for entry in self.manifest["files"]}
         self.leaves = record(self.file("intent.json"))["tree"]["leaves"]
         extra = record(self.file("extra.json"))
-        self.metrics, self.extra = extra["metrics"], extra["extra"]
+        self.metrics = {name: float(value) for name, value in extra["metrics"].items()}
+        self.extra = {name: plain(value) for name, value in extra["extra"].items()}
         own = (name for name in self.files if name.startswith("process/"))
         self.process_states = {int(Path(name).stem): self.file(name) for name in own}
 

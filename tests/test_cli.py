@@ -252,3 +252,30 @@ def test_help_of_a_command_may_be_asked_for_in_both_ways(capsys: pytest.CaptureF
     first = capsys.readouterr().out
     assert orchestrator("gc", "--help") == 0
     assert capsys.readouterr().out == first
+
+
+def test_metrics_that_are_not_finite_and_many_are_shown_and_json_stays_json(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"a": "NaN", "b": "Infinity", "c": "-Infinity"}
+    metrics = {name: float(word) for name, word in words.items()} | {f"m{number}": 1.0 for number in range(100)}
+    with oc.Agent(root, options=oc.Options(async_save=False)) as agent:
+        agent.save(1, {"w": jnp.ones(2)}, metrics=metrics, extra={"best": float("inf")})
+    commands = ("ls", "inspect", "report")
+    for command in commands:
+        assert orchestrator(command, root, "--json") == 0
+        told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        (step,) = told["saves"] if command == "report" else told["steps"] if command == "ls" else [told["step"]]
+        assert {name: step["metrics"][name] for name in words} == words and len(step["metrics"]) == 64
+        if command == "inspect":
+            assert told["metrics"] == metrics | words and told["extra"] == {"best": {"$number": "Infinity"}}
+            assert step["metrics_omitted"] == 39
+    assert orchestrator("ls", root) == 0 and "a=nan b=inf c=-inf" in (shown := capsys.readouterr().out)
+    assert "and 95 more" in shown
+    assert orchestrator("inspect", root) == 0 and "m99=1" in capsys.readouterr().out
+    assert orchestrator("report", root, f"--output={tmp_path}/report.html") == 0
+    assert "NaN" in (tmp_path / "report.html").read_text()
+    capsys.readouterr()
+    assert orchestrator("export", root, 1, tmp_path / "numpy", "--format=numpy") == 0
+    index = json.loads((tmp_path / "numpy" / "index.json").read_text(), parse_constant=pytest.fail)
+    assert index["metrics"] == metrics | words

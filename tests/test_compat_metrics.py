@@ -69,6 +69,17 @@ def test_the_steps_that_orbax_keeps_are_kept_and_no_good_one_is_deleted_for_nan(
     assert losses[our_best or 0] == (min if mode == "min" else max)(numbers)
 
 
+def test_a_step_on_which_best_fn_fails_stays_and_no_save_is_lost(root: Path) -> None:
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, best_fn=lambda metrics: metrics["loss"], best_mode="min")
+    with compat.CheckpointManager(root, options=options) as manager:
+        for step, metrics in enumerate([{"loss": 1.0}, {"accuracy": 1.0}, {"loss": 0.5}, {"loss": 2.0}]):
+            assert manager.save(step, args=STATE, metrics=metrics)
+            manager.wait_until_finished()
+        assert manager.all_steps() == [1, 2, 3]
+        with pytest.raises(KeyError):  # as in Orbax
+            manager.best_step()
+
+
 def test_root_metadata_stays_as_the_first_manager_gave_it_as_in_orbax(tmp_path: Path) -> None:
     seen = []
     for module in (ocp, compat):

@@ -24,6 +24,10 @@ from orchestrator.cli.main import main
 READER = Path(independent_reader.__file__)
 
 
+METRICS = {"loss": 0.5, "best": float("inf"), "worst": -float("inf")}
+EXTRA: dict[str, Any] = {"a": [1], "best": [float("inf")], "mine": {"$number": "NaN"}, "deep": {"$$number": 3}}
+
+
 def state(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     grid = NamedSharding(mesh, PartitionSpec("data", "model"))
     return {
@@ -63,9 +67,9 @@ def test_every_kind_of_leaf(compression: bool, root: Path, mesh8: jax.sharding.M
     with oc.Agent(root, options=now(compression=compression)) as agent:
         agent.save(1, {"w": jnp.zeros(1)}, force=True)
     with oc.Agent(root, options=now(compression=compression, other_tree=True)) as agent:
-        agent.save(2, state(mesh8), metrics={"loss": 0.5}, extra={"a": [1]}, process_state=b"\x00here")
+        agent.save(2, state(mesh8), metrics=METRICS, extra=EXTRA, process_state=b"\x00here")
     step = assert_reads_the_same(root)
-    assert step.extra == {"a": [1]}
+    assert step.extra == EXTRA
 
 
 def test_an_adopted_run(root: Path, mesh8: jax.sharding.Mesh) -> None:

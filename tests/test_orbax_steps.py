@@ -111,6 +111,16 @@ def test_numbers_that_json_has_no_word_for_are_adopted(root: Path) -> None:
         assert manager.restore(2)["meta"] == {"best": math.inf, "$number": "NaN"}
 
 
+def test_metrics_that_are_no_numbers_of_ours_are_kept_beside_them(root: Path) -> None:
+    orbax(root, 1, metrics={"loss": 1.0})
+    odd = {"huge": 10**400, "tree": {"a": [1.0, math.inf]}, "text": "x", "none": None}
+    (root / "1" / "metrics" / "metrics").write_text(json.dumps({"loss": 2, "yes": True, **odd}))
+    assert run_adopt(root) == 0
+    restored = oc.open_run(root).restore()
+    assert restored.metrics == {"loss": 2.0, "yes": 1.0}
+    assert restored.extra["orbax"]["json"]["metrics"] == odd
+
+
 # Refused, with the way out.
 
 
@@ -314,6 +324,21 @@ def test_a_malformed_step_is_one_clear_line_and_nothing_is_written(
     assert error.startswith("orchestrator adopt: ") and "Traceback" not in error and error.count("\n") == 1
     assert str(root / "5") in error and len(error) < 2000
     assert list(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["../../../other/w", "../default/w", "/{outside}/w", "w/../w"])
+def test_a_name_that_leads_out_of_its_step_is_refused_though_an_array_is_there(
+    name: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    for where in (root, tmp_path / "other"):
+        with ocp.CheckpointManager(where, item_handlers=handler) as manager:
+            manager.save(5, args=ocp.args.PyTreeSave({"w": jnp.ones(4)}))
+    shutil.move(tmp_path / "other" / "5" / "default" / "w", tmp_path / "other" / "w")
+    leaf(**key(name.format(outside=tmp_path / "other")))(root / "5" / _METADATA)
+    assert run_adopt(root) == 4
+    assert "is not a plain relative path" in capsys.readouterr().err
+    assert not (root / "journal").exists()
 
 
 def test_a_linked_step_is_refused_and_what_it_leads_to_is_left_alone(root: Path, tmp_path: Path) -> None:

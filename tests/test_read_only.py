@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import snapshot
+from processes import free_port
 
 import orchestrator as oc
 from orchestrator import compat
@@ -122,3 +125,39 @@ def test_whatever_method_is_added_the_store_of_a_read_only_manager_takes_nothing
         assert isinstance(manager._storage, ReadOnlyStorage) and manager._catalog.storage is manager._storage
         with pytest.raises(oc.UsageError, match="read-only"):
             manager._storage.create("journal/x", b"")
+
+
+READER = """
+import sys, jax, jax.numpy as jnp
+import orchestrator.compat as ocp
+root, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+options = ocp.CheckpointManagerOptions(read_only=True)
+with ocp.CheckpointManager(root, options=options) as manager:
+    target = ocp.args.StandardRestore({"w": jnp.zeros(4096)})
+    print(float(manager.restore(args=target)["w"][0]), float(manager.restore(0, args=target)["w"][0]), end=" ")
+    print(manager.save(3, args=ocp.args.StandardSave({"w": jnp.zeros(4096)}), force=True), end=" ")
+    print(manager.delete(0), manager.reached_preemption(4), manager.should_save(5), manager.all_steps())
+"""
+
+
+@pytest.mark.jobs
+def test_a_read_only_job_of_two_processes_writes_nothing_either(root: Path, trainer: compat.CheckpointManager) -> None:
+    (manifest,) = root.glob("steps/00000002/*/manifest.json")
+    manifest.write_bytes(b"{}")
+    before = snapshot(root)
+    port = str(free_port())
+    command = [sys.executable, "-c", READER, str(root), port]
+    processes = [
+        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for index in range(2)
+    ]
+    try:
+        for process in processes:
+            said, errors = process.communicate(timeout=90)
+            assert said.splitlines()[-1:] == ["1.0 0.0 False None False False [0, 1, 2]"], errors
+    finally:
+        for process in processes:
+            process.kill()
+    assert snapshot(root) == before
+    assert trainer.save(3, args=state(3))

@@ -119,9 +119,10 @@ def read_text(path: Path) -> str:
         raise Damaged(f"{path}: not text: {error}") from error
 
 
-def directories(directory: Path) -> dict[str, Path]:
+def directories(directory: Path, skip: frozenset[str]) -> dict[str, Path]:
     """The directories in a directory of Orbax's, by name. Raises UsageError for a symbolic link, StorageError."""
-    return {entry.name: directory / entry.name for entry in _entries(directory) if entry.is_dir(follow_symlinks=False)}
+    entries = _entries(directory, skip)
+    return {entry.name: directory / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
 
 
 def files_below(directory: Path) -> dict[str, Path]:
@@ -139,12 +140,12 @@ def files_below(directory: Path) -> dict[str, Path]:
     return found
 
 
-def _entries(directory: Path) -> list[os.DirEntry[str]]:
+def _entries(directory: Path, skip: frozenset[str] = frozenset()) -> list[os.DirEntry[str]]:
     try:
         if directory.is_symlink():
             raise _link(directory)
         with os.scandir(directory) as entries:
-            found = sorted(entries, key=lambda each: each.name)
+            found = sorted((each for each in entries if each.name not in skip), key=lambda each: each.name)
     except OSError as error:
         raise _unreadable(directory, error) from error
     for entry in found:

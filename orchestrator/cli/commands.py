@@ -21,6 +21,7 @@ from orchestrator.records import Head, LeafSpec, LiveStep
 from orchestrator.storage import open_storage
 
 Flags = dict[str, Any]
+METRICS_SHOWN = 8  # of each step, in a table
 
 
 def open_catalog(root: str) -> Catalog:
@@ -65,9 +66,9 @@ def ls(root: str, flags: Flags) -> int:
 
 
 def _row(live: LiveStep, newest: LiveStep | None) -> list[str]:
-    metrics = _shown_metrics(live.metrics)
-    if live.metrics_omitted:
-        metrics += f" and {live.metrics_omitted} more (orchestrator inspect)"
+    few = dict(list(live.metrics.items())[:METRICS_SHOWN])
+    more = len(live.stored_metrics) - len(few) + live.metrics_omitted
+    metrics = _shown_metrics(few) + (f" and {more} more" if more else "")
     mark = "*" if live == newest else ""  # what a restore takes
     saved = render.moment(live.time)
     return [
