@@ -68,7 +68,7 @@ def fits(intent: Intent, manifest: Manifest) -> None:
     Invalid naming the leaf."""
     _same("process_count", intent.process_count, manifest.process_count)
     stored_bytes = sum(entry.bytes for entry in manifest.files if entry.path.startswith(layout.STATE))
-    names = {entry.path for entry in manifest.files} if any(leaf.foreign for leaf in intent.tree.leaves) else set()
+    names = {entry.path for entry in manifest.files}
     count = raw_bytes = values = 0
     for leaf in intent.tree.leaves:
         if not leaf.in_store:
@@ -83,6 +83,8 @@ def fits(intent: Intent, manifest: Manifest) -> None:
             raise Invalid(f"{leaf.label}: {size} bytes, out of {stored_bytes} that the manifest lists below state/")
         if leaf.foreign:
             _has_files(leaf, leaf.foreign, names)
+        elif layout.STATE + layout.STORE not in names:
+            raise Invalid(f"{leaf.label}: is in an array store, and the manifest lists none")
     if raw_bytes > stored_bytes:
         raise Invalid(f"arrays of {raw_bytes} bytes, of {stored_bytes} that the manifest lists below state/")
     ours = all(leaf.chunk is not None for leaf in intent.tree.leaves if leaf.in_store)  # else their count is not known
@@ -273,7 +275,7 @@ def _array(leaf: LeafSpec) -> None:
     if leaf.kind == "key":
         known = _KEY_DTYPE.fullmatch(leaf.dtype) is not None
         prefix = leaf.stored_shape is not None and leaf.stored_shape[: len(leaf.shape)] == leaf.shape
-        if not known or not prefix or not leaf.value:
+        if not known or not prefix or not leaf.value or stored != "uint32":
             raise Invalid(f"{where}: a PRNG key of {_shown(leaf.dtype)}{leaf.shape}, stored as {leaf.stored_shape}")
     elif stored not in (leaf.dtype, STORED_AS.get(leaf.dtype)) or leaf.stored_shape not in (None, leaf.shape):
         raise Invalid(f"{where}: {_shown(leaf.dtype)}{leaf.shape}, stored as {stored}{leaf.stored_shape or leaf.shape}")

@@ -19,6 +19,7 @@ from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, Storage
 from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
 
 _THREADS = 4  # each holds one file in memory
+_SLAB_BYTES = 256 << 20  # of an array that is decoded, at a time
 _DATA = "/d/"  # OCDBT keeps an array store's bytes in such directories
 
 OnBytes = Callable[[int], None]
@@ -65,12 +66,11 @@ def read_back(
         return verdict
     files = [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
     _read_files(catalog.checked, live, files, verdict, on_bytes)
-    if verdict.good:
-        _read_records(catalog, live, manifest, verdict)
+    sizes = _read_records(catalog, live, manifest, verdict, decode=sample is None) if verdict.good else {}
     keys = sorted(manifest.chunks)
     if sample is not None and keys:
         keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
-    _read_chunks(catalog, live, manifest, keys, verdict, on_bytes)
+    _read_chunks(catalog, live, manifest, {key: sizes.get(key) for key in keys}, verdict, on_bytes)
     return verdict
 
 
@@ -116,34 +116,52 @@ def _read_files(
     verdict.files = len(files)
 
 
-def _read_records(catalog: Catalog, live: LiveStep, manifest: Manifest, verdict: Verdict) -> None:
-    """Decode what every file of a record holds: a checksum that is right says nothing about what is in it. And the tree
-    must have the arrays that the manifest has chunks of, so that a restore reads what is checked here."""
-    processes = (layout.process_of(entry.path) for entry in manifest.files if entry.path.startswith(layout.RECEIPTS))
+def _read_records(
+    catalog: Catalog, live: LiveStep, manifest: Manifest, verdict: Verdict, *, decode: bool
+) -> dict[str, int]:
+    """Read what every record holds: a checksum that is right says nothing about what is in it. And the tree must have
+    the arrays that the manifest has chunks of, so that a restore reads what is checked here. `decode`: so are arrays
+    whose chunks only their own metadata describes (compressed, external). Returns the size of each chunk that the tree
+    describes."""
+    names = [entry.path for entry in manifest.files]
     try:
         catalog.extra(live, manifest)
-        for process in processes:
-            catalog.receipt(live.step, live.attempt, process)
+        for name in names:
+            if name.startswith((layout.RECEIPTS, layout.PROCESS)):
+                process = layout.process_of(name)
+            if name.startswith(layout.RECEIPTS):
+                catalog.receipt(live.step, live.attempt, process)
         leaves = catalog.intent(live, manifest).tree.leaves
-    except (Damaged, NewerFormat, StorageError) as error:
+        directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
+        coded = [leaf for leaf in leaves if leaf.chunk is None] if decode else []
+        for _ in arrays.slabs(directory, coded, _SLAB_BYTES, stored=contents.stored(manifest)):
+            pass
+    except OrchestratorError as error:
         _note(verdict, error)
-        return
-    missing = sorted(contents.keys(leaves) - manifest.chunks.keys()) if manifest.chunks else []
+        return {}
+    sizes = contents.sizes(leaves)
+    missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
     if missing:
         key = catalog.key(live.step, live.attempt, layout.MANIFEST)
         verdict.damaged.append(f"{catalog.url}/{key}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
+    return sizes
 
 
 def _read_chunks(
-    catalog: Catalog, live: LiveStep, manifest: Manifest, keys: list[str], verdict: Verdict, on_bytes: OnBytes
+    catalog: Catalog,
+    live: LiveStep,
+    manifest: Manifest,
+    sizes: dict[str, int | None],
+    verdict: Verdict,
+    on_bytes: OnBytes,
 ) -> None:
     directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
     try:
-        bad = arrays.check(directory, contents.stored(manifest), on_bytes, keys) if keys else {}
+        bad = arrays.check(directory, contents.stored(manifest), on_bytes, sizes) if sizes else {}
     except OrchestratorError as error:
         _note(verdict, error)
         return
-    verdict.chunks = len(keys)
+    verdict.chunks = len(sizes)
     where = _places(catalog, live, manifest, set(bad)) if bad else {}
     verdict.damaged += [f"{where.get(key, key)}: {problem}" for key, problem in bad.items()]
 

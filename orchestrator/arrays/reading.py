@@ -141,12 +141,12 @@ def check(
     directory: str,
     stored: Stored,
     on_bytes: Callable[[int], None] = lambda read_bytes: None,
-    keys: Sequence[str] | None = None,
+    sizes: Mapping[str, int | None] | None = None,
 ) -> dict[str, str]:
-    """Read the chunks (those of `keys`, or all) of the `state/` at URL `directory`. By key: what is wrong with each
+    """Read the chunks (of these sizes, where they are known; or all) of the `state/` at URL `directory`. By key: what is wrong with each
     that is not what was saved. Holds a few at a time. Raises Damaged if the store cannot be opened, or its chunks are
     not those that the manifest has; StorageError, WaitTimeout."""
-    return _Reader(directory, on_bytes, stored).check(keys)
+    return _Reader(directory, on_bytes, stored).check(sizes or dict.fromkeys(stored.chunks))
 
 
 # TensorStore's statuses that say something about the store, and nothing about what is in it.
@@ -374,12 +374,12 @@ class _Reader:
                 "it belongs to another save"
             )
 
-    def check(self, some: Sequence[str] | None) -> dict[str, str]:
-        """Read `some` of the chunks that there is a checksum of, or all. Key -> what is wrong with it."""
+    def check(self, sizes: Mapping[str, int | None]) -> dict[str, str]:
+        """Read these chunks. Key -> what is wrong with it."""
         self._check_keys()
         problems: dict[str, str] = {}
         waiting: deque[tuple[str, Any]] = deque()
-        keys = iter(self._checksums if some is None else some)
+        keys = iter(sizes)
         while True:
             for key in itertools.islice(keys, _CHECK_READS - len(waiting)):
                 waiting.append((key, self._store.read(key)))
@@ -393,6 +393,8 @@ class _Reader:
                 said = int.from_bytes(body[-chunks.CHECKSUM_BYTES :], "little")
                 if len(body) < chunks.CHECKSUM_BYTES or crc32c.crc32c(body[: -chunks.CHECKSUM_BYTES]) != said:
                     raise Damaged(f"chunk {key} in {self._directory} is missing or damaged")
+                if (size := sizes[key] or len(body)) != len(body):
+                    raise Damaged(f"chunk {key} in {self._directory} has {len(body)} bytes, the tree spec {size}")
                 self._same_save(key.partition("/c")[0], key, said)
             except TimeoutError as error:
                 text = f"chunk {key}: {self._directory} did not answer within {_TIMEOUT_S:g} s"
