@@ -19,7 +19,6 @@ from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, Storage
 from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
 
 _THREADS = 4  # each holds one file in memory
-_SLAB_BYTES = 256 << 20  # of an array that is decoded, at a time
 _DATA = "/d/"  # OCDBT keeps an array store's bytes in such directories
 
 OnBytes = Callable[[int], None]
@@ -133,9 +132,9 @@ def _read_records(
                 catalog.receipt(live.step, live.attempt, process)
         leaves = catalog.intent(live, manifest).tree.leaves
         directory = f"{catalog.url}/{layout.attempt_prefix(live.step, live.attempt)}{layout.STATE}"
-        coded = [leaf for leaf in leaves if leaf.chunk is None] if decode else []
-        for _ in arrays.slabs(directory, coded, _SLAB_BYTES, stored=contents.stored(manifest)):
-            pass
+        for leaf in leaves if decode else ():
+            if leaf.in_store and leaf.chunk is None:  # whole, as a chunk of it may be all of it
+                arrays.load(directory, [arrays.Load(leaf)], stored=contents.stored(manifest))
     except OrchestratorError as error:
         _note(verdict, error)
         return {}

@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -161,11 +162,13 @@ class Judge:
     def _restore(self, step: int | None = None) -> oc.Restored:
         return oc.open_run(self._root).restore(step=step, attest=self._attest)
 
-    def __call__(self, case: Case) -> tuple[str, str]:
-        """(outcome, what was said)."""
+    def __call__(self, case: Case, begins: Callable[[], None]) -> tuple[str, str]:
+        """(outcome, what was said). Calls `begins` before each thing that has the time to itself."""
+        begins()
         outcome, detail, newest = self._restored(case)
         if outcome not in ALLOWED:
             return outcome, detail
+        begins()
         try:
             verdict = self._verified()
         except oc.OrchestratorError as error:
@@ -175,6 +178,7 @@ class Judge:
         if verdict == "good" and not newest and "UsageError" not in detail:
             return "verify says good, restore does not", detail
         for name, *flags in COMMANDS if self._commands else ():
+            begins()
             try:
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     command(["orchestrator", name, str(self._root), *flags])
@@ -226,8 +230,12 @@ def apply(root: Path, image: Image) -> None:
         path = root / name
         if body is None or body is DIRECTORY:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # where it was the last one
+    for name, body in image.changed.items():
+        path = root / name
         if body is DIRECTORY:
-            path.mkdir(exist_ok=True)
+            path.mkdir(parents=True)
         elif isinstance(body, bytes):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(body)
@@ -243,7 +251,10 @@ def undo(root: Path, image: Image, pristine: Path) -> None:
         path = root / name
         if body is DIRECTORY:
             path.rmdir()
-        path.unlink(missing_ok=True)
+        elif isinstance(body, bytes):
+            path.unlink(missing_ok=True)
+    for name in image.changed:
+        path = root / name
         if name in image.files:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(image.files[name])
@@ -261,10 +272,15 @@ def serve(cases: Sequence[Case], pristine: Path, root: Path, commands: bool, pip
         image = Image(files)
         what = case.change(image) or case.name
         apply(root, image)
-        started = time.monotonic()
-        os.write(pipe, b"\n")  # begins now
-        outcome, detail = judge(case)
-        seconds = time.monotonic() - started
+        times: list[float] = []
+
+        def begins(times: list[float] = times) -> None:
+            times.append(time.monotonic())
+            os.write(pipe, b"\n")
+
+        outcome, detail = judge(case, begins)
+        times.append(time.monotonic())
+        seconds = max(after - before for before, after in itertools.pairwise(times))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         told = Outcome(case.name, case.run, case.forged, what, outcome, detail[:1000], round(seconds, 2), peak)
         os.write(pipe, json.dumps(asdict(told)).encode() + b"\n")
@@ -391,18 +407,21 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--outcomes", type=Path, help="every outcome, one JSON object a line")
     parser.add_argument("--commands", action="store_true", help="show each changed run with commands, too")
-    parser.add_argument("--named", choices=("all", "none", "only"), default="all", help="the cases of tests/forged.py")
+    parser.add_argument("--named", choices=("all", "none", "only", "special"), default="all", help="of tests/forged.py")
+    parser.add_argument("--alone", action="store_true", help="a process for each named case, to measure its memory")
     args = parser.parse_args()
     if args.mutations < 1:
         parser.error(f"--mutations={args.mutations}: expected at least 1")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from forged import CASES  # they are of this module's class
+    sys.modules.setdefault("fuzz", sys.modules["__main__"])  # so that there is one class of cases
+    from forged import CASES, SPECIAL_CASES
 
     first = args.seed * 10_000_000
-    seeds = range(first, first + args.mutations) if args.named != "only" else ()
+    seeds = range(first, first + args.mutations) if args.named in ("all", "none") else ()
+    by_name = {"none": [], "special": SPECIAL_CASES}.get(args.named, CASES)
     with runs() as base:
         found = list(campaign(map(drawn, seeds), base, commands=args.commands))
-        named = list(campaign(CASES, base, commands=args.commands, alone=True)) if args.named != "none" else []
+        named = list(campaign(by_name, base, commands=args.commands, alone=args.alone))
     table = report(found, named, args.seed)
     print(table)
     if args.report:

@@ -89,6 +89,15 @@ class Image:
 
         self.set_manifest(follow, step)
 
+    def remove(self, name: str, step: int = NEWEST) -> None:
+        """A file of the attempt, and the manifest's line of it."""
+        self.changed[self.attempt(step) + name] = None
+
+        def follow(manifest: dict[str, Any]) -> None:
+            manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != name]
+
+        self.set_manifest(follow, step)
+
     def set_record(self, name: str, change: Callable[[dict[str, Any]], None], step: int = NEWEST) -> None:
         record = self.record(self.attempt(step) + name)
         change(record)

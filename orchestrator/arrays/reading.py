@@ -143,9 +143,9 @@ def check(
     on_bytes: Callable[[int], None] = lambda read_bytes: None,
     sizes: Mapping[str, int | None] | None = None,
 ) -> dict[str, str]:
-    """Read the chunks (of these sizes, where they are known; or all) of the `state/` at URL `directory`. By key: what is wrong with each
-    that is not what was saved. Holds a few at a time. Raises Damaged if the store cannot be opened, or its chunks are
-    not those that the manifest has; StorageError, WaitTimeout."""
+    """Read the chunks (these, of these sizes where they are known; or all) of the `state/` at URL `directory`. By key:
+    what is wrong with each that is not what was saved. Holds a few at a time. Raises Damaged if the store cannot be
+    opened, or its chunks are not those that the manifest has; StorageError, WaitTimeout."""
     return _Reader(directory, on_bytes, stored).check(sizes or dict.fromkeys(stored.chunks))
 
 
