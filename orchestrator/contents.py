@@ -5,11 +5,13 @@ A receipt comes from storage: where it says that a chunk is, is checked before i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from orchestrator import chunks, layout
 from orchestrator.chunks import CHECKSUM_BYTES
+from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import Damaged
 from orchestrator.records import Box, LeafSpec, Manifest, Receipt
 
@@ -55,11 +57,16 @@ class Stored:
         return Stored({}, inside)
 
 
-def keys(leaves: Iterable[LeafSpec]) -> set[str]:
-    """The chunks that arrays of ours consist of, as far as the tree spec alone says so: not of compressed ones."""
-    ours = [(leaf, leaf.chunk) for leaf in leaves if leaf.in_store and leaf.chunk is not None]
-    wholes = ((leaf, chunk, Box(start=(0,) * len(chunk), stop=leaf.file_shape)) for leaf, chunk in ours)
-    return {chunks.key(leaf.name, box, chunk) for leaf, chunk, whole in wholes for box in chunks.cut(whole, chunk)}
+def sizes(leaves: Iterable[LeafSpec]) -> dict[str, int]:
+    """Key -> bytes, with the checksum, of the chunks that arrays of ours consist of, as far as the tree spec alone says
+    so: not of compressed ones."""
+    found: dict[str, int] = {}
+    for leaf in leaves:
+        if leaf.in_store and leaf.chunk is not None:
+            size = math.prod(leaf.chunk) * ITEM_BYTES[leaf.stored_dtype or leaf.dtype] + CHECKSUM_BYTES
+            whole = Box(start=(0,) * len(leaf.chunk), stop=leaf.file_shape)
+            found |= {chunks.key(leaf.name, box, leaf.chunk): size for box in chunks.cut(whole, leaf.chunk)}
+    return found
 
 
 def stored(manifest: Manifest) -> Stored:

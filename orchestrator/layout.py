@@ -110,7 +110,7 @@ def process_of(name: str) -> int:
     """The process index in the name of a receipt or of a process's state. Raises UnsafeKey for anything else."""
     found = _OF_A_PROCESS.fullmatch(name)
     process = int(found[1] or found[2]) if found else -1
-    if name not in (receipt_name(process), process_state_name(process)):
+    if process < 0 or name not in (receipt_name(process), process_state_name(process)):
         raise UnsafeKey(
             f"{name!r}: wanted receipts/PPPPP.json or process/PPPPP.bin; the record that holds it is damaged"
         )

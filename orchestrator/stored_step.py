@@ -83,15 +83,18 @@ class StoredStep:
             self._judge(suspect)
             raise self._not_damaged(suspect, 1) from suspect
 
-    def bad_chunks(self, keys: Iterable[str], on_bytes: OnBytes = lambda read_bytes: None) -> Mapping[str, str]:
-        """Read these chunks. By key: what is wrong with each that is proven not to be what was saved."""
-        wanted, stored = list(keys), contents.stored(self.manifest)
-        suspects = self._again(lambda: arrays.check(self.state_url, stored, on_bytes, wanted))
+    def bad_chunks(
+        self, sizes: Mapping[str, int | None], on_bytes: OnBytes = lambda read_bytes: None
+    ) -> Mapping[str, str]:
+        """Read these chunks, of these sizes where they are known. By key: what is wrong with each that is proven not to
+        be what was saved."""
+        stored = contents.stored(self.manifest)
+        suspects = self._again(lambda: arrays.check(self.state_url, stored, on_bytes, sizes))
         if not suspects:
             return {}
-        proven = {key: f"{text}; {why}" for key, text in suspects.items() if (why := self._problem_of(key))}
+        proven = {key: f"{text}; {why}" for key, text in suspects.items() if (why := self._problem_of(key, sizes[key]))}
         for key, text in suspects.items():
-            if key not in proven and arrays.check(self.state_url, stored, keys=[key]):
+            if key not in proven and arrays.check(self.state_url, stored, sizes={key: sizes[key]}):
                 raise self._not_damaged(Suspect(text), 2)
         return proven
 
@@ -124,6 +127,7 @@ class StoredStep:
     def _again(self, read: Callable[[], Value]) -> Value:
         """What `read` returns. What it suspects is judged, and what it could not read is tried again, READS times."""
         for tries in range(1, READS + 1):
+            pause_s = _PAUSE_S
             try:
                 return read()
             except Suspect as suspect:
@@ -133,13 +137,14 @@ class StoredStep:
                         f"{suspect}; read so {READS} times, and its files are the manifest's: no save writes this"
                     ) from suspect
                 failed: Exception = suspect
+                pause_s = 0.0  # the store has just answered
             except StorageError as error:
                 if tries == READS or (isinstance(error, Unavailable) and error.waited):
                     self.catalog.check_live(self.live)
                     raise
                 failed = error
-            emit(Retried("read", tries, "restore", self.where, str(failed)[:300], _PAUSE_S))
-            time.sleep(_PAUSE_S)
+            emit(Retried("read", tries, "restore", self.where, str(failed)[:300], pause_s))
+            time.sleep(pause_s)
         raise self._not_damaged(failed, READS) from failed
 
     def _not_damaged(self, error: Exception, times: int) -> Unavailable:
@@ -171,8 +176,9 @@ class StoredStep:
             if problem := self._problem_of(key):
                 raise Damaged(problem, chunks=[key])
 
-    def _problem_of(self, key: str) -> str:
-        """What is proven to be wrong with a chunk, '' if it is what was saved: its file is read whole."""
+    def _problem_of(self, key: str, size_bytes: int | None = None) -> str:
+        """What is proven to be wrong with a chunk (of `size_bytes`, if they are known), '' if it is what was saved: its
+        file is read whole."""
         manifest = self.catalog.manifest(self.live)
         if key not in manifest.chunks:
             return ""
@@ -184,6 +190,8 @@ class StoredStep:
                 chunk = self.catalog.checked(self.live, entry)[offset : offset + size]
         except Damaged as error:
             return str(error)
+        if size_bytes is not None and len(chunk) != size_bytes:
+            return f"{self.where}: chunk {key} has {len(chunk)} bytes, the tree spec {size_bytes}"
         got = f"{crc32c.crc32c(chunk[:-CHECKSUM_BYTES]):08x}"
         if got == manifest.chunks[key]:
             return ""

@@ -22,6 +22,7 @@ from orchestrator.records import (
     Box,
     Event,
     Extra,
+    Failure,
     FileEntry,
     Foreign,
     Head,
@@ -39,7 +40,8 @@ RANK_MAX = 64  # numpy's
 PROCESSES_MAX = 1_000_000
 DEPTH_MAX = 512  # of a path in a tree, and of JSON in JSON
 NAME_BYTES_MAX = 1 << 13
-SHARDING_CHARS_MAX = 1 << 12
+TEXT_CHARS_MAX = SHARDING_CHARS_MAX = 1 << 12
+REASON_CHARS_MAX = 1 << 20
 INT_DIGITS_MAX = 4300  # what Python reads unless it is told otherwise
 TIME_MAX_S = 250_000_000_000  # the year 9892: what dates can be made of
 SECONDS_MAX = 1e12
@@ -68,7 +70,7 @@ def fits(intent: Intent, manifest: Manifest) -> None:
     Invalid naming the leaf."""
     _same("process_count", intent.process_count, manifest.process_count)
     stored_bytes = sum(entry.bytes for entry in manifest.files if entry.path.startswith(layout.STATE))
-    names = {entry.path for entry in manifest.files} if any(leaf.foreign for leaf in intent.tree.leaves) else set()
+    names = {entry.path for entry in manifest.files}
     count = raw_bytes = values = 0
     for leaf in intent.tree.leaves:
         if not leaf.in_store:
@@ -83,6 +85,8 @@ def fits(intent: Intent, manifest: Manifest) -> None:
             raise Invalid(f"{leaf.label}: {size} bytes, out of {stored_bytes} that the manifest lists below state/")
         if leaf.foreign:
             _has_files(leaf, leaf.foreign, names)
+        elif layout.STATE + layout.STORE not in names:
+            raise Invalid(f"{leaf.label}: is in an array store, and the manifest lists none")
     if raw_bytes > stored_bytes:
         raise Invalid(f"arrays of {raw_bytes} bytes, of {stored_bytes} that the manifest lists below state/")
     ours = all(leaf.chunk is not None for leaf in intent.tree.leaves if leaf.in_store)  # else their count is not known
@@ -115,6 +119,7 @@ def name_clash(leaves: Sequence[LeafSpec]) -> str:
 
 
 def _head(head: Head) -> None:
+    _text("writer", head.writer)
     _whole("version", head.version, 0, layout.VERSION_MAX)
     _whole("epoch", head.epoch, 0, INT64_MAX)
     _time("time", head.time)
@@ -131,16 +136,20 @@ def _head(head: Head) -> None:
 
 
 def _event(event: Event) -> None:
+    _text("event.kind", event.kind)
+    _text("event.reason", event.reason, REASON_CHARS_MAX)
     for step in (*event.steps, *(() if event.step is None else (event.step,))):
         _whole("event.steps", step, 0, STEP_MAX)
     if event.attempt is not None:
         layout.parse_attempt(event.attempt)
     for failure in event.failures:
-        _whole("event.failures.process", failure.process, -1, PROCESSES_MAX)
+        _failure("event.failures", failure)
 
 
 def _live(live: LiveStep) -> None:
     _step_and_attempt(live)
+    for pin in live.pins:
+        _text("pins", pin)
     _crc("manifest_crc32c", live.manifest_crc32c)
     _whole("bytes", live.bytes, 0, INT64_MAX)
     _time("time", live.time)
@@ -150,6 +159,7 @@ def _live(live: LiveStep) -> None:
 
 
 def _intent(intent: Intent) -> None:
+    _text("opened_by", intent.opened_by)
     _step_and_attempt(intent)
     _whole("epoch", intent.epoch, 0, INT64_MAX)
     _built_on(intent.built_on)
@@ -163,6 +173,7 @@ def _intent(intent: Intent) -> None:
 
 
 def _receipt(receipt: Receipt) -> None:
+    _text("host", receipt.host)
     _step_and_attempt(receipt)
     _built_on(receipt.built_on)
     _whole("process", receipt.process, 0, PROCESSES_MAX)
@@ -184,6 +195,7 @@ def _receipt(receipt: Receipt) -> None:
         _all_hex(f"prints.{name}", [shard.print for shard in prints], 32)
     if receipt.failure is not None:
         _same("failure.process", receipt.failure.process, receipt.process)
+        _failure("failure", receipt.failure)
 
 
 def _manifest(manifest: Manifest) -> None:
@@ -191,6 +203,8 @@ def _manifest(manifest: Manifest) -> None:
     _built_on(manifest.built_on)
     _whole("process_count", manifest.process_count, 1, PROCESSES_MAX)
     _same("hosts, how many", len(manifest.hosts), manifest.process_count)
+    for host in manifest.hosts:
+        _text("hosts", host)
     _same("seconds, how many", len(manifest.seconds), manifest.process_count)
     for process, seconds in enumerate(manifest.seconds):
         _seconds(f"seconds[{process}]", seconds)
@@ -273,7 +287,7 @@ def _array(leaf: LeafSpec) -> None:
     if leaf.kind == "key":
         known = _KEY_DTYPE.fullmatch(leaf.dtype) is not None
         prefix = leaf.stored_shape is not None and leaf.stored_shape[: len(leaf.shape)] == leaf.shape
-        if not known or not prefix or not leaf.value:
+        if not known or not prefix or not leaf.value or stored != "uint32":
             raise Invalid(f"{where}: a PRNG key of {_shown(leaf.dtype)}{leaf.shape}, stored as {leaf.stored_shape}")
     elif stored not in (leaf.dtype, STORED_AS.get(leaf.dtype)) or leaf.stored_shape not in (None, leaf.shape):
         raise Invalid(f"{where}: {_shown(leaf.dtype)}{leaf.shape}, stored as {stored}{leaf.stored_shape or leaf.shape}")
@@ -359,6 +373,18 @@ def _shown(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+def _text(name: str, value: str, most: int = TEXT_CHARS_MAX) -> None:
+    if len(value) > most:
+        raise Invalid(f"{name}: {len(value)} characters, expected at most {most}")
+
+
+def _failure(name: str, failure: Failure) -> None:
+    _whole(f"{name}.process", failure.process, -1, PROCESSES_MAX)
+    _text(f"{name}.host", failure.host)
+    _text(f"{name}.phase", failure.phase)
+    _text(f"{name}.cause", failure.cause, REASON_CHARS_MAX)
+
+
 def _whole(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
         raise Invalid(f"{name} is {_shown(value)}, expected {least} to {most}")
@@ -414,10 +440,11 @@ def _unique(name: str, field: str, values: list[Any]) -> None:
 
 
 def _files(files: Sequence[FileEntry]) -> None:
+    _unique("files", "path", [entry.path for entry in files])
     for entry in files:
         layout.check_key(entry.path, "files")
-        _whole(f"files: {_shown(entry.path)}: bytes", entry.bytes, 0, INT64_MAX)
-    _unique("files", "path", [entry.path for entry in files])
+        if not 0 <= entry.bytes <= INT64_MAX:
+            raise Invalid(f"files: {_shown(entry.path)}: {_shown(entry.bytes)} bytes")
     _all_hex("files: crc32c", [entry.crc32c for entry in files], 8)
     _all_hex("files: crc32", [entry.crc32 for entry in files if entry.crc32], 8)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from orchestrator import attest, chunks, contents, journal, layout
+from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, OrchestratorError, StepRetired
 from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
@@ -75,13 +76,12 @@ def read_back(
         return verdict
     files = [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
     _read_files(catalog.checked, live, files, verdict, on_bytes)
-    if verdict.good:
-        _read_records(catalog, live, manifest, verdict)
+    sizes = _read_records(stored, manifest, verdict, decode=sample is None) if verdict.good else {}
     keys = sorted(manifest.chunks)
     if sample is not None and keys:
         keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
     if keys and not verdict.retired:
-        _read_chunks(stored, keys, verdict, on_bytes)
+        _read_chunks(stored, {key: sizes.get(key) for key in keys}, verdict, on_bytes)
     return verdict
 
 
@@ -123,32 +123,43 @@ def _read_files(
     verdict.files = len(files)
 
 
-def _read_records(catalog: Catalog, live: LiveStep, manifest: Manifest, verdict: Verdict) -> None:
-    """Decode what every file of a record holds: a checksum that is right says nothing about what is in it. And the tree
-    must have the arrays that the manifest has chunks of, so that a restore reads what is checked here."""
-    processes = (layout.process_of(entry.path) for entry in manifest.files if entry.path.startswith(layout.RECEIPTS))
+def _read_records(stored: StoredStep, manifest: Manifest, verdict: Verdict, *, decode: bool) -> dict[str, int]:
+    """Read what every record holds: a checksum that is right says nothing about what is in it. And the tree must have
+    the arrays that the manifest has chunks of, so that a restore reads what is checked here. `decode`: so are arrays
+    whose chunks only their own metadata describes (compressed, external). Returns the size of each chunk that the tree
+    describes."""
+    catalog, live = stored.catalog, stored.live
+    names = [entry.path for entry in manifest.files]
     try:
         catalog.extra(live, manifest)
-        for process in processes:
-            catalog.receipt(live.step, live.attempt, process)
+        for name in names:
+            if name.startswith((layout.RECEIPTS, layout.PROCESS)):
+                process = layout.process_of(name)
+            if name.startswith(layout.RECEIPTS):
+                catalog.receipt(live.step, live.attempt, process)
         leaves = catalog.intent(live, manifest).tree.leaves
+        for leaf in leaves if decode else ():
+            if leaf.in_store and leaf.chunk is None:  # whole, as a chunk of it may be all of it
+                stored.load([Load(leaf)])
     except OrchestratorError as error:
         verdict.note(error)
-        return
-    missing = sorted(contents.keys(leaves) - manifest.chunks.keys()) if manifest.chunks else []
+        return {}
+    sizes = contents.sizes(leaves)
+    missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
     if missing:
         key = catalog.key(live.step, live.attempt, layout.MANIFEST)
         verdict.damaged.append(f"{catalog.url}/{key}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
+    return sizes
 
 
-def _read_chunks(stored: StoredStep, keys: list[str], verdict: Verdict, on_bytes: OnBytes) -> None:
+def _read_chunks(stored: StoredStep, sizes: dict[str, int | None], verdict: Verdict, on_bytes: OnBytes) -> None:
     catalog, live, manifest = stored.catalog, stored.live, stored.catalog.manifest(stored.live)
     try:
-        bad = stored.bad_chunks(keys, on_bytes)
+        bad = stored.bad_chunks(sizes, on_bytes)
     except OrchestratorError as error:
         verdict.note(error)
         return
-    verdict.chunks = len(keys)
+    verdict.chunks = len(sizes)
     where = _places(catalog, live, manifest, set(bad)) if bad else {}
     verdict.damaged += [f"{where.get(key, key)}: {problem}" for key, problem in bad.items()]
 

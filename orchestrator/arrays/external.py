@@ -73,9 +73,6 @@ class External:
         stored = self._stored.below(foreign.item)
         local = LocalStore(f"{self._directory.removeprefix('file://')}/{foreign.item}".rstrip("/"), stored)
         try:
-            places = local.places() or {}
+            local.places()
         finally:
             local.close()
-        for key, value in places.items():
-            if not isinstance(value, bytes) and stored.files.get(value[0], -1) < value[1] + value[2]:
-                raise Damaged(f"{self._directory}: {key} is at {value[1:]} of {value[0]!r}, which the manifest has not")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterable
 
 import crc32c
 
@@ -77,6 +78,7 @@ class LocalStore:
                 found |= {key.decode(): value for key, value in entries}
             except UnicodeDecodeError as error:
                 raise Damaged(f"{where}: a key that is not UTF-8: {error}") from error
+            self._check_listed(where, (value for _, value in entries if not isinstance(value, bytes)))
             keys += len(entries)
             places = {child.place for _, child in children}
             if len(places) < len(children) or places & seen or len(found) < keys:
@@ -84,6 +86,16 @@ class LocalStore:
             seen |= places
             nodes += children
         return found
+
+    def _check_listed(self, where: str, places: Iterable[Place]) -> None:
+        if self._stored is None:
+            return
+        sizes = self._stored.files
+        for path, offset, size in places:
+            if sizes.get(path, -1) < offset + size:
+                check_key(path, where)  # it comes from storage
+                listed = "does not list" if path not in sizes else f"says has {sizes[path]} bytes"
+                raise Damaged(f"{where}: leads to {size} bytes at {offset} of {path!r}, which the manifest {listed}")
 
     def _node(self, place: Place) -> bytes:
         path, offset, size = place

@@ -150,13 +150,13 @@ def check(
     directory: str,
     stored: Stored,
     on_bytes: Callable[[int], None] = lambda read_bytes: None,
-    keys: Sequence[str] | None = None,
+    sizes: Mapping[str, int | None] | None = None,
 ) -> dict[str, str]:
-    """Read the chunks (those of `keys`, or all) of the `state/` at URL `directory`. By key: what is wrong with each
-    that was not read as it was saved, which proves nothing yet. Holds a few at a time. Raises Suspect if the store is
-    not as it should be, or its chunks are not those that the manifest has; Unavailable."""
+    """Read the chunks (these, of these sizes where they are known; or all) of the `state/` at URL `directory`. By key:
+    what is wrong with each that was not read as it was saved, which proves nothing yet. Holds a few at a time. Raises
+    Suspect if the store is not as it should be, or its chunks are not those that the manifest has; Unavailable."""
     with _suspecting(directory):
-        return _Reader(directory, on_bytes, stored).check(keys)
+        return _Reader(directory, on_bytes, stored).check(sizes or dict.fromkeys(stored.chunks))
 
 
 # TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
@@ -413,12 +413,12 @@ class _Reader:
         where = f"chunk {key} in {self._directory}"
         return f"{where} ends with crc32c {said:08x}, the manifest says {wanted}; it belongs to another save"
 
-    def check(self, some: Sequence[str] | None) -> dict[str, str]:
-        """Read `some` of the chunks that there is a checksum of, or all. Key -> what seems to be wrong with it."""
+    def check(self, sizes: Mapping[str, int | None]) -> dict[str, str]:
+        """Read these chunks. Key -> what seems to be wrong with it."""
         self._check_keys()
         problems: dict[str, str] = {}
         waiting: deque[tuple[str, Any]] = deque()
-        keys = iter(self._checksums if some is None else some)
+        keys = iter(sizes)
         while True:
             for key in itertools.islice(keys, _CHECK_READS - len(waiting)):
                 waiting.append((key, self._store.read(key)))
@@ -435,6 +435,8 @@ class _Reader:
             said = int.from_bytes(body[-chunks.CHECKSUM_BYTES :], "little")
             if len(body) < chunks.CHECKSUM_BYTES or crc32c.crc32c(body[: -chunks.CHECKSUM_BYTES]) != said:
                 problems[key] = f"chunk {key} in {self._directory} is missing or damaged"
+            elif (size := sizes[key] or len(body)) != len(body):
+                problems[key] = f"chunk {key} in {self._directory} has {len(body)} bytes, the tree spec {size}"
             elif problem := self._another_save(key, said):
                 problems[key] = problem
 
