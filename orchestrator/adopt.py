@@ -147,7 +147,7 @@ class _Writer:
         try:
             for record in (self._intent(TreeSpec(leaves=tuple(found.leaves))), self._extra(found)):
                 decode(encode(record), type(record), where)
-        except (ValueError, TypeError, RecursionError) as error:  # a name that is not UTF-8, say
+        except (UsageError, ValueError, TypeError, RecursionError) as error:  # a name that is not UTF-8, say
             raise Damaged(f"{where}: cannot be described here: {error}") from error
 
     def write(self, found: orbax_steps.Found, reason: str) -> int:
