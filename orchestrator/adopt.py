@@ -62,12 +62,12 @@ def unadopted(catalog: Catalog, head: Head | None) -> str | None:
     if base is None:
         found = [name for name in orbax_steps.in_store(catalog.storage) if int(name) > newest]
         return _elsewhere(catalog.url, found) if found else None
-    root, there = str(base), orbax_steps.survey(base)
+    known = frozenset(live.step for live in head.live) if head else frozenset()
+    root, there = str(base), orbax_steps.survey(base, known)
     newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
-    known = {live.step for live in head.live} if head else set()
 
     def is_newer(path: Path) -> bool:
-        return not (newest_s and orbax_steps.stands_alone(path)) and orbax_steps.finished_s(path) > newest_s
+        return orbax_steps.finished_s(path) > newest_s
 
     strange = [path.name for path in there.strange if is_newer(path)]
     if strange:

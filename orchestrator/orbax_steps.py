@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,33 +60,42 @@ def local_path(url: str) -> Path | None:
     return None if "://" in plain else Path(plain)
 
 
-def survey(base: Path) -> Directory:
-    """The finished steps in a directory of Orbax's, and what may be some. Raises UsageError where two are of one
-    number, or one of a number that no run here can have; StorageError."""
-    steps: dict[int, Path] = {}
+def survey(base: Path, known: frozenset[int] = frozenset()) -> Directory:
+    """The finished steps in a directory of Orbax's, and what may be some. `known`: the run's steps.
+
+    Trees that stand alone (Flax's steps, but also exports) are steps where there are no others; beside a run's own, only
+    if it has one of them. Raises UsageError where two are of one number, or one of a number that no run here can have;
+    StorageError.
+    """
+    found: list[tuple[int, Path]] = []
     strange = []
     try:
         with os.scandir(base) as entries:
             names = sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_dir())
         for name in names:
             path, named = base / name, _STEP.fullmatch(name)
-            if named is None:
-                continue
-            if not _is_step(path):
-                if named[1] is None or any((path / mark).exists() for mark in _MARKS):
-                    strange.append(path)
-                continue
-            number = int(named[2])
-            if number in steps:
-                raise UsageError(f"{base}: {steps[number].name} and {name} are both step {number}; move one elsewhere")
-            if number > arguments.STEP_MAX:
-                raise UsageError(f"{path}: steps are at most {arguments.STEP_MAX} here; move it elsewhere")
-            steps[number] = path
+            if named and _is_step(path):
+                found.append((int(named[2]), path))
+            elif named and (named[1] is None or any((path / mark).exists() for mark in _MARKS)):
+                strange.append(path)
+        managed = [(number, path) for number, path in found if not _stands_alone(path)]
     except (FileNotFoundError, NotADirectoryError):  # of `base`; what vanishes meanwhile is not there
         return Directory({}, ())
     except OSError as error:
         raise StorageError(f"{base}: cannot be searched for steps: {error.strerror or error}") from error
-    return Directory(steps, tuple(strange))
+    alone = found if not known or any(number in known for number, _ in found) else []
+    return Directory(_by_number(base, managed or alone), tuple(strange))
+
+
+def _by_number(base: Path, found: Iterable[tuple[int, Path]]) -> dict[int, Path]:
+    steps: dict[int, Path] = {}
+    for number, path in found:
+        if number in steps:
+            raise UsageError(f"{base}: {steps[number].name} and {path.name} are both step {number}; move one elsewhere")
+        if number > arguments.STEP_MAX:
+            raise UsageError(f"{path}: steps are at most {arguments.STEP_MAX} here; move it elsewhere")
+        steps[number] = path
+    return steps
 
 
 def _is_step(path: Path) -> bool:
@@ -98,7 +108,7 @@ def _says_its_tree(path: Path) -> bool:
     return (path / "_METADATA").exists()
 
 
-def stands_alone(path: Path) -> bool:
+def _stands_alone(path: Path) -> bool:
     """Whether it was saved by a Checkpointer, or exported, under a name of its own: no manager's step."""
     return not path.name.isdecimal() and _says_its_tree(path)
 

@@ -200,8 +200,27 @@ def test_what_is_not_called_like_a_step_does_not_matter(root: Path) -> None:
         manager.save(1, args=SAVE({"w": jnp.ones(4)}))
         manager.wait_until_finished()
         assert manager.latest_step() == 1
-    ocp.PyTreeCheckpointer().save(root.absolute() / "best_100", {"w": jnp.ones(2)})  # an export of the user's
+    for name in ("best_100", "ema_100"):  # exports of the user's
+        ocp.PyTreeCheckpointer().save(root.absolute() / name, {"w": jnp.ones(2)})
     assert refusal(root) is None
+
+
+def test_exports_beside_orbaxs_steps_are_none_of_them(root: Path) -> None:
+    orbax(root, 7)
+    for name in ("best_7", "ema_9"):
+        ocp.PyTreeCheckpointer().save(root.absolute() / name, {"w": jnp.ones(2)})
+    assert run_adopt(root) == 0 and refusal(root) is None
+    assert oc.open_run(root).all_steps() == [7]
+
+
+def test_steps_of_flax_that_orbax_wrote_are_adopted(root: Path) -> None:
+    for step in (10, 20):
+        ocp.PyTreeCheckpointer().save(root.absolute() / f"checkpoint_{step}", {"w": jnp.full(2, float(step))})
+    refused_unchanged(root, "holds 2 steps of Orbax's own (newest 20)")
+    assert run_adopt(root) == 0 and refusal(root) is None
+    assert float(oc.open_run(root).restore().state["w"][0]) == 20.0
+    ocp.PyTreeCheckpointer().save(root.absolute() / "checkpoint_30", {"w": jnp.ones(2)})
+    refused_unchanged(root, "holds 1 steps of Orbax's own (newest 30)")
 
 
 def test_two_directories_of_one_step_and_numbers_beyond_what_a_step_may_be(root: Path) -> None:
