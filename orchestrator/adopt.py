@@ -60,7 +60,7 @@ def unadopted(catalog: Catalog, head: Head | None) -> str | None:
     base = orbax_steps.local_path(catalog.url)
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if base is None:
-        found = [name for name in orbax_steps.in_store(catalog.storage) if int(name) > newest]
+        found = orbax_steps.in_store(catalog.storage, newest)
         return _elsewhere(catalog.url, found) if found else None
     known = frozenset(live.step for live in head.live) if head else frozenset()
     root, there = str(base), orbax_steps.survey(base, known)

@@ -29,6 +29,8 @@ _STEP = re.compile(r"(?:(.*)_)?([0-9]+)")
 _ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
 # Files that only Orbax, or Flax by it, leaves in a step that does not say what its trees are made of.
 _MARKS = ("_sharding", "checkpoint", "default/checkpoint", "manifest.ocdbt", "commit_success.txt")
+_FIRST = (_STEP_METADATA, "commit_success.txt", "checkpoint", "default/_METADATA")  # of a step's keys, in their order
+_NAMES_MAX = 1000  # at the root of a store, looked at
 _OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
 
 
@@ -63,9 +65,9 @@ def local_path(url: str) -> Path | None:
 def survey(base: Path, known: frozenset[int] = frozenset()) -> Directory:
     """The finished steps in a directory of Orbax's, and what may be some. `known`: the run's steps.
 
-    Trees that stand alone (Flax's steps, but also exports) are steps where there are no others; beside a run's own, only
-    if it has one of them. Raises UsageError where two are of one number, or one of a number that no run here can have;
-    StorageError.
+    Trees that stand alone (Flax's steps, but also exports) are steps where there are no others; beside a run's own,
+    only if it has one of them. Raises UsageError where two are of one number, or one of a number that no run here can
+    have; StorageError.
     """
     found: list[tuple[int, Path]] = []
     strange = []
@@ -192,16 +194,18 @@ def _is_float(value: Json) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
 
 
-def in_store(storage: Reads) -> tuple[str, ...]:
-    """The names at the root of an object store that begin with a digit, as Orbax's steps do and nothing of ours does.
-    One request for each."""
+def in_store(storage: Reads, newest: int) -> tuple[str, ...]:
+    """The names at the root of an object store that are called like steps above `newest` (-1: of no run). Of a run's
+    root only those that begin with a digit, as nothing of ours does; else each name is one request."""
     found: list[str] = []
-    start = "0"
-    while True:
+    start = "" if newest < 0 else "0"
+    for _ in range(_NAMES_MAX):
         key = next((entry.key for entry in storage.list("", start)), None)
-        if key is None or not "0" <= key[0] <= "9":
-            return tuple(found)
-        name, slash, _ = key.partition("/")
-        if slash and _STEP.fullmatch(name):
+        if key is None or (newest >= 0 and key[0] > "9"):
+            break
+        name, slash, rest = key.partition("/")
+        named = _STEP.fullmatch(name) if slash else None
+        if named and int(named[2]) > newest and (named[1] is None or rest in _FIRST):
             found.append(name)
         start = name + chr(ord("/") + 1) if slash else key + "\0"
+    return tuple(found)

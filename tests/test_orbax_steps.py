@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from builders import head, live
 
 import orchestrator as oc
 from orchestrator import adopt, compat
@@ -242,9 +243,14 @@ def test_steps_in_an_object_store_are_not_taken_for_an_empty_run() -> None:
     catalog = Catalog(storage, writer="test")
     storage.create("00logs.txt", b"")
     assert adopt.unadopted(catalog, None) is None
-    for key in ("10/default/_METADATA", "10/default/d/x", "9/commit_success.txt", "journal/x", "steps/00000001/x"):
+    for key in ("events/0.jsonl", "journal/x", "seed_3/journal/x", "steps/00000001/x", "x_1/a"):
         storage.create(key, b"")
-    assert "holds 10, 9, named like steps of Orbax's" in (adopt.unadopted(catalog, None) or "")
+    assert adopt.unadopted(catalog, None) is None
+    for key in ("10/default/_METADATA", "10/default/d/x", "9/commit_success.txt", "ckpt_8/_CHECKPOINT_METADATA"):
+        storage.create(key, b"")
+    assert "holds 10, 9, ckpt_8, named like steps of Orbax's" in (adopt.unadopted(catalog, None) or "")
+    assert "holds 10, named like" in (adopt.unadopted(catalog, head(live(9))) or "")
+    assert adopt.unadopted(catalog, head(live(10))) is None
 
 
 # Malformed.
