@@ -21,8 +21,12 @@ from msgspec.structs import replace
 
 from orchestrator import journal, json_words, layout, orbax_steps
 from orchestrator.catalog import Catalog
+<<<<<<< HEAD
 from orchestrator.codec import encode
 from orchestrator.errors import UsageError
+=======
+from orchestrator.errors import Damaged, UsageError
+>>>>>>> compat
 from orchestrator.records import (
     FORMAT,
     Extra,
@@ -34,6 +38,11 @@ from orchestrator.records import (
     Record,
     TreeSpec,
     crc32c,
+<<<<<<< HEAD
+=======
+    decode,
+    encode,
+>>>>>>> compat
 )
 from orchestrator.storage import PosixStorage
 
@@ -59,14 +68,14 @@ def unadopted(catalog: Catalog, head: Head | None) -> str | None:
     base = orbax_steps.local_path(catalog.url)
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if base is None:
-        found = [name for name in orbax_steps.in_store(catalog.storage) if int(name) > newest]
+        found = orbax_steps.in_store(catalog.storage, newest)
         return _elsewhere(catalog.url, found) if found else None
-    root, there = str(base), orbax_steps.survey(base)
+    known = frozenset(live.step for live in head.live) if head else frozenset()
+    root, there = str(base), orbax_steps.survey(base, known)
     newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
-    known = {live.step for live in head.live} if head else set()
 
     def is_newer(path: Path) -> bool:
-        return not (newest_s and orbax_steps.stands_alone(path)) and orbax_steps.finished_s(path) > newest_s
+        return orbax_steps.finished_s(path) > newest_s
 
     strange = [path.name for path in there.strange if is_newer(path)]
     if strange:
@@ -117,6 +126,8 @@ def adopt(
     older = tuple(sorted(step for step in found if step <= newest and step not in known))
     # Everything is looked at before anything is written: a step that cannot be adopted leaves the run as it was.
     described = {step: orbax_steps.look(found[step], skip) for step in steps}
+    for step in steps:
+        _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
     opened = catalog.append(journal.open_epoch)
@@ -139,19 +150,19 @@ class _Writer:
         self._prefix = layout.attempt_prefix(step, self._attempt)
         self._on_file = on_file or (lambda path: None)
 
+    def check(self, found: orbax_steps.Found, where: str) -> None:
+        """Nothing is written of a step whose records could not be read back. Raises Damaged."""
+        try:
+            for record in (self._intent(TreeSpec(leaves=tuple(found.leaves))), self._extra(found)):
+                decode(encode(record), type(record), where)
+        except (UsageError, ValueError, TypeError, RecursionError) as error:  # a name that is not UTF-8, say
+            raise Damaged(f"{where}: cannot be described here: {error}") from error
+
     def write(self, found: orbax_steps.Found, reason: str) -> int:
         """Returns the attempt's bytes."""
         tree = TreeSpec(leaves=tuple(found.leaves))
         self._create(layout.INTENT, self._intent(tree))
-        told = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
-        extra = Extra(
-            **self._signed(),
-            step=self._step,
-            timestamp=found.time,
-            stored_metrics=json_words.stored_all(found.metrics),
-            stored_extra={EXTRA: json_words.pack(told)},
-        )
-        self._create(layout.EXTRA, extra)
+        self._create(layout.EXTRA, self._extra(found))
         for index, states in found.iterators.items():
             self._storage.create(self._prefix + layout.process_state_name(index), json.dumps(states).encode())
         for name, source in found.files.items():
@@ -186,6 +197,16 @@ class _Writer:
 
     def _signed(self) -> dict[str, Any]:
         return {"format": FORMAT, "write_id": self._catalog.stamp().write_id}
+
+    def _extra(self, found: orbax_steps.Found) -> Extra:
+        told = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
+        return Extra(
+            **self._signed(),
+            step=self._step,
+            timestamp=found.time,
+            stored_metrics=json_words.stored_all(found.metrics),
+            stored_extra={EXTRA: json_words.pack(told)},
+        )
 
     def _intent(self, tree: TreeSpec) -> Intent:
         return Intent(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,8 @@ _STEP = re.compile(r"(?:(.*)_)?([0-9]+)")
 _ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
 # Files that only Orbax, or Flax by it, leaves in a step that does not say what its trees are made of.
 _MARKS = ("_sharding", "checkpoint", "default/checkpoint", "manifest.ocdbt", "commit_success.txt")
+_FIRST = (_STEP_METADATA, "commit_success.txt", "checkpoint", "default/_METADATA")  # of a step's keys, in their order
+_NAMES_MAX = 1000  # at the root of a store, looked at
 _OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
 
 
@@ -59,33 +62,42 @@ def local_path(url: str) -> Path | None:
     return None if "://" in plain else Path(plain)
 
 
-def survey(base: Path) -> Directory:
-    """The finished steps in a directory of Orbax's, and what may be some. Raises UsageError where two are of one
-    number, or one of a number that no run here can have; StorageError."""
-    steps: dict[int, Path] = {}
+def survey(base: Path, known: frozenset[int] = frozenset()) -> Directory:
+    """The finished steps in a directory of Orbax's, and what may be some. `known`: the run's steps.
+
+    Trees that stand alone (Flax's steps, but also exports) are steps where there are no others; beside a run's own,
+    only if it has one of them. Raises UsageError where two are of one number, or one of a number that no run here can
+    have; StorageError.
+    """
+    found: list[tuple[int, Path]] = []
     strange = []
     try:
         with os.scandir(base) as entries:
             names = sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_dir())
         for name in names:
             path, named = base / name, _STEP.fullmatch(name)
-            if named is None:
-                continue
-            if not _is_step(path):
-                if named[1] is None or any((path / mark).exists() for mark in _MARKS):
-                    strange.append(path)
-                continue
-            number = int(named[2])
-            if number in steps:
-                raise UsageError(f"{base}: {steps[number].name} and {name} are both step {number}; move one elsewhere")
-            if number > arguments.STEP_MAX:
-                raise UsageError(f"{path}: steps are at most {arguments.STEP_MAX} here; move it elsewhere")
-            steps[number] = path
+            if named and _is_step(path):
+                found.append((int(named[2]), path))
+            elif named and (named[1] is None or any((path / mark).exists() for mark in _MARKS)):
+                strange.append(path)
+        managed = [(number, path) for number, path in found if not _stands_alone(path)]
     except (FileNotFoundError, NotADirectoryError):  # of `base`; what vanishes meanwhile is not there
         return Directory({}, ())
     except OSError as error:
         raise StorageError(f"{base}: cannot be searched for steps: {error.strerror or error}") from error
-    return Directory(steps, tuple(strange))
+    alone = found if not known or any(number in known for number, _ in found) else []
+    return Directory(_by_number(base, managed or alone), tuple(strange))
+
+
+def _by_number(base: Path, found: Iterable[tuple[int, Path]]) -> dict[int, Path]:
+    steps: dict[int, Path] = {}
+    for number, path in found:
+        if number in steps:
+            raise UsageError(f"{base}: {steps[number].name} and {path.name} are both step {number}; move one elsewhere")
+        if number > arguments.STEP_MAX:
+            raise UsageError(f"{path}: steps are at most {arguments.STEP_MAX} here; move it elsewhere")
+        steps[number] = path
+    return steps
 
 
 def _is_step(path: Path) -> bool:
@@ -98,7 +110,7 @@ def _says_its_tree(path: Path) -> bool:
     return (path / "_METADATA").exists()
 
 
-def stands_alone(path: Path) -> bool:
+def _stands_alone(path: Path) -> bool:
     """Whether it was saved by a Checkpointer, or exported, under a name of its own: no manager's step."""
     return not path.name.isdecimal() and _says_its_tree(path)
 
@@ -182,16 +194,18 @@ def _is_float(value: Json) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
 
 
-def in_store(storage: Reads) -> tuple[str, ...]:
-    """The names at the root of an object store that begin with a digit, as Orbax's steps do and nothing of ours does.
-    One request for each."""
+def in_store(storage: Reads, newest: int) -> tuple[str, ...]:
+    """The names at the root of an object store that are called like steps above `newest` (-1: of no run). Of a run's
+    root only those that begin with a digit, as nothing of ours does; else each name is one request."""
     found: list[str] = []
-    start = "0"
-    while True:
+    start = "" if newest < 0 else "0"
+    for _ in range(_NAMES_MAX):
         key = next((entry.key for entry in storage.list("", start)), None)
-        if key is None or not "0" <= key[0] <= "9":
-            return tuple(found)
-        name, slash, _ = key.partition("/")
-        if slash and _STEP.fullmatch(name):
+        if key is None or (newest >= 0 and key[0] > "9"):
+            break
+        name, slash, rest = key.partition("/")
+        named = _STEP.fullmatch(name) if slash else None
+        if named and int(named[2]) > newest and (named[1] is None or rest in _FIRST):
             found.append(name)
         start = name + chr(ord("/") + 1) if slash else key + "\0"
+    return tuple(found)

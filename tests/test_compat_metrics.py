@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import orchestrator as oc
-from orchestrator import compat, journal
+from orchestrator import compat, journal, orbax_options
+from orchestrator.arrays import orbax
 from orchestrator.catalog import Catalog
 from orchestrator.storage import open_storage
 
@@ -129,6 +130,38 @@ def test_what_json_cannot_hold_is_named_by_its_item_before_anything_is_written(v
 def many(step: int, loss: float) -> dict[str, float]:
     """A thousand, the one that decides last."""
     return {**{f"layer_{number}/norm": float(step) for number in range(1000)}, "loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("score", "names"),
+    [
+        (lambda metrics: metrics["loss"], {"loss"}),
+        (lambda metrics: metrics["loss"] + 2 * metrics.get("m1", 0.0), {"loss", "m1"}),
+        (lambda metrics: metrics.get("absent", 0.0), {"absent"}),
+        (lambda metrics: -metrics["loss"] if "m2" in metrics else 0.0, {"loss", "m2"}),
+        (lambda metrics: sum(metrics.values()), None),
+        (lambda metrics: min(metrics[name] for name in metrics), None),
+        (lambda metrics: dict(metrics)["loss"], None),
+        (lambda metrics: {**metrics}["loss"], None),
+        (lambda metrics: float(len(metrics)), None),
+        (lambda metrics: metrics["absent"], None),
+        (lambda metrics: metrics.copy()["loss"], None),  # no dict to look at: all are carried
+        (lambda metrics: 0.0, set()),
+    ],
+)
+def test_what_best_fn_looks_at_is_found_by_watching_it(score: Any, names: set[str] | None) -> None:
+    keeps = orbax.Keeps(ocp.CheckpointManagerOptions(best_fn=score, max_to_keep=1))
+    assert orbax_options.KeepAsOrbax(keeps).metrics_needed({"loss": 1.0, "m1": 2.0, "m2": 3.0}) == names
+
+
+def test_a_preservation_policy_of_the_users_own_may_look_at_all() -> None:
+    class Own(ocp.checkpoint_managers.LatestN):
+        pass
+
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([Own(n=1)])
+    )
+    assert orbax_options.KeepAsOrbax(orbax.Keeps(options)).metrics_needed({"loss": 1.0}) is None
 
 
 BEST = {

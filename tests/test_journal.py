@@ -245,15 +245,15 @@ def test_collected_forgets_what_was_deleted_and_only_that() -> None:
 # What is carried from entry to entry, and how much of it.
 
 
-def many(step: int, **decisive: float) -> dict[str, float]:
-    return {**{f"m{number}": float(step) for number in range(500)}, **decisive}
+def many(step: int, count: int = 500, **decisive: float) -> dict[str, float]:
+    return {**{f"m{number}": float(step) for number in range(count)}, **decisive}
 
 
-def committed(losses: list[float | None], keep: Any, before: Any = None) -> Head:
+def committed(losses: list[float | None], keep: Any, before: Any = None, others: int = 500) -> Head:
     """A run in which `losses` were saved among many other metrics; None: without the one that decides."""
     now = changed(journal.open_epoch(None, stamp()))
     for step, loss in enumerate(losses):
-        entry = live(step, metrics=many(step) if loss is None else many(step, loss=loss))
+        entry = live(step, metrics=many(step, others) if loss is None else many(step, others, loss=loss))
         policy_then = before if before is not None and step < 2 else keep
         now = changed(journal.commit(now, stamp(float(step)), epoch=1, entry=entry, keep=policy_then))
     return now
@@ -267,6 +267,17 @@ def test_steps_are_judged_as_if_the_head_had_all_their_metrics() -> None:
         assert len(entry.metrics) == policy.METRICS_MAX
         assert len(entry.metrics) + entry.metrics_omitted == len(many(0)) + (losses[entry.step] is not None)
     assert now.live[-1].metrics_absent == ("loss",)
+
+
+LOSSES = st.lists(st.none() | st.floats(), min_size=1, max_size=8)
+BY_LOSS = st.builds(policy.best, st.just("loss"), st.integers(1, 3), mode=st.sampled_from(["min", "max"]))
+POLICIES = BY_LOSS | st.builds(lambda one, n: one | policy.last(n), BY_LOSS, st.integers(1, 3))
+
+
+@given(LOSSES, POLICIES)
+@settings(max_examples=50, deadline=None)
+def test_the_same_steps_stay_however_many_other_metrics_there_are(losses: list[float | None], keep: Any) -> None:
+    assert steps(committed(losses, keep, others=200)) == steps(committed(losses, keep, others=3))
 
 
 def test_a_step_whose_deciding_metric_is_not_in_the_head_stays() -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from builders import head, live
 
 import orchestrator as oc
 from orchestrator import adopt, compat
@@ -200,8 +201,27 @@ def test_what_is_not_called_like_a_step_does_not_matter(root: Path) -> None:
         manager.save(1, args=SAVE({"w": jnp.ones(4)}))
         manager.wait_until_finished()
         assert manager.latest_step() == 1
-    ocp.PyTreeCheckpointer().save(root.absolute() / "best_100", {"w": jnp.ones(2)})  # an export of the user's
+    for name in ("best_100", "ema_100"):  # exports of the user's
+        ocp.PyTreeCheckpointer().save(root.absolute() / name, {"w": jnp.ones(2)})
     assert refusal(root) is None
+
+
+def test_exports_beside_orbaxs_steps_are_none_of_them(root: Path) -> None:
+    orbax(root, 7)
+    for name in ("best_7", "ema_9"):
+        ocp.PyTreeCheckpointer().save(root.absolute() / name, {"w": jnp.ones(2)})
+    assert run_adopt(root) == 0 and refusal(root) is None
+    assert oc.open_run(root).all_steps() == [7]
+
+
+def test_steps_of_flax_that_orbax_wrote_are_adopted(root: Path) -> None:
+    for step in (10, 20):
+        ocp.PyTreeCheckpointer().save(root.absolute() / f"checkpoint_{step}", {"w": jnp.full(2, float(step))})
+    refused_unchanged(root, "holds 2 steps of Orbax's own (newest 20)")
+    assert run_adopt(root) == 0 and refusal(root) is None
+    assert float(oc.open_run(root).restore().state["w"][0]) == 20.0
+    ocp.PyTreeCheckpointer().save(root.absolute() / "checkpoint_30", {"w": jnp.ones(2)})
+    refused_unchanged(root, "holds 1 steps of Orbax's own (newest 30)")
 
 
 def test_two_directories_of_one_step_and_numbers_beyond_what_a_step_may_be(root: Path) -> None:
@@ -223,9 +243,14 @@ def test_steps_in_an_object_store_are_not_taken_for_an_empty_run() -> None:
     catalog = Catalog(storage, writer="test")
     storage.create("00logs.txt", b"")
     assert adopt.unadopted(catalog, None) is None
-    for key in ("10/default/_METADATA", "10/default/d/x", "9/commit_success.txt", "journal/x", "steps/00000001/x"):
+    for key in ("events/0.jsonl", "journal/x", "seed_3/journal/x", "steps/00000001/x", "x_1/a"):
         storage.create(key, b"")
-    assert "holds 10, 9, named like steps of Orbax's" in (adopt.unadopted(catalog, None) or "")
+    assert adopt.unadopted(catalog, None) is None
+    for key in ("10/default/_METADATA", "10/default/d/x", "9/commit_success.txt", "ckpt_8/_CHECKPOINT_METADATA"):
+        storage.create(key, b"")
+    assert "holds 10, 9, ckpt_8, named like steps of Orbax's" in (adopt.unadopted(catalog, None) or "")
+    assert "holds 10, named like" in (adopt.unadopted(catalog, head(live(9))) or "")
+    assert adopt.unadopted(catalog, head(live(10))) is None
 
 
 # Malformed.
@@ -290,6 +315,12 @@ MALFORMED: list[tuple[str, Callable[[Path], object]]] = [
     (_METADATA, leaf(**key("/etc"))),
     (_METADATA, leaf(**key(""))),
     (_METADATA, leaf(**key("nowhere"))),
+    (_METADATA, leaf(**key("\ud800"))),
+    (_METADATA, leaf(**key("\ud800"), value_metadata={"value_type": "Dict"})),
+    ("default/_strings.json", written('{"text": "\\ud800"}')),
+    ("\udcff", lambda path: (path.mkdir(), (path / "metadata").write_text("{}"))),
+    ("metrics/metrics", written('{"\\ud800": 1.0}')),
+    ("meta/metadata", written('{"\\ud800": 1.0}')),
     (_METADATA, leaf(**key("w"), value_metadata={"value_type": "jax.Array", "skip_deserialize": True})),
     (_KEYS, written('{"array_metadatas": [{"array_metadata": {}}]}')),
     (_KEYS, written(_PRNG % "3")),

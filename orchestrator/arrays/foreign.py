@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import tensorstore as ts
 
-from orchestrator import layout
+from orchestrator import arguments, layout
 from orchestrator.arrays import orbax_json
 from orchestrator.arrays.store import context, foreign_spec
 from orchestrator.errors import Damaged, UsageError
@@ -46,6 +46,8 @@ def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
     paths = [entry.path for entry in metadata.tree_metadata.values()]
     if len(set(paths)) < len(paths):
         raise Damaged(f"{base}/_METADATA: describes a leaf twice")
+    if not all(arguments.is_utf8(name) for path in paths for name in path):
+        raise Damaged(f"{base}/_METADATA: a leaf's name is not UTF-8")
     for entry in metadata.tree_metadata.values():
         path, name, kind = (*above, *entry.path), ".".join(entry.path), entry.value_metadata.value_type
         if kind == "None":
