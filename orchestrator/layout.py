@@ -14,6 +14,7 @@ JOURNAL = "journal/"
 JOURNAL_INDEX = "journal-index/"
 STEPS = "steps/"
 STEP_DIGITS = 8
+VERSION_MAX = 10**20 - 1  # of a journal entry: what its key can say
 # ASCII digits only, and each name in one spelling: what is parsed must be what would be built.
 _JOURNAL_KEY = re.compile(r"journal/([0-9]{20})\.json")
 _INDEX_KEY = re.compile(r"journal-index/([0-9]{20})")
@@ -34,13 +35,13 @@ def journal_version(key: str) -> int | None:
 def index_key(version: int) -> str:
     """Key of the marker that says that this version exists. Later versions come first in key order, so that the first
     page of a listing tells where the journal's end is, however long it has become."""
-    return f"{JOURNAL_INDEX}{10**20 - 1 - version:020d}"
+    return f"{JOURNAL_INDEX}{VERSION_MAX - version:020d}"
 
 
 def indexed_version(key: str) -> int | None:
     """The version of a marker's key; None for any other key."""
     found = _INDEX_KEY.fullmatch(key)
-    return 10**20 - 1 - int(found[1]) if found else None
+    return VERSION_MAX - int(found[1]) if found else None
 
 
 def attempt_name(epoch: int, number: int) -> str:

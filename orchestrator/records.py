@@ -249,8 +249,19 @@ class Event(Record, frozen=True, omit_defaults=True):
     steps: tuple[int, ...] = ()
 
 
+class Quarantine(Record, frozen=True):
+    """Why and when (seconds since 1970) an attempt was quarantined, and the trust that it had. by_hand: somebody's
+    decision, which no reading of the data can disprove."""
+
+    time: float
+    reason: str = ""
+    by_hand: bool = False
+    trust: str = "committed"
+
+
 class LiveStep(Record, frozen=True):
-    """One committed attempt. `trust`: committed, verified, restored or quarantined. `bytes`: all its files."""
+    """One committed attempt. `trust`: committed, verified, restored or quarantined. `bytes`: all its files.
+    quarantine: of a quarantined one; None in entries that were written before there was this field."""
 
     step: int
     attempt: str
@@ -261,6 +272,7 @@ class LiveStep(Record, frozen=True):
     time: float
     trust: str = "committed"
     pins: tuple[str, ...] = ()
+    quarantine: Quarantine | None = None
 
     @property
     def restorable(self) -> bool:
@@ -274,7 +286,8 @@ class RetiredAttempt(Record, frozen=True):
 
 
 class Head(Record, frozen=True):
-    """One journal entry: the complete state of the run at `version`. `live` is in commit order, newest last."""
+    """One journal entry: the complete state of the run at `version`. `live` is in commit order, newest last, and has a
+    step once. `aside`: quarantined attempts whose step was committed again; not restorable, but their data stays."""
 
     format: int
     version: int
@@ -285,6 +298,12 @@ class Head(Record, frozen=True):
     event: Event
     live: tuple[LiveStep, ...] = ()
     retired: tuple[RetiredAttempt, ...] = ()
+    aside: tuple[LiveStep, ...] = ()
+
+    @property
+    def quarantined(self) -> tuple[LiveStep, ...]:
+        """Attempts that are kept as evidence, newest last: those whose step was committed again come first."""
+        return (*self.aside, *(live for live in self.live if not live.restorable))
 
 
 class _Format(Record, frozen=True):

@@ -188,6 +188,7 @@ def restore_together(
     args: RestoreArgs,
     timeout_s: float,
     back: int = 0,
+    opening: Opens | None = None,
 ) -> Restored | None:
     """The newest good step (or `step`) on every process of the job; None in a new run, which has never had one. Main
     thread.
@@ -196,7 +197,8 @@ def restore_together(
     the journal and the next newest is tried. So it is if the store fails, but then nothing is quarantined: it may
     answer tomorrow; if it does not answer at all, Unavailable is raised: an older step would be no answer. A step that
     was asked for, and `strict`, never step down. `back` leaves out that many of the newest steps: what a supervisor
-    asks for after a crash loop. Raises Damaged, StorageError, NothingToRestore, Mismatch.
+    asks for after a crash loop. `opening` (`opening.Opening.by_restore`) opens the epoch, once the target has been
+    matched and before arrays are read, or in a new run. Raises Damaged, StorageError, NothingToRestore, Mismatch.
     """
     step = arguments.saved_step(step)
     started = time.monotonic()
@@ -205,12 +207,17 @@ def restore_together(
     while True:
         choice = agree(rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back, passed))
         if choice is None:
+            if opening:
+                opening(None, lambda told: rendezvous.gather("restore: a new run", told, timeout_s))
             return None
         failpoints.hit("restore.chosen")
-        live = journal.find(catalog.entry(choice[0]), choice[1])
+        head = catalog.entry(choice[0])
+        live = journal.find(head, choice[1])
         assert live is not None  # process 0 found it in that very entry
         reading = Reading(args.reader, lambda read_bytes: heartbeat.beat("restoring", None))
         load = partial(_load_once, rendezvous, live, timeout_s, reading) if args.load_once else reading.load
+        if opening:
+            load = partial(_once_opened, partial(opening, journal.tree_of(head)), rendezvous, live, timeout_s, load)
         outcome, error = _try(partial(_read, catalog, live, like, args, load))
         objection = _objection(rendezvous, live, outcome, error, timeout_s)
         if outcome and not objection:
@@ -240,6 +247,30 @@ class _Stopped(Exception):
     def __init__(self, answers: list[Json]) -> None:
         super().__init__()
         self.answers = answers
+
+
+Opens = Callable[[str | None, Callable[[Json], list[Json]]], list[Json]]
+
+
+def _once_opened(
+    opening: Callable[[Callable[[Json], list[Json]]], list[Json]],
+    rendezvous: Rendezvous,
+    live: LiveStep,
+    timeout_s: float,
+    load: _Loader,
+    directory: str,
+    loads: list[Load],
+    checksums: dict[str, str],
+) -> list[Any]:
+    """As `load`, once the epoch is open. Whoever does not come here, because its target does not fit, say, tells so in
+    `_objection`, which is the same meeting to the others."""
+    try:
+        answers = opening(lambda told: rendezvous.gather(_meeting(live), told, timeout_s))
+    except Exception as error:  # on all processes
+        raise _Stopped([]) from error
+    if answers:
+        raise _Stopped(answers)
+    return load(directory, loads, checksums)
 
 
 def _load_once(
@@ -336,7 +367,9 @@ def _choose(
     """(journal version, step) of what to restore, not among `passed`; None in a new run. `back`: leave out that many of
     the newest."""
     if step is None:
-        head = catalog.require_head()
+        head = catalog.head()
+        if head is None:
+            return None
         good = [live for live in head.live if live.restorable and (live.step, live.attempt) not in passed]
         if len(good) > back:
             return head.version, good[-1 - back].step

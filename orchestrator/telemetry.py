@@ -14,14 +14,12 @@ from orchestrator.options import Options
 
 
 class Telemetry:
-    """Hears every event of this process until `close`. `epoch`: of the incarnation that has just been opened."""
+    """Hears every event of this process until `close`. The event log, which may be below the run's root, is written
+    from when the incarnation's epoch is `opened`: before, the job may still be rejected."""
 
-    def __init__(self, options: Options, url: str, *, process: int, host: str, epoch: int) -> None:
+    def __init__(self, options: Options, url: str, *, process: int, host: str) -> None:
         self._closers: list[Callable[[], None]] = []
-        directory = directory_of(url, options.events_dir)
-        if directory is not None:
-            log = EventLog(directory, process=process, host=host, epoch=epoch)
-            self._hear(log.write, log.close)
+        self._directory, self._process, self._host = directory_of(url, options.events_dir), process, host
         if options.metrics_port is not None or options.metrics_file:
             from orchestrator import metrics
 
@@ -37,6 +35,11 @@ class Telemetry:
             except ImportError as error:
                 raise UsageError("Options(traces=True) needs opentelemetry-api: install the `traces` extra") from error
             self._hear(Traces(process, host).hear, lambda: None)
+
+    def opened(self, epoch: int) -> None:
+        if self._directory is not None:
+            log = EventLog(self._directory, process=self._process, host=self._host, epoch=epoch)
+            self._hear(log.write, log.close)
 
     def _hear(self, reader: Callable[[events.Event], None], close: Callable[[], None]) -> None:
         self._closers += [events.subscribe(reader), close]

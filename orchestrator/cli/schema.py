@@ -12,6 +12,7 @@ import msgspec
 from orchestrator.cli.doctor import Diagnosis
 from orchestrator.cli.export import Exported
 from orchestrator.cli.plan import Plan
+from orchestrator.cli.recover import Recovery
 from orchestrator.cli.report import Report
 from orchestrator.cli.watch import Now
 from orchestrator.errors import UsageError
@@ -28,7 +29,7 @@ class Uncommitted(_Output):
 
 
 class Listing(_Output):
-    """`ls`. newest: the step that a restore takes."""
+    """`ls`. newest: the step that a restore takes. aside: quarantined attempts whose step was saved again."""
 
     root: str
     version: int
@@ -36,6 +37,7 @@ class Listing(_Output):
     newest: int | None
     steps: list[LiveStep]
     retired: list[RetiredAttempt]
+    aside: list[LiveStep]
     uncommitted: list[Uncommitted]
 
 
@@ -122,7 +124,7 @@ class Collected(_Output):
 
 
 class Changed(_Output):
-    """`pin`, `unpin`, `quarantine`."""
+    """`pin`, `unpin`, `quarantine`, `release`."""
 
     changed: bool
     version: int
@@ -151,7 +153,8 @@ OUTPUTS: dict[str, Any] = {
     "diff": Comparison,
     "gc": Collected,
     "adopt": Adoption,
-    **dict.fromkeys(("pin", "unpin", "quarantine"), Changed),
+    "recover": Recovery,
+    **dict.fromkeys(("pin", "unpin", "quarantine", "release"), Changed),
 }
 
 

@@ -1,0 +1,151 @@
+"""Opening an incarnation's epoch, which fences every older one: last of all, once nothing can be objected any more.
+
+The first `save` or `restore` opens it. Before that the tree (or the target), the right to write and the run itself have
+been looked at on every process, and nothing has been written: a job that is going to be refused never fences the job
+that the run belongs to. Making an agent, and reading, open nothing. Main thread: each method is a collective.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from functools import partial
+
+from absl import logging
+
+from orchestrator import failpoints, journal, layout, plan, survey
+from orchestrator.catalog import Catalog
+from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect
+from orchestrator.journal import Compared, Overtaken
+from orchestrator.records import Head, Json
+from orchestrator.rendezvous import Rendezvous
+from orchestrator.restore import agree, as_error
+from orchestrator.storage.base import Storage
+from orchestrator.tree import Flat
+
+_TRIES = 10  # somebody else commits to the run between comparing and opening
+
+
+class Opening:
+    """`opened` is called, on every process, once the epoch is open. epoch: None until then."""
+
+    def __init__(
+        self, catalog: Catalog, rendezvous: Rendezvous, timeout_s: float, opened: Callable[[int], None]
+    ) -> None:
+        self._catalog, self._rendezvous, self._timeout_s, self._opened = catalog, rendezvous, timeout_s, opened
+        self.epoch: int | None = None
+
+    def by_save(self, step: int, describe: Callable[[], Flat], *, other_tree: bool) -> str:
+        """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
+        else why another process cannot take part in this save, and nothing was done.
+
+        Raises what `describe` raises, OtherJob, JournalLost, StorageError where this job may not write.
+        """
+        if self.epoch is not None:
+            return ""
+        flat: Flat | None = None
+        told: Json = {"step": step}
+        error: Exception | None = None
+        try:
+            flat = describe()
+            probe(self._catalog.storage)
+        except Exception as failure:  # the others must hear of it before it is raised here
+            error = failure
+            told = {"step": step, "refused": f"{type(failure).__name__}: {failure}"[:2000]}
+        answers = self._rendezvous.gather("open the epoch: first save", told, self._timeout_s)
+        if error:
+            raise error
+        if refused := self._refused(answers):
+            return refused
+        assert flat is not None
+        self._open(lambda head: None if other_tree else check_tree(self._catalog, head, flat))
+        return ""
+
+    def _refused(self, answers: list[Json]) -> str:
+        shown = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
+        for who, answer in zip(shown, answers, strict=True):
+            if "refused" in answer:
+                return f"{who}: {answer['refused']}"
+            if answer["step"] != answers[0]["step"]:
+                theirs = f"{shown[0]} saves step {answers[0]['step']} where {who} saves step {answer['step']}"
+                return f"{theirs}; all must save the same steps in the same order"
+        return ""
+
+    def by_restore(self, tree: str | None, meet: Callable[[Json], list[Json]]) -> list[Json]:
+        """Open the epoch for a restore whose target this process has matched with the step it will read, or in a new
+        run. `tree`: of the newest step when the step was chosen, None in a new run. `meet` gathers an answer of every
+        process. Returns [] once it is open; else all answers, of which one is another's refusal: nothing was done."""
+        if self.epoch is not None:
+            return []
+        error: Exception | None = None
+        try:
+            probe(self._catalog.storage)
+        except Exception as failure:
+            error = failure
+        answers = meet({"opens": [type(error).__name__, str(error)] if error else []})
+        if not all("opens" in answer for answer in answers):
+            return answers
+        if error:
+            raise error
+        for index, answer in enumerate(answers):
+            if answer["opens"]:
+                raise as_error(index, *answer["opens"])
+        self._open(partial(_unchanged, tree))
+        return []
+
+    def _open(self, compare: Callable[[Head | None], None]) -> None:
+        opened = agree(self._rendezvous, "open the epoch", self._timeout_s, partial(self._append, compare))
+        self.epoch = int(opened["epoch"])
+        # All processes' records build on it: it is durable.
+        self._catalog.durable_version = max(self._catalog.durable_version, int(opened["version"]))
+        self._opened(self.epoch)
+
+    def _append(self, compare: Callable[[Head | None], None]) -> Json:
+        failpoints.hit("epoch.before")
+        for tries_left in reversed(range(_TRIES)):
+            head, _ = survey.look(self._catalog)
+            compare(head)
+            rule = partial(journal.open_epoch, compared=Compared(journal.tree_of(head)))
+            try:
+                opened = self._catalog.append(rule)
+            except Overtaken:
+                if not tries_left:
+                    raise
+                continue
+            failpoints.hit("epoch.after")
+            assert opened is not None
+            return {"epoch": opened.epoch, "version": opened.version}
+        raise AssertionError("unreachable")
+
+
+def probe(storage: Storage) -> None:
+    """Create an object among the attempts and delete it: whether this process may save here at all. The journal needs
+    no probe, as opening is one create in it. Raises StorageError; nothing is left behind then."""
+    key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
+    storage.create(key, b"")
+    try:
+        storage.delete(key)
+    except StorageError as error:  # saving needs no right to delete, retention does
+        logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", storage.url, key, error)
+
+
+def check_tree(catalog: Catalog, head: Head | None, flat: Flat) -> None:
+    """The run's newest step must be of the same job as `flat`. Raises OtherJob saying how they differ."""
+    newest = journal.newest(head) if head else None
+    if newest is None or newest.tree == flat.spec.fingerprint():
+        return
+    lines: list[str] = []
+    try:
+        lines = plan.tree_differences(catalog.intent(newest, catalog.manifest(newest)).tree, flat.spec)
+    except (StorageError, Damaged, Suspect, NewerFormat) as error:  # that they differ, the journal says
+        lines = [f"how they differ cannot be read: {error}"]
+    detail = "\n".join(f"  {line}" for line in lines or ["their trees differ"])
+    raise OtherJob(
+        f"{catalog.url} holds another job's state (step {newest.step}); use another root, or "
+        f"Options(other_tree=True):\n{detail}"
+    )
+
+
+def _unchanged(tree: str | None, head: Head | None) -> None:
+    if journal.tree_of(head) != tree:
+        raise Overtaken("another job has committed a step to this run meanwhile; nothing was opened: restore again")
