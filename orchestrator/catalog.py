@@ -103,7 +103,8 @@ class Catalog:
         try:
             return self.entry(newest)
         except (Damaged, Suspect) as error:
-            raise Damaged(f"{error}; it is the journal's newest entry. {self.recipe}") from error
+            kind = type(error) if isinstance(error, Damaged) else Damaged
+            raise kind(f"{error}; it is the journal's newest entry; {self.recipe}") from error
 
     @property
     def recipe(self) -> str:

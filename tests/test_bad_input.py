@@ -135,7 +135,7 @@ def test_a_journal_entry_that_is_a_directory_is_an_error_not_a_gap(run: Path) ->
     newest.mkdir()
     assert oc.open_run(run).latest_step() == 1  # no object there, as in any store
     with pytest.raises(oc.OutcomeUnknown, match="exists, but cannot be read back"):
-        oc.Agent(run)
+        oc.Agent(run).save(3, LIKE)
 
 
 # Steps.
@@ -245,13 +245,15 @@ def test_a_root_that_cannot_be_written_names_path_and_cause(root: Path, way: str
     elif way == "journal is a file":
         root.mkdir()
         (root / ".tmp").mkdir()
+        (root / "steps").mkdir()
         (root / "journal").write_text("text")
     else:
         where, cause = root / ("x" * 300), "ENAMETOOLONG"
         root.mkdir()
-    text = refused(root, lambda: oc.Agent(where), oc.StorageError)
-    verb = "list" if way == "a full name" else "create"
-    assert text.startswith(f"{verb} {where}/journal") and cause in text
+    begins = f"list {where}/journal" if way == "a full name" else f"create {where}/"
+    for act in (lambda agent: agent.save(1, LIKE), lambda agent: agent.restore(LIKE)):
+        text = refused(root, lambda act=act: act(oc.Agent(where)), oc.StorageError)  # type: ignore[misc]
+        assert text.startswith(begins) and cause in text
 
 
 # Other jobs, other runs.
@@ -314,7 +316,7 @@ def test_every_error_has_an_exit_code_that_programs_can_rely_on() -> None:
         "WaitTimeout": 1,
         **dict.fromkeys(["UnsupportedLeaf", "UsageError"], 2),
         **dict.fromkeys(["NewerFormat", "NotARun"], 3),
-        **dict.fromkeys(["Damaged", "UnsafeKey"], 4),
-        "Fenced": 5,
-        **dict.fromkeys(["NothingToRestore", "StepNotFound"], 6),
+        **dict.fromkeys(["Damaged", "JournalLost", "UnsafeKey"], 4),
+        **dict.fromkeys(["Fenced", "RootChanged"], 5),
+        **dict.fromkeys(["NothingToRestore", "StepNotFound", "StepRetired"], 6),
     }

@@ -153,7 +153,7 @@ def edited(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "code", "message"),
     [
-        (no_run, 3, "not a run (no journal/ in it)"),
+        (no_run, 4, "there is no journal, but attempts are, such as step 0 e0001-a01; nothing was changed"),
         (newer_format, 3, "format 9, this version reads up to 1"),
         (truncated, 4, "truncated or not a record"),
         (edited, 4, "it was edited or damaged"),
