@@ -19,7 +19,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator import arrays, journal, layout, survey
+from orchestrator import arrays, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.records import (
@@ -95,7 +95,7 @@ def adopt(
     found = orbax_steps(source)
     if not found:
         raise UsageError(f"{source}: no steps of an Orbax CheckpointManager in it; check the path")
-    head, _ = survey.look(catalog)  # refused before an epoch is opened, as a job is
+    head, _ = catalog.look()  # refused before an epoch is opened, as a job is
     newest = max((live.step for live in head.live), default=-1) if head else -1
     steps = sorted(step for step in found if step > newest)
     known = {live.step for live in head.live} if head else set()

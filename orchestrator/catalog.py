@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from absl import logging
 
-from orchestrator import garbage, journal, layout
+from orchestrator import garbage, journal, layout, survey
 from orchestrator.errors import (
     Damaged,
     Fenced,
@@ -60,11 +60,12 @@ class Catalog:
         clock: Callable[[], float] = time.time,
         ids: Callable[[], str] | None = None,
     ) -> None:
-        self.storage = storage
+        self.storage: Storage = storage
         self.writer = writer
         self._clock = clock
         self._ids = ids or (lambda: uuid.uuid4().hex)
         self._known_version = -1  # where to start listing: versions only grow
+        self._looked = False  # whether the run was looked at whole, which comes before any append
         self.durable_version = -1  # the highest that this object knows to survive a power loss: what records build on
 
     @property
@@ -181,6 +182,8 @@ class Catalog:
         a newer epoch has been opened, what the rule refuses with, JournalLost if there was a journal and it is not
         (whole), and StorageError after 100 lost races.
         """
+        if not self._looked:
+            self.look()
         for tries in range(1, _CONFLICTS_MAX + 1):
             head = self.head()
             match rule(head, self.stamp()):
@@ -198,6 +201,12 @@ class Catalog:
             time.sleep(wait_s)
         raise StorageError(f"{self.url}: lost {_CONFLICTS_MAX} races for the next journal version; too many writers")
 
+    def look(self) -> tuple[Head | None, dict[AttemptId, Found]]:
+        """The head and every attempt in storage (`survey.look`). Raises JournalLost."""
+        found = survey.look(self)
+        self._looked = True
+        return found
+
     def put(self, following: Head) -> bool:
         """Create an entry if its version is not taken. It is durable then."""
         if following.version > layout.VERSION_MAX:
@@ -206,6 +215,7 @@ class Catalog:
         if not isinstance(self.storage.create(layout.journal_key(following.version), encode(following)), Created):
             return False
         self.durable_version = max(self.durable_version, following.version)
+        self._known_version = max(self._known_version, following.version)
         if following.version % _MARKED_EVERY == 0:
             self._mark(following.version)
         return True

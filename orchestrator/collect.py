@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
-from orchestrator import failpoints, journal, layout, survey
+from orchestrator import failpoints, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Fenced, StorageError
 from orchestrator.events import Collected, emit
@@ -45,7 +45,7 @@ def collect(
     what is there proves that the journal has lost entries.
     """
     failpoints.hit("collect.before")
-    found = survey.look(catalog)[1] if orphans else {}
+    found = catalog.look()[1] if orphans else {}
     head = catalog.require_head() if dry_run else catalog.durable_head()
     if epoch is not None and head.epoch > epoch:
         raise Fenced(f"{catalog.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")

@@ -13,7 +13,7 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator import failpoints, journal, layout, plan, survey
+from orchestrator import failpoints, journal, layout, plan
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect
 from orchestrator.journal import Compared, Overtaken
@@ -34,6 +34,7 @@ class Opening:
     ) -> None:
         self._catalog, self._rendezvous, self._timeout_s, self._opened = catalog, rendezvous, timeout_s, opened
         self.epoch: int | None = None
+        self._compared: Compared | None = None  # on process 0, once the run has been looked at
 
     def by_save(self, step: int, describe: Callable[[], Flat], *, other_tree: bool) -> str:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
@@ -43,29 +44,38 @@ class Opening:
         """
         if self.epoch is not None:
             return ""
-        flat: Flat | None = None
         told: Json = {"step": step}
         error: Exception | None = None
+        described: list[Flat] = []  # in it once this process has nothing to object to what it was given
+
+        def compare(head: Head | None) -> None:
+            if not other_tree:
+                check_tree(self._catalog, head, described[0])
+
         try:
-            flat = describe()
-            probe(self._catalog.storage)
+            described.append(describe())
+            self._admit(compare)
         except Exception as failure:  # the others must hear of it before it is raised here
             error = failure
-            told = {"step": step, "refused": f"{type(failure).__name__}: {failure}"[:2000]}
-        answers = self._rendezvous.gather("open the epoch: first save", told, self._timeout_s)
+            told["refused"] = [type(failure).__name__, str(failure)]
+        # Of process 0 it is the run's objection: all raise it.
+        answers = self._rendezvous.gather(
+            "open the epoch: first save", told | {"run": bool(described)}, self._timeout_s
+        )
         if error:
             raise error
+        if answers[0]["run"] and "refused" in answers[0]:
+            raise as_error(0, *answers[0]["refused"])
         if refused := self._refused(answers):
             return refused
-        assert flat is not None
-        self._open(lambda head: None if other_tree else check_tree(self._catalog, head, flat))
+        self._open(compare)
         return ""
 
     def _refused(self, answers: list[Json]) -> str:
         shown = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
         for who, answer in zip(shown, answers, strict=True):
             if "refused" in answer:
-                return f"{who}: {answer['refused']}"
+                return f"{who}: {': '.join(answer['refused'])}"
             if answer["step"] != answers[0]["step"]:
                 theirs = f"{shown[0]} saves step {answers[0]['step']} where {who} saves step {answer['step']}"
                 return f"{theirs}; all must save the same steps in the same order"
@@ -78,8 +88,9 @@ class Opening:
         if self.epoch is not None:
             return []
         error: Exception | None = None
+        compare = partial(_unchanged, tree)
         try:
-            probe(self._catalog.storage)
+            self._admit(compare)
         except Exception as failure:
             error = failure
         answers = meet({"opens": [type(error).__name__, str(error)] if error else []})
@@ -90,7 +101,7 @@ class Opening:
         for index, answer in enumerate(answers):
             if answer["opens"]:
                 raise as_error(index, *answer["opens"])
-        self._open(partial(_unchanged, tree))
+        self._open(compare)
         return []
 
     def _open(self, compare: Callable[[Head | None], None]) -> None:
@@ -100,22 +111,29 @@ class Opening:
         self._catalog.durable_version = max(self._catalog.durable_version, int(opened["version"]))
         self._opened(self.epoch)
 
+    def _admit(self, compare: Callable[[Head | None], None]) -> None:
+        """Whatever speaks against this process opening the run is raised. Process 0 looks at the run, for all."""
+        if self._rendezvous.process == 0:
+            self._look(compare)
+        probe(self._catalog.storage)
+
+    def _look(self, compare: Callable[[Head | None], None]) -> None:
+        head, _ = self._catalog.look()
+        compare(head)
+        self._compared = Compared(journal.tree_of(head))
+
     def _append(self, compare: Callable[[Head | None], None]) -> Json:
         failpoints.hit("epoch.before")
-        for tries_left in reversed(range(_TRIES)):
-            head, _ = survey.look(self._catalog)
-            compare(head)
-            rule = partial(journal.open_epoch, compared=Compared(journal.tree_of(head)))
+        for _ in range(_TRIES):
             try:
-                opened = self._catalog.append(rule)
+                opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared))
             except Overtaken:
-                if not tries_left:
-                    raise
+                self._look(compare)
                 continue
             failpoints.hit("epoch.after")
             assert opened is not None
             return {"epoch": opened.epoch, "version": opened.version}
-        raise AssertionError("unreachable")
+        raise Overtaken(f"{self._catalog.url}: other jobs keep committing to this run; nothing was opened")
 
 
 def probe(storage: Storage) -> None:

@@ -1,5 +1,5 @@
-"""Looking at a run whole, before anything is opened or collected: the head, every attempt in storage, and whether they
-prove that the journal has lost entries.
+"""Looking at a run whole, before anything is written to it or deleted: the head, every attempt in storage, and whether
+they prove that the journal has lost entries.
 
 Costs one listing of all attempts and one of the journal's last 500 entries; records are read only of attempts that the
 head does not know, which crashes leave. Reads only.
@@ -9,17 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 from orchestrator import evidence, journal, layout
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, JournalLost, NewerFormat, Suspect
 from orchestrator.journal import AttemptId, Found
-from orchestrator.records import Head, Intent, Manifest
+from orchestrator.records import AnyRecord, Head, Intent, Manifest
+from orchestrator.storage.base import Storage
 
 _RACE_VERSIONS = 16  # a listing may miss so many of the newest entries while others are being created
 
 
-def look(catalog: Catalog) -> tuple[Head | None, dict[AttemptId, Found]]:
+class Stored(Protocol):
+    """What is asked of a `catalog.Catalog`, which asks this module before it appends."""
+
+    @property
+    def storage(self) -> Storage: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def recipe(self) -> str: ...
+    def head(self) -> Head | None: ...
+    def entry(self, version: int) -> Head: ...
+    def versions(self, start: int = 0) -> list[int]: ...
+    def marked_version(self) -> int: ...
+    def stored(self) -> dict[AttemptId, Found]: ...
+    def record(self, step: int, attempt: str, name: str, kind: type[AnyRecord]) -> AnyRecord | None: ...
+
+
+def look(catalog: Stored) -> tuple[Head | None, dict[AttemptId, Found]]:
     """The head, None in a new run, and every attempt in storage. Raises JournalLost naming what proves that entries are
     missing, Damaged and StorageError."""
     stored, marker = catalog.stored(), catalog.marked_version()
@@ -35,7 +53,7 @@ def look(catalog: Catalog) -> tuple[Head | None, dict[AttemptId, Found]]:
     return head, stored
 
 
-def missing(catalog: Catalog, head: Head | None, marker: int) -> str:
+def missing(catalog: Stored, head: Head | None, marker: int) -> str:
     """A hole among the newest entries; '' if there is none, or a `recovered` entry stands right above it."""
     if head is None:
         return ""
@@ -48,11 +66,11 @@ def missing(catalog: Catalog, head: Head | None, marker: int) -> str:
     return ""
 
 
-def _exists(catalog: Catalog, version: int) -> bool:
+def _exists(catalog: Stored, version: int) -> bool:
     return catalog.storage.get(layout.journal_key(version)) is not None
 
 
-def built_on(catalog: Catalog, attempt: AttemptId, whole: bool) -> int:
+def built_on(catalog: Stored, attempt: AttemptId, whole: bool) -> int:
     """The version of the head that an attempt builds on, by its own records; -1 if they do not tell. Raises
     StorageError: then nothing is known."""
     readers: list[Callable[[], Manifest | Intent | None]] = [lambda: catalog.record(*attempt, layout.INTENT, Intent)]

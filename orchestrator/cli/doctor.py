@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from orchestrator import evidence, journal, layout, survey
+from orchestrator import evidence, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
@@ -120,7 +120,7 @@ def _journal(patient: Patient) -> Iterator[Finding]:
     """Every entry can be read, none is missing, epochs and times do not go back."""
     catalog = patient.catalog
     try:
-        survey.look(catalog)
+        catalog.look()
     except JournalLost as error:
         yield Finding("journal", "damage", str(error), _RECOVER)
     versions = catalog.versions()

@@ -90,10 +90,10 @@ def _say(told: Recovery, found: Plan, root: str) -> None:
         render.say("no attempts")
     head = f"version {told.version} of epoch {told.epoch}" if found.head else "none that can be read"
     render.say(f"newest entry of the journal: {head}")
-    for key, why in found.unreadable.items():
+    for why in found.unreadable.values():
         render.say(f"cannot be read: {why}")
-        if (layout.journal_version(key) or 0) >= layout.VERSION_MAX - 2:
-            render.say(f"  no version comes after {key}, and no job has written it: move it out of the run first")
+    if found.version > layout.VERSION_MAX:
+        render.say("no version comes after the newest entry, which no job has written: move it out of the run first")
     if told.lost:
         render.say(f"entries are missing: {told.lost}")
     if told.written is not None:
