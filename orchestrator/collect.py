@@ -52,6 +52,11 @@ def collect(
     result = Collection()
     done: list[tuple[int, str]] = []
     for gone in journal.collectable(head, found):
+        key = (gone.step, gone.attempt)
+        # It was listed before the head was read: it may have been finished before the head's epoch was opened.
+        unfinished = gone.reason == "orphan" and not found[key].whole
+        if unfinished and catalog.storage.get(catalog.key(*key, layout.MANIFEST)) is not None:
+            continue
         result.attempts.append(gone)
         if _delete(catalog, gone, result, dry_run, on_file):
             done.append((gone.step, gone.attempt))
