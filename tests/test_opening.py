@@ -4,6 +4,8 @@ nothing and fences nobody (invariants 9 and 13)."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -135,18 +137,45 @@ def test_who_is_rejected_fences_nobody_and_leaves_nothing_behind(root: Path, why
         assert owner.save(2, state(2)) and owner.all_steps() == [1, 2]
 
 
-def test_a_root_whose_directories_are_another_users_is_rejected_by_the_file_system_itself(root: Path) -> None:
-    if os.getuid() == 0:
-        pytest.skip("root may write anywhere; the hooks above stand for it")
-    fill(root, 1)
-    before = kinds(root)
-    (root / "steps").chmod(0o555)
+ANOTHER_USER = """
+import os, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp
+import orchestrator as oc
+state = {"w": jnp.zeros(512), "count": 0}
+oc.Agent(sys.argv[2]).restore  # imported before the rights are gone
+os.setuid(12345)
+for act in (lambda agent: agent.save(2, state), lambda agent: agent.restore(state)):
     try:
-        with pytest.raises(oc.StorageError, match="EACCES"):
-            oc.Agent(root, options=now()).save(2, state(2))
-    finally:
-        (root / "steps").chmod(0o755)
-    assert kinds(root) == before
+        act(oc.Agent(sys.argv[1]))
+    except oc.StorageError as error:
+        print("rejected:", error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a second user, and so root")
+@pytest.mark.parametrize("owned", ["journal", "steps"])
+def test_a_root_whose_directories_are_another_users_is_rejected_by_the_file_system_itself(
+    root: Path, tmp_path: Path, owned: str
+) -> None:
+    fill(root, 1)
+    for path in [root, *root.rglob("*")]:
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    (root / owned).chmod(0o755)
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    before = snapshot(root)
+    done = subprocess.run(
+        [sys.executable, "-c", ANOTHER_USER, str(root), str(tmp_path / "other")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert done.stdout.count("rejected:") == 2 and "EACCES" in done.stdout, done.stderr
+    assert snapshot(root) == before
 
 
 def test_a_job_that_was_compared_before_another_job_committed_is_compared_again(root: Path) -> None:
