@@ -317,3 +317,21 @@ def test_the_version_of_a_recovered_entry_is_above_all_that_was_named_and_leaves
     assert evidence.above(None, [], [-1]) == 1
     assert evidence.above(head(version=7), [0, 7], [3, -1]) == 9
     assert evidence.above(head(version=7), [0, 7, 8], [30, 12]) == 32
+
+
+def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durable(root: Path) -> None:
+    from orchestrator.records import Intent, Manifest, Receipt
+
+    with oc.Agent(root, options=now()) as agent:
+        for step in (1, 2):
+            agent.save(step, state(step))
+            assert main(["orchestrator", "pin", str(root), f"--step={step}"]) == 0  # another's entry: not named
+    catalog = catalog_of(root)
+    for step, version in ((1, 0), (2, 1)):
+        for name, kind in (
+            (layout.INTENT, Intent),
+            (layout.MANIFEST, Manifest),
+            (layout.receipt_name(0), Receipt),
+        ):
+            record: Any = catalog.record(step, "e0001-a01", name, kind)
+            assert record.built_on == version, (step, name)
