@@ -104,6 +104,7 @@ def adopt(
     described = {step: _look(found[step], skip) for step in steps}
     if not steps:
         return Adopted((), older, 0)
+    catalog.probe()
     opened = catalog.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0

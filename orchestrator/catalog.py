@@ -207,6 +207,16 @@ class Catalog:
         self._looked = True
         return found
 
+    def probe(self) -> None:
+        """Create an object among the attempts and delete it: whether this process may save here at all. The journal
+        needs no probe, as opening an epoch is one create in it. Raises StorageError; nothing is left behind then."""
+        key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
+        self.storage.create(key, b"")
+        try:
+            self.storage.delete(key)
+        except StorageError as error:  # saving needs no right to delete, retention does
+            logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", self.url, key, error)
+
     def put(self, following: Head) -> bool:
         """Create an entry if its version is not taken. It is durable then."""
         if following.version > layout.VERSION_MAX:

@@ -7,20 +7,18 @@ that the run belongs to. Making an agent, and reading, open nothing. Main thread
 
 from __future__ import annotations
 
-import uuid
+import shlex
 from collections.abc import Callable
 from functools import partial
 
-from absl import logging
-
-from orchestrator import failpoints, journal, layout, plan
+from orchestrator import failpoints, journal, plan
+from orchestrator.adopt import orbax_steps
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect
+from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.journal import Compared, Overtaken
 from orchestrator.records import Head, Json
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import agree, as_error
-from orchestrator.storage.base import Storage
 from orchestrator.tree import Flat
 
 _TRIES = 10  # somebody else commits to the run between comparing and opening
@@ -40,7 +38,8 @@ class Opening:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
         else why another process cannot take part in this save, and nothing was done.
 
-        Raises what `describe` raises, OtherJob, JournalLost, StorageError where this job may not write.
+        Raises what `describe` raises, OtherJob, JournalLost, UsageError in a directory of Orbax's, StorageError where
+        this job may not write.
         """
         if self.epoch is not None:
             return ""
@@ -115,10 +114,15 @@ class Opening:
         """Whatever speaks against this process opening the run is raised. Process 0 looks at the run, for all."""
         if self._rendezvous.process == 0:
             self._look(compare)
-        probe(self._catalog.storage)
+        self._catalog.probe()
 
     def _look(self, compare: Callable[[Head | None], None]) -> None:
         head, _ = self._catalog.look()
+        if head is None and (theirs := orbax_steps(self._catalog.url)):
+            raise UsageError(
+                f"{self._catalog.url}: holds {len(theirs)} steps of Orbax's own (newest {max(theirs)}); take them over "
+                f"with `orchestrator adopt {shlex.quote(self._catalog.url)}`, or use another root"
+            )
         compare(head)
         self._compared = Compared(journal.tree_of(head))
 
@@ -134,17 +138,6 @@ class Opening:
             assert opened is not None
             return {"epoch": opened.epoch, "version": opened.version}
         raise Overtaken(f"{self._catalog.url}: other jobs keep committing to this run; nothing was opened")
-
-
-def probe(storage: Storage) -> None:
-    """Create an object among the attempts and delete it: whether this process may save here at all. The journal needs
-    no probe, as opening is one create in it. Raises StorageError; nothing is left behind then."""
-    key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
-    storage.create(key, b"")
-    try:
-        storage.delete(key)
-    except StorageError as error:  # saving needs no right to delete, retention does
-        logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", storage.url, key, error)
 
 
 def check_tree(catalog: Catalog, head: Head | None, flat: Flat) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from conftest import snapshot
 from fakes import HookedStorage
@@ -175,6 +176,16 @@ def test_a_root_whose_directories_are_another_users_is_rejected_by_the_file_syst
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )
     assert done.stdout.count("rejected:") == 2 and "EACCES" in done.stdout, done.stderr
+    assert snapshot(root) == before
+
+
+def test_a_directory_of_orbaxs_own_steps_is_no_new_run(root: Path) -> None:
+    with ocp.CheckpointManager(root) as manager:
+        manager.save(5, args=ocp.args.StandardSave({"w": jnp.zeros(4)}))
+    before = snapshot(root)
+    for act in (lambda agent: agent.save(1, state(1)), lambda agent: agent.restore(LIKE)):
+        with pytest.raises(oc.UsageError, match=r"holds 1 steps of Orbax's own \(newest 5\); .*`orchestrator adopt"):
+            act(oc.Agent(root))
     assert snapshot(root) == before
 
 
