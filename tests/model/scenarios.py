@@ -9,10 +9,14 @@ SCENARIOS = (
     # Zombies: two incarnations save the same step, one collects, and any put may be lost, late or repeated.
     Scenario(
         "rivals",
-        (Coordinator("A", (1, 2)), Coordinator("B", (2, 3)), Collector("collect-B", boss=1)),
+        (
+            Coordinator("A", (1, 2), at_once=True),
+            Coordinator("B", (2, 3), at_once=True),
+            Collector("collect-B", boss=1),
+        ),
         losses=1,
     ),
-    Scenario("three rivals", (Coordinator("A", (1,)), Coordinator("B", (1,)), Coordinator("C", (1,))), losses=1),
+    Scenario("three rivals", tuple(Coordinator(name, (1,), at_once=True) for name in "ABC"), losses=1),
     # Two processes: one may fail, leave a hole, or stay silent; a step is tried twice.
     Scenario(
         "processes",
@@ -47,8 +51,8 @@ SCENARIOS = (
     Scenario(
         "gc",
         (
-            Coordinator("A", (1, 2)),
-            Coordinator("B", (2,)),
+            Coordinator("A", (1, 2), at_once=True),
+            Coordinator("B", (2,), at_once=True),
             Collector("gc", retires=True),
             Tool("quarantine", "quarantine"),
         ),

@@ -197,12 +197,13 @@ class Appender:
 
 @dataclass(frozen=True)
 class Coordinator(Appender):
-    """An incarnation's process 0: looks at the run, opens an epoch, then saves `saves` one after another. `after`: the
-    actor that must have finished before it begins."""
+    """An incarnation's process 0: looks at the run, opens an epoch, then saves `saves` one after another.
+    `after_actor`: who must have finished before it begins. at_once: it lists and reads the head in one move."""
 
     saves: tuple[int, ...]
     tree: str = ""
     after_actor: int = -1
+    at_once: bool = False
 
     def current(self, engine: Engine, local: Local) -> tuple[int, str]:
         return named(engine, self.saves, local)
@@ -218,11 +219,11 @@ class Coordinator(Appender):
         if local.pc == "start":
             if self.after_actor < 0 or world.actors[self.after_actor].pc == "finished":
                 found = tuple(as_found(world.objects).items()) if engine.rules.looks_first else ()
-                yield (
-                    f"{self.name}: starts, lists",
-                    world.local(index, local._replace(pc="compare", done=found)),
-                    NOTHING,
-                )
+                listed = world.local(index, local._replace(pc="compare", done=found))
+                if self.at_once:
+                    yield self._compare(engine, listed, index)
+                else:
+                    yield f"{self.name}: starts, lists", listed, NOTHING
         elif local.pc == "compare":
             yield self._compare(engine, world, index)
         elif local.pc in ("read", "create", "unsure", "sync"):
