@@ -3,6 +3,7 @@ nothing and fences nobody (invariants 9 and 13)."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -288,3 +289,15 @@ def test_a_first_save_that_another_process_cannot_take_part_in_is_a_failed_save(
     with pytest.raises(oc.SaveFailed, match=r"step 1 was not saved: process 1 \(host-1\): UsageError"):
         agent.save(1, state(1))
     assert not (root / "journal").exists()
+
+
+def test_what_was_told_before_the_epoch_was_open_is_in_the_event_log_after_it(root: Path) -> None:
+    fill(root, 1, 2)
+    (manifest,) = root.glob("steps/00000002/*/manifest.json")
+    manifest.unlink()
+    (root / "events" / "00000.jsonl").unlink()
+    with oc.Agent(root, options=now()) as agent:
+        assert agent.restore(LIKE) is not None  # steps down before it opens
+    lines = [json.loads(line) for line in (root / "events" / "00000.jsonl").read_text().splitlines()]
+    told = [(line["event"], line["epoch"]) for line in lines if line["event"] in ("SteppedDown", "EpochOpened")]
+    assert told == [("SteppedDown", 2), ("EpochOpened", 2)]
