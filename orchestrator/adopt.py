@@ -21,12 +21,8 @@ from msgspec.structs import replace
 
 from orchestrator import journal, json_words, layout, orbax_steps
 from orchestrator.catalog import Catalog
-<<<<<<< HEAD
-from orchestrator.codec import encode
-from orchestrator.errors import UsageError
-=======
+from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, UsageError
->>>>>>> compat
 from orchestrator.records import (
     FORMAT,
     Extra,
@@ -38,11 +34,6 @@ from orchestrator.records import (
     Record,
     TreeSpec,
     crc32c,
-<<<<<<< HEAD
-=======
-    decode,
-    encode,
->>>>>>> compat
 )
 from orchestrator.storage import PosixStorage
 
@@ -114,7 +105,7 @@ def adopt(
     if not isinstance(catalog.storage, PosixStorage) or base is None:
         raise UsageError(f"{catalog.url}: adopting needs a local or shared file system, as it links to Orbax's files")
     there = orbax_steps.survey(base)
-    head = catalog.head()
+    head, _ = catalog.look()  # refused before an epoch is opened, as a job is
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if there.strange:
         raise UsageError(_elsewhere(source, [path.name for path in there.strange]))
@@ -130,6 +121,7 @@ def adopt(
         _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
+    catalog.probe()
     opened = catalog.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0
@@ -175,6 +167,7 @@ class _Writer:
             files=tuple(self._sealed()),
             hosts=(socket.gethostname(),),
             seconds=({},),
+            built_on=self._catalog.durable_version,
         )
         body = self._create(layout.MANIFEST, manifest)
         entry = LiveStep(
@@ -220,6 +213,7 @@ class _Writer:
             device_count=0,
             mesh={},
             tree=tree,
+            built_on=self._catalog.durable_version,
         )
 
     def _create(self, name: str, record: Record) -> bytes:

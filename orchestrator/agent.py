@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, failpoints, garbage, heartbeat, journal, plan
+from orchestrator import arguments, failpoints, garbage, heartbeat
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -25,22 +25,21 @@ from orchestrator.collect import collect
 from orchestrator.coordinator import Coordinator, UserData
 from orchestrator.errors import (
     Damaged,
-    Fenced,
     OrchestratorError,
-    OtherJob,
     SaveFailed,
     StorageError,
     UsageError,
     WaitTimeout,
 )
 from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
+from orchestrator.opening import Opening, check_tree
 from orchestrator.options import Options
 from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
 from orchestrator.records import Json
 from orchestrator.rendezvous import Rendezvous, connect
 from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
-from orchestrator.saving import GRACE_S, Save, Saver
+from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
 from orchestrator.telemetry import Telemetry
@@ -51,10 +50,11 @@ STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised 
 
 
 class Agent:
-    """Saves and restores the state of one job in the run at `root`. Opening it opens a new epoch (incarnation).
+    """Saves and restores the state of one job in the run at `root`. Making it writes nothing: the first `save` or
+    `restore` opens a new epoch (incarnation), once nothing speaks against it.
 
-    Raises Damaged or NewerFormat if the root holds a journal that cannot be trusted, StorageError if it cannot be
-    written, WaitTimeout naming the processes that did not come. Then nothing was changed.
+    Raises Damaged or NewerFormat if the root holds a journal that cannot be trusted, JournalLost if it holds steps and
+    no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come.
     """
 
     def __init__(
@@ -82,16 +82,13 @@ class Agent:
         failpoints.configure(os.environ, me.process)
         signature = f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}"
         self._catalog = Catalog(store, writer=signature)
-        opened = agree(me, "open the run", self.options.rendezvous_timeout_s, self._open_epoch)
-        self.epoch, run = int(opened["epoch"]), str(opened["run"])
+        told = agree(me, "open the run", self.options.rendezvous_timeout_s, self._look_at_run)
         # Of all hosts or of none: fingerprints of some prove nothing, and a collective of some hangs.
-        self._attest, self._load_once = str(opened["attest"]), bool(opened["load_once"])
-        failpoints.note(epoch=self.epoch)
-        self._saver = self._make_saver(run, keep)
+        self._attest, self._load_once = str(told["attest"]), bool(told["load_once"])
+        self._opening = Opening(self._catalog, me, self.options.rendezvous_timeout_s, self._opened)
+        self._saver = self._make_saver(str(told["run"]), keep)
         self._looks = Looks()
         self._pacing: Pacing | None = None
-        if me.process == 0 and isinstance(self._policy, Adaptive):
-            self._pacing = Pacing(self._catalog)
         self._current: Save | None = None
         self._pending_error: OrchestratorError | None = None
         self._last_save_s: float | None = None
@@ -102,10 +99,7 @@ class Agent:
         self._collector: threading.Thread | None = None
         self._swept = False
         self._closed = False
-        self._telemetry = Telemetry(
-            self.options, self._catalog.url, process=me.process, host=me.hosts[me.process], epoch=self.epoch
-        )
-        emit(EpochOpened(self.epoch, self._catalog.url, me.count))
+        self._telemetry = Telemetry(self.options, self._catalog.url, process=me.process, host=me.hosts[me.process])
         heartbeat.beat("opened", None)
 
     def _make_saver(self, run: str, keep: KeepPolicy | None) -> Saver:
@@ -121,28 +115,37 @@ class Agent:
         )
         coordinator = None
         if me.process == 0:
-            coordinator = Coordinator(self._catalog, me, epoch=self.epoch, run=run, keep=keep)
+            keep_s = self.options.quarantine_keep_s
+            coordinator = Coordinator(self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s)
         return Saver(
             self._catalog,
             writer,
             me,
             coordinator,
             self.options,
-            epoch=self.epoch,
             run=run,
             attest=self._attest != "off",
             committed=self._collect_in_background,
         )
 
-    def _open_epoch(self) -> Json:
-        failpoints.hit("epoch.before")
-        head = self._catalog.append(journal.open_epoch)
-        failpoints.hit("epoch.after")
-        assert head is not None
-        alike = {"attest": self.options.attest, "load_once": self.options.load_once}
-        return {"epoch": head.epoch, "run": uuid.uuid4().hex, **alike}
+    def _look_at_run(self) -> Json:
+        self._catalog.head()  # whether it can be trusted
+        return {"run": uuid.uuid4().hex, "attest": self.options.attest, "load_once": self.options.load_once}
+
+    def _opened(self, epoch: int) -> None:
+        failpoints.note(epoch=epoch)
+        self._saver.opened(epoch)
+        if self._rendezvous.process == 0 and isinstance(self._policy, Adaptive):
+            self._pacing = Pacing(self._catalog)
+        self._telemetry.opened(epoch)
+        emit(EpochOpened(epoch, self._catalog.url, self._rendezvous.count))
 
     # Questions.
+
+    @property
+    def epoch(self) -> int | None:
+        """This incarnation's number; None until the first `save` or `restore` has opened it."""
+        return self._opening.epoch
 
     def should_save(self, step: int) -> bool:
         """Whether `save(step, ...)` would save now: the policy says so, or hosts are being preempted.
@@ -191,7 +194,8 @@ class Agent:
 
     def all_steps(self) -> list[int]:
         """All restorable steps, ascending."""
-        return sorted(live.step for live in self._catalog.require_head().live if live.restorable)
+        head = self._catalog.head()
+        return sorted(live.step for live in head.live if live.restorable) if head else []
 
     @property
     def cadence(self) -> Cadence | None:
@@ -220,12 +224,15 @@ class Agent:
         `metrics`: numbers that retention policies see. `extra`: the user's JSON. `process_state`: this process's own
         bytes. When it returns, every array may be donated or overwritten. Waits for the save before it, if any.
         Raises UnsupportedLeaf and OtherJob before anything is written, Fenced if a newer incarnation has taken over,
-        SaveFailed of an earlier save with on_save_failure="raise".
+        SaveFailed of an earlier save with on_save_failure="raise". The first save opens the epoch: whatever keeps this
+        job from that (StorageError without the right to write, JournalLost) is raised, whatever on_save_failure says.
         """
         with self._used_by_one("save"):
             self._settle(raise_now=True)
             step = arguments.step(step)
             if not (self.should_save(step) or force) or step == self._last_saved_step:
+                return False
+            if self.epoch is None and not self._open(step, state, metrics, extra, process_state):
                 return False
             try:
                 user = UserData(arguments.metrics(metrics), arguments.extra(extra), timestamp=time.time())
@@ -234,6 +241,28 @@ class Agent:
                 self._saver.refuse(self._saver.begin(step, UserData({}, {}, 0.0), None), "arguments", error)
                 raise
             return self._save(step, state, user, mine)
+
+    def _open(self, step: int, state: Any, *given: Any) -> bool:
+        """Open the epoch for the first save; False if another process cannot take part, which is a failed save."""
+
+        def describe() -> Flat:
+            metrics, extra, process_state = given
+            arguments.metrics(metrics), arguments.extra(extra), arguments.own_bytes(process_state)
+            with garbage.paused():
+                return flatten(state)
+
+        refused = self._opening.by_save(step, describe, other_tree=self.options.other_tree)
+        self._tree_checked = not refused
+        if refused:
+            self._not_saved(step, "", f"step {step} was not saved: {refused}", "refused")
+        return not refused
+
+    def _not_saved(self, step: int, attempt: str, reason: str, cause: str) -> None:
+        """Count a save that was not even begun, and raise it if that is wanted."""
+        self.failures += 1
+        emit(SaveNotCommitted(step, attempt, reason, cause))
+        if self.options.on_save_failure == "raise":
+            raise SaveFailed(reason, step=step, attempt=attempt)
 
     def _save(self, step: int, state: Any, user: UserData, process_state: bytes | None) -> bool:
         entered = time.monotonic()
@@ -268,26 +297,14 @@ class Agent:
         assert self._current is not None
         reason = f"{self._current.shown} still hangs on this process: the store does not answer"
         self._saver.refuse(save, "wait", WaitTimeout(reason))
-        self.failures += 1
-        error = SaveFailed(f"{save.shown} was not saved: {reason}", step=save.step, attempt=save.attempt)
-        emit(SaveNotCommitted(save.step, save.attempt, reason, "hung"))
-        if self.options.on_save_failure == "raise":
-            raise error
+        self._not_saved(save.step, save.attempt, f"{save.shown} was not saved: {reason}", "hung")
 
     def _check_tree(self, flat: Flat, save: Save) -> None:
         """The first save of an incarnation must be of the run's own job. Raises OtherJob."""
         if self._tree_checked or self.options.other_tree:
             return
         try:
-            newest = journal.newest(self._catalog.require_head())
-            if newest is not None and newest.tree != flat.spec.fingerprint():
-                saved = self._catalog.intent(newest, self._catalog.manifest(newest)).tree
-                lines = plan.tree_differences(saved, flat.spec) or ["their trees differ"]
-                detail = "\n".join(f"  {printable(line)}" for line in lines)
-                raise OtherJob(
-                    f"{self._catalog.url} holds another job's state (step {newest.step}); use another root, or "
-                    f"Options(other_tree=True):\n{detail}"
-                )
+            check_tree(self._catalog, self._catalog.require_head(), flat)
         except (StorageError, Damaged) as error:  # a failed save, not a failed training
             save.failure = ("check", error)
             return
@@ -367,11 +384,11 @@ class Agent:
             if save.error:
                 self.failures += 1
                 self._last_saved_step = None
-                if isinstance(save.error, Fenced) or self.options.on_save_failure == "raise":
+                if isinstance(save.error, FATAL) or self.options.on_save_failure == "raise":
                     self._pending_error = save.error
         if raise_now and self._pending_error:
             error = self._pending_error
-            if not isinstance(error, Fenced):  # fenced is for good: every later call says so
+            if not isinstance(error, FATAL):  # fenced is for good: every later call says so
                 self._pending_error = None
             raise error
 
@@ -443,4 +460,5 @@ class Agent:
             raise UsageError(f"{STEP_BACK}={text!r}: wanted how many of the newest steps to leave out")
         back = int(text)
         timeout_s = self.options.rendezvous_timeout_s
-        return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back)
+        opening = self._opening.by_restore
+        return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back, opening)

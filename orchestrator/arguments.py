@@ -48,11 +48,11 @@ def saved_step(value: object) -> int | None:
     return number
 
 
-def seconds(name: str, value: object) -> float:
-    """A time to wait: more than none, and not for ever."""
+def seconds(name: str, value: object, most: float = SECONDS_MAX) -> float:
+    """A time: more than none, and not for ever. Of what is waited for, at most SECONDS_MAX."""
     number = _number(value)
-    if number is None or isinstance(value, bool) or not 0 < number <= SECONDS_MAX:
-        raise refusal(name, value, f"a positive number of seconds, at most {SECONDS_MAX}")
+    if number is None or isinstance(value, bool) or not 0 < number <= most:
+        raise refusal(name, value, f"a positive number of seconds, at most {most}")
     return number
 
 

@@ -6,6 +6,7 @@ Opening and reading change nothing; a read-only credential is enough. Methods ma
 from __future__ import annotations
 
 import random
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -14,20 +15,22 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator import garbage, journal, layout, validate
+from orchestrator import garbage, journal, layout, survey, validate
 from orchestrator.codec import AnyRecord, decode, encode
 from orchestrator.errors import (
     Damaged,
     Fenced,
+    JournalLost,
     NotARun,
     NothingToRestore,
     StepNotFound,
     StepRetired,
     StorageError,
+    Suspect,
     Unavailable,
 )
 from orchestrator.events import Retried, emit
-from orchestrator.journal import FencedBy, Next, Refused, Stamp
+from orchestrator.journal import AttemptId, FencedBy, Found, Next, Refused, Stamp
 from orchestrator.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Storage, TooLarge
 
@@ -49,11 +52,13 @@ class Catalog:
         clock: Callable[[], float] = time.time,
         ids: Callable[[], str] | None = None,
     ) -> None:
-        self.storage = storage
+        self.storage: Storage = storage
         self.writer = writer
         self._clock = clock
         self._ids = ids or (lambda: uuid.uuid4().hex)
-        self._known_version = 0  # where to start listing: versions only grow
+        self._known_version = -1  # where to start listing: versions only grow
+        self._looked = False  # whether the run was looked at whole, which comes before any append
+        self.durable_version = -1  # the highest that this object knows to survive a power loss: what records build on
 
     @property
     def url(self) -> str:
@@ -65,16 +70,53 @@ class Catalog:
     # Journal.
 
     def head(self) -> Head | None:
-        """The highest journal entry; None if there is no journal. Raises Damaged if it cannot be trusted."""
-        start = self._known_version or self._indexed_version()
-        versions = self._versions(start) or (self._versions(0) if start else [])
-        if not versions:
-            return None
-        self._known_version = max(versions)
-        return self.entry(self._known_version)
+        """The highest journal entry; None in a new run: nothing says that there has ever been an entry. Raises
+        JournalLost if something does, or if an entry that was read before is gone; Damaged if the highest entry cannot
+        be trusted."""
+        start = self._known_version if self._known_version >= 0 else self.marked_version()
+        versions = self._versions(max(start, 0)) or (self._versions(0) if start > 0 else [])
+        if not versions and self._known_version < 0:
+            remains = self._remains()
+            if not remains:
+                return None
+            versions = self._versions(0)  # again: somebody may have opened the run meanwhile
+            if not versions:
+                raise JournalLost(f"{self.url}: there is no journal, but {remains}; {self.recipe}")
+        newest = max(versions, default=-1)
+        if newest < self._known_version:
+            if self.storage.get(layout.journal_key(self._known_version)) is None:
+                text = f"entry {self._known_version} was there and is gone; the newest is {newest}"
+                raise JournalLost(f"{self.url}: the journal has lost entries: {text}; {self.recipe}")
+            newest = self._known_version  # a listing that is behind
+        self._known_version = newest
+        try:
+            return self.entry(newest)
+        except (Damaged, Suspect):
+            pass  # read twice before it is said
+        try:
+            return self.entry(newest)
+        except (Damaged, Suspect) as error:
+            kind = type(error) if isinstance(error, Damaged) else Damaged
+            raise kind(f"{error}; it is the journal's newest entry; {self.recipe}") from error
+
+    @property
+    def recipe(self) -> str:
+        """What to do about a journal that cannot be trusted."""
+        where = shlex.quote(self.url)
+        return (
+            f"nothing was changed; `orchestrator doctor {where}` and `orchestrator recover {where}` say what is whole"
+        )
+
+    def _remains(self) -> str:
+        """What is there of a run that has no journal; '' if nothing is. Stops at the first."""
+        for entry in self.storage.list(layout.STEPS):
+            if found := layout.split_attempt_key(entry.key):
+                return f"attempts are, such as {layout.shown(*found[:2])}"
+        marked = self.marked_version()
+        return f"{layout.JOURNAL_INDEX} names version {marked}" if marked >= 0 else ""
 
     def require_head(self) -> Head:
-        """As `head`. Raises NotARun where there is no journal."""
+        """As `head`. Raises NotARun in a new run."""
         head = self.head()
         if head is None:
             raise NotARun(f"{self.url}: not a run (no journal/ in it); check the path")
@@ -86,6 +128,7 @@ class Catalog:
         still vanish. Raises StorageError, NotARun."""
         head = self.require_head()
         self.storage.seal([layout.journal_key(head.version)])
+        self.durable_version = max(self.durable_version, head.version)
         return head
 
     def entry(self, version: int) -> Head:
@@ -99,16 +142,20 @@ class Catalog:
 
     def entries(self) -> Iterator[Head]:
         """All journal entries, oldest first."""
-        return (self.entry(version) for version in sorted(self._versions(0)))
+        return (self.entry(version) for version in self.versions())
+
+    def versions(self, start: int = 0) -> list[int]:
+        """The versions from `start` on that have an object in the journal, ascending."""
+        return sorted(self._versions(start))
 
     def _versions(self, start: int) -> list[int]:
         keys = (entry.key for entry in self.storage.list(layout.JOURNAL, layout.journal_key(start)))
         return [version for key in keys if (version := layout.journal_version(key)) is not None]
 
-    def _indexed_version(self) -> int:
-        """A version that the journal has reached, from its newest marker; 0 if it has none (yet)."""
+    def marked_version(self) -> int:
+        """A version that the journal has reached, from its newest marker; -1 if it has none (yet)."""
         keys = (entry.key for entry in self.storage.list(layout.JOURNAL_INDEX))
-        return next((version for key in keys if (version := layout.indexed_version(key)) is not None), 0)
+        return next((version for key in keys if (version := layout.indexed_version(key)) is not None), -1)
 
     def _mark(self, version: int) -> None:
         """Spare later readers the listing of old entries. A hint: without it they list more, and find the same."""
@@ -121,8 +168,11 @@ class Catalog:
         """Apply a journal rule: read the head, compute the next, create it; if somebody was first, do it again.
 
         Returns the head that holds the change (the current one where the rule found nothing to do). Raises Fenced if
-        a newer epoch has been opened, what the rule refuses with, and StorageError after 100 lost races.
+        a newer epoch has been opened, what the rule refuses with, JournalLost if there was a journal and it is not
+        (whole), and StorageError after 100 lost races.
         """
+        if not self._looked:
+            self.look()
         for tries in range(1, _CONFLICTS_MAX + 1):
             head = self.head()
             match rule(head, self.stamp()):
@@ -133,15 +183,41 @@ class Catalog:
                 case Refused(error):
                     raise error
                 case Head() as following:
-                    created = self.storage.create(layout.journal_key(following.version), encode(following))
-                    if isinstance(created, Created):
-                        if following.version % _MARKED_EVERY == 0:
-                            self._mark(following.version)
+                    if self.put(following):
                         return following
             wait_s = random.uniform(0, _CONFLICT_PAUSE_S)
             emit(Retried("journal", tries, wait_s=wait_s))
             time.sleep(wait_s)
         raise StorageError(f"{self.url}: lost {_CONFLICTS_MAX} races for the next journal version; too many writers")
+
+    def look(self) -> tuple[Head | None, dict[AttemptId, Found]]:
+        """The head and every attempt in storage (`survey.look`). Raises JournalLost."""
+        found = survey.look(self)
+        self._looked = True
+        return found
+
+    def probe(self) -> None:
+        """Create an object among the attempts and delete it: whether this process may save here at all. The journal
+        needs no probe, as opening an epoch is one create in it. Raises StorageError; nothing is left behind then."""
+        key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
+        self.storage.create(key, b"")
+        try:
+            self.storage.delete(key)
+        except StorageError as error:  # saving needs no right to delete, retention does
+            logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", self.url, key, error)
+
+    def put(self, following: Head) -> bool:
+        """Create an entry if its version is not taken. It is durable then."""
+        if following.version > layout.VERSION_MAX:
+            key = layout.journal_key(layout.VERSION_MAX)
+            raise Damaged(f"{self.url}/{key}: no version comes after it; no job has written it: move it out of the run")
+        if not isinstance(self.storage.create(layout.journal_key(following.version), encode(following)), Created):
+            return False
+        self.durable_version = max(self.durable_version, following.version)
+        self._known_version = max(self._known_version, following.version)
+        if following.version % _MARKED_EVERY == 0:
+            self._mark(following.version)
+        return True
 
     # Attempts.
 
@@ -149,33 +225,40 @@ class Catalog:
         """The restorable step committed last; None in a new run, where no step was ever committed. Raises
         NothingToRestore where there are steps and all are quarantined: that must not be taken for a new run."""
         found = journal.newest(head)
+        where = shlex.quote(self.url)
         if found is None and head.live:
             raise NothingToRestore(
                 f"{self.url}: all {len(head.live)} steps are quarantined (newest: step {head.live[-1].step}); "
-                f"`orchestrator log {self.url}` says why; to begin anew, use another root"
+                f"`orchestrator log {where}` says why, `orchestrator verify --all {where}` and `orchestrator release "
+                f"{where} --step=N` bring back what is good; to begin anew, use another root"
             )
         return found
 
     def find(self, step: int | None) -> LiveStep | None:
         """The `newest` step, or the given one. Raises NothingToRestore, StepNotFound."""
-        head = self.require_head()
+        head = self.head()
         if step is None:
-            return self.newest(head)
-        found = journal.find(head, step)
+            return self.newest(head) if head else None
+        found = journal.find(head, step) if head else None
         if found is None or not found.restorable:
-            have = ", ".join(str(live.step) for live in head.live if live.restorable) or "none"
-            why = "is quarantined" if found else "is not in this run"
+            have = ", ".join(str(live.step) for live in (head.live if head else ()) if live.restorable) or "none"
+            why = self._quarantined(found) if found else "is not in this run"
             raise StepNotFound(f"{self.url}: step {step} {why}; restorable steps: {have}")
         return found
+
+    def _quarantined(self, live: LiveStep) -> str:
+        why = f" ({live.quarantine.reason})" if live.quarantine and live.quarantine.reason else ""
+        command = f"orchestrator release {shlex.quote(self.url)} --step={live.step}"
+        return f"is quarantined{why}; `{command}` makes it restorable again"
 
     def key(self, step: int, attempt: str, name: str) -> str:
         """Key of a file inside an attempt; `name` is checked, it may come from storage."""
         prefix = layout.attempt_prefix(step, attempt)
         return prefix + layout.check_key(name, f"{self.url}/{prefix}{layout.MANIFEST}")
 
-    def check_live(self, live: LiveStep) -> Head:
-        """The head, in which the attempt is still live: whatever is wrong with what is stored of it is no matter of
-        retention. Raises StepRetired."""
+    def check_live(self, live: LiveStep) -> None:
+        """The attempt is still live: whatever is wrong with what is stored of it is no matter of retention. Raises
+        StepRetired."""
         head = self.require_head()
         if not journal.is_live(head, live.step, live.attempt):
             newest = journal.newest(head)
@@ -183,7 +266,6 @@ class Catalog:
             raise StepRetired(
                 f"{self.url} {layout.shown(live.step, live.attempt)}: was retired while it was read; {now}"
             )
-        return head
 
     def _proven(
         self,
@@ -341,14 +423,25 @@ class Catalog:
         files = [entry for entry in manifest.files if entry.path.startswith(layout.PROCESS)]
         return {layout.process_of(entry.path): self.checked(live, entry) for entry in files}
 
-    def attempts(self) -> dict[tuple[int, str], int]:
+    def attempts(self) -> dict[AttemptId, int]:
         """(step, attempt) -> bytes of every attempt that has data in the store, committed or not."""
-        sizes: dict[tuple[int, str], int] = {}
+        return {key: one.bytes for key, one in self.stored().items()}
+
+    def stored(self) -> dict[AttemptId, Found]:
+        """Every attempt that has data in the store, committed or not, by one listing. `built_on` is not read."""
+        found: dict[AttemptId, Found] = {}
         for entry in self.storage.list(layout.STEPS):
-            found = layout.split_attempt_key(entry.key)
-            if found:
-                sizes[found[:2]] = sizes.get(found[:2], 0) + entry.bytes
-        return sizes
+            if parts := layout.split_attempt_key(entry.key):
+                before = found.get(parts[:2], Found())
+                whole = before.whole or parts[2] == layout.MANIFEST
+                found[parts[:2]] = Found(whole=whole, bytes=before.bytes + entry.bytes)
+        return found
+
+    def record(self, step: int, attempt: str, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
+        """A record of any attempt, known to the journal or not; None if it is not there. Raises Damaged."""
+        key = self.key(step, attempt, name)
+        body = self.storage.get(key)
+        return None if body is None else self._decode(body, kind, key)
 
     def _decode(self, body: bytes | None, kind: type[AnyRecord], key: str, **expected: object) -> AnyRecord:
         if body is None:

@@ -2,6 +2,7 @@
 
 Rule 5 of the on-disk contract: only retired or aborted attempts, and uncommitted ones of an epoch below the head's.
 All three are final (an attempt's name is never used again), so even a collector with an old head deletes nothing live.
+A journal that has lost entries knows nothing of what they committed: then nothing is deleted at all.
 """
 
 from __future__ import annotations
@@ -40,16 +41,22 @@ def collect(
     """Delete what may be deleted and journal it as `collected`. A file that cannot be deleted is counted, not fatal.
 
     `epoch`: collect for this incarnation; if a newer one has taken over, Fenced is raised and nothing deleted.
-    `orphans`: also look through storage for leftovers of older epochs (one listing of all steps).
+    `orphans`: also look through storage for leftovers of older epochs (one listing of all steps). Raises JournalLost if
+    what is there proves that the journal has lost entries.
     """
     failpoints.hit("collect.before")
+    found = catalog.look()[1] if orphans else {}
     head = catalog.require_head() if dry_run else catalog.durable_head()
     if epoch is not None and head.epoch > epoch:
         raise Fenced(f"{catalog.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
-    found = catalog.attempts() if orphans else {}
     result = Collection()
     done: list[tuple[int, str]] = []
     for gone in journal.collectable(head, found):
+        key = (gone.step, gone.attempt)
+        # It was listed before the head was read: it may have been finished before the head's epoch was opened.
+        unfinished = gone.reason == "orphan" and not found[key].whole
+        if unfinished and catalog.storage.get(catalog.key(*key, layout.MANIFEST)) is not None:
+            continue
         result.attempts.append(gone)
         if _delete(catalog, gone, result, dry_run, on_file):
             done.append((gone.step, gone.attempt))

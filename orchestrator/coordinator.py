@@ -76,15 +76,16 @@ class Coordinator:
         catalog: Catalog,
         rendezvous: Rendezvous,
         *,
-        epoch: int,
+        epoch: int = 0,
         run: str,
         keep: KeepPolicy | None,
+        quarantine_keep_s: float | None = None,
     ) -> None:
         self._catalog = catalog
         self._rendezvous = rendezvous
-        self._epoch = epoch
+        self.epoch = epoch
         self._run = run
-        self._keep = keep
+        self._keep, self._quarantine_keep_s = keep, quarantine_keep_s
         self._previous = signal_prefix(run, -1, "none")
         self._entry: LiveStep | None = None
         self._files: dict[str, FileEntry] = {}  # records of the attempt that is being decided, by path
@@ -245,14 +246,22 @@ class Coordinator:
                 case AppendCommit():
                     assert self._entry is not None
                     failpoints.hit("commit.before")
-                    self._catalog.append(partial(journal.commit, epoch=self._epoch, entry=self._entry, keep=self._keep))
+                    self._catalog.append(
+                        partial(
+                            journal.commit,
+                            epoch=self.epoch,
+                            entry=self._entry,
+                            keep=self._keep,
+                            quarantine_keep_s=self._quarantine_keep_s,
+                        )
+                    )
                     failpoints.hit("commit.after")
                     self.committed_bytes = self._entry.bytes
                     return protocol.Appended()
                 case AppendAbort():
                     rule = partial(
                         journal.abort,
-                        epoch=self._epoch,
+                        epoch=self.epoch,
                         step=intent.step,
                         attempt=intent.attempt,
                         failures=state.failures,
@@ -295,6 +304,7 @@ class Coordinator:
             seconds=tuple(receipt.seconds for receipt in receipts),
             chunks=contents.checksums(receipts),
             fingerprints=fingerprints(intent, state.receipts),
+            built_on=self._catalog.durable_version,
         )
         body = encode(manifest)
         failpoints.hit("manifest.before")

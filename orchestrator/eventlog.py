@@ -129,8 +129,9 @@ class EventLog:
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
         self._thread.start()
 
-    def write(self, event: Event) -> None:
-        line = Line(self._clock(), self._process, self._host, self._machine, self._epoch, event)
+    def write(self, event: Event, at: float | None = None) -> None:
+        """`at`: when it happened, if not now."""
+        line = Line(self._clock() if at is None else at, self._process, self._host, self._machine, self._epoch, event)
         try:
             self._waiting.put_nowait(line)
         except queue.Full:

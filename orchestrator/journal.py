@@ -10,16 +10,18 @@ step (`restore(step=50)` in a run that had reached 100), the next commit is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from orchestrator import layout, policy
-from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound, UsageError
+from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
 from orchestrator.json_words import stored_all
 from orchestrator.policy import KeepPolicy
-from orchestrator.records import FORMAT, Event, Failure, Head, LiveStep, RetiredAttempt
+from orchestrator.records import FORMAT, Event, Failure, Head, LiveStep, Quarantine, RetiredAttempt
+
+AttemptId = tuple[int, str]  # step, attempt name
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,28 @@ FAILURES_MAX = 64
 CAUSE_CHARS = 2000
 NAME_CHARS = 300
 
+
+class Overtaken(OrchestratorError):
+    """The run is not what an incarnation was compared with any more: compare again, then open the epoch."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What an incarnation was compared with: the tree of the newest restorable step, None where there was none."""
+
+    tree: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attempt as storage has it. whole: it has its manifest, which is written last. built_on: the version of the
+    head that its records build on, -1 where that is not known. bytes: of all its files."""
+
+    whole: bool = False
+    built_on: int = -1
+    bytes: int = 0
+
+
 Next = Head | FencedBy | Refused | None
 Rule = Callable[[Head | None, Stamp], Next]
 
@@ -86,38 +110,73 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def open_epoch(head: Head | None, stamp: Stamp) -> Next:
-    """A new incarnation: epoch + 1. It fences every older one."""
+def open_epoch(head: Head | None, stamp: Stamp, *, compared: Compared | None = None) -> Next:
+    """A new incarnation: epoch + 1. It fences every older one. `compared`: refused with Overtaken if the run's newest
+    step has another tree than that by now."""
+    if compared is not None and tree_of(head) != compared.tree:
+        return Refused(Overtaken("another job has committed a step to this run meanwhile"))
     return _next(head, stamp, Event(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
 
 
+def tree_of(head: Head | None) -> str | None:
+    """The tree of the newest restorable step; None where there is none."""
+    found = newest(head) if head else None
+    return found.tree if found else None
+
+
 def commit(
-    head: Head | None, stamp: Stamp, *, epoch: int, entry: LiveStep, keep: KeepPolicy | None, reason: str = ""
+    head: Head | None,
+    stamp: Stamp,
+    *,
+    epoch: int,
+    entry: LiveStep,
+    keep: KeepPolicy | None,
+    reason: str = "",
+    quarantine_keep_s: float | None = None,
 ) -> Next:
-    """Add `entry` to the live steps and retire, in the same entry, what retention lets go. `reason`: for the log.
-    `entry` comes with all of its step's metrics; as many as a head carries stay in it."""
+    """Add `entry` to the live steps and retire, in the same entry, what it replaces and what retention releases.
+
+    A quarantined attempt is never replaced: it is put aside. `quarantine_keep_s`: how long such evidence is kept (None:
+    for ever). `reason`: for the log.
+    `entry` comes with all of its step's metrics; as many as a head carries stay in it.
+    """
     if head is None or head.epoch != epoch:
         return _not_our_epoch(head, epoch)
-    if any(live.attempt == entry.attempt and live.step == entry.step for live in head.live):
+    if is_live(head, entry.step, entry.attempt) or is_aside(head, entry.step, entry.attempt):
         return None  # our own reply was lost, and somebody has written after us
     if is_retired(head, entry.step, entry.attempt):
         where = layout.shown(entry.step, entry.attempt)
         return Refused(OrchestratorError(f"{where}: already aborted or retired in the journal; it cannot be committed"))
     replaced = [live for live in head.live if live.step == entry.step]
     pins = tuple(pin for old in replaced for pin in old.pins)  # a pin is on the step, not on the attempt
-    live = (*(old for old in head.live if old.step != entry.step), replace(_carried(entry, keep), pins=pins))
-    dropped = _let_go(live, keep, stamp.time) if keep else frozenset()
+    live = (*(old for old in head.live if old.step != entry.step), replace(carried(entry, keep), pins=pins))
+    aside = (*head.aside, *(replace(old, pins=()) for old in replaced if not old.restorable))
+    dropped = _dropped(live, keep, stamp.time) if keep else frozenset()
+    expired = {id(old) for old in (*live, *aside) if _expired(old, stamp.time, quarantine_keep_s)}
     retired = [
-        *(RetiredAttempt(step=old.step, attempt=old.attempt, reason="replaced") for old in replaced),
-        *(
-            RetiredAttempt(step=old.step, attempt=old.attempt, reason="retention")
-            for old in live
-            if old.step in dropped
-        ),
+        *(retired_as(old, "replaced") for old in replaced if old.restorable),
+        *(retired_as(old, "retention") for old in live if old.step in dropped),
+        *(retired_as(old, "quarantine_keep_s") for old in (*live, *aside) if id(old) in expired),
     ]
-    event = Event(kind="committed", step=entry.step, attempt=entry.attempt, reason=reason, steps=tuple(sorted(dropped)))
-    kept = tuple(old for old in live if old.step not in dropped)
-    return _next(head, stamp, event, live=kept, retired=(*head.retired, *retired))
+    steps = tuple(sorted({*dropped, *(old.step for old in live if id(old) in expired)}))
+    event = Event(kind="committed", step=entry.step, attempt=entry.attempt, reason=reason, steps=steps)
+    return _next(
+        head,
+        stamp,
+        event,
+        live=tuple(old for old in live if old.step not in dropped and id(old) not in expired),
+        retired=(*head.retired, *retired),
+        aside=tuple(old for old in aside if id(old) not in expired),
+    )
+
+
+def retired_as(old: LiveStep, reason: str) -> RetiredAttempt:
+    return RetiredAttempt(step=old.step, attempt=old.attempt, reason=reason)
+
+
+def _expired(old: LiveStep, now: float, keep_s: float | None) -> bool:
+    """Whether evidence has been kept for long enough. Not where nobody noted since when, nor of a pinned step."""
+    return bool(keep_s is not None and old.quarantine and not old.pins and now - old.quarantine.time > keep_s)
 
 
 def abort(
@@ -126,7 +185,7 @@ def abort(
     """Journal that an attempt will never commit; its data may be deleted."""
     if head is None or head.epoch != epoch:
         return _not_our_epoch(head, epoch)
-    if is_live(head, step, attempt) or is_retired(head, step, attempt):
+    if is_known(head, step, attempt):
         return None
     event = Event(kind="aborted", step=step, attempt=attempt, failures=failures, reason=reason)
     gone = RetiredAttempt(step=step, attempt=attempt, reason="aborted")
@@ -137,17 +196,37 @@ def retire(head: Head | None, stamp: Stamp, *, keep: KeepPolicy) -> Next:
     """Apply a retention policy outside a commit (`gc --keep_last`)."""
     if head is None:
         return None
-    dropped = _let_go(head.live, keep, stamp.time)
+    dropped = _dropped(head.live, keep, stamp.time)
     if not dropped:
         return None
-    gone = [
-        RetiredAttempt(step=old.step, attempt=old.attempt, reason="retention")
-        for old in head.live
-        if old.step in dropped
-    ]
+    gone = [retired_as(old, "retention") for old in head.live if old.step in dropped]
     kept = tuple(old for old in head.live if old.step not in dropped)
     return _next(
         head, stamp, Event(kind="retired", steps=tuple(sorted(dropped))), live=kept, retired=(*head.retired, *gone)
+    )
+
+
+def discard(head: Head | None, stamp: Stamp, *, step: int) -> Next:
+    """Retire the quarantined attempts of one step: only somebody who names it can (`gc --quarantined=STEP`)."""
+    evidence = head.quarantined if head else ()
+    gone = [old for old in evidence if old.step == step]
+    if head is None or not gone:
+        have = ", ".join(sorted({str(old.step) for old in evidence})) or "none"
+        return Refused(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have}"))
+    if pins := [pin for old in gone for pin in old.pins]:
+        return Refused(UsageError(f"step {step} is pinned ({', '.join(pins)}); unpin it first"))
+    names = {(old.step, old.attempt) for old in gone}
+    live = tuple(old for old in head.live if (old.step, old.attempt) not in names)
+    if not live:
+        text = f"step {step} is the only one that this run has: without it a job would begin at 0; use another root"
+        return Refused(UsageError(text))
+    return _next(
+        head,
+        stamp,
+        Event(kind="retired", steps=(step,), reason="quarantined, deleted by name"),
+        live=live,
+        retired=(*head.retired, *(retired_as(old, "quarantined") for old in gone)),
+        aside=tuple(old for old in head.aside if (old.step, old.attempt) not in names),
     )
 
 
@@ -177,11 +256,58 @@ def unpin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
     return _change(head, stamp, step, "unpinned", without, name, False)
 
 
-def quarantine(head: Head | None, stamp: Stamp, *, step: int, attempt: str, reason: str) -> Next:
-    """Take a damaged attempt out of the restorable ones. Its data stays until it is retired."""
+def quarantine(head: Head | None, stamp: Stamp, *, step: int, attempt: str, reason: str, by_hand: bool = False) -> Next:
+    """Take an attempt out of the restorable ones. It is evidence from now on: retention and later saves leave its data
+    alone, and `release` brings it back. by_hand: somebody's decision, not what reading the data has proven."""
     if head is None or not is_live(head, step, attempt):
         return None
-    return _change(head, stamp, step, "quarantined", lambda live: replace(live, trust="quarantined"), reason, None)
+
+    def taken(live: LiveStep) -> LiveStep:
+        if not live.restorable:
+            return live
+        why = Quarantine(time=stamp.time, reason=reason, by_hand=by_hand, trust=live.trust)
+        return replace(live, trust="quarantined", quarantine=why)
+
+    return _change(head, stamp, step, "quarantined", taken, reason, None)
+
+
+def release(
+    head: Head | None, stamp: Stamp, *, step: int, attempt: str = "", reason: str = "", disproved: bool = False
+) -> Next:
+    """Lift the quarantine of a step: it is restorable again, with the trust that it had. `attempt`: which one of the
+    step's; the latest without it. disproved: the data has been read and is whole, which lifts no quarantine by hand;
+    where there is nothing to lift, nothing is changed then."""
+    evidence = [old for old in (head.quarantined if head else ()) if old.step == step and attempt in ("", old.attempt)]
+    there = find(head, step) if head else None
+    if head is None or not evidence:
+        if disproved or there:
+            return None
+        have = ", ".join(sorted({str(old.step) for old in head.quarantined})) if head else ""
+        return Refused(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have or 'none'}"))
+    found = evidence[-1]
+    if disproved and (found is not there or (found.quarantine and found.quarantine.by_hand)):
+        return None
+    if there is not None and there.restorable:
+        where = layout.shown(step, found.attempt)
+        text = f"{where}: the step is restorable as {there.attempt}; quarantine that one first, then release this one"
+        return Refused(OrchestratorError(text))
+    trust = found.quarantine.trust if found.quarantine else "committed"
+    lifted = replace(found, trust=trust, quarantine=None, pins=there.pins if there else found.pins)
+    event = Event(kind="released", step=step, attempt=found.attempt, reason=reason)
+    aside = [old for old in head.aside if old is not found]
+    if there is None:
+        return _next(head, stamp, event, live=_put_back(head.live, lifted), aside=tuple(aside))
+    aside += [replace(there, pins=())] if there is not found else []
+    live = tuple(lifted if old is there else old for old in head.live)
+    return _next(head, stamp, event, live=live, aside=tuple(aside))
+
+
+def _put_back(live: tuple[LiveStep, ...], lifted: LiveStep) -> tuple[LiveStep, ...]:
+    """`lifted` among the live steps: never after one of a later incarnation, as it was committed before."""
+    mine = (layout.parse_attempt(lifted.attempt)[0], lifted.step)
+    after = [index for index, old in enumerate(live) if (layout.parse_attempt(old.attempt)[0], old.step) > mine]
+    at = min(after, default=len(live))
+    return (*live[:at], lifted, *live[at:])
 
 
 def trusted(head: Head | None, stamp: Stamp, *, step: int, attempt: str, trust: str) -> Next:
@@ -224,16 +350,18 @@ def _change(
 def _not_our_epoch(head: Head | None, epoch: int) -> FencedBy | Refused:
     """Why a decision of incarnation `epoch` may not be journalled: the head must be of that very epoch."""
     if head is None:
-        return Refused(NotARun(f"the journal that epoch {epoch} opened is gone; nothing can be saved to this run"))
+        text = f"the journal that epoch {epoch} opened is gone; nothing can be saved to this run"
+        return Refused(JournalLost(text))
     if head.epoch > epoch:
         return FencedBy(head.epoch, head.writer)
     return Refused(
-        Damaged(f"the journal is back at epoch {head.epoch}, after epoch {epoch} was opened; entries were removed")
+        JournalLost(f"the journal is back at epoch {head.epoch}, after epoch {epoch} was opened; entries were removed")
     )
 
 
-def _let_go(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozenset[int]:
-    """Steps that retention drops. Never the newest restorable, nor the newest proven one, nor a pinned one."""
+def _dropped(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozenset[int]:
+    """Steps that retention releases. Never the newest restorable, nor the newest proven one, nor a pinned one, nor
+    one that is quarantined: evidence goes only when somebody asks."""
     good = [entry for entry in live if entry.restorable]
     if not good:
         return frozenset()
@@ -241,7 +369,7 @@ def _let_go(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozens
     proven = [entry.step for entry in good if entry.trust in ("verified", "restored")]
     wanted.update(proven[-1:])
     wanted.update(entry.step for entry in live if entry.pins)
-    return frozenset(entry.step for entry in live if entry.step not in wanted)
+    return frozenset(entry.step for entry in good if entry.step not in wanted)
 
 
 def _kept(good: list[LiveStep], keep: KeepPolicy, now: float) -> frozenset[int]:
@@ -251,7 +379,8 @@ def _kept(good: list[LiveStep], keep: KeepPolicy, now: float) -> frozenset[int]:
     return untold | keep.keep(judged, now) if judged else untold
 
 
-def _carried(entry: LiveStep, keep: KeepPolicy | None) -> LiveStep:
+def carried(entry: LiveStep, keep: KeepPolicy | None) -> LiveStep:
+    """`entry`, which has all metrics of its step, with as many as a head carries."""
     chosen = policy.carried(entry.metrics, keep)
     omitted = len(entry.stored_metrics) - len(chosen)
     if not omitted:
@@ -285,14 +414,34 @@ def is_retired(head: Head, step: int, attempt: str) -> bool:
     return any(gone.step == step and gone.attempt == attempt for gone in head.retired)
 
 
-def collectable(head: Head, found: Iterable[tuple[int, str]] = ()) -> tuple[RetiredAttempt, ...]:
+def is_aside(head: Head, step: int, attempt: str) -> bool:
+    return any(entry.step == step and entry.attempt == attempt for entry in head.aside)
+
+
+def is_known(head: Head, step: int, attempt: str) -> bool:
+    """Whether the head says what has become of an attempt."""
+    return is_live(head, step, attempt) or is_retired(head, step, attempt) or is_aside(head, step, attempt)
+
+
+def collectable(head: Head, found: Mapping[AttemptId, Found] | None = None) -> tuple[RetiredAttempt, ...]:
     """Attempts whose data may be deleted: retired or aborted ones, and, out of those `found` in storage, uncommitted
-    ones of an epoch below the head's (they can never commit any more)."""
+    ones of an epoch below the head's (they can never commit any more). A whole one of those, which a crash has kept
+    from its commit, may be all that is left of its steps: it waits until a later save has replaced it.
+
+    The caller has made sure that the journal has lost nothing (`evidence`)."""
     orphans = [
         RetiredAttempt(step=step, attempt=attempt, reason="orphan")
-        for step, attempt in found
+        for (step, attempt), one in (found or {}).items()
         if layout.parse_attempt(attempt)[0] < head.epoch
-        and not is_live(head, step, attempt)
-        and not is_retired(head, step, attempt)
+        and not is_known(head, step, attempt)
+        and not (one.whole and not superseded(head, step, attempt))
     ]
     return (*head.retired, *orphans)
+
+
+def superseded(head: Head, step: int, attempt: str) -> bool:
+    """Whether a restorable step, as new or newer, was committed by the same or a later incarnation."""
+    epoch = layout.parse_attempt(attempt)[0]
+    return any(
+        old.restorable and old.step >= step and layout.parse_attempt(old.attempt)[0] >= epoch for old in head.live
+    )

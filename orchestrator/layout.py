@@ -14,7 +14,7 @@ JOURNAL = "journal/"
 JOURNAL_INDEX = "journal-index/"
 STEPS = "steps/"
 STEP_DIGITS = 8
-VERSION_MAX = 10**20 - 1
+VERSION_MAX = 10**20 - 1  # of a journal entry: what its key can say
 # ASCII digits only, and each name in one spelling: what is parsed must be what would be built.
 _JOURNAL_KEY = re.compile(r"journal/([0-9]{20})\.json")
 _INDEX_KEY = re.compile(r"journal-index/([0-9]{20})")

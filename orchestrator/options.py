@@ -28,6 +28,8 @@ class Options:
     object store; "": nowhere.
     metrics_port: answer Prometheus on this port of `metrics_address` (0: any free one, told in the log); None: do not.
     metrics_file: keep Prometheus' text format in this file, for node_exporter's textfile collector.
+    quarantine_keep_s: how long the data of a quarantined attempt is kept; None: until somebody deletes it by name
+    (`orchestrator gc --quarantined=STEP`) or releases it. Process 0's counts for all.
     traces: OpenTelemetry spans of saves and restores, to the program's own tracer provider.
     """
 
@@ -42,6 +44,7 @@ class Options:
     when_full: Literal["wait", "skip"] = "wait"
     attest: Literal["off", "save", "full"] = "off"
     load_once: bool = False
+    quarantine_keep_s: float | None = None
     events_dir: str | None = None
     metrics_port: int | None = None
     metrics_address: str = "127.0.0.1"
@@ -63,5 +66,7 @@ class Options:
         for name in ("events_dir", "metrics_file"):
             if getattr(self, name) is not None:
                 arguments.path(name, getattr(self, name))
+        if self.quarantine_keep_s is not None:
+            arguments.seconds("quarantine_keep_s", self.quarantine_keep_s, most=10**10)
         for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):
             arguments.seconds(name, getattr(self, name))

@@ -253,11 +253,22 @@ class Event(Record, frozen=True, omit_defaults=True):
     steps: tuple[int, ...] = ()
 
 
+class Quarantine(Record, frozen=True):
+    """Why and when (seconds since 1970) an attempt was quarantined, and the trust that it had. by_hand: somebody's
+    decision, which no reading of the data can disprove."""
+
+    time: float
+    reason: str = ""
+    by_hand: bool = False
+    trust: str = "committed"
+
+
 class LiveStep(Record, frozen=True):
     """One committed attempt. `trust`: committed, verified, restored or quarantined. `bytes`: all its files.
 
     metrics: those that the journal carries. metrics_omitted: how many more there are, in the attempt's extra.json.
     metrics_absent: what retention looked for and is not among those either.
+    quarantine: of a quarantined one; None in entries that were written before there was this field.
     """
 
     step: int
@@ -271,6 +282,7 @@ class LiveStep(Record, frozen=True):
     pins: tuple[str, ...] = ()
     metrics_omitted: int = 0
     metrics_absent: tuple[str, ...] = ()
+    quarantine: Quarantine | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -288,7 +300,8 @@ class RetiredAttempt(Record, frozen=True):
 
 
 class Head(Record, frozen=True):
-    """One journal entry: the complete state of the run at `version`. `live` is in commit order, newest last."""
+    """One journal entry: the complete state of the run at `version`. `live` is in commit order, newest last, and has a
+    step once. `aside`: quarantined attempts whose step was committed again; not restorable, but their data stays."""
 
     format: int
     version: int
@@ -299,6 +312,12 @@ class Head(Record, frozen=True):
     event: Event
     live: tuple[LiveStep, ...] = ()
     retired: tuple[RetiredAttempt, ...] = ()
+    aside: tuple[LiveStep, ...] = ()
+
+    @property
+    def quarantined(self) -> tuple[LiveStep, ...]:
+        """Attempts that are kept as evidence, newest last: those whose step was committed again come first."""
+        return (*self.aside, *(live for live in self.live if not live.restorable))
 
 
 def crc32c(data: bytes) -> str:

@@ -191,6 +191,9 @@ _Passed = dict[tuple[int, str], str]  # attempts that are proven to be damaged -
 _RETIRED_MAX = 20  # times that retention may be quicker than a restore
 
 
+Opens = Callable[[str | None, Callable[[Json], list[Json]]], list[Json]]
+
+
 def restore_together(
     catalog: Catalog,
     rendezvous: Rendezvous,
@@ -199,7 +202,7 @@ def restore_together(
     args: RestoreArgs,
     timeout_s: float,
     back: int = 0,
-    admit: Callable[[], None] = lambda: None,
+    opening: Opens | None = None,
 ) -> Restored | None:
     """The newest good step (or `step`) on every process of the job; None in a new run, which has never had one. Main
     thread.
@@ -207,28 +210,34 @@ def restore_together(
     Process 0 chooses and broadcasts. If the step is proven to be damaged, all agree, process 0 quarantines it in the
     journal and the next newest is tried. A step that merely cannot be read is no reason for that: Unavailable is raised
     on all, and nothing is changed. A step that was asked for, and `strict`, never step down. `back` leaves out that
-    many of the newest steps: what a supervisor asks for after a crash loop. `admit` is called on all processes when a
-    step and the target are known to fit, before anything is written to the journal or any array is read.
+    many of the newest steps: what a supervisor asks for after a crash loop. `opening` (`Opening.by_restore`) opens
+    the epoch, once a step and the target are known to fit on all processes, before anything is written to the journal
+    or any array is read; or in a new run.
     Raises Damaged, Unavailable, NothingToRestore, Mismatch.
     """
     step = arguments.saved_step(step)
     started = time.monotonic()
     args = replace(args, share=(rendezvous.process, rendezvous.count))
+    meet = partial(rendezvous.gather, "restore: open the epoch", timeout_s=timeout_s)
     together = _Together(catalog, rendezvous, timeout_s, step is not None or args.strict, args.record)
     while True:
         choice = agree(
             rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back, together.passed)
         )
         if choice is None:
+            if opening:
+                opening(None, meet)
             return None
         failpoints.hit("restore.chosen")
-        live = journal.find(catalog.entry(choice[0]), choice[1])
+        head = catalog.entry(choice[0])
+        live = journal.find(head, choice[1])
         assert live is not None  # process 0 found it in that very entry
         stored = StoredStep(catalog, live)
         fitted = together.all_of(stored, "fits", partial(fit, stored, like, args))
         if fitted is None:
             continue
-        admit()
+        if opening:
+            opening(journal.tree_of(head), meet)
         together.quarantine()
         reading = Reading(args.reader, lambda read_bytes: heartbeat.beat("restoring", None))
         load: _Loader = partial(_load_once, rendezvous, timeout_s, reading) if args.load_once else reading.load
@@ -415,7 +424,9 @@ def _choose(catalog: Catalog, step: int | None, back: int, passed: _Passed) -> t
     """(journal version, step) of what to restore, not among `passed`; None in a new run. `back`: leave out that many of
     the newest."""
     if step is None:
-        head = catalog.require_head()
+        head = catalog.head()
+        if head is None:
+            return None
         good = [live for live in head.live if live.restorable and (live.step, live.attempt) not in passed]
         if len(good) > back:
             return head.version, good[-1 - back].step

@@ -25,7 +25,15 @@ from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.codec import encode
 from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, run_prefix, signal_prefix
-from orchestrator.errors import Fenced, OrchestratorError, SaveFailed, StorageError, UsageError, WaitTimeout
+from orchestrator.errors import (
+    Fenced,
+    JournalLost,
+    OrchestratorError,
+    SaveFailed,
+    StorageError,
+    UsageError,
+    WaitTimeout,
+)
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.protocol import Phase, cause_of
@@ -37,6 +45,7 @@ from orchestrator.tree import Flat
 DECISION_POLL_S = 0.01
 STORAGE_POLL_S = 1.0
 PROGRESS_S = 2.0  # from one event about a save that is writing to the next
+FATAL = (Fenced, JournalLost)  # no later save can do better
 GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait for its decision
 
 
@@ -69,8 +78,8 @@ class Save:
 
 
 class Saver:
-    """Runs this process's saves in epoch `epoch`, one at a time. `committed` is called, on the save's own thread,
-    after each commit. `coordinator` is given on process 0 only."""
+    """Runs this process's saves in epoch `epoch` (or the one that is `opened`), one at a time. `committed` is called,
+    on the save's own thread, after each commit. `coordinator` is given on process 0 only."""
 
     def __init__(
         self,
@@ -80,7 +89,7 @@ class Saver:
         coordinator: Coordinator | None,
         options: Options,
         *,
-        epoch: int,
+        epoch: int = 0,
         run: str,
         attest: bool,
         committed: Callable[[], None],
@@ -90,6 +99,12 @@ class Saver:
         self._epoch, self._run, self._attest, self._committed = epoch, run, attest, committed
         self._began: deque[str] = deque(maxlen=64)  # the attempts that this process has begun, latest last
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
+
+    def opened(self, epoch: int) -> None:
+        """Before the first save: the incarnation's epoch is open."""
+        self._epoch = epoch
+        if self._coordinator:
+            self._coordinator.epoch = epoch
 
     def begin(self, step: int, user: UserData, process_state: bytes | None) -> Save:
         """Name the next attempt at `step`. Computed, not communicated: every process comes to the same name."""
@@ -146,6 +161,7 @@ class Saver:
             device_count=jax.device_count(),
             mesh=flat.form.mesh,
             tree=self._writer.recorded(flat.spec),
+            built_on=self._catalog.durable_version,
         )
 
     def _finish(self, save: Save, intent: Intent | None, pending: PendingWrite | None, left: threading.Event) -> None:
@@ -169,7 +185,7 @@ class Saver:
                 save.error = Fenced(f"{save.shown}: {reason}; this process must stop")
             elif phase is not Phase.COMMITTED:
                 save.error = SaveFailed(f"{save.shown} was not saved: {reason}", step=save.step, attempt=save.attempt)
-        except Fenced as error:
+        except FATAL as error:
             save.error = error
         except Exception as error:  # nothing may be lost silently on a background thread
             text = f"{save.shown} was not saved: {type(error).__name__}: {error}"
@@ -284,6 +300,7 @@ class Saver:
             prints=pending.fingerprints() if pending else {},
             seconds=save.seconds,
             failure=failure,
+            built_on=self._catalog.durable_version,
         )
 
     def _failure(self, phase: str, cause: BaseException) -> Failure:

@@ -5,6 +5,8 @@ None of it may hurt the job: what cannot be opened is one warning. The agent's t
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 
 from orchestrator import events
@@ -12,16 +14,19 @@ from orchestrator.errors import UsageError
 from orchestrator.eventlog import EventLog, directory_of
 from orchestrator.options import Options
 
+_EARLY_MAX = 1000  # events that are kept until the epoch is open
+
 
 class Telemetry:
-    """Hears every event of this process until `close`. `epoch`: of the incarnation that has just been opened."""
+    """Hears every event of this process until `close`. The event log, which may be below the run's root, is written
+    once the incarnation's epoch is `opened`, with what was told before: until then the job may still be rejected."""
 
-    def __init__(self, options: Options, url: str, *, process: int, host: str, epoch: int) -> None:
+    def __init__(self, options: Options, url: str, *, process: int, host: str) -> None:
         self._closers: list[Callable[[], None]] = []
-        directory = directory_of(url, options.events_dir)
-        if directory is not None:
-            log = EventLog(directory, process=process, host=host, epoch=epoch)
-            self._hear(log.write, log.close)
+        self._directory, self._process, self._host = directory_of(url, options.events_dir), process, host
+        self._early: deque[tuple[float, events.Event]] = deque(maxlen=_EARLY_MAX)
+        self._stop_early = events.subscribe(lambda event: self._early.append((time.time(), event)))
+        self._closers.append(self._stop_early)
         if options.metrics_port is not None or options.metrics_file:
             from orchestrator import metrics
 
@@ -37,6 +42,16 @@ class Telemetry:
             except ImportError as error:
                 raise UsageError("Options(traces=True) needs opentelemetry-api: install the `traces` extra") from error
             self._hear(Traces(process, host).hear, lambda: None)
+
+    def opened(self, epoch: int) -> None:
+        self._closers.remove(self._stop_early)
+        self._stop_early()
+        if self._directory is not None:
+            log = EventLog(self._directory, process=self._process, host=self._host, epoch=epoch)
+            for at, event in self._early:
+                log.write(event, at)
+            self._hear(log.write, log.close)
+        self._early.clear()
 
     def _hear(self, reader: Callable[[events.Event], None], close: Callable[[], None]) -> None:
         self._closers += [events.subscribe(reader), close]

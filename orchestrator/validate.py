@@ -124,13 +124,13 @@ def _head(head: Head) -> None:
     _whole("epoch", head.epoch, 0, INT64_MAX)
     _time("time", head.time)
     _event(head.event)
-    for live in head.live:
+    for live in (*head.live, *head.aside):
         _live(live)
     for gone in head.retired:
         _step_and_attempt(gone)
     _unique("live", "step", [live.step for live in head.live])
     retired = {(gone.step, gone.attempt) for gone in head.retired}
-    both = next((live for live in head.live if (live.step, live.attempt) in retired), None)
+    both = next((live for live in (*head.live, *head.aside) if (live.step, live.attempt) in retired), None)
     if both:
         raise Invalid(f"{layout.shown(both.step, both.attempt)} is in `live` and in `retired`, expected in one of them")
 
@@ -155,7 +155,13 @@ def _live(live: LiveStep) -> None:
     _time("time", live.time)
     _metrics(live.stored_metrics)
     if live.trust not in TRUSTS:
-        raise Invalid(f"live step {live.step}: trust is {_shown(live.trust)}, expected one of {sorted(TRUSTS)}")
+        raise Invalid(f"step {live.step}: trust is {_shown(live.trust)}, expected one of {sorted(TRUSTS)}")
+
+    if live.quarantine:
+        _time("quarantine.time", live.quarantine.time)
+        _text("quarantine.reason", live.quarantine.reason, REASON_CHARS_MAX)
+        if live.quarantine.trust not in TRUSTS:
+            raise Invalid(f"step {live.step}: quarantine.trust is {_shown(live.quarantine.trust)}")
 
 
 def _intent(intent: Intent) -> None:

@@ -304,6 +304,8 @@ def test_an_older_agent_cannot_commit_after_a_newer_one_has_opened_the_run(root:
     zombie.save(1, state(1))
     zombie.wait_until_finished()
     with oc.Agent(root, options=now()) as successor:
+        assert successor.epoch is None and zombie.epoch == 1
+        successor.restore(LIKE)
         assert (zombie.epoch, successor.epoch) == (1, 2)
         zombie.save(2, state(2))
         for _ in range(2):  # for good: every later call says so
@@ -359,12 +361,15 @@ def test_without_a_policy_everything_is_kept(root: Path) -> None:
 def test_leftovers_of_a_killed_incarnation_are_deleted_after_the_first_commit_and_nothing_else(root: Path) -> None:
     fill(root, 1)
     leftover = root / "steps" / "00000002" / "e0001-a01" / "state" / "ocdbt.process_0" / "d" / "x"
-    running = root / "steps" / "00000009" / "e0009-a01" / "state" / "x"
-    for file in (leftover, running):
-        file.parent.mkdir(parents=True)
-        file.write_bytes(b"half")
-    fill(root, 3)
-    assert attempts_on_disk(root) == ["00000001/e0001-a01", "00000003/e0002-a01", "00000009/e0009-a01"]
+    running = root / "steps" / "00000009" / "e0002-a01" / "state" / "x"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
+    with oc.Agent(root, options=now()) as agent:
+        assert agent.restore(LIKE) is not None  # opens epoch 2
+        running.parent.mkdir(parents=True)
+        running.write_bytes(b"half")
+        agent.save(3, state(3))
+    assert attempts_on_disk(root) == ["00000001/e0001-a01", "00000003/e0002-a01", "00000009/e0002-a01"]
     assert running.exists()
 
 

@@ -125,6 +125,7 @@ def test_what_a_save_is_given_beside_the_state_is_checked_before_anything_is_wri
 
 def test_the_other_hosts_hear_at_once_that_this_one_was_given_nonsense(root: Path) -> None:
     with oc.Agent(root, options=now()) as agent:
+        assert agent.save(0, state(0))
         for number, given in enumerate([{"metrics": 3}, {"state": {"f": print}}], 1):
             refusing: Any = {"state": state(1), **given}
             with pytest.raises(oc.UsageError):
@@ -177,6 +178,7 @@ def test_metrics_and_steps_that_are_traced_say_so(root: Path) -> None:
         *(("rendezvous_timeout_s", value) for value in ("5", math.inf, math.nan, -1)),
         *(("preemption_grace_s", value) for value in ("5", math.inf)),
         *(("compression", value) for value in ("zstd", 1)),
+        *(("quarantine_keep_s", value) for value in ("5", math.inf, 0, True)),
         *(("host_bytes_max", value) for value in ("1", 1.5, math.nan, True, 0)),
         *(("attest", value) for value in (True, None)),
         *(("metrics_port", value) for value in ("80", 1.5, True, 70000)),

@@ -248,13 +248,15 @@ def test_a_root_that_cannot_be_written_names_path_and_cause(root: Path, way: str
     elif way == "journal is a file":
         root.mkdir()
         (root / ".tmp").mkdir()
+        (root / "steps").mkdir()
         (root / "journal").write_text("text")
     else:
         where, cause = root / ("x" * 300), "ENAMETOOLONG"
         root.mkdir()
-    text = refused(root, lambda: oc.Agent(where), oc.StorageError)
-    verb = "list" if way == "a full name" else "create"
-    assert text.startswith(f"{verb} {where}/journal") and cause in text
+    begins = f"list {where}/journal" if way == "a full name" else f"create {where}/"
+    for act in (lambda agent: agent.save(1, LIKE), lambda agent: agent.restore(LIKE)):
+        text = refused(root, lambda act=act: act(oc.Agent(where)), oc.StorageError)  # type: ignore[misc]
+        assert text.startswith(begins) and cause in text
 
 
 # Other jobs, other runs.

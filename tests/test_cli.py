@@ -103,6 +103,38 @@ def test_a_dry_run_says_what_gc_would_do_and_changes_nothing(run: Path, capsys: 
     assert snapshot(run) == before
 
 
+def test_quarantine_is_lifted_by_release_and_its_data_goes_only_by_name(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt = run / "steps" / "00000010" / "e0001-a01"
+    orchestrator("quarantine", run, "--step=10", "--reason=loss spike")
+    before = snapshot(attempt)
+    assert orchestrator("gc", run, "--keep_last=1") == 0
+    with oc.Agent(run, keep=oc.last(1), options=oc.Options(async_save=False)) as agent:
+        agent.save(30, {"w": jnp.full((4, 2), 30), "lr": 0.5})
+    assert snapshot(attempt) == before  # neither gc nor a job's retention
+    capsys.readouterr()
+    assert orchestrator("ls", run, "--json") == 0
+    listed = given(capsys)
+    first = listed["steps"][0]
+    assert (first["step"], first["trust"], listed["aside"]) == (10, "quarantined", [])
+    assert first["quarantine"]["reason"] == "loss spike" and first["quarantine"]["by_hand"]
+    assert orchestrator("release", run, "--step=10", "--reason=it was the data") == 0
+    assert "released step 10" in capsys.readouterr().out
+    assert 10 in oc.open_run(run).all_steps()
+    assert orchestrator("release", run, "--step=10") == 0 and "nothing to change" in capsys.readouterr().out
+    orchestrator("log", run)
+    assert "it was the data" in capsys.readouterr().out
+    orchestrator("quarantine", run, "--step=10")
+    assert orchestrator("gc", run, "--quarantined=10", "--dry_run", "--json") == 0
+    assert attempt.exists()
+    assert orchestrator("gc", run, "--quarantined=10") == 0
+    assert not attempt.exists() and oc.open_run(run).all_steps() == [30]
+    capsys.readouterr()
+    assert orchestrator("gc", run, "--quarantined=30") == 6
+    assert "step 30 has no quarantined attempt" in capsys.readouterr().err
+
+
 def test_a_quarantined_step_is_not_restored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert orchestrator("quarantine", run, "--step=20") == 0
     assert oc.open_run(run).latest_step() == 10
@@ -153,7 +185,7 @@ def edited(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "code", "message"),
     [
-        (no_run, 3, "not a run (no journal/ in it)"),
+        (no_run, 4, "there is no journal, but attempts are, such as step 0 e0001-a01; nothing was changed"),
         (newer_format, 3, "format 9, this version reads up to 1"),
         (truncated, 4, "truncated or not a record"),
         (edited, 4, "it was edited or damaged"),

@@ -53,7 +53,7 @@ def arguments(run: Path, tmp_path: Path) -> dict[str, list[str]]:
         "diff": ["1000", "2000"],
         "report": ["-o", str(tmp_path / "report.html")],
         "adopt": ["--from", str(tmp_path / "orbax")],
-        **{name: ["--step=1000"] for name in ("pin", "unpin", "quarantine")},
+        **{name: ["--step=1000"] for name in ("pin", "unpin", "quarantine", "release")},
     }
 
 

@@ -19,7 +19,10 @@ from crash import Disk, Effect, lay_out, record
 import orchestrator as oc
 from orchestrator import layout
 from orchestrator.catalog import Catalog
-from orchestrator.records import LiveStep
+from orchestrator.collect import collect
+from orchestrator.journal import Found
+from orchestrator.records import Head, LiveStep
+from orchestrator.recover import plan, write
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
 from tests.model import invariants
@@ -77,6 +80,7 @@ def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[
     problems += invariants.whole(left, partial(damage, catalog))
     problems += invariants.promises(heads, receipts(catalog))
     newest = invariants.restorable(left)[-1].step if invariants.restorable(left) else None
+    problems += untouched(root, catalog, left)
     with oc.Agent(root, keep=oc.last(2), options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
         problems += invariants.listing(left, agent.all_steps(), agent.latest_step())
         restored = agent.restore(LIKE)
@@ -86,6 +90,7 @@ def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[
             problems.append(f"wrong values at step {restored.step}")
         if restored and restored.process_states != {0: b"at %d" % restored.step}:
             problems.append(f"wrong process state at step {restored.step}")
+        problems += collected(catalog)
         agent.save(9, {"w": jnp.full(512, 9.0), "count": 9}, process_state=b"at 9")
         if agent.latest_step() != 9:
             problems.append("the next save was not committed")
@@ -94,6 +99,32 @@ def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[
         + invariants.linear(list(catalog.entries()))
         + invariants.whole(catalog.head(), partial(damage, catalog))
     )
+
+
+def untouched(root: Path, catalog: Catalog, left: Head | None) -> list[str]:
+    """9 and 13: an agent that is made, and one of another job, open no epoch and write nothing."""
+    before = {entry.key for entry in catalog.storage.list("")}
+    problems = []
+    with oc.Agent(root, options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
+        asked = agent.all_steps(), agent.epoch
+        if asked[1] is not None:
+            problems.append(f"13: epoch {asked[1]} was opened by asking")
+        if invariants.restorable(left):
+            with pytest.raises(oc.OtherJob):
+                agent.save(9, {"other": jnp.zeros(3)})
+    if more := {entry.key for entry in catalog.storage.list("")} - before:
+        problems.append(f"9: {sorted(more)} was left by a job that was rejected")
+    return problems
+
+
+def collected(catalog: Catalog) -> list[str]:
+    """5 and 8: what a collector deletes once a new incarnation is open, and before it has saved anything."""
+    heads, before = list(catalog.entries()), catalog.stored()
+    collect(Catalog(catalog.storage, "gc"))
+    after = catalog.stored()
+    stored = {key: (one.whole, -1) for key, one in before.items()}
+    gone = [key for key, one in before.items() if after.get(key, Found()).bytes < one.bytes]
+    return [line for key in gone for line in invariants.deleted(heads, *key, stored)]
 
 
 def damage(catalog: Catalog, live: LiveStep) -> str:
@@ -133,3 +164,38 @@ def test_whatever_is_left_after_any_effect_the_run_goes_on(
         count += 1
     print(f"{len(trace[1])} effects, {count} different images recovered")
     assert count > (40 if power_cut else 150)
+
+
+@pytest.mark.timeout(300)
+def test_a_copy_that_lacks_the_journals_newest_entries_loses_no_step(
+    trace: tuple[str, list[Effect]], tmp_path: Path
+) -> None:
+    """12: whatever number of entries is missing. The job is told so, or nothing that is whole is deleted before it has
+    saved a newer step; and a recovery brings all of them back."""
+    root, effects = trace
+    disk = Disk(root)
+    for effect in effects:
+        disk.apply(effect)
+    image = disk.image(power_cut=False)
+    versions = sorted(name for name in image if layout.journal_version(name) is not None)
+    told = 0
+    for kept in range(len(versions)):
+        here = tmp_path / f"copy-{kept}"
+        lay_out({name: body for name, body in image.items() if name not in versions[kept:]}, here)
+        catalog = Catalog(PosixStorage(str(here)), "explorer")
+        before = {key for key, one in catalog.stored().items() if one.whole}
+        try:
+            with oc.Agent(here, options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
+                agent.restore(LIKE)
+                assert collected(catalog) == []
+        except oc.JournalLost:
+            told += 1
+            assert {key for key, one in catalog.stored().items() if one.whole} == before
+        found = plan(catalog)
+        if found.needed or found.choice.added:
+            write(catalog, found)
+        known = {(live.step, live.attempt) for live in catalog.require_head().live}
+        assert {(5, "e0002-a01"), (4, "e0002-a01"), (2, "e0001-a01")} <= known, kept
+        reader = oc.open_run(here).restore(LIKE)
+        assert reader.step == 5 and float(reader.state["w"][0]) == 5.0, kept
+    assert told >= len(versions) - 5, "the loss of the last commit's few entries proves nothing, of more it does"

@@ -92,11 +92,15 @@ def test_a_damaged_newest_step_is_quarantined_and_the_one_before_is_restored(roo
         assert restored is not None
         assert (restored.step, restored.state["count"], restored.process_states) == (1, 1, {0: b"reader at 1"})
         assert (agent.latest_step(), agent.all_steps()) == (1, [1])
-        event, after = journal_of(root)[-2].event, journal_of(root)[-1].event
-        assert (after.kind, after.step) == ("restored", 1)
+        events = [head.event for head in journal_of(root)]
+        (event,) = [event for event in events if event.kind == "quarantined"]
+        assert (events[-1].kind, events[-1].step) == ("restored", 1)
         assert (event.kind, event.step, event.attempt) == ("quarantined", 2, "e0001-a01")
         assert said in event.reason
-        with pytest.raises(oc.StepNotFound, match="step 2 is quarantined; restorable steps: 1"):
+        with pytest.raises(
+            oc.StepNotFound,
+            match=r"step 2 is quarantined \(.*`orchestrator release .* --step=2` .*; restorable steps: 1",
+        ):
             agent.restore(LIKE, step=2)
         assert agent.save(2, state(2))  # training comes to that step again
         assert agent.all_steps() == [1, 2]
@@ -107,11 +111,10 @@ def test_a_damaged_newest_step_is_quarantined_and_the_one_before_is_restored(roo
 def test_a_step_that_was_asked_for_and_strict_never_step_down(root: Path, how: str, arguments: Any) -> None:
     said = damaged_run(root, how)
     with oc.Agent(root, options=now()) as agent:
-        before = snapshot(root)
         with pytest.raises(oc.Damaged) as caught:
             agent.restore(LIKE, **arguments)
         assert said in str(caught.value) and "step 2" in str(caught.value)
-        assert snapshot(root) == before
+    assert journal_of(root)[-1].live == journal_of(root)[2].live  # at most an epoch was opened
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -167,7 +170,7 @@ def test_a_run_whose_steps_were_all_quarantined_before_is_no_new_run(root: Path)
         assert restored is not None and restored.step == 3
 
 
-NONE_LEFT = r"all 2 steps are quarantined \(newest: step 2\); `orchestrator log file://\S+` says why; .* another root"
+NONE_LEFT = r"all 2 steps are quarantined \(newest: step 2\); `orchestrator log file://\S+` says why, .* another root"
 
 
 class Unreadable:

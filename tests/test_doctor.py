@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -192,3 +194,54 @@ def test_for_people_each_finding_is_a_line_and_names_the_root_in_what_to_do(
     assert main(["orchestrator", "doctor", str(root)]) == 0
     out = capsys.readouterr().out
     assert f"do: orchestrator verify {root} --step=0" in out and "WARN" in out and "ROOT" not in out
+
+
+def test_what_to_do_can_be_pasted_into_a_shell_whatever_the_roots_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "my run; rm -rf $HOME"
+    fill(root, 0)
+    main(["orchestrator", "doctor", str(root)])
+    assert f"do: orchestrator verify {shlex.quote(str(root))} --step=0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("version", [10**6, layout.VERSION_MAX])
+def test_an_entry_far_above_the_others_costs_no_time_and_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str], version: int
+) -> None:
+    fill(root, 0)
+    newest = journal_of(root)[-1]
+    (root / layout.journal_key(version)).write_bytes(encode(msgspec.structs.replace(newest, version=version)))
+    started = time.monotonic()
+    code, findings = examine(root, capsys)
+    assert code == 4 and time.monotonic() - started < 10
+    assert any(f"entries 2 to {version - 1} are missing" in line for line in ill(findings)["journal"])
+
+
+@pytest.mark.parametrize("lost", ["journal", "newest entry"])
+def test_a_run_whose_journal_cannot_be_read_is_examined_all_the_same(
+    root: Path, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    fill(root, 0)
+    if lost == "journal":
+        shutil.rmtree(root / "journal")
+    else:
+        (root / layout.journal_key(1)).write_bytes(b"")
+    code, findings = examine(root, capsys)
+    assert code == 4 and {finding.check for finding in findings} >= {"journal", "permissions", "store", "versions"}
+    (damage,) = [finding for finding in findings if finding.level == "damage"]
+    assert f"orchestrator recover {root}" in damage.do
+
+
+def test_evidence_is_named_with_its_reason_its_size_and_the_ways_out(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0, 1)
+    main(["orchestrator", "quarantine", str(root), "--step=0", "--reason=loss spike"])
+    fill(root, 0)  # saved again: the quarantined attempt is put aside
+    capsys.readouterr()
+    _, findings = examine(root, capsys)
+    (finding,) = [finding for finding in findings if finding.check == "quarantine"]
+    assert "step 0 e0001-a01 is quarantined and holds " in finding.text and "loss spike" in finding.text
+    for command in ("verify", "release", "gc"):
+        assert f"orchestrator {command} {root} --" in finding.do

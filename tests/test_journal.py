@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from orchestrator import journal, layout, policy
 from orchestrator.codec import encode
-from orchestrator.errors import Damaged, NotARun, OrchestratorError, StepNotFound
-from orchestrator.journal import FencedBy, Next, Refused
-from orchestrator.records import Failure, Head, LiveStep, RetiredAttempt
+from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
+from orchestrator.journal import Compared, FencedBy, Found, Next, Overtaken, Refused
+from orchestrator.records import Failure, Head, LiveStep, Quarantine, RetiredAttempt
 
 
 def changed(following: Next) -> Head:
@@ -60,12 +60,36 @@ def test_a_zombie_of_an_older_epoch_can_neither_commit_nor_abort_and_is_told_who
 
 def test_a_decision_where_the_journal_has_vanished_or_gone_back_is_refused_not_reported_as_done() -> None:
     entry = live(2, "e0002-a01")
-    assert isinstance(refusal(journal.commit(None, stamp(), epoch=2, entry=entry, keep=None)), NotARun)
+    assert isinstance(refusal(journal.commit(None, stamp(), epoch=2, entry=entry, keep=None)), JournalLost)
     gone_back = refusal(journal.commit(head(live(1), epoch=1), stamp(), epoch=2, entry=entry, keep=None))
-    assert isinstance(gone_back, Damaged)
+    assert isinstance(gone_back, JournalLost)
     assert "epoch 1" in str(gone_back) and "epoch 2" in str(gone_back)
     aborting = journal.abort(None, stamp(), epoch=2, step=2, attempt="e0002-a01", failures=(), reason="")
-    assert isinstance(refusal(aborting), NotARun)
+    assert isinstance(refusal(aborting), JournalLost)
+
+
+@pytest.mark.parametrize(
+    ("now", "tree", "opens"),
+    [
+        (None, None, True),
+        (head(), None, True),
+        (head(live(1)), "t", True),
+        (head(live(1), live(2, tree="u")), "u", True),
+        (head(live(1, trust="quarantined")), None, True),
+        (head(live(1)), None, False),  # another job has committed since
+        (head(live(1, tree="u")), "t", False),
+        (head(), "t", False),
+        (None, "t", False),
+    ],
+)
+def test_an_epoch_is_opened_only_on_the_run_that_the_job_was_compared_with(
+    now: Head | None, tree: str | None, opens: bool
+) -> None:
+    following = journal.open_epoch(now, stamp(), compared=Compared(tree))
+    if opens:
+        assert changed(following).epoch == (now.epoch if now else 0) + 1
+    else:
+        assert isinstance(refusal(following), Overtaken)
 
 
 # Commit.
@@ -137,7 +161,7 @@ class KeepNothing:
 def test_retention_never_drops_the_newest_restorable_nor_the_newest_proven_step(trust: str) -> None:
     run = head(live(1, trust=trust), live(2, trust=trust), live(3), live(4), live(5, trust="quarantined"))
     following = changed(journal.retire(run, stamp(), keep=KeepNothing()))
-    assert steps(following) == [2, 4]
+    assert steps(following) == [2, 4, 5]  # 5 is evidence
 
 
 def test_a_run_of_quarantined_steps_only_is_left_alone() -> None:
@@ -147,7 +171,7 @@ def test_a_run_of_quarantined_steps_only_is_left_alone() -> None:
 def test_a_quarantined_step_does_not_use_up_a_place_in_last_n() -> None:
     run = head(live(1), live(2), live(3, trust="quarantined"))
     following = changed(journal.commit(run, stamp(), epoch=1, entry=live(4), keep=policy.last(3)))
-    assert steps(following) == [1, 2, 4]
+    assert steps(following) == [1, 2, 3, 4]
 
 
 # Abort, quarantine, trust, pins.
@@ -177,7 +201,7 @@ def test_a_quarantined_step_is_not_restorable_and_the_one_before_becomes_the_new
     newest = journal.newest(following)
     assert newest is not None and newest.step == 1
     assert (following.event.kind, following.event.reason) == ("quarantined", "bit flip in w")
-    assert steps(following) == [1, 2]  # its data is still the run's, until it is retired
+    assert steps(following) == [1, 2]  # its data is still the run's
     assert journal.quarantine(following, stamp(), step=2, attempt="e0001-a01", reason="again") is None
 
 
@@ -212,13 +236,136 @@ def test_pinning_a_step_that_is_not_there_says_which_steps_are(rule: Any) -> Non
     assert "no steps" in str(refusal(rule(None, stamp(), step=15, name="a")))
 
 
+# Quarantine protects and is reversible.
+
+
+def quarantined(step: int, attempt: str = "e0001-a01", at: float = 1.0, **more: Any) -> LiveStep:
+    why = Quarantine(time=at, reason="bit flip", **more)
+    return live(step, attempt, trust="quarantined", quarantine=why)
+
+
+def attempts(entries: tuple[LiveStep, ...]) -> list[tuple[int, str]]:
+    return [(entry.step, entry.attempt) for entry in entries]
+
+
+def test_a_quarantined_step_that_is_saved_again_is_put_aside_and_its_data_never_becomes_collectable() -> None:
+    following = changed(
+        journal.commit(head(quarantined(1), live(2)), stamp(), epoch=1, entry=live(1, "e0001-a02"), keep=policy.last(1))
+    )
+    assert attempts(following.live) == [(1, "e0001-a02")]
+    assert attempts(following.aside) == [(1, "e0001-a01")]
+    found = {(1, "e0001-a01"): Found(True), (2, "e0001-a01"): Found(True)}
+    assert [(gone.step, gone.attempt) for gone in journal.collectable(following, found)] == [(2, "e0001-a01")]
+    opened = changed(journal.open_epoch(following, stamp()))
+    assert [(gone.step, gone.attempt) for gone in journal.collectable(opened, found)] == [(2, "e0001-a01")]
+
+
+@pytest.mark.parametrize(("keep_s", "left"), [(None, [1, 2, 3, 9]), (100.0, [2, 3, 9]), (10.0, [3, 9])])
+def test_quarantine_keep_s_retires_evidence_that_is_older_and_no_other(keep_s: float | None, left: list[int]) -> None:
+    unknown = live(3, trust="quarantined")  # nobody noted when
+    run = head(quarantined(1, at=0.0), quarantined(2, at=150.0), unknown, aside=(quarantined(9, "e0001-a07", at=0.0),))
+    following = changed(
+        journal.commit(run, stamp(200.0), epoch=1, entry=live(9, "e0001-a08"), keep=None, quarantine_keep_s=keep_s)
+    )
+    assert steps(following) == left
+    assert attempts(following.aside) == ([(9, "e0001-a07")] if keep_s is None else [])
+    gone = set(attempts(run.quarantined)) - set(attempts(following.quarantined))
+    assert {(step, attempt) for step, attempt, reason in retired(following) if reason == "quarantine_keep_s"} == gone
+
+
+def test_pinned_evidence_does_not_expire() -> None:
+    run = head(live(1, trust="quarantined", quarantine=Quarantine(time=0.0), pins=("paper",)))
+    following = changed(
+        journal.commit(run, stamp(99.0), epoch=1, entry=live(2), keep=policy.last(1), quarantine_keep_s=1.0)
+    )
+    assert steps(following) == [1, 2]
+
+
+def test_release_gives_back_the_trust_that_the_step_had_in_its_place() -> None:
+    run = head(live(1), live(2, trust="restored", pins=("p",)), live(3))
+    taken = changed(journal.quarantine(run, stamp(7.0), step=2, attempt="e0001-a01", reason="crc", by_hand=True))
+    assert taken.live[1].quarantine == Quarantine(time=7.0, reason="crc", by_hand=True, trust="restored")
+    back = changed(journal.release(taken, stamp(), step=2, reason="was the cable"))
+    assert back.live == run.live
+    assert (back.event.kind, back.event.step, back.event.reason) == ("released", 2, "was the cable")
+    assert journal.release(back, stamp(), step=2) is None
+    assert isinstance(refusal(journal.release(back, stamp(), step=8)), StepNotFound)
+    assert isinstance(refusal(journal.release(None, stamp(), step=8)), StepNotFound)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "lifts"),
+    [
+        (quarantined(2), True),
+        (quarantined(2, by_hand=True), False),  # a loss spike: reading the data proves nothing about it
+        (live(2, trust="quarantined"), True),  # written before reasons were kept
+        (live(2), False),
+    ],
+)
+def test_a_verify_that_finds_a_step_good_lifts_what_it_disproves(evidence: LiveStep, lifts: bool) -> None:
+    following = journal.release(head(live(1), evidence), stamp(), step=2, attempt="e0001-a01", disproved=True)
+    assert (following is not None) == lifts
+    if lifts:
+        assert changed(following).live[1].restorable
+
+
+def test_what_was_put_aside_can_be_released_once_its_step_is_free_and_is_never_the_newest() -> None:
+    old = quarantined(2)
+    run = head(live(1), live(2, "e0002-a01"), live(3, "e0002-a01"), epoch=2, aside=(old,))
+    assert "restorable as e0002-a01" in str(refusal(journal.release(run, stamp(), step=2)))
+    assert journal.release(run, stamp(), step=2, attempt="e0001-a01", disproved=True) is None
+    bad = changed(journal.quarantine(run, stamp(), step=2, attempt="e0002-a01", reason="x"))
+    swapped = changed(journal.release(bad, stamp(), step=2, attempt="e0001-a01"))
+    assert attempts(swapped.live) == [(1, "e0001-a01"), (2, "e0001-a01"), (3, "e0002-a01")]
+    assert attempts(swapped.aside) == [(2, "e0002-a01")]
+    dropped = changed(journal.retire(run, stamp(), keep=policy.last(1)))
+    back = changed(journal.release(dropped, stamp(), step=2))
+    assert attempts(back.live) == [(2, "e0001-a01"), (3, "e0002-a01")] and back.aside == ()
+
+
+def test_only_somebody_who_names_a_quarantined_step_deletes_it() -> None:
+    run = head(live(1), quarantined(2), quarantined(3), aside=(quarantined(1, "e0001-a09"),))
+    gone = changed(journal.discard(run, stamp(), step=2))
+    assert steps(gone) == [1, 3] and retired(gone) == [(2, "e0001-a01", "quarantined")]
+    assert (gone.event.kind, gone.event.steps) == ("retired", (2,))
+    both = changed(journal.discard(run, stamp(), step=1))
+    assert steps(both) == [1, 2, 3] and both.aside == ()
+    assert "quarantined steps: 1, 2, 3" in str(refusal(journal.discard(run, stamp(), step=7)))
+    assert isinstance(refusal(journal.discard(head(live(1)), stamp(), step=1)), StepNotFound)
+    pinned = head(live(1), live(2, trust="quarantined", pins=("p",)))
+    assert isinstance(refusal(journal.discard(pinned, stamp(), step=2)), UsageError)
+    # The last step of a run: without it the run would pass for a new one.
+    assert isinstance(refusal(journal.discard(head(quarantined(2)), stamp(), step=2)), UsageError)
+
+
 # Collecting.
+
+
+@pytest.mark.parametrize(
+    ("steps_now", "kept"),
+    [
+        ([], True),
+        ([live(10, "e0001-a01")], True),  # an older step
+        ([live(10, "e0002-a01")], True),
+        ([live(30, "e0001-a01")], True),  # of a line that was left deliberately (a return to an older step)
+        ([quarantined(30, "e0002-a01")], True),  # nothing that can be restored
+        ([live(20, "e0002-a01")], False),
+        ([live(30, "e0003-a01")], False),
+    ],
+)
+def test_a_whole_attempt_that_a_crash_kept_from_its_commit_waits_until_a_newer_step_is_committed(
+    steps_now: list[LiveStep], kept: bool
+) -> None:
+    found = {(20, "e0002-a01" if steps_now[-1:] != [live(20, "e0002-a01")] else "e0002-a02"): Found(whole=True)}
+    now = head(*steps_now, epoch=4)
+    assert (journal.collectable(now, found) == ()) == kept
+    assert journal.collectable(now, {key: Found() for key in found}) != ()  # without a manifest it never was a step
 
 
 def test_collectable_are_the_retired_and_uncommitted_leftovers_of_older_epochs_and_nothing_else() -> None:
     gone = RetiredAttempt(step=1, attempt="e0001-a01", reason="retention")
     now = head(live(2, "e0001-a01"), live(3, "e0002-a01"), epoch=3, retired=(gone,))
-    found = [
+    names = [
         (1, "e0001-a01"),  # retired
         (2, "e0001-a01"),  # live, of an old epoch
         (2, "e0001-a02"),  # never decided, of an old epoch: it can never commit
@@ -226,6 +373,7 @@ def test_collectable_are_the_retired_and_uncommitted_leftovers_of_older_epochs_a
         (9, "e0003-a01"),  # being written now
         (9, "e0004-a01"),  # of an epoch that opened after this head was read
     ]
+    found = {name: Found() for name in names}
     assert [(each.step, each.attempt, each.reason) for each in journal.collectable(now, found)] == [
         (1, "e0001-a01", "retention"),
         (2, "e0001-a02", "orphan"),
@@ -345,7 +493,7 @@ class World:
             if self.head:
                 check_transition(self.head, following)
             self.heads.append(following)
-            present = {(entry.step, entry.attempt) for entry in following.live}
+            present = {(entry.step, entry.attempt) for entry in (*following.live, *following.aside)}
             assert present <= self.data, "a live attempt has lost its data"
 
 
@@ -356,20 +504,37 @@ def check_transition(old: Head, new: Head) -> None:
     names = {(gone.step, gone.attempt) for gone in new.retired}
     assert len({entry.step for entry in new.live}) == len(new.live), "a step is live twice"
     assert not names & after.keys(), "an attempt is both live and retired"
-    assert before.keys() - after.keys() <= names, "a live attempt vanished without being retired"
+    aside = {(entry.step, entry.attempt) for entry in new.aside}
+    assert before.keys() - after.keys() <= names | aside, "a live attempt vanished without being retired"
     added = after.keys() - before.keys()
-    assert not added or new.event.kind == "committed"
+    assert not added or new.event.kind in ("committed", "released")
+    check_evidence(old, new, names)
     # Invariant 1: the newest is the restorable one committed last, and only those are restorable.
     good = [entry for entry in new.live if entry.trust != "quarantined"]
     assert journal.newest(new) == (good[-1] if good else None)
     check_retention(old, new, {step for step, _ in added})
 
 
+def check_evidence(old: Head, new: Head, gone: set[Attempt]) -> None:
+    """Invariant 8: what is quarantined stays so, or is released, or is deleted by name."""
+    kinds = {"released": 1, "retired": len(old.quarantined)}
+    left = {(entry.step, entry.attempt) for entry in old.quarantined} - {
+        (entry.step, entry.attempt) for entry in new.quarantined
+    }
+    assert len(left) <= kinds.get(new.event.kind, 0), f"{new.event.kind} takes evidence away: {left}"
+    if new.event.kind == "retired":
+        assert not left or new.event.reason, "retention takes evidence"
+    assert len({(entry.step, entry.attempt) for entry in (*new.live, *new.aside)}) == len(new.live) + len(new.aside)
+
+
 def check_retention(old: Head, new: Head, replaced: set[int]) -> None:
     """Invariant 6: no entry empties the run, or drops its newest proven or a pinned step (unless that is replaced)."""
     still = {(entry.step, entry.attempt) for entry in new.live}
     if new.event.kind not in ("committed", "retired"):
-        assert [entry.step for entry in new.live] == [entry.step for entry in old.live]
+        if new.event.kind != "released":
+            assert [entry.step for entry in new.live] == [entry.step for entry in old.live]
+        return
+    if new.event.reason.startswith("quarantined"):  # by name
         return
     good = [entry for entry in old.live if entry.restorable and entry.step not in replaced]
     proven = [entry for entry in good if entry.trust in ("verified", "restored")]
@@ -385,7 +550,7 @@ def check_retention(old: Head, new: Head, replaced: set[int]) -> None:
 
 
 RULES = ["open", *["start"] * 3, *["commit"] * 3, "again", "abort", "retire", "pin", "unpin", "quarantine", "trust"]
-RULES += ["collect"] * 2
+RULES += [*["collect"] * 2, "release", "discard"]
 
 ACTS = st.tuples(
     st.sampled_from(RULES),
@@ -427,6 +592,8 @@ def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
         world.put((journal.pin if name == "pin" else journal.unpin)(now, stamp(), step=which, name="p"))
     elif name == "quarantine" and which in entries:
         world.put(journal.quarantine(now, stamp(), step=which, attempt=entries[which], reason="r"))
+    elif name in ("release", "discard"):
+        world.put((journal.release if name == "release" else journal.discard)(now, stamp(), step=which))
     elif name == "trust" and which in entries:
         world.put(journal.trusted(now, stamp(), step=which, attempt=entries[which], trust="verified"))
     elif name == "collect":
@@ -449,7 +616,8 @@ def decide(world: World, now: Head, name: str, attempt: Attempt, keep: Any) -> N
 def collect(world: World, staleness: int, how_many: int) -> None:
     """Invariant 5, by a collector that read its head some versions ago and is killed after `how_many` deletions."""
     stale = world.heads[max(0, len(world.heads) - 1 - staleness)]
-    doomed = journal.collectable(stale, sorted(world.data))[:how_many]
+    found = {attempt: Found(whole=attempt[0] % 2 == 0) for attempt in sorted(world.data)}
+    doomed = journal.collectable(stale, found)[:how_many]
     now = world.head
     assert now is not None
     for gone in doomed:

@@ -19,7 +19,7 @@ FUNCTION_LINES_MAX = 70
 PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 # Add a name to the end of its rank's last line.
 _NAMES = {
-    PURE: """errors layout records journal protocol plan policy options chunks contents attest cadence forecast
+    PURE: """errors layout records journal evidence protocol plan policy options chunks contents attest cadence forecast
         arguments texts json_words dtypes codec validate""",
     PORTS: """storage.base""",
     ADAPTERS: """storage storage.read_only storage.memory storage.directory storage.posix storage.gcs storage.gcs_client
@@ -28,8 +28,8 @@ _NAMES = {
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json arrays.compressed arrays.external
         rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
-        agent saving coordinator restore reader stored_step proof verify diff collect catalog pacing export
-        orbax_steps""",
+        agent opening saving coordinator restore reader stored_step proof verify diff collect survey recover catalog
+        pacing export orbax_steps""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names

@@ -82,7 +82,7 @@ def test_a_report_tells_every_save_with_its_state_trust_and_parts(
         0: ("committed", "gone"),
         1: ("committed", "live"),
         2: ("committed", "live"),
-        3: ("committed", "gone"),
+        3: ("committed", "live"),  # quarantined: evidence stays
         4: ("committed", "live"),
         9: ("aborted", ""),
     }

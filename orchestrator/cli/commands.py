@@ -36,9 +36,7 @@ def ls(root: str, flags: Flags) -> int:
     catalog = open_catalog(root)
     head = catalog.require_head()
     newest = journal.newest(head)
-    committed = {(live.step, live.attempt) for live in head.live}
-    retired = {(gone.step, gone.attempt) for gone in head.retired}
-    loose = sorted(key for key in catalog.attempts() if key not in committed | retired)
+    loose = sorted(key for key in catalog.attempts() if not journal.is_known(head, *key))
     if flags["json"]:
         render.give(
             {
@@ -48,6 +46,7 @@ def ls(root: str, flags: Flags) -> int:
                 "newest": newest.step if newest else None,
                 "steps": [builtins(live) for live in head.live],
                 "retired": [builtins(gone) for gone in head.retired],
+                "aside": [builtins(live) for live in head.aside],
                 "uncommitted": [{"step": step, "attempt": attempt} for step, attempt in loose],
             }
         )
@@ -60,6 +59,7 @@ def ls(root: str, flags: Flags) -> int:
     total = sum(live.bytes for live in head.live)
     counts = f"{len(head.live)} steps, {render.size(total)}; epoch {head.epoch}, journal version {head.version}"
     more = [f"{len(loose)} uncommitted"] if loose else []
+    more += [f"{len(head.aside)} quarantined and saved again"] if head.aside else []
     more += [f"{len(head.retired)} to be deleted (orchestrator gc)"] if head.retired else []
     render.say("; ".join([counts, *more]))
     return EXIT_OK
@@ -171,7 +171,7 @@ def _story(head: Head) -> list[str]:
     event = head.event
     causes = [f"process {one.process} ({one.host}) in {one.phase}: {one.cause}" for one in event.failures]
     steps = ", ".join(map(str, event.steps))
-    let_go = {"committed": "retired ", "retired": "", "collected": ""}.get(event.kind)
+    let_go = {"committed": "retired ", "retired": "", "collected": "", "recovered": "steps "}.get(event.kind)
     about = [f"{let_go}{steps}"] if steps and let_go is not None else []
     what = "; ".join(
         [*([event.attempt] if event.attempt else []), *([event.reason] if event.reason else []), *causes, *about]
@@ -187,10 +187,13 @@ def gc(root: str, flags: Flags) -> int:
         arguments.whole("--keep_last", keep, least=1)
     if keep is not None and not flags["dry_run"]:
         catalog.append(partial(journal.retire, keep=policy.last(keep)))
-    would_retire: tuple[int, ...] = ()
+    if flags["quarantined"] is not None:
+        discard = partial(journal.discard, step=int(flags["quarantined"]))
+        _rehearse(catalog, discard) if flags["dry_run"] else catalog.append(discard)
+    would_retire: tuple[int, ...] = (flags["quarantined"],) if flags["quarantined"] is not None else ()
     if keep is not None and flags["dry_run"]:
         following = journal.retire(head, catalog.stamp(), keep=policy.last(keep))
-        would_retire = following.event.steps if isinstance(following, Head) else ()
+        would_retire += following.event.steps if isinstance(following, Head) else ()
     with render.progress() as display:
         bar = render.Bar(display, "deleting", None)
         done = collect(catalog, dry_run=flags["dry_run"], on_file=bar.file)
@@ -198,7 +201,7 @@ def gc(root: str, flags: Flags) -> int:
         render.give(
             {
                 "dry_run": flags["dry_run"],
-                "retired": list(would_retire),
+                "retired": list(would_retire) if flags["dry_run"] else [],
                 "attempts": [builtins(gone) for gone in done.attempts],
                 "files": done.files,
                 "bytes": done.bytes,
@@ -209,12 +212,19 @@ def gc(root: str, flags: Flags) -> int:
         verb = "would delete" if flags["dry_run"] else "deleted"
         for gone in done.attempts:
             render.say(f"{verb} {layout.shown(gone.step, gone.attempt)} ({gone.reason})")
-        if would_retire:
+        if would_retire and flags["dry_run"]:
             render.say(f"would retire steps {', '.join(map(str, would_retire))}")
         render.say(f"{verb} {done.files} files, {render.size(done.bytes)}, of {len(done.attempts)} attempts")
         for line in done.failed:
             render.say(f"not deleted: {line}")
     return EXIT_FAILED if done.failed else EXIT_OK
+
+
+def _rehearse(catalog: Catalog, rule: journal.Rule) -> None:
+    """Raises what the rule would refuse with; writes nothing."""
+    outcome = rule(catalog.require_head(), catalog.stamp())
+    if isinstance(outcome, journal.Refused):
+        raise outcome.error
 
 
 def pin(root: str, flags: Flags) -> int:
@@ -230,7 +240,12 @@ def quarantine(root: str, flags: Flags) -> int:
     live = journal.find(catalog.require_head(), _wanted(flags))
     if live is None:
         raise StepNotFound(f"{catalog.url}: step {flags['step']} is not in this run; see orchestrator ls")
-    rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=flags["reason"])
+    rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=flags["reason"], by_hand=True)
+    return _change(root, flags, rule)
+
+
+def release(root: str, flags: Flags) -> int:
+    rule = partial(journal.release, step=_wanted(flags), attempt=flags["attempt"] or "", reason=flags["reason"])
     return _change(root, flags, rule)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import shlex
 import statistics
 import time
 import uuid
@@ -20,13 +22,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from orchestrator import journal
+from orchestrator import evidence, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
-from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, OrchestratorError, StepRetired
+from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError, StepRetired
 from orchestrator.eventlog import DIRECTORY, Tail, directory_of
-from orchestrator.records import Head
+from orchestrator.journal import AttemptId, Found
+from orchestrator.records import Event, Head
 from orchestrator.storage import Exists, PosixStorage
 from orchestrator.storage.directory import Root
 
@@ -36,9 +39,12 @@ _CLOCK_S = 2.0  # more than this between two clocks makes logs misleading
 _STALE_S = 3600.0
 _RECENT = 20  # decided saves that the abort rate is about
 _STRANGERS_SHOWN = 10
+_ENTRIES_MAX = 2000  # of the journal that are read, the newest: the older ones decide nothing any more
 _LOST_FSYNC_S = 20e-6  # no disk is faster; a file system in memory is
 _VOLATILE = {"tmpfs": "is in memory", "ramfs": "is in memory", "overlay": "may belong to a container"}
 _PACKAGE = "checkpoint-orchestrator"
+_RECOVER = "stop the job; orchestrator recover ROOT lists what is whole, and with --write the run goes on from there"
+_NO_HEAD = Head(format=0, version=-1, epoch=0, writer="", write_id="", time=0.0, event=Event(kind=""))
 
 
 class Finding(msgspec.Struct, forbid_unknown_fields=True):
@@ -76,18 +82,26 @@ class Patient:
         return self.catalog.storage.root if isinstance(self.catalog.storage, PosixStorage) else None
 
     @cached_property
-    def stored(self) -> dict[tuple[int, str], int]:
-        return self.catalog.attempts()
+    def stored(self) -> dict[AttemptId, Found]:
+        return self.catalog.stored()
 
 
 def doctor(root: str, flags: dict[str, Any]) -> int:
     """Exit code 4 if something is damaged, 1 if something will hurt the next save or restore, else 0."""
     catalog = open_catalog(root)
     events_dir = directory_of(catalog.url, flags["events_dir"])
-    patient = Patient(catalog, flags["read_only"], events_dir, catalog.require_head())
-    findings = [finding for name, check in CHECKS.items() for finding in _run(name, check, patient)]
+    checks = CHECKS
+    findings: list[Finding] = []
+    try:
+        head = catalog.require_head()
+    except (JournalLost, Damaged) as error:
+        findings.append(Finding("journal", "damage", str(error), _RECOVER))
+        head = _NO_HEAD
+        checks = {name: CHECKS[name] for name in WITHOUT_HEAD}
+    patient = Patient(catalog, flags["read_only"], events_dir, head)
+    findings += [finding for name, check in checks.items() for finding in _run(name, check, patient)]
     for finding in findings:
-        finding.do = finding.do.replace("ROOT", root)
+        finding.do = re.sub(r"\bROOT\b", lambda found: shlex.quote(root), finding.do)
     worst: Level = max((finding.level for finding in findings), key=LEVELS.index, default="ok")
     if flags["json"]:
         render.give(msgspec.to_builtins(Diagnosis(catalog.url, worst, findings)))
@@ -111,16 +125,31 @@ def _run(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Pati
 
 def _journal(patient: Patient) -> Iterator[Finding]:
     """Every entry can be read, none is missing, epochs and times do not go back."""
+    catalog = patient.catalog
+    try:
+        catalog.look()
+    except JournalLost as error:
+        yield Finding("journal", "damage", str(error), _RECOVER)
+    versions = catalog.versions()
     heads: list[Head] = []
     with render.progress() as display:
-        bar = render.Bar(display, "journal", patient.head.version + 1)
-        for version in range(patient.head.version + 1):
+        bar = render.Bar(display, "journal", min(len(versions), _ENTRIES_MAX))
+        for version in versions[-_ENTRIES_MAX:]:
             try:
-                heads.append(patient.catalog.entry(version))
+                heads.append(catalog.entry(version))
             except OrchestratorError as error:
                 do = "restores are not affected: only the newest entry counts; find out what wrote below the root"
                 yield Finding("journal", "damage", str(error), do)
             bar.add(1)
+    recovered = {head.version for head in heads if head.event.kind == "recovered"}
+    for first, last in evidence.holes(versions):
+        text = f"entries {first} to {last} are missing" if last > first else f"entry {first} is missing"
+        if last + 1 in recovered:
+            yield Finding("journal", "ok", f"{text}, which the one after it knows (recovered)")
+        elif last < max(recovered, default=-1):
+            yield Finding("journal", "warn", f"{text}, from before the journal was recovered", "nothing: it is history")
+        else:
+            yield Finding("journal", "damage", text, _RECOVER)
     for before, after in itertools.pairwise(heads):
         if after.epoch < before.epoch:
             text = f"epoch goes back from {before.epoch} to {after.epoch} at version {after.version}"
@@ -136,7 +165,8 @@ def _journal(patient: Patient) -> Iterator[Finding]:
         causes = said or {event.reason for event in aborted}
         text = f"{len(aborted)} of the last {len(decided)} saves were aborted: {'; '.join(sorted(causes))[:300]}"
         yield Finding("saves", "bad", text, "orchestrator log ROOT --last=20 names hosts and phases")
-    yield Finding("journal", "ok", f"{len(heads)} entries can be read; version {patient.head.version}")
+    more = "" if len(heads) == len(versions) else f" of {len(versions)}"
+    yield Finding("journal", "ok", f"{len(heads)} entries{more} can be read; version {patient.head.version}")
 
 
 def _steps(patient: Patient) -> Iterator[Finding]:
@@ -153,10 +183,6 @@ def _steps(patient: Patient) -> Iterator[Finding]:
         except OrchestratorError as error:
             do = "this says nothing about what is stored: fix what keeps it from being read, then run doctor again"
             yield Finding("steps", "bad", f"step {live.step} could not be read: {error}", do)
-    bad = [live.step for live in head.live if not live.restorable]
-    if bad:
-        text = f"quarantined steps: {', '.join(map(str, bad))}"
-        yield Finding("steps", "warn", text, "orchestrator log ROOT says why; retention lets them go")
     newest = journal.newest(head)
     if newest is None:
         yield Finding("steps", "bad", "no step can be restored", "a job that dies now starts anew; save soon")
@@ -167,6 +193,21 @@ def _steps(patient: Patient) -> Iterator[Finding]:
     yield Finding("steps", "ok", f"{len(head.live)} steps, {size}; proven: {_proven(head)}")
 
 
+def _quarantined(patient: Patient) -> Iterator[Finding]:
+    """What is kept as evidence, why, and what it holds."""
+    evidence = patient.head.quarantined
+    for live in evidence:
+        why = f": {live.quarantine.reason}" if live.quarantine and live.quarantine.reason else ""
+        text = f"{layout.shown(live.step, live.attempt)} is quarantined and holds {render.size(live.bytes)}{why}"
+        do = (
+            f"orchestrator verify ROOT --step={live.step}; orchestrator release ROOT --step={live.step} brings it "
+            f"back, and only this deletes it: orchestrator gc ROOT --quarantined={live.step}"
+        )
+        yield Finding("quarantine", "warn", text, do)
+    if not evidence:
+        yield Finding("quarantine", "ok", "no step is quarantined")
+
+
 def _proven(head: Head) -> str:
     return ", ".join(str(live.step) for live in head.live if live.trust in ("verified", "restored")) or "none"
 
@@ -174,7 +215,7 @@ def _proven(head: Head) -> str:
 def _orphans(patient: Patient) -> Iterator[Finding]:
     """What nobody needs any more."""
     gone = journal.collectable(patient.head, patient.stored)
-    size = sum(patient.stored.get((each.step, each.attempt), 0) for each in gone)
+    size = sum(patient.stored.get((each.step, each.attempt), Found()).bytes for each in gone)
     if size:
         text = f"{len(gone)} attempts that can never be restored hold {render.size(size)}"
         yield Finding("orphans", "warn", text, "orchestrator gc ROOT (--dry_run first)")
@@ -368,6 +409,7 @@ def _file_system(path: str) -> str:
 CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "journal": _journal,
     "steps": _steps,
+    "quarantine": _quarantined,
     "orphans": _orphans,
     "strangers": _strangers,
     "space": _space,
@@ -377,3 +419,5 @@ CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "clocks": _clocks,
     "versions": _versions,
 }
+# What can be looked at where the journal's newest entry cannot be read.
+WITHOUT_HEAD = ("permissions", "store", "durability", "versions")

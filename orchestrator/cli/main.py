@@ -20,6 +20,7 @@ from orchestrator.arguments import path as local_path
 from orchestrator.cli import commands, diff, doctor, export, plan, render, report, verify, watch
 from orchestrator.cli.adopt import adopt
 from orchestrator.cli.completion import script
+from orchestrator.cli.recover import recover
 from orchestrator.cli.schema import schema
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
 
@@ -169,7 +170,8 @@ COMMANDS = {
         "delete the data of retired and aborted attempts, and what crashes have left behind",
         (
             Flag("dry_run", bool, False, "say what would be deleted, and delete nothing"),
-            Flag("keep_last", int, None, "first retire all but the last N steps; pinned ones stay"),
+            Flag("keep_last", int, None, "first retire all but the last N steps; pinned and quarantined ones stay"),
+            Flag("quarantined", int, None, "first retire this step's quarantined attempts: nothing else does"),
         ),
         ("orchestrator gc /data/run --dry_run", "orchestrator gc /data/run --keep_last=3"),
     ),
@@ -190,6 +192,22 @@ COMMANDS = {
         "take a step out of those that can be restored; its data stays",
         (_STEP, Flag("reason", str, "by hand", "why; goes into the journal")),
         ("orchestrator quarantine /data/run --step=100 --reason='loss spike'",),
+    ),
+    "release": Command(
+        commands.release,
+        "lift the quarantine of a step: it can be restored again",
+        (
+            _STEP,
+            Flag("attempt", str, None, "which of the step's quarantined attempts; the latest if unset"),
+            Flag("reason", str, "by hand", "why; goes into the journal"),
+        ),
+        ("orchestrator release /data/run --step=100 --reason='the disk was replaced'",),
+    ),
+    "recover": Command(
+        recover,
+        "a run whose journal is lost or cut short: what is whole; 4 if entries are missing",
+        (Flag("write", bool, False, "create the entry that the run goes on from; no job may be using the run"),),
+        ("orchestrator recover /data/run", "orchestrator recover /data/run --write"),
     ),
 }
 

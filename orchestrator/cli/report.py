@@ -223,7 +223,7 @@ class _Slim(msgspec.Struct):
     @classmethod
     def of(cls, head: Head) -> _Slim:
         about = journal.find(head, head.event.step) if head.event.step is not None else None
-        return cls(msgspec.structs.replace(head, live=(), retired=()), about, journal.newest(head))
+        return cls(msgspec.structs.replace(head, live=(), retired=(), aside=()), about, journal.newest(head))
 
 
 def _saves(heads: Iterable[_Slim], head: Head, story: Story) -> list[SaveOf]:
@@ -241,7 +241,7 @@ def _saves(heads: Iterable[_Slim], head: Head, story: Story) -> list[SaveOf]:
             bytes=save.written_bytes,
         )
         parts.setdefault((save.step, save.attempt), []).append(part)
-    live = {(one.step, one.attempt) for one in head.live}
+    live = {(one.step, one.attempt) for one in (*head.live, *head.aside)}
     retired = {(one.step, one.attempt) for one in head.retired}
     saves: dict[tuple[int, str], SaveOf] = {}
     for slim in heads:
@@ -304,8 +304,8 @@ def _incidents(heads: Iterable[_Slim], story: Story) -> list[Incident]:
         head, event = slim.head, slim.head.event
         if event.kind == "aborted":
             found.append(Incident(head.time, "save aborted", event.step, event.attempt, why(head), head.writer))
-        elif event.kind == "quarantined":
-            found.append(Incident(head.time, "quarantined", event.step, event.attempt, event.reason, head.writer))
+        elif event.kind in ("quarantined", "released", "recovered"):
+            found.append(Incident(head.time, event.kind, event.step, event.attempt, event.reason, head.writer))
         elif event.kind == "opened-epoch":
             epochs += 1
             if epochs > 1:

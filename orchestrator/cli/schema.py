@@ -12,6 +12,7 @@ import msgspec
 from orchestrator.cli.doctor import Diagnosis
 from orchestrator.cli.export import Exported
 from orchestrator.cli.plan import Plan
+from orchestrator.cli.recover import Recovery
 from orchestrator.cli.report import Report
 from orchestrator.cli.watch import Now
 from orchestrator.errors import UsageError
@@ -29,7 +30,7 @@ class Uncommitted(_Output):
 
 
 class Listing(_Output):
-    """`ls`. newest: the step that a restore takes."""
+    """`ls`. newest: the step that a restore takes. aside: quarantined attempts whose step was saved again."""
 
     root: str
     version: int
@@ -37,6 +38,7 @@ class Listing(_Output):
     newest: int | None
     steps: list[LiveStep]
     retired: list[RetiredAttempt]
+    aside: list[LiveStep]
     uncommitted: list[Uncommitted]
 
 
@@ -127,7 +129,7 @@ class Collected(_Output):
 
 
 class Changed(_Output):
-    """`pin`, `unpin`, `quarantine`."""
+    """`pin`, `unpin`, `quarantine`, `release`."""
 
     changed: bool
     version: int
@@ -156,7 +158,8 @@ OUTPUTS: dict[str, Any] = {
     "diff": Comparison,
     "gc": Collected,
     "adopt": Adoption,
-    **dict.fromkeys(("pin", "unpin", "quarantine"), Changed),
+    "recover": Recovery,
+    **dict.fromkeys(("pin", "unpin", "quarantine", "release"), Changed),
 }
 
 

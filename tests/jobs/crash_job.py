@@ -1,5 +1,5 @@
-"""A short real run for the crash explorer: saves, retention, deletions, a pin, a second incarnation. Says what it was
-told: `saved STEP ATTEMPT-EPOCH` once a save is reported.
+"""A short real run for the crash explorer: saves, retention, deletions, a pin, a quarantine, a second incarnation. Says
+what it was told: `saved STEP ATTEMPT-EPOCH` once a save is reported.
 
 python crash_job.py ROOT
 """
@@ -30,4 +30,5 @@ def run(steps: range) -> None:
 
 run(range(3))
 command(["orchestrator", "pin", root, "--step=2", "--json"])
+command(["orchestrator", "quarantine", root, "--step=1", "--json"])  # evidence: retention leaves it alone
 run(range(3, 6))

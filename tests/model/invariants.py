@@ -2,13 +2,15 @@
 
 Each returns one line per violation, beginning with the invariant's number ("fence": the epoch rule that all rest on);
 [] means that it holds. They are written against the contract and use nothing of `journal` or `protocol`.
-`heads`: all journal entries, version v at index v. `acked`: (step, attempt) of every save that was reported as saved.
+`heads`: all journal entries in order; versions have no gaps but below a `recovered` entry. `acked`: (step, attempt) of
+every save that was reported as saved. `stored`: (step, attempt) -> (whether it has a manifest, the version that its
+records build on, -1 if they do not tell) of every attempt in storage.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orchestrator import layout
 from orchestrator.records import Head, LiveStep
@@ -25,6 +27,11 @@ def live_attempts(head: Head) -> set[AttemptId]:
     return {(live.step, live.attempt) for live in head.live}
 
 
+def evidence(head: Head) -> set[AttemptId]:
+    """The attempts that are quarantined, whether their step was committed again or not."""
+    return {(live.step, live.attempt) for live in (*head.live, *head.aside) if live.trust == "quarantined"}
+
+
 def listing(head: Head | None, listed: Collection[int], newest: int | None) -> list[str]:
     """1: what readers are shown (`listed` steps, `newest` among them) is what the highest entry says."""
     want = [live.step for live in restorable(head)]
@@ -36,10 +43,14 @@ def listing(head: Head | None, listed: Collection[int], newest: int | None) -> l
     return problems
 
 
-def linear(heads: Sequence[Head]) -> list[str]:
-    """2, 6 and fence: the journal is one line of complete entries, each a legal successor of the one before."""
-    problems = [f"2: entry {v} says it is version {head.version}" for v, head in enumerate(heads) if head.version != v]
-    if heads and (heads[0].event.kind != "opened-epoch" or heads[0].epoch != 1):
+def linear(heads: Sequence[Head], trees: Mapping[str, str | None] | None = None) -> list[str]:
+    """2, 6, 8, 9 and fence: the journal is one line of complete entries, each a legal successor of the one before.
+    `trees`: writer -> the tree that it saves, None of one that only reads."""
+    problems = []
+    for version, head in enumerate(heads):
+        if head.version != (heads[version - 1].version + 1 if version else 0) and head.event.kind != "recovered":
+            problems.append(f"2: entry {version} says it is version {head.version}")
+    if heads and heads[0].event.kind != "recovered" and (heads[0].event.kind != "opened-epoch" or heads[0].epoch != 1):
         problems.append("2: the first entry does not open epoch 1")
     openers: dict[int, str] = {}
     committed: set[AttemptId] = set()
@@ -57,6 +68,22 @@ def linear(heads: Sequence[Head]) -> list[str]:
         ended |= {(gone.step, gone.attempt) for gone in head.retired}
     for before, after in itertools.pairwise(heads):
         problems += successor(before, after)
+    return problems + (opened(heads, trees) if trees else [])
+
+
+def opened(heads: Sequence[Head], trees: Mapping[str, str | None]) -> list[str]:
+    """9 and 13: whoever opens an epoch saves or restores, and the run's newest step is of its own job."""
+    problems = []
+    for before, after in itertools.pairwise((None, *heads)):
+        assert after is not None
+        if after.event.kind != "opened-epoch" or after.writer not in trees:
+            continue
+        where = f"v{after.version}: epoch {after.epoch} is opened by {after.writer}"
+        newest = restorable(before)[-1:]
+        if trees[after.writer] is None:
+            problems.append(f"13: {where}, which only reads")
+        elif newest and newest[0].tree != trees[after.writer]:
+            problems.append(f"9: {where}, but the run is of another job")
     return problems
 
 
@@ -83,12 +110,24 @@ def successor(before: Head, after: Head) -> list[str]:
     """2 and 6: what one entry may change in the one before."""
     where, kind = f"v{after.version} {after.event.kind}", after.event.kind
     problems = []
+    if kind == "recovered":
+        return [] if after.epoch > before.epoch else [f"fence: {where}: epoch {before.epoch} becomes {after.epoch}"]
     if after.epoch != before.epoch + (kind == "opened-epoch"):
         problems.append(f"fence: {where}: epoch {before.epoch} becomes {after.epoch}")
     was, now = live_attempts(before), live_attempts(after)
     retired = {(gone.step, gone.attempt) for gone in after.retired}
     if now & retired:
         problems.append(f"5: {where}: {sorted(now & retired)} are live and retired at once")
+    taken = evidence(before) - evidence(after)
+    if kind == "released":
+        taken -= {(after.event.step, after.event.attempt)} & now
+        now, was = now - {(after.event.step, after.event.attempt)}, was - evidence(before)
+    by_name = (
+        {key for key in taken if key[0] in after.event.steps} if kind == "retired" and after.event.reason else set()
+    )
+    if taken - by_name:
+        problems.append(f"8: {where}: {sorted(taken - by_name)} was quarantined, and is evidence no more")
+    was, now = was - by_name, now | {key for key in evidence(after) if key in was}
     if kind not in ("committed", "retired"):
         if was != now:
             problems.append(f"1: {where}: changes the live steps from {sorted(was)} to {sorted(now)}")
@@ -129,7 +168,7 @@ def unchanged(before: Sequence[object], after: Sequence[object]) -> list[str]:
 
 def whole(head: Head | None, damage: Callable[[LiveStep], str]) -> list[str]:
     """2: everything under every live attempt is as promised. `damage` says what is wrong with one, "" if nothing."""
-    lines = [(live, damage(live)) for live in head.live] if head else []
+    lines = [(live, damage(live)) for live in (*head.live, *head.aside)] if head else []
     return [f"2: live {layout.shown(live.step, live.attempt)}: {text}" for live, text in lines if text]
 
 
@@ -167,15 +206,56 @@ def journalled(heads: Sequence[Head], acked: Iterable[AttemptId]) -> list[str]:
     ]
 
 
-def deleted(heads: Sequence[Head], step: int, attempt: str) -> list[str]:
-    """5: data of `attempt` is deleted while `heads` is what a power cut would leave of the journal."""
+def deleted(heads: Sequence[Head], step: int, attempt: str, stored: Mapping[AttemptId, tuple[bool, int]]) -> list[str]:
+    """5, 8 and 12: data of `attempt` is deleted while `heads` is what a power cut would leave of the journal and
+    `stored` is what storage has."""
     where = layout.shown(step, attempt)
     head = heads[-1] if heads else None
+    if proof := tail_lost(head, stored):
+        return [f"12: {where} deleted, though {proof}"]
     if head is None:
         return [f"5: {where} deleted without a journal"]
+    if (step, attempt) in evidence(head):
+        return [f"8: {where} deleted, but it is quarantined"]
     if (step, attempt) in live_attempts(head):
         return [f"5: {where} deleted, but it is live"]
     ended = any((gone.step, gone.attempt) == (step, attempt) for entry in heads for gone in entry.retired)
-    if not ended and layout.parse_attempt(attempt)[0] >= head.epoch:
+    if ended:
+        return []
+    if layout.parse_attempt(attempt)[0] >= head.epoch:
         return [f"5: {where} deleted, but epoch {head.epoch} can still commit it"]
+    whole = stored.get((step, attempt), (False, -1))[0]
+    commits = [entry.event.step for entry in heads if entry.event.kind == "committed"]
+    if whole and not any(committed is not None and committed >= step for committed in commits):
+        return [f"5: {where} deleted: a whole attempt, and no newer step was committed"]
     return []
+
+
+def tail_lost(head: Head | None, stored: Mapping[AttemptId, tuple[bool, int]]) -> str:
+    """12: what proves that the journal has lost its tail; '' if nothing does."""
+    version, epoch = (head.version, head.epoch) if head else (-1, 0)
+    known = (
+        {(gone.step, gone.attempt) for gone in head.retired} | live_attempts(head) | evidence(head) if head else set()
+    )
+    for (step, attempt), (_, built_on) in stored.items():
+        if layout.parse_attempt(attempt)[0] > epoch or (built_on > version and (step, attempt) not in known):
+            return f"{layout.shown(step, attempt)} knows of entries above version {version}"
+    return ""
+
+
+def gone_on(before: Head | None, stored: Mapping[AttemptId, tuple[bool, int]], after: Head) -> list[str]:
+    """12: an entry `after` is created where `before` was the highest; only a recovery may, if the tail is lost."""
+    proof = tail_lost(before, stored)
+    return (
+        [f"12: v{after.version} {after.event.kind}, though {proof}"]
+        if proof and after.event.kind != "recovered"
+        else []
+    )
+
+
+def proven(after: Head, rotten: Collection[AttemptId]) -> list[str]:
+    """7: what a restore quarantines is damaged. `rotten`: the attempts whose stored bytes are not what was written."""
+    event = after.event
+    if event.kind != "quarantined" or (event.step, event.attempt) in rotten:
+        return []
+    return [f"7: v{after.version}: step {event.step} is quarantined, and nothing is wrong with it"]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from orchestrator import journal, layout, protocol
+from orchestrator import evidence, journal, layout, protocol
 from orchestrator.codec import encode
-from orchestrator.journal import FencedBy, Refused, Stamp
+from orchestrator.journal import Compared, FencedBy, Refused, Stamp
 from orchestrator.policy import KeepPolicy, last
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
 from orchestrator.records import FORMAT, Box, Failure, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
@@ -41,6 +41,11 @@ class Rules:
     collected: Callable[..., journal.Next] = journal.collected
     pin: Callable[..., journal.Next] = journal.pin
     quarantine: Callable[..., journal.Next] = journal.quarantine
+    release: Callable[..., journal.Next] = journal.release
+    discard: Callable[..., journal.Next] = journal.discard
+    lost: Callable[..., str] = evidence.lost
+    choose: Callable[..., evidence.Choice] = evidence.choose
+    recovered: Callable[..., Head] = evidence.recovered
     trusted: Callable[..., journal.Next] = journal.trusted
     newest: Callable[[Head], LiveStep | None] = journal.newest
     collectable: Callable[..., Any] = journal.collectable
@@ -55,6 +60,13 @@ class Rules:
     settles_before_delete: bool = True  # ...also by a collector
     retires_first: bool = True  # gc journals what it lets go before it deletes it
     readers_need_journal: bool = True  # a step is what the journal lists, not what a directory holds
+    compares_first: bool = True  # a job looks at the run's tree before it opens its epoch
+    looks_first: bool = True  # and whoever writes or deletes, whether the journal has lost its tail
+    checks_again: bool = True  # a collector looks whether an unfinished orphan was finished before its epoch was fenced
+    builds_on_durable: bool = True  # records name a version that a power cut leaves
+    opens_when_made: bool = False  # an agent opens its epoch when it is made, also if it only reads
+    reads_twice: bool = True  # a restore that finds damage asks the store again
+    unread_is_damage: bool = False  # what could not be read is quarantined
 
 
 Answer = tuple[str, int]
@@ -116,8 +128,14 @@ class Engine:
         match task, arguments:
             case "open", ():
                 return rules.open_epoch
-            case "commit", (epoch, step, attempt):
-                return partial(rules.commit, epoch=epoch, entry=entry(step, attempt), keep=self.keep)
+            case "open", (tree,):
+                return partial(rules.open_epoch, compared=Compared(tree))
+            case "commit", (epoch, step, attempt, *tree):
+                return partial(rules.commit, epoch=epoch, entry=entry(step, attempt, *tree), keep=self.keep)
+            case "release", (step, attempt):
+                return partial(rules.release, step=step, attempt=attempt, disproved=True)
+            case "discard", (step, *_):
+                return partial(rules.discard, step=step)
             case "abort", (epoch, step, attempt):
                 return partial(rules.abort, epoch=epoch, step=step, attempt=attempt, failures=(), reason="no")
             case "retire", ():
@@ -172,9 +190,9 @@ class Engine:
         return self.attempts[number].phase is Phase.COMMITTED
 
 
-def entry(step: int, attempt: str) -> LiveStep:
+def entry(step: int, attempt: str, tree: str = "") -> LiveStep:
     return LiveStep(
-        step=step, attempt=attempt, manifest_crc32c="00000000", tree="", bytes=1, stored_metrics={}, time=0.0
+        step=step, attempt=attempt, manifest_crc32c="00000000", tree=tree, bytes=1, stored_metrics={}, time=0.0
     )
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from .search import Scenario
-from .world import Collector, Coordinator, Tool, Worker
+from .world import Collector, Coordinator, Copy, Reader, Recover, Restore, Rot, Tool, Worker
 
 SCENARIOS = (
     # Zombies: two incarnations save the same step, one collects, and any put may be lost, late or repeated.
     Scenario(
         "rivals",
-        (Coordinator("A", (1, 2)), Coordinator("B", (2, 3)), Collector("collect-B", boss=1)),
+        (
+            Coordinator("A", (1, 2), at_once=True),
+            Coordinator("B", (2, 3), at_once=True),
+            Collector("collect-B", boss=1),
+        ),
         losses=1,
     ),
-    Scenario("three rivals", (Coordinator("A", (1,)), Coordinator("B", (1,)), Coordinator("C", (1,))), losses=1),
+    Scenario("three rivals", tuple(Coordinator(name, (1,), at_once=True) for name in "ABC"), losses=1),
     # Two processes: one may fail, leave a hole, or stay silent; a step is tried twice.
     Scenario(
         "processes",
@@ -47,11 +51,50 @@ SCENARIOS = (
     Scenario(
         "gc",
         (
-            Coordinator("A", (1, 2)),
-            Coordinator("B", (2,)),
+            Coordinator("A", (1, 2), at_once=True),
+            Coordinator("B", (2,), at_once=True),
             Collector("gc", retires=True),
             Tool("quarantine", "quarantine"),
         ),
         keep=2,
     ),
+    # A job of another tree, and one that only reads, beside the job that owns the run.
+    Scenario(
+        "strangers",
+        (Coordinator("A", (1, 2), tree="t"), Coordinator("S", (1,), tree="s"), Reader("reader")),
+        losses=1,
+    ),
+    # A copy of the run that lacks the journal's newest entries; a job, its collector and `recover` begin there.
+    Scenario(
+        "broken copy",
+        (
+            Coordinator("A", (1, 2)),
+            Copy("copy"),
+            Coordinator("B", (2, 3), after_actor=1),
+            Collector("collect-B", boss=2),
+            Recover("recover", "recover", after_actor=1),
+        ),
+    ),
+    # Evidence: a step is quarantined, saved again and released beside a collector; or deleted by name beside retention.
+    Scenario(
+        "evidence",
+        (
+            Coordinator("A", (1,)),
+            Coordinator("B", (1,)),
+            Collector("collect-B", boss=1),
+            Tool("quarantine", "quarantine"),
+            Tool("release", "release"),
+        ),
+    ),
+    Scenario(
+        "by name",
+        (
+            Coordinator("A", (1, 2, 3)),
+            Collector("gc", retires=True),
+            Tool("quarantine", "quarantine"),
+            Tool("discard", "discard"),
+        ),
+    ),
+    # A step that rots, or only seems to.
+    Scenario("unread", (Coordinator("A", (1, 2)), Rot("rot"), Restore("restore"), Tool("release", "release")), keep=2),
 )

@@ -7,7 +7,7 @@ invariants, and a new incarnation must be able to open it, find what it should a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator import layout
@@ -16,7 +16,21 @@ from orchestrator.records import Head, LiveStep
 
 from . import invariants
 from .rules import Engine, Rules
-from .world import ENDED, Actor, Effect, Local, Object, World, late_puts, needed, normal
+from .world import (
+    ENDED,
+    Actor,
+    Coordinator,
+    Effect,
+    Local,
+    Object,
+    Reader,
+    World,
+    late_puts,
+    needed,
+    normal,
+    stored,
+    top,
+)
 
 
 @dataclass(frozen=True)
@@ -54,60 +68,69 @@ class Result:
 class Judge:
     """The invariants over worlds; each part of a state is judged once."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, trees: Mapping[str, str | None]) -> None:
+        self._engine, self._trees = engine, trees
         self.images: set[object] = set()
 
     def heads(self, journal: tuple[int, ...]) -> list[Head]:
-        return [self._engine.heads[number] for number in journal]
+        return [self._engine.heads[number] for number in journal if number >= 0]
 
     def effect(self, before: World, after: World, effect: Effect) -> list[str]:
         problems = (
             []
-            if after.journal[: len(before.journal)] == before.journal
+            if after.cut > before.cut or after.journal[: len(before.journal)] == before.journal
             else invariants.unchanged(before.journal, after.journal)
         )
         if effect.kind == "write":
             problems += invariants.written(self._engine.head(before.top), effect.step, effect.attempt)
         if effect.kind == "delete":
             durable = self.heads(before.journal[: before.durable])
-            problems += invariants.deleted(durable, effect.step, effect.attempt)
+            problems += invariants.deleted(durable, effect.step, effect.attempt, stored(before.objects))
+        if len(after.journal) > len(before.journal):
+            new = self._engine.heads[after.top]
+            problems += invariants.gone_on(self._engine.head(before.top), stored(before.objects), new)
+            if new.writer.startswith("restore"):
+                rotten = {(step, attempt) for step, attempt, name in before.objects if name == "rot"}
+                problems += invariants.proven(new, rotten)
         return problems
 
     def world(self, world: World) -> list[str]:
         """All of it: as a reader sees it now, and as a crash or a power cut at this point would leave it."""
-        problems = list(self.image(world.journal, world.objects, world.acked, cut=False))
+        problems = list(self.image(world, world.journal, world.objects))
         if world.volatile or world.durable < len(world.journal):
             left = world.objects - world.volatile
             for kept in range(world.durable, len(world.journal) + 1):
-                problems += [
-                    f"{line} (power cut)" for line in self.image(world.journal[:kept], left, world.acked, cut=True)
-                ]
+                problems += [f"{line} (power cut)" for line in self.image(world, world.journal[:kept], left)]
         return problems
 
-    def image(
-        self, journal: tuple[int, ...], objects: frozenset[Object], acked: frozenset[tuple[int, str]], cut: bool
-    ) -> list[str]:
-        key = (journal, objects, acked)
+    def image(self, world: World, journal: tuple[int, ...], objects: frozenset[Object]) -> list[str]:
+        acked = world.acked
+        key = (journal, objects, acked, world.cut)
         if key in self.images:
             return []
         self.images.add(key)
         judged = self._engine.once(("journal", journal), lambda: self._journal(journal, objects))
-        head = self._engine.head(journal[-1]) if journal else None
+        head = self._engine.head(top(journal))
         damage = self._engine.once(("data", journal, objects), lambda: self._data(journal, objects))
         listed = self._readers(head, objects)
         promised = self._engine.once(("4", journal, acked), lambda: invariants.journalled(self.heads(journal), acked))
         # Without a power cut an entry is there for everybody, durable or not.
-        return [*judged, *damage, *listed, *promised]
+        alarm = [] if world.cut else self._engine.once(("12", journal, objects), lambda: self._alarm(head, objects))
+        return [*judged, *damage, *listed, *promised, *alarm]
+
+    def _alarm(self, head: Head | None, objects: frozenset[Object]) -> list[str]:
+        proof = invariants.tail_lost(head, stored(objects))
+        return [f"12: nothing was lost, but {proof}"] if proof else []
 
     def _journal(self, journal: tuple[int, ...], objects: frozenset[Object]) -> list[str]:
-        return invariants.linear(self.heads(journal)) + self._recovery(journal)
+        return invariants.linear(self.heads(journal), self._trees) + self._recovery(journal)
 
     def _data(self, journal: tuple[int, ...], objects: frozenset[Object]) -> list[str]:
         heads = self.heads(journal)
 
         def damage(live: LiveStep) -> str:
-            missing = needed(live.step, live.attempt, self._engine.processes) - objects
+            plain = {(step, attempt, name.partition("@")[0]) for step, attempt, name in objects}
+            missing = needed(live.step, live.attempt, self._engine.processes) - plain
             return f"missing {sorted(name for _, _, name in missing)}" if missing else ""
 
         return invariants.whole(heads[-1] if heads else None, damage) + invariants.promises(heads, receipts(objects))
@@ -124,7 +147,7 @@ class Judge:
 
     def _recovery(self, journal: tuple[int, ...]) -> list[str]:
         """A new incarnation can open what is left and commit the next step."""
-        kind, opened = self._engine.ask("open", (), journal[-1] if journal else -1, "recovery")
+        kind, opened = self._engine.ask("open", (), top(journal), "recovery")
         if kind != "head":
             return [f"2: no new incarnation can be opened: {kind}"]
         epoch = self._engine.heads[opened].epoch
@@ -161,7 +184,8 @@ def stuck(scenario: Scenario, world: World) -> list[str]:
 def explore(scenario: Scenario, rules: Rules | None = None, states_max: int = 5_000_000) -> Result:
     """Everything that can happen, or the shortest way to the first violation."""
     engine = Engine(rules or Rules(), scenario.processes, last(scenario.keep))
-    judge = Judge(engine)
+    jobs = [actor for actor in scenario.actors if isinstance(actor, Coordinator | Reader)]
+    judge = Judge(engine, {actor.name: actor.tree for actor in jobs})
     none: frozenset[Object] = frozenset()
     start = World((), 0, none, none, (Local(),) * len(scenario.actors), frozenset(), (), scenario.losses)
     came: dict[World, tuple[World | None, str]] = {start: (None, "")}

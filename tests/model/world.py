@@ -1,8 +1,10 @@
 """The state of the model, and what each actor can do next in it.
 
 An actor mirrors one shell: `Coordinator` an incarnation's process 0 (catalog.append, coordinator, saving), `Worker`
-its process 1, `Collector` the background collection or `gc`, `Tool` a command that writes one journal entry. Each move
-is one effect on the store. A crash needs no move: an actor may stop for ever in any state, as nothing is fair here.
+its process 1, `Collector` the background collection or `gc`, `Tool` a command that writes one journal entry, `Restore`
+a restore that may find damage, `Reader` an evaluator. `Copy` breaks off a copy of the run, in which only actors that
+begin after it go on; `Rot` flips a bit. Each move is one effect on the store. A crash needs no move: an actor may stop
+for ever in any state, as nothing is fair here.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from typing import Any, NamedTuple, Protocol
 
 from msgspec.structs import replace
 
-from orchestrator import protocol
+from orchestrator import layout, protocol
+from orchestrator.evidence import Whole
+from orchestrator.journal import Found, Stamp, tree_of
 from orchestrator.records import Failure
 
-from .rules import Engine, receipt
+from .rules import Engine, entry, receipt
 
 Object = tuple[int, str, str]  # step, attempt, name
 
@@ -32,10 +36,11 @@ class Local(NamedTuple):
     attempt: int = -1  # the protocol's state
     todo: tuple[Any, ...] = ()
     done: tuple[Any, ...] = ()
+    known: int = -1  # the highest version that it knows to be durable: what its records build on
 
 
 class World(NamedTuple):
-    journal: tuple[int, ...]  # head numbers; index is the version
+    journal: tuple[int, ...]  # head numbers; index is the version; -1 where there is none, below a recovered entry
     durable: int  # how many entries a power cut leaves
     objects: frozenset[Object]
     volatile: frozenset[Object]  # which of them it takes
@@ -43,10 +48,11 @@ class World(NamedTuple):
     acked: frozenset[tuple[int, str]]  # saves that were reported as saved
     flying: tuple[int, ...]  # puts given up on that may still land
     losses: int  # how many more replies or requests may be lost
+    cut: bool = False  # whether the journal has lost its tail, once
 
     @property
     def top(self) -> int:
-        return self.journal[-1] if self.journal else -1
+        return top(self.journal)
 
     def local(self, index: int, local: Local) -> World:
         return self._replace(actors=(*self.actors[:index], local, *self.actors[index + 1 :]))
@@ -57,6 +63,11 @@ class World(NamedTuple):
         return self._replace(objects=self.objects | more, volatile=lost)
 
 
+def top(journal: tuple[int, ...]) -> int:
+    """The number of the highest entry, -1 without one."""
+    return next((number for number in reversed(journal) if number >= 0), -1)
+
+
 class Effect(NamedTuple):
     """Data below an attempt was written or deleted; the invariants judge it by the state before."""
 
@@ -65,9 +76,29 @@ class Effect(NamedTuple):
     attempt: str = ""
 
 
+LATE = "manifest, when its epoch was fenced"  # finished too late to be a promise to anybody
+
+
+def stored(objects: frozenset[Object]) -> dict[tuple[int, str], tuple[bool, int]]:
+    """(whether it has a manifest, the version it builds on) of every attempt."""
+    found: dict[tuple[int, str], tuple[bool, int]] = {}
+    for step, attempt, name in objects:
+        whole, built_on = found.get((step, attempt), (False, -1))
+        _, _, version = name.partition("@")
+        found[step, attempt] = (whole or name == "manifest", int(version) if version else built_on)
+    return found
+
+
+def as_found(objects: frozenset[Object]) -> dict[tuple[int, str], Found]:
+    """As a listing has it, which cannot tell a zombie's manifest."""
+    late = {(step, attempt) for step, attempt, name in objects if name == LATE}
+    found = sorted(stored(objects).items())
+    return {key: Found(whole=whole or key in late, built_on=built_on) for key, (whole, built_on) in found}
+
+
 NOTHING = Effect()
 Move = tuple[str, World, Effect]
-ENDED = frozenset({"closed", "fenced", "failed", "finished"})
+ENDED = frozenset({"closed", "fenced", "failed", "finished", "rejected", "left behind"})
 
 
 class Actor(Protocol):
@@ -118,7 +149,8 @@ class Appender:
         version = engine.heads[local.want].version
         there = world.journal[version] if version < len(world.journal) else -1
         stored, ours = engine.stored(there, local.want)
-        landed = world._replace(journal=(*world.journal[:version], stored, *world.journal[version + 1 :]))
+        filled = (*world.journal, *[-1] * (version - len(world.journal)))
+        landed = world._replace(journal=(*filled[:version], stored, *filled[version + 1 :]))
         who = f"{self.name} {local.task}"
         if ours:
             yield f"{who}: creates v{version}", self._landed(engine, landed, index), NOTHING
@@ -165,24 +197,56 @@ class Appender:
 
 @dataclass(frozen=True)
 class Coordinator(Appender):
-    """An incarnation's process 0: opens an epoch, then saves `saves` one after another."""
+    """An incarnation's process 0: looks at the run, opens an epoch, then saves `saves` one after another.
+    `after_actor`: who must have finished before it begins. at_once: it lists and reads the head in one move."""
 
     saves: tuple[int, ...]
+    tree: str = ""
+    after_actor: int = -1
+    at_once: bool = False
 
     def current(self, engine: Engine, local: Local) -> tuple[int, str]:
         return named(engine, self.saves, local)
 
     def arguments(self, engine: Engine, local: Local) -> tuple[Any, ...]:
-        return () if local.task == "open" else (local.epoch, *self.current(engine, local))
+        if local.task == "open":
+            return local.todo
+        tree = (self.tree,) if self.tree else ()
+        return (local.epoch, *self.current(engine, local), *tree)
 
     def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
         local = world.actors[index]
         if local.pc == "start":
-            yield f"{self.name}: starts", world.local(index, local._replace(pc="read", task="open")), NOTHING
+            if self.after_actor < 0 or world.actors[self.after_actor].pc == "finished":
+                found = tuple(as_found(world.objects).items()) if engine.rules.looks_first else ()
+                listed = world.local(index, local._replace(pc="compare", done=found))
+                if self.at_once:
+                    yield self._compare(engine, listed, index)
+                else:
+                    yield f"{self.name}: starts, lists", listed, NOTHING
+        elif local.pc == "compare":
+            yield self._compare(engine, world, index)
         elif local.pc in ("read", "create", "unsure", "sync"):
             yield from self.append(engine, world, index)
         elif local.pc not in ENDED:
             yield from self._save(engine, world, index)
+
+    def _compare(self, engine: Engine, world: World, index: int) -> Move:
+        """Opening._admit: the head is read after the listing; what speaks against opening is found before it."""
+        local, head = world.actors[index], engine.head(world.top)
+        clean = local._replace(done=())
+        if engine.rules.lost(head, dict(local.done)):
+            return (
+                f"{self.name}: the journal has lost entries",
+                world.local(index, clean._replace(pc="rejected")),
+                NOTHING,
+            )
+        tree = tree_of(head)
+        if engine.rules.compares_first and tree not in (None, self.tree):
+            return f"{self.name}: another job's run", world.local(index, clean._replace(pc="rejected")), NOTHING
+        compared = (tree,) if engine.rules.compares_first else ()
+        opening = clean._replace(pc="read", task="open", todo=compared)
+        return f"{self.name}: nothing speaks against it", world.local(index, opening), NOTHING
 
     def _save(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
         local = world.actors[index]
@@ -194,8 +258,11 @@ class Coordinator(Appender):
                 moved = following.local(index, local._replace(pc="intent"))
                 yield f"{here}: writes its data", moved, Effect("write", step, attempt)
             case "intent":
-                kind = "no" if (step, attempt, "intent") in world.objects else "yes"
-                moved = world.add((step, attempt, "intent")).local(index, local._replace(pc="promise", todo=(kind,)))
+                there = any(one[:2] == (step, attempt) and one[2].startswith("intent") for one in world.objects)
+                kind = "no" if there else "yes"
+                known = local.known if engine.rules.builds_on_durable else len(world.journal) - 1
+                following = world if there else world.add((step, attempt, f"intent@{known}"))
+                moved = following.local(index, local._replace(pc="promise", todo=(kind,)))
                 yield f"{here}: intent, {kind}", moved, NOTHING
             case "promise":
                 kind = local.todo[0]
@@ -211,7 +278,9 @@ class Coordinator(Appender):
                 event: protocol.Event = protocol.FinalizeDone()
                 if (step, attempt, "manifest") in world.objects:
                     event = protocol.FinalizeFailed(Failure(process=0, host="h", phase="finalize", cause="exists"))
-                following = world.add((step, attempt, "manifest"))
+                head = engine.head(world.top)
+                name = LATE if head and head.epoch > local.epoch else "manifest"
+                following = world.add((step, attempt, name))
                 moved = self._advance(engine, following, index, event, type(event))
                 yield f"{here}: manifest", moved, NOTHING
 
@@ -235,10 +304,14 @@ class Coordinator(Appender):
 
     def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
         local = world.actors[index]
-        clean = local._replace(task="", want=-1)
+        known = max(local.known, engine.heads[local.want].version) if outcome == "done" else local.known
+        clean = local._replace(task="", want=-1, known=known)
         if outcome == "fenced":
             return world.local(index, clean._replace(pc="fenced"))
         if local.task == "open":
+            clean = clean._replace(todo=())
+            if outcome == "refused":  # another job has committed meanwhile: compared again
+                return world.local(index, clean._replace(pc="compare"))
             if outcome != "done":
                 return world.local(index, clean._replace(pc="failed"))
             return world.local(index, clean._replace(pc="stage", epoch=engine.heads[local.want].epoch))
@@ -352,7 +425,7 @@ class Collector(Appender):
             else:
                 kind, number = engine.ask("retire", (), world.top, self.name)
                 gone = engine.heads[number].retired if kind == "head" else ()
-                todo = tuple((one.step, one.attempt) for one in gone)
+                todo = tuple((one.step, one.attempt, False) for one in gone)
                 yield (
                     f"{self.name}: deletes {todo}",
                     world.local(index, local._replace(pc="delete", todo=todo)),
@@ -361,29 +434,39 @@ class Collector(Appender):
         elif local.pc in ("start", "again"):
             boss = world.actors[self.boss] if self.boss >= 0 else None
             if world.journal and (not boss or boss.epoch):
-                yield self._head(engine, world, index, boss)
-        elif local.pc == "list":
-            yield self._list(engine, world, index)
+                yield self._list(engine, world, index)
+        elif local.pc == "head":
+            yield self._head(engine, world, index, world.actors[self.boss] if self.boss >= 0 else None)
         elif local.pc == "delete":
             yield self._delete(engine, world, index)
 
-    def _head(self, engine: Engine, world: World, index: int, boss: Local | None) -> Move:
-        local, head = world.actors[index], engine.heads[world.top]
-        pc = "fenced" if boss and head.epoch > boss.epoch else "list"
-        here = f"{self.name}: reads v{head.version}: {pc}"
-        return here, world.local(index, local._replace(pc=pc, want=world.top if pc == "list" else -1)), NOTHING
-
     def _list(self, engine: Engine, world: World, index: int) -> Move:
         local = world.actors[index]
-        found = sorted({(step, attempt) for step, attempt, _ in world.objects})
-        chosen = engine.rules.collectable(engine.heads[local.want], found)
-        todo = tuple((gone.step, gone.attempt) for gone in chosen)
-        settled = world._replace(durable=len(world.journal)) if engine.rules.settles_before_delete else world
-        return (
-            f"{self.name}: will delete {todo}",
-            settled.local(index, local._replace(pc="delete", want=-1, todo=todo)),
-            NOTHING,
+        found = tuple(as_found(world.objects).items())
+        return f"{self.name}: lists", world.local(index, local._replace(pc="head", todo=found)), NOTHING
+
+    def _head(self, engine: Engine, world: World, index: int, boss: Local | None) -> Move:
+        """The head is read after the listing; then it is decided."""
+        local, head = world.actors[index], engine.heads[world.top]
+        found = dict(local.todo)
+        clean = local._replace(want=-1, todo=())
+        if boss and head.epoch > boss.epoch:
+            return f"{self.name}: fenced", world.local(index, clean._replace(pc="fenced")), NOTHING
+        if engine.rules.looks_first and engine.rules.lost(head, found):
+            return (
+                f"{self.name}: the journal has lost entries",
+                world.local(index, clean._replace(pc="rejected")),
+                NOTHING,
+            )
+        chosen = engine.rules.collectable(head, found)
+        # Of an orphan that had no manifest when it was listed: it may have got one before the epoch above was opened.
+        todo = tuple(
+            (gone.step, gone.attempt, gone.reason == "orphan" and not found[gone.step, gone.attempt].whole)
+            for gone in chosen
         )
+        settled = world._replace(durable=len(world.journal)) if engine.rules.settles_before_delete else world
+        here = f"{self.name}: reads v{head.version}, will delete {todo}"
+        return here, settled.local(index, clean._replace(pc="delete", todo=todo)), NOTHING
 
     def _delete(self, engine: Engine, world: World, index: int) -> Move:
         """One object, the manifest first; then `collected`, if anything was deleted."""
@@ -391,9 +474,13 @@ class Collector(Appender):
         if not local.todo:
             pc = "read" if local.done else "finished"
             return f"{self.name}: has deleted", world.local(index, local._replace(pc=pc, task="collected")), NOTHING
-        step, attempt = local.todo[0]
+        step, attempt, unfinished = local.todo[0]
+        if engine.rules.checks_again and unfinished and (step, attempt, "manifest") in world.objects:
+            skipped = world.local(index, local._replace(todo=local.todo[1:]))
+            return f"{self.name}: {step} {attempt} is whole by now", skipped, NOTHING
         there = sorted(
-            (one for one in world.objects if one[:2] == (step, attempt)), key=lambda one: (one[2] != "manifest", one[2])
+            (one for one in world.objects if one[:2] == (step, attempt)),
+            key=lambda one: (not one[2].startswith("manifest"), one[2]),
         )
         gone = frozenset(there[:1])
         after = world._replace(objects=world.objects - gone, volatile=world.volatile - gone)
@@ -426,6 +513,8 @@ class Tool(Appender):
             head = engine.heads[world.top]
             newest = engine.rules.newest(head)
             todo = (self.step,) if self.task == "pin" else (newest.step, newest.attempt) if newest else ()
+            if self.task in ("release", "discard"):
+                todo = next(((live.step, live.attempt) for live in head.quarantined), ())
             if todo:
                 yield (
                     f"{self.name}: {todo}",
@@ -437,6 +526,135 @@ class Tool(Appender):
 
     def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
         return world.local(index, Local(pc="finished"))
+
+
+@dataclass(frozen=True)
+class Recover(Tool):
+    """`orchestrator recover --write`, once `after_actor` has finished."""
+
+    after_actor: int = -1
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        if local.pc == "start" and world.actors[self.after_actor].pc == "finished":
+            made = self._recovered(engine, world)
+            if made is not None:
+                yield (
+                    f"{self.name}: plans",
+                    world.local(index, local._replace(pc="create", task="recover", want=made)),
+                    NOTHING,
+                )
+        elif local.pc == "read":  # somebody has written meanwhile
+            yield f"{self.name}: gives up", world.local(index, Local(pc="failed")), NOTHING
+        elif local.pc in ("create", "unsure", "sync"):
+            yield from self.append(engine, world, index)
+
+    def _recovered(self, engine: Engine, world: World) -> int | None:
+        head, found = engine.head(world.top), as_found(world.objects)
+        if not engine.rules.lost(head, found):
+            return None
+        heads = [engine.heads[number] for number in world.journal if number >= 0]
+        ended = {(gone.step, gone.attempt) for one in heads for gone in one.retired}
+        whole = [Whole(entry(*key), one.built_on) for key, one in found.items() if one.whole]
+        choice = engine.rules.choose(head, whole, ended)
+        version = max([len(world.journal) - 1, *(one.built_on for one in found.values())]) + 2
+        epochs = [layout.parse_attempt(attempt)[0] for _, attempt in found]
+        epoch = max([head.epoch if head else 0, *epochs]) + 1
+        stamp = Stamp(self.name, 0.0, self.name)
+        return engine.number(
+            engine.rules.recovered(head, stamp, version=version, epoch=epoch, live=choice.live, reason="r")
+        )
+
+
+@dataclass(frozen=True)
+class Restore(Appender):
+    """restore: reads the newest step, and quarantines it if it is damaged. A read may fail, or be wrong once."""
+
+    def arguments(self, engine: Engine, local: Local) -> tuple[Any, ...]:
+        return local.todo
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        bad = local._replace(pc="read", task="quarantine")
+        if local.pc == "start" and world.journal:
+            newest = engine.rules.newest(engine.heads[world.top])
+            if newest:
+                chosen = local._replace(pc="first", todo=(newest.step, newest.attempt))
+                yield f"{self.name}: chooses {newest.step}", world.local(index, chosen), NOTHING
+        elif local.pc == "first":
+            odd = local._replace(pc="second") if engine.rules.reads_twice else bad
+            yield f"{self.name}: reads what is odd", world.local(index, odd), NOTHING
+            if (*local.todo, "rot") not in world.objects:
+                yield f"{self.name}: restored", world.local(index, Local(pc="finished")), NOTHING
+            unread = bad if engine.rules.unread_is_damage else Local(pc="failed")
+            yield f"{self.name}: no answer", world.local(index, unread), NOTHING
+        elif local.pc == "second":
+            again = bad if (*local.todo, "rot") in world.objects else Local(pc="finished")
+            yield f"{self.name}: reads it again", world.local(index, again), NOTHING
+        elif local.pc in ("read", "create", "unsure", "sync"):
+            yield from self.append(engine, world, index)
+
+    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
+        return world.local(index, Local(pc="finished"))
+
+
+@dataclass(frozen=True)
+class Reader(Appender):
+    """An evaluator: an agent that is made and only asked."""
+
+    tree: None = None
+
+    def arguments(self, engine: Engine, local: Local) -> tuple[Any, ...]:
+        return ()
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        local = world.actors[index]
+        if local.pc == "start":
+            made = Local(pc="read", task="open") if engine.rules.opens_when_made else Local(pc="finished")
+            yield f"{self.name}: makes an agent", world.local(index, made), NOTHING
+        elif local.pc in ("read", "create", "unsure", "sync"):
+            yield from self.append(engine, world, index)
+
+    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
+        return world.local(index, Local(pc="finished"))
+
+
+@dataclass(frozen=True)
+class Rot:
+    """A bit of a live attempt flips."""
+
+    name: str
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        head = engine.head(world.top)
+        if world.actors[index].pc == "start" and head:
+            for live in head.live:
+                after = world.add((live.step, live.attempt, "rot")).local(index, Local(pc="finished"))
+                yield f"{self.name}: step {live.step}", after, NOTHING
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The run is copied, and the copy breaks off: the journal lacks its newest entries. Whoever has begun works on in
+    the original; here only the others go on."""
+
+    name: str
+
+    def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
+        if world.actors[index].pc != "start":
+            return
+        for kept in range(len(world.journal)):
+            actors = tuple(one if one.pc == "start" else Local(pc="left behind") for one in world.actors)
+            after = world._replace(
+                journal=world.journal[:kept],
+                durable=kept,
+                volatile=frozenset(),
+                acked=frozenset(),
+                flying=(),
+                actors=actors,
+                cut=True,
+            )
+            yield f"{self.name}: without v{kept} and above", after.local(index, Local(pc="finished")), NOTHING
 
 
 def late_puts(engine: Engine, world: World) -> Iterator[Move]:
