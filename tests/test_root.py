@@ -222,6 +222,29 @@ def test_whoever_opens_a_root_anew_in_the_same_process_gets_what_is_there_now(st
         store.create("journal/1", b"old")
 
 
+@pytest.mark.parametrize("how", ["renamed", "linked to something else", "a link removed"])
+def test_a_loop_that_tries_again_in_the_same_process_begins_no_new_run(how: str, root: Path, tmp_path: Path) -> None:
+    linked, take = TAKEN[how]
+    if linked:
+        (tmp_path / "disk").mkdir()
+        root.symlink_to(tmp_path / "disk")
+    agent = oc.Agent(root, options=now())
+    agent.save(1, state(1))
+    take(root)
+    with pytest.raises(RootChanged):
+        agent.save(2, state(2))
+    before = everything(tmp_path)
+    for _ in range(2):
+        with pytest.raises(RootChanged):
+            fill(root, 1)
+        assert everything(tmp_path) == before
+    if root.is_symlink():
+        root.unlink()
+    (tmp_path / ("disk" if linked else "moved")).rename(root) if not linked else root.symlink_to(tmp_path / "disk")
+    fill(root, 2)  # it is back
+    assert oc.open_run(root).all_steps() == [1, 2]
+
+
 def test_a_server_that_does_not_answer_is_no_proof_that_the_root_is_another(
     store: PosixStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

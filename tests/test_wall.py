@@ -4,6 +4,7 @@ tried on it. Whatever stands there is named within seconds, is taken neither for
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -263,6 +264,25 @@ def test_a_name_that_no_key_can_have_is_listed_as_such_and_can_be_deleted(
     assert entry.problem == "has a name that no object of a run can have"
     assert store.delete(entry.key) is True
     assert list(store.list("")) == list(store.list("journal/")) and not (root / "steps/1").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty_and_stops_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = retired(root, 8, 9, 10)
+    opened = os.open
+
+    def failing(path: str, flags: int, *more: int, dir_fd: int | None = None) -> int:
+        if path == "state" and "00000009" in os.readlink(f"/proc/self/fd/{dir_fd}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, flags, *more, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        problems = {entry.key: entry.problem for entry in catalog.storage.list("steps/") if entry.problem}
+        assert problems == {"steps/00000009/e0001-a01/state": "cannot be listed: EIO (Input/output error)"}
+        assert len(collect(catalog).failed) == 1 and left(catalog) == [9]
+    assert collect(catalog).failed == [] and left(catalog) == []
 
 
 def test_a_deep_hole_ends_a_listing_soon(store: PosixStorage, root: Path) -> None:

@@ -5,9 +5,12 @@ may be a symbolic link, its owner chose it), and what is below it is opened from
 following links: nothing that somebody swaps between a look and its use leads elsewhere. Only regular files are opened,
 and opening never waits for the other end of a pipe.
 
-A root that this process has seen is never made again: when its path leads elsewhere (renamed, linked to something else,
-deleted, unmounted), writing is refused with RootChanged. What TensorStore is to read it opens by path itself: `inspect`
-looks at all of it before, which holds off accidents, though not somebody who swaps files at the right moment.
+A root that this process has seen is not made again: when its path leads elsewhere (renamed, linked to something else,
+deleted, unmounted), writing is refused with RootChanged, and for as long as that directory exists somewhere also to
+whoever opens the path again in this process: a loop that tries again must not begin a new run beside the old one.
+
+What TensorStore is to read it opens by path itself: `inspect` looks at all of it before, which holds off accidents,
+though not somebody who swaps files at the right moment.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from orchestrator.storage.base import Entry
 
 DEPTH_MAX = 32  # directories below each other: so many descriptors does a listing hold
 _PRUNED_TRIES = 100
+_LOST_MAX = 16
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -59,37 +63,50 @@ class Root:
     def check(self) -> None:
         """Nothing, if the path leads to the directory that this process has opened, or none was opened yet. Raises
         RootChanged if it does not, Unavailable if that cannot be found out."""
+        if now := self._elsewhere():
+            _lost[self.path] = self
+            while len(_lost) > _LOST_MAX:  # they hold descriptors
+                _lost.pop(next(iter(_lost)), None)
+            raise RootChanged(
+                f"{self.path}: {now}; it was renamed, linked to something else, deleted or unmounted while this "
+                "process used it. Nothing is written any more: put it back, or start a new process with the right root"
+            )
+
+    def _elsewhere(self) -> str:
+        """What is at the path instead of the directory that was opened; '' if that is. Raises Unavailable."""
         if self._identity is None:
-            return
+            return ""
         try:
             status = os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
-            now = "nothing is there any more"
+            return "nothing is there any more"
         except OSError as error:
             raise Unavailable(f"{self.path}: cannot be looked at: {reason(error)}") from error
-        else:
-            if (status.st_dev, status.st_ino) == self._identity:
-                return
-            now = "another directory is there now"
-        raise RootChanged(
-            f"{self.path}: {now}; it was renamed, linked to something else, deleted or unmounted while this process "
-            "used it. Nothing is written any more: put it back, or start again with the root that is meant"
-        )
+        same = (status.st_dev, status.st_ino) == self._identity
+        return "" if same else "another directory is there now"
 
     @property
     def current(self) -> bool:
         """Whether this is (still) what is found at the path."""
         try:
-            self.check()
+            return not self._elsewhere()
         except StorageError:
             return True  # for all we know
-        except RootChanged:
-            return False
-        return True
+
+    @property
+    def exists(self) -> bool:
+        """Whether the directory is still there, wherever that is; True if nobody can tell."""
+        try:
+            return self._identity is None or os.fstat(self._descriptor).st_nlink > 0
+        except OSError:
+            return True
 
     def ready(self) -> None:
         """The root is there, and the one that it was: before anything is written. It is made (durably, with the
         directories above) if this process has never seen it."""
+        lost = _lost.get(self.path)
+        if lost is not None and lost.exists:
+            lost.check()
         if self._identity is None:
             try:
                 self.descriptor()
@@ -270,6 +287,7 @@ def again_if_pruned(attempt: Callable[[], int]) -> int:
     return attempt()
 
 
+_lost: dict[str, Root] = {}  # by path: those that were not found there any more when they were used
 _roots: weakref.WeakValueDictionary[str, Root] = weakref.WeakValueDictionary()
 _registering = threading.Lock()
 
