@@ -230,14 +230,8 @@ FIELDS: dict[str, Callable[[Forger], None]] = {
     "attempt in events": lambda run: run.events('"attempt":"', f'"attempt":"{IN_JSON[1:-1]}'),
     "name of the root": lambda run: None,
 }
-CHANGING = (
-    "pin",
-    "unpin",
-    "gc",
-    "verify",
-    "adopt",
-    "quarantine",
-)  # last: what they write is shown by nobody after them
+# Last: what they write is shown by nobody after them.
+CHANGING = ("pin", "unpin", "gc", "verify", "adopt", "quarantine", "release")
 
 
 def words(name: str, root: Path, to: Path) -> list[str]:
@@ -249,7 +243,7 @@ def words(name: str, root: Path, to: Path) -> list[str]:
         "watch": ["--once"],
         "pin": [f"--step={STEP}", f"--name={HOSTILE}"],
         "unpin": [f"--step={STEP}", f"--name={HOSTILE}"],
-        "quarantine": [f"--step={STEP}", f"--reason={HOSTILE}"],
+        **{name: [f"--step={STEP}", f"--reason={HOSTILE}"] for name in ("quarantine", "release")},
     }
     return ["orchestrator", name, str(root), *more.get(name, [])]
 
