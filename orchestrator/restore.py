@@ -431,6 +431,7 @@ def _choose(catalog: Catalog, step: int | None, back: int, passed: _Passed) -> t
         if len(good) > back:
             return head.version, good[-1 - back].step
         if passed:
+            catalog.look()  # what is damaged may be a newer entry's to judge: the journal itself may have lost its tail
             raise NothingToRestore(f"{catalog.url}: nothing to restore, and nothing was changed" + shown(passed))
         if catalog.newest(head) or back:
             raise NothingToRestore(

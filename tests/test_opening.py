@@ -185,7 +185,7 @@ def test_a_directory_of_orbaxs_own_steps_is_no_new_run(root: Path) -> None:
         manager.save(5, args=ocp.args.StandardSave({"w": jnp.zeros(4)}))
     before = snapshot(root)
     for act in (lambda agent: agent.save(1, state(1)), lambda agent: agent.restore(LIKE)):
-        with pytest.raises(oc.UsageError, match=r"holds 1 steps of Orbax's own \(newest 5\); .*`orchestrator adopt"):
+        with pytest.raises(oc.UsageError, match=r"holds 1 steps of Orbax's own \(newest 5\), .*`orchestrator adopt"):
             act(oc.Agent(root))
     assert snapshot(root) == before
 

@@ -154,7 +154,7 @@ def test_a_valid_entry_at_the_highest_key_is_no_end_without_a_recipe(
 ) -> None:
     from msgspec.structs import replace
 
-    from orchestrator.records import encode
+    from orchestrator.codec import encode
 
     top = replace(journal_of(run)[-1], version=layout.VERSION_MAX)
     key(run, layout.VERSION_MAX).write_bytes(encode(top))

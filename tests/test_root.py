@@ -65,7 +65,7 @@ def replace(root: Path) -> None:
 TAKEN: dict[str, tuple[bool, Callable[[Path], object]]] = {
     "renamed": (False, lambda root: root.rename(root.parent / "moved")),
     "renamed, and another in its place": (False, replace),
-    "deleted": (False, shutil.rmtree),
+    "deleted": (False, lambda root: shutil.rmtree(root.rename(root.parent / "going"))),  # at one moment
     "deleted, and made again": (False, lambda root: (shutil.rmtree(root), root.mkdir())),
     "a file now": (False, lambda root: (shutil.rmtree(root), root.write_text(""))),
     "linked to something else": (True, relink),
@@ -131,11 +131,12 @@ def test_a_save_looks_at_the_root_before_it_takes_anything_from_the_devices(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = oc.Agent(root, options=now())
+    agent.save(1, state(1))
     root.rename(root.parent / "moved")
     staged: list[object] = []
     monkeypatch.setattr(ArrayWriter, "stage", lambda *arguments: staged.append(arguments))
     with pytest.raises(RootChanged):
-        agent.save(1, state(1))
+        agent.save(2, state(2))
     assert staged == []
 
 

@@ -66,7 +66,12 @@ GOOD: dict[str, Record] = {
         fingerprints={"w": "0" * 32},
     ),
     "Extra": Extra(
-        format=1, write_id="x", step=3, timestamp=1.0, metrics={"loss": -0.0}, extra={"a": [1, {"b": None}]}
+        format=1,
+        write_id="x",
+        step=3,
+        timestamp=1.0,
+        stored_metrics={"loss": -0.0},
+        stored_extra={"a": [1, {"b": None}]},
     ),
 }
 
@@ -193,7 +198,7 @@ def test_a_key_that_leaves_its_attempt_is_unsafe(kind: str, path: str, value: An
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
 def test_metrics_that_are_not_finite_are_words(word: str) -> None:
-    live = msgspec.structs.replace(builders.live(1), metrics={"loss": word})  # type: ignore[arg-type]
+    live = msgspec.structs.replace(builders.live(1), stored_metrics={"loss": word})  # type: ignore[arg-type]
     validate.check(builders.head(live))
 
 
@@ -316,7 +321,7 @@ def test_a_record_that_its_reader_would_reject_is_never_encoded(record: Record, 
 
 def test_what_json_writes_in_another_way_is_the_same_to_it() -> None:
     extra = {"tuple": (1, 2.0), "numbers": {1: 2}, "whole": 1.0}
-    record = msgspec.structs.replace(GOOD["Extra"], extra=extra, metrics={"loss": 1})
+    record = msgspec.structs.replace(GOOD["Extra"], stored_extra=extra, stored_metrics={"loss": 1})
     assert decode(encode(record), Extra, "here").extra == {"tuple": [1, 2], "numbers": {"1": 2}, "whole": 1}
 
 

@@ -519,10 +519,10 @@ def test_a_link_planted_where_the_next_save_will_write_takes_nothing_outside(
     fill(root, 1)
     theirs = snapshot(outside)
     path = root / "steps/00000010/e0002-a01" / name
-    path.parent.mkdir(parents=True)
-    path.symlink_to(outside if "." not in name else outside / "file")
     with oc.Agent(root, options=now(on_save_failure="warn")) as agent:
         agent.restore(LIKE)
+        path.parent.mkdir(parents=True)
+        path.symlink_to(outside if "." not in name else outside / "file")
         agent.save(10, state(10))
         agent.save(11, state(11))
         assert agent.failures == 1 and agent.all_steps() == [1, 11]
