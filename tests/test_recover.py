@@ -16,7 +16,7 @@ from conftest import snapshot
 from runs import LIKE, catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import evidence, journal, layout
+from orchestrator import evidence, journal, layout, pacing
 from orchestrator.cli.main import main
 from orchestrator.collect import collect
 from orchestrator.evidence import Whole
@@ -133,6 +133,15 @@ def test_recover_lists_what_is_whole_and_on_request_the_run_goes_on_from_it(
     with oc.Agent(run, options=now()) as agent:
         assert agent.restore(LIKE) is not None
     assert main(["orchestrator", "verify", str(run), "--all"]) == 0
+
+
+def test_the_history_of_a_recovered_run_is_read_past_the_hole(run: Path) -> None:
+    lose(run, "shorter by several commits")
+    assert main(["orchestrator", "recover", str(run), "--write"]) == 0
+    for step in (7, 8):
+        fill(run, step)
+    # Epochs 1 and 2, of before; 3 of the recovery; 4 and 5.
+    assert 2 <= pacing._history(catalog_of(run)).interruptions <= 4
 
 
 def test_a_junk_object_at_the_highest_key_is_named_with_what_to_do(
