@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 from builders import head, live
 from conftest import snapshot
+from fakes import HookedStorage
 from runs import LIKE, catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
 from orchestrator import evidence, journal, layout, pacing
+from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
 from orchestrator.collect import collect
 from orchestrator.evidence import Whole
 from orchestrator.journal import Found
 from orchestrator.records import Event
+from orchestrator.storage import PosixStorage
 
 
 def key(root: Path, version: int) -> Path:
@@ -344,3 +347,22 @@ def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durabl
         ):
             record: Any = catalog.record(step, "e0001-a01", name, kind)
             assert record.built_on == version, (step, name)
+
+
+def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfinished(root: Path) -> None:
+    """What the model found: the listing comes before the head, and a manifest may come between the two."""
+    fill(root, 1)
+    orphan = root / layout.attempt_prefix(9, "e0001-a01")
+    (orphan / "state").mkdir(parents=True)
+    (orphan / "state" / "x").write_bytes(b"data")
+    with oc.Agent(root, options=now()) as agent:
+        agent.restore(LIKE)  # epoch 2: the attempt can never commit
+
+    def finish(operation: str, key: str) -> None:
+        if operation == "get" and key.startswith("journal/"):
+            (orphan / "manifest.json").write_bytes(b"{}")
+
+    storage = HookedStorage(PosixStorage(str(root)), before=finish)
+    assert collect(Catalog(storage, "gc")).files == 0 and (orphan / "state" / "x").exists()
+    (orphan / "manifest.json").unlink()
+    assert collect(catalog_of(root)).files == 1 and not orphan.exists()
