@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
 from builders import head, live
 from conftest import snapshot
 from fakes import HookedStorage
+from msgspec.structs import replace as a_record
 from runs import LIKE, catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
@@ -366,3 +368,23 @@ def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfi
     assert collect(Catalog(storage, "gc")).files == 0 and (orphan / "state" / "x").exists()
     (orphan / "manifest.json").unlink()
     assert collect(catalog_of(root)).files == 1 and not orphan.exists()
+
+
+def test_a_job_that_saves_while_somebody_looks_is_no_proof_of_a_loss(root: Path) -> None:
+    """The intent is written after the head was read, and builds on an entry that came in between."""
+    fill(root, 1)
+    attempt = root / layout.attempt_prefix(2, "e0001-a01")
+    (attempt / "state").mkdir(parents=True)
+    (attempt / "state" / "x").write_bytes(b"data")
+    from orchestrator.records import encode
+
+    def save_on(operation: str, key: str) -> None:
+        if (operation, key) == ("get", f"{layout.attempt_prefix(2, 'e0001-a01')}{layout.INTENT}"):
+            head_now = catalog_of(root).append(partial(journal.pin, step=1, name="x"))
+            assert head_now is not None
+            intent = a_record(builders.intent(step=2), built_on=head_now.version)
+            (attempt / "intent.json").write_bytes(encode(intent))
+
+    storage = HookedStorage(PosixStorage(str(root)), before=save_on)
+    found = Catalog(storage, "looker").look()
+    assert found[0] is not None and found[1][2, "e0001-a01"].built_on == 2
