@@ -56,7 +56,7 @@ class CheckpointManager:
     """As `orbax.checkpoint.CheckpointManager`. The run is an ordinary one: `orchestrator ls`, `oc.open_run` and
     `oc.Agent` work on it.
 
-    The first `save` (or `should_save`) opens an epoch: from then on an older incarnation of the job cannot commit.
+    The first `save` opens an epoch: from then on an older incarnation of the job cannot commit.
     With `read_only=True` nothing is ever written, whichever method is called: as in Orbax, `save` returns False and
     `delete` does nothing; `restore` steps down past damaged steps and leaves them as they are.
     Raises UsageError for options and handlers that have no counterpart, and for a directory that holds Orbax's own

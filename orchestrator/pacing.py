@@ -6,13 +6,15 @@ import time
 from collections import deque
 
 from absl import logging
+from msgspec.structs import replace
 
 from orchestrator import cadence
 from orchestrator.cadence import Cadence, Costs
 from orchestrator.catalog import Catalog
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import Damaged, OrchestratorError
 from orchestrator.events import CadenceChosen, emit
 from orchestrator.policy import Adaptive
+from orchestrator.records import Head
 
 _LOOK_STEPS_MAX = 64  # between two questions to process 0, however far the next save is
 _SAVES = 5  # whose median counts: the first one of a process warms up
@@ -83,8 +85,15 @@ class Looks:
 
 
 def _history(catalog: Catalog) -> cadence.History:
+    def entry(version: int) -> Head:
+        try:
+            return catalog.entry(version)
+        except Damaged:  # missing, below a `recovered` entry: of no epoch
+            return replace(head, version=version, epoch=0, live=(), retired=(), aside=())
+
     try:
-        return cadence.history(cadence.borders(catalog.require_head(), catalog.entry))
+        head = catalog.require_head()
+        return cadence.history(cadence.borders(head, entry))
     except OrchestratorError as error:  # a cadence is no reason not to train
         logging.warning("the run's history cannot be read, taken to be new: %s", error)
         return cadence.History()

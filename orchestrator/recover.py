@@ -43,8 +43,6 @@ def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda atte
     found = Plan()
     stored, marker = dict(sorted(catalog.stored().items())), catalog.marked_version()
     attempts = _Unjournalled(catalog.storage, catalog.writer)
-    versions = catalog.versions()  # last: what was begun or marked has its entry by then
-    ended = _entries(catalog, versions, found)
     wholes: list[Whole] = []
     named: dict[AttemptId, int] = {}
     for (step, attempt), one in stored.items():
@@ -54,6 +52,8 @@ def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda atte
         found.whole[step, attempt] = (whole.entry if whole else None, problem)
         if whole and not problem:
             wholes.append(whole)
+    versions = catalog.versions()  # last: whatever a record or marker names has its entry by then
+    ended = _entries(catalog, versions, found)
     built = {key: journal.Found(one.whole, named[key]) for key, one in stored.items()}
     found.lost = evidence.lost(found.head, built, marker)
     if not found.needed:

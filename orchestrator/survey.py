@@ -47,7 +47,9 @@ def look(catalog: Stored) -> tuple[Head | None, dict[AttemptId, Found]]:
     if not reason:
         unknown = [key for key in stored if head and not journal.is_known(head, *key)]
         stored |= {key: replace(stored[key], built_on=built_on(catalog, key, stored[key].whole)) for key in unknown}
-        reason = evidence.lost(head, stored, marker)
+        if evidence.lost(head, stored, marker):
+            head = catalog.head()  # once more, after the records: a job that saves right now writes both
+            reason = evidence.lost(head, stored, marker)
     if reason:
         there = f"the head is version {head.version} of epoch {head.epoch}" if head else "there is no journal"
         raise JournalLost(f"{catalog.url}: the journal has lost entries: {there}, but {reason}; {catalog.recipe}")

@@ -177,3 +177,31 @@ def test_a_coordinator_that_fails_first_does_not_keep_the_others_waiting(tmp_pat
         assert time.monotonic() - started < 30
         for process in range(2):
             assert running.said(process, "done")[0] | {"steps": [1], "failures": 1} == running.said(process, "done")[0]
+
+
+def test_a_first_save_that_one_process_cannot_take_part_in_opens_no_epoch_and_keeps_nobody_waiting(
+    tmp_path: Path,
+) -> None:
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, odd=1, timeout=40) as running:
+        started = time.monotonic()
+        assert running.wait(60) == [0, 0], running.story()
+        assert time.monotonic() - started < 30
+        (refused,) = running.said(1, "refused")
+        assert "metrics=3" in refused["text"] and refused["epoch"] is None
+        assert running.said(0, "done")[0]["failures"] == 1 and running.said(0, "done")[0]["steps"] == [1]
+        assert "process 1 (host-1): UsageError: metrics=3" in running.errors[0].read_text()
+    log = list(Catalog(open_storage(str(tmp_path / "run")), writer="test").entries())
+    assert [head.event.kind for head in log] == ["opened-epoch", "committed"]
+
+
+def test_a_job_of_another_tree_is_rejected_on_all_hosts_before_it_opens_an_epoch(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    with job(2, 1, root, tmp_path / "own", steps=1) as own:
+        assert own.wait(60) == [0, 0], own.story()
+    before = [head.version for head in Catalog(open_storage(str(root)), writer="test").entries()]
+    for number, more in enumerate([{"big": 1}, {"big": 1, "odd": 7}]):  # at its restore; at its first save
+        with job(2, 1, root, tmp_path / f"stranger-{number}", steps=1, **more) as stranger:
+            assert stranger.wait(60) == [1, 1], stranger.story()
+            kinds = {stranger.said(process, "error")[0]["kind"] for process in range(2)}
+            assert kinds == ({"OtherJob"} if "odd" in more else {"Mismatch"}), stranger.story()
+    assert [head.version for head in Catalog(open_storage(str(root)), writer="test").entries()] == before

@@ -206,6 +206,22 @@ def test_a_job_that_was_compared_before_another_job_committed_is_compared_again(
     assert kinds(root) == ["opened-epoch", "committed"]
 
 
+def test_a_restore_that_found_a_new_run_opens_none_once_another_job_has_committed(root: Path) -> None:
+    fired: list[str] = []
+
+    def hook(operation: str, key: str) -> None:
+        if operation == "create" and key.startswith("journal/") and not fired:
+            fired.append(key)
+            fill(root, 1)
+
+    with oc.Agent(root, options=now(), storage=HookedStorage(PosixStorage(str(root)), before=hook)) as late:
+        with pytest.raises(journal.Overtaken, match="restore again"):
+            late.restore(LIKE)
+        assert late.epoch is None and kinds(root) == ["opened-epoch", "committed"]
+        restored = late.restore(LIKE)
+        assert restored is not None and restored.step == 1 and late.epoch == 2
+
+
 def test_two_agents_that_open_at_once_get_two_epochs_and_the_later_one_stays(root: Path) -> None:
     fill(root, 1)
     agents = [oc.Agent(root, options=now()) for _ in range(2)]

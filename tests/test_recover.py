@@ -10,18 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
 from builders import head, live
 from conftest import snapshot
+from fakes import HookedStorage
+from msgspec.structs import replace as a_record
 from runs import LIKE, catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import evidence, journal, layout
+from orchestrator import evidence, journal, layout, pacing
+from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
 from orchestrator.collect import collect
 from orchestrator.evidence import Whole
 from orchestrator.journal import Found
 from orchestrator.records import Event
+from orchestrator.storage import PosixStorage
 
 
 def key(root: Path, version: int) -> Path:
@@ -133,6 +138,15 @@ def test_recover_lists_what_is_whole_and_on_request_the_run_goes_on_from_it(
     with oc.Agent(run, options=now()) as agent:
         assert agent.restore(LIKE) is not None
     assert main(["orchestrator", "verify", str(run), "--all"]) == 0
+
+
+def test_the_history_of_a_recovered_run_is_read_past_the_hole(run: Path) -> None:
+    lose(run, "shorter by several commits")
+    assert main(["orchestrator", "recover", str(run), "--write"]) == 0
+    for step in (7, 8):
+        fill(run, step)
+    # Epochs 1 and 2, of before; 3 of the recovery; 4 and 5.
+    assert 2 <= pacing._history(catalog_of(run)).interruptions <= 4
 
 
 def test_a_junk_object_at_the_highest_key_is_named_with_what_to_do(
@@ -335,3 +349,42 @@ def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durabl
         ):
             record: Any = catalog.record(step, "e0001-a01", name, kind)
             assert record.built_on == version, (step, name)
+
+
+def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfinished(root: Path) -> None:
+    """What the model found: the listing comes before the head, and a manifest may come between the two."""
+    fill(root, 1)
+    orphan = root / layout.attempt_prefix(9, "e0001-a01")
+    (orphan / "state").mkdir(parents=True)
+    (orphan / "state" / "x").write_bytes(b"data")
+    with oc.Agent(root, options=now()) as agent:
+        agent.restore(LIKE)  # epoch 2: the attempt can never commit
+
+    def finish(operation: str, key: str) -> None:
+        if operation == "get" and key.startswith("journal/"):
+            (orphan / "manifest.json").write_bytes(b"{}")
+
+    storage = HookedStorage(PosixStorage(str(root)), before=finish)
+    assert collect(Catalog(storage, "gc")).files == 0 and (orphan / "state" / "x").exists()
+    (orphan / "manifest.json").unlink()
+    assert collect(catalog_of(root)).files == 1 and not orphan.exists()
+
+
+def test_a_job_that_saves_while_somebody_looks_is_no_proof_of_a_loss(root: Path) -> None:
+    """The intent is written after the head was read, and builds on an entry that came in between."""
+    fill(root, 1)
+    attempt = root / layout.attempt_prefix(2, "e0001-a01")
+    (attempt / "state").mkdir(parents=True)
+    (attempt / "state" / "x").write_bytes(b"data")
+    from orchestrator.records import encode
+
+    def save_on(operation: str, key: str) -> None:
+        if (operation, key) == ("get", f"{layout.attempt_prefix(2, 'e0001-a01')}{layout.INTENT}"):
+            head_now = catalog_of(root).append(partial(journal.pin, step=1, name="x"))
+            assert head_now is not None
+            intent = a_record(builders.intent(step=2), built_on=head_now.version)
+            (attempt / "intent.json").write_bytes(encode(intent))
+
+    storage = HookedStorage(PosixStorage(str(root)), before=save_on)
+    found = Catalog(storage, "looker").look()
+    assert found[0] is not None and found[1][2, "e0001-a01"].built_on == 2

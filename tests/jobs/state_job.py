@@ -18,6 +18,7 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     group=N        of so many bytes on each device are the groups that are read once together
     meet=S         rendezvous_timeout_s
     differ=1       process 1 asks for another sharding of one of them
+    odd=I          restore nothing; at step 0 process I gives something that is no metrics
     resave=1       save what was restored once more, one step later
     auto=S         save at the interval of oc.auto(max_loss_s=S), not at every step
 Prints one JSON object a line; `event` says what.
@@ -171,7 +172,7 @@ try:
             wrong = RestoreArgs(attest=True, strict=True, reader=swapped, load_once=bool(args.get("once")))
             restored = restore_together(agent._catalog, agent._rendezvous, target, None, wrong, 30)
         else:
-            restored = agent.restore(like=target)
+            restored = None if "odd" in args else agent.restore(like=target)
         start = 0
         if restored:
             start = restored.step + 1
@@ -192,7 +193,13 @@ try:
             state = state_at(step)
             if (index, step) == flip:
                 state["bias"] = with_a_wrong_bit(state["bias"])
-            agent.save(step, state, process_state=f"host {index} at {step}".encode(), extra={"step": step})
+            metrics = 3 if args.get("odd") == str(index) and step == 0 else None
+            try:
+                agent.save(
+                    step, state, process_state=f"host {index} at {step}".encode(), extra={"step": step}, metrics=metrics
+                )
+            except oc.UsageError as error:
+                say("refused", text=str(error), epoch=agent.epoch)
             say("trained", step=step, steps=agent.all_steps(), failures=agent.failures)
             if agent.reached_preemption(step):
                 say("preempted", step=step)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .others import Collector, Copy, Reader, Recover, Restore, Rot, Tool
 from .search import Scenario
-from .world import Collector, Coordinator, Copy, Reader, Recover, Restore, Rot, Tool, Worker
+from .world import Coordinator, Worker
 
 SCENARIOS = (
     # Zombies: two incarnations save the same step, one collects, and any put may be lost, late or repeated.

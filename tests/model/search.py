@@ -15,6 +15,7 @@ from orchestrator.policy import last
 from orchestrator.records import Head, LiveStep
 
 from . import invariants
+from .others import Reader
 from .rules import Engine, Rules
 from .world import (
     ENDED,
@@ -23,7 +24,6 @@ from .world import (
     Effect,
     Local,
     Object,
-    Reader,
     World,
     late_puts,
     needed,
