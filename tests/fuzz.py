@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -177,6 +178,8 @@ class Judge:
             return "other error", f"verify: {_told(error)}"
         if verdict == "good" and not newest and "UsageError" not in detail:
             return "verify says good, restore does not", detail
+        if not detail and verdict != "good":
+            detail = verdict
         for name, *flags in COMMANDS if self._commands else ():
             begins()
             try:
@@ -393,11 +396,21 @@ def report(drawn_ones: Sequence[Outcome], forged: Sequence[Outcome], seed: int) 
     if forged:
         rows += ["| forged | run | outcome | what was said | peak MB | s |", "|---|---|---|---|---|---|"]
         for one in forged:
-            said = one.detail.replace("|", "\\|").replace("\n", " ")
-            said = said.rpartition("e0001-a01/")[2][:110].encode("ascii", "backslashreplace").decode()
-            rows.append(f"| {one.case} | {one.run} | {one.outcome} | {said} | {one.peak_mb} | {one.seconds:.1f} |")
+            rows.append(
+                f"| {_cell(one.case)} | {one.run} | {one.outcome} | {_cell(_short(one.detail))} | {one.peak_mb} | {one.seconds:.1f} |"
+            )
     rows += [f"- {one.run}, {one.case}: {one.what}: {one.outcome}: {one.detail}" for one in bad]
     return "\n".join(rows) + "\n"
+
+
+def _short(said: str) -> str:
+    """Without where the run was."""
+    return re.sub(r"(?:file://)?/\S*/(?=journal/|e\d{4}-a\d\d/|copies/)", "", said)[:140]
+
+
+def _cell(said: str) -> str:
+    plain = said.replace("\n", " ").encode("unicode_escape").decode()
+    return plain.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def main() -> int:
