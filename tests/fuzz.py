@@ -52,7 +52,7 @@ from orchestrator.verify import read_back
 ADDRESS_SPACE = 6 << 30
 SECONDS_MAX = 10.0
 BATCH = 200  # mutations that one child plays, unless it ends sooner
-RUNS = ("plain", "compressed", "attested", "adopted", "adopted zarr3 folders")
+RUNS = ("plain", "compressed", "attested", "adopted", "adopted-zarr3")
 COMMANDS = (["ls"], ["inspect"], ["log"], ["plan", "--mesh=data=2"])
 RIGHT, OLDER, CLEAR, AS_SIGNED = "right", "older, right", "clear error", "as signed"
 ALLOWED = frozenset((RIGHT, OLDER, CLEAR, AS_SIGNED))
@@ -250,6 +250,7 @@ def undo(root: Path, image: Image, pristine: Path) -> None:
     if image.after:
         shutil.rmtree(root)
         shutil.copytree(pristine, root)
+        return
     for name, body in image.changed.items():
         path = root / name
         if body is DIRECTORY:
@@ -396,16 +397,16 @@ def report(drawn_ones: Sequence[Outcome], forged: Sequence[Outcome], seed: int) 
     if forged:
         rows += ["| forged | run | outcome | what was said | peak MB | s |", "|---|---|---|---|---|---|"]
         for one in forged:
-            rows.append(
-                f"| {_cell(one.case)} | {one.run} | {one.outcome} | {_cell(_short(one.detail))} | {one.peak_mb} | {one.seconds:.1f} |"
-            )
+            said = _cell(_short(one.detail))
+            cells = (_cell(one.case), one.run, one.outcome, said, str(one.peak_mb), f"{one.seconds:.1f}")
+            rows.append(f"| {' | '.join(cells)} |")
     rows += [f"- {one.run}, {one.case}: {one.what}: {one.outcome}: {one.detail}" for one in bad]
     return "\n".join(rows) + "\n"
 
 
 def _short(said: str) -> str:
     """Without where the run was."""
-    return re.sub(r"(?:file://)?/\S*/(?=journal/|e\d{4}-a\d\d/|copies/)", "", said)[:140]
+    return re.sub(r"(?:file://)?/\S*/(journal/|e\d{4}-a\d\d/)", r"\1", said)[:140]
 
 
 def _cell(said: str) -> str:
