@@ -64,9 +64,10 @@ bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into do
 	$(BIN)/python -m benchmarks.compare --all --write=docs
 	$(BIN)/python -m benchmarks.growth --write=docs
 
-chaos: setup ## 210 rounds of faults against real jobs, the run checked after each (about 25 minutes)
+chaos: setup ## 210 rounds of faults against real jobs, the run checked after each, and 10,000 forged runs (about 35 minutes)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check fusepy==3.0.1  # the `chaos` extra
 	$(BIN)/python -m tests.chaos --rounds=$(or $(ROUNDS),210) --seed=$(or $(SEED),20261124) --report=chaos-report.md
+	$(BIN)/python -m tests.fuzz --mutations=$(or $(MUTATIONS),10000) --seed=$(or $(SEED),20261124) --commands --alone --report=fuzz-report.md
 
 docs: setup ## build the documentation's site into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8'  # the `docs` extra
@@ -77,4 +78,4 @@ format: setup ## rewrite the sources as ruff wants them
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md bitrot-report.md .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md fuzz-report.md bitrot-report.md .mypy_cache .ruff_cache .pytest_cache .hypothesis

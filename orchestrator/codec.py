@@ -81,19 +81,19 @@ def decode(data: bytes, kind: type[AnyRecord], where: str, **expected: object) -
     # The checksum first: a format that a flipped bit has raised is damage. A newer one may be signed in another way.
     if signed and wanted != got:
         raise Damaged(f"{where}: crc32c is {got}, the record says {wanted}; it was edited or damaged, not used")
-    found = _format_of(data)
-    if found is not None and found > FORMAT:
-        raise NewerFormat(f"{where}: format {found}, this version reads up to {FORMAT}; use a newer orchestrator")
     if not signed:
+        _check_format(data, where)
         raise Damaged(f"{where}: {len(data)} bytes that do not end in a checksum; truncated or not a record of a run")
     try:
         record = _decoded(data, kind)
     except MemoryError as error:
         raise Unavailable(f"{where}: {len(data)} bytes: no memory left to read them") from error
-    except UnsafeKey as error:
-        raise UnsafeKey(f"{where}: {error}") from error
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, UnsafeKey) as error:
+        _check_format(data, where)
+        if isinstance(error, UnsafeKey):
+            raise UnsafeKey(f"{where}: {error}") from error
         raise Damaged(f"{where}: not a {kind.__name__}: {error}; not used") from error
+    _check_format(data, where, getattr(record, "format", 0))
     for name, value in expected.items():
         if (said := getattr(record, name)) != value:
             raise Damaged(f"{where}: says it is {name} {said}, expected {value}; it was copied or renamed, not used")
@@ -108,9 +108,12 @@ def _decoded(data: bytes, kind: type[AnyRecord]) -> AnyRecord:
     return record
 
 
-def _format_of(data: bytes) -> int | None:
-    try:
-        said: _Format = _DECODERS[_Format].decode(data)
-    except (*_UNREADABLE, MemoryError):
-        return None
-    return said.format
+def _check_format(data: bytes, where: str, said: int | None = None) -> None:
+    """Raises NewerFormat if a record is of one, as far as that can be read."""
+    if said is None:
+        try:
+            said = _DECODERS[_Format].decode(data).format
+        except (*_UNREADABLE, MemoryError):
+            return
+    if said > FORMAT:
+        raise NewerFormat(f"{where}: format {said}, this version reads up to {FORMAT}; use a newer orchestrator")

@@ -305,7 +305,8 @@ class Saver:
 
     def _failure(self, phase: str, cause: BaseException) -> Failure:
         me = self._rendezvous
-        text = f"{type(cause).__name__}: {cause}"[:2000]
+        # A file's name may be no UTF-8, and this record must not fail, too.
+        text = f"{type(cause).__name__}: {cause}"[:2000].encode(errors="backslashreplace").decode()
         return Failure(process=me.process, host=me.hosts[me.process], phase=phase, cause=text)
 
     def _seal(self, save: Save, pending: PendingWrite) -> tuple[FileEntry, ...]:

@@ -370,11 +370,6 @@ def inline_value(leaf: LeafSpec) -> Any:
 
 
 def _check_names(leaves: Sequence[LeafSpec]) -> None:
-    for leaf in leaves:
-        try:
-            leaf.name.encode()
-        except UnicodeEncodeError as error:
-            raise UnsupportedLeaf(f"{leaf.name!r}: {error.reason}; rename it") from error
-    clash = validate.name_clash(leaves)
-    if clash:
-        raise UnsupportedLeaf(clash)
+    problem = next(filter(None, map(validate.name_problem, leaves)), "") or validate.name_clash(leaves)
+    if problem:
+        raise UnsupportedLeaf(problem)

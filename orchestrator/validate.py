@@ -94,6 +94,17 @@ def fits(intent: Intent, manifest: Manifest) -> None:
         raise Invalid(f"arrays of {count} chunks, and {values} numbers; the manifest has {len(manifest.chunks)} chunks")
 
 
+def name_problem(leaf: LeafSpec) -> str:
+    """'' if a leaf's name can be a key in an array store, else what is wrong."""
+    if len(leaf.path) > DEPTH_MAX:
+        return f"{_shown(leaf.path[:3])}...: a path of {len(leaf.path)} names, expected at most {DEPTH_MAX}"
+    try:
+        size = len(leaf.name.encode())
+    except UnicodeEncodeError as error:
+        return f"{leaf.name!r:.200}: {error.reason}; rename it"
+    return "" if size <= NAME_BYTES_MAX else f"{_shown(leaf.name)}: {size} bytes, expected at most {NAME_BYTES_MAX}"
+
+
 def name_clash(leaves: Sequence[LeafSpec]) -> str:
     """'' if each leaf has a place of its own in the array store and in the tree, else what is wrong. Orbax joins a path
     with dots and TensorStore appends `/zarr.json`: names must stay apart under both."""
@@ -253,7 +264,8 @@ def _leaves(leaves: Sequence[LeafSpec]) -> None:
         raise Invalid("tree: no leaves, expected one at least")
     forms = set()  # a state has many leaves of few forms
     for leaf in leaves:
-        _path(leaf)
+        if problem := name_problem(leaf):
+            raise Invalid(f"tree: {problem}")
         form = (leaf.kind, leaf.shape, leaf.dtype, leaf.stored_shape, leaf.stored_dtype, leaf.chunk)
         if not leaf.kind_stored:
             _value(leaf)
@@ -271,17 +283,6 @@ def _leaves(leaves: Sequence[LeafSpec]) -> None:
 
 def _name(leaf: LeafSpec) -> str:
     return "tree: " + _shown(leaf.label)
-
-
-def _path(leaf: LeafSpec) -> None:
-    if len(leaf.path) > DEPTH_MAX:
-        raise Invalid(f"tree: a path of {len(leaf.path)} names, expected at most {DEPTH_MAX}")
-    try:
-        size = len(leaf.name.encode())
-    except UnicodeEncodeError as error:
-        raise Invalid(f"tree: {leaf.name!r:.200}: {error.reason}") from error
-    if size > NAME_BYTES_MAX:
-        raise Invalid(f"tree: a path of {size} bytes, expected at most {NAME_BYTES_MAX}")
 
 
 def _array(leaf: LeafSpec) -> None:

@@ -431,7 +431,7 @@ SPECIAL |= {
 OF_RUN = {
     "plain": {**LEAVES, **INTENTS, **ATTEMPTS, **HEADS, **STORES},
     "compressed": COMPRESSED,
-    "adopted zarr3 folders": EXTERNAL,
+    "adopted-zarr3": EXTERNAL,
 }
 CASES = [Case(name, run, change, True) for run, changes in OF_RUN.items() for name, change in changes.items()]
 # What a reader of a pipe or of 200 GB does is up to the storage. `--named=special` plays these.

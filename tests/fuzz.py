@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -51,7 +52,7 @@ from orchestrator.verify import read_back
 ADDRESS_SPACE = 6 << 30
 SECONDS_MAX = 10.0
 BATCH = 200  # mutations that one child plays, unless it ends sooner
-RUNS = ("plain", "compressed", "attested", "adopted", "adopted zarr3 folders")
+RUNS = ("plain", "compressed", "attested", "adopted", "adopted-zarr3")
 COMMANDS = (["ls"], ["inspect"], ["log"], ["plan", "--mesh=data=2"])
 RIGHT, OLDER, CLEAR, AS_SIGNED = "right", "older, right", "clear error", "as signed"
 ALLOWED = frozenset((RIGHT, OLDER, CLEAR, AS_SIGNED))
@@ -177,6 +178,8 @@ class Judge:
             return "other error", f"verify: {_told(error)}"
         if verdict == "good" and not newest and "UsageError" not in detail:
             return "verify says good, restore does not", detail
+        if not detail and verdict != "good":
+            detail = verdict
         for name, *flags in COMMANDS if self._commands else ():
             begins()
             try:
@@ -247,6 +250,7 @@ def undo(root: Path, image: Image, pristine: Path) -> None:
     if image.after:
         shutil.rmtree(root)
         shutil.copytree(pristine, root)
+        return
     for name, body in image.changed.items():
         path = root / name
         if body is DIRECTORY:
@@ -393,11 +397,21 @@ def report(drawn_ones: Sequence[Outcome], forged: Sequence[Outcome], seed: int) 
     if forged:
         rows += ["| forged | run | outcome | what was said | peak MB | s |", "|---|---|---|---|---|---|"]
         for one in forged:
-            said = one.detail.replace("|", "\\|").replace("\n", " ")
-            said = said.rpartition("e0001-a01/")[2][:110].encode("ascii", "backslashreplace").decode()
-            rows.append(f"| {one.case} | {one.run} | {one.outcome} | {said} | {one.peak_mb} | {one.seconds:.1f} |")
+            said = _cell(_short(one.detail))
+            cells = (_cell(one.case), one.run, one.outcome, said, str(one.peak_mb), f"{one.seconds:.1f}")
+            rows.append(f"| {' | '.join(cells)} |")
     rows += [f"- {one.run}, {one.case}: {one.what}: {one.outcome}: {one.detail}" for one in bad]
     return "\n".join(rows) + "\n"
+
+
+def _short(said: str) -> str:
+    """Without where the run was."""
+    return re.sub(r"(?:file://)?/\S*/(journal/|e\d{4}-a\d\d/)", r"\1", said)[:140]
+
+
+def _cell(said: str) -> str:
+    plain = said.replace("\n", " ").encode("unicode_escape").decode()
+    return plain.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def main() -> int:

@@ -115,6 +115,33 @@ def test_every_process_needs_the_boxes_that_jax_gives_its_devices(axes: dict[str
         assert got == [frozenset(boxes) for boxes in wanted], name
 
 
+@pytest.mark.parametrize(
+    ("sharding", "split"),
+    [
+        ("P()", ()),
+        ("P('data',)", (("data",),)),
+        ("P('data', None)", (("data",), ())),
+        ("P(None, ('data', 'model'))", ((), ("data", "model"))),
+        ("P(('data',), 'model')", (("data",), ("model",))),
+        ("P('data', \"it's\")", (("data",), ("it's",))),
+        ("P(UNCONSTRAINED,)", None),
+        ("SingleDeviceSharding", None),
+        ("P('a', 'b', 'c')", None),  # more than there are dimensions
+        ("P(1,)", None),
+        ("P({'a': 1},)", None),
+        ("P((('a',),),)", None),
+        ("P('a'", None),
+        ("P(" + "(" * 2000, None),
+        ("P(" + "'a'," * 2000 + ")", None),
+        ("P(__import__('os'),)", None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_partition_spec_is_read_as_text_of_its_own(sharding: str, split: object) -> None:
+    leaf = LeafSpec(path=("x",), kind="array", shape=(4, 4), dtype="float32", sharding=sharding)
+    assert forecast.partition(leaf) == split
+
+
 @pytest.mark.parametrize("dtype", sorted(STORABLE))
 def test_an_elements_size_is_numpys(dtype: str) -> None:
     assert forecast.item_bytes(LeafSpec(path=("x",), kind="array", dtype=dtype)) == numpy_dtype(dtype).itemsize

@@ -103,7 +103,15 @@ def test_no_key_that_passes_leaves_its_prefix(key: str) -> None:
     "name",
     [
         *("process/3.bin", "process/000003.bin", "process/00003.json", "process/00003.bin.tmp", "process/x/00003.bin"),
-        *("process/-0003.bin", "process/\u0661\u0661\u0661\u0661\u0661.bin", "receipts/00003.json\n", "00003.bin", ""),
+        *(
+            "process/-0003.bin",
+            "process/-0001.bin",
+            "receipts/-0001.json",
+            "process/\u0661\u0661\u0661\u0661\u0661.bin",
+            "receipts/00003.json\n",
+            "00003.bin",
+            "",
+        ),
     ],
 )
 def test_a_process_is_not_read_out_of_a_name_that_nobody_builds(name: str) -> None:
