@@ -1,0 +1,429 @@
+"""Plays every way of not being able to read, and looks whether anything good was given up for it.
+
+    python -m tests.unreadable --report=unreadable.md [--only=REGEX]
+
+For each way: a run with two steps is put where nobody else is, the way is set, and a process that meets it diagnoses,
+reads, verifies and restores. Then the cause is taken away and the run is restored plainly. `judge` is the contract:
+what cannot be read raises, what is read is the newest step, and only what is really damaged is quarantined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing as mp
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import unreadable_child as child
+from absl import logging
+from endpoints import Endpoints
+from gcs import BUCKET, REPO, emulator
+from unreadable_ways import DAMAGED, GS, LOCAL, MAYBE, ODD, UNREAD, WAYS, Way
+
+import orchestrator as oc
+from orchestrator.catalog import Catalog
+from orchestrator.records import Head
+from orchestrator.storage import open_storage
+
+STORE_DEADLINE_S = 1.5  # as ORCHESTRATOR_STORE_DEADLINE_S
+PROBE_S = 20.0  # no probe may take longer, whatever it cannot read
+LIMIT_S = 40.0  # for one way
+_AT_MAYBE = 6  # most of the time is waiting
+_HARMLESS = {"opened-epoch", "restored", "verified"}  # events that a restore or a verify may journal
+_SHIM = "failing_files"
+
+
+ORDER = ("doctor", "reader", "verify", "restore")
+
+
+class LocalFiles:
+    """A run on a disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    def names(self) -> list[str]:
+        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
+
+    def get(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    def put(self, key: str, body: bytes) -> None:
+        (self.root / key).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / key).write_bytes(body)
+
+    def remove(self, key: str) -> None:
+        (self.root / key).unlink()
+
+
+class BucketFiles:
+    """A run in the emulator's bucket."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.url = f"gs://{BUCKET}/{prefix}"
+
+    def _path(self, key: str) -> str:
+        return f"/storage/v1/b/{BUCKET}/o/{quote(f'{self.prefix}/{key}', safe='')}"
+
+    def names(self) -> list[str]:
+        listed = json.loads(emulator().ask("GET", f"/storage/v1/b/{BUCKET}/o?prefix={self.prefix}/")[2])
+        return [item["name"].removeprefix(self.prefix + "/") for item in listed.get("items", ())]
+
+    def get(self, key: str) -> bytes:
+        status, _, body = emulator().ask("GET", self._path(key) + "?alt=media")
+        assert status == 200, body
+        return body
+
+    def put(self, key: str, body: bytes) -> None:
+        name = quote(f"{self.prefix}/{key}", safe="")
+        status, _, told = emulator().ask("POST", f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={name}", body)
+        assert status == 200, told
+
+    def remove(self, key: str) -> None:
+        assert emulator().ask("DELETE", self._path(key))[0] == 204
+
+
+@dataclass
+class Outcome:
+    """`probes`: what each brought; `exit`: of the process, None where it was ended for being late. `events`: what was
+    journalled meanwhile. `quarantined`: steps. `lost`: objects that are gone or changed. `back`: what one plain restore
+    brings when the cause is gone; `lifted`: what it brings after `orchestrator verify --all`."""
+
+    way: Way
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    exit: int | None = None
+    met: int = 0
+    events: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    quarantined: list[int] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    back: str = ""
+    lifted: str = ""
+
+
+class Bench:
+    """Everything that the ways share: the emulator, the odd endpoints, a run to copy, and the server of children."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.chmod(0o755)
+        self.shim = _shim(folder)
+        emulator()
+        self._endpoints = Endpoints(folder)
+        template = LocalFiles(folder / "template")
+        with oc.Agent(template.url, options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
+            for step in (1, 2):
+                assert agent.save(step, child.saved_state(step), process_state=b"reader at %d" % step)
+        self._template = {key: template.get(key) for key in template.names() if not key.startswith("events/")}
+        self._processes = mp.get_context("forkserver")
+        self._processes.set_forkserver_preload([child.CHILDREN])
+        with _environment({**({"LD_PRELOAD": self.shim} if self.shim else {}), "PYTHONPATH": _python_path()}):
+            forkserver.ensure_running()
+
+    def close(self) -> None:
+        self._endpoints.close()
+
+    def play(self, way: Way) -> Outcome:
+        """Set the way, look what a process makes of it, take the way off, and restore."""
+        run = self._run(way.place)
+        outcome = Outcome(way)
+        before = {key: hashlib.sha256(run.get(key)).digest() for key in run.names()}
+        undo = self._prepared(way, run)
+        changed = {key: hashlib.sha256(run.get(key)).digest() for key in run.names()} if way.expected != ODD else before
+        self._probe(way, run, outcome)
+        if way.place == GS:
+            outcome.met = outcome.met or emulator().hits(run.prefix.partition("/")[0])
+            emulator().set_rules(run.prefix.partition("/")[0])
+        if way.expected != ODD:
+            after = {key: hashlib.sha256(run.get(key)).digest() for key in run.names()}
+            outcome.lost = [key for key, digest in changed.items() if after.get(key) != digest]
+        undo()
+        self._look(run, outcome)
+        told, _, _ = self._told(child.Job(run.url, ("restore", "verify", "again"), self._environ(Way(way.place, ""))))
+        outcome.back, outcome.lifted = (_said(told.get(name, ({}, 0.0))[0]) for name in ("restore", "again"))
+        return outcome
+
+    def _run(self, place: str) -> Any:
+        name = uuid.uuid4().hex
+        run = BucketFiles(f"{name}/run") if place == GS else LocalFiles(self._folder / name / "run")
+        for key, body in self._template.items():
+            run.put(key, body)
+        return run
+
+    def _prepared(self, way: Way, run: Any) -> Any:
+        """What undoes what `prepare` does to the run."""
+        if way.prepare is None:
+            return lambda: None
+        if way.place == LOCAL:
+            kept = self._folder / f"kept-{uuid.uuid4().hex}"
+            shutil.copytree(run.root, kept, symlinks=True)
+            way.prepare(run if way.expected == DAMAGED else run.root)
+
+            def undo() -> None:
+                journal = {key: run.get(key) for key in run.names() if key.startswith("journal/")}
+                shutil.rmtree(run.root)
+                shutil.copytree(kept, run.root, symlinks=True)
+                for key, body in journal.items():
+                    run.put(key, body)
+
+            return undo
+        kept_objects = {key: run.get(key) for key in run.names()}
+        way.prepare(run)
+        return lambda: [run.put(key, body) for key, body in kept_objects.items()]
+
+    def _environ(self, way: Way) -> dict[str, str | None]:
+        """What a process that is to meet the way has in its environment."""
+        names = self._endpoints.names
+        return {
+            **emulator().environ,
+            "ORCHESTRATOR_STORE_DEADLINE_S": str(STORE_DEADLINE_S),
+            # Nothing may leave this machine, nor find its own credentials.
+            **{"https_proxy": names["refusing"], "no_proxy": "127.0.0.1", "GCE_METADATA_ROOT": "127.0.0.1:1"},
+            **{"GCE_METADATA_HOST": "127.0.0.1:1", "GCE_METADATA_IP": "127.0.0.1:1"},
+            **{"CLOUDSDK_CONFIG": str(self._folder), "HOME": str(self._folder)},
+            **{name: value and value.format_map(names) for name, value in way.environ.items()},
+        }
+
+    def _probe(self, way: Way, run: Any, outcome: Outcome) -> None:
+        # Proven damage is left to `restore` to find, all else to `verify`.
+        order = ("doctor", "reader", "restore", "verify") if way.expected == DAMAGED else ORDER
+        job = child.Job(
+            run.url,
+            order,
+            self._environ(way),
+            rules="".join(f"{rule}\n" for rule in way.rules) if way.place == LOCAL else "",
+            rearm=_rearm(run.prefix, way.rules) if way.place == GS and way.rules else None,
+            store=emulator().url if way.real_credentials else "",
+            descriptors=way.descriptors,
+            memory_bytes=way.memory_bytes,
+            user=child.NOBODY if way.unprivileged else None,
+        )
+        told, outcome.exit, outcome.met = self._told(job)
+        outcome.probes = {name: probe for name, (probe, _) in told.items()}
+        outcome.seconds = {name: took for name, (_, took) in told.items()}
+
+    def _told(self, job: child.Job) -> tuple[dict[str, tuple[dict[str, Any], float]], int | None, int]:
+        """By probe: its outcome, and the seconds that it took; the child's exit code, None if it had to be killed; how
+        often a rule of its was met."""
+        receive, send = self._processes.Pipe(duplex=False)
+        process = self._processes.Process(target=child.play, args=(job, send), daemon=True)
+        process.start()
+        send.close()
+        end = time.monotonic() + LIMIT_S
+        told = {}
+        with contextlib.suppress(EOFError):
+            while receive.poll(max(0.0, end - time.monotonic())):
+                name, probe, took = receive.recv()
+                told[name] = probe, took
+        receive.close()
+        process.join(max(0.1, end - time.monotonic()))
+        code = process.exitcode
+        if code is None:
+            process.kill()
+            process.join()
+        process.close()
+        met = told.pop("met", ({"hits": 0}, 0.0))[0]["hits"]
+        return told, code, met
+
+    def _look(self, run: Any, outcome: Outcome) -> None:
+        catalog = Catalog(open_storage(run.url), "unreadable")
+        heads: list[Head] = list(catalog.entries())
+        new = [head.event for head in heads if f"journal/{head.version:020d}.json" not in self._template]
+        outcome.events = [event.kind for event in new]
+        outcome.reasons = [event.reason for event in new if event.kind == "quarantined"]
+        outcome.quarantined = sorted(live.step for live in heads[-1].live if not live.restorable)
+
+
+def _rearm(prefix: str, rules: Sequence[dict[str, Any]]) -> tuple[str, bytes]:
+    mine = [{**rule, "name": f"^{prefix}/.*{rule['name']}" if rule["name"] else f"^{prefix}/"} for rule in rules]
+    return f"{emulator().url}/_emulator/rules/{prefix.partition('/')[0]}", json.dumps(mine).encode()
+
+
+def _shim(folder: Path) -> str:
+    """The library that makes files fail; '' where there is no compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return ""
+    source, made = Path(__file__).with_name(f"{_SHIM}.c"), folder / f"{_SHIM}.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", str(source), "-o", str(made), "-ldl"], check=True, timeout=60)
+    return str(made)
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")])
+
+
+@contextlib.contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# The contract.
+
+
+def judge(outcome: Outcome) -> list[str]:
+    """Every way in which this outcome breaks the contract."""
+    expected, probes = outcome.way.expected, outcome.probes
+    problems = [f"{name}: no answer within {LIMIT_S:g} s" for name in ORDER if name not in probes]
+    problems += [f"{name}: took {took:.0f} s" for name, took in outcome.seconds.items() if took > PROBE_S]
+    problems += [f"{name}: wrong bits" for name, told in probes.items() if told.get("right") is False]
+    problems += [f"lost: {key}" for key in outcome.lost]
+    if outcome.lifted != "step 2":
+        problems.append(f"verify, then restore, when all is well again: {outcome.lifted}")
+    if outcome.way.rules and not outcome.met:
+        problems.append("nobody has met it")
+    if expected == DAMAGED:
+        return problems + _damage_problems(outcome)
+    problems += _problems_of_reading("reader", outcome) + _problems_of_reading("restore", outcome)
+    if expected == ODD:
+        return problems
+    if outcome.quarantined:
+        problems.append(f"quarantined {outcome.quarantined}: {outcome.reasons[0][:200] if outcome.reasons else ''}")
+    if more := sorted(set(outcome.events) - _HARMLESS - {"quarantined"}):
+        problems.append(f"journalled: {more}")
+    if outcome.back != "step 2":
+        problems.append(f"restore, when the cause is gone: {outcome.back}")
+    return problems + _problems_of_commands(outcome)
+
+
+def _problems_of_reading(name: str, outcome: Outcome) -> list[str]:
+    expected, also, told = outcome.way.expected, outcome.way.also, outcome.probes.get(name)
+    if told is None:
+        return []
+    if "step" in told:
+        newest = told["step"] == 2
+        return [] if newest else [f"{name}: restored {told['step'] or 'as a new run'}"]
+    allowed = {"StorageError", *also} | ({"OrchestratorError"} if expected == ODD else set())
+    return [] if allowed & set(told["kinds"]) else [f"{name}: raised {told['kinds'][0]}: {told['text'][:200]}"]
+
+
+def _problems_of_commands(outcome: Outcome) -> list[str]:
+    problems = []
+    verify, doctor = outcome.probes.get("verify", {}), outcome.probes.get("doctor", {})
+    raised = [told for told in (verify, doctor) if "kinds" in told and not set(outcome.way.also) & set(told["kinds"])]
+    for told in raised[:1]:
+        problems.append(f"a command raised {told['kinds'][0]}: {told['text'][:200]}")
+    steps = verify["json"] if isinstance(verify.get("json"), list) else []
+    if found := [problem for one in steps for problem in one["problems"]]:
+        problems.append(f"verify: damaged: {found[0][:200]}")
+    if not outcome.way.also and verify.get("code") not in (
+        (0, 1, None) if outcome.way.expected == MAYBE else (1, None)
+    ):
+        problems.append(f"verify: exit code {verify.get('code')}")
+    if verify.get("code") == 1 and steps and not any(one["unread"] for one in steps):
+        problems.append("verify: does not say what was not read")
+    findings = (doctor.get("json") or {}).get("findings", ())
+    problems += [f"doctor: damage: {one['text'][:200]}" for one in findings if one["level"] == "damage"]
+    problems += [f"doctor: advises: {one['do']}" for one in findings if "quarantine" in one["do"]]
+    return problems
+
+
+def _damage_problems(outcome: Outcome) -> list[str]:
+    """Really damaged: named, quarantined, stepped over."""
+    problems = []
+    probes = outcome.probes
+    if probes.get("restore", {}).get("step") != 1:
+        problems.append(f"restore: {_said(probes.get('restore', {}))}")
+    reader = probes.get("reader", {})
+    if reader.get("step") != 1 and "Damaged" not in reader.get("kinds", ()):
+        problems.append(f"reader: {_said(reader)}")
+    if outcome.quarantined != [2]:
+        problems.append(f"quarantined: {outcome.quarantined}")
+    if not any(re.search(r"step|manifest|intent|extra|process|state|chunk", reason) for reason in outcome.reasons):
+        problems.append(f"the reason names nothing: {outcome.reasons}")
+    if probes.get("verify", {}).get("code") != 4:
+        problems.append(f"verify: exit code {probes.get('verify', {}).get('code')}")
+    return problems
+
+
+def _said(told: dict[str, Any]) -> str:
+    if "step" in told:
+        return f"step {told['step']}" if told["step"] else "a new run"
+    if "code" in told:
+        return {0: "good", 1: "not read", 4: "damaged"}.get(told["code"], f"exit code {told['code']}")
+    return str(told["kinds"][0]) if "kinds" in told else "no answer"
+
+
+# The table.
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    lines = [
+        "| what | where | a job restores | a reader | `verify --all` | quarantined | one restore after | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in outcomes:
+        probes = [_said(one.probes.get(name, {})) for name in ("restore", "reader", "verify")]
+        kept = ", ".join(map(str, one.quarantined)) or "nothing"
+        slowest = max(one.seconds.values(), default=LIMIT_S)
+        damaged = one.way.expected in (DAMAGED, ODD)
+        back = f"{one.lifted}, after `verify`" if damaged and one.back != one.lifted else one.back
+        cells = [one.way.name, one.way.place, *probes, f"step {kept}" if one.quarantined else kept, back]
+        lines.append("| " + " | ".join([*cells, f"{slowest:.1f}"]) + " |")
+    bad = [(one, problems) for one in outcomes if (problems := judge(one))]
+    whole = [one for one in outcomes if one.way.expected in (UNREAD, MAYBE)]
+    given_up = [one for one in whole if one.quarantined]
+    lines += [
+        "",
+        f"{len(whole)} ways of not being able to read, {len(outcomes) - len(whole)} kinds of damage. "
+        f"A good step was quarantined by {len(given_up)}. Other than the contract says: {len(bad)}.",
+    ]
+    lines += [f"- {one.way.label}: {'; '.join(problems)}" for one, problems in bad]
+    return "\n".join(lines) + "\n"
+
+
+def play_all(bench: Bench, ways: Sequence[Way]) -> dict[str, Outcome]:
+    with ThreadPoolExecutor(_AT_MAYBE, thread_name_prefix="way") as pool:
+        return {outcome.way.label: outcome for outcome in pool.map(bench.play, ways)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a regular expression of labels")
+    parser.add_argument("--report", type=Path)
+    args = parser.parse_args()
+    logging.set_verbosity(logging.FATAL)
+    with tempfile.TemporaryDirectory(prefix="unreadable-") as folder:
+        bench = Bench(Path(folder))
+        ways = [way for way in WAYS if re.search(args.only, way.label) and (bench.shim or way.place == GS)]
+        started = time.monotonic()
+        table = report(list(play_all(bench, ways).values()))
+        bench.close()
+    print(table, f"{time.monotonic() - started:.0f} s", sep="\n")
+    if args.report:
+        args.report.write_text(table)
+    return 1 if re.search(r"contract says: [1-9]", table) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
