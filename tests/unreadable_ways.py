@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,10 @@ class Way:
     @property
     def label(self) -> str:
         return f"{self.place}: {self.name}"
+
+    @property
+    def needs_shim(self) -> bool:
+        return self.place == LOCAL and bool(self.rules)
 
 
 # In a bucket.
@@ -189,8 +194,6 @@ def _closed(part: str, mode: int) -> Callable[[Path], None]:
 
 
 def _matching(root: Path, part: str) -> list[Path]:
-    import re
-
     found = [path for path in sorted(root.rglob("*")) if re.search(PARTS[part], str(path)) and path.is_file()]
     assert found, part
     return found
@@ -237,8 +240,6 @@ def _on_a_disk() -> Iterator[Way]:
 
 
 def _only(files: Files, part: str) -> str:
-    import re
-
     return max((key for key in files.names() if re.search(PARTS[part], key)), key=lambda key: len(files.get(key)))
 
 
@@ -308,3 +309,35 @@ WAYS: tuple[Way, ...] = (
     *(Way(place, name, DAMAGED, prepare=damage) for name, damage in DAMAGE.items() for place in (GS, LOCAL)),
     *(Way(LOCAL, name, ODD, prepare=make) for name, make in _ODD.items()),
 )
+
+# Those that stand for the others, for the suite.
+_QUICK = r"""
+arrays: (key file of garbage|service account, broken|external_account|impersonated|service account, revoked)
+|arrays: (self-signed|connection refused|name does not|proxy answers 407 to|black hole|login page)
+|all: (service account, revoked|external_account)
+|records: (self-signed|connection refused|proxy answers 407 to|black hole|login page)
+|data: HTTP (400|401|403|404|412|416|500|503)$
+|data: HTTP (400|403|404|412|416|503) once
+|data: (one bit flipped on the way|whole answer|HTML|no answer|body cut short|a byte)
+|array store: HTTP (403|404)
+|manifest: HTTP (403|404)
+|manifest: (one bit flipped on the way|HTML)
+|head: HTTP (403|404)
+|intent: HTTP 404
+|listings: H
+|data: open: (EACCES|EMFILE|ENOMEM|EIO|ESTALE|ENODEV|ENOENT)
+|data: read: (EIO|ETIMEDOUT|EINTR|ends|one bit)
+|array store: (open: EMFILE|open: ENOENT|read: one)
+|manifest: (open: EACCES|open: ENOENT|open: ESTALE$|read: one)
+|intent: read: ends
+|process state: read: one
+|head: (open: EIO|open: ENOENT|read: one)
+|attempt: listing: (ESTALE$|ENOENT)
+|journal: listing: E(IO$|NOENT)
+|of another user
+|used up|two descriptors
+|data: (one bit flipped|cut|deleted|another)$|data: another save
+|(manifest|array store): (one bit flipped|deleted)$
+|(data|manifest): a (FIFO|link to the)
+"""
+QUICK = tuple(way for way in WAYS if re.search(_QUICK.replace("\n", ""), way.label))

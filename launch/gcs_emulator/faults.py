@@ -111,6 +111,8 @@ class Rule:
         made = cls(**{**values, "operations": tuple(values.get("operations", cls.operations))})
         if made.kind not in RULE_KINDS:
             raise ValueError(f"kind={made.kind!r}: choose from {', '.join(RULE_KINDS)}")
+        if made.kind == "status" and not 200 <= made.value < 600:
+            raise ValueError(f"value={made.value:g}: expected a status of HTTP")
         re.compile(made.name)
         return made
 
