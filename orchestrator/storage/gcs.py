@@ -135,7 +135,7 @@ class GcsStorage:
             for item in page.get("items", ()):
                 key = str(item["name"]).removeprefix(self._prefix)
                 if _plain(key) and key >= start:
-                    yield Entry(key, int(item["size"]))
+                    yield Entry(key, int(item.get("size", 0)))
             if "nextPageToken" not in page:
                 return
             params["pageToken"] = page["nextPageToken"]
