@@ -48,7 +48,7 @@ def test_what_cannot_be_read_raises_and_what_is_damaged_is_quarantined(outcomes:
 
 
 def test_the_table_has_at_least_25_ways_in_each_place() -> None:
-    for ways, least in ((WAYS, 80), (QUICK, 25)):
+    for ways, least in ((WAYS, 80), (QUICK, 30)):
         assert len({way.label for way in ways}) == len(ways)
         for place in (GS, LOCAL):
             assert sum(way.place == place and way.expected in (UNREAD, MAYBE) for way in ways) >= least
@@ -144,14 +144,17 @@ def test_a_job_loses_no_step_to_what_a_process_beside_it_cannot_read(bench: Benc
     ):
         for step in range(4):
             assert agent.save(step, child.saved_state(step))
-        beside: Future[Any] = pool.submit(bench.probe, way, run, ("verify", "reader", "verify"))
+        told = bench.probe(way, run, ("verify", "reader"))
+        assert told["verify"]["code"] == 1 and sum(bool(one["unread"]) for one in told["verify"]["json"]) == 3
+        assert "StorageError" in told["reader"]["kinds"], told["reader"]
+        beside: Future[Any] = pool.submit(bench.probe, way, run, ("verify", "reader"))
         while not beside.done() or step < 6:
             step += 1
             assert agent.save(step, child.saved_state(step))
-            time.sleep(0.4)
+            time.sleep(0.5)
         told = beside.result()
-    assert told["verify"]["code"] == 1, told["verify"]["text"]
-    assert {"StorageError", "StepRetired"} & set(told["reader"]["kinds"]), told["reader"]
+        assert told["verify"]["code"] in (0, 1), told["verify"]["text"]  # 0: all have been retired meanwhile
+        assert {"StorageError", "StepRetired"} & set(told["reader"]["kinds"]), told["reader"]
     for _ in range(2):
         told = bench.probe(way, run, ("restore",))
         assert "StorageError" in told["restore"]["kinds"], told["restore"]

@@ -17,6 +17,7 @@ import multiprocessing as mp
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,8 +65,12 @@ class LocalFiles:
     def url(self) -> str:
         return str(self.root)
 
-    def names(self) -> list[str]:
-        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
+    def names(self, below: str = "") -> list[str]:
+        found = (self.root / below).rglob("*")
+        return sorted(str(path.relative_to(self.root)) for path in found if path.is_file())
+
+    def digests(self) -> dict[str, str]:
+        return {key: hashlib.sha256(self.get(key)).hexdigest() for key in self.names()}
 
     def get(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
@@ -88,9 +93,18 @@ class BucketFiles:
     def _path(self, key: str) -> str:
         return f"/storage/v1/b/{BUCKET}/o/{quote(f'{self.prefix}/{key}', safe='')}"
 
-    def names(self) -> list[str]:
-        listed = json.loads(emulator().ask("GET", f"/storage/v1/b/{BUCKET}/o?prefix={self.prefix}/")[2])
-        return [item["name"].removeprefix(self.prefix + "/") for item in listed.get("items", ())]
+    @property
+    def group(self) -> str:
+        """Of the emulator's rules."""
+        return self.prefix.partition("/")[0]
+
+    def names(self, below: str = "") -> list[str]:
+        return list(self.digests(below))
+
+    def digests(self, below: str = "") -> dict[str, str]:
+        """By the store's own checksums."""
+        listed = json.loads(emulator().ask("GET", f"/storage/v1/b/{BUCKET}/o?prefix={self.prefix}/{below}")[2])
+        return {item["name"].removeprefix(f"{self.prefix}/"): item["crc32c"] for item in listed.get("items", ())}
 
     def get(self, key: str) -> bytes:
         status, _, body = emulator().ask("GET", self._path(key) + "?alt=media")
@@ -149,23 +163,30 @@ class Bench:
 
     def play(self, way: Way) -> Outcome:
         """Set the way, look what a process makes of it, take the way off, and restore."""
-        run = self._run(way.place)
-        outcome = Outcome(way)
-        before = {key: hashlib.sha256(run.get(key)).digest() for key in run.names()}
-        undo = self._prepared(way, run)
-        changed = {key: hashlib.sha256(run.get(key)).digest() for key in run.names()} if way.expected != ODD else before
+        run, outcome = self._run(way.place), Outcome(way)
+        if way.prepare:
+            way.prepare(run if way.expected == DAMAGED else run.root)
+        before = {} if way.expected == ODD else run.digests()
         self._probe(way, run, outcome)
         if way.place == GS:
-            outcome.met = outcome.met or emulator().hits(run.prefix.partition("/")[0])
-            emulator().set_rules(run.prefix.partition("/")[0])
-        if way.expected != ODD:
-            after = {key: hashlib.sha256(run.get(key)).digest() for key in run.names()}
-            outcome.lost = [key for key, digest in changed.items() if after.get(key) != digest]
-        undo()
+            outcome.met = outcome.met or emulator().hits(run.group)
+            emulator().set_rules(run.group)
+        after = run.digests() if before else {}
+        outcome.lost = [key for key, digest in before.items() if after.get(key) != digest]
+        if way.prepare:
+            self._undo(run)
         self._look(run, outcome)
         told, _, _ = self._told(child.Job(run.url, ("restore", "verify", "again"), self._environ(Way(way.place, ""))))
         outcome.back, outcome.lifted = (_said(told.get(name, ({}, 0.0))[0]) for name in ("restore", "again"))
         return outcome
+
+    def _undo(self, run: Any) -> None:
+        """Everything is as it was saved; what has been journalled since stays."""
+        journal = {key: run.get(key) for key in run.names("journal/")}
+        if isinstance(run, LocalFiles):
+            shutil.rmtree(run.root)
+        for key, body in {**self._template, **journal}.items():
+            run.put(key, body)
 
     def empty(self, place: str) -> Any:
         """Where nobody else has a run."""
@@ -181,27 +202,6 @@ class Bench:
         for key, body in self._template.items():
             run.put(key, body)
         return run
-
-    def _prepared(self, way: Way, run: Any) -> Any:
-        """What undoes what `prepare` does to the run."""
-        if way.prepare is None:
-            return lambda: None
-        if way.place == LOCAL:
-            kept = self._folder / f"kept-{uuid.uuid4().hex}"
-            shutil.copytree(run.root, kept, symlinks=True)
-            way.prepare(run if way.expected == DAMAGED else run.root)
-
-            def undo() -> None:
-                journal = {key: run.get(key) for key in run.names() if key.startswith("journal/")}
-                shutil.rmtree(run.root)
-                shutil.copytree(kept, run.root, symlinks=True)
-                for key, body in journal.items():
-                    run.put(key, body)
-
-            return undo
-        kept_objects = {key: run.get(key) for key in run.names()}
-        way.prepare(run)
-        return lambda: [run.put(key, body) for key, body in kept_objects.items()]
 
     def _environ(self, way: Way) -> dict[str, str | None]:
         """What a process that is to meet the way has in its environment."""
@@ -222,7 +222,7 @@ class Bench:
             probes,
             self._environ(way),
             rules="".join(f"{rule}\n" for rule in way.rules) if way.place == LOCAL else "",
-            rearm=_rearm(run.prefix, way.rules) if way.place == GS and way.rules else None,
+            rearm=_rearm(run, way.rules) if way.place == GS and way.rules else None,
             store=emulator().url if way.real_credentials else "",
             descriptors=way.descriptors,
             memory_bytes=way.memory_bytes,
@@ -268,9 +268,12 @@ class Bench:
         outcome.quarantined = sorted(live.step for live in heads[-1].live if not live.restorable)
 
 
-def _rearm(prefix: str, rules: Sequence[dict[str, Any]]) -> tuple[str, bytes]:
-    mine = [{**rule, "name": f"^{prefix}/.*{rule['name']}" if rule["name"] else f"^{prefix}/"} for rule in rules]
-    return f"{emulator().url}/_emulator/rules/{prefix.partition('/')[0]}", json.dumps(mine).encode()
+def _rearm(run: BucketFiles, rules: Sequence[dict[str, Any]]) -> tuple[str, bytes]:
+    """The request that sets these rules, for this run's objects."""
+    mine = [
+        {**rule, "name": f"^{run.prefix}/.*{rule['name']}" if rule["name"] else f"^{run.prefix}/"} for rule in rules
+    ]
+    return f"{emulator().url}/_emulator/rules/{run.group}", json.dumps(mine).encode()
 
 
 def _shim(folder: Path) -> str:
@@ -304,7 +307,9 @@ def _environment(more: dict[str, str]) -> Iterator[None]:
 def judge(outcome: Outcome) -> list[str]:
     """Every way in which this outcome breaks the contract."""
     expected, probes = outcome.way.expected, outcome.probes
-    problems = [f"{name}: no answer within {LIMIT_S:g} s" for name in ORDER if name not in probes]
+    ended = f"no answer within {LIMIT_S:g} s" if outcome.exit is None else f"the process ended with {outcome.exit}"
+    silent = [f"{name}: {ended}" for name in ORDER if name not in probes]
+    problems = [] if outcome.way.crashes and outcome.exit == -signal.SIGSEGV else silent
     problems += [f"{name}: took {took:.0f} s" for name, took in outcome.seconds.items() if took > PROBE_S]
     problems += [f"{name}: wrong bits" for name, told in probes.items() if told.get("right") is False]
     problems += [f"lost: {key}" for key in outcome.lost]
@@ -376,12 +381,12 @@ def _damage_problems(outcome: Outcome) -> list[str]:
     return problems
 
 
-def _said(told: dict[str, Any]) -> str:
+def _said(told: dict[str, Any], silent: str = "no answer") -> str:
     if "step" in told:
         return f"step {told['step']}" if told["step"] else "a new run"
     if "code" in told:
         return {0: "good", 1: "not read", 4: "damaged"}.get(told["code"], f"exit code {told['code']}")
-    return str(told["kinds"][0]) if "kinds" in told else "no answer"
+    return str(told["kinds"][0]) if "kinds" in told else silent
 
 
 # The table.
@@ -393,7 +398,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in outcomes:
-        probes = [_said(one.probes.get(name, {})) for name in ("restore", "reader", "verify")]
+        ended = "crash" if one.exit else "no answer"
+        probes = [_said(one.probes.get(name, {}), ended) for name in ("restore", "reader", "verify")]
         kept = ", ".join(map(str, one.quarantined)) or "nothing"
         slowest = max(one.seconds.values(), default=LIMIT_S)
         damaged = one.way.expected in (DAMAGED, ODD)
