@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import unreadable_child as child
-from unreadable import Bench, Outcome, judge, play_all
+from unreadable import Bench, play_all
+from unreadable_judge import Outcome, judge
 from unreadable_ways import DAMAGED, GS, LOCAL, MAYBE, QUICK, UNREAD, WAYS, Way
 
 import orchestrator as oc

@@ -17,7 +17,6 @@ import multiprocessing as mp
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,8 @@ import unreadable_child as child
 from absl import logging
 from endpoints import Endpoints
 from gcs import BUCKET, REPO, emulator
-from unreadable_ways import DAMAGED, GS, LOCAL, MAYBE, ODD, UNREAD, WAYS, Way
+from unreadable_judge import LIMIT_S, ORDER, Outcome, report, said
+from unreadable_ways import DAMAGED, GS, LOCAL, ODD, WAYS, Way
 
 import orchestrator as oc
 from orchestrator.catalog import Catalog
@@ -45,14 +44,8 @@ from orchestrator.records import Head
 from orchestrator.storage import open_storage
 
 STORE_DEADLINE_S = 1.5  # as ORCHESTRATOR_STORE_DEADLINE_S
-PROBE_S = 20.0  # no probe may take longer, whatever it cannot read
-LIMIT_S = 40.0  # for one way
-_AT_MAYBE = 6  # most of the time is waiting
-_HARMLESS = {"opened-epoch", "restored", "verified"}  # events that a restore or a verify may journal
+_AT_ONCE = 8  # most of the time is waiting
 _SHIM = "failing_files"
-
-
-ORDER = ("doctor", "reader", "verify", "restore")
 
 
 class LocalFiles:
@@ -120,25 +113,6 @@ class BucketFiles:
         assert emulator().ask("DELETE", self._path(key))[0] == 204
 
 
-@dataclass
-class Outcome:
-    """`probes`: what each brought; `exit`: of the process, None where it was ended for being late. `events`: what was
-    journalled meanwhile. `quarantined`: steps. `lost`: objects that are gone or changed. `back`: what one plain restore
-    brings when the cause is gone; `lifted`: what it brings after `orchestrator verify --all`."""
-
-    way: Way
-    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    exit: int | None = None
-    met: int = 0
-    events: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    quarantined: list[int] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    back: str = ""
-    lifted: str = ""
-
-
 class Bench:
     """Everything that the ways share: the emulator, the odd endpoints, a run to copy, and the server of children."""
 
@@ -177,7 +151,7 @@ class Bench:
             self._undo(run)
         self._look(run, outcome)
         told, _, _ = self._told(child.Job(run.url, ("restore", "verify", "again"), self._environ(Way(way.place, ""))))
-        outcome.back, outcome.lifted = (_said(told.get(name, ({}, 0.0))[0]) for name in ("restore", "again"))
+        outcome.back, outcome.lifted = (said(told.get(name, ({}, 0.0))[0]) for name in ("restore", "again"))
         return outcome
 
     def _undo(self, run: Any) -> None:
@@ -301,125 +275,8 @@ def _environment(more: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-# The contract.
-
-
-def judge(outcome: Outcome) -> list[str]:
-    """Every way in which this outcome breaks the contract."""
-    expected, probes = outcome.way.expected, outcome.probes
-    ended = f"no answer within {LIMIT_S:g} s" if outcome.exit is None else f"the process ended with {outcome.exit}"
-    silent = [f"{name}: {ended}" for name in ORDER if name not in probes]
-    problems = [] if outcome.way.crashes and outcome.exit == -signal.SIGSEGV else silent
-    problems += [f"{name}: took {took:.0f} s" for name, took in outcome.seconds.items() if took > PROBE_S]
-    problems += [f"{name}: wrong bits" for name, told in probes.items() if told.get("right") is False]
-    problems += [f"lost: {key}" for key in outcome.lost]
-    if outcome.lifted != "step 2":
-        problems.append(f"verify, then restore, when all is well again: {outcome.lifted}")
-    if outcome.way.rules and not outcome.met:
-        problems.append("nobody has met it")
-    if expected == DAMAGED:
-        return problems + _damage_problems(outcome)
-    problems += _problems_of_reading("reader", outcome) + _problems_of_reading("restore", outcome)
-    if expected == ODD:
-        return problems
-    if outcome.quarantined:
-        problems.append(f"quarantined {outcome.quarantined}: {outcome.reasons[0][:200] if outcome.reasons else ''}")
-    if more := sorted(set(outcome.events) - _HARMLESS - {"quarantined"}):
-        problems.append(f"journalled: {more}")
-    if outcome.back != "step 2":
-        problems.append(f"restore, when the cause is gone: {outcome.back}")
-    return problems + _problems_of_commands(outcome)
-
-
-def _problems_of_reading(name: str, outcome: Outcome) -> list[str]:
-    expected, also, told = outcome.way.expected, outcome.way.also, outcome.probes.get(name)
-    if told is None:
-        return []
-    if "step" in told:
-        newest = told["step"] == 2
-        return [] if newest else [f"{name}: restored {told['step'] or 'as a new run'}"]
-    allowed = {"StorageError", *also} | ({"OrchestratorError"} if expected == ODD else set())
-    return [] if allowed & set(told["kinds"]) else [f"{name}: raised {told['kinds'][0]}: {told['text'][:200]}"]
-
-
-def _problems_of_commands(outcome: Outcome) -> list[str]:
-    problems = []
-    verify, doctor = outcome.probes.get("verify", {}), outcome.probes.get("doctor", {})
-    raised = [told for told in (verify, doctor) if "kinds" in told and not set(outcome.way.also) & set(told["kinds"])]
-    for told in raised[:1]:
-        problems.append(f"a command raised {told['kinds'][0]}: {told['text'][:200]}")
-    steps = verify["json"] if isinstance(verify.get("json"), list) else []
-    if found := [problem for one in steps for problem in one["problems"]]:
-        problems.append(f"verify: damaged: {found[0][:200]}")
-    if not outcome.way.also and verify.get("code") not in (
-        (0, 1, None) if outcome.way.expected == MAYBE else (1, None)
-    ):
-        problems.append(f"verify: exit code {verify.get('code')}")
-    if verify.get("code") == 1 and steps and not any(one["unread"] for one in steps):
-        problems.append("verify: does not say what was not read")
-    findings = (doctor.get("json") or {}).get("findings", ())
-    problems += [f"doctor: damage: {one['text'][:200]}" for one in findings if one["level"] == "damage"]
-    problems += [f"doctor: advises: {one['do']}" for one in findings if "quarantine" in one["do"]]
-    return problems
-
-
-def _damage_problems(outcome: Outcome) -> list[str]:
-    """Really damaged: named, quarantined, stepped over."""
-    problems = []
-    probes = outcome.probes
-    if probes.get("restore", {}).get("step") != 1:
-        problems.append(f"restore: {_said(probes.get('restore', {}))}")
-    reader = probes.get("reader", {})
-    if reader.get("step") != 1 and "Damaged" not in reader.get("kinds", ()):
-        problems.append(f"reader: {_said(reader)}")
-    if outcome.quarantined != [2]:
-        problems.append(f"quarantined: {outcome.quarantined}")
-    if not any(re.search(r"step|manifest|intent|extra|process|state|chunk", reason) for reason in outcome.reasons):
-        problems.append(f"the reason names nothing: {outcome.reasons}")
-    if probes.get("verify", {}).get("code") != 4:
-        problems.append(f"verify: exit code {probes.get('verify', {}).get('code')}")
-    return problems
-
-
-def _said(told: dict[str, Any], silent: str = "no answer") -> str:
-    if "step" in told:
-        return f"step {told['step']}" if told["step"] else "a new run"
-    if "code" in told:
-        return {0: "good", 1: "not read", 4: "damaged"}.get(told["code"], f"exit code {told['code']}")
-    return str(told["kinds"][0]) if "kinds" in told else silent
-
-
-# The table.
-
-
-def report(outcomes: Sequence[Outcome]) -> str:
-    lines = [
-        "| what | where | a job restores | a reader | `verify --all` | quarantined | one restore after | s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for one in outcomes:
-        ended = "crash" if one.exit else "no answer"
-        probes = [_said(one.probes.get(name, {}), ended) for name in ("restore", "reader", "verify")]
-        kept = ", ".join(map(str, one.quarantined)) or "nothing"
-        slowest = max(one.seconds.values(), default=LIMIT_S)
-        damaged = one.way.expected in (DAMAGED, ODD)
-        back = f"{one.lifted}, after `verify`" if damaged and one.back != one.lifted else one.back
-        cells = [one.way.name, one.way.place, *probes, f"step {kept}" if one.quarantined else kept, back]
-        lines.append("| " + " | ".join([*cells, f"{slowest:.1f}"]) + " |")
-    bad = [(one, problems) for one in outcomes if (problems := judge(one))]
-    whole = [one for one in outcomes if one.way.expected in (UNREAD, MAYBE)]
-    given_up = [one for one in whole if one.quarantined]
-    lines += [
-        "",
-        f"{len(whole)} ways of not being able to read, {len(outcomes) - len(whole)} kinds of damage. "
-        f"A good step was quarantined by {len(given_up)}. Other than the contract says: {len(bad)}.",
-    ]
-    lines += [f"- {one.way.label}: {'; '.join(problems)}" for one, problems in bad]
-    return "\n".join(lines) + "\n"
-
-
 def play_all(bench: Bench, ways: Sequence[Way]) -> dict[str, Outcome]:
-    with ThreadPoolExecutor(_AT_MAYBE, thread_name_prefix="way") as pool:
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="way") as pool:
         return {outcome.way.label: outcome for outcome in pool.map(bench.play, ways)}
 
 
