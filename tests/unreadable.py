@@ -1,6 +1,6 @@
 """Plays every way of not being able to read, and looks whether anything good was given up for it.
 
-    python -m tests.unreadable --report=unreadable.md [--only=REGEX]
+    python -m tests.unreadable --report=unreadable.md [--only=REGEX] [--write=docs/integrity.md]
 
 For each way: a run with two steps is put where nobody else is, the way is set, and a process that meets it diagnoses,
 reads, verifies and restores. Then the cause is taken away and the run is restored plainly. `judge` is the contract:
@@ -35,7 +35,8 @@ import unreadable_child as child
 from absl import logging
 from endpoints import Endpoints
 from gcs import BUCKET, REPO, emulator
-from unreadable_judge import LIMIT_S, ORDER, Outcome, report, said
+from reporting import put
+from unreadable_judge import LIMIT_S, ORDER, Outcome, judge, report, said, summary, verdict
 from unreadable_ways import DAMAGED, GS, LOCAL, ODD, WAYS, Way
 
 import orchestrator as oc
@@ -283,19 +284,23 @@ def play_all(bench: Bench, ways: Sequence[Way]) -> dict[str, Outcome]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a regular expression of labels")
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--report", type=Path, help="where all tables go")
+    parser.add_argument("--write", type=Path, help="a page of the documentation that gets the short table")
     args = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
     with tempfile.TemporaryDirectory(prefix="unreadable-") as folder:
         bench = Bench(Path(folder))
         ways = [way for way in WAYS if re.search(args.only, way.label) and (bench.shim or not way.needs_shim)]
         started = time.monotonic()
-        table = report(list(play_all(bench, ways).values()))
+        outcomes = list(play_all(bench, ways).values())
         bench.close()
+    table = report(outcomes)
     print(table, f"{time.monotonic() - started:.0f} s", sep="\n")
     if args.report:
         args.report.write_text(table)
-    return 1 if re.search(r"contract says: [1-9]", table) else 0
+    if args.write:
+        put(args.write, "make unreadable", f"{summary(outcomes)}\n{verdict(outcomes)}")
+    return 1 if any(map(judge, outcomes)) else 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,12 +194,20 @@ def report(outcomes: Sequence[Outcome]) -> str:
         lines.append(
             "| " + " | ".join([one.way.name, one.way.place, *probes, kept, _back(one), f"{slowest:.1f}"]) + " |"
         )
-    bad = [(one, problems) for one in outcomes if (problems := judge(one))]
-    whole = [one for one in outcomes if one.way.expected in (UNREAD, MAYBE)]
-    given_up = [one for one in whole if one.quarantined]
-    told = [
-        f"{len(whole)} ways of not being able to read, {len(outcomes) - len(whole)} kinds of damage. "
-        f"A good step was quarantined by {len(given_up)}. Other than the contract says: {len(bad)}."
-    ]
-    told += [f"- {one.way.label}: {'; '.join(problems)}" for one, problems in bad]
+    told = [verdict(outcomes), *_breaches(outcomes)]
     return "\n".join([summary(outcomes), *told, "", *lines]) + "\n"
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+    whole = [one for one in outcomes if one.way.expected in (UNREAD, MAYBE)]
+    given_up = sum(bool(one.quarantined) for one in whole)
+    return (
+        f"{len(whole)} ways of not being able to read, {len(outcomes) - len(whole)} kinds of damage and of odd things. "
+        f"Good steps quarantined: {given_up}. Other than the contract says: {len(list(_breaches(outcomes)))}."
+    )
+
+
+def _breaches(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    for one in outcomes:
+        if problems := judge(one):
+            yield f"- {one.way.label}: {'; '.join(problems)}"
