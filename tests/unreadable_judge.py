@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ def judge(outcome: Outcome) -> list[str]:
     expected, probes = outcome.way.expected, outcome.probes
     ended = f"no answer within {LIMIT_S:g} s" if outcome.exit is None else f"the process ended with {outcome.exit}"
     silent = [f"{name}: {ended}" for name in ORDER if name not in probes]
-    problems = [] if outcome.way.crashes and outcome.exit == -signal.SIGSEGV else silent
+    problems = [] if outcome.way.crashes and outcome.exit else silent
     problems += [f"{name}: took {took:.0f} s" for name, took in outcome.seconds.items() if took > PROBE_S]
     problems += [f"{name}: wrong bits" for name, told in probes.items() if told.get("right") is False]
     problems += [f"lost: {key}" for key in outcome.lost]

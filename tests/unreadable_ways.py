@@ -47,7 +47,7 @@ class Files(Protocol):
 class Way:
     """`rules`: of the emulator, or of the shim (`operation action skip times pattern`). `prepare`: done to the run
     before, undone after. `also`: errors that are right here, too, beside StorageError. `crashes`:
-    a library ends the process. The rest as in `unreadable_child.Job`."""
+    the process may end by it. The rest as in `unreadable_child.Job`."""
 
     place: str
     name: str
@@ -238,7 +238,9 @@ def _on_a_disk() -> Iterator[Way]:
     yield Way(LOCAL, "root: of another user", prepare=_closed("", 0o700), unprivileged=True)
     yield Way(LOCAL, "descriptors used up", descriptors=0)
     yield Way(LOCAL, "two descriptors left", descriptors=2)
-    yield Way(LOCAL, "memory used up", memory_bytes=1 << 20, also=("MemoryError", "RuntimeError"))
+    # Which layer runs out first is chance, and some end the process.
+    errors = ("MemoryError", "RuntimeError")
+    yield Way(LOCAL, "memory used up", memory_bytes=1 << 20, also=errors, crashes=True)
 
 
 # Damage, anywhere.
