@@ -305,15 +305,18 @@ _ODD: dict[str, Callable[[Path], None]] = {
     "manifest: a FIFO": _replaced("manifest", lambda path, moved: os.mkfifo(path)),
     "manifest: a link to the file, moved": _replaced("manifest", lambda path, moved: path.symlink_to(moved)),
     "attempt: a link to it, moved": _replaced(NEWEST, lambda path, moved: path.symlink_to(moved)),
-    "attempt: an empty directory": _replaced(NEWEST, lambda path, moved: path.mkdir()),
     "steps: a link to it, moved": _replaced("steps", lambda path, moved: path.symlink_to(moved)),
     "steps: an empty directory": _replaced("steps", lambda path, moved: path.mkdir()),
 }
+
+# The store itself says that all of it is gone. (If the disk is another one than it was, `verify` takes it back later.)
+_gone = _replaced(NEWEST, lambda path, moved: path.mkdir())
 
 WAYS: tuple[Way, ...] = (
     *_in_a_bucket(),
     *_on_a_disk(),
     *(Way(place, name, DAMAGED, prepare=damage) for name, damage in DAMAGE.items() for place in (GS, LOCAL)),
+    Way(LOCAL, "attempt: an empty directory", DAMAGED, prepare=lambda files: _gone(files.root)),
     *(Way(LOCAL, name, ODD, prepare=make) for name, make in _ODD.items()),
 )
 
@@ -346,5 +349,6 @@ arrays: (key file of garbage|service account, broken|external_account|impersonat
 |data: (one bit flipped|deleted)$|data: another save
 |(manifest|array store): one bit flipped$
 |(data|manifest): a (FIFO|link to the)
+|attempt: an empty
 """
 QUICK = tuple(way for way in WAYS if re.search(_QUICK.replace("\n", ""), way.label))
