@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import io
 import json
 import os
+import pkgutil
 import resource
 import time
 import urllib.request
@@ -28,12 +30,11 @@ from absl import logging
 from fsspec import config
 
 import orchestrator as oc
-import orchestrator.agent
-import orchestrator.cli.doctor
-import orchestrator.cli.verify
-import orchestrator.storage.gcs
-import orchestrator.verify
 from orchestrator.cli.main import main as cli
+
+for _found in pkgutil.walk_packages(oc.__path__, "orchestrator."):  # what is imported when it is needed, too
+    if not _found.name.endswith("__main__"):
+        importlib.import_module(_found.name)
 
 CHILDREN = "unreadable_child"  # this module, as the server is to import it
 NOBODY = 65534

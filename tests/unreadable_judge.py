@@ -92,7 +92,9 @@ def _problems_of_commands(outcome: Outcome) -> list[str]:
     if verify.get("code") == 1 and steps and not any(one["unread"] for one in steps):
         problems.append("verify: does not say what was not read")
     findings = (doctor.get("json") or {}).get("findings", ())
-    problems += [f"doctor: damage: {one['text'][:200]}" for one in findings if one["level"] == "damage"]
+    problems += [
+        f"doctor: damage: {one['text'][:200]}" for one in findings if one["level"] == "damage" and not outcome.way.also
+    ]
     problems += [f"doctor: advises: {one['do']}" for one in findings if "quarantine" in one["do"]]
     return problems
 
