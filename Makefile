@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-slurm test-image demo bitrot bench chaos docs format clean
+.PHONY: help setup lock check test test-slurm test-image demo bitrot unreadable bench chaos docs format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 
 bitrot: setup ## 700 damaged files, each restored and compared bit for bit (about 2 minutes); FAULTS=, SEED=
 	$(BIN)/python -m tests.bitrot --faults=$(or $(FAULTS),700) --seed=$(or $(SEED),1) --report=bitrot-report.md
 
+unreadable: setup ## every way of not being able to read a run, and of it being damaged (about 3 minutes; needs a C compiler)
+	$(BIN)/python -m tests.unreadable --report=unreadable-report.md --write=docs/integrity.md
+
 bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md (35 minutes to an hour and a half)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torchsnapshot==0.1.0  # the `bench` extra
 	$(BIN)/python -m benchmarks.compare --all --write=docs
@@ -78,4 +81,4 @@ format: setup ## rewrite the sources as ruff wants them
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md fuzz-report.md bitrot-report.md .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md fuzz-report.md bitrot-report.md unreadable-report.md .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -92,12 +92,17 @@ def total_bytes(manifest: Manifest, sample: float | None = None) -> int:
 
 
 def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
-    """Journal the verdict: a good attempt read whole is `verified`, a damaged one quarantined. One that was retired
-    while it was read stays as it is. Raises StorageError."""
+    """Journal the verdict: a good attempt read whole is `verified`, and released if it was quarantined as damaged (not
+    if by hand); a damaged one is quarantined. One that was retired while it was read stays as it is. Raises
+    StorageError."""
     if verdict.damaged:
         reason = f"verify: {verdict.damaged[0]}"[:1000]
         catalog.append(partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason))
     elif verdict.good and verdict.whole:
+        if not live.restorable:
+            why = "verify: read whole, and as it was saved"
+            release = partial(journal.release, step=live.step, attempt=live.attempt, reason=why, disproved=True)
+            catalog.append(release)
         catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="verified"))
 
 

@@ -5,13 +5,17 @@ Told three ways: by plain HTTP requests, by gcsfs and by TensorStore.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from http.client import IncompleteRead
 from typing import Any
 
 import crc32c
@@ -339,3 +343,52 @@ def test_a_command_runs_with_the_emulator_and_gives_its_exit_code() -> None:
     child = f"import os, sys, urllib.request; {asks}; sys.exit(7)"
     command = [sys.executable, "-m", "launch.gcs_emulator", "--port=0", "--", sys.executable, "-c", child]
     assert subprocess.run(command, cwd=REPO, timeout=60, check=False).returncode == 7
+
+
+def test_rules_answer_certain_requests_otherwise_and_no_others(gcs: EmulatorProcess, folder: str) -> None:
+    name, path = f"{folder}/x", f"{OBJECTS}/{folder}%2Fx"
+    upload(gcs, name, b"0123456789")
+    upload(gcs, f"{folder}/y", b"y")
+    checksum = "crc32c=" + base64.b64encode(crc32c.crc32c(b"0123456789").to_bytes(4, "big")).decode()
+
+    def media(**rule: Any) -> tuple[int, dict[str, str], bytes]:
+        gcs.set_rules(folder, {"name": f"^{name}$", **rule})
+        return gcs.ask("GET", f"{path}?alt=media")
+
+    try:
+        assert media(kind="status", value=416)[0] == 416
+        assert gcs.ask("GET", path)[0] == 416  # metadata, too
+        assert gcs.ask("GET", f"{OBJECTS}/{folder}%2Fy?alt=media")[2] == b"y"
+        assert media(kind="status", value=500, operations=["get"])[2] == b"0123456789"
+        status, headers, body = media(kind="flip")
+        assert (status, body, headers["x-goog-hash"]) == (200, b"012344" + b"6789", checksum)
+        status, headers, body = media(kind="short", value=3)
+        assert (status, headers["Content-Length"], body) == (200, "3", b"012")
+        assert media(kind="range")[1]["Content-Range"] == "bytes 7-9/11"
+        assert media(kind="type")[1]["Content-Type"].startswith("text/html")
+        with pytest.raises(IncompleteRead) as caught:
+            media(kind="cut", value=4)
+        assert caught.value.partial == b"0123"
+        started = time.monotonic()
+        assert media(kind="slow", value=0.2)[2] == b"0123456789" and time.monotonic() - started >= 0.2
+        started = time.monotonic()
+        assert media(kind="trickle", value=0.02)[2] == b"0123456789" and time.monotonic() - started >= 0.15
+        assert media(kind="status", value=503, skip=1, times=2)[0] == 200
+        assert [gcs.ask("GET", f"{path}?alt=media")[0] for _ in range(3)] == [503, 503, 200]
+        with socket.create_connection(tuple(gcs.url.removeprefix("http://").split(":"))) as client:  # type: ignore[arg-type]
+            gcs.set_rules(folder, {"name": name, "kind": "hang"})
+            client.settimeout(0.3)
+            client.sendall(f"GET {path}?alt=media HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+        before = gcs.hits(folder)
+        assert before >= 10
+    finally:
+        gcs.set_rules(folder)
+    assert gcs.ask("GET", f"{path}?alt=media")[2] == b"0123456789" and gcs.hits(folder) == before
+
+
+@pytest.mark.parametrize("rule", [{"kind": "no"}, {"name": "("}, {"nome": "x"}, {"kind": "status"}])
+def test_a_rule_that_is_none_is_refused(gcs: EmulatorProcess, rule: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        gcs.set_rules("refused", {"name": "x", **rule})

@@ -1,10 +1,14 @@
-"""Faults on command: which request meets which fault. Seeded, counted, and the same for every client."""
+"""Faults on command: which request meets which fault. Counted, and the same for every client.
+
+`Faults` are drawn by seeded chance for all requests. A `Rule` is certain: these requests get this answer.
+"""
 
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -75,3 +79,64 @@ class Dice:
             return False
         self.counts[kind] += 1
         return True
+
+
+RULE_KINDS = ("status", "flip", "cut", "short", "range", "type", "slow", "hang", "trickle")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What certain requests get instead of the right answer.
+
+    name: a regular expression found in the object's name, or in a listing's prefix. operations: media, get, list,
+    insert, delete. skip: as many requests are answered rightly before. times: as many meet it; 0: all.
+
+    kind, with `value`: status: HTTP `value`. flip: one bit of the body, while the hash in the headers stays the
+    object's. cut: the connection ends after `value` bytes of the body. short: a whole answer, whose body has only
+    `value` bytes. range: a `Content-Range` of other bytes. type: a page of HTML with status 200, as proxies send. slow:
+    `value` seconds late. hang: no answer at all. trickle: one byte of the body each `value` seconds.
+    """
+
+    name: str
+    kind: str = "status"
+    value: float = 0.0
+    operations: tuple[str, ...] = ("media", "get")
+    skip: int = 0
+    times: int = 0
+    message: str = ""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Rule:
+        """From JSON. Raises ValueError, TypeError."""
+        made = cls(**{**values, "operations": tuple(values.get("operations", cls.operations))})
+        if made.kind not in RULE_KINDS:
+            raise ValueError(f"kind={made.kind!r}: choose from {', '.join(RULE_KINDS)}")
+        if made.kind == "status" and not 200 <= made.value < 600:
+            raise ValueError(f"value={made.value:g}: expected a status of HTTP")
+        re.compile(made.name)
+        return made
+
+
+class Rules:
+    """Rules in named groups, so that clients beside each other do not meet each other's. Counted by group."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, list[tuple[Rule, Counter[str]]]] = {}
+        self.counts: Counter[str] = Counter()
+
+    def set(self, group: str, rules: Sequence[Rule]) -> None:
+        self._groups[group] = [(rule, Counter()) for rule in rules]
+        if not rules:
+            del self._groups[group]
+
+    def hit(self, operation: str, name: str) -> Rule | None:
+        """The first rule that this request meets."""
+        for group, rules in self._groups.items():
+            for rule, seen in rules:
+                if operation in rule.operations and re.search(rule.name, name):
+                    seen["requests"] += 1
+                    if seen["requests"] > rule.skip and (not rule.times or seen["hits"] < rule.times):
+                        seen["hits"] += 1
+                        self.counts[group] += 1
+                        return rule
+        return None

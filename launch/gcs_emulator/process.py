@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -59,6 +59,16 @@ class EmulatorProcess:
         status, _, body = self.ask("PUT", "/_emulator/faults", json.dumps(faults).encode())
         if status != 200:
             raise ValueError(body.decode())
+
+    def set_rules(self, group: str, *rules: Mapping[str, Any]) -> None:
+        """From now on these rules (`faults.Rule`) of this group and no others of it. Raises ValueError."""
+        status, _, body = self.ask("PUT", f"/_emulator/rules/{group}", json.dumps(rules).encode())
+        if status != 200:
+            raise ValueError(body.decode())
+
+    def hits(self, group: str) -> int:
+        """How many requests have met a rule of this group."""
+        return int(json.loads(self.ask("GET", f"/_emulator/rules/{group}")[2])["hits"])
 
     def end(self) -> None:
         self._process.terminate()

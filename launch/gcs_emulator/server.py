@@ -1,7 +1,8 @@
 """The emulator's HTTP side: the JSON API as gcsfs, TensorStore and this package speak it.
 
 Buckets: get, create. Objects: list, metadata, media with Range, media, multipart and resumable upload, delete, patch,
-rewriteTo, copyTo, moveTo, batch. `/_emulator/faults` (GET, PUT) and `/_emulator/counts` (GET, DELETE) are its own.
+rewriteTo, copyTo, moveTo, batch. `/_emulator/faults` (GET, PUT), `/_emulator/rules/GROUP` (GET, PUT) and
+`/_emulator/counts` (GET, DELETE) are its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from aiohttp import web
 
 from launch.gcs_emulator.bucket import LIST_PAGE_MAX, Bucket, Object, Preconditions, Refused
-from launch.gcs_emulator.faults import Dice, Faults
+from launch.gcs_emulator.faults import Dice, Faults, Rule, Rules
+from launch.gcs_emulator.replies import Answer, altered, cut, hang_up, response, stay_silent, trickle
 
 BODY_BYTES_MAX = 1 << 30
 UPLOADS_MAX = 10_000
@@ -47,14 +49,6 @@ class Upload:
     made: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    body: bytes = b""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    operation: str = "other"
-
-
 def _json(value: Any, operation: str, status: int = 200) -> Answer:
     return Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json; charset=UTF-8"}, operation)
 
@@ -74,6 +68,7 @@ class Emulator:
         self._buckets = {name: Bucket(name, max_bytes) for name in buckets}
         self._uploads: dict[str, Upload] = {}
         self.dice = Dice(faults)
+        self.rules = Rules()
         self.counts: Counter[str] = Counter()
 
     def application(self) -> web.Application:
@@ -87,22 +82,42 @@ class Emulator:
             return await self._control(request, path)
         if self.dice.faults.down:
             self.dice.counts["down"] += 1
-            return _hang_up(request)
+            return hang_up(request)
         if self.dice.hit("slow"):
             await asyncio.sleep(self.dice.faults.slow_s)
         for kind, status in (("too_many", 429), ("unavailable", 503)):
             if self.dice.hit(kind):
-                return _response(_refusal(Refused(status, f"injected {status}")))
+                return response(_refusal(Refused(status, f"injected {status}")))
         body = await request.read()
+        if rule := self.rules.hit(*_named(request.method, path, request.query)):
+            return await self._ruled(rule, request, path, body)
         if request.method != "GET" and self.dice.hit("cut"):
             self._keep_half(request, body)
-            return _hang_up(request)
+            return hang_up(request)
         answer = self._answer(request, path, dict(request.query), body)
         if self.dice.hit("lost"):
-            return _hang_up(request)
+            return hang_up(request)
         if request.method == "GET" and len(answer.body) > 1 and self.dice.hit("cut"):
-            return await _cut(request, answer)
-        return _response(answer)
+            return await cut(request, answer, len(answer.body) // 2)
+        return response(answer)
+
+    async def _ruled(self, rule: Rule, request: web.Request, path: str, body: bytes) -> web.StreamResponse:
+        """The answer that `rule` has for this request."""
+        if rule.kind == "status":
+            status = int(rule.value)
+            return response(_refusal(Refused(status, rule.message or f"injected {status} for {path}")))
+        if rule.kind == "hang":
+            return await stay_silent(request)
+        if rule.kind == "type":
+            return web.Response(text="<html><body>Please log in.</body></html>", content_type="text/html")
+        if rule.kind == "slow":
+            await asyncio.sleep(rule.value)
+        answer = self._answer(request, path, dict(request.query), body)
+        if rule.kind == "cut":
+            return await cut(request, answer, int(rule.value))
+        if rule.kind == "trickle":
+            return await trickle(request, answer, rule.value)
+        return response(altered(rule, answer))
 
     def _answer(self, request: web.Request, path: str, query: dict[str, str], body: bytes) -> Answer:
         base = f"{request.scheme}://{request.host}"
@@ -322,6 +337,14 @@ class Emulator:
                 except (ValueError, TypeError) as error:
                     return web.json_response({"error": str(error)}, status=400)
             return web.json_response(vars(self.dice.faults))
+        if path.startswith("/_emulator/rules/"):
+            group = path.removeprefix("/_emulator/rules/")
+            if request.method == "PUT":
+                try:
+                    self.rules.set(group, [Rule.of(one) for one in await request.json()])
+                except (ValueError, TypeError, re.error) as error:
+                    return web.json_response({"error": str(error)}, status=400)
+            return web.json_response({"hits": self.rules.counts[group]})
         if path == "/_emulator/counts":
             told = self._told()
             if request.method == "DELETE":
@@ -330,7 +353,9 @@ class Emulator:
                 for bucket in self._buckets.values():
                     bucket.rewritten_too_soon = 0
             return web.json_response(told)
-        return web.json_response({"error": "there is /_emulator/faults and /_emulator/counts"}, status=404)
+        return web.json_response(
+            {"error": "there is /_emulator/faults, /_emulator/rules/GROUP and /_emulator/counts"}, status=404
+        )
 
     def _told(self) -> dict[str, Any]:
         classes: Counter[str] = Counter()
@@ -357,6 +382,12 @@ def _operation(method: str, path: str, query: Mapping[str, str]) -> str:
     if _OBJECT.fullmatch(path):
         return {"DELETE": "delete", "PATCH": "patch"}.get(method, "media" if query.get("alt") == "media" else "get")
     return "list" if _LIST.fullmatch(path) else "copy" if _COPY.fullmatch(path) else "other"
+
+
+def _named(method: str, path: str, query: Mapping[str, str]) -> tuple[str, str]:
+    """Which operation a call is, and the object's name or the listing's prefix."""
+    found = _OBJECT.fullmatch(path)
+    return _operation(method, path, query), unquote(found[2]) if found else query.get("prefix", query.get("name", ""))
 
 
 def _hash_header(headers: Mapping[str, str]) -> str | None:
@@ -410,24 +441,3 @@ def _split_part(part: bytes) -> tuple[bytes, bytes]:
     if not found:
         raise Refused(400, "a part without an empty line")
     return part[: found.start()], part[found.end() :]
-
-
-def _response(answer: Answer) -> web.Response:
-    return web.Response(status=answer.status, body=answer.body, headers=dict(answer.headers))
-
-
-def _hang_up(request: web.Request) -> web.Response:
-    if request.transport:
-        request.transport.abort()
-    return web.Response(status=500)
-
-
-async def _cut(request: web.Request, answer: Answer) -> web.StreamResponse:
-    """The headers promise the whole body, half of it comes."""
-    response = web.StreamResponse(status=answer.status, headers=dict(answer.headers))
-    response.content_length = len(answer.body)
-    await response.prepare(request)
-    await response.write(answer.body[: len(answer.body) // 2])
-    if request.transport:
-        request.transport.close()
-    return response

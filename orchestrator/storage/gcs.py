@@ -14,6 +14,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import quote
 
 import crc32c
@@ -133,11 +134,11 @@ class GcsStorage:
             reply = self._client.send("list", where, "GET", self._objects, params=params)
             if reply.status != 200:
                 raise refusal("list", where, reply)
-            page = json.loads(reply.body)
+            page = _document(reply, f"list {where}")
             for item in page.get("items", ()):
                 key = str(item["name"]).removeprefix(self._prefix)
                 if _plain(key) and key >= start:
-                    yield Entry(key, int(item["size"]))
+                    yield Entry(key, int(item.get("size", 0)))
             if "nextPageToken" not in page:
                 return
             params["pageToken"] = page["nextPageToken"]
@@ -220,8 +221,12 @@ class GcsStorage:
             return None
         if reply.status != 200:
             raise refusal("stat", where, reply)
-        found = json.loads(reply.body)
-        return FileEntry(path=key, bytes=int(found.get("size", 0)), crc32c=base64.b64decode(found["crc32c"]).hex())
+        found = _document(reply, f"stat {where}")
+        try:
+            crc = base64.b64decode(found["crc32c"]).hex()
+            return FileEntry(path=key, bytes=int(found.get("size", 0)), crc32c=crc)
+        except (KeyError, ValueError, TypeError) as error:
+            raise Unavailable(f"stat {where}: answered without a size or CRC-32C: {reply.body[:200]!r}") from error
 
     def _path(self, key: str) -> str:
         return f"{self._objects}/{quote(self._prefix + key, safe='')}"
@@ -243,3 +248,14 @@ def _batch_statuses(reply: Reply) -> dict[int, int]:
     """Index of a call -> its status. What the reply does not tell of is left out."""
     found = re.finditer(rb"(?is)content-id:\s*<?response-<?(\d+)>?>?.*?HTTP/[\d.]+ (\d{3})", reply.body)
     return {int(match[1]): int(match[2]) for match in found}
+
+
+def _document(reply: Reply, what: str) -> dict[str, Any]:
+    """The JSON object of an answer. A proxy may answer 200 with a page of its own: Unavailable."""
+    try:
+        found = json.loads(reply.body)
+        if isinstance(found, dict):
+            return found
+    except ValueError:
+        pass
+    raise Unavailable(f"{what}: answered {reply.status} with something that is no JSON object: {reply.body[:200]!r}")

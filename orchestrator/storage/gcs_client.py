@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import aiohttp
 from fsspec.asyn import get_loop
 from gcsfs.core import GCSFileSystem
+from google.auth.exceptions import TransportError
 
 from orchestrator import environment
 from orchestrator.errors import StorageError, Unavailable
@@ -92,13 +93,16 @@ class Client:
         self, deadline_s: float = _DEADLINE_S, budget: Budget | None = None, first_wait_s: float = _FIRST_WAIT_S
     ) -> None:
         anonymous = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
-        self._files = GCSFileSystem(
-            access="read_write",
-            token=anonymous,
-            project=os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
+        try:
+            self._files = GCSFileSystem(
+                access="read_write",
+                token=anonymous,
+                project=os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
+                use_listings_cache=False,
+                skip_instance_cache=True,
+            )
+        except Exception as error:  # a key file may hold anything, and each library has errors of its own for it
+            raise Unavailable(_no_credentials(error), waited=True) from error
         self.endpoint = str(self._files.base).removesuffix("/storage/v1/")
         self.deadline_s = deadline_s
         self.requests: Counter[str] = Counter()
@@ -202,8 +206,7 @@ class Client:
         signed = dict(headers)
         try:
             async with self._slots, asyncio.timeout(limit_s):
-                # On a thread: renewing a token is a blocking request of its own.
-                await asyncio.to_thread(self._files.credentials.apply, signed)
+                await self._sign(signed)
                 async with self._session.request(
                     method, self.endpoint + path, params=dict(params), headers=signed, data=body
                 ) as response:
@@ -219,6 +222,19 @@ class Client:
             landed = reply.status not in _REFUSED_FOR_SURE
             raise _NoAnswer(f"http {reply.status}", text, landed=landed, wait_s=_retry_after(reply))
         return reply
+
+    async def _sign(self, headers: dict[str, str]) -> None:
+        """Add the credential. Raises _NoAnswer where another try could help, Unavailable."""
+        try:  # on a thread: renewing a token is a blocking request of its own
+            await asyncio.to_thread(self._files.credentials.apply, headers)
+        except (OSError, TransportError) as error:
+            raise _NoAnswer("credentials", _no_credentials(error), landed=False) from error
+        except Exception as error:  # google-auth's, gcsfs' and requests' own
+            raise Unavailable(_no_credentials(error), waited=True) from error
+
+
+def _no_credentials(error: Exception) -> str:
+    return f"the credentials for Cloud Storage cannot be used: {type(error).__name__}: {error}"[:1000]
 
 
 async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
