@@ -134,11 +134,19 @@ class Catalog:
     def entry(self, version: int) -> Head:
         """One journal entry. Raises Damaged if it is missing, edited or in the wrong place."""
         key = layout.journal_key(version)
-        try:
-            return self._decode(self.storage.get(key), Head, key, version=version)
-        except Damaged:  # once is no proof
-            self.storage.measure(key)  # what a cache has kept of it is gone then
-            return self._decode(self.storage.get(key), Head, key, version=version)
+        for tries_left in reversed(range(READS)):
+            body = self.storage.get(key)
+            try:
+                return self._decode(body, Head, key, version=version)
+            except Damaged as error:  # once is no proof
+                read = None if body is None else file_entry(key, body)
+                there = self.storage.measure(key)  # what a cache has kept of it is gone then
+                if (read and (read.bytes, read.crc32c)) == (there and (there.bytes, there.crc32c)):
+                    raise
+                if not tries_left:
+                    text = f"{error}; but by the store's own account the entry is another: it could not be read"
+                    raise Unavailable(text) from error
+        raise AssertionError("unreachable")
 
     def entries(self) -> Iterator[Head]:
         """All journal entries, oldest first."""

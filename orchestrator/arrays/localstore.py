@@ -143,7 +143,11 @@ class LocalStore:
                     check_key(path, where)  # it comes from storage
                     if self._stored is not None and path not in self._stored.files:
                         raise Damaged(f"{where}: leads to {path!r}, which the step's manifest does not list; not read")
-                    self._open[path] = self._root.open(f"{self._base}/{path}" if self._base else path)
+                    try:
+                        self._open[path] = self._root.open(f"{self._base}/{path}" if self._base else path)
+                    except OSError as error:
+                        text = f"{self._directory}/{path} cannot be opened: {error}"
+                        raise _fault(text, path, error) from error
         return self._open[path]
 
     def _whole(self, path: str, where: str) -> bytes:
