@@ -308,7 +308,8 @@ def chunk_bomb(shape: list[int], chunk: list[int], *, signs: bool = True) -> Cha
         chunks = {key.decode(): value for key, value in entries.items() if not key.endswith(b"/zarr.json")}
 
         def follow(record: dict[str, Any]) -> None:
-            record["chunks"] = {key: record["chunks"].get(key, f"{crc:08x}") for key in chunks}
+            known = {key: value for key, value in record["chunks"].items() if not key.startswith("w/")}
+            record["chunks"] = {key: known.get(key, f"{crc:08x}") for key in chunks}
 
         image.set_manifest(follow)
         if signs:
