@@ -373,6 +373,7 @@ COMPRESSED: dict[str, Change] = {
 }
 EXTERNAL: dict[str, Change] = {
     "an external chunk of 4 GiB for 16 elements": external_bomb([16], [1 << 30]),
+    "an external chunk of 4 GiB, 16 elements said": external_bomb([4, 4], [4, 4]),
     "an external chunk of 4 GiB, as large as its array": external_bomb([1 << 30], [1 << 30]),
 }
 
