@@ -94,6 +94,15 @@ def test_metadata_of_another_array_is_damage(change: dict[str, Any]) -> None:
         chunk_shape(json.dumps({**METADATA, **change}).encode(), LEAF, "here")
 
 
+def test_a_chunk_larger_than_ours_are_is_not_decoded_though_its_array_is_as_large() -> None:
+    side = 1 << 15
+    leaf = LeafSpec(path=("w",), kind="array", shape=(side, side), dtype="float32")
+    told = {**METADATA, "shape": [side, side], **regular(side, side)}
+    with pytest.raises(Damaged, match="here: describes another array"):
+        chunk_shape(json.dumps(told).encode(), leaf, "here")
+    assert chunk_shape(json.dumps({**told, **regular(32, side)}).encode(), leaf, "here") == (32, side)  # 4 MiB
+
+
 @pytest.mark.parametrize("body", [b"", b"\xff", b"[" * 100_000, b"null", b"[]"])
 def test_what_is_no_metadata_is_damage(body: bytes) -> None:
     with pytest.raises(Damaged, match="here: not the description of an array"):

@@ -7,12 +7,15 @@ from the headers of its blocks, so that more is never decoded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
+from orchestrator.chunks import CHUNK_BYTES
+from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import Damaged
 from orchestrator.records import LeafSpec
 
@@ -21,6 +24,8 @@ _CODECS = ("bytes", "zstd", "crc32c")
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _BLOCK_BYTES = 128 << 10  # zstd's blocks decode to at most so much
 _SLACK = 64  # blocks may be that much shorter on average: zstd splits them where what they hold changes
+_SLACK_BYTES = 512 << 20
+_CHUNK_BYTES_MAX = 16 * CHUNK_BYTES  # of ours, and some: what decodes them ends the process if it has no memory
 _TIMEOUT_S = 60.0  # of TensorStore, in memory
 
 
@@ -36,7 +41,7 @@ def inflated(body: bytes | memoryview, size: int, where: Callable[[], str]) -> m
     """The `size` bytes that `body` was made of. Raises Damaged, beginning with `where()`, if it holds anything else."""
     try:
         most = decoded_bytes_max(memoryview(body))
-        if most > max(_SLACK * size, size + (1 << 20)):
+        if most > max(size + (1 << 20), min(_SLACK * size, size + _SLACK_BYTES)):
             raise ValueError(f"decodes to up to {most} bytes, expected {size}")
         array = _opened(size)
         store: Any = array.kvstore
@@ -118,6 +123,7 @@ def chunk_shape(metadata: bytes, leaf: LeafSpec, where: str) -> tuple[int, ...]:
             and tuple(codec["name"] for codec in told["codecs"]) == _CODECS
             and len(grid) == len(leaf.file_shape)
             and all(type(size) is int for size in grid)
+            and math.prod(grid) * ITEM_BYTES[leaf.stored_dtype or leaf.dtype] <= _CHUNK_BYTES_MAX
             and all(size >= 1 and whole % size == 0 for size, whole in zip(grid, leaf.file_shape, strict=True))
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
