@@ -158,8 +158,9 @@ def _read_records(stored: StoredStep, manifest: Manifest, verdict: Verdict, *, d
 
 
 def _read_chunks(stored: StoredStep, sizes: dict[str, int | None], verdict: Verdict, on_bytes: OnBytes) -> None:
-    catalog, live, manifest = stored.catalog, stored.live, stored.catalog.manifest(stored.live)
+    catalog, live = stored.catalog, stored.live
     try:
+        manifest = catalog.manifest(live)
         bad = stored.bad_chunks(sizes, on_bytes)
     except OrchestratorError as error:
         verdict.note(error)

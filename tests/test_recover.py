@@ -376,7 +376,7 @@ def test_a_job_that_saves_while_somebody_looks_is_no_proof_of_a_loss(root: Path)
     attempt = root / layout.attempt_prefix(2, "e0001-a01")
     (attempt / "state").mkdir(parents=True)
     (attempt / "state" / "x").write_bytes(b"data")
-    from orchestrator.records import encode
+    from orchestrator.codec import encode
 
     def save_on(operation: str, key: str) -> None:
         if (operation, key) == ("get", f"{layout.attempt_prefix(2, 'e0001-a01')}{layout.INTENT}"):

@@ -101,6 +101,7 @@ class Client:
                 use_listings_cache=False,
                 skip_instance_cache=True,
             )
+            self._loop = get_loop()
         except Exception as error:  # a key file may hold anything, and each library has errors of its own for it
             raise Unavailable(_no_credentials(error), waited=True) from error
         self.endpoint = str(self._files.base).removesuffix("/storage/v1/")
@@ -108,7 +109,6 @@ class Client:
         self.requests: Counter[str] = Counter()
         self.retries: Counter[str] = Counter()
         self._budget, self._first_wait_s = budget or Budget(), first_wait_s
-        self._loop = get_loop()
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(CONCURRENCY)
         self._down = False  # an operation has waited for its whole deadline, and nothing has been answered since
@@ -234,7 +234,9 @@ class Client:
 
 
 def _no_credentials(error: Exception) -> str:
-    return f"the credentials for Cloud Storage cannot be used: {type(error).__name__}: {error}"[:1000]
+    said = error.__cause__ or error  # gcsfs says "Invalid Credentials" of whatever google-auth said
+    text = f"{type(said).__name__}: {said}"[:1000]
+    return f"the credentials for Cloud Storage cannot be used: {text}; see GOOGLE_APPLICATION_CREDENTIALS, docs/gcs.md"
 
 
 async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
