@@ -15,6 +15,7 @@ from orchestrator import arrays, chunks
 from orchestrator.arrays import ocdbt, placing
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.contents import Stored
+from orchestrator.errors import Suspect
 from orchestrator.records import Box, LeafSpec
 
 NODE, DATA = "d/node", "d/data"
@@ -103,7 +104,7 @@ TREES: dict[str, tuple[bytes, ocdbt._Summary, int, str]] = {
 @pytest.mark.parametrize("case", TREES.values(), ids=TREES)
 def test_what_is_no_tree_is_damage(tmp_path: Path, case: tuple[bytes, ocdbt._Summary, int, str]) -> None:
     nodes, root, height, said = case
-    with pytest.raises(oc.Damaged, match=said):
+    with pytest.raises(Suspect, match=said):
         store(tmp_path, nodes, root, height)()
 
 
@@ -133,7 +134,7 @@ BAD_NODES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("node", BAD_NODES.values(), ids=BAD_NODES)
 def test_what_is_no_node_is_damage(tmp_path: Path, node: bytes) -> None:
-    with pytest.raises(oc.Damaged):
+    with pytest.raises(Suspect):
         store(tmp_path, node, summary(len(node)))()
 
 
@@ -142,7 +143,7 @@ def test_a_compressed_tree_is_none_of_ours(tmp_path: Path) -> None:
     places = store(tmp_path, node, summary(len(node)))
     assert places() is None  # TensorStore could read it
     leaf = LeafSpec(path=("aa",), kind="numpy", shape=(1,), dtype="int8", chunk=(1,))
-    with pytest.raises(oc.Damaged, match="tree is compressed or in parts; none of ours is"):
+    with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
         arrays.load(f"file://{tmp_path}", [arrays.Load(leaf)])
 
 
