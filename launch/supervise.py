@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 
 from launch.contract import EXIT_PREEMPTED
 
-# A second start cannot mend these: wrong usage stays wrong, a fenced job would fence its own successor in turn, and
-# where nothing can be restored nothing will be.
-FINAL_CODES = frozenset({2, 5, 6})
+# A second start cannot mend these: wrong usage stays wrong, what was found damaged or lost stays so, a fenced job would
+# fence its own successor in turn, and where nothing can be restored nothing will be.
+FINAL_CODES = frozenset({2, 4, 5, 6})
 # Signals that a process brings upon itself.
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
 

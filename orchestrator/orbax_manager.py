@@ -21,7 +21,7 @@ from orchestrator.adopt import EXTRA, unadopted
 from orchestrator.agent import Agent
 from orchestrator.arrays import orbax
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Damaged, StepNotFound, StorageError, UsageError
+from orchestrator.errors import Damaged, StepNotFound, UsageError
 from orchestrator.orbax_items import Saved
 from orchestrator.orbax_options import Info
 from orchestrator.orbax_steps import DEFAULT
@@ -324,7 +324,7 @@ class CheckpointManager:
         """Of the newest step whose records can be read: `restore` deals with the damaged ones above it."""
         newest = self._live(None)
         for live in reversed(self._catalog.require_head().live):
-            with contextlib.suppress(Damaged, StorageError):
+            with contextlib.suppress(Damaged):  # what merely cannot be read raises: an older step would be no answer
                 if live.restorable:
                     return self._saved(live)
         return self._saved(newest)
@@ -365,7 +365,7 @@ class CheckpointManager:
         """As in Orbax, what the directory was given first, by whichever manager, stays: each step carries it on."""
         head = self._catalog.head()
         for live in reversed(head.live if head else ()):
-            with contextlib.suppress(Damaged, StorageError):
+            with contextlib.suppress(Damaged):
                 extra = self._catalog.extra(live, self._catalog.manifest(live)).extra
                 return extra.get(EXTRA, {}).get("root_metadata") or self._root_metadata
         return self._root_metadata

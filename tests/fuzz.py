@@ -421,18 +421,18 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--outcomes", type=Path, help="every outcome, one JSON object a line")
     parser.add_argument("--commands", action="store_true", help="show each changed run with commands, too")
-    parser.add_argument("--named", choices=("all", "none", "only", "special"), default="all", help="of tests/forged.py")
+    parser.add_argument("--named", choices=("all", "none", "only"), default="all", help="of tests/forged.py")
     parser.add_argument("--alone", action="store_true", help="a process for each named case, to measure its memory")
     args = parser.parse_args()
     if args.mutations < 1:
         parser.error(f"--mutations={args.mutations}: expected at least 1")
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.modules.setdefault("fuzz", sys.modules["__main__"])  # so that there is one class of cases
-    from forged import CASES, SPECIAL_CASES
+    from forged import CASES
 
     first = args.seed * 10_000_000
     seeds = range(first, first + args.mutations) if args.named in ("all", "none") else ()
-    by_name = {"none": [], "special": SPECIAL_CASES}.get(args.named, CASES)
+    by_name = [] if args.named == "none" else CASES
     with runs() as base:
         found = list(campaign(map(drawn, seeds), base, commands=args.commands))
         named = list(campaign(by_name, base, commands=args.commands, alone=args.alone))

@@ -169,7 +169,7 @@ def test_restarts_end_with_the_last_failures_code_and_may_change_the_number_of_h
     assert done.stdout.splitlines().count("[host-0] 1") == 1
 
 
-@pytest.mark.parametrize("code", [2, 5, 6])
+@pytest.mark.parametrize("code", [2, 4, 5, 6])
 def test_wrong_usage_and_fenced_jobs_are_not_restarted(code: int) -> None:
     done = launch(["--processes", "1", "--max_restarts", "3"], f"print('run'); raise SystemExit({code})")
     assert (done.returncode, done.stdout.count("run")) == (code, 1)

@@ -136,7 +136,7 @@ def test_on_tpu_pools_the_addresses_are_left_to_gke() -> None:
 def test_a_preemption_is_free_and_what_a_restart_cannot_mend_is_final() -> None:
     jobset = manifests.jobset(job(GPU))[-1]["spec"]
     rules = jobset["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert [rule.get("onExitCodes", {}).get("values") for rule in rules] == [[2, 5, 6], None, [75]]
+    assert [rule.get("onExitCodes", {}).get("values") for rule in rules] == [[2, 4, 5, 6], None, [75]]
     final, free = jobset["failurePolicy"]["rules"]
     assert (final["action"], free["action"]) == ("FailJobSet", "RestartJobSetAndIgnoreMaxRestarts")
     assert final["onJobFailureMessagePatterns"] == ["failed with exit code (2|5|6) "]

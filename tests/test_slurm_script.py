@@ -72,7 +72,7 @@ def test_slurm_is_asked_for_whole_nodes_and_for_time_to_save() -> None:
     assert options(slurm.script(SlurmJob(["x"], 4)))["nodes"] == "4"
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 5, 6, 137])
+@pytest.mark.parametrize("code", [0, 1, 2, 4, 5, 6, 137])
 def test_only_75_asks_for_another_start(tmp_path: Path, code: int) -> None:
     srun = f'[[ "$*" == *" true" ]] || exit {code}'
     assert run(tmp_path, slurm.script(SlurmJob(["x"], 3)), srun=srun) == (code, "", [])

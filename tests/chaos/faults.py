@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import failpoints
+from tests.chaos import check
 from tests.chaos.arena import REPOSITORY, Arena, stopped
 from tests.chaos.network import network, why_not
 
@@ -271,6 +272,112 @@ def cut_network(index: int, after_s: float) -> Round:
     return Round("cut network (namespaces)", f"host {index} after {after_s:.2f} s", run, fresh=True)
 
 
+def stranger(saves: bool) -> Round:
+    """Somebody mistypes a root: another job, with another tree, comes to a run that is being trained."""
+    act = "agent.save(10**6, like)" if saves else "agent.restore(like)"
+    other = f"import numpy, orchestrator as oc; like = {{'theirs': numpy.zeros(3)}}; agent = oc.Agent(ROOT); {act}"
+
+    def run(arena: Arena) -> str:
+        saved = len(arena.story("saved"))
+        job = arena.launch("delay=0.1", more=40)
+        arena.until("a step is saved", lambda: len(arena.story("saved")) >= saved + 2, 60, job)
+        came = arena.start([sys.executable, "-c", other.replace("ROOT", repr(str(arena.root)))], JAX_PLATFORMS="cpu")
+        code, said = arena.wait(came, ROUND_S), arena.tail()
+        expect(
+            code == 1 and ("OtherJob" in said or "Mismatch" in said), f"the stranger ended with {code}: {said}", arena
+        )
+        code = arena.wait(job, ROUND_S)
+        expect(code == 0 and restarts(arena) == 0, f"exit code {code}", arena)
+        return "the stranger was rejected, training went on"
+
+    return Round("another job at the same root", "saves" if saves else "restores", run, fresh=False)
+
+
+def root_taken(how: str, after_s: float) -> Round:
+    """The root is renamed under the job; later it is put back."""
+
+    def run(arena: Arena) -> str:
+        saved, aside = len(arena.story("saved")), arena.base / "aside"
+        job = arena.launch("delay=0.05", more=200)
+        arena.until("a step is saved", lambda: len(arena.story("saved")) >= saved + 2, 60, job)
+        time.sleep(after_s)
+        arena.root.rename(aside)
+        if how == "another in its place":
+            arena.root.mkdir()
+        code = arena.wait(job, ROUND_S)
+        expect(code == 5, f"exit code {code}", arena)
+        if how == "another in its place":
+            expect(
+                not list(arena.root.iterdir()), f"written to the other root: {list(arena.root.rglob('*'))[:5]}", arena
+            )
+            arena.root.rmdir()
+        expect(not arena.root.exists(), "the root was made again", arena)
+        aside.rename(arena.root)
+        arena.steps = max(line["step"] for line in arena.story("saved")) + 1
+        code = arena.wait(arena.launch(), ROUND_S)
+        expect(code == 0, f"exit code {code} after it was put back", arena)
+        return "ended with 5, nothing written elsewhere, went on when it was back"
+
+    return Round("the root renamed under the job", f"{how}, after {after_s:.2f} s", run)
+
+
+def journal_lost(how: str, entries: int) -> Round:
+    """An interrupted copy: entries of the journal are missing when the job comes back; then they are there."""
+
+    def run(arena: Arena) -> str:
+        code = arena.wait(arena.launch(), ROUND_S)
+        expect(code == 0, f"exit code {code}", arena)
+        names = sorted((arena.root / "journal").iterdir())
+        taken = names if how == "all" else names[-entries:] if how == "newest" else names[-entries - 1 : -1]
+        kept = {path: path.read_bytes() for path in taken}
+        for path in taken:
+            path.unlink()
+        before = {path for path in arena.root.rglob("*") if "events" not in path.parts}
+        job = arena.launch()
+        code = arena.wait(job, ROUND_S)
+        refused = "JournalLost" in arena.tail()
+        after = {path for path in arena.root.rglob("*") if "events" not in path.parts}
+        if refused:
+            expect(code == 4 and after == before, f"exit code {code}, new: {after - before}", arena)
+        for path, body in kept.items():
+            expect(refused or not path.exists() or path.read_bytes() == body, f"{path} was written again", arena)
+            path.write_bytes(body)
+        expect(refused, f"exit code {code}: a lost journal was not noticed", arena)
+        code = arena.wait(arena.launch(), ROUND_S)
+        expect(code == 0, f"exit code {code} with the journal whole again", arena)
+        return "refused, nothing written, went on when it was whole"
+
+    return Round("entries of the journal missing", f"{how}, {entries}", run)
+
+
+def flipped(fraction: float) -> Round:
+    """A bit of the newest step is wrong for a while: quarantined, then right again and released."""
+
+    def run(arena: Arena) -> str:
+        code = arena.wait(arena.launch(), ROUND_S)
+        expect(code == 0, f"exit code {code}", arena)
+        newest = check.cli(arena.root, "ls")[1]["newest"]
+        file = max(arena.root.glob(f"steps/{newest:08d}/*/state/**/d/*"), key=lambda path: path.stat().st_size)
+        body = file.read_bytes()
+        broken = bytearray(body)
+        broken[int(fraction * (len(body) - 1))] ^= 16
+        file.write_bytes(broken)
+        code, told, _ = check.cli(arena.root, "verify", "--all")
+        expect(code == 4, f"verify ended with {code}: {told}", arena)
+        listed = check.cli(arena.root, "ls")[1]
+        expect(listed["newest"] != newest, "the damaged step is still the newest", arena)
+        file.write_bytes(body)
+        code, told, _ = check.cli(arena.root, "verify", "--all")
+        expect(code == 0 and check.cli(arena.root, "ls")[1]["newest"] == newest, f"verify, right again: {told}", arena)
+        opened = len(arena.story("opened"))
+        code = arena.wait(arena.launch(), ROUND_S)
+        came_up = {line["restored"] for line in arena.story("opened")[opened:]}
+        expect(code == 0 and came_up == {newest}, f"exit code {code}, came up on {came_up}, expected {newest}", arena)
+        return "quarantined, released when it was right again"
+
+    return Round("a wrong bit, for a while", f"at {fraction:.2f}", run)
+
+
 def tools() -> dict[str, str]:
     """What a kind of round needs and this machine lacks, by kind; the reason it is skipped."""
     missing = {}
@@ -319,6 +426,14 @@ def _sweep(source: random.Random) -> Iterator[Round]:
     for call, error in (("fsync", "EIO"), ("fsync", "ENOSPC"), ("fdatasync", "EIO"), ("link", "ENOSPC")):
         first = source.randrange(3, 12)
         yield system_call(f"{call}:error={error}:when={first}+{source.randrange(3, 9)}", source.randrange(2))
+    for saves in (False, True):
+        yield stranger(saves)
+    for how in ("away", "another in its place"):
+        yield root_taken(how, source.uniform(0, 0.3))
+    for how in ("all", "newest", "a hole"):
+        yield journal_lost(how, source.randrange(2, 6))
+    for _ in range(2):
+        yield flipped(source.random())
     for _ in range(2):
         yield clock(source.choice([10.0, 1e5, 1e9]), source.random() < 0.5)
 
