@@ -139,7 +139,7 @@ def test_a_preemption_is_free_and_what_a_restart_cannot_mend_is_final() -> None:
     assert [rule.get("onExitCodes", {}).get("values") for rule in rules] == [[2, 4, 5, 6], None, [75]]
     final, free = jobset["failurePolicy"]["rules"]
     assert (final["action"], free["action"]) == ("FailJobSet", "RestartJobSetAndIgnoreMaxRestarts")
-    assert final["onJobFailureMessagePatterns"] == ["failed with exit code (2|5|6) "]
+    assert final["onJobFailureMessagePatterns"] == ["failed with exit code (2|4|5|6) "]
     (service, run) = manifests.indexed_job(job(GPU, max_restarts=2))
     assert [rule["action"] for rule in run["spec"]["podFailurePolicy"]["rules"]] == ["FailJob", "Ignore", "Ignore"]
     assert run["spec"]["backoffLimit"] == 8, "each of four pods counts by itself"
