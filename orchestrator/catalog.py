@@ -26,7 +26,6 @@ from orchestrator.errors import (
     StepNotFound,
     StepRetired,
     StorageError,
-    Suspect,
     Unavailable,
 )
 from orchestrator.events import Retried, emit
@@ -91,13 +90,8 @@ class Catalog:
         self._known_version = newest
         try:
             return self.entry(newest)
-        except (Damaged, Suspect):
-            pass  # read twice before it is said
-        try:
-            return self.entry(newest)
-        except (Damaged, Suspect) as error:
-            kind = type(error) if isinstance(error, Damaged) else Damaged
-            raise kind(f"{error}; it is the journal's newest entry; {self.recipe}") from error
+        except Damaged as error:
+            raise type(error)(f"{error}; it is the journal's newest entry; {self.recipe}") from error
 
     @property
     def recipe(self) -> str:
@@ -298,8 +292,8 @@ class Catalog:
             wrong = problem(read)
             if body is not None and not wrong:
                 return body
-            self.check_live(live)
             again = self.storage.measure(key, expected_bytes)
+            self.check_live(live)  # last: whatever retention deletes it has journalled before
             if said := problem(again):
                 raise Damaged(f"{self.url}/{key}: {said}", files=[name])
             if read and again and (read.bytes, read.crc32c) == (again.bytes, again.crc32c) and self._same(key, read):
@@ -340,8 +334,8 @@ class Catalog:
             wrong = [wanted for wanted in manifest.files if there.get(wanted.path) != wanted.bytes]
             if not wrong:
                 return
-            self.check_live(live)
             self.check_measured(live, wrong[:1])
+            self.check_live(live)
         raise Unavailable(
             f"{self.url}/{prefix}{wrong[0].path}: {READS} listings show {there.get(wrong[0].path, 'no')} bytes, "
             f"the store's own account is {wrong[0].bytes}, as the manifest says"

@@ -440,7 +440,12 @@ def _choose(catalog: Catalog, step: int | None, back: int, passed: _Passed) -> t
         return None
     live = catalog.find(step)
     assert live is not None  # find raises for a step that is not there
-    return catalog.require_head().version, live.step
+    head = catalog.require_head()  # perhaps another one
+    if journal.find(head, live.step) is None:
+        raise StepRetired(
+            f"{catalog.url}: step {live.step} was retired this moment; the newest is {head.live[-1].step}"
+        )
+    return head.version, live.step
 
 
 def shown(passed: _Passed) -> str:

@@ -134,6 +134,7 @@ class StoredStep:
                 self._judge(suspect)
                 # On a file system it was read from the very files that were measured; of an object store, who knows.
                 if suspect.structure and tries == READS and self.state_url.startswith("file://"):
+                    self.catalog.check_live(self.live)
                     raise Damaged(
                         f"{suspect}; read so {READS} times, and its files are the manifest's: no save writes this"
                     ) from suspect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,6 +310,27 @@ def test_a_step_asked_for_by_name_that_was_retired_says_so(root: Path) -> None:
     with pytest.raises(oc.StepNotFound) as caught:
         reader.restore(LIKE, step=1)
     assert not isinstance(caught.value, oc.StepRetired), "this reader has never heard of it"
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("operation", ["get", "measure", "list"])
+def test_a_step_that_goes_between_any_two_looks_at_it_is_retired_and_not_damaged(
+    root: Path, operation: str, name: str
+) -> None:
+    """Retired and deleted at the very moment of one look, of which the next tells nothing any more."""
+    fill(root, 1, 2)
+    attempt = next((root / "steps/00000001").iterdir())
+
+    def gone_now(right: Any) -> Any:
+        retire(root)
+        shutil.rmtree(attempt)
+        return [] if operation == "list" else None
+
+    lies = [Lie(operation, f"1/e0001-a01/{name}", gone_now, 1)]
+    if operation == "measure":
+        lies.append(Lie("get", f"1/e0001-a01/{name}", flipped, 1))
+    with pytest.raises(oc.StepRetired):
+        Run(Catalog(Lying(PosixStorage(str(root)), *lies), "reader")).restore(LIKE, step=1)
 
 
 @pytest.mark.parametrize("heard", ["all_steps", "latest_step", "watch"])
