@@ -123,6 +123,42 @@ def test_a_store_that_fails_says_nothing_about_the_data(run: Path) -> None:
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_verdict_that_cannot_be_journalled_is_said_all_the_same(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damaged: bool
+) -> None:
+    if damaged:
+        flip(data_file(run))
+
+    def read_only(self: PosixStorage, key: str, body: bytes) -> None:
+        raise StorageError(f"create {key}: EROFS (Read-only file system)")
+
+    before = snapshot(run)
+    monkeypatch.setattr(PosixStorage, "create", read_only)
+    assert orchestrator("verify", run) == (4 if damaged else 1)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert f"step 1 e0001-a01: {'damaged' if damaged else 'good'}" in first
+    assert "not recorded in the journal: " in last and "EROFS" in last
+    assert snapshot(run) == before
+
+
+def test_a_quarantine_that_reading_disproves_is_lifted_by_verify_but_no_decision_of_a_person(run: Path) -> None:
+    broken = data_file(run)
+    whole = broken.read_bytes()
+    flip(broken)
+    assert orchestrator("verify", run) == 4
+    assert oc.open_run(run).all_steps() == []
+    broken.write_bytes(whole)
+    assert orchestrator("verify", run, "--all") == 0
+    assert oc.open_run(run).all_steps() == [1]
+    assert [head.event.kind for head in journal_of(run)[-2:]] == ["released", "verified"]
+    assert orchestrator("quarantine", run, "--step=1", "--reason=loss spike") == 0
+    assert orchestrator("verify", run, "--all") == 0
+    assert oc.open_run(run).all_steps() == [], "somebody has decided it"
+    assert orchestrator("release", run, "--step=1", "--reason=it was the data") == 0
+    assert oc.open_run(run).all_steps() == [1]
+
+
 def test_a_step_retired_while_it_was_read_is_not_quarantined(run: Path) -> None:
     catalog = catalog_of(run)
     step = catalog.find(1)
