@@ -158,6 +158,7 @@ def same(got: Any, wanted: Any) -> bool:
 
 
 _FOUND_BY = (
+    (r"manifest does not list", "the manifest's list of files"),
     (r"belongs to another save", "chunk's CRC, against the manifest"),
     (r"crc32c [0-9a-f]{8}, written", "chunk's own CRC"),
     (r"manifest\.json: crc32c is|manifest\.json: is missing", "the journal's CRC of the manifest"),

@@ -36,7 +36,7 @@ class LocalStore:
     """Files stay open until `close`. `stored`: what the manifest lists there; nothing else is read. Any thread."""
 
     def __init__(self, directory: str, stored: Stored | None = None) -> None:
-        self._directory, self._stored = directory, stored
+        self._directory, self._stored = directory.rstrip("/"), stored
         self._root, self._base = find(directory)
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
