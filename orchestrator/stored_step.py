@@ -173,7 +173,11 @@ class StoredStep:
         unlisted = set(files) - listed.keys() - {layout.MANIFEST}
         if unlisted:
             raise Damaged(f"{self.where}: {min(unlisted)} is no file of its manifest", files=sorted(unlisted))
-        self.catalog.check_measured(self.live, [listed[path] for path in files or listed if path in listed])
+        suspects = [listed[path] for path in files or listed if path in listed]
+        self.catalog.check_measured(self.live, suspects)
+        for entry in suspects:
+            if entry.crc32 and entry.path.startswith(layout.STATE):  # a store knows one CRC, which is that of all trees
+                self.catalog.checked(self.live, entry)
         for key in keys:
             if problem := self._problem_of(key):
                 raise Damaged(problem, chunks=[key])

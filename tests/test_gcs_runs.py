@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,11 +25,12 @@ from runs import now
 
 import orchestrator as oc
 from launch.gcs_emulator.process import EmulatorProcess
-from orchestrator import journal, layout
+from orchestrator import arrays, contents, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main as cli
 from orchestrator.codec import encode
 from orchestrator.collect import collect
+from orchestrator.errors import Suspect
 from orchestrator.events import Event, Retried, subscribe
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 from orchestrator.storage.gcs import GcsStorage
@@ -223,6 +225,28 @@ def test_a_retired_attempt_is_deleted_a_hundred_files_to_a_request_and_an_interr
     assert list(storage.list("steps/00000001/")) == []
     assert catalog.require_head().retired == ()
     assert is_state(oc.open_run(root).restore(), 2)
+
+
+def test_a_tree_in_a_bucket_that_would_have_to_be_decompressed_is_decoded_by_nobody(gcs: EmulatorProcess) -> None:
+    root = new_root()
+    fill(root, 1)
+    catalog = Catalog(open_storage(root), "test")
+    live = catalog.find(1)
+    assert live is not None
+    manifest = catalog.manifest(live)
+    state = f"steps/00000001/{live.attempt}/state/"
+    stored = contents.stored(manifest)
+    node = next(path for path in stored.files if path.startswith("d/"))
+    body = bytearray(catalog.storage.get(state + node) or b"")
+    body[13] = 1  # says that it is compressed
+    body[-4:] = crc32c.crc32c(bytes(body[:-4])).to_bytes(4, "little")
+    catalog.storage.delete(state + node)
+    catalog.storage.create(state + node, bytes(body))
+    loads = [arrays.Load(leaf) for leaf in catalog.intent(live, manifest).tree.leaves]
+    with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
+        arrays.load(f"{root}/{state}", loads, None, stored)
+    with pytest.raises(oc.NothingToRestore, match=f"{node}: .*the manifest says"):
+        oc.open_run(root).restore()
 
 
 def test_verify_by_store_downloads_no_array_and_finds_what_was_changed(

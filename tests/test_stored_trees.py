@@ -14,8 +14,9 @@ import orchestrator as oc
 from orchestrator import arrays, chunks
 from orchestrator.arrays import ocdbt, placing
 from orchestrator.arrays.localstore import LocalStore
+from orchestrator.arrays.stored_tree import ObjectTree
 from orchestrator.contents import Stored
-from orchestrator.errors import Suspect
+from orchestrator.errors import Damaged, Suspect
 from orchestrator.records import Box, LeafSpec
 
 NODE, DATA = "d/node", "d/data"
@@ -145,6 +146,65 @@ def test_a_compressed_tree_is_none_of_ours(tmp_path: Path) -> None:
     leaf = LeafSpec(path=("aa",), kind="numpy", shape=(1,), dtype="int8", chunk=(1,))
     with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
         arrays.load(f"file://{tmp_path}", [arrays.Load(leaf)])
+
+
+# In a bucket.
+
+
+def objects(nodes: bytes, root: ocdbt._Summary, height: int = 0) -> dict[str, bytes]:
+    return {NODE: nodes, DATA: bytes(100), ocdbt.MANIFEST: ocdbt._manifest(root, height, bytes(16), 1)}
+
+
+def tree_of(stored: dict[str, bytes]) -> ObjectTree:
+    sizes = {name: len(body) for name, body in stored.items()}
+    return ObjectTree("gs://bucket/state/", Stored({}, sizes), stored.get)
+
+
+def test_a_tree_in_a_bucket_is_read_as_one_on_a_disk() -> None:
+    places = tree_of(objects(LEAF, summary(len(LEAF)))).places()
+    assert places == {"aa/c": b"1234x", "ab/c": (DATA, 10, 20)}
+
+
+@pytest.mark.parametrize("case", TREES.values(), ids=TREES)
+def test_what_is_no_tree_in_a_bucket_is_damage(case: tuple[bytes, ocdbt._Summary, int, str]) -> None:
+    nodes, root, height, said = case
+    with pytest.raises(Damaged, match=said):
+        tree_of(objects(nodes, root, height)).places()
+
+
+@pytest.mark.parametrize("node", BAD_NODES.values(), ids=BAD_NODES)
+def test_what_is_no_node_in_a_bucket_is_damage(node: bytes) -> None:
+    with pytest.raises(Damaged):
+        tree_of(objects(node, summary(len(node)))).places()
+
+
+@pytest.mark.parametrize(
+    ("change", "listed", "said"),
+    [
+        ({NODE: None}, {}, "d/node: is missing, the manifest says"),
+        ({}, {NODE: 7}, "d/node: has .* bytes, the manifest says 7"),
+        ({}, {NODE: 1 << 40}, "nodes in an object of 1099511627776 bytes; .* not read"),
+        ({}, {NODE: None}, "d/node: is led to, and the step's manifest does not list it; not read"),
+        ({ocdbt.MANIFEST: None}, {}, "manifest.ocdbt: is missing"),
+    ],
+)
+def test_no_object_is_read_that_is_not_as_the_manifest_lists_it(
+    change: dict[str, None], listed: dict[str, Any], said: str
+) -> None:
+    stored = objects(LEAF, summary(len(LEAF)))
+    sizes = {name: len(body) for name, body in stored.items()} | listed
+    there = {name: body for name, body in stored.items() if name not in change}
+    tree = ObjectTree(
+        "gs://bucket/state", Stored({}, {name: size for name, size in sizes.items() if size is not None}), there.get
+    )
+    with pytest.raises(Damaged, match=said):
+        tree.places()
+
+
+def test_a_compressed_tree_in_a_bucket_is_decoded_by_nobody() -> None:
+    node = resigned(LEAF, lambda body: body.__setitem__(13, 1))
+    with pytest.raises(ocdbt.Unsupported):
+        tree_of(objects(node, summary(len(node)))).places()
 
 
 # Buffers.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterable
 
 import crc32c
 
 from orchestrator import chunks
 from orchestrator.arrays import ocdbt
+from orchestrator.arrays.stored_tree import walk
 from orchestrator.contents import Chunk, Place, Stored
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.layout import STATE, check_key
@@ -60,42 +60,11 @@ class LocalStore:
             root = ocdbt.decode_manifest(self._whole(ocdbt.MANIFEST, where), where)
         except OSError as error:
             raise _fault(f"{where}: cannot be read: {error}", ocdbt.MANIFEST, error) from error
-        return self._walked(root) if root else {}
+        return walk(root, self._node, self._directory, self._stored) if root else {}
 
     def files_of(self, chunk: Chunk | None) -> list[str]:
         """The files, below the directory, that say what this value is: its own, or those of the tree."""
         return [chunk[0]] if isinstance(chunk, tuple) else sorted(set(self._tree))
-
-    def _walked(self, root: ocdbt.Root) -> dict[str, Chunk]:
-        """The values of all nodes, each of which is read once."""
-        found: dict[str, Chunk] = {}
-        nodes, seen, keys = [(b"", root)], {root.place}, 0
-        while nodes:
-            prefix, node = nodes.pop()
-            where = f"{self._directory}/{node.place[0]}"
-            entries, children = ocdbt.decode_node(self._node(node.place), node, prefix, where)
-            try:
-                found |= {key.decode(): value for key, value in entries}
-            except UnicodeDecodeError as error:
-                raise Damaged(f"{where}: a key that is not UTF-8: {error}") from error
-            self._check_listed(where, (value for _, value in entries if not isinstance(value, bytes)))
-            keys += len(entries)
-            places = {child.place for _, child in children}
-            if len(places) < len(children) or places & seen or len(found) < keys:
-                raise Damaged(f"{where}: not a tree: nodes or keys of it are there twice")
-            seen |= places
-            nodes += children
-        return found
-
-    def _check_listed(self, where: str, places: Iterable[Place]) -> None:
-        if self._stored is None:
-            return
-        sizes = self._stored.files
-        for path, offset, size in places:
-            if sizes.get(path, -1) < offset + size:
-                check_key(path, where)  # it comes from storage
-                listed = "does not list" if path not in sizes else f"says has {sizes[path]} bytes"
-                raise Damaged(f"{where}: leads to {size} bytes at {offset} of {path!r}, which the manifest {listed}")
 
     def _node(self, place: Place) -> bytes:
         path, offset, size = place

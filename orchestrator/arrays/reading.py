@@ -46,7 +46,8 @@ from orchestrator.arrays.placing import (
     recut,
     unread,
 )
-from orchestrator.arrays.store import context, inspect, report_retries, store_spec
+from orchestrator.arrays.store import context, files_spec, inspect, report_retries, store_spec
+from orchestrator.arrays.stored_tree import ObjectTree
 from orchestrator.contents import Chunk, Stored
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
@@ -218,14 +219,25 @@ class _Reader:
 
     @functools.cached_property
     def _places(self) -> dict[str, Chunk] | None:
-        """Of our own tree, on a file system; None in an object store. Raises Damaged."""
-        if not self._local:
-            return None
+        """Of our own tree; None in an object store of which nobody has listed the files. Raises Damaged, Suspect."""
         with garbage.paused():
-            places = self._local.places()
+            if self._local:
+                places = self._local.places()
+            elif self._stored is None:
+                return None
+            else:
+                with contextlib.suppress(ocdbt.Unsupported):
+                    return ObjectTree(self._directory, self._stored, self._object).places()
+                places = None
         if places is None:
             raise Damaged(f"{self._directory}: the store's tree is compressed or in parts; none of ours is")
         return places
+
+    def _object(self, path: str) -> bytes | None:
+        where = f"{self._directory}/{path}"
+        files = self._result(where, ts.KvStore.open(files_spec(self._directory), context=self._context))
+        result = self._result(where, files.read(path))
+        return bytes(result.value) if result.state == "value" else None
 
     def fill(self, fillings: Sequence[Filling], arena: Arena) -> None:
         ours = [filling for filling in fillings if filling.leaf.foreign is None]
@@ -233,12 +245,12 @@ class _Reader:
             count, dtype = len(filling.items), filling.dtype
             filling.buffers = [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
         if ours:
-            if self._local and self._places is not None:
-                places = self._places
-                left = [filling for filling in ours if not self._fill_from_tree(filling, places)]
+            places = self._places
+            left = [filling for filling in ours if places is None or not self._fill_from_tree(filling, places)]
+            if self._local and places is not None:
                 self._fill_from_files(self._reads(left), self._local, places)
             else:
-                self._fill_from_store(self._reads(ours))
+                self._fill_from_store(self._reads(left))
         for filling in fillings:
             if filling.leaf.foreign is not None:
                 self._inspect()
