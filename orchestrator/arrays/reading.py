@@ -3,8 +3,8 @@
 On a file system each chunk is read from its data file straight into the buffer that becomes the device array, on a few
 threads, and its CRC-32C is checked there; nothing of full size lies between. What accelerators are to have goes through
 two buffers of bounded size instead, one of them read into while the other is copied. Small leaves of one form are read,
-checked and made into arrays together, from the store's tree that holds them. From an object store, the
-others are read as objects of the OCDBT store in one bounded window. Compressed chunks take the same ways and are decoded last. An array
+checked and made into arrays together, from the store's tree that holds them. From an object store, the others are read
+as objects of the OCDBT store in one bounded window. Compressed chunks take the same ways and are decoded last. An array
 that another Orbax has written is read through TensorStore's zarr drivers.
 
 Nothing is read but files that the step's manifest lists, and no buffer is given out that reads do not cover.
