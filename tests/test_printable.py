@@ -7,6 +7,7 @@ import ast
 import json
 import logging as python_logging
 import shutil
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from msgspec import structs
 from runs import fill
 
 import orchestrator as oc
-from orchestrator import errors, events, layout
+from orchestrator import errors, eventlog, events, layout
 from orchestrator.cli.main import COMMANDS, main
 from orchestrator.codec import decode
 from orchestrator.records import (
@@ -252,6 +253,11 @@ def words(name: str, root: Path, to: Path) -> list[str]:
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "run"
     fill(root, 1, STEP, keep=oc.last(9))
+    (path,) = (root / "events").glob("*.jsonl")
+    alive = eventlog.Line(
+        time.time(), 0, "host", "machine", 1, events.Alive("training", STEP)
+    )  # seconds apart in a job
+    path.write_bytes(path.read_bytes() + eventlog.encode(alive))
     return root
 
 
