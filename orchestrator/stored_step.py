@@ -48,11 +48,15 @@ class StoredStep:
         return f"{self.catalog.url}/{self.prefix}{layout.STATE}"
 
     @cached_property
+    def listed(self) -> Manifest:
+        """The manifest as the journal has its checksum: once it was read it cannot become another."""
+        return self.catalog.manifest(self.live)
+
+    @cached_property
     def manifest(self) -> Manifest:
         """Every file of it is there, in its size."""
-        manifest = self.catalog.manifest(self.live)
-        self.catalog.check_sizes(self.live, manifest)
-        return manifest
+        self.catalog.check_sizes(self.live, self.listed)
+        return self.listed
 
     @cached_property
     def intent(self) -> Intent:
@@ -185,7 +189,7 @@ class StoredStep:
     def _problem_of(self, key: str, size_bytes: int | None = None) -> str:
         """What is proven to be wrong with a chunk (of `size_bytes`, if they are known), '' if it is what was saved: its
         file is read whole."""
-        manifest = self.catalog.manifest(self.live)
+        manifest = self.listed
         if key not in manifest.chunks:
             return ""
         try:
@@ -207,4 +211,4 @@ class StoredStep:
     @cached_property
     def _chunks(self) -> Mapping[str, Chunk]:
         """Key -> chunk or place, as the processes signed them."""
-        return contents.entries(self.catalog.stored_receipts(self.live, self.catalog.manifest(self.live)))
+        return contents.entries(self.catalog.stored_receipts(self.live, self.listed))

@@ -65,7 +65,7 @@ def read_back(
     verdict = Verdict(whole=sample is None and not by_store)
     stored = StoredStep(catalog, live)
     try:
-        manifest = catalog.manifest(live)
+        manifest = stored.listed
         if not verdict.whole:
             catalog.check_sizes(live, manifest)
     except OrchestratorError as error:
@@ -160,7 +160,7 @@ def _read_records(stored: StoredStep, manifest: Manifest, verdict: Verdict, *, d
 def _read_chunks(stored: StoredStep, sizes: dict[str, int | None], verdict: Verdict, on_bytes: OnBytes) -> None:
     catalog, live = stored.catalog, stored.live
     try:
-        manifest = catalog.manifest(live)
+        manifest = stored.listed
         bad = stored.bad_chunks(sizes, on_bytes)
     except OrchestratorError as error:
         verdict.note(error)
