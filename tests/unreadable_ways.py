@@ -238,7 +238,7 @@ def _on_a_disk() -> Iterator[Way]:
     yield Way(LOCAL, "root: of another user", prepare=_closed("", 0o700), unprivileged=True)
     yield Way(LOCAL, "descriptors used up", descriptors=0)
     yield Way(LOCAL, "two descriptors left", descriptors=2)
-    # Which layer runs out first is chance, and some end the process.
+    # Which layer runs out first is chance; some end the process, and CPython may hang in it.
     errors = ("MemoryError", "RuntimeError")
     yield Way(LOCAL, "memory used up", memory_bytes=1 << 20, also=errors, crashes=True)
 
