@@ -41,7 +41,7 @@ check: setup ## ruff, format, mypy --strict, import directions
 test: check ## make check and the whole test suite
 	@failed=0; \
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 -m "not jobs" || failed=1; \
-	$(BIN)/python -m pytest -m jobs || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist=loadfile -m jobs || failed=1; \
 	exit $$failed
 
 test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; writes docs/slurm.md's table (needs root, Debian)
