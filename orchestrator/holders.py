@@ -201,14 +201,18 @@ def not_compared() -> bytes:
 
 
 def lines(found: Sequence[Difference], receipts: Mapping[int, Receipt]) -> list[str]:
-    """What to say about leaves that differ: the first few, and how many more there are."""
+    """What to say about leaves that differ, those of the same hosts together: the first few, and how many more."""
+    together: dict[tuple[int, ...], list[str]] = {}
+    for one in found:
+        together.setdefault(one.processes, []).append(one.leaf.label)
     told = []
-    for one in found[:_SHOWN]:
-        others = _few([f"process {process} ({receipts[process].host})" for process in one.processes])
-        verb = "has" if len(one.processes) == 1 else "have"
-        told.append(f"{one.leaf.label}: hosts disagree: {others} {verb} another value than process 0, whose is stored")
-    if len(found) > _SHOWN:
-        told.append(f"and {len(found) - _SHOWN} more leaves")
+    for processes, labels in list(together.items())[:_SHOWN]:
+        others = _few([f"process {process} ({receipts[process].host})" for process in processes])
+        have = "has other values" if len(processes) == 1 else "have other values"
+        stored = f"process 0 ({receipts[0].host}), whose are stored"
+        told.append(f"{_few(labels)}: hosts disagree: {others} {have} than {stored}")
+    if len(together) > _SHOWN:
+        told.append("and more leaves on other hosts")
     if told:
         told[-1] += "; keep what belongs to one host in process_state (docs/concepts.md)"
     return told
