@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-import jax
 import msgspec
 from absl import logging
 
@@ -34,12 +33,13 @@ _DECODER = msgspec.json.Decoder(tuple[Held, ...])
 
 
 class Agreement:
-    """Of one incarnation. `account` and `settle` belong to the main thread; `doubt` may be called from any."""
+    """Of one incarnation. `together`: whether JAX's processes are several. `account` and `settle` belong to the main
+    thread; `doubt` may be called from any."""
 
-    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, timeout_s: float) -> None:
+    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, timeout_s: float, *, together: bool) -> None:
         self._catalog, self._rendezvous, self._timeout_s = catalog, rendezvous, timeout_s
         self._known: OrderedDict[Form, tuple[Held, ...]] = OrderedDict()
-        self._together = jax.process_count() > 1
+        self._together = together
 
     def account(self, flat: Flat) -> tuple[Held, ...]:
         """On process 0: who holds the leaves, as it sees it; () in a job of one process."""

@@ -99,7 +99,7 @@ class Saver:
         self._coordinator, self._options = coordinator, options
         self._epoch, self._run, self._attest, self._committed = epoch, run, attest, committed
         bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
-        self._agreement = Agreement(catalog, rendezvous, bound_s)
+        self._agreement = Agreement(catalog, rendezvous, bound_s, together=jax.process_count() > 1)
         self._began: deque[str] = deque(maxlen=64)  # the attempts that this process has begun, latest last
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 

@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[tuple[int, ...], Any]] = {
     "key": ((2,), np.uint32),
     "keys": ((24, 2), np.uint32),
     "raw_key": ((2,), np.uint32),
-    "large": ((768, 128), np.float32),
+    "large": ((768, 352), np.float32),
 }
 ATTESTED = ("f32", "key", "large")  # each form of a shard is a program to compile
 TYPED_KEYS = frozenset(("key", "keys"))

@@ -100,6 +100,11 @@ def test_values_that_differ_between_hosts_are_named_once_or_abort_the_save_or_ar
 
 
 @pytest.mark.jobs
+def test_what_is_donated_or_overwritten_after_save_is_compared_as_it_was(ended: Job) -> None:
+    assert [(said["steps"], said["failures"]) for said in rows(ended, "donated")] == [([1, 2, 3, 4], 0)] * HOSTS
+
+
+@pytest.mark.jobs
 def test_a_leaf_on_different_devices_is_rejected_by_name_and_the_next_save_is_good(ended: Job) -> None:
     (said, _) = rows(ended, "apart")
     assert said["steps"] == [3]

@@ -115,6 +115,23 @@ for row, option in {"warned": "warn", "refused": "error", "ignored": "ignore"}.i
 with agent("agreed", host_local="error", compression=True) as saver:
     say("agreed", **saved(saver, {**shared, **same}))
 
+# What is donated or overwritten as soon as `save` returns is compared as it was.
+with agent("donated", host_local="error") as saver:
+    for step in range(1, 5):
+        loose = {
+            "x": jnp.full((512, 256), step, jnp.float32),
+            "n": np.full(1 << 16, step),
+            "rows": same["rows_too"] + step,
+        }
+        saver.save(step, {**shared, **loose})
+        after = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 7, tree), donate_argnums=0)(
+            {"x": loose["x"], "rows": loose["rows"]}
+        )
+        loose["n"][:] = -index
+        jax.block_until_ready(after)
+    saver.wait_until_finished()
+    say("donated", steps=saver.all_steps(), failures=saver.failures)
+
 # Leaves that the processes have on different devices: refused by name; and the next save is good.
 stage1 = leaf_table.array("stage1-f32", "f32", places["stage1"])
 local = leaf_table.array("stage1-f32", "f32", places["stage1"] if index else places["local"])
