@@ -85,6 +85,7 @@ class Agent:
         told = agree(me, "open the run", self.options.rendezvous_timeout_s, self._look_at_run)
         # Of all hosts or of none: fingerprints of some prove nothing, and a collective of some hangs.
         self._attest, self._load_once = str(told["attest"]), bool(told["load_once"])
+        self._host_local = str(told["host_local"])
         self._opening = Opening(self._catalog, me, self.options.rendezvous_timeout_s, self._opened)
         self._saver = self._make_saver(str(told["run"]), keep)
         self._looks = Looks()
@@ -110,13 +111,16 @@ class Agent:
                 host_bytes_max=self.options.host_bytes_max,
                 skip_when_full=self.options.when_full == "skip",
                 timeout_s=self.options.save_timeout_s,
+                compare_own=self._host_local != "ignore",
             ),
             me.process,
         )
         coordinator = None
         if me.process == 0:
             keep_s = self.options.quarantine_keep_s
-            coordinator = Coordinator(self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s)
+            coordinator = Coordinator(
+                self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s, host_local=self._host_local
+            )
         return Saver(
             self._catalog,
             writer,
@@ -130,7 +134,9 @@ class Agent:
 
     def _look_at_run(self) -> Json:
         self._catalog.head()  # whether it can be trusted
-        return {"run": uuid.uuid4().hex, "attest": self.options.attest, "load_once": self.options.load_once}
+        options = self.options
+        counts = {"attest": options.attest, "load_once": options.load_once, "host_local": options.host_local}
+        return {"run": uuid.uuid4().hex, **counts}
 
     def _opened(self, epoch: int) -> None:
         failpoints.note(epoch=epoch)

@@ -22,6 +22,9 @@ class Options:
     blocks the least. A larger state makes `save` wait for the store ("wait"), or is not saved ("skip"): when_full.
     attest: "save" has the devices compute a fingerprint of every array, independent of the sharding, records it and
     aborts the save if replicas of a shard differ; "full" also compares it after a restore. Process 0's counts for all.
+    host_local: what happens where a leaf that every host has its own of (numpy, Python values, arrays and keys on one
+    host's devices) has not the same value on all; process 0's is stored. "warn": a warning names leaf and hosts, once;
+    "error": the save is aborted with it; "ignore": nothing is compared. Process 0's counts for all.
     load_once: a restore reads each chunk that several hosts need on one of them, and the devices exchange the parts;
     for stores that are slower than the interconnect. Process 0's counts for all.
     events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
@@ -43,6 +46,7 @@ class Options:
     host_bytes_max: int | None = None
     when_full: Literal["wait", "skip"] = "wait"
     attest: Literal["off", "save", "full"] = "off"
+    host_local: Literal["warn", "error", "ignore"] = "warn"
     load_once: bool = False
     quarantine_keep_s: float | None = None
     events_dir: str | None = None
@@ -57,6 +61,7 @@ class Options:
         arguments.choice("on_save_failure", self.on_save_failure, "warn", "raise")
         arguments.choice("when_full", self.when_full, "wait", "skip")
         arguments.choice("attest", self.attest, "off", "save", "full")
+        arguments.choice("host_local", self.host_local, "warn", "error", "ignore")
         if self.host_bytes_max is not None:
             arguments.whole("host_bytes_max", self.host_bytes_max, least=1)
         if self.metrics_port is not None:

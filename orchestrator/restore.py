@@ -170,7 +170,7 @@ def _as_target(leaf: LeafSpec | None, target: Any, value: Any) -> Any:
     if leaf.number and hasattr(target, "dtype"):
         host = np.asarray(value, target.dtype)
         sharding = arrays.sharding_of(target)
-        return host if sharding is None else jax.make_array_from_callback((), sharding, lambda index: host)
+        return host if sharding is None else arrays.from_host(host, sharding)
     return value
 
 

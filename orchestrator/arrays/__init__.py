@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.arrays.foreign import describe, is_tree
-from orchestrator.arrays.placing import Load
+from orchestrator.arrays.placing import Load, from_host
 from orchestrator.arrays.reading import check, load, sharding_of, slabs
 from orchestrator.arrays.sharing import groups
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
@@ -16,6 +16,7 @@ __all__ = [
     "WriteStopped",
     "check",
     "describe",
+    "from_host",
     "groups",
     "is_tree",
     "load",

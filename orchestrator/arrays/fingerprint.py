@@ -156,6 +156,8 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         whole = Box(start=(0,) * value.ndim, stop=value.shape)
         yield _from_host(leaf, value.shape, Part(whole, 0, _HOST), value)
         return
+    if not value.sharding.addressable_devices:  # other processes hold it
+        return
     if leaf.kind == "key":
         value = jax.random.key_data(value)
     if (value.sharding, value.shape) not in places:
@@ -163,8 +165,6 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         found = [Part(chunks.box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
         places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
     parts, devices = places[value.sharding, value.shape]
-    if not parts:  # other processes hold it
-        return
     if value.is_fully_replicated:  # `addressable_data` would give the first device's copy for each
         data = [shard.data for shard in value.addressable_shards]
     else:

@@ -362,6 +362,12 @@ def _logical(item: Load, data: Array) -> Array:
     return data if item.dtype is None or data.dtype == item.dtype else data.astype(item.dtype)
 
 
+def from_host(host: Array, sharding: jax.sharding.Sharding) -> Any:
+    """An array that every process has on its host, on the devices of `sharding`, which may be other processes'."""
+    dtype = jax.dtypes.canonicalize_dtype(host.dtype)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=dtype)
+
+
 def _empty_array(item: Load) -> Any:
     """An array with no elements, from its spec alone."""
     leaf = item.leaf
@@ -369,5 +375,5 @@ def _empty_array(item: Load) -> Any:
     host = np.zeros(leaf.file_shape, numpy_dtype(str(dtype)) if isinstance(dtype, str) else dtype)
     if item.sharding is None:
         return host
-    array = jax.make_array_from_callback(leaf.file_shape, item.sharding, lambda index: host[index])
+    array = from_host(host, item.sharding)
     return _key(array, leaf) if leaf.kind == "key" else array
