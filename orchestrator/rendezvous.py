@@ -32,6 +32,7 @@ from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
 
 from orchestrator.errors import WaitTimeout
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
@@ -182,6 +183,7 @@ class _Together:
         told = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
         return [json.loads(body) for body in told]
 
+    @in_own_context
     def preempted(self, step: int) -> bool:
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
@@ -215,6 +217,7 @@ class _Together:
         return result[0] if result else None
 
 
+@in_own_context
 def _exchanged(body: bytes, collective: Callable[[np.ndarray[Any, Any]], Any]) -> list[bytes]:
     """All processes' bodies, of any lengths, by a collective that takes arrays of one length and gives rows of them.
     One call, which takes milliseconds, does for short ones: each goes behind its length; a second brings the rest."""
