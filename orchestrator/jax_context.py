@@ -24,6 +24,7 @@ from orchestrator.errors import UsageError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _entered = threading.local()
+_TRACING = "called while JAX traces a function; save and restore outside of jax.jit and the like"
 
 _SETTINGS: tuple[Callable[[], Any], ...] = (
     lambda: jax.set_mesh(None),
@@ -54,13 +55,21 @@ def own_context() -> Iterator[None]:
             for setting in _SETTINGS:
                 stack.enter_context(setting())
         except ValueError as error:  # by set_mesh, the first
-            text = "called while JAX traces; save and restore outside of jax.jit and the like"
-            raise UsageError(f"{text}: {error}") from error
+            raise UsageError(_TRACING) from error
         _entered.is_so = True
         try:
             yield
         finally:
             _entered.is_so = False
+
+
+def users_mesh() -> jax.sharding.Mesh:
+    """The mesh that `jax.set_mesh` has set, an empty one if none is: to be asked outside of `own_context`. Raises
+    UsageError inside of `jax.jit` and the like."""
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError as error:
+        raise UsageError(_TRACING) from error
 
 
 def in_own_context(function: _Function) -> _Function:

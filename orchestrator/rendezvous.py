@@ -172,12 +172,14 @@ class _Together:
         named = ", ".join(f"{index} ({self.hosts[index]})" if index in self.hosts else str(index) for index in tasks)
         return f"processes [{named}]"
 
+    @in_own_context
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
         self._meet(name, timeout_s)
         body = json.dumps(value).encode() if self.process == 0 else b""
         (told,) = _exchanged(body, lambda part: np.asarray(multihost_utils.broadcast_one_to_all(part))[None])
         return json.loads(told)
 
+    @in_own_context
     def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
         self._meet(name, timeout_s)
         told = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
@@ -217,7 +219,6 @@ class _Together:
         return result[0] if result else None
 
 
-@in_own_context
 def _exchanged(body: bytes, collective: Callable[[np.ndarray[Any, Any]], Any]) -> list[bytes]:
     """All processes' bodies, of any lengths, by a collective that takes arrays of one length and gives rows of them.
     One call, which takes milliseconds, does for short ones: each goes behind its length; a second brings the rest."""

@@ -65,7 +65,6 @@ AMBIENT: dict[str, Setting] = {
     "prng rbg": lambda: jax.default_prng_impl("rbg"),
     "legacy_prng_key": lambda: jax.legacy_prng_key("error"),
     "ensure_compile_time_eval": lambda: jax.ensure_compile_time_eval(),
-    "matmul precision": lambda: jax.default_matmul_precision("highest"),
     "named_scope": lambda: jax.named_scope("theirs"),
     "process-wide transfer guard": process_wide("jax_transfer_guard", "disallow"),
     "process-wide disable_jit": process_wide("jax_disable_jit", True),
@@ -77,3 +76,11 @@ AMBIENT: dict[str, Setting] = {
     "process-wide checks": process_wide("jax_enable_checks", True),
     "process-wide no_tracing": process_wide("jax_no_tracing", True),
 }
+
+MESHES = [name for name in AMBIENT if "mesh" in name]
+
+
+def settings_now() -> dict[str, Any]:
+    """Everything that JAX is set to in this thread."""
+    named = {name: getattr(jax.config, name, None) for name in jax.config.values}
+    return {**named, "mesh": jax.sharding.get_mesh(), "abstract mesh": jax.sharding.get_abstract_mesh()}

@@ -52,6 +52,7 @@ from orchestrator.arrays.stored_tree import ObjectTree
 from orchestrator.contents import Chunk, Stored
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import numpy_dtype
 
@@ -114,6 +115,7 @@ def _suspecting(directory: str) -> Iterator[None]:
         raise Unavailable(text) from error
 
 
+@in_own_context
 def _load_copied(reader: _Reader, fillings: Sequence[Filling], values: list[Any]) -> None:
     """Read what goes on to accelerators, a part at a time: while one is copied, the next is read into other memory."""
     memory = [(Slab(), list[Any]()) for _ in range(2)]

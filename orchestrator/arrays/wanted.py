@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from orchestrator.errors import Mismatch
+from orchestrator.jax_context import users_mesh
 
 
 def shardings_of(labels: Sequence[str], targets: Sequence[Any], where: str) -> list[Sharding | None]:
@@ -17,9 +18,9 @@ def shardings_of(labels: Sequence[str], targets: Sequence[Any], where: str) -> l
 
     A target without one goes to this process's first device. One over an abstract mesh (what `jax.eval_shape` gives
     under a mesh of explicit axes) is over the mesh that `jax.set_mesh` has set, if that has the same axes. Main thread,
-    in the caller's own context. Raises Mismatch naming every leaf whose sharding cannot be had, or does not fit it.
+    outside of `own_context`. Raises Mismatch naming every leaf whose sharding cannot be had, or does not fit it.
     """
-    current = jax.sharding.get_mesh()
+    current = users_mesh()
     found: list[Sharding | None] = []
     problems: list[str] = []
     for label, target in zip(labels, targets, strict=True):
