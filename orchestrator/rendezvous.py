@@ -32,6 +32,7 @@ from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
 
 from orchestrator.errors import WaitTimeout
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
@@ -171,17 +172,20 @@ class _Together:
         named = ", ".join(f"{index} ({self.hosts[index]})" if index in self.hosts else str(index) for index in tasks)
         return f"processes [{named}]"
 
+    @in_own_context
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
         self._meet(name, timeout_s)
         body = json.dumps(value).encode() if self.process == 0 else b""
         (told,) = _exchanged(body, lambda part: np.asarray(multihost_utils.broadcast_one_to_all(part))[None])
         return json.loads(told)
 
+    @in_own_context
     def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
         self._meet(name, timeout_s)
         told = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
         return [json.loads(body) for body in told]
 
+    @in_own_context
     def preempted(self, step: int) -> bool:
         return bool(multihost_utils.reached_preemption_sync_point(step))
 

@@ -40,6 +40,7 @@ from orchestrator.arrays.placing import (
     Load,
     Slab,
     Target,
+    own,
     piece_of,
     place,
     prepare,
@@ -51,6 +52,7 @@ from orchestrator.arrays.stored_tree import ObjectTree
 from orchestrator.contents import Chunk, Stored
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import numpy_dtype
 
@@ -91,6 +93,7 @@ def load(
     try:
         with _suspecting(directory):
             if held := [filling for filling in fillings if not filling.copied]:
+                own(held)
                 reader.fill(held, Arena())
                 with garbage.paused():
                     place(held, values)
@@ -112,6 +115,7 @@ def _suspecting(directory: str) -> Iterator[None]:
         raise Unavailable(text) from error
 
 
+@in_own_context
 def _load_copied(reader: _Reader, fillings: Sequence[Filling], values: list[Any]) -> None:
     """Read what goes on to accelerators, a part at a time: while one is copied, the next is read into other memory."""
     memory = [(Slab(), list[Any]()) for _ in range(2)]
@@ -243,7 +247,7 @@ class _Reader:
         ours = [filling for filling in fillings if filling.leaf.foreign is None]
         for filling in fillings:
             count, dtype = len(filling.items), filling.dtype
-            filling.buffers = [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
+            filling.buffers = filling.buffers or [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
         if ours:
             places = self._places
             left = [filling for filling in ours if places is None or not self._fill_from_tree(filling, places)]
@@ -481,10 +485,3 @@ def _grouped(items: Iterable[_Sized], most_bytes: int, most: int = sys.maxsize) 
         total += item.bytes
     if group:
         yield group
-
-
-def sharding_of(target: Any) -> jax.sharding.Sharding | None:
-    """The sharding a target leaf asks for; None for numpy targets. A target without one goes to the first device."""
-    if isinstance(target, np.ndarray | np.generic):
-        return None
-    return getattr(target, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

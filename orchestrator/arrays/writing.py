@@ -35,6 +35,7 @@ from orchestrator.arrays.store import report_retries
 from orchestrator.contents import Chunk
 from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import StorageError, WaitTimeout
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Box, FileEntry, Held, LeafSpec, Place, ShardPrint, TreeSpec
 from orchestrator.tree import Flat
 
@@ -74,6 +75,7 @@ class ArrayWriter:
             return spec
         return TreeSpec(leaves=tuple(msgspec.structs.replace(leaf, chunk=None) for leaf in spec.leaves))
 
+    @in_own_context
     def stage(self, directory: str, flat: Flat, attest: bool = False, held: tuple[Held, ...] = ()) -> PendingWrite:
         """Take what is needed from the devices, for the attempt's `state/` at URL `directory`. `attest`: have the
         devices compute the fingerprints of their shards, too. `held`: who holds the leaves, as process 0 makes it
@@ -240,6 +242,7 @@ class PendingWrite:
         if written != self._plan.chunk_count:  # the receipt promises all of them
             raise StorageError(f"{written} of {self._plan.chunk_count} chunks were written")
 
+    @in_own_context
     def _write_rest(self) -> None:
         with garbage.paused():
             small, first = self._small + b"".join(np.asarray(copy).tobytes() for copy in self._coming), 0
@@ -285,6 +288,7 @@ def _watch(
             raise WaitTimeout(f"this process's array writes did not finish within {timeout_s:g} s")
 
 
+@in_own_context
 def _work(feed: Feed, opened: Callable[[str], datafiles.DataFile], progress: _Progress, compression: bool) -> None:
     """Write parts until there are no more: one thread, one data file at a time."""
     files = _Rotation(opened, progress)
