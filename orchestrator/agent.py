@@ -12,12 +12,13 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, failpoints, garbage, heartbeat
+from orchestrator import arguments, failpoints, garbage, heartbeat, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -37,9 +38,10 @@ from orchestrator.options import Options
 from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
 from orchestrator.records import Json
-from orchestrator.rendezvous import Rendezvous, connect
+from orchestrator.rendezvous import Rendezvous, connect, listen
 from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
+from orchestrator.sigterm import Listening
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
 from orchestrator.telemetry import Telemetry
@@ -100,6 +102,9 @@ class Agent:
         self._swept = False
         self._closed = False
         self._telemetry = Telemetry(self.options, self._catalog.url, process=me.process, host=me.hosts[me.process])
+        self._listening = listen(me)
+        ends = partial(_end, self._telemetry, self._listening)
+        self._life = leaving.Life(self, self._catalog.url, ends)
         heartbeat.beat("opened", None)
 
     def _make_saver(self, run: str, keep: KeepPolicy | None) -> Saver:
@@ -312,7 +317,7 @@ class Agent:
 
     def _collect_in_background(self) -> None:
         """Delete retired data without anybody waiting for it; one collection at a time, on process 0."""
-        if self._rendezvous.process != 0 or (self._collector and self._collector.is_alive()):
+        if self._rendezvous.process != 0 or (self._collector and self._collector.is_alive()) or self._life.ending:
             return
 
         def run() -> None:
@@ -322,7 +327,7 @@ class Agent:
                 self._swept = True
                 for line in result.failed:
                     logging.warning("collect: %s", printable(line))
-            except OrchestratorError as error:
+            except (OrchestratorError, RuntimeError) as error:  # RuntimeError: the program ends, no more threads
                 logging.warning("collect: %s; tried again after the next save", error)
 
         self._collector = threading.Thread(target=run, name="collect", daemon=True)
@@ -335,6 +340,10 @@ class Agent:
         """One thread at a time: two saves at once would take each other's place, and hosts meet in one order."""
         if self._closed:
             raise UsageError(f"{what}: the agent of {self._catalog.url} is closed; open another one")
+        if self._life.elsewhere:
+            raise UsageError(
+                f"{what}: the agent of {self._catalog.url} was opened before the fork; open another one here"
+            )
         if not self._using.acquire(blocking=False):
             raise UsageError(f"{what}: another thread is using the agent of {self._catalog.url}; wait until it is done")
         try:
@@ -397,7 +406,7 @@ class Agent:
 
         Raises what the last save raised, as `wait_until_finished`.
         """
-        if self._closed:
+        if self._closed or self._life.elsewhere:
             return
         self._closed = True
         try:
@@ -406,10 +415,29 @@ class Agent:
                 self._collector.join(self.options.rendezvous_timeout_s)
             self._rendezvous.gather("leave together", None, self.options.rendezvous_timeout_s)
         finally:
+            emit(Closed(self.failures))
             self._leave()
 
+    def finish(self) -> OrchestratorError | None:
+        """`close`, for a program that is failing or ends: finishes this process's save, but meets nobody, who may not
+        come. Returns what that save, or an earlier one, has left to raise."""
+        if self._closed or self._life.elsewhere:
+            return None
+        self._closed = self._life.ending = True
+        save = self._current
+        try:
+            self.wait_until_finished()
+        except OrchestratorError as error:
+            return error
+        finally:
+            if self._collector:
+                self._collector.join(GRACE_S)  # what it leaves is deleted by the next incarnation
+            self._leave()
+        return save.error if save else None
+
     def _leave(self) -> None:
-        emit(Closed(self.failures))
+        self._life.over()
+        self._listening.stop(leaving=self._preempted[1])
         self._telemetry.close()
 
     def __enter__(self) -> Agent:
@@ -420,15 +448,8 @@ class Agent:
     ) -> None:
         if kind is None:
             self.close()
-            return
-        # The loop is failing: finish this process's save, but meet nobody, who may not come.
-        self._closed = True
-        try:
-            self.wait_until_finished()
-        except OrchestratorError as error:
+        elif error := self.finish():
             logging.warning("while leaving: %s", error)
-        finally:
-            self._telemetry.close()
 
     # Restoring.
 
@@ -462,3 +483,9 @@ class Agent:
         timeout_s = self.options.rendezvous_timeout_s
         opening = self._opening.by_restore
         return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back, opening)
+
+
+def _end(telemetry: Telemetry, listening: Listening) -> None:
+    """Of an agent that was dropped, which this must not hold."""
+    listening.stop()
+    telemetry.close()
