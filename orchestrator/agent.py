@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +21,7 @@ from orchestrator import arguments, failpoints, garbage, heartbeat, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
-from orchestrator.collect import collect
+from orchestrator.collect import Collector
 from orchestrator.coordinator import Coordinator, UserData
 from orchestrator.errors import (
     Damaged,
@@ -41,11 +40,9 @@ from orchestrator.records import Json
 from orchestrator.rendezvous import Rendezvous, connect, listen
 from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
-from orchestrator.sigterm import Listening
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
 from orchestrator.telemetry import Telemetry
-from orchestrator.texts import printable
 from orchestrator.tree import Flat, flatten
 
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop
@@ -89,6 +86,7 @@ class Agent:
         self._attest, self._load_once = str(told["attest"]), bool(told["load_once"])
         self._opening = Opening(self._catalog, me, self.options.rendezvous_timeout_s, self._opened)
         self._saver = self._make_saver(str(told["run"]), keep)
+        self._collector = Collector(self._catalog)
         self._looks = Looks()
         self._pacing: Pacing | None = None
         self._current: Save | None = None
@@ -97,14 +95,12 @@ class Agent:
         self._preempted: tuple[int, bool] = (-1, False)
         self._preempted_s = 0.0  # when, on the monotonic clock
         self._last_saved_step: int | None = None
+        self._failed_step: int | None = None
         self._tree_checked = False
-        self._collector: threading.Thread | None = None
-        self._swept = False
         self._closed = False
         self._telemetry = Telemetry(self.options, self._catalog.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
-        ends = partial(_end, self._telemetry, self._listening)
-        self._life = leaving.Life(self, self._catalog.url, ends)
+        self._life = leaving.Life(self, self._catalog.url, self._listening.stop, self._telemetry.close)
         heartbeat.beat("opened", None)
 
     def _make_saver(self, run: str, keep: KeepPolicy | None) -> Saver:
@@ -130,7 +126,7 @@ class Agent:
             self.options,
             run=run,
             attest=self._attest != "off",
-            committed=self._collect_in_background,
+            committed=self._committed,
         )
 
     def _look_at_run(self) -> Json:
@@ -208,6 +204,18 @@ class Agent:
         return self._pacing.chosen if self._pacing else None
 
     @property
+    def saved_step(self) -> int | None:
+        """The step that was saved last, or is being saved; None once that save has failed."""
+        self._settle(raise_now=False)
+        return self._last_saved_step
+
+    @property
+    def failed_step(self) -> int | None:
+        """The step whose save has failed last; None once it was begun again."""
+        self._settle(raise_now=False)
+        return self._failed_step
+
+    @property
     def in_flight(self) -> int | None:
         """The step that is being saved in the background, None if none is."""
         return self._current.step if self._current and self._current.running else None
@@ -235,7 +243,10 @@ class Agent:
         with self._used_by_one("save"):
             self._settle(raise_now=True)
             step = arguments.step(step)
-            if not (self.should_save(step) or force) or step == self._last_saved_step:
+            due = self.should_save(step) or force
+            if due and step == self._last_saved_step:
+                self._finished()  # perhaps it fails, and another host knows already: then all save it again
+            if not due or step == self._last_saved_step:
                 return False
             if self.epoch is None and not self._open(step, state, metrics, extra, process_state):
                 return False
@@ -296,6 +307,8 @@ class Agent:
 
     def _started(self, save: Save) -> None:
         self._current, self._last_saved_step = save, save.step
+        if self._failed_step == save.step:
+            self._failed_step = None
 
     def _skip(self, save: Save) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
@@ -315,23 +328,9 @@ class Agent:
             return
         self._tree_checked = True
 
-    def _collect_in_background(self) -> None:
-        """Delete retired data without anybody waiting for it; one collection at a time, on process 0."""
-        if self._rendezvous.process != 0 or (self._collector and self._collector.is_alive()) or self._life.ending:
-            return
-
-        def run() -> None:
-            try:
-                # Leftovers of older epochs need a listing of all steps: once per incarnation is enough.
-                result = collect(self._catalog, epoch=self.epoch, orphans=not self._swept)
-                self._swept = True
-                for line in result.failed:
-                    logging.warning("collect: %s", printable(line))
-            except (OrchestratorError, RuntimeError) as error:  # RuntimeError: the program ends, no more threads
-                logging.warning("collect: %s; tried again after the next save", error)
-
-        self._collector = threading.Thread(target=run, name="collect", daemon=True)
-        self._collector.start()
+    def _committed(self) -> None:
+        if self._rendezvous.process == 0 and not self._life.ending:
+            self._collector.start(self.epoch)
 
     # Waiting and leaving.
 
@@ -392,7 +391,7 @@ class Agent:
                 self._pacing.saved(blocked_s, save.durable_s)
             if save.error:
                 self.failures += 1
-                self._last_saved_step = None
+                self._last_saved_step, self._failed_step = None, save.step
                 if isinstance(save.error, FATAL) or self.options.on_save_failure == "raise":
                     self._pending_error = save.error
         if raise_now and self._pending_error:
@@ -411,8 +410,7 @@ class Agent:
         self._closed = True
         try:
             self.wait_until_finished()
-            if self._collector:
-                self._collector.join(self.options.rendezvous_timeout_s)
+            self._collector.wait(self.options.rendezvous_timeout_s)
             self._rendezvous.gather("leave together", None, self.options.rendezvous_timeout_s)
         finally:
             emit(Closed(self.failures))
@@ -430,8 +428,7 @@ class Agent:
         except OrchestratorError as error:
             return error
         finally:
-            if self._collector:
-                self._collector.join(GRACE_S)  # what it leaves is deleted by the next incarnation
+            self._collector.wait(GRACE_S)  # what it leaves is deleted by the next incarnation
             self._leave()
         return save.error if save else None
 
@@ -483,9 +480,3 @@ class Agent:
         timeout_s = self.options.rendezvous_timeout_s
         opening = self._opening.by_restore
         return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back, opening)
-
-
-def _end(telemetry: Telemetry, listening: Listening) -> None:
-    """Of an agent that was dropped, which this must not hold."""
-    listening.stop()
-    telemetry.close()

@@ -23,7 +23,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from absl import logging
@@ -53,10 +53,10 @@ class Unfinished(Protocol):
 
 
 class Life:
-    """Of an agent, from being opened to being closed. `ends`: what ends its threads and gives back what it has taken.
-    ending: the program ends; nothing new is begun."""
+    """Of an agent, from being opened to being closed. `ends`: what gives back what it has taken and ends its threads,
+    without holding the agent. ending: the program ends; nothing new is begun."""
 
-    def __init__(self, agent: Unfinished, url: str, ends: Callable[[], None]) -> None:
+    def __init__(self, agent: Unfinished, url: str, *ends: Callable[[], None]) -> None:
         global _hooked
         if not _hooked:
             _hooked = True
@@ -130,10 +130,10 @@ def _end() -> None:
         _exit_code = _ExitCode(code)
 
 
-def _dropped(pid: int, url: str, ends: Callable[[], None]) -> None:
+def _dropped(pid: int, url: str, ends: Sequence[Callable[[], None]]) -> None:
     if os.getpid() != pid:
         return
     warnings.warn(f"the agent of {url} was dropped without close()", ResourceWarning, stacklevel=2)
     # This may run in the middle of anything, in any thread, under any lock: so what takes locks and waits, not here.
     with contextlib.suppress(RuntimeError):  # no more threads: the program ends
-        _thread.start_new_thread(ends, ())
+        _thread.start_new_thread(lambda: [end() for end in ends], ())
