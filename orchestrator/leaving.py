@@ -11,7 +11,6 @@ child has neither the threads nor the saves: there nothing of this happens.
 
 from __future__ import annotations
 
-import _thread
 import atexit
 
 # Whoever is registered last runs first: its hook, after which no pool takes work any more, must be there before ours.
@@ -134,6 +133,11 @@ def _dropped(pid: int, url: str, ends: Sequence[Callable[[], None]]) -> None:
     if os.getpid() != pid:
         return
     warnings.warn(f"the agent of {url} was dropped without close()", ResourceWarning, stacklevel=2)
+
+    def run() -> None:
+        for end in ends:
+            end()
+
     # This may run in the middle of anything, in any thread, under any lock: so what takes locks and waits, not here.
     with contextlib.suppress(RuntimeError):  # no more threads: the program ends
-        _thread.start_new_thread(lambda: [end() for end in ends], ())
+        threading.Thread(target=run, name="dropped", daemon=True).start()
