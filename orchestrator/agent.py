@@ -433,7 +433,7 @@ class Agent:
         return save.error if save else None
 
     def _leave(self) -> None:
-        self._life.over()
+        self._life.over(self.in_flight)
         self._listening.stop(leaving=self._preempted[1])
         self._telemetry.close()
 

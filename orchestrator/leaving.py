@@ -73,8 +73,10 @@ class Life:
         """Whether this is a forked child, and the agent its parent's."""
         return os.getpid() != self._pid
 
-    def over(self) -> None:
-        """The agent is closed."""
+    def over(self, in_flight: int | None) -> None:
+        """The agent is closed. `in_flight`: what was not waited for, as it took too long, or Ctrl-C came."""
+        if in_flight is not None:
+            logging.warning("step %d: not waited for; it is lost unless it is saved before the process ends", in_flight)
         _open.pop(self._number, None)
         self._drop.detach()
 

@@ -215,6 +215,10 @@ TOGETHER = {
     "INT": Row("two_wait", ("open",), -INT, (INT,), (), ("survived",), {"": (1,)}, SLOW.format(1), to_all=True),
     "HUP": Row("two_wait", ("open",), -HUP, (HUP,), (), ("survived",), to_all=True),
     "no service": Row("two_without_service", (), 0, (), ("JAX's preemption service is off",), (), {"": (1,)}),
+    "save again": Row(
+        *("two_save_again", (), 0, (), ("asked alike: True",), (), {"": (10, 20)}),
+        "save.write=delay:0.5@process=0@step=20@nth=1;save.write=error@process=1@step=20@nth=1",
+    ),
     "whose handler": Row("jaxs_handler", (), 0, (), ("JAX's: True\nJAX's: False\n",)),
 }
 

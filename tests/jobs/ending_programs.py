@@ -325,6 +325,22 @@ def two_without_service(root: str, index: int, port: int) -> None:
             assert not agent.reached_preemption(step)
 
 
+def two_save_again(root: str, index: int, port: int) -> None:
+    """Process 1 fails; each process may learn of it at another moment, but all answer the same."""
+    joined(index, port)
+    with compat.CheckpointManager(root) as manager:
+        manager.save(10, args=ocp.args.StandardSave(state()))
+        manager.save(20, args=ocp.args.StandardSave(state()))
+        asked = 1
+        while not manager.should_save(20):  # as often on both, or they would wait for each other in vain
+            asked += 1
+        assert manager.save(20, args=ocp.args.StandardSave(state()))
+        manager.wait_until_finished()
+        assert not manager.should_save(20)
+    both = rendezvous.connect(30).gather("how often it was asked", asked, 30)
+    say("asked alike:", len(set(both)) == 1)
+
+
 def jaxs_handler(root: str, index: int, port: int) -> None:
     """What `sigterm` takes for JAX's own handler, before and after."""
     joined(index, port)
