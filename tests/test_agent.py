@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import events
+from orchestrator import events, sigterm
 from orchestrator.storage import PosixStorage
 
 # The loop of the README.
@@ -395,6 +395,7 @@ def test_after_sigterm_the_next_step_is_saved_whatever_the_policy_and_the_loop_i
             os.kill(os.getpid(), signal.SIGTERM)
             assert agent.save(2, state(2)) and agent.reached_preemption(2)
     finally:
+        sigterm.forget()
         signal.signal(signal.SIGTERM, before)
     assert oc.open_run(root).all_steps() == [2]
 
