@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, failpoints, garbage, heartbeat, leaving
+from orchestrator import arguments, configuration, failpoints, garbage, heartbeat, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -32,13 +31,14 @@ from orchestrator.errors import (
     WaitTimeout,
 )
 from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
+from orchestrator.meeting import meet
 from orchestrator.opening import Opening, check_tree
 from orchestrator.options import Options
 from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
 from orchestrator.records import Json
 from orchestrator.rendezvous import Rendezvous, connect, listen
-from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
+from orchestrator.restore import RestoreArgs, Restored, restore_together
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
@@ -53,7 +53,8 @@ class Agent:
     `restore` opens a new epoch (incarnation), once nothing speaks against it.
 
     Raises Damaged or NewerFormat if the root holds a journal that cannot be trusted, JournalLost if it holds steps and
-    no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come.
+    no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come. UsageError, the
+    same on all hosts, if their roots are not one place, or if they were given different policies or options.
     """
 
     def __init__(
@@ -81,12 +82,10 @@ class Agent:
         failpoints.configure(os.environ, me.process)
         signature = f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}"
         self._catalog = Catalog(store, writer=signature)
-        told = agree(me, "open the run", self.options.rendezvous_timeout_s, self._look_at_run)
-        # Of all hosts or of none: fingerprints of some prove nothing, and a collective of some hangs.
-        self._attest, self._load_once = str(told["attest"]), bool(told["load_once"])
-        self._host_local = str(told["host_local"])
+        given = configuration.of_agent(self._policy, keep, self.options)
+        run = meet(self._catalog, me, "open the run", given, self.options.rendezvous_timeout_s)
         self._opening = Opening(self._catalog, me, self.options.rendezvous_timeout_s, self._opened)
-        self._saver = self._make_saver(str(told["run"]), keep)
+        self._saver = self._make_saver(run, keep)
         self._collector = Collector(self._catalog)
         self._looks = Looks()
         self._pacing: Pacing | None = None
@@ -112,7 +111,7 @@ class Agent:
                 host_bytes_max=self.options.host_bytes_max,
                 skip_when_full=self.options.when_full == "skip",
                 timeout_s=self.options.save_timeout_s,
-                compare_own=self._host_local != "ignore",
+                compare_own=self.options.host_local != "ignore",
             ),
             me.process,
         )
@@ -120,7 +119,7 @@ class Agent:
         if me.process == 0:
             keep_s = self.options.quarantine_keep_s
             coordinator = Coordinator(
-                self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s, host_local=self._host_local
+                self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s, host_local=self.options.host_local
             )
         return Saver(
             self._catalog,
@@ -129,15 +128,9 @@ class Agent:
             coordinator,
             self.options,
             run=run,
-            attest=self._attest != "off",
+            attest=self.options.attest != "off",
             committed=self._committed,
         )
-
-    def _look_at_run(self) -> Json:
-        self._catalog.head()  # whether it can be trusted
-        options = self.options
-        counts = {"attest": options.attest, "load_once": options.load_once, "host_local": options.host_local}
-        return {"run": uuid.uuid4().hex, **counts}
 
     def _opened(self, epoch: int) -> None:
         failpoints.note(epoch=epoch)
@@ -476,8 +469,8 @@ class Agent:
             partial=partial,
             cast=cast,
             strict=strict,
-            attest=self._attest == "full",
-            load_once=self._load_once,
+            attest=self.options.attest == "full",
+            load_once=self.options.load_once,
         )
         text = os.environ.get(STEP_BACK) or "0"
         if not text.isdecimal():

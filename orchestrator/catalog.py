@@ -201,8 +201,16 @@ class Catalog:
     def probe(self) -> None:
         """Create an object among the attempts and delete it: whether this process may save here at all. The journal
         needs no probe, as opening an epoch is one create in it. Raises StorageError; nothing is left behind then."""
+        self.unmark(self.mark())
+
+    def mark(self) -> str:
+        """The first half of `probe`: the key of what was created, for other hosts to look for. What a crash leaves of
+        it is an object of a few bytes that nobody takes for part of a run."""
         key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
-        self.storage.create(key, b"")
+        self.storage.create(key, self.writer.encode(errors="replace"))
+        return key
+
+    def unmark(self, key: str) -> None:
         try:
             self.storage.delete(key)
         except StorageError as error:  # saving needs no right to delete, retention does

@@ -15,7 +15,7 @@ from functools import partial
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import contents, failpoints, holders, journal, json_words, layout, protocol
+from orchestrator import contents, failpoints, holders, journal, json_words, layout, policy, protocol
 from orchestrator.arrays import PendingWrite
 from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
@@ -39,6 +39,7 @@ from orchestrator.records import (
 )
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists
+from orchestrator.texts import printable
 
 QUICK_POLL_S = 0.002  # the first time; a save of small leaves takes a few of these
 _SIGNAL_POLL_S = 0.01
@@ -90,6 +91,7 @@ class Coordinator:
         self._run = run
         self._keep, self._quarantine_keep_s = keep, quarantine_keep_s
         self._host_local, self._warned = host_local, set[str]()  # of the leaves that it has been said of
+        self._lack_told = False
         self._previous = signal_prefix(run, -1, "none")
         self._entry: LiveStep | None = None
         self._files: dict[str, FileEntry] = {}  # records of the attempt that is being decided, by path
@@ -102,6 +104,7 @@ class Coordinator:
         Any thread, while this process writes its arrays. What it returns is for `decide`: it is not kept here, as a
         store may let go of the thread when the next attempt is under way.
         """
+        self._tell_lack(intent.step, user.metrics)
         failpoints.hit("intent.before")
         written = self._create(intent, layout.INTENT, encode(intent))
         failpoints.hit("intent.after")
@@ -114,6 +117,12 @@ class Coordinator:
             stored_extra={name: json_words.pack(value) for name, value in user.extra.items()},
         )
         return written, self._create(intent, layout.EXTRA, encode(extra))
+
+    def _tell_lack(self, step: int, metrics: dict[str, float]) -> None:
+        """Once: that retention goes by a metric which a save does not have, such as a misspelt one."""
+        if not self._lack_told and (lack := policy.lacking(self._keep, metrics)):
+            self._lack_told = True
+            logging.warning("step %d: %s", step, printable(lack))
 
     def decide(
         self,

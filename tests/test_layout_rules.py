@@ -20,7 +20,7 @@ PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 # Add a name to the end of its rank's last line.
 _NAMES = {
     PURE: """errors layout records journal evidence protocol plan policy options chunks contents attest cadence forecast
-        arguments texts json_words dtypes codec validate holders""",
+        arguments texts json_words dtypes codec validate holders configuration""",
     PORTS: """storage.base""",
     ADAPTERS: """storage storage.read_only storage.memory storage.directory storage.posix storage.gcs storage.gcs_client
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
@@ -31,7 +31,7 @@ _NAMES = {
         sigterm leaving""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
         agent opening saving coordinator restore reader stored_step proof verify diff collect survey recover catalog
-        pacing export orbax_steps agreeing""",
+        pacing export orbax_steps agreeing meeting""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names
