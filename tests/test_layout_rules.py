@@ -26,7 +26,7 @@ _NAMES = {
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json arrays.compressed arrays.external
-        arrays.stored_tree
+        arrays.stored_tree arrays.buckets
         storage.gcs_credentials storage.gcs_identity
         rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt

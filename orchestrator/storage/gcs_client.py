@@ -107,6 +107,13 @@ class Client:
             with contextlib.suppress(TimeoutError):
                 asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(1)
 
+    def token(self) -> Token:
+        """Whom requests are made as, for those who make them without this client. Raises Unavailable."""
+        try:
+            return self.credentials.wait(self.deadline_s)
+        except NoToken as error:
+            raise Unavailable(f"the credentials for Cloud Storage cannot be used: {error}", waited=True) from error
+
     def send(
         self,
         operation: str,

@@ -65,9 +65,13 @@ class Credentials:
     """
 
     def __init__(
-        self, find: Callable[[], Identity], now: Callable[[], float] = time.time, first_wait_s: float = _FIRST_WAIT_S
+        self,
+        find: Callable[[], Identity],
+        now: Callable[[], float] = time.time,
+        first_wait_s: float = _FIRST_WAIT_S,
+        again_s: float = _AGAIN_S,
     ) -> None:
-        self._find, self._now, self._first_wait_s = find, now, first_wait_s
+        self._find, self._now, self._first_wait_s, self._again_s = find, now, first_wait_s, again_s
         self._lock = threading.Lock()  # held for moments, never while anything is asked
         self._identity: Identity | None = None
         self._token: Token | None = None
@@ -94,7 +98,7 @@ class Credentials:
             left_s = token.expires - self._now() if token else 0.0
             if left_s <= _MARGIN_S:
                 return None
-            if left_s < _EARLY_S and time.monotonic() - self._looked > _AGAIN_S:
+            if left_s < _EARLY_S and time.monotonic() - self._looked > self._again_s:
                 self._renewing(0.0)
             return token
 
@@ -117,10 +121,12 @@ class Credentials:
             return token
         with self._lock:
             future = self._renewing(left_s)
-        try:
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), left_s)
-        except TimeoutError:
-            raise self._late(left_s) from None
+        waiting = asyncio.wrap_future(future)
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear of it
+        await asyncio.wait({waiting}, timeout=left_s)  # unlike wait_for, this leaves it to others who wait
+        if not waiting.done():
+            raise self._late(left_s)
+        return waiting.result()
 
     def reject(self, token: Token) -> None:
         """The store does not accept it: the next that asks gets another one."""
@@ -129,11 +135,13 @@ class Credentials:
                 self._token = None
 
     def _late(self, left_s: float) -> NoToken:
-        return NoToken(f"{self._failed or self.name}: no token within {left_s:.1f} s", passing=True)
+        before = f"; before: {self._failed}" if self._failed else ""
+        return NoToken(f"{self.name}: no token within {left_s:.1f} s{before}", passing=True)
 
     def _renewing(self, left_s: float) -> Future[Token]:
         """The renewal under way; one is begun if there is none. The lock is held."""
-        self._until = max(self._until, time.monotonic() + left_s)
+        until = time.monotonic() + left_s
+        self._until = max(self._until, until) if self._renewal else until
         if self._renewal is None:
             self._renewal = future = Future[Token]()
             try:
@@ -151,7 +159,7 @@ class Credentials:
             except NoToken as error:
                 token, failed = None, error
             except BaseException as error:  # each library has errors of its own, and whoever waits must hear of it
-                token, failed = None, NoToken(f"{self.name}: {type(error).__name__}: {line(str(error))}", passing=False)
+                token, failed = None, NoToken(f"{type(error).__name__}: {line(str(error))}", passing=False)
             wait_s = random.uniform(0.5, 1.0) * min(_WAIT_MAX_S, self._first_wait_s * 2 ** min(tries - 1, 10))
             with self._lock:
                 self._looked, self._failed = time.monotonic(), str(failed or "")
@@ -167,23 +175,20 @@ class Credentials:
             return
         assert failed is not None
         count = f"; tried {tries} times in {time.monotonic() - began:.1f} s" if tries > 1 else ""
+        who = f"{self.name}: " if self._identity else ""
         advice = f"; {self._identity.advice}" if self._identity and self._identity.advice else ""
-        future.set_exception(NoToken(f"{failed}{count}{advice}", passing=failed.passing))
+        future.set_exception(NoToken(f"{who}{failed}{count}{advice}", passing=failed.passing))
 
     def _once(self) -> Token:
         """One try. Raises NoToken."""
         if self._identity is None:
             self._identity = self._find()
-        try:
-            return self._identity.renew()
-        except NoToken as error:
-            raise NoToken(f"{self.name}: {error}", passing=error.passing) from error
+        return self._identity.renew()
 
     def _tell(self, failed: NoToken | None) -> None:
         """Once for each time that renewing begins to fail while there is a token to go on with."""
         left_s = self._token.expires - self._now() if self._token else 0.0
         if failed and not self._failing and left_s > _MARGIN_S:
-            logging.warning(
-                "the credentials for Cloud Storage cannot be renewed, and end in %.0f s: %s", left_s, failed
-            )
+            text = "%s: the token cannot be renewed, and is used as long as it is valid, for %.0f s more: %s"
+            logging.warning(text, self.name, left_s, failed)
         self._failing = failed is not None

@@ -44,7 +44,8 @@ _GOOGLES_ENDPOINTS = ("", "https://oauth2.googleapis.com/token", "https://accoun
 _AWS = "urn:ietf:params:aws:token-type:aws4_request"
 _machine_credentials: Any = compute_engine.Credentials
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
-_ADVICE = f"see {_KEY} and Credentials in docs/gcs.md"
+_SEE = "See Credentials in docs/gcs.md"
+_ADVICE = f"look at {_KEY}, see Credentials in docs/gcs.md"
 
 
 def find() -> Callable[[], Identity]:
@@ -89,9 +90,9 @@ def _from_file(path: str, said: str) -> Identity:
     where = f"{said} file {path}"
     try:
         info = json.loads(Path(path).read_bytes())
-        kind = str(info.get("type"))
+        kind = str(info.get("type")) if isinstance(info, dict) else ""
         if kind not in _KINDS:
-            raise ValueError(f"type {kind!r}; choose from {', '.join(_KINDS)}")
+            raise ValueError(f"type {kind!r}; expected {', '.join(_KINDS)}")
         found = _KINDS[kind](info)
     except Exception as error:  # the file may hold anything, and each library has errors of its own for it
         raise NoToken(f"{where} cannot be used: {_why(error)}; {_ADVICE}", passing=False) from error
@@ -140,7 +141,7 @@ def _machines(began: float) -> Identity:
         raise NoToken(f"{nothing}, and NO_GCE_CHECK keeps from asking a metadata server; {options}", passing=False)
     root = os.environ.get("GCE_METADATA_HOST") or os.environ.get("GCE_METADATA_ROOT") or _METADATA
     identity = _identity(
-        f"the machine's service account (metadata server {root})",
+        f"the machine's service account, metadata server {root}",
         _machine_credentials(scopes=[_SCOPE]),
         shared=root == os.environ.get("GCE_METADATA_ROOT", _METADATA),
     )
@@ -153,10 +154,9 @@ def _machines(began: float) -> Identity:
         except NoToken as error:
             if answered:
                 raise
-            waited_s = time.monotonic() - began
-            late = not _on_google() and waited_s > _UNSURE_S
-            text = f"{nothing}, and the metadata server has given none: {error}"
-            raise NoToken(f"{text}; {options}" if late else text, passing=error.passing and not late) from error
+            if _on_google() or time.monotonic() - began <= _UNSURE_S:
+                raise
+            raise NoToken(f"{nothing}, no metadata server answers: {error}; {options}", passing=False) from error
         answered = True
         return token
 
@@ -175,8 +175,8 @@ def _on_google() -> bool:
 
 _ADVICES: tuple[tuple[type[Any], str], ...] = (
     (user.Credentials, "log in again: gcloud auth application-default login"),
-    (compute_engine.Credentials, "has the machine or pod a service account? See Credentials in docs/gcs.md"),
-    (service_account.Credentials, f"is the key still valid, and the clock right? {_ADVICE.capitalize()}"),
+    (compute_engine.Credentials, f"{_KEY} is not set: has the machine or pod a service account? {_SEE}"),
+    (service_account.Credentials, f"is the key still valid, and the clock right? {_SEE}"),
 )
 
 
@@ -243,5 +243,11 @@ def _why(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return f"{errno.errorcode.get(cause.errno or 0, 'error')} ({cause.strerror})"
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, TransportError) and isinstance(error.__cause__, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, TransportError) and type(error.__cause__) is requests.ConnectionError:
+        return "the connection ended without an answer"
+    if error.args and isinstance(error.args[0], BaseException):
+        return _why(error.args[0])
     text = str(error.args[0]) if error.args else ""
     return line(text if isinstance(error, GoogleAuthError) and text else f"{type(error).__name__}: {error}")

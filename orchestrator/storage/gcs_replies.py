@@ -63,6 +63,9 @@ def said(body: bytes) -> Said:
         return Said(line(" ".join(filter(None, reasons)), 60), line(str(error["message"])))
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
+    if cut := re.search(r'"message"\s*:\s*"((?:[^"\\]|\\.)*)', text):  # JSON of which somebody has kept the beginning
+        reason = re.search(r'"reason"\s*:\s*"(\w+)"', text)
+        return Said(reason[1] if reason else "", line(cut[1]))
     code, message = (re.search(rf"(?is)<{tag}>(.*?)</{tag}>", text) for tag in ("Code", "Message"))
     if code and message:
         details = re.search(r"(?is)<Details>(.*?)</Details>", text)
