@@ -177,7 +177,7 @@ TABLE: dict[str, tuple[str, range, str]] = {
         range(2, 99),
         "credentials",
     ),
-    "hangs": (r"\['Unavailable'(, 'Unavailable'){7}\]", range(1, 5), ""),
+    "hangs": (r"\['Unavailable'(, 'Unavailable'){7}\]", range(1, 5), ".*"),
     "unavailable_for_a_while": ("b'1'", range(2, 99), "credentials .*HTTP 503"),
     "forbidden_by_the_metadata_server": (f"{MACHINE}.*Status: 403", range(1, 2), ""),
     "revoked": (rf"a@p.iam.gserviceaccount.com \({FILE}\): invalid_grant: Invalid JWT", range(1, 2), ""),

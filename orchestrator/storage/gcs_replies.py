@@ -160,9 +160,14 @@ _HINTS: tuple[tuple[tuple[int, ...], str, str], ...] = (
         r"vpcServiceControls|VPC_SERVICE|organization's policy",
         "VPC Service Controls reject it: ask who administers the perimeter",
     ),
+    (
+        (400, 403),
+        r"cloudkms|KMS key",
+        "the bucket's encryption key: is it enabled, and may Cloud Storage's service agent use it?",
+    ),
     ((403,), r"", "the credential lacks a role on the bucket, see docs/gcs.md: {role}"),
     ((401,), r"", "the credentials are not accepted"),
-    ((404,), r"bucket does not exist", "check the bucket's name"),
+    ((407,), r"", "the proxy on the way wants a password: see http_proxy and https_proxy"),
     ((404,), r"", "check the bucket's name"),
     ((412,), r"", "a condition that was not asked for: is there a proxy or another server in between?"),
 )
@@ -189,7 +194,7 @@ def refusal(operation: str, name: str, reply: Reply, who: str = "") -> StorageEr
     means = hint(operation, reply.status, cause)
     if reply.status in (401, 403) and who:
         means = f"{means} ({who})"
-    kind = Unavailable if reply.status in (401, 403) else StorageError
+    kind = Unavailable if reply.status in (401, 403, 407) else StorageError
     return kind(f"{operation} {name}: HTTP {reply.status} {cause.message}{'; ' * bool(means)}{means}")
 
 
