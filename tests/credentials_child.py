@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,52 @@ def _rejected_while_read(agent: Any, root: str, state: Any) -> dict[str, Callabl
     return {"restore": restore}
 
 
+def _write_answered(agent: Any, root: str, state: Any, **rule: Any) -> dict[str, Callable[[], Any]]:
+    """The data file of a save is answered so where TensorStore sends it, which is by name in the URL."""
+    from orchestrator.arrays import buckets
+
+    group = root.split("/")[3]
+
+    def save() -> str:
+        name = rf"{group}.*/state/.*d/"
+        control(f"rules/{group}", [{"name": name, "operations": ["insert"], **rule}])
+        saved = agent.save(3, state(3)) and agent.latest_step()
+        control(f"rules/{group}", [])
+        return f"{saved} {buckets._client_writes}"
+
+    return {"save": save}
+
+
+def _read_for_longer_than_a_token(agent: Any, root: str, state: Any) -> dict[str, Callable[[], Any]]:
+    """A reader is in the middle when the token is replaced, and the bucket accepts no older one."""
+    from orchestrator.catalog import Catalog
+    from orchestrator.storage import gcs_client
+    from orchestrator.stored_step import StoredStep
+
+    def read() -> int:
+        catalog = Catalog(GcsStorage(root), "test")
+        step = StoredStep(catalog, catalog.durable_head().live[-1])
+        leaves = [leaf for leaf in step.intent.tree.leaves if leaf.name == "w"]
+        pieces = step.slabs(leaves, 512)
+        found = [next(pieces)]
+        TOKENS.word = "good-new"
+        gcs_client.client().credentials.reject(gcs_client.client().token())
+        control(f"guards/{BUCKET}", {"tokens": ["good-new"]})
+        found.extend(pieces)
+        control(f"guards/{BUCKET}", {"tokens": ["good-"]})
+        return len(found)
+
+    return {"read": read}
+
+
+ROWS["job_long_read"] = lambda: _job("", _read_for_longer_than_a_token)
+ROWS["job_write_limited"] = lambda: _job(
+    "", partial(_write_answered, value=403, reason="rateLimitExceeded", message="slow down", times=1)
+)
+ROWS["job_write_forbidden"] = lambda: _job(
+    "", partial(_write_answered, value=403, message="pod@p does not have storage.objects.create access. " * 40)
+)
+ROWS["job_write_rejected"] = lambda: _job("", partial(_write_answered, value=401, times=1))
 ROWS["job_revoked"] = lambda: _job("service_account", _revoked_meanwhile)
 ROWS["job_rejected_while_read"] = lambda: _job("", _rejected_while_read)
 ROWS["job_external"] = lambda: _job("external", _rejected_while_read)

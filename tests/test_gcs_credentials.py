@@ -203,6 +203,11 @@ TABLE: dict[str, tuple[str, range, str]] = {
 }
 
 JOBS = ("job_revoked", "job_rejected_while_read", "job_external")
+WRITES = {  # is the step saved, and does TensorStore go on writing
+    "job_write_limited": ("3 False", [1, 2, 3, 9]),
+    "job_write_forbidden": ("2 False", [1, 2, 9]),
+    "job_write_rejected": ("3 True", [1, 2, 3, 9]),
+}
 
 
 @pytest.mark.jobs
@@ -221,7 +226,7 @@ def test_credentials_are_waited_for_renewed_or_named(played: dict[str, dict[str,
 
 @pytest.mark.jobs
 def test_all_rows_are_played_and_judged(played: dict[str, dict[str, Any]]) -> None:
-    assert set(played) - {""} == {*TABLE, *JOBS}
+    assert set(played) - {""} == {*TABLE, *JOBS, *WRITES, "job_long_read"}
 
 
 @pytest.mark.jobs
@@ -244,3 +249,22 @@ def test_a_job_outlives_its_credentials_and_nothing_is_quarantined(
     else:  # one read of a chunk was answered with 401, and read again with another token
         assert row["failed"] == 0 and row["restore"]["value"] == "2", row
         assert row["restore"]["asked"] >= 1 and "401" in " ".join(row["restore"]["retried"]), row
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize("name", WRITES)
+def test_what_tensorstore_is_not_allowed_to_write_the_client_writes_or_says_why(
+    played: dict[str, dict[str, Any]], name: str
+) -> None:
+    row = played[name]
+    saved, steps = WRITES[name]
+    assert (row["save"]["value"], row["steps"], row["right"]) == (saved, steps, True), row
+    assert row["failed"] == (0 if 3 in steps else 1), row
+    reasons = [line for line in played[""]["stderr"].splitlines() if "SaveNotCommitted" in line and "HTTP 403" in line]
+    assert len(reasons) == 1 and "roles/storage.objectCreator has storage.objects.create" in reasons[0]
+    assert len(reasons[0]) < 1500, reasons
+
+
+@pytest.mark.jobs
+def test_a_read_that_outlasts_its_token_goes_on_with_the_next(played: dict[str, dict[str, Any]]) -> None:
+    assert played["job_long_read"]["read"].get("value") == "32", played["job_long_read"]

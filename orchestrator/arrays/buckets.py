@@ -77,7 +77,7 @@ _client_writes = False  # TensorStore's own credentials were rejected where the 
 def write(base: str, path: str, body: bytes, context: ts.Context) -> None:
     """A new object below `gs://` URL `base`, durable then. Raises StorageError."""
     global _client_writes
-    ours = stamp()
+    ours, unknown = stamp(), False
     if ours is None or (client().credentials.shared and not _client_writes):
         try:
             store = _native(base.rstrip("/") + "/", context)
@@ -85,11 +85,12 @@ def write(base: str, path: str, body: bytes, context: ts.Context) -> None:
             return
         except _FAILURES as error:
             status = _STATUS.search(str(error))
+            unknown = status is not None and status[1] == "401"
             if ours is None or status is None or status[1] not in ("401", "403"):
                 raise Unavailable(f"write {base}/{path}: {described(error, 'write')}", landed=True) from error
     if isinstance(GcsStorage(base).create(path, body), Exists):
         raise StorageError(f"write {base}/{path}: another writer was here; no object is written twice")
-    _client_writes = ours is not None and client().credentials.shared
+    _client_writes = _client_writes or unknown
 
 
 def _native(where: str, context: ts.Context) -> Any:
