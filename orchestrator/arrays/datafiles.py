@@ -16,17 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import crc32c
-import tensorstore as ts
 
 from orchestrator import chunks
-from orchestrator.arrays.store import files_spec, shared_context
+from orchestrator.arrays.store import shared_context
 from orchestrator.records import FileEntry, crc32
 from orchestrator.storage import directory
 from orchestrator.storage.directory import storage_error
 
 Buffer = bytes | memoryview
 
-_TIMEOUT_S = 3600.0  # for one object; the save's own deadline is shorter and ends the wait before
 _WRITE_BACK_BYTES = 8 << 20
 _WRITE_BACK_BYTES_MIN = 1 << 20  # for less, sealing is as quick
 _SYNC_FILE_RANGE_WRITE = 2
@@ -143,6 +141,7 @@ class _Object:
         if not whole:
             self._parts.clear()
             return
-        store = ts.KvStore.open(files_spec(self._base), context=shared_context()).result(timeout=_TIMEOUT_S)
+        from orchestrator.arrays import buckets  # gcsfs takes half a second to import: only where it is used
+
         body, self._parts = b"".join(self._parts), []
-        store.write(self.path, body).result(timeout=_TIMEOUT_S)
+        buckets.write(self._base, self.path, body, shared_context())

@@ -47,7 +47,7 @@ from orchestrator.arrays.placing import (
     recut,
     unread,
 )
-from orchestrator.arrays.store import context, files_spec, inspect, report_retries, store_spec
+from orchestrator.arrays.store import context, described, files_spec, inspect, report_retries, stamp, store_spec
 from orchestrator.arrays.stored_tree import ObjectTree
 from orchestrator.contents import Chunk, Stored
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
@@ -167,7 +167,7 @@ def check(
 # TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
 # say, and whatever any other status says (credentials, certificates, a proxy's opinion), is no proof of damage.
 _SUSPICIOUS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
-_TRIED_LONG = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # TensorStore's own retries are over
+_TRIED_LONG = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")  # TensorStore's own retries are over
 
 
 def _fault(text: str, error: Exception, keys: Sequence[str] = ()) -> OrchestratorError:
@@ -203,6 +203,8 @@ class _Reader:
         self._directory, self._on_bytes, self._context = directory, on_bytes, context()
         self._stored, self._checksums = stored, stored.chunks if stored else {}
         self._inspected = False
+        self._opened: Any = None
+        self._opened_as: object = None  # whose token
         local = directory.startswith("file://")
         self._local = LocalStore(directory.removeprefix("file://"), stored) if local else None
         self._external = External(directory, self._context, stored, self._result)
@@ -213,13 +215,18 @@ class _Reader:
             inspect(self._directory)
             self._inspected = True
 
-    @functools.cached_property
+    @property
     def _store(self) -> Any:
-        self._inspect()
-        try:
-            return self._awaited(ts.KvStore.open(store_spec(self._directory), context=self._context), self._directory)
-        except _FAILURES as error:
-            raise _fault(f"{self._directory}: cannot be opened: {error}", error) from error
+        opened_as = stamp(self._directory)
+        if self._opened is None or self._opened_as is not opened_as:
+            self._inspect()
+            try:
+                opening = ts.KvStore.open(store_spec(self._directory), context=self._context)
+                self._opened, self._opened_as = self._awaited(opening, self._directory), opened_as
+            except _FAILURES as error:
+                text = f"{self._directory}: cannot be opened: {described(self._directory, error)}"
+                raise _fault(text, error) from error
+        return self._opened
 
     @functools.cached_property
     def _places(self) -> dict[str, Chunk] | None:
@@ -376,7 +383,8 @@ class _Reader:
         try:
             return self._awaited(future, label)
         except _FAILURES as error:
-            raise _fault(f"{label}: cannot be read from {self._directory}: {error}", error, keys) from error
+            text = f"{label}: cannot be read from {self._directory}: {described(self._directory, error)}"
+            raise _fault(text, error, keys) from error
 
     def _awaited(self, future: Any, label: str) -> Any:
         """The result, within the deadline of an operation on a store; a word in between for whoever looks on."""
