@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, failpoints, garbage, heartbeat
+from orchestrator import arguments, failpoints, garbage, heartbeat, last_words
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -78,6 +78,7 @@ class Agent:
         store = storage or open_storage(root)  # before the others are met: a root that is none is refused at once
         self._using = threading.RLock()
         self._rendezvous = rendezvous or connect(self.options.rendezvous_timeout_s)
+        last_words.serve(self, self.options.failure_grace_s)
         me = self._rendezvous
         failpoints.configure(os.environ, me.process)
         signature = f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}"
@@ -423,6 +424,8 @@ class Agent:
             return
         # The loop is failing: finish this process's save, but meet nobody, who may not come.
         self._closed = True
+        if value is not None:
+            last_words.left(value)
         try:
             self.wait_until_finished()
         except OrchestratorError as error:

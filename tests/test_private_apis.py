@@ -38,7 +38,9 @@ from orchestrator.tree import flatten
 
 ROOT = Path(__file__).parent.parent
 WATCHED = {  # private names that the package may import: each has a test below
+    "jax._src.api",
     "jax._src.core",
+    "jax._src.dispatch",
     "jax._src.distributed",
     "jax._src.lib._jax",
     "jax._src.lib.xla_client",
