@@ -89,7 +89,7 @@ def join_last_words() -> None:
     """If `jax.distributed` is initialized for several processes, have them hear of each other's failures. Idempotent.
     Not where the job is to outlive a lost process (`jax_enable_recoverability`)."""
     state = _distributed.global_state
-    recoverable = jax.config.read("jax_enable_recoverability")
+    recoverable = getattr(jax.config, "jax_enable_recoverability", False)
     if state.client is not None and state.num_processes > 1 and not recoverable:
         last_words.join(_Board(state.process_id, state.num_processes), host_name())
 
