@@ -109,12 +109,13 @@ def exit_code(error: BaseException) -> int:
 
 def describe(error: BaseException) -> str:
     if isinstance(error, SystemExit):
-        return f"SystemExit: {error.code}"
+        return f"sys.exit({error.code!r:.{TEXT_MAX}})"
+    name = type(error).__name__
     try:
-        text = f"{type(error).__name__}: {error}"
-    except Exception:  # an exception of the program's may fail at that
-        text = type(error).__name__
-    return text[:TEXT_MAX]
+        text = str(error)
+    except Exception:  # of an exception of the program's
+        text = ""
+    return f"{name}: {text}"[:TEXT_MAX] if text else name
 
 
 # What an uncaught exception does, in any process.
@@ -230,7 +231,7 @@ class _Job:
         if not isinstance(error, SystemExit):
             self.caught = failure
         elif self.caught:  # why the program exits
-            self.exits = replace(failure, text=f"{self.caught.text}; it then ended with exit code {failure.code}")
+            self.exits = replace(failure, text=f"{self.caught.text}; then {failure.text}")
         else:
             self.exits = failure
         self._leave_first()
