@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import free_port
 
 import orchestrator as oc
 from orchestrator import last_words
 
 REPO = Path(__file__).parent.parent
+FAILING_JOB = REPO / "tests" / "jobs" / "failing_job.py"
 LEAVING_JOB = REPO / "tests" / "jobs" / "leaving_job.py"
 ENVIRON = {**os.environ, "PYTHONPATH": str(REPO)}
 DEADLINE_S = 120.0
@@ -176,3 +178,56 @@ def test_a_save_in_flight_is_let_end_and_said(ended: dict[str, list[Ended]]) -> 
 )
 def test_each_error_has_its_exit_code(error: BaseException, code: int) -> None:
     assert last_words.exit_code(error) == code
+
+
+# With JAX.
+
+
+@pytest.mark.jobs
+def test_a_fenced_host_ends_a_supervised_job_for_good_and_its_last_save_is_committed(tmp_path: Path) -> None:
+    """Its survivor sits in a collective. Before, the supervisor saw SIGABRT after 301 s, and restarted."""
+    flags = ["--processes", "2", "--max_restarts", "3"]
+    command = [sys.executable, FAILING_JOB, tmp_path / "run", "1", "collective"]
+    job = subprocess.run(
+        [sys.executable, "-m", "launch", "local", *flags, "--", *command],
+        cwd=REPO,
+        env=ENVIRON,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert job.returncode == 5, job.stdout
+    assert "[host-1] orchestrator.errors.Fenced: fenced by epoch 9" in job.stdout
+    assert "restart" not in job.stdout
+    assert oc.open_run(tmp_path / "run").latest_step() == 4
+
+
+@pytest.mark.jobs
+def test_an_exception_on_process_0_ends_others_in_a_barrier_and_asleep_without_a_launcher(tmp_path: Path) -> None:
+    """Process 0 holds the coordination service: without it JAX would abort the others at once, and say nothing of
+    why."""
+    given = ["3", str(free_port())]
+    running = [
+        subprocess.Popen(
+            [sys.executable, FAILING_JOB, tmp_path / "run", "0", "apart", str(index), *given],
+            env={**ENVIRON, "ORCHESTRATOR_HOST_NAME": f"host-{index}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(3)
+    ]
+    try:
+        outputs = [process.communicate(timeout=DEADLINE_S)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait(10)
+    assert [process.returncode for process in running] == [1, 1, 1], outputs
+    assert BUG in outputs[0] and "orchestrator: " not in outputs[0]
+    for index in (1, 2):
+        said = f"orchestrator: process 0 (host-0) has failed: {BUG}; process {index} (host-{index}) ends with it"
+        assert outputs[index].count(said) == 1, outputs[index]
+        assert "Terminating process" not in outputs[index]  # as JAX's abort says
+    assert oc.open_run(tmp_path / "run").latest_step() == 4
