@@ -155,11 +155,11 @@ _job: _Job | None = None
 
 
 def join(board: Board, host: str) -> None:
-    """Tell the others of this job should this process fail, and hear of them. Once per process; later calls do nothing.
-    Main thread."""
+    """Tell the others of this job should this process fail, and hear of them. Once per job; later calls do nothing. Main
+    thread."""
     global _job
     install()
-    if _job is None or not _job.mine():
+    if not joined():
         _job = _Job(board, host)
 
 
