@@ -155,8 +155,8 @@ _job: _Job | None = None
 
 
 def join(board: Board, host: str) -> None:
-    """Tell the others of this job should this process fail, and hear of them. Once per job; later calls do nothing. Main
-    thread."""
+    """Tell the others of this job should this process fail, and hear of them. Once per job; later calls do nothing.
+    Main thread."""
     global _job
     install()
     if not joined():
@@ -224,6 +224,7 @@ class _Job:
             self.failure = replace(first, signum=0)
         else:
             self.failure = Failure(self.board.process, self.host, describe(error), exit_code(error), signum)
+            self._tell(self.failure)
         self._leave_first()
 
     def catch(self, error: BaseException) -> None:
@@ -258,11 +259,13 @@ class _Job:
         self._at_exit.set()
         if not self.mine() or not self.board.connected:
             return
-        failure = self.failure or self.exits or self.caught
+        if self.failure:
+            self._end(self.failure)
+        failure = self.exits or self.caught
         if failure:
             self._tell(failure)
-        if final := self.failure or self.exits:
-            self._end(final)
+        if self.exits:
+            self._end(self.exits)
         self.board.post(f"{LEAVING}{self.board.process}", "")
         if self._others_leave(failure):
             return  # JAX's barrier holds nobody up
@@ -289,8 +292,7 @@ class _Job:
         return failure is None
 
     def _tell(self, failure: Failure) -> None:
-        if failure.process == self.board.process:
-            self.board.post(f"{FAILED}{failure.process}", failure.encode())
+        self.board.post(f"{FAILED}{failure.process}", failure.encode())
 
     def _end(self, failure: Failure) -> NoReturn:
         """End this process as `failure` says, on any thread: run what the program wants to be run at exit, wait for
@@ -335,14 +337,13 @@ class _Job:
         while not self._at_exit.wait(pause_s):
             if not self.board.connected:
                 return
-            if self.failure and not threading.main_thread().is_alive():
+            if self.failure:
                 return self._hurry(self.failure)
-            if not self.failure and self.grace_s is not None and (first := self._heard()):
+            if self.grace_s is not None and (first := self._heard()):
                 return self._follow(first)
 
     def _hurry(self, failure: Failure) -> None:
-        """The main thread has failed and ended, and the interpreter waits for other threads of the program."""
-        self._tell(failure)
+        """The program has failed. Until its exit handlers run, the interpreter waits for its threads."""
         if not self._at_exit.wait(GRACE_S if self.grace_s is None else self.grace_s):
             self._end(failure)
 

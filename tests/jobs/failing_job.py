@@ -43,7 +43,7 @@ with oc.Agent(root, save=oc.every(2)) as agent:
         if step == 4 and me == failing:
             if others == "collective":
                 raise oc.Fenced("fenced by epoch 9 (another job)")
-            raise ValueError("user's bug")
+            raise SystemExit(3)
         if step == 4 and others == "apart":
             if me == 1:
                 agent.close()  # waits for the one that has failed
