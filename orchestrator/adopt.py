@@ -35,6 +35,7 @@ from orchestrator.records import (
     TreeSpec,
     crc32c,
 )
+from orchestrator.rights import probe
 from orchestrator.storage import PosixStorage
 
 EXTRA = "orbax"  # our member of a step's extra JSON: what Orbax knew beside the arrays
@@ -121,7 +122,7 @@ def adopt(
         _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
-    catalog.probe()
+    probe(catalog.storage).result()
     opened = catalog.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0

@@ -7,17 +7,20 @@ that the run belongs to. Making an agent, and reading, open nothing. Main thread
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 
-from orchestrator import failpoints, journal, plan
+from orchestrator import failpoints, journal, overlap, plan
 from orchestrator.adopt import unadopted
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.journal import Compared, Overtaken
+from orchestrator.overlap import Begun
 from orchestrator.records import Head, Json
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import agree, as_error
+from orchestrator.rights import probe
 from orchestrator.tree import Flat
 
 _TRIES = 10  # somebody else commits to the run between comparing and opening
@@ -32,6 +35,8 @@ class Opening:
         self._catalog, self._rendezvous, self._timeout_s, self._opened = catalog, rendezvous, timeout_s, opened
         self.epoch: int | None = None
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
+        self._head: Begun[Head | None] | None = None  # as it was then
+        self._probed: Begun[None] | None = None  # what the probe has left is being deleted
 
     def by_save(self, step: int, describe: Callable[[], Flat], *, other_tree: bool) -> str:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
@@ -42,6 +47,12 @@ class Opening:
         """
         if self.epoch is not None:
             return ""
+        try:
+            return self._by_save(step, describe, other_tree)
+        finally:
+            self._end_probe()
+
+    def _by_save(self, step: int, describe: Callable[[], Flat], other_tree: bool) -> str:
         told: Json = {"step": step}
         error: Exception | None = None
         described: list[Flat] = []  # in it once this process has nothing to object to what it was given
@@ -85,6 +96,12 @@ class Opening:
         process. Returns [] once it is open; else all answers, of which one is another's refusal: nothing was done."""
         if self.epoch is not None:
             return []
+        try:
+            return self._by_restore(tree, meet)
+        finally:
+            self._end_probe()
+
+    def _by_restore(self, tree: str | None, meet: Callable[[Json], list[Json]]) -> list[Json]:
         error: Exception | None = None
         compare = partial(_unchanged, tree)
         try:
@@ -109,14 +126,22 @@ class Opening:
         self._catalog.durable_version = max(self._catalog.durable_version, int(opened["version"]))
         self._opened(self.epoch)
 
+    def _end_probe(self) -> None:
+        """Nothing is left of it when a save or a restore goes on, or does not."""
+        probed, self._probed = self._probed, None
+        if probed:
+            probed.result()
+
     def _admit(self, compare: Callable[[Head | None], None]) -> None:
         """Whatever speaks against this process opening the run is raised. Process 0 looks at the run, for all."""
         if self._rendezvous.process == 0:
             self._look(compare)
-        self._catalog.probe()
+        self._probed = probe(self._catalog.storage)
 
     def _look(self, compare: Callable[[Head | None], None]) -> None:
+        began_s = time.monotonic()
         head, _ = self._catalog.look()
+        self._head = overlap.known(head, began_s)
         if refusal := unadopted(self._catalog, head):
             raise UsageError(refusal)
         compare(head)
@@ -126,7 +151,7 @@ class Opening:
         failpoints.hit("epoch.before")
         for _ in range(_TRIES):
             try:
-                opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared))
+                opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared), self._head)
             except Overtaken:
                 self._look(compare)
                 continue

@@ -27,10 +27,10 @@ _NAMES = {
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json arrays.compressed arrays.external
         arrays.stored_tree
-        rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
+        overlap rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
         agent opening saving coordinator restore reader stored_step proof verify diff collect survey recover catalog
-        pacing export orbax_steps""",
+        pacing export orbax_steps rights""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names

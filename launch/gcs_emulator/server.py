@@ -1,8 +1,8 @@
 """The emulator's HTTP side: the JSON API as gcsfs, TensorStore and this package speak it.
 
 Buckets: get, create. Objects: list, metadata, media with Range, media, multipart and resumable upload, delete, patch,
-rewriteTo, copyTo, moveTo, batch. `/_emulator/faults` (GET, PUT), `/_emulator/rules/GROUP` (GET, PUT) and
-`/_emulator/counts` (GET, DELETE) are its own.
+rewriteTo, copyTo, moveTo, batch. `/_emulator/faults` (GET, PUT), `/_emulator/rules/GROUP` (GET, PUT),
+`/_emulator/counts` (GET, DELETE) and `/_emulator/requests` (GET; DELETE of the counts clears it) are its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from aiohttp import web
 from launch.gcs_emulator.bucket import LIST_PAGE_MAX, Bucket, Object, Preconditions, Refused
 from launch.gcs_emulator.faults import Dice, Faults, Rule, Rules
 from launch.gcs_emulator.replies import Answer, altered, cut, hang_up, response, stay_silent, trickle
+from launch.gcs_emulator.request_log import RequestLog
 
 BODY_BYTES_MAX = 1 << 30
 UPLOADS_MAX = 10_000
@@ -70,6 +71,7 @@ class Emulator:
         self.dice = Dice(faults)
         self.rules = Rules()
         self.counts: Counter[str] = Counter()
+        self.log = RequestLog()
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_BYTES_MAX)
@@ -80,6 +82,14 @@ class Emulator:
         path = request.rel_url.raw_path
         if path.startswith("/_emulator/"):
             return await self._control(request, path)
+        with self.log.noted(*_named(request.method, path, request.query)) as logged:
+            try:
+                return await self._handled(request, path)
+            finally:
+                if logged.operation == "insert" and not logged.name:
+                    logged.name = _name_inside(await request.read())
+
+    async def _handled(self, request: web.Request, path: str) -> web.StreamResponse:
         if self.dice.faults.down:
             self.dice.counts["down"] += 1
             return hang_up(request)
@@ -345,16 +355,20 @@ class Emulator:
                 except (ValueError, TypeError, re.error) as error:
                     return web.json_response({"error": str(error)}, status=400)
             return web.json_response({"hits": self.rules.counts[group]})
+        if path == "/_emulator/requests":
+            return web.json_response(self.log.told())
         if path == "/_emulator/counts":
             told = self._told()
             if request.method == "DELETE":
                 self.counts.clear()
+                self.log.clear()
                 self.dice.counts.clear()
                 for bucket in self._buckets.values():
                     bucket.rewritten_too_soon = 0
             return web.json_response(told)
         return web.json_response(
-            {"error": "there is /_emulator/faults, /_emulator/rules/GROUP and /_emulator/counts"}, status=404
+            {"error": "there is /_emulator/faults, /_emulator/rules/GROUP, /_emulator/counts and /_emulator/requests"},
+            status=404,
         )
 
     def _told(self) -> dict[str, Any]:
@@ -388,6 +402,12 @@ def _named(method: str, path: str, query: Mapping[str, str]) -> tuple[str, str]:
     """Which operation a call is, and the object's name or the listing's prefix."""
     found = _OBJECT.fullmatch(path)
     return _operation(method, path, query), unquote(found[2]) if found else query.get("prefix", query.get("name", ""))
+
+
+def _name_inside(body: bytes) -> str:
+    """The object's name in an upload that names it in its body."""
+    found = re.search(rb'"name":\s*"([^"]*)"', body[:4096])
+    return found[1].decode() if found else ""
 
 
 def _hash_header(headers: Mapping[str, str]) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.arrays.foreign import describe, is_tree
-from orchestrator.arrays.placing import Load
-from orchestrator.arrays.reading import check, load, sharding_of, slabs
+from orchestrator.arrays.placing import Load, sharding_of
+from orchestrator.arrays.reading import check, load, slabs
 from orchestrator.arrays.sharing import groups
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 

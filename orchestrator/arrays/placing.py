@@ -371,3 +371,10 @@ def _empty_array(item: Load) -> Any:
         return host
     array = jax.make_array_from_callback(leaf.file_shape, item.sharding, lambda index: host[index])
     return _key(array, leaf) if leaf.kind == "key" else array
+
+
+def sharding_of(target: Any) -> jax.sharding.Sharding | None:
+    """The sharding a target leaf asks for; None for numpy targets. A target without one goes to the first device."""
+    if isinstance(target, np.ndarray | np.generic):
+        return None
+    return getattr(target, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -233,11 +233,21 @@ class _Reader:
             raise Damaged(f"{self._directory}: the store's tree is compressed or in parts; none of ours is")
         return places
 
+    @functools.cached_property
+    def _files(self) -> Any:
+        return self._result(self._directory, ts.KvStore.open(files_spec(self._directory), context=self._context))
+
     def _object(self, path: str) -> bytes | None:
-        where = f"{self._directory}/{path}"
-        files = self._result(where, ts.KvStore.open(files_spec(self._directory), context=self._context))
-        result = self._result(where, files.read(path))
+        result = self._result(f"{self._directory}/{path}", self._files.read(path))
         return bytes(result.value) if result.state == "value" else None
+
+    def _chunk(self, key: str) -> Any:
+        """A value, being read: from where the tree that was walked has it, or through TensorStore, which walks it."""
+        place = self._places.get(key, b"") if self._places is not None and not self._local else None
+        if not isinstance(place, tuple):
+            return self._store.read(key)
+        path, offset, size = place
+        return self._files.read(path, byte_range=slice(offset, offset + size))
 
     def fill(self, fillings: Sequence[Filling], arena: Arena) -> None:
         ours = [filling for filling in fillings if filling.leaf.foreign is None]
@@ -352,7 +362,7 @@ class _Reader:
         for read in reads:
             while waiting and (in_flight + read.bytes > _WINDOW_BYTES or len(waiting) >= _WINDOW_READS):
                 in_flight -= self._take(waiting)
-            waiting.append((read, self._store.read(read.key)))
+            waiting.append((read, self._chunk(read.key)))
             in_flight += read.bytes
         while waiting:
             self._take(waiting)
@@ -433,7 +443,7 @@ class _Reader:
         keys = iter(sizes)
         while True:
             for key in itertools.islice(keys, _CHECK_READS - len(waiting)):
-                waiting.append((key, self._store.read(key)))
+                waiting.append((key, self._chunk(key)))
             if not waiting:
                 return problems
             key, future = waiting.popleft()
@@ -481,10 +491,3 @@ def _grouped(items: Iterable[_Sized], most_bytes: int, most: int = sys.maxsize) 
         total += item.bytes
     if group:
         yield group
-
-
-def sharding_of(target: Any) -> jax.sharding.Sharding | None:
-    """The sharding a target leaf asks for; None for numpy targets. A target without one goes to the first device."""
-    if isinstance(target, np.ndarray | np.generic):
-        return None
-    return getattr(target, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
