@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,12 +14,12 @@ KEPT = 20_000  # the newest requests
 
 @dataclass
 class Logged:
-    """One request. Times in seconds on a monotonic clock; `ended_s` is infinite while it is under way."""
+    """One request. Times in seconds on a monotonic clock; `ended_s` is None while it is under way."""
 
     operation: str
     name: str
     began_s: float = field(default_factory=time.monotonic)
-    ended_s: float = float("inf")
+    ended_s: float | None = None
 
 
 class RequestLog:
@@ -41,16 +41,15 @@ class RequestLog:
         self._kept.clear()
 
     def told(self) -> list[dict[str, Any]]:
-        """As JSON; what is under way ends now."""
-        now = time.monotonic()
-        return [asdict(one) | {"ended_s": min(one.ended_s, now)} for one in self._kept]
+        """As JSON."""
+        return [asdict(one) for one in self._kept]
 
 
-def waves(requests: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The longest chain out of these (began, ended) in which each began after the one before it was answered: where
-    every request takes the same time, what came of it is that many times this latency, however much was done beside."""
-    chain: list[tuple[float, float]] = []
-    for began, ended in sorted(requests, key=lambda one: one[1]):
-        if not chain or began >= chain[-1][1]:
-            chain.append((began, ended))
-    return chain
+def chain(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The longest chain out of these (`told`) in which each began after the one before it was answered: as many
+    latencies as were waited for, however much was done beside. What is still under way is left out."""
+    found: list[Mapping[str, Any]] = []
+    for one in sorted((one for one in requests if one["ended_s"] is not None), key=lambda one: float(one["ended_s"])):
+        if not found or one["began_s"] >= found[-1]["ended_s"]:
+            found.append(one)
+    return found

@@ -203,8 +203,9 @@ class Appender:
 @dataclass(frozen=True)
 class Coordinator(Appender):
     """An incarnation's process 0: looks at the run, opens an epoch, then saves `saves` one after another.
-    `after_actor`: who must have finished before it begins. at_once: it lists and reads the head in one move. early: it builds on
-    heads that it has read before its manifest, or while it compared, as all do; without, it has fewer states."""
+    `after_actor`: who must have finished before it begins. at_once: it lists and reads the head in one move. early: it
+    builds on heads that it has read before its manifest, or while it compared, as all do; without, there are fewer
+    states."""
 
     saves: tuple[int, ...]
     tree: str = ""
