@@ -205,7 +205,7 @@ class Catalog:
 
     def _built_on(self, rule: Callable[[Head | None, Stamp], Next], early: Begun[Head | None] | None) -> Head | None:
         """The next head, made of an early reading; None if that is too old or has failed, or if `rule` makes none."""
-        if early is None or early.age_s > EARLY_S:
+        if early is None:
             return None
         try:
             head = early.result(EARLY_S)
