@@ -19,7 +19,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator import journal, json_words, layout, orbax_steps
+from orchestrator import journal, json_words, layout, meeting, orbax_steps
 from orchestrator.catalog import Catalog
 from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, UsageError
@@ -35,7 +35,6 @@ from orchestrator.records import (
     TreeSpec,
     crc32c,
 )
-from orchestrator.rights import probe
 from orchestrator.storage import PosixStorage
 
 EXTRA = "orbax"  # our member of a step's extra JSON: what Orbax knew beside the arrays
@@ -122,7 +121,7 @@ def adopt(
         _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
-    probe(catalog.storage).result()
+    meeting.probe(catalog)
     opened = catalog.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0

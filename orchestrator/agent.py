@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,11 +16,11 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, failpoints, garbage, heartbeat
+from orchestrator import arguments, configuration, failpoints, garbage, heartbeat, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
-from orchestrator.collect import collect
+from orchestrator.collect import Collector
 from orchestrator.coordinator import Coordinator, UserData
 from orchestrator.errors import (
     Damaged,
@@ -32,18 +31,18 @@ from orchestrator.errors import (
     WaitTimeout,
 )
 from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
+from orchestrator.meeting import meet
 from orchestrator.opening import Opening, check_tree
 from orchestrator.options import Options
 from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
 from orchestrator.records import Json
-from orchestrator.rendezvous import Rendezvous, connect
-from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
+from orchestrator.rendezvous import Rendezvous, connect, listen
+from orchestrator.restore import RestoreArgs, Restored, restore_together
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
 from orchestrator.telemetry import Telemetry
-from orchestrator.texts import printable
 from orchestrator.tree import Flat, flatten
 
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop
@@ -54,7 +53,8 @@ class Agent:
     `restore` opens a new epoch (incarnation), once nothing speaks against it.
 
     Raises Damaged or NewerFormat if the root holds a journal that cannot be trusted, JournalLost if it holds steps and
-    no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come.
+    no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come. UsageError, the
+    same on all hosts, if their roots are not one place, or if they were given different policies or options.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Agent:
         failpoints.configure(os.environ, me.process)
         signature = f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}"
         self._catalog = Catalog(store, writer=signature)
-        told = agree(me, "open the run", self.options.rendezvous_timeout_s, self._look_at_run)
-        # Of all hosts or of none: fingerprints of some prove nothing, and a collective of some hangs.
-        self._attest, self._load_once = str(told["attest"]), bool(told["load_once"])
+        given = configuration.of_agent(self._policy, keep, self.options)
+        run = meet(self._catalog, me, "open the run", given, self.options.rendezvous_timeout_s)
         self._opening = Opening(self._catalog, me, self.options.rendezvous_timeout_s, self._opened)
-        self._saver = self._make_saver(str(told["run"]), keep)
+        self._saver = self._make_saver(run, keep)
+        self._collector = Collector(self._catalog)
         self._looks = Looks()
         self._pacing: Pacing | None = None
         self._current: Save | None = None
@@ -95,11 +95,12 @@ class Agent:
         self._preempted: tuple[int, bool] = (-1, False)
         self._preempted_s = 0.0  # when, on the monotonic clock
         self._last_saved_step: int | None = None
+        self._failed_step: int | None = None
         self._tree_checked = False
-        self._collector: threading.Thread | None = None
-        self._swept = False
         self._closed = False
         self._telemetry = Telemetry(self.options, self._catalog.url, process=me.process, host=me.hosts[me.process])
+        self._listening = listen(me)
+        self._life = leaving.Life(self, self._catalog.url, self._listening.stop, self._telemetry.close)
         heartbeat.beat("opened", None)
 
     def _make_saver(self, run: str, keep: KeepPolicy | None) -> Saver:
@@ -110,13 +111,16 @@ class Agent:
                 host_bytes_max=self.options.host_bytes_max,
                 skip_when_full=self.options.when_full == "skip",
                 timeout_s=self.options.save_timeout_s,
+                compare_own=self.options.host_local != "ignore",
             ),
             me.process,
         )
         coordinator = None
         if me.process == 0:
             keep_s = self.options.quarantine_keep_s
-            coordinator = Coordinator(self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s)
+            coordinator = Coordinator(
+                self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s, host_local=self.options.host_local
+            )
         return Saver(
             self._catalog,
             writer,
@@ -124,13 +128,9 @@ class Agent:
             coordinator,
             self.options,
             run=run,
-            attest=self._attest != "off",
-            committed=self._collect_in_background,
+            attest=self.options.attest != "off",
+            committed=self._committed,
         )
-
-    def _look_at_run(self) -> Json:
-        self._catalog.head()  # whether it can be trusted
-        return {"run": uuid.uuid4().hex, "attest": self.options.attest, "load_once": self.options.load_once}
 
     def _opened(self, epoch: int) -> None:
         failpoints.note(epoch=epoch)
@@ -203,6 +203,18 @@ class Agent:
         return self._pacing.chosen if self._pacing else None
 
     @property
+    def saved_step(self) -> int | None:
+        """The step that was saved last, or is being saved; None once that save has failed."""
+        self._settle(raise_now=False)
+        return self._last_saved_step
+
+    @property
+    def failed_step(self) -> int | None:
+        """The step whose save has failed last; None once it was begun again."""
+        self._settle(raise_now=False)
+        return self._failed_step
+
+    @property
     def in_flight(self) -> int | None:
         """The step that is being saved in the background, None if none is."""
         return self._current.step if self._current and self._current.running else None
@@ -230,7 +242,10 @@ class Agent:
         with self._used_by_one("save"):
             self._settle(raise_now=True)
             step = arguments.step(step)
-            if not (self.should_save(step) or force) or step == self._last_saved_step:
+            due = self.should_save(step) or force
+            if due and step == self._last_saved_step:
+                self._finished()  # perhaps it fails, and another host knows already: then all save it again
+            if not due or step == self._last_saved_step:
                 return False
             if self.epoch is None and not self._open(step, state, metrics, extra, process_state):
                 return False
@@ -291,6 +306,8 @@ class Agent:
 
     def _started(self, save: Save) -> None:
         self._current, self._last_saved_step = save, save.step
+        if self._failed_step == save.step:
+            self._failed_step = None
 
     def _skip(self, save: Save) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
@@ -310,23 +327,9 @@ class Agent:
             return
         self._tree_checked = True
 
-    def _collect_in_background(self) -> None:
-        """Delete retired data without anybody waiting for it; one collection at a time, on process 0."""
-        if self._rendezvous.process != 0 or (self._collector and self._collector.is_alive()):
-            return
-
-        def run() -> None:
-            try:
-                # Leftovers of older epochs need a listing of all steps: once per incarnation is enough.
-                result = collect(self._catalog, epoch=self.epoch, orphans=not self._swept)
-                self._swept = True
-                for line in result.failed:
-                    logging.warning("collect: %s", printable(line))
-            except OrchestratorError as error:
-                logging.warning("collect: %s; tried again after the next save", error)
-
-        self._collector = threading.Thread(target=run, name="collect", daemon=True)
-        self._collector.start()
+    def _committed(self) -> None:
+        if self._rendezvous.process == 0 and not self._life.ending:
+            self._collector.start(self.epoch)
 
     # Waiting and leaving.
 
@@ -335,6 +338,10 @@ class Agent:
         """One thread at a time: two saves at once would take each other's place, and hosts meet in one order."""
         if self._closed:
             raise UsageError(f"{what}: the agent of {self._catalog.url} is closed; open another one")
+        if self._life.elsewhere:
+            raise UsageError(
+                f"{what}: the agent of {self._catalog.url} was opened before the fork; open another one here"
+            )
         if not self._using.acquire(blocking=False):
             raise UsageError(f"{what}: another thread is using the agent of {self._catalog.url}; wait until it is done")
         try:
@@ -383,7 +390,7 @@ class Agent:
                 self._pacing.saved(blocked_s, save.durable_s)
             if save.error:
                 self.failures += 1
-                self._last_saved_step = None
+                self._last_saved_step, self._failed_step = None, save.step
                 if isinstance(save.error, FATAL) or self.options.on_save_failure == "raise":
                     self._pending_error = save.error
         if raise_now and self._pending_error:
@@ -397,19 +404,36 @@ class Agent:
 
         Raises what the last save raised, as `wait_until_finished`.
         """
-        if self._closed:
+        if self._closed or self._life.elsewhere:
             return
         self._closed = True
         try:
             self.wait_until_finished()
-            if self._collector:
-                self._collector.join(self.options.rendezvous_timeout_s)
+            self._collector.wait(self.options.rendezvous_timeout_s)
             self._rendezvous.gather("leave together", None, self.options.rendezvous_timeout_s)
         finally:
+            emit(Closed(self.failures))
             self._leave()
 
+    def finish(self) -> OrchestratorError | None:
+        """`close`, for a program that is failing or ends: finishes this process's save, but meets nobody, who may not
+        come. Returns what that save, or an earlier one, has left to raise."""
+        if self._closed or self._life.elsewhere:
+            return None
+        self._closed = self._life.ending = True
+        save = self._current
+        try:
+            self.wait_until_finished()
+        except OrchestratorError as error:
+            return error
+        finally:
+            self._collector.wait(GRACE_S)  # what it leaves is deleted by the next incarnation
+            self._leave()
+        return save.error if save else None
+
     def _leave(self) -> None:
-        emit(Closed(self.failures))
+        self._life.over(self.in_flight)
+        self._listening.stop(leaving=self._preempted[1])
         self._telemetry.close()
 
     def __enter__(self) -> Agent:
@@ -420,15 +444,8 @@ class Agent:
     ) -> None:
         if kind is None:
             self.close()
-            return
-        # The loop is failing: finish this process's save, but meet nobody, who may not come.
-        self._closed = True
-        try:
-            self.wait_until_finished()
-        except OrchestratorError as error:
+        elif error := self.finish():
             logging.warning("while leaving: %s", error)
-        finally:
-            self._telemetry.close()
 
     # Restoring.
 
@@ -452,8 +469,8 @@ class Agent:
             partial=partial,
             cast=cast,
             strict=strict,
-            attest=self._attest == "full",
-            load_once=self._load_once,
+            attest=self.options.attest == "full",
+            load_once=self.options.load_once,
         )
         text = os.environ.get(STEP_BACK) or "0"
         if not text.isdecimal():

@@ -7,17 +7,21 @@ A journal that has lost entries knows nothing of what they committed: then nothi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
+from absl import logging
+
 from orchestrator import failpoints, journal, layout
 from orchestrator.catalog import Catalog
-from orchestrator.errors import Fenced, StorageError, UnsafeKey
+from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeKey
 from orchestrator.events import Collected, emit
 from orchestrator.records import RetiredAttempt
 from orchestrator.storage.base import DeletesMany, Storage
+from orchestrator.texts import printable
 
 
 @dataclass
@@ -112,3 +116,33 @@ def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[t
             except (StorageError, UnsafeKey) as failed:
                 error = StorageError(str(failed))
             yield key, error
+
+
+class Collector:
+    """Collects without anybody waiting for it, once at a time. Any thread."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._thread: threading.Thread | None = None
+        self._swept = False
+
+    def start(self, epoch: int | None) -> None:
+        """Begin, unless one is under way. What fails is logged, and done by the next one."""
+        if self._thread and self._thread.is_alive():
+            return
+        self._thread = threading.Thread(target=partial(self._run, epoch), name="collect", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> None:
+        if self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self, epoch: int | None) -> None:
+        try:
+            # Leftovers of older epochs need a listing of all steps: once per incarnation is enough.
+            result = collect(self._catalog, epoch=epoch, orphans=not self._swept)
+            self._swept = True
+            for line in result.failed:
+                logging.warning("collect: %s", printable(line))
+        except (OrchestratorError, RuntimeError) as error:  # RuntimeError: no more threads, the program ends
+            logging.warning("collect: %s; tried again after the next save", error)

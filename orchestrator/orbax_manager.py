@@ -16,16 +16,17 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, journal, orbax_items, orbax_options, policy
+from orchestrator import arguments, configuration, journal, orbax_items, orbax_options, policy
 from orchestrator.adopt import EXTRA, unadopted
 from orchestrator.agent import Agent
 from orchestrator.arrays import orbax
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, StepNotFound, UsageError
+from orchestrator.meeting import meet
 from orchestrator.orbax_items import Saved
 from orchestrator.orbax_options import Info
 from orchestrator.orbax_steps import DEFAULT
-from orchestrator.records import Json, LiveStep
+from orchestrator.records import Head, Json, LiveStep
 from orchestrator.rendezvous import connect
 from orchestrator.restore import RestoreArgs, agree, restore_together
 from orchestrator.storage import open_storage
@@ -90,8 +91,10 @@ class CheckpointManager:
         self._kept_root_metadata: dict[str, Json] | None = None
         self._agent: Agent | None = None
         self._infos: list[Info] = []
+        self._unsure: int | None = None  # the step begun last, the newest of them: its save may still fail
         self._all_metrics: dict[tuple[int, str], dict[str, float]] = {}
-        agree(self._rendezvous, "open the directory", self._options.rendezvous_timeout_s, self._admit)
+        given, timeout_s = configuration.of_orbax(self._orbax), self._options.rendezvous_timeout_s
+        meet(self._catalog, self._rendezvous, "open the directory", given, timeout_s, self._admit)
         self.reload()
 
     # Questions.
@@ -136,7 +139,11 @@ class CheckpointManager:
         return self._writer().reached_preemption(step)
 
     def should_save(self, step: int) -> bool:
-        if self._orbax.read_only or (self._infos and self._infos[-1].step >= step):
+        if self._orbax.read_only:
+            return False
+        if self._unsure is not None and self._unsure >= step:
+            self._make_sure()
+        if self._infos and self._infos[-1].step >= step:
             return False
         preempted = self.reached_preemption(step)
         candidate = orbax_options.info(step, 0.0, None)
@@ -191,21 +198,42 @@ class CheckpointManager:
         what = orbax_items.saving(args)
         shown = None if self._orbax.prevent_write_metrics else metrics
         agent = self._writer()
-        started = agent.save(
-            step,
-            what.state,
-            metrics=shown,
-            extra=what.extra(custom_metadata, self._kept_root_metadata),
-            process_state=what.process_state,
-            force=True,
-        )
-        if started:
-            self._infos.append(orbax_options.info(int(step), 0.0, dict(metrics) if metrics else None))
-        return started
+        try:
+            return agent.save(
+                step,
+                what.state,
+                metrics=shown,
+                extra=what.extra(custom_metadata, self._kept_root_metadata),
+                process_state=what.process_state,
+                force=True,
+            )
+        finally:  # it goes on, too, where a Ctrl-C has come in between
+            self._forget(agent.failed_step)
+            if agent.saved_step == step and not self._knows(step):
+                self._infos.append(orbax_options.info(int(step), 0.0, dict(metrics) if metrics else None))
+                self._unsure = int(step)
+
+    def _make_sure(self) -> None:
+        """Whether the save begun last has failed: all processes must answer the same, so process 0 says it for all."""
+        agent = self._writer()
+        timeout_s = self._options.rendezvous_timeout_s
+        told = agree(self._rendezvous, "has it failed?", timeout_s, lambda: [agent.failed_step, agent.in_flight])
+        self._forget(told[0])
+        if told[1] is None:
+            self._unsure = None
+
+    def _forget(self, failed: int | None) -> None:
+        """A step whose save has failed is as one that was never saved."""
+        if failed is not None:
+            self._infos = [info for info in self._infos if info.step != failed]
+            self._unsure = None if self._unsure == failed else self._unsure
 
     def wait_until_finished(self) -> None:
         if self._agent:
-            self._agent.wait_until_finished()
+            try:
+                self._agent.wait_until_finished()
+            finally:
+                self._forget(self._agent.failed_step)
 
     def check_for_errors(self) -> None:
         """Raises what an ended save has left to raise (Fenced). A failed save is logged instead."""
@@ -341,8 +369,8 @@ class CheckpointManager:
         states = self._catalog.process_states(live, manifest)
         return Saved(live.step, spec.leaves, frozenset(lists), single, told or {}, states)
 
-    def _admit(self) -> None:
-        refusal = unadopted(self._catalog, self._catalog.head())
+    def _admit(self, head: Head | None) -> None:
+        refusal = unadopted(self._catalog, head)
         if refusal:
             raise UsageError(refusal)
 

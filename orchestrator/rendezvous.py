@@ -10,20 +10,18 @@ always in storage; a lost signal only makes things slower.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import os
 import re
-import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from absl import logging
 
 # Private: the coordination-service client has no public accessor, and no option says where Gloo listens (jax 0.10.2).
 # tests/test_private_apis.py watches both.
@@ -31,7 +29,9 @@ from jax._src import distributed as _distributed
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
 
+from orchestrator import sigterm
 from orchestrator.errors import WaitTimeout
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
@@ -82,45 +82,20 @@ def host_name() -> str:
     return os.environ.get("ORCHESTRATOR_HOST_NAME") or socket.gethostname()
 
 
-def _second_sigterm_ends() -> None:
-    """Let the kernel put SIGTERM back to its default once the installed handler has run: a second one ends us at once.
-
-    JAX's preemption notifier installs its handler from C++, where Python cannot chain to it, and a Python handler runs
-    only when the main thread is back in the interpreter. SA_RESETHAND (sigaction(2)) needs neither. Layout of glibc's
-    and musl's `struct sigaction` on 64-bit Linux; elsewhere nothing is changed, and a second SIGTERM is as the first.
-    """
-    if not sys.platform.startswith("linux") or ctypes.sizeof(ctypes.c_void_p) != 8:
-        return
-    libc = ctypes.CDLL(None)
-    action = _SigAction()
-    if libc.sigaction(signal.SIGTERM, None, ctypes.byref(action)) == 0 and action.handler:
-        action.flags |= _SA_RESETHAND
-        libc.sigaction(signal.SIGTERM, ctypes.byref(action), None)
-
-
-class _SigAction(ctypes.Structure):
-    _fields_ = (
-        ("handler", ctypes.c_void_p),
-        ("mask", ctypes.c_uint64 * 16),
-        ("flags", ctypes.c_int),
-        ("restorer", ctypes.c_void_p),
-    )
-
-
-_SA_RESETHAND = 0x80000000 - 2**32  # as a signed int
+def listen(me: Rendezvous) -> sigterm.Listening:
+    """Hear SIGTERM as `me.preempted` tells it, from now until `stop`. For whoever can save."""
+    together = isinstance(me, _Together)
+    if together and _distributed.global_state.preemption_sync_manager is None:
+        return sigterm.Listening()  # nobody could have the others agree; `preempted` says so
+    return sigterm.listen(jax_agrees=together)
 
 
 class _Alone:
-    """One process. SIGTERM is noticed by a handler of ours; a second one ends the process at once."""
+    """One process. Whether SIGTERM has come is `sigterm`'s to know."""
 
     def __init__(self) -> None:
         self.process, self.count, self.hosts = 0, 1, {0: host_name()}
         self._posted: dict[str, str] = {}
-        self._asked_to_leave = threading.Event()
-        on_main_thread = threading.current_thread() is threading.main_thread()
-        if on_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # never displace the user's handler
-            signal.signal(signal.SIGTERM, lambda number, frame: self._asked_to_leave.set())
-            _second_sigterm_ends()
 
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
         return value
@@ -129,7 +104,7 @@ class _Alone:
         return [value]
 
     def preempted(self, step: int) -> bool:
-        return self._asked_to_leave.is_set()
+        return sigterm.asked()
 
     def post(self, key: str, value: str) -> None:
         self._posted[key] = value
@@ -144,6 +119,8 @@ class _Alone:
 class _Together:
     """All processes of an initialized `jax.distributed` job."""
 
+    _leaving = False  # all have agreed to, at one step; of the process, for all rendezvous in it
+
     def __init__(self, timeout_s: float) -> None:
         self.process, self.count = jax.process_index(), jax.process_count()
         self.hosts: dict[int, str] = {}
@@ -151,8 +128,6 @@ class _Together:
         self._meetings = 0
         self._one_call = threading.Lock()
         self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # as far as Python knows: then it is JAX's from C++
-            _second_sigterm_ends()
 
     def _meet(self, name: str, timeout_s: float) -> None:
         # The number keeps ids unique; it agrees because collectives come in the same order everywhere.
@@ -171,19 +146,32 @@ class _Together:
         named = ", ".join(f"{index} ({self.hosts[index]})" if index in self.hosts else str(index) for index in tasks)
         return f"processes [{named}]"
 
+    @in_own_context
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
         self._meet(name, timeout_s)
         body = json.dumps(value).encode() if self.process == 0 else b""
         (told,) = _exchanged(body, lambda part: np.asarray(multihost_utils.broadcast_one_to_all(part))[None])
         return json.loads(told)
 
+    @in_own_context
     def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
         self._meet(name, timeout_s)
         told = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
         return [json.loads(body) for body in told]
 
+    @in_own_context
     def preempted(self, step: int) -> bool:
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        # The step that all agree on is one of the agent that is open now; one that is opened afterwards counts its own.
+        if not _Together._leaving and _distributed.global_state.preemption_sync_manager is None:
+            logging.log_first_n(
+                logging.WARNING,
+                "JAX's preemption service is off (jax_enable_preemption_service): nobody listens for SIGTERM, and "
+                "reached_preemption stays False",
+                1,
+            )
+        elif not _Together._leaving:
+            _Together._leaving = bool(multihost_utils.reached_preemption_sync_point(step))
+        return _Together._leaving
 
     def post(self, key: str, value: str) -> None:
         self._quickly(lambda: self._client.key_value_set(key, value, allow_overwrite=True))

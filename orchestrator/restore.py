@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import jax
 import msgspec
-import numpy as np
 from absl import logging
 
 from orchestrator import arguments, arrays, errors, failpoints, garbage, heartbeat, journal, layout, overlap, plan
@@ -139,12 +138,13 @@ def fit(stored: StoredStep, like: Any, args: RestoreArgs) -> Plan:
     with garbage.paused():
         wanted, leaves, treedef = targets(like)
         chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=stored.where)
-        loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
+        shardings = arrays.shardings_of([leaf.label for leaf in wanted], leaves, stored.where)
+        each = list(zip(chosen, leaves, shardings, strict=True))
+        loads = [_load(leaf, target, sharding, args) for leaf, target, sharding in each if leaf is not None]
 
     def build(read: list[Any]) -> Any:
         loaded = iter(read)
-        values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
-        fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
+        fitted = [target if leaf is None else _as_target(leaf, target, to, next(loaded)) for leaf, target, to in each]
         return jax.tree_util.tree_unflatten(treedef, fitted)
 
     return Plan(stored, loads, build, known, args.share)
@@ -158,25 +158,21 @@ def _comparable(load: Load, known: Mapping[str, str]) -> bool:
 _NUMBERS = (int, float, complex)
 
 
-def _load(leaf: LeafSpec, target: Any, args: RestoreArgs) -> Load:
+def _load(leaf: LeafSpec, target: Any, sharding: Any, args: RestoreArgs) -> Load:
     if not leaf.kind_stored or isinstance(target, _NUMBERS):
         return Load(leaf)
     dtype = target.dtype if args.cast and leaf.kind != "key" else None
-    return Load(leaf, arrays.sharding_of(target), dtype)
+    return Load(leaf, sharding, dtype)
 
 
-def _as_target(leaf: LeafSpec | None, target: Any, value: Any) -> Any:
+def _as_target(leaf: LeafSpec, target: Any, sharding: Any, value: Any) -> Any:
     """A loaded value as the target wants it: empty containers are the target's own (an optax EmptyState stays one), a
     Python number and an array without dimensions stand for each other."""
-    if leaf is None or leaf.kind in ("none", "empty"):
+    if leaf.kind in ("none", "empty"):
         return target
     if leaf.kind_stored:
         return type(target)(value) if isinstance(target, _NUMBERS) else value
-    if leaf.number and hasattr(target, "dtype"):
-        host = np.asarray(value, target.dtype)
-        sharding = arrays.sharding_of(target)
-        return host if sharding is None else jax.make_array_from_callback((), sharding, lambda index: host)
-    return value
+    return arrays.as_array(leaf, value, target.dtype, sharding) if leaf.number and hasattr(target, "dtype") else value
 
 
 def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:

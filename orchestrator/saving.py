@@ -21,6 +21,7 @@ from absl import logging
 from msgspec.structs import replace
 
 from orchestrator import arrays, failpoints, journal, layout, overlap
+from orchestrator.agreeing import Agreement
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.codec import encode
@@ -98,6 +99,8 @@ class Saver:
         self._catalog, self._writer, self._rendezvous = catalog, writer, rendezvous
         self._coordinator, self._options = coordinator, options
         self._epoch, self._run, self._attest, self._committed = epoch, run, attest, committed
+        bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
+        self._agreement = Agreement(catalog, rendezvous, bound_s, together=jax.process_count() > 1)
         self._began: deque[str] = deque(maxlen=64)  # the attempts that this process has begun, latest last
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 
@@ -125,7 +128,9 @@ class Saver:
             try:
                 check_root(self._catalog.storage)
                 failpoints.hit("save.stage")
-                pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat, self._attest)
+                signals = signal_prefix(self._run, save.step, save.attempt)
+                held = self._agreement.settle(flat, save.step, save.attempt, signals, partial(self._apart, save))
+                pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat, self._attest, held)
             except Exception as error:  # the other hosts must hear of it
                 save.failure = ("stage", error)
         save.seconds["stage"] = time.monotonic() - started
@@ -163,6 +168,7 @@ class Saver:
             mesh=flat.form.mesh,
             tree=self._writer.recorded(flat.spec),
             built_on=self._catalog.durable_version,
+            held=self._agreement.account(flat),
         )
 
     def _finish(self, save: Save, intent: Intent | None, pending: PendingWrite | None, left: threading.Event) -> None:
@@ -192,6 +198,7 @@ class Saver:
             text = f"{save.shown} was not saved: {type(error).__name__}: {error}"
             save.error = SaveFailed(text, step=save.step, attempt=save.attempt)
         if save.error:
+            self._agreement.doubt()
             kind = "fenced" if isinstance(save.error, Fenced) else cause_of(str(save.error))
             emit(SaveNotCommitted(save.step, save.attempt, str(save.error), kind))
         else:
@@ -311,6 +318,8 @@ class Saver:
             seconds=save.seconds,
             failure=failure,
             built_on=self._catalog.durable_version,
+            went_by=pending.went_by if pending else "",
+            own=pending.own if pending else b"",
         )
 
     def _failure(self, phase: str, cause: BaseException) -> Failure:

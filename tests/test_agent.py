@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import events
+from orchestrator import events, sigterm
 from orchestrator.storage import PosixStorage
 
 # The loop of the README.
@@ -353,6 +353,22 @@ def test_retention_keeps_what_the_policy_says_and_the_rests_data_is_deleted(root
     assert journal_of(root)[-1].retired == ()
 
 
+def test_a_metric_that_no_save_has_retires_nothing_and_is_named_once(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep = oc.best("val_loss", 2)
+    with oc.Agent(root, keep=keep, options=now()) as agent:
+        for step in range(4):
+            agent.save(step, state(step), metrics={"loss": 4.0 - step})
+        assert agent.all_steps() == [0, 1, 2, 3]
+        told = [record.message for record in caplog.records if "'val_loss'" in record.message]
+        assert len(told) == 1 and told[0].startswith("step 0: keep= goes by the metric 'val_loss'")
+        assert "its metrics: 'loss'" in told[0]
+        agent.save(4, state(4), metrics={"val_loss": 1.0})
+        agent.save(5, state(5), metrics={"val_loss": 2.0})
+        assert agent.all_steps() == [4, 5]
+
+
 def test_without_a_policy_everything_is_kept(root: Path) -> None:
     fill(root, *range(4))
     assert oc.open_run(root).all_steps() == [0, 1, 2, 3]
@@ -395,6 +411,7 @@ def test_after_sigterm_the_next_step_is_saved_whatever_the_policy_and_the_loop_i
             os.kill(os.getpid(), signal.SIGTERM)
             assert agent.save(2, state(2)) and agent.reached_preemption(2)
     finally:
+        sigterm.forget()
         signal.signal(signal.SIGTERM, before)
     assert oc.open_run(root).all_steps() == [2]
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,13 @@ def launch(flags: list[str], script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
 
 
+def as_in_the_foreground(ignored: Collection[int] = ()) -> None:
+    """In a launcher that a test starts, before its program: a shell's background job, as the tests may be, would not
+    hear SIGINT, nor would what it starts."""
+    for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
+
+
 @contextmanager
 def launched(flags: list[str], script: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
@@ -42,6 +49,7 @@ def launched(flags: list[str], script: str) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=as_in_the_foreground,
     )
     try:
         yield process
@@ -106,9 +114,15 @@ def test_logs_hold_each_hosts_output_per_restart(tmp_path: Path) -> None:
         "while not printed.exists() and time.monotonic() < limit: time.sleep(0.01)\n"
         "raise SystemExit(i)"
     )
-    launch(["--processes", "2", "--max_restarts", "1", "--log_dir", str(tmp_path / "logs")], script)
-    texts = {p.relative_to(tmp_path / "logs").as_posix(): p.read_text() for p in tmp_path.rglob("*.log")}
-    assert texts == {f"restart-{r}/host-{i}.log": f"run {r}\n" for r in (0, 1) for i in (0, 1)}
+    logs = tmp_path / "logs"
+    launch(["--processes", "2", "--max_restarts", "1", "--log_dir", str(logs)], script)
+    first = {f"restart-{r}/host-{i}.log": f"run {r}\n" for r in (0, 1) for i in (0, 1)}
+    assert {p.relative_to(logs).as_posix(): p.read_text() for p in logs.rglob("*.log")} == first
+    for number in (2, 3):  # later runs take folders of their own
+        again = launch(["--processes", "1", "--log_dir", str(logs)], f"print('again', {number})")
+        assert f"logs go to {logs}/run-{number}: an earlier run has left its own in {logs}" in again.stderr
+    texts = {p.relative_to(logs).as_posix(): p.read_text() for p in logs.rglob("*.log")}
+    assert texts == first | {f"run-{n}/restart-0/host-0.log": f"again {n}\n" for n in (2, 3)}
 
 
 @pytest.mark.parametrize(
@@ -273,16 +287,24 @@ def test_a_preempted_job_resumes_even_without_restarts_left() -> None:
 
 
 def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> None:
+    """Not what is in a session of its own, nor what has lost its parent as well, nor the heartbeats."""
     child = INDEX + write_pid(tmp_path) + "import time; time.sleep(60)"
     script = (
-        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}])\n"
+        f"import pathlib, subprocess, sys, time; child = [sys.executable, '-S', '-c', {child!r}]\n"
+        "subprocess.Popen(child); subprocess.Popen(child, start_new_session=True)\n"
+        "if os.fork() == 0: os.setsid(); subprocess.Popen(child); os._exit(0)\n"
+        "beat = pathlib.Path(os.environ['ORCHESTRATOR_HEARTBEAT_FILE']); beat.write_text('{}')\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'beats').write_text(str(beat.parent))\n"
         + write_pid(tmp_path)
         + "time.sleep(60)"
     )
     with launched(["--processes", "2"], script) as process:
-        assert eventually(lambda: len(pids(tmp_path)) == 4)
+        assert eventually(lambda: len(pids(tmp_path)) == 8)
+        beats = Path((tmp_path / "beats").read_text())
+        assert len(list(beats.iterdir())) == 2
         os.kill(process.pid, signal.SIGKILL)
         assert eventually(lambda: alive(tmp_path) == []), f"still running: {alive(tmp_path)}"
+        assert eventually(lambda: not beats.exists())
 
 
 @pytest.mark.parametrize(

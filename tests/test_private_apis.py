@@ -33,6 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.metadata import sharding as sharding_metadata
 from runs import merge_alone
 
+from orchestrator import leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.tree import flatten
 
@@ -94,7 +95,14 @@ def together(calls: list[Any]) -> None:
 
 def test_the_coordination_client_is_where_we_look_for_it() -> None:
     assert distributed.global_state.client is None  # no jax.distributed in this process
-    assert {"client", "service", "initialize"} <= set(dir(distributed.global_state))
+    assert {"client", "service", "initialize", "preemption_sync_manager"} <= set(dir(distributed.global_state))
+
+
+def test_python_runs_our_end_before_pools_take_no_more_work() -> None:
+    """Without it the last save of a program that does not close its agent is lost: test_leaving has the cases."""
+    assert leaving._before_threads_end is threading._register_atexit  # type: ignore[attr-defined]
+    hooks = [hook.func.__module__ for hook in threading._threading_atexits]  # type: ignore[attr-defined]
+    assert "concurrent.futures.thread" in hooks
 
 
 def test_a_posted_value_is_seen_by_others_can_be_overwritten_and_forgotten_by_prefix(clients: list[Any]) -> None:

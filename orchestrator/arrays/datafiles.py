@@ -16,17 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import crc32c
-import tensorstore as ts
 
-from orchestrator import chunks
-from orchestrator.arrays.store import files_spec, shared_context
+from orchestrator import chunks, overlap
+from orchestrator.arrays.store import shared_context
+from orchestrator.overlap import Begun
 from orchestrator.records import FileEntry, crc32
 from orchestrator.storage import directory
 from orchestrator.storage.directory import storage_error
 
 Buffer = bytes | memoryview
 
-_TIMEOUT_S = 3600.0  # for one object; the save's own deadline is shorter and ends the wait before
 _WRITE_BACK_BYTES = 8 << 20
 _WRITE_BACK_BYTES_MIN = 1 << 20  # for less, sealing is as quick
 _SYNC_FILE_RANGE_WRITE = 2
@@ -148,7 +147,7 @@ class _Object:
         self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
         self._base = base
         self._parts: list[bytes] = []
-        self._writing: Any = None
+        self._writing: Begun[None] | None = None
 
     def append(self, parts: Sequence[Buffer], checksum: int) -> int:
         offset = self.bytes
@@ -158,14 +157,19 @@ class _Object:
         return offset
 
     def begin_close(self) -> None:
-        store = ts.KvStore.open(files_spec(self._base), context=shared_context()).result(timeout=_TIMEOUT_S)
-        body, self._parts = b"".join(self._parts), []
-        self._writing = store.write(self.path, body)
+        self._writing = overlap.begin(self._write)
 
     def close(self, *, whole: bool = True) -> None:
         if not whole:
             self._parts.clear()
             return
-        if self._writing is None:
-            self.begin_close()
-        self._writing.result(timeout=_TIMEOUT_S)
+        if self._writing is not None:
+            self._writing.result()
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        from orchestrator.arrays import buckets  # gcsfs takes half a second to import: only where it is used
+
+        body, self._parts = b"".join(self._parts), []
+        buckets.write(self._base, self.path, body, shared_context())

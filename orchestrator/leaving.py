@@ -1,0 +1,145 @@
+"""The end of the program, and of agents that nobody has closed.
+
+A program that ends without `close` still has its last save in flight. It is finished first, within the bound of any
+save, while Python's threads and JAX still run. What is lost all the same is said on standard error, and the program
+does not end with 0: with 1, or with the error's own code (5: fenced). A program that ends with an uncaught exception
+keeps its code. Nobody else is met: the other processes may be elsewhere.
+
+An agent that is dropped without `close` ends its threads when Python collects it, with a ResourceWarning. A forked
+child has neither the threads nor the saves: there nothing of this happens.
+"""
+
+from __future__ import annotations
+
+import atexit
+
+# Whoever is registered last runs first: its hook, after which no pool takes work any more, must be there before ours.
+import concurrent.futures.thread  # noqa: F401
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from absl import logging
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.texts import printable
+
+INTERRUPTED = 130  # as a shell has it for SIGINT
+
+# Private: CPython has no public hook that comes before `concurrent.futures` stops to take work, which a save in flight
+# needs; without it `atexit` is the next best. tests/test_private_apis.py watches it.
+_before_threads_end = getattr(threading, "_register_atexit", atexit.register)
+_numbers = itertools.count()
+_open: weakref.WeakValueDictionary[int, Unfinished] = weakref.WeakValueDictionary()
+_hooked = False
+
+
+class Unfinished(Protocol):
+    """An open agent."""
+
+    @property
+    def in_flight(self) -> int | None:
+        """The step that is being saved."""
+
+    def finish(self) -> OrchestratorError | None:
+        """Wait for the save in flight, within its bound, and close without meeting anybody. Returns why it is lost."""
+
+
+class Life:
+    """Of an agent, from being opened to being closed. `ends`: what gives back what it has taken and ends its threads,
+    without holding the agent. ending: the program ends; nothing new is begun."""
+
+    def __init__(self, agent: Unfinished, url: str, *ends: Callable[[], None]) -> None:
+        global _hooked
+        if not _hooked:
+            _hooked = True
+            os.register_at_fork(after_in_child=_open.clear)
+            with contextlib.suppress(RuntimeError):  # an agent that is opened while the program ends
+                _before_threads_end(_end)
+        self.ending = False
+        self._pid, self._number = os.getpid(), next(_numbers)
+        _open[self._number] = agent
+        self._drop = weakref.finalize(agent, _dropped, self._pid, url, ends)
+        self._drop.atexit = False
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is a forked child, and the agent its parent's."""
+        return os.getpid() != self._pid
+
+    def over(self, in_flight: int | None) -> None:
+        """The agent is closed. `in_flight`: what was not waited for, as it took too long, or Ctrl-C came."""
+        if in_flight is not None:
+            logging.warning("step %d: not waited for; it is lost unless it is saved before the process ends", in_flight)
+        _open.pop(self._number, None)
+        self._drop.detach()
+
+
+def finish() -> int:
+    """Finish what open agents have in flight, each within its bound. Says on standard error what is lost. Returns the
+    exit code for that, 0 if nothing is. For the end of the program; main thread."""
+    code = 0
+    for agent in list(_open.values()):
+        step = agent.in_flight
+        if step is not None:
+            logging.warning("the program ends without close(): step %d is still being saved, and is waited for", step)
+        try:
+            lost = agent.finish()
+            if lost:
+                code = max(code, lost.exit_code)
+                _tell(f"lost: {lost}")
+        except KeyboardInterrupt:
+            _tell(f"lost: step {step}: interrupted while it was being saved")
+            code = INTERRUPTED
+        except Exception as error:  # whatever it is, it must not stay unheard, nor keep the others from finishing
+            _tell(f"lost: step {step}: {type(error).__name__}: {error}")
+            code = max(code, 1)
+    _open.clear()
+    return code
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"orchestrator: {printable(text, details=True)}", file=sys.stderr, flush=True)
+
+
+class _ExitCode:
+    """Ends the process with `code` when Python takes its modules apart, the last thing that it does: exit handlers have
+    run, among them JAX's, and output is flushed. An exit handler has no say in the code (none that is public)."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def __del__(self, end: Callable[[int], None] = os._exit) -> None:
+        end(self.code)
+
+
+_exit_code: _ExitCode | None = None
+
+
+def _end() -> None:
+    global _exit_code
+    code = finish()
+    # An uncaught exception has a code already. Interactive, `last_value` is any exception that was shown.
+    if code and (getattr(sys, "last_value", None) is None or hasattr(sys, "ps1")):
+        _exit_code = _ExitCode(code)
+
+
+def _dropped(pid: int, url: str, ends: Sequence[Callable[[], None]]) -> None:
+    if os.getpid() != pid:
+        return
+    warnings.warn(f"the agent of {url} was dropped without close()", ResourceWarning, stacklevel=2)
+
+    def run() -> None:
+        for end in ends:
+            end()
+
+    # This may run in the middle of anything, in any thread, under any lock: so what takes locks and waits, not here.
+    with contextlib.suppress(RuntimeError):  # no more threads: the program ends
+        threading.Thread(target=run, name="dropped", daemon=True).start()

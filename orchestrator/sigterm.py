@@ -1,0 +1,229 @@
+"""SIGTERM in this process: one owner, for all agents in it.
+
+The rule. While an agent that can save is open, SIGTERM means "save, and leave": every open agent hears of it at its
+next step, and a second SIGTERM ends the process at once. Before and after, in readers, and in children that the process
+forks, SIGTERM does what it did without us. A handler of the program's own stays in force: it is called after ours, each
+time. Once SIGTERM has come, an agent that is opened later hears of it, too: the machine goes away all the same.
+
+In a job of several processes JAX's preemption service listens, from C++, and all hosts agree on a step. Its handler is
+left in place while an agent is open, put aside when the last one is closed (nobody would act on it), and never left to
+a forked child, which `multiprocessing` could then not end.
+
+SIGINT and SIGHUP are left to Python and to the program. `listen` and `stop`: any thread; but Python lets only the main
+thread install a handler, so where an agent is opened on another one, that is said and SIGTERM is not heard.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from absl import logging
+
+
+class Listening:
+    """An open agent that can save. `stop` when it is closed."""
+
+    def stop(self, *, leaving: bool = False) -> None:
+        """`leaving`: the job is being preempted, so a host that has not had its own SIGTERM yet may still get it: JAX's
+        handler stays. Idempotent."""
+        with _owner.lock:
+            if self in _owner.listening:
+                _owner.listening.remove(self)
+                if not _owner.listening:
+                    _owner.give_back(leaving)
+
+
+def listen(*, jax_agrees: bool) -> Listening:
+    """From now until `stop` SIGTERM means "save, and leave". `jax_agrees`: it is JAX's preemption service that hears it
+    and has all processes agree on a step."""
+    listening = Listening()
+    with _owner.lock:
+        _owner.listening.add(listening)
+        _owner.take(jax_agrees)
+    return listening
+
+
+def asked() -> bool:
+    """Whether SIGTERM has come since an agent was first opened here."""
+    if _owner.taken and not _owner.asked and signal.getsignal(signal.SIGTERM) is not _heard:
+        _say(
+            "the program has installed a handler of its own after the agent was opened: the agent hears only if that "
+            "one calls the handler that it replaced"
+        )
+    return _owner.asked
+
+
+def forget() -> None:
+    """For a program that goes on after a SIGTERM: agents that are opened from now on start afresh."""
+    _owner.asked = False
+
+
+def _say(why: str) -> None:
+    """Once for each reason."""
+    if why not in _owner.said:
+        _owner.said.add(why)
+        logging.warning("SIGTERM: %s", why)
+
+
+class _SigAction(ctypes.Structure):
+    """glibc's and musl's `struct sigaction` on 64-bit Linux."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_uint64 * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+_SA_RESETHAND = 0x80000000 - 2**32  # as a signed int
+_READABLE = sys.platform.startswith("linux") and ctypes.sizeof(ctypes.c_void_p) == 8
+
+
+def _action() -> _SigAction | None:
+    """What the kernel does on SIGTERM: JAX's handler is installed from C++, where Python does not see it. None where
+    it cannot be told."""
+    action = _SigAction()
+    if not _READABLE or ctypes.CDLL(None).sigaction(signal.SIGTERM, None, ctypes.byref(action)) != 0:
+        return None
+    return action
+
+
+def _act(action: _SigAction) -> None:
+    ctypes.CDLL(None).sigaction(signal.SIGTERM, ctypes.byref(action), None)
+
+
+def _second_ends() -> None:
+    """Let the kernel put SIGTERM back to its default once the handler has run: a second one ends us at once. A handler
+    of Python's runs only when the main thread is back in the interpreter; SA_RESETHAND (sigaction(2)) needs no thread.
+    Where the kernel cannot be told, a second SIGTERM is as the first."""
+    if (action := _action()) and action.handler:
+        action.flags |= _SA_RESETHAND
+        _act(action)
+
+
+def _is_jaxs(action: _SigAction | None) -> bool:
+    """Whether the handler's code is in one of jaxlib's libraries."""
+    if action is None or (action.handler or 0) <= 1:
+        return False
+    found = _DlInfo()
+    try:
+        known = ctypes.CDLL(None).dladdr(ctypes.c_void_p(action.handler), ctypes.byref(found))
+    except AttributeError:  # an older libc keeps it elsewhere
+        return False
+    return bool(known and found.file and "jaxlib" in os.fsdecode(found.file).split(os.sep))
+
+
+class _Owner:
+    """taken: our handler is installed. former: what Python had before. jaxs: JAX's handler, where it was ever seen.
+    aside: the same, while no agent is open."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.listening: set[Listening] = set()
+        self.asked = self.taken = self.forks = False
+        self.former: Any = signal.SIG_DFL
+        self.jaxs: _SigAction | None = None
+        self.aside: _SigAction | None = None
+        self.said: set[str] = set()
+        self.mask = threading.local()
+
+    def take(self, jax_agrees: bool) -> None:
+        if not self.forks:
+            self.forks = True
+            os.register_at_fork(before=self._before_fork, after_in_parent=self._unmask, after_in_child=self._in_child)
+        if self.taken:
+            return
+        former, action = self._former(), _action()
+        if self.aside and action and not action.handler:  # since the last agent was closed
+            _act(self.aside)
+            action, self.aside = self.aside, None
+        if _is_jaxs(action):
+            self.jaxs = action
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        if jax_agrees and not (callable(former) and self.jaxs and on_main_thread):
+            if _is_jaxs(action):
+                _second_ends()
+            elif callable(former):
+                _say(
+                    "the program's own handler has taken the place of JAX's, and this host cannot tell the others when "
+                    "it is preempted; install it before jax.distributed.initialize"
+                )
+        elif former is signal.SIG_IGN:
+            _say("it is ignored in this process, and stays so: a preemption is not noticed")
+        elif former is None or (former is signal.SIG_DFL and action and action.handler and not _is_jaxs(action)):
+            _say("another library has a handler for it that Python does not know: a preemption is not noticed")
+        elif not on_main_thread:
+            _say("the agent was not opened on the main thread, which alone may listen: a preemption is not noticed")
+        elif callable(former) or not self.asked:  # after the first one, the second has its usual effect
+            self.former, self.taken = former, True
+            signal.signal(signal.SIGTERM, _heard)
+            if not callable(former):  # the program's own wants to hear them all
+                _second_ends()
+
+    def _former(self) -> Any:
+        former = signal.getsignal(signal.SIGTERM)
+        return self.former if former is _heard else former
+
+    def give_back(self, leaving: bool) -> None:
+        action = _action()
+        if self.taken and signal.getsignal(signal.SIGTERM) is _heard:  # else the program has another by now
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, self.former)
+            elif action and self.former is signal.SIG_DFL:  # `_heard` passes on what it gets all the same
+                _act(_SigAction())
+        elif _is_jaxs(action) and not leaving:
+            self.aside = action
+            _act(_SigAction())
+        self.taken = False
+
+    # Children.
+
+    def _before_fork(self) -> None:
+        # A child that is ended at once must not lose that signal to our handler: it waits until that is gone.
+        self.mask.former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def _unmask(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask.former)
+
+    def _in_child(self) -> None:
+        self.lock = threading.RLock()  # another thread may have held it
+        if self.taken or signal.getsignal(signal.SIGTERM) is _heard or _is_jaxs(_action()):
+            former = self._former()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)
+        self.listening.clear()
+        self.asked = self.taken = False
+        self.jaxs = self.aside = None
+        self._unmask()
+
+
+def _heard(number: int, frame: FrameType | None) -> None:
+    """Our handler, on the main thread."""
+    former = _owner.former
+    if _owner.listening:
+        _owner.asked = True
+        if _owner.jaxs and _owner.jaxs.handler:
+            ctypes.CFUNCTYPE(None, ctypes.c_int)(_owner.jaxs.handler)(number)
+    elif not callable(former):  # somebody has kept us, though no agent is open
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    if callable(former):
+        former(number, frame)
+
+
+_owner = _Owner()
