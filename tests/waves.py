@@ -31,7 +31,7 @@ class InWaves:
 
     @contextmanager
     def expecting(self, *waves: Sequence[str]) -> Iterator[None]:
-        """These waves of requests, each `operation key` as a regular expression, and no others."""
+        """These waves of requests, each `operation key` as a regular expression, and no others until all are met."""
         with self._changed:
             self._waves, self._now = [list(wave) for wave in waves], 0
         try:
@@ -47,7 +47,7 @@ class InWaves:
     def _wait(self, operation: str, key: str) -> None:
         request = f"{operation} {key}"
         with self._changed:
-            if not self._waves:
+            if self._now >= len(self._waves):  # what comes after the last is no matter: what is done in the background
                 return
             mine = self._take(request)
             if mine is None:
