@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-slurm test-image demo bitrot unreadable bench chaos docs format clean
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image demo bitrot unreadable bench chaos docs format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: check ## make check and the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 -m "not jobs" || failed=1; \
 	$(BIN)/python -m pytest -n 2 --dist=loadfile -m jobs || failed=1; \
 	exit $$failed
+
+test-gcs-servers: setup ## conformance, whole runs, faults and the demo on two servers of others; into docs/gcs.md (TESTBENCH=path or URL)
+	TESTBENCH=$(TESTBENCH) $(BIN)/python -m tests.gcs_servers --write=docs/gcs.md
 
 test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; writes docs/slurm.md's table (needs root, Debian)
 	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; }

@@ -37,6 +37,7 @@ from orchestrator.storage import open_storage
 FLAGS = flags.FLAGS
 flags.DEFINE_string("root", "demo-run", "where the demo writes; made anew each time")
 flags.DEFINE_enum("storage", "local", ["local", "gcs"], "where the run is: below --root, or in an emulated bucket")
+flags.DEFINE_string("run", "", "where the run is instead: a new root, such as one in a bucket that there is")
 flags.DEFINE_integer("steps", 60, "steps of the whole run", lower_bound=30)
 
 SAVE_EVERY = 10
@@ -229,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
         root = Path(FLAGS.root).absolute()
         prepare(root)
         if FLAGS.storage == "local":
-            demo(root, str(root / "run"), FLAGS.steps, console)
+            demo(root, FLAGS.run or str(root / "run"), FLAGS.steps, console)
             return 0
         with EmulatorProcess([BUCKET]) as emulator:
             os.environ.update(emulator.environ)

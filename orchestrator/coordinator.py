@@ -15,13 +15,14 @@ from functools import partial
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import contents, failpoints, holders, journal, json_words, layout, policy, protocol
+from orchestrator import contents, failpoints, holders, journal, json_words, layout, overlap, policy, protocol
 from orchestrator.arrays import PendingWrite
 from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
 from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
 from orchestrator.events import HostLocalDiffers, emit
+from orchestrator.overlap import Begun
 from orchestrator.policy import KeepPolicy
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
 from orchestrator.records import (
@@ -29,6 +30,7 @@ from orchestrator.records import (
     Extra,
     Failure,
     FileEntry,
+    Head,
     Intent,
     Json,
     LiveStep,
@@ -94,6 +96,8 @@ class Coordinator:
         self._lack_told = False
         self._previous = signal_prefix(run, -1, "none")
         self._entry: LiveStep | None = None
+        self._head: Begun[Head | None] | None = None  # read while the attempt is finalized
+        self._mine: bytes | None = None  # this process's receipt, as the store has acknowledged it
         self._files: dict[str, FileEntry] = {}  # records of the attempt that is being decided, by path
         self.committed_bytes = 0  # of the last decided attempt
         self.stage_s = 0.0  # of its slowest process
@@ -105,9 +109,6 @@ class Coordinator:
         store may let go of the thread when the next attempt is under way.
         """
         self._tell_lack(intent.step, user.metrics)
-        failpoints.hit("intent.before")
-        written = self._create(intent, layout.INTENT, encode(intent))
-        failpoints.hit("intent.after")
         extra = Extra(
             format=FORMAT,
             write_id=self._catalog.stamp().write_id,
@@ -116,7 +117,14 @@ class Coordinator:
             stored_metrics=json_words.stored_all(user.metrics),
             stored_extra={name: json_words.pack(value) for name, value in user.extra.items()},
         )
-        return written, self._create(intent, layout.EXTRA, encode(extra))
+
+        def create_intent() -> FileEntry:
+            failpoints.hit("intent.before")
+            written = self._create(intent, layout.INTENT, encode(intent))
+            failpoints.hit("intent.after")
+            return written
+
+        return tuple(overlap.together(create_intent, lambda: self._create(intent, layout.EXTRA, encode(extra))))
 
     def _tell_lack(self, step: int, metrics: dict[str, float]) -> None:
         """Once: that retention goes by a metric which a save does not have, such as a misspelt one."""
@@ -132,16 +140,18 @@ class Coordinator:
         opened: Opened,
         deadline_s: float,
         all_in: Callable[[], None] = lambda: None,
+        mine: bytes | None = None,
     ) -> Attempt:
         """Collect receipts until all are in, one says NO or `deadline_s` has passed; commit or abort; announce.
 
         `pending`: this process's own write, None if it has failed. `opened`: what `open` has written. `all_in` is
-        called when all are in and the commit begins.
+        called when all are in and the commit begins. `mine`: this process's receipt, if the store has acknowledged it:
+        it need not be read then.
         Returns the attempt in a terminal phase. Raises StorageError if the outcome could not be journalled: then the
         attempt is either not committed (and a later epoch collects it) or committed without anybody being told.
         """
         prefix = signal_prefix(self._run, intent.step, intent.attempt)
-        self._files = {entry.path: entry for entry in opened}
+        self._files, self._mine, self._head = {entry.path: entry for entry in opened}, mine, None
         try:
             attempt = Attempt(intent, own_must_agree=self._host_local == "error")
             state, effects = self._collect_receipts(attempt, deadline_s)
@@ -228,7 +238,8 @@ class Coordinator:
             if posted.startswith("{"):
                 named = {"step": intent.step, "attempt": intent.attempt, "process": process}
                 return decode(posted.encode(), Receipt, f"signal of process {process}", **named)
-            found = self._catalog.receipt(intent.step, intent.attempt, process)
+            created = self._mine if process == self._rendezvous.process else None
+            found = self._catalog.receipt(intent.step, intent.attempt, process, created)
             if found is None:
                 return None
             self._files[found[1].path] = found[1]
@@ -258,6 +269,7 @@ class Coordinator:
                 case Finalize():
                     try:
                         failpoints.hit("finalize.before")
+                        self._head = overlap.begin(self._catalog.head)  # it takes as long as what comes next
                         self._entry = self._finalize(state, user, pending)
                     except Exception as error:  # whatever it was: the attempt is aborted with it as the cause
                         failure = Failure(
@@ -278,7 +290,8 @@ class Coordinator:
                             entry=self._entry,
                             keep=self._keep,
                             quarantine_keep_s=self._quarantine_keep_s,
-                        )
+                        ),
+                        self._head,
                     )
                     failpoints.hit("commit.after")
                     self.committed_bytes = self._entry.bytes

@@ -128,6 +128,27 @@ def _has_entry(catalog: Catalog, version: int, write_id: str) -> bool:
     return catalog.entry(version).write_id == write_id
 
 
+def probe(catalog: Catalog) -> None:
+    """Create an object among the attempts and delete it: whether this process may save here at all. The journal needs
+    no probe, as opening an epoch is one create in it. Raises StorageError; nothing is left behind then."""
+    unmark(catalog, mark(catalog))
+
+
+def mark(catalog: Catalog) -> str:
+    """The first half of `probe`: the key of what was created, for other hosts to look for. What a crash leaves of it is
+    an object of a few bytes that nobody takes for part of a run."""
+    key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
+    catalog.storage.create(key, catalog.writer.encode(errors="replace"))
+    return key
+
+
+def unmark(catalog: Catalog, key: str) -> None:
+    try:
+        catalog.storage.delete(key)
+    except StorageError as error:  # saving needs no right to delete, retention does
+        logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", catalog.url, key, error)
+
+
 def has_mark(catalog: Catalog, key: str) -> bool:
     """Whether this host sees the mark at `key` that another one has made (`Catalog.mark`)."""
     if catalog.storage.get(key) is not None:

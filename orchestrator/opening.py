@@ -10,16 +10,18 @@ until every other one has seen it, and none of those writes anything, not even i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from orchestrator import failpoints, journal, meeting, plan
+from orchestrator import failpoints, journal, meeting, overlap, plan
 from orchestrator.adopt import unadopted
 from orchestrator.catalog import Catalog
 from orchestrator.configuration import who
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.journal import Compared, Overtaken
+from orchestrator.overlap import Begun
 from orchestrator.records import Head, Json
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import agree, as_error
@@ -37,7 +39,9 @@ class Opening:
         self._catalog, self._rendezvous, self._timeout_s, self._opened = catalog, rendezvous, timeout_s, opened
         self.epoch: int | None = None
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
+        self._head: Begun[Head | None] | None = None  # as it was then
         self._mark = ""  # on process 0, while its mark is there
+        self._unmarked: Begun[None] | None = None  # it is being deleted
 
     def by_save(self, step: int, describe: Callable[[], Flat], *, other_tree: bool) -> str:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
@@ -113,7 +117,7 @@ class Opening:
 
     def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
         self._prove(mark)
-        self._unmark()
+        self._begin_unmark()
         opened = agree(self._rendezvous, "open the epoch", self._timeout_s, partial(self._append, compare))
         self.epoch = int(opened["epoch"])
         # All processes' records build on it: it is durable.
@@ -129,16 +133,22 @@ class Opening:
             self._unmark()
 
     def _unmark(self) -> None:
+        self._begin_unmark()
+        unmarked, self._unmarked = self._unmarked, None
+        if unmarked:
+            unmarked.result()
+
+    def _begin_unmark(self) -> None:
+        """The epoch is opened meanwhile."""
         if self._mark:
-            self._catalog.unmark(self._mark)
-            self._mark = ""
+            self._unmarked, self._mark = overlap.begin(partial(meeting.unmark, self._catalog, self._mark)), ""
 
     def _admit(self, compare: Callable[[Head | None], None]) -> str:
         """Whatever speaks against opening the run is raised. Process 0 looks, for all, and makes the mark whose key it
         returns; of the others nothing is known yet."""
         if self._rendezvous.process == 0:
             self._look(compare)
-            self._mark = self._catalog.mark()
+            self._mark = meeting.mark(self._catalog)
         return self._mark
 
     def _prove(self, mark: str) -> None:
@@ -152,7 +162,7 @@ class Opening:
             try:
                 told["sees"] = meeting.awaited(partial(meeting.has_mark, self._catalog, mark), self._timeout_s)
                 if told["sees"]:
-                    self._catalog.probe()
+                    meeting.probe(self._catalog)
             except Exception as error:
                 failure = error
                 told["error"] = [type(error).__name__, str(error)]
@@ -161,7 +171,9 @@ class Opening:
         meeting.raise_unless_seen(self._rendezvous, there, failure, 0, what)
 
     def _look(self, compare: Callable[[Head | None], None]) -> None:
+        began_s = time.monotonic()
         head, _ = self._catalog.look()
+        self._head = overlap.known(head, began_s)
         if refusal := unadopted(self._catalog, head):
             raise UsageError(refusal)
         compare(head)
@@ -171,7 +183,7 @@ class Opening:
         failpoints.hit("epoch.before")
         for _ in range(_TRIES):
             try:
-                opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared))
+                opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared), self._head)
             except Overtaken:
                 self._look(compare)
                 continue

@@ -187,7 +187,7 @@ class Late(HookedStorage):
 def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> None:
     fill(root, 1)
     writer = catalog_of(root)
-    key, head = writer.mark(), writer.require_head()
+    key, head = meeting.mark(writer), writer.require_head()
     looks: list[Callable[[Catalog], bool]] = [
         partial(meeting.has_mark, key=key),
         partial(meeting._has_entry, version=head.version, write_id=head.write_id),
@@ -201,12 +201,12 @@ def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> No
         else:
             assert not meeting.awaited(never, timeout_s=0.4)
     assert not meeting._has_entry(writer, head.version, "of another journal")
-    writer.unmark(key)
+    meeting.unmark(writer, key)
     assert not meeting.has_mark(writer, key)
 
 
 def test_a_mark_that_a_crash_has_left_is_no_part_of_the_run(root: Path) -> None:
-    left = catalog_of(root).mark()
+    left = meeting.mark(catalog_of(root))
     assert oc.Agent(root).latest_step() is None  # still a new run
     fill(root, 1, 2, keep=oc.last(1))
     assert (root / left).is_file() and oc.open_run(root).all_steps() == [2]

@@ -2,7 +2,8 @@
 
 Buckets: get, create. Objects: list, metadata, media with Range, media, multipart and resumable upload, delete, patch,
 rewriteTo, copyTo, moveTo, batch; and media as `/BUCKET/NAME`, as the XML API has it. `/_emulator/faults` (GET, PUT),
-`/_emulator/rules/GROUP` (GET, PUT), `/_emulator/guards/BUCKET` (PUT) and `/_emulator/counts` (GET, DELETE) are its own.
+`/_emulator/rules/GROUP` (GET, PUT), `/_emulator/guards/BUCKET` (PUT), `/_emulator/counts` (GET, DELETE) and
+`/_emulator/requests` (GET; DELETE of the counts clears it) are its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from launch.gcs_emulator.bucket import LIST_PAGE_MAX, Bucket, Object, Preconditi
 from launch.gcs_emulator.faults import Dice, Faults, Rule, Rules
 from launch.gcs_emulator.guard import Guard
 from launch.gcs_emulator.replies import Answer, altered, cut, hang_up, response, stay_silent, trickle
+from launch.gcs_emulator.request_log import Logged, RequestLog
 
 BODY_BYTES_MAX = 1 << 30
 UPLOADS_MAX = 10_000
@@ -78,6 +80,7 @@ class Emulator:
         self.rules = Rules()
         self.guards: dict[str, Guard] = {}
         self.counts: Counter[str] = Counter()
+        self.log = RequestLog()
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_BYTES_MAX)
@@ -88,6 +91,10 @@ class Emulator:
         path = request.rel_url.raw_path
         if path.startswith("/_emulator/"):
             return await self._control(request, path)
+        with self.log.noted(*_named(request.method, path, request.query)) as logged:
+            return await self._handled(request, path, logged)
+
+    async def _handled(self, request: web.Request, path: str, logged: Logged) -> web.StreamResponse:
         if self.dice.faults.down:
             self.dice.counts["down"] += 1
             return hang_up(request)
@@ -97,7 +104,8 @@ class Emulator:
             if self.dice.hit(kind):
                 return response(_refusal(Refused(status, f"injected {status}")))
         body = await request.read()
-        if rule := self.rules.hit(*_named(request.method, path, request.query, body)):
+        logged.operation, logged.name = _named(request.method, path, request.query, body)
+        if rule := self.rules.hit(logged.operation, logged.name):
             return await self._ruled(rule, request, path, body)
         if request.method != "GET" and self.dice.hit("cut"):
             self._keep_half(request, body)
@@ -369,6 +377,8 @@ class Emulator:
                 except (ValueError, TypeError, re.error) as error:
                     return web.json_response({"error": str(error)}, status=400)
             return web.json_response({"hits": self.rules.counts[group]})
+        if path == "/_emulator/requests":
+            return web.json_response(self.log.told())
         if path.startswith("/_emulator/guards/") and request.method == "PUT":
             try:
                 guard = Guard.of(await request.json())
@@ -380,12 +390,13 @@ class Emulator:
             told = self._told()
             if request.method == "DELETE":
                 self.counts.clear()
+                self.log.clear()
                 self.dice.counts.clear()
                 for bucket in self._buckets.values():
                     bucket.rewritten_too_soon = 0
             return web.json_response(told)
         return web.json_response(
-            {"error": "choose from /_emulator/: faults, rules/GROUP, guards/BUCKET, counts"}, status=404
+            {"error": "choose from /_emulator/: faults, rules/GROUP, guards/BUCKET, counts, requests"}, status=404
         )
 
     def _told(self) -> dict[str, Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import tensorstore as ts
 
 from orchestrator import environment
+from orchestrator.errors import OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
 from orchestrator.records import Foreign
 from orchestrator.storage.directory import alias, find, storage_error
+
+FAILURES = (ValueError, OSError, NotImplementedError)  # as which TensorStore's statuses arrive
 
 
 def files_spec(base: str) -> dict[str, Any]:
@@ -72,6 +76,19 @@ def inspect(base: str) -> None:
 
 
 _RETRY = {"max_retries": 9, "initial_delay": "100ms", "max_delay": "8s"}
+
+
+# TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
+# say, and whatever any other status says (credentials, certificates, a proxy's opinion), is no proof of damage.
+_SUSPICIOUS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+_TRIED_LONG = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")  # TensorStore's own retries are over
+
+
+def fault(text: str, error: Exception, keys: Sequence[str] = ()) -> OrchestratorError:
+    """What a read that TensorStore has failed means."""
+    if str(error).startswith(_SUSPICIOUS):
+        return Suspect(text, chunks=keys)
+    return Unavailable(text, waited=str(error).startswith(_TRIED_LONG))
 
 
 @functools.cache

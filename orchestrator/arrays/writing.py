@@ -252,11 +252,10 @@ class PendingWrite:
                 first += size
                 self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
             opened = datafiles.opener(self._directory)
-            for path, body in self._plan.orbax_files.items():
-                self._files[path] = datafiles.write_file(opened, path, body)
+            bodies = dict(self._plan.orbax_files)
             if self._strings and self._plan.process == 0:
-                path = "_strings.json"
-                self._files[path] = datafiles.write_file(opened, path, orbax_files.strings(self._strings))
+                bodies["_strings.json"] = orbax_files.strings(self._strings)
+            self._files |= datafiles.write_files(opened, bodies)
 
     def merge(self, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
         """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
