@@ -94,6 +94,12 @@ class Plan:
     own: tuple[tuple[int, Held], ...] = ()
 
     @functools.cached_property
+    def own_bytes(self) -> tuple[int, ...]:
+        """Of each leaf of `own`, as it would be stored."""
+        leaves = [self.form.leaves[number] for number, _ in self.own]
+        return tuple(math.prod(leaf.file_shape) * _stored(leaf).itemsize if leaf.in_store else 0 for leaf in leaves)
+
+    @functools.cached_property
     def mine(self) -> tuple[tuple[int, LeafPlan], ...]:
         """The leaves that this process writes anything of, each with its number."""
         return tuple((number, plan) for number, plan in enumerate(self.leaves) if plan.shards)
