@@ -250,6 +250,16 @@ def _plan(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _
     return _of_shards(leaf, as_stored(leaf, value), type_name, layouts)
 
 
+def joinable(leaf: LeafSpec, value: jax.Array) -> bool:
+    """Whether Python's buffer protocol gives the elements of the whole array, as they are on the host."""
+    return leaf.dtype in _VIEWED and _on_one_cpu(value.sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
+    return len(sharding.device_set) == 1 and on_host(sharding)
+
+
 def as_stored(leaf: LeafSpec, value: Any) -> Any:
     """A leaf on devices as the integers or numbers that are stored."""
     return jax.random.key_data(value) if leaf.kind == "key" else value
