@@ -140,7 +140,7 @@ class Row:
     to_all: bool = False
 
 
-SLOW = "save.write=delay:0.7@step={}"  # so that this save is still in flight when the program ends
+SLOW = "save.write=delay:1.5@step={}"  # so that this save is still in flight when the program ends
 FAILS = "save.seal=delay:0.3@step=2;receipt.write=error@step=2"
 FLYING, LOST = "step 2 is still being saved", "orchestrator: lost: step"
 KEPT = {"": (1, 2)}
@@ -159,6 +159,7 @@ ALONE = {
     "lost, sys.exit": Row("unclosed", ("exit",), 1, (), (FLYING, LOST), (), {"": (1,)}, FAILS),
     "lost, exception": Row("unclosed", ("raise",), 1, (), (FLYING, LOST, "a bug of"), (), {"": (1,)}, FAILS),
     "lost, fenced": Row("unclosed_fenced", (), 5, (), (LOST, "fenced by epoch 2"), (), KEPT, SLOW.format(3)),
+    "lost, and told": Row("unclosed_told", (), 0, (), ("fenced by epoch 2",), ("orchestrator: lost",), KEPT),
     "closed": Row("closed", ("return",), 0, (), (), ("lost", "being saved"), {"": (1,)}, SLOW.format(1)),
     "closed, sys.exit": Row("closed", ("exit",), 3, (), (), ("lost", "being saved"), {"": (1,)}, SLOW.format(1)),
     "forked children": Row(
@@ -172,7 +173,7 @@ ALONE = {
     "TERM, two agents": Row("trains_two", (), 0, (TERM,), ("left at",), (), {"-a": 1, "-b": 1}),
     "TERM, second agent": Row("second_agent", (), 0, (TERM,), ("left at",), (), {"-b": 1}),
     "TERM, then an agent": Row("tunes_then_trains", (), 0, (TERM,), ("left at 1",), (), {"-a": 1, "-b": (1,)}),
-    "TERM twice": Row("does_not_look", (), -TERM, (TERM, TERM), (), ("survived",), {"": (1,)}),
+    "TERM twice": Row("does_not_look", (), -TERM, (TERM, TERM), (), ("survived",)),
     "TERM once": Row("does_not_look", (), 0, (TERM,), ("survived",), (), {"": (1,)}),
     "TERM, closed": Row("closed", ("wait",), -TERM, (TERM,), (), ("survived",), {"": (1,)}),
     "TERM, dropped": Row("dropped", (), -TERM, (TERM,), ("dropped without close()", "left: []"), (), {"": (1,)}),

@@ -116,6 +116,18 @@ def unclosed_fenced(root: str) -> None:
     agent.save(3, state())
 
 
+def unclosed_told(root: str) -> None:
+    """As above, but the program has heard of it already."""
+    agent = oc.Agent(root, options=QUICK)
+    agent.save(1, state())
+    agent.wait_until_finished()
+    with oc.Agent(root, options=QUICK) as other:
+        other.save(2, state())
+    agent.save(3, state())
+    with contextlib.suppress(oc.Fenced):
+        agent.wait_until_finished()
+
+
 def unclosed_preempted(root: str) -> None:
     """The grace of a preemption is over before its save is."""
     loop(oc.Agent(root, save=oc.at([]), options=oc.Options(preemption_grace_s=0.3)))
