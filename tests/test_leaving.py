@@ -84,7 +84,7 @@ class Program:
         while not self.ended():
             if time.monotonic() > end:
                 self.end()
-                raise AssertionError(f"still there after {LIMIT_S:g} s:\n{self.said}")
+                raise AssertionError(f"{self._output.name}: still there after {LIMIT_S:g} s:\n{self.said}")
             time.sleep(0.02)
         assert self.code is not None
         return self.code
@@ -211,14 +211,14 @@ TOGETHER = {
     "TERM, own handler": Row("two_handled", (), 0, (TERM,), ("left at",), (), {"": 1}),
     "TERM, closed": Row("two_wait", ("closed",), -TERM, (TERM,), (), ("survived",), {"": (1,)}, left_alone=True),
     # JAX's preemption service has taken it, as in any job of JAX's: a reader changes nothing.
-    "TERM, reader": Row("two_wait", ("reads",), 0, (TERM,), ("survived",)),
+    "TERM, reader": Row("two_wait", ("reads",), 0, (TERM,), ("survived",), left_alone=True),
     "TERM twice": Row("two_wait", ("open",), -TERM, (TERM, TERM), (), ("survived",), left_alone=True),
     "INT": Row("two_wait", ("open",), -INT, (INT,), (), ("survived",), {"": (1,)}, SLOW.format(1), to_all=True),
     "HUP": Row("two_wait", ("open",), -HUP, (HUP,), (), ("survived",), to_all=True),
     "no service": Row("two_without_service", (), 0, (), ("JAX's preemption service is off",), (), {"": (1,)}),
     "save again": Row(
         *("two_save_again", (), 0, (), ("asked alike: True",), (), {"": (10, 20)}),
-        "save.write=delay:0.5@process=0@step=20@nth=1;save.write=error@process=1@step=20@nth=1",
+        "save.write=error@process=0@step=20@nth=1;save.write=delay:1@process=1@step=20@nth=1",
     ),
     "whose handler": Row("jaxs_handler", (), 0, (), ("JAX's: True\nJAX's: False\n",)),
 }

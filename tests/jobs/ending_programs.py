@@ -309,6 +309,7 @@ def two_wait(root: str, index: int, port: int, program: str) -> None:
     elif program == "reads":
         oc.open_run(root).latest_step()
         waiting(root)
+        os._exit(0)  # JAX, who has heard SIGTERM, may wait at the end for the others to agree on a step
     else:
         does_not_look(root)
 
@@ -338,7 +339,7 @@ def two_without_service(root: str, index: int, port: int) -> None:
 
 
 def two_save_again(root: str, index: int, port: int) -> None:
-    """Process 1 fails; each process may learn of it at another moment, but all answer the same."""
+    """Process 0 fails, and process 1 is still busy with that save when it hears of it; but all answer the same."""
     joined(index, port)
     with compat.CheckpointManager(root) as manager:
         manager.save(10, args=ocp.args.StandardSave(state()))
