@@ -92,6 +92,7 @@ class Agent:
         self._pacing: Pacing | None = None
         self._current: Save | None = None
         self._pending_error: OrchestratorError | None = None
+        self._raised: OrchestratorError | None = None
         self._last_save_s: float | None = None
         self._preempted: tuple[int, bool] = (-1, False)
         self._preempted_s = 0.0  # when, on the monotonic clock
@@ -399,7 +400,7 @@ class Agent:
                 if isinstance(save.error, FATAL) or self.options.on_save_failure == "raise":
                     self._pending_error = save.error
         if raise_now and self._pending_error:
-            error = self._pending_error
+            error = self._raised = self._pending_error
             if not isinstance(error, FATAL):  # fenced is for good: every later call says so
                 self._pending_error = None
             raise error
@@ -422,15 +423,15 @@ class Agent:
 
     def finish(self) -> OrchestratorError | None:
         """`close`, for a program that is failing or ends: finishes this process's save, but meets nobody, who may not
-        come. Returns what that save, or an earlier one, has left to raise."""
+        come. Returns why that save, or an earlier one of which nobody has heard yet, is lost."""
         if self._closed or self._life.elsewhere:
             return None
         self._closed = self._life.ending = True
-        save = self._current
+        save, raised = self._current, self._raised
         try:
             self.wait_until_finished()
         except OrchestratorError as error:
-            return error
+            return None if error is raised else error
         finally:
             self._collector.wait(GRACE_S)  # what it leaves is deleted by the next incarnation
             self._leave()
