@@ -37,7 +37,7 @@ class Opening:
         self._catalog, self._rendezvous, self._timeout_s, self._opened = catalog, rendezvous, timeout_s, opened
         self.epoch: int | None = None
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
-        self._mark = ""  # on process 0, while its mark is there
+        self._mark = ""  # this process's probe of the right to write, while it is there
 
     def by_save(self, step: int, describe: Callable[[], Flat], *, other_tree: bool) -> str:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
@@ -122,7 +122,7 @@ class Opening:
 
     @contextmanager
     def _marked(self) -> Iterator[None]:
-        """Within it process 0's mark may be there; after it, it is not."""
+        """Within it this process's mark may be there; after it, it is not."""
         try:
             yield
         finally:
@@ -150,9 +150,9 @@ class Opening:
         failure: Exception | None = None
         if self._rendezvous.process != 0:
             try:
-                told["sees"] = meeting.awaited(partial(meeting.has_mark, self._catalog, mark), self._timeout_s)
+                told["sees"] = meeting.awaited(partial(meeting.has, self._catalog, mark), self._timeout_s)
                 if told["sees"]:
-                    self._catalog.probe()
+                    self._mark = self._catalog.mark()
             except Exception as error:
                 failure = error
                 told["error"] = [type(error).__name__, str(error)]
