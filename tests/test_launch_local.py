@@ -291,7 +291,8 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> N
     child = INDEX + write_pid(tmp_path) + "import time; time.sleep(60)"
     script = (
         f"import pathlib, subprocess, sys, time; child = [sys.executable, '-S', '-c', {child!r}]\n"
-        "subprocess.Popen(child); subprocess.Popen(child, start_new_session=True)\n"
+        "subprocess.Popen(child)\n"
+        "subprocess.Popen(child, start_new_session=True, env={'ORCHESTRATOR_PROCESS_INDEX': str(i)})\n"
         "if os.fork() == 0: os.setsid(); subprocess.Popen(child); os._exit(0)\n"
         "beat = pathlib.Path(os.environ['ORCHESTRATOR_HEARTBEAT_FILE']); beat.write_text('{}')\n"
         f"pathlib.Path({str(tmp_path)!r}, 'beats').write_text(str(beat.parent))\n"
