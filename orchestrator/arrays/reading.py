@@ -46,7 +46,7 @@ from orchestrator.arrays.placing import (
     recut,
     unread,
 )
-from orchestrator.arrays.store import context, described, files_spec, inspect, report_retries, stamp, store_spec
+from orchestrator.arrays.store import Reopened, context, described, files_spec, inspect, report_retries, store_spec
 from orchestrator.arrays.stored_tree import ObjectTree
 from orchestrator.contents import Chunk, Stored
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
@@ -199,8 +199,7 @@ class _Reader:
         self._directory, self._on_bytes, self._context = directory, on_bytes, context()
         self._stored, self._checksums = stored, stored.chunks if stored else {}
         self._inspected = False
-        self._opened: Any = None
-        self._opened_as: object = None  # whose token
+        self._opened = Reopened(directory)
         local = directory.startswith("file://")
         self._local = LocalStore(directory.removeprefix("file://"), stored) if local else None
         self._external = External(directory, self._context, stored, self._result)
@@ -213,16 +212,15 @@ class _Reader:
 
     @property
     def _store(self) -> Any:
-        opened_as = stamp(self._directory)
-        if self._opened is None or self._opened_as is not opened_as:
-            self._inspect()
-            try:
-                opening = ts.KvStore.open(store_spec(self._directory), context=self._context)
-                self._opened, self._opened_as = self._awaited(opening, self._directory), opened_as
-            except _FAILURES as error:
-                text = f"{self._directory}: cannot be opened: {described(self._directory, error)}"
-                raise _fault(text, error) from error
-        return self._opened
+        return self._opened.get(self._open)
+
+    def _open(self) -> Any:
+        self._inspect()
+        try:
+            return self._awaited(ts.KvStore.open(store_spec(self._directory), context=self._context), self._directory)
+        except _FAILURES as error:
+            said = described(self._directory, error)
+            raise _fault(f"{self._directory}: cannot be opened: {said}", error) from error
 
     @functools.cached_property
     def _places(self) -> dict[str, Chunk] | None:
@@ -379,8 +377,8 @@ class _Reader:
         try:
             return self._awaited(future, label)
         except _FAILURES as error:
-            text = f"{label}: cannot be read from {self._directory}: {described(self._directory, error)}"
-            raise _fault(text, error, keys) from error
+            said = described(self._directory, error)
+            raise _fault(f"{label}: cannot be read from {self._directory}: {said}", error, keys) from error
 
     def _awaited(self, future: Any, label: str) -> Any:
         """The result, within the deadline of an operation on a store; a word in between for whoever looks on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import tensorstore as ts
@@ -26,13 +27,24 @@ def files_spec(base: str) -> dict[str, Any]:
     return buckets.files_spec(where)
 
 
-def stamp(base: str) -> object:
-    """What is below URL `base` is to be opened again when this changes. Raises Unavailable."""
-    if not base.startswith("gs://"):
-        return None
-    from orchestrator.arrays import buckets
+class Reopened:
+    """What is open below URL `base`: opened again when it is in a bucket, and the token for that has been replaced."""
 
-    return buckets.stamp()
+    def __init__(self, base: str) -> None:
+        self._bucket = base.startswith("gs://")
+        self._opened: Any = None
+        self._stamp: object = None
+
+    def get(self, opened: Callable[[], Any]) -> Any:
+        """What `opened` returns, now or before. Raises what it raises, and Unavailable."""
+        stamp: object = None
+        if self._bucket:
+            from orchestrator.arrays import buckets
+
+            stamp = buckets.stamp()
+        if self._opened is None or stamp is not self._stamp:
+            self._opened, self._stamp = opened(), stamp
+        return self._opened
 
 
 def described(base: str, error: Exception) -> str:
