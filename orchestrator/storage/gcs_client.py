@@ -83,9 +83,13 @@ class Client:
     def __init__(
         self, deadline_s: float = _DEADLINE_S, budget: Budget | None = None, first_wait_s: float = _FIRST_WAIT_S
     ) -> None:
-        # Its own credentials are nobody's; only where the endpoint is, is asked of it.
-        self._files = GCSFileSystem(token="anon", use_listings_cache=False, skip_instance_cache=True)
-        self._loop = get_loop()
+        try:
+            # Its own credentials are nobody's; only where the endpoint is, is asked of it.
+            self._files = GCSFileSystem(token="anon", use_listings_cache=False, skip_instance_cache=True)
+            self._loop = get_loop()
+        except Exception as error:  # no descriptors, threads or memory left
+            text = line(f"{type(error).__name__}: {error}")
+            raise Unavailable(f"no client for Cloud Storage can be made: {text}", waited=True) from error
         self.credentials = Credentials(gcs_identity.find())
         self._more = {"userProject": payer} if (payer := environment.gcs_user_project()) else {}
         self.query = (
