@@ -324,7 +324,7 @@ class _Job:
             if others <= set(self.board.poll(GONE)):
                 break
             time.sleep(0.05)
-        time.sleep(1.0 if natural else 0.1)  # from a process's last word to its end
+        time.sleep(1.0 if natural else 0.5)  # from a process's last word to its end
 
     def _others(self) -> set[str]:
         return {str(index) for index in range(self.board.count)} - {str(self.board.process)}

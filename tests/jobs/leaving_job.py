@@ -6,6 +6,7 @@ argv: this process, how many there are, the board's directory, what this process
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import sys
 import threading
@@ -16,16 +17,35 @@ from types import TracebackType
 from orchestrator import last_words
 from orchestrator.errors import Fenced, NothingToRestore, SaveFailed
 
-BARRIER_S = 40.0  # longer than everything that should happen here
+BARRIER_S = 60.0  # longer than everything that should happen here
+LONG_S = 600.0
+SAVE_S = 5.0  # longer than the others wait for anything else
 
 
 class FileBoard:
-    """A port of files: a key is one file's name."""
+    """A port of files: a key is one file's name. As with JAX's, all are aborted with process 0, but for those that have
+    passed the barrier with it."""
 
     def __init__(self, process: int, count: int, directory: Path) -> None:
         self.process, self.count, self._directory = process, count, directory
         self.connected = True
         self._process_id = os.getpid()
+        self._passed = False
+        self._service = (directory / "service").open("a")
+        if process == 0:
+            fcntl.flock(self._service, fcntl.LOCK_EX)
+            self.post("serving/0", "")
+        else:
+            threading.Thread(target=self._watch_service, daemon=True).start()
+
+    def _watch_service(self) -> None:
+        while not self.poll("serving/"):
+            time.sleep(0.02)
+        fcntl.flock(self._service, fcntl.LOCK_SH)  # when process 0 has ended
+        time.sleep(0.2)
+        if not self._passed:
+            os.write(1, b"aborted: the service is gone\n")
+            os._exit(98)
 
     def post(self, key: str, value: str) -> None:
         part = self._directory / f"part-{self.process}-{threading.get_ident()}"
@@ -49,6 +69,7 @@ class FileBoard:
                 print("the barrier at exit timed out", flush=True)
                 os._exit(99)
             time.sleep(0.02)
+        self._passed = True
 
 
 class Agent:
@@ -75,8 +96,8 @@ def act(how: str, agent: Agent) -> None:
     try:
         with agent:
             match how:
-                case "hang" | "saves" | "saves-for-ever" | "late-saver":
-                    time.sleep(60)
+                case "hang" | "saves" | "saves-for-ever":
+                    time.sleep(LONG_S)
                 case "stays" | "ends-late":
                     time.sleep(2)
                 case (
@@ -88,9 +109,9 @@ def act(how: str, agent: Agent) -> None:
                     | "swallows-and-exits"
                 ):
                     if how == "has-threads":
-                        threading.Thread(target=time.sleep, args=(60,)).start()
+                        threading.Thread(target=time.sleep, args=(LONG_S,)).start()
                     if how == "handler-hangs":
-                        atexit.register(time.sleep, 60)
+                        atexit.register(time.sleep, LONG_S)
                     raise ValueError("user's bug")
                 case "fenced":
                     raise Fenced("fenced by epoch 2")
@@ -143,10 +164,12 @@ def main() -> None:
         atexit.register(board.barrier)
         last_words.join(board, f"host-{process}")
     atexit.register(lambda: print("last handler"))
-    agent = Agent({"saves": 1.5, "saves-for-ever": 60.0, "late-saver": 0.0}.get(how, 0.0))
-    last_words.serve(agent, None if how == "stays" else 3.0)
+    agent = Agent({"saves": SAVE_S, "saves-for-ever": LONG_S}.get(how, 0.0))
+    last_words.serve(agent, {"stays": None, "saves": 30.0}.get(how, 3.0))
     if how == "saves":
-        threading.Timer(1.5, lambda: print("saved")).start()
+        saver = threading.Timer(SAVE_S, print, ["saved"])
+        saver.daemon = True
+        saver.start()
     print("begins")
     act(how, agent)
     print("ends")
