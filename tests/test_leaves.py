@@ -28,7 +28,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     where = tmp_path_factory.mktemp("leaves")
     job = Job(HOSTS, 2, where / "runs", where / "logs", program=JOB)
     try:
-        job.wait_for(0, "done", 180)
+        job.wait_for(0, "done", 300)
         assert job.wait(60) == [0] * HOSTS, job.story()
         yield job
     finally:
