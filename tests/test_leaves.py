@@ -122,6 +122,14 @@ def test_what_only_process_0_sees_elsewhere_costs_one_save_and_no_wrong_one(ende
 
 
 @pytest.mark.jobs
+def test_a_process_that_waits_for_another_step_than_process_0_saves_loses_that_one_only(ended: Job) -> None:
+    for said in rows(ended, "steps"):
+        (before,) = said["before"]
+        assert "process 0 (host-0) saves step 10 where process 1 (host-1) saves step 11" in before
+        assert said["steps"] == [1, 20] and said["failed"] == []
+
+
+@pytest.mark.jobs
 def test_a_flax_model_with_dropout_is_saved_by_every_process(ended: Job) -> None:
     for said in rows(ended, "nnx"):
         assert said["steps"] == [1, 2] and said["failed"] == [] and said["equal"] == [True] * 4

@@ -156,6 +156,12 @@ with agent("moved") as saver:
         ],
     )
 
+# A state that is new to process 1, which waits for a step that process 0 does not save.
+with agent("steps") as saver:
+    saved(saver, {"n": np.arange(3)})
+    first = saved(saver, {"n": np.arange(4 + index)}, since=10 + index)
+    say("steps", **saved(saver, {"n": np.arange(3)}, since=20), before=first["failed"])
+
 
 class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
