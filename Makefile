@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-slurm test-image demo bitrot unreadable bench chaos docs format clean
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image demo bitrot unreadable bench chaos docs format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ setup: ## make .venv from requirements.lock (needs only Python 3.11+ and make)
 lock: setup ## make requirements.lock again from pyproject.toml: pins stay, hashes are the index's
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
-	  $(BIN)/uv pip compile pyproject.toml - --extra=train --extra=grain --extra=dev --python-version=3.11 --generate-hashes \
+	  $(BIN)/uv pip compile pyproject.toml - --extra=train --extra=grain --extra=dev --extra=traces --extra=safetensors --python-version=3.11 --generate-hashes \
 	    --no-annotate --no-header --quiet --output-file=requirements.lock
 	@sed -i '1i # Every package of `make setup`, pinned with all it needs, and the hashes of all its files on the index, whatever their\n# platform and Python; setuptools builds the editable install. `make lock` makes it.' requirements.lock
 
@@ -41,8 +41,11 @@ check: setup ## ruff, format, mypy --strict, import directions
 test: check ## make check and the whole test suite
 	@failed=0; \
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 -m "not jobs" || failed=1; \
-	$(BIN)/python -m pytest -m jobs || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist=loadfile -m jobs || failed=1; \
 	exit $$failed
+
+test-gcs-servers: setup ## conformance, whole runs, faults and the demo on two servers of others; into docs/gcs.md (TESTBENCH=path or URL)
+	TESTBENCH=$(TESTBENCH) $(BIN)/python -m tests.gcs_servers --write=docs/gcs.md
 
 test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; writes docs/slurm.md's table (needs root, Debian)
 	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; }

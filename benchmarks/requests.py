@@ -15,21 +15,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from launch.gcs_emulator.process import EmulatorProcess
+from launch.gcs_emulator.request_log import chain
 
 BUCKET = "bench-bucket"
-LEAF_BYTES = {16: 1 << 20, 2000: 64}
+LEAF_BYTES = {8: 1 << 16, 16: 1 << 20, 2000: 64}
 WORKER_LIMIT_S = 300
-PEERS = ("ours", "orbax")
+Phase = Callable[[str, Callable[[], None]], None]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 4, 8])
-    parser.add_argument("--leaves", type=int, nargs="*", choices=sorted(LEAF_BYTES), default=sorted(LEAF_BYTES))
+    parser.add_argument("--leaves", type=int, nargs="*", choices=sorted(LEAF_BYTES), default=[16, 2000])
     parser.add_argument("--latency_ms", type=float, default=20.0)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", nargs=5, metavar=("PEER", "INDEX", "COUNT", "PORT", "URL"), help=argparse.SUPPRESS)
@@ -40,7 +42,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.worker:
         peer, index, count, port, url = args.worker
-        work(peer, int(index), int(count), port, url, args.leaves[0])
+        work(PEERS[peer], int(index), int(count), port, url, args.leaves[0])
         return
     rows = []
     for count in args.processes:
@@ -54,13 +56,13 @@ def main() -> None:
         print(json.dumps(rows))
 
 
-def run(peer: str, count: int, leaves: int, latency_ms: float) -> dict[str, Any]:
-    """What process 0 measured, or `failed` with the reason."""
+def run(peer: str, count: int, leaves: int, latency_ms: float, module: str = "benchmarks.requests") -> dict[str, Any]:
+    """What process 0 measured, or `failed` with the reason. `module`: whose `--worker` does it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with EmulatorProcess([BUCKET], f"--faults=slow=1,slow_s={latency_ms / 1000}") as emulator:
-        command = [sys.executable, "-m", "benchmarks.requests", f"--leaves={leaves}", "--worker", peer]
+        command = [sys.executable, "-m", module, f"--leaves={leaves}", "--worker", peer]
         workers = [
             subprocess.Popen(
                 [*command, str(index), str(count), str(port), emulator.url],
@@ -93,7 +95,7 @@ def row(told: dict[str, Any]) -> str:
     return f"{name}: " + "; ".join(parts)
 
 
-def work(peer: str, index: int, count: int, port: str, url: str, leaves: int) -> None:
+def work(peer: Callable[[Any, Phase], None], index: int, count: int, port: str, url: str, leaves: int) -> None:
     import os
 
     from launch.gcs_emulator.process import environ
@@ -116,7 +118,7 @@ def work(peer: str, index: int, count: int, port: str, url: str, leaves: int) ->
         f"layer_{number:04d}": jax.make_array_from_callback(value.shape, sharding, lambda at, value=value: value[at])
         for number, value in enumerate(values)
     }
-    told: dict[str, dict[str, float]] = {}
+    told: dict[str, dict[str, Any]] = {}
 
     def together() -> None:
         if count > 1:
@@ -132,23 +134,27 @@ def work(peer: str, index: int, count: int, port: str, url: str, leaves: int) ->
         together()
         seconds = time.perf_counter() - started
         if index == 0:
-            classes = ask(url, "GET")["classes"]
-            told[phase] = {kind: classes.get(kind, 0) for kind in ("A", "B", "free")} | {"seconds": seconds}
+            classes, log = ask(url, "GET")["classes"], ask(url, "GET", "requests")
+            told[phase] = {kind: classes.get(kind, 0) for kind in ("A", "B", "free")}
+            longest = chain(log)
+            told[phase] |= {"seconds": seconds, "waves": len(longest)}
+            told[phase] |= {"chain": [f"{one['operation']} {one['name'].rpartition('run/')[2]}" for one in longest]}
+            told[phase] |= {"operations": Counter(one["operation"] for one in log if one["ended_s"] is not None)}
         together()
 
-    {"ours": ours, "orbax": orbax_manager}[peer](state, counted)
+    peer(state, counted)
     if index == 0:
         print(json.dumps(told), flush=True)
 
 
-def ask(url: str, method: str) -> dict[str, Any]:
+def ask(url: str, method: str, what: str = "counts") -> Any:
     import urllib.request
 
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/_emulator/counts", method=method), timeout=30) as reply:
-        return dict(json.loads(reply.read()))
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/_emulator/{what}", method=method), timeout=30) as reply:
+        return json.loads(reply.read())
 
 
-def ours(state: Any, counted: Callable[[str, Callable[[], None]], None]) -> None:
+def ours(state: Any, counted: Phase) -> None:
     import jax
 
     import orchestrator as oc
@@ -164,7 +170,7 @@ def ours(state: Any, counted: Callable[[str, Callable[[], None]], None]) -> None
         counted("open", lambda: oc.open_run(root).latest_step() and None if jax.process_index() == 0 else None)
 
 
-def orbax_manager(state: Any, counted: Callable[[str, Callable[[], None]], None]) -> None:
+def orbax_manager(state: Any, counted: Phase) -> None:
     import jax
     import orbax.checkpoint as ocp
 
@@ -190,6 +196,9 @@ def orbax_manager(state: Any, counted: Callable[[str, Callable[[], None]], None]
         counted("save", lambda: save(2))
         counted("restore", restore)
         counted("open", reopen)
+
+
+PEERS: Mapping[str, Callable[[Any, Phase], None]] = {"ours": ours, "orbax": orbax_manager}
 
 
 def abstract(state: Any) -> Any:

@@ -21,7 +21,8 @@ usage: python -m launch local --processes N [flags] -- PROGRAM [ARGUMENT...]
 Starts N JAX processes on this machine, puts each one's name before its output, and ends with the job's exit code
 (128 + signal for a signal). When one process fails or hangs the others are ended; --max_restarts starts the job again,
 except after wrong usage (2), being fenced (5) and nothing left to restore (6). A job that leaves preempted (75) resumes
-without using up a restart. SIGTERM and Ctrl-C go to every process; a second one kills them.
+without using up a restart. SIGTERM and Ctrl-C go to every host's own process, not to its data workers; a second one
+kills them all. A closed terminal stops the job as SIGTERM does, unless nohup started it. Nobody need read the output.
 
 examples:
   python -m launch local --processes 4 --devices_per_process 2 -- python -m launch.train --root=/tmp/run --steps=200
@@ -35,7 +36,12 @@ flags.DEFINE_integer("devices_per_process", 1, "CPU devices of each process", fl
 flags.DEFINE_integer("max_restarts", 0, "start the job again this many times after a failure", flag_values=FLAGS)
 flags.DEFINE_integer("processes_after_restart", None, "hosts after a restart; as before if unset", flag_values=FLAGS)
 command.define_told(FLAGS)
-flags.DEFINE_string("log_dir", None, "also write output to DIR/restart-R/host-I.log", flag_values=FLAGS)
+flags.DEFINE_string(
+    "log_dir",
+    None,
+    "also write output to DIR/restart-R/host-I.log (a second run: DIR/run-2/...)",
+    flag_values=FLAGS,
+)
 flags.DEFINE_float(
     "stop_grace_s", 60.0, "seconds from SIGTERM or Ctrl-C to SIGKILL", lower_bound=0.0, flag_values=FLAGS
 )
@@ -103,7 +109,7 @@ def _chaos(text: str | None) -> dict[str, str]:
 
 def _local(arguments: Sequence[str]) -> int:
     def body(values: dict[str, Any], program: list[str]) -> int:
-        return local.run(_job(values, program))
+        return local.run_on_console(_job(values, program))
 
     return command.run("local", LOCAL_HELP, FLAGS, arguments, body)
 

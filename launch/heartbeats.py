@@ -16,23 +16,24 @@ _DOING_CHARS = 200
 
 
 class Heartbeats:
-    """One directory of heartbeat files, for one incarnation. `steps`, `doing`: what each host last said."""
+    """One directory of heartbeat files, for one incarnation. `steps`, `doing`, `pids`: what each host last said."""
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="heartbeats-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="heartbeats-"))
         self._seen: dict[int, tuple[int, float]] = {}  # host -> file's time stamp, when we saw it change
         self.steps: dict[int, int] = {}
         self.doing: dict[int, str] = {}
+        self.pids: dict[int, int] = {}
 
     def path(self, index: int) -> Path:
-        return self._directory / str(index)
+        return self.directory / str(index)
 
     def listen(self, now_s: float) -> dict[int, float]:
         """Seconds of silence of each host that ever beat; {} if its directory is gone, as then nobody can be heard.
         `now_s`: a monotonic clock; the hosts' own is not trusted. A file that no agent has written tells nothing.
         """
         try:
-            names = os.listdir(self._directory)
+            names = os.listdir(self.directory)
         except OSError:
             return {}
         for name in names:
@@ -40,20 +41,23 @@ class Heartbeats:
                 continue  # a file about to be moved into place
             index = int(name)
             try:
-                stamp = os.stat(self._directory / name).st_mtime_ns
+                stamp = os.stat(self.directory / name).st_mtime_ns
                 if self._seen.get(index, (0, 0.0))[0] == stamp:
                     continue
-                said = _said(plainfile.read_text(self._directory / name, _MOST_BYTES))
+                said = _said(plainfile.read_text(self.directory / name, _MOST_BYTES))
             except (OSError, ValueError, RecursionError):
                 continue
             self._seen[index] = (stamp, now_s)
             if type(step := said.get("step")) is int:  # True is an int, too
                 self.steps[index] = step
+            if type(pid := said.get("pid")) is int:
+                self.pids[index] = pid
             self.doing[index] = f"{said.get('doing')} at step {said.get('step')}"[:_DOING_CHARS]
         return {index: now_s - heard_s for index, (_, heard_s) in self._seen.items()}
 
     def close(self) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
+        for _ in range(3):  # whatever is ending may write once more
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _said(text: str) -> dict[str, Any]:

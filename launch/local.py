@@ -1,9 +1,10 @@
 """Runs a job of N JAX processes on this machine and supervises it. Linux only.
 
 One thread, one loop: output, exits and signals all arrive at one selector, so there is nothing to lock and nothing
-waits without a bound. What to do about them is decided in `supervise`; this file carries it out. Each process leads a
-session and a process group of its own, and only groups made here are ever signalled. A group is signalled before its
-leader is reaped: until then the kernel cannot give its id to anybody else.
+waits without a bound. What people see is written by threads of `console`, as a reader may never read. What to do about
+exits and signals is decided in `supervise`; this file carries it out. Each process leads a session and a process group
+of its own, and only what is proven to descend from it is ever signalled (`hosts`, `warden`). A host is signalled before
+its leader is reaped: until then the kernel cannot give its id to anybody else.
 """
 
 from __future__ import annotations
@@ -16,29 +17,30 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import FileIO
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
-from launch import command, plainfile, supervise
+from launch import logs, plainfile, supervise
 from launch.command import LaunchError as LaunchError  # raised by `run`, so part of what this module offers
-from launch.contract import EXIT_PREEMPTED, HEARTBEAT_FILE, STEP_BACK, JobContract
+from launch.console import Console
+from launch.contract import HEARTBEAT_FILE, STEP_BACK, JobContract
 from launch.heartbeats import Heartbeats
+from launch.hosts import REAP_S, Host, Orphans, Warden
+from launch.interrupts import Signals
 
-OPERATOR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LONGEST_LINE_BYTES = 64 * 1024
+READ_BYTES = 64 * 1024
 DRAIN_S = 1.0  # for output still in the pipes after the last process has ended
-REAP_S = 10.0  # for the kernel to carry out a SIGKILL
+PATIENCE_S = 2.0  # for whoever reads our output, after the job's end
 SAME_MOMENT_S = 0.1  # exits so close together count as one moment's
 
 
 @dataclass(frozen=True)
 class LocalJob:
-    """What to run. `environ` is added to this process's own; `log_dir` gets `restart-R/host-I.log`. `hosts_file` (one
+    """What to run. `environ` is added to this process's own; `log_dir` gets `restart-R/host-I.log`, below
+    `run-2` and so on if an earlier run has left its logs there. `hosts_file` (one
     host a line) is read before a restart of an elastic job, for at most `wait_for_hosts_s` until enough are there."""
 
     command: Sequence[str]
@@ -85,56 +87,71 @@ class Observer:
     """Who hears of the job; every call comes on the thread that called `run`, and must return soon.
 
     `line(host, text)` for each line of output, `note(text)` for the launcher's own words, `tick(running)` about ten
-    times a second.
+    times a second. While `behind()`, the hosts' output is left in their pipes (not for long, and not at their end).
     """
 
     line: Callable[[str, str], None]
     note: Callable[[str], None]
     tick: Callable[[Sequence[HostView]], None] = lambda running: None
+    behind: Callable[[], bool] = lambda: False
 
 
-def console_observer() -> Observer:
-    """Output to standard output, each line after its host's name; the launcher's words to standard error."""
-
-    def line(host: str, text: str) -> None:
-        sys.stdout.write(f"[{host}] {text}\n")
-        sys.stdout.flush()
-
-    def note(text: str) -> None:
-        command.complain(f"[launch] {text}")
-
-    return Observer(line, note)
+def run_on_console(job: LocalJob) -> int:
+    """`run` for a command line: output to standard output, each line after its host's name, the launcher's words to
+    standard error. Nobody need read them. This process may have no children but the job's."""
+    job.validate()
+    console = Console()
+    try:
+        return run(job, Observer(console.line, console.note, behind=console.behind), sole=True)
+    finally:
+        console.close(PATIENCE_S)
 
 
-def run(job: LocalJob, observer: Observer | None = None) -> int:
+def run(job: LocalJob, observer: Observer, *, sole: bool = False) -> int:
     """Run the job to its end, restarts included, and return its exit code (128 + signal for a signal).
 
     Afterwards no process of it is left. Call on the main thread: it takes over SIGTERM, SIGINT, SIGHUP and SIGCHLD
-    meanwhile. A first SIGTERM or SIGINT goes to every process, a second one kills them.
+    meanwhile, but for those that were ignored. A first SIGTERM or SIGINT goes to every host's own process, a second one
+    kills; SIGHUP is passed on as SIGTERM and never kills. `sole`: this process has no children but the job's.
     Raises: LaunchError if the job cannot be started; whatever the observer raises, after ending the job.
     """
     job.validate()
-    observer = observer or console_observer()
-    with _Signals() as signals, _Warden() as warden:
+    with Signals() as signals, Orphans(sole) as orphans, Warden() as warden:
+        for number in sorted(signals.ignored - {signal.SIGHUP}):
+            observer.note(f"{supervise.signal_name(number)} is ignored, as it was in whatever started this")
+        folder = None if job.log_dir is None else logs.claim(job.log_dir)
+        if folder != job.log_dir:
+            observer.note(f"logs go to {folder}: an earlier run has left its own in {job.log_dir}")
         history = supervise.History(job.processes)
         while True:
-            with _Incarnation(job, observer, signals, warden, history) as incarnation:
+            with _Incarnation(job, observer, signals, orphans, warden, history, folder) as incarnation:
                 end = incarnation.watch()
             if isinstance(end, supervise.Finish):
+                if end.about:
+                    observer.note(end.about)
                 return end.code
-            history = replace(end.history, hosts=_hosts_there(job, end.history))
-            for line in history.news:
+            for line in end.history.news:
                 observer.note(line)
-            observer.note(
-                f"restart {history.restarts} on {history.hosts} hosts in {history.delay_s:g} s "
-                f"({history.failures} of {job.rules.max_restarts} failures, {history.preemptions} preemptions)"
-            )
-            if signals.wait(history.delay_s):
-                return EXIT_PREEMPTED  # asked to stop between two incarnations: nothing runs
+            hosts = _hosts_there(job, end.history, signals.wait)
+            history = end.history if hosts is None else replace(end.history, hosts=hosts)
+            signum = signals.wait(0.0)
+            if hosts is not None and signum is None:
+                observer.note(
+                    f"restart {history.restarts} on {history.hosts} hosts in {history.delay_s:g} s "
+                    f"({history.failures} of {job.rules.max_restarts} failures, {history.preemptions} preemptions)"
+                )
+                signum = signals.wait(history.delay_s)
+            if hosts is None or signum is not None:
+                end = supervise.stopped_between(history)
+                observer.note(end.about)
+                return end.code
 
 
-def _hosts_there(job: LocalJob, history: supervise.History) -> int:
-    """Hosts for the next incarnation. Raises: LaunchError if the hosts file does not list enough of them in time."""
+def _hosts_there(job: LocalJob, history: supervise.History, wait: Callable[[float], int | None]) -> int | None:
+    """Hosts for the next incarnation; None if the operator stops the job meanwhile, which `wait(seconds)` says.
+
+    Raises: LaunchError if the hosts file does not list enough of them in time.
+    """
     if history.restarts == 1 and job.processes_after_restart:
         return job.processes_after_restart
     if job.rules.elastic is None:
@@ -156,7 +173,8 @@ def _hosts_there(job: LocalJob, history: supervise.History) -> int:
             raise LaunchError(
                 f"--hosts_file {job.hosts_file}: {there} hosts after {job.wait_for_hosts_s:g} s, wanted {least} or more"
             )
-        time.sleep(0.2)
+        if wait(0.2) is not None:
+            return None
 
 
 def _hold_loopback_port() -> socket.socket:
@@ -169,132 +187,30 @@ def _hold_loopback_port() -> socket.socket:
     return holder
 
 
-class _Signals:
-    """Turns signals into bytes that a selector can wait for; puts the old handlers back afterwards."""
-
-    def __enter__(self) -> _Signals:
-        self.receiver, self._sender = socket.socketpair()
-        self.receiver.setblocking(False)
-        self._sender.setblocking(False)
-        self._old_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, self._nothing) for number in (*OPERATOR_SIGNALS, signal.SIGCHLD)}
-        return self
-
-    @staticmethod
-    def _nothing(_signum: int, _frame: FrameType | None) -> None:
-        """The byte in the wakeup socket is all that is wanted."""
-
-    def received(self) -> list[int]:
-        """The operator's signals since the last call."""
-        try:
-            return [number for number in self.receiver.recv(4096) if number in OPERATOR_SIGNALS]
-        except BlockingIOError:
-            return []
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for an operator's signal; True if one came."""
-        end = time.monotonic() + timeout_s
-        while (left_s := end - time.monotonic()) > 0:
-            select.select([self.receiver], [], [], left_s)
-            if self.received():
-                return True
-        return False
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_fd)
-        self.receiver.close()
-        self._sender.close()
-
-
-class _Warden:
-    """The helper process that ends our groups if we are killed; see `launch/warden.py`."""
-
-    def __enter__(self) -> _Warden:
-        script = Path(__file__).with_name("warden.py")
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        return self
-
-    def _tell(self, sign: str, group: int) -> None:
-        assert self._process.stdin is not None
-        # If the warden is gone its care is lost; the job need not be.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{sign}{group}\n".encode())
-            self._process.stdin.flush()
-
-    def guard(self, group: int) -> None:
-        self._tell("+", group)
-
-    def release(self, group: int) -> None:
-        self._tell("-", group)
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-            self._process.wait(timeout=REAP_S)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait(timeout=REAP_S)
-
-
-class _Host:
-    """One process: its group, its output so far, its log."""
-
-    def __init__(self, process: subprocess.Popen[bytes], contract: JobContract) -> None:
-        self.process, self.contract = process, contract
-        self.log: FileIO | None = None
-        self.index, self.name, self.pid = contract.process_index, contract.host_name, process.pid
-        self.partial = b""
-        assert process.stdout is not None
-        self.output = process.stdout
-        os.set_blocking(self.output.fileno(), False)
-
-    def signal_group(self, signum: int) -> None:
-        # Not reaped yet, so a missing group is only one whose members have all ended.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signum)
-
-    def has_ended(self) -> bool:
-        """True once the process has ended; it stays unreaped, so that its group id stays its own."""
-        return self._outcome() is not None
-
-    def has_failed(self) -> bool:
-        outcome = self._outcome()
-        return outcome is not None and outcome.si_status != 0
-
-    def _outcome(self) -> os.waitid_result | None:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-
-    def lines(self, chunk: bytes) -> list[bytes]:
-        """The lines that `chunk` completes; an overlong one is cut instead of growing without end."""
-        *complete, self.partial = (self.partial + chunk).split(b"\n")
-        if len(self.partial) > LONGEST_LINE_BYTES:
-            complete, self.partial = [*complete, self.partial], b""
-        return complete
-
-
 class _Incarnation:
     """One start of the job, from the first process to the end of the last. Leaving the context ends what still runs."""
 
     def __init__(
-        self, job: LocalJob, observer: Observer, signals: _Signals, warden: _Warden, history: supervise.History
+        self,
+        job: LocalJob,
+        observer: Observer,
+        signals: Signals,
+        orphans: Orphans,
+        warden: Warden,
+        history: supervise.History,
+        logs: Path | None,
     ) -> None:
-        self._job, self._observer, self._signals, self._warden = job, observer, signals, warden
+        self._job, self._observer, self._signals = job, observer, signals
+        self._orphans, self._warden, self._logs = orphans, warden, logs
         self._history, self._restart_count = history, history.restarts
         self._state = supervise.State(job.rules, frozenset(range(history.hosts)), history)
         self._heartbeats = Heartbeats()
+        warden.remove_afterwards(self._heartbeats.directory)
         self._port = _hold_loopback_port()
-        self._hosts: dict[int, _Host] = {}
+        self._hosts: dict[int, Host] = {}
         self._open: set[int] = set()  # indices whose output has not ended
         self._selector = selectors.DefaultSelector()
-        self._ended: list[_Host] = []
+        self._ended: list[Host] = []
         self._kill_at: float | None = None
         self._give_up_at: float | None = None
         self._end: supervise.Restart | supervise.Finish | None = None
@@ -318,8 +234,9 @@ class _Incarnation:
         while self._end is None:
             self._wait(0.1)
             for signum in self._signals.received():
-                self._observer.note(f"{supervise.signal_name(signum)} received, passing it to {len(self._hosts)} hosts")
-                self._carry_out(supervise.on_signal(self._state, signum))
+                transition = supervise.on_signal(self._state, signum)
+                self._observer.note(supervise.heard(signum, transition[1]))
+                self._carry_out(transition)
             self._reap()
             self._listen()
             self._kill_the_overdue()
@@ -333,8 +250,8 @@ class _Incarnation:
     def _start(self) -> None:
         address = f"127.0.0.1:{self._port.getsockname()[1]}"
         logs = None
-        if self._job.log_dir is not None:
-            logs = self._job.log_dir / f"restart-{self._restart_count}"
+        if self._logs is not None:
+            logs = self._logs / f"restart-{self._restart_count}"
             try:
                 logs.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -367,38 +284,47 @@ class _Incarnation:
             )
         except OSError as error:
             raise LaunchError(f"{self._job.command[0]}: cannot be started: {error.strerror}") from error
-        self._warden.guard(process.pid)
-        host = _Host(process, contract)
+        host = Host(process, contract, self._heartbeats.path(contract.process_index))
+        self._warden.guard(host.kin)
         if logs is not None:
             host.log = open(logs / f"{host.name}.log", "wb", buffering=0)  # noqa: SIM115 - open as long as the host
         self._hosts[host.index] = host
         self._open.add(host.index)
         self._selector.register(host.output, selectors.EVENT_READ, host)
 
-    def _view(self, host: _Host) -> HostView:
+    def _children(self) -> set[int]:
+        return {self._warden.pid, *(host.pid for host in self._hosts.values())}
+
+    def _view(self, host: Host) -> HostView:
         return HostView(host.index, host.name, host.pid, self._restart_count)
 
     def _wait(self, timeout_s: float) -> None:
-        for key, _ in self._selector.select(timeout_s):
-            if isinstance(key.data, _Host):
-                self._read(key.data)
+        if self._observer.behind() and self._kill_at is None and self._hosts:
+            select.select([self._signals.receiver], [], [], min(timeout_s, 0.05))
+        else:
+            for key, _ in self._selector.select(timeout_s):
+                if isinstance(key.data, Host):
+                    self._read(key.data)
+        now = time.monotonic()
+        for host in self._hosts.values():
+            self._show(host, host.lines.due(now))
 
-    def _read(self, host: _Host) -> None:
+    def _read(self, host: Host) -> None:
         try:
-            chunk = os.read(host.output.fileno(), LONGEST_LINE_BYTES)
+            chunk = os.read(host.output.fileno(), READ_BYTES)
         except BlockingIOError:
             return
         self._write_log(host, chunk)
-        lines = host.lines(chunk)
         if not chunk:
             self._selector.unregister(host.output)
             self._open.discard(host.index)
-            lines = [host.partial] if host.partial else []
-            host.partial = b""
-        for line in lines:
-            self._observer.line(host.name, line.rstrip(b"\r").decode("utf-8", "replace"))
+        self._show(host, host.lines.feed(chunk) if chunk else host.lines.end())
 
-    def _write_log(self, host: _Host, chunk: bytes) -> None:
+    def _show(self, host: Host, lines: Sequence[bytes]) -> None:
+        for line in lines:
+            self._observer.line(host.name, line.decode("utf-8", "replace"))
+
+    def _write_log(self, host: Host, chunk: bytes) -> None:
         if host.log is None:
             return
         try:
@@ -417,11 +343,15 @@ class _Incarnation:
             ended = [host for host in self._hosts.values() if host.has_ended()]
         exits = []
         for host in ended:
-            host.signal_group(signal.SIGKILL)  # what the leader started and left behind
+            host.kill()  # what the leader started and left behind
             exits.append(supervise.Exit(host.index, host.process.wait(timeout=REAP_S)))
             self._warden.release(host.pid)
             del self._hosts[host.index]
             self._ended.append(host)
+        if self._signals.child_ended() and not ended:
+            self._orphans.reap(self._children())
+        if exits:
+            self._hear()  # what they last said, before they are judged
         known = self._state.cause
         transition = supervise.on_exits(self._state, exits)
         cause = transition[0].cause
@@ -430,10 +360,14 @@ class _Incarnation:
             self._observer.note(f"host-{cause.index} {cause.describe()}{others}")
         self._carry_out(transition)
 
-    def _listen(self) -> None:
-        """Hear the hosts' heartbeats: how far each is, and whether one has fallen silent."""
+    def _hear(self) -> dict[int, float]:
         silent_s = self._heartbeats.listen(time.monotonic())
         self._state = replace(self._state, steps=dict(self._heartbeats.steps))
+        return silent_s
+
+    def _listen(self) -> None:
+        """Hear the hosts' heartbeats: how far each is, and whether one has fallen silent."""
+        silent_s = self._hear()
         hung_before = self._state.hung
         transition = supervise.on_silence(self._state, silent_s)
         for index in transition[0].hung - hung_before:
@@ -446,9 +380,11 @@ class _Incarnation:
         for effect in effects:
             match effect:
                 case supervise.Signal(processes, signum, grace_s):
-                    for index in processes & self._hosts.keys() if signum else ():
-                        self._hosts[index].signal_group(signum)
                     killing = signum == signal.SIGKILL
+                    self._heartbeats.listen(time.monotonic())  # which processes the agents are in
+                    for index in processes & self._hosts.keys() if signum else ():
+                        host = self._hosts[index]
+                        host.kill() if killing else host.tell(signum, self._heartbeats.pids.get(index))
                     self._kill_at = None if killing else time.monotonic() + grace_s
                     self._give_up_at = time.monotonic() + REAP_S if killing else None
                 case supervise.Restart() | supervise.Finish():
@@ -459,7 +395,7 @@ class _Incarnation:
         if self._kill_at is not None and now >= self._kill_at:
             for host in self._hosts.values():
                 self._observer.note(f"{host.name} (pid {host.pid}) did not end in time: SIGKILL")
-                host.signal_group(signal.SIGKILL)
+                host.kill()
             self._kill_at, self._give_up_at = None, now + REAP_S
         if self._give_up_at is not None and now >= self._give_up_at:
             stuck = ", ".join(f"{host.name} (pid {host.pid})" for host in self._hosts.values())
@@ -468,16 +404,18 @@ class _Incarnation:
     def _close(self) -> None:
         """Kill and reap whatever is left; reached with processes running only if something raised."""
         for host in self._hosts.values():
-            host.signal_group(signal.SIGKILL)
+            host.kill()
         for host in self._hosts.values():
             # One that does not die stays with the warden, which kills once more after us.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 host.process.wait(timeout=REAP_S)
                 self._warden.release(host.pid)
+        self._orphans.kill(self._children())
         for host in (*self._hosts.values(), *self._ended):
             host.output.close()
             if host.log is not None:
                 host.log.close()
         self._selector.close()
         self._heartbeats.close()
+        self._warden.remove_afterwards(None)
         self._port.close()

@@ -5,6 +5,7 @@ A launcher (local, Slurm, ...) holds a `State`, feeds it what it sees and carrie
     running --a process fails or hangs--> ending (the others are told to end) --all exited--> Restart or Finish
     running --a process leaves preempted--> leaving (the others are saving the same step) --all exited--> Restart
     running --operator's signal--> stopping (the signal goes to all) --all exited--> Finish
+    between two incarnations --operator's signal--> Finish(the last failure's code)
     running --all exited with 0--> Finish(0)
 
 `History` is what is known across incarnations: the restart budget, and whether the job dies at the same step each time.
@@ -13,7 +14,7 @@ A launcher (local, Slurm, ...) holds a `State`, feeds it what it sees and carrie
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from launch.contract import EXIT_PREEMPTED
@@ -52,9 +53,10 @@ class Rules:
     """What the user chose. `end_grace_s` is between SIGTERM and SIGKILL for the others of a failed process;
     `stop_grace_s` between an operator's signal and SIGKILL, long enough for a last save. `hang_after_s`: a process
     that has beaten its heartbeat once and then not for so long is taken for hung (0: never). `backoff_s` before the
-    first restart without progress, doubled for each further one up to `backoff_max_s`. `step_back_after`: after so
-    many deaths at the same step the job comes back from one step earlier. Preemptions count against `max_preemptions`,
-    not against `max_restarts`. `elastic` (least, most): hosts of a restart, as many as are there."""
+    first restart, doubled up to `backoff_max_s` for each further one that came no further than one before it.
+    `step_back_after`: after so many deaths at the same step the job comes back from one step earlier. Preemptions count
+    against `max_preemptions`, not against `max_restarts`. `elastic` (least, most): hosts of a restart, as many as are
+    there."""
 
     max_restarts: int = 0
     max_preemptions: int = 100
@@ -71,7 +73,9 @@ class Rules:
 @dataclass(frozen=True)
 class History:
     """What is known across incarnations. `same_step` deaths in a row came at `last_step`; the next incarnation leaves
-    out the `step_back` newest steps; `hosts` are there for it; it starts after `delay_s`. `news`: for the operator."""
+    out the `step_back` newest steps; `hosts` are there for it; it starts after `delay_s`. `furthest`: the newest step
+    that any failed incarnation reached, if any was heard of; `fruitless`: failures in a row that came no further;
+    `last`: the failure that ended the last incarnation. `news`: for the operator."""
 
     hosts: int
     restarts: int = 0
@@ -80,18 +84,23 @@ class History:
     last_step: int | None = None
     same_step: int = 0
     step_back: int = 0
+    furthest: int | None = None
+    fruitless: int = 0
     delay_s: float = 0.0
+    last: Exit | None = None
     news: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class State:
-    """One incarnation of the job as its supervisor sees it. `preempted`: processes that left with EXIT_PREEMPTED."""
+    """One incarnation of the job as its supervisor sees it. `cause`: the first failure; `final`: the first exit that a
+    restart cannot mend, whenever it came; `preempted`: processes that left with EXIT_PREEMPTED."""
 
     rules: Rules
     running: frozenset[int]
     history: History
     cause: Exit | None = None
+    final: Exit | None = None
     stop_signal: int | None = None
     preempted: frozenset[int] = frozenset()
     hung: frozenset[int] = frozenset()
@@ -116,9 +125,10 @@ class Restart:
 
 @dataclass(frozen=True)
 class Finish:
-    """All have ended: the launcher leaves with this code."""
+    """All have ended: the launcher leaves with this code. `about` says why, for the operator."""
 
     code: int
+    about: str = field(default="", compare=False)
 
 
 Effect = Signal | Restart | Finish
@@ -132,15 +142,16 @@ def signal_name(signum: int) -> str:
         return f"signal {signum}"
 
 
-def first_cause(exits: Sequence[Exit]) -> Exit | None:
+def first_cause(exits: Sequence[Exit], final_codes: Set[int] = FINAL_CODES) -> Exit | None:
     """The failure among exits seen at the same moment that most likely caused the others; None if all are 0."""
 
-    def rank(exit_: Exit) -> tuple[int, int]:
+    def rank(exit_: Exit) -> tuple[int, bool, int]:
         # A process ended by a signal from outside was the lost peer, and so was one that crashed. Survivors raise, or
-        # JAX's client aborts them ("another task died"): that is the least likely cause.
+        # JAX's client aborts them ("another task died"): that is the least likely cause. A code that says what was
+        # wrong (fenced, damage) does not come from the loss of a peer.
         signum = -exit_.returncode
         order = 3 if signum == signal.SIGABRT else 2 if signum < 0 else 1 if signum in CRASHES else 0
-        return order, exit_.index
+        return order, exit_.returncode not in final_codes, exit_.index
 
     return min((exit_ for exit_ in exits if exit_.failed), key=rank, default=None)
 
@@ -151,10 +162,12 @@ def on_exits(state: State, exits: Sequence[Exit]) -> tuple[State, tuple[Effect, 
         return state, ()
     ending = state.cause is not None or state.stop_signal is not None
     leaving = bool(state.preempted)
+    finals = [exit_ for exit_ in exits if exit_.returncode in state.rules.final_codes]
     state = replace(
         state,
         running=state.running - {exit_.index for exit_ in exits},
-        cause=state.cause or first_cause(exits),
+        cause=state.cause or first_cause(exits, state.rules.final_codes),
+        final=state.final or min(finals, key=lambda exit_: exit_.index, default=None),
         preempted=state.preempted | {exit_.index for exit_ in exits if exit_.returncode == EXIT_PREEMPTED},
     )
     if not state.running:
@@ -169,10 +182,40 @@ def on_exits(state: State, exits: Sequence[Exit]) -> tuple[State, tuple[Effect, 
 
 
 def on_signal(state: State, signum: int) -> tuple[State, tuple[Effect, ...]]:
-    """The operator sent `signum` to the launcher: pass it on, and at the second one kill."""
-    if state.stop_signal is not None:
-        return state, (Signal(state.running, signal.SIGKILL, 0.0),)
-    return replace(state, stop_signal=signum), (Signal(state.running, signum, state.rules.stop_grace_s),)
+    """The operator sent `signum` to the launcher: pass it on, and at the second one kill.
+
+    A closed terminal (SIGHUP) is a preemption, and nobody's impatience: the hosts get SIGTERM, and it never counts as a
+    second signal. Nor does what comes first after it, as the end of a session sends both.
+    """
+    if state.stop_signal is None:
+        passed = signal.SIGTERM if signum == signal.SIGHUP else signum
+        return replace(state, stop_signal=signum), (Signal(state.running, passed, state.rules.stop_grace_s),)
+    if signum == signal.SIGHUP:
+        return state, ()
+    if state.stop_signal == signal.SIGHUP:
+        return replace(state, stop_signal=signum), ()
+    return state, (Signal(state.running, signal.SIGKILL, 0.0),)
+
+
+def heard(signum: int, effects: Sequence[Effect]) -> str:
+    """What to tell the operator about a signal and what came of it."""
+    name = signal_name(signum)
+    match effects:
+        case [Signal(processes, signal.SIGKILL, _)]:
+            return f"{name} received again: SIGKILL to {len(processes)} hosts"
+        case [Signal(processes, passed, _)] if passed != signum:
+            return f"{name} received, passing it to {len(processes)} hosts as {signal_name(passed)}: save and leave"
+        case [Signal(processes, _, _)]:
+            return f"{name} received, passing it to {len(processes)} hosts"
+    return f"{name} received: the hosts are stopping already"
+
+
+def stopped_between(history: History) -> Finish:
+    """The operator stops a job of which nothing runs, as it was about to start again: it ends as it last ended."""
+    if history.last is None:  # each host saved, and left to be started again
+        return Finish(EXIT_PREEMPTED, "stopped before the restart; the job had saved, and was preempted")
+    code = history.last.code
+    return Finish(code, f"stopped before the restart; the job ends with {code}: {_named(history.last)}")
 
 
 def on_silence(state: State, silent_s: Mapping[int, float]) -> tuple[State, tuple[Effect, ...]]:
@@ -187,20 +230,38 @@ def on_silence(state: State, silent_s: Mapping[int, float]) -> tuple[State, tupl
     return replace(state, hung=hung), (Signal(hung, signal.SIGKILL, 0.0),)
 
 
+def _named(exit_: Exit) -> str:
+    return f"host-{exit_.index} {exit_.describe()}"
+
+
 def _after_the_last(state: State) -> Effect:
     rules, history = state.rules, state.history
     if state.cause is None and not state.preempted:
         return Finish(0)
     code = EXIT_PREEMPTED if state.cause is None else state.cause.code
-    if state.stop_signal is not None or code in rules.final_codes:
-        return Finish(code)
+    if state.stop_signal is not None:
+        return _finish(state, code, f"stopped by {signal_name(state.stop_signal)}")
+    if state.final is not None:
+        return _finish(state, state.final.code, "a restart cannot mend that")
     next_history = _preempted(state) if state.cause is None else _failed(state, state.cause)
-    if next_history.failures > rules.max_restarts or next_history.preemptions > rules.max_preemptions:
-        return Finish(code)
+    if next_history.failures > rules.max_restarts:
+        return _finish(state, code, f"no restart is left of {rules.max_restarts}")
+    if next_history.preemptions > rules.max_preemptions:
+        return _finish(state, code, f"preempted {next_history.preemptions} times, which is the limit")
     least = rules.elastic[0] if rules.elastic else 1
     if next_history.hosts < least:
-        return Finish(code)
-    return Restart(replace(next_history, restarts=history.restarts + 1))
+        return _finish(state, code, f"{next_history.hosts} hosts are left, and {least} are required")
+    return Restart(replace(next_history, restarts=history.restarts + 1, last=state.cause))
+
+
+def _finish(state: State, code: int, why: str) -> Finish:
+    """Says which host failed first, and which one's code is the job's if that is another."""
+    if state.cause is None:
+        return Finish(code, f"the job ends with {code}: {why}")
+    about = f"{_named(state.cause)} first"
+    if state.final is not None and state.final != state.cause and state.final.code == code:
+        about += f", then {_named(state.final)}"
+    return Finish(code, f"the job ends with {code}: {about}; {why}")
 
 
 def _preempted(state: State) -> History:
@@ -223,8 +284,9 @@ def _failed(state: State, cause: Exit) -> History:
             f"crash loop: {rules.step_back_after} deaths in a row at step {reached}; "
             f"coming back from {step_back} restorable steps before the newest",
         )
-    quick = 0 if not again else min(old.failures, 30)
-    delay_s = min(rules.backoff_max_s, rules.backoff_s * 2**quick)
+    further = reached is not None and (old.furthest is None or reached > old.furthest)
+    fruitless = 0 if further or not old.failures else old.fruitless + 1
+    delay_s = min(rules.backoff_max_s, rules.backoff_s * 2 ** min(fruitless, 30))
     hosts = old.hosts
     if rules.elastic and (cause.returncode == -signal.SIGKILL or state.hung):
         hosts -= max(1, len(state.hung))  # a host that dies of SIGKILL or hangs is taken for lost
@@ -236,6 +298,8 @@ def _failed(state: State, cause: Exit) -> History:
         last_step=reached,
         same_step=same_step,
         step_back=step_back,
+        furthest=reached if further else old.furthest,
+        fruitless=fruitless,
         delay_s=delay_s,
         news=news,
     )

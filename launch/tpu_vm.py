@@ -354,9 +354,11 @@ def run(job: TpuJob) -> int:
             assert isinstance(end, supervise.Restart)
             history = end.history
             _note(f"restart {history.restarts} in {history.delay_s:g} s: {', '.join(history.news) or 'it has failed'}")
-            time.sleep(history.delay_s)
+            resume_at = time.monotonic() + history.delay_s
+            while not received and time.monotonic() < resume_at:
+                time.sleep(0.1)
             if received:
-                return exits[0].code
+                return supervise.stopped_between(history).code
 
 
 def _body(values: dict[str, Any], program: list[str]) -> int:

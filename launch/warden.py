@@ -1,7 +1,13 @@
-"""Ends a launcher's process groups if the launcher itself dies without a word (SIGKILL, out of memory).
+"""Which processes a job has started, and their end. Linux only.
 
-Run as a script of its own, in a session of its own, with a pipe from the launcher on standard input: a line `+PGID`
-takes a group into its care, `-PGID` lets it go, end of file means that the launcher is gone. May import nothing of the
+A host's processes are those of its session and group, their descendants by parent links, and whatever carries the
+host's mark (a line of its environment that no other host has) however far it went: into a session of its own, or to
+another parent once its own had died. Nothing else is ever signalled: a process is opened (pidfd) before its start time
+is compared with the one it was found with, so that an id the kernel has given away again is never hit.
+
+Run as a script, with a pipe from the launcher on standard input, this is the warden: it ends all hosts if the launcher
+dies without a word (SIGKILL, out of memory). A line `+PID START MARK` takes a host into its care, `-PID` releases it,
+`=DIRECTORY` names the one to delete then; end of file means that the launcher is gone. May import nothing of the
 package: it is started with `-I -S` and must be up in milliseconds.
 """
 
@@ -9,16 +15,135 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+PASSES = 20  # a process may start another one while it is looked for
+
+
+class Seen(NamedTuple):
+    """A process as `/proc` shows it; `started` is in clock ticks since the machine's start."""
+
+    pid: int
+    state: str
+    parent: int
+    group: int
+    session: int
+    started: int
+
+
+class Kin(NamedTuple):
+    """How the processes of one host are known: by the one that leads them, and by a line of their environment."""
+
+    leader: int
+    started: int
+    mark: bytes
+
+
+def seen(pid: int) -> Seen | None:
+    """None if there is no such process, or no longer."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            rest = file.read().rpartition(b")")[2].split()  # a program's name may hold anything
+        return Seen(pid, rest[0].decode(), int(rest[1]), int(rest[2]), int(rest[3]), int(rest[19]))
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def everyone() -> dict[int, Seen]:
+    found = (seen(int(name)) for name in os.listdir("/proc") if name.isdecimal())
+    return {process.pid: process for process in found if process}
+
+
+def _carries(pid: int, mark: bytes) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return mark in file.read().split(b"\0")
+    except OSError:  # it has ended, or belongs to another user
+        return False
+
+
+def descendants(table: dict[int, Seen], roots: Collection[int]) -> set[int]:
+    """The roots and all that descend from them."""
+    children: dict[int, list[int]] = {}
+    for process in table.values():
+        children.setdefault(process.parent, []).append(process.pid)
+    found, unseen = set[int](), list(roots)
+    while unseen:
+        pid = unseen.pop()
+        if pid not in found:
+            found.add(pid)
+            unseen.extend(children.get(pid, ()))
+    return found
+
+
+def members(table: dict[int, Seen], kin: Kin) -> set[int]:
+    """The host's processes among `table`, its leader included."""
+    leader = table.get(kin.leader)
+    roots = set[int]()
+    if leader is None or leader.started == kin.started:  # else the id is another's by now, and so would its group be
+        roots = {process.pid for process in table.values() if kin.leader in (process.group, process.session)}
+    found = descendants(table, roots)
+    strangers = [p.pid for p in table.values() if p.pid not in found and p.started >= kin.started]
+    return descendants(table, found | {pid for pid in strangers if _carries(pid, kin.mark)})
+
+
+def signal_one(process: Seen, signum: int) -> bool:
+    """Send a signal to this very process; False if it has ended."""
+    try:
+        opened = os.pidfd_open(process.pid)
+    except OSError:
+        return False
+    try:
+        now = seen(process.pid)
+        if now is None or now.started != process.started or now.state in "ZX":
+            return False
+        signal.pidfd_send_signal(opened, signum)
+        return True
+    except OSError:  # it ended just now, or is another user's by now
+        return False
+    finally:
+        os.close(opened)
+
+
+def end(find: Callable[[dict[int, Seen]], set[int]]) -> None:
+    """SIGKILL what `find` finds, until it finds nothing new. Does not wait for their end."""
+    known = {os.getpid()}
+    for _ in range(PASSES):
+        table = everyone()
+        found = find(table) - known
+        for pid in found & table.keys():
+            signal_one(table[pid], signal.SIGKILL)
+        if not found:
+            return
+        known |= found
+
+
+def _remove(directory: str) -> None:
+    for _ in range(3):  # a host that is ending may write once more
+        with contextlib.suppress(OSError):
+            for name in os.listdir(directory):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(directory, name))
+            os.rmdir(directory)
 
 
 def _guard() -> None:
-    groups: set[int] = set()
+    kins: dict[int, Kin] = {}
+    directory = ""
     for line in sys.stdin.buffer:
-        group = int(line[1:])
-        (groups.add if line[:1] == b"+" else groups.discard)(group)
-    for group in groups:
-        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself in the meantime
-            os.killpg(group, signal.SIGKILL)
+        words = line[1:].split()
+        match line[:1]:
+            case b"+":
+                kins[int(words[0])] = Kin(int(words[0]), int(words[1]), bytes.fromhex(words[2].decode()))
+            case b"-":
+                kins.pop(int(words[0]), None)
+            case b"=":
+                directory = os.fsdecode(bytes.fromhex(words[0].decode())) if words else ""
+    for kin in kins.values():
+        end(lambda table, kin=kin: members(table, kin))  # type: ignore[misc]  # bound now, called at once
+    if directory:
+        _remove(directory)
 
 
 if __name__ == "__main__":

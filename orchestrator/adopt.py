@@ -19,7 +19,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator import journal, json_words, layout, orbax_steps
+from orchestrator import journal, json_words, layout, meeting, orbax_steps
 from orchestrator.catalog import Catalog
 from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, UsageError
@@ -121,7 +121,7 @@ def adopt(
         _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
-    catalog.probe()
+    meeting.unmark(catalog, meeting.mark(catalog))
     opened = catalog.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, failpoints, garbage, heartbeat, leaving
+from orchestrator import arguments, configuration, failpoints, garbage, heartbeat, last_words, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -32,13 +31,14 @@ from orchestrator.errors import (
     WaitTimeout,
 )
 from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
+from orchestrator.meeting import meet
 from orchestrator.opening import Opening, check_tree
 from orchestrator.options import Options
 from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
 from orchestrator.records import Json
 from orchestrator.rendezvous import Rendezvous, connect, listen
-from orchestrator.restore import RestoreArgs, Restored, agree, restore_together
+from orchestrator.restore import RestoreArgs, Restored, restore_together
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
@@ -53,7 +53,8 @@ class Agent:
     `restore` opens a new epoch (incarnation), once nothing speaks against it.
 
     Raises Damaged or NewerFormat if the root holds a journal that cannot be trusted, JournalLost if it holds steps and
-    no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come.
+    no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come. UsageError, the
+    same on all hosts, if their roots are not one place, or if they were given different policies or options.
     """
 
     def __init__(
@@ -77,15 +78,15 @@ class Agent:
         store = storage or open_storage(root)  # before the others are met: a root that is none is refused at once
         self._using = threading.RLock()
         self._rendezvous = rendezvous or connect(self.options.rendezvous_timeout_s)
+        last_words.serve(self, self.options.failure_grace_s)
         me = self._rendezvous
         failpoints.configure(os.environ, me.process)
         signature = f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}"
         self._catalog = Catalog(store, writer=signature)
-        told = agree(me, "open the run", self.options.rendezvous_timeout_s, self._look_at_run)
-        # Of all hosts or of none: fingerprints of some prove nothing, and a collective of some hangs.
-        self._attest, self._load_once = str(told["attest"]), bool(told["load_once"])
+        given = configuration.of_agent(self._policy, keep, self.options)
+        run = meet(self._catalog, me, "open the run", given, self.options.rendezvous_timeout_s)
         self._opening = Opening(self._catalog, me, self.options.rendezvous_timeout_s, self._opened)
-        self._saver = self._make_saver(str(told["run"]), keep)
+        self._saver = self._make_saver(run, keep)
         self._collector = Collector(self._catalog)
         self._looks = Looks()
         self._pacing: Pacing | None = None
@@ -95,6 +96,7 @@ class Agent:
         self._last_save_s: float | None = None
         self._preempted: tuple[int, bool] = (-1, False)
         self._preempted_s = 0.0  # when, on the monotonic clock
+        self._failing_s = 0.0  # likewise: when an exception left the agent's block
         self._last_saved_step: int | None = None
         self._failed_step: int | None = None
         self._tree_checked = False
@@ -112,13 +114,16 @@ class Agent:
                 host_bytes_max=self.options.host_bytes_max,
                 skip_when_full=self.options.when_full == "skip",
                 timeout_s=self.options.save_timeout_s,
+                compare_own=self.options.host_local != "ignore",
             ),
             me.process,
         )
         coordinator = None
         if me.process == 0:
             keep_s = self.options.quarantine_keep_s
-            coordinator = Coordinator(self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s)
+            coordinator = Coordinator(
+                self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s, host_local=self.options.host_local
+            )
         return Saver(
             self._catalog,
             writer,
@@ -126,13 +131,9 @@ class Agent:
             coordinator,
             self.options,
             run=run,
-            attest=self._attest != "off",
+            attest=self.options.attest != "off",
             committed=self._committed,
         )
-
-    def _look_at_run(self) -> Json:
-        self._catalog.head()  # whether it can be trusted
-        return {"run": uuid.uuid4().hex, "attest": self.options.attest, "load_once": self.options.load_once}
 
     def _opened(self, epoch: int) -> None:
         failpoints.note(epoch=epoch)
@@ -364,15 +365,18 @@ class Agent:
             )
 
     def _patience_s(self) -> float:
-        """How long a save may take as the main thread sees it: its own bounds, and the grace of a preemption."""
+        """How long a save may take as the main thread sees it: its own bounds, and the grace of a preemption or of a
+        failure."""
         bound_s = self.options.save_timeout_s + 2 * GRACE_S
+        if self._failing_s:
+            bound_s = min(bound_s, self.options.failure_grace_s or bound_s)
         return min(bound_s, self.options.preemption_grace_s) if self._preempted[1] else bound_s
 
     def _finished(self) -> bool:
         """Wait, within the save's bound, until none is in flight; False if one hangs beyond it. Raises as `_settle`."""
         save = self._current
         while save and save.running:
-            since = max(save.started, self._preempted_s if self._preempted[1] else 0.0)
+            since = max(save.started, self._failing_s, self._preempted_s if self._preempted[1] else 0.0)
             left_s = since + self._patience_s() - time.monotonic()
             if left_s <= 0:
                 return False
@@ -446,7 +450,11 @@ class Agent:
     ) -> None:
         if kind is None:
             self.close()
-        elif error := self.finish():
+            return
+        self._failing_s = time.monotonic()
+        if value is not None:
+            last_words.left(value)
+        if error := self.finish():
             logging.warning("while leaving: %s", error)
 
     # Restoring.
@@ -471,8 +479,8 @@ class Agent:
             partial=partial,
             cast=cast,
             strict=strict,
-            attest=self._attest == "full",
-            load_once=self._load_once,
+            attest=self.options.attest == "full",
+            load_once=self.options.load_once,
         )
         text = os.environ.get(STEP_BACK) or "0"
         if not text.isdecimal():

@@ -15,7 +15,7 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator import garbage, journal, layout, survey, validate
+from orchestrator import garbage, journal, layout, overlap, survey, validate
 from orchestrator.codec import AnyRecord, decode, encode
 from orchestrator.errors import (
     Damaged,
@@ -30,15 +30,19 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Retried, emit
 from orchestrator.journal import AttemptId, FencedBy, Found, Next, Refused, Stamp
+from orchestrator.overlap import Begun
 from orchestrator.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Storage, TooLarge
 
 READS = 3  # of one object, before what differs from read to read is given up
+EARLY_S = 5.0  # a head that was read longer ago is read again before anything is built on it
 _CONFLICTS_MAX = 100
 _READ_THREADS = 4  # each holds one file in memory
 _MEASURE_THREADS = 8
 _CONFLICT_PAUSE_S = 0.01
 _MARKED_EVERY = 500  # versions; half a page of a listing in an object store
+
+Early = Begun[bytes | None] | None  # a reading of a record that was begun before somebody asked for it
 
 
 class Catalog:
@@ -72,7 +76,9 @@ class Catalog:
         """The highest journal entry; None in a new run: nothing says that there has ever been an entry. Raises
         JournalLost if something does, or if an entry that was read before is gone; Damaged if the highest entry cannot
         be trusted."""
-        start = self._known_version if self._known_version >= 0 else self.marked_version()
+        known = self._known_version
+        likely = overlap.begin(partial(self.entry, known)) if known >= 0 else None  # mostly it is the newest still
+        start = known if known >= 0 else self.marked_version()
         versions = self._versions(max(start, 0)) or (self._versions(0) if start > 0 else [])
         if not versions and self._known_version < 0:
             remains = self._remains()
@@ -87,9 +93,9 @@ class Catalog:
                 text = f"entry {self._known_version} was there and is gone; the newest is {newest}"
                 raise JournalLost(f"{self.url}: the journal has lost entries: {text}; {self.recipe}")
             newest = self._known_version  # a listing that is behind
-        self._known_version = newest
+        self._known_version = max(self._known_version, newest)
         try:
-            return self.entry(newest)
+            return likely.result() if likely and newest == known else self.entry(newest)
         except Damaged as error:
             raise type(error)(f"{error}; it is the journal's newest entry; {self.recipe}") from error
 
@@ -166,9 +172,13 @@ class Catalog:
         except StorageError as error:
             logging.warning("%s: journal version %d could not be marked: %s", self.url, version, error)
 
-    def append(self, rule: Callable[[Head | None, Stamp], Next]) -> Head | None:
+    def append(
+        self, rule: Callable[[Head | None, Stamp], Next], early: Begun[Head | None] | None = None
+    ) -> Head | None:
         """Apply a journal rule: read the head, compute the next, create it; if somebody was first, do it again.
 
+        `early`: a reading of the head that was begun a moment ago. The first try may build on it, as if this process
+        had paused before it creates; what else the rule says is asked again of a head read now (decision 0024).
         Returns the head that holds the change (the current one where the rule found nothing to do). Raises Fenced if
         a newer epoch has been opened, what the rule refuses with, JournalLost if there was a journal and it is not
         (whole), and StorageError after 100 lost races.
@@ -176,37 +186,39 @@ class Catalog:
         if not self._looked:
             self.look()
         for tries in range(1, _CONFLICTS_MAX + 1):
-            head = self.head()
-            match rule(head, self.stamp()):
+            following = self._built_on(rule, early) if tries == 1 else None
+            head = None if following else self.head()
+            match following or rule(head, self.stamp()):
                 case None:
                     return head
                 case FencedBy(epoch, writer):
                     raise Fenced(f"{self.url}: fenced by epoch {epoch}, opened by {writer}; this process must stop")
                 case Refused(error):
                     raise error
-                case Head() as following:
-                    if self.put(following):
-                        return following
+                case Head() as made:
+                    if self.put(made):
+                        return made
             wait_s = random.uniform(0, _CONFLICT_PAUSE_S)
             emit(Retried("journal", tries, wait_s=wait_s))
             time.sleep(wait_s)
         raise StorageError(f"{self.url}: lost {_CONFLICTS_MAX} races for the next journal version; too many writers")
+
+    def _built_on(self, rule: Callable[[Head | None, Stamp], Next], early: Begun[Head | None] | None) -> Head | None:
+        """The next head, made of an early reading; None if that is too old or has failed, or if `rule` makes none."""
+        if early is None:
+            return None
+        try:
+            head = early.result(EARLY_S)
+        except Exception:  # read again, and then raised
+            return None
+        outcome = rule(head, self.stamp()) if early.age_s <= EARLY_S else None
+        return outcome if isinstance(outcome, Head) else None
 
     def look(self) -> tuple[Head | None, dict[AttemptId, Found]]:
         """The head and every attempt in storage (`survey.look`). Raises JournalLost."""
         found = survey.look(self)
         self._looked = True
         return found
-
-    def probe(self) -> None:
-        """Create an object among the attempts and delete it: whether this process may save here at all. The journal
-        needs no probe, as opening an epoch is one create in it. Raises StorageError; nothing is left behind then."""
-        key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
-        self.storage.create(key, b"")
-        try:
-            self.storage.delete(key)
-        except StorageError as error:  # saving needs no right to delete, retention does
-            logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", self.url, key, error)
 
     def put(self, following: Head) -> bool:
         """Create an entry if its version is not taken. It is durable then."""
@@ -241,6 +253,10 @@ class Catalog:
         head = self.head()
         if step is None:
             return self.newest(head) if head else None
+        return self.found(head, step)
+
+    def found(self, head: Head | None, step: int) -> LiveStep:
+        """This step of `head`. Raises StepNotFound."""
         found = journal.find(head, step) if head else None
         if found is None or not found.restorable:
             have = ", ".join(str(live.step) for live in (head.live if head else ()) if live.restorable) or "none"
@@ -275,8 +291,9 @@ class Catalog:
         name: str,
         problem: Callable[[FileEntry | None], str],
         most_bytes: int = RECORD_BYTES_MAX,
+        early: Early = None,
     ) -> bytes:
-        """A file of an attempt that `problem` finds nothing wrong with, '' or in words.
+        """A file of an attempt that `problem` finds nothing wrong with, '' or in words. `early`: the first reading.
 
         What is wrong once is no proof. It is Damaged if the store's own account of the object is wrong as well, or if
         what it gave twice is what it has, and wrong. Else it is read again, and Unavailable in the end.
@@ -285,10 +302,11 @@ class Catalog:
         for _ in range(READS):
             expected_bytes = None
             try:
-                body = self.storage.get(key, most_bytes)
+                body, early = early.result() if early else self.storage.get(key, most_bytes), None
                 read = None if body is None else file_entry(name, body)
             except TooLarge as error:  # whatever is in it
-                body, read, expected_bytes = None, FileEntry(path=name, bytes=error.bytes, crc32c=""), most_bytes
+                body, early, expected_bytes = None, None, most_bytes
+                read = FileEntry(path=name, bytes=error.bytes, crc32c="")
             wrong = problem(read)
             if body is not None and not wrong:
                 return body
@@ -325,12 +343,21 @@ class Catalog:
         body = self._proven(live, layout.MANIFEST, problem)
         return self._decode(body, Manifest, key, step=live.step, attempt=live.attempt)
 
-    def check_sizes(self, live: LiveStep, manifest: Manifest) -> None:
+    def begin(self, live: LiveStep, name: str) -> Begun[bytes | None]:
+        """Begin to read a record of an attempt, which is judged by whoever asks for it."""
+        return overlap.begin(partial(self.storage.get, self.key(live.step, live.attempt, name)))
+
+    def sizes(self, live: LiveStep) -> dict[str, int]:
+        """Bytes of each file of an attempt by its name there, as a listing has them."""
+        prefix = layout.attempt_prefix(live.step, live.attempt)
+        return {entry.key.removeprefix(prefix): entry.bytes for entry in self.storage.list(prefix)}
+
+    def check_sizes(self, live: LiveStep, manifest: Manifest, early: Begun[dict[str, int]] | None = None) -> None:
         """Every file of the manifest is there with its size. Raises Damaged naming the first that is not, StepRetired,
-        Unavailable where a listing and the object itself tell different things."""
+        Unavailable where a listing and the object itself tell different things. `early`: the first listing."""
         prefix = layout.attempt_prefix(live.step, live.attempt)
         for _ in range(READS):
-            there = {entry.key.removeprefix(prefix): entry.bytes for entry in self.storage.list(prefix)}
+            there, early = early.result() if early else self.sizes(live), None
             wrong = [wanted for wanted in manifest.files if there.get(wanted.path) != wanted.bytes]
             if not wrong:
                 return
@@ -366,24 +393,24 @@ class Catalog:
             for _ in pool.map(lambda entry: len(self.checked(live, entry)), mine):
                 pass
 
-    def file(self, live: LiveStep, manifest: Manifest, name: str) -> bytes | None:
+    def file(self, live: LiveStep, manifest: Manifest, name: str, early: Early = None) -> bytes | None:
         """A small file of an attempt, checked against the manifest; None if the attempt has none of that name."""
         entry = next((entry for entry in manifest.files if entry.path == name), None)
-        return None if entry is None else self.checked(live, entry)
+        return None if entry is None else self.checked(live, entry, early)
 
-    def checked(self, live: LiveStep, entry: FileEntry) -> bytes:
+    def checked(self, live: LiveStep, entry: FileEntry, early: Early = None) -> bytes:
         """A file of an attempt, as the manifest's `entry` says it is. Raises Damaged, StepRetired, StorageError."""
         most_bytes = max(entry.bytes, RECORD_BYTES_MAX)  # a process's state may be of any size
-        return self._proven(live, entry.path, partial(_problem, entry), most_bytes)
+        return self._proven(live, entry.path, partial(_problem, entry), most_bytes, early)
 
     def measured(self, live: LiveStep, entry: FileEntry) -> None:
         """As `checked`, by the store's own account: an object store knows its objects' checksums without a download."""
         self.check_measured(live, [entry])
 
-    def intent(self, live: LiveStep, manifest: Manifest) -> Intent:
+    def intent(self, live: LiveStep, manifest: Manifest, early: Early = None) -> Intent:
         """Who opened the attempt, and its tree spec, whose arrays fit what the manifest lists. Raises Damaged."""
         key = self.key(live.step, live.attempt, layout.INTENT)
-        body = self.file(live, manifest, layout.INTENT)
+        body = self.file(live, manifest, layout.INTENT, early)
         intent = self._decode(body, Intent, key, step=live.step, attempt=live.attempt)
         try:
             validate.fits(intent, manifest)
@@ -391,14 +418,17 @@ class Catalog:
             raise Damaged(f"{self.url}/{key}: {error}; not used") from error
         return intent
 
-    def extra(self, live: LiveStep, manifest: Manifest) -> Extra:
+    def extra(self, live: LiveStep, manifest: Manifest, early: Early = None) -> Extra:
         key = self.key(live.step, live.attempt, layout.EXTRA)
-        return self._decode(self.file(live, manifest, layout.EXTRA), Extra, key, step=live.step)
+        return self._decode(self.file(live, manifest, layout.EXTRA, early), Extra, key, step=live.step)
 
-    def receipt(self, step: int, attempt: str, process: int) -> tuple[Receipt, FileEntry] | None:
-        """The receipt of a process, and it as a file of the attempt; None if it is not written yet."""
+    def receipt(
+        self, step: int, attempt: str, process: int, created: bytes | None = None
+    ) -> tuple[Receipt, FileEntry] | None:
+        """The receipt of a process, and it as a file of the attempt; None if it is not written yet. `created`: what the
+        store has just acknowledged under its name; it is not read again then."""
         key = self.key(step, attempt, layout.receipt_name(process))
-        body = self.storage.get(key)
+        body = self.storage.get(key) if created is None else created
         if body is None:
             return None
         receipt = self._decode(body, Receipt, key, step=step, attempt=attempt, process=process)
@@ -423,7 +453,11 @@ class Catalog:
 
     def process_states(self, live: LiveStep, manifest: Manifest) -> dict[int, bytes]:
         files = [entry for entry in manifest.files if entry.path.startswith(layout.PROCESS)]
-        return {layout.process_of(entry.path): self.checked(live, entry) for entry in files}
+        if not files:
+            return {}
+        with ThreadPoolExecutor(min(_READ_THREADS, len(files)), thread_name_prefix="process-states") as pool:
+            bodies = pool.map(partial(self.checked, live), files)
+            return {layout.process_of(entry.path): body for entry, body in zip(files, bodies, strict=True)}
 
     def attempts(self) -> dict[AttemptId, int]:
         """(step, attempt) -> bytes of every attempt that has data in the store, committed or not."""

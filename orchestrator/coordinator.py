@@ -15,12 +15,14 @@ from functools import partial
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import contents, failpoints, journal, json_words, layout, protocol
+from orchestrator import contents, failpoints, holders, journal, json_words, layout, overlap, policy, protocol
 from orchestrator.arrays import PendingWrite
 from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
 from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
+from orchestrator.events import HostLocalDiffers, emit
+from orchestrator.overlap import Begun
 from orchestrator.policy import KeepPolicy
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
 from orchestrator.records import (
@@ -28,6 +30,7 @@ from orchestrator.records import (
     Extra,
     Failure,
     FileEntry,
+    Head,
     Intent,
     Json,
     LiveStep,
@@ -38,10 +41,12 @@ from orchestrator.records import (
 )
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists
+from orchestrator.texts import printable
 
 QUICK_POLL_S = 0.002  # the first time; a save of small leaves takes a few of these
 _SIGNAL_POLL_S = 0.01
 _STORAGE_POLL_S = 1.0
+_WARNED_MAX = 10_000  # leaves that hosts disagree about, remembered
 RECEIPT_READS = 64  # at once
 RECEIPT_BATCH = 16 * RECEIPT_READS
 
@@ -80,14 +85,19 @@ class Coordinator:
         run: str,
         keep: KeepPolicy | None,
         quarantine_keep_s: float | None = None,
+        host_local: str = "warn",
     ) -> None:
         self._catalog = catalog
         self._rendezvous = rendezvous
         self.epoch = epoch
         self._run = run
         self._keep, self._quarantine_keep_s = keep, quarantine_keep_s
+        self._host_local, self._warned = host_local, set[str]()  # of the leaves that it has been said of
+        self._lack_told = False
         self._previous = signal_prefix(run, -1, "none")
         self._entry: LiveStep | None = None
+        self._head: Begun[Head | None] | None = None  # read while the attempt is finalized
+        self._mine: bytes | None = None  # this process's receipt, as the store has acknowledged it
         self._files: dict[str, FileEntry] = {}  # records of the attempt that is being decided, by path
         self.committed_bytes = 0  # of the last decided attempt
         self.stage_s = 0.0  # of its slowest process
@@ -98,9 +108,7 @@ class Coordinator:
         Any thread, while this process writes its arrays. What it returns is for `decide`: it is not kept here, as a
         store may let go of the thread when the next attempt is under way.
         """
-        failpoints.hit("intent.before")
-        written = self._create(intent, layout.INTENT, encode(intent))
-        failpoints.hit("intent.after")
+        self._tell_lack(intent.step, user.metrics)
         extra = Extra(
             format=FORMAT,
             write_id=self._catalog.stamp().write_id,
@@ -109,7 +117,20 @@ class Coordinator:
             stored_metrics=json_words.stored_all(user.metrics),
             stored_extra={name: json_words.pack(value) for name, value in user.extra.items()},
         )
-        return written, self._create(intent, layout.EXTRA, encode(extra))
+
+        def create_intent() -> FileEntry:
+            failpoints.hit("intent.before")
+            written = self._create(intent, layout.INTENT, encode(intent))
+            failpoints.hit("intent.after")
+            return written
+
+        return tuple(overlap.together(create_intent, lambda: self._create(intent, layout.EXTRA, encode(extra))))
+
+    def _tell_lack(self, step: int, metrics: dict[str, float]) -> None:
+        """Once: that retention goes by a metric which a save does not have, such as a misspelt one."""
+        if not self._lack_told and (lack := policy.lacking(self._keep, metrics)):
+            self._lack_told = True
+            logging.warning("step %d: %s", step, printable(lack))
 
     def decide(
         self,
@@ -119,23 +140,27 @@ class Coordinator:
         opened: Opened,
         deadline_s: float,
         all_in: Callable[[], None] = lambda: None,
+        mine: bytes | None = None,
     ) -> Attempt:
         """Collect receipts until all are in, one says NO or `deadline_s` has passed; commit or abort; announce.
 
         `pending`: this process's own write, None if it has failed. `opened`: what `open` has written. `all_in` is
-        called when all are in and the commit begins.
+        called when all are in and the commit begins. `mine`: this process's receipt, if the store has acknowledged it:
+        it need not be read then.
         Returns the attempt in a terminal phase. Raises StorageError if the outcome could not be journalled: then the
         attempt is either not committed (and a later epoch collects it) or committed without anybody being told.
         """
         prefix = signal_prefix(self._run, intent.step, intent.attempt)
-        self._files = {entry.path: entry for entry in opened}
+        self._files, self._mine, self._head = {entry.path: entry for entry in opened}, mine, None
         try:
-            state, effects = self._collect_receipts(Attempt(intent), deadline_s)
+            attempt = Attempt(intent, own_must_agree=self._host_local == "error")
+            state, effects = self._collect_receipts(attempt, deadline_s)
             # Whoever has not heard of the previous decision by now finds it in the journal.
             self._rendezvous.forget(self._previous)
             self._previous = prefix
             if state.phase is Phase.FINALIZING:
                 all_in()
+                self._compare_own(state)
             state = self._carry_out(state, effects, user, pending)
         except Exception as error:  # the others wait for a word; the caller gets the error itself
             reason = f"the outcome could not be journalled: {error}"
@@ -143,6 +168,16 @@ class Coordinator:
             raise
         self.announce(prefix, state.phase, describe(state))
         return state
+
+    def _compare_own(self, state: Attempt) -> None:
+        """Warn, once for each leaf, where processes have other values of their own than the one that is stored."""
+        if self._host_local != "warn":
+            return
+        found = [one for one in holders.differences(state.intent, state.receipts) if one.leaf.name not in self._warned]
+        if found and len(self._warned) < _WARNED_MAX:
+            self._warned |= {one.leaf.name for one in found}
+            text = "; ".join(holders.lines(found, state.receipts))
+            emit(HostLocalDiffers(state.intent.step, state.intent.attempt, len(found), text))
 
     def _carry_out(
         self, state: Attempt, effects: tuple[protocol.Effect, ...], user: UserData, pending: PendingWrite | None
@@ -203,7 +238,8 @@ class Coordinator:
             if posted.startswith("{"):
                 named = {"step": intent.step, "attempt": intent.attempt, "process": process}
                 return decode(posted.encode(), Receipt, f"signal of process {process}", **named)
-            found = self._catalog.receipt(intent.step, intent.attempt, process)
+            created = self._mine if process == self._rendezvous.process else None
+            found = self._catalog.receipt(intent.step, intent.attempt, process, created)
             if found is None:
                 return None
             self._files[found[1].path] = found[1]
@@ -233,6 +269,7 @@ class Coordinator:
                 case Finalize():
                     try:
                         failpoints.hit("finalize.before")
+                        self._head = overlap.begin(self._catalog.head)  # it takes as long as what comes next
                         self._entry = self._finalize(state, user, pending)
                     except Exception as error:  # whatever it was: the attempt is aborted with it as the cause
                         failure = Failure(
@@ -253,7 +290,8 @@ class Coordinator:
                             entry=self._entry,
                             keep=self._keep,
                             quarantine_keep_s=self._quarantine_keep_s,
-                        )
+                        ),
+                        self._head,
                     )
                     failpoints.hit("commit.after")
                     self.committed_bytes = self._entry.bytes

@@ -78,6 +78,17 @@ class SaveNotCommitted:
 
 
 @dataclass(frozen=True)
+class HostLocalDiffers:
+    """Processes have values of their own in `leaves` leaves, which differ; process 0's are stored. `reason` names the
+    first few, and hosts. Once for each leaf; on process 0."""
+
+    step: int
+    attempt: str
+    leaves: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Restored:
     """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`: this process's reading of arrays."""
 
@@ -138,6 +149,7 @@ Event = (
     | SaveStarted
     | Committed
     | SaveNotCommitted
+    | HostLocalDiffers
     | Restored
     | SteppedDown
     | Retried
@@ -146,7 +158,7 @@ Event = (
     | Closed
 )
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
-_WARNINGS = (SaveNotCommitted, SteppedDown)
+_WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers)
 _DETAILS = (Alive, SavePhase)  # for programs; people would drown in them
 _readers: list[Callable[[Event], None]] = []
 

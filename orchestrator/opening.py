@@ -3,18 +3,25 @@
 The first `save` or `restore` opens it. Before that the tree (or the target), the right to write and the run itself have
 been looked at on every process, and nothing has been written: a job that is going to be refused never fences the job
 that the run belongs to. Making an agent, and reading, open nothing. Main thread: each method is a collective.
+
+Process 0's probe of the right to write is also the mark by which the hosts prove that their root is one place: it stays
+until every other one has seen it, and none of those writes anything, not even its own probe, before it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
-from orchestrator import failpoints, journal, plan
+from orchestrator import failpoints, journal, meeting, overlap, plan
 from orchestrator.adopt import unadopted
 from orchestrator.catalog import Catalog
+from orchestrator.configuration import who
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.journal import Compared, Overtaken
+from orchestrator.overlap import Begun
 from orchestrator.records import Head, Json
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import agree, as_error
@@ -32,6 +39,9 @@ class Opening:
         self._catalog, self._rendezvous, self._timeout_s, self._opened = catalog, rendezvous, timeout_s, opened
         self.epoch: int | None = None
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
+        self._head: Begun[Head | None] | None = None  # as it was then
+        self._mark = ""  # this process's probe of the right to write, while it is there
+        self._unmarked: Begun[None] | None = None  # it is being deleted
 
     def by_save(self, step: int, describe: Callable[[], Flat], *, other_tree: bool) -> str:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
@@ -50,32 +60,33 @@ class Opening:
             if not other_tree:
                 check_tree(self._catalog, head, described[0])
 
-        try:
-            described.append(describe())
-            self._admit(compare)
-        except Exception as failure:  # the others must hear of it before it is raised here
-            error = failure
-            told["refused"] = [type(failure).__name__, str(failure)]
-        # Of process 0 it is the run's objection: all raise it.
-        answers = self._rendezvous.gather(
-            "open the epoch: first save", told | {"run": bool(described)}, self._timeout_s
-        )
-        if error:
-            raise error
-        if answers[0]["run"] and "refused" in answers[0]:
-            raise as_error(0, *answers[0]["refused"])
-        if refused := self._refused(answers):
-            return refused
-        self._open(compare)
+        with self._marked():
+            try:
+                described.append(describe())
+                told["mark"] = self._admit(compare)
+            except Exception as failure:  # the others must hear of it before it is raised here
+                error = failure
+                told["refused"] = [type(failure).__name__, str(failure)]
+            # Of process 0 it is the run's objection: all raise it.
+            answers = self._rendezvous.gather(
+                "open the epoch: first save", told | {"run": bool(described)}, self._timeout_s
+            )
+            if error:
+                raise error
+            if answers[0]["run"] and "refused" in answers[0]:
+                raise as_error(0, *answers[0]["refused"])
+            if refused := self._refused(answers):
+                return refused
+            self._open(compare, answers[0]["mark"])
         return ""
 
     def _refused(self, answers: list[Json]) -> str:
         shown = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
-        for who, answer in zip(shown, answers, strict=True):
+        for process, answer in zip(shown, answers, strict=True):
             if "refused" in answer:
-                return f"{who}: {': '.join(answer['refused'])}"
+                return f"{process}: {': '.join(answer['refused'])}"
             if answer["step"] != answers[0]["step"]:
-                theirs = f"{shown[0]} saves step {answers[0]['step']} where {who} saves step {answer['step']}"
+                theirs = f"{shown[0]} saves step {answers[0]['step']} where {process} saves step {answer['step']}"
                 return f"{theirs}; all must save the same steps in the same order"
         return ""
 
@@ -87,36 +98,82 @@ class Opening:
             return []
         error: Exception | None = None
         compare = partial(_unchanged, tree)
-        try:
-            self._admit(compare)
-        except Exception as failure:
-            error = failure
-        answers = meet({"opens": [type(error).__name__, str(error)] if error else []})
-        if not all("opens" in answer for answer in answers):
-            return answers
-        if error:
-            raise error
-        for index, answer in enumerate(answers):
-            if answer["opens"]:
-                raise as_error(index, *answer["opens"])
-        self._open(compare)
+        mark = ""
+        with self._marked():
+            try:
+                mark = self._admit(compare)
+            except Exception as failure:
+                error = failure
+            answers = meet({"opens": [type(error).__name__, str(error)] if error else [], "mark": mark})
+            if not all("opens" in answer for answer in answers):
+                return answers
+            if error:
+                raise error
+            for index, answer in enumerate(answers):
+                if answer["opens"]:
+                    raise as_error(index, *answer["opens"])
+            self._open(compare, answers[0]["mark"])
         return []
 
-    def _open(self, compare: Callable[[Head | None], None]) -> None:
+    def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
+        self._prove(mark)
+        self._begin_unmark()
         opened = agree(self._rendezvous, "open the epoch", self._timeout_s, partial(self._append, compare))
         self.epoch = int(opened["epoch"])
         # All processes' records build on it: it is durable.
         self._catalog.durable_version = max(self._catalog.durable_version, int(opened["version"]))
         self._opened(self.epoch)
 
-    def _admit(self, compare: Callable[[Head | None], None]) -> None:
-        """Whatever speaks against this process opening the run is raised. Process 0 looks at the run, for all."""
+    @contextmanager
+    def _marked(self) -> Iterator[None]:
+        """Within it this process's mark may be there; after it, it is not."""
+        try:
+            yield
+        finally:
+            self._unmark()
+
+    def _unmark(self) -> None:
+        self._begin_unmark()
+        unmarked, self._unmarked = self._unmarked, None
+        if unmarked:
+            unmarked.result()
+
+    def _begin_unmark(self) -> None:
+        """The epoch is opened meanwhile."""
+        if self._mark:
+            self._unmarked, self._mark = overlap.begin(partial(meeting.unmark, self._catalog, self._mark)), ""
+
+    def _admit(self, compare: Callable[[Head | None], None]) -> str:
+        """Whatever speaks against opening the run is raised. Process 0 looks, for all, and makes the mark whose key it
+        returns; of the others nothing is known yet."""
         if self._rendezvous.process == 0:
             self._look(compare)
-        self._catalog.probe()
+            self._mark = meeting.mark(self._catalog)
+        return self._mark
+
+    def _prove(self, mark: str) -> None:
+        """Each other host sees process 0's mark, and may write beside it. Raises, on all, UsageError naming those whose
+        root is another place, and StorageError."""
+        if self._rendezvous.count == 1:
+            return
+        told: Json = {"url": self._catalog.url}
+        failure: Exception | None = None
+        if self._rendezvous.process != 0:
+            try:
+                told["sees"] = meeting.awaited(partial(meeting.has, self._catalog, mark), self._timeout_s)
+                if told["sees"]:
+                    self._mark = meeting.mark(self._catalog)
+            except Exception as error:
+                failure = error
+                told["error"] = [type(error).__name__, str(error)]
+        there = self._rendezvous.gather("open the epoch: one root", told, self._timeout_s)
+        what = f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})"
+        meeting.raise_unless_seen(self._rendezvous, there, failure, 0, what)
 
     def _look(self, compare: Callable[[Head | None], None]) -> None:
+        began_s = time.monotonic()
         head, _ = self._catalog.look()
+        self._head = overlap.known(head, began_s)
         if refusal := unadopted(self._catalog, head):
             raise UsageError(refusal)
         compare(head)
@@ -126,7 +183,7 @@ class Opening:
         failpoints.hit("epoch.before")
         for _ in range(_TRIES):
             try:
-                opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared))
+                opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared), self._head)
             except Overtaken:
                 self._look(compare)
                 continue

@@ -10,26 +10,33 @@ from orchestrator import arguments
 
 @dataclass(frozen=True)
 class Options:
-    """How an agent behaves.
+    """How an agent behaves. All hosts of a job must be given the same, or they are rejected, with UsageError, when they
+    meet. Only events_dir, the metrics and traces are each host's own; and host_bytes_max may differ.
 
     async_save: False makes `save` return only when the step is committed (or has failed).
     on_save_failure: "warn" logs and counts a failed save; "raise" raises SaveFailed at the next call.
     save_timeout_s: how long a save may take from staging to decision before silent hosts are named and it is aborted.
     rendezvous_timeout_s: how long to wait for other processes at collective points (start, restore, leaving).
     preemption_grace_s: how long to wait for the commit once hosts are being preempted (SIGTERM).
+    failure_grace_s: once a process of the job has failed (an exception that nothing caught, `sys.exit` with a code that
+    is not 0), the others end within seconds, with its exit code: how long a save in flight may take until then. None:
+    they stay.
     compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
     host_bytes_max: how much of a state one process may hold for a save and not have written yet; None: all of it, which
     blocks the least. A larger state makes `save` wait for the store ("wait"), or is not saved ("skip"): when_full.
     attest: "save" has the devices compute a fingerprint of every array, independent of the sharding, records it and
-    aborts the save if replicas of a shard differ; "full" also compares it after a restore. Process 0's counts for all.
+    aborts the save if replicas of a shard differ; "full" also compares it after a restore.
+    host_local: what happens where a leaf that every host has its own of (numpy, Python values, arrays and keys on one
+    host's devices) has not the same value on all; process 0's is stored. "warn": a warning names leaf and hosts, once;
+    "error": the save is aborted with it; "ignore": nothing is compared.
     load_once: a restore reads each chunk that several hosts need on one of them, and the devices exchange the parts;
-    for stores that are slower than the interconnect. Process 0's counts for all.
+    for stores that are slower than the interconnect.
     events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
     object store; "": nowhere.
     metrics_port: answer Prometheus on this port of `metrics_address` (0: any free one, told in the log); None: do not.
     metrics_file: keep Prometheus' text format in this file, for node_exporter's textfile collector.
     quarantine_keep_s: how long the data of a quarantined attempt is kept; None: until somebody deletes it by name
-    (`orchestrator gc --quarantined=STEP`) or releases it. Process 0's counts for all.
+    (`orchestrator gc --quarantined=STEP`) or releases it.
     traces: OpenTelemetry spans of saves and restores, to the program's own tracer provider.
     """
 
@@ -38,11 +45,13 @@ class Options:
     save_timeout_s: float = 600.0
     rendezvous_timeout_s: float = 300.0
     preemption_grace_s: float = 120.0
+    failure_grace_s: float | None = 30.0
     compression: bool = False
     other_tree: bool = False
     host_bytes_max: int | None = None
     when_full: Literal["wait", "skip"] = "wait"
     attest: Literal["off", "save", "full"] = "off"
+    host_local: Literal["warn", "error", "ignore"] = "warn"
     load_once: bool = False
     quarantine_keep_s: float | None = None
     events_dir: str | None = None
@@ -57,6 +66,7 @@ class Options:
         arguments.choice("on_save_failure", self.on_save_failure, "warn", "raise")
         arguments.choice("when_full", self.when_full, "wait", "skip")
         arguments.choice("attest", self.attest, "off", "save", "full")
+        arguments.choice("host_local", self.host_local, "warn", "error", "ignore")
         if self.host_bytes_max is not None:
             arguments.whole("host_bytes_max", self.host_bytes_max, least=1)
         if self.metrics_port is not None:
@@ -66,6 +76,8 @@ class Options:
         for name in ("events_dir", "metrics_file"):
             if getattr(self, name) is not None:
                 arguments.path(name, getattr(self, name))
+        if self.failure_grace_s is not None:
+            arguments.seconds("failure_grace_s", self.failure_grace_s)
         if self.quarantine_keep_s is not None:
             arguments.seconds("quarantine_keep_s", self.quarantine_keep_s, most=10**10)
         for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):

@@ -21,6 +21,7 @@ from orchestrator import arguments, plan
 from orchestrator.adopt import EXTRA
 from orchestrator.arrays import orbax_json
 from orchestrator.errors import Mismatch, UsageError
+from orchestrator.jax_context import in_own_context
 from orchestrator.orbax_steps import DEFAULT
 from orchestrator.records import Json, LeafSpec, TreeSpec
 from orchestrator.tree import inline_value, numpy_dtype, targets, tree_path
@@ -318,6 +319,7 @@ def _with_lists(node: Any, path: tuple[str, ...], sequences: frozenset[tuple[str
     return [inner[name] for name in sorted(inner, key=int)] if path in sequences else inner
 
 
+@in_own_context
 def _leaf(leaf: LeafSpec) -> Any:
     match leaf.kind:
         case "array":

@@ -16,16 +16,17 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, journal, orbax_items, orbax_options, policy
+from orchestrator import arguments, configuration, journal, orbax_items, orbax_options, policy
 from orchestrator.adopt import EXTRA, unadopted
 from orchestrator.agent import Agent
 from orchestrator.arrays import orbax
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, StepNotFound, UsageError
+from orchestrator.meeting import meet
 from orchestrator.orbax_items import Saved
 from orchestrator.orbax_options import Info
 from orchestrator.orbax_steps import DEFAULT
-from orchestrator.records import Json, LiveStep
+from orchestrator.records import Head, Json, LiveStep
 from orchestrator.rendezvous import connect
 from orchestrator.restore import RestoreArgs, agree, restore_together
 from orchestrator.storage import open_storage
@@ -92,7 +93,8 @@ class CheckpointManager:
         self._infos: list[Info] = []
         self._unsure: int | None = None  # the step begun last, the newest of them: its save may still fail
         self._all_metrics: dict[tuple[int, str], dict[str, float]] = {}
-        agree(self._rendezvous, "open the directory", self._options.rendezvous_timeout_s, self._admit)
+        given, timeout_s = configuration.of_orbax(self._orbax), self._options.rendezvous_timeout_s
+        meet(self._catalog, self._rendezvous, "open the directory", given, timeout_s, self._admit)
         self.reload()
 
     # Questions.
@@ -367,8 +369,8 @@ class CheckpointManager:
         states = self._catalog.process_states(live, manifest)
         return Saved(live.step, spec.leaves, frozenset(lists), single, told or {}, states)
 
-    def _admit(self) -> None:
-        refusal = unadopted(self._catalog, self._catalog.head())
+    def _admit(self, head: Head | None) -> None:
+        refusal = unadopted(self._catalog, head)
         if refusal:
             raise UsageError(refusal)
 

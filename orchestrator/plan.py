@@ -21,6 +21,10 @@ class TargetLeaf(msgspec.Struct, frozen=True, gc=False):
     held: str = ""
 
     @property
+    def label(self) -> str:
+        return "/".join(self.path) or "(root)"
+
+    @property
     def number(self) -> str:
         """As LeafSpec.number."""
         return LeafSpec(path=self.path, kind=self.kind, shape=self.shape, dtype=self.dtype).number
@@ -56,7 +60,7 @@ def match(
         found = by_path.get(leaf.path)
         problem = _problem(leaf, found, by_path, cast)
         if problem:
-            problems.append(f"{'/'.join(leaf.path) or '(root)'}: {problem}")
+            problems.append(f"{leaf.label}: {problem}")
         chosen.append(found)
     if not partial:
         wanted = {leaf.path for leaf in target}

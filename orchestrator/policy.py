@@ -64,6 +64,31 @@ class JudgesMetrics(KeepPolicy, Protocol):
         """The names it looks at in a step with these `metrics`; None: it may look at all."""
 
 
+def lacking(keep: KeepPolicy | None, metrics: Mapping[str, float]) -> str:
+    """What to tell who saves a step with these `metrics`, where `best` goes by one that is not among them; '' where it
+    does not."""
+    missing = sorted(_ranked(keep) - metrics.keys())
+    if not missing:
+        return ""
+    names = ", ".join(map(repr, missing))
+    given = ", ".join([repr(name) for name in metrics][:_NAMED_MAX]) or "none"
+    more = f" and {len(metrics) - _NAMED_MAX} more" if len(metrics) > _NAMED_MAX else ""
+    return (
+        f"keep= goes by the metric {names}, which this save does not have; its metrics: {given}{more}. As long as no "
+        "step has it, all are kept; then steps without it are never among the best"
+    )
+
+
+def _ranked(keep: KeepPolicy | None) -> frozenset[str]:
+    match keep:
+        case _Best(metric):
+            return frozenset({metric})
+        case _AnyKeep(policies):
+            return frozenset().union(*map(_ranked, policies))
+    return frozenset()
+
+
+_NAMED_MAX = 20
 METRICS_MAX = 64
 METRICS_BYTES_MAX = 4096
 _NUMBER_BYTES = 26  # at most, with colon and comma
@@ -261,8 +286,12 @@ class _Best:
     mode: Literal["min", "max"]
 
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
+        told = [entry for entry in steps if self.metric in entry.metrics]
         # NaN compares false with everything and would make the order depend on the input's: it is never best.
-        scored = [entry for entry in steps if (value := entry.metrics.get(self.metric)) is not None and value == value]
+        scored = [entry for entry in told if entry.metrics[self.metric] == entry.metrics[self.metric]]
+        if not scored:  # Nothing is known of any of them: a metric that is missing is perhaps only called otherwise.
+            untold = [entry for entry in steps if self.metric not in entry.metrics]
+            return frozenset(entry.step for entry in (*untold, *told[-self.n :]))
         scored.sort(key=lambda entry: entry.metrics[self.metric], reverse=self.mode == "max")
         return frozenset(entry.step for entry in scored[: self.n])
 
@@ -307,7 +336,11 @@ def every_nth(n: int) -> _EveryNth:
 
 
 def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> _Best:
-    """Keep the `n` steps with the best `metric`; steps without it, or with NaN, are never best."""
+    """Keep the `n` steps with the best `metric`; steps without it, or with NaN, are never best.
+
+    As long as no step has a number under that name, nothing is known of any: those without it all stay, and of those
+    with NaN the `n` newest. A save that lacks it is named in a warning, once.
+    """
     if not isinstance(metric, str) or not arguments.is_utf8(metric):
         raise arguments.refusal("best: metric", metric, "a metric's name")
     arguments.choice("best: mode", mode, "min", "max")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from orchestrator import holders
 from orchestrator.attest import disagreements
 from orchestrator.layout import shown
 from orchestrator.records import Box, Failure, Intent, Receipt
@@ -39,13 +40,15 @@ TERMINAL = frozenset({Phase.COMMITTED, Phase.ABORTED, Phase.FENCED})
 
 @dataclass(frozen=True)
 class Attempt:
-    """State of one attempt. `receipts` holds one per process that has answered."""
+    """State of one attempt. `receipts` holds one per process that has answered. own_must_agree: of leaves that every
+    process has its own of, all must have the same value."""
 
     intent: Intent
     phase: Phase = Phase.OPEN
     receipts: Mapping[int, Receipt] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
     reason: str = ""
+    own_must_agree: bool = False
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -150,8 +153,10 @@ def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
     problems = uncovered(state.intent, state.receipts)
     # Replicas that differ: one of their devices computes wrongly, and nobody can say which one is right.
     problems = problems or disagreements(state.intent, state.receipts)
+    if state.own_must_agree and not problems:
+        problems = holders.lines(holders.differences(state.intent, state.receipts), state.receipts)
     if problems:
-        return _abort(state, "; ".join(problems[:5]))
+        return _abort(state, "; ".join(problems[:6]))
     return replace(state, phase=Phase.FINALIZING), (Finalize(),)
 
 
@@ -162,6 +167,11 @@ def _foreign(state: Attempt, receipt: Receipt) -> str:
         return f"receipt of {shown(receipt.step, receipt.attempt)} found in {shown(intent.step, intent.attempt)}"
     if not 0 <= receipt.process < intent.process_count:
         return f"receipt of process {receipt.process}, wanted 0 to {intent.process_count - 1}"
+    if receipt.failure is None and receipt.went_by != holders.name(intent.held):
+        return (
+            "the devices that leaves are on have changed on process 0 since this process last asked; all ask again at "
+            "the next save"
+        )
     return ""
 
 
@@ -212,6 +222,7 @@ def _abort(state: Attempt, reason: str) -> Step:
 _CAUSES = (  # words of the reasons above, and what they are counted as
     ("fenced by epoch", "fenced"),
     ("replicas disagree", "disagree"),
+    ("hosts disagree", "disagree"),
     ("said no", "refused"),
     ("no receipt from processes", "silent"),
     ("could not finalize", "finalize"),
@@ -249,7 +260,9 @@ def uncovered(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
         for name, regions in receipt.boxes.items():
             boxes.setdefault(name, []).append((process, regions))
     looked_at: dict[Any, str] = {}  # many leaves of few layouts
+    runs = iter(holders.each_of(intent.held))
     for leaf in intent.tree.leaves:
+        run = next(runs, None)
         if not leaf.in_store:
             continue
         shape = leaf.stored_shape if leaf.stored_shape is not None else leaf.shape
@@ -259,7 +272,7 @@ def uncovered(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
             flat = [(process, box) for process, regions in written for box in regions]
             problem = looked_at[shape, written] = _cover(shape, flat)
         if problem:
-            problems.append(f"{leaf.label}{list(shape)}: {problem}")
+            problems.append(f"{leaf.label}{list(shape)}: {problem}{holders.why_missing(run, receipts, leaf)}")
     return problems
 
 

@@ -137,7 +137,18 @@ class FileEntry(Record, frozen=True, omit_defaults=True):
     crc32: str = ""
 
 
+class Held(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """So many leaves in a row, and the processes on whose devices they are: half-open ranges of their numbers. None:
+    each process has its own, and process 0's is stored, in chunks of `chunk` (None: as an array of the host is cut)."""
+
+    leaves: int
+    by: tuple[tuple[int, int], ...] | None = None
+    chunk: tuple[int, ...] | None = None
+
+
 class Intent(Record, frozen=True):
+    """held: who holds the leaves, as process 0 sees it, which counts for all; () in a job of one process."""
+
     format: int
     write_id: str
     step: int
@@ -150,6 +161,7 @@ class Intent(Record, frozen=True):
     mesh: dict[str, int]
     tree: TreeSpec
     built_on: int = -1  # version of the head that this attempt builds on; -1: written before there was this field
+    held: tuple[Held, ...] = ()
 
 
 class Failure(Record, frozen=True):
@@ -182,7 +194,8 @@ class Receipt(Record, frozen=True):
     """A process's promise about what it made durable, or its failure.
 
     places, small: key in the array store -> where each chunk of this process is, or the chunk itself (elements and
-    CRC-32C) if it is too small to be worth a place in a file.
+    CRC-32C) if it is too small to be worth a place in a file. went_by: CRC-32C of the intent's `held` that this process
+    went by. own: four bytes for each leaf that every process has its own of (`holders.digest`), in order.
     """
 
     format: int
@@ -199,6 +212,8 @@ class Receipt(Record, frozen=True):
     seconds: dict[str, float] = {}  # stage, write, seal
     failure: Failure | None = None
     built_on: int = -1  # as in Intent
+    went_by: str = ""
+    own: bytes = b""
 
 
 class Manifest(Record, frozen=True):

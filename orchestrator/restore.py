@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
+import msgspec
 from absl import logging
 
-from orchestrator import arguments, arrays, errors, failpoints, garbage, heartbeat, journal, layout, plan
+from orchestrator import arguments, arrays, errors, failpoints, garbage, heartbeat, journal, layout, overlap, plan
 from orchestrator.arrays import Load
 from orchestrator.catalog import Catalog
+from orchestrator.codec import decode, encode
 from orchestrator.errors import (
     Damaged,
     Mismatch,
@@ -30,6 +31,7 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Restored as RestoredEvent
 from orchestrator.events import SteppedDown, emit
+from orchestrator.overlap import Begun
 from orchestrator.proof import Proof, prove
 from orchestrator.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.rendezvous import Rendezvous
@@ -109,6 +111,7 @@ class Plan:
         stored, live = self.stored, self.stored.live
         if any(one.leaf.foreign for one in self.loads):  # their chunks have no checksum in the manifest
             stored.catalog.check_files(live, stored.manifest, layout.STATE, self.share)
+        states = overlap.begin(partial(stored.catalog.process_states, live, stored.manifest))
         read = load(stored, self.loads)
         state = self.build(read)
         pairs = [(one.leaf, value) for one, value in zip(self.loads, read, strict=True) if _comparable(one, self.known)]
@@ -118,7 +121,7 @@ class Plan:
             state=state,
             extra={**stored.extra.extra, "timestamp": stored.extra.timestamp},
             metrics=stored.extra.metrics,
-            process_states=stored.process_states(),
+            process_states=states.result(),
         )
         return restored, proof
 
@@ -126,6 +129,7 @@ class Plan:
 def fit(stored: StoredStep, like: Any, args: RestoreArgs) -> Plan:
     """Match the step and `like`, a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None
     gives nested dicts of numpy arrays. Reads records and no array. Raises Mismatch, and what StoredStep raises."""
+    stored.begin()
     saved = stored.intent.tree
     known = stored.manifest.fingerprints if args.attest else {}
     if like is None:
@@ -134,12 +138,13 @@ def fit(stored: StoredStep, like: Any, args: RestoreArgs) -> Plan:
     with garbage.paused():
         wanted, leaves, treedef = targets(like)
         chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=stored.where)
-        loads = [_load(leaf, target, args) for leaf, target in zip(chosen, leaves, strict=True) if leaf is not None]
+        shardings = arrays.shardings_of([leaf.label for leaf in wanted], leaves, stored.where)
+        each = list(zip(chosen, leaves, shardings, strict=True))
+        loads = [_load(leaf, target, sharding, args) for leaf, target, sharding in each if leaf is not None]
 
     def build(read: list[Any]) -> Any:
         loaded = iter(read)
-        values = [target if leaf is None else next(loaded) for leaf, target in zip(chosen, leaves, strict=True)]
-        fitted = [_as_target(*each) for each in zip(chosen, leaves, values, strict=True)]
+        fitted = [target if leaf is None else _as_target(leaf, target, to, next(loaded)) for leaf, target, to in each]
         return jax.tree_util.tree_unflatten(treedef, fitted)
 
     return Plan(stored, loads, build, known, args.share)
@@ -153,25 +158,21 @@ def _comparable(load: Load, known: Mapping[str, str]) -> bool:
 _NUMBERS = (int, float, complex)
 
 
-def _load(leaf: LeafSpec, target: Any, args: RestoreArgs) -> Load:
+def _load(leaf: LeafSpec, target: Any, sharding: Any, args: RestoreArgs) -> Load:
     if not leaf.kind_stored or isinstance(target, _NUMBERS):
         return Load(leaf)
     dtype = target.dtype if args.cast and leaf.kind != "key" else None
-    return Load(leaf, arrays.sharding_of(target), dtype)
+    return Load(leaf, sharding, dtype)
 
 
-def _as_target(leaf: LeafSpec | None, target: Any, value: Any) -> Any:
+def _as_target(leaf: LeafSpec, target: Any, sharding: Any, value: Any) -> Any:
     """A loaded value as the target wants it: empty containers are the target's own (an optax EmptyState stays one), a
     Python number and an array without dimensions stand for each other."""
-    if leaf is None or leaf.kind in ("none", "empty"):
+    if leaf.kind in ("none", "empty"):
         return target
     if leaf.kind_stored:
         return type(target)(value) if isinstance(target, _NUMBERS) else value
-    if leaf.number and hasattr(target, "dtype"):
-        host = np.asarray(value, target.dtype)
-        sharding = arrays.sharding_of(target)
-        return host if sharding is None else jax.make_array_from_callback((), sharding, lambda index: host)
-    return value
+    return arrays.as_array(leaf, value, target.dtype, sharding) if leaf.number and hasattr(target, "dtype") else value
 
 
 def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:
@@ -221,16 +222,15 @@ def restore_together(
     meet = partial(rendezvous.gather, "restore: open the epoch", timeout_s=timeout_s)
     together = _Together(catalog, rendezvous, timeout_s, step is not None or args.strict, args.record)
     while True:
-        choice = agree(
-            rendezvous, "restore: which step", timeout_s, partial(_choose, catalog, step, back, together.passed)
-        )
+        decide = partial(_choose, catalog, step, back, together.passed)
+        choice = agree(rendezvous, "restore: which step", timeout_s, decide)
         if choice is None:
             if opening:
                 opening(None, meet)
             return None
         failpoints.hit("restore.chosen")
-        head = catalog.entry(choice[0])
-        live = journal.find(head, choice[1])
+        head = decode(choice[1].encode(), Head, f"{catalog.url}: what process 0 has read")
+        live = journal.find(head, choice[0])
         assert live is not None  # process 0 found it in that very entry
         stored = StoredStep(catalog, live)
         fitted = together.all_of(stored, "fits", partial(fit, stored, like, args))
@@ -241,14 +241,16 @@ def restore_together(
         together.quarantine()
         reading = Reading(args.reader, lambda read_bytes: heartbeat.beat("restoring", None))
         load: _Loader = partial(_load_once, rendezvous, timeout_s, reading) if args.load_once else reading.load
+        noted = rendezvous.process == 0 and args.record and live.trust != "restored"
+        early = overlap.begin(catalog.head) if noted else None  # it takes no longer than the arrays
         outcome = together.all_of(stored, "", partial(fitted.read, load))
         if outcome is not None and (not args.attest or together.proves(stored, outcome[1])):
             failpoints.hit("restore.after")
             heartbeat.beat("restored", live.step, restored_step=live.step)
             elapsed_s = time.monotonic() - started
             emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s))
-            if rendezvous.process == 0 and args.record:
-                _note_restored(catalog, live)
+            if noted:
+                _note_restored(catalog, live, early)
             return outcome[0]
         together.quarantine()
 
@@ -408,10 +410,11 @@ def _told(error: Exception | None) -> Json:
     return {"kind": type(error).__name__, "text": str(error), **suspects}
 
 
-def _note_restored(catalog: Catalog, live: LiveStep) -> None:
-    """Journal that a run has come up on this attempt: retention keeps the newest of those. Not worth failing for."""
+def _note_restored(catalog: Catalog, live: LiveStep, early: Begun[Head | None] | None) -> None:
+    """Journal that a run has come up on this attempt: retention keeps the newest of those. Not worth failing for, but
+    done before the restore returns: the next save's retention must know of it."""
     try:
-        catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="restored"))
+        catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="restored"), early)
     except OrchestratorError as error:
         logging.warning("%s: could not be journalled as restored: %s", layout.shown(live.step, live.attempt), error)
 
@@ -420,16 +423,16 @@ def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journ
     catalog.append(rule)
 
 
-def _choose(catalog: Catalog, step: int | None, back: int, passed: _Passed) -> tuple[int, int] | None:
-    """(journal version, step) of what to restore, not among `passed`; None in a new run. `back`: leave out that many of
-    the newest."""
+def _choose(catalog: Catalog, step: int | None, back: int, passed: _Passed) -> tuple[int, str] | None:
+    """(step, head) of what to restore, not among `passed`; None in a new run. `back`: leave out that many of the
+    newest. The head is the journal's newest entry as this process has read it, cut to what a restore looks at."""
     if step is None:
         head = catalog.head()
         if head is None:
             return None
         good = [live for live in head.live if live.restorable and (live.step, live.attempt) not in passed]
         if len(good) > back:
-            return head.version, good[-1 - back].step
+            return _told_of(head, good[-1 - back])
         if passed:
             catalog.look()  # what is damaged may be a newer entry's to judge: the journal itself may have lost its tail
             raise NothingToRestore(f"{catalog.url}: nothing to restore, and nothing was changed" + shown(passed))
@@ -438,14 +441,14 @@ def _choose(catalog: Catalog, step: int | None, back: int, passed: _Passed) -> t
                 f"{catalog.url}: asked to leave out the newest {back} of {len(good)} restorable steps"
             )
         return None
-    live = catalog.find(step)
-    assert live is not None  # find raises for a step that is not there
-    head = catalog.require_head()  # perhaps another one
-    if journal.find(head, live.step) is None:
-        raise StepRetired(
-            f"{catalog.url}: step {live.step} was retired this moment; the newest is {head.live[-1].step}"
-        )
-    return head.version, live.step
+    head = catalog.head()
+    return _told_of(head, catalog.found(head, step))
+
+
+def _told_of(head: Head | None, live: LiveStep) -> tuple[int, str]:
+    assert head is not None  # `live` is in it
+    kept = tuple(one for one in head.live if one is live or one is journal.newest(head))
+    return live.step, encode(msgspec.structs.replace(head, live=kept, retired=(), aside=())).decode()
 
 
 def shown(passed: _Passed) -> str:

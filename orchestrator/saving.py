@@ -20,7 +20,8 @@ import jax
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import arrays, failpoints, journal, layout
+from orchestrator import arrays, failpoints, journal, layout, overlap
+from orchestrator.agreeing import Agreement
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.codec import encode
@@ -36,6 +37,7 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
+from orchestrator.overlap import Begun
 from orchestrator.protocol import Phase, cause_of
 from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Receipt
 from orchestrator.rendezvous import Rendezvous
@@ -97,6 +99,8 @@ class Saver:
         self._catalog, self._writer, self._rendezvous = catalog, writer, rendezvous
         self._coordinator, self._options = coordinator, options
         self._epoch, self._run, self._attest, self._committed = epoch, run, attest, committed
+        bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
+        self._agreement = Agreement(catalog, rendezvous, bound_s, together=jax.process_count() > 1)
         self._began: deque[str] = deque(maxlen=64)  # the attempts that this process has begun, latest last
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 
@@ -124,7 +128,9 @@ class Saver:
             try:
                 check_root(self._catalog.storage)
                 failpoints.hit("save.stage")
-                pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat, self._attest)
+                signals = signal_prefix(self._run, save.step, save.attempt)
+                held = self._agreement.settle(flat, save.step, save.attempt, signals, partial(self._apart, save))
+                pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat, self._attest, held)
             except Exception as error:  # the other hosts must hear of it
                 save.failure = ("stage", error)
         save.seconds["stage"] = time.monotonic() - started
@@ -162,6 +168,7 @@ class Saver:
             mesh=flat.form.mesh,
             tree=self._writer.recorded(flat.spec),
             built_on=self._catalog.durable_version,
+            held=self._agreement.account(flat),
         )
 
     def _finish(self, save: Save, intent: Intent | None, pending: PendingWrite | None, left: threading.Event) -> None:
@@ -171,11 +178,11 @@ class Saver:
             opening = self._opening(self._coordinator, intent, save) if self._coordinator and intent else None
             if self._coordinator:
                 self._rendezvous.post(f"{run_prefix(self._run)}saving/0", json.dumps([save.step, save.attempt]))
-            self._promise(save, pending, opening)
+            mine = self._promise(save, pending, opening)
             if self._coordinator and intent and opening:
                 wait([opening], GRACE_S)  # nothing of ours should appear in an attempt that is decided
                 opened = opening.result() if opening.done() and not opening.exception() else ()
-                phase, reason = self._decide(self._coordinator, intent, save, pending, opened)
+                phase, reason = self._decide(self._coordinator, intent, save, pending, opened, mine)
             else:
                 phase, reason = self._await_decision(save)
             cause = save.failure[1] if save.failure else None
@@ -191,6 +198,7 @@ class Saver:
             text = f"{save.shown} was not saved: {type(error).__name__}: {error}"
             save.error = SaveFailed(text, step=save.step, attempt=save.attempt)
         if save.error:
+            self._agreement.doubt()
             kind = "fenced" if isinstance(save.error, Fenced) else cause_of(str(save.error))
             emit(SaveNotCommitted(save.step, save.attempt, str(save.error), kind))
         else:
@@ -213,13 +221,14 @@ class Saver:
 
     # The receipt: this process's promise.
 
-    def _promise(self, save: Save, pending: PendingWrite | None, opening: Future[Opened] | None) -> None:
+    def _promise(self, save: Save, pending: PendingWrite | None, opening: Future[Opened] | None) -> bytes | None:
         """Make this process's part durable and sign a receipt, or say NO with the cause. `opening`: what must have been
-        written before."""
+        written before. Returns the receipt if the store has acknowledged it."""
         me = self._rendezvous
         signal = signal_prefix(self._run, save.step, save.attempt) + f"receipt/{me.process}"
         key = self._catalog.key(save.step, save.attempt, layout.receipt_name(me.process))
         phase = "write"
+        own: Begun[None] | None = None
         try:
             if save.failure:
                 phase = save.failure[0]
@@ -228,11 +237,14 @@ class Saver:
             started = time.monotonic()
             self._enter(save, "writing", pending)
             failpoints.hit("save.write")
+            own = overlap.begin(partial(self._put_process_state, save)) if save.process_state is not None else None
             pending.wait(self._options.save_timeout_s, partial(self._another_said_no, save, pending))
             save.seconds["write"] = time.monotonic() - started
             phase, started = "seal", time.monotonic()
             self._enter(save, "sealing", pending)
             failpoints.hit("save.seal")
+            if own:
+                own.result()
             files = self._seal(save, pending)
             save.seconds["seal"] = time.monotonic() - started
             if opening:
@@ -240,13 +252,14 @@ class Saver:
                 self._await_opening(opening, save)
             phase = "receipt"
             failpoints.hit("receipt.write")
-            receipt = self._receipt(save, files, pending)
+            receipt = encode(self._receipt(save, files, pending))
             # Receipt after fsync: it is a promise that survives power loss.
-            if isinstance(self._catalog.storage.create(key, encode(receipt)), Exists):
+            if isinstance(self._catalog.storage.create(key, receipt), Exists):
                 raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
             failpoints.hit("receipt.after")
             me.post(signal, "yes")
             self._enter(save, "waiting", pending)
+            return receipt
         except arrays.WriteStopped:  # another's NO has decided: no word of ours, so that theirs is the cause
             logging.warning("%s: gave up writing, another process has said no", save.shown)
         except Exception as error:
@@ -257,6 +270,10 @@ class Saver:
                 self._catalog.storage.create(key, encode(no))
             except Exception as second:  # the signal has told already; a full disk cannot hold the receipt
                 logging.warning("%s: the NO of process %d could not be stored: %s", key, me.process, second)
+        finally:
+            if own:  # nothing of ours should appear in an attempt that is decided
+                own.wait(GRACE_S)
+        return None
 
     def _await_opening(self, opening: Future[Opened], save: Save) -> None:
         left_s = save.started + self._options.save_timeout_s - time.monotonic()
@@ -301,6 +318,8 @@ class Saver:
             seconds=save.seconds,
             failure=failure,
             built_on=self._catalog.durable_version,
+            went_by=pending.went_by if pending else "",
+            own=pending.own if pending else b"",
         )
 
     def _failure(self, phase: str, cause: BaseException) -> Failure:
@@ -313,25 +332,32 @@ class Saver:
         """Make the files that this process wrote durable, whoever else writes beside it."""
         prefix = layout.attempt_prefix(save.step, save.attempt)
         storage, process = self._catalog.storage, self._rendezvous.process
-        keys = []
-        if save.process_state is not None:
-            key = prefix + layout.process_state_name(process)
-            if isinstance(storage.create(key, save.process_state), Exists):
-                raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
-            keys.append(key)
+        keys = [] if save.process_state is None else [prefix + layout.process_state_name(process)]
         known = {prefix + layout.STATE + file.path: file for file in pending.files}
         sealed = storage.seal([*keys, *known], known)
         return tuple(replace(entry, path=entry.path.removeprefix(prefix)) for entry in sealed)
 
+    def _put_process_state(self, save: Save) -> None:
+        """Beside the arrays: a store far away takes as long for both as for one."""
+        key = self._catalog.key(save.step, save.attempt, layout.process_state_name(self._rendezvous.process))
+        if isinstance(self._catalog.storage.create(key, save.process_state or b""), Exists):
+            raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
+
     # The decision.
 
     def _decide(
-        self, coordinator: Coordinator, intent: Intent, save: Save, pending: PendingWrite | None, opened: Opened
+        self,
+        coordinator: Coordinator,
+        intent: Intent,
+        save: Save,
+        pending: PendingWrite | None,
+        opened: Opened,
+        mine: bytes | None,
     ) -> tuple[Phase, str]:
         spent = time.monotonic() - save.started
         left_s = max(0.0, self._options.save_timeout_s - spent)
         all_in = partial(self._enter, save, "committing", pending)
-        state = coordinator.decide(intent, save.user, pending, opened, left_s, all_in)
+        state = coordinator.decide(intent, save.user, pending, opened, left_s, all_in, mine)
         save.committed_bytes, save.stage_s = coordinator.committed_bytes, coordinator.stage_s
         return state.phase, describe(state)
 

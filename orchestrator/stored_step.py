@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import crc32c
 
-from orchestrator import arrays, contents, layout
+from orchestrator import arrays, contents, layout, overlap
 from orchestrator.arrays import Load, fingerprint
 from orchestrator.catalog import READS, Catalog
 from orchestrator.chunks import CHECKSUM_BYTES
 from orchestrator.contents import Chunk
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
+from orchestrator.overlap import Begun
 from orchestrator.records import Box, Extra, Intent, LeafSpec, LiveStep, Manifest
 
 _PAUSE_S = 0.5  # before what could not be read is read again
@@ -38,6 +39,14 @@ class StoredStep:
     def __init__(self, catalog: Catalog, live: LiveStep) -> None:
         self.catalog, self.live = catalog, live
         self.prefix = layout.attempt_prefix(live.step, live.attempt)
+        self._early: dict[str, Begun[bytes | None]] = {}
+        self._listing: Begun[dict[str, int]] | None = None
+
+    def begin(self) -> None:
+        """Read at once what a restore reads beside arrays: its records do not lead to one another. Each is judged, and
+        read again if need be, when it is asked for, as without this."""
+        self._early = {name: self.catalog.begin(self.live, name) for name in (layout.INTENT, layout.EXTRA)}
+        self._listing = overlap.begin(partial(self.catalog.sizes, self.live))
 
     @property
     def where(self) -> str:
@@ -55,16 +64,18 @@ class StoredStep:
     @cached_property
     def manifest(self) -> Manifest:
         """Every file of it is there, in its size."""
-        self.catalog.check_sizes(self.live, self.listed)
+        listed = self.listed
+        listing, self._listing = self._listing, None
+        self.catalog.check_sizes(self.live, listed, listing)
         return self.listed
 
     @cached_property
     def intent(self) -> Intent:
-        return self.catalog.intent(self.live, self.manifest)
+        return self.catalog.intent(self.live, self.manifest, self._early.pop(layout.INTENT, None))
 
     @cached_property
     def extra(self) -> Extra:
-        return self.catalog.extra(self.live, self.manifest)
+        return self.catalog.extra(self.live, self.manifest, self._early.pop(layout.EXTRA, None))
 
     def process_states(self) -> dict[int, bytes]:
         return self.catalog.process_states(self.live, self.manifest)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
-from orchestrator import evidence, journal, layout
+from orchestrator import evidence, journal, layout, overlap
 from orchestrator.codec import AnyRecord
 from orchestrator.errors import Damaged, JournalLost, NewerFormat, Suspect
 from orchestrator.journal import AttemptId, Found
+from orchestrator.overlap import Begun
 from orchestrator.records import Head, Intent, Manifest
 from orchestrator.storage.base import Storage
 
@@ -41,9 +43,11 @@ class Stored(Protocol):
 def look(catalog: Stored) -> tuple[Head | None, dict[AttemptId, Found]]:
     """The head, None in a new run, and every attempt in storage. Raises JournalLost naming what proves that entries are
     missing, Damaged and StorageError."""
-    stored, marker = catalog.stored(), catalog.marked_version()
+    marking = overlap.begin(catalog.marked_version)
+    stored, marker = catalog.stored(), marking.result()
+    listing = overlap.begin(partial(catalog.versions, max(0, marker)))
     head = catalog.head()  # last: what was begun or marked has its entry by then
-    reason = evidence.lost(head, stored, marker) or missing(catalog, head, marker)
+    reason = evidence.lost(head, stored, marker) or missing(catalog, head, marker, listing)
     if not reason:
         unknown = [key for key in stored if head and not journal.is_known(head, *key)]
         stored |= {key: replace(stored[key], built_on=built_on(catalog, key, stored[key].whole)) for key in unknown}
@@ -56,11 +60,13 @@ def look(catalog: Stored) -> tuple[Head | None, dict[AttemptId, Found]]:
     return head, stored
 
 
-def missing(catalog: Stored, head: Head | None, marker: int) -> str:
-    """A hole among the newest entries; '' if there is none, or a `recovered` entry stands right above it."""
+def missing(catalog: Stored, head: Head | None, marker: int, early: Begun[list[int]] | None = None) -> str:
+    """A hole among the newest entries; '' if there is none, or a `recovered` entry stands right above it. `early`: a
+    listing of the entries from the marker on, which may have been begun before the head was read."""
     if head is None:
         return ""
-    for first, last in reversed(evidence.holes(catalog.versions(max(0, marker)) or [head.version])):
+    versions = early.result() if early else catalog.versions(max(0, marker))
+    for first, last in reversed(evidence.holes(versions or [head.version])):
         if last - first < _RACE_VERSIONS and all(_exists(catalog, version) for version in range(first, last + 1)):
             continue
         if catalog.entry(last + 1).event.kind == "recovered":

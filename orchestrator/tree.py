@@ -25,6 +25,7 @@ from msgspec import structs
 from orchestrator import chunks, validate
 from orchestrator.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.errors import Damaged, UnsupportedLeaf, UsageError
+from orchestrator.jax_context import in_own_context
 from orchestrator.plan import TargetLeaf
 from orchestrator.records import LeafSpec, TreeSpec
 
@@ -269,23 +270,28 @@ def _check_live(label: str, value: jax.Array) -> None:
 
 def _describe_jax(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
     if _is_key(value.dtype):
-        data = jax.eval_shape(jax.random.key_data, value)
-        return LeafSpec(
-            path=path,
-            kind="key",
-            shape=value.shape,
-            dtype=str(value.dtype),
-            stored_shape=tuple(data.shape),
-            stored_dtype=str(data.dtype),
-            sharding=_shown(value.sharding),
-            value=str(jax.random.key_impl(value)),
-            chunk=_chunk(value.shape, value.sharding, tuple(data.shape), data.dtype.itemsize),
-        )
+        return _describe_key(path, value)
     name, stored, sharding, chunk = _array_form(value.dtype, value.shape, value.sharding)
     if (stored or name) not in STORABLE:
         raise UnsupportedLeaf(f"{'/'.join(path)}: dtype {name} cannot be stored; cast it to one that TensorStore has")
     return LeafSpec(
         path=path, kind="array", shape=value.shape, dtype=name, stored_dtype=stored, sharding=sharding, chunk=chunk
+    )
+
+
+@in_own_context
+def _describe_key(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
+    data = jax.eval_shape(jax.random.key_data, value)
+    return LeafSpec(
+        path=path,
+        kind="key",
+        shape=value.shape,
+        dtype=str(value.dtype),
+        stored_shape=tuple(data.shape),
+        stored_dtype=str(data.dtype),
+        sharding=_shown(value.sharding),
+        value=str(jax.random.key_impl(value)),
+        chunk=_chunk(value.shape, value.sharding, tuple(data.shape), data.dtype.itemsize),
     )
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from orchestrator import chunks, layout
+from orchestrator import chunks, holders, layout
 from orchestrator.arguments import STEP_MAX
 from orchestrator.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.records import (
@@ -187,6 +187,7 @@ def _intent(intent: Intent) -> None:
         _whole(f"mesh.{axis}", size, 1, PROCESSES_MAX)
     _whole("mesh, devices in it", math.prod(intent.mesh.values()), 1, PROCESSES_MAX)
     _leaves(intent.tree.leaves)
+    holders.check(intent)
 
 
 def _receipt(receipt: Receipt) -> None:
@@ -194,6 +195,7 @@ def _receipt(receipt: Receipt) -> None:
     _step_and_attempt(receipt)
     _built_on(receipt.built_on)
     _whole("process", receipt.process, 0, PROCESSES_MAX)
+    _text("went_by", receipt.went_by, 8)
     _files(receipt.files)
     _seconds("seconds", receipt.seconds)
     for name, boxes in receipt.boxes.items():

@@ -33,6 +33,7 @@ class Job:
         root: Path,
         logs: Path,
         environ: dict[str, str] | None = None,
+        program: Path = STATE_JOB,
         **args: object,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ class Job:
         inherited = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **(environ or {})}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, STATE_JOB, *map(str, (index, count, devices, port, root)), *settings],
+                [sys.executable, program, *map(str, (index, count, devices, port, root)), *settings],
                 stdout=self.outputs[index].open("w"),
                 stderr=self.errors[index].open("w"),
                 env=inherited,

@@ -209,6 +209,20 @@ def test_the_next_save_waits_for_the_one_before_so_steps_commit_in_order(root: P
     assert [head.event.step for head in journal_of(root) if head.event.kind == "committed"] == list(range(6))
 
 
+def test_leaving_because_of_an_exception_waits_for_a_save_no_longer_than_its_grace(root: Path) -> None:
+    gate = Gate("manifest.json")
+    storage = HookedStorage(PosixStorage(str(root)), gate)
+    with (
+        pytest.raises(ZeroDivisionError),
+        oc.Agent(root, storage=storage, options=oc.Options(failure_grace_s=0.2)) as agent,
+    ):
+        agent.save(1, state(1))
+        assert gate.reached.wait(30)
+        raise ZeroDivisionError
+    assert agent.in_flight == 1  # not waited for until the gate gives up
+    gate.opened.set()
+
+
 def test_leaving_because_of_an_exception_finishes_the_save_and_keeps_the_exception(root: Path) -> None:
     with pytest.raises(ZeroDivisionError), oc.Agent(root) as agent:
         agent.save(1, state(1))
@@ -351,6 +365,22 @@ def test_retention_keeps_what_the_policy_says_and_the_rests_data_is_deleted(root
     fill(root, 6)  # whatever a collector has not come to is found by the next incarnation
     assert attempts_on_disk(root) == [f"{step:08d}/e000{1 + (step > 5)}-a01" for step in (0, 1, 3, 4, 5, 6)]
     assert journal_of(root)[-1].retired == ()
+
+
+def test_a_metric_that_no_save_has_retires_nothing_and_is_named_once(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep = oc.best("val_loss", 2)
+    with oc.Agent(root, keep=keep, options=now()) as agent:
+        for step in range(4):
+            agent.save(step, state(step), metrics={"loss": 4.0 - step})
+        assert agent.all_steps() == [0, 1, 2, 3]
+        told = [record.message for record in caplog.records if "'val_loss'" in record.message]
+        assert len(told) == 1 and told[0].startswith("step 0: keep= goes by the metric 'val_loss'")
+        assert "its metrics: 'loss'" in told[0]
+        agent.save(4, state(4), metrics={"val_loss": 1.0})
+        agent.save(5, state(5), metrics={"val_loss": 2.0})
+        assert agent.all_steps() == [4, 5]
 
 
 def test_without_a_policy_everything_is_kept(root: Path) -> None:

@@ -16,7 +16,7 @@ from runs import now
 
 import orchestrator as oc
 from orchestrator import forecast
-from orchestrator.arrays import Load, sharding_of
+from orchestrator.arrays import Load, shardings_of
 from orchestrator.arrays.placing import prepare
 from orchestrator.cli.main import main
 from orchestrator.cli.plan import Plan
@@ -93,7 +93,11 @@ def test_bytes_and_requests_of_a_restore_are_foretold_exactly(run: Path, axes: d
     (cost,) = forecast.forecast(tree, Target(axes, 1)).costs
     assert reading.read_bytes == cost.read_bytes
     targets = {"/".join(leaf.path): like["/".join(leaf.path)] for leaf in tree.leaves if leaf.in_store}
-    loads = [Load(leaf, sharding_of(targets["/".join(leaf.path)])) for leaf in tree.leaves if leaf.in_store]
+    loads = [
+        Load(leaf, shardings_of([leaf.label], [targets["/".join(leaf.path)]], "")[0])
+        for leaf in tree.leaves
+        if leaf.in_store
+    ]
     assert sum(len(one.layout.reads) * len(one.items) for one in prepare(loads)) == cost.reads
     assert cost.array_bytes == sum(map(held, restored.state.values()))
 

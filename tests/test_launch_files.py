@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def test_a_hosts_file_that_is_none_is_one_line(what: str, tmp_path: Path) -> Non
         ["true"], 2, hosts_file=tmp_path / "hosts", rules=supervise.Rules(elastic=(1, 2)), wait_for_hosts_s=1.0
     )
     with pytest.raises(LaunchError, match=r"^--hosts_file .*/hosts: [^\n]+$"):
-        local._hosts_there(job, supervise.History(2, restarts=2))
+        local._hosts_there(job, supervise.History(2, restarts=2), time.sleep)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,56 @@ def test_a_crash_is_the_cause_among_survivors_that_raise_and_an_abort_is_not() -
     assert supervise.first_cause(aborted) == Exit(1, 1)
 
 
+@pytest.mark.parametrize(
+    ("moments", "finish"),
+    [
+        # A fenced host is the cause beside one that lost it, and whenever it is seen: a restart would fence it again.
+        ([[(0, 1), (1, 5)]], Finish(5)),
+        ([[(0, 1)], [(1, 5)]], Finish(5)),
+        ([[(0, -9)], [(1, 4)]], Finish(4)),
+        ([[(1, 6)], [(0, -15)]], Finish(6)),
+        ([[(1, 2), (0, -6)]], Finish(2)),
+        ([[(0, 1)], [(1, -15)]], None),
+        ([[(0, 3), (1, 1)]], None),
+    ],
+)
+def test_a_code_that_a_restart_cannot_mend_is_the_jobs(
+    moments: list[list[tuple[int, int]]], finish: Finish | None
+) -> None:
+    state, effect = running(2, max_restarts=9), None
+    for exits in moments:
+        state, effects = supervise.on_exits(state, [Exit(*exit_) for exit_ in exits])
+        effect = effects[-1]
+    assert effect == finish if finish else isinstance(effect, Restart)
+
+
+@pytest.mark.parametrize(
+    ("moments", "rules", "about"),
+    [
+        ([[(0, 1), (1, 5)]], {}, "the job ends with 5: host-1 exited with code 5 first; a restart cannot mend that"),
+        ([[(1, 1)], [(0, -15)]], {}, "the job ends with 1: host-1 exited with code 1 first; no restart is left of 0"),
+        (
+            [[(1, 1)], [(0, 5)]],
+            {},
+            "the job ends with 5: host-1 exited with code 1 first, then host-0 exited with code 5; ",
+        ),
+        (
+            [[(1, -9)], [(0, -6)]],
+            {"elastic": (2, 2), "max_restarts": 1},
+            "was ended by SIGKILL first; 1 hosts are left",
+        ),
+        ([[(0, 75), (1, 75)]], {"max_preemptions": 0}, "the job ends with 75: preempted 1 times, which is the limit"),
+    ],
+)
+def test_the_end_names_the_host_that_failed_first(
+    moments: list[list[tuple[int, int]]], rules: dict[str, Any], about: str
+) -> None:
+    state, effect = running(2, **rules), None
+    for exits in moments:
+        state, (effect,) = supervise.on_exits(state, [Exit(*exit_) for exit_ in exits])
+    assert isinstance(effect, Finish) and about in effect.about, effect
+
+
 def test_processes_that_end_well_leave_the_others_running() -> None:
     state, effects = supervise.on_exits(running(2), [Exit(0, 0)])
     assert (state.running, effects) == (frozenset({1}), ())
@@ -74,6 +124,33 @@ def test_after_an_operators_signal_nothing_is_restarted_and_the_second_one_kills
     state, effects = supervise.on_exits(state, [Exit(0, -15)])
     assert effects == (), "the others have the signal already, and their time to save"
     assert supervise.on_exits(state, [Exit(1, 0)])[1] == (Finish(143),)
+
+
+@pytest.mark.parametrize(
+    ("signals", "passed"),
+    [
+        ([signal.SIGHUP], [signal.SIGTERM]),
+        ([signal.SIGHUP, signal.SIGHUP, signal.SIGTERM], [signal.SIGTERM]),  # a terminal, and then its session, ends
+        ([signal.SIGTERM, signal.SIGHUP, signal.SIGHUP], [signal.SIGTERM]),
+        ([signal.SIGHUP, signal.SIGTERM, signal.SIGTERM], [signal.SIGTERM, signal.SIGKILL]),
+        ([signal.SIGINT, signal.SIGTERM], [signal.SIGINT, signal.SIGKILL]),
+    ],
+)
+def test_a_closed_terminal_is_a_preemption_and_never_a_second_signal(signals: list[int], passed: list[int]) -> None:
+    state, sent = running(2), []
+    for signum in signals:
+        state, effects = supervise.on_signal(state, signum)
+        sent += [effect.signum for effect in effects if isinstance(effect, Signal)]
+        assert supervise.signal_name(signum) in supervise.heard(signum, effects)
+    assert sent == passed
+    assert supervise.on_exits(state, [Exit(0, 75), Exit(1, 75)])[1] == (Finish(75),)
+
+
+def test_a_job_stopped_while_it_waits_to_start_again_ends_as_it_last_ended() -> None:
+    failed = dies(History(1), at_step=None, returncode=-signal.SIGKILL)
+    assert isinstance(failed, History) and supervise.stopped_between(failed) == Finish(137)
+    preempted = dies(failed, at_step=3, returncode=75)
+    assert isinstance(preempted, History) and supervise.stopped_between(preempted) == Finish(75)
 
 
 def test_a_preempted_job_resumes_without_using_up_a_restart_and_its_hosts_get_time_to_save() -> None:
@@ -129,6 +206,24 @@ def test_the_pause_before_a_restart_doubles_without_progress_up_to_a_bound() -> 
     assert delays == [1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 20.0, 20.0]
     history = dies(history, at_step=6, backoff_s=1.0)
     assert isinstance(history, History) and history.delay_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reached", "delays"),
+    [
+        ([None, None, None, None], [1, 2, 4, 8]),  # dies before its agent was ever heard of
+        ([None, None, 0, None, None], [1, 2, 1, 2, 4]),
+        ([10, 9, 10, 3], [1, 2, 4, 8]),  # comes back and gets no further
+        ([10, 20, 30], [1, 1, 1]),
+        ([10, 10, 10, 11, 11], [1, 2, 4, 1, 2]),
+    ],
+)
+def test_the_pause_doubles_for_each_start_that_came_no_further(reached: list[int | None], delays: list[int]) -> None:
+    history: History | Finish = History(1)
+    for step, delay_s in zip(reached, delays, strict=True):
+        assert isinstance(history, History)
+        history = dies(history, at_step=step, backoff_s=1.0, step_back_after=99)
+        assert isinstance(history, History) and history.delay_s == delay_s
 
 
 def test_an_elastic_job_comes_back_without_its_lost_host_until_too_few_are_left() -> None:

@@ -20,18 +20,19 @@ PURE, PORTS, ADAPTERS, ROLES, FACADE, CLI, LAUNCH = range(7)
 # Add a name to the end of its rank's last line.
 _NAMES = {
     PURE: """errors layout records journal evidence protocol plan policy options chunks contents attest cadence forecast
-        arguments texts json_words dtypes codec validate""",
+        arguments texts json_words dtypes codec validate holders configuration storage.gcs_replies""",
     PORTS: """storage.base""",
     ADAPTERS: """storage storage.read_only storage.memory storage.directory storage.posix storage.gcs storage.gcs_client
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json arrays.compressed arrays.external
-        arrays.stored_tree
-        rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage
-        sigterm leaving""",
+        arrays.stored_tree arrays.own_copies arrays.owned arrays.wanted arrays.buckets
+        storage.gcs_credentials storage.gcs_identity
+        jax_context overlap rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat
+        garbage sigterm leaving last_words""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
         agent opening saving coordinator restore reader stored_step proof verify diff collect survey recover catalog
-        pacing export orbax_steps""",
+        pacing export orbax_steps agreeing meeting""",
 }
 RANKS = {name: rank for rank, names in _NAMES.items() for name in names.split()}
 RANKS[""] = FACADE  # orchestrator/__init__.py gives the roles their public names

@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTRAS = ("train", "grain", "dev", "gke")
+EXTRAS = ("train", "grain", "dev", "gke", "traces", "safetensors")
 
 
 def pins() -> dict[str, tuple[str, list[str]]]:

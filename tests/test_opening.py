@@ -241,14 +241,14 @@ def test_two_agents_that_open_at_once_get_two_epochs_and_the_later_one_stays(roo
 
 
 class Meeting(_Alone):
-    """Process 0 of two. `other`: what process 1 says at each gathering."""
+    """Process 0 of two, which are configured alike. `other`: what process 1 says at each later gathering."""
 
     def __init__(self, other: dict[str, Any]) -> None:
         super().__init__()
         self.count, self.hosts, self.other = 2, {0: "host-0", 1: "host-1"}, other
 
     def gather(self, name: str, value: Any, timeout_s: float) -> list[Any]:
-        return [value, self.other]
+        return [value, value if name == "open the run" else self.other]
 
 
 def an_opening(root: Path, other: dict[str, Any]) -> Opening:
@@ -288,7 +288,9 @@ def test_a_restore_opens_only_once_all_processes_have_matched_and_may_write(root
         return [told, other]
 
     tree = journal_of(root)[-1].live[0].tree
-    assert opening.by_restore(tree, partial(meet, mismatch)) == [{"opens": []}, mismatch]
+    told, theirs = opening.by_restore(tree, partial(meet, mismatch))
+    assert told["opens"] == [] and told["mark"].startswith("steps/") and theirs == mismatch
+    assert snapshot(root) == before  # the mark is gone
     with pytest.raises(oc.StorageError, match="process 1: create: EACCES"):
         opening.by_restore(tree, partial(meet, {"opens": ["StorageError", "create: EACCES"]}))
     with pytest.raises(journal.Overtaken):

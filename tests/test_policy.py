@@ -22,6 +22,7 @@ from orchestrator.policy import (
     every,
     every_nth,
     every_seconds,
+    lacking,
     last,
     needed,
     within,
@@ -92,7 +93,51 @@ def test_best_ranks_by_metric_in_both_directions() -> None:
     assert kept(best("loss"), steps) == [1]
     assert kept(best("loss", 2), steps) == [1, 3]
     assert kept(best("loss", 2, mode="max"), steps) == [0, 2]
-    assert kept(best("accuracy", 2), steps) == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "values", "left"),
+    [
+        (best("loss"), [], []),
+        (best("loss"), [None, None, None], [0, 1, 2]),
+        (best("accuracy", 2), [0.5, 0.1, 0.9], [0, 1, 2]),  # another name than was given
+        (best("loss") | last(1), [None, None, None], [0, 1, 2]),
+        (best("accuracy") | best("loss"), [0.5, 0.1], [0, 1]),
+        (best("loss"), [None, None, 0.5], [2]),  # one has it: the others are not the best
+        (best("loss"), [0.5, None, None], [0]),
+        (best("loss") | last(1), [0.5, 0.7, None, None], [0, 3]),
+        (best("loss", 2), [NAN, NAN, NAN], [1, 2]),  # known, and no number: as many as were asked for, and no more
+        (best("loss", 1), [NAN, None, NAN, None], [1, 2, 3]),
+        (best("loss", 2), [NAN, None, 0.5, NAN], [2]),
+        (best("loss", mode="max"), [float("inf"), 1.0], [0]),  # a number like others
+        (best("loss", 2), [float("inf"), float("-inf"), NAN], [0, 1]),
+    ],
+)
+def test_as_long_as_no_step_has_the_metric_best_retires_none_of_those_without(
+    keep: Any, values: list[float | None], left: list[int]
+) -> None:
+    assert kept(keep, losses(*values)) == left
+
+
+@pytest.mark.parametrize(
+    ("keep", "given", "said"),
+    [
+        (None, {}, ""),
+        (last(2) | every_nth(3), {}, ""),
+        (best("loss"), {"loss": NAN}, ""),
+        (last(1) | best("loss"), {"loss": 1.0, "accuracy": 1.0}, ""),
+        (best("val_loss"), {"loss": 1.0, "lr": 1.0}, "goes by the metric 'val_loss', which this save does not have; "),
+        (best("val_loss"), {"loss": 1.0, "lr": 1.0}, "its metrics: 'loss', 'lr'."),
+        (best("val_loss"), {}, "its metrics: none."),
+        (last(1) | (best("b") | best("a")), {"c": 1.0}, "goes by the metric 'a', 'b', which"),
+        (best("b"), {f"m{number:02}": 0.0 for number in range(30)}, "'m18', 'm19' and 10 more."),
+    ],
+)
+def test_a_save_without_the_metric_that_decides_is_named_with_what_it_has(
+    keep: Any, given: dict[str, float], said: str
+) -> None:
+    told = lacking(keep, given)
+    assert said in told and bool(told) == bool(said)
 
 
 @given(st.permutations([0.5, NAN, 0.1, None, NAN, 0.9]))

@@ -71,7 +71,7 @@ OBSTACLES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
 
 def write_data(store: PosixStorage, key: str) -> None:
     folder, _, name = key.rpartition("/")
-    datafiles.write_file(datafiles.opener(f"{store.url}/{folder}"), name, b"elements")
+    datafiles.write_files(datafiles.opener(f"{store.url}/{folder}"), {name: b"elements"})
 
 
 def read_data(store: PosixStorage, key: str) -> None:

@@ -20,11 +20,11 @@ LIST_PAGE_MAX = 1000
 
 
 class Refused(Exception):
-    """What the service answers instead: an HTTP status and a reason."""
+    """What the service answers instead: an HTTP status, a message, and its own word for the cause."""
 
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+    def __init__(self, status: int, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.status, self.reason = status, reason
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,11 @@ class Rule:
     name: a regular expression found in the object's name, or in a listing's prefix. operations: media, get, list,
     insert, delete. skip: as many requests are answered rightly before. times: as many meet it; 0: all.
 
-    kind, with `value`: status: HTTP `value`. flip: one bit of the body, while the hash in the headers stays the
-    object's. cut: the connection ends after `value` bytes of the body. short: a whole answer, whose body has only
-    `value` bytes. range: a `Content-Range` of other bytes. type: a page of HTML with status 200, as proxies send. slow:
-    `value` seconds late. hang: no answer at all. trickle: one byte of the body each `value` seconds.
+    kind, with `value`: status: HTTP `value`, with `message`, `reason` and a header `retry_after`. flip: one bit of the
+    body, while the hash in the headers stays the object's. cut: the connection ends after `value` bytes of the body.
+    short: a whole answer, whose body has only `value` bytes. range: a `Content-Range` of other bytes. type: a page of
+    HTML with status 200, as proxies send. slow: `value` seconds late. hang: no answer at all. trickle: one byte of the
+    body each `value` seconds.
     """
 
     name: str
@@ -104,6 +105,8 @@ class Rule:
     skip: int = 0
     times: int = 0
     message: str = ""
+    reason: str = ""
+    retry_after: str = ""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Rule:

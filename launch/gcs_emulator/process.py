@@ -23,19 +23,11 @@ def environ(url: str) -> dict[str, str]:
     }
 
 
-class EmulatorProcess:
-    """A running emulator on a free port of this machine. It ends with `end`, or when this process ends."""
+class Server:
+    """A server of the JSON API that somebody else runs at `url`."""
 
-    def __init__(self, buckets: Sequence[str], *flags: str) -> None:
-        module = [sys.executable, "-m", "launch.gcs_emulator"]
-        command = [*module, "--port=0", "--until_stdin_closes", f"--buckets={','.join(buckets)}", *flags]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        words = self._process.stdout.readline().split()
-        if not words:
-            raise OSError(f"the emulator ended with {self._process.wait()} instead of serving")
-        self.url = words[-1]
-        self.environ = environ(self.url)
+    def __init__(self, url: str) -> None:
+        self.url, self.environ = url, environ(url)
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, **headers: str
@@ -48,6 +40,20 @@ class EmulatorProcess:
                 return reply.status, dict(reply.headers), reply.read()
         except urllib.error.HTTPError as error:
             return error.code, dict(error.headers), error.read()
+
+
+class EmulatorProcess(Server):
+    """A running emulator on a free port of this machine. It ends with `end`, or when this process ends."""
+
+    def __init__(self, buckets: Sequence[str], *flags: str) -> None:
+        module = [sys.executable, "-m", "launch.gcs_emulator"]
+        command = [*module, "--port=0", "--until_stdin_closes", f"--buckets={','.join(buckets)}", *flags]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        words = self._process.stdout.readline().split()
+        if not words:
+            raise OSError(f"the emulator ended with {self._process.wait()} instead of serving")
+        super().__init__(words[-1])
 
     def counts(self, *, reset: bool = False) -> dict[str, Any]:
         """Requests by operation and by class, and faults by kind, since the last reset."""
@@ -63,6 +69,12 @@ class EmulatorProcess:
     def set_rules(self, group: str, *rules: Mapping[str, Any]) -> None:
         """From now on these rules (`faults.Rule`) of this group and no others of it. Raises ValueError."""
         status, _, body = self.ask("PUT", f"/_emulator/rules/{group}", json.dumps(rules).encode())
+        if status != 200:
+            raise ValueError(body.decode())
+
+    def set_guard(self, bucket: str, **guard: Any) -> None:
+        """From now on only callers with such a token (`guard.Guard`) may use the bucket. Raises ValueError."""
+        status, _, body = self.ask("PUT", f"/_emulator/guards/{bucket}", json.dumps(guard).encode())
         if status != 200:
             raise ValueError(body.decode())
 

@@ -1,8 +1,9 @@
 """The emulator's HTTP side: the JSON API as gcsfs, TensorStore and this package speak it.
 
 Buckets: get, create. Objects: list, metadata, media with Range, media, multipart and resumable upload, delete, patch,
-rewriteTo, copyTo, moveTo, batch. `/_emulator/faults` (GET, PUT), `/_emulator/rules/GROUP` (GET, PUT) and
-`/_emulator/counts` (GET, DELETE) are its own.
+rewriteTo, copyTo, moveTo, batch; and media as `/BUCKET/NAME`, as the XML API has it. `/_emulator/faults` (GET, PUT),
+`/_emulator/rules/GROUP` (GET, PUT), `/_emulator/guards/BUCKET` (PUT), `/_emulator/counts` (GET, DELETE) and
+`/_emulator/requests` (GET; DELETE of the counts clears it) are its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -21,7 +22,9 @@ from aiohttp import web
 
 from launch.gcs_emulator.bucket import LIST_PAGE_MAX, Bucket, Object, Preconditions, Refused
 from launch.gcs_emulator.faults import Dice, Faults, Rule, Rules
+from launch.gcs_emulator.guard import Guard
 from launch.gcs_emulator.replies import Answer, altered, cut, hang_up, response, stay_silent, trickle
+from launch.gcs_emulator.request_log import Logged, RequestLog
 
 BODY_BYTES_MAX = 1 << 30
 UPLOADS_MAX = 10_000
@@ -33,6 +36,11 @@ _COPY = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)/(rewriteTo|copyTo|moveTo)(?
 _LIST = re.compile(r"/storage/v1/b/([^/]+)/o")
 _UPLOAD = re.compile(r"/(?:resumable/)?upload/storage/v1/b/([^/]+)/o")
 _BUCKET = re.compile(r"/storage/v1/b/([^/]+)")
+_PLAIN = re.compile(r"/((?!storage/|upload/|download/|resumable/|batch|_emulator/)[^/]+)/(.+)")  # the XML API's objects
+
+
+MEDIA = {"alt": "media"}
+_ABOUT_MAX = 8192  # bytes of a multipart upload in which its metadata is
 
 
 @dataclass
@@ -56,7 +64,8 @@ def _json(value: Any, operation: str, status: int = 200) -> Answer:
 def _refusal(refused: Refused, operation: str = "other") -> Answer:
     if refused.status == 304:
         return Answer(304, operation=operation)
-    error = {"error": {"code": refused.status, "message": str(refused), "errors": [{"message": str(refused)}]}}
+    cause = {"message": str(refused), **({"reason": refused.reason} if refused.reason else {})}
+    error = {"error": {"code": refused.status, "message": str(refused), "errors": [cause]}}
     return _json(error, operation, refused.status)
 
 
@@ -69,7 +78,9 @@ class Emulator:
         self._uploads: dict[str, Upload] = {}
         self.dice = Dice(faults)
         self.rules = Rules()
+        self.guards: dict[str, Guard] = {}
         self.counts: Counter[str] = Counter()
+        self.log = RequestLog()
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_BYTES_MAX)
@@ -80,6 +91,10 @@ class Emulator:
         path = request.rel_url.raw_path
         if path.startswith("/_emulator/"):
             return await self._control(request, path)
+        with self.log.noted(*_named(request.method, path, request.query)) as logged:
+            return await self._handled(request, path, logged)
+
+    async def _handled(self, request: web.Request, path: str, logged: Logged) -> web.StreamResponse:
         if self.dice.faults.down:
             self.dice.counts["down"] += 1
             return hang_up(request)
@@ -89,7 +104,8 @@ class Emulator:
             if self.dice.hit(kind):
                 return response(_refusal(Refused(status, f"injected {status}")))
         body = await request.read()
-        if rule := self.rules.hit(*_named(request.method, path, request.query)):
+        logged.operation, logged.name = _named(request.method, path, request.query, body)
+        if rule := self.rules.hit(logged.operation, logged.name):
             return await self._ruled(rule, request, path, body)
         if request.method != "GET" and self.dice.hit("cut"):
             self._keep_half(request, body)
@@ -105,7 +121,10 @@ class Emulator:
         """The answer that `rule` has for this request."""
         if rule.kind == "status":
             status = int(rule.value)
-            return response(_refusal(Refused(status, rule.message or f"injected {status} for {path}")))
+            message = rule.message or f"injected {status} for {path}"
+            answer = _refusal(Refused(status, message, rule.reason))
+            more = {"Retry-After": rule.retry_after} if rule.retry_after else {}
+            return response(replace(answer, headers={**answer.headers, **more}))
         if rule.kind == "hang":
             return await stay_silent(request)
         if rule.kind == "type":
@@ -130,6 +149,7 @@ class Emulator:
     ) -> Answer:
         """One call of the API, carried out at once. Counted by operation and by class."""
         try:
+            self._check_guard(path, query, headers)
             if self.dice.faults.read_only and method != "GET":
                 raise Refused(403, "the caller does not have storage.objects.create or delete access")
             answer = self._route(method, path, query, headers, body, base)
@@ -163,7 +183,14 @@ class Emulator:
             )
         if found := _BUCKET.fullmatch(path):
             return _json(_bucket_resource(self._bucket(unquote(found[1])).name), "bucket")
+        if method == "GET" and (found := _PLAIN.fullmatch(path)):
+            return self._object(method, self._bucket(unquote(found[1])), unquote(found[2]), MEDIA, headers, body)
         raise Refused(404, f"not a path of the JSON API: {method} {path}")
+
+    def _check_guard(self, path: str, query: Mapping[str, str], headers: Mapping[str, str]) -> None:
+        found = _PLAIN.fullmatch(path) or re.match(r"/(?:\w+/)*storage/v1/b/([^/?]+)", path)
+        if found and found[1] in self.guards:
+            self.guards[found[1]].check(query, headers)
 
     def _bucket(self, name: str) -> Bucket:
         if name not in self._buckets:
@@ -313,7 +340,7 @@ class Emulator:
             content_id = re.search(r"(?im)^content-id:\s*<?([^>\r\n]*)>?", text)
             line = re.search(r"(?m)^(\w+) (\S+) HTTP/1\.1", text)
             assert line
-            answer = self._in_batch(line[1], line[2])
+            answer = self._in_batch(line[1], line[2], headers)
             name = content_id[1] if content_id else ""
             told.append(
                 f"--batch_reply\r\nContent-Type: application/http\r\nContent-ID: <response-{name}>\r\n\r\n"
@@ -322,12 +349,17 @@ class Emulator:
         reply = "".join(told) + "--batch_reply--\r\n"
         return Answer(200, reply.encode(), {"Content-Type": "multipart/mixed; boundary=batch_reply"}, "batch")
 
-    def _in_batch(self, method: str, target: str) -> Answer:
+    def _in_batch(self, method: str, target: str, headers: Mapping[str, str]) -> Answer:
         for kind, status in (("too_many", 429), ("unavailable", 503)):
             if self.dice.hit(kind):
                 return _refusal(Refused(status, f"injected {status}"))
         url = urlsplit(target)
-        return self.call(method, url.path, dict(parse_qsl(url.query)), {}, b"", "")
+        query = dict(parse_qsl(url.query))
+        rule = self.rules.hit(*_named(method, url.path, query))
+        if rule and rule.kind == "status":
+            return _refusal(Refused(int(rule.value), rule.message or f"injected {rule.value:g}", rule.reason))
+        own = {name: value for name, value in headers.items() if name.lower() == "authorization"}
+        return self.call(method, url.path, query, own, b"", "")
 
     async def _control(self, request: web.Request, path: str) -> web.Response:
         if path == "/_emulator/faults":
@@ -345,16 +377,26 @@ class Emulator:
                 except (ValueError, TypeError, re.error) as error:
                     return web.json_response({"error": str(error)}, status=400)
             return web.json_response({"hits": self.rules.counts[group]})
+        if path == "/_emulator/requests":
+            return web.json_response(self.log.told())
+        if path.startswith("/_emulator/guards/") and request.method == "PUT":
+            try:
+                guard = Guard.of(await request.json())
+            except (ValueError, TypeError) as error:
+                return web.json_response({"error": str(error)}, status=400)
+            self.guards[path.removeprefix("/_emulator/guards/")] = guard
+            return web.json_response({})
         if path == "/_emulator/counts":
             told = self._told()
             if request.method == "DELETE":
                 self.counts.clear()
+                self.log.clear()
                 self.dice.counts.clear()
                 for bucket in self._buckets.values():
                     bucket.rewritten_too_soon = 0
             return web.json_response(told)
         return web.json_response(
-            {"error": "there is /_emulator/faults, /_emulator/rules/GROUP and /_emulator/counts"}, status=404
+            {"error": "choose from /_emulator/: faults, rules/GROUP, guards/BUCKET, counts, requests"}, status=404
         )
 
     def _told(self) -> dict[str, Any]:
@@ -381,13 +423,19 @@ def _operation(method: str, path: str, query: Mapping[str, str]) -> str:
         return "insert"
     if _OBJECT.fullmatch(path):
         return {"DELETE": "delete", "PATCH": "patch"}.get(method, "media" if query.get("alt") == "media" else "get")
-    return "list" if _LIST.fullmatch(path) else "copy" if _COPY.fullmatch(path) else "other"
+    if _LIST.fullmatch(path) or _COPY.fullmatch(path):
+        return "list" if _LIST.fullmatch(path) else "copy"
+    return "media" if method == "GET" and _PLAIN.fullmatch(path) else "other"
 
 
-def _named(method: str, path: str, query: Mapping[str, str]) -> tuple[str, str]:
+def _named(method: str, path: str, query: Mapping[str, str], body: bytes = b"") -> tuple[str, str]:
     """Which operation a call is, and the object's name or the listing's prefix."""
-    found = _OBJECT.fullmatch(path)
-    return _operation(method, path, query), unquote(found[2]) if found else query.get("prefix", query.get("name", ""))
+    found = _OBJECT.fullmatch(path) or _PLAIN.fullmatch(path)
+    name = unquote(found[2]) if found else query.get("prefix", query.get("name", ""))
+    if not name and _UPLOAD.fullmatch(path):
+        told = re.search(rb'"name":\s*"([^"]*)"', body[:_ABOUT_MAX])
+        name = told[1].decode(errors="replace") if told else ""
+    return _operation(method, path, query), name
 
 
 def _hash_header(headers: Mapping[str, str]) -> str | None:

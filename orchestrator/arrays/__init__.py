@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from orchestrator.arrays.foreign import describe, is_tree
-from orchestrator.arrays.placing import Load
-from orchestrator.arrays.reading import check, load, sharding_of, slabs
+from orchestrator.arrays.placing import Load, as_array
+from orchestrator.arrays.reading import check, load, slabs
 from orchestrator.arrays.sharing import groups
+from orchestrator.arrays.wanted import shardings_of
 from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 
 __all__ = [
@@ -14,11 +15,12 @@ __all__ = [
     "Load",
     "PendingWrite",
     "WriteStopped",
+    "as_array",
     "check",
     "describe",
     "groups",
     "is_tree",
     "load",
-    "sharding_of",
+    "shardings_of",
     "slabs",
 ]

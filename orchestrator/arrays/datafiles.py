@@ -12,21 +12,20 @@ import functools
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import crc32c
-import tensorstore as ts
 
-from orchestrator import chunks
-from orchestrator.arrays.store import files_spec, shared_context
+from orchestrator import chunks, overlap
+from orchestrator.arrays.store import shared_context
+from orchestrator.overlap import Begun
 from orchestrator.records import FileEntry, crc32
 from orchestrator.storage import directory
 from orchestrator.storage.directory import storage_error
 
 Buffer = bytes | memoryview
 
-_TIMEOUT_S = 3600.0  # for one object; the save's own deadline is shorter and ends the wait before
 _WRITE_BACK_BYTES = 8 << 20
 _WRITE_BACK_BYTES_MIN = 1 << 20  # for less, sealing is as quick
 _SYNC_FILE_RANGE_WRITE = 2
@@ -43,6 +42,9 @@ class DataFile(Protocol):
     def append(self, parts: Sequence[Buffer], checksum: int) -> int:
         """Write `parts`, whose bytes together have CRC-32C `checksum`. Returns the offset of the first."""
 
+    def begin_close(self) -> None:
+        """All has been appended: what an object store needs its time for may begin."""
+
     def close(self, *, whole: bool = True) -> None:
         """All of it is in the file system's hands, or in the object store. Not `whole`: it is given up."""
 
@@ -55,13 +57,21 @@ def opener(url: str) -> Callable[[str], DataFile]:
     return functools.partial(_Object, base)
 
 
-def write_file(opened: Callable[[str], DataFile], path: str, body: bytes) -> DataFile:
-    """A whole small file."""
-    file = opened(path)
-    file.append([body], crc32c.crc32c(body))
-    file.crc32 = crc32(body)
-    file.close()
-    return file
+def write_files(opened: Callable[[str], DataFile], bodies: Mapping[str, bytes]) -> dict[str, DataFile]:
+    """A few whole small files, by path: of an object store all are under way at the same time."""
+    files = {}
+    for path, body in bodies.items():
+        file = files[path] = opened(path)
+        try:
+            file.append([body], crc32c.crc32c(body))
+        except BaseException:
+            file.close(whole=False)
+            raise
+        file.crc32 = crc32(body)
+        file.begin_close()
+    for file in files.values():
+        file.close()
+    return files
 
 
 def entry(path: str, file: DataFile) -> FileEntry:
@@ -109,10 +119,16 @@ class _LocalFile:
             call(self._descriptor, self._handed_over, self.bytes - self._handed_over, _SYNC_FILE_RANGE_WRITE)
         self._handed_over = self.bytes
 
+    def begin_close(self) -> None:
+        self.close()
+
     def close(self, *, whole: bool = True) -> None:
+        if self._descriptor < 0:
+            return
         if whole and self.bytes - self._handed_over >= _WRITE_BACK_BYTES_MIN:
             self._begin_write_back()
-        os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
 
 @functools.cache
@@ -131,6 +147,7 @@ class _Object:
         self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
         self._base = base
         self._parts: list[bytes] = []
+        self._writing: Begun[None] | None = None
 
     def append(self, parts: Sequence[Buffer], checksum: int) -> int:
         offset = self.bytes
@@ -139,10 +156,20 @@ class _Object:
         self.crc32c = chunks.combined_crc32c(self.crc32c, checksum, self.bytes - offset)
         return offset
 
+    def begin_close(self) -> None:
+        self._writing = overlap.begin(self._write)
+
     def close(self, *, whole: bool = True) -> None:
         if not whole:
             self._parts.clear()
             return
-        store = ts.KvStore.open(files_spec(self._base), context=shared_context()).result(timeout=_TIMEOUT_S)
+        if self._writing is not None:
+            self._writing.result()
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        from orchestrator.arrays import buckets  # gcsfs takes half a second to import: only where it is used
+
         body, self._parts = b"".join(self._parts), []
-        store.write(self.path, body).result(timeout=_TIMEOUT_S)
+        buckets.write(self._base, self.path, body, shared_context())

@@ -30,13 +30,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator import attest, chunks
+from orchestrator.arrays.owned import bit_count
 from orchestrator.arrays.placing import in_own_memory
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Box, LeafSpec, ShardPrint
 
 _SMALL_BYTES = 256 << 10  # shards below this are computed many at a time
@@ -61,6 +62,7 @@ class Prints:
 
     waiting: list[tuple[list[tuple[str, Part]], Any]] = field(default_factory=list)
 
+    @in_own_context
     def result(self) -> dict[str, list[tuple[Part, str]]]:
         """Leaf name -> this process's shards and their fingerprints. Any thread; waits for the devices."""
         found: dict[str, list[tuple[Part, str]]] = {}
@@ -107,6 +109,7 @@ class _Item:
 _Places = dict[Any, tuple[list[Part], tuple[Any, ...]]]
 
 
+@in_own_context
 def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Prints:
     """Begin computing the fingerprints of these arrays (jax.Array or numpy), as far as this process holds them.
 
@@ -132,6 +135,7 @@ def of(leaf: LeafSpec, value: Any) -> str:
     return attest.total({part.box: told for part, told in found}.values())
 
 
+@in_own_context
 def of_pieces(leaf: LeafSpec, pieces: Iterable[tuple[Box, Any]]) -> str:
     """The fingerprint of an array from numpy pieces that cover it once, as stored. Holds one piece at a time."""
     found = []
@@ -156,6 +160,8 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         whole = Box(start=(0,) * value.ndim, stop=value.shape)
         yield _from_host(leaf, value.shape, Part(whole, 0, _HOST), value)
         return
+    if not value.sharding.addressable_devices:  # other processes hold it
+        return
     if leaf.kind == "key":
         value = jax.random.key_data(value)
     if (value.sharding, value.shape) not in places:
@@ -163,8 +169,6 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         found = [Part(chunks.box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
         places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
     parts, devices = places[value.sharding, value.shape]
-    if not parts:  # other processes hold it
-        return
     if value.is_fully_replicated:  # `addressable_data` would give the first device's copy for each
         data = [shard.data for shard in value.addressable_shards]
     else:
@@ -210,13 +214,7 @@ def _words(dtype: Any) -> int:
 
 def _mask(dtype: Any) -> int:
     """The bits that count: numpy keeps an element of less than a byte in a byte."""
-    return (1 << _bit_count(dtype)) - 1
-
-
-def _bit_count(dtype: Any) -> int:
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(ml_dtypes.iinfo(dtype).bits)
-    return int(ml_dtypes.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * np.dtype(dtype).itemsize
+    return (1 << bit_count(dtype)) - 1
 
 
 def _launch(kind: _Kind, group: list[_Item]) -> Any:
@@ -268,7 +266,7 @@ def _bits(array: Any) -> Any:
         return bits.reshape(*array.shape[:-1], -1)
     if array.dtype == jnp.bool_:
         return array.astype(jnp.uint8)
-    width = min(32, _bit_count(array.dtype))
+    width = min(32, bit_count(array.dtype))
     bits = lax.bitcast_convert_type(array, jnp.dtype(f"uint{width}"))
     return bits.astype(jnp.uint8) if width < 8 else bits
 

@@ -17,6 +17,7 @@ from orchestrator import arguments, layout
 from orchestrator.arrays import orbax_json
 from orchestrator.arrays.store import context, foreign_spec
 from orchestrator.errors import Damaged, UsageError
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Foreign, LeafSpec
 from orchestrator.tree import inline_text
 
@@ -98,6 +99,7 @@ def _key_implementations(base: Path) -> dict[str, str]:
     return found
 
 
+@in_own_context
 def _array_leaf(
     path: tuple[str, ...], foreign: Foreign, kind: str, array: Any, key: str | None, where: str
 ) -> LeafSpec:

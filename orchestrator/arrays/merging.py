@@ -32,4 +32,4 @@ def write_tree(directory: str, plan: Plan, entries: Mapping[str, Chunk]) -> tupl
     ordered = [(raw, everything[key]) for key, raw in plan.order]
     nodes, manifest = ocdbt.encode(ordered, path, 0, uuid.uuid4().bytes, time.time_ns())
     written = {path: nodes, ocdbt.MANIFEST: manifest}
-    return tuple(datafiles.entry(path, datafiles.write_file(opened, path, body)) for path, body in written.items())
+    return tuple(datafiles.entry(path, file) for path, file in datafiles.write_files(opened, written).items())

@@ -6,7 +6,9 @@ import contextlib
 import functools
 import math
 import mmap
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,9 @@ from jax._src import core as _core
 from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 
 from orchestrator import chunks
+from orchestrator.arrays import owned
 from orchestrator.errors import Damaged, UsageError
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import inline_value, numpy_dtype
 
@@ -30,6 +34,10 @@ _PAGE_BYTES = 2 << 20  # a large page
 _LARGE_BYTES = 2 * _PAGE_BYTES
 _LARGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+
+_THREADS = 8  # at most, that copy replicas
+_COPIED = _xla.HostBufferSemantics.IMMUTABLE_ONLY_DURING_CALL
+_TAKEN_OVER = _xla.HostBufferSemantics.ZERO_COPY
 
 Array = np.ndarray[Any, Any]
 
@@ -80,12 +88,15 @@ class Layout:
 @dataclass
 class Filling:
     """Leaves of one form being read: for each box that this process needs a host buffer, whose first dimension is the
-    leaf. `places`: of the leaves, among all that are wanted."""
+    leaf. `places`: of the leaves, among all that are wanted. `owned`: the arrays on each device whose memory the
+    buffers are, if those are to be the leaf; `replicas`: (to, from) of devices that get the same bytes."""
 
     items: Sequence[Load]
     layout: Layout
     places: Sequence[int] = (0,)
     buffers: list[Array] = field(default_factory=list)
+    owned: list[Any] = field(default_factory=list)
+    replicas: list[tuple[Array, Array]] = field(default_factory=list)
 
     @property
     def leaf(self) -> LeafSpec:
@@ -108,8 +119,24 @@ class Filling:
         return len(self.items) * self.leaf_bytes
 
     @property
+    def dtype_held(self) -> np.dtype[Any]:
+        """Of the restored array."""
+        return np.dtype(_logical(self.items[0], np.empty(0, self.dtype)).dtype)
+
+    @property
+    def ownable(self) -> bool:
+        """Whether its buffers can be memory of XLA's own that becomes the arrays, and are large enough for it."""
+        item = self.items[0]
+        if item.sharding is None or item.frame or not self.layout.devices or self.leaf_bytes < owned.ARRAY_BYTES:
+            return False
+        here = on_host(item.sharding) and in_own_memory(item.sharding)
+        as_read = self.dtype_held == _logical(Load(self.leaf), np.empty(0, self.dtype)).dtype  # it is not cast
+        whole = owned.bit_count(self.dtype_held) >= 8  # XLA may pack others
+        return here and as_read and whole and len(self.items) == 1 and len(set(self.layout.shapes)) == 1
+
+    @property
     def copied(self) -> bool:
-        """Whether the buffers are copied to an accelerator's memory; else they become the arrays."""
+        """Whether the buffers are copied to an accelerator's memory; else to the host's, or they become the arrays."""
         sharding = self.items[0].sharding
         return sharding is not None and not on_host(sharding)
 
@@ -149,6 +176,33 @@ def prepare(loads: Sequence[Load]) -> list[Filling]:
             some = places[first : first + count]
             fillings.append(Filling([loads[place] for place in some], alone.layout, some))
     return sorted(fillings, key=lambda filling: filling.places[0])  # about as the files have them
+
+
+def own(fillings: Sequence[Filling]) -> None:
+    """Have the large ones among those for CPU devices read straight into what will be the arrays, if there is enough
+    of them. Main thread. Raises MemoryError."""
+    by_devices: dict[tuple[Any, ...], list[Filling]] = {}
+    for filling in fillings:
+        if filling.ownable:
+            by_devices.setdefault(filling.layout.devices, []).append(filling)
+    for devices, some in by_devices.items():
+        size = len(devices) * sum(filling.leaf_bytes // len(filling.layout.shapes) for filling in some)
+        if size < owned.TOTAL_BYTES:
+            continue
+        reserve(size)  # XLA would end the process
+        made = owned.allocate(devices, [(filling.layout.shapes[0], filling.dtype_held) for filling in some])
+        for filling, arrays in zip(some, made or (), strict=False):
+            _read_into(filling, arrays)
+
+
+def _read_into(filling: Filling, arrays: list[Any]) -> None:
+    filling.owned = arrays
+    views = [owned.memory(array).view(filling.dtype).reshape(1, *array.shape) for array in arrays]
+    first: dict[int, Array] = {}
+    for number, view in zip(filling.layout.buffer_of, views, strict=True):
+        if first.setdefault(number, view) is not view:
+            filling.replicas.append((view, first[number]))
+    filling.buffers = [first[number] for number in range(len(filling.layout.shapes))]
 
 
 def _layout(item: Load) -> Layout:
@@ -298,18 +352,23 @@ def reserve(size: int) -> None:
         _in_large_pages(size)
 
 
+@in_own_context
 def place(fillings: Sequence[Filling], values: list[Any]) -> list[Any]:
     """Put the values of leaves that were read where they belong in `values`, and return them."""
     placed = []
+    if replicas := [pair for filling in fillings for pair in filling.replicas]:
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="replicas") as pool:
+            list(pool.map(lambda pair: np.copyto(*pair), replicas))
     for filling in fillings:
         made = _values(filling)
         for at, value in zip(filling.places, made, strict=True):
             values[at] = value
         placed += made
-        filling.buffers = []  # on another device than the host's, they are not needed any more
+        filling.buffers, filling.replicas, filling.owned = [], [], []  # not needed any more
     return placed
 
 
+@in_own_context
 def unread(item: Load) -> Any:
     """The value of a leaf that no file holds."""
     return _empty_array(item) if item.leaf.kind_stored else inline_value(item.leaf)
@@ -322,21 +381,31 @@ def _values(filling: Filling) -> list[Any]:
     rows = range(len(filling.items))
     if item.sharding is None:
         return [logical[0][row, ...][()] if leaf.kind == "numpy_scalar" else logical[0][row, ...] for row in rows]
-    # Arrays of JAX's canonical types only: int64 becomes int32 where x64 is off, as in device_put.
-    held = _logical(item, np.empty(0, filling.dtype)).dtype  # a process that has none of the devices has no buffers
-    dtype = jax.dtypes.canonicalize_dtype(held)
-    if dtype != held:
-        logical = [data.astype(dtype) for data in logical]
+    dtype = filling.dtype_held  # a process that has none of the devices has no buffers
     if item.frame and (carried := carrier(dtype)):
         dtype, logical = carried, [data.view(carried) for data in logical]
     aval = _core.ShapedArray(item.frame.shape if item.frame else leaf.file_shape, dtype)
     layout, devices = filling.layout, list(filling.layout.devices)
+    if filling.owned:
+        values = [jax.make_array_from_single_device_arrays(aval.shape, item.sharding, filling.owned)]
+        return [_key(values[0], leaf)] if leaf.kind == "key" else values
+    # To a CPU device by a copy, so that the array can be donated. What is exchanged never is.
+    how = _COPIED if on_host(item.sharding) and not item.frame else _TAKEN_OVER
     values = []
     for row in rows:
         hosts = [data[row, ...] for data in logical]
         shards = [hosts[number] for number in layout.buffer_of]
-        values.append(_xla.batched_device_put(aval, item.sharding, shards, devices, True))
+        if how is _COPIED and len(shards) > len(hosts) > 1:
+            shards = _apart(shards)
+        values.append(_xla.batched_device_put(aval, item.sharding, shards, devices, True, False, how))
     return [_key(value, leaf) for value in values] if leaf.kind == "key" else values
+
+
+def _apart(shards: list[Array]) -> list[Array]:
+    """With memory of its own for each: jaxlib 0.10.2 fails (bad_function_call) to copy shards for several devices some
+    of which share their memory."""
+    first = {id(shard): number for number, shard in reversed(list(enumerate(shards)))}
+    return [shard if first[id(shard)] == number else shard.copy() for number, shard in enumerate(shards)]
 
 
 def _key(data: Any, leaf: LeafSpec) -> Any:
@@ -362,6 +431,25 @@ def _logical(item: Load, data: Array) -> Array:
     return data if item.dtype is None or data.dtype == item.dtype else data.astype(item.dtype)
 
 
+@in_own_context
+def as_array(leaf: LeafSpec, value: Any, dtype: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """A number that was saved as another kind of leaf as an array without dimensions; numpy's where `sharding` is
+    None. Raises UsageError naming the leaf if `dtype` cannot hold it."""
+    try:
+        host = np.asarray(value, dtype)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{leaf.label}: {value!r} cannot be held as {dtype}: {error}; ask for a wider dtype"
+        ) from error
+    return host if sharding is None else _spread(host, sharding)
+
+
+def _spread(host: Array, sharding: jax.sharding.Sharding) -> Any:
+    """An array that every process has on its host, on the devices of `sharding`, which may be other processes'."""
+    dtype = jax.dtypes.canonicalize_dtype(host.dtype)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=dtype)
+
+
 def _empty_array(item: Load) -> Any:
     """An array with no elements, from its spec alone."""
     leaf = item.leaf
@@ -369,5 +457,5 @@ def _empty_array(item: Load) -> Any:
     host = np.zeros(leaf.file_shape, numpy_dtype(str(dtype)) if isinstance(dtype, str) else dtype)
     if item.sharding is None:
         return host
-    array = jax.make_array_from_callback(leaf.file_shape, item.sharding, lambda index: host[index])
+    array = _spread(host, item.sharding)
     return _key(array, leaf) if leaf.kind == "key" else array

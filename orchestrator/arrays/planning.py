@@ -19,11 +19,11 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from orchestrator import chunks
+from orchestrator import chunks, holders
 from orchestrator.arrays import ocdbt, orbax_files
 from orchestrator.arrays.compressed import ZSTD
 from orchestrator.arrays.placing import in_own_memory, on_host
-from orchestrator.records import Box, LeafSpec
+from orchestrator.records import Box, Held, LeafSpec
 from orchestrator.tree import Flat, Form, fits_int64, numpy_dtype
 
 _CHECKSUM = {"name": "crc32c"}
@@ -38,8 +38,8 @@ class LeafPlan:
     """What this process writes of one leaf.
 
     leaf: as the array store holds it. type: Orbax's name for what it is. shards: (number among the addressable ones,
-    pieces). whole: the dtype to copy a leaf of the host's memory as, None if it is on devices. small: each shard is one
-    chunk that, with its CRC, is small enough for the store's tree.
+    pieces). whole: the dtype to copy a leaf of the host's memory as, None if it is an array of JAX. small: each shard
+    is one chunk that, with its CRC, is small enough for the store's tree.
     """
 
     leaf: LeafSpec
@@ -83,12 +83,21 @@ def _stored(leaf: LeafSpec) -> np.dtype[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a process writes of states of one form."""
+    """What a process writes of states of one form. held: who holds the leaves, which all processes go by; () in a job
+    of one process. own: the leaves that it has its own of, and only compares with process 0's."""
 
     form: Form
     leaves: tuple[LeafPlan, ...]
     compression: bool
     process: int
+    held: tuple[Held, ...] = ()
+    own: tuple[tuple[int, Held], ...] = ()
+
+    @functools.cached_property
+    def own_bytes(self) -> tuple[int, ...]:
+        """Of each leaf of `own`, as it would be stored."""
+        leaves = [self.form.leaves[number] for number, _ in self.own]
+        return tuple(math.prod(leaf.file_shape) * _stored(leaf).itemsize if leaf.in_store else 0 for leaf in leaves)
 
     @functools.cached_property
     def mine(self) -> tuple[tuple[int, LeafPlan], ...]:
@@ -172,27 +181,56 @@ class Plan:
 
 
 _PLANS = 4
-_plans: OrderedDict[tuple[Form, int, bool], Plan] = OrderedDict()
+_plans: OrderedDict[tuple[Form, int, bool, tuple[Held, ...]], Plan] = OrderedDict()
 
 
-def plan_of(flat: Flat, process: int, compression: bool) -> Plan:
-    """The plan of `process` for states of this form; kept for the last few forms. Main thread."""
-    known = _plans.get((flat.form, process, compression))
+def plan_of(flat: Flat, process: int, compression: bool, held: tuple[Held, ...] = ()) -> Plan:
+    """The plan of `process` for states of this form; kept for the last few forms. Main thread. Raises UsageError naming
+    the leaves that this process has elsewhere than `held` says."""
+    key = (flat.form, process, compression, held)
+    known = _plans.get(key)
     if known is None:
-        layouts: _Layouts = {}
-        given = zip(flat.spec.leaves, flat.values, strict=True)
-        known = Plan(flat.form, tuple(_plan(*each, process, layouts) for each in given), compression, process)
-        _plans[flat.form, process, compression] = known
+        known = _plans[key] = _new_plan(flat, process, compression, held)
         if len(_plans) > _PLANS:
             _plans.popitem(last=False)
     return known
 
 
-# (sharding, shapes, chunk shape) -> its layout, and of it, by turn, what this process writes.
-_Layouts = dict[Any, tuple["_Layout", dict[int, Any]]]
+def _new_plan(flat: Flat, process: int, compression: bool, held: tuple[Held, ...]) -> Plan:
+    leaves, layouts, own = flat.spec.leaves, _Layouts(), list[tuple[int, Held]]()
+    runs: list[Held | None] = [None] * len(leaves)
+    if held:
+        seen = views(flat)
+        holders.check_views(held, leaves, seen, process)
+        runs = [*holders.each_of(held)]
+        own = [
+            (number, run)
+            for number, (run, view) in enumerate(zip(holders.each_of(held), seen, strict=True))
+            if process != 0 and run.by is None and view in (None, holders.alone(process))
+        ]
+    given = zip(leaves, flat.values, runs, strict=True)
+    return Plan(
+        flat.form, tuple(_plan(*each, process, layouts) for each in given), compression, process, held, tuple(own)
+    )
 
 
-def _plan(leaf: LeafSpec, value: Any, process: int, layouts: _Layouts) -> LeafPlan:
+def views(flat: Flat) -> list[holders.View]:
+    """How this process sees each leaf: on the devices of which processes it is, None where it is no array of JAX."""
+    return [_holders(value.sharding) if isinstance(value, jax.Array) else None for value in flat.values]
+
+
+@functools.lru_cache(maxsize=256)
+def _holders(sharding: jax.sharding.Sharding) -> holders.Ranges:
+    devices: Any = sharding.device_set
+    return holders.ranges(device.process_index for device in devices)
+
+
+class _Layouts(dict[Any, tuple["_Layout", dict[int, Any]]]):
+    """(sharding, shapes, chunk shape) -> its layout, and of it, by turn, what this process writes."""
+
+
+def _plan(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _Layouts) -> LeafPlan:
+    """`run`: who holds it; None in a job of one process."""
     if leaf.kind in ("bool", "int", "float"):
         if leaf.kind == "int" and not fits_int64(value):
             return LeafPlan(leaf, orbax_files.value_type(leaf, value, stored=False))
@@ -202,11 +240,24 @@ def _plan(leaf: LeafSpec, value: Any, process: int, layouts: _Layouts) -> LeafPl
     type_name = orbax_files.value_type(leaf, value, stored=leaf.in_store)
     if not leaf.in_store:
         return LeafPlan(leaf, type_name)
-    if not isinstance(value, jax.Array) or host_local(value.sharding):
+    if run is not None and run.by is None:
         # An array that each process has for itself is numpy to Orbax: it has no sharding that others would know.
-        dtype = numpy_dtype(leaf.stored_dtype if leaf.kind == "key" else leaf.dtype)
-        return _whole(leaf, "np.ndarray", dtype, process)
-    return _of_shards(leaf, as_stored(leaf, value), layouts)
+        type_name = "np.ndarray"
+    if not isinstance(value, jax.Array):
+        return _whole(leaf, "np.ndarray", numpy_dtype(leaf.dtype), process)
+    if run is not None and not holders.includes(run.by or holders.alone(0), process):
+        return LeafPlan(leaf, type_name, sharding=value.sharding)
+    return _of_shards(leaf, as_stored(leaf, value), type_name, layouts)
+
+
+def joinable(leaf: LeafSpec, value: jax.Array) -> bool:
+    """Whether Python's buffer protocol gives the elements of the whole array, as they are on the host."""
+    return leaf.dtype in _VIEWED and _on_one_cpu(value.sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
+    return len(sharding.device_set) == 1 and on_host(sharding)
 
 
 def as_stored(leaf: LeafSpec, value: Any) -> Any:
@@ -247,7 +298,7 @@ class _Layout:
     shards: tuple[tuple[int, Box, int, tuple[Box, ...]], ...]
 
 
-def _of_shards(leaf: LeafSpec, value: jax.Array, layouts: _Layouts) -> LeafPlan:
+def _of_shards(leaf: LeafSpec, value: jax.Array, type_name: str, layouts: _Layouts) -> LeafPlan:
     """Each chunk is written by one of the replicas that hold it, in turn, so that replicated arrays are spread evenly
     over their hosts."""
     key = (value.sharding, value.shape, leaf.file_shape, leaf.chunk)
@@ -263,7 +314,7 @@ def _of_shards(leaf: LeafSpec, value: jax.Array, layouts: _Layouts) -> LeafPlan:
     shards, boxes = mine
     named = tuple((index, _named(leaf.name, pieces)) for index, pieces in shards)
     small = bool(layout.shards) and _small(leaf, layout.shards[0][1])
-    return LeafPlan(leaf, "jax.Array", named, boxes, value.sharding, small=small)
+    return LeafPlan(leaf, type_name, named, boxes, value.sharding, small=small)
 
 
 def _layout(leaf: LeafSpec, value: jax.Array) -> _Layout:
@@ -291,11 +342,6 @@ def _mine(layout: _Layout, turn: int, chunk: tuple[int, ...]) -> tuple[list[tupl
             shards.append((index, tuple((chunks.suffix(one, chunk), chunks.within(one, box)) for one in chosen)))
             boxes.extend(chosen)
     return shards, tuple(boxes)
-
-
-def host_local(sharding: jax.sharding.Sharding) -> bool:
-    """Whether each process of several has an array of its own: process 0's is the one that is stored."""
-    return jax.process_count() > 1 and sharding.is_fully_addressable
 
 
 def _keys(leaf: LeafSpec) -> Iterator[str]:

@@ -40,17 +40,29 @@ from orchestrator.arrays.placing import (
     Load,
     Slab,
     Target,
+    own,
     piece_of,
     place,
     prepare,
     recut,
     unread,
 )
-from orchestrator.arrays.store import context, files_spec, inspect, report_retries, store_spec
+from orchestrator.arrays.store import (
+    FAILURES,
+    context,
+    described,
+    fault,
+    files_spec,
+    inspect,
+    report_retries,
+    stamp,
+    store_spec,
+)
 from orchestrator.arrays.stored_tree import ObjectTree
 from orchestrator.contents import Chunk, Stored
-from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
+from orchestrator.errors import Damaged, Suspect, Unavailable
 from orchestrator.events import Retried, emit
+from orchestrator.jax_context import in_own_context
 from orchestrator.records import Box, LeafSpec
 from orchestrator.tree import numpy_dtype
 
@@ -62,7 +74,6 @@ _BATCH_READS = 64
 _PART_BYTES = 128 << 20  # that goes to accelerators while as much is read
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 _WORD_S = 10.0  # while a store does not answer, this often somebody is told
-_FAILURES = (ValueError, OSError, NotImplementedError)  # as which TensorStore's statuses arrive
 _CHECK_READS = 16  # under way at once while checking
 _WHOLE = crc32c.crc32c(bytes(chunks.CHECKSUM_BYTES))  # of any bytes that end with their own CRC-32C
 
@@ -91,6 +102,7 @@ def load(
     try:
         with _suspecting(directory):
             if held := [filling for filling in fillings if not filling.copied]:
+                own(held)
                 reader.fill(held, Arena())
                 with garbage.paused():
                     place(held, values)
@@ -112,6 +124,7 @@ def _suspecting(directory: str) -> Iterator[None]:
         raise Unavailable(text) from error
 
 
+@in_own_context
 def _load_copied(reader: _Reader, fillings: Sequence[Filling], values: list[Any]) -> None:
     """Read what goes on to accelerators, a part at a time: while one is copied, the next is read into other memory."""
     memory = [(Slab(), list[Any]()) for _ in range(2)]
@@ -160,19 +173,6 @@ def check(
         return _Reader(directory, on_bytes, stored).check(sizes or dict.fromkeys(stored.chunks))
 
 
-# TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
-# say, and whatever any other status says (credentials, certificates, a proxy's opinion), is no proof of damage.
-_SUSPICIOUS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
-_TRIED_LONG = ("UNAVAILABLE", "DEADLINE_EXCEEDED")  # TensorStore's own retries are over
-
-
-def _fault(text: str, error: Exception, keys: Sequence[str] = ()) -> OrchestratorError:
-    """What a read that TensorStore has failed means."""
-    if str(error).startswith(_SUSPICIOUS):
-        return Suspect(text, chunks=keys)
-    return Unavailable(text, waited=str(error).startswith(_TRIED_LONG))
-
-
 @dataclass(frozen=True)
 class _Read:
     """A chunk, of the leaf that is `row` among those of the filling."""
@@ -199,6 +199,7 @@ class _Reader:
         self._directory, self._on_bytes, self._context = directory, on_bytes, context()
         self._stored, self._checksums = stored, stored.chunks if stored else {}
         self._inspected = False
+        self._stores: dict[object, tuple[Any, object]] = {}  # by spec: opened, and with whose token
         local = directory.startswith("file://")
         self._local = LocalStore(directory.removeprefix("file://"), stored) if local else None
         self._external = External(directory, self._context, stored, self._result)
@@ -209,13 +210,19 @@ class _Reader:
             inspect(self._directory)
             self._inspected = True
 
-    @functools.cached_property
-    def _store(self) -> Any:
-        self._inspect()
-        try:
-            return self._awaited(ts.KvStore.open(store_spec(self._directory), context=self._context), self._directory)
-        except _FAILURES as error:
-            raise _fault(f"{self._directory}: cannot be opened: {error}", error) from error
+    def _opened(self, spec: Callable[[str], dict[str, Any]]) -> Any:
+        """The directory as TensorStore opens it by `spec`; again once another token is due."""
+        opened_as = stamp(self._directory)
+        store, before = self._stores.get(spec, (None, None))
+        if store is None or before is not opened_as:
+            self._inspect()
+            try:
+                store = self._awaited(ts.KvStore.open(spec(self._directory), context=self._context), self._directory)
+            except FAILURES as error:
+                text = f"{self._directory}: cannot be opened: {described(self._directory, error)}"
+                raise fault(text, error) from error
+            self._stores[spec] = store, opened_as
+        return store
 
     @functools.cached_property
     def _places(self) -> dict[str, Chunk] | None:
@@ -234,16 +241,22 @@ class _Reader:
         return places
 
     def _object(self, path: str) -> bytes | None:
-        where = f"{self._directory}/{path}"
-        files = self._result(where, ts.KvStore.open(files_spec(self._directory), context=self._context))
-        result = self._result(where, files.read(path))
+        result = self._result(f"{self._directory}/{path}", self._opened(files_spec).read(path))
         return bytes(result.value) if result.state == "value" else None
+
+    def _chunk(self, key: str) -> Any:
+        """A value, being read: from where the tree that was walked has it, or through TensorStore, which walks it."""
+        place = self._places.get(key, b"") if self._places is not None and not self._local else None
+        if not isinstance(place, tuple):
+            return self._opened(store_spec).read(key)
+        path, offset, size = place
+        return self._opened(files_spec).read(path, byte_range=slice(offset, offset + size))
 
     def fill(self, fillings: Sequence[Filling], arena: Arena) -> None:
         ours = [filling for filling in fillings if filling.leaf.foreign is None]
         for filling in fillings:
             count, dtype = len(filling.items), filling.dtype
-            filling.buffers = [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
+            filling.buffers = filling.buffers or [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
         if ours:
             places = self._places
             left = [filling for filling in ours if places is None or not self._fill_from_tree(filling, places)]
@@ -278,7 +291,7 @@ class _Reader:
             if isinstance(found, bytes):
                 return found
         else:
-            result = self._result(label, self._store.read(key))
+            result = self._result(label, self._opened(store_spec).read(key))
             if result.state == "value":
                 return bytes(result.value)
         raise Damaged(f"{label}: {key} is missing in {self._directory}")
@@ -352,7 +365,7 @@ class _Reader:
         for read in reads:
             while waiting and (in_flight + read.bytes > _WINDOW_BYTES or len(waiting) >= _WINDOW_READS):
                 in_flight -= self._take(waiting)
-            waiting.append((read, self._store.read(read.key)))
+            waiting.append((read, self._chunk(read.key)))
             in_flight += read.bytes
         while waiting:
             self._take(waiting)
@@ -371,8 +384,9 @@ class _Reader:
     def _result(self, label: str, future: Any, keys: Sequence[str] = ()) -> Any:
         try:
             return self._awaited(future, label)
-        except _FAILURES as error:
-            raise _fault(f"{label}: cannot be read from {self._directory}: {error}", error, keys) from error
+        except FAILURES as error:
+            text = f"{label}: cannot be read from {self._directory}: {described(self._directory, error)}"
+            raise fault(text, error, keys) from error
 
     def _awaited(self, future: Any, label: str) -> Any:
         """The result, within the deadline of an operation on a store; a word in between for whoever looks on."""
@@ -433,7 +447,7 @@ class _Reader:
         keys = iter(sizes)
         while True:
             for key in itertools.islice(keys, _CHECK_READS - len(waiting)):
-                waiting.append((key, self._store.read(key)))
+                waiting.append((key, self._chunk(key)))
             if not waiting:
                 return problems
             key, future = waiting.popleft()
@@ -456,7 +470,7 @@ class _Reader:
         """The tree has the chunks that the manifest has, so that readers of either find the same."""
         there: Iterable[str] = self._places or ()
         if self._places is None:
-            there = (key.decode(errors="replace") for key in self._result("the tree", self._store.list()))
+            there = (key.decode(errors="replace") for key in self._result("the tree", self._opened(store_spec).list()))
         ours = {key for key in there if not key.endswith("/zarr.json")}
         if ours != self._checksums.keys():
             missing, unknown = sorted(self._checksums.keys() - ours), sorted(ours - self._checksums.keys())
@@ -481,10 +495,3 @@ def _grouped(items: Iterable[_Sized], most_bytes: int, most: int = sys.maxsize) 
         total += item.bytes
     if group:
         yield group
-
-
-def sharding_of(target: Any) -> jax.sharding.Sharding | None:
-    """The sharding a target leaf asks for; None for numpy targets. A target without one goes to the first device."""
-    if isinstance(target, np.ndarray | np.generic):
-        return None
-    return getattr(target, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

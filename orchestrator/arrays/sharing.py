@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from orchestrator import chunks
 from orchestrator.arrays.dividing import divide, is_shared, reads
 from orchestrator.arrays.placing import Frame, Load, carrier
+from orchestrator.jax_context import in_own_context
 from orchestrator.tree import numpy_dtype
 
 GATHER_BYTES = 1 << 30  # of a device's memory for the arrays of a group: both forms are in it meanwhile
@@ -44,6 +45,7 @@ class Group:
         frames = [(part.frame, str(part.sharding)) for part in self.parts]
         return f"{zlib.crc32(repr(([device.id for device in self.devices], forms, frames)).encode()):08x}"
 
+    @in_own_context
     def exchanged(self, values: list[Any]) -> list[Any]:
         """The arrays on the shardings that are wanted, bit for bit, from the values of `parts`, which are let go of:
         the list is empty then. A collective: all processes call it on their main threads."""
@@ -134,7 +136,7 @@ def _mesh(devices: tuple[Any, ...], axes: tuple[int, ...], names: tuple[str, ...
 
 def _dtype(load: Load) -> np.dtype[Any]:
     """Of the array as it is restored."""
-    return np.dtype(jax.dtypes.canonicalize_dtype(load.dtype or numpy_dtype(load.leaf.dtype)))
+    return np.dtype(load.dtype or numpy_dtype(load.leaf.dtype))
 
 
 def _item_bytes(load: Load) -> int:

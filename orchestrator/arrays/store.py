@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import tensorstore as ts
 
+from orchestrator import environment
+from orchestrator.errors import OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
 from orchestrator.records import Foreign
 from orchestrator.storage.directory import alias, find, storage_error
 
-BACKEND = "TENSORSTORE_GCS_BACKEND"  # as Orbax knows it: gcs (the JSON API) or gcs_grpc
+FAILURES = (ValueError, OSError, NotImplementedError)  # as which TensorStore's statuses arrive
 
 
 def files_spec(base: str) -> dict[str, Any]:
@@ -23,8 +25,27 @@ def files_spec(base: str) -> dict[str, Any]:
     if not where.startswith("gs://"):
         path = where.removeprefix("file://")
         return {"driver": "file", "path": path if "\\" not in path else alias(path)}
-    bucket, _, path = where.removeprefix("gs://").partition("/")
-    return {"driver": os.environ.get(BACKEND, "gcs"), "bucket": bucket, "path": path}
+    from orchestrator.arrays import buckets  # gcsfs takes half a second to import: only where it is used
+
+    return buckets.files_spec(where)
+
+
+def stamp(base: str) -> object:
+    """What is below URL `base` is to be opened again when this changes. Raises Unavailable."""
+    if not base.startswith("gs://"):
+        return None
+    from orchestrator.arrays import buckets
+
+    return buckets.stamp()
+
+
+def described(base: str, error: Exception) -> str:
+    """What TensorStore says of a read below URL `base`, for people."""
+    if not base.startswith("gs://"):
+        return str(error)
+    from orchestrator.arrays import buckets
+
+    return buckets.described(error)
 
 
 def store_spec(base: str) -> dict[str, Any]:
@@ -54,6 +75,22 @@ def inspect(base: str) -> None:
             raise storage_error("read", root.shown(key), error) from error
 
 
+_RETRY = {"max_retries": 9, "initial_delay": "100ms", "max_delay": "8s"}
+
+
+# TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
+# say, and whatever any other status says (credentials, certificates, a proxy's opinion), is no proof of damage.
+_SUSPICIOUS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+_TRIED_LONG = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")  # TensorStore's own retries are over
+
+
+def fault(text: str, error: Exception, keys: Sequence[str] = ()) -> OrchestratorError:
+    """What a read that TensorStore has failed means."""
+    if str(error).startswith(_SUSPICIOUS):
+        return Suspect(text, chunks=keys)
+    return Unavailable(text, waited=str(error).startswith(_TRIED_LONG))
+
+
 @functools.cache
 def shared_context() -> ts.Context:
     """One `context` for all files that this process writes to object stores: its limits hold for them together."""
@@ -65,12 +102,16 @@ def context() -> ts.Context:
 
     Those give up after about half a minute without an answer, so that a store that is down fails the save.
     """
+    payer = environment.gcs_user_project()
     return ts.Context(
         {
+            **({"gcs_user_project": {"project_id": payer}} if payer else {}),
             "cache_pool#ocdbt": {"total_bytes_limit": 64 << 20},
             "file_io_concurrency": {"limit": 32},
             "gcs_request_concurrency": {"limit": 32},
-            "gcs_request_retries": {"max_retries": 9, "initial_delay": "100ms", "max_delay": "8s"},
+            "gcs_request_retries": _RETRY,
+            "http_request_concurrency": {"limit": 32},
+            "http_request_retries": _RETRY,
         }
     )
 

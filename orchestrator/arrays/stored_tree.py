@@ -5,11 +5,16 @@ the step's manifest lists. TensorStore would follow a tree wherever it leads, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
+from orchestrator import overlap
 from orchestrator.arrays import ocdbt
 from orchestrator.contents import Chunk, Place, Stored
 from orchestrator.errors import Damaged
 from orchestrator.layout import check_key
+from orchestrator.overlap import Begun
+
+_NODES = "d/"  # data files of the store itself; a process's are in its own store
 
 
 def walk(root: ocdbt.Root, node: Callable[[Place], bytes], directory: str, stored: Stored | None) -> dict[str, Chunk]:
@@ -52,9 +57,14 @@ class ObjectTree:
     def __init__(self, directory: str, stored: Stored, read: Callable[[str], bytes | None]) -> None:
         self._directory, self._stored, self._read = directory.rstrip("/"), stored, read
         self._objects: dict[str, bytes] = {}
+        self._begun: dict[str, Begun[bytes | None]] = {}
 
     def places(self) -> dict[str, Chunk]:
         """Key -> value or its place. Raises Damaged, Unsupported, and what `read` raises."""
+        files = self._stored.files
+        likely = [path for path in files if path.startswith(_NODES) and files[path] <= ocdbt.NODE_BYTES_MAX]
+        if len(likely) == 1:  # of ours; read while the manifest is, which leads to it
+            self._begun = {path: overlap.begin(partial(self._read, path)) for path in likely}
         root = ocdbt.decode_manifest(self._object(ocdbt.MANIFEST), f"{self._directory}/{ocdbt.MANIFEST}")
         return walk(root, self._node, self._directory, self._stored) if root else {}
 
@@ -73,7 +83,8 @@ class ObjectTree:
                 raise Damaged(f"{where}: is led to, and the step's manifest does not list it; not read")
             if listed > ocdbt.NODE_BYTES_MAX:
                 raise Damaged(f"{where}: nodes in an object of {listed} bytes; ours are in one of their own; not read")
-            body = self._read(path)
+            begun = self._begun.pop(path, None)
+            body = begun.result() if begun else self._read(path)
             if body is None or len(body) != listed:
                 has = "is missing" if body is None else f"has {len(body)} bytes"
                 raise Damaged(f"{where}: {has}, the manifest says {listed}")

@@ -20,20 +20,23 @@ from typing import Any
 
 import crc32c
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from orchestrator import chunks, garbage
+from orchestrator import chunks, garbage, holders
 from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
 from orchestrator.arrays.compressed import deflated
 from orchestrator.arrays.feed import Feed
-from orchestrator.arrays.planning import Plan, host_local, plan_of
+from orchestrator.arrays.own_copies import OwnCopies, Turns
+from orchestrator.arrays.own_copies import take as take_own
+from orchestrator.arrays.planning import Plan, plan_of
 from orchestrator.arrays.staging import start, take, take_small
 from orchestrator.arrays.store import report_retries
 from orchestrator.contents import Chunk
+from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import StorageError, WaitTimeout
-from orchestrator.records import Box, FileEntry, LeafSpec, Place, ShardPrint, TreeSpec
+from orchestrator.jax_context import in_own_context
+from orchestrator.records import Box, FileEntry, Held, LeafSpec, Place, ShardPrint, TreeSpec
 from orchestrator.tree import Flat
 
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
@@ -50,20 +53,21 @@ class WriteStopped(Exception):
 class ArrayOptions:
     """compression: zstd for each chunk (smaller, several times slower on a fast disk). host_bytes_max: how much of a
     state this process may hold that is not written yet; None: all of it. A larger one is refused (`skip_when_full`), or
-    written while it is staged, for at most timeout_s.
+    written while it is staged, for at most timeout_s. compare_own: note digests of what every process has its own of.
     """
 
     compression: bool = False
     host_bytes_max: int | None = None
     skip_when_full: bool = False
     timeout_s: float = 600.0
+    compare_own: bool = True
 
 
 class ArrayWriter:
     """Stages attempts' `state/` directories, on the main thread; what it returns belongs to any one thread."""
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
-        self._process, self._options = process, options
+        self._process, self._options, self._turns = process, options, Turns()
 
     def recorded(self, spec: TreeSpec) -> TreeSpec:
         """The tree spec as readers need it: compressed chunks are not raw elements."""
@@ -71,22 +75,25 @@ class ArrayWriter:
             return spec
         return TreeSpec(leaves=tuple(msgspec.structs.replace(leaf, chunk=None) for leaf in spec.leaves))
 
-    def stage(self, directory: str, flat: Flat, attest: bool = False) -> PendingWrite:
+    @in_own_context
+    def stage(self, directory: str, flat: Flat, attest: bool = False, held: tuple[Held, ...] = ()) -> PendingWrite:
         """Take what is needed from the devices, for the attempt's `state/` at URL `directory`. `attest`: have the
-        devices compute the fingerprints of their shards, too.
+        devices compute the fingerprints of their shards, too. `held`: who holds the leaves, as process 0 makes it
+        known; () in a job of one process. Raises UsageError naming the leaves that this process has elsewhere.
 
         When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
         checkpoint. Copies out of numpy arrays; CPU arrays are held, not copied (JAX does not reuse a donated buffer
         that is held: tests/test_arrays.py). What is on accelerators is being copied (tests/test_accelerator.py).
         """
         limit = self._options.host_bytes_max
-        size = 0 if limit is None else sum(map(_host_bytes, flat.values))
+        size = 0 if limit is None else sum(map(_host_bytes, flat.spec.leaves, flat.values))
         small = limit is None or size <= limit
         if not small and self._options.skip_when_full:
             raise StorageError(f"{size} bytes of the state are on this process, host_bytes_max is {limit}: skipped")
-        plan = plan_of(flat, self._process, self._options.compression)
-        prints = fingerprint.start(self._attested(flat)) if attest else None
-        pending = PendingWrite(directory, flat, plan, Feed(None if small else limit), prints)
+        plan = plan_of(flat, self._process, self._options.compression, held)
+        prints = fingerprint.start(self._attested(flat, plan)) if attest else None
+        own = take_own(flat, plan, self._turns) if plan.own and self._options.compare_own else None
+        pending = PendingWrite(directory, flat, plan, Feed(None if small else limit), prints, own)
         try:
             pending.stage(flat.values, None if small else time.monotonic() + self._options.timeout_s)
         except BaseException:
@@ -94,10 +101,11 @@ class ArrayWriter:
             raise
         return pending
 
-    def _attested(self, flat: Flat) -> Iterator[tuple[LeafSpec, Any]]:
+    def _attested(self, flat: Flat, plan: Plan) -> Iterator[tuple[LeafSpec, Any]]:
         """The stored leaves, as far as this process answers for them: of what every host has its own of, process 0."""
-        for leaf, value in zip(flat.spec.leaves, flat.values, strict=True):
-            shared = isinstance(value, jax.Array) and not host_local(value.sharding)
+        runs: list[Held | None] = [*holders.each_of(plan.held)] or [None] * len(flat.values)
+        for leaf, value, run in zip(flat.spec.leaves, flat.values, runs, strict=True):
+            shared = isinstance(value, jax.Array) and (run is None or run.by is not None)
             if leaf.in_store and (shared or self._process == 0):
                 yield leaf, value
 
@@ -118,8 +126,16 @@ class _Progress:
 class PendingWrite:
     """A staged state on its way to the store."""
 
-    def __init__(self, directory: str, flat: Flat, plan: Plan, feed: Feed, prints: fingerprint.Prints | None) -> None:
-        self._directory, self._plan, self._prints = directory.rstrip("/"), plan, prints
+    def __init__(
+        self,
+        directory: str,
+        flat: Flat,
+        plan: Plan,
+        feed: Feed,
+        prints: fingerprint.Prints | None,
+        own: OwnCopies | None = None,
+    ) -> None:
+        self._directory, self._plan, self._prints, self._own = directory.rstrip("/"), plan, prints, own
         self._small, self._coming = b"", list[Any]()  # of small leaves: the host's, and what accelerators still copy
         self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
         self._feed, self._progress = feed, _Progress()
@@ -138,7 +154,7 @@ class PendingWrite:
             self._begin(_THREADS)
         for number, plan in self._plan.large:
             if deadline is not None:
-                self._feed.wait_for_room(_host_bytes(values[number]), deadline)
+                self._feed.wait_for_room(_host_bytes(plan.leaf, values[number]), deadline)
             if plan.off_host:
                 copies = next(started) if deadline is None else start([(plan, values[number])])[0]
                 parts = [(copy, pieces) for copy, (_, pieces) in zip(copies, plan.shards, strict=True)]
@@ -185,6 +201,17 @@ class PendingWrite:
         return self._prints.signed() if self._prints else {}
 
     @property
+    def went_by(self) -> str:
+        """The name of what this process goes by of who holds the leaves."""
+        return holders.name(self._plan.held)
+
+    @functools.cached_property
+    def own(self) -> bytes:
+        """Digests of what every process has its own of, for the receipt; b"" where nothing is compared."""
+        own, self._own = self._own, None
+        return own.result() if own else b""
+
+    @property
     def written_bytes(self) -> int:
         """How much of this process's arrays has been written by now, or waits for the receipt. Any thread."""
         small = sum(map(len, list(self._progress.small.values())))
@@ -215,6 +242,7 @@ class PendingWrite:
         if written != self._plan.chunk_count:  # the receipt promises all of them
             raise StorageError(f"{written} of {self._plan.chunk_count} chunks were written")
 
+    @in_own_context
     def _write_rest(self) -> None:
         with garbage.paused():
             small, first = self._small + b"".join(np.asarray(copy).tobytes() for copy in self._coming), 0
@@ -224,11 +252,10 @@ class PendingWrite:
                 first += size
                 self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
             opened = datafiles.opener(self._directory)
-            for path, body in self._plan.orbax_files.items():
-                self._files[path] = datafiles.write_file(opened, path, body)
+            bodies = dict(self._plan.orbax_files)
             if self._strings and self._plan.process == 0:
-                path = "_strings.json"
-                self._files[path] = datafiles.write_file(opened, path, orbax_files.strings(self._strings))
+                bodies["_strings.json"] = orbax_files.strings(self._strings)
+            self._files |= datafiles.write_files(opened, bodies)
 
     def merge(self, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
         """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
@@ -260,6 +287,7 @@ def _watch(
             raise WaitTimeout(f"this process's array writes did not finish within {timeout_s:g} s")
 
 
+@in_own_context
 def _work(feed: Feed, opened: Callable[[str], datafiles.DataFile], progress: _Progress, compression: bool) -> None:
     """Write parts until there are no more: one thread, one data file at a time."""
     files = _Rotation(opened, progress)
@@ -316,11 +344,11 @@ def _put(files: _Rotation, progress: _Progress, key: str, raw: bytes | memoryvie
     progress.places[key] = (file, file.append((raw, tail), whole), size, checksum)
 
 
-def _host_bytes(value: Any) -> int:
+def _host_bytes(leaf: LeafSpec, value: Any) -> int:
     """At most so much of a leaf is staged by this process."""
     if not isinstance(value, jax.Array):
         return int(getattr(value, "nbytes", 0))
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
-    shard = value.sharding.shard_shape(value.shape)
-    return int(math.prod(shard) * value.dtype.itemsize * len(value.sharding.addressable_devices))
+    shard = value.sharding.shard_shape(leaf.shape)
+    key_words = leaf.file_shape[len(leaf.shape) :]
+    item_bytes = ITEM_BYTES[leaf.stored_dtype or leaf.dtype]
+    return math.prod((*shard, *key_words)) * item_bytes * len(value.sharding.addressable_devices)

@@ -31,6 +31,9 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
         from orchestrator.storage.gcs import GcsStorage  # gcsfs takes half a second to import: only where it is used
 
         return GcsStorage(where)
+    plain = scheme.lower().replace("gcs", "gs")
+    if plain in ("file", "gs"):
+        raise UsageError(f"root={where!r}: no storage for {scheme}://; expected '{plain}://{rest}'")
     raise UsageError(f"{where}: no storage for {scheme}://; wanted a local path, file:// or gs://")
 
 

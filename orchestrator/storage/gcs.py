@@ -9,12 +9,13 @@ checksum and downloads nothing. Only names below the prefix are ever sent; names
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import crc32c
@@ -24,14 +25,17 @@ from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, Unsaf
 from orchestrator.layout import check_key
 from orchestrator.records import FileEntry
 from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists
-from orchestrator.storage.gcs_client import Client, Reply, client, refusal
+from orchestrator.storage.gcs_client import Client, client
+from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, refusal, said
+
+Value = TypeVar("Value")
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _BATCH = 100  # deletes in one request, the most that the service takes
 _GONE_TRIES = 3
 _THREADS = 16
 _DAMAGED_TRIES = 3
-_TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+_NO_BATCHES = frozenset({404, 405, 501})  # what servers answer that have none
 
 
 class GcsStorage:
@@ -41,7 +45,7 @@ class GcsStorage:
         """Raises UsageError for anything but `gs://bucket/prefix`."""
         found = re.fullmatch(r"gs://([^/]+)/(.+?)/*", url)
         if not found or not _BUCKET.fullmatch(found[1]):
-            raise UsageError(f"{url}: wanted gs://BUCKET/PREFIX, a run has a prefix of its own")
+            raise UsageError(f"{url}: wanted gs://BUCKET/PREFIX, a run has a prefix of its own{_url_hint(url)}")
         try:
             self._prefix = check_key(found[2], url) + "/"
         except UnsafeKey:
@@ -50,6 +54,7 @@ class GcsStorage:
         self.url = f"gs://{self._bucket}/{found[2]}"
         self._client = sender or client()
         self._objects = f"/storage/v1/b/{self._bucket}/o"
+        self._batches = True  # until a server says that it has none
 
     def create(self, key: str, body: bytes) -> Created | Exists:
         where = f"{self.url}/{check_key(key, self.url)}"
@@ -59,7 +64,8 @@ class GcsStorage:
             f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(about)}\r\n"
             f"--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
         )
-        for _ in range(_GONE_TRIES):
+        gone = damaged = 0
+        while True:
             try:
                 reply = self._client.send(
                     "create",
@@ -74,12 +80,22 @@ class GcsStorage:
                 return self._read_back(key, body, error)
             if reply.status == 200:
                 return Created()
+            if is_checksum(reply):
+                damaged += 1
+                if damaged == _DAMAGED_TRIES:
+                    refused = self._refusal("create", where, reply)
+                    raise StorageError(f"{refused}; so {damaged} times: something on the way damages data")
+                self._client.retries["checksum"] += 1
+                continue
             if reply.status != 412:
-                raise refusal("create", where, reply)
+                raise self._refusal("create", where, reply)
             there = self._compare(key, body)
             if there is not None:
                 return there
-        raise StorageError(f"create {where}: was there, and was gone when it was read, {_GONE_TRIES} times")
+            gone += 1
+            if gone == _GONE_TRIES:
+                text = f"answered HTTP 412 {said(reply.body).message!r}, though no such object is there"
+                raise StorageError(f"create {where}: {text}, {gone} times")
 
     def _compare(self, key: str, body: bytes) -> Created | Exists | None:
         """Whose object is under the key: ours, if an earlier try landed and its reply was lost. None if it is gone."""
@@ -113,7 +129,7 @@ class GcsStorage:
                 self._check_bucket("get", where, reply)
                 return None
             if reply.status != 200:
-                raise refusal("get", where, reply)
+                raise self._refusal("get", where, reply)
             told = re.search(r"crc32c=([^,\s]+)", reply.headers.get("x-goog-hash", ""))
             if told is None or told[1] == _base64(crc32c.crc32c(reply.body)):
                 return reply.body
@@ -123,7 +139,10 @@ class GcsStorage:
     def _check_bucket(self, operation: str, where: str, reply: Reply) -> None:
         """A bucket that is not there must not look like an object that is not there."""
         if b"bucket does not exist" in reply.body:
-            raise refusal(operation, where, reply)
+            raise self._refusal(operation, where, reply)
+
+    def _refusal(self, operation: str, where: str, reply: Reply) -> StorageError:
+        return refusal(operation, where, reply, self._client.credentials.name)
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         where = f"{self.url}/{prefix}"
@@ -133,7 +152,7 @@ class GcsStorage:
         while True:
             reply = self._client.send("list", where, "GET", self._objects, params=params)
             if reply.status != 200:
-                raise refusal("list", where, reply)
+                raise self._refusal("list", where, reply)
             page = _document(reply, f"list {where}")
             for item in page.get("items", ()):
                 key = str(item["name"]).removeprefix(self._prefix)
@@ -150,11 +169,12 @@ class GcsStorage:
             self._check_bucket("delete", where, reply)
             return reply.repeated  # then it was our own earlier try, or somebody who was as fast
         if reply.status not in (200, 204):
-            raise refusal("delete", where, reply)
+            raise self._refusal("delete", where, reply)
         return True
 
     def delete_many(self, keys: Sequence[str]) -> Iterator[tuple[str, StorageError | None]]:
-        """Delete, 100 to a request, one request at a time. Yields each key, with what kept it from being deleted."""
+        """Delete, 100 to a request, one request at a time; where the server has no batches, several objects at a time.
+        Yields each key, with what kept it from being deleted."""
         for first in range(0, len(keys), _BATCH):
             chosen = keys[first : first + _BATCH]
             yield from self._delete_batch(chosen)
@@ -163,40 +183,48 @@ class GcsStorage:
         boundary = uuid.uuid4().hex
         calls = "".join(
             f"--{boundary}\r\nContent-Type: application/http\r\nContent-ID: <{index}>\r\n\r\n"
-            f"DELETE {self._path(check_key(key, self.url))} HTTP/1.1\r\n\r\n\r\n"
+            f"DELETE {self._path(check_key(key, self.url))}{self._client.query} HTTP/1.1\r\n\r\n\r\n"
             for index, key in enumerate(keys)
         )
         where = f"{len(keys)} objects of {self.url}"
-        try:
-            reply = self._client.send(
-                "delete",
-                where,
-                "POST",
-                "/batch/storage/v1",
-                headers={"Content-Type": f"multipart/mixed; boundary={boundary}"},
-                body=f"{calls}--{boundary}--\r\n".encode(),
-            )
-            statuses = _batch_statuses(reply) if reply.status == 200 else {}
-        except Unavailable:  # each by itself, with an answer of its own
-            statuses = {}
+        answers: dict[int, Reply] = {}
+        with contextlib.suppress(Unavailable):  # then each by itself, with an answer of its own
+            if self._batches:
+                reply = self._client.send(
+                    "delete",
+                    where,
+                    "POST",
+                    "/batch/storage/v1",
+                    headers={"Content-Type": f"multipart/mixed; boundary={boundary}"},
+                    body=f"{calls}--{boundary}--\r\n".encode(),
+                )
+                self._batches = reply.status not in _NO_BATCHES
+                answers = batch_replies(reply) if reply.status == 200 else {}
+        errors: dict[str, StorageError | None] = {}
+        left: list[str] = []
         for index, key in enumerate(keys):
-            error: StorageError | None = None
-            if statuses.get(index, 503) not in (200, 204, 404):
-                try:  # what a batch did not do has the patience and the errors of a single delete
-                    if index in statuses and statuses[index] not in _TRY_AGAIN:
-                        raise StorageError(f"delete {self.url}/{key}: HTTP {statuses[index]}")
-                    self.delete(key)
-                except StorageError as failed:
-                    error = failed
-            yield key, error
+            answer = answers.get(index)
+            # What a batch did not do has the patience of a single delete; so has a token that has just ended.
+            if answer is None or may_pass(answer) or answer.status == 401:
+                left.append(key)
+            elif answer.status in (200, 204, 404):
+                errors[key] = None
+            else:
+                errors[key] = self._refusal("delete", f"{self.url}/{key}", answer)
+        errors.update(_at_once(self._delete_one, left))
+        for key in keys:
+            yield key, errors[key]
+
+    def _delete_one(self, key: str) -> tuple[str, StorageError | None]:
+        try:
+            self.delete(key)
+        except StorageError as error:
+            return key, error
+        return key, None
 
     def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted = list(keys)
-        if len(wanted) <= 1:
-            sealed = tuple(map(self._seal, wanted))
-        else:
-            with ThreadPoolExecutor(_THREADS, thread_name_prefix="seal") as pool:
-                sealed = tuple(pool.map(self._seal, wanted))
+        sealed = _at_once(self._seal, wanted)
         for entry in sealed:
             told = (known or {}).get(entry.path)
             if told is not None and (told.bytes, told.crc32c) != (entry.bytes, entry.crc32c):
@@ -220,13 +248,13 @@ class GcsStorage:
             self._check_bucket("stat", where, reply)
             return None
         if reply.status != 200:
-            raise refusal("stat", where, reply)
+            raise self._refusal("stat", where, reply)
         found = _document(reply, f"stat {where}")
         try:
             crc = base64.b64decode(found["crc32c"]).hex()
             return FileEntry(path=key, bytes=int(found.get("size", 0)), crc32c=crc)
         except (KeyError, ValueError, TypeError) as error:
-            raise Unavailable(f"stat {where}: answered without a size or CRC-32C: {reply.body[:200]!r}") from error
+            raise Unavailable(f"stat {where}: answered without a size or CRC-32C: {_quoted(reply)}") from error
 
     def _path(self, key: str) -> str:
         return f"{self._objects}/{quote(self._prefix + key, safe='')}"
@@ -244,10 +272,28 @@ def _plain(key: str) -> bool:
     return True
 
 
-def _batch_statuses(reply: Reply) -> dict[int, int]:
-    """Index of a call -> its status. What the reply does not tell of is left out."""
-    found = re.finditer(rb"(?is)content-id:\s*<?response-<?(\d+)>?>?.*?HTTP/[\d.]+ (\d{3})", reply.body)
-    return {int(match[1]): int(match[2]) for match in found}
+def _at_once(call: Callable[[str], Value], keys: Sequence[str]) -> tuple[Value, ...]:
+    """`call` of each, in order, several at a time."""
+    if len(keys) <= 1:
+        return tuple(map(call, keys))
+    with ThreadPoolExecutor(min(_THREADS, len(keys)), thread_name_prefix="gcs") as pool:
+        return tuple(pool.map(call, keys))
+
+
+def _url_hint(url: str) -> str:
+    """What may have been meant by a URL that names no prefix in a bucket."""
+    bucket, _, prefix = url.removeprefix("gs://").partition("/")
+    if not bucket:
+        return "; the bucket's name is missing after gs://"
+    if not prefix.strip("/"):
+        return f", as {url.rstrip('/')}/run7"
+    if _BUCKET.fullmatch(bucket.lower()):
+        return f"; buckets have names in small letters: gs://{bucket.lower()}/{prefix}"
+    return f"; {bucket!r} can be no bucket's name"
+
+
+def _quoted(reply: Reply) -> str:
+    return repr(line(reply.body[:1000].decode("utf-8", "replace"), 200))
 
 
 def _document(reply: Reply, what: str) -> dict[str, Any]:
@@ -258,4 +304,4 @@ def _document(reply: Reply, what: str) -> dict[str, Any]:
             return found
     except ValueError:
         pass
-    raise Unavailable(f"{what}: answered {reply.status} with something that is no JSON object: {reply.body[:200]!r}")
+    raise Unavailable(f"{what}: answered {reply.status} with something that is no JSON object: {_quoted(reply)}")

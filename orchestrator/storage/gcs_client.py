@@ -1,10 +1,11 @@
 """Requests to Google Cloud Storage's JSON API: one client per process, bounded in every way.
 
-gcsfs finds the credentials and the endpoint (application default, service account, workload identity; anonymous for an
-emulator). Its file calls are not used: their retries know neither a deadline nor a budget, and turn different answers
-into the same exception. Here a request is tried again only if that cannot do harm: what it asks for is idempotent or
-carries a precondition. Retries wait with full jitter, count against a deadline and against a budget that all requests
-of the process share, so that a store that is down is not hammered and every caller hears of it soon.
+gcsfs finds the endpoint. Its file calls are not used: their retries know neither a deadline nor a budget, and turn
+different answers into the same exception. Nor are its credentials (see `gcs_credentials`). Here a request is tried
+again only if that cannot do harm: what it asks for is idempotent or carries a precondition. Retries wait with full
+jitter, count against a deadline and against a budget that all requests of the process share, so that a store that is
+down is not hammered and every caller hears of it soon. Waiting for a token counts against the deadline only: it asks
+another server.
 """
 
 from __future__ import annotations
@@ -13,46 +14,38 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import io
 import itertools
-import json
 import os
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from urllib.parse import urlencode
 
 import aiohttp
 from fsspec.asyn import get_loop
 from gcsfs.core import GCSFileSystem
-from google.auth.exceptions import TransportError
 
 from orchestrator import environment
-from orchestrator.errors import StorageError, Unavailable
+from orchestrator.errors import Unavailable
 from orchestrator.events import Retried, emit
+from orchestrator.storage import gcs_identity
 from orchestrator.storage.base import TooLarge
+from orchestrator.storage.gcs_credentials import Credentials, NoToken, Token
+from orchestrator.storage.gcs_replies import REFUSED_FOR_SURE, Reply, line, may_pass, retry_after_s, said
 
 CONCURRENCY = 32  # requests in flight per process
 _DEADLINE_S = 120.0  # for one operation with all its retries
 _REQUEST_S = 30.0  # for one try, and a second more for each MiB that it carries
 _FIRST_WAIT_S, _WAIT_MAX_S = 0.25, 16.0
+_LAST_S = 1.0  # that a last try is left where the store asks for a longer wait than the deadline allows
 _DOWN_SHARE = 8  # while the store answers nothing, an operation waits only this part of the deadline
 _BUDGET = 200.0  # retries that may be spent before answers have to earn them
+_PIECE_BYTES = 1 << 20
 _EARNED = 1.0  # by each request that is answered
 REPLY_BYTES_MAX = 64 << 20  # where the caller expects nothing larger: a page of a listing, an acknowledgement
-_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
-_REFUSED_FOR_SURE = frozenset({408, 429})  # and certainly not carried out
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer that is final. `repeated`: an earlier try got none, and may have been carried out."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    repeated: bool = False
 
 
 class Budget:
@@ -92,18 +85,18 @@ class Client:
     def __init__(
         self, deadline_s: float = _DEADLINE_S, budget: Budget | None = None, first_wait_s: float = _FIRST_WAIT_S
     ) -> None:
-        anonymous = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
         try:
-            self._files = GCSFileSystem(
-                access="read_write",
-                token=anonymous,
-                project=os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
-                use_listings_cache=False,
-                skip_instance_cache=True,
-            )
+            # Its own credentials are nobody's; only where the endpoint is, is asked of it.
+            self._files = GCSFileSystem(token="anon", use_listings_cache=False, skip_instance_cache=True)
             self._loop = get_loop()
-        except Exception as error:  # a key file may hold anything, and each library has errors of its own for it
-            raise Unavailable(_no_credentials(error), waited=True) from error
+        except Exception as error:  # no descriptors, threads or memory left
+            text = line(f"{type(error).__name__}: {error}")
+            raise Unavailable(f"no client for Cloud Storage can be made: {text}", waited=True) from error
+        self.credentials = Credentials(gcs_identity.find())
+        self._more = {"userProject": payer} if (payer := environment.gcs_user_project()) else {}
+        self.query = (
+            f"?{urlencode(self._more)}" if self._more else ""
+        )  # for calls in a batch, which have URLs of their own
         self.endpoint = str(self._files.base).removesuffix("/storage/v1/")
         self.deadline_s = deadline_s
         self.requests: Counter[str] = Counter()
@@ -119,6 +112,13 @@ class Client:
         if self._session is not None:
             with contextlib.suppress(TimeoutError):
                 asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(1)
+
+    def token(self) -> Token:
+        """Whom requests are made as, for those who make them without this client. Raises Unavailable."""
+        try:
+            return self.credentials.wait(self.deadline_s)
+        except NoToken as error:
+            raise Unavailable(f"the credentials for Cloud Storage cannot be used: {error}", waited=True) from error
 
     def send(
         self,
@@ -159,28 +159,39 @@ class Client:
         started = time.monotonic()
         # A save makes several requests in a row: each with the whole patience would outlast the save's own deadline.
         deadline_s = self.deadline_s / _DOWN_SHARE if self._down else self.deadline_s
-        landed, before = False, None
+        landed, before, accepted = False, None, True
         for tries in itertools.count(1):
             self.requests[operation] += 1
             left_s = started + deadline_s - time.monotonic()
             try:
-                reply = await self._once(method, path, params, headers, body, max(0.001, left_s), most_bytes)
+                token = await self._token(operation, name, max(0.001, left_s), landed)
+                left_s = started + deadline_s - time.monotonic()
+                signed = {**headers, **token.headers}
+                reply = await self._once(method, path, params, signed, body, max(0.001, left_s), most_bytes)
                 self._budget.earn()
                 self._down = False
+                if reply.status == 401 and accepted and token.headers:  # perhaps the token was revoked early
+                    accepted = False
+                    self.credentials.reject(token)
+                    self.retries["http 401"] += 1
+                    emit(Retried("store", tries, operation, name, "http 401", 0.0))
+                    continue
                 return Reply(reply.status, reply.headers, reply.body, repeated=landed)
             except _TooLarge as error:
                 raise TooLarge(name, error.bytes, most_bytes) from error
             except _NoAnswer as error:
                 landed |= error.landed
-                wait_s = max(error.wait_s, random.uniform(0, min(_WAIT_MAX_S, self._first_wait_s * 2 ** (tries - 1))))
+                wait_s = random.uniform(0, min(_WAIT_MAX_S, self._first_wait_s * 2 ** (tries - 1)))
                 spent_s = time.monotonic() - started
+                if error.wait_s:  # what the store asks for, but one last try before the deadline
+                    wait_s = max(wait_s, min(error.wait_s, deadline_s - spent_s - _LAST_S))
                 late = spent_s + wait_s > deadline_s
                 self._down = self._down or late
                 if late or not self._budget.spend():
                     why = f"deadline of {deadline_s:g} s" if late else "the process's retry budget is spent"
                     # A last try that the deadline cut short says nothing of the store; the one before did.
-                    said = before if before and error.kind == "timeout" and left_s < _REQUEST_S else error
-                    text = f"{operation} {name}: {said}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
+                    cause = before if before and error.kind == "timeout" and left_s < _REQUEST_S else error
+                    text = f"{operation} {name}: {cause}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
                     raise Unavailable(text, landed=landed) from error
                 self.retries[error.kind] += 1
                 before = error
@@ -203,40 +214,44 @@ class Client:
             connector = aiohttp.TCPConnector(limit=CONCURRENCY)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=True, middlewares=(_once_only,))
         limit_s = min(left_s, _REQUEST_S + len(body or b"") / (1 << 20))
-        signed = dict(headers)
+        params = {**params, **self._more}
         try:
-            async with self._slots, asyncio.timeout(limit_s):
-                await self._sign(signed)
-                async with self._session.request(
-                    method, self.endpoint + path, params=dict(params), headers=signed, data=body
-                ) as response:
-                    reply = Reply(response.status, dict(response.headers), await _body(response, most_bytes))
+            async with (
+                self._slots,
+                asyncio.timeout(limit_s),
+                self._session.request(
+                    method, self.endpoint + path, params=params, headers=headers, data=_sent(body)
+                ) as response,
+            ):
+                reply = Reply(response.status, dict(response.headers), await _body(response, most_bytes))
         except TimeoutError as error:
             raise _NoAnswer("timeout", f"no answer within {limit_s:.1f} s", landed=True) from error
         except (aiohttp.ClientError, OSError) as error:
             refused = isinstance(error, aiohttp.ClientConnectorError)  # never connected: never carried out
-            text = str(error) if isinstance(error, _Interrupted) else f"{type(error).__name__}: {error}"
+            text = line(str(error) if isinstance(error, _Interrupted) else f"{type(error).__name__}: {error}")
             raise _NoAnswer("connection", text, landed=not refused) from error
-        if reply.status in _TRANSIENT:
-            text = f"HTTP {reply.status} {_message(reply)}"
-            landed = reply.status not in _REFUSED_FOR_SURE
-            raise _NoAnswer(f"http {reply.status}", text, landed=landed, wait_s=_retry_after(reply))
+        if may_pass(reply):
+            cause = said(reply.body)
+            reason = f" {cause.reason}" * (reply.status == 403)
+            text = f"HTTP {reply.status} {cause.message}"
+            landed = reply.status not in REFUSED_FOR_SURE
+            wait_s = retry_after_s(reply.headers, time.time())
+            raise _NoAnswer(f"http {reply.status}{reason}", text, landed=landed, wait_s=wait_s)
         return reply
 
-    async def _sign(self, headers: dict[str, str]) -> None:
-        """Add the credential. Raises _NoAnswer where another try could help, Unavailable."""
-        try:  # on a thread: renewing a token is a blocking request of its own
-            await asyncio.to_thread(self._files.credentials.apply, headers)
-        except (OSError, TransportError) as error:
-            raise _NoAnswer("credentials", _no_credentials(error), landed=False) from error
-        except Exception as error:  # google-auth's, gcsfs' and requests' own
-            raise Unavailable(_no_credentials(error), waited=True) from error
+    async def _token(self, operation: str, name: str, left_s: float, landed: bool) -> Token:
+        """Whom the request is made as. Raises Unavailable."""
+        try:
+            return await self.credentials.waited(left_s)
+        except NoToken as error:
+            self._down = self._down or error.passing  # it was waited for as long as the operation may take
+            text = f"{operation} {name}: the credentials for Cloud Storage cannot be used: {error}"
+            raise Unavailable(text, landed=landed, waited=True) from error
 
 
-def _no_credentials(error: Exception) -> str:
-    said = error.__cause__ or error  # gcsfs says "Invalid Credentials" of whatever google-auth said
-    text = f"{type(said).__name__}: {said}"[:1000]
-    return f"the credentials for Cloud Storage cannot be used: {text}; see GOOGLE_APPLICATION_CREDENTIALS, docs/gcs.md"
+def _sent(body: bytes | None) -> io.BytesIO | bytes | None:
+    """In pieces, if it is large: of one piece, asyncio moves what is left each time that it has sent some."""
+    return io.BytesIO(body) if body and len(body) > _PIECE_BYTES else body
 
 
 async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
@@ -278,34 +293,15 @@ async def _once_only(request: aiohttp.ClientRequest, send: aiohttp.ClientHandler
         raise _Interrupted(f"{type(error).__name__}: {error}") from error
 
 
-def _retry_after(reply: Reply) -> float:
-    told = reply.headers.get("Retry-After", "")
-    return min(float(told), _WAIT_MAX_S) if told.isdecimal() else 0.0
-
-
-def _message(reply: Reply) -> str:
-    """What the service says, in one short line."""
-    text = reply.body[:2000].decode("utf-8", "replace")
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = str(json.loads(text)["error"]["message"])
-    return " ".join(text.split())[:300]
-
-
-def refusal(operation: str, name: str, reply: Reply) -> StorageError:
-    """The error for a final answer that is not the one wanted."""
-    hint = {
-        401: "; the credentials are not accepted",
-        403: "; the credential lacks a role on the bucket, see docs/gcs.md",
-        404: "; check the bucket's name",
-    }.get(reply.status, "")
-    return StorageError(f"{operation} {name}: HTTP {reply.status} {_message(reply)}{hint}")
+_IDENTITY = (environment.EMULATOR, environment.ANONYMOUS, environment.USER_PROJECT, "GOOGLE_APPLICATION_CREDENTIALS")
 
 
 @functools.lru_cache(maxsize=8)
-def _client(endpoint: str, deadline_s: float) -> Client:
+def _client(identity: tuple[str | None, ...], deadline_s: float) -> Client:
     return Client(deadline_s)
 
 
 def client() -> Client:
-    """This process's client. Raises UsageError for a deadline that is no number."""
-    return _client(os.environ.get("STORAGE_EMULATOR_HOST", ""), environment.store_deadline_s())
+    """This process's client. Raises UsageError for environment variables of ours that make no sense."""
+    environment.gcs_anonymous()
+    return _client(tuple(map(os.environ.get, _IDENTITY)), environment.store_deadline_s())

@@ -158,8 +158,7 @@ options = oc.Options(
     save_timeout_s=float(args.get("timeout", 30)),
     rendezvous_timeout_s=float(args.get("meet", 30)),
     attest=args.get("attest", "off"),
-    # Process 0's counts for all, so the others need not say it.
-    load_once=bool(args.get("once")) and index == 0,
+    load_once=bool(args.get("once")),
 )
 flip = tuple(map(int, args.get("flip", "-1@-1").split("@")))
 try:

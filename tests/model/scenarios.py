@@ -11,7 +11,7 @@ SCENARIOS = (
     Scenario(
         "rivals",
         (
-            Coordinator("A", (1, 2), at_once=True),
+            Coordinator("A", (1, 2), at_once=True, early=True),
             Coordinator("B", (2, 3), at_once=True),
             Collector("collect-B", boss=1),
         ),
@@ -22,7 +22,7 @@ SCENARIOS = (
     Scenario(
         "processes",
         (
-            Coordinator("A", (1, 1)),
+            Coordinator("A", (1, 1), early=True),
             Worker("A1", 0, (1, 1), ("yes", "short", "no")),
             Collector("collect-A", boss=0),
         ),
@@ -32,9 +32,9 @@ SCENARIOS = (
     Scenario(
         "rival processes",
         (
-            Coordinator("A", (1,)),
+            Coordinator("A", (1,), early=True),
             Worker("A1", 0, (1,), ("yes", "no")),
-            Coordinator("B", (1,)),
+            Coordinator("B", (1,), early=True),
             Worker("B1", 2, (1,), ("yes",)),
         ),
         processes=2,
@@ -43,7 +43,7 @@ SCENARIOS = (
     Scenario(
         "commands",
         (
-            Coordinator("A", (1, 2, 3)),
+            Coordinator("A", (1, 2, 3), early=True),
             Tool("pin", "pin", 1),
             Tool("quarantine", "quarantine"),
             Tool("verify", "verify"),
@@ -62,16 +62,20 @@ SCENARIOS = (
     # A job of another tree, and one that only reads, beside the job that owns the run.
     Scenario(
         "strangers",
-        (Coordinator("A", (1, 2), tree="t"), Coordinator("S", (1,), tree="s"), Reader("reader")),
+        (
+            Coordinator("A", (1, 2), tree="t", early=True),
+            Coordinator("S", (1,), tree="s", early=True),
+            Reader("reader"),
+        ),
         losses=1,
     ),
     # A copy of the run that lacks the journal's newest entries; a job, its collector and `recover` begin there.
     Scenario(
         "broken copy",
         (
-            Coordinator("A", (1, 2)),
+            Coordinator("A", (1, 2), early=True),
             Copy("copy"),
-            Coordinator("B", (2, 3), after_actor=1),
+            Coordinator("B", (2, 3), after_actor=1, early=True),
             Collector("collect-B", boss=2),
             Recover("recover", "recover", after_actor=1),
         ),

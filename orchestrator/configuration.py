@@ -1,0 +1,176 @@
+"""One job, one configuration: what each host was given, in words that can be compared, and what its hosts differ in.
+
+`RULES` says of every setting whether hosts may differ in it. Pure: `meeting` collects the settings and exchanges them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from orchestrator.options import Options
+
+TEXT_CHARS = 200  # of a value, as hosts exchange it
+_SHOWN_MAX = 8  # processes named for one value
+
+
+class Rule(Enum):
+    """SAME: hosts that differ in it are rejected, as their saves would fail, hang or differ. NOTED: it may work, and is
+    said. OWN: each host's own business."""
+
+    SAME = 1
+    NOTED = 2
+    OWN = 3
+
+
+# Every field of Options stands here (a test holds it): a new one cannot be forgotten.
+OPTIONS: Mapping[str, Rule] = {
+    "async_save": Rule.SAME,
+    "on_save_failure": Rule.SAME,  # one raises and leaves, where the others go on and wait for it
+    "save_timeout_s": Rule.SAME,
+    "rendezvous_timeout_s": Rule.SAME,
+    "preemption_grace_s": Rule.SAME,
+    "failure_grace_s": Rule.SAME,
+    "compression": Rule.SAME,
+    "other_tree": Rule.SAME,
+    "host_bytes_max": Rule.NOTED,  # hosts may have more and less memory
+    "when_full": Rule.SAME,
+    "attest": Rule.SAME,  # fingerprints of some prove nothing, and a collective of some hangs
+    "host_local": Rule.SAME,
+    "load_once": Rule.SAME,
+    "quarantine_keep_s": Rule.SAME,
+    "events_dir": Rule.OWN,
+    "metrics_port": Rule.OWN,
+    "metrics_address": Rule.OWN,
+    "metrics_file": Rule.OWN,
+    "traces": Rule.OWN,
+}
+RULES: Mapping[str, Rule] = {
+    "save": Rule.SAME,
+    "keep": Rule.SAME,
+    **{f"Options.{name}": rule for name, rule in OPTIONS.items()},
+    # What arrays are, and what random numbers come out, on each host.
+    "jax_enable_x64": Rule.SAME,
+    "jax_threefry_partitionable": Rule.SAME,
+    "jax_default_prng_impl": Rule.SAME,
+    "ORCHESTRATOR_STEP_BACK": Rule.NOTED,  # process 0's counts
+    "ORCHESTRATOR_STORE_DEADLINE_S": Rule.NOTED,
+    # Versions that differ may work together; when they do not, this is the first that people must know.
+    "Python": Rule.NOTED,
+    "checkpoint-orchestrator": Rule.NOTED,
+    "jax": Rule.NOTED,
+    "jaxlib": Rule.NOTED,
+    "numpy": Rule.NOTED,
+    "orbax-checkpoint": Rule.NOTED,
+    "tensorstore": Rule.NOTED,
+}
+ORBAX = "CheckpointManagerOptions."  # what begins so is an option of Orbax's, all of which are SAME
+PACKAGES = ("checkpoint-orchestrator", "jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore")
+JAX_SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_prng_impl")
+ENVIRONMENT = ("ORCHESTRATOR_STEP_BACK", "ORCHESTRATOR_STORE_DEADLINE_S")
+
+Settings = Mapping[str, str]  # name of a setting -> its value, in words
+
+
+def rule_of(name: str) -> Rule:
+    """NOTED for what this version does not know: another host's does."""
+    return Rule.SAME if name.startswith(ORBAX) else RULES.get(name, Rule.NOTED)
+
+
+def of_agent(save: object, keep: object, options: Options) -> dict[str, str]:
+    """What an agent was given. Raises KeyError for an option without a rule."""
+    given: dict[str, object] = {"save": save, "keep": keep}
+    for field in fields(options):
+        if OPTIONS[field.name] is not Rule.OWN:
+            given[f"Options.{field.name}"] = getattr(options, field.name)
+    return {name: described(value) for name, value in given.items()}
+
+
+def of_orbax(options: Any) -> dict[str, str]:
+    """What a CheckpointManager was given: its options, a dataclass."""
+    return {ORBAX + field.name: described(getattr(options, field.name)) for field in fields(options)}
+
+
+def described(value: object) -> str:
+    """A value in words that are the same on every host that was given the same, of at most TEXT_CHARS characters.
+
+    Of functions and objects whose insides nobody knows only the name of their kind: what they hold (an address, a time,
+    a host's name) may well differ.
+    """
+    text = _described(value)
+    if len(text) <= TEXT_CHARS:
+        return text
+    digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
+    return f"{text[: TEXT_CHARS - 20]}… ({digest})"
+
+
+def _described(value: object) -> str:
+    match value:
+        case tuple() | list():
+            return f"({', '.join(map(_described, value))})"
+        case frozenset() | set():
+            return f"{{{', '.join(map(_described, _sorted(value)))}}}"
+        case Mapping():
+            return f"{{{', '.join(f'{_described(key)}: {_described(value[key])}' for key in _sorted(value))}}}"
+        case Enum():
+            return str(value)
+    if is_dataclass(value) and not isinstance(value, type) and _is_frozen(type(value)):
+        told = ", ".join(
+            f"{field.name}={_described(getattr(value, field.name))}"
+            for field in fields(value)
+            if field.default is MISSING or getattr(value, field.name) != field.default
+        )
+        return f"{type(value).__name__.removeprefix('_')}({told})"
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"{value.__module__}.{value.__qualname__}"
+    plain = type(value).__module__ in ("builtins", "datetime", "pathlib") and type(value) is not object
+    return repr(value) if plain else f"a {type(value).__qualname__}"
+
+
+def _is_frozen(kind: type) -> bool:
+    """Whether it is a value by its author's own word."""
+    return bool(getattr(kind, "__dataclass_params__").frozen)  # noqa: B009  (typeshed does not know it)
+
+
+def _sorted(values: Any) -> list[Any]:
+    try:
+        return sorted(values)
+    except TypeError:
+        return sorted(values, key=_described)
+
+
+def digest(settings: Settings) -> str:
+    """The same for hosts that do not differ in anything."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(told: Sequence[Settings], named: Callable[[Sequence[int]], str]) -> tuple[list[str], list[str]]:
+    """(in what hosts must not differ, in what they had better not): a line for each setting, with its values and whose
+    they are, process 0's first. `told`: by process. `named`: processes in words."""
+    lines: dict[Rule, list[str]] = {rule: [] for rule in Rule}
+    for name in sorted({name for settings in told for name in settings}, key=_place):
+        holders: dict[str, list[int]] = {}
+        for process, settings in enumerate(told):
+            holders.setdefault(settings.get(name, "not known"), []).append(process)
+        if len(holders) > 1:
+            shown = "; ".join(f"{value} on {named(processes)}" for value, processes in holders.items())
+            lines[rule_of(name)].append(f"{name}: {shown}")
+    return lines[Rule.SAME], lines[Rule.NOTED]
+
+
+_PLACES = {name: place for place, name in enumerate(RULES)}
+
+
+def _place(name: str) -> tuple[int, str]:
+    return _PLACES.get(name, len(_PLACES)), name
+
+
+def who(hosts: Mapping[int, str], processes: Sequence[int]) -> str:
+    """Processes by index and host: `process 1 (host-b)`, `processes 0 (host-a), 2 (host-c)`; of many the first."""
+    shown = ", ".join(f"{process} ({hosts.get(process, '?')})" for process in processes[:_SHOWN_MAX])
+    more = f" and {len(processes) - _SHOWN_MAX} more" if len(processes) > _SHOWN_MAX else ""
+    return f"process{'es' if len(processes) > 1 else ''} {shown}{more}"
