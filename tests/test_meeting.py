@@ -166,6 +166,10 @@ def test_who_is_rejected_leaves_no_file_at_any_root_and_who_is_not_saves(met: Me
     for process, names in copies.items():
         there = {name for name in met.rows["in the end"][process]["own"] if not name.startswith("events/")}
         assert there - {"metrics"} == {f"{name}/{each}" for name in names for each in seed}
+        # Who is not at process 0's place has not even made a directory at its own.
+        probed = {"save", "restore"} if process == 0 else set()
+        assert set(met.rows["in the end"][process]["roots"]) - {"events", "metrics"} == {*names, *probed}
+    assert not (met.folder / "cwd-1" / "run").exists()
 
 
 # What a network file system's cache shows late.
