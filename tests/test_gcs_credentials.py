@@ -205,9 +205,9 @@ TABLE: dict[str, tuple[str, range, str]] = {
 
 JOBS = ("job_revoked", "job_rejected_while_read", "job_external")
 WRITES = {  # is the step saved, and does TensorStore go on writing
-    "job_write_limited": ("3 False", [1, 2, 3, 9]),
-    "job_write_forbidden": ("2 False", [1, 2, 9]),
-    "job_write_rejected": ("3 True", [1, 2, 3, 9]),
+    "job_write_limited": ("'3 False'", [1, 2, 3, 9]),
+    "job_write_forbidden": ("'2 False'", [1, 2, 9]),
+    "job_write_rejected": ("'3 True'", [1, 2, 3, 9]),
 }
 
 
