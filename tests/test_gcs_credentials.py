@@ -93,7 +93,7 @@ def test_a_token_that_is_valid_for_five_more_minutes_is_used_while_renewing_fail
         eventually(lambda: held._renewal is None)
     assert source.asked == 4  # each was tried, and nobody waited
     source.now += 290
-    with pytest.raises(NoToken, match=r"somebody: 503; tried .* times in .*do something"):
+    with pytest.raises(NoToken, match=r"somebody: (503; tried|no token within 0.2 s; before: 503).*; do something$"):
         held.wait(0.2)
 
 
@@ -173,7 +173,7 @@ TABLE: dict[str, tuple[str, range, str]] = {
     "metadata_server": (GOT, range(1, 2), ""),
     "late_start": (GOT, range(2, 99), "credentials .*connection ended"),
     "never_starts": (
-        f"{MACHINE} .*the connection ended without an answer; tried .* is not set: has the machine or pod",
+        f"{MACHINE} .*the connection ended without an answer.* is not set: has the machine or pod",
         range(2, 99),
         "credentials",
     ),
