@@ -63,7 +63,8 @@ class Tokens:
                     return self.answer(400, {"error": "invalid_grant", "error_description": "Invalid JWT Signature."})
                 if tokens.mode != "ok":
                     return self.answer(int(tokens.mode), {"error": "no"})
-                token, end = f"{tokens.word}-{tokens.asked}-secret", time.gmtime(time.time() + tokens.expires)
+                source = "sts" if "/sts" in self.path else "other"
+                token, end = f"{tokens.word}-{source}-{tokens.asked}-secret", time.gmtime(time.time() + tokens.expires)
                 if "generateAccessToken" in self.path:
                     return self.answer(
                         200, {"accessToken": token, "expireTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", end)}
@@ -345,6 +346,8 @@ for _name, _key in (("arrays", ""), ("arrays_external", "external")):
 
 def _arrays(key: str) -> dict[str, Any]:
     with environ(**({"GOOGLE_APPLICATION_CREDENTIALS": KEYS[key]} if key else {})):
+        if key:  # TensorStore's own is the machine's by now
+            control(f"guards/{BUCKET}", {"tokens": ["good-sts-"]})
         made = store()
         return outcome(lambda: _everything(made))
 
