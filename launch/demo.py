@@ -42,7 +42,7 @@ flags.DEFINE_integer("steps", 60, "steps of the whole run", lower_bound=30)
 
 SAVE_EVERY = 10
 KILLED_HOST = 2
-KILL_AFTER_STEP = 25  # the first save that begins after this step is the one cut off
+CUT_STEP = 30  # the save that is cut off; the last step's if that comes first
 BUCKET = "demo-bucket"  # of the emulator
 MARK = ".demo"  # says that a directory is ours to delete
 
@@ -116,22 +116,21 @@ def run_part(
 
 
 class Killer:
-    """Kills one host, once, when a save has begun that is not committed."""
+    """Kills one host, once, when the save of `step` has begun and is not committed."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
-        self.step: int | None = None
+    def __init__(self, run: str, step: int) -> None:
+        self._run, self.step = run, step
+        self.done = False
 
     def __call__(self, part: Part, running: Sequence[local.HostView]) -> None:
-        if self.step is not None or max(part.losses, default=0) < KILL_AFTER_STEP:
+        if self.done or max(part.losses, default=0) < self.step:
             return
         found = (layout.split_attempt_key(entry.key) for entry in open_storage(self._run).list(layout.STEPS))
         begun = {part[0] for part in found if part and part[2] == layout.INTENT}
-        open_steps = begun - set(oc.open_run(self._run).all_steps())
         victim = next((host for host in running if host.index == KILLED_HOST), None)
-        if open_steps and victim:
+        if victim and self.step in begun - set(oc.open_run(self._run).all_steps()):
             os.kill(victim.pid, signal.SIGKILL)
-            self.step = max(open_steps)
+            self.done = True
 
 
 def check(holds: bool, claim: str, console: Console) -> None:
@@ -185,12 +184,12 @@ def demo(root: Path, run: str, steps: int, console: Console) -> None:
     started = time.monotonic()
     rules = Rules(end_grace_s=1.0)
 
-    killer = Killer(run)
-    # Slowed down in its writes, so that the save can be caught in the middle.
-    slow = {"ORCHESTRATOR_FAILPOINTS": f"receipt.write=delay:0.7@process={KILLED_HOST}"}
+    killer = Killer(run, min(CUT_STEP, steps - 1))
+    # That save's receipt waits, so that it is caught in the middle on however slow a machine.
+    slow = {"ORCHESTRATOR_FAILPOINTS": f"receipt.write=delay:60@process={KILLED_HOST}@step={killer.step}"}
     job = local.LocalJob(train_command(root, run, "data=4,model=2", steps), 4, 2, environ=slow, rules=rules)
     first = run_part(root, job, "training on 4 hosts x 2 devices", steps, console, killer)
-    if killer.step is None:
+    if not killer.done:
         raise DemoFailed(
             f"no save could be caught in the middle (the job ended with {first.code}); see {root}/demo.log"
         )

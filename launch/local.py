@@ -350,6 +350,8 @@ class _Incarnation:
             self._ended.append(host)
         if self._signals.child_ended() and not ended:
             self._orphans.reap(self._children())
+        if exits:
+            self._hear()  # what they last said, before they are judged
         known = self._state.cause
         transition = supervise.on_exits(self._state, exits)
         cause = transition[0].cause
@@ -358,10 +360,14 @@ class _Incarnation:
             self._observer.note(f"host-{cause.index} {cause.describe()}{others}")
         self._carry_out(transition)
 
-    def _listen(self) -> None:
-        """Hear the hosts' heartbeats: how far each is, and whether one has fallen silent."""
+    def _hear(self) -> dict[int, float]:
         silent_s = self._heartbeats.listen(time.monotonic())
         self._state = replace(self._state, steps=dict(self._heartbeats.steps))
+        return silent_s
+
+    def _listen(self) -> None:
+        """Hear the hosts' heartbeats: how far each is, and whether one has fallen silent."""
+        silent_s = self._hear()
         hung_before = self._state.hung
         transition = supervise.on_silence(self._state, silent_s)
         for index in transition[0].hung - hung_before:
@@ -375,6 +381,7 @@ class _Incarnation:
             match effect:
                 case supervise.Signal(processes, signum, grace_s):
                     killing = signum == signal.SIGKILL
+                    self._heartbeats.listen(time.monotonic())  # which processes the agents are in
                     for index in processes & self._hosts.keys() if signum else ():
                         host = self._hosts[index]
                         host.kill() if killing else host.tell(signum, self._heartbeats.pids.get(index))

@@ -121,7 +121,7 @@ def adopt(
         _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
-    meeting.probe(catalog)
+    meeting.unmark(catalog, meeting.mark(catalog))
     opened = catalog.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, configuration, failpoints, garbage, heartbeat, leaving
+from orchestrator import arguments, configuration, failpoints, garbage, heartbeat, last_words, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -78,6 +78,7 @@ class Agent:
         store = storage or open_storage(root)  # before the others are met: a root that is none is refused at once
         self._using = threading.RLock()
         self._rendezvous = rendezvous or connect(self.options.rendezvous_timeout_s)
+        last_words.serve(self, self.options.failure_grace_s)
         me = self._rendezvous
         failpoints.configure(os.environ, me.process)
         signature = f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}"
@@ -91,9 +92,11 @@ class Agent:
         self._pacing: Pacing | None = None
         self._current: Save | None = None
         self._pending_error: OrchestratorError | None = None
+        self._raised: OrchestratorError | None = None
         self._last_save_s: float | None = None
         self._preempted: tuple[int, bool] = (-1, False)
         self._preempted_s = 0.0  # when, on the monotonic clock
+        self._failing_s = 0.0  # likewise: when an exception left the agent's block
         self._last_saved_step: int | None = None
         self._failed_step: int | None = None
         self._tree_checked = False
@@ -362,15 +365,18 @@ class Agent:
             )
 
     def _patience_s(self) -> float:
-        """How long a save may take as the main thread sees it: its own bounds, and the grace of a preemption."""
+        """How long a save may take as the main thread sees it: its own bounds, and the grace of a preemption or of a
+        failure."""
         bound_s = self.options.save_timeout_s + 2 * GRACE_S
+        if self._failing_s:
+            bound_s = min(bound_s, self.options.failure_grace_s or bound_s)
         return min(bound_s, self.options.preemption_grace_s) if self._preempted[1] else bound_s
 
     def _finished(self) -> bool:
         """Wait, within the save's bound, until none is in flight; False if one hangs beyond it. Raises as `_settle`."""
         save = self._current
         while save and save.running:
-            since = max(save.started, self._preempted_s if self._preempted[1] else 0.0)
+            since = max(save.started, self._failing_s, self._preempted_s if self._preempted[1] else 0.0)
             left_s = since + self._patience_s() - time.monotonic()
             if left_s <= 0:
                 return False
@@ -394,7 +400,7 @@ class Agent:
                 if isinstance(save.error, FATAL) or self.options.on_save_failure == "raise":
                     self._pending_error = save.error
         if raise_now and self._pending_error:
-            error = self._pending_error
+            error = self._raised = self._pending_error
             if not isinstance(error, FATAL):  # fenced is for good: every later call says so
                 self._pending_error = None
             raise error
@@ -417,15 +423,15 @@ class Agent:
 
     def finish(self) -> OrchestratorError | None:
         """`close`, for a program that is failing or ends: finishes this process's save, but meets nobody, who may not
-        come. Returns what that save, or an earlier one, has left to raise."""
+        come. Returns why that save, or an earlier one of which nobody has heard yet, is lost."""
         if self._closed or self._life.elsewhere:
             return None
         self._closed = self._life.ending = True
-        save = self._current
+        save, raised = self._current, self._raised
         try:
             self.wait_until_finished()
         except OrchestratorError as error:
-            return error
+            return None if error is raised else error
         finally:
             self._collector.wait(GRACE_S)  # what it leaves is deleted by the next incarnation
             self._leave()
@@ -444,7 +450,11 @@ class Agent:
     ) -> None:
         if kind is None:
             self.close()
-        elif error := self.finish():
+            return
+        self._failing_s = time.monotonic()
+        if value is not None:
+            last_words.left(value)
+        if error := self.finish():
             logging.warning("while leaving: %s", error)
 
     # Restoring.

@@ -34,6 +34,7 @@ OPTIONS: Mapping[str, Rule] = {
     "save_timeout_s": Rule.SAME,
     "rendezvous_timeout_s": Rule.SAME,
     "preemption_grace_s": Rule.SAME,
+    "failure_grace_s": Rule.SAME,
     "compression": Rule.SAME,
     "other_tree": Rule.SAME,
     "host_bytes_max": Rule.NOTED,  # hosts may have more and less memory

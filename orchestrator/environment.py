@@ -27,6 +27,11 @@ def store_deadline_s() -> float:
     return deadline_s
 
 
+def gcs_emulated() -> bool:
+    """Whether buckets are an emulator's."""
+    return os.environ.get(EMULATOR, "") not in ("", "default")  # as gcsfs reads it
+
+
 def gcs_anonymous() -> bool:
     """Raises UsageError for what is neither yes nor no."""
     told = os.environ.get(ANONYMOUS, "")

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import crc32c as crc32c_library
 import msgspec
 
 from orchestrator import chunks, contents
@@ -56,12 +58,16 @@ def includes(by: Ranges, process: int) -> bool:
 def held(leaves: Sequence[LeafSpec], views: Sequence[View]) -> tuple[Held, ...]:
     """What process 0 makes known, of how it sees its leaves."""
     each = [
-        (None, leaf.chunk if leaf.in_store and leaf.chunk not in (None, _grid(leaf, None)) else None)
-        if view in (None, alone(0))
-        else (view, None)
+        (None, _unusual(leaf)) if view in (None, alone(0)) else (view, None)
         for leaf, view in zip(leaves, views, strict=True)
     ]
     return tuple(Held(sum(1 for _ in same), *key) for key, same in itertools.groupby(each))
+
+
+def _unusual(leaf: LeafSpec) -> tuple[int, ...] | None:
+    if not leaf.in_store or leaf.chunk == usual_chunk(leaf.file_shape, leaf.stored_dtype or leaf.dtype):
+        return None
+    return leaf.chunk
 
 
 def each_of(held: Iterable[Held]) -> list[Held]:
@@ -141,23 +147,56 @@ def _few(texts: Sequence[str]) -> str:
 # What each process has its own of: is it the same?
 
 
-def grid(leaf: LeafSpec, run: Held) -> Iterator[Box]:
-    """The chunks, in order, in which process 0 stores its own copy of a leaf."""
-    whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
-    return chunks.cut(whole, _grid(leaf, run.chunk))
+@dataclass(frozen=True)
+class Cut:
+    """How process 0 stores its own copy of leaves of one form: what a digest says of the form, the chunks in order, and
+    the ends of their keys. whole: it is one chunk."""
+
+    form: bytes
+    chunk_bytes: int
+    boxes: tuple[Box, ...]
+    suffixes: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        return len(self.boxes) == 1
 
 
-def _grid(leaf: LeafSpec, chunk: tuple[int, ...] | None) -> tuple[int, ...]:
-    shape = leaf.file_shape
-    if chunk and len(chunk) == len(shape) and not any(size % part for size, part in zip(shape, chunk, strict=True)):
-        return chunk
-    return chunks.chunk_shape(shape, ITEM_BYTES[leaf.stored_dtype or leaf.dtype])
+def cut(leaf: LeafSpec, run: Held) -> Cut:
+    """Of a leaf that the array store holds. Quick for leaves of few forms."""
+    return _cut(leaf.shape, leaf.file_shape, leaf.dtype, leaf.stored_dtype, run.chunk)
 
 
-def digest(leaf: LeafSpec, checksums: Iterable[str] = ()) -> bytes:
-    """Of a leaf's value, from the CRC-32C of each chunk's stored bytes (of `grid`); Python values are in the spec."""
-    form = f"{leaf.dtype}{leaf.shape}" if leaf.kind_stored else f"{leaf.kind} {leaf.value}"
-    found = bytes.fromhex(crc32c("".join((form, *checksums)).encode()))
+@functools.lru_cache(maxsize=256)
+def _cut(
+    shape: tuple[int, ...], stored: tuple[int, ...], dtype: str, stored_dtype: str, chunk: tuple[int, ...] | None
+) -> Cut:
+    given = (
+        chunk and len(chunk) == len(stored) and not any(size % part for size, part in zip(stored, chunk, strict=True))
+    )
+    used = chunk if chunk and given else usual_chunk(stored, stored_dtype or dtype)
+    boxes = tuple(chunks.cut(Box(start=(0,) * len(stored), stop=stored), used))
+    chunk_bytes = math.prod(used) * ITEM_BYTES[stored_dtype or dtype]
+    return Cut(f"{dtype}{shape}".encode(), chunk_bytes, boxes, tuple(chunks.suffix(box, used) for box in boxes))
+
+
+def usual_chunk(stored: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    """As an array on the host is cut."""
+    return chunks.chunk_shape(stored, ITEM_BYTES[dtype])
+
+
+def digest(leaf: LeafSpec) -> bytes:
+    """Of a value that no file holds: it is in the spec."""
+    return _digest((leaf.dtype + str(leaf.shape) if leaf.kind_stored else f"{leaf.kind} {leaf.value}").encode())
+
+
+def digest_of_chunks(form: bytes, checksums: Iterable[str]) -> bytes:
+    """Of a leaf's value, from `Cut.form` and the CRC-32C of each chunk's stored bytes, in hex."""
+    return _digest(form + "".join(checksums).encode())
+
+
+def _digest(told: bytes) -> bytes:
+    found: bytes = crc32c_library.crc32c(told).to_bytes(_COMPARED_BYTES, "big")
     return found if found != _NOT_COMPARED else b"\1" * _COMPARED_BYTES
 
 
@@ -191,8 +230,8 @@ def differences(intent: Intent, receipts: Mapping[int, Receipt]) -> list[Differe
 def _of_stored(leaf: LeafSpec, run: Held, stored: Mapping[str, str]) -> bytes:
     if not leaf.in_store:
         return digest(leaf)
-    chunk = _grid(leaf, run.chunk)
-    return digest(leaf, [stored.get(chunks.key(leaf.name, box, chunk), "") for box in grid(leaf, run)])
+    how, name = cut(leaf, run), leaf.name
+    return digest_of_chunks(how.form, [stored.get(name + suffix, "") for suffix in how.suffixes])
 
 
 def not_compared() -> bytes:

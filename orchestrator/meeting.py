@@ -6,8 +6,8 @@ sees all must see, by its write_id. In a new run there is nothing to see yet: th
 of each other, `Opening` has process 0 make a mark just before the epoch is opened, which every other host must see
 (`awaited`) before it writes anything itself. *One configuration*: see `configuration`.
 
-A network file system may show a host an old answer for some seconds: what is not seen is looked for again, in a
-directory listed again, for SEEN_WITHIN_S. Main thread; each function but `awaited` is a collective.
+A network file system may show a host an old answer for some seconds: what is not seen is looked for again, in
+directories that are opened again, for SEEN_WITHIN_S. Main thread; each function but `awaited` is a collective.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from absl import logging
 from orchestrator import configuration, layout
 from orchestrator.catalog import Catalog
 from orchestrator.configuration import Settings, who
-from orchestrator.errors import OrchestratorError, StorageError, UsageError
+from orchestrator.errors import StorageError, UsageError
 from orchestrator.records import Head, Json
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import as_error
+from orchestrator.storage.base import refresh
 from orchestrator.texts import printable
 
 SEEN_WITHIN_S = 10.0  # what another host has written; a network file system's caches last some seconds
@@ -71,7 +72,7 @@ def meet(
     if len({answer["is"] for answer in answers}) > 1:
         _compare(rendezvous, f"{name}: configurations", settings, timeout_s)
     if any("error" in answer or answer["head"] != answers[0]["head"] for answer in answers):
-        _find_out(catalog, rendezvous, f"{name}: one root", answers, timeout_s)
+        _find_out(catalog, rendezvous, f"{name}: one root", answers, failure, timeout_s)
     return str(answers[0]["run"])
 
 
@@ -97,7 +98,14 @@ def _compare(rendezvous: Rendezvous, name: str, settings: Mapping[str, str], tim
         raise UsageError(f"the hosts of this job are not configured alike; give all of them the same:\n  {lines}")
 
 
-def _find_out(catalog: Catalog, rendezvous: Rendezvous, name: str, answers: list[Json], timeout_s: float) -> None:
+def _find_out(
+    catalog: Catalog,
+    rendezvous: Rendezvous,
+    name: str,
+    answers: list[Json],
+    failure: Exception | None,
+    timeout_s: float,
+) -> None:
     """Hosts have read different heads: of one journal, between whose entries somebody wrote, or of several? An entry is
     never changed or taken away, so that the one which process 0 has read must be there for all; where it has read none,
     the newest that another has."""
@@ -105,15 +113,12 @@ def _find_out(catalog: Catalog, rendezvous: Rendezvous, name: str, answers: list
     source = 0 if heads[0] else max(range(len(heads)), key=lambda process: heads[process] or [-1])
     sought = heads[source]
     told: Json = {"url": catalog.url}
-    failure: Exception | None = None
     if sought is not None and heads[rendezvous.process] != sought:
-        look = partial(_has_entry, catalog, *sought)
+        failure = None  # what could not be read before may be read by now
         try:
-            told["sees"] = awaited(look, timeout_s)
-        except (OrchestratorError, OSError) as error:
+            told["sees"] = awaited(partial(_has_entry, catalog, *sought), timeout_s)
+        except Exception as error:
             failure = error
-    elif "error" in answers[rendezvous.process]:  # of a run that nobody else sees either
-        failure = as_error(rendezvous.process, *answers[rendezvous.process]["error"])
     if failure:
         told["error"] = [type(failure).__name__, str(failure)]
     there = rendezvous.gather(name, told, timeout_s)
@@ -122,21 +127,14 @@ def _find_out(catalog: Catalog, rendezvous: Rendezvous, name: str, answers: list
 
 
 def _has_entry(catalog: Catalog, version: int, write_id: str) -> bool:
-    if catalog.storage.get(layout.journal_key(version)) is None:
-        catalog.versions(version)  # lists the directory again
-        return False
-    return catalog.entry(version).write_id == write_id
-
-
-def probe(catalog: Catalog) -> None:
-    """Create an object among the attempts and delete it: whether this process may save here at all. The journal needs
-    no probe, as opening an epoch is one create in it. Raises StorageError; nothing is left behind then."""
-    unmark(catalog, mark(catalog))
+    key = layout.journal_key(version)
+    return has(catalog, key) and catalog.entry(version).write_id == write_id
 
 
 def mark(catalog: Catalog) -> str:
-    """The first half of `probe`: the key of what was created, for other hosts to look for. What a crash leaves of it is
-    an object of a few bytes that nobody takes for part of a run."""
+    """Create an object among the attempts: whether this process may save here at all. The journal needs no probe, as
+    opening an epoch is one create in it. Returns its key, for other hosts to look for; what a crash leaves of it is an
+    object of a few bytes that nobody takes for part of a run. Raises StorageError; nothing is left behind then."""
     key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
     catalog.storage.create(key, catalog.writer.encode(errors="replace"))
     return key
@@ -149,11 +147,12 @@ def unmark(catalog: Catalog, key: str) -> None:
         logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", catalog.url, key, error)
 
 
-def has_mark(catalog: Catalog, key: str) -> bool:
-    """Whether this host sees the mark at `key` that another one has made (`Catalog.mark`)."""
+def has(catalog: Catalog, key: str) -> bool:
+    """Whether this host sees the object at `key`, which another one has made."""
     if catalog.storage.get(key) is not None:
         return True
-    return any(entry.key == key for entry in catalog.storage.list(key))  # lists the directory again
+    refresh(catalog.storage, key)
+    return catalog.storage.get(key) is not None
 
 
 def awaited(look: Callable[[], bool], timeout_s: float) -> bool:

@@ -40,7 +40,7 @@ class Opening:
         self.epoch: int | None = None
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
         self._head: Begun[Head | None] | None = None  # as it was then
-        self._mark = ""  # on process 0, while its mark is there
+        self._mark = ""  # this process's probe of the right to write, while it is there
         self._unmarked: Begun[None] | None = None  # it is being deleted
 
     def by_save(self, step: int, describe: Callable[[], Flat], *, other_tree: bool) -> str:
@@ -126,7 +126,7 @@ class Opening:
 
     @contextmanager
     def _marked(self) -> Iterator[None]:
-        """Within it process 0's mark may be there; after it, it is not."""
+        """Within it this process's mark may be there; after it, it is not."""
         try:
             yield
         finally:
@@ -160,9 +160,9 @@ class Opening:
         failure: Exception | None = None
         if self._rendezvous.process != 0:
             try:
-                told["sees"] = meeting.awaited(partial(meeting.has_mark, self._catalog, mark), self._timeout_s)
+                told["sees"] = meeting.awaited(partial(meeting.has, self._catalog, mark), self._timeout_s)
                 if told["sees"]:
-                    meeting.probe(self._catalog)
+                    self._mark = meeting.mark(self._catalog)
             except Exception as error:
                 failure = error
                 told["error"] = [type(error).__name__, str(error)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -72,10 +73,28 @@ class Tokens:
             def log_message(self, *_: object) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.host = f"127.0.0.1:{server.server_port}"
+        class Proxy(BaseHTTPRequestHandler):
+            """Whatever it is asked to connect to, it is that itself."""
+
+            def do_CONNECT(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                tls.load_cert_chain(FOLDER / "cert.pem", FOLDER / "key.pem")
+                with tls.wrap_socket(self.connection, server_side=True) as connection:
+                    Server(connection, self.client_address, self.server)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.host, self.proxy = _serving(Server), f"http://{_serving(Proxy)}"
+
+
+def _serving(handler: type[BaseHTTPRequestHandler]) -> str:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"127.0.0.1:{server.server_port}"
 
 
 EMULATOR, FOLDER = sys.argv[1], Path(sys.argv[2])
@@ -244,6 +263,29 @@ def with_key(name: str, deadline_s: float = 10.0) -> dict[str, Any]:
     with environ(GOOGLE_APPLICATION_CREDENTIALS=KEYS[name]):
         made = store(deadline_s)
         return outcome(lambda: (made.create("a", b"1"), made.get("a")))
+
+
+@row
+def impersonating() -> dict[str, Any]:
+    names = "subjectAltName=DNS:iamcredentials.googleapis.com"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=x",
+        "-addext",
+        names,
+    ]
+    made = [*command, "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(made, cwd=FOLDER, check=True, capture_output=True, timeout=60)
+    with environ(https_proxy=TOKENS.proxy, REQUESTS_CA_BUNDLE=str(FOLDER / "cert.pem")):
+        return with_key("impersonated")
 
 
 @row

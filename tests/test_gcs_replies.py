@@ -152,6 +152,12 @@ def test_a_rate_limit_is_waited_out_and_a_create_that_met_one_is_no_unknown_outc
     with rules(gcs, store, value=403, reason="rateLimitExceeded", times=2, operations=["insert"]):
         assert store.create("a", b"1") == Created()
     assert store._client.retries == {"http 403 rateLimitExceeded": 2}
+    spent = GcsStorage(new_root(), Client(30.0, Budget(2), first_wait_s=0.01))
+    with (
+        rules(gcs, spent, value=403, reason="rateLimitExceeded", operations=["insert"]),
+        pytest.raises(Unavailable, match="budget is spent"),  # and not OutcomeUnknown: it was not carried out
+    ):
+        spent.create("a", b"1")
 
 
 @pytest.mark.parametrize("told", ["1", "date"])

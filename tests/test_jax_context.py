@@ -243,7 +243,7 @@ def operations(node: ast.AST) -> set[str]:
 
 
 def outside(module: str, source: str) -> list[str]:
-    """Functions of a module that run something of JAX and are neither in our own context nor known to be called so."""
+    """Functions of a module that run something of JAX, neither in our own context nor known to be called in it."""
     tree = ast.parse(source)
     bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
     known = CALLED_INSIDE.get(module, "").split()

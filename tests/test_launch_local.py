@@ -6,88 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
+from launching import DEADLINE_S, INDEX, REPOSITORY, alive, eventually, job, launch, launched, pids, write_pid
 
 pytestmark = pytest.mark.jobs
-
-REPOSITORY = Path(__file__).parents[1]
-DEADLINE_S = 20.0
-INDEX = "import os; i = int(os.environ['ORCHESTRATOR_PROCESS_INDEX'])\n"
-
-
-def job(flags: list[str], script: str) -> list[str]:
-    return ["local", *flags, "--", sys.executable, "-S", "-c", INDEX + script]
-
-
-def launch_command(flags: list[str], script: str) -> list[str]:
-    return [sys.executable, "-m", "launch", *job(flags, script)]
-
-
-def launch(flags: list[str], script: str) -> subprocess.CompletedProcess[str]:
-    command = launch_command(flags, script)
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
-
-
-def as_in_the_foreground(ignored: Collection[int] = ()) -> None:
-    """In a launcher that a test starts, before its program: a shell's background job, as the tests may be, would not
-    hear SIGINT, nor would what it starts."""
-    for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
-
-
-@contextmanager
-def launched(flags: list[str], script: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        launch_command(flags, script),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=as_in_the_foreground,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=DEADLINE_S)
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    give_up = time.monotonic() + DEADLINE_S
-    while time.monotonic() < give_up:
-        if holds():
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def write_pid(directory: Path) -> str:
-    """Script lines that leave this process's id in `directory`, whole or not at all."""
-    return (
-        f"import pathlib; f = pathlib.Path({str(directory)!r}, f'{{os.getpid()}}.part')\n"
-        "f.write_text(''); f.rename(f.with_suffix('.pid'))\n"
-    )
-
-
-def pids(directory: Path) -> list[int]:
-    return [int(path.stem) for path in directory.glob("*.pid")]
-
-
-def alive(directory: Path) -> list[int]:
-    found = []
-    for pid in pids(directory):
-        try:
-            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                found.append(pid)
-        except psutil.NoSuchProcess:
-            pass
-    return found
 
 
 def test_each_line_carries_its_hosts_name_and_each_host_its_own_contract() -> None:
@@ -145,11 +69,15 @@ def test_when_one_dies_the_others_are_ended_even_if_they_ignore_sigterm(tmp_path
     assert len(pids(tmp_path)) == 3 and alive(tmp_path) == []
 
 
-def test_a_killed_host_is_the_cause_even_if_a_survivor_that_crashed_is_seen_first() -> None:
+def test_a_killed_host_is_the_cause_even_if_a_survivor_that_crashed_is_seen_first(tmp_path: Path) -> None:
     patient = (
         "import sys, launch.__main__ as m; m.local.SAME_MOMENT_S = 3.0; sys.exit(m.main(['launch', *sys.argv[1:]]))"
     )
-    script = "import time\nif i == 0: os.abort()\ntime.sleep(0.5); os.kill(os.getpid(), 9)"
+    script = (
+        f"import pathlib, time; ready = pathlib.Path({str(tmp_path)!r}, 'ready')\n"
+        "if i: ready.touch(); time.sleep(0.5); os.kill(os.getpid(), 9)\n"
+        "while not ready.exists(): time.sleep(0.01)\nos.abort()"
+    )
     command = [sys.executable, "-c", patient, *job(["--processes", "2"], script)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 137 and "host-1 was ended by SIGKILL\n" in done.stderr, done.stderr
@@ -231,10 +159,8 @@ ENVIRON = "e = os.environ; r = int(e['ORCHESTRATOR_RESTART_COUNT'])\n"
 
 
 def test_a_host_that_stops_beating_is_killed_and_the_job_restarted() -> None:
-    script = (
-        ENVIRON + BEAT + "beat(3)\nif r == 0 and i == 1: time.sleep(60)\nfor _ in range(8): beat(3); time.sleep(0.1)"
-    )
-    done = launch(["--processes", "2", "--max_restarts", "1", "--hang_after_s", "0.5", "--backoff_s", "0"], script)
+    script = ENVIRON + BEAT + "beat(3)\nif r == 0 and i == 1: time.sleep(120)\nwhile r == 0: beat(3); time.sleep(0.1)"
+    done = launch(["--processes", "2", "--max_restarts", "1", "--hang_after_s", "2", "--backoff_s", "0"], script)
     assert done.returncode == 0, done.stderr
     assert "host-1 hangs: silent for" in done.stderr and "last heard training at step 3" in done.stderr
 
@@ -244,7 +170,7 @@ def test_a_crash_loop_is_announced_and_the_next_start_told_to_step_back() -> Non
         ENVIRON
         + BEAT
         + (
-            "print('back', e.get('ORCHESTRATOR_STEP_BACK'))\nbeat(7); time.sleep(0.4)\n"
+            "print('back', e.get('ORCHESTRATOR_STEP_BACK'))\nbeat(7)\n"
             "raise SystemExit(e.get('ORCHESTRATOR_STEP_BACK') is None)"
         )
     )
@@ -291,7 +217,8 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> N
     child = INDEX + write_pid(tmp_path) + "import time; time.sleep(60)"
     script = (
         f"import pathlib, subprocess, sys, time; child = [sys.executable, '-S', '-c', {child!r}]\n"
-        "subprocess.Popen(child); subprocess.Popen(child, start_new_session=True)\n"
+        "subprocess.Popen(child)\n"
+        "subprocess.Popen(child, start_new_session=True, env={'ORCHESTRATOR_PROCESS_INDEX': str(i)})\n"
         "if os.fork() == 0: os.setsid(); subprocess.Popen(child); os._exit(0)\n"
         "beat = pathlib.Path(os.environ['ORCHESTRATOR_HEARTBEAT_FILE']); beat.write_text('{}')\n"
         f"pathlib.Path({str(tmp_path)!r}, 'beats').write_text(str(beat.parent))\n"

@@ -80,6 +80,7 @@ def test_a_code_that_a_restart_cannot_mend_is_the_jobs(
 @pytest.mark.parametrize(
     ("moments", "rules", "about"),
     [
+        ([[(0, 1), (1, 5)]], {}, "the job ends with 5: host-1 exited with code 5 first; a restart cannot mend that"),
         ([[(1, 1)], [(0, -15)]], {}, "the job ends with 1: host-1 exited with code 1 first; no restart is left of 0"),
         (
             [[(1, 1)], [(0, 5)]],

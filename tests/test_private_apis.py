@@ -26,7 +26,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from jax._src import core, distributed, xla_bridge
+from jax._src import api, core, distributed, xla_bridge
 from jax._src.lib import _jax, xla_client
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -39,7 +39,9 @@ from orchestrator.tree import flatten
 
 ROOT = Path(__file__).parent.parent
 WATCHED = {  # private names that the package may import: each has a test below
+    "jax._src.api",
     "jax._src.core",
+    "jax._src.dispatch",
     "jax._src.distributed",
     "jax._src.lib._jax",
     "jax._src.lib.xla_client",
@@ -196,6 +198,26 @@ def test_two_processes_agree_through_multihost_utils_and_signal_through_the_serv
 
 def test_a_process_that_does_not_come_to_a_meeting_is_named(two_processes: list[dict[str, Any]]) -> None:
     assert two_processes[0]["error"] == "leave together: processes [1 (host-1)] did not arrive within 1 s"
+
+
+EXIT_HANDLERS = """
+import atexit
+registered, register = [], atexit.register
+atexit.register = lambda function, *args: (registered.append(function), register(function, *args))[1]
+import jax
+from jax._src import api, dispatch
+print(api.clean_up in registered, dispatch.wait_for_tokens in registered)
+"""
+
+
+def test_what_waits_for_other_processes_at_exit_is_where_we_take_it_out() -> None:
+    """`tests/test_last_words.py` sees that a failing process does not wait."""
+    done = subprocess.run([sys.executable, "-c", EXIT_HANDLERS], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "True True", done.stderr
+    assert "distributed.shutdown()" in inspect.getsource(api.clean_up)
+    assert {"preemption_sync_manager", "client", "service", "process_id", "num_processes"} <= set(
+        dir(distributed.global_state)
+    )
 
 
 def test_gloo_is_made_by_a_function_that_takes_an_address_and_is_looked_up_when_it_is_needed() -> None:

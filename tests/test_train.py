@@ -64,7 +64,7 @@ def run(directory: Path, *flags: str, hosts: int, devices: int, kill_host_after_
 
 def train_alone(*flags: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, **JOB_ENVIRON, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    return subprocess.run([*TRAIN, *flags], capture_output=True, text=True, timeout=60, check=False, env=environ)
+    return subprocess.run([*TRAIN, *flags], capture_output=True, text=True, timeout=180, check=False, env=environ)
 
 
 @pytest.mark.slow

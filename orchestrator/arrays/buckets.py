@@ -52,7 +52,7 @@ def _native_spec(where: str) -> dict[str, Any]:
 def stamp() -> Token | None:
     """What buckets are read with, None where TensorStore goes its own way. What was opened with another one is to be
     opened again. Raises Unavailable."""
-    if os.environ.get(environment.EMULATOR) or os.environ.get(BACKEND, "gcs") != "gcs":
+    if environment.gcs_emulated() or os.environ.get(BACKEND, "gcs") != "gcs":
         return None
     return client().token()
 

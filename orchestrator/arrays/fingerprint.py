@@ -30,12 +30,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator import attest, chunks
+from orchestrator.arrays.owned import bit_count
 from orchestrator.arrays.placing import in_own_memory
 from orchestrator.jax_context import in_own_context
 from orchestrator.records import Box, LeafSpec, ShardPrint
@@ -214,13 +214,7 @@ def _words(dtype: Any) -> int:
 
 def _mask(dtype: Any) -> int:
     """The bits that count: numpy keeps an element of less than a byte in a byte."""
-    return (1 << _bit_count(dtype)) - 1
-
-
-def _bit_count(dtype: Any) -> int:
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(ml_dtypes.iinfo(dtype).bits)
-    return int(ml_dtypes.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * np.dtype(dtype).itemsize
+    return (1 << bit_count(dtype)) - 1
 
 
 def _launch(kind: _Kind, group: list[_Item]) -> Any:
@@ -272,7 +266,7 @@ def _bits(array: Any) -> Any:
         return bits.reshape(*array.shape[:-1], -1)
     if array.dtype == jnp.bool_:
         return array.astype(jnp.uint8)
-    width = min(32, _bit_count(array.dtype))
+    width = min(32, bit_count(array.dtype))
     bits = lax.bitcast_convert_type(array, jnp.dtype(f"uint{width}"))
     return bits.astype(jnp.uint8) if width < 8 else bits
 

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -84,10 +86,17 @@ def _nothing(context: Any, results: Any) -> None:
     """The callback that leaves its results as they have been allocated."""
 
 
+def bit_count(dtype: Any) -> int:
+    """Of an element, which numpy keeps in a byte at least and XLA in what it takes."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(ml_dtypes.iinfo(dtype).bits)
+    return int(ml_dtypes.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * np.dtype(dtype).itemsize
+
+
 def memory(array: Any) -> Array:
     """The bytes of an array on one CPU device, to write to; they are there as long as the array is."""
     address, size = array.unsafe_buffer_pointer(), math.prod(array.shape) * array.dtype.itemsize
-    assert array.on_device_size_in_bytes() == size
+    assert bit_count(array.dtype) >= 8
     first = -address % _PAGE_BYTES
     if _LARGE_PAGES is not None and size - first >= _PAGE_BYTES:
         # Nothing has touched it yet: in small pages every 4 KiB would be a page fault.

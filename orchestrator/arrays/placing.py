@@ -130,8 +130,9 @@ class Filling:
         if item.sharding is None or item.frame or not self.layout.devices or self.leaf_bytes < owned.ARRAY_BYTES:
             return False
         here = on_host(item.sharding) and in_own_memory(item.sharding)
-        same = self.dtype_held == _logical(Load(self.leaf), np.empty(0, self.dtype)).dtype  # it is not cast
-        return here and same and len(self.items) == 1 and len(set(self.layout.shapes)) == 1
+        as_read = self.dtype_held == _logical(Load(self.leaf), np.empty(0, self.dtype)).dtype  # it is not cast
+        whole = owned.bit_count(self.dtype_held) >= 8  # XLA may pack others
+        return here and as_read and whole and len(self.items) == 1 and len(set(self.layout.shapes)) == 1
 
     @property
     def copied(self) -> bool:

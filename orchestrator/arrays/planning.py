@@ -94,6 +94,12 @@ class Plan:
     own: tuple[tuple[int, Held], ...] = ()
 
     @functools.cached_property
+    def own_bytes(self) -> tuple[int, ...]:
+        """Of each leaf of `own`, as it would be stored."""
+        leaves = [self.form.leaves[number] for number, _ in self.own]
+        return tuple(math.prod(leaf.file_shape) * _stored(leaf).itemsize if leaf.in_store else 0 for leaf in leaves)
+
+    @functools.cached_property
     def mine(self) -> tuple[tuple[int, LeafPlan], ...]:
         """The leaves that this process writes anything of, each with its number."""
         return tuple((number, plan) for number, plan in enumerate(self.leaves) if plan.shards)
@@ -242,6 +248,16 @@ def _plan(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _
     if run is not None and not holders.includes(run.by or holders.alone(0), process):
         return LeafPlan(leaf, type_name, sharding=value.sharding)
     return _of_shards(leaf, as_stored(leaf, value), type_name, layouts)
+
+
+def joinable(leaf: LeafSpec, value: jax.Array) -> bool:
+    """Whether Python's buffer protocol gives the elements of the whole array, as they are on the host."""
+    return leaf.dtype in _VIEWED and _on_one_cpu(value.sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
+    return len(sharding.device_set) == 1 and on_host(sharding)
 
 
 def as_stored(leaf: LeafSpec, value: Any) -> Any:

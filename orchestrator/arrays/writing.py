@@ -27,7 +27,7 @@ from orchestrator import chunks, garbage, holders
 from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
 from orchestrator.arrays.compressed import deflated
 from orchestrator.arrays.feed import Feed
-from orchestrator.arrays.own_copies import OwnCopies
+from orchestrator.arrays.own_copies import OwnCopies, Turns
 from orchestrator.arrays.own_copies import take as take_own
 from orchestrator.arrays.planning import Plan, plan_of
 from orchestrator.arrays.staging import start, take, take_small
@@ -67,7 +67,7 @@ class ArrayWriter:
     """Stages attempts' `state/` directories, on the main thread; what it returns belongs to any one thread."""
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
-        self._process, self._options = process, options
+        self._process, self._options, self._turns = process, options, Turns()
 
     def recorded(self, spec: TreeSpec) -> TreeSpec:
         """The tree spec as readers need it: compressed chunks are not raw elements."""
@@ -92,7 +92,7 @@ class ArrayWriter:
             raise StorageError(f"{size} bytes of the state are on this process, host_bytes_max is {limit}: skipped")
         plan = plan_of(flat, self._process, self._options.compression, held)
         prints = fingerprint.start(self._attested(flat, plan)) if attest else None
-        own = take_own(flat, plan) if plan.own and self._options.compare_own else None
+        own = take_own(flat, plan, self._turns) if plan.own and self._options.compare_own else None
         pending = PendingWrite(directory, flat, plan, Feed(None if small else limit), prints, own)
         try:
             pending.stage(flat.values, None if small else time.monotonic() + self._options.timeout_s)

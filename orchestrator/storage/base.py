@@ -111,6 +111,20 @@ def check_root(storage: Storage) -> None:
 
 
 @runtime_checkable
+class Cached(Protocol):
+    """What a store may offer beside the port, where a cache may show for a while what was."""
+
+    def refresh(self, key: str) -> None:
+        """Have what is asked of `key` next answered by what is there now, as far as that can be had. Never raises."""
+
+
+def refresh(storage: Reads, key: str) -> None:
+    """Before something is looked for again which another host must have written."""
+    if isinstance(storage, Cached):
+        storage.refresh(key)
+
+
+@runtime_checkable
 class DeletesMany(Protocol):
     """What a store may offer beside the port, where deleting one object at a time would be slow."""
 

@@ -127,6 +127,21 @@ class Root:
                     self._descriptor, self._identity = descriptor, (status.st_dev, status.st_ino)
         return self._descriptor
 
+    def refresh(self, key: str) -> None:
+        """Open all directories from `/` down to the one at `key`. A client of NFS believes for half a minute and longer
+        that what it has not found is not there; but when a directory is opened it asks the server whether it has
+        changed (nfs(5), close-to-open consistency), and then looks up its names again. Never raises."""
+        with contextlib.suppress(OSError, StorageError):
+            above = ""
+            for name in self.path.split("/"):
+                above = f"{above}{name}/"
+                os.close(os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            below = ""
+            for name in ("", *key.split("/")):
+                below = f"{below}/{name}".strip("/")
+                with self.directory(below) as descriptor:
+                    os.close(os.open(".", _DIRECTORY, dir_fd=descriptor))
+
     @contextlib.contextmanager
     def directory(self, key: str, make: bool = False, durable: bool = True) -> Iterator[int]:
         """A descriptor of the directory at `key`, open within the context. `make`: what is missing of it is made (the

@@ -14,6 +14,7 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import io
 import itertools
 import os
 import random
@@ -42,6 +43,7 @@ _FIRST_WAIT_S, _WAIT_MAX_S = 0.25, 16.0
 _LAST_S = 1.0  # that a last try is left where the store asks for a longer wait than the deadline allows
 _DOWN_SHARE = 8  # while the store answers nothing, an operation waits only this part of the deadline
 _BUDGET = 200.0  # retries that may be spent before answers have to earn them
+_PIECE_BYTES = 1 << 20
 _EARNED = 1.0  # by each request that is answered
 REPLY_BYTES_MAX = 64 << 20  # where the caller expects nothing larger: a page of a listing, an acknowledgement
 
@@ -83,9 +85,13 @@ class Client:
     def __init__(
         self, deadline_s: float = _DEADLINE_S, budget: Budget | None = None, first_wait_s: float = _FIRST_WAIT_S
     ) -> None:
-        # Its own credentials are nobody's; only where the endpoint is, is asked of it.
-        self._files = GCSFileSystem(token="anon", use_listings_cache=False, skip_instance_cache=True)
-        self._loop = get_loop()
+        try:
+            # Its own credentials are nobody's; only where the endpoint is, is asked of it.
+            self._files = GCSFileSystem(token="anon", use_listings_cache=False, skip_instance_cache=True)
+            self._loop = get_loop()
+        except Exception as error:  # no descriptors, threads or memory left
+            text = line(f"{type(error).__name__}: {error}")
+            raise Unavailable(f"no client for Cloud Storage can be made: {text}", waited=True) from error
         self.credentials = Credentials(gcs_identity.find())
         self._more = {"userProject": payer} if (payer := environment.gcs_user_project()) else {}
         self.query = (
@@ -214,7 +220,7 @@ class Client:
                 self._slots,
                 asyncio.timeout(limit_s),
                 self._session.request(
-                    method, self.endpoint + path, params=params, headers=headers, data=body
+                    method, self.endpoint + path, params=params, headers=headers, data=_sent(body)
                 ) as response,
             ):
                 reply = Reply(response.status, dict(response.headers), await _body(response, most_bytes))
@@ -241,6 +247,11 @@ class Client:
             self._down = self._down or error.passing  # it was waited for as long as the operation may take
             text = f"{operation} {name}: the credentials for Cloud Storage cannot be used: {error}"
             raise Unavailable(text, landed=landed, waited=True) from error
+
+
+def _sent(body: bytes | None) -> io.BytesIO | bytes | None:
+    """In pieces, if it is large: of one piece, asyncio moves what is left each time that it has sent some."""
+    return io.BytesIO(body) if body and len(body) > _PIECE_BYTES else body
 
 
 async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:

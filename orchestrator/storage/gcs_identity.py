@@ -53,7 +53,7 @@ def find() -> Callable[[], Identity]:
     began = time.monotonic()
 
     def found() -> Identity:
-        if environment.gcs_anonymous() or os.environ.get(environment.EMULATOR):
+        if environment.gcs_anonymous() or environment.gcs_emulated():
             return ANONYMOUS
         token = next(
             (config.conf[name]["token"] for name in ("gcs", "gs") if "token" in config.conf.get(name, {})), None

@@ -134,6 +134,9 @@ class PosixStorage:
             raise OutcomeUnknown(f"create {path}: exists, but cannot be read back ({reason(error)})") from error
         return Created()
 
+    def refresh(self, key: str) -> None:
+        self.root.refresh(key.rpartition("/")[0])
+
     def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
         try:
             return self._read(key, most_bytes)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import UsageError
 from orchestrator.records import FileEntry
-from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, Reads
+from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, Reads, refresh
 
 
 class ReadOnlyStorage:
@@ -24,6 +24,9 @@ class ReadOnlyStorage:
 
     def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         return self._storage.measure(key, expected_bytes)
+
+    def refresh(self, key: str) -> None:
+        refresh(self._storage, key)
 
     def create(self, key: str, body: bytes) -> Created | Exists:
         raise self._refusal("create", key)

@@ -116,6 +116,18 @@ def unclosed_fenced(root: str) -> None:
     agent.save(3, state())
 
 
+def unclosed_told(root: str) -> None:
+    """As above, but the program has heard of it already."""
+    agent = oc.Agent(root, options=QUICK)
+    agent.save(1, state())
+    agent.wait_until_finished()
+    with oc.Agent(root, options=QUICK) as other:
+        other.save(2, state())
+    agent.save(3, state())
+    with contextlib.suppress(oc.Fenced):
+        agent.wait_until_finished()
+
+
 def unclosed_preempted(root: str) -> None:
     """The grace of a preemption is over before its save is."""
     loop(oc.Agent(root, save=oc.at([]), options=oc.Options(preemption_grace_s=0.3)))
@@ -297,6 +309,7 @@ def two_wait(root: str, index: int, port: int, program: str) -> None:
     elif program == "reads":
         oc.open_run(root).latest_step()
         waiting(root)
+        os._exit(0)  # JAX, who has heard SIGTERM, may wait at the end for the others to agree on a step
     else:
         does_not_look(root)
 
@@ -326,7 +339,7 @@ def two_without_service(root: str, index: int, port: int) -> None:
 
 
 def two_save_again(root: str, index: int, port: int) -> None:
-    """Process 1 fails; each process may learn of it at another moment, but all answer the same."""
+    """Process 0 fails, and process 1 is still busy with that save when it hears of it; but all answer the same."""
     joined(index, port)
     with compat.CheckpointManager(root) as manager:
         manager.save(10, args=ocp.args.StandardSave(state()))

@@ -118,12 +118,14 @@ def manager(root: Path, **options: Any) -> dict[str, Any]:
         return {"kind": type(error).__name__, "text": str(error), "epoch": None}
 
 
-def no_right_to_write() -> dict[str, Any]:
-    def hook(operation: str, key: str) -> None:
-        if operation == "create" and index == 2:
-            raise oc.StorageError(f"create {key}: EACCES (Permission denied)")
+def without_a_right(name: str, *operations: str) -> dict[str, Any]:
+    """At a root where process 2 has no right to these."""
 
-    return agent(folder / "rights", save, storage=HookedStorage(PosixStorage(str(folder / "rights")), before=hook))
+    def hook(operation: str, key: str) -> None:
+        if operation in operations and index == 2:
+            raise oc.StorageError(f"{operation} {key}: EACCES (Permission denied)")
+
+    return agent(folder / name, save, storage=HookedStorage(PosixStorage(str(folder / name)), before=hook))
 
 
 latest = oc.Agent.latest_step
@@ -145,7 +147,9 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     "a run for process 0 only": lambda: agent(copied("zero", 0), latest),
     "a run for process 2 only": lambda: agent(copied("two", 2), latest),
     "a bucket": lambda: agent(f"{bucket}/{mine('a', 'a', 'b')}", save),
-    "no right to write": no_right_to_write,
+    "no right to write": lambda: without_a_right("rights", "create"),
+    "no right to read": lambda: without_a_right("rights", "list", "get"),
+    "no right to read a run": lambda: without_a_right("seed", "list", "get"),
     "save": lambda: agent(folder / "no", save, save=mine(oc.every(1), oc.every(5), oc.every(1))),
     "keep": lambda: agent(folder / "no", save, keep=mine(None, oc.last(2))),
     "options": lambda: agent(

@@ -25,6 +25,10 @@ def forked(job: dict[str, Any]) -> int:
         for descriptor, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
             os.dup2(source, descriptor)
         os.environ.update(job["environ"])
+        # As at a terminal: whoever runs the tests in the background ignores some of them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return pid
 
 
