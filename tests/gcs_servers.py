@@ -157,7 +157,8 @@ def suite(running: Server, arguments: tuple[str, ...]) -> Outcome:
             outcome.failed += 1
             outcome.problems.append(f"{case.get('name')}: {(wrong.get('message') or '').splitlines()[0][:150]}")
         elif skipped is not None:
-            outcome.problems.append((skipped.text or skipped.get("message") or "skipped").rpartition("Skipped: ")[2])
+            why = (skipped.text or skipped.get("message") or "skipped").rpartition("Skipped: ")[2]
+            outcome.problems.append(why.rstrip("'\")"))
         else:
             outcome.passed += 1
     if ended.returncode not in (0, 1, 5) and not outcome.failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from fakes import HookedStorage
+from gcs import emulator, new_root
 from waves import InWaves
 
 import orchestrator as oc
@@ -18,7 +20,7 @@ from orchestrator import journal, overlap
 from orchestrator.catalog import EARLY_S, Catalog
 from orchestrator.errors import Fenced, JournalLost, StorageError
 from orchestrator.journal import Stamp
-from orchestrator.storage import MemoryStorage, PosixStorage
+from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 
 STATE = {"w": jnp.arange(1024.0), "small": jnp.ones(3)}
 LIKE = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), STATE)
@@ -174,6 +176,23 @@ def test_calls_overlap_and_the_first_error_in_order_is_raised() -> None:
 
 
 # How waves are counted.
+
+
+def test_the_emulator_logs_when_each_request_came_and_was_answered() -> None:
+    running, store = emulator(), open_storage(new_root())
+    running.counts(reset=True)
+    running.set_faults(slow=1, slow_s=0.05)
+    try:
+        store.create("a", b"1")
+        assert store.get("a") == b"1"
+    finally:
+        running.set_faults()
+    log = json.loads(running.ask("GET", "/_emulator/requests")[2])
+    where = store.url.split("/", 3)[3]
+    assert [(one["operation"], one["name"]) for one in log] == [("insert", f"{where}/a"), ("media", f"{where}/a")]
+    assert all(one["ended_s"] - one["began_s"] >= 0.05 for one in log) and len(chain(log)) == 2
+    running.counts(reset=True)
+    assert json.loads(running.ask("GET", "/_emulator/requests")[2]) == []
 
 
 @pytest.mark.parametrize(
