@@ -226,11 +226,11 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", contract.local_devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    from orchestrator.rendezvous import collectives_listen_on, join_last_words
+
     if isinstance(contract, DetectedContract):
         _detect(contract, environ)
     elif contract.process_count > 1:
-        from orchestrator.rendezvous import collectives_listen_on
-
         host = contract.coordinator_address.rpartition(":")[0].strip("[]")
         if listening.is_loopback(host):
             collectives_listen_on(host)
@@ -245,6 +245,7 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
             local_device_ids=(),
             initialization_timeout=INITIALIZATION_TIMEOUT_S,
         )
+    join_last_words()
 
 
 def _bind_address(coordinator: str, environ: Mapping[str, str]) -> str | None:
@@ -301,8 +302,11 @@ def leave(code: int) -> NoReturn:
 
     After 0 and EXIT_PREEMPTED all processes leave together, and JAX may wait for them. One that fails must not: JAX's
     exit handler would wait minutes for the others, who wait for this one, and no launcher would learn of the failure.
+    Where the others can be told, `orchestrator.last_words` does all that at `sys.exit`.
     """
-    if code in (0, EXIT_PREEMPTED):
+    from orchestrator import last_words
+
+    if code in (0, EXIT_PREEMPTED) or last_words.joined():
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

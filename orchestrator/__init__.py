@@ -9,6 +9,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.last_words import install
+
 if TYPE_CHECKING:
     from orchestrator.agent import Agent
     from orchestrator.cadence import Cadence
@@ -95,6 +97,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
+    install()
     return getattr(importlib.import_module(f"orchestrator.{_HOME_OF[name]}"), name)
 
 
@@ -105,4 +108,5 @@ def open_run(root: str | os.PathLike[str]) -> Run:
     from orchestrator.storage import open_storage
     from orchestrator.storage.read_only import ReadOnlyStorage
 
+    install()
     return Run(Catalog(ReadOnlyStorage(open_storage(root)), writer="reader"))

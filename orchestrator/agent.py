@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, failpoints, garbage, heartbeat
+from orchestrator import arguments, failpoints, garbage, heartbeat, last_words
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
@@ -78,6 +78,7 @@ class Agent:
         store = storage or open_storage(root)  # before the others are met: a root that is none is refused at once
         self._using = threading.RLock()
         self._rendezvous = rendezvous or connect(self.options.rendezvous_timeout_s)
+        last_words.serve(self, self.options.failure_grace_s)
         me = self._rendezvous
         failpoints.configure(os.environ, me.process)
         signature = f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}"
@@ -94,6 +95,7 @@ class Agent:
         self._last_save_s: float | None = None
         self._preempted: tuple[int, bool] = (-1, False)
         self._preempted_s = 0.0  # when, on the monotonic clock
+        self._failing_s = 0.0  # likewise: when an exception left the agent's block
         self._last_saved_step: int | None = None
         self._tree_checked = False
         self._collector: threading.Thread | None = None
@@ -355,15 +357,18 @@ class Agent:
             )
 
     def _patience_s(self) -> float:
-        """How long a save may take as the main thread sees it: its own bounds, and the grace of a preemption."""
+        """How long a save may take as the main thread sees it: its own bounds, and the grace of a preemption or of a
+        failure."""
         bound_s = self.options.save_timeout_s + 2 * GRACE_S
+        if self._failing_s:
+            bound_s = min(bound_s, self.options.failure_grace_s or bound_s)
         return min(bound_s, self.options.preemption_grace_s) if self._preempted[1] else bound_s
 
     def _finished(self) -> bool:
         """Wait, within the save's bound, until none is in flight; False if one hangs beyond it. Raises as `_settle`."""
         save = self._current
         while save and save.running:
-            since = max(save.started, self._preempted_s if self._preempted[1] else 0.0)
+            since = max(save.started, self._failing_s, self._preempted_s if self._preempted[1] else 0.0)
             left_s = since + self._patience_s() - time.monotonic()
             if left_s <= 0:
                 return False
@@ -423,6 +428,9 @@ class Agent:
             return
         # The loop is failing: finish this process's save, but meet nobody, who may not come.
         self._closed = True
+        self._failing_s = time.monotonic()
+        if value is not None:
+            last_words.left(value)
         try:
             self.wait_until_finished()
         except OrchestratorError as error:

@@ -17,6 +17,9 @@ class Options:
     save_timeout_s: how long a save may take from staging to decision before silent hosts are named and it is aborted.
     rendezvous_timeout_s: how long to wait for other processes at collective points (start, restore, leaving).
     preemption_grace_s: how long to wait for the commit once hosts are being preempted (SIGTERM).
+    failure_grace_s: once a process of the job has failed (an exception that nothing caught, `sys.exit` with a code that
+    is not 0), the others end within seconds, with its exit code: how long a save in flight may take until then. None:
+    they stay.
     compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
     host_bytes_max: how much of a state one process may hold for a save and not have written yet; None: all of it, which
     blocks the least. A larger state makes `save` wait for the store ("wait"), or is not saved ("skip"): when_full.
@@ -38,6 +41,7 @@ class Options:
     save_timeout_s: float = 600.0
     rendezvous_timeout_s: float = 300.0
     preemption_grace_s: float = 120.0
+    failure_grace_s: float | None = 30.0
     compression: bool = False
     other_tree: bool = False
     host_bytes_max: int | None = None
@@ -66,6 +70,8 @@ class Options:
         for name in ("events_dir", "metrics_file"):
             if getattr(self, name) is not None:
                 arguments.path(name, getattr(self, name))
+        if self.failure_grace_s is not None:
+            arguments.seconds("failure_grace_s", self.failure_grace_s)
         if self.quarantine_keep_s is not None:
             arguments.seconds("quarantine_keep_s", self.quarantine_keep_s, most=10**10)
         for name in ("save_timeout_s", "rendezvous_timeout_s", "preemption_grace_s"):

@@ -9,6 +9,7 @@ always in storage; a lost signal only makes things slower.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -25,12 +26,16 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-# Private: the coordination-service client has no public accessor, and no option says where Gloo listens (jax 0.10.2).
+# Private: the coordination-service client has no public accessor, no option says where Gloo listens, and none that a
+# process that has failed is not to wait for the others at exit (jax 0.10.2).
 # tests/test_private_apis.py watches both.
+from jax._src import api as _api
+from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
 
+from orchestrator import last_words
 from orchestrator.errors import WaitTimeout
 from orchestrator.records import Json
 
@@ -68,13 +73,25 @@ class Rendezvous(Protocol):
 
 def connect(timeout_s: float) -> Rendezvous:
     """The rendezvous of this job: of all its processes if `jax.distributed` is initialized, else of this one alone."""
-    return _Together(timeout_s) if jax.process_count() > 1 else _Alone()
+    if jax.process_count() == 1:
+        return _Alone()
+    join_last_words()
+    return _Together(timeout_s)
 
 
 def collectives_listen_on(address: str) -> None:
     """Have JAX's collectives between CPUs (Gloo) listen on `address`, instead of on whatever the machine's name stands
     for: in a job whose processes are all on this machine nobody else has business there. Before JAX has a backend."""
     _jax.make_gloo_tcp_collectives = functools.partial(_make_gloo, hostname=address)
+
+
+def join_last_words() -> None:
+    """If `jax.distributed` is initialized for several processes, have them hear of each other's failures. Idempotent.
+    Not where the job is to outlive a lost process (`jax_enable_recoverability`)."""
+    state = _distributed.global_state
+    recoverable = getattr(jax.config, "jax_enable_recoverability", False)
+    if state.client is not None and state.num_processes > 1 and not recoverable:
+        last_words.join(_Board(state.process_id, state.num_processes), host_name())
 
 
 def host_name() -> str:
@@ -148,8 +165,8 @@ class _Together:
         self.process, self.count = jax.process_index(), jax.process_count()
         self.hosts: dict[int, str] = {}
         self._client: Any = _distributed.global_state.client
+        self._board = _Board(self.process, self.count)
         self._meetings = 0
-        self._one_call = threading.Lock()
         self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # as far as Python knows: then it is JAX's from C++
             _second_sigterm_ends()
@@ -162,6 +179,7 @@ class _Together:
             self._client.wait_at_barrier(barrier, timeout_in_ms=max(1, int(timeout_s * 1000)))
         except Exception as error:  # jaxlib raises JaxRuntimeError for every status; the text tells them apart
             raise WaitTimeout(f"{name}: {self._who(str(error))} did not arrive within {timeout_s:g} s") from error
+        last_words.met()
 
     def _who(self, text: str) -> str:
         # jaxlib 0.10.2 gives each late task a line of its own, as `2` or as `/job:jax_worker/replica:0/task:2`.
@@ -184,6 +202,37 @@ class _Together:
 
     def preempted(self, step: int) -> bool:
         return bool(multihost_utils.reached_preemption_sync_point(step))
+
+    def post(self, key: str, value: str) -> None:
+        self._board.post(key, value)
+
+    def forget(self, prefix: str) -> None:
+        self._board.forget(prefix)
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        return self._board.poll(prefix)
+
+
+class _Board:
+    """The coordination service's key-value store, where it is not yet known who else is there."""
+
+    def __init__(self, process: int, count: int) -> None:
+        self.process, self.count = process, count
+        self._client: Any = _distributed.global_state.client
+        self._one_call = threading.Lock()
+
+    @property
+    def connected(self) -> bool:
+        return _distributed.global_state.client is self._client
+
+    def skip_exit_barrier(self) -> None:
+        """JAX's exit handlers wait for the other processes. The client and the service do so, too, when they go: keep
+        them for ever."""
+        for handler in (_api.clean_up, _dispatch.wait_for_tokens):
+            atexit.unregister(handler)
+        state = _distributed.global_state
+        for kept in (state.preemption_sync_manager, state.client, state.service):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
     def post(self, key: str, value: str) -> None:
         self._quickly(lambda: self._client.key_value_set(key, value, allow_overwrite=True))

@@ -209,6 +209,20 @@ def test_the_next_save_waits_for_the_one_before_so_steps_commit_in_order(root: P
     assert [head.event.step for head in journal_of(root) if head.event.kind == "committed"] == list(range(6))
 
 
+def test_leaving_because_of_an_exception_waits_for_a_save_no_longer_than_its_grace(root: Path) -> None:
+    gate = Gate("manifest.json")
+    storage = HookedStorage(PosixStorage(str(root)), gate)
+    with (
+        pytest.raises(ZeroDivisionError),
+        oc.Agent(root, storage=storage, options=oc.Options(failure_grace_s=0.2)) as agent,
+    ):
+        agent.save(1, state(1))
+        assert gate.reached.wait(30)
+        raise ZeroDivisionError
+    assert agent.in_flight == 1  # not waited for until the gate gives up
+    gate.opened.set()
+
+
 def test_leaving_because_of_an_exception_finishes_the_save_and_keeps_the_exception(root: Path) -> None:
     with pytest.raises(ZeroDivisionError), oc.Agent(root) as agent:
         agent.save(1, state(1))

@@ -27,7 +27,8 @@ _NAMES = {
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json arrays.compressed arrays.external
         arrays.stored_tree
-        rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
+        rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage
+        last_words""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
         agent opening saving coordinator restore reader stored_step proof verify diff collect survey recover catalog
         pacing export orbax_steps""",

@@ -38,7 +38,9 @@ from orchestrator.tree import flatten
 
 ROOT = Path(__file__).parent.parent
 WATCHED = {  # private names that the package may import: each has a test below
+    "jax._src.api",
     "jax._src.core",
+    "jax._src.dispatch",
     "jax._src.distributed",
     "jax._src.lib._jax",
     "jax._src.lib.xla_client",
@@ -188,6 +190,30 @@ def test_two_processes_agree_through_multihost_utils_and_signal_through_the_serv
 
 def test_a_process_that_does_not_come_to_a_meeting_is_named(two_processes: list[dict[str, Any]]) -> None:
     assert two_processes[0]["error"] == "leave together: processes [1 (host-1)] did not arrive within 1 s"
+
+
+EXIT_HANDLERS = """
+import atexit, sys
+registered, register = [], atexit.register
+atexit.register = lambda function, *args: (registered.append(function), register(function, *args))[1]
+import jax
+from jax._src import api, dispatch, distributed
+from orchestrator.rendezvous import _Board
+print(api.clean_up in registered, dispatch.wait_for_tokens in registered)
+distributed.State.shutdown = lambda state: print("waited")
+if sys.argv[1] == "skip":
+    _Board(0, 2).skip_exit_barrier()
+"""
+
+
+def test_what_waits_for_other_processes_at_exit_is_where_we_take_it_out() -> None:
+    for how, said in (("wait", ["True True", "waited"]), ("skip", ["True True"])):
+        command = [sys.executable, "-c", EXIT_HANDLERS, how]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
+        assert done.stdout.splitlines() == said, done.stderr
+    state = distributed.global_state
+    assert {"preemption_sync_manager", "client", "service", "process_id", "num_processes"} <= set(dir(state))
 
 
 def test_gloo_is_made_by_a_function_that_takes_an_address_and_is_looked_up_when_it_is_needed() -> None:

@@ -1,0 +1,404 @@
+"""How a process leaves when it fails, and how the others of its job hear of it: within seconds, with the truth.
+
+Without this, one host's uncaught exception shows only after minutes: JAX's exit handler waits for the other processes
+at a barrier, they wait for this one in a collective, and at last all are ended by SIGABRT. Here instead
+
+1. the one that fails tells the others through the job's message board: who it is, what happened, its exit code;
+2. it runs the program's own exit handlers, but not JAX's barrier, and ends with its exit code;
+3. the others print who failed and why, let a save in flight end, and end with that same exit code: so whichever of
+   them a supervisor sees first, it learns the right one. Process 0 is the last, since it holds the board.
+
+What counts as failing: an exception that nothing caught (Python prints its traceback as ever; `sys.excepthook`s of
+others are called), `sys.exit` with a code other than 0 and 75 (told to stop), and the end of a program that has left an
+agent's `with` block by an exception and has met the others nowhere since. A program that merely ends waits for the
+others as it always did, and ends nobody.
+
+An uncaught error of this package ends any program with the error's documented exit code, alone or in a job. Never in
+an interactive interpreter, a notebook or a test runner: those handle exceptions themselves.
+
+Every wait here is bounded, and no step of it may raise: a process that is failing must not fail at that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Any, NoReturn, Protocol
+
+from orchestrator.errors import EXIT_FAILED, OrchestratorError
+from orchestrator.texts import printable
+
+FAILED, HEARD, LEAVING, GONE = (f"orchestrator/{what}/" for what in ("failed", "heard", "leaving", "gone"))
+EXIT_PREEMPTED = 75  # of a job that was told to stop: all processes leave with it, together
+LOOK_S = 0.5  # from one look at the board to the next, in jobs of up to 500 processes
+FIRST_S = 2.0  # for the process that failed to end before the others do, so that a supervisor sees it first
+TOGETHER_S = 5.0  # for the others to reach their end, too, before JAX's barrier is given up
+BARRIER_S = 300.0  # JAX's own patience at exit
+LINGER_S = 15.0  # of process 0 for the others' ends: JAX aborts whoever loses the board's service
+GRACE_S = 30.0  # Options.failure_grace_s's default: for a save in flight, and for the program's exit handlers
+TEXT_MAX = 1000
+
+
+class Board(Protocol):
+    """What the processes of a job tell each other. `post` and `poll` are best effort, take a second at most and never
+    raise. `connected`: False once JAX has left the job. `skip_exit_barrier`: JAX's exit handler waits for nobody."""
+
+    process: int
+    count: int
+
+    @property
+    def connected(self) -> bool: ...
+
+    def post(self, key: str, value: str) -> None: ...
+
+    def poll(self, prefix: str) -> dict[str, str]: ...
+
+    def skip_exit_barrier(self) -> None: ...
+
+
+class Saving(Protocol):
+    """An agent, as far as it matters here. `in_flight`: the step that it is saving."""
+
+    @property
+    def in_flight(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended `process`, on `host`. `signum`: it is to end by that signal, as Python does after a Ctrl-C."""
+
+    process: int
+    host: str
+    text: str
+    code: int
+    signum: int = 0
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> Failure:
+        """Raises ValueError, TypeError or KeyError for what is none."""
+        told = json.loads(text)
+        return cls(int(told["process"]), str(told["host"]), str(told["text"]), int(told["code"]), int(told["signum"]))
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process that `error` ends should leave with; 0 if it is no failure."""
+    match error:
+        case OrchestratorError():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+        case SystemExit(code=None):
+            return 0
+        case SystemExit(code=int() as code):
+            return code & 0xFF
+    return EXIT_FAILED
+
+
+def describe(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"sys.exit({error.code!r:.{TEXT_MAX}})"
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # of an exception of the program's
+        text = ""
+    return f"{name}: {text}"[:TEXT_MAX] if text else name
+
+
+# What an uncaught exception does, in any process.
+
+
+def install() -> None:
+    """From now on uncaught errors of this package end the program with their own exit codes. Idempotent; any hook that
+    is there, or comes later and calls the one before it, stays in use."""
+    if getattr(sys.excepthook, "says_last_words", False):
+        return
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            before(kind, error, trace)
+        finally:
+            _uncaught(error)
+
+    hook.says_last_words = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
+def _uncaught(error: BaseException) -> None:
+    # The interpreter sets `last_value` when it gives up; a program that calls the hook to show an error goes on.
+    given_up = getattr(sys, "last_value", None) is error and threading.current_thread() is threading.main_thread()
+    if not given_up or hasattr(sys, "ps1") or sys.flags.interactive or sys.flags.inspect:
+        return
+    if _job and joined():
+        _job.failed(error)
+    elif isinstance(error, OrchestratorError) and error.exit_code != EXIT_FAILED:
+        raise SystemExit(error.exit_code)  # by Python's rules: from here, and silently
+
+
+# What the processes of a job do together.
+
+_job: _Job | None = None
+
+
+def join(board: Board, host: str) -> None:
+    """Tell the others of this job should this process fail, and hear of them. Once per job; later calls do nothing.
+    Main thread."""
+    global _job
+    install()
+    if not joined():
+        _job = _Job(board, host)
+
+
+def joined() -> bool:
+    """Whether a failure of this process is told to others, and its end waits for nobody."""
+    return _job is not None and _job.mine() and _job.board.connected
+
+
+def serve(agent: Saving, grace_s: float | None) -> None:
+    """Once another process has failed, let `agent`'s save in flight take `grace_s` at most; None: stay, whoever fails.
+    Errors of this package that nothing catches end the program with their own exit codes from now on."""
+    install()
+    if _job and _job.mine():
+        _job.grace_s = grace_s
+        _job.agents.add(agent)
+
+
+def met() -> None:
+    """All processes have just met: what this one has caught before did not end it."""
+    if _job:
+        _job.caught = _job.exits = None
+
+
+def left(error: BaseException) -> None:
+    """An agent's block is being left by `error`. The program may catch it yet."""
+    if _job and _job.mine() and exit_code(error) not in (0, EXIT_PREEMPTED):
+        _job.catch(error)
+
+
+class _Job:
+    """This process's part in telling and hearing. `failure`: nothing has caught it. `caught`: it has left an agent's
+    block, and the program may be over it. `exits`: `sys.exit`, which hardly a program catches; likewise."""
+
+    def __init__(self, board: Board, host: str) -> None:
+        self.board, self.host = board, host
+        self.grace_s: float | None = GRACE_S
+        self.agents: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.failure: Failure | None = None
+        self.caught: Failure | None = None
+        self.exits: Failure | None = None
+        self._process_id = os.getpid()
+        self._shown = False
+        self._at_exit = threading.Event()
+        self._ending = threading.Lock()
+        self._exit = sys.exit
+        sys.exit = self._noting_exit
+        atexit.register(self.leave)
+        threading.Thread(target=self._listen, name="last-words", daemon=True).start()
+
+    def mine(self) -> bool:
+        """False in a forked child, which inherits all this and is no part of the job."""
+        return os.getpid() == self._process_id
+
+    # This process fails.
+
+    def failed(self, error: BaseException) -> None:
+        """The program ends by `error`: nothing has caught it."""
+        signum = signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0
+        first = self._heard()
+        if first:  # most likely this one failed because that one had
+            self._show(first)
+            self.failure = replace(first, signum=0)
+        else:
+            self.failure = Failure(self.board.process, self.host, describe(error), exit_code(error), signum)
+            self._tell(self.failure)
+        self._leave_first()
+
+    def catch(self, error: BaseException) -> None:
+        failure = Failure(self.board.process, self.host, describe(error), exit_code(error))
+        if not isinstance(error, SystemExit):
+            self.caught = failure
+        elif self.caught:  # why the program exits
+            self.exits = replace(failure, text=f"{self.caught.text}; then {failure.text}")
+        else:
+            self.exits = failure
+        self._leave_first()
+
+    def _noting_exit(self, status: Any = None, /) -> NoReturn:
+        """`sys.exit`. The interpreter tells nobody, not even its exit handlers, with which code it ends."""
+        error = SystemExit(status)
+        if threading.current_thread() is threading.main_thread():
+            self.exits = None
+            if self.mine() and exit_code(error) not in (0, EXIT_PREEMPTED):
+                self.catch(error)
+        self._exit(status)
+
+    def _leave_first(self) -> None:
+        """Before all other exit handlers, so that `_end` can run those that are left."""
+        atexit.unregister(self.leave)
+        atexit.register(self.leave)
+
+    # The program ends.
+
+    def leave(self) -> None:
+        """Exit handler. Returns if the interpreter may end as ever; ends the process itself if it must wait for
+        nobody."""
+        self._at_exit.set()
+        if not self.mine() or not self.board.connected:
+            return
+        if self.failure:
+            self._end(self.failure)
+        failure = self.exits or self.caught
+        if failure:
+            self._tell(failure)
+        if self.exits:
+            self._end(self.exits)
+        self.board.post(f"{LEAVING}{self.board.process}", "")
+        if self._others_leave(failure):
+            return  # JAX's barrier holds nobody up
+        self._linger(natural=True)
+        self.board.skip_exit_barrier()
+        self.board.post(f"{GONE}{self.board.process}", "")
+
+    def _others_leave(self, failure: Failure | None) -> bool:
+        """Wait until the program of every other process has ended as well. False once it is known that one's will not,
+        as it has failed. True, too, if they take longer than JAX would wait: it has the last word."""
+        started, pause_s = time.monotonic(), 0.01
+        until = started + (TOGETHER_S if failure else BARRIER_S)
+        while time.monotonic() < until:
+            missing = self._others() - set(self.board.poll(LEAVING))
+            if not missing:
+                return True
+            if not failure and (failure := self._heard()):
+                until = time.monotonic() + TOGETHER_S
+                self._show(failure, leaves=True)
+            if failure and missing <= set(self.board.poll(GONE)):
+                return False
+            time.sleep(pause_s)
+            pause_s = min(LOOK_S, 1.5 * pause_s)
+        return failure is None
+
+    def _tell(self, failure: Failure) -> None:
+        self.board.post(f"{FAILED}{failure.process}", failure.encode())
+
+    def _end(self, failure: Failure) -> NoReturn:
+        """End this process as `failure` says, on any thread: run what the program wants to be run at exit, wait for
+        nobody but, on process 0, those who need it."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # another thread ends the process
+        with contextlib.suppress(BaseException):
+            atexit.unregister(self.leave)
+            self.board.skip_exit_barrier()
+            _within(GRACE_S if self.grace_s is None else self.grace_s, atexit._run_exitfuncs)
+            _within(1.0, _flush)
+            self._linger()
+            self.board.post(f"{GONE}{self.board.process}", "")
+            if failure.signum and threading.current_thread() is threading.main_thread():
+                signal.signal(failure.signum, signal.SIG_DFL)
+                os.kill(os.getpid(), failure.signum)
+        os._exit(failure.code)
+
+    def _linger(self, *, natural: bool = False) -> None:
+        """Process 0 ends last: the others would be aborted with it. For those that have died nobody waits long.
+        `natural`: some end as Python does, which takes longer than `os._exit`."""
+        if self.board.process != 0:
+            return
+        started = time.monotonic()
+        while (waited_s := time.monotonic() - started) < LINGER_S:
+            others = self._others()
+            if waited_s > FIRST_S:
+                others &= set(self.board.poll(HEARD) | self.board.poll(LEAVING) | self.board.poll(FAILED))
+            if others <= set(self.board.poll(GONE)):
+                break
+            time.sleep(0.05)
+        time.sleep(1.0 if natural else 0.5)  # from a process's last word to its end
+
+    def _others(self) -> set[str]:
+        return {str(index) for index in range(self.board.count)} - {str(self.board.process)}
+
+    # Another process fails.
+
+    def _listen(self) -> None:
+        """A thread of its own, for the life of the process."""
+        pause_s = LOOK_S * max(1.0, self.board.count / 500)
+        while not self._at_exit.wait(pause_s):
+            if not self.board.connected:
+                return
+            if self.failure:
+                return self._hurry(self.failure)
+            if self.grace_s is not None and (first := self._heard()):
+                return self._follow(first)
+
+    def _hurry(self, failure: Failure) -> None:
+        """The program has failed. Until its exit handlers run, the interpreter waits for its threads."""
+        if not self._at_exit.wait(GRACE_S if self.grace_s is None else self.grace_s):
+            self._end(failure)
+
+    def _follow(self, first: Failure) -> None:
+        """Another process has failed: end this one, once it has finished what it is saving."""
+        self._show(first)
+        until = time.monotonic() + (self.grace_s or 0.0)
+        while any(agent.in_flight is not None for agent in list(self.agents)) and time.monotonic() < until:
+            time.sleep(0.05)
+        if first.process:  # it ends first; a collective that has lost a process may then raise, and all ends by itself
+            until = time.monotonic() + FIRST_S
+            while str(first.process) not in self.board.poll(GONE) and time.monotonic() < until:
+                time.sleep(0.05)
+            self._at_exit.wait(FIRST_S / 2)
+        if self._at_exit.is_set() or self.failure:
+            self._hurry(self.failure or first)
+        else:
+            self._end(replace(first, signum=0))
+
+    def _heard(self) -> Failure | None:
+        """The first failure of another process that the board knows."""
+        for _, text in sorted(self.board.poll(FAILED).items()):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                failure = Failure.decode(text)
+                if failure.process != self.board.process:
+                    return failure
+        return None
+
+    def _show(self, first: Failure, *, leaves: bool = False) -> None:
+        if self._shown:
+            return
+        self._shown = True
+        self.board.post(f"{HEARD}{self.board.process}", "")
+        line = f"orchestrator: process {first.process} ({first.host}) has failed: {first.text}"
+        if not leaves:
+            line += f"; process {self.board.process} ({self.host}) ends with it, with exit code {first.code}"
+        saving = [agent.in_flight for agent in list(self.agents) if agent.in_flight is not None]
+        if saving and self.grace_s and not leaves:
+            line += f", once step {max(saving)} is saved, in {self.grace_s:g} s at most"
+        _within(1.0, lambda: print(printable(line), file=sys.stderr, flush=True))
+
+
+def _within(bound_s: float, call: Callable[[], Any]) -> None:
+    """Run `call`, and wait for it no longer than `bound_s`: a pipe that nobody reads blocks whoever writes to it."""
+
+    def run() -> None:
+        with contextlib.suppress(BaseException):
+            call()
+
+    thread = threading.Thread(target=run, name="last-words-call", daemon=True)
+    thread.start()
+    thread.join(bound_s)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.flush()
