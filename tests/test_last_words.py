@@ -200,7 +200,7 @@ def test_a_fenced_host_ends_a_supervised_job_for_good_and_its_last_save_is_commi
     )
     assert job.returncode == 5, job.stdout
     assert "[host-1] orchestrator.errors.Fenced: fenced by epoch 9" in job.stdout
-    assert "restart" not in job.stdout and "Terminating process" not in job.stdout  # as JAX's abort says
+    assert "[launch] restart" not in job.stdout and "Terminating process" not in job.stdout  # as JAX's abort says
     assert oc.open_run(tmp_path / "run").latest_step() == 4
 
 
