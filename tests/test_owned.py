@@ -38,8 +38,8 @@ STEPPED = ("bool", "int4", "bfloat16", "complex64", "keys", "alike 0", "alike 39
 
 
 def addresses(state: Any) -> list[int]:
-    """Of each device's part of each array."""
-    leaves = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    """Of each device's part of each array that has elements: those without have any address."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.size]
     plain = [jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in leaves]
     return [shard.data.unsafe_buffer_pointer() for leaf in plain for shard in leaf.addressable_shards]
 
