@@ -123,7 +123,7 @@ def _find_out(
         told["error"] = [type(failure).__name__, str(failure)]
     there = rendezvous.gather(name, told, timeout_s)
     what = f"version {sought[0]} of the journal that {who(rendezvous.hosts, [source])} sees there" if sought else ""
-    raise_unless_seen(rendezvous, there, failure, source, what)
+    raise_unless_seen(rendezvous, there, failure, source, what, timeout_s)
 
 
 def _has_entry(catalog: Catalog, version: int, write_id: str) -> bool:
@@ -158,7 +158,7 @@ def has(catalog: Catalog, key: str) -> bool:
 def awaited(look: Callable[[], bool], timeout_s: float) -> bool:
     """Whether `look` says so within SEEN_WITHIN_S (and well before others, who wait for `timeout_s`, give this process
     up). Raises what it raises by then."""
-    end = time.monotonic() + min(SEEN_WITHIN_S, timeout_s / 2)
+    end = time.monotonic() + _bound_s(timeout_s)
     pause_s, longest_s = _PAUSE_S
     while True:
         error: StorageError | None = None
@@ -176,11 +176,15 @@ def awaited(look: Callable[[], bool], timeout_s: float) -> bool:
         pause_s = min(2 * pause_s, longest_s)
 
 
+def _bound_s(timeout_s: float) -> float:
+    return min(SEEN_WITHIN_S, timeout_s / 2)
+
+
 def raise_unless_seen(
-    rendezvous: Rendezvous, there: list[Json], failure: Exception | None, source: int, what: str
+    rendezvous: Rendezvous, there: list[Json], failure: Exception | None, source: int, what: str, timeout_s: float
 ) -> None:
     """Raises, the same on all, unless each host has seen `what`. `there`: each one's `url`, and `sees` or an `error`;
-    `failure`: this host's. `source`: whose it is."""
+    `failure`: this host's. `source`: whose it is. `timeout_s`: as in `awaited`."""
     for process, answer in enumerate(there):
         if "error" in answer:
             raise failure if failure and process == rendezvous.process else as_error(process, *answer["error"])
@@ -194,6 +198,6 @@ def raise_unless_seen(
     verb = "do" if len(blind) > 1 else "does"
     raise UsageError(
         f"{where} is not one place for all hosts of this job: {who(rendezvous.hosts, blind)}{places} {verb} not see "
-        f"{what}; nothing was opened or saved. Give all hosts the same directory, of a file system that they share, or "
-        "a bucket (gs://...)"
+        f"{what}, after {_bound_s(timeout_s):g} s; nothing was opened or saved. Give all hosts the same directory, of "
+        "a file system that they share, or a bucket (gs://...)"
     )

@@ -168,7 +168,7 @@ class Opening:
                 told["error"] = [type(error).__name__, str(error)]
         there = self._rendezvous.gather("open the epoch: one root", told, self._timeout_s)
         what = f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})"
-        meeting.raise_unless_seen(self._rendezvous, there, failure, 0, what)
+        meeting.raise_unless_seen(self._rendezvous, there, failure, 0, what, self._timeout_s)
 
     def _look(self, compare: Callable[[Head | None], None]) -> None:
         began_s = time.monotonic()
