@@ -18,12 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec import config
 from gcs import REPO, emulator
+from google.oauth2 import credentials as user
 
+from orchestrator import environment
 from orchestrator.events import Event, Retried, subscribe
+from orchestrator.storage import gcs_identity
 from orchestrator.storage.gcs_credentials import Credentials, Identity, NoToken, Token
 
 BUCKET = "guarded-bucket"
+MACHINE = "the machine's service account, metadata server"
 
 
 class Source:
@@ -143,6 +148,45 @@ def test_who_waits_is_told_at_the_deadline_even_if_no_answer_ever_comes() -> Non
     source.gate.set()
 
 
+@pytest.mark.parametrize(
+    ("token", "environ", "expected"),
+    [
+        (None, {environment.ANONYMOUS: "1"}, "nobody"),
+        (None, {environment.EMULATOR: "http://127.0.0.1:1"}, "nobody"),
+        (None, {environment.EMULATOR: "default"}, "no credentials: GOOGLE_APPLICATION_CREDENTIALS is not set"),
+        (None, {}, "no credentials: GOOGLE_APPLICATION_CREDENTIALS is not set"),
+        (None, {"NO_GCE_CHECK": ""}, MACHINE),
+        (
+            None,
+            {"GOOGLE_APPLICATION_CREDENTIALS": "/nowhere/key.json"},
+            "file /nowhere/key.json cannot be used: ENOENT",
+        ),
+        ("anon", {}, "nobody"),
+        ("google_default", {}, "no credentials"),
+        ("cloud", {"NO_GCE_CHECK": "", "GOOGLE_APPLICATION_CREDENTIALS": "/nowhere/key.json"}, MACHINE),
+        (user.Credentials("a raw token"), {}, "the token of fsspec's configuration for gcs"),
+        ({"type": "nothing"}, {}, "the token of fsspec's configuration for gcs cannot be used"),
+    ],
+)
+def test_nobody_is_only_who_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: Any, environ: dict[str, str], expected: str
+) -> None:
+    for name in (environment.ANONYMOUS, environment.EMULATOR, "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    for name, value in {"NO_GCE_CHECK": "true", **environ}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(config.conf, "gcs", {} if token is None else {"token": token})
+    try:
+        found = gcs_identity.find()()
+        assert found.shared is (expected == MACHINE)
+        said = found.label()
+    except NoToken as error:
+        assert not error.passing
+        said = str(error)
+    assert expected in said and "raw token" not in said
+
+
 # In a process of its own.
 
 
@@ -166,7 +210,6 @@ def _plain() -> dict[str, str]:
 
 GOT = r"\(Created\(\), b'1'\)"
 EVERYTHING = r"\[b'elements', \['b', 'state/d/x'\], 1, \['None', 'None'\], False\]"
-MACHINE = "the machine's service account, metadata server"
 FILE = r"GOOGLE_APPLICATION_CREDENTIALS file \S+\.json"
 # Situation: what it brings (or the error), how often a token was asked for, what was tried again.
 TABLE: dict[str, tuple[str, range, str]] = {
