@@ -20,9 +20,10 @@ usage: python -m launch local --processes N [flags] -- PROGRAM [ARGUMENT...]
 
 Starts N JAX processes on this machine, puts each one's name before its output, and ends with the job's exit code
 (128 + signal for a signal). When one process fails or hangs the others are ended; --max_restarts starts the job again,
-except after wrong usage (2), being fenced (5) and nothing left to restore (6). A job that leaves preempted (75) resumes
-without using up a restart. SIGTERM and Ctrl-C go to every host's own process, not to its data workers; a second one
-kills them all. A closed terminal stops the job as SIGTERM does, unless nohup started it. Nobody need read the output.
+except after wrong usage (2), damage (4), being fenced (5) and nothing left to restore (6). A job that leaves preempted
+(75) resumes without using up a restart. SIGTERM and Ctrl-C go to every host's own process, not to its data workers; a
+second one kills them all. A closed terminal stops the job as SIGTERM does, unless nohup started it. Nobody need read
+the output.
 
 examples:
   python -m launch local --processes 4 --devices_per_process 2 -- python -m launch.train --root=/tmp/run --steps=200

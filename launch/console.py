@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from orchestrator.texts import printable
 
 MOST_BYTES = 1 << 20
 STALL_S = 2.0
+BATCH_BYTES = 64 * 1024
 WRITE_BYTES = 4096  # so that each page a pager takes counts as progress
 NOBODY = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET})
 
@@ -87,15 +89,23 @@ class Stream:
         self._changed.notify_all()
 
     def _write_all(self, descriptor: int) -> None:
+        # A terminal may be set to stop the jobs in its background that write to it: not a supervisor.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
         while True:
             with self._changed:
                 while not self._lines:
                     self._changed.wait()
-                line = self._lines[0]
-            why = self._write(descriptor, line)
+                lines, size = list[bytes](), 0
+                for line in self._lines:  # they stay in the queue until they are written
+                    if lines and size + len(line) > BATCH_BYTES:
+                        break
+                    lines.append(line)
+                    size += len(line)
+            why = self._write(descriptor, b"".join(lines))
             with self._changed:
-                self._lines.popleft()
-                self._bytes -= len(line)
+                for _ in lines:
+                    self._lines.popleft()
+                self._bytes -= size
                 self._closed = why is not None
                 if self._closed:
                     self._lines.clear()
@@ -117,7 +127,7 @@ class Stream:
                 if error.errno in NOBODY:
                     return os.strerror(error.errno)
                 with self._changed:  # a full disk: it may have room again
-                    self._missed += 1
+                    self._missed += bytes(rest).count(b"\n")
                 return None
             with self._changed:
                 self._moved_s = time.monotonic()

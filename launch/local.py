@@ -34,6 +34,7 @@ from launch.interrupts import Signals
 READ_BYTES = 64 * 1024
 DRAIN_S = 1.0  # for output still in the pipes after the last process has ended
 PATIENCE_S = 2.0  # for whoever reads our output, after the job's end
+ORPHANS_S = 1.0  # from one look for adopted processes that have ended to the next
 SAME_MOMENT_S = 0.1  # exits so close together count as one moment's
 
 
@@ -211,6 +212,7 @@ class _Incarnation:
         self._open: set[int] = set()  # indices whose output has not ended
         self._selector = selectors.DefaultSelector()
         self._ended: list[Host] = []
+        self._orphans_at = 0.0
         self._kill_at: float | None = None
         self._give_up_at: float | None = None
         self._end: supervise.Restart | supervise.Finish | None = None
@@ -348,7 +350,9 @@ class _Incarnation:
             self._warden.release(host.pid)
             del self._hosts[host.index]
             self._ended.append(host)
-        if self._signals.child_ended() and not ended:
+        now = time.monotonic()
+        if now >= self._orphans_at and self._signals.child_ended():
+            self._orphans_at = now + ORPHANS_S
             self._orphans.reap(self._children())
         if exits:
             self._hear()  # what they last said, before they are judged

@@ -92,18 +92,24 @@ def signal_one(process: Seen, signum: int) -> bool:
     """Send a signal to this very process; False if it has ended."""
     try:
         opened = os.pidfd_open(process.pid)
-    except OSError:
+    except ProcessLookupError:
         return False
+    except (AttributeError, OSError):  # a kernel, a sandbox or a Python without them: the comparison has to do
+        opened = -1
     try:
         now = seen(process.pid)
         if now is None or now.started != process.started or now.state in "ZX":
             return False
-        signal.pidfd_send_signal(opened, signum)
+        if opened < 0:
+            os.kill(process.pid, signum)
+        else:
+            signal.pidfd_send_signal(opened, signum)
         return True
     except OSError:  # it ended just now, or is another user's by now
         return False
     finally:
-        os.close(opened)
+        if opened >= 0:
+            os.close(opened)
 
 
 def end(find: Callable[[dict[int, Seen]], set[int]]) -> None:

@@ -128,7 +128,7 @@ def _described(value: object) -> str:
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     plain = type(value).__module__ in ("builtins", "datetime", "pathlib") and type(value) is not object
-    return repr(value) if plain else f"a {type(value).__qualname__}"
+    return repr(value) if plain else f"{type(value).__qualname__}(...)"
 
 
 def _is_frozen(kind: type) -> bool:

@@ -78,7 +78,7 @@ def meet(
 
 def surroundings() -> dict[str, str]:
     """What this process runs with that all hosts of a job should have in common."""
-    found = {name: str(getattr(jax.config, name)) for name in configuration.JAX_SETTINGS}
+    found = {name: str(getattr(jax.config, name, "not known")) for name in configuration.JAX_SETTINGS}
     found |= {name: repr(os.environ[name]) if os.environ.get(name) else "not set" for name in configuration.ENVIRONMENT}
     for package in configuration.PACKAGES:
         found[package] = "not installed"

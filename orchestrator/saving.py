@@ -68,6 +68,7 @@ class Save:
     durable_s: float = 0.0  # from start to commit, once committed
     seconds: dict[str, float] = field(default_factory=dict)
     thread: threading.Thread | None = None
+    apart: tuple[Phase, str] | None = None  # process 0 saves another step instead: the outcome, found out here
     told_s: float = 0.0  # when progress was last told, on the monotonic clock
 
     @property
@@ -363,6 +364,8 @@ class Saver:
 
     def _await_decision(self, save: Save) -> tuple[Phase, str]:
         """What the coordinator decided: from its signal, or, if that is lost, from the journal. Bounded."""
+        if save.apart:  # before it staged anything; what process 0 does next is no business of this one
+            return save.apart
         prefix = signal_prefix(self._run, save.step, save.attempt) + "decision/"
         started = time.monotonic()
         deadline_s = self._options.save_timeout_s + GRACE_S
@@ -400,7 +403,8 @@ class Saver:
         for step, attempt in (theirs, (save.step, save.attempt)):
             signal = signal_prefix(self._run, step, attempt) + f"receipt/{me.process}"
             me.post(signal, encode(replace(no, step=step, attempt=attempt)).decode())
-        return Phase.ABORTED, reason
+        save.apart = Phase.ABORTED, reason
+        return save.apart
 
     def _journalled(self, save: Save) -> tuple[Phase, str] | None:
         try:

@@ -63,7 +63,8 @@ class Tokens:
                     return self.answer(400, {"error": "invalid_grant", "error_description": "Invalid JWT Signature."})
                 if tokens.mode != "ok":
                     return self.answer(int(tokens.mode), {"error": "no"})
-                token, end = f"{tokens.word}-{tokens.asked}-secret", time.gmtime(time.time() + tokens.expires)
+                source = "sts" if "/sts" in self.path else "other"
+                token, end = f"{tokens.word}-{source}-{tokens.asked}-secret", time.gmtime(time.time() + tokens.expires)
                 if "generateAccessToken" in self.path:
                     return self.answer(
                         200, {"accessToken": token, "expireTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", end)}
@@ -345,6 +346,8 @@ for _name, _key in (("arrays", ""), ("arrays_external", "external")):
 
 def _arrays(key: str) -> dict[str, Any]:
     with environ(**({"GOOGLE_APPLICATION_CREDENTIALS": KEYS[key]} if key else {})):
+        if key:  # TensorStore's own is the machine's by now
+            control(f"guards/{BUCKET}", {"tokens": ["good-sts-"]})
         made = store()
         return outcome(lambda: _everything(made))
 
@@ -451,9 +454,10 @@ def _read_for_longer_than_a_token(agent: Any, root: str, state: Any) -> dict[str
         TOKENS.word = "good-new"
         gcs_client.client().credentials.reject(gcs_client.client().token())
         control(f"guards/{BUCKET}", {"tokens": ["good-new"]})
-        found.extend(pieces)
-        control(f"guards/{BUCKET}", {"tokens": ["good-"]})
-        return len(found)
+        try:
+            return len([*found, *pieces])
+        finally:
+            control(f"guards/{BUCKET}", {"tokens": ["good-"]})
 
     return {"read": read}
 
@@ -476,7 +480,11 @@ def main() -> None:
     for name, call in ROWS.items():
         TOKENS.mode, TOKENS.word, TOKENS.expires = "ok", "good", 3600.0
         control(f"guards/{BUCKET}", {"tokens": [""] if name == "anonymous_as_asked" else ["good-"]})
-        print(json.dumps({"row": name, **call()}), flush=True)
+        try:
+            told = call()
+        except Exception as error:  # the other rows are to be judged, too
+            told = {"text": f"the row itself failed: {error!r}", "kinds": [""], "asked": 0, "retried": []}
+        print(json.dumps({"row": name, **told}), flush=True)
 
 
 if __name__ == "__main__":

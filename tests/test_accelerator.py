@@ -121,6 +121,24 @@ def test_a_state_larger_than_the_memory_budget_is_saved_from_accelerators(root: 
     same(restored.state, state)
 
 
+def test_the_first_donating_step_after_a_restore_needs_no_memory_for_a_second_state(root: Path) -> None:
+    """On CPU devices: tests/test_owned.py."""
+    sharding = on(ACCELERATORS, PartitionSpec("data"))
+    state = {str(at): jax.device_put(np.full((512, 4096), at, np.float32), sharding) for at in range(8)}
+    state["small"] = jax.device_put(np.arange(16.0 * len(ACCELERATORS), dtype=np.float32), sharding)
+    with oc.Agent(root, options=now()) as agent:
+        assert agent.save(1, state)
+        restored = agent.restore(like=state)
+    assert restored is not None
+    shards = [shard.data for leaf in restored.state.values() for shard in leaf.addressable_shards]
+    held = {shard.unsafe_buffer_pointer() for shard in shards}
+    assert len(held) == len(shards)
+    step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 2 + 1, tree), donate_argnums=0)
+    after = step(restored.state)
+    assert {shard.data.unsafe_buffer_pointer() for leaf in after.values() for shard in leaf.addressable_shards} == held
+    same(after, jax.tree.map(lambda leaf: leaf * 2 + 1, state))
+
+
 def test_a_state_in_the_accelerators_host_memory_goes_back_to_it(root: Path) -> None:
     """Optimizer states are kept there where device memory is short."""
     sharding = on(ACCELERATORS, PartitionSpec("data"), memory_kind="pinned_host")

@@ -93,7 +93,7 @@ def test_a_token_that_is_valid_for_five_more_minutes_is_used_while_renewing_fail
         eventually(lambda: held._renewal is None)
     assert source.asked == 4  # each was tried, and nobody waited
     source.now += 290
-    with pytest.raises(NoToken, match=r"somebody: 503; tried .* times in .*do something"):
+    with pytest.raises(NoToken, match=r"somebody: (503; tried|no token within 0.2 s; before: 503).*; do something$"):
         held.wait(0.2)
 
 
@@ -173,7 +173,7 @@ TABLE: dict[str, tuple[str, range, str]] = {
     "metadata_server": (GOT, range(1, 2), ""),
     "late_start": (GOT, range(2, 99), "credentials .*connection ended"),
     "never_starts": (
-        f"{MACHINE} .*the connection ended without an answer; tried .* is not set: has the machine or pod",
+        f"{MACHINE} .*the connection ended without an answer.* is not set: has the machine or pod",
         range(2, 99),
         "credentials",
     ),
@@ -205,9 +205,9 @@ TABLE: dict[str, tuple[str, range, str]] = {
 
 JOBS = ("job_revoked", "job_rejected_while_read", "job_external")
 WRITES = {  # is the step saved, and does TensorStore go on writing
-    "job_write_limited": ("3 False", [1, 2, 3, 9]),
-    "job_write_forbidden": ("2 False", [1, 2, 9]),
-    "job_write_rejected": ("3 True", [1, 2, 3, 9]),
+    "job_write_limited": ("'3 False'", [1, 2, 3, 9]),
+    "job_write_forbidden": ("'2 False'", [1, 2, 9]),
+    "job_write_rejected": ("'3 True'", [1, 2, 3, 9]),
 }
 
 
@@ -241,7 +241,7 @@ def test_a_job_outlives_its_credentials_and_nothing_is_quarantined(
     played: dict[str, dict[str, Any]], name: str
 ) -> None:
     row = played[name]
-    assert row["failed_before"] == 0 and row["steps"] == [1, 2, 9] and row["right"], row
+    assert row.get("failed_before") == 0 and row["steps"] == [1, 2, 9] and row["right"], row
     assert set(row["events"]) <= {"opened-epoch", "committed", "restored", "aborted"}, row
     if name == "job_revoked":
         assert row["failed"] == 1 and "invalid_grant" in played[""]["stderr"], row
@@ -259,6 +259,7 @@ def test_what_tensorstore_is_not_allowed_to_write_the_client_writes_or_says_why(
 ) -> None:
     row = played[name]
     saved, steps = WRITES[name]
+    assert "save" in row, row
     assert (row["save"]["value"], row["steps"], row["right"]) == (saved, steps, True), row
     assert row["failed"] == (0 if 3 in steps else 1), row
     reasons = [line for line in played[""]["stderr"].splitlines() if "SaveNotCommitted" in line and "HTTP 403" in line]
@@ -268,4 +269,5 @@ def test_what_tensorstore_is_not_allowed_to_write_the_client_writes_or_says_why(
 
 @pytest.mark.jobs
 def test_a_read_that_outlasts_its_token_goes_on_with_the_next(played: dict[str, dict[str, Any]]) -> None:
-    assert played["job_long_read"]["read"].get("value") == "32", played["job_long_read"]
+    row = played["job_long_read"]
+    assert row.get("read", {}).get("value") == "32", row

@@ -19,6 +19,7 @@ import pytest
 from launching import DEADLINE_S, REPOSITORY, alive, as_in_the_foreground, eventually, job, pids, write_pid
 
 from launch.console import MOST_BYTES, Stream
+from launch.interrupts import OPERATOR_SIGNALS, Signals
 from launch.lines import LONGEST_LINE_BYTES, Lines
 
 pytestmark = [pytest.mark.jobs, pytest.mark.timeout(180)]
@@ -104,6 +105,20 @@ def test_a_closed_terminal_preempts_and_what_was_ignored_stays_ignored(
         assert process.wait(DEADLINE_S) == 75
 
 
+def test_a_signal_that_comes_twice_at_one_moment_is_one_and_handlers_are_put_back() -> None:
+    """`timeout` signals its child, and then its child's group."""
+    before = [signal.getsignal(number) for number in OPERATOR_SIGNALS]
+    with Signals() as signals:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.wait(DEADLINE_S) == signal.SIGTERM and signals.received() == []
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.received() == [signal.SIGTERM, signal.SIGHUP]
+    assert [signal.getsignal(number) for number in OPERATOR_SIGNALS] == before
+
+
 def test_a_job_saves_when_its_terminal_closes_though_nobody_can_be_told(tmp_path: Path) -> None:
     """The shell and the kernel each send SIGHUP, and every write fails from then on."""
     saved = tmp_path / "saved"
@@ -130,6 +145,24 @@ def test_a_job_saves_when_its_terminal_closes_though_nobody_can_be_told(tmp_path
     assert eventually(saved.exists)
 
 
+def test_a_terminal_that_stops_what_writes_from_the_background_does_not_stop_the_supervisor(tmp_path: Path) -> None:
+    shell = f'set -m; stty tostop; "$@" & echo $! > {tmp_path}/pid; wait $!; echo $? > {tmp_path}/code'
+    pid, terminal = pty.fork()
+    if pid == 0:
+        with contextlib.suppress(OSError):
+            os.chdir(REPOSITORY)
+            os.execvp("bash", ["bash", "-c", shell, "bash", *local(["--processes", "1"], "print('shown')")])
+        os._exit(1)
+    try:
+        assert eventually_read(tmp_path / "code") == "0\n"
+        assert b"[host-0] shown" in os.read(terminal, 4096)
+    finally:
+        if not (tmp_path / "code").exists():
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        os.close(terminal)
+        os.waitpid(pid, 0)
+
+
 def test_one_process_of_a_host_is_told_to_stop_and_all_of_them_end(tmp_path: Path) -> None:
     """Host 0 is started by itself, host 1 below a shell. Each has a data worker, a child in a session of its own, and
     one that has also lost its parent and its environment."""
@@ -139,7 +172,10 @@ def test_one_process_of_a_host_is_told_to_stop_and_all_of_them_end(tmp_path: Pat
         f"idle = [sys.executable, '-S', '-c', {idle!r}]\n"
         "worker = subprocess.Popen(idle); subprocess.Popen(idle, start_new_session=True)\n"
         "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: os.execve(idle[0], idle, {})\n    os._exit(0)\n"
-        "os.wait()\ntold = []\nsignal.signal(15, lambda *_: told.append(15))\n"
+        "if os.fork() == 0:\n    if os.fork() == 0:\n"
+        f"        pathlib.Path({str(tmp_path)!r}, f'ended-{{i}}').write_text(str(os.getpid())); time.sleep(0.3)\n"
+        "    os._exit(0)\n"
+        "os.wait(); os.wait()\ntold = []\nsignal.signal(15, lambda *_: told.append(15))\n"
         "beat = os.environ['ORCHESTRATOR_HEARTBEAT_FILE']\n"
         "pathlib.Path(beat + '.x').write_text(json.dumps({'doing': 'training', 'step': 1, 'pid': os.getpid()}))\n"
         "os.replace(beat + '.x', beat)\n"
@@ -152,11 +188,19 @@ def test_one_process_of_a_host_is_told_to_stop_and_all_of_them_end(tmp_path: Pat
         assert eventually(lambda: len(pids(tmp_path)) == 6)
         # The agent's process is known by its heartbeat.
         assert eventually(lambda: heard_of(process.pid) == 2)
+        for index in range(2):
+            orphan = eventually_read(tmp_path / f"ended-{index}")
+            assert eventually(lambda orphan=orphan: not os.path.exists(f"/proc/{orphan}")), "what is adopted is reaped"
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 75, err
     assert sorted(out.splitlines()) == [f"[host-{i}] worker None told [15]" for i in range(2)]
     assert eventually(lambda: alive(tmp_path) == []), "SIGKILL reaches sessions of their own"
+
+
+def eventually_read(path: Path) -> str:
+    assert eventually(lambda: path.exists() and path.read_text() != "")
+    return path.read_text()
 
 
 def heard_of(pid: int) -> int:

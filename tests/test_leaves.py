@@ -28,7 +28,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     where = tmp_path_factory.mktemp("leaves")
     job = Job(HOSTS, 2, where / "runs", where / "logs", program=JOB)
     try:
-        job.wait_for(0, "done", 180)
+        job.wait_for(0, "done", 300)
         assert job.wait(60) == [0] * HOSTS, job.story()
         yield job
     finally:
@@ -119,6 +119,14 @@ def test_what_only_process_0_sees_elsewhere_costs_one_save_and_no_wrong_one(ende
     assert said["steps"] == [1, 3, 4]
     assert len(said["failed"]) == 1 and "have changed on process 0" in said["failed"][0]
     assert [one["same"] for one in rows(ended, "moved_back")] == [[], [True, True]]
+
+
+@pytest.mark.jobs
+def test_a_process_that_waits_for_another_step_than_process_0_saves_loses_that_one_only(ended: Job) -> None:
+    for said in rows(ended, "steps"):
+        (before,) = said["before"]
+        assert "process 0 (host-0) saves step 10 where process 1 (host-1) saves step 11" in before
+        assert said["steps"] == [1, 20] and said["failed"] == []
 
 
 @pytest.mark.jobs

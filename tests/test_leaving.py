@@ -138,6 +138,7 @@ class Row:
     ready: str = "ready"
     left_alone: bool = False  # of two processes the first would wait for the other for minutes: it is killed
     to_all: bool = False
+    or_code: int | None = None
 
 
 SLOW = "save.write=delay:1.5@step={}"  # so that this save is still in flight when the program ends
@@ -204,6 +205,7 @@ TOGETHER = {
     "sys.exit": Row("two_end", ("exit",), 3, (), (FLYING,), ("lost",), KEPT, SLOW.format(2)),
     "exception": Row("two_end", ("raise",), 1, (), (FLYING, "a bug of"), ("lost",), KEPT, SLOW.format(2)),
     "lost": Row("two_end", ("return",), 1, (), (FLYING, LOST), (), {"": (1,)}, FAILS),
+    "lost, sys.exit": Row("two_end", ("exit",), 3, (), (FLYING, LOST), (), {"": (1,)}, FAILS),
     "TERM, two agents with workers, then a third": Row(
         *("two_train", (), 0, (TERM,), ("fork worker: -15", "spawn worker: -15", "left at 1\n"), ("lost",)),
         {"-b": 1, "-c": (1,)},
@@ -213,7 +215,10 @@ TOGETHER = {
     # JAX's preemption service has taken it, as in any job of JAX's: a reader changes nothing.
     "TERM, reader": Row("two_wait", ("reads",), 0, (TERM,), ("survived",), left_alone=True),
     "TERM twice": Row("two_wait", ("open",), -TERM, (TERM, TERM), (), ("survived",), left_alone=True),
-    "INT": Row("two_wait", ("open",), -INT, (INT,), (), ("survived",), {"": (1,)}, SLOW.format(1), to_all=True),
+    # The one that hears of the other's failure first takes over its code.
+    "INT": Row(
+        *("two_wait", ("open",), -INT, (INT,), (), ("survived",), {"": (1,)}, SLOW.format(1)), to_all=True, or_code=130
+    ),
     "HUP": Row("two_wait", ("open",), -HUP, (HUP,), (), ("survived",), to_all=True),
     "no service": Row("two_without_service", (), 0, (), ("JAX's preemption service is off",), (), {"": (1,)}),
     "save again": Row(
@@ -247,7 +252,7 @@ def play(programs: Programs, row: Row, root: str, processes: int) -> list[str]:
             running.pop(0).end()
         else:
             codes = [each.wait() for each in running]
-        problems = [f"ended with {code}" for code in codes if code != row.code]
+        problems = [f"ended with {code}" for code in codes if code not in (row.code, row.or_code)]
         for each in running:
             problems += [f"does not say {text!r}" for text in row.says if text not in each.said]
             problems += [f"says {text!r}" for text in row.says_not if text in each.said]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,17 +35,16 @@ HOSTS = 3
 
 @dataclass
 class Met:
-    """What each process said in each row, and the folder in which they met. `namespaces`: whether OWN had one name."""
+    """What each process said in each row, and the folder in which they met."""
 
     folder: Path
     rows: dict[str, list[dict[str, Any]]]
-    namespaces: bool
 
 
 @pytest.fixture(scope="module")
 def met(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Met]:
     folder = tmp_path_factory.mktemp("meeting")
-    namespaces = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
+    namespaces = bool(shutil.which("unshare")) and not subprocess.run(["unshare", "-m", "true"], check=False).returncode
     fill(folder / "seed", 1, 2, 3)
     shim = folder / "shim" / "tensorstore-9.9.9.dist-info"
     for made in (shim, folder / "own", *(folder / f"{name}-{index}" for name in ("own", "cwd") for index in range(3))):
@@ -75,7 +75,7 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Met]:
     lines = [[json.loads(line) for line in output if line.startswith("{")] for output in outputs]
     story = "\n".join((folder / f"{index}.err").read_text()[-2000:] for index in range(HOSTS))
     assert [process.returncode for process in processes] == [0] * HOSTS, story
-    yield Met(folder, {row[0]["event"]: list(row) for row in zip(*lines, strict=True)}, namespaces)
+    yield Met(folder, {row[0]["event"]: list(row) for row in zip(*lines, strict=True)})
 
 
 PLACES = {
@@ -166,6 +166,10 @@ def test_who_is_rejected_leaves_no_file_at_any_root_and_who_is_not_saves(met: Me
     for process, names in copies.items():
         there = {name for name in met.rows["in the end"][process]["own"] if not name.startswith("events/")}
         assert there - {"metrics"} == {f"{name}/{each}" for name in names for each in seed}
+        # Who is not at process 0's place has not even made a directory at its own.
+        probed = {"save", "restore"} if process == 0 else set()
+        assert set(met.rows["in the end"][process]["roots"]) - {"events", "metrics"} == {*names, *probed}
+    assert not (met.folder / "cwd-1" / "run").exists()
 
 
 # What a network file system's cache shows late.

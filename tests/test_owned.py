@@ -87,6 +87,9 @@ def test_arrays_of_every_dtype_come_back_bit_for_bit_each_in_memory_of_its_own_t
         assert {name: leaf.sharding for name, leaf in restored.items()} == {
             n: leaf.sharding for n, leaf in state.items()
         }
+    for name, value in plain.items():
+        for shard in first.state[name].addressable_shards:  # every replica of each
+            assert np.asarray(shard.data).tobytes() == value[shard.index].tobytes(), name
     both = addresses([first.state, second.state])
     assert len(set(both)) == len(both)
     # Programs compute on no offloaded arrays; reversing those of two bits corrupts the heap, with jaxlib 0.10.2 alone.

@@ -94,9 +94,8 @@ class Client:
             raise Unavailable(f"no client for Cloud Storage can be made: {text}", waited=True) from error
         self.credentials = Credentials(gcs_identity.find())
         self._more = {"userProject": payer} if (payer := environment.gcs_user_project()) else {}
-        self.query = (
-            f"?{urlencode(self._more)}" if self._more else ""
-        )  # for calls in a batch, which have URLs of their own
+        # Calls in a batch have URLs of their own.
+        self.query = f"?{urlencode(self._more)}" if self._more else ""
         self.endpoint = str(self._files.base).removesuffix("/storage/v1/")
         self.deadline_s = deadline_s
         self.requests: Counter[str] = Counter()

@@ -136,7 +136,11 @@ class Credentials:
 
     def _late(self, left_s: float) -> NoToken:
         before = f"; before: {self._failed}" if self._failed else ""
-        return NoToken(f"{self.name}: no token within {left_s:.1f} s{before}", passing=True)
+        return NoToken(f"{self.name}: no token within {left_s:.1f} s{before}{self._advice}", passing=True)
+
+    @property
+    def _advice(self) -> str:
+        return f"; {self._identity.advice}" if self._identity and self._identity.advice else ""
 
     def _renewing(self, left_s: float) -> Future[Token]:
         """The renewal under way; one is begun if there is none. The lock is held."""
@@ -176,8 +180,7 @@ class Credentials:
         assert failed is not None
         count = f"; tried {tries} times in {time.monotonic() - began:.1f} s" if tries > 1 else ""
         who = f"{self.name}: " if self._identity else ""
-        advice = f"; {self._identity.advice}" if self._identity and self._identity.advice else ""
-        future.set_exception(NoToken(f"{who}{failed}{count}{advice}", passing=failed.passing))
+        future.set_exception(NoToken(f"{who}{failed}{count}{self._advice}", passing=failed.passing))
 
     def _once(self) -> Token:
         """One try. Raises NoToken."""

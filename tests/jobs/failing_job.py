@@ -34,7 +34,8 @@ rows = NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), PartitionS
 like = {"w": jax.ShapeDtypeStruct((12 * jax.device_count(),), jnp.float32, sharding=rows)}
 train_step = jax.jit(lambda state: ({"w": state["w"] + 1}, state["w"].sum()))
 
-with oc.Agent(root, save=oc.every(2)) as agent:
+# Whoever waited for that long would be seen: nothing here needs it.
+with oc.Agent(root, save=oc.every(2), options=oc.Options(failure_grace_s=1000.0)) as agent:
     restored = agent.restore(like)
     state = restored.state if restored else {"w": jnp.zeros(like["w"].shape, device=rows)}
     for step in range(restored.step + 1 if restored else 0, 1000):

@@ -110,7 +110,8 @@ same = {
 }
 shared = {"w": leaf_table.array("global-f32", "f32", places["global"])}
 for row, option in {"warned": "warn", "refused": "error", "ignored": "ignore"}.items():
-    with agent(row, host_local=option, compression=row == "refused") as saver:
+    attest = "save" if row == "warned" else "off"  # these are no replicas, which would have to agree
+    with agent(row, host_local=option, attest=attest, compression=row == "refused") as saver:
         say(row, **saved(saver, {**shared, **mine, **same}, {**shared, **mine, **same}), failures=saver.failures)
 with agent("agreed", host_local="error", compression=True) as saver:
     say("agreed", **saved(saver, {**shared, **same}))
@@ -154,6 +155,12 @@ with agent("moved") as saver:
             )
         ],
     )
+
+# A state that is new to process 1, which waits for a step that process 0 does not save.
+with agent("steps") as saver:
+    saved(saver, {"n": np.arange(3)})
+    first = saved(saver, {"n": np.arange(4 + index)}, since=10 + index)
+    say("steps", **saved(saver, {"n": np.arange(3)}, since=20), before=first["failed"])
 
 
 class Model(nnx.Module):

@@ -98,8 +98,10 @@ def act(how: str, agent: Agent) -> None:
             match how:
                 case "hang" | "saves" | "saves-for-ever":
                     time.sleep(LONG_S)
-                case "stays" | "ends-late":
+                case "stays":
                     time.sleep(2)
+                case "ends-late":
+                    time.sleep(4)
                 case (
                     "raises"
                     | "has-threads"

@@ -9,7 +9,6 @@ Prints one JSON object a row: what was raised or saved, what was said, and after
 """
 
 # ruff: noqa: E402  (JAX is configured from the arguments, so it is imported after them)
-import contextlib
 import json
 import logging
 import os
@@ -166,6 +165,6 @@ for name, row in ROWS.items():
     started = time.monotonic()
     told = row()
     told |= {"event": name, "process": index, "s": round(time.monotonic() - started, 2), "said": list(said)}
-    with contextlib.suppress(FileNotFoundError):
-        told["own"] = sorted(str(path.relative_to(own)) for path in own.rglob("*") if path.is_file())
+    told["own"] = sorted(str(path.relative_to(own)) for path in own.rglob("*") if path.is_file())
+    told["roots"] = sorted(path.name for path in own.iterdir())
     print(json.dumps(told), flush=True)
