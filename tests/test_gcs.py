@@ -129,7 +129,8 @@ def test_an_error_at_the_deadline_tells_what_the_store_said_and_not_that_the_las
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
             store = GcsStorage("gs://bucket/run", Client(1.0, Budget(10), first_wait_s=0.01))
-            with pytest.raises(StorageError, match=r"HTTP 503 .*gave up after 2 tries in [0-9.]+ s \(deadline of 1 s\)"):
+            said = r"HTTP 503 .*gave up after 2 tries in [0-9.]+ s \(deadline of 1 s\)"
+            with pytest.raises(StorageError, match=said):
                 store.get("a")
         server.shutdown()
 
