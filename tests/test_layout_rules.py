@@ -26,7 +26,7 @@ _NAMES = {
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json arrays.compressed arrays.external
-        arrays.stored_tree arrays.owned arrays.wanted jax_context
+        arrays.stored_tree arrays.owned arrays.wanted arrays.naming jax_context
         rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat garbage""",
     ROLES: """compat orbax_manager orbax_items orbax_options adopt
         agent opening saving coordinator restore reader stored_step proof verify diff collect survey recover catalog
