@@ -26,7 +26,7 @@ _NAMES = {
         tree arrays arrays.store arrays.orbax arrays.foreign arrays.writing arrays.reading arrays.fingerprint
         arrays.ocdbt arrays.datafiles arrays.orbax_files arrays.localstore arrays.placing arrays.staging arrays.sharing
         arrays.feed arrays.planning arrays.merging arrays.dividing arrays.orbax_json arrays.compressed arrays.external
-        arrays.stored_tree arrays.own_copies arrays.owned arrays.wanted arrays.buckets
+        arrays.stored_tree arrays.own_copies arrays.owned arrays.wanted arrays.buckets arrays.naming
         storage.gcs_credentials storage.gcs_identity
         jax_context overlap rendezvous environment events eventlog story metrics tracing telemetry failpoints heartbeat
         garbage sigterm leaving last_words""",

@@ -35,6 +35,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator import attest, chunks
+from orchestrator.arrays.naming import named
 from orchestrator.arrays.owned import bit_count
 from orchestrator.arrays.placing import in_own_memory
 from orchestrator.jax_context import in_own_context
@@ -118,8 +119,11 @@ def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Prints:
     by_kind: dict[_Kind, list[_Item]] = {}
     places: _Places = {}
     for leaf, value in leaves:
-        for kind, item in _take(leaf, value, places):
-            by_kind.setdefault(kind, []).append(item)
+        try:
+            for kind, item in _take(leaf, value, places):
+                by_kind.setdefault(kind, []).append(item)
+        except Exception as error:
+            raise named(leaf, error) from error
     prints = Prints()
     for kind, items in by_kind.items():
         small = math.prod(kind.shape) * kind.dtype.itemsize < _SMALL_BYTES

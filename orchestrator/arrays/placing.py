@@ -22,6 +22,7 @@ from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 
 from orchestrator import chunks
 from orchestrator.arrays import owned
+from orchestrator.arrays.naming import about
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.jax_context import in_own_context
 from orchestrator.records import Box, LeafSpec
@@ -360,7 +361,8 @@ def place(fillings: Sequence[Filling], values: list[Any]) -> list[Any]:
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="replicas") as pool:
             list(pool.map(lambda pair: np.copyto(*pair), replicas))
     for filling in fillings:
-        made = _values(filling)
+        with about(filling.leaf):
+            made = _values(filling)
         for at, value in zip(filling.places, made, strict=True):
             values[at] = value
         placed += made

@@ -22,6 +22,7 @@ import tensorstore as ts
 from orchestrator import chunks, holders
 from orchestrator.arrays import ocdbt, orbax_files
 from orchestrator.arrays.compressed import ZSTD
+from orchestrator.arrays.naming import about
 from orchestrator.arrays.placing import in_own_memory, on_host
 from orchestrator.records import Box, Held, LeafSpec
 from orchestrator.tree import Flat, Form, fits_int64, numpy_dtype
@@ -230,6 +231,11 @@ class _Layouts(dict[Any, tuple["_Layout", dict[int, Any]]]):
 
 
 def _plan(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _Layouts) -> LeafPlan:
+    with about(leaf):
+        return _plan_of_leaf(leaf, value, run, process, layouts)
+
+
+def _plan_of_leaf(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _Layouts) -> LeafPlan:
     """`run`: who holds it; None in a job of one process."""
     if leaf.kind in ("bool", "int", "float"):
         if leaf.kind == "int" and not fits_int64(value):

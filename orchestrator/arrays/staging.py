@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from orchestrator.arrays.naming import named
 from orchestrator.arrays.planning import LeafPlan, Pieces, as_stored
 
 Part = tuple[Any, Pieces]  # a shard's elements, for np.asarray to find on the host, and the chunks to write of it
@@ -72,9 +73,12 @@ def take_small(leaves: Iterable[tuple[LeafPlan, Any]]) -> bytes:
     buffers, and thousands of them quickest in one go."""
     buffers: list[Any] = []
     for plan, value in leaves:
-        if plan.viewed:
-            held = value._arrays
-            buffers += [held[index] for index, _ in plan.shards]
-        else:
-            buffers += [data.tobytes() for data, _ in take(plan, value)]
+        try:
+            if plan.viewed:
+                held = value._arrays
+                buffers += [memoryview(held[index]) for index, _ in plan.shards]
+            else:
+                buffers += [data.tobytes() for data, _ in take(plan, value)]
+        except Exception as error:
+            raise named(plan.leaf, error) from error
     return b"".join(buffers)

@@ -27,6 +27,7 @@ from orchestrator import chunks, garbage, holders
 from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
 from orchestrator.arrays.compressed import deflated
 from orchestrator.arrays.feed import Feed
+from orchestrator.arrays.naming import about
 from orchestrator.arrays.own_copies import OwnCopies, Turns
 from orchestrator.arrays.own_copies import take as take_own
 from orchestrator.arrays.planning import Plan, plan_of
@@ -155,11 +156,12 @@ class PendingWrite:
         for number, plan in self._plan.large:
             if deadline is not None:
                 self._feed.wait_for_room(_host_bytes(plan.leaf, values[number]), deadline)
-            if plan.off_host:
-                copies = next(started) if deadline is None else start([(plan, values[number])])[0]
-                parts = [(copy, pieces) for copy, (_, pieces) in zip(copies, plan.shards, strict=True)]
-            else:
-                parts = take(plan, values[number])
+            with about(plan.leaf):
+                if plan.off_host:
+                    copies = next(started) if deadline is None else start([(plan, values[number])])[0]
+                    parts = [(copy, pieces) for copy, (_, pieces) in zip(copies, plan.shards, strict=True)]
+                else:
+                    parts = take(plan, values[number])
             self._feed.add(parts)
         self._small = take_small((plan, values[number]) for number, plan in self._plan.small_on_host)
         self._feed.end()
@@ -294,7 +296,10 @@ def _work(feed: Feed, opened: Callable[[str], datafiles.DataFile], progress: _Pr
     try:
         while not progress.stop.is_set() and (taken := feed.take()) is not None:
             copy, pieces = taken
-            data = np.asarray(copy)  # what an accelerator copies is waited for here
+            try:
+                data = np.asarray(copy)  # what an accelerator copies is waited for here
+            except RuntimeError as error:
+                raise StorageError(f"{pieces[0][0]}: cannot be had from its device: {error}") from error
             del taken, copy
             for key, where in pieces:
                 raw = data[where].reshape(-1).view(np.uint8).data
