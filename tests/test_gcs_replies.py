@@ -84,6 +84,7 @@ def test_an_answer_is_one_short_line_that_says_what_to_do(status: int, text: byt
     error = str(replies.refusal("get", "gs://b/x", Reply(status, {}, text), "somebody"))
     assert expected in error and "\n" not in error and len(error) < 700, error
     assert error.startswith(f"get gs://b/x: HTTP {status}")
+    assert ("(somebody)" in error) == any(word in error for word in ("not accepted", "lack"))  # not of holds and quotas
 
 
 @pytest.mark.parametrize(

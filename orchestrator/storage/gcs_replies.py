@@ -192,7 +192,7 @@ def refusal(operation: str, name: str, reply: Reply, who: str = "") -> StorageEr
     """The error for a final answer that is not the one expected. `who`: whose credentials were used."""
     cause = said(reply.body)
     means = hint(operation, reply.status, cause)
-    if reply.status in (401, 403) and who:
+    if who and (reply.status == 401 or (reply.status == 403 and "lack" in means)):  # not of a hold: it is nobody's
         means = f"{means} ({who})"
     kind = Unavailable if reply.status in (401, 403, 407) else StorageError
     return kind(f"{operation} {name}: HTTP {reply.status} {cause.message}{'; ' * bool(means)}{means}")
