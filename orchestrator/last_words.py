@@ -141,12 +141,17 @@ def install() -> None:
 def _uncaught(error: BaseException) -> None:
     # The interpreter sets `last_value` when it gives up; a program that calls the hook to show an error goes on.
     given_up = getattr(sys, "last_value", None) is error and threading.current_thread() is threading.main_thread()
-    if not given_up or hasattr(sys, "ps1") or sys.flags.interactive or sys.flags.inspect:
+    if not given_up or _interactive():
         return
     if _job and joined():
         _job.failed(error)
     elif isinstance(error, OrchestratorError) and error.exit_code != EXIT_FAILED:
         raise SystemExit(error.exit_code)  # by Python's rules: from here, and silently
+
+
+def _interactive() -> bool:
+    """Whether somebody sits there, at a prompt or a notebook (IPython sets `ps1`, too), who goes on after an error."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive or sys.flags.inspect)
 
 
 # What the processes of a job do together.
@@ -185,7 +190,7 @@ def met() -> None:
 
 def left(error: BaseException) -> None:
     """An agent's block is being left by `error`. The program may catch it yet."""
-    if _job and _job.mine() and exit_code(error) not in (0, EXIT_PREEMPTED):
+    if _job and _job.mine() and exit_code(error) not in (0, EXIT_PREEMPTED) and not _interactive():
         _job.catch(error)
 
 
@@ -242,8 +247,8 @@ class _Job:
         error = SystemExit(status)
         if threading.current_thread() is threading.main_thread():
             self.exits = None
-            if self.mine() and exit_code(error) not in (0, EXIT_PREEMPTED):
-                self.catch(error)
+            if self.mine():
+                left(error)
         self._exit(status)
 
     def _leave_first(self) -> None:
@@ -339,7 +344,7 @@ class _Job:
                 return
             if self.failure:
                 return self._hurry(self.failure)
-            if self.grace_s is not None and (first := self._heard()):
+            if self.grace_s is not None and not _interactive() and (first := self._heard()):
                 return self._follow(first)
 
     def _hurry(self, failure: Failure) -> None:

@@ -74,6 +74,8 @@ ROWS = {
     "threads that do not end": Row(("hang", "has-threads"), (1, 1), BUG),
     "an exit handler that does not end": Row(("hang", "handler-hangs"), (1, 1), BUG),
     "one that stays": Row(("stays", "raises"), (0, 1), BUG),
+    "a notebook": Row(("interactive", "raises"), (0, 1), BUG),
+    "an exception in a notebook": Row(("ends-late", "interactive"), (0, 0)),
     # Alone: only errors of ours have codes of their own.
     "fenced, alone": Row(("fenced",), (5,)),
     "an exception, alone": Row(("raises",), (1,)),

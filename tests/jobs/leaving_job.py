@@ -98,6 +98,10 @@ def act(how: str, agent: Agent) -> None:
             match how:
                 case "hang" | "saves" | "saves-for-ever":
                     time.sleep(LONG_S)
+                case "interactive":
+                    sys.ps1 = ">>> "
+                    time.sleep(2)
+                    last_words.left(ValueError("user's bug"))
                 case "stays":
                     time.sleep(2)
                 case "ends-late":
