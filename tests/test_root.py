@@ -223,6 +223,22 @@ def test_whoever_opens_a_root_anew_in_the_same_process_gets_what_is_there_now(st
         store.create("journal/1", b"old")
 
 
+def test_what_was_opened_in_the_place_of_a_root_does_not_keep_that_one_from_coming_back(
+    store: PosixStorage, root: Path
+) -> None:
+    root.rename(root.parent / "moved")
+    with pytest.raises(RootChanged):
+        store.create("journal/1", b"x")
+    root.mkdir()
+    intruder = PosixStorage(str(root))
+    assert intruder.get("journal/0") is None
+    root.rename(root.parent / "other")
+    (root.parent / "moved").rename(root)
+    with pytest.raises(RootChanged):
+        intruder.create("journal/1", b"x")
+    assert PosixStorage(str(root)).create("journal/1", b"x") == Created()
+
+
 @pytest.mark.parametrize("how", ["renamed", "linked to something else", "a link removed"])
 def test_a_loop_that_tries_again_in_the_same_process_begins_no_new_run(how: str, root: Path, tmp_path: Path) -> None:
     linked, take = TAKEN[how]

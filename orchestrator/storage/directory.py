@@ -64,7 +64,9 @@ class Root:
         """Nothing, if the path leads to the directory that this process has opened, or none was opened yet. Raises
         RootChanged if it does not, Unavailable if that cannot be found out."""
         if now := self._elsewhere():
-            _lost[self.path] = self
+            known = _lost.get(self.path)
+            if known is None or not known.exists:  # what was opened in the place of one that is lost is not lost
+                _lost[self.path] = self
             while len(_lost) > _LOST_MAX:  # they hold descriptors
                 _lost.pop(next(iter(_lost)), None)
             raise RootChanged(
