@@ -225,12 +225,15 @@ PURE = (  # what moves nothing and runs nothing
 CALLED_INSIDE = {
     "arrays.fingerprint": "_take _from_host _launch _program _bits _sum _mix",
     "arrays.owned": "_program",
-    "arrays.placing": "_values _key _empty_array",
+    "arrays.own_copies": "take",
+    "arrays.placing": "_values _key _empty_array _spread",
     "arrays.planning": "as_stored",
     "arrays.sharing": "_moved _back _nothing",
     "arrays.staging": "_pinned",
     "arrays.writing": "_host_bytes",
 }
+# Functions that read the settings of the program itself.
+OUTSIDE_ON_PURPOSE = {"meeting": "surroundings", "rendezvous": "join_last_words"}
 
 
 def operations(node: ast.AST) -> set[str]:
@@ -246,7 +249,7 @@ def outside(module: str, source: str) -> list[str]:
     """Functions of a module that run something of JAX, neither in our own context nor known to be called in it."""
     tree = ast.parse(source)
     bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
-    known = CALLED_INSIDE.get(module, "").split()
+    known = f"{CALLED_INSIDE.get(module, '')} {OUTSIDE_ON_PURPOSE.get(module, '')}".split()
     return [
         f"{module}.{node.name}: {', '.join(sorted(found))}"
         for body in bodies
