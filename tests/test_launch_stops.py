@@ -107,6 +107,8 @@ def test_a_closed_terminal_preempts_and_what_was_ignored_stays_ignored(
 
 def test_a_signal_that_comes_twice_at_one_moment_is_one_and_handlers_are_put_back() -> None:
     """`timeout` signals its child, and then its child's group."""
+    mine = {number: signal.getsignal(number) for number in OPERATOR_SIGNALS}
+    as_in_the_foreground()
     before = [signal.getsignal(number) for number in OPERATOR_SIGNALS]
     with Signals() as signals:
         for _ in range(2):
@@ -117,6 +119,8 @@ def test_a_signal_that_comes_twice_at_one_moment_is_one_and_handlers_are_put_bac
         signal.raise_signal(signal.SIGHUP)
         assert signals.received() == [signal.SIGTERM, signal.SIGHUP]
     assert [signal.getsignal(number) for number in OPERATOR_SIGNALS] == before
+    for number, handler in mine.items():
+        signal.signal(number, handler)
 
 
 def test_a_job_saves_when_its_terminal_closes_though_nobody_can_be_told(tmp_path: Path) -> None:
