@@ -43,6 +43,11 @@ settings.register_profile("quick", deadline=None, max_examples=60)
 settings.load_profile("quick")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Jobs first: their files take longest, and the many short ones then fill the gaps at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("jobs") is None)
+
+
 def accelerators() -> list[Any]:
     """This machine's own."""
     return jax.devices(OTHERS[0]) if OTHERS else []

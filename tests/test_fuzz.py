@@ -13,7 +13,7 @@ from forged import CASES
 from fuzz import ALLOWED, AS_SIGNED, CLEAR, OLDER, RIGHT, RUNS, Case, Outcome, drawn, report
 from images import Image
 
-MUTATIONS = 2000
+MUTATIONS = 600
 # Forged and harmless: what was changed is not read by a restore, or says nothing that a reader relies on.
 HARMLESS = {
     *("an unknown key implementation", "no chunks", "large metrics", "members twice", "a chunk that is not listed"),
