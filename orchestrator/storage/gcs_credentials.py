@@ -94,39 +94,40 @@ class Credentials:
     def held(self) -> Token | None:
         """The token, if there is a valid one. One that is near its end is being renewed from now on."""
         with self._lock:
-            token = self._token
-            left_s = token.expires - self._now() if token else 0.0
-            if left_s <= _MARGIN_S:
-                return None
-            if left_s < _EARLY_S and time.monotonic() - self._looked > self._again_s:
-                self._renewing(0.0)
-            return token
+            return self._valid()
 
     def wait(self, left_s: float) -> Token:
         """A valid token, on a thread that may wait so long for it. Raises NoToken."""
-        token = self.held()
-        if token is not None:
-            return token
         with self._lock:
-            future = self._renewing(left_s)
+            due = self._valid() or self._renewing(left_s)
+        if isinstance(due, Token):
+            return due
         try:
-            return future.result(left_s)
+            return due.result(left_s)
         except TimeoutError:
             raise self._late(left_s) from None
 
     async def waited(self, left_s: float) -> Token:
         """As `wait`, in an event loop."""
-        token = self.held()
-        if token is not None:
-            return token
         with self._lock:
-            future = self._renewing(left_s)
-        waiting = asyncio.wrap_future(future)
+            due = self._valid() or self._renewing(left_s)
+        if isinstance(due, Token):
+            return due
+        waiting = asyncio.wrap_future(due)
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear of it
         await asyncio.wait({waiting}, timeout=left_s)  # unlike wait_for, this leaves it to others who wait
         if not waiting.done():
             raise self._late(left_s)
         return waiting.result()
+
+    def _valid(self) -> Token | None:
+        """As `held`. The lock is held."""
+        left_s = self._token.expires - self._now() if self._token else 0.0
+        if left_s <= _MARGIN_S:
+            return None
+        if left_s < _EARLY_S and time.monotonic() - self._looked > self._again_s:
+            self._renewing(0.0)
+        return self._token
 
     def reject(self, token: Token) -> None:
         """The store does not accept it: the next that asks gets another one."""
