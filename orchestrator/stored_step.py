@@ -77,9 +77,6 @@ class StoredStep:
     def extra(self) -> Extra:
         return self.catalog.extra(self.live, self.manifest, self._early.pop(layout.EXTRA, None))
 
-    def process_states(self) -> dict[int, bytes]:
-        return self.catalog.process_states(self.live, self.manifest)
-
     # Arrays.
 
     def load(

@@ -72,12 +72,6 @@ class EmulatorProcess(Server):
         if status != 200:
             raise ValueError(body.decode())
 
-    def set_guard(self, bucket: str, **guard: Any) -> None:
-        """From now on only callers with such a token (`guard.Guard`) may use the bucket. Raises ValueError."""
-        status, _, body = self.ask("PUT", f"/_emulator/guards/{bucket}", json.dumps(guard).encode())
-        if status != 200:
-            raise ValueError(body.decode())
-
     def hits(self, group: str) -> int:
         """How many requests have met a rule of this group."""
         return int(json.loads(self.ask("GET", f"/_emulator/rules/{group}")[2])["hits"])
