@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 from orchestrator.errors import Damaged
-from orchestrator.records import Box, Intent, LeafSpec, Receipt, ShardPrint
+from orchestrator.records import Box, Intent, LeafSpec, Receipt, ShardFingerprint
 
 _LANES = 4
 _DIGITS = 8
@@ -74,7 +74,7 @@ def fingerprints(intent: Intent, receipts: Mapping[int, Receipt]) -> dict[str, s
     """Leaf name -> fingerprint, of the leaves of which every shard has one. Replicas must have been found to agree."""
     found = {}
     for leaf in _attested(intent, receipts):
-        once: dict[Box, ShardPrint] = {
+        once: dict[Box, ShardFingerprint] = {
             told.box: told for receipt in receipts.values() for told in receipt.prints.get(leaf.name, ())
         }
         volume = sum(_volume(box) for box in once)

@@ -173,7 +173,7 @@ class Failure(Record, frozen=True):
     cause: str
 
 
-class ShardPrint(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class ShardFingerprint(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The fingerprint of one shard as it is on these devices (JAX's ids), of one process: 32 hex digits."""
 
     box: Box
@@ -208,7 +208,9 @@ class Receipt(Record, frozen=True):
     boxes: dict[str, tuple[Box, ...]] = {}  # leaf name -> regions this process wrote
     places: dict[str, Place] = {}
     small: dict[str, bytes] = {}
-    prints: dict[str, tuple[ShardPrint, ...]] = {}  # leaf name -> fingerprints of this process's shards, with `attest`
+    prints: dict[
+        str, tuple[ShardFingerprint, ...]
+    ] = {}  # leaf name -> fingerprints of this process's shards, with `attest`
     seconds: dict[str, float] = {}  # stage, write, seal
     failure: Failure | None = None
     built_on: int = -1  # as in Intent

@@ -18,7 +18,7 @@ from test_arrays import DTYPES, X64_DTYPES, every_pattern
 from orchestrator import attest
 from orchestrator.arrays import fingerprint
 from orchestrator.errors import Damaged
-from orchestrator.records import LeafSpec, ShardPrint
+from orchestrator.records import LeafSpec, ShardFingerprint
 
 MASK = 0xFFFFFFFF
 
@@ -188,7 +188,7 @@ def test_arrays_may_be_donated_and_overwritten_at_once() -> None:
 PRINT, OTHER = "0" * 31 + "1", "0" * 31 + "2"
 
 
-def told(process: int, *prints: ShardPrint) -> tuple[int, Any]:
+def told(process: int, *prints: ShardFingerprint) -> tuple[int, Any]:
     return process, receipt(process, prints={"w": prints})
 
 
@@ -204,16 +204,18 @@ def test_sums_wrap_by_lane_and_condensing_is_linear_and_sees_every_leaf() -> Non
 
 def test_replicas_that_differ_are_named_with_shard_process_host_and_device() -> None:
     half = box((0, 2))
-    receipts = dict([told(0, ShardPrint(half, PRINT, (0, 1))), told(1, ShardPrint(half, OTHER, (3,)))])
+    receipts = dict([told(0, ShardFingerprint(half, PRINT, (0, 1))), told(1, ShardFingerprint(half, OTHER, (3,)))])
     (line,) = attest.disagreements(intent(leaf("w"), processes=2), receipts)
     assert line == (
         f"w[0:2]: replicas disagree: process 0 (host-0) devices 0, 1: {PRINT} but process 1 (host-1) device 3: {OTHER}"
     )
-    assert attest.disagreements(intent(leaf("w"), processes=2), dict([told(0, ShardPrint(half, PRINT, (0,)))])) == []
+    assert (
+        attest.disagreements(intent(leaf("w"), processes=2), dict([told(0, ShardFingerprint(half, PRINT, (0,)))])) == []
+    )
 
 
 def test_a_fingerprint_is_recorded_only_of_an_array_whose_every_shard_has_one() -> None:
-    halves = ShardPrint(box((0, 2)), PRINT, (0,)), ShardPrint(box((2, 4)), OTHER, (1,))
+    halves = ShardFingerprint(box((0, 2)), PRINT, (0,)), ShardFingerprint(box((2, 4)), OTHER, (1,))
     spread = dict([told(0, halves[0]), told(1, *halves)])
     assert attest.fingerprints(intent(leaf("w"), processes=2), spread) == {"w": attest.total([PRINT, OTHER])}
     assert attest.fingerprints(intent(leaf("w"), processes=2), dict([told(0, halves[0])])) == {}

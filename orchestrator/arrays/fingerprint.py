@@ -39,7 +39,7 @@ from orchestrator.arrays.naming import named
 from orchestrator.arrays.owned import bit_count
 from orchestrator.arrays.placing import in_own_memory
 from orchestrator.jax_context import in_own_context
-from orchestrator.records import Box, LeafSpec, ShardPrint
+from orchestrator.records import Box, LeafSpec, ShardFingerprint
 
 _SMALL_BYTES = 256 << 10  # shards below this are computed many at a time
 _TOGETHER = 64
@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass
-class Prints:
+class Fingerprints:
     """Fingerprints on their way from the devices."""
 
     waiting: list[tuple[list[tuple[str, Part]], Any]] = field(default_factory=list)
@@ -72,14 +72,14 @@ class Prints:
                 found.setdefault(name, []).append((part, attest.as_text(row)))
         return found
 
-    def signed(self) -> dict[str, tuple[ShardPrint, ...]]:
+    def signed(self) -> dict[str, tuple[ShardFingerprint, ...]]:
         """As `result`, as a receipt has it: devices that hold the same bits of a shard together."""
         told = {}
         for name, found in self.result().items():
             devices: dict[tuple[Box, str], list[int]] = {}
             for part, lanes in found:
                 devices.setdefault((part.box, lanes), []).append(part.device)
-            told[name] = tuple(ShardPrint(box, lanes, tuple(ids)) for (box, lanes), ids in devices.items())
+            told[name] = tuple(ShardFingerprint(box, lanes, tuple(ids)) for (box, lanes), ids in devices.items())
         return told
 
 
@@ -111,7 +111,7 @@ _Places = dict[Any, tuple[list[Part], tuple[Any, ...]]]
 
 
 @in_own_context
-def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Prints:
+def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Fingerprints:
     """Begin computing the fingerprints of these arrays (jax.Array or numpy), as far as this process holds them.
 
     Main thread. When it returns, device arrays may be donated and numpy arrays overwritten.
@@ -124,7 +124,7 @@ def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Prints:
                 by_kind.setdefault(kind, []).append(item)
         except Exception as error:
             raise named(leaf, error) from error
-    prints = Prints()
+    prints = Fingerprints()
     for kind, items in by_kind.items():
         small = math.prod(kind.shape) * kind.dtype.itemsize < _SMALL_BYTES
         for group in _groups(items, _TOGETHER if small else 1):

@@ -37,7 +37,7 @@ from orchestrator.contents import Chunk
 from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.jax_context import in_own_context
-from orchestrator.records import Box, FileEntry, Held, LeafSpec, Place, ShardPrint, TreeSpec
+from orchestrator.records import Box, FileEntry, Held, LeafSpec, Place, ShardFingerprint, TreeSpec
 from orchestrator.tree import Flat
 
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
@@ -133,7 +133,7 @@ class PendingWrite:
         flat: Flat,
         plan: Plan,
         feed: Feed,
-        prints: fingerprint.Prints | None,
+        prints: fingerprint.Fingerprints | None,
         own: OwnCopies | None = None,
     ) -> None:
         self._directory, self._plan, self._prints, self._own = directory.rstrip("/"), plan, prints, own
@@ -198,7 +198,7 @@ class PendingWrite:
             for key, (file, offset, size, checksum) in self._progress.places.items()
         }
 
-    def fingerprints(self) -> dict[str, tuple[ShardPrint, ...]]:
+    def fingerprints(self) -> dict[str, tuple[ShardFingerprint, ...]]:
         """Leaf name -> fingerprints of this process's shards; {} where none were asked for. Waits for the devices."""
         return self._prints.signed() if self._prints else {}
 
