@@ -184,7 +184,7 @@ class _Writer:
 
     def _sealed(self) -> Iterator[FileEntry]:
         for there in list(self._storage.list(self._prefix)):
-            (sealed,) = self._storage.seal([there.key])
+            (sealed,) = self._storage.make_durable([there.key])
             self._on_file(there.key)
             yield replace(sealed, path=sealed.path.removeprefix(self._prefix))
 

@@ -127,7 +127,7 @@ class Catalog:
         writer has synced its name: nothing may be reported as saved, and nothing deleted, because of one that could
         still vanish. Raises StorageError, NotARun."""
         head = self.require_head()
-        self.storage.seal([layout.journal_key(head.version)])
+        self.storage.make_durable([layout.journal_key(head.version)])
         self.durable_version = max(self.durable_version, head.version)
         return head
 

@@ -328,7 +328,8 @@ class Coordinator:
         ours = prefix + layout.receipt_name(self._rendezvous.process)
         known = {**tree, ours: self._files[layout.receipt_name(self._rendezvous.process)]}
         sealed = [
-            replace(entry, path=entry.path.removeprefix(prefix)) for entry in self._catalog.storage.seal(known, known)
+            replace(entry, path=entry.path.removeprefix(prefix))
+            for entry in self._catalog.storage.make_durable(known, known)
         ]
         promised = [entry for receipt in receipts for entry in receipt.files]
         manifest = Manifest(

@@ -246,7 +246,7 @@ class Saver:
             failpoints.hit("save.seal")
             if own:
                 own.result()
-            files = self._seal(save, pending)
+            files = self._make_durable(save, pending)
             save.seconds["seal"] = time.monotonic() - started
             if opening:
                 phase = "open"
@@ -329,13 +329,13 @@ class Saver:
         text = f"{type(cause).__name__}: {cause}"[:2000].encode(errors="backslashreplace").decode()
         return Failure(process=me.process, host=me.hosts[me.process], phase=phase, cause=text)
 
-    def _seal(self, save: Save, pending: PendingWrite) -> tuple[FileEntry, ...]:
+    def _make_durable(self, save: Save, pending: PendingWrite) -> tuple[FileEntry, ...]:
         """Make the files that this process wrote durable, whoever else writes beside it."""
         prefix = layout.attempt_prefix(save.step, save.attempt)
         storage, process = self._catalog.storage, self._rendezvous.process
         keys = [] if save.process_state is None else [prefix + layout.process_state_name(process)]
         known = {prefix + layout.STATE + file.path: file for file in pending.files}
-        sealed = storage.seal([*keys, *known], known)
+        sealed = storage.make_durable([*keys, *known], known)
         return tuple(replace(entry, path=entry.path.removeprefix(prefix)) for entry in sealed)
 
     def _put_process_state(self, save: Save) -> None:

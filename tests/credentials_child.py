@@ -334,7 +334,7 @@ def _everything(made: GcsStorage) -> list[Any]:
     return [
         bytes(read.read("d/x").result(timeout=30).value),
         [entry.key for entry in made.list("")],
-        made.seal(["b"])[0].bytes,
+        made.make_durable(["b"])[0].bytes,
         [str(error) for _, error in made.delete_many(["b", "state/d/x"])],
         made.delete("gone"),
     ]

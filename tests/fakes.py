@@ -47,11 +47,11 @@ class HookedStorage:
         self._call("measure", key)
         return self.inner.measure(key, *expected_bytes)
 
-    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted = list(keys)
         for key in wanted:
-            self._call("seal", key)
-        return self.inner.seal(wanted, known)
+            self._call("make_durable", key)
+        return self.inner.make_durable(wanted, known)
 
 
 class FailOnce:

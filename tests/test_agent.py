@@ -263,7 +263,7 @@ def test_a_failed_save_does_not_stop_training_is_counted_aborted_and_the_next_du
 
 
 def test_on_save_failure_raise_raises_once_at_the_next_call_and_names_the_attempt(root: Path) -> None:
-    storage = HookedStorage(PosixStorage(str(root)), FailOnce("seal", "ocdbt.process_0"))
+    storage = HookedStorage(PosixStorage(str(root)), FailOnce("make_durable", "ocdbt.process_0"))
     with oc.Agent(root, storage=storage, options=oc.Options(on_save_failure="raise")) as agent:
         assert agent.save(1, state(1))
         with pytest.raises(oc.SaveFailed, match=r"step 1 e0001-a01 was not saved: .*ENOSPC") as caught:

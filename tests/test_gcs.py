@@ -180,7 +180,7 @@ def test_every_operation_rides_out_five_percent_of_each_fault_and_counts_its_ret
             assert set(pool.map(lambda item: store.create(*item), bodies.items())) == {Created()}
             assert dict(zip(bodies, pool.map(store.get, bodies), strict=True)) == bodies
             assert [entry.key for entry in store.list("a/")] == list(bodies)
-            sealed = store.seal(bodies)
+            sealed = store.make_durable(bodies)
             assert sealed == tuple(FileEntry(path=k, bytes=2000, crc32c=crc32c(b)) for k, b in bodies.items())
             assert set(pool.map(store.delete, list(bodies)[:100])) == {True}
             assert [error for _, error in store.delete_many(list(bodies)[100:])] == [None] * 50
@@ -245,7 +245,7 @@ def test_when_the_retry_budget_is_spent_callers_fail_at_once_and_answers_earn_it
 def test_a_reader_may_read_and_is_told_which_right_it_lacks(gcs: EmulatorProcess, store: GcsStorage) -> None:
     store.create("a", b"1")
     with faults(gcs, read_only=True):
-        assert (store.get("a"), len(list(store.list(""))), store.seal(["a"])[0].bytes) == (b"1", 1, 1)
+        assert (store.get("a"), len(list(store.list(""))), store.make_durable(["a"])[0].bytes) == (b"1", 1, 1)
         for call in (lambda: store.create("b", b"2"), lambda: store.delete("a")):
             with pytest.raises(StorageError, match=r"HTTP 403 .*lacks a role on the bucket, see docs/gcs.md"):
                 call()
@@ -317,7 +317,7 @@ def test_sealing_downloads_nothing(gcs: EmulatorProcess, store: GcsStorage) -> N
     store.create("s/big", body)
     store.create("s/small", b"123456789")
     gcs.counts(reset=True)
-    assert store.seal(["s/small", "s/big"]) == (
+    assert store.make_durable(["s/small", "s/big"]) == (
         FileEntry(path="s/small", bytes=9, crc32c="e3069283"),
         FileEntry(path="s/big", bytes=len(body), crc32c=crc32c(body)),
     )
@@ -327,10 +327,10 @@ def test_sealing_downloads_nothing(gcs: EmulatorProcess, store: GcsStorage) -> N
 def test_a_file_that_is_not_what_its_writer_counted_is_not_sealed(store: GcsStorage) -> None:
     store.create("s/a", b"123456789")
     good = FileEntry(path="s/a", bytes=9, crc32c="e3069283")
-    assert store.seal(["s/a"], {"s/a": good}) == (good,)
+    assert store.make_durable(["s/a"], {"s/a": good}) == (good,)
     for wrong in (FileEntry(path="s/a", bytes=8, crc32c="e3069283"), FileEntry(path="s/a", bytes=9, crc32c="00000000")):
         with pytest.raises(StorageError, match=r"s/a: the store has 9 bytes with crc32c e3069283"):
-            store.seal(["s/a"], {"s/a": wrong})
+            store.make_durable(["s/a"], {"s/a": wrong})
 
 
 def test_an_upload_that_is_damaged_on_its_way_is_refused_by_the_store(gcs: EmulatorProcess, store: GcsStorage) -> None:

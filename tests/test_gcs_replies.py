@@ -295,7 +295,7 @@ def test_an_empty_object_may_come_without_a_size(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
         store = GcsStorage("gs://bucket/run", Client(30.0))
         assert [(entry.key, entry.bytes) for entry in store.list("")] == [("empty", 0)]
-        assert [entry.bytes for entry in store.seal(["empty"])] == [0]
+        assert [entry.bytes for entry in store.make_durable(["empty"])] == [0]
         server.shutdown()
 
 

@@ -45,8 +45,8 @@ def a_run(root: Path) -> Catalog:
 def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_path: Path) -> None:
     storage = HookedStorage(a_run(tmp_path).storage)
     assert collect(Catalog(storage, "gc")).files == 1
-    operations = [call for call in storage.calls if call[0] in ("seal", "delete")]
-    assert operations[0] == ("seal", layout.journal_key(2))
+    operations = [call for call in storage.calls if call[0] in ("make_durable", "delete")]
+    assert operations[0] == ("make_durable", layout.journal_key(2))
     assert [operation for operation, _ in operations[1:]] == ["delete"]
 
 
@@ -72,7 +72,7 @@ def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is
     )
     save = worker.begin(2, UserData({}, {}, 0.0), None)
     assert worker._await_decision(save) == (Phase.COMMITTED, "")  # no signal comes: from storage
-    assert ("seal", layout.journal_key(2)) in storage.calls
+    assert ("make_durable", layout.journal_key(2)) in storage.calls
 
 
 def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_cause_to_it(tmp_path: Path) -> None:

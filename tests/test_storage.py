@@ -127,26 +127,26 @@ def test_seal_returns_size_and_checksum_in_the_order_given(store: Storage) -> No
     big = os.urandom((4 << 20) + 5)
     store.create("s/b", big)
     store.create("s/a/x", b"123456789")
-    large, small = store.seal(["s/b", "s/a/x"])
+    large, small = store.make_durable(["s/b", "s/a/x"])
     assert large == FileEntry(path="s/b", bytes=len(big), crc32c=crc32c(big))
     # A store that knows CRC-32C without reading (an object store's metadata) has no CRC-32 to offer.
     assert small.crc32 in ("cbf43926", "")
     assert small == FileEntry(path="s/a/x", bytes=9, crc32c="e3069283", crc32=small.crc32)
-    assert store.seal([]) == ()
+    assert store.make_durable([]) == ()
 
 
 def test_what_the_writer_counted_is_believed_as_far_as_the_store_does_not_know_better(store: Storage) -> None:
     store.create("s/a", b"four")
     wanted = FileEntry(path="s/a", bytes=4, crc32c=crc32c(b"four"))
-    assert store.seal(["s/a"], {"s/a": wanted}) == (wanted,)
+    assert store.make_durable(["s/a"], {"s/a": wanted}) == (wanted,)
     with pytest.raises(StorageError, match=r"s/a: .*has 4 bytes.* 5 "):
-        store.seal(["s/a"], {"s/a": FileEntry(path="s/a", bytes=5, crc32c=wanted.crc32c)})
+        store.make_durable(["s/a"], {"s/a": FileEntry(path="s/a", bytes=5, crc32c=wanted.crc32c)})
 
 
 def test_sealing_what_is_not_there_is_an_error_that_names_it(store: Storage) -> None:
     store.create("s/a", b"1")
     with pytest.raises(StorageError, match="s/gone"):
-        store.seal(["s/a", "s/gone"])
+        store.make_durable(["s/a", "s/gone"])
 
 
 def test_an_object_larger_than_anybody_expects_is_not_read(store: Storage) -> None:
@@ -431,7 +431,7 @@ def test_seal_makes_files_and_every_directory_above_them_durable(
     for name in ("x", "y"):
         (folder / name).write_bytes(b"by TensorStore")
     with system_calls(tmp_path / "log"):
-        posix.seal([f"steps/1/state/d/{name}" for name in ("x", "y")])
+        posix.make_durable([f"steps/1/state/d/{name}" for name in ("x", "y")])
     done = calls(tmp_path / "log", root)
     directories = ("/steps/1/state/d", "/steps/1/state", "/steps/1", "/steps", "/")
     files = ("/steps/1/state/d/x", "/steps/1/state/d/y")

@@ -88,7 +88,7 @@ OPERATIONS: dict[str, Callable[[PosixStorage, str], object]] = {
     "measure": lambda store, key: store.measure(key),
     "create": lambda store, key: store.create(key, b"ours"),
     "delete": lambda store, key: store.delete(key),
-    "seal": lambda store, key: store.seal([key]),
+    "make_durable": lambda store, key: store.make_durable([key]),
     "link": lambda store, key: store.link(__file__, key),
     "write data": write_data,
     "read data": read_data,

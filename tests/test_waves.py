@@ -28,7 +28,7 @@ ENTRY, HEAD = r"journal/\d+\.json", (r"list journal/", r"get journal/\d+\.json")
 ATTEMPT = r"steps/\d+/e\d+-a\d+"
 RECORDS = tuple(f"get {ATTEMPT}/{name}" for name in (r"manifest\.json", r"intent\.json", r"extra\.json"))
 PROCESS = f"get {ATTEMPT}/process/00000.bin"
-# In a bucket the arrays add: their writes, to a save's first wave; the tree's, before its last seal; the tree's reads
+# In a bucket the arrays add: their writes, to a save's first wave; the tree's, before its last make_durable; the tree's reads
 # and theirs, after a restore's records.
 OPEN = (["list journal-index/"], ["list journal/"], [f"get {ENTRY}"])
 RESUME = (
@@ -44,9 +44,9 @@ RESUME = (
 AGAIN = (HEAD, (*RECORDS, f"list {ATTEMPT}/"), (PROCESS,))
 SAVE = (
     [f"create {ATTEMPT}/{name}" for name in (r"intent\.json", r"extra\.json", r"process/00000\.bin")],
-    ["seal 00000.bin .*"],
+    ["make_durable 00000.bin .*"],
     [f"create {ATTEMPT}/receipts/00000.json"],
-    [*HEAD, r"seal .*00000\.json"],
+    [*HEAD, r"make_durable .*00000\.json"],
     [f"create {ATTEMPT}/manifest.json"],
     [f"create {ENTRY}"],
 )

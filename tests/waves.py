@@ -92,7 +92,7 @@ class InWaves:
         self._wait("measure", key)
         return self.inner.measure(key, *expected_bytes)
 
-    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted = list(keys)
-        self._wait("seal", " ".join(key.rpartition("/")[2] for key in wanted))
-        return self.inner.seal(wanted, known)
+        self._wait("make_durable", " ".join(key.rpartition("/")[2] for key in wanted))
+        return self.inner.make_durable(wanted, known)

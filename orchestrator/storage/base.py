@@ -73,7 +73,7 @@ class Storage(Reads, Protocol):
     def delete(self, key: str) -> bool:
         """Remove the object; False if there was none (deleting again is harmless)."""
 
-    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         """Make these objects durable and return key, size and CRC-32C of each, in the order given.
 
         For data that was written under the root's `url` without going through this port. `known`: what their writer
@@ -92,7 +92,7 @@ class TooLarge(Unavailable):
 def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
     """A sealed object's entry, from what its writer counted. Raises StorageError if the store has another size."""
     if size != known.bytes:
-        raise StorageError(f"seal {url}/{key}: has {size} bytes, {known.bytes} were written; it is not used")
+        raise StorageError(f"make_durable {url}/{key}: has {size} bytes, {known.bytes} were written; it is not used")
     return replace(known, path=key)
 
 

@@ -1,7 +1,7 @@
 """Storage in a Google Cloud Storage bucket: `gs://bucket/prefix`.
 
 `create` carries `ifGenerationMatch=0` and the body's CRC-32C, so the object appears whole or not at all, once. An
-object is durable when the service has acknowledged it, and strongly consistent from then on: `seal` asks for size and
+object is durable when the service has acknowledged it, and strongly consistent from then on: `make_durable` asks for size and
 checksum and downloads nothing. Only names below the prefix are ever sent; names that come back and are not plain keys
 (folder placeholders, `..`) are not entries and are never touched.
 """
@@ -222,20 +222,20 @@ class GcsStorage:
             return key, error
         return key, None
 
-    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted = list(keys)
-        sealed = _at_once(self._seal, wanted)
+        sealed = _at_once(self._make_durable, wanted)
         for entry in sealed:
             told = (known or {}).get(entry.path)
             if told is not None and (told.bytes, told.crc32c) != (entry.bytes, entry.crc32c):
                 raise StorageError(
-                    f"seal {self.url}/{entry.path}: the store has {entry.bytes} bytes with crc32c {entry.crc32c}, "
+                    f"make_durable {self.url}/{entry.path}: the store has {entry.bytes} bytes with crc32c {entry.crc32c}, "
                     f"{told.bytes} with {told.crc32c} were written; it is not used"
                 )
         # The store knows no CRC-32; who wrote the object may.
         return tuple(replace((known or {}).get(entry.path, entry), path=entry.path) for entry in sealed)
 
-    def _seal(self, key: str) -> FileEntry:
+    def _make_durable(self, key: str) -> FileEntry:
         found = self.measure(key)
         if found is None:
             raise StorageError(f"stat {self.url}/{key}: no such object")

@@ -46,7 +46,7 @@ class MemoryStorage:
         with self._lock:
             return self._objects.pop(key, None) is not None
 
-    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         with self._lock:
             found = [(key, self._objects.get(key)) for key in keys]
         for key, body in found:

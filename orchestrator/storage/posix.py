@@ -26,7 +26,7 @@ from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, 
 from orchestrator.storage.directory import again_if_pruned, reason, root_at, storage_error
 
 _TMP = ".tmp"
-_SEAL_THREADS = 8
+_SYNC_THREADS = 8
 _STALE_S = 3600.0
 _MISSING = (FileNotFoundError, NotADirectoryError)
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
@@ -197,22 +197,22 @@ class PosixStorage:
         self.root.prune(key.rpartition("/")[0])
         return True
 
-    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         wanted, told = list(keys), known or {}
         for key in wanted:
             self._path(key)
         self.root.check()
         directories = _above({key.rpartition("/")[0] for key in wanted})
         # All at once: file systems with a journal commit once for many. Durable is what is named when all are done.
-        with ThreadPoolExecutor(_SEAL_THREADS, thread_name_prefix="seal") as pool:
-            sealing = [pool.submit(self._seal_file, key, told.get(key)) for key in wanted]
+        with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync") as pool:
+            sealing = [pool.submit(self._make_durable, key, told.get(key)) for key in wanted]
             syncing = [pool.submit(self._sync_named, directory) for directory in directories]
             sealed = tuple(future.result() for future in sealing)
             for future in syncing:
                 future.result()
         return sealed
 
-    def _seal_file(self, key: str, known: FileEntry | None) -> FileEntry:
+    def _make_durable(self, key: str, known: FileEntry | None) -> FileEntry:
         try:
             with self._file(key) as file:
                 failpoints.hit("storage.sync")

@@ -34,7 +34,7 @@ class ReadOnlyStorage:
     def delete(self, key: str) -> bool:
         raise self._refusal("delete", key)
 
-    def seal(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
         raise self._refusal("sync", ", ".join(keys))
 
     def _refusal(self, what: str, key: str) -> UsageError:
