@@ -323,7 +323,7 @@ def _watch(job: TpuJob, session: _Session, received: Sequence[int]) -> list[supe
 def run(job: TpuJob) -> int:
     """Run the job to its end, restarts included, and return its exit code. Main thread.
 
-    Raises: LaunchError if the machines cannot be had, or gcloud refuses.
+    Raises: LaunchError if the machines cannot be had, or gcloud rejects.
     """
     job.validate()
     if shutil.which("gcloud") is None:

@@ -105,7 +105,7 @@ def adopt(
     if not isinstance(catalog.storage, PosixStorage) or base is None:
         raise UsageError(f"{catalog.url}: adopting needs a local or shared file system, as it links to Orbax's files")
     there = orbax_steps.survey(base)
-    head, _ = catalog.look()  # refused before an epoch is opened, as a job is
+    head, _ = catalog.look()  # rejected before an epoch is opened, as a job is
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if there.strange:
         raise UsageError(_elsewhere(source, [path.name for path in there.strange]))

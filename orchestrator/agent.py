@@ -69,13 +69,13 @@ class Agent:
     ) -> None:
         self.options = Options() if options is None else options
         if not isinstance(self.options, Options):
-            raise arguments.refusal("options", options, "orchestrator.Options(...)")
+            raise arguments.rejection("options", options, "orchestrator.Options(...)")
         self.failures = 0
         self._policy = every(1) if save is None else save
         saves("save", self._policy)
         if keep is not None:
             keeps("keep", keep)
-        store = storage or open_storage(root)  # before the others are met: a root that is none is refused at once
+        store = storage or open_storage(root)  # before the others are met: a root that is none is rejected at once
         self._using = threading.RLock()
         self._rendezvous = rendezvous or connect(self.options.rendezvous_timeout_s)
         last_words.serve(self, self.options.failure_grace_s)
@@ -256,7 +256,7 @@ class Agent:
                 user = UserData(arguments.metrics(metrics), arguments.extra(extra), timestamp=time.time())
                 mine = arguments.own_bytes(process_state)
             except UsageError as error:  # of this process alone, perhaps: the others must not wait for it
-                self._saver.refuse(self._saver.begin(step, UserData({}, {}, 0.0), None), "arguments", error)
+                self._saver.reject(self._saver.begin(step, UserData({}, {}, 0.0), None), "arguments", error)
                 raise
             return self._save(step, state, user, mine)
 
@@ -269,11 +269,11 @@ class Agent:
             with garbage.paused():
                 return flatten(state)
 
-        refused = self._opening.by_save(step, describe, other_tree=self.options.other_tree)
-        self._tree_checked = not refused
-        if refused:
-            self._not_saved(step, "", f"step {step} was not saved: {refused}", "refused")
-        return not refused
+        rejected = self._opening.by_save(step, describe, other_tree=self.options.other_tree)
+        self._tree_checked = not rejected
+        if rejected:
+            self._not_saved(step, "", f"step {step} was not saved: {rejected}", "refused")
+        return not rejected
 
     def _not_saved(self, step: int, attempt: str, reason: str, cause: str) -> None:
         """Count a save that was not even begun, and raise it if that is wanted."""
@@ -299,7 +299,7 @@ class Agent:
                 if save.thread:
                     self._started(save)
                 else:
-                    self._saver.refuse(save, "check", error)
+                    self._saver.reject(save, "check", error)
                 raise
         self._started(save)
         save.blocked_s = time.monotonic() - entered
@@ -316,7 +316,7 @@ class Agent:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
         assert self._current is not None
         reason = f"{self._current.shown} still hangs on this process: the store does not answer"
-        self._saver.refuse(save, "wait", WaitTimeout(reason))
+        self._saver.reject(save, "wait", WaitTimeout(reason))
         self._not_saved(save.step, save.attempt, f"{save.shown} was not saved: {reason}", "hung")
 
     def _check_tree(self, flat: Flat, save: Save) -> None:

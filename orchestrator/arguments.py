@@ -23,7 +23,7 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
-def refusal(name: str, value: object, wanted: str) -> UsageError:
+def rejection(name: str, value: object, wanted: str) -> UsageError:
     more = "; it is being traced: call this outside of jax.jit" if "Tracer" in type(value).__name__ else ""
     return UsageError(f"{name}={_short.repr(value)}: wanted {wanted}{more}")
 
@@ -32,7 +32,7 @@ def whole(name: str, value: object, least: int = 0, most: int | None = None) -> 
     """Any kind of integer (numpy's, an array's without dimensions) as Python's own. No bool: that is a mistake."""
     number = _index(value)
     if number is None or number < least or (most is not None and number > most):
-        raise refusal(name, value, f"a whole number of at least {least}" + (f", at most {most}" if most else ""))
+        raise rejection(name, value, f"a whole number of at least {least}" + (f", at most {most}" if most else ""))
     return number
 
 
@@ -44,7 +44,7 @@ def saved_step(value: object) -> int | None:
     """A step to look for, None for the newest. What no step can be is not found; what is no number is a mistake."""
     number = None if value is None else _index(value)
     if number is None and value is not None:
-        raise refusal("step", value, "a whole number, or None for the newest")
+        raise rejection("step", value, "a whole number, or None for the newest")
     return number
 
 
@@ -52,26 +52,26 @@ def seconds(name: str, value: object, most: float = SECONDS_MAX) -> float:
     """A time: more than none, and not for ever. Of what is waited for, at most SECONDS_MAX."""
     number = _number(value)
     if number is None or isinstance(value, bool) or not 0 < number <= most:
-        raise refusal(name, value, f"a positive number of seconds, at most {most}")
+        raise rejection(name, value, f"a positive number of seconds, at most {most}")
     return number
 
 
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):  # "no" would be true
-        raise refusal(name, value, "True or False")
+        raise rejection(name, value, "True or False")
 
 
 def choice(name: str, value: object, *choices: str) -> None:
     if not (isinstance(value, str) and value in choices):
         shown = ", ".join(map(repr, choices[:-1]))
-        raise refusal(name, value, f"{shown} or {choices[-1]!r}")
+        raise rejection(name, value, f"{shown} or {choices[-1]!r}")
 
 
 def path(name: str, value: object) -> None:
     """A path on this machine. A URL is one, too, for an operating system: `gs://bucket/x` would be made below the
     working directory, as `gs:/bucket/x`, and nobody would find it."""
     if not isinstance(value, str) and not hasattr(value, "__fspath__"):
-        raise refusal(name, value, "a path")
+        raise rejection(name, value, "a path")
     if scheme := _SCHEME.match(str(value)):
         raise UsageError(
             f"{name}={_short.repr(str(value))}: wanted a path on this machine, got one that begins with {scheme[0]}; "
@@ -88,7 +88,7 @@ def is_utf8(text: str) -> bool:
 def can(name: str, value: object, method: str, wanted: str) -> None:
     """`value` is an object with this method, and not the class or function that would make one."""
     if isinstance(value, type) or not callable(getattr(value, method, None)):
-        raise refusal(name, value, wanted)
+        raise rejection(name, value, wanted)
 
 
 def metrics(given: object) -> dict[str, float]:
@@ -97,7 +97,7 @@ def metrics(given: object) -> dict[str, float]:
     for name, value in _mapping("metrics", given).items():
         number = _number(value)
         if number is None:
-            raise refusal(f"metrics[{name!r}]", value, "a number")
+            raise rejection(f"metrics[{name!r}]", value, "a number")
         plain[name] = number
     return plain
 
@@ -113,14 +113,14 @@ def plain_json(name: str, value: object) -> Json:
         copy: Json = json.loads(text, object_pairs_hook=_without_twins)
         _check_depth(copy)
     except (TypeError, ValueError, RecursionError) as error:
-        raise refusal(name, value, f"plain JSON ({error})") from error
+        raise rejection(name, value, f"plain JSON ({error})") from error
     return copy
 
 
 def own_bytes(given: object) -> bytes | None:
     """A copy of a process's own state: the caller may overwrite it."""
     if given is not None and not isinstance(given, bytes | bytearray | memoryview):
-        raise refusal("process_state", given, "bytes")
+        raise rejection("process_state", given, "bytes")
     return None if given is None else bytes(given)
 
 
@@ -128,10 +128,10 @@ def _mapping(name: str, given: object) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        raise refusal(name, given, "a dict")
+        raise rejection(name, given, "a dict")
     for key in given:
         if not isinstance(key, str) or not is_utf8(key):
-            raise refusal(f"a key of {name}", key, "text")
+            raise rejection(f"a key of {name}", key, "text")
     return dict(given)
 
 

@@ -29,7 +29,7 @@ from orchestrator.errors import (
     Unavailable,
 )
 from orchestrator.events import Retried, emit
-from orchestrator.journal import AttemptId, FencedBy, Found, Next, Refused, Stamp
+from orchestrator.journal import AttemptId, FencedBy, Found, Next, Rejected, Stamp
 from orchestrator.overlap import Begun
 from orchestrator.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Storage, TooLarge
@@ -180,7 +180,7 @@ class Catalog:
         `early`: a reading of the head that was begun a moment ago. The first try may build on it, as if this process
         had paused before it creates; what else the rule says is asked again of a head read now (decision 0024).
         Returns the head that holds the change (the current one where the rule found nothing to do). Raises Fenced if
-        a newer epoch has been opened, what the rule refuses with, JournalLost if there was a journal and it is not
+        a newer epoch has been opened, what the rule rejects with, JournalLost if there was a journal and it is not
         (whole), and StorageError after 100 lost races.
         """
         if not self._looked:
@@ -193,7 +193,7 @@ class Catalog:
                     return head
                 case FencedBy(epoch, writer):
                     raise Fenced(f"{self.url}: fenced by epoch {epoch}, opened by {writer}; this process must stop")
-                case Refused(error):
+                case Rejected(error):
                     raise error
                 case Head() as made:
                     if self.put(made):

@@ -69,7 +69,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class SaveNotCommitted:
-    """`cause`: refused, silent, fenced, incomplete, disagree, finalize, hung or failed."""
+    """`cause`: rejected, silent, fenced, incomplete, disagree, finalize, hung or failed."""
 
     step: int
     attempt: str

@@ -1,6 +1,6 @@
 """The journal's rules: heads, events, and how version v+1 is made out of v.
 
-Every function takes a head and returns the next one, a `Refused`, or None where there is nothing to change. The
+Every function takes a head and returns the next one, a `Rejected`, or None where there is nothing to change. The
 caller creates the next version with put-if-absent, and if somebody else was first, re-reads and asks again. Pure:
 `Stamp` brings time and ids in. An entry is complete: a reader needs only the highest version.
 
@@ -42,7 +42,7 @@ class FencedBy:
 
 
 @dataclass(frozen=True)
-class Refused:
+class Rejected:
     """The rule does not allow the change; `error` says why. Nothing is written."""
 
     error: OrchestratorError
@@ -79,7 +79,7 @@ class Found:
     bytes: int = 0
 
 
-Next = Head | FencedBy | Refused | None
+Next = Head | FencedBy | Rejected | None
 Rule = Callable[[Head | None, Stamp], Next]
 
 
@@ -111,10 +111,10 @@ def _cut(text: str, most: int) -> str:
 
 
 def open_epoch(head: Head | None, stamp: Stamp, *, compared: Compared | None = None) -> Next:
-    """A new incarnation: epoch + 1. It fences every older one. `compared`: refused with Overtaken if the run's newest
+    """A new incarnation: epoch + 1. It fences every older one. `compared`: rejected with Overtaken if the run's newest
     step has another tree than that by now."""
     if compared is not None and tree_of(head) != compared.tree:
-        return Refused(Overtaken("another job has committed a step to this run meanwhile"))
+        return Rejected(Overtaken("another job has committed a step to this run meanwhile"))
     return _next(head, stamp, Event(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
 
 
@@ -146,7 +146,9 @@ def commit(
         return None  # our own reply was lost, and somebody has written after us
     if is_retired(head, entry.step, entry.attempt):
         where = layout.shown(entry.step, entry.attempt)
-        return Refused(OrchestratorError(f"{where}: already aborted or retired in the journal; it cannot be committed"))
+        return Rejected(
+            OrchestratorError(f"{where}: the journal has aborted or retired it already; it cannot be committed")
+        )
     replaced = [live for live in head.live if live.step == entry.step]
     pins = tuple(pin for old in replaced for pin in old.pins)  # a pin is on the step, not on the attempt
     live = (*(old for old in head.live if old.step != entry.step), replace(carried(entry, keep), pins=pins))
@@ -212,14 +214,14 @@ def discard(head: Head | None, stamp: Stamp, *, step: int) -> Next:
     gone = [old for old in evidence if old.step == step]
     if head is None or not gone:
         have = ", ".join(sorted({str(old.step) for old in evidence})) or "none"
-        return Refused(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have}"))
+        return Rejected(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have}"))
     if pins := [pin for old in gone for pin in old.pins]:
-        return Refused(UsageError(f"step {step} is pinned ({', '.join(pins)}); unpin it first"))
+        return Rejected(UsageError(f"step {step} is pinned ({', '.join(pins)}); unpin it first"))
     names = {(old.step, old.attempt) for old in gone}
     live = tuple(old for old in head.live if (old.step, old.attempt) not in names)
     if not live:
         text = f"step {step} is the only one that this run has: without it a job would begin at 0; use another root"
-        return Refused(UsageError(text))
+        return Rejected(UsageError(text))
     return _next(
         head,
         stamp,
@@ -245,7 +247,7 @@ def pin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
     """Keep a step whatever the retention policy says."""
     found = find(head, step) if head else None
     if len(name) > PIN_CHARS or (found and name not in found.pins and len(found.pins) >= PINS_MAX):
-        return Refused(UsageError(f"step {step}: at most {PINS_MAX} pins, of at most {PIN_CHARS} characters each"))
+        return Rejected(UsageError(f"step {step}: at most {PINS_MAX} pins, of at most {PIN_CHARS} characters each"))
     return _change(head, stamp, step, "pinned", lambda live: replace(live, pins=(*live.pins, name)), name, True)
 
 
@@ -283,14 +285,14 @@ def release(
         if disproved or there:
             return None
         have = ", ".join(sorted({str(old.step) for old in head.quarantined})) if head else ""
-        return Refused(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have or 'none'}"))
+        return Rejected(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have or 'none'}"))
     found = evidence[-1]
     if disproved and (found is not there or (found.quarantine and found.quarantine.by_hand)):
         return None
     if there is not None and there.restorable:
         where = layout.shown(step, found.attempt)
         text = f"{where}: the step is restorable as {there.attempt}; quarantine that one first, then release this one"
-        return Refused(OrchestratorError(text))
+        return Rejected(OrchestratorError(text))
     trust = found.quarantine.trust if found.quarantine else "committed"
     lifted = replace(found, trust=trust, quarantine=None, pins=there.pins if there else found.pins)
     event = Event(kind="released", step=step, attempt=found.attempt, reason=reason)
@@ -337,7 +339,7 @@ def _change(
     found = next((live for live in head.live if live.step == step), None) if head else None
     if head is None or found is None:
         have = ", ".join(str(live.step) for live in head.live) if head else ""
-        return Refused(StepNotFound(f"step {step} is not in this run; it has: {have or 'no steps'}"))
+        return Rejected(StepNotFound(f"step {step} is not in this run; it has: {have or 'no steps'}"))
     if want_pin is not None and (reason in found.pins) == want_pin:
         return None
     changed = change(found)
@@ -347,14 +349,14 @@ def _change(
     return _next(head, stamp, Event(kind=kind, step=step, attempt=found.attempt, reason=reason), live=live)
 
 
-def _not_our_epoch(head: Head | None, epoch: int) -> FencedBy | Refused:
+def _not_our_epoch(head: Head | None, epoch: int) -> FencedBy | Rejected:
     """Why a decision of incarnation `epoch` may not be journalled: the head must be of that very epoch."""
     if head is None:
         text = f"the journal that epoch {epoch} opened is gone; nothing can be saved to this run"
-        return Refused(JournalLost(text))
+        return Rejected(JournalLost(text))
     if head.epoch > epoch:
         return FencedBy(head.epoch, head.writer)
-    return Refused(
+    return Rejected(
         JournalLost(f"the journal is back at epoch {head.epoch}, after epoch {epoch} was opened; entries were removed")
     )
 

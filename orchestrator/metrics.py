@@ -65,7 +65,7 @@ class Metrics:
         self._durable = histogram("save_durable_seconds", "From the call of save to its commit")
         self._bytes = counter("written_bytes", "Array bytes that this process wrote")
         self._retries = counter("retries", "Operations that were tried again", "what")
-        self._fenced = counter("fenced", "Saves refused because a newer incarnation has taken over")
+        self._fenced = counter("fenced", "Saves rejected because a newer incarnation has taken over")
         self._down = counter("stepped_down", "Damaged steps that a restore stepped over")
         self._restore = histogram("restore_seconds", "Whole restores")
         self._read = counter("read_bytes", "Array bytes that restores read")

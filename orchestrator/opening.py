@@ -1,7 +1,7 @@
 """Opening an incarnation's epoch, which fences every older one: last of all, once nothing can be objected any more.
 
 The first `save` or `restore` opens it. Before that the tree (or the target), the right to write and the run itself have
-been looked at on every process, and nothing has been written: a job that is going to be refused never fences the job
+been looked at on every process, and nothing has been written: a job that is going to be rejected never fences the job
 that the run belongs to. Making an agent, and reading, open nothing. Main thread: each method is a collective.
 
 Process 0's probe of the right to write is also the mark by which the hosts prove that their root is one place: it stays
@@ -75,16 +75,16 @@ class Opening:
                 raise error
             if answers[0]["run"] and "refused" in answers[0]:
                 raise as_error(0, *answers[0]["refused"])
-            if refused := self._refused(answers):
-                return refused
+            if rejected := self._rejected(answers):
+                return rejected
             self._open(compare, answers[0]["mark"])
         return ""
 
-    def _refused(self, answers: list[Json]) -> str:
+    def _rejected(self, answers: list[Json]) -> str:
         shown = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
         for process, answer in zip(shown, answers, strict=True):
             if "refused" in answer:
-                return f"{process}: {': '.join(answer['refused'])}"
+                return f"{process}: {': '.join(answer['rejected'])}"
             if answer["step"] != answers[0]["step"]:
                 theirs = f"{shown[0]} saves step {answers[0]['step']} where {process} saves step {answer['step']}"
                 return f"{theirs}; all must save the same steps in the same order"
@@ -93,7 +93,7 @@ class Opening:
     def by_restore(self, tree: str | None, meet: Callable[[Json], list[Json]]) -> list[Json]:
         """Open the epoch for a restore whose target this process has matched with the step it will read, or in a new
         run. `tree`: of the newest step when the step was chosen, None in a new run. `meet` gathers an answer of every
-        process. Returns [] once it is open; else all answers, of which one is another's refusal: nothing was done."""
+        process. Returns [] once it is open; else all answers, of which one is another's rejection: nothing was done."""
         if self.epoch is not None:
             return []
         error: Exception | None = None
@@ -174,8 +174,8 @@ class Opening:
         began_s = time.monotonic()
         head, _ = self._catalog.look()
         self._head = overlap.known(head, began_s)
-        if refusal := unadopted(self._catalog, head):
-            raise UsageError(refusal)
+        if rejection := unadopted(self._catalog, head):
+            raise UsageError(rejection)
         compare(head)
         self._compared = Compared(journal.tree_of(head))
 

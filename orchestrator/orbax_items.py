@@ -89,7 +89,7 @@ def saving(args: Any) -> Saving:
             case "iterator":
                 result.iterators[name] = iterator_state(each.item)
             case _:
-                _refuse(each, name, {"save_args": None, "custom_metadata": None, "ocdbt_target_data_file_size": None})
+                _reject(each, name, {"save_args": None, "custom_metadata": None, "ocdbt_target_data_file_size": None})
                 trees[name] = each.item
     if not trees:
         raise UsageError(
@@ -101,7 +101,7 @@ def saving(args: Any) -> Saving:
     return result
 
 
-def _refuse(args: Any, name: str, defaults: Mapping[str, Any]) -> None:
+def _reject(args: Any, name: str, defaults: Mapping[str, Any]) -> None:
     for option, default in defaults.items():
         value = getattr(args, option, default)
         if value is not default and value != default:
@@ -235,7 +235,7 @@ def target(args: Any, name: str, leaves: Sequence[LeafSpec], sequences: frozense
     if args is None:
         return skeleton(leaves, sequences)
     kind = kind_of(args, name)
-    _refuse(args, name, {"strict": True, "support_layout": False, "transforms": None, "legacy_transform_fn": None})
+    _reject(args, name, {"strict": True, "support_layout": False, "transforms": None, "legacy_transform_fn": None})
     like = args.item if kind in ("tree", "pytree") else None
     restore_args = getattr(args, "restore_args", None)
     if like is None and restore_args is None:

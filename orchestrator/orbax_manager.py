@@ -1,6 +1,6 @@
 """A CheckpointManager with Orbax's (0.12.8) methods, arguments and results, kept by an agent. Its face: `compat`.
 
-What has no counterpart here is refused by name, when the manager is made or the item is saved. Main thread, all
+What has no counterpart here is rejected by name, when the manager is made or the item is saved. Main thread, all
 processes in the same order, as with `Agent`.
 """
 
@@ -370,9 +370,9 @@ class CheckpointManager:
         return Saved(live.step, spec.leaves, frozenset(lists), single, told or {}, states)
 
     def _admit(self, head: Head | None) -> None:
-        refusal = unadopted(self._catalog, head)
-        if refusal:
-            raise UsageError(refusal)
+        rejection = unadopted(self._catalog, head)
+        if rejection:
+            raise UsageError(rejection)
 
     def _plain_infos(self, *, whole: bool) -> list[tuple[int, float, dict[str, float]]]:
         """(step, time, metrics) of the restorable steps; metrics `whole`, or as many as the journal carries."""

@@ -1,4 +1,4 @@
-"""Orbax's CheckpointManagerOptions as policies and options of ours. What has no counterpart is refused by name."""
+"""Orbax's CheckpointManagerOptions as policies and options of ours. What has no counterpart is rejected by name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from orchestrator.errors import UsageError
 from orchestrator.options import Options
 from orchestrator.policy import Candidate
 
-# Option -> what to do instead. Each is refused where it has another value than Orbax's default.
-REFUSED = {
+# Option -> what to do instead. Each is rejected where it has another value than Orbax's default.
+REJECTED = {
     "step_prefix": "steps are found by their number; leave it out",
     "step_format_fixed_length": "steps are found by their number; leave it out",
     "step_name_format": "steps are found by their number; leave it out",
@@ -43,7 +43,7 @@ def info(step: int, time_s: float, metrics: dict[str, float] | None) -> Info:
 
 def check(options: Any, defaults: Any) -> None:
     """Raises UsageError naming the first option that cannot be honoured here."""
-    for name, instead in REFUSED.items():
+    for name, instead in REJECTED.items():
         if getattr(options, name) != getattr(defaults, name):
             raise UsageError(f"CheckpointManagerOptions({name}={getattr(options, name)!r}): not supported; {instead}")
     if type(options.save_decision_policy).__name__ == "ContinuousCheckpointingPolicy":

@@ -234,7 +234,7 @@ _CAUSES = (  # words of the reasons above, and what they are counted as
 
 
 def cause_of(reason: str) -> str:
-    """What kind of end a reason tells of, for counting: fenced, refused, silent, finalize, incomplete, disagree or
+    """What kind of end a reason tells of, for counting: fenced, rejected, silent, finalize, incomplete, disagree or
     failed."""
     return next((cause for words, cause in _CAUSES if words in reason), "failed")
 

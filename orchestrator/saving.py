@@ -147,7 +147,7 @@ class Saver:
         finally:
             left.set()
 
-    def refuse(self, save: Save, phase: str, cause: BaseException) -> None:
+    def reject(self, save: Save, phase: str, cause: BaseException) -> None:
         """Tell the other processes, without touching storage, that this one does not take part in `save`."""
         no = self._receipt(save, failure=self._failure(phase, cause))
         prefix = signal_prefix(self._run, save.step, save.attempt)

@@ -48,7 +48,7 @@ class Traces:
 
     def _save(self, step: int, attempt: str, reason: str) -> None:
         if not self._phases:
-            return  # refused before it began
+            return  # rejected before it began
         end = self._clock()
         span = self._start("save", self._began, step, attempt)
         within = set_span_in_context(span)

@@ -3,7 +3,7 @@
 Moves no array data, does no I/O and knows neither Orbax nor TensorStore. How each kind of leaf is stored is in
 docs/reference/on-disk-format.md. In short: arrays in the array store; Python scalars, strings, bytes, None and empty
 containers exactly, in the tree spec (and, where Orbax can, in its files too, for plain readers); zero-size arrays in
-the tree spec alone; anything else is refused before anything is written.
+the tree spec alone; anything else is rejected before anything is written.
 """
 
 from __future__ import annotations

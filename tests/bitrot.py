@@ -141,7 +141,7 @@ def draw(root: Path, seed: int) -> Fault:
 
 
 def plain_orbax(state: Path, wanted: dict[str, np.ndarray[Any, Any]]) -> str:
-    """What Orbax makes of the directory: right, WRONG, or refused."""
+    """What Orbax makes of the directory: right, WRONG, or rejected."""
     like = {name: wanted[name] for name in LIKE if name not in ("count", "host_local")}
     args = ocp.checkpoint_utils.construct_restore_args(like)
     try:

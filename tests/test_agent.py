@@ -115,7 +115,7 @@ def test_a_step_taken_from_an_array_is_the_step(root: Path, step: Any) -> None:
         ({"extra": {"a": object()}}, r"extra\['a'\]=.*: wanted plain JSON"),
     ],
 )
-def test_what_is_no_number_or_no_json_is_refused_before_anything_is_written(
+def test_what_is_no_number_or_no_json_is_rejected_before_anything_is_written(
     root: Path, arguments: Any, said: str
 ) -> None:
     with oc.Agent(root, options=now()) as agent:
@@ -137,7 +137,7 @@ def test_what_is_no_number_or_no_json_is_refused_before_anything_is_written(
         ),
     ],
 )
-def test_options_that_make_no_sense_are_refused(arguments: Any, said: str) -> None:
+def test_options_that_make_no_sense_are_rejected(arguments: Any, said: str) -> None:
     with pytest.raises(oc.UsageError) as caught:
         oc.Options(**arguments)
     assert str(caught.value) == said
@@ -282,7 +282,7 @@ def test_a_save_that_failed_last_is_raised_by_close(root: Path) -> None:
         agent.close()
 
 
-def test_a_commit_that_the_store_refuses_is_not_reported_as_saved(root: Path) -> None:
+def test_a_commit_that_the_store_rejects_is_not_reported_as_saved(root: Path) -> None:
     storage = HookedStorage(PosixStorage(str(root)), FailOnce("create", "journal/00000000000000000001"))
     with oc.Agent(root, storage=storage, options=now()) as agent:
         with pytest.raises(oc.SaveFailed, match="ENOSPC"):
@@ -303,7 +303,7 @@ def test_a_commit_whose_reply_was_lost_leaves_one_whole_step_whatever_was_report
     assert oc.open_run(root).restore(LIKE, step=1).state["count"] == 1
 
 
-def test_a_refused_state_may_be_mended_and_saved_as_the_same_step(root: Path) -> None:
+def test_a_rejected_state_may_be_mended_and_saved_as_the_same_step(root: Path) -> None:
     with oc.Agent(root, options=now()) as agent:
         with pytest.raises(oc.UnsupportedLeaf):
             agent.save(1, {"w": object()})
@@ -336,7 +336,7 @@ def test_an_older_agent_cannot_commit_after_a_newer_one_has_opened_the_run(root:
     assert {head.epoch for head in journal_of(root) if head.event.kind == "committed" and head.event.step == 2} == {2}
 
 
-def test_a_job_with_another_tree_is_refused_before_it_writes_and_told_what_differs(root: Path) -> None:
+def test_a_job_with_another_tree_is_rejected_before_it_writes_and_told_what_differs(root: Path) -> None:
     fill(root, 1)
     with oc.Agent(root, options=now()) as other:
         before = snapshot(root)

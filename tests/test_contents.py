@@ -40,13 +40,13 @@ def test_chunks_are_gathered_from_all_receipts_with_their_checksums() -> None:
 @pytest.mark.parametrize(
     "changed", [{"file": 2}, {"file": -1}, {"file": 0}, {"offset": -1}, {"offset": 1}, {"bytes": 101}, {"bytes": 4}]
 )
-def test_a_place_outside_the_files_that_the_receipt_promises_is_refused(changed: dict[str, int]) -> None:
+def test_a_place_outside_the_files_that_the_receipt_promises_is_rejected(changed: dict[str, int]) -> None:
     with pytest.raises(Damaged, match=r"receipt of process 0 \(host-0\): chunk w/c/0 is at"):
         contents.entries([receipt(0, files=FILES, places={"w/c/0": place(**changed)})])
 
 
 @pytest.mark.parametrize("again", [{"places": {"w/c/0": place()}}, {"small": {"w/c/0": b"12345"}}])
-def test_a_chunk_of_two_processes_is_refused(again: dict[str, Any]) -> None:
+def test_a_chunk_of_two_processes_is_rejected(again: dict[str, Any]) -> None:
     first = receipt(0, files=FILES, places={"w/c/0": place()})
     with pytest.raises(Damaged, match=r"chunk w/c/0: process 1 \(host-1\) and another one have written it"):
         contents.entries([first, receipt(1, files=FILES, **again)])

@@ -81,7 +81,7 @@ def test_a_pods_index_counts_the_jobs_before_its_own(change: dict[str, str], ind
 
 
 @pytest.mark.parametrize("change", [{contract.JOB_COUNT: "4"}, {contract.JOB_INDEX: "1"}])
-def test_pods_that_cannot_be_shared_out_are_refused(change: dict[str, str]) -> None:
+def test_pods_that_cannot_be_shared_out_are_rejected(change: dict[str, str]) -> None:
     with pytest.raises(contract.ContractError, match="ORCHESTRATOR_PROCESS_COUNT=6 cannot be shared out so"):
         contract.from_environment(POD | change)
 
@@ -152,4 +152,4 @@ def test_a_pod_that_nothing_can_place_is_told_what_is_missing() -> None:
     process = start({"KUBERNETES_SERVICE_HOST": "10.0.0.1", contract.COMPLETION_INDEX: "0"})
     _, error = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
-    assert "refused: JOB_COMPLETION_INDEX is set, but ORCHESTRATOR_PROCESS_COUNT is not" in error
+    assert "rejected: JOB_COMPLETION_INDEX is set, but ORCHESTRATOR_PROCESS_COUNT is not" in error

@@ -164,7 +164,7 @@ class Replacing(HookedStorage):
 def test_a_store_that_replaces_objects_is_bad(root: Path) -> None:
     fill(root, 0)
     (finding,) = doctor._store(patient(root, Replacing(PosixStorage(str(root)))))
-    assert finding.level == "bad" and "was not refused" in finding.text and "could both commit" in finding.do
+    assert finding.level == "bad" and "was not rejected" in finding.text and "could both commit" in finding.do
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a second user, and so root")

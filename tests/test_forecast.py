@@ -193,7 +193,7 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=", "data=0", "data=2,data=2", "=3", "data=-1"])
-def test_a_mesh_that_cannot_be_used_is_refused(text: str) -> None:
+def test_a_mesh_that_cannot_be_used_is_rejected(text: str) -> None:
     with pytest.raises(UsageError, match="AXIS=SIZE"):
         forecast.parse_mesh(text)
 

@@ -81,7 +81,7 @@ LINES: list[tuple[int, bytes, str]] = [
 
 @pytest.mark.parametrize(("status", "text", "expected"), LINES)
 def test_an_answer_is_one_short_line_that_says_what_to_do(status: int, text: bytes, expected: str) -> None:
-    error = str(replies.refusal("get", "gs://b/x", Reply(status, {}, text), "somebody"))
+    error = str(replies.rejection("get", "gs://b/x", Reply(status, {}, text), "somebody"))
     assert expected in error and "\n" not in error and len(error) < 700, error
     assert error.startswith(f"get gs://b/x: HTTP {status}")
     assert ("(somebody)" in error) == any(word in error for word in ("not accepted", "lack"))  # not of holds and quotas

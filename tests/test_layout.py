@@ -65,7 +65,7 @@ def test_a_stray_file_in_steps_belongs_to_no_attempt(key: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", "..", "e0003", "e0003-a01/../x", "e-001-a01", "E0003-a01", "e0003-a01\n", "e03-a1"]
 )
-def test_an_attempt_name_from_a_hostile_record_is_refused(name: str) -> None:
+def test_an_attempt_name_from_a_hostile_record_is_rejected(name: str) -> None:
     with pytest.raises(UnsafeKey, match="wanted eEEEE-aNN"):
         layout.attempt_prefix(1, name)
 
@@ -74,7 +74,7 @@ HOSTILE = ["", ".", "..", "../x", "a/../../x", "a/..", "/etc/passwd", "a//b", "a
 
 
 @pytest.mark.parametrize("key", HOSTILE)
-def test_a_key_that_could_leave_its_attempt_is_refused_and_the_record_is_named(key: str) -> None:
+def test_a_key_that_could_leave_its_attempt_is_rejected_and_the_record_is_named(key: str) -> None:
     with pytest.raises(UnsafeKey) as caught:
         layout.check_key(key, "run/manifest.json")
     assert str(caught.value).startswith("run/manifest.json: key ")

@@ -173,7 +173,7 @@ def test_keep_policies_combined_keep_the_union_and_invent_no_step(
         (lambda: best("loss", mode="low"), "best: mode='low': wanted 'min' or 'max'"),  # type: ignore[arg-type]
     ],
 )
-def test_a_policy_that_makes_no_sense_is_refused_when_it_is_made(make: Any, said: str) -> None:
+def test_a_policy_that_makes_no_sense_is_rejected_when_it_is_made(make: Any, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         make()
     assert str(caught.value) == said

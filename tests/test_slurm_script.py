@@ -132,6 +132,6 @@ def test_a_users_mistake_is_one_line_and_exit_2(arguments: str, message: str, tm
     assert message in done.stderr and done.stderr.startswith("launch slurm: ")
 
 
-def test_a_directory_with_a_line_break_is_refused() -> None:
+def test_a_directory_with_a_line_break_is_rejected() -> None:
     with pytest.raises(LaunchError, match="--log_dir=a\nb"):
         slurm.script(SlurmJob(["x"], 1, log_dir="a\nb"))

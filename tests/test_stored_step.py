@@ -171,7 +171,7 @@ SUSPICIONS: dict[str, Exception] = {
     "a file": Suspect("w: ends at 3", files=["state/manifest.ocdbt"]),
     "anything": Suspect("w: DATA_LOSS"),
     "the store is busy": oc.Unavailable("w: HTTP 500"),
-    "the store refuses": oc.StorageError("w: HTTP 403"),
+    "the store rejects": oc.StorageError("w: HTTP 403"),
 }
 
 

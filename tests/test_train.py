@@ -235,7 +235,7 @@ def test_the_loader_goes_on_with_the_batches_not_seen_and_shows_each_window_once
     assert first[:5] != first[25:], "the next pass has another order"
 
 
-def test_the_loader_refuses_a_position_in_another_text_and_positions_that_differ() -> None:
+def test_the_loader_rejects_a_position_in_another_text_and_positions_that_differ() -> None:
     one = Loader(b"x" * 1000, batch_size=4, length=10, seed=3)
     state = one.state_bytes()
     one.next()

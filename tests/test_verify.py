@@ -109,11 +109,11 @@ def test_a_wrong_sample_is_a_usage_error(run: Path, text: str, capsys: pytest.Ca
 
 
 def test_a_store_that_fails_says_nothing_about_the_data(run: Path) -> None:
-    def refuse(operation: str, key: str) -> None:
+    def reject(operation: str, key: str) -> None:
         if operation == "get" and key.endswith("extra.json"):
             raise StorageError(f"{operation} {key}: EIO (Input/output error)")
 
-    catalog = Catalog(HookedStorage(PosixStorage(str(run)), before=refuse), "test")
+    catalog = Catalog(HookedStorage(PosixStorage(str(run)), before=reject), "test")
     step = catalog.find(1)
     assert step is not None
     verdict = verify.read_back(catalog, step)

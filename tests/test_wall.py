@@ -216,7 +216,7 @@ def test_a_directory_swapped_for_a_link_at_any_moment_leads_nowhere_else(
 
     swapping = threading.Thread(target=swap)
     swapping.start()
-    refused = 0
+    rejected = 0
     try:
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
@@ -225,11 +225,11 @@ def test_a_directory_swapped_for_a_link_at_any_moment_leads_nowhere_else(
                     found = OPERATIONS[operation](store, "steps/00000009/e0001-a01/manifest.json")
                     assert found != b"precious"
                 except StorageError:
-                    refused += 1
+                    rejected += 1
     finally:
         done.set()
         swapping.join(10)
-    assert snapshot(outside) == theirs and refused
+    assert snapshot(outside) == theirs and rejected
 
 
 # Listings.

@@ -19,7 +19,7 @@ class Faults:
 
     too_many: 429. unavailable: 503. slow: `slow_s` seconds late. cut: the connection ends in the middle of the data,
     an upload has not landed. lost: the request is carried out and the connection ends before the reply. down: no
-    request is answered. read_only: writes are refused with 403, as IAM does for a reader's credential.
+    request is answered. read_only: writes are rejected with 403, as IAM does for a reader's credential.
     """
 
     too_many: float = 0.0

@@ -23,7 +23,7 @@ from orchestrator.errors import Damaged
 
 MANIFEST = layout.STORE
 INLINE_BYTES = 1024  # values up to this are in the tree itself
-NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore refuses larger ones
+NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore rejects larger ones
 _KEYS_BYTES_MAX = 1 << 28  # of a node's keys, each whole: in the node, what two have in common is there once
 _VARINT_BYTES_MAX = 10
 _NODE_ENTRIES = 16384

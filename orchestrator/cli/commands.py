@@ -221,9 +221,9 @@ def gc(root: str, flags: Flags) -> int:
 
 
 def _rehearse(catalog: Catalog, rule: journal.Rule) -> None:
-    """Raises what the rule would refuse with; writes nothing."""
+    """Raises what the rule would reject with; writes nothing."""
     outcome = rule(catalog.require_head(), catalog.stamp())
-    if isinstance(outcome, journal.Refused):
+    if isinstance(outcome, journal.Rejected):
         raise outcome.error
 
 

@@ -41,7 +41,7 @@ _SCHEMES = frozenset({"file", "gs", "gcs", "s3", "http", "https", "az", "abfs", 
 
 
 def _check_scheme(where: str) -> None:
-    """Refuse what was meant as a URL and is none: it would be made as a directory of that name."""
+    """Reject what was meant as a URL and is none: it would be made as a directory of that name."""
     found = re.match("([A-Za-z][A-Za-z0-9+.-]*):(?!//)(/?)(.*)", where, re.DOTALL)
     if not found or not (found[2] or found[1].lower() in _SCHEMES):
         return  # a plain name may have a colon in it
@@ -54,10 +54,10 @@ def _check_scheme(where: str) -> None:
 def _text(root: object) -> str:
     where = os.fspath(root) if isinstance(root, os.PathLike) else root
     if not isinstance(where, str):
-        raise arguments.refusal("root", root, "a directory or a URL, as str or Path")
+        raise arguments.rejection("root", root, "a directory or a URL, as str or Path")
     if not where:
         raise UsageError("the run's root is empty; wanted a directory or a URL")
     _check_scheme(where)
     if "\0" in where or not arguments.is_utf8(where):  # events and messages are UTF-8
-        raise arguments.refusal("root", where, "a name in UTF-8 without null characters")
+        raise arguments.rejection("root", where, "a name in UTF-8 without null characters")
     return where

@@ -6,7 +6,7 @@ the protocol rests on. Every adapter passes tests/test_storage.py; `memory` is t
 Lost replies: a create can land and its reply be lost. Bodies that must be told apart carry a random `write_id`, so an
 adapter that meets a conflict reads the object back and compares the bytes: equal means that the write was ours.
 
-Errors: StorageError for what the store refuses (permission, disk full, I/O), OutcomeUnknown where a create may have
+Errors: StorageError for what the store rejects (permission, disk full, I/O), OutcomeUnknown where a create may have
 landed and cannot be read back. Methods may be called from any thread.
 """
 

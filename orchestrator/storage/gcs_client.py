@@ -34,7 +34,7 @@ from orchestrator.events import Retried, emit
 from orchestrator.storage import gcs_identity
 from orchestrator.storage.base import TooLarge
 from orchestrator.storage.gcs_credentials import Credentials, NoToken, Token
-from orchestrator.storage.gcs_replies import REFUSED_FOR_SURE, Reply, line, may_pass, retry_after_s, said
+from orchestrator.storage.gcs_replies import REJECTED_FOR_SURE, Reply, line, may_pass, retry_after_s, said
 
 CONCURRENCY = 32  # requests in flight per process
 _DEADLINE_S = 120.0  # for one operation with all its retries
@@ -226,14 +226,14 @@ class Client:
         except TimeoutError as error:
             raise _NoAnswer("timeout", f"no answer within {limit_s:.1f} s", landed=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            refused = isinstance(error, aiohttp.ClientConnectorError)  # never connected: never carried out
+            rejected = isinstance(error, aiohttp.ClientConnectorError)  # never connected: never carried out
             text = line(str(error) if isinstance(error, _Interrupted) else f"{type(error).__name__}: {error}")
-            raise _NoAnswer("connection", text, landed=not refused) from error
+            raise _NoAnswer("connection", text, landed=not rejected) from error
         if may_pass(reply):
             cause = said(reply.body)
             reason = f" {cause.reason}" * (reply.status == 403)
             text = f"HTTP {reply.status} {cause.message}"
-            landed = reply.status not in REFUSED_FOR_SURE
+            landed = reply.status not in REJECTED_FOR_SURE
             wait_s = retry_after_s(reply.headers, time.time())
             raise _NoAnswer(f"http {reply.status}{reason}", text, landed=landed, wait_s=wait_s)
         return reply

@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator import evidence, journal, layout, protocol
 from orchestrator.codec import encode
-from orchestrator.journal import Compared, FencedBy, Refused, Stamp
+from orchestrator.journal import Compared, FencedBy, Rejected, Stamp
 from orchestrator.policy import KeepPolicy, last
 from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
 from orchestrator.records import FORMAT, Box, Failure, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
@@ -118,7 +118,7 @@ class Engine:
                 return "none", -1
             case FencedBy():
                 return "fenced", -1
-            case Refused():
+            case Rejected():
                 return "refused", -1
             case following:
                 return "head", self.number(following)

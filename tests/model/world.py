@@ -123,7 +123,7 @@ class Appender:
         raise NotImplementedError
 
     def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
-        """outcome: done, none, fenced, refused, or unknown."""
+        """outcome: done, none, fenced, rejected, or unknown."""
         raise NotImplementedError
 
     def append(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
