@@ -94,7 +94,7 @@ def _elastic(text: str | None) -> tuple[int, int] | None:
         return None
     least, _, most = text.partition(":")
     if not (least.isdigit() and most.isdigit()):
-        raise LaunchError(f"--elastic={text}: wanted MIN:MAX, two numbers of hosts")
+        raise LaunchError(f"--elastic={text}: expected MIN:MAX, two numbers of hosts")
     return int(least), int(most)
 
 

@@ -138,7 +138,7 @@ def _whole(environ: Mapping[str, str], name: str, default: int | None, minimum: 
             raise ContractError(f"{name} is not set, though {PROCESS_COUNT} is; a launcher sets all of them")
         return default
     if not (text.isascii() and text.isdigit()) or int(text) < minimum:
-        raise ContractError(f"{name}={text!r}: wanted a whole number of at least {minimum}")
+        raise ContractError(f"{name}={text!r}: expected a whole number of at least {minimum}")
     return int(text)
 
 
@@ -151,7 +151,7 @@ def _seconds(environ: Mapping[str, str], name: str) -> float | None:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise ContractError(f"{name}={text!r}: wanted a positive number of seconds")
+        raise ContractError(f"{name}={text!r}: expected a positive number of seconds")
     return value
 
 
@@ -186,10 +186,10 @@ def _told(environ: Mapping[str, str]) -> JobContract:
     else:
         index = _whole(environ, PROCESS_INDEX, None, 0)
     if index >= count:
-        raise ContractError(f"{PROCESS_INDEX}={index}: wanted less than {PROCESS_COUNT}={count}")
+        raise ContractError(f"{PROCESS_INDEX}={index}: expected less than {PROCESS_COUNT}={count}")
     address = environ.get(COORDINATOR_ADDRESS, "")
     if count > 1 and ":" not in address:
-        raise ContractError(f"{COORDINATOR_ADDRESS}={address!r}: wanted host:port")
+        raise ContractError(f"{COORDINATOR_ADDRESS}={address!r}: expected host:port")
     return JobContract(
         coordinator_address=address,
         process_count=count,

@@ -32,7 +32,7 @@ def read_text(directory: Path | None = None) -> bytes:
         stdlib = Path(sysconfig.get_path("stdlib"))
         return _join(_files(stdlib, ".py", NOT_STDLIB))
     if not directory.is_dir():
-        raise oc.UsageError(f"--data={directory}: not a directory; wanted one with text files")
+        raise oc.UsageError(f"--data={directory}: not a directory; expected one with text files")
     try:
         return _join(_files(directory))
     except OSError as error:
@@ -103,7 +103,7 @@ class Loader:
         """
         distinct = set(states)
         if len(distinct) != 1:
-            raise oc.Damaged(f"data: the checkpoint holds {len(distinct)} different data positions; wanted one")
+            raise oc.Damaged(f"data: the checkpoint holds {len(distinct)} different data positions; expected one")
         saved = json.loads(distinct.pop())
         for name, value in self._settings.items():
             if saved[name] != value:

@@ -110,7 +110,7 @@ def read(path: Path) -> list[Manifest]:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise LaunchError(f"--check={path}: not manifests in YAML: {why}") from error
     if not found or not all(isinstance(document, dict) for document in found):
-        raise LaunchError(f"--check={path}: wanted one manifest or more")
+        raise LaunchError(f"--check={path}: expected one manifest or more")
     return [document for document in found if document.get("kind") != "Kustomization"]
 
 

@@ -63,10 +63,10 @@ class LocalJob:
             ("max_restarts", self.rules.max_restarts, 0),
         ):
             if value is not None and value < minimum:
-                raise LaunchError(f"--{name}={value}: wanted at least {minimum}")
+                raise LaunchError(f"--{name}={value}: expected at least {minimum}")
         if self.rules.elastic and not 1 <= self.rules.elastic[0] <= self.processes <= self.rules.elastic[1]:
             least, most = self.rules.elastic
-            raise LaunchError(f"--elastic={least}:{most}: wanted 1 <= MIN <= --processes ({self.processes}) <= MAX")
+            raise LaunchError(f"--elastic={least}:{most}: expected 1 <= MIN <= --processes ({self.processes}) <= MAX")
         if not self.command:
             raise LaunchError("no command to run; put it after --: launch local --processes 2 -- python train.py")
         if shutil.which(self.command[0]) is None:
@@ -172,7 +172,7 @@ def _hosts_there(job: LocalJob, history: supervise.History, wait: Callable[[floa
             return min(there, most)
         if time.monotonic() >= give_up:
             raise LaunchError(
-                f"--hosts_file {job.hosts_file}: {there} hosts after {job.wait_for_hosts_s:g} s, wanted {least} or more"
+                f"--hosts_file {job.hosts_file}: {there} hosts after {job.wait_for_hosts_s:g} s, expected at least {least}"
             )
         if wait(0.2) is not None:
             return None

@@ -182,8 +182,8 @@ def _policies(spec: Manifest, jobs: Mapping[str, Manifest]) -> Iterator[str]:
     targets.append(("spec.successPolicy", spec.get("successPolicy", {}).get("targetReplicatedJobs", [])))
     if coordinator := spec.get("coordinator"):
         targets.append(("spec.coordinator", [coordinator["replicatedJob"]]))
-    for at, wanted in targets:
-        for target in wanted:
+    for at, expected in targets:
+        for target in expected:
             if target not in jobs:
                 yield f"{at}: there is no replicatedJob {target!r}"
 
@@ -213,7 +213,7 @@ def _service(job: str, subdomain: str | None, documents: Sequence[Manifest]) -> 
         yield f"spec.template.spec.subdomain: {subdomain!r}: there is no Service of this name"
         return
     if service.get("clusterIP") != "None":
-        yield f"Service/{subdomain}: spec.clusterIP: wanted None (headless), or pods have no names of their own"
+        yield f"Service/{subdomain}: spec.clusterIP: expected None (headless), or pods have no names of their own"
     if service.get("selector") != {"batch.kubernetes.io/job-name": job}:
         yield f"Service/{subdomain}: spec.selector: does not select the pods of {job}"
 

@@ -69,7 +69,7 @@ class PodJob:
         """Raises: LaunchError with one line, if no manifest can be made of this."""
         for name, value in (("name", self.name), ("namespace", self.namespace)):
             if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", value):
-                raise LaunchError(f"--{name}={value}: wanted at most 40 of a-z, 0-9 and -, beginning with a letter")
+                raise LaunchError(f"--{name}={value}: expected at most 40 of a-z, 0-9 and -, beginning with a letter")
         if self.google_service_account and not self.service_account:
             raise LaunchError("--google_service_account needs --service_account, the Kubernetes one that stands for it")
 
@@ -81,7 +81,7 @@ class PodJob:
 def tpu_pool(accelerator: str, topology: str, chips_per_host: int) -> tuple[Pool, int]:
     """(the pool, hosts of one slice), of a topology such as `4x4`. Raises: LaunchError."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
-        raise LaunchError(f"--tpu_topology={topology}: wanted chips along two or three axes, as 4x4 or 2x2x4")
+        raise LaunchError(f"--tpu_topology={topology}: expected chips along two or three axes, as 4x4 or 2x2x4")
     chips = math.prod(map(int, topology.split("x")))
     if chips % chips_per_host:
         raise LaunchError(f"--chips_per_host={chips_per_host}: {topology} has {chips} chips, which do not divide so")

@@ -85,13 +85,13 @@ class SlurmJob:
         """Raises: LaunchError with one line, if no script can be made of this."""
         command.needs_program(self.program, "slurm --nodes 4")
         if self.min_nodes is not None and self.min_nodes > self.nodes:
-            raise LaunchError(f"--min_nodes={self.min_nodes}: wanted at most --nodes={self.nodes}")
+            raise LaunchError(f"--min_nodes={self.min_nodes}: expected at most --nodes={self.nodes}")
         for name, value in self.options.items():
             # A newline would begin a line of the script's own; sbatch ends an option at a blank or a `#`.
             if not re.fullmatch(r"[a-z][a-z-]*", name) or not re.fullmatch(r"[^\s#\"'\\]*", value):
                 raise LaunchError(f"--{name}={value}: not an option that a script can hold; no blanks, quotes or #")
         if not re.fullmatch(r"[^\s#\"'\\%]+", self.log_dir):
-            raise LaunchError(f"--log_dir={self.log_dir}: wanted a path without blanks, quotes, # or %")
+            raise LaunchError(f"--log_dir={self.log_dir}: expected a path without blanks, quotes, # or %")
 
 
 def script(job: SlurmJob) -> str:
@@ -208,7 +208,7 @@ def _body(values: dict[str, Any], program: list[str]) -> int:
             options[name] = str(values[flag])
     for more in values["sbatch"]:
         if not more.startswith("--"):
-            raise LaunchError(f"--sbatch={more}: wanted a long option, as --sbatch=--constraint=h100")
+            raise LaunchError(f"--sbatch={more}: expected a long option, as --sbatch=--constraint=h100")
         name, _, value = more[2:].partition("=")
         options[name] = value
     environ = command.told(values)

@@ -92,9 +92,9 @@ class TpuJob:
         """Raises: LaunchError with one line, if no commands can be made of this."""
         command.needs_program(self.program, "tpu-vm --name run --zone ZONE")
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,58}[a-z0-9])?", self.name):
-            raise LaunchError(f"--name={self.name}: wanted at most 60 of a-z, 0-9 and -, beginning with a letter")
+            raise LaunchError(f"--name={self.name}: expected at most 60 of a-z, 0-9 and -, beginning with a letter")
         if not re.fullmatch(r"[\w./~-]+", self.directory):
-            raise LaunchError(f"--directory={self.directory}: wanted a path of letters, digits, '.', '_', '-' and '/'")
+            raise LaunchError(f"--directory={self.directory}: expected a path of letters, digits and '._-/'")
 
     @property
     def nodes(self) -> list[str]:
@@ -293,7 +293,7 @@ def _wait_for_machines(job: TpuJob, received: Sequence[int]) -> None:
     while (state := _answer(describe(job)).stdout.strip()) != READY:
         if received or time.monotonic() >= give_up:
             why = "stopped" if received else f"after {job.wait_s:g} s"
-            raise LaunchError(f"{job.name}: {why} the machines are {state or 'unknown'}, wanted {READY}")
+            raise LaunchError(f"{job.name}: {why} the machines are {state or 'unknown'}, expected {READY}")
         time.sleep(job.poll_s)
 
 

@@ -68,7 +68,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or name in sizes or not (size == "-1" or (size.isdecimal() and int(size) > 0)):
-            raise oc.UsageError(f"--mesh={text}: cannot use {part!r}; wanted data=D,model=M, one of them may be -1")
+            raise oc.UsageError(f"--mesh={text}: cannot use {part!r}; expected data=D,model=M, one of them may be -1")
         sizes[name] = int(size)
     if list(sizes.values()).count(-1) > 1:
         raise oc.UsageError(f"--mesh={text}: only one axis may be -1")
@@ -93,7 +93,7 @@ def make_mesh(text: str, sizes: Sizes, batch_size: int) -> Mesh:
         ("width", sizes.width, "model"),
     ):
         if size % axes[axis]:
-            raise oc.UsageError(f"--{what}={size}: wanted a multiple of {axes[axis]}, the mesh's {axis} axis")
+            raise oc.UsageError(f"--{what}={size}: expected a multiple of {axes[axis]}, the mesh's {axis} axis")
     # Auto: the compiler chooses how intermediate values are split.
     return jax.make_mesh(tuple(axes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -224,7 +224,7 @@ def run() -> int:
     parse_mesh(FLAGS.mesh)  # a typing error need not wait for the other hosts
     sizes = Sizes(FLAGS.layers, FLAGS.width, FLAGS.heads, FLAGS.length)
     if sizes.width % sizes.heads:
-        raise oc.UsageError(f"--width={sizes.width}: wanted a multiple of --heads={sizes.heads}")
+        raise oc.UsageError(f"--width={sizes.width}: expected a multiple of --heads={sizes.heads}")
     if job:
         contract.initialize(job)
     mesh = make_mesh(FLAGS.mesh, sizes, FLAGS.batch_size)

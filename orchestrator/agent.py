@@ -468,7 +468,7 @@ class Agent:
         device count and process count. `partial`: `like` may be a subtree. `cast`: convert dtypes. A damaged newest
         step is quarantined and the one before is taken, unless `strict` or a given `step`. A supervisor may ask, by
         ORCHESTRATOR_STEP_BACK=N, to leave out the N newest.
-        Raises Mismatch (path, wanted, got; nothing read), StepNotFound, NothingToRestore, Damaged.
+        Raises Mismatch (path, expected, got; nothing read), StepNotFound, NothingToRestore, Damaged.
         """
         with self._used_by_one("restore"):
             return self._restore(like, step, partial=partial, cast=cast, strict=strict)
@@ -484,7 +484,7 @@ class Agent:
         )
         text = os.environ.get(STEP_BACK) or "0"
         if not text.isdecimal():
-            raise UsageError(f"{STEP_BACK}={text!r}: wanted how many of the newest steps to leave out")
+            raise UsageError(f"{STEP_BACK}={text!r}: expected how many of the newest steps to leave out")
         back = int(text)
         timeout_s = self.options.rendezvous_timeout_s
         opening = self._opening.by_restore

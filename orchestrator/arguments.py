@@ -25,7 +25,7 @@ _short.maxstring = _short.maxother = 80
 
 def rejection(name: str, value: object, wanted: str) -> UsageError:
     more = "; it is being traced: call this outside of jax.jit" if "Tracer" in type(value).__name__ else ""
-    return UsageError(f"{name}={_short.repr(value)}: wanted {wanted}{more}")
+    return UsageError(f"{name}={_short.repr(value)}: expected {wanted}{more}")
 
 
 def whole(name: str, value: object, least: int = 0, most: int | None = None) -> int:
@@ -74,7 +74,7 @@ def path(name: str, value: object) -> None:
         raise rejection(name, value, "a path")
     if scheme := _SCHEME.match(str(value)):
         raise UsageError(
-            f"{name}={_short.repr(str(value))}: wanted a path on this machine, got one that begins with {scheme[0]}; "
+            f"{name}={_short.repr(str(value))}: expected a path on this machine, got one that begins with {scheme[0]}; "
             "what belongs in a bucket is written here and copied (gcloud storage cp -r); "
             "for a file that is really called so, put ./ before it"
         )

@@ -26,7 +26,7 @@ def as_text(lanes: Iterable[int]) -> str:
 
 def _lanes(told: str) -> list[int]:
     if len(told) != len(NOTHING):
-        raise Damaged(f"fingerprint {told!r}: wanted {len(NOTHING)} hex digits")
+        raise Damaged(f"fingerprint {told!r}: expected {len(NOTHING)} hex digits")
     return [int(told[at : at + _DIGITS], 16) for at in range(0, len(told), _DIGITS)]
 
 

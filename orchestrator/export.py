@@ -89,7 +89,7 @@ def export(source: Source, destination: str, form: str) -> int:
     """
     write = FORMATS.get(form)
     if write is None:
-        raise UsageError(f"--format={form}: wanted {', '.join(FORMATS)}")
+        raise UsageError(f"--format={form}: choose from {', '.join(FORMATS)}")
     arguments.path("DEST", destination)
     destination = os.path.abspath(os.path.expanduser(destination))
     if os.path.lexists(destination):

@@ -42,7 +42,7 @@ class Target:
     def __post_init__(self) -> None:
         if self.processes < 1 or self.devices % self.processes:
             raise UsageError(
-                f"{self.devices} devices ({self.shown}) over {self.processes} processes: wanted the same number on each"
+                f"{self.devices} devices ({self.shown}) over {self.processes} processes: expected the same on each"
             )
 
     @property
@@ -129,7 +129,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if not name or name in axes or not size.isdecimal() or int(size) < 1:
-            raise UsageError(f"--mesh={text}: cannot use {part!r}; wanted AXIS=SIZE,AXIS=SIZE,...")
+            raise UsageError(f"--mesh={text}: cannot use {part!r}; expected AXIS=SIZE,AXIS=SIZE,...")
         axes[name] = int(size)
     return axes
 
@@ -138,7 +138,7 @@ def parse_bytes(flag: str, text: str) -> int:
     """`64GiB`, `1.5T`, `800MB`: binary units, however they are written. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:iB|B)?", text.strip(), re.IGNORECASE)
     if not found:
-        raise UsageError(f"--{flag}={text}: wanted a size such as 64GiB")
+        raise UsageError(f"--{flag}={text}: expected a size such as 64GiB")
     power = _UNITS[found[2].upper()]
     return int(float(found[1]) * (1 if not found[2] else 2**power))
 

@@ -52,7 +52,7 @@ def parse_attempt(name: str) -> tuple[int, int]:
     """(epoch, number) of an attempt name. Raises UnsafeKey for anything else."""
     found = _ATTEMPT.fullmatch(name)
     if not found or name != attempt_name(int(found[1]), int(found[2])):
-        raise UnsafeKey(f"attempt name {name!r}: wanted eEEEE-aNN; the record that holds it is damaged")
+        raise UnsafeKey(f"attempt name {name!r}: expected eEEEE-aNN; the record that holds it is damaged")
     return int(found[1]), int(found[2])
 
 
@@ -112,7 +112,7 @@ def process_of(name: str) -> int:
     process = int(found[1] or found[2]) if found else -1
     if process < 0 or name not in (receipt_name(process), process_state_name(process)):
         raise UnsafeKey(
-            f"{name!r}: wanted receipts/PPPPP.json or process/PPPPP.bin; the record that holds it is damaged"
+            f"{name!r}: expected receipts/PPPPP.json or process/PPPPP.bin; the record that holds it is damaged"
         )
     return process
 

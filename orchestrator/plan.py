@@ -51,7 +51,7 @@ def match(
     """The saved leaf for each target leaf, in the target's order (None for an empty node that needs none).
 
     `partial` lets the target leave saved leaves out; `cast` allows another dtype of the same class of number or wider
-    conversion that the caller asked for. Raises Mismatch with every problem, each with path, wanted and got.
+    conversion that the caller asked for. Raises Mismatch with every problem, each with path, expected and got.
     """
     by_path = {leaf.path: leaf for leaf in saved.leaves}
     problems: list[str] = []

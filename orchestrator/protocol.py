@@ -166,7 +166,7 @@ def _foreign(state: Attempt, receipt: Receipt) -> str:
     if (receipt.step, receipt.attempt) != (intent.step, intent.attempt):
         return f"receipt of {shown(receipt.step, receipt.attempt)} found in {shown(intent.step, intent.attempt)}"
     if not 0 <= receipt.process < intent.process_count:
-        return f"receipt of process {receipt.process}, wanted 0 to {intent.process_count - 1}"
+        return f"receipt of process {receipt.process}, expected 0 to {intent.process_count - 1}"
     if receipt.failure is None and receipt.went_by != holders.name(intent.held):
         return (
             "the devices that leaves are on have changed on process 0 since this process last asked; all ask again at "

@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     if args.faults < 1:
-        parser.error(f"--faults={args.faults}: wanted at least 1")
+        parser.error(f"--faults={args.faults}: expected at least 1")
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     outcomes = []

@@ -94,7 +94,7 @@ def test_a_step_may_be_as_large_as_jax_can_count_and_not_negative(root: Path) ->
     with oc.Agent(root, options=now()) as agent:
         agent.save(2**31 - 1, state(1))
         assert agent.all_steps() == [2**31 - 1]
-        with pytest.raises(oc.UsageError, match="step=-1: wanted a whole number of at least 0"):
+        with pytest.raises(oc.UsageError, match="step=-1: expected a whole number of at least 0"):
             agent.save(-1, state(1))
         with pytest.raises(oc.UsageError, match=r"step=2147483648: .* at most 2147483647"):
             agent.save(2**31, state(1))
@@ -110,9 +110,9 @@ def test_a_step_taken_from_an_array_is_the_step(root: Path, step: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"metrics": {"loss": "low"}}, r"metrics\['loss'\]='low': wanted a number"),
-        ({"metrics": {"loss": jnp.ones(3)}}, r"metrics\['loss'\]=.*: wanted a number"),
-        ({"extra": {"a": object()}}, r"extra\['a'\]=.*: wanted plain JSON"),
+        ({"metrics": {"loss": "low"}}, r"metrics\['loss'\]='low': expected a number"),
+        ({"metrics": {"loss": jnp.ones(3)}}, r"metrics\['loss'\]=.*: expected a number"),
+        ({"extra": {"a": object()}}, r"extra\['a'\]=.*: expected plain JSON"),
     ],
 )
 def test_what_is_no_number_or_no_json_is_rejected_before_anything_is_written(
@@ -129,11 +129,11 @@ def test_what_is_no_number_or_no_json_is_rejected_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"on_save_failure": "ignore"}, "on_save_failure='ignore': wanted 'warn' or 'raise'"),
-        ({"save_timeout_s": 0}, "save_timeout_s=0: wanted a positive number of seconds, at most 1000000"),
+        ({"on_save_failure": "ignore"}, "on_save_failure='ignore': expected 'warn' or 'raise'"),
+        ({"save_timeout_s": 0}, "save_timeout_s=0: expected a positive number of seconds, at most 1000000"),
         (
             {"rendezvous_timeout_s": float("nan")},
-            "rendezvous_timeout_s=nan: wanted a positive number of seconds, at most 1000000",
+            "rendezvous_timeout_s=nan: expected a positive number of seconds, at most 1000000",
         ),
     ],
 )

@@ -226,7 +226,7 @@ ELEMENTS = {name: np.arange(4, dtype=np.float32) + ord(name) for name in "abc"}
 SMALL_DAMAGE: dict[str, tuple[bytes | None, str]] = {
     "flipped": (b"\1" + whole(ELEMENTS["b"])[1:], "b: chunk b/c/0 in .*: crc32c .*, written "),
     "missing": (None, "b: chunk b/c/0 is missing"),
-    "shorter": (whole(ELEMENTS["b"][:3]), "b: chunk b/c/0 in .* has 16 bytes, wanted 20"),
+    "shorter": (whole(ELEMENTS["b"][:3]), "b: chunk b/c/0 in .* has 16 bytes, expected 20"),
     "of another save": (whole(ELEMENTS["a"]), "b: chunk b/c/0 in .*; it belongs to another save"),
 }
 

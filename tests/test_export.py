@@ -266,7 +266,7 @@ def test_two_leaves_of_one_name_are_rejected() -> None:
     ("step", "form", "place", "code", "said"),
     [
         ("newest", "numpy", "taken", 2, "exists; export to a new name"),
-        ("newest", "zip", "out", 2, "--format=zip: wanted orbax, safetensors, numpy"),
+        ("newest", "zip", "out", 2, "--format=zip: expected orbax, safetensors, numpy"),
         ("8", "numpy", "out", 6, "step 8 is not there"),
         ("x", "numpy", "out", 2, "wanted the number of a step, or newest"),
         ("7", "numpy", "taken/below", 1, "File exists"),

@@ -314,7 +314,7 @@ def test_an_empty_object_may_come_without_a_size(monkeypatch: pytest.MonkeyPatch
         ("gs://bucket", "a run has a prefix of its own, as gs://bucket/run7"),
         ("gs://bucket/", "a run has a prefix of its own, as gs://bucket/run7"),
         ("gs://b_/run", "'b_' can be no bucket's name"),
-        ("s3://bucket/run", "no storage for s3://; wanted a local path, file:// or gs://"),
+        ("s3://bucket/run", "no storage for s3://; expected a local path, file:// or gs://"),
         ("https://storage.googleapis.com/bucket/run", "no storage for https://"),
     ],
 )

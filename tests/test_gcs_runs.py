@@ -51,8 +51,8 @@ def state(step: int) -> dict[str, Any]:
 
 
 def is_state(restored: oc.Restored, step: int) -> bool:
-    found, wanted = restored.state, state(step)
-    arrays = [(found["w"], wanted["w"]), (found["b"]["c"], wanted["b"]["c"])]
+    found, expected = restored.state, state(step)
+    arrays = [(found["w"], expected["w"]), (found["b"]["c"], expected["b"]["c"])]
     return found["count"] == step and all(np.array_equal(a, b) for a, b in arrays)
 
 

@@ -51,7 +51,7 @@ class Preconditions:
         """Raises Rejected(412), or Rejected(304) where a read asks for anything but the generation it has."""
         generation = found.generation if found else 0
         if self.generation is not None and self.generation != generation:
-            raise Rejected(412, f"generation is {generation}, wanted {self.generation}")
+            raise Rejected(412, f"generation is {generation}, expected {self.generation}")
         if self.not_generation is not None and self.not_generation == generation:
             raise Rejected(304 if reading else 412, f"generation is {generation}")
         if self.metageneration is not None and (found is None or self.metageneration != found.metageneration):

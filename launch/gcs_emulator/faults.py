@@ -41,12 +41,12 @@ class Faults:
             if name not in kinds:
                 raise ValueError(f"no fault {name!r}; there is: {', '.join(kinds)}")
             if kinds[name] is bool and not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}: wanted true or false")
+                raise ValueError(f"{name}={value!r}: expected true or false")
             made[name] = kinds[name](value)
         faults = replace(cls(), **made)
         for name in RATES:
             if not 0 <= getattr(faults, name) <= 1:
-                raise ValueError(f"{name}={getattr(faults, name)}: wanted a rate from 0 to 1")
+                raise ValueError(f"{name}={getattr(faults, name)}: expected a rate from 0 to 1")
         return faults
 
     @classmethod

@@ -101,7 +101,7 @@ class LocalStore:
         except OSError as error:
             raise _fault(f"{label}: {self._directory}/{path} cannot be read: {error}", path, error) from error
         if got != size:
-            text = f"{label}: {self._directory}/{path} ends at {offset + got}, wanted {offset + size}"
+            text = f"{label}: {self._directory}/{path} ends at {offset + got}, expected {offset + size}"
             raise Suspect(text, files=[STATE + path])
 
     def _descriptor(self, path: str) -> int:

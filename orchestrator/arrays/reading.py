@@ -414,7 +414,7 @@ class _Reader:
         """Before memory is taken for it. Noise grows by less than a hundredth when it is compressed."""
         wanted = read.bytes + chunks.CHECKSUM_BYTES
         if size != wanted and not (read.compressed and chunks.CHECKSUM_BYTES < size <= wanted + wanted // 64 + 1024):
-            raise self._suspect(read, f"chunk {read.key} in {self._directory} has {size} bytes, wanted {wanted}")
+            raise self._suspect(read, f"chunk {read.key} in {self._directory} has {size} bytes, expected {wanted}")
 
     def _check(self, read: _Read, got: int, said: int) -> None:
         if got != said:

@@ -54,7 +54,8 @@ class WriteStopped(Exception):
 class ArrayOptions:
     """compression: zstd for each chunk (smaller, several times slower on a fast disk). host_bytes_max: how much of a
     state this process may hold that is not written yet; None: all of it. A larger one is rejected (`skip_when_full`),
-    or written while it is staged, for at most timeout_s. compare_own: note digests of what every process has its own of.
+    or written while it is staged, for at most timeout_s.
+    compare_own: note digests of what every process has its own of.
     """
 
     compression: bool = False

@@ -282,7 +282,7 @@ def _wanted(flags: Flags) -> int:
 
 def _name(flags: Flags) -> str:
     if not flags["name"]:
-        raise UsageError("--name=: wanted the pin's name")
+        raise UsageError("--name=: expected the pin's name")
     return str(flags["name"])
 
 

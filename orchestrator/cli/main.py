@@ -292,7 +292,7 @@ def _plainly(text: str, command: Command) -> str:
     given, _, _ = text.removeprefix("flag ").partition(": ")
     kinds = {f"--{flag.name}": flag.kind for flag in (*command.flags, _JSON)}
     wanted = _WANTED.get(kinds.get(given.partition("=")[0], str))
-    return f"{given}: wanted {wanted}" if wanted and "=" in given else text
+    return f"{given}: expected {wanted}" if wanted and "=" in given else text
 
 
 def main(argv: Sequence[str]) -> int:

@@ -166,5 +166,5 @@ OUTPUTS: dict[str, Any] = {
 def schema(command: str) -> dict[str, Any]:
     """The JSON Schema of a command's --json. Raises UsageError."""
     if command not in OUTPUTS:
-        raise UsageError(f"schema {command}: wanted one of {', '.join(OUTPUTS)}")
+        raise UsageError(f"schema {command}: choose one of {', '.join(OUTPUTS)}")
     return msgspec.json.schema(OUTPUTS[command])

@@ -14,7 +14,7 @@ from orchestrator.records import LiveStep
 
 def verify(root: str, flags: Flags) -> int:
     if flags["repair_journal"] not in ("auto", "never"):
-        raise UsageError(f"--repair_journal={flags['repair_journal']}: wanted auto or never")
+        raise UsageError(f"--repair_journal={flags['repair_journal']}: choose from auto or never")
     sample = _fraction(flags["sample"])
     if flags["by_store"] and sample is not None:
         raise UsageError("--by_store looks at every file and reads no chunk: it goes without --sample")
@@ -90,5 +90,5 @@ def _fraction(text: str | None) -> float | None:
     except ValueError:
         number = -1.0
     if not 0 < number <= 1:
-        raise UsageError(f"--sample={text}: wanted a share such as 10%, above 0% and up to 100%")
+        raise UsageError(f"--sample={text}: expected a share such as 10%, above 0% and up to 100%")
     return number

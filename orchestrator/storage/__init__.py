@@ -25,7 +25,7 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
         return PosixStorage(where)
     if scheme == "file":
         if not rest.startswith("/"):
-            raise UsageError(f"root={where!r}: wanted file:// and an absolute path, as file:///data/run")
+            raise UsageError(f"root={where!r}: expected file:// and an absolute path, as file:///data/run")
         return PosixStorage(rest)
     if scheme == "gs":
         from orchestrator.storage.gcs import GcsStorage  # gcsfs takes half a second to import: only where it is used
@@ -34,7 +34,7 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
     plain = scheme.lower().replace("gcs", "gs")
     if plain in ("file", "gs"):
         raise UsageError(f"root={where!r}: no storage for {scheme}://; expected '{plain}://{rest}'")
-    raise UsageError(f"{where}: no storage for {scheme}://; wanted a local path, file:// or gs://")
+    raise UsageError(f"{where}: no storage for {scheme}://; expected a local path, file:// or gs://")
 
 
 _SCHEMES = frozenset({"file", "gs", "gcs", "s3", "http", "https", "az", "abfs", "hdfs", "memory"})
@@ -56,7 +56,7 @@ def _text(root: object) -> str:
     if not isinstance(where, str):
         raise arguments.rejection("root", root, "a directory or a URL, as str or Path")
     if not where:
-        raise UsageError("the run's root is empty; wanted a directory or a URL")
+        raise UsageError("the run's root is empty; expected a directory or a URL")
     _check_scheme(where)
     if "\0" in where or not arguments.is_utf8(where):  # events and messages are UTF-8
         raise arguments.rejection("root", where, "a name in UTF-8 without null characters")

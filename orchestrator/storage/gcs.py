@@ -2,8 +2,8 @@
 
 `create` carries `ifGenerationMatch=0` and the body's CRC-32C, so the object appears whole or not at all, once. An
 object is durable when the service has acknowledged it, and strongly consistent from then on: `make_durable` asks for
-size and checksum and downloads nothing. Only names below the prefix are ever sent; names that come back and are not plain keys
-(folder placeholders, `..`) are not entries and are never touched.
+size and checksum and downloads nothing. Only names below the prefix are ever sent; names that come back and are not
+plain keys (folder placeholders, `..`) are not entries and are never touched.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class GcsStorage:
         """Raises UsageError for anything but `gs://bucket/prefix`."""
         found = re.fullmatch(r"gs://([^/]+)/(.+?)/*", url)
         if not found or not _BUCKET.fullmatch(found[1]):
-            raise UsageError(f"{url}: wanted gs://BUCKET/PREFIX, a run has a prefix of its own{_url_hint(url)}")
+            raise UsageError(f"{url}: expected gs://BUCKET/PREFIX, a run has a prefix of its own{_url_hint(url)}")
         try:
             self._prefix = check_key(found[2], url) + "/"
         except UnsafeKey:

@@ -41,7 +41,7 @@ def mutated(module: ModuleType, old: str, new: str) -> dict[str, Any]:
     """The functions and tables of `module` with one piece of source replaced; its classes stay the shipped ones."""
     source = inspect.getsource(module)
     if source.count(old) != 1:
-        raise AssertionError(f"{module.__name__} has {source.count(old)} times, wanted once: {old!r}")
+        raise AssertionError(f"{module.__name__} has {source.count(old)} times, expected once: {old!r}")
     tree = ast.parse(source.replace(old, new))
     tree.body = [node for node in tree.body if not isinstance(node, ast.ClassDef)]
     namespace = dict(vars(module))
