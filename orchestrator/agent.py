@@ -104,7 +104,7 @@ class Agent:
         self._telemetry = Telemetry(self.options, self._catalog.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._life = leaving.Life(self, self._catalog.url, self._listening.stop, self._telemetry.close)
-        heartbeat.beat("opened", None)
+        heartbeat.record("opened", None)
 
     def _make_saver(self, run: str, keep: KeepPolicy | None) -> Saver:
         me = self._rendezvous
@@ -156,7 +156,7 @@ class Agent:
         The same answer on all processes; a policy that depends on time is decided by process 0 (a collective).
         """
         step = arguments.step(step)
-        heartbeat.beat("training", step)
+        heartbeat.record("training", step)
         elapsed = None if self._last_save_s is None else time.monotonic() - self._last_save_s
         if not self._policy.timed:
             due = self._policy.due(step, elapsed)
@@ -183,7 +183,7 @@ class Agent:
     def reached_preemption(self, step: int) -> bool:
         """True, on all hosts at the same step, once any host got SIGTERM: `save` has saved it; leave the loop."""
         step = arguments.step(step)
-        heartbeat.beat("training", step)
+        heartbeat.record("training", step)
         if self._preempted[0] != step and not self._preempted[1]:
             self._preempted = (step, self._rendezvous.preempted(step))
             self._preempted_s = time.monotonic()
@@ -380,7 +380,7 @@ class Agent:
             left_s = since + self._patience_s() - time.monotonic()
             if left_s <= 0:
                 return False
-            heartbeat.beat("waiting for a save", save.step)
+            heartbeat.record("waiting for a save", save.step)
             assert save.thread is not None
             save.thread.join(min(1.0, left_s))
         self._settle(raise_now=True)

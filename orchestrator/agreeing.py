@@ -92,7 +92,7 @@ class Agreement:
                 raise UsageError(f"process 0 ({me.hosts[0]}) has decided without this process: {decided}")
             if now >= look_at:
                 look_at = now + _STORAGE_POLL_S
-                heartbeat.beat("waiting for process 0", step)
+                heartbeat.record("waiting for process 0", step)
                 if found := self._stored(step, attempt):
                     return found
                 if other := apart():

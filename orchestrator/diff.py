@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.arrays import Load
+from orchestrator.arrays import ReadRequest
 from orchestrator.catalog import Catalog
 from orchestrator.forecast import leaf_bytes
 from orchestrator.plan import brief
@@ -48,7 +48,7 @@ class Side:
         self.fingerprints = self._stored.manifest.fingerprints
 
     def read(self, paths: list[Path], on_bytes: Callable[[int], None]) -> list[np.ndarray[Any, Any]]:
-        loads = [Load(self.leaves[path]) for path in paths]
+        loads = [ReadRequest(self.leaves[path]) for path in paths]
         return [np.asarray(value) for value in self._stored.load(loads, on_bytes)]
 
 

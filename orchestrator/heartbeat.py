@@ -21,7 +21,7 @@ EVENT_INTERVAL_S = 5.0
 _last: dict[str, object] = {}
 
 
-def beat(doing: str, step: int | None, **more: object) -> None:
+def record(doing: str, step: int | None, **more: object) -> None:
     """Say that the main thread is alive. At most one write per INTERVAL_S for the same activity, one event per
     EVENT_INTERVAL_S. Main thread."""
     path = os.environ.get(VARIABLE)

@@ -13,7 +13,7 @@ import msgspec
 from absl import logging
 
 from orchestrator import arguments, arrays, errors, failpoints, garbage, heartbeat, journal, layout, overlap, plan
-from orchestrator.arrays import Load
+from orchestrator.arrays import ReadRequest
 from orchestrator.catalog import Catalog
 from orchestrator.codec import decode, encode
 from orchestrator.errors import (
@@ -80,7 +80,7 @@ class Reading:
     read_bytes: int = 0
     array_s: float = 0.0
 
-    def load(self, stored: StoredStep, loads: list[Load]) -> list[Any]:
+    def load(self, stored: StoredStep, loads: list[ReadRequest]) -> list[Any]:
         """As `StoredStep.load`, counted."""
         started = time.monotonic()
         values = stored.load(loads, self._count, self.reader)
@@ -92,7 +92,7 @@ class Reading:
         self.heard(read_bytes)
 
 
-_Loader = Callable[[StoredStep, list[Load]], list[Any]]
+_Loader = Callable[[StoredStep, list[ReadRequest]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Plan:
     """A step and a target that fit each other: what will be read, and how it becomes the target's tree."""
 
     stored: StoredStep
-    loads: list[Load]
+    loads: list[ReadRequest]
     build: Callable[[list[Any]], Any]
     known: Mapping[str, str]  # fingerprints to compare with
     share: tuple[int, int]
@@ -133,7 +133,7 @@ def fit(stored: StoredStep, like: Any, args: RestoreArgs) -> Plan:
     saved = stored.intent.tree
     known = stored.manifest.fingerprints if args.attest else {}
     if like is None:
-        loads = [Load(leaf) for leaf in saved.leaves]
+        loads = [ReadRequest(leaf) for leaf in saved.leaves]
         return Plan(stored, loads, partial(_nested, saved.leaves), known, args.share)
     with garbage.paused():
         wanted, leaves, treedef = targets(like)
@@ -150,7 +150,7 @@ def fit(stored: StoredStep, like: Any, args: RestoreArgs) -> Plan:
     return Plan(stored, loads, build, known, args.share)
 
 
-def _comparable(load: Load, known: Mapping[str, str]) -> bool:
+def _comparable(load: ReadRequest, known: Mapping[str, str]) -> bool:
     """Whether a leaf has a saved fingerprint, and still the bits that it is of: a cast one has not."""
     return load.leaf.name in known and (load.dtype is None or str(load.dtype) == load.leaf.dtype)
 
@@ -158,11 +158,11 @@ def _comparable(load: Load, known: Mapping[str, str]) -> bool:
 _NUMBERS = (int, float, complex)
 
 
-def _load(leaf: LeafSpec, target: Any, sharding: Any, args: RestoreArgs) -> Load:
+def _load(leaf: LeafSpec, target: Any, sharding: Any, args: RestoreArgs) -> ReadRequest:
     if not leaf.kind_stored or isinstance(target, _NUMBERS):
-        return Load(leaf)
+        return ReadRequest(leaf)
     dtype = target.dtype if args.cast and leaf.kind != "key" else None
-    return Load(leaf, sharding, dtype)
+    return ReadRequest(leaf, sharding, dtype)
 
 
 def _as_target(leaf: LeafSpec, target: Any, sharding: Any, value: Any) -> Any:
@@ -239,14 +239,14 @@ def restore_together(
         if opening:
             opening(journal.tree_of(head), meet)
         together.quarantine()
-        reading = Reading(args.reader, lambda read_bytes: heartbeat.beat("restoring", None))
+        reading = Reading(args.reader, lambda read_bytes: heartbeat.record("restoring", None))
         load: _Loader = partial(_load_once, rendezvous, timeout_s, reading) if args.load_once else reading.load
         noted = rendezvous.process == 0 and args.record and live.trust != "restored"
         early = overlap.begin(catalog.head) if noted else None  # it takes no longer than the arrays
         outcome = together.all_of(stored, "", partial(fitted.read, load))
         if outcome is not None and (not args.attest or together.proves(stored, outcome[1])):
             failpoints.hit("restore.after")
-            heartbeat.beat("restored", live.step, restored_step=live.step)
+            heartbeat.record("restored", live.step, restored_step=live.step)
             elapsed_s = time.monotonic() - started
             emit(RestoredEvent(live.step, live.attempt, elapsed_s, reading.read_bytes, reading.array_s))
             if noted:
@@ -265,7 +265,7 @@ class _Stopped(Exception):
 
 
 def _load_once(
-    rendezvous: Rendezvous, timeout_s: float, reading: Reading, stored: StoredStep, loads: list[Load]
+    rendezvous: Rendezvous, timeout_s: float, reading: Reading, stored: StoredStep, loads: list[ReadRequest]
 ) -> list[Any]:
     """As `reading.load`, but what several processes want is read by one of them and exchanged. An exchange begins only
     when all have read their part: whoever has failed tells so in `_Together.all_of`, which is the same meeting to the

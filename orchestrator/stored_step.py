@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import crc32c
 
 from orchestrator import arrays, contents, layout, overlap
-from orchestrator.arrays import Load, fingerprint
+from orchestrator.arrays import ReadRequest, fingerprint
 from orchestrator.catalog import READS, Catalog
 from orchestrator.chunks import CHECKSUM_BYTES
 from orchestrator.contents import Chunk
@@ -80,7 +80,10 @@ class StoredStep:
     # Arrays.
 
     def load(
-        self, loads: Sequence[Load], on_bytes: OnBytes | None = None, reader: Callable[..., list[Any]] = arrays.load
+        self,
+        loads: Sequence[ReadRequest],
+        on_bytes: OnBytes | None = None,
+        reader: Callable[..., list[Any]] = arrays.load,
     ) -> list[Any]:
         """As `arrays.load`, of this step."""
         return self._again(lambda: reader(self.state_url, list(loads), on_bytes, contents.stored(self.manifest)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from orchestrator import attest, chunks, contents, journal, layout
-from orchestrator.arrays import Load
+from orchestrator.arrays import ReadRequest
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, OrchestratorError, StepRetired
 from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
@@ -145,7 +145,7 @@ def _read_records(stored: StoredStep, manifest: Manifest, verdict: Verdict, *, d
         leaves = catalog.intent(live, manifest).tree.leaves
         for leaf in leaves if decode else ():
             if leaf.in_store and leaf.chunk is None:  # whole, as a chunk of it may be all of it
-                stored.load([Load(leaf)])
+                stored.load([ReadRequest(leaf)])
     except OrchestratorError as error:
         verdict.note(error)
         return {}

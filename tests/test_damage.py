@@ -240,7 +240,8 @@ def small_leaves(directory: Path, of_b: bytes | tuple[str, int, int] | None) -> 
     (directory / ocdbt.MANIFEST).write_bytes(manifest)
     (directory / "data").write_bytes(stored["b/c/0"])
     loads = [
-        arrays.Load(LeafSpec(path=(name,), kind="numpy", shape=(4,), dtype="float32", chunk=(4,))) for name in ELEMENTS
+        arrays.ReadRequest(LeafSpec(path=(name,), kind="numpy", shape=(4,), dtype="float32", chunk=(4,)))
+        for name in ELEMENTS
     ]
     said = {key: f"{int.from_bytes(body[-4:], 'little'):08x}" for key, body in stored.items()}
     sizes = {name: (directory / name).stat().st_size for name in ("nodes", "data", ocdbt.MANIFEST)}
@@ -307,7 +308,7 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     others = Stored(other.chunks, contents.stored(own).files)
     (said,) = arrays.check(directory, others).values()
     assert "belongs to another save" in said
-    leaves = [arrays.Load(leaf) for leaf in catalog.intent(one, own).tree.leaves]
+    leaves = [arrays.ReadRequest(leaf) for leaf in catalog.intent(one, own).tree.leaves]
     assert len(arrays.load(directory, leaves, None, contents.stored(own))) == 1
     with pytest.raises(errors.Suspect, match=r"w: chunk w/c/0/0 .* belongs to another save"):
         arrays.load(directory, leaves, None, others)

@@ -16,7 +16,7 @@ from runs import now
 
 import orchestrator as oc
 from orchestrator import forecast
-from orchestrator.arrays import Load, shardings_of
+from orchestrator.arrays import ReadRequest, shardings_of
 from orchestrator.arrays.placing import prepare
 from orchestrator.cli.main import main
 from orchestrator.cli.plan import Plan
@@ -94,7 +94,7 @@ def test_bytes_and_requests_of_a_restore_are_foretold_exactly(run: Path, axes: d
     assert reading.read_bytes == cost.read_bytes
     targets = {"/".join(leaf.path): like["/".join(leaf.path)] for leaf in tree.leaves if leaf.in_store}
     loads = [
-        Load(leaf, shardings_of([leaf.label], [targets["/".join(leaf.path)]], "")[0])
+        ReadRequest(leaf, shardings_of([leaf.label], [targets["/".join(leaf.path)]], "")[0])
         for leaf in tree.leaves
         if leaf.in_store
     ]

@@ -242,7 +242,7 @@ def test_a_tree_in_a_bucket_that_would_have_to_be_decompressed_is_decoded_by_nob
     body[-4:] = crc32c.crc32c(bytes(body[:-4])).to_bytes(4, "little")
     catalog.storage.delete(state + node)
     catalog.storage.create(state + node, bytes(body))
-    loads = [arrays.Load(leaf) for leaf in catalog.intent(live, manifest).tree.leaves]
+    loads = [arrays.ReadRequest(leaf) for leaf in catalog.intent(live, manifest).tree.leaves]
     with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
         arrays.load(f"{root}/{state}", loads, None, stored)
     with pytest.raises(oc.NothingToRestore, match=f"{node}: .*the manifest says"):

@@ -109,10 +109,10 @@ def test_a_heartbeat_that_finds_no_room_still_beats(tmp_path: Path, monkeypatch:
     file = tmp_path / "beat"
     monkeypatch.setenv(heartbeat.VARIABLE, str(file))
     monkeypatch.setattr(heartbeat, "_last", {})
-    heartbeat.beat("training", 1)
+    heartbeat.record("training", 1)
     os.utime(file, (0, 0))
     (tmp_path / f"beat.{os.getpid()}").mkdir()  # in the way of the new one, as a full disk is
-    heartbeat.beat("saving", 2)
+    heartbeat.record("saving", 2)
     assert file.stat().st_mtime > 0 and json.loads(file.read_text())["step"] == 1
 
 

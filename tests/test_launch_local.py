@@ -151,7 +151,7 @@ def test_a_second_signal_kills_and_a_stopped_job_is_not_restarted(tmp_path: Path
 
 
 BEAT = (
-    "import json, time\ndef beat(step):\n"
+    "import json, time\ndef record(step):\n"
     "    p = e['ORCHESTRATOR_HEARTBEAT_FILE']\n    with open(p + '.x', 'w') as f:\n"
     "        json.dump({'doing': 'training', 'step': step}, f)\n    os.replace(p + '.x', p)\n"
 )

@@ -145,7 +145,7 @@ def test_a_compressed_tree_is_none_of_ours(tmp_path: Path) -> None:
     assert places() is None  # TensorStore could read it
     leaf = LeafSpec(path=("aa",), kind="numpy", shape=(1,), dtype="int8", chunk=(1,))
     with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
-        arrays.load(f"file://{tmp_path}", [arrays.Load(leaf)])
+        arrays.load(f"file://{tmp_path}", [arrays.ReadRequest(leaf)])
 
 
 # In a bucket.
@@ -217,7 +217,7 @@ def test_no_memory_is_given_out_that_nothing_is_read_into(shape: tuple[int, ...]
     """Behind what validates records: whatever the chunks are, they cover the buffers."""
     leaf = LeafSpec(path=("w",), kind="numpy", shape=shape, dtype="float32", chunk=chunk)
     with pytest.raises(oc.Damaged, match="cover 0 elements of the region"):
-        placing.prepare([placing.Load(leaf)])
+        placing.prepare([placing.ReadRequest(leaf)])
 
 
 @pytest.mark.parametrize("chunk", [(2, 6), (1, 1), (4, 3), (4, 6)], ids=str)
@@ -236,4 +236,4 @@ def test_memory_that_is_not_to_be_had_says_so_and_is_no_damage(monkeypatch: pyte
     """An array of four exabytes, of which nobody has compared anything."""
     leaf = LeafSpec(path=("w",), kind="numpy", shape=(2**60,), dtype="float32", chunk=(2**60,))
     with pytest.raises(oc.Unavailable, match="no memory left to read arrays: 4611686018427387904 bytes"):
-        arrays.load(f"file://{tmp_path}", [arrays.Load(leaf)])
+        arrays.load(f"file://{tmp_path}", [arrays.ReadRequest(leaf)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.arrays.foreign import describe, is_tree
-from orchestrator.arrays.placing import Load, as_array
+from orchestrator.arrays.placing import ReadRequest, as_array
 from orchestrator.arrays.reading import check, load, slabs
 from orchestrator.arrays.sharing import groups
 from orchestrator.arrays.wanted import shardings_of
@@ -12,8 +12,8 @@ from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite,
 __all__ = [
     "ArrayOptions",
     "ArrayWriter",
-    "Load",
     "PendingWrite",
+    "ReadRequest",
     "WriteStopped",
     "as_array",
     "check",

@@ -13,7 +13,7 @@ from orchestrator.errors import WaitTimeout
 _LOOK_S = 0.5
 
 
-class Feed:
+class PartQueue:
     """`limit_bytes`: of what is staged and not yet written (None: no limit). One thread adds, several take."""
 
     def __init__(self, limit_bytes: int | None = None) -> None:

@@ -53,7 +53,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Load:
+class ReadRequest:
     """One leaf to read: where to (`sharding` None means numpy on the host; it is the frame's, if there is one) and as
     what dtype (None: as saved)."""
 
@@ -87,12 +87,12 @@ class Layout:
 
 
 @dataclass
-class Filling:
+class BufferGroup:
     """Leaves of one form being read: for each box that this process needs a host buffer, whose first dimension is the
     leaf. `places`: of the leaves, among all that are wanted. `owned`: the arrays on each device whose memory the
     buffers are, if those are to be the leaf; `replicas`: (to, from) of devices that get the same bytes."""
 
-    items: Sequence[Load]
+    items: Sequence[ReadRequest]
     layout: Layout
     places: Sequence[int] = (0,)
     buffers: list[Array] = field(default_factory=list)
@@ -131,7 +131,7 @@ class Filling:
         if item.sharding is None or item.frame or not self.layout.devices or self.leaf_bytes < owned.ARRAY_BYTES:
             return False
         here = on_host(item.sharding) and in_own_memory(item.sharding)
-        as_read = self.dtype_held == _logical(Load(self.leaf), np.empty(0, self.dtype)).dtype  # it is not cast
+        as_read = self.dtype_held == _logical(ReadRequest(self.leaf), np.empty(0, self.dtype)).dtype  # it is not cast
         whole = owned.bit_count(self.dtype_held) >= 8  # XLA may pack others
         return here and as_read and whole and len(self.items) == 1 and len(set(self.layout.shapes)) == 1
 
@@ -160,7 +160,7 @@ def in_own_memory(sharding: jax.sharding.Sharding) -> bool:
     return sharding.memory_kind in (None, device.default_memory().kind)
 
 
-def prepare(loads: Sequence[Load]) -> list[Filling]:
+def prepare(loads: Sequence[ReadRequest]) -> list[BufferGroup]:
     """The leaves that files hold. A large one comes alone, small ones of one form come together: then what there is to
     do is done for all of them at once."""
     forms: dict[Any, list[int]] = {}
@@ -171,18 +171,18 @@ def prepare(loads: Sequence[Load]) -> list[Filling]:
             forms.setdefault((*form, leaf.stored_dtype, leaf.value, item.frame), []).append(place)
     fillings = []
     for places in forms.values():
-        alone = Filling((loads[places[0]],), _layout(loads[places[0]]))
+        alone = BufferGroup((loads[places[0]],), _layout(loads[places[0]]))
         count = max(1, _SMALL_BYTES // max(1, alone.leaf_bytes))
         for first in range(0, len(places), count):
             some = places[first : first + count]
-            fillings.append(Filling([loads[place] for place in some], alone.layout, some))
+            fillings.append(BufferGroup([loads[place] for place in some], alone.layout, some))
     return sorted(fillings, key=lambda filling: filling.places[0])  # about as the files have them
 
 
-def own(fillings: Sequence[Filling]) -> None:
+def own(fillings: Sequence[BufferGroup]) -> None:
     """Have the large ones among those for CPU devices read straight into what will be the arrays, if there is enough
     of them. Main thread. Raises MemoryError."""
-    by_devices: dict[tuple[Any, ...], list[Filling]] = {}
+    by_devices: dict[tuple[Any, ...], list[BufferGroup]] = {}
     for filling in fillings:
         if filling.ownable:
             by_devices.setdefault(filling.layout.devices, []).append(filling)
@@ -196,7 +196,7 @@ def own(fillings: Sequence[Filling]) -> None:
             _read_into(filling, arrays)
 
 
-def _read_into(filling: Filling, arrays: list[Any]) -> None:
+def _read_into(filling: BufferGroup, arrays: list[Any]) -> None:
     filling.owned = arrays
     views = [owned.memory(array).view(filling.dtype).reshape(1, *array.shape) for array in arrays]
     first: dict[int, Array] = {}
@@ -206,7 +206,7 @@ def _read_into(filling: Filling, arrays: list[Any]) -> None:
     filling.buffers = [first[number] for number in range(len(filling.layout.shapes))]
 
 
-def _layout(item: Load) -> Layout:
+def _layout(item: ReadRequest) -> Layout:
     shape, chunk = item.leaf.file_shape, item.leaf.chunk
     whole = Box(start=(0,) * len(shape), stop=shape)
     numbers: dict[Box, int] = {}
@@ -230,9 +230,9 @@ def recut(layout: Layout, leaf: LeafSpec, chunk: tuple[int, ...]) -> Layout:
     return _fit(numbers, chunk, layout.devices, layout.buffer_of, whole)
 
 
-def piece_of(leaf: LeafSpec, box: Box) -> Filling:
+def piece_of(leaf: LeafSpec, box: Box) -> BufferGroup:
     """A region of a leaf, as stored, in one buffer on the host."""
-    return Filling((Load(leaf),), _fit({box: 0}, leaf.chunk, (), (), box))
+    return BufferGroup((ReadRequest(leaf),), _fit({box: 0}, leaf.chunk, (), (), box))
 
 
 def _fit(
@@ -354,7 +354,7 @@ def reserve(size: int) -> None:
 
 
 @in_own_context
-def place(fillings: Sequence[Filling], values: list[Any]) -> list[Any]:
+def place(fillings: Sequence[BufferGroup], values: list[Any]) -> list[Any]:
     """Put the values of leaves that were read where they belong in `values`, and return them."""
     placed = []
     if replicas := [pair for filling in fillings for pair in filling.replicas]:
@@ -371,12 +371,12 @@ def place(fillings: Sequence[Filling], values: list[Any]) -> list[Any]:
 
 
 @in_own_context
-def unread(item: Load) -> Any:
+def unread(item: ReadRequest) -> Any:
     """The value of a leaf that no file holds."""
     return _empty_array(item) if item.leaf.kind_stored else inline_value(item.leaf)
 
 
-def _values(filling: Filling) -> list[Any]:
+def _values(filling: BufferGroup) -> list[Any]:
     """The values of leaves of one form. A CPU device takes the buffers over as they are."""
     item, leaf = filling.items[0], filling.leaf
     logical = [_logical(item, data) for data in filling.buffers]
@@ -425,7 +425,7 @@ def carrier(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     return np.dtype(f"u{dtype.itemsize}") if small else None
 
 
-def _logical(item: Load, data: Array) -> Array:
+def _logical(item: ReadRequest, data: Array) -> Array:
     """Stored bytes as the user's dtype, then cast if asked."""
     leaf = item.leaf
     if leaf.kind != "key" and leaf.stored_dtype:
@@ -452,7 +452,7 @@ def _spread(host: Array, sharding: jax.sharding.Sharding) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=dtype)
 
 
-def _empty_array(item: Load) -> Any:
+def _empty_array(item: ReadRequest) -> Any:
     """An array with no elements, from its spec alone."""
     leaf = item.leaf
     dtype = item.dtype or (leaf.stored_dtype if leaf.kind == "key" else None) or leaf.dtype

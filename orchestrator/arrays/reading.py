@@ -36,8 +36,8 @@ from orchestrator.arrays.external import External
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.placing import (
     Arena,
-    Filling,
-    Load,
+    BufferGroup,
+    ReadRequest,
     Slab,
     Target,
     own,
@@ -82,7 +82,7 @@ Array = np.ndarray[Any, Any]
 
 def load(
     directory: str,
-    loads: Sequence[Load],
+    loads: Sequence[ReadRequest],
     on_bytes: Callable[[int], None] | None = None,
     stored: Stored | None = None,
 ) -> list[Any]:
@@ -125,7 +125,7 @@ def _suspecting(directory: str) -> Iterator[None]:
 
 
 @in_own_context
-def _load_copied(reader: _Reader, fillings: Sequence[Filling], values: list[Any]) -> None:
+def _load_copied(reader: _Reader, fillings: Sequence[BufferGroup], values: list[Any]) -> None:
     """Read what goes on to accelerators, a part at a time: while one is copied, the next is read into other memory."""
     memory = [(Slab(), list[Any]()) for _ in range(2)]
     for number, part in enumerate(_grouped(fillings, _PART_BYTES)):
@@ -177,7 +177,7 @@ def check(
 class _Read:
     """A chunk, of the leaf that is `row` among those of the filling."""
 
-    filling: Filling
+    filling: BufferGroup
     row: int
     key: str
     targets: tuple[Target, ...]
@@ -252,7 +252,7 @@ class _Reader:
         path, offset, size = place
         return self._opened(files_spec).read(path, byte_range=slice(offset, offset + size))
 
-    def fill(self, fillings: Sequence[Filling], arena: Arena) -> None:
+    def fill(self, fillings: Sequence[BufferGroup], arena: Arena) -> None:
         ours = [filling for filling in fillings if filling.leaf.foreign is None]
         for filling in fillings:
             count, dtype = len(filling.items), filling.dtype
@@ -271,7 +271,7 @@ class _Reader:
                     buffers = [buffer[row, ...] for buffer in filling.buffers]
                     self._external.read(item.leaf, filling.layout.boxes, buffers, self._on_bytes)
 
-    def _reads(self, fillings: Iterable[Filling]) -> Iterator[_Read]:
+    def _reads(self, fillings: Iterable[BufferGroup]) -> Iterator[_Read]:
         """Each chunk once, with all the buffers that want some of it."""
         for filling in fillings:
             for row, item in enumerate(filling.items):
@@ -298,7 +298,7 @@ class _Reader:
 
     # From files.
 
-    def _fill_from_tree(self, filling: Filling, places: Mapping[str, Chunk]) -> bool:
+    def _fill_from_tree(self, filling: BufferGroup, places: Mapping[str, Chunk]) -> bool:
         """Fill from values that the store's tree holds itself, the same chunk of all leaves at once. False if not every
         one is there, whole and of this save: reading them one by one then tells which."""
         size, chunk = filling.chunk_bytes + chunks.CHECKSUM_BYTES, filling.leaf.chunk
@@ -480,7 +480,7 @@ class _Reader:
             )
 
 
-_Sized = TypeVar("_Sized", _Read, Filling)
+_Sized = TypeVar("_Sized", _Read, BufferGroup)
 
 
 def _grouped(items: Iterable[_Sized], most_bytes: int, most: int = sys.maxsize) -> Iterator[list[_Sized]]:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from orchestrator import chunks
 from orchestrator.arrays.dividing import divide, is_shared, reads
-from orchestrator.arrays.placing import Frame, Load, carrier
+from orchestrator.arrays.placing import Frame, ReadRequest, carrier
 from orchestrator.jax_context import in_own_context
 from orchestrator.tree import numpy_dtype
 
@@ -35,8 +35,8 @@ class Group:
 
     devices: tuple[Any, ...]
     places: list[int] = field(default_factory=list)
-    wanted: list[Load] = field(default_factory=list)
-    parts: list[Load] = field(default_factory=list)
+    wanted: list[ReadRequest] = field(default_factory=list)
+    parts: list[ReadRequest] = field(default_factory=list)
 
     @functools.cached_property
     def told(self) -> str:
@@ -73,7 +73,7 @@ class Group:
         return moved
 
 
-def groups(loads: Sequence[Load]) -> list[Group]:
+def groups(loads: Sequence[ReadRequest]) -> list[Group]:
     """What is to be read once, in groups of bounded size; whatever is not in one is for every process to read. The same
     on all processes that give the same loads."""
     found: list[Group] = []
@@ -105,7 +105,7 @@ def groups(loads: Sequence[Load]) -> list[Group]:
     return found
 
 
-def _is_worth_it(load: Load) -> bool:
+def _is_worth_it(load: ReadRequest) -> bool:
     leaf, sharding = load.leaf, load.sharding
     if sharding is None or leaf.chunk is None or leaf.kind == "key" or not leaf.in_store:
         return False
@@ -134,12 +134,12 @@ def _mesh(devices: tuple[Any, ...], axes: tuple[int, ...], names: tuple[str, ...
     return Mesh(np.array(devices).reshape(axes), names)
 
 
-def _dtype(load: Load) -> np.dtype[Any]:
+def _dtype(load: ReadRequest) -> np.dtype[Any]:
     """Of the array as it is restored."""
     return np.dtype(load.dtype or numpy_dtype(load.leaf.dtype))
 
 
-def _item_bytes(load: Load) -> int:
+def _item_bytes(load: ReadRequest) -> int:
     return _dtype(load).itemsize
 
 
@@ -174,7 +174,7 @@ def _back(dtype: np.dtype[Any], sharding: Sharding) -> Callable[[Any], Any]:
     return jax.jit(back, out_shardings=sharding)
 
 
-def _nothing(load: Load) -> Any:
+def _nothing(load: ReadRequest) -> Any:
     """An array that other processes hold."""
     assert load.sharding is not None
     return jax.make_array_from_single_device_arrays(load.leaf.shape, load.sharding, [], dtype=_dtype(load))

@@ -26,7 +26,7 @@ import numpy as np
 from orchestrator import chunks, garbage, holders
 from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
 from orchestrator.arrays.compressed import deflated
-from orchestrator.arrays.feed import Feed
+from orchestrator.arrays.feed import PartQueue
 from orchestrator.arrays.naming import about
 from orchestrator.arrays.own_copies import OwnCopies, Turns
 from orchestrator.arrays.own_copies import take as take_own
@@ -95,7 +95,7 @@ class ArrayWriter:
         plan = plan_of(flat, self._process, self._options.compression, held)
         prints = fingerprint.start(self._attested(flat, plan)) if attest else None
         own = take_own(flat, plan, self._turns) if plan.own and self._options.compare_own else None
-        pending = PendingWrite(directory, flat, plan, Feed(None if small else limit), prints, own)
+        pending = PendingWrite(directory, flat, plan, PartQueue(None if small else limit), prints, own)
         try:
             pending.stage(flat.values, None if small else time.monotonic() + self._options.timeout_s)
         except BaseException:
@@ -133,7 +133,7 @@ class PendingWrite:
         directory: str,
         flat: Flat,
         plan: Plan,
-        feed: Feed,
+        feed: PartQueue,
         prints: fingerprint.Fingerprints | None,
         own: OwnCopies | None = None,
     ) -> None:
@@ -291,7 +291,7 @@ def _watch(
 
 
 @in_own_context
-def _work(feed: Feed, opened: Callable[[str], datafiles.DataFile], progress: _Progress, compression: bool) -> None:
+def _work(feed: PartQueue, opened: Callable[[str], datafiles.DataFile], progress: _Progress, compression: bool) -> None:
     """Write parts until there are no more: one thread, one data file at a time."""
     files = _Rotation(opened, progress)
     try:

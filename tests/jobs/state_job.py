@@ -136,14 +136,14 @@ def swapped(*arguments: object) -> list[object]:
     """A reader that takes the axes in the wrong order: every byte and checksum is right."""
     directory, loads, *more = arguments
 
-    def turned(load: arrays.Load, value: object) -> object:
+    def turned(load: arrays.ReadRequest, value: object) -> object:
         if load.frame:
             one, other, *more_parts = [shard.data for shard in value.addressable_shards]
             parts = [jax.device_put(part, place.device) for part, place in zip((other, one), (one, other), strict=True)]
             return jax.make_array_from_single_device_arrays(value.shape, value.sharding, [*parts, *more_parts])
         if load.leaf.shape != SHAPE:
             return value
-        (whole,) = arrays.load(directory, [arrays.Load(load.leaf)], *more)
+        (whole,) = arrays.load(directory, [arrays.ReadRequest(load.leaf)], *more)
         wrong = whole.T.reshape(SHAPE)
         return jax.make_array_from_callback(SHAPE, value.sharding, lambda at: wrong[at])
 
