@@ -195,8 +195,8 @@ def _safetensors(source: Source, path: str) -> int:
 
 
 def _orbax(source: Source, folder: str) -> int:
-    foreign = next((leaf for leaf in source.tree.leaves if leaf.foreign), None)
-    if foreign:
+    external = next((leaf for leaf in source.tree.leaves if leaf.external), None)
+    if external:
         raise UsageError(f"step {source.live.step} was adopted: it is an Orbax checkpoint already, where it was")
     written = 0
     for entry in source.manifest.files:

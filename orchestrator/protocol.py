@@ -140,7 +140,7 @@ def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
     for receipt in event.receipts:
         if receipt.process in receipts:
             continue  # repeated: the first stands, receipts are immutable
-        failure = receipt.failure or _objection(receipt, _foreign(state, receipt))
+        failure = receipt.failure or _objection(receipt, _not_ours(state, receipt))
         if failure:
             state = replace(state, receipts=receipts, failures=(*state.failures, failure))
             return _abort(state, f"process {failure.process} said no")
@@ -160,7 +160,7 @@ def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
     return replace(state, phase=Phase.FINALIZING), (Finalize(),)
 
 
-def _foreign(state: Attempt, receipt: Receipt) -> str:
+def _not_ours(state: Attempt, receipt: Receipt) -> str:
     """Why a receipt is not one of this attempt's, '' if it is."""
     intent = state.intent
     if (receipt.step, receipt.attempt) != (intent.step, intent.attempt):

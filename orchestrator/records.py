@@ -40,7 +40,7 @@ def number_class(dtype: str) -> str:
     return dtype if dtype == "bool" else "complex" if dtype.startswith("complex") else "float"
 
 
-class Foreign(Record, frozen=True):
+class ExternalArray(Record, frozen=True):
     """How another writer (Orbax, before the run was adopted) stored an array.
 
     item: its directory below `state/` ('': `state/` itself). driver: TensorStore's (`zarr` or `zarr3`). ocdbt: whether
@@ -61,7 +61,7 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
     shape, dtype: as the user sees them (for `key`: the shape of the key array, dtype `key<impl>`).
     stored_shape, stored_dtype: as the file holds them, where that differs. `value`: the text of a value kept here.
     chunk: shape of the stored chunks, each raw elements and their CRC-32C; None: as the array's own metadata says.
-    foreign: where the array is, if it was not written by us.
+    external: where the array is, if it was not written by us.
     """
 
     path: tuple[str, ...]
@@ -73,7 +73,7 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
     sharding: str = ""
     value: str = ""
     chunk: tuple[int, ...] | None = None
-    foreign: Foreign | None = None
+    external: ExternalArray | None = msgspec.field(default=None, name="foreign")  # as it has been stored since format 1
 
     @property
     def name(self) -> str:

@@ -109,7 +109,7 @@ class Plan:
         """Read it. Also what this process can say of the arrays that it shares with others."""
         failpoints.hit("restore.read")
         stored, live = self.stored, self.stored.live
-        if any(one.leaf.foreign for one in self.loads):  # their chunks have no checksum in the manifest
+        if any(one.leaf.external for one in self.loads):  # their chunks have no checksum in the manifest
             stored.catalog.check_files(live, stored.manifest, layout.STATE, self.share)
         states = overlap.begin(partial(stored.catalog.process_states, live, stored.manifest))
         read = load(stored, self.loads)

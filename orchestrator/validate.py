@@ -21,10 +21,10 @@ from orchestrator.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.records import (
     Box,
     Event,
+    ExternalArray,
     Extra,
     Failure,
     FileEntry,
-    Foreign,
     Head,
     Intent,
     LeafSpec,
@@ -83,8 +83,8 @@ def fits(intent: Intent, manifest: Manifest) -> None:
             raw_bytes += size
         elif size > ZSTD_RATIO_MAX * stored_bytes:
             raise Invalid(f"{leaf.label}: {size} bytes, out of {stored_bytes} that the manifest lists below state/")
-        if leaf.foreign:
-            _has_files(leaf, leaf.foreign, names)
+        if leaf.external:
+            _has_files(leaf, leaf.external, names)
         elif layout.STATE + layout.STORE not in names:
             raise Invalid(f"{leaf.label}: is in an array store, and the manifest lists none")
     if raw_bytes > stored_bytes:
@@ -276,8 +276,8 @@ def _leaves(leaves: Sequence[LeafSpec]) -> None:
             forms.add(form)
         if len(leaf.sharding) > SHARDING_CHARS_MAX:
             raise Invalid(f"{_name(leaf)}: sharding of {len(leaf.sharding)} characters, limit {SHARDING_CHARS_MAX}")
-        if leaf.foreign is not None:
-            _foreign(leaf, leaf.foreign)
+        if leaf.external is not None:
+            _external(leaf, leaf.external)
     clash = name_clash(leaves)
     if clash:
         raise Invalid(f"tree: {clash}")
@@ -324,7 +324,7 @@ def _value(leaf: LeafSpec) -> None:
         good = False
     if not good:
         raise Invalid(f"{_name(leaf)}: {_shown(leaf.value)} is no {leaf.kind}")
-    if leaf.shape or leaf.chunk is not None or leaf.foreign or leaf.stored_shape is not None:
+    if leaf.shape or leaf.chunk is not None or leaf.external or leaf.stored_shape is not None:
         raise Invalid(f"{_name(leaf)}: has a shape, expected a value of kind {leaf.kind}")
 
 
@@ -350,28 +350,28 @@ _READABLE: Mapping[str, Callable[[str], bool]] = {
 }
 
 
-def _foreign(leaf: LeafSpec, foreign: Foreign) -> None:
+def _external(leaf: LeafSpec, external: ExternalArray) -> None:
     where = f"{_name(leaf)}: foreign"
-    if foreign.driver not in _DRIVERS:
-        raise Invalid(f"{where}: driver {_shown(foreign.driver)}, expected zarr or zarr3")
+    if external.driver not in _DRIVERS:
+        raise Invalid(f"{where}: driver {_shown(external.driver)}, expected zarr or zarr3")
     if leaf.chunk is not None:
         raise Invalid(f"{where}: has a chunk shape of ours, expected none")
-    for part in (foreign.item, foreign.name):
+    for part in (external.item, external.name):
         if part:
             layout.check_key(part, where)
         if "|" in part:
             raise Invalid(f"{where}: {_shown(part)} has a `|`, which begins another store in a URL")
 
 
-def _has_files(leaf: LeafSpec, foreign: Foreign, names: set[str]) -> None:
+def _has_files(leaf: LeafSpec, external: ExternalArray, names: set[str]) -> None:
     """An array of another writer lies where the manifest has files, so that it is this step's."""
-    item = layout.STATE + (f"{foreign.item}/" if foreign.item else "")
-    if foreign.ocdbt:
+    item = layout.STATE + (f"{external.item}/" if external.item else "")
+    if external.ocdbt:
         found = item + layout.STORE in names
     else:
-        found = any(name.startswith(f"{item}{foreign.name}/") for name in names)
+        found = any(name.startswith(f"{item}{external.name}/") for name in names)
     if not found:
-        raise Invalid(f"{leaf.label}: the manifest lists no files of {_shown(foreign.name)} in {_shown(item)}")
+        raise Invalid(f"{leaf.label}: the manifest lists no files of {_shown(external.name)} in {_shown(item)}")
 
 
 # Fields.

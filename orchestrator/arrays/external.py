@@ -14,10 +14,10 @@ import tensorstore as ts
 
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.placing import reserve
-from orchestrator.arrays.store import foreign_spec
+from orchestrator.arrays.store import external_spec
 from orchestrator.contents import Stored
 from orchestrator.errors import Damaged
-from orchestrator.records import Box, Foreign, LeafSpec
+from orchestrator.records import Box, ExternalArray, LeafSpec
 from orchestrator.tree import numpy_dtype
 
 _ODD_CHUNK_BYTES = 64 << 20  # a chunk may be larger than its array, up to this
@@ -41,9 +41,9 @@ class External:
         on_bytes: Callable[[int], None],
     ) -> None:
         """Regions of an array into buffers of their shapes. Raises Damaged, MemoryError and what `result` raises."""
-        assert leaf.foreign is not None
-        self._check_item(leaf.foreign)
-        spec = foreign_spec(f"{self._directory}/{leaf.foreign.item}", leaf.foreign)
+        assert leaf.external is not None
+        self._check_item(leaf.external)
+        spec = external_spec(f"{self._directory}/{leaf.external.item}", leaf.external)
         array = self._result(leaf.label, ts.open(spec, open=True, read=True, context=self._context))
         self._check_form(leaf, array)
         for box, buffer in zip(boxes, buffers, strict=True):
@@ -62,16 +62,16 @@ class External:
             raise Damaged(f"{leaf.label}{list(array.shape)}: chunks of {chunk_bytes} bytes, more than the array has")
         reserve(chunk_bytes)
 
-    def _check_item(self, foreign: Foreign) -> None:
+    def _check_item(self, external: ExternalArray) -> None:
         """Whether the item's array store, on a file system, leads to files of this step only, as far as it can be told:
         TensorStore alone reads trees with compressed nodes. Once for each item."""
-        if not foreign.ocdbt or foreign.item in self._checked or self._stored is None:
+        if not external.ocdbt or external.item in self._checked or self._stored is None:
             return
-        self._checked.add(foreign.item)
+        self._checked.add(external.item)
         if not self._directory.startswith("file://"):
             return
-        stored = self._stored.below(foreign.item)
-        local = LocalStore(f"{self._directory.removeprefix('file://')}/{foreign.item}".rstrip("/"), stored)
+        stored = self._stored.below(external.item)
+        local = LocalStore(f"{self._directory.removeprefix('file://')}/{external.item}".rstrip("/"), stored)
         try:
             local.places()
         finally:

@@ -15,10 +15,10 @@ import tensorstore as ts
 
 from orchestrator import arguments, layout
 from orchestrator.arrays import orbax_json
-from orchestrator.arrays.store import context, foreign_spec
+from orchestrator.arrays.store import context, external_spec
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.jax_context import in_own_context
-from orchestrator.records import Foreign, LeafSpec
+from orchestrator.records import ExternalArray, LeafSpec
 from orchestrator.tree import inline_text
 
 _TIMEOUT_S = 600.0
@@ -41,7 +41,7 @@ def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
     texts = orbax_json.read(strings, dict[str, Any]) if strings.exists() else {}
     keys = _key_implementations(base)
     above = (item,) if item else ()
-    opened: list[tuple[tuple[str, ...], Foreign, str, Any]] = []
+    opened: list[tuple[tuple[str, ...], ExternalArray, str, Any]] = []
     leaves: list[LeafSpec] = []
     shared = context()
     paths = [entry.path for entry in metadata.tree_metadata.values()]
@@ -66,26 +66,26 @@ def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
                     "restore the step with Orbax and save it here"
                 )
             layout.check_key(name, f"{base}/_METADATA")
-            foreign = Foreign(item=item, driver=driver, ocdbt=ocdbt, name=name)
-            future = ts.open(foreign_spec(f"file://{base.absolute()}", foreign), open=True, read=True, context=shared)
-            opened.append((path, foreign, kind, future))
+            external = ExternalArray(item=item, driver=driver, ocdbt=ocdbt, name=name)
+            future = ts.open(external_spec(f"file://{base.absolute()}", external), open=True, read=True, context=shared)
+            opened.append((path, external, kind, future))
         else:
             raise UsageError(f"{base}: {name} is of Orbax's kind {kind!r}, which cannot be adopted")
-    for path, foreign, kind, future in opened:
-        array = _result(base, foreign, future)
+    for path, external, kind, future in opened:
+        array = _result(base, external, future)
         if kind == "scalar" and array.shape == ():
-            text_kind, text = inline_text(_result(base, foreign, array.read()).item())
+            text_kind, text = inline_text(_result(base, external, array.read()).item())
             leaves.append(LeafSpec(path=path, kind=text_kind, value=text))
         else:
-            leaves.append(_array_leaf(path, foreign, kind, array, keys.get(foreign.name), str(base)))
+            leaves.append(_array_leaf(path, external, kind, array, keys.get(external.name), str(base)))
     return leaves
 
 
-def _result(base: Path, foreign: Foreign, future: Any) -> Any:
+def _result(base: Path, external: ExternalArray, future: Any) -> Any:
     try:
         return future.result(timeout=_TIMEOUT_S)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise Damaged(f"{base}: {foreign.name} cannot be read: {error}") from error
+        raise Damaged(f"{base}: {external.name} cannot be read: {error}") from error
 
 
 def _key_implementations(base: Path) -> dict[str, str]:
@@ -101,14 +101,14 @@ def _key_implementations(base: Path) -> dict[str, str]:
 
 @in_own_context
 def _array_leaf(
-    path: tuple[str, ...], foreign: Foreign, kind: str, array: Any, key: str | None, where: str
+    path: tuple[str, ...], external: ExternalArray, kind: str, array: Any, key: str | None, where: str
 ) -> LeafSpec:
     shape, dtype = tuple(array.shape), str(array.dtype.name)
     if key:
         try:
             one = jax.eval_shape(lambda: jax.random.key(0, impl=key))
         except ValueError as error:
-            raise UsageError(f"{where}: {foreign.name} is a PRNG key of kind {key!r}: {error}") from error
+            raise UsageError(f"{where}: {external.name} is a PRNG key of kind {key!r}: {error}") from error
         data = jax.eval_shape(jax.random.key_data, one)
         return LeafSpec(
             path=path,
@@ -118,7 +118,7 @@ def _array_leaf(
             stored_shape=shape,
             stored_dtype=dtype,
             value=key,
-            foreign=foreign,
+            external=external,
         )
     named = "numpy" if kind == "np.ndarray" else "array"
-    return LeafSpec(path=path, kind=named, shape=shape, dtype=dtype, foreign=foreign)
+    return LeafSpec(path=path, kind=named, shape=shape, dtype=dtype, external=external)

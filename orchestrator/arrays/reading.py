@@ -253,7 +253,7 @@ class _Reader:
         return self._opened(files_spec).read(path, byte_range=slice(offset, offset + size))
 
     def fill(self, fillings: Sequence[BufferGroup], arena: Arena) -> None:
-        ours = [filling for filling in fillings if filling.leaf.foreign is None]
+        ours = [filling for filling in fillings if filling.leaf.external is None]
         for filling in fillings:
             count, dtype = len(filling.items), filling.dtype
             filling.buffers = filling.buffers or [arena.arrays(count, shape, dtype) for shape in filling.layout.shapes]
@@ -265,7 +265,7 @@ class _Reader:
             else:
                 self._fill_from_store(self._reads(left))
         for filling in fillings:
-            if filling.leaf.foreign is not None:
+            if filling.leaf.external is not None:
                 self._inspect()
                 for row, item in enumerate(filling.items):
                     buffers = [buffer[row, ...] for buffer in filling.buffers]

@@ -12,7 +12,7 @@ import tensorstore as ts
 from orchestrator import environment
 from orchestrator.errors import OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
-from orchestrator.records import Foreign
+from orchestrator.records import ExternalArray
 from orchestrator.storage.directory import alias, find, storage_error
 
 FAILURES = (ValueError, OSError, NotImplementedError)  # as which TensorStore's statuses arrive
@@ -53,13 +53,13 @@ def store_spec(base: str) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": files_spec(base), "cache_pool": "cache_pool#ocdbt"}
 
 
-def foreign_spec(directory: str, foreign: Foreign) -> dict[str, Any]:
+def external_spec(directory: str, external: ExternalArray) -> dict[str, Any]:
     """An array that Orbax has written; `directory`: URL of its item."""
-    if foreign.ocdbt:
-        store = {**store_spec(directory), "path": foreign.name + "/"}
+    if external.ocdbt:
+        store = {**store_spec(directory), "path": external.name + "/"}
     else:
-        store = files_spec(f"{directory.rstrip('/')}/{foreign.name}")
-    return {"driver": foreign.driver, "kvstore": store}
+        store = files_spec(f"{directory.rstrip('/')}/{external.name}")
+    return {"driver": external.driver, "kvstore": store}
 
 
 def inspect(base: str) -> None:
