@@ -172,7 +172,8 @@ def _hosts_there(job: LocalJob, history: supervise.History, wait: Callable[[floa
             return min(there, most)
         if time.monotonic() >= give_up:
             raise LaunchError(
-                f"--hosts_file {job.hosts_file}: {there} hosts after {job.wait_for_hosts_s:g} s, expected {least} or more"
+                f"--hosts_file {job.hosts_file}: {there} hosts after {job.wait_for_hosts_s:g} s, "
+                f"expected {least} or more"
             )
         if wait(0.2) is not None:
             return None
