@@ -11,9 +11,9 @@ from typing import Any
 from absl import flags
 
 from launch import contract
-from orchestrator.arguments import is_utf8
-from orchestrator.arguments import path as local_path
 from orchestrator.errors import UsageError
+from orchestrator.rules.arguments import is_utf8
+from orchestrator.rules.arguments import path as local_path
 from orchestrator.texts import printable
 
 EXIT_USAGE = 2

@@ -32,7 +32,7 @@ from launch import contract
 from launch.data import Loader, read_text
 from launch.model import Sizes, Transformer
 from launch.report import Line, Summary, state_digest
-from orchestrator.arguments import path as local_path
+from orchestrator.rules.arguments import path as local_path
 
 AXES = ("data", "model")
 FLAGS = flags.FLAGS

@@ -13,7 +13,6 @@ from orchestrator.last_words import install
 
 if TYPE_CHECKING:
     from orchestrator.agent import Agent
-    from orchestrator.cadence import Cadence
     from orchestrator.errors import (
         Damaged,
         Fenced,
@@ -40,10 +39,11 @@ if TYPE_CHECKING:
     from orchestrator.policy import at, auto, best, every, every_nth, every_seconds, last, within
     from orchestrator.reader import Run
     from orchestrator.restore import Restored
+    from orchestrator.rules.save_interval import Cadence
 
 _HOMES = {
     "agent": ("Agent",),
-    "cadence": ("Cadence",),
+    "rules.save_interval": ("Cadence",),
     "errors": (
         *("Damaged", "Fenced", "Mismatch", "NewerFormat", "NotARun", "NothingToRestore", "OrchestratorError"),
         *("OtherJob", "OutcomeUnknown", "SaveFailed", "StepNotFound", "StorageError", "UnsafeKey", "UnsupportedLeaf"),

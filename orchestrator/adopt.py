@@ -19,11 +19,12 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator import journal, json_words, layout, meeting, orbax_steps
+from orchestrator import meeting, orbax_steps
 from orchestrator.catalog import Catalog
-from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, UsageError
-from orchestrator.records import (
+from orchestrator.rules import journal, json_numbers, keys
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.records import (
     FORMAT,
     Extra,
     FileEntry,
@@ -138,8 +139,8 @@ class _Writer:
         self, catalog: Catalog, storage: PosixStorage, epoch: int, step: int, on_file: Callable[[str], None] | None
     ) -> None:
         self._catalog, self._storage, self._step, self._epoch = catalog, storage, step, epoch
-        self._attempt = layout.attempt_name(epoch, 1)
-        self._prefix = layout.attempt_prefix(step, self._attempt)
+        self._attempt = keys.attempt_name(epoch, 1)
+        self._prefix = keys.attempt_prefix(step, self._attempt)
         self._on_file = on_file or (lambda path: None)
 
     def check(self, found: orbax_steps.Found, where: str) -> None:
@@ -153,12 +154,12 @@ class _Writer:
     def write(self, found: orbax_steps.Found, reason: str) -> int:
         """Returns the attempt's bytes."""
         tree = TreeSpec(leaves=tuple(found.leaves))
-        self._create(layout.INTENT, self._intent(tree))
-        self._create(layout.EXTRA, self._extra(found))
+        self._create(keys.INTENT, self._intent(tree))
+        self._create(keys.EXTRA, self._extra(found))
         for index, states in found.iterators.items():
-            self._storage.create(self._prefix + layout.process_state_name(index), json.dumps(states).encode())
+            self._storage.create(self._prefix + keys.process_state_name(index), json.dumps(states).encode())
         for name, source in found.files.items():
-            self._storage.link(str(source.absolute()), self._prefix + layout.STATE + name)
+            self._storage.link(str(source.absolute()), self._prefix + keys.STATE + name)
         manifest = Manifest(
             **self._signed(),
             step=self._step,
@@ -169,14 +170,14 @@ class _Writer:
             seconds=({},),
             built_on=self._catalog.durable_version,
         )
-        body = self._create(layout.MANIFEST, manifest)
+        body = self._create(keys.MANIFEST, manifest)
         entry = LiveStep(
             step=self._step,
             attempt=self._attempt,
             manifest_crc32c=crc32c(body),
             tree=tree.fingerprint(),
             bytes=manifest.total_bytes + len(body),
-            stored_metrics=json_words.stored_all(found.metrics),
+            stored_metrics=json_numbers.stored_all(found.metrics),
             time=found.time,
         )
         self._catalog.append(partial(journal.commit, epoch=self._epoch, entry=entry, keep=None, reason=reason))
@@ -197,8 +198,8 @@ class _Writer:
             **self._signed(),
             step=self._step,
             timestamp=found.time,
-            stored_metrics=json_words.stored_all(found.metrics),
-            stored_extra={EXTRA: json_words.pack(told)},
+            stored_metrics=json_numbers.stored_all(found.metrics),
+            stored_extra={EXTRA: json_numbers.pack(told)},
         )
 
     def _intent(self, tree: TreeSpec) -> Intent:

@@ -16,9 +16,8 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, configuration, failpoints, garbage, heartbeat, last_words, leaving
+from orchestrator import failpoints, garbage, heartbeat, last_words, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
-from orchestrator.cadence import Cadence
 from orchestrator.catalog import Catalog
 from orchestrator.collect import Collector
 from orchestrator.coordinator import Coordinator, UserData
@@ -36,9 +35,11 @@ from orchestrator.opening import Opening, check_tree
 from orchestrator.options import Options
 from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
-from orchestrator.records import Json
 from orchestrator.rendezvous import Rendezvous, connect, listen
 from orchestrator.restore import RestoreArgs, Restored, restore_together
+from orchestrator.rules import arguments, configuration
+from orchestrator.rules.records import Json
+from orchestrator.rules.save_interval import Cadence
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage

@@ -16,13 +16,14 @@ from collections.abc import Callable
 import msgspec
 from absl import logging
 
-from orchestrator import heartbeat, holders, layout
+from orchestrator import heartbeat
 from orchestrator.arrays.planning import views
 from orchestrator.catalog import Catalog
-from orchestrator.codec import decode
 from orchestrator.errors import OrchestratorError, StorageError, UsageError, WaitTimeout
-from orchestrator.records import Held, Intent
 from orchestrator.rendezvous import Rendezvous
+from orchestrator.rules import holders, keys
+from orchestrator.rules.codec import decode
+from orchestrator.rules.records import Held, Intent
 from orchestrator.tree import Flat, Form
 
 _FORMS = 4  # remembered, as in `tree` and `planning`
@@ -100,13 +101,13 @@ class Agreement:
             time.sleep(pause_s)
             pause_s = min(_POLL_MAX_S, 1.5 * pause_s)
         raise WaitTimeout(
-            f"{layout.shown(step, attempt)}: process 0 ({me.hosts[0]}) did not say within {self._timeout_s:g} s who "
+            f"{keys.shown(step, attempt)}: process 0 ({me.hosts[0]}) did not say within {self._timeout_s:g} s who "
             "holds the leaves of the state; look at that host"
         )
 
     def _stored(self, step: int, attempt: str) -> tuple[Held, ...]:
         """From the attempt's intent, if a signal is lost."""
-        key = self._catalog.key(step, attempt, layout.INTENT)
+        key = self._catalog.key(step, attempt, keys.INTENT)
         try:
             body = self._catalog.storage.get(key)
             return decode(body, Intent, key, step=step, attempt=attempt).held if body else ()

@@ -15,11 +15,13 @@ from itertools import chain
 
 from absl import logging
 
-from orchestrator import failpoints, journal, layout
+from orchestrator import failpoints
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeKey
 from orchestrator.events import Collected, emit
-from orchestrator.records import RetiredAttempt
+from orchestrator.rules import journal
+from orchestrator.rules import keys as layout
+from orchestrator.rules.records import RetiredAttempt
 from orchestrator.storage.base import DeletesMany, Storage
 from orchestrator.texts import printable
 

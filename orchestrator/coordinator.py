@@ -15,17 +15,20 @@ from functools import partial
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import contents, failpoints, holders, journal, json_words, layout, overlap, policy, protocol
+from orchestrator import failpoints, overlap, policy
 from orchestrator.arrays import PendingWrite
-from orchestrator.attest import fingerprints
 from orchestrator.catalog import Catalog
-from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
 from orchestrator.events import HostLocalDiffers, emit
 from orchestrator.overlap import Begun
 from orchestrator.policy import KeepPolicy
-from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
-from orchestrator.records import (
+from orchestrator.rendezvous import Rendezvous
+from orchestrator.rules import attempt as protocol
+from orchestrator.rules import chunk_index, holders, journal, json_numbers, keys
+from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Finalize, Phase
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.fingerprints import fingerprints
+from orchestrator.rules.records import (
     FORMAT,
     Extra,
     Failure,
@@ -39,7 +42,6 @@ from orchestrator.records import (
     crc32c,
     file_entry,
 )
-from orchestrator.rendezvous import Rendezvous
 from orchestrator.storage.base import Exists
 from orchestrator.texts import printable
 
@@ -114,17 +116,17 @@ class Coordinator:
             write_id=self._catalog.stamp().write_id,
             step=intent.step,
             timestamp=user.timestamp,
-            stored_metrics=json_words.stored_all(user.metrics),
-            stored_extra={name: json_words.pack(value) for name, value in user.extra.items()},
+            stored_metrics=json_numbers.stored_all(user.metrics),
+            stored_extra={name: json_numbers.pack(value) for name, value in user.extra.items()},
         )
 
         def create_intent() -> FileEntry:
             failpoints.hit("intent.before")
-            written = self._create(intent, layout.INTENT, encode(intent))
+            written = self._create(intent, keys.INTENT, encode(intent))
             failpoints.hit("intent.after")
             return written
 
-        return tuple(overlap.together(create_intent, lambda: self._create(intent, layout.EXTRA, encode(extra))))
+        return tuple(overlap.together(create_intent, lambda: self._create(intent, keys.EXTRA, encode(extra))))
 
     def _tell_lack(self, step: int, metrics: dict[str, float]) -> None:
         """Once: that retention goes by a metric which a save does not have, such as a misspelt one."""
@@ -214,13 +216,13 @@ class Coordinator:
 
     def _stored(self, intent: Intent) -> dict[str, str]:
         """The processes whose receipts are in storage, as their signals would say. One listing, however many."""
-        prefix = layout.attempt_prefix(intent.step, intent.attempt) + layout.RECEIPTS
+        prefix = keys.attempt_prefix(intent.step, intent.attempt) + keys.RECEIPTS
         try:
             names = [entry.key for entry in self._catalog.storage.list(prefix)]
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s cannot be listed yet: %s", prefix, error)
             return {}
-        return {str(process): "" for name in names if (process := layout.receipt_of(name)) is not None}
+        return {str(process): "" for name in names if (process := keys.receipt_of(name)) is not None}
 
     def _read_receipts(self, intent: Intent, ready: list[tuple[int, str]]) -> Iterator[tuple[Receipt, ...]]:
         """What can be read, in batches, many at once: an object store takes as long for each as for all."""
@@ -321,12 +323,12 @@ class Coordinator:
         assert pending is not None  # its process's receipt is in
         intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
         self.stage_s = max(receipt.seconds.get("stage", 0.0) for receipt in receipts)
-        prefix = layout.attempt_prefix(intent.step, intent.attempt)
-        tree = {prefix + layout.STATE + file.path: file for file in pending.merge(contents.entries(receipts))}
+        prefix = keys.attempt_prefix(intent.step, intent.attempt)
+        tree = {prefix + keys.STATE + file.path: file for file in pending.merge(chunk_index.entries(receipts))}
         failpoints.hit("finalize.merged")
         # Receipts may have been read before the directory that names them was durable: with ours all of them are.
-        ours = prefix + layout.receipt_name(self._rendezvous.process)
-        known = {**tree, ours: self._files[layout.receipt_name(self._rendezvous.process)]}
+        ours = prefix + keys.receipt_name(self._rendezvous.process)
+        known = {**tree, ours: self._files[keys.receipt_name(self._rendezvous.process)]}
         sealed = [
             replace(entry, path=entry.path.removeprefix(prefix))
             for entry in self._catalog.storage.make_durable(known, known)
@@ -341,13 +343,13 @@ class Coordinator:
             files=tuple(sorted((*promised, *sealed[:-1], *self._files.values()), key=lambda entry: entry.path)),
             hosts=tuple(receipt.host for receipt in receipts),
             seconds=tuple(receipt.seconds for receipt in receipts),
-            chunks=contents.checksums(receipts),
+            chunks=chunk_index.checksums(receipts),
             fingerprints=fingerprints(intent, state.receipts),
             built_on=self._catalog.durable_version,
         )
         body = encode(manifest)
         failpoints.hit("manifest.before")
-        self._create(intent, layout.MANIFEST, body)
+        self._create(intent, keys.MANIFEST, body)
         failpoints.hit("manifest.after")
         return LiveStep(
             step=intent.step,
@@ -355,7 +357,7 @@ class Coordinator:
             manifest_crc32c=crc32c(body),
             tree=intent.tree.fingerprint(),
             bytes=manifest.total_bytes + len(body),
-            stored_metrics=json_words.stored_all(user.metrics),
+            stored_metrics=json_numbers.stored_all(user.metrics),
             time=user.timestamp,
         )
 

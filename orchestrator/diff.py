@@ -13,9 +13,9 @@ import numpy as np
 
 from orchestrator.arrays import ReadRequest
 from orchestrator.catalog import Catalog
-from orchestrator.forecast import leaf_bytes
-from orchestrator.plan import brief
-from orchestrator.records import LeafSpec, LiveStep
+from orchestrator.rules.matching import brief
+from orchestrator.rules.records import LeafSpec, LiveStep
+from orchestrator.rules.restore_cost import leaf_bytes
 from orchestrator.stored_step import StoredStep
 
 _BATCH_BYTES = 256 << 20

@@ -24,9 +24,9 @@ from typing import Any
 import msgspec
 from absl import logging
 
-from orchestrator import layout
 from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey
 from orchestrator.events import KINDS, EpochOpened, Event
+from orchestrator.rules import keys
 from orchestrator.storage.directory import Root, find
 
 VERSION = 1
@@ -83,7 +83,7 @@ def _sensible(name: str, value: object) -> bool:
         return -1 <= value <= _MOST.get(name, _NUMBER_MAX)
     if name == "attempt":
         try:
-            layout.parse_attempt(str(value))
+            keys.parse_attempt(str(value))
         except (UnsafeKey, ValueError):
             return False
     return not isinstance(value, str) or len(value) <= _TEXT_MAX

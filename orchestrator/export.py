@@ -24,11 +24,12 @@ from urllib.parse import quote
 
 import numpy as np
 
-from orchestrator import arguments, arrays, contents, layout
+from orchestrator import arrays
 from orchestrator.catalog import Catalog
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.forecast import leaf_bytes
-from orchestrator.records import Box, LeafSpec, LiveStep, Manifest, TreeSpec
+from orchestrator.rules import arguments, chunk_index, keys
+from orchestrator.rules.records import Box, LeafSpec, LiveStep, Manifest, TreeSpec
+from orchestrator.rules.restore_cost import leaf_bytes
 from orchestrator.stored_step import StoredStep
 from orchestrator.tree import numpy_dtype
 
@@ -200,8 +201,8 @@ def _orbax(source: Source, folder: str) -> int:
         raise UsageError(f"step {source.live.step} was adopted: it is an Orbax checkpoint already, where it was")
     written = 0
     for entry in source.manifest.files:
-        if entry.path.startswith(layout.STATE):
-            name = layout.check_key(entry.path, source.catalog.url).removeprefix(layout.STATE)
+        if entry.path.startswith(keys.STATE):
+            name = keys.check_key(entry.path, source.catalog.url).removeprefix(keys.STATE)
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             body = source.catalog.checked(source.live, entry)  # whole in memory: Orbax's files are of 64 MiB or so
@@ -209,7 +210,7 @@ def _orbax(source: Source, folder: str) -> int:
             with open(target, "xb") as file:
                 written += file.write(body)
     # A large file's checksum does not tell it from another save's (records.FileEntry); those of its chunks do.
-    bad = arrays.check(f"file://{folder}/", contents.stored(source.manifest))
+    bad = arrays.check(f"file://{folder}/", chunk_index.stored(source.manifest))
     if bad:
         StoredStep(source.catalog, source.live).judge([], sorted(bad))
         raise StorageError(f"{folder}: {len(bad)} chunks are not what was copied there: {min(bad.values())}")

@@ -24,13 +24,13 @@ from functools import partial
 import jax
 from absl import logging
 
-from orchestrator import configuration, layout
 from orchestrator.catalog import Catalog
-from orchestrator.configuration import Settings, who
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.records import Head, Json
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import as_error
+from orchestrator.rules import configuration, keys
+from orchestrator.rules.configuration import Settings, who
+from orchestrator.rules.records import Head, Json
 from orchestrator.storage.base import refresh
 from orchestrator.texts import printable
 
@@ -127,7 +127,7 @@ def _find_out(
 
 
 def _has_entry(catalog: Catalog, version: int, write_id: str) -> bool:
-    key = layout.journal_key(version)
+    key = keys.journal_key(version)
     return has(catalog, key) and catalog.entry(version).write_id == write_id
 
 
@@ -135,7 +135,7 @@ def mark(catalog: Catalog) -> str:
     """Create an object among the attempts: whether this process may save here at all. The journal needs no probe, as
     opening an epoch is one create in it. Returns its key, for other hosts to look for; what a crash leaves of it is an
     object of a few bytes that nobody takes for part of a run. Raises StorageError; nothing is left behind then."""
-    key = f"{layout.STEPS}.probe-{uuid.uuid4().hex}"
+    key = f"{keys.STEPS}.probe-{uuid.uuid4().hex}"
     catalog.storage.create(key, catalog.writer.encode(errors="replace"))
     return key
 

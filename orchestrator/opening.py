@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from orchestrator import failpoints, journal, meeting, overlap, plan
+from orchestrator import failpoints, meeting, overlap
 from orchestrator.adopt import unadopted
 from orchestrator.catalog import Catalog
-from orchestrator.configuration import who
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
-from orchestrator.journal import Compared, Overtaken
 from orchestrator.overlap import Begun
-from orchestrator.records import Head, Json
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import agree, as_error
+from orchestrator.rules import journal, matching
+from orchestrator.rules.configuration import who
+from orchestrator.rules.journal import Compared, Overtaken
+from orchestrator.rules.records import Head, Json
 from orchestrator.tree import Flat
 
 _TRIES = 10  # somebody else commits to the run between comparing and opening
@@ -200,7 +201,7 @@ def check_tree(catalog: Catalog, head: Head | None, flat: Flat) -> None:
         return
     lines: list[str] = []
     try:
-        lines = plan.tree_differences(catalog.intent(newest, catalog.manifest(newest)).tree, flat.spec)
+        lines = matching.tree_differences(catalog.intent(newest, catalog.manifest(newest)).tree, flat.spec)
     except (StorageError, Damaged, Suspect, NewerFormat) as error:  # that they differ, the journal says
         lines = [f"how they differ cannot be read: {error}"]
     detail = "\n".join(f"  {line}" for line in lines or ["their trees differ"])

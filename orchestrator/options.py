@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator import arguments
+from orchestrator.rules import arguments
 
 
 @dataclass(frozen=True)

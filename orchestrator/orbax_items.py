@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from orchestrator import arguments, plan
 from orchestrator.adopt import EXTRA
 from orchestrator.arrays import orbax_json
 from orchestrator.errors import Mismatch, UsageError
 from orchestrator.jax_context import in_own_context
 from orchestrator.orbax_steps import DEFAULT
-from orchestrator.records import Json, LeafSpec, TreeSpec
+from orchestrator.rules import arguments, matching
+from orchestrator.rules.records import Json, LeafSpec, TreeSpec
 from orchestrator.tree import inline_value, numpy_dtype, targets, tree_path
 
 # Class of the args, or of the handler that item_handlers names -> what it is.
@@ -205,7 +205,7 @@ class Saved:
         leaves, lists = self._below(name)
         like = target(args, name, leaves, lists)
         partial = bool(getattr(args, "partial_restore", False))
-        plan.match(TreeSpec(leaves=tuple(leaves)), targets(like)[0], partial=partial, cast=True, where=where)
+        matching.match(TreeSpec(leaves=tuple(leaves)), targets(like)[0], partial=partial, cast=True, where=where)
         return like
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, configuration, journal, orbax_items, orbax_options, policy
+from orchestrator import orbax_items, orbax_options, policy
 from orchestrator.adopt import EXTRA, unadopted
 from orchestrator.agent import Agent
 from orchestrator.arrays import orbax
@@ -26,9 +26,10 @@ from orchestrator.meeting import meet
 from orchestrator.orbax_items import Saved
 from orchestrator.orbax_options import Info
 from orchestrator.orbax_steps import DEFAULT
-from orchestrator.records import Head, Json, LiveStep
 from orchestrator.rendezvous import connect
 from orchestrator.restore import RestoreArgs, agree, restore_together
+from orchestrator.rules import arguments, configuration, journal
+from orchestrator.rules.records import Head, Json, LiveStep
 from orchestrator.storage import open_storage
 from orchestrator.storage.base import Storage
 from orchestrator.storage.read_only import ReadOnlyStorage

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator import arguments, arrays, layout
+from orchestrator import arrays
 from orchestrator.arrays import orbax_json
 from orchestrator.errors import Damaged, StorageError, UsageError
-from orchestrator.records import Json, LeafSpec
+from orchestrator.rules import arguments, keys
+from orchestrator.rules.records import Json, LeafSpec
 from orchestrator.storage.base import Reads
 
 DEFAULT = "default"  # Orbax's name for a single, unnamed item
@@ -166,7 +167,7 @@ def _look_at_item(found: Found, name: str, directory: Path) -> None:
         item = "" if found.single else name
         found.leaves += arrays.describe(directory, item)
         for relative, each in files.items():
-            key = layout.check_key(f"{item}/{relative}" if item else relative, str(directory))
+            key = keys.check_key(f"{item}/{relative}" if item else relative, str(directory))
             if not arguments.is_utf8(key):
                 raise Damaged(f"{directory}: {relative!r} is not UTF-8")
             found.files[key] = each

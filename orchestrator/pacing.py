@@ -8,13 +8,13 @@ from collections import deque
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import cadence
-from orchestrator.cadence import Cadence, Costs
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, OrchestratorError
 from orchestrator.events import CadenceChosen, emit
 from orchestrator.policy import Adaptive
-from orchestrator.records import Head
+from orchestrator.rules import save_interval
+from orchestrator.rules.records import Head
+from orchestrator.rules.save_interval import Cadence, Costs
 
 _LOOK_STEPS_MAX = 64  # between two questions to process 0, however far the next save is
 _SAVES = 5  # whose median counts: the first one of a process warms up
@@ -42,7 +42,7 @@ class Pacing:
         if not self._durable_s:
             return None
         running_s = time.monotonic() - self._started
-        return cadence.costs(self._history, self._blocked_s, self._durable_s, running_s)
+        return save_interval.costs(self._history, self._blocked_s, self._durable_s, running_s)
 
     def informed(self, policy: Adaptive) -> Adaptive:
         costs = self.costs
@@ -84,7 +84,7 @@ class Looks:
         return step + stride
 
 
-def _history(catalog: Catalog) -> cadence.History:
+def _history(catalog: Catalog) -> save_interval.History:
     def entry(version: int) -> Head:
         try:
             return catalog.entry(version)
@@ -93,7 +93,7 @@ def _history(catalog: Catalog) -> cadence.History:
 
     try:
         head = catalog.require_head()
-        return cadence.history(cadence.borders(head, entry))
+        return save_interval.history(save_interval.borders(head, entry))
     except OrchestratorError as error:  # a cadence is no reason not to train
         logging.warning("the run's history cannot be read, taken to be new: %s", error)
-        return cadence.History()
+        return save_interval.History()

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
-from orchestrator import arguments
-from orchestrator.cadence import Cadence, Costs, choose
+from orchestrator.rules import arguments
+from orchestrator.rules.save_interval import Cadence, Costs, choose
 
 
 class SavePolicy(Protocol):

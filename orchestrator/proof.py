@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from orchestrator import attest
 from orchestrator.arrays import fingerprint
-from orchestrator.records import Json, LeafSpec
+from orchestrator.rules import fingerprints
+from orchestrator.rules.records import Json, LeafSpec
 
 _WHY = "every checksum was right, so it was put in the wrong place, or changed on its way to the devices"
 
@@ -32,7 +32,7 @@ class Proof:
 
     def told(self) -> Json:
         """One number for each replica: what the processes exchange."""
-        return {str(replica): attest.condensed(share) for replica, share in self.shares.items()}
+        return {str(replica): fingerprints.condensed(share) for replica, share in self.shares.items()}
 
     def details(self) -> Json:
         return {str(replica): dict(share) for replica, share in self.shares.items()}
@@ -40,7 +40,8 @@ class Proof:
     def holds(self, told: Sequence[Json]) -> bool:
         """Whether what all processes have `told` adds up to what was saved."""
         return all(
-            attest.total(one[str(replica)] for one in told if str(replica) in one) == attest.condensed(saved)
+            fingerprints.total(one[str(replica)] for one in told if str(replica) in one)
+            == fingerprints.condensed(saved)
             for replica, saved in self.wanted.items()
         )
 
@@ -50,7 +51,11 @@ class Proof:
             (name, _line(name, total, saved[name], f"replica {replica} over all processes"))
             for replica, saved in self.wanted.items()
             for name in saved
-            if (total := attest.total(one.get(str(replica), {}).get(name, attest.NOTHING) for one in details))
+            if (
+                total := fingerprints.total(
+                    one.get(str(replica), {}).get(name, fingerprints.NOTHING) for one in details
+                )
+            )
             != saved[name]
         ]
 
@@ -67,7 +72,7 @@ def prove(restored: Iterable[tuple[LeafSpec, Any]], saved: Mapping[str, str]) ->
         by_replica: dict[int, list[str]] = {}
         for part, told in found.get(leaf.name, ()):
             by_replica.setdefault(part.replica, []).append(told)
-        sums = {replica: attest.total(prints) for replica, prints in by_replica.items()}
+        sums = {replica: fingerprints.total(prints) for replica, prints in by_replica.items()}
         if not isinstance(value, jax.Array) or _is_of_one_process(value):
             for replica, total in sums.items():
                 if total != saved[leaf.name]:

@@ -37,7 +37,7 @@ from jax.experimental import multihost_utils
 from orchestrator import last_words, sigterm
 from orchestrator.errors import WaitTimeout
 from orchestrator.jax_context import in_own_context
-from orchestrator.records import Json
+from orchestrator.rules.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
 _FIRST_BYTES = 252  # of a message; most are shorter

@@ -12,10 +12,9 @@ import jax
 import msgspec
 from absl import logging
 
-from orchestrator import arguments, arrays, errors, failpoints, garbage, heartbeat, journal, layout, overlap, plan
+from orchestrator import arrays, errors, failpoints, garbage, heartbeat, overlap
 from orchestrator.arrays import ReadRequest
 from orchestrator.catalog import Catalog
-from orchestrator.codec import decode, encode
 from orchestrator.errors import (
     Damaged,
     Mismatch,
@@ -33,8 +32,10 @@ from orchestrator.events import Restored as RestoredEvent
 from orchestrator.events import SteppedDown, emit
 from orchestrator.overlap import Begun
 from orchestrator.proof import Proof, prove
-from orchestrator.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.rendezvous import Rendezvous
+from orchestrator.rules import arguments, journal, keys, matching
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.stored_step import StoredStep
 from orchestrator.tree import targets
 
@@ -110,7 +111,7 @@ class Plan:
         failpoints.hit("restore.read")
         stored, live = self.stored, self.stored.live
         if any(one.leaf.external for one in self.loads):  # their chunks have no checksum in the manifest
-            stored.catalog.check_files(live, stored.manifest, layout.STATE, self.share)
+            stored.catalog.check_files(live, stored.manifest, keys.STATE, self.share)
         states = overlap.begin(partial(stored.catalog.process_states, live, stored.manifest))
         read = load(stored, self.loads)
         state = self.build(read)
@@ -137,7 +138,7 @@ def fit(stored: StoredStep, like: Any, args: RestoreArgs) -> Plan:
         return Plan(stored, loads, partial(_nested, saved.leaves), known, args.share)
     with garbage.paused():
         wanted, leaves, treedef = targets(like)
-        chosen = plan.match(saved, wanted, partial=args.partial, cast=args.cast, where=stored.where)
+        chosen = matching.match(saved, wanted, partial=args.partial, cast=args.cast, where=stored.where)
         shardings = arrays.shardings_of([leaf.label for leaf in wanted], leaves, stored.where)
         each = list(zip(chosen, leaves, shardings, strict=True))
         loads = [_load(leaf, target, sharding, args) for leaf, target, sharding in each if leaf is not None]
@@ -393,7 +394,7 @@ class _Together:
 
     def _pass(self, live: LiveStep, reason: str) -> None:
         if self._never_down:
-            shown = layout.shown(live.step, live.attempt)
+            shown = keys.shown(live.step, live.attempt)
             raise Damaged(f"{self._catalog.url} {shown} cannot be restored: {reason}")
         emit(SteppedDown(live.step, live.attempt, reason))
         self.passed[live.step, live.attempt] = reason
@@ -416,7 +417,7 @@ def _note_restored(catalog: Catalog, live: LiveStep, early: Begun[Head | None] |
     try:
         catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="restored"), early)
     except OrchestratorError as error:
-        logging.warning("%s: could not be journalled as restored: %s", layout.shown(live.step, live.attempt), error)
+        logging.warning("%s: could not be journalled as restored: %s", keys.shown(live.step, live.attempt), error)
 
 
 def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:

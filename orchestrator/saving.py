@@ -20,11 +20,10 @@ import jax
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import arrays, failpoints, journal, layout, overlap
+from orchestrator import arrays, failpoints, overlap
 from orchestrator.agreeing import Agreement
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
-from orchestrator.codec import encode
 from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, run_prefix, signal_prefix
 from orchestrator.errors import (
     Fenced,
@@ -38,9 +37,12 @@ from orchestrator.errors import (
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.overlap import Begun
-from orchestrator.protocol import Phase, cause_of
-from orchestrator.records import FORMAT, Failure, FileEntry, Intent, Receipt
 from orchestrator.rendezvous import Rendezvous
+from orchestrator.rules import journal
+from orchestrator.rules import keys as layout
+from orchestrator.rules.attempt import Phase, cause_of
+from orchestrator.rules.codec import encode
+from orchestrator.rules.records import FORMAT, Failure, FileEntry, Intent, Receipt
 from orchestrator.storage.base import Exists, check_root
 from orchestrator.tree import Flat
 

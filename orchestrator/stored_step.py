@@ -15,15 +15,17 @@ from typing import Any, TypeVar
 
 import crc32c
 
-from orchestrator import arrays, contents, layout, overlap
+from orchestrator import arrays, overlap
 from orchestrator.arrays import ReadRequest, fingerprint
 from orchestrator.catalog import READS, Catalog
-from orchestrator.chunks import CHECKSUM_BYTES
-from orchestrator.contents import Chunk
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
 from orchestrator.overlap import Begun
-from orchestrator.records import Box, Extra, Intent, LeafSpec, LiveStep, Manifest
+from orchestrator.rules import chunk_index
+from orchestrator.rules import keys as layout
+from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules.records import Box, Extra, Intent, LeafSpec, LiveStep, Manifest
+from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 
 _PAUSE_S = 0.5  # before what could not be read is read again
 _SLAB_BYTES = 64 << 20  # of an array that is read to be compared
@@ -86,14 +88,14 @@ class StoredStep:
         reader: Callable[..., list[Any]] = arrays.load,
     ) -> list[Any]:
         """As `arrays.load`, of this step."""
-        return self._again(lambda: reader(self.state_url, list(loads), on_bytes, contents.stored(self.manifest)))
+        return self._again(lambda: reader(self.state_url, list(loads), on_bytes, chunk_index.stored(self.manifest)))
 
     def slabs(
         self, leaves: Iterable[LeafSpec], slab_bytes: int, on_bytes: OnBytes | None = None
     ) -> Iterator[tuple[LeafSpec, Box, Any]]:
         """As `arrays.slabs`, of this step. What is read wrongly is judged, but not read again."""
         try:
-            yield from arrays.slabs(self.state_url, leaves, slab_bytes, on_bytes, contents.stored(self.manifest))
+            yield from arrays.slabs(self.state_url, leaves, slab_bytes, on_bytes, chunk_index.stored(self.manifest))
         except Suspect as suspect:
             self._judge(suspect)
             raise self._not_damaged(suspect, 1) from suspect
@@ -103,7 +105,7 @@ class StoredStep:
     ) -> Mapping[str, str]:
         """Read these chunks, of these sizes where they are known. By key: what is wrong with each that is proven not to
         be what was saved."""
-        stored = contents.stored(self.manifest)
+        stored = chunk_index.stored(self.manifest)
         suspects = self._again(lambda: arrays.check(self.state_url, stored, on_bytes, sizes))
         if not suspects:
             return {}
@@ -222,4 +224,4 @@ class StoredStep:
     @cached_property
     def _chunks(self) -> Mapping[str, Chunk]:
         """Key -> chunk or place, as the processes signed them."""
-        return contents.entries(self.catalog.stored_receipts(self.live, self.listed))
+        return chunk_index.entries(self.catalog.stored_receipts(self.live, self.listed))

@@ -12,12 +12,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from orchestrator import evidence, journal, layout, overlap
-from orchestrator.codec import AnyRecord
+from orchestrator import overlap
 from orchestrator.errors import Damaged, JournalLost, NewerFormat, Suspect
-from orchestrator.journal import AttemptId, Found
 from orchestrator.overlap import Begun
-from orchestrator.records import Head, Intent, Manifest
+from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules.codec import AnyRecord
+from orchestrator.rules.journal import AttemptId, Found
+from orchestrator.rules.records import Head, Intent, Manifest
 from orchestrator.storage.base import Storage
 
 _RACE_VERSIONS = 16  # a listing may miss so many of the newest entries while others are being created
@@ -76,15 +77,15 @@ def missing(catalog: Stored, head: Head | None, marker: int, early: Begun[list[i
 
 
 def _exists(catalog: Stored, version: int) -> bool:
-    return catalog.storage.get(layout.journal_key(version)) is not None
+    return catalog.storage.get(keys.journal_key(version)) is not None
 
 
 def built_on(catalog: Stored, attempt: AttemptId, whole: bool) -> int:
     """The version of the head that an attempt builds on, by its own records; -1 if they do not tell. Raises
     StorageError: then nothing is known."""
-    readers: list[Callable[[], Manifest | Intent | None]] = [lambda: catalog.record(*attempt, layout.INTENT, Intent)]
+    readers: list[Callable[[], Manifest | Intent | None]] = [lambda: catalog.record(*attempt, keys.INTENT, Intent)]
     if whole:
-        readers.insert(0, lambda: catalog.record(*attempt, layout.MANIFEST, Manifest))
+        readers.insert(0, lambda: catalog.record(*attempt, keys.MANIFEST, Manifest))
     for read in readers:
         try:
             if record := read():

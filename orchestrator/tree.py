@@ -22,12 +22,12 @@ import ml_dtypes
 import numpy as np
 from msgspec import structs
 
-from orchestrator import chunks, validate
-from orchestrator.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.errors import Damaged, UnsupportedLeaf, UsageError
 from orchestrator.jax_context import in_own_context
-from orchestrator.plan import TargetLeaf
-from orchestrator.records import LeafSpec, TreeSpec
+from orchestrator.rules import validate, zarr_chunks
+from orchestrator.rules.dtypes import ITEM_BYTES, STORED_AS
+from orchestrator.rules.matching import TargetLeaf
+from orchestrator.rules.records import LeafSpec, TreeSpec
 
 STORABLE = frozenset(ITEM_BYTES)
 
@@ -245,7 +245,7 @@ def _describe(path: tuple[str, ...], value: Any, *, check_live: bool = True) -> 
             )
         if isinstance(value, np.ma.MaskedArray):
             raise UnsupportedLeaf(f"{label}: a masked array would lose its mask; save `data` and `mask` as two leaves")
-        chunk = chunks.chunk_shape(value.shape, value.dtype.itemsize) if value.size else None
+        chunk = zarr_chunks.chunk_shape(value.shape, value.dtype.itemsize) if value.size else None
         return LeafSpec(
             path=path, kind=kind, shape=value.shape, dtype=value.dtype.name, stored_dtype=stored, chunk=chunk
         )
@@ -320,7 +320,7 @@ def _chunk(
     if 0 in shape:
         return None
     shard = sharding.shard_shape(shape)
-    return chunks.chunk_shape((*shard, *stored_shape[len(shard) :]), item_bytes)
+    return zarr_chunks.chunk_shape((*shard, *stored_shape[len(shard) :]), item_bytes)
 
 
 def inline_text(value: bool | int | float | complex) -> tuple[str, str]:

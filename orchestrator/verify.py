@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from orchestrator import attest, chunks, contents, journal, layout
 from orchestrator.arrays import ReadRequest
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, OrchestratorError, StepRetired
-from orchestrator.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
+from orchestrator.rules import chunk_index, fingerprints, journal, zarr_chunks
+from orchestrator.rules import keys as layout
+from orchestrator.rules.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
 from orchestrator.stored_step import StoredStep
 
 _THREADS = 4  # each holds one file in memory
@@ -149,7 +150,7 @@ def _read_records(stored: StoredStep, manifest: Manifest, verdict: Verdict, *, d
     except OrchestratorError as error:
         verdict.note(error)
         return {}
-    sizes = contents.sizes(leaves)
+    sizes = chunk_index.sizes(leaves)
     missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
     if missing:
         key = catalog.key(live.step, live.attempt, layout.MANIFEST)
@@ -190,5 +191,5 @@ def _regions(leaf: LeafSpec, keys: set[str]) -> dict[str, str]:
     if not leaf.in_store or leaf.chunk is None:
         return {}
     whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
-    boxes = ((chunks.key(leaf.name, box, leaf.chunk), box) for box in chunks.cut(whole, leaf.chunk))
-    return {key: leaf.label + attest.shown(box) for key, box in boxes if key in keys}
+    boxes = ((zarr_chunks.key(leaf.name, box, leaf.chunk), box) for box in zarr_chunks.cut(whole, leaf.chunk))
+    return {key: leaf.label + fingerprints.shown(box) for key, box in boxes if key in keys}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from orchestrator.errors import StorageError
-from orchestrator.records import FileEntry
+from orchestrator.rules.records import FileEntry
 from orchestrator.storage import Created, Entry, Exists, Storage
 
 Hook = Callable[[str, str], None]

@@ -8,13 +8,13 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from orchestrator import holders
 from orchestrator.agreeing import Agreement
 from orchestrator.catalog import Catalog
-from orchestrator.codec import encode
 from orchestrator.errors import UsageError, WaitTimeout
-from orchestrator.layout import INTENT
-from orchestrator.records import Held, Json
+from orchestrator.rules import holders
+from orchestrator.rules.codec import encode
+from orchestrator.rules.keys import INTENT
+from orchestrator.rules.records import Held, Json
 from orchestrator.storage import MemoryStorage
 from orchestrator.tree import flatten
 

@@ -19,8 +19,8 @@ from jax._src.lib import _jax
 from runs import fill, now, state
 
 import orchestrator as oc
-from orchestrator import arguments
 from orchestrator.events import SaveStarted
+from orchestrator.rules import arguments
 
 
 class Number(enum.IntEnum):

@@ -15,9 +15,9 @@ from conftest import snapshot
 
 import orchestrator as oc
 from orchestrator.catalog import Catalog
-from orchestrator.codec import decode, encode
 from orchestrator.collect import collect
-from orchestrator.records import FileEntry, Head, crc32c
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.records import FileEntry, Head, crc32c
 from orchestrator.storage import PosixStorage
 
 LIKE = {"w": jnp.zeros(4)}

@@ -15,7 +15,7 @@ from conftest import snapshot
 
 import orchestrator as oc
 from orchestrator.cli.main import COMMANDS, main
-from orchestrator.layout import journal_key
+from orchestrator.rules.keys import journal_key
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def no_run(root: Path) -> None:
 
 
 def newer_format(root: Path) -> None:
-    from orchestrator.records import crc32c
+    from orchestrator.rules.records import crc32c
 
     path = root / journal_key(3)
     body = path.read_bytes().replace(b'"format":1', b'"format":9')[:-22]

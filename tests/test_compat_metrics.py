@@ -13,9 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import orchestrator as oc
-from orchestrator import compat, journal, orbax_options
+from orchestrator import compat, orbax_options
 from orchestrator.arrays import orbax
 from orchestrator.catalog import Catalog
+from orchestrator.rules import journal
 from orchestrator.storage import open_storage
 
 NAN, INF = math.nan, math.inf

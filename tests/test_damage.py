@@ -16,14 +16,15 @@ from fakes import HookedStorage
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, compat, contents, errors, layout
+from orchestrator import arrays, compat, errors
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
-from orchestrator.contents import Stored
 from orchestrator.reader import Run
-from orchestrator.records import LeafSpec
+from orchestrator.rules import chunk_index, keys
+from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.records import LeafSpec
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
 
@@ -302,14 +303,14 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     catalog = Catalog(PosixStorage(str(root)), "test")
     one, two = catalog.find(1), catalog.find(2)
     assert one is not None and two is not None
-    directory = f"{catalog.url}/{layout.attempt_prefix(1, one.attempt)}{layout.STATE}"
+    directory = f"{catalog.url}/{keys.attempt_prefix(1, one.attempt)}{keys.STATE}"
     own, other = catalog.manifest(one), catalog.manifest(two)
-    assert arrays.check(directory, contents.stored(own)) == {}
-    others = Stored(other.chunks, contents.stored(own).files)
+    assert arrays.check(directory, chunk_index.stored(own)) == {}
+    others = Stored(other.chunks, chunk_index.stored(own).files)
     (said,) = arrays.check(directory, others).values()
     assert "belongs to another save" in said
     leaves = [arrays.ReadRequest(leaf) for leaf in catalog.intent(one, own).tree.leaves]
-    assert len(arrays.load(directory, leaves, None, contents.stored(own))) == 1
+    assert len(arrays.load(directory, leaves, None, chunk_index.stored(own))) == 1
     with pytest.raises(errors.Suspect, match=r"w: chunk w/c/0/0 .* belongs to another save"):
         arrays.load(directory, leaves, None, others)
 

@@ -22,9 +22,10 @@ from rich.console import Console
 from runs import catalog_of, fill, now
 
 import orchestrator as oc
-from orchestrator import eventlog, events, journal, protocol
+from orchestrator import eventlog, events
 from orchestrator.cli import main, report, watch
 from orchestrator.eventlog import EventLog, Line, Tail, decode, encode, read
+from orchestrator.rules import attempt, journal
 from orchestrator.story import Story
 
 DOCS = Path(__file__).parent.parent / "docs" / "reference" / "events.md"
@@ -50,7 +51,7 @@ def test_the_page_names_every_event_with_its_fields_and_every_phase_and_cause() 
     text = DOCS.read_text()
     rows = {row[0]: re.findall(r"`(\w+)`", row[1]) for row in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.M)}
     assert rows == {name: [field.name for field in fields(kind)] for name, kind in events.KINDS.items()}
-    causes = {cause for _, cause in protocol._CAUSES} | {"failed", "hung"}
+    causes = {cause for _, cause in attempt._CAUSES} | {"failed", "hung"}
     assert {word for word in (*events.PHASES, *causes) if f"`{word}`" not in text} == set()
 
 

@@ -25,7 +25,7 @@ from gcs import BUCKET, emulator, faults, new_root
 from launch.gcs_emulator.process import EmulatorProcess
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UsageError
 from orchestrator.events import Event, Retried, subscribe
-from orchestrator.records import FileEntry, crc32c
+from orchestrator.rules.records import FileEntry, crc32c
 from orchestrator.storage import Created, Exists, open_storage
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_client import Budget, Client

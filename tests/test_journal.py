@@ -10,11 +10,12 @@ from builders import head, live, stamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import journal, layout, policy
-from orchestrator.codec import encode
+from orchestrator import policy
 from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
-from orchestrator.journal import Compared, FencedBy, Found, Next, Overtaken, Rejected
-from orchestrator.records import Failure, Head, LiveStep, Quarantine, RetiredAttempt
+from orchestrator.rules import journal, keys
+from orchestrator.rules.codec import encode
+from orchestrator.rules.journal import Compared, FencedBy, Found, Next, Overtaken, Rejected
+from orchestrator.rules.records import Failure, Head, LiveStep, Quarantine, RetiredAttempt
 
 
 def changed(following: Next) -> Head:
@@ -578,12 +579,12 @@ def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
     elif name == "start":
         epoch = max(1, now.epoch - other % 3)  # an incarnation of an older epoch may still be at work
         number = world.numbers[epoch, which] = world.numbers.get((epoch, which), 0) + 1
-        world.data.add((which, layout.attempt_name(epoch, number)))
-        world.undecided.append((which, layout.attempt_name(epoch, number)))
+        world.data.add((which, keys.attempt_name(epoch, number)))
+        world.undecided.append((which, keys.attempt_name(epoch, number)))
     elif name in ("commit", "abort") and world.undecided:
         decide(world, now, name, world.undecided.pop(which % len(world.undecided)), keep)
     elif name == "again" and which in entries:  # the reply to the commit was lost
-        epoch = layout.parse_attempt(entries[which])[0]
+        epoch = keys.parse_attempt(entries[which])[0]
         again = journal.commit(now, stamp(), epoch=epoch, entry=live(which, entries[which]), keep=keep)
         assert again is None or isinstance(again, FencedBy)
     elif name == "retire" and keep is not None:
@@ -602,7 +603,7 @@ def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
 
 def decide(world: World, now: Head, name: str, attempt: Attempt, keep: Any) -> None:
     step, called = attempt
-    epoch = layout.parse_attempt(called)[0]
+    epoch = keys.parse_attempt(called)[0]
     if name == "commit":
         entry = live(step, called, metrics={"loss": float(step)})
         following = journal.commit(now, stamp(), epoch=epoch, entry=entry, keep=keep)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orchestrator import holders
 from orchestrator.arrays import own_copies
 from orchestrator.arrays.own_copies import EACH_SAVE_BYTES, Turns
 from orchestrator.arrays.planning import Plan, plan_of
-from orchestrator.records import Held
+from orchestrator.rules import holders
+from orchestrator.rules.records import Held
 from orchestrator.tree import flatten
 
 

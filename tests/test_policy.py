@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
-from orchestrator.json_words import stored
 from orchestrator.policy import (
     METRICS_BYTES_MAX,
     METRICS_MAX,
@@ -27,6 +26,7 @@ from orchestrator.policy import (
     needed,
     within,
 )
+from orchestrator.rules.json_numbers import stored
 
 NAN = float("nan")
 

@@ -10,7 +10,7 @@ from builders import box, intent, leaf, receipt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.protocol import (
+from orchestrator.rules.attempt import (
     TERMINAL,
     Announce,
     AppendAbort,
@@ -27,7 +27,7 @@ from orchestrator.protocol import (
     advance,
     uncovered,
 )
-from orchestrator.records import Box, Failure, Receipt
+from orchestrator.rules.records import Box, Failure, Receipt
 
 NO = Failure(process=0, host="host-0", phase="write", cause="OSError: ENOSPC")
 YES = ReceiptRead(receipt(boxes={"w": (box((0, 4)),)}))

@@ -14,11 +14,11 @@ from builders import box, head, intent, leaf, live, receipt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, NewerFormat
-from orchestrator.json_words import stored, stored_all
-from orchestrator.layout import attempt_name
-from orchestrator.records import (
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.json_numbers import stored, stored_all
+from orchestrator.rules.keys import attempt_name
+from orchestrator.rules.records import (
     Box,
     Event,
     Extra,

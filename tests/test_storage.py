@@ -29,11 +29,11 @@ from gcs import new_root
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import journal
 from orchestrator.catalog import Catalog
-from orchestrator.codec import encode
 from orchestrator.errors import StorageError, Unavailable, UnsafeKey, UsageError
-from orchestrator.records import FileEntry, crc32c
+from orchestrator.rules import journal
+from orchestrator.rules.codec import encode
+from orchestrator.rules.records import FileEntry, crc32c
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
 
 STORES: dict[str, Callable[[Path], Storage]] = {

@@ -17,12 +17,13 @@ from fakes import HookedStorage
 from runs import LIKE, catalog_of, fill, journal_of, kinds, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, journal, stored_step, verify
+from orchestrator import arrays, stored_step, verify
 from orchestrator.catalog import READS, Catalog
 from orchestrator.errors import Suspect
 from orchestrator.reader import Run, read_step
-from orchestrator.records import FileEntry
 from orchestrator.restore import RestoreArgs, restore_together
+from orchestrator.rules import journal
+from orchestrator.rules.records import FileEntry
 from orchestrator.storage import Entry, PosixStorage
 from orchestrator.storage.base import RECORD_BYTES_MAX
 from orchestrator.stored_step import StoredStep

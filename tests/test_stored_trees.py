@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import orchestrator as oc
-from orchestrator import arrays, chunks
+from orchestrator import arrays
 from orchestrator.arrays import ocdbt, placing
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.stored_tree import ObjectTree
-from orchestrator.contents import Stored
 from orchestrator.errors import Damaged, Suspect
-from orchestrator.records import Box, LeafSpec
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.records import Box, LeafSpec
 
 NODE, DATA = "d/node", "d/data"
 
@@ -225,7 +226,7 @@ def test_chunks_that_tile_an_array_cover_every_region_of_it(chunk: tuple[int, ..
     leaf = LeafSpec(path=("w",), kind="numpy", shape=(4, 6), dtype="float32", chunk=chunk)
     for box in (Box((0, 0), (4, 6)), Box((1, 2), (3, 5)), Box((0, 0), (0, 6))):
         layout = placing.piece_of(leaf, box).layout
-        covered = np.zeros(chunks.shape_of(box), np.int64)
+        covered = np.zeros(zarr_chunks.shape_of(box), np.int64)
         for _, targets in layout.reads:
             for target in targets:
                 covered[target.inside] += 1

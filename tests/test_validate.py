@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from images import signed, signed_text
 
-from orchestrator import codec, validate
-from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, Unavailable, UnsafeKey, UsageError
-from orchestrator.records import (
+from orchestrator.rules import codec, validate
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.records import (
     Box,
     ExternalArray,
     Extra,

@@ -16,10 +16,11 @@ from waves import InWaves
 
 import orchestrator as oc
 from launch.gcs_emulator.request_log import chain
-from orchestrator import journal, overlap
+from orchestrator import overlap
 from orchestrator.catalog import EARLY_S, Catalog
 from orchestrator.errors import Fenced, JournalLost, StorageError
-from orchestrator.journal import Stamp
+from orchestrator.rules import journal
+from orchestrator.rules.journal import Stamp
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 
 STATE = {"w": jnp.arange(1024.0), "small": jnp.ones(3)}

@@ -41,7 +41,7 @@ from unreadable_ways import DAMAGED, GS, LOCAL, ODD, WAYS, Way
 
 import orchestrator as oc
 from orchestrator.catalog import Catalog
-from orchestrator.records import Head
+from orchestrator.rules.records import Head
 from orchestrator.storage import open_storage
 
 STORE_DEADLINE_S = 1.5  # as ORCHESTRATOR_STORE_DEADLINE_S

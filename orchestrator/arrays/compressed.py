@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from orchestrator.chunks import CHUNK_BYTES
-from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import Damaged
-from orchestrator.records import LeafSpec
+from orchestrator.rules.dtypes import ITEM_BYTES
+from orchestrator.rules.records import LeafSpec
+from orchestrator.rules.zarr_chunks import CHUNK_BYTES
 
 ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 _CODECS = ("bytes", "zstd", "crc32c")

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import crc32c
 
-from orchestrator import chunks, overlap
+from orchestrator import overlap
 from orchestrator.arrays.store import shared_context
 from orchestrator.overlap import Begun
-from orchestrator.records import FileEntry, crc32
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.records import FileEntry, crc32
 from orchestrator.storage import directory
 from orchestrator.storage.directory import storage_error
 
@@ -107,7 +108,7 @@ class _LocalFile:
         except OSError as error:
             raise storage_error("write", self._full, error) from error
         self.bytes += size
-        self.crc32c = chunks.combined_crc32c(self.crc32c, checksum, size)
+        self.crc32c = zarr_chunks.combined_crc32c(self.crc32c, checksum, size)
         if self.bytes - self._handed_over >= _WRITE_BACK_BYTES:
             self._begin_write_back()
         return offset
@@ -153,7 +154,7 @@ class _Object:
         offset = self.bytes
         self._parts.append(b"".join(parts))
         self.bytes += len(self._parts[-1])
-        self.crc32c = chunks.combined_crc32c(self.crc32c, checksum, self.bytes - offset)
+        self.crc32c = zarr_chunks.combined_crc32c(self.crc32c, checksum, self.bytes - offset)
         return offset
 
     def begin_close(self) -> None:

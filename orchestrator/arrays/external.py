@@ -15,9 +15,9 @@ import tensorstore as ts
 from orchestrator.arrays.localstore import LocalStore
 from orchestrator.arrays.placing import reserve
 from orchestrator.arrays.store import external_spec
-from orchestrator.contents import Stored
 from orchestrator.errors import Damaged
-from orchestrator.records import Box, ExternalArray, LeafSpec
+from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.records import Box, ExternalArray, LeafSpec
 from orchestrator.tree import numpy_dtype
 
 _ODD_CHUNK_BYTES = 64 << 20  # a chunk may be larger than its array, up to this

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import tensorstore as ts
 
-from orchestrator import arguments, layout
 from orchestrator.arrays import orbax_json
 from orchestrator.arrays.store import context, external_spec
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.jax_context import in_own_context
-from orchestrator.records import ExternalArray, LeafSpec
+from orchestrator.rules import arguments
+from orchestrator.rules import keys as layout
+from orchestrator.rules.records import ExternalArray, LeafSpec
 from orchestrator.tree import inline_text
 
 _TIMEOUT_S = 600.0

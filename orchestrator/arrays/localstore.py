@@ -8,14 +8,14 @@ import threading
 
 import crc32c
 
-from orchestrator import chunks
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.stored_tree import walk
-from orchestrator.contents import Chunk, Place, Stored
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
-from orchestrator.layout import STATE, check_key
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.chunk_index import Chunk, Place, Stored
+from orchestrator.rules.keys import STATE, check_key
+from orchestrator.rules.validate import INT64_MAX
 from orchestrator.storage.directory import find
-from orchestrator.validate import INT64_MAX
 
 _MANIFEST_BYTES_MAX = 64 << 20
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
@@ -81,7 +81,7 @@ class LocalStore:
     ) -> tuple[int, int]:
         """A chunk's elements into `target`; CRC-32C of what was read, and what the chunk says."""
         path, offset, _ = place
-        ending = bytearray(chunks.CHECKSUM_BYTES) if tail is None else tail
+        ending = bytearray(zarr_chunks.CHECKSUM_BYTES) if tail is None else tail
         checksum = 0
         for first in range(0, len(target), _PIECE_BYTES):
             piece = target[first : first + _PIECE_BYTES]

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from orchestrator.arrays import datafiles, ocdbt
 from orchestrator.arrays.planning import Plan
-from orchestrator.contents import Chunk
 from orchestrator.errors import Damaged
-from orchestrator.records import FileEntry
+from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules.records import FileEntry
 
 
 def write_tree(directory: str, plan: Plan, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.records import LeafSpec
+from orchestrator.rules.records import LeafSpec
 
 
 @contextlib.contextmanager

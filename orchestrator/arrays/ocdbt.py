@@ -17,9 +17,9 @@ from typing import Any
 import crc32c
 import numpy as np
 
-from orchestrator import layout
-from orchestrator.contents import Chunk, Place
 from orchestrator.errors import Damaged
+from orchestrator.rules import keys as layout
+from orchestrator.rules.chunk_index import Chunk, Place
 
 MANIFEST = layout.STORE
 INLINE_BYTES = 1024  # values up to this are in the tree itself

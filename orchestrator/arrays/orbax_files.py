@@ -17,7 +17,7 @@ import msgspec
 # Private (orbax 0.12.8): the text of a sharding is in Orbax's format. tests/test_private_apis.py watches it.
 from orbax.checkpoint._src.metadata import sharding as _sharding_metadata
 
-from orchestrator.records import LeafSpec
+from orchestrator.rules.records import LeafSpec
 
 _SEQUENCE_KEY, _DICT_KEY = 1, 2
 _VALUE_TYPES = {"array": "jax.Array", "key": "jax.Array", "numpy": "np.ndarray", "numpy_scalar": "np.ndarray"}

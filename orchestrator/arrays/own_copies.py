@@ -16,11 +16,11 @@ import crc32c
 import jax
 import numpy as np
 
-from orchestrator import chunks, holders
 from orchestrator.arrays.compressed import deflated
 from orchestrator.arrays.planning import Plan, as_stored, joinable
-from orchestrator.holders import Cut
-from orchestrator.records import Box, Held
+from orchestrator.rules import holders, zarr_chunks
+from orchestrator.rules.holders import Cut
+from orchestrator.rules.records import Box, Held
 from orchestrator.tree import Flat, numpy_dtype
 
 EACH_SAVE_BYTES = 64 << 20
@@ -83,7 +83,7 @@ class OwnCopies:
 
     def _of_array(self, how: Cut, data: np.ndarray[Any, Any]) -> bytes:
         whole = Box(start=(0,) * data.ndim, stop=data.shape)
-        parts = (np.ascontiguousarray(data[chunks.within(box, whole)]) for box in how.boxes)
+        parts = (np.ascontiguousarray(data[zarr_chunks.within(box, whole)]) for box in how.boxes)
         return self._digest(how, *(part.reshape(-1).view(np.uint8).data for part in parts))
 
     def take(self, flat: Flat) -> None:

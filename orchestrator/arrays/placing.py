@@ -20,12 +20,12 @@ import numpy as np
 from jax._src import core as _core
 from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 
-from orchestrator import chunks
 from orchestrator.arrays import owned
 from orchestrator.arrays.naming import about
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.jax_context import in_own_context
-from orchestrator.records import Box, LeafSpec
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.tree import inline_value, numpy_dtype
 
 _ALIGNMENT = 64  # what XLA wants of a host buffer that it takes over without a copy
@@ -217,7 +217,7 @@ def _layout(item: ReadRequest) -> Layout:
         frame = item.frame or Frame(item.leaf.shape, whole.start)
         sizes = (*frame.shape, *shape[len(frame.shape) :])
         for device, index in item.sharding.addressable_devices_indices_map(frame.shape).items():
-            box = chunks.moved(chunks.box_of(index or (), sizes), frame.start)
+            box = zarr_chunks.moved(zarr_chunks.box_of(index or (), sizes), frame.start)
             devices.append(device)
             buffer_of.append(numbers.setdefault(box, len(numbers)))
     return _fit(numbers, chunk, tuple(devices), tuple(buffer_of), whole)
@@ -245,26 +245,26 @@ def _fit(
     """Which chunks the boxes, with the numbers of their buffers, need. What is outside `whole` is not filled."""
     wanted: dict[Box, list[Target]] = {}
     for box, number in numbers.items() if chunk is not None else ():
-        filled = chunks.overlap(box, whole)
+        filled = zarr_chunks.overlap(box, whole)
         if any(start >= stop for start, stop in zip(filled.start, filled.stop, strict=True)):
             continue
         covered = 0
-        for one in chunks.touching(filled, chunk or ()):
-            common = chunks.overlap(filled, one)
-            inside = chunks.within(common, box)
+        for one in zarr_chunks.touching(filled, chunk or ()):
+            common = zarr_chunks.overlap(filled, one)
+            inside = zarr_chunks.within(common, box)
             direct = common == one and _contiguous(common, box)
-            target = Target(number, inside, chunks.within(common, one), direct)
+            target = Target(number, inside, zarr_chunks.within(common, one), direct)
             wanted.setdefault(one, []).append(target)
-            covered += math.prod(chunks.shape_of(common))
+            covered += math.prod(zarr_chunks.shape_of(common))
         # Memory that nothing is read into holds whatever was there before.
-        if covered != math.prod(chunks.shape_of(filled)):
+        if covered != math.prod(zarr_chunks.shape_of(filled)):
             raise Damaged(f"chunks of {chunk} cover {covered} elements of the region {filled}; not read")
     return Layout(
-        shapes=tuple(chunks.shape_of(box) for box in numbers),
+        shapes=tuple(zarr_chunks.shape_of(box) for box in numbers),
         boxes=tuple(numbers),
         devices=devices,
         buffer_of=buffer_of,
-        reads=tuple((chunks.suffix(one, chunk or ()), tuple(targets)) for one, targets in wanted.items()),
+        reads=tuple((zarr_chunks.suffix(one, chunk or ()), tuple(targets)) for one, targets in wanted.items()),
     )
 
 

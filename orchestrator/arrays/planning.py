@@ -19,12 +19,12 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from orchestrator import chunks, holders
 from orchestrator.arrays import ocdbt, orbax_files
 from orchestrator.arrays.compressed import ZSTD
 from orchestrator.arrays.naming import about
 from orchestrator.arrays.placing import in_own_memory, on_host
-from orchestrator.records import Box, Held, LeafSpec
+from orchestrator.rules import holders, zarr_chunks
+from orchestrator.rules.records import Box, Held, LeafSpec
 from orchestrator.tree import Flat, Form, fits_int64, numpy_dtype
 
 _CHECKSUM = {"name": "crc32c"}
@@ -149,7 +149,7 @@ class Plan:
     def metadata(self) -> Mapping[str, bytes]:
         """zarr.json of every array of the store, by key."""
         stored = (plan.leaf for plan in self.leaves if plan.leaf.chunk is not None)
-        return {chunks.metadata_key(leaf.name): self._zarr_json(leaf) for leaf in stored}
+        return {zarr_chunks.metadata_key(leaf.name): self._zarr_json(leaf) for leaf in stored}
 
     def _zarr_json(self, leaf: LeafSpec) -> bytes:
         assert leaf.chunk is not None
@@ -282,14 +282,14 @@ def _whole(leaf: LeafSpec, type_name: str, dtype: np.dtype[Any], process: int) -
 
 
 def _small(leaf: LeafSpec, shard: Box) -> bool:
-    shape = chunks.shape_of(shard)
+    shape = zarr_chunks.shape_of(shard)
     size = math.prod(shape) * _stored(leaf).itemsize
-    return shape == leaf.chunk and size + chunks.CHECKSUM_BYTES <= ocdbt.INLINE_BYTES
+    return shape == leaf.chunk and size + zarr_chunks.CHECKSUM_BYTES <= ocdbt.INLINE_BYTES
 
 
 def _pieces(box: Box, chunk: tuple[int, ...]) -> Pieces:
     """With keys that still want the leaf's name."""
-    return tuple((chunks.suffix(one, chunk), chunks.within(one, box)) for one in chunks.cut(box, chunk))
+    return tuple((zarr_chunks.suffix(one, chunk), zarr_chunks.within(one, box)) for one in zarr_chunks.cut(box, chunk))
 
 
 def _named(name: str, pieces: Pieces) -> Pieces:
@@ -327,11 +327,11 @@ def _layout(leaf: LeafSpec, value: jax.Array) -> _Layout:
     assert leaf.chunk is not None
     shape = leaf.file_shape
     shards = tuple(
-        (index, box, shard.replica_id, tuple(chunks.cut(box, leaf.chunk)))
+        (index, box, shard.replica_id, tuple(zarr_chunks.cut(box, leaf.chunk)))
         for index, shard in enumerate(value.addressable_shards)
-        for box in [chunks.box_of(shard.index, shape)]
+        for box in [zarr_chunks.box_of(shard.index, shape)]
     )
-    distinct = math.prod(shape) // math.prod(chunks.shape_of(shards[0][1])) if shards else 1
+    distinct = math.prod(shape) // math.prod(zarr_chunks.shape_of(shards[0][1])) if shards else 1
     return _Layout(max(1, len(value.sharding.device_set) // distinct), shards)
 
 
@@ -345,7 +345,9 @@ def _mine(layout: _Layout, turn: int, chunk: tuple[int, ...]) -> tuple[list[tupl
             continue
         chosen = [one for number, one in enumerate(inside) if (turn + number) % layout.replicas == replica]
         if chosen:
-            shards.append((index, tuple((chunks.suffix(one, chunk), chunks.within(one, box)) for one in chosen)))
+            shards.append(
+                (index, tuple((zarr_chunks.suffix(one, chunk), zarr_chunks.within(one, box)) for one in chosen))
+            )
             boxes.extend(chosen)
     return shards, tuple(boxes)
 
@@ -353,12 +355,12 @@ def _mine(layout: _Layout, turn: int, chunk: tuple[int, ...]) -> tuple[list[tupl
 def _keys(leaf: LeafSpec) -> Iterator[str]:
     assert leaf.chunk is not None
     whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
-    return (chunks.key(leaf.name, box, leaf.chunk) for box in chunks.cut(whole, leaf.chunk))
+    return (zarr_chunks.key(leaf.name, box, leaf.chunk) for box in zarr_chunks.cut(whole, leaf.chunk))
 
 
 @functools.lru_cache(maxsize=4096)
 def _zarr_json(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...], compression: bool) -> bytes:
-    return chunks.metadata(_template(dtype, compression), shape, chunk)
+    return zarr_chunks.metadata(_template(dtype, compression), shape, chunk)
 
 
 @functools.lru_cache(maxsize=256)

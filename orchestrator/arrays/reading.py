@@ -29,7 +29,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from orchestrator import chunks, environment, garbage, layout
+from orchestrator import environment, garbage
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.compressed import chunk_shape, inflated
 from orchestrator.arrays.external import External
@@ -59,11 +59,13 @@ from orchestrator.arrays.store import (
     store_spec,
 )
 from orchestrator.arrays.stored_tree import ObjectTree
-from orchestrator.contents import Chunk, Stored
 from orchestrator.errors import Damaged, Suspect, Unavailable
 from orchestrator.events import Retried, emit
 from orchestrator.jax_context import in_own_context
-from orchestrator.records import Box, LeafSpec
+from orchestrator.rules import keys as layout
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.chunk_index import Chunk, Stored
+from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.tree import numpy_dtype
 
 _WINDOW_BYTES = 64 << 20  # read through TensorStore and not yet copied to their place
@@ -75,7 +77,7 @@ _PART_BYTES = 128 << 20  # that goes to accelerators while as much is read
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 _WORD_S = 10.0  # while a store does not answer, this often somebody is told
 _CHECK_READS = 16  # under way at once while checking
-_WHOLE = crc32c.crc32c(bytes(chunks.CHECKSUM_BYTES))  # of any bytes that end with their own CRC-32C
+_WHOLE = crc32c.crc32c(bytes(zarr_chunks.CHECKSUM_BYTES))  # of any bytes that end with their own CRC-32C
 
 Array = np.ndarray[Any, Any]
 
@@ -152,8 +154,8 @@ def slabs(
     for leaf in leaves:
         if leaf.in_store:
             dtype = numpy_dtype(leaf.stored_dtype or leaf.dtype)
-            piece = chunks.chunk_shape(leaf.file_shape, dtype.itemsize, slab_bytes)
-            for box in chunks.cut(Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape), piece):
+            piece = zarr_chunks.chunk_shape(leaf.file_shape, dtype.itemsize, slab_bytes)
+            for box in zarr_chunks.cut(Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape), piece):
                 filling = piece_of(leaf, box)
                 with _suspecting(directory):
                     reader.fill([filling], Arena())
@@ -277,7 +279,7 @@ class _Reader:
             for row, item in enumerate(filling.items):
                 name, chunk, layout = item.leaf.name, item.leaf.chunk, filling.layout
                 if compressed := chunk is None:
-                    key = chunks.metadata_key(name)
+                    key = zarr_chunks.metadata_key(name)
                     chunk = chunk_shape(self._value(key, item.leaf.label), item.leaf, f"{key} in {self._directory}")
                     layout = recut(layout, item.leaf, chunk)
                 size = math.prod(chunk or ()) * filling.dtype.itemsize
@@ -301,7 +303,7 @@ class _Reader:
     def _fill_from_tree(self, filling: BufferGroup, places: Mapping[str, Chunk]) -> bool:
         """Fill from values that the store's tree holds itself, the same chunk of all leaves at once. False if not every
         one is there, whole and of this save: reading them one by one then tells which."""
-        size, chunk = filling.chunk_bytes + chunks.CHECKSUM_BYTES, filling.leaf.chunk
+        size, chunk = filling.chunk_bytes + zarr_chunks.CHECKSUM_BYTES, filling.leaf.chunk
         if chunk is None or size > ocdbt.INLINE_BYTES:
             return False
         names = [item.leaf.name for item in filling.items]
@@ -312,10 +314,10 @@ class _Reader:
             if len(bodies) != len(keys) or any(crc32c.crc32c(body) != _WHOLE for body in bodies):
                 return False
             rows = np.frombuffer(b"".join(bodies), np.uint8).reshape(len(keys), size)
-            said = rows[:, : -chunks.CHECKSUM_BYTES - 1 : -1].tobytes().hex()
+            said = rows[:, : -zarr_chunks.CHECKSUM_BYTES - 1 : -1].tobytes().hex()
             if self._checksums and said != "".join([self._checksums.get(key, "") for key in keys]):
                 return False
-            elements = rows[:, : -chunks.CHECKSUM_BYTES].view(filling.dtype).reshape(len(keys), *chunk)
+            elements = rows[:, : -zarr_chunks.CHECKSUM_BYTES].view(filling.dtype).reshape(len(keys), *chunk)
             for target in targets:
                 filling.buffers[target.buffer][(slice(None), *target.inside)] = elements[(slice(None), *target.part)]
         self._on_bytes(filling.chunk_bytes * len(names) * len(filling.layout.reads))
@@ -353,7 +355,7 @@ class _Reader:
                 self._check(read, *store.read_into(view.data, place, read.label))
             else:
                 scratch = np.empty(size, np.uint8)  # one chunk
-                split = size - chunks.CHECKSUM_BYTES
+                split = size - zarr_chunks.CHECKSUM_BYTES
                 store.read_into(scratch.data[:split], place, read.label, tail=scratch.data[split:])
                 self._place(read, scratch.data)
 
@@ -412,8 +414,10 @@ class _Reader:
 
     def _check_size(self, read: _Read, size: int) -> None:
         """Before memory is taken for it. Noise grows by less than a hundredth when it is compressed."""
-        wanted = read.bytes + chunks.CHECKSUM_BYTES
-        if size != wanted and not (read.compressed and chunks.CHECKSUM_BYTES < size <= wanted + wanted // 64 + 1024):
+        wanted = read.bytes + zarr_chunks.CHECKSUM_BYTES
+        if size != wanted and not (
+            read.compressed and zarr_chunks.CHECKSUM_BYTES < size <= wanted + wanted // 64 + 1024
+        ):
             raise self._suspect(read, f"chunk {read.key} in {self._directory} has {size} bytes, expected {wanted}")
 
     def _check(self, read: _Read, got: int, said: int) -> None:
@@ -424,7 +428,7 @@ class _Reader:
 
     def _place(self, read: _Read, body: bytes | memoryview) -> None:
         """Check a chunk that lies elsewhere and copy what is wanted of it."""
-        raw, tail = memoryview(body)[: -chunks.CHECKSUM_BYTES], body[-chunks.CHECKSUM_BYTES :]
+        raw, tail = memoryview(body)[: -zarr_chunks.CHECKSUM_BYTES], body[-zarr_chunks.CHECKSUM_BYTES :]
         self._check(read, crc32c.crc32c(raw), int.from_bytes(tail, "little"))
         if read.compressed:
             raw = inflated(raw, read.bytes, lambda: f"{read.label}: chunk {read.key} in {self._directory}")
@@ -458,8 +462,8 @@ class _Reader:
                 continue
             self._on_bytes(len(result.value))
             body = result.value if result.state == "value" else b""
-            said = int.from_bytes(body[-chunks.CHECKSUM_BYTES :], "little")
-            if len(body) < chunks.CHECKSUM_BYTES or crc32c.crc32c(body[: -chunks.CHECKSUM_BYTES]) != said:
+            said = int.from_bytes(body[-zarr_chunks.CHECKSUM_BYTES :], "little")
+            if len(body) < zarr_chunks.CHECKSUM_BYTES or crc32c.crc32c(body[: -zarr_chunks.CHECKSUM_BYTES]) != said:
                 problems[key] = f"chunk {key} in {self._directory} is missing or damaged"
             elif (size := sizes[key] or len(body)) != len(body):
                 problems[key] = f"chunk {key} in {self._directory} has {len(body)} bytes, the tree spec {size}"

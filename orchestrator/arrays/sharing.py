@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from orchestrator import chunks
-from orchestrator.arrays.dividing import divide, is_shared, reads
 from orchestrator.arrays.placing import Frame, ReadRequest, carrier
 from orchestrator.jax_context import in_own_context
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.dividing import divide, is_shared, reads
 from orchestrator.tree import numpy_dtype
 
 GATHER_BYTES = 1 << 30  # of a device's memory for the arrays of a group: both forms are in it meanwhile
@@ -126,7 +126,9 @@ def _devices(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=256)
 def _is_shared(sharding: Sharding, shape: tuple[int, ...], chunk: tuple[int, ...]) -> bool:
     regions: Any = sharding.devices_indices_map(shape).items()
-    return is_shared(((device.process_index, chunks.box_of(index or (), shape)) for device, index in regions), chunk)
+    return is_shared(
+        ((device.process_index, zarr_chunks.box_of(index or (), shape)) for device, index in regions), chunk
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ import tensorstore as ts
 from orchestrator import environment
 from orchestrator.errors import OrchestratorError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
-from orchestrator.records import ExternalArray
+from orchestrator.rules.records import ExternalArray
 from orchestrator.storage.directory import alias, find, storage_error
 
 FAILURES = (ValueError, OSError, NotImplementedError)  # as which TensorStore's statuses arrive

@@ -9,10 +9,10 @@ from functools import partial
 
 from orchestrator import overlap
 from orchestrator.arrays import ocdbt
-from orchestrator.contents import Chunk, Place, Stored
 from orchestrator.errors import Damaged
-from orchestrator.layout import check_key
 from orchestrator.overlap import Begun
+from orchestrator.rules.chunk_index import Chunk, Place, Stored
+from orchestrator.rules.keys import check_key
 
 _NODES = "d/"  # data files of the store itself; a process's are in its own store
 

@@ -23,7 +23,7 @@ import jax
 import msgspec
 import numpy as np
 
-from orchestrator import chunks, garbage, holders
+from orchestrator import garbage
 from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
 from orchestrator.arrays.compressed import deflated
 from orchestrator.arrays.feed import PartQueue
@@ -33,11 +33,12 @@ from orchestrator.arrays.own_copies import take as take_own
 from orchestrator.arrays.planning import Plan, plan_of
 from orchestrator.arrays.staging import start, take, take_small
 from orchestrator.arrays.store import report_retries
-from orchestrator.contents import Chunk
-from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.jax_context import in_own_context
-from orchestrator.records import Box, FileEntry, Held, LeafSpec, Place, ShardFingerprint, TreeSpec
+from orchestrator.rules import holders, zarr_chunks
+from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules.dtypes import ITEM_BYTES
+from orchestrator.rules.records import Box, FileEntry, Held, LeafSpec, Place, ShardFingerprint, TreeSpec
 from orchestrator.tree import Flat
 
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
@@ -253,7 +254,7 @@ class PendingWrite:
             for key, size in self._plan.small_chunks:
                 raw = small[first : first + size]
                 first += size
-                self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(chunks.CHECKSUM_BYTES, "little")
+                self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(zarr_chunks.CHECKSUM_BYTES, "little")
             opened = datafiles.opener(self._directory)
             bodies = dict(self._plan.orbax_files)
             if self._strings and self._plan.process == 0:
@@ -340,13 +341,13 @@ class _Rotation:
 def _put(files: _Rotation, progress: _Progress, key: str, raw: bytes | memoryview) -> None:
     """One chunk, with its checksum."""
     checksum = crc32c.crc32c(raw)
-    tail = checksum.to_bytes(chunks.CHECKSUM_BYTES, "little")
+    tail = checksum.to_bytes(zarr_chunks.CHECKSUM_BYTES, "little")
     size = len(raw) + len(tail)
     if size <= ocdbt.INLINE_BYTES:
         progress.small[key] = b"".join((raw, tail))
         return
     file = files.current()
-    whole = chunks.combined_crc32c(checksum, crc32c.crc32c(tail), len(tail))
+    whole = zarr_chunks.combined_crc32c(checksum, crc32c.crc32c(tail), len(tail))
     progress.places[key] = (file, file.append((raw, tail), whole), size, checksum)
 
 

@@ -22,14 +22,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from orchestrator import evidence, journal, layout
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError, StepRetired
 from orchestrator.eventlog import DIRECTORY, Tail, directory_of
-from orchestrator.journal import AttemptId, Found
-from orchestrator.records import Event, Head
+from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules.journal import AttemptId, Found
+from orchestrator.rules.records import Event, Head
 from orchestrator.storage import Exists, PosixStorage
 from orchestrator.storage.directory import Root
 
@@ -198,7 +198,7 @@ def _quarantined(patient: Patient) -> Iterator[Finding]:
     evidence = patient.head.quarantined
     for live in evidence:
         why = f": {live.quarantine.reason}" if live.quarantine and live.quarantine.reason else ""
-        text = f"{layout.shown(live.step, live.attempt)} is quarantined and holds {render.size(live.bytes)}{why}"
+        text = f"{keys.shown(live.step, live.attempt)} is quarantined and holds {render.size(live.bytes)}{why}"
         do = (
             f"orchestrator verify ROOT --step={live.step}; orchestrator release ROOT --step={live.step} brings it "
             f"back, and only this deletes it: orchestrator gc ROOT --quarantined={live.step}"

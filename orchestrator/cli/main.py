@@ -16,13 +16,13 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from orchestrator.arguments import path as local_path
 from orchestrator.cli import commands, diff, doctor, export, plan, render, report, verify, watch
 from orchestrator.cli.adopt import adopt
 from orchestrator.cli.completion import script
 from orchestrator.cli.recover import recover
 from orchestrator.cli.schema import schema
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
+from orchestrator.rules.arguments import path as local_path
 
 _BROKEN_PIPE = 128 + 13
 

@@ -16,8 +16,8 @@ from orchestrator.cli.recover import Recovery
 from orchestrator.cli.report import Report
 from orchestrator.cli.watch import Now
 from orchestrator.errors import UsageError
-from orchestrator.json_words import Stored
-from orchestrator.records import Event, FileEntry, LiveStep, RetiredAttempt
+from orchestrator.rules.json_numbers import Stored
+from orchestrator.rules.records import Event, FileEntry, LiveStep, RetiredAttempt
 
 
 class _Output(msgspec.Struct, forbid_unknown_fields=True):

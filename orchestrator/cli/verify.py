@@ -8,8 +8,8 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import Flags, live_step, open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError, UsageError
-from orchestrator.layout import shown
-from orchestrator.records import LiveStep
+from orchestrator.rules.keys import shown
+from orchestrator.rules.records import LiveStep
 
 
 def verify(root: str, flags: Flags) -> int:

@@ -13,7 +13,6 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from orchestrator import arguments, journal
 from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
@@ -21,7 +20,8 @@ from orchestrator.errors import EXIT_OK
 from orchestrator.eventlog import Tail, directory_of
 from orchestrator.events import PHASES
 from orchestrator.heartbeat import EVENT_INTERVAL_S
-from orchestrator.records import Head
+from orchestrator.rules import arguments, journal
+from orchestrator.rules.records import Head
 from orchestrator.story import HostSave, Story
 
 SILENT_S = 3 * EVENT_INTERVAL_S

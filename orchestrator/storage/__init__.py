@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 
-from orchestrator import arguments
 from orchestrator.errors import UsageError
+from orchestrator.rules import arguments
 from orchestrator.storage.base import Created, Entry, Exists, Storage
 from orchestrator.storage.memory import MemoryStorage
 from orchestrator.storage.posix import PosixStorage

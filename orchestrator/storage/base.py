@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 from msgspec.structs import replace
 
 from orchestrator.errors import StorageError, Unavailable
-from orchestrator.records import FileEntry
+from orchestrator.rules.records import FileEntry
 
 RECORD_BYTES_MAX = 512 << 20  # of a record; a manifest of a million chunks is an eighth of it
 

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator
 
 from orchestrator.errors import RootChanged, StorageError, Unavailable, UnsafeKey, UsageError
-from orchestrator.layout import check_key, journal_version
+from orchestrator.rules.keys import check_key, journal_version
 from orchestrator.storage.base import Entry
 
 DEPTH_MAX = 32  # directories below each other: so many descriptors does a listing hold

@@ -22,8 +22,8 @@ import crc32c
 from msgspec.structs import replace
 
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UnsafeKey, UsageError
-from orchestrator.layout import check_key
-from orchestrator.records import FileEntry
+from orchestrator.rules.keys import check_key
+from orchestrator.rules.records import FileEntry
 from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists
 from orchestrator.storage.gcs_client import Client, client
 from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, rejection, said

@@ -20,8 +20,8 @@ import crc32c
 
 from orchestrator import failpoints
 from orchestrator.errors import OutcomeUnknown, StorageError
-from orchestrator.layout import check_key
-from orchestrator.records import SMALL_FILE_BYTES, FileEntry, crc32
+from orchestrator.rules.keys import check_key
+from orchestrator.rules.records import SMALL_FILE_BYTES, FileEntry, crc32
 from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, TooLarge, checked_size
 from orchestrator.storage.directory import again_if_pruned, reason, root_at, storage_error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import UsageError
-from orchestrator.records import FileEntry
+from orchestrator.rules.records import FileEntry
 from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, Reads, refresh
 
 

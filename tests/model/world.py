@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from msgspec.structs import replace
 
-from orchestrator import protocol
-from orchestrator.journal import Found, tree_of
-from orchestrator.records import Failure
+from orchestrator.rules import attempt as protocol
+from orchestrator.rules.journal import Found, tree_of
+from orchestrator.rules.records import Failure
 
 from .rules import Engine, receipt
 

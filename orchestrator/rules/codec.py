@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from orchestrator import validate
 from orchestrator.errors import Damaged, NewerFormat, Unavailable, UnsafeKey, UsageError
-from orchestrator.records import FORMAT, Record, crc32c
+from orchestrator.rules import validate
+from orchestrator.rules.records import FORMAT, Record, crc32c
 
 RECORD_BYTES_MAX = 1 << 30
 _TAIL = b',"crc32c":"'

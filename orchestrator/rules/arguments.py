@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.errors import UsageError
-from orchestrator.records import Json
+from orchestrator.rules.records import Json
 
 JSON_DEPTH_MAX = 100  # so that it can be read back however deep the stack of who reads it is
 STEP_MAX = 2**31 - 1  # JAX counts the steps of a preemption's sync point in 32 bits

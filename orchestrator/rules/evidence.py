@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from orchestrator import journal, layout
-from orchestrator.journal import AttemptId, Found, Stamp
-from orchestrator.records import FORMAT, Event, Head, LiveStep
+from orchestrator.rules import journal, keys
+from orchestrator.rules.journal import AttemptId, Found, Stamp
+from orchestrator.rules.records import FORMAT, Event, Head, LiveStep
 
 
 def lost(head: Head | None, found: Mapping[AttemptId, Found], marker: int = -1) -> str:
@@ -23,12 +23,12 @@ def lost(head: Head | None, found: Mapping[AttemptId, Found], marker: int = -1) 
     read: an attempt is begun when the entry that opens its epoch is durable. `marker`: the newest one's version."""
     version, epoch = (head.version, head.epoch) if head else (-1, 0)
     if marker > version:
-        return f"a marker in {layout.JOURNAL_INDEX} names version {marker}"
+        return f"a marker in {keys.JOURNAL_INDEX} names version {marker}"
     for (step, attempt), one in sorted(found.items(), reverse=True):
-        if layout.parse_attempt(attempt)[0] > epoch:
-            return f"{layout.shown(step, attempt)} is of an epoch above {epoch}, the head's"
+        if keys.parse_attempt(attempt)[0] > epoch:
+            return f"{keys.shown(step, attempt)} is of an epoch above {epoch}, the head's"
         if one.built_on > version and not (head and journal.is_known(head, step, attempt)):
-            return f"{layout.shown(step, attempt)} builds on version {one.built_on}"
+            return f"{keys.shown(step, attempt)} builds on version {one.built_on}"
     return ""
 
 
@@ -83,7 +83,7 @@ def choose(head: Head | None, whole: Sequence[Whole], ended: Collection[AttemptI
 
 def _order(one: Whole) -> tuple[int, int, int, int]:
     """Commit order, as far as the records tell it."""
-    epoch, number = layout.parse_attempt(one.entry.attempt)
+    epoch, number = keys.parse_attempt(one.entry.attempt)
     return epoch, one.built_on, one.entry.step, number
 
 

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.records import Head
+from orchestrator.rules.records import Head
 
 PRIOR_S = 24 * 3600.0  # before it has failed, a job is taken to run for a day; the weight of one interruption
 _EPOCHS_MAX = 16  # how far back the journal is read

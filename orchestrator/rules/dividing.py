@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import chunks
-from orchestrator.records import Box
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.records import Box
 
 _TRIES = 16  # of the places where an array can lie in its frame
 
@@ -49,7 +49,7 @@ def is_shared(boxes: Iterable[tuple[int, Box]], chunk: tuple[int, ...]) -> bool:
     return any(
         owners.setdefault(one.start, process) != process
         for process, box in dict.fromkeys(boxes)
-        for one in chunks.touching(box, chunk)
+        for one in zarr_chunks.touching(box, chunk)
     )
 
 

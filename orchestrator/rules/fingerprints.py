@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 from orchestrator.errors import Damaged
-from orchestrator.records import Box, Intent, LeafSpec, Receipt, ShardFingerprint
+from orchestrator.rules.records import Box, Intent, LeafSpec, Receipt, ShardFingerprint
 
 _LANES = 4
 _DIGITS = 8

@@ -11,7 +11,7 @@ from typing import Any
 import crc32c as crc32c_library
 import msgspec
 
-from orchestrator import json_words
+from orchestrator.rules import json_numbers
 
 FORMAT = 1
 SMALL_FILE_BYTES = 4 << 20
@@ -249,16 +249,16 @@ class Extra(Record, frozen=True):
     write_id: str
     step: int
     timestamp: float
-    stored_metrics: dict[str, json_words.Stored] = msgspec.field(name="metrics")
+    stored_metrics: dict[str, json_numbers.Stored] = msgspec.field(name="metrics")
     stored_extra: dict[str, Json] = msgspec.field(name="extra")
 
     @property
     def metrics(self) -> dict[str, float]:
-        return json_words.numbers(self.stored_metrics)
+        return json_numbers.numbers(self.stored_metrics)
 
     @property
     def extra(self) -> dict[str, Json]:
-        return {name: json_words.unpack(value) for name, value in self.stored_extra.items()}
+        return {name: json_numbers.unpack(value) for name, value in self.stored_extra.items()}
 
 
 class Event(Record, frozen=True, omit_defaults=True):
@@ -293,7 +293,7 @@ class LiveStep(Record, frozen=True):
     manifest_crc32c: str
     tree: str
     bytes: int
-    stored_metrics: dict[str, json_words.Stored] = msgspec.field(name="metrics")
+    stored_metrics: dict[str, json_numbers.Stored] = msgspec.field(name="metrics")
     time: float
     trust: str = "committed"
     pins: tuple[str, ...] = ()
@@ -303,7 +303,7 @@ class LiveStep(Record, frozen=True):
 
     @property
     def metrics(self) -> dict[str, float]:
-        return json_words.numbers(self.stored_metrics)
+        return json_numbers.numbers(self.stored_metrics)
 
     @property
     def restorable(self) -> bool:

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator
 
-from orchestrator.records import Box
+from orchestrator.rules.records import Box
 
 CHECKSUM_BYTES = 4
 CHUNK_BYTES = 4 << 20

@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from orchestrator import chunks, layout
-from orchestrator.chunks import CHECKSUM_BYTES
-from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import Damaged
-from orchestrator.records import Box, LeafSpec, Manifest, Receipt
+from orchestrator.rules import keys, zarr_chunks
+from orchestrator.rules.dtypes import ITEM_BYTES
+from orchestrator.rules.records import Box, LeafSpec, Manifest, Receipt
+from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 
 Place = tuple[str, int, int]  # file below `state/`, offset, bytes
 Chunk = bytes | Place  # itself, or where it is
@@ -26,7 +26,7 @@ def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
         own: dict[str, Chunk] = dict(receipt.small)
         for key, place in receipt.places.items():
             file = receipt.files[place.file] if 0 <= place.file < len(receipt.files) else None
-            within = file and file.path.startswith(layout.STATE)
+            within = file and file.path.startswith(keys.STATE)
             if not (
                 file and within and place.offset >= 0 and CHECKSUM_BYTES < place.bytes <= file.bytes - place.offset
             ):
@@ -34,7 +34,7 @@ def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
                     f"receipt of process {receipt.process} ({receipt.host}): chunk {key} is at {place.offset} "
                     f"({place.bytes} bytes) of file {place.file}, which is none of its files or shorter"
                 )
-            own[key] = (file.path.removeprefix(layout.STATE), place.offset, place.bytes)
+            own[key] = (file.path.removeprefix(keys.STATE), place.offset, place.bytes)
         twice = next(iter(found.keys() & own.keys()), None)
         if twice is not None:
             raise Damaged(f"chunk {twice}: process {receipt.process} ({receipt.host}) and another one have written it")
@@ -65,13 +65,13 @@ def sizes(leaves: Iterable[LeafSpec]) -> dict[str, int]:
         if leaf.in_store and leaf.chunk is not None:
             size = math.prod(leaf.chunk) * ITEM_BYTES[leaf.stored_dtype or leaf.dtype] + CHECKSUM_BYTES
             whole = Box(start=(0,) * len(leaf.chunk), stop=leaf.file_shape)
-            found |= {chunks.key(leaf.name, box, leaf.chunk): size for box in chunks.cut(whole, leaf.chunk)}
+            found |= {zarr_chunks.key(leaf.name, box, leaf.chunk): size for box in zarr_chunks.cut(whole, leaf.chunk)}
     return found
 
 
 def stored(manifest: Manifest) -> Stored:
-    below = (entry for entry in manifest.files if entry.path.startswith(layout.STATE))
-    return Stored(manifest.chunks, {entry.path.removeprefix(layout.STATE): entry.bytes for entry in below})
+    below = (entry for entry in manifest.files if entry.path.startswith(keys.STATE))
+    return Stored(manifest.chunks, {entry.path.removeprefix(keys.STATE): entry.bytes for entry in below})
 
 
 def checksums(receipts: Iterable[Receipt]) -> dict[str, str]:

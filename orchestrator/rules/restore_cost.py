@@ -14,11 +14,11 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator import chunks
-from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import UsageError
-from orchestrator.records import Box, LeafSpec, TreeSpec
-from orchestrator.validate import SHARDING_CHARS_MAX
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.dtypes import ITEM_BYTES
+from orchestrator.rules.records import Box, LeafSpec, TreeSpec
+from orchestrator.rules.validate import SHARDING_CHARS_MAX
 
 # What reading holds beside the arrays themselves. From files: chunks that do not go straight to their place. From an
 # object store: reads in flight (bounded by `arrays.reading`) and TensorStore's own copies. Measured by
@@ -227,10 +227,10 @@ def _box(leaf: LeafSpec, split: tuple[tuple[str, ...], ...], axes: Mapping[str, 
 def _cost(leaf: LeafSpec, boxes: Iterable[Box]) -> Cost:
     size = item_bytes(leaf)
     boxes = list(boxes)
-    array_bytes = [math.prod(chunks.shape_of(box)) * size for box in boxes]
+    array_bytes = [math.prod(zarr_chunks.shape_of(box)) * size for box in boxes]
     if leaf.chunk is None:  # read through TensorStore's zarr3 driver, box by box
         return Cost(sum(array_bytes), len(boxes), sum(array_bytes), max(array_bytes))
-    wanted = {chunk for box in boxes for chunk in chunks.touching(box, leaf.chunk)}
+    wanted = {chunk for box in boxes for chunk in zarr_chunks.touching(box, leaf.chunk)}
     read_bytes = len(wanted) * math.prod(leaf.chunk) * size
     return Cost(read_bytes, len(wanted), sum(array_bytes), max(array_bytes))
 

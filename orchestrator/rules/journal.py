@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from orchestrator import layout, policy
+from orchestrator import policy
 from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
-from orchestrator.json_words import stored_all
 from orchestrator.policy import KeepPolicy
-from orchestrator.records import FORMAT, Event, Failure, Head, LiveStep, Quarantine, RetiredAttempt
+from orchestrator.rules import keys
+from orchestrator.rules.json_numbers import stored_all
+from orchestrator.rules.records import FORMAT, Event, Failure, Head, LiveStep, Quarantine, RetiredAttempt
 
 AttemptId = tuple[int, str]  # step, attempt name
 
@@ -145,7 +146,7 @@ def commit(
     if is_live(head, entry.step, entry.attempt) or is_aside(head, entry.step, entry.attempt):
         return None  # our own reply was lost, and somebody has written after us
     if is_retired(head, entry.step, entry.attempt):
-        where = layout.shown(entry.step, entry.attempt)
+        where = keys.shown(entry.step, entry.attempt)
         return Rejected(
             OrchestratorError(f"{where}: the journal has aborted or retired it already; it cannot be committed")
         )
@@ -290,7 +291,7 @@ def release(
     if disproved and (found is not there or (found.quarantine and found.quarantine.by_hand)):
         return None
     if there is not None and there.restorable:
-        where = layout.shown(step, found.attempt)
+        where = keys.shown(step, found.attempt)
         text = f"{where}: the step is restorable as {there.attempt}; quarantine that one first, then release this one"
         return Rejected(OrchestratorError(text))
     trust = found.quarantine.trust if found.quarantine else "committed"
@@ -306,8 +307,8 @@ def release(
 
 def _put_back(live: tuple[LiveStep, ...], lifted: LiveStep) -> tuple[LiveStep, ...]:
     """`lifted` among the live steps: never after one of a later incarnation, as it was committed before."""
-    mine = (layout.parse_attempt(lifted.attempt)[0], lifted.step)
-    after = [index for index, old in enumerate(live) if (layout.parse_attempt(old.attempt)[0], old.step) > mine]
+    mine = (keys.parse_attempt(lifted.attempt)[0], lifted.step)
+    after = [index for index, old in enumerate(live) if (keys.parse_attempt(old.attempt)[0], old.step) > mine]
     at = min(after, default=len(live))
     return (*live[:at], lifted, *live[at:])
 
@@ -434,7 +435,7 @@ def collectable(head: Head, found: Mapping[AttemptId, Found] | None = None) -> t
     orphans = [
         RetiredAttempt(step=step, attempt=attempt, reason="orphan")
         for (step, attempt), one in (found or {}).items()
-        if layout.parse_attempt(attempt)[0] < head.epoch
+        if keys.parse_attempt(attempt)[0] < head.epoch
         and not is_known(head, step, attempt)
         and not (one.whole and not superseded(head, step, attempt))
     ]
@@ -443,7 +444,5 @@ def collectable(head: Head, found: Mapping[AttemptId, Found] | None = None) -> t
 
 def superseded(head: Head, step: int, attempt: str) -> bool:
     """Whether a restorable step, as new or newer, was committed by the same or a later incarnation."""
-    epoch = layout.parse_attempt(attempt)[0]
-    return any(
-        old.restorable and old.step >= step and layout.parse_attempt(old.attempt)[0] >= epoch for old in head.live
-    )
+    epoch = keys.parse_attempt(attempt)[0]
+    return any(old.restorable and old.step >= step and keys.parse_attempt(old.attempt)[0] >= epoch for old in head.live)

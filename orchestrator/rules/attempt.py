@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from orchestrator import holders
-from orchestrator.attest import disagreements
-from orchestrator.layout import shown
-from orchestrator.records import Box, Failure, Intent, Receipt
+from orchestrator.rules import holders
+from orchestrator.rules.fingerprints import disagreements
+from orchestrator.rules.keys import shown
+from orchestrator.rules.records import Box, Failure, Intent, Receipt
 
 
 class Phase(Enum):

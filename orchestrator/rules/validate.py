@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from orchestrator import chunks, holders, layout
-from orchestrator.arguments import STEP_MAX
-from orchestrator.dtypes import ITEM_BYTES, STORED_AS
-from orchestrator.records import (
+from orchestrator.rules import holders, keys, zarr_chunks
+from orchestrator.rules.arguments import STEP_MAX
+from orchestrator.rules.dtypes import ITEM_BYTES, STORED_AS
+from orchestrator.rules.records import (
     Box,
     Event,
     ExternalArray,
@@ -69,7 +69,7 @@ def fits(intent: Intent, manifest: Manifest) -> None:
     """Whether the arrays of a committed attempt can be what its files hold, before memory is taken for them. Raises
     Invalid naming the leaf."""
     _same("process_count", intent.process_count, manifest.process_count)
-    stored_bytes = sum(entry.bytes for entry in manifest.files if entry.path.startswith(layout.STATE))
+    stored_bytes = sum(entry.bytes for entry in manifest.files if entry.path.startswith(keys.STATE))
     names = {entry.path for entry in manifest.files}
     count = raw_bytes = values = 0
     for leaf in intent.tree.leaves:
@@ -85,7 +85,7 @@ def fits(intent: Intent, manifest: Manifest) -> None:
             raise Invalid(f"{leaf.label}: {size} bytes, out of {stored_bytes} that the manifest lists below state/")
         if leaf.external:
             _has_files(leaf, leaf.external, names)
-        elif layout.STATE + layout.STORE not in names:
+        elif keys.STATE + keys.STORE not in names:
             raise Invalid(f"{leaf.label}: is in an array store, and the manifest lists none")
     if raw_bytes > stored_bytes:
         raise Invalid(f"arrays of {raw_bytes} bytes, of {stored_bytes} that the manifest lists below state/")
@@ -131,7 +131,7 @@ def name_clash(leaves: Sequence[LeafSpec]) -> str:
 
 def _head(head: Head) -> None:
     _text("writer", head.writer)
-    _whole("version", head.version, 0, layout.VERSION_MAX)
+    _whole("version", head.version, 0, keys.VERSION_MAX)
     _whole("epoch", head.epoch, 0, INT64_MAX)
     _time("time", head.time)
     _event(head.event)
@@ -143,7 +143,7 @@ def _head(head: Head) -> None:
     retired = {(gone.step, gone.attempt) for gone in head.retired}
     both = next((live for live in (*head.live, *head.aside) if (live.step, live.attempt) in retired), None)
     if both:
-        raise Invalid(f"{layout.shown(both.step, both.attempt)} is in `live` and in `retired`, expected in one of them")
+        raise Invalid(f"{keys.shown(both.step, both.attempt)} is in `live` and in `retired`, expected in one of them")
 
 
 def _event(event: Event) -> None:
@@ -152,7 +152,7 @@ def _event(event: Event) -> None:
     for step in (*event.steps, *(() if event.step is None else (event.step,))):
         _whole("event.steps", step, 0, STEP_MAX)
     if event.attempt is not None:
-        layout.parse_attempt(event.attempt)
+        keys.parse_attempt(event.attempt)
     for failure in event.failures:
         _failure("event.failures", failure)
 
@@ -202,11 +202,11 @@ def _receipt(receipt: Receipt) -> None:
         for box in boxes:
             _box(f"boxes.{name}", box)
     for key, place in receipt.places.items():
-        if not (place.file >= 0 <= place.offset <= INT64_MAX and chunks.CHECKSUM_BYTES < place.bytes <= INT64_MAX):
+        if not (place.file >= 0 <= place.offset <= INT64_MAX and zarr_chunks.CHECKSUM_BYTES < place.bytes <= INT64_MAX):
             raise Invalid(f"places.{key:.100}: {place.bytes} bytes at {place.offset} of file {place.file}")
     _all_hex("places", [place.crc32c for place in receipt.places.values()], 8)
     for key, body in receipt.small.items():
-        if len(body) <= chunks.CHECKSUM_BYTES:
+        if len(body) <= zarr_chunks.CHECKSUM_BYTES:
             raise Invalid(f"small.{key:.100}: {len(body)} bytes, expected elements and a CRC-32C")
     for name, prints in receipt.prints.items():
         for shard in prints:
@@ -358,16 +358,16 @@ def _external(leaf: LeafSpec, external: ExternalArray) -> None:
         raise Invalid(f"{where}: has a chunk shape of ours, expected none")
     for part in (external.item, external.name):
         if part:
-            layout.check_key(part, where)
+            keys.check_key(part, where)
         if "|" in part:
             raise Invalid(f"{where}: {_shown(part)} has a `|`, which begins another store in a URL")
 
 
 def _has_files(leaf: LeafSpec, external: ExternalArray, names: set[str]) -> None:
     """An array of another writer lies where the manifest has files, so that it is this step's."""
-    item = layout.STATE + (f"{external.item}/" if external.item else "")
+    item = keys.STATE + (f"{external.item}/" if external.item else "")
     if external.ocdbt:
-        found = item + layout.STORE in names
+        found = item + keys.STORE in names
     else:
         found = any(name.startswith(f"{item}{external.name}/") for name in names)
     if not found:
@@ -425,11 +425,11 @@ def _metrics(metrics: Mapping[str, float | str | None]) -> None:
 
 def _step_and_attempt(record: LiveStep | RetiredAttempt | Intent | Receipt | Manifest) -> None:
     _whole("step", record.step, 0, STEP_MAX)
-    layout.parse_attempt(record.attempt)
+    keys.parse_attempt(record.attempt)
 
 
 def _built_on(version: int) -> None:
-    _whole("built_on", version, -1, layout.VERSION_MAX)
+    _whole("built_on", version, -1, keys.VERSION_MAX)
 
 
 def _crc(name: str, value: str) -> None:
@@ -451,7 +451,7 @@ def _unique(name: str, field: str, values: list[Any]) -> None:
 def _files(files: Sequence[FileEntry]) -> None:
     _unique("files", "path", [entry.path for entry in files])
     for entry in files:
-        layout.check_key(entry.path, "files")
+        keys.check_key(entry.path, "files")
         if not 0 <= entry.bytes <= INT64_MAX:
             raise Invalid(f"files: {_shown(entry.path)}: {_shown(entry.bytes)} bytes")
     _all_hex("files: crc32c", [entry.crc32c for entry in files], 8)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import crc32c as crc32c_library
 import msgspec
 
-from orchestrator import chunks, contents
-from orchestrator.dtypes import ITEM_BYTES
 from orchestrator.errors import UsageError
-from orchestrator.records import Box, Held, Intent, LeafSpec, Receipt, crc32c
+from orchestrator.rules import chunk_index, zarr_chunks
+from orchestrator.rules.dtypes import ITEM_BYTES
+from orchestrator.rules.records import Box, Held, Intent, LeafSpec, Receipt, crc32c
 
 Ranges = tuple[tuple[int, int], ...]  # half-open, ascending
 View = Ranges | None  # how a process sees a leaf: on whose devices it is; None: it is no array of JAX
@@ -175,14 +175,14 @@ def _cut(
         chunk and len(chunk) == len(stored) and not any(size % part for size, part in zip(stored, chunk, strict=True))
     )
     used = chunk if chunk and given else usual_chunk(stored, stored_dtype or dtype)
-    boxes = tuple(chunks.cut(Box(start=(0,) * len(stored), stop=stored), used))
+    boxes = tuple(zarr_chunks.cut(Box(start=(0,) * len(stored), stop=stored), used))
     chunk_bytes = math.prod(used) * ITEM_BYTES[stored_dtype or dtype]
-    return Cut(f"{dtype}{shape}".encode(), chunk_bytes, boxes, tuple(chunks.suffix(box, used) for box in boxes))
+    return Cut(f"{dtype}{shape}".encode(), chunk_bytes, boxes, tuple(zarr_chunks.suffix(box, used) for box in boxes))
 
 
 def usual_chunk(stored: tuple[int, ...], dtype: str) -> tuple[int, ...]:
     """As an array on the host is cut."""
-    return chunks.chunk_shape(stored, ITEM_BYTES[dtype])
+    return zarr_chunks.chunk_shape(stored, ITEM_BYTES[dtype])
 
 
 def digest(leaf: LeafSpec) -> bytes:
@@ -213,7 +213,7 @@ def differences(intent: Intent, receipts: Mapping[int, Receipt]) -> list[Differe
     compared = {process: receipt.own for process, receipt in sorted(receipts.items()) if receipt.own}
     if not compared or 0 not in receipts:
         return []
-    stored = contents.checksums([receipts[0]])
+    stored = chunk_index.checksums([receipts[0]])
     leaves = [(leaf, run) for leaf, run in zip(intent.tree.leaves, each_of(intent.held), strict=True) if run.by is None]
     ours = b"".join(_of_stored(leaf, run, stored) for leaf, run in leaves)
     wrong: dict[int, list[int]] = {}

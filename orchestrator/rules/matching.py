@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from orchestrator.errors import Mismatch
-from orchestrator.records import STORED_KINDS, LeafSpec, TreeSpec
+from orchestrator.rules.records import STORED_KINDS, LeafSpec, TreeSpec
 
 
 class TargetLeaf(msgspec.Struct, frozen=True, gc=False):
