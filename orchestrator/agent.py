@@ -42,7 +42,7 @@ from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
-from orchestrator.storage.base import Storage
+from orchestrator.storage.port import Storage
 from orchestrator.telemetry import Telemetry
 from orchestrator.tree import Flat, flatten
 

@@ -15,7 +15,7 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator import garbage, overlap, survey
+from orchestrator import garbage, survey
 from orchestrator.errors import (
     Damaged,
     Fenced,
@@ -28,13 +28,14 @@ from orchestrator.errors import (
     Unavailable,
 )
 from orchestrator.events import Retried, emit
-from orchestrator.overlap import Begun
 from orchestrator.rules import journal, validate
 from orchestrator.rules import keys as layout
 from orchestrator.rules.codec import AnyRecord, decode, encode
 from orchestrator.rules.journal import AttemptId, FencedBy, Found, Next, Rejected, Stamp
 from orchestrator.rules.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
-from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Storage, TooLarge
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
+from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Storage, TooLarge
 
 READS = 3  # of one object, before what differs from read to read is given up
 EARLY_S = 5.0  # a head that was read longer ago is read again before anything is built on it

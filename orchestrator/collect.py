@@ -22,7 +22,7 @@ from orchestrator.events import Collected, emit
 from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.records import RetiredAttempt
-from orchestrator.storage.base import DeletesMany, Storage
+from orchestrator.storage.port import DeletesMany, Storage
 from orchestrator.texts import printable
 
 

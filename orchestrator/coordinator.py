@@ -15,12 +15,11 @@ from functools import partial
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import failpoints, overlap, policy
+from orchestrator import failpoints, policy
 from orchestrator.arrays import PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
 from orchestrator.events import HostLocalDiffers, emit
-from orchestrator.overlap import Begun
 from orchestrator.policy import KeepPolicy
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import attempt as protocol
@@ -42,7 +41,9 @@ from orchestrator.rules.records import (
     crc32c,
     file_entry,
 )
-from orchestrator.storage.base import Exists
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
+from orchestrator.storage.port import Exists
 from orchestrator.texts import printable
 
 QUICK_POLL_S = 0.002  # the first time; a save of small leaves takes a few of these

@@ -31,7 +31,7 @@ from orchestrator.restore import as_error
 from orchestrator.rules import configuration, keys
 from orchestrator.rules.configuration import Settings, who
 from orchestrator.rules.records import Head, Json
-from orchestrator.storage.base import refresh
+from orchestrator.storage.port import refresh
 from orchestrator.texts import printable
 
 SEEN_WITHIN_S = 10.0  # what another host has written; a network file system's caches last some seconds

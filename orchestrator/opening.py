@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from orchestrator import failpoints, meeting, overlap
+from orchestrator import failpoints, meeting
 from orchestrator.adopt import unadopted
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
-from orchestrator.overlap import Begun
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import agree, as_error
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
 from orchestrator.rules.records import Head, Json
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
 from orchestrator.tree import Flat
 
 _TRIES = 10  # somebody else commits to the run between comparing and opening

@@ -31,7 +31,7 @@ from orchestrator.restore import RestoreArgs, agree, restore_together
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json, LiveStep
 from orchestrator.storage import open_storage
-from orchestrator.storage.base import Storage
+from orchestrator.storage.port import Storage
 from orchestrator.storage.read_only import ReadOnlyStorage
 
 

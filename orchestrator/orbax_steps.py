@@ -18,7 +18,7 @@ from orchestrator.arrays import orbax_json
 from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments, keys
 from orchestrator.rules.records import Json, LeafSpec
-from orchestrator.storage.base import Reads
+from orchestrator.storage.port import Reads
 
 DEFAULT = "default"  # Orbax's name for a single, unnamed item
 _STEP_METADATA = "_CHECKPOINT_METADATA"  # since 0.5.1; on a file system a step is finished once it has its name

@@ -12,7 +12,7 @@ import jax
 import msgspec
 from absl import logging
 
-from orchestrator import arrays, errors, failpoints, garbage, heartbeat, overlap
+from orchestrator import arrays, errors, failpoints, garbage, heartbeat
 from orchestrator.arrays import ReadRequest
 from orchestrator.catalog import Catalog
 from orchestrator.errors import (
@@ -30,12 +30,13 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Restored as RestoredEvent
 from orchestrator.events import SteppedDown, emit
-from orchestrator.overlap import Begun
 from orchestrator.proof import Proof, prove
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import arguments, journal, keys, matching
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
 from orchestrator.stored_step import StoredStep
 from orchestrator.tree import targets
 

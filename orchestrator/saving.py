@@ -20,7 +20,7 @@ import jax
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator import arrays, failpoints, overlap
+from orchestrator import arrays, failpoints
 from orchestrator.agreeing import Agreement
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.catalog import Catalog
@@ -36,14 +36,15 @@ from orchestrator.errors import (
 )
 from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
-from orchestrator.overlap import Begun
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt import Phase, cause_of
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FORMAT, Failure, FileEntry, Intent, Receipt
-from orchestrator.storage.base import Exists, check_root
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
+from orchestrator.storage.port import Exists, check_root
 from orchestrator.tree import Flat
 
 DECISION_POLL_S = 0.01

@@ -15,17 +15,18 @@ from typing import Any, TypeVar
 
 import crc32c
 
-from orchestrator import arrays, overlap
+from orchestrator import arrays
 from orchestrator.arrays import ReadRequest, fingerprint
 from orchestrator.catalog import READS, Catalog
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.events import Retried, emit
-from orchestrator.overlap import Begun
 from orchestrator.rules import chunk_index
 from orchestrator.rules import keys as layout
 from orchestrator.rules.chunk_index import Chunk
 from orchestrator.rules.records import Box, Extra, Intent, LeafSpec, LiveStep, Manifest
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
 
 _PAUSE_S = 0.5  # before what could not be read is read again
 _SLAB_BYTES = 64 << 20  # of an array that is read to be compared

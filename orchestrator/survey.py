@@ -12,14 +12,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from orchestrator import overlap
 from orchestrator.errors import Damaged, JournalLost, NewerFormat, Suspect
-from orchestrator.overlap import Begun
 from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.codec import AnyRecord
 from orchestrator.rules.journal import AttemptId, Found
 from orchestrator.rules.records import Head, Intent, Manifest
-from orchestrator.storage.base import Storage
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
+from orchestrator.storage.port import Storage
 
 _RACE_VERSIONS = 16  # a listing may miss so many of the newest entries while others are being created
 

@@ -28,7 +28,7 @@ from orchestrator.events import Event, Retried, subscribe
 from orchestrator.rules.records import FileEntry, crc32c
 from orchestrator.storage import Created, Exists, open_storage
 from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.gcs_client import Budget, Client
+from orchestrator.storage.gcs_http import Budget, Client
 
 ALL_FAULTS = dict.fromkeys(("too_many", "unavailable", "slow", "cut", "lost"), 0.05)
 

@@ -22,7 +22,7 @@ from orchestrator.errors import StorageError, Unavailable, UsageError
 from orchestrator.storage import Created, Exists, open_storage
 from orchestrator.storage import gcs_replies as replies
 from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.gcs_client import Budget, Client
+from orchestrator.storage.gcs_http import Budget, Client
 from orchestrator.storage.gcs_replies import Reply
 
 

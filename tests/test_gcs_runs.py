@@ -35,7 +35,7 @@ from orchestrator.rules import chunk_index, journal, keys
 from orchestrator.rules.codec import encode
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.gcs_client import Client
+from orchestrator.storage.gcs_http import Client
 
 ALL_FAULTS = dict.fromkeys(("too_many", "unavailable", "slow", "cut", "lost"), 0.05)
 

@@ -196,7 +196,7 @@ def test_every_file_is_under_500_lines(capsys: pytest.CaptureFixture[str]) -> No
     assert long_files(modules) == []
 
 
-GOOD = {"orchestrator": "", "orchestrator.errors": "", "orchestrator.storage.base": "", "orchestrator.agent": ""}
+GOOD = {"orchestrator": "", "orchestrator.errors": "", "orchestrator.storage.port": "", "orchestrator.agent": ""}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ GOOD = {"orchestrator": "", "orchestrator.errors": "", "orchestrator.storage.bas
         ("orchestrator.rules.journal", "from orchestrator import agent", "journal imports orchestrator.agent"),
         ("orchestrator.arrays", "import orchestrator.agent", "arrays imports orchestrator.agent"),
         ("orchestrator.rules.journal", "def f():\n    from orchestrator import agent", "imports orchestrator.agent"),
-        ("orchestrator.rules.journal", "if TYPE_CHECKING:\n    import orchestrator.storage.base", "storage.base"),
+        ("orchestrator.rules.journal", "if TYPE_CHECKING:\n    import orchestrator.storage.port", "storage.base"),
         ("orchestrator.rules.journal", "import os", "pure, but imports os"),
         ("orchestrator.rules.attempt", "from time import monotonic", "pure, but imports time.monotonic"),
         ("orchestrator.policy", "import jax.tree_util", "pure, but imports jax.tree_util"),

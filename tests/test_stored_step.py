@@ -25,7 +25,7 @@ from orchestrator.restore import RestoreArgs, restore_together
 from orchestrator.rules import journal
 from orchestrator.rules.records import FileEntry
 from orchestrator.storage import Entry, PosixStorage
-from orchestrator.storage.base import RECORD_BYTES_MAX
+from orchestrator.storage.port import RECORD_BYTES_MAX
 from orchestrator.stored_step import StoredStep
 
 

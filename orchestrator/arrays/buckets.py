@@ -17,11 +17,11 @@ import tensorstore as ts
 
 from orchestrator import environment
 from orchestrator.errors import StorageError, Unavailable
-from orchestrator.storage.base import Exists
 from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.gcs_client import client
 from orchestrator.storage.gcs_credentials import Token
+from orchestrator.storage.gcs_http import client
 from orchestrator.storage.gcs_replies import hint, line, said
+from orchestrator.storage.port import Exists
 
 BACKEND = "TENSORSTORE_GCS_BACKEND"  # as Orbax knows it: gcs (the JSON API) or gcs_grpc
 _URL = "TENSORSTORE_GCS_HTTP_URL"  # as TensorStore knows it

@@ -17,13 +17,12 @@ from typing import Any, Protocol
 
 import crc32c
 
-from orchestrator import overlap
 from orchestrator.arrays.store import shared_context
-from orchestrator.overlap import Begun
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.records import FileEntry, crc32
-from orchestrator.storage import directory
+from orchestrator.storage import directory, overlap
 from orchestrator.storage.directory import storage_error
+from orchestrator.storage.overlap import Begun
 
 Buffer = bytes | memoryview
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from orchestrator import overlap
 from orchestrator.arrays import ocdbt
 from orchestrator.errors import Damaged
-from orchestrator.overlap import Begun
 from orchestrator.rules.chunk_index import Chunk, Place, Stored
 from orchestrator.rules.keys import check_key
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
 
 _NODES = "d/"  # data files of the store itself; a process's are in its own store
 

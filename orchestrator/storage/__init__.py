@@ -7,8 +7,8 @@ import re
 
 from orchestrator.errors import UsageError
 from orchestrator.rules import arguments
-from orchestrator.storage.base import Created, Entry, Exists, Storage
 from orchestrator.storage.memory import MemoryStorage
+from orchestrator.storage.port import Created, Entry, Exists, Storage
 from orchestrator.storage.posix import PosixStorage
 
 __all__ = ["Created", "Entry", "Exists", "MemoryStorage", "PosixStorage", "Storage", "open_storage"]

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 
 from orchestrator.errors import RootChanged, StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.rules.keys import check_key, journal_version
-from orchestrator.storage.base import Entry
+from orchestrator.storage.port import Entry
 
 DEPTH_MAX = 32  # directories below each other: so many descriptors does a listing hold
 _PRUNED_TRIES = 100

@@ -24,9 +24,9 @@ from msgspec.structs import replace
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import FileEntry
-from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists
-from orchestrator.storage.gcs_client import Client, client
+from orchestrator.storage.gcs_http import Client, client
 from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, rejection, said
+from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists
 
 Value = TypeVar("Value")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import UsageError
 from orchestrator.rules.records import FileEntry
-from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, Reads, refresh
+from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists, Reads, refresh
 
 
 class ReadOnlyStorage:

@@ -17,8 +17,8 @@ from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Final
 from orchestrator.rules.codec import encode
 from orchestrator.rules.journal import Compared, FencedBy, Rejected, Stamp
 from orchestrator.rules.records import FORMAT, Box, Failure, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
-from orchestrator.storage.base import Created
 from orchestrator.storage.memory import MemoryStorage
+from orchestrator.storage.port import Created
 
 
 def put(there: bytes | None, body: bytes) -> tuple[bytes, bool]:

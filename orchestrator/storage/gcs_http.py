@@ -32,9 +32,9 @@ from orchestrator import environment
 from orchestrator.errors import Unavailable
 from orchestrator.events import Retried, emit
 from orchestrator.storage import gcs_identity
-from orchestrator.storage.base import TooLarge
 from orchestrator.storage.gcs_credentials import Credentials, NoToken, Token
 from orchestrator.storage.gcs_replies import REJECTED_FOR_SURE, Reply, line, may_pass, retry_after_s, said
+from orchestrator.storage.port import TooLarge
 
 CONCURRENCY = 32  # requests in flight per process
 _DEADLINE_S = 120.0  # for one operation with all its retries
