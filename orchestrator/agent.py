@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import failpoints, garbage, heartbeat, last_words, leaving
+from orchestrator import failpoints, garbage, last_words, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.catalog import Catalog
 from orchestrator.collect import Collector
@@ -29,8 +29,10 @@ from orchestrator.errors import (
     UsageError,
     WaitTimeout,
 )
-from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
 from orchestrator.meeting import meet
+from orchestrator.observe import heartbeat
+from orchestrator.observe.events import Closed, EpochOpened, SaveNotCommitted, emit
+from orchestrator.observe.telemetry import Telemetry
 from orchestrator.opening import Opening, check_tree
 from orchestrator.options import Options
 from orchestrator.pacing import Looks, Pacing
@@ -43,7 +45,6 @@ from orchestrator.rules.save_interval import Cadence
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
-from orchestrator.telemetry import Telemetry
 from orchestrator.tree import Flat, flatten
 
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop

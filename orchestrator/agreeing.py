@@ -16,10 +16,10 @@ from collections.abc import Callable
 import msgspec
 from absl import logging
 
-from orchestrator import heartbeat
 from orchestrator.arrays.planning import views
 from orchestrator.catalog import Catalog
 from orchestrator.errors import OrchestratorError, StorageError, UsageError, WaitTimeout
+from orchestrator.observe import heartbeat
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import holders, keys
 from orchestrator.rules.codec import decode

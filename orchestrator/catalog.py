@@ -27,7 +27,7 @@ from orchestrator.errors import (
     StorageError,
     Unavailable,
 )
-from orchestrator.events import Retried, emit
+from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import journal, validate
 from orchestrator.rules import keys as layout
 from orchestrator.rules.codec import AnyRecord, decode, encode

@@ -18,7 +18,7 @@ from absl import logging
 from orchestrator import failpoints
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeKey
-from orchestrator.events import Collected, emit
+from orchestrator.observe.events import Collected, emit
 from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.records import RetiredAttempt

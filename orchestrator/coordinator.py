@@ -19,7 +19,7 @@ from orchestrator import failpoints, policy
 from orchestrator.arrays import PendingWrite
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
-from orchestrator.events import HostLocalDiffers, emit
+from orchestrator.observe.events import HostLocalDiffers, emit
 from orchestrator.policy import KeepPolicy
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import attempt as protocol

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, OrchestratorError
-from orchestrator.events import CadenceChosen, emit
+from orchestrator.observe.events import CadenceChosen, emit
 from orchestrator.policy import Adaptive
 from orchestrator.rules import save_interval
 from orchestrator.rules.records import Head

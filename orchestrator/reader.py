@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRetired
-from orchestrator.events import SteppedDown, emit
+from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.restore import Reading, RestoreArgs, Restored, fit, shown
 from orchestrator.rules import arguments
 from orchestrator.rules.records import LiveStep

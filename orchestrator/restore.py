@@ -12,7 +12,7 @@ import jax
 import msgspec
 from absl import logging
 
-from orchestrator import arrays, errors, failpoints, garbage, heartbeat
+from orchestrator import arrays, errors, failpoints, garbage
 from orchestrator.arrays import ReadRequest
 from orchestrator.catalog import Catalog
 from orchestrator.errors import (
@@ -28,8 +28,9 @@ from orchestrator.errors import (
     UnsafeKey,
     UsageError,
 )
-from orchestrator.events import Restored as RestoredEvent
-from orchestrator.events import SteppedDown, emit
+from orchestrator.observe import heartbeat
+from orchestrator.observe.events import Restored as RestoredEvent
+from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.proof import Proof, prove
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import arguments, journal, keys, matching

@@ -34,7 +34,7 @@ from orchestrator.errors import (
     UsageError,
     WaitTimeout,
 )
-from orchestrator.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
+from orchestrator.observe.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import journal

@@ -19,7 +19,7 @@ from orchestrator import arrays
 from orchestrator.arrays import ReadRequest, fingerprint
 from orchestrator.catalog import READS, Catalog
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
-from orchestrator.events import Retried, emit
+from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import chunk_index
 from orchestrator.rules import keys as layout
 from orchestrator.rules.chunk_index import Chunk

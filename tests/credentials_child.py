@@ -119,7 +119,7 @@ import urllib.request  # noqa: E402
 from absl import logging  # noqa: E402
 from fsspec import config  # noqa: E402
 
-from orchestrator.events import Retried, subscribe  # noqa: E402
+from orchestrator.observe.events import Retried, subscribe  # noqa: E402
 from orchestrator.storage.gcs import GcsStorage  # noqa: E402
 from orchestrator.storage.gcs_http import Budget, Client  # noqa: E402
 

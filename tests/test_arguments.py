@@ -19,7 +19,7 @@ from jax._src.lib import _jax
 from runs import fill, now, state
 
 import orchestrator as oc
-from orchestrator.events import SaveStarted
+from orchestrator.observe.events import SaveStarted
 from orchestrator.rules import arguments
 
 

@@ -15,7 +15,7 @@ from processes import job
 from runs import journal_of, now, state
 
 import orchestrator as oc
-from orchestrator.events import CadenceChosen, subscribe
+from orchestrator.observe.events import CadenceChosen, subscribe
 from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, auto, every
 from orchestrator.rendezvous import connect

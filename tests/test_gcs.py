@@ -24,7 +24,7 @@ from gcs import BUCKET, emulator, faults, new_root
 
 from launch.gcs_emulator.process import EmulatorProcess
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UsageError
-from orchestrator.events import Event, Retried, subscribe
+from orchestrator.observe.events import Event, Retried, subscribe
 from orchestrator.rules.records import FileEntry, crc32c
 from orchestrator.storage import Created, Exists, open_storage
 from orchestrator.storage.gcs import GcsStorage

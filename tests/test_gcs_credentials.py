@@ -23,7 +23,7 @@ from gcs import REPO, emulator
 from google.oauth2 import credentials as user
 
 from orchestrator import environment
-from orchestrator.events import Event, Retried, subscribe
+from orchestrator.observe.events import Event, Retried, subscribe
 from orchestrator.storage import gcs_identity
 from orchestrator.storage.gcs_credentials import Credentials, Identity, NoToken, Token
 

@@ -30,7 +30,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main as cli
 from orchestrator.collect import collect
 from orchestrator.errors import Suspect
-from orchestrator.events import Event, Retried, subscribe
+from orchestrator.observe.events import Event, Retried, subscribe
 from orchestrator.rules import chunk_index, journal, keys
 from orchestrator.rules.codec import encode
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage

@@ -15,7 +15,7 @@ import pytest
 from launch import gke, local, plainfile, supervise
 from launch.command import LaunchError
 from launch.heartbeats import Heartbeats
-from orchestrator import heartbeat
+from orchestrator.observe import heartbeat
 
 pytestmark = pytest.mark.timeout(60)
 

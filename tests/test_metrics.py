@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from runs import LIKE, now, state
 
 import orchestrator as oc
-from orchestrator import events
-from orchestrator.metrics import Metrics
-from orchestrator.tracing import Traces
+from orchestrator.observe import events
+from orchestrator.observe.prometheus import Metrics
+from orchestrator.observe.spans import Traces
 
 ROOT = Path(__file__).parent.parent
 OPS = ROOT / "docs" / "ops"

@@ -22,7 +22,7 @@ from runs import LIKE, fill, journal_of, kinds, now, state
 
 import orchestrator as oc
 from orchestrator.catalog import Catalog
-from orchestrator.events import EpochOpened, subscribe
+from orchestrator.observe.events import EpochOpened, subscribe
 from orchestrator.opening import Opening
 from orchestrator.rendezvous import _Alone
 from orchestrator.rules import journal

@@ -20,8 +20,9 @@ from msgspec import structs
 from runs import fill
 
 import orchestrator as oc
-from orchestrator import errors, eventlog, events
+from orchestrator import errors
 from orchestrator.cli.main import COMMANDS, main
+from orchestrator.observe import event_log, events
 from orchestrator.rules import keys
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import (
@@ -255,10 +256,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "run"
     fill(root, 1, STEP, keep=oc.last(9))
     (path,) = (root / "events").glob("*.jsonl")
-    alive = eventlog.Line(
+    alive = event_log.Line(
         time.time(), 0, "host", "machine", 1, events.Alive("training", STEP)
     )  # seconds apart in a job
-    path.write_bytes(path.read_bytes() + eventlog.encode(alive))
+    path.write_bytes(path.read_bytes() + event_log.encode(alive))
     return root
 
 

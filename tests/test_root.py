@@ -25,8 +25,8 @@ from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.cli import main
 from orchestrator.coordinator import UserData
 from orchestrator.errors import Fenced, RootChanged, Unavailable, UsageError
-from orchestrator.eventlog import EventLog
-from orchestrator.events import Alive
+from orchestrator.observe.event_log import EventLog
+from orchestrator.observe.events import Alive
 from orchestrator.saving import Saver
 from orchestrator.storage import Created, PosixStorage, open_storage
 from orchestrator.storage.directory import find

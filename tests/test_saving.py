@@ -14,12 +14,12 @@ from fakes import HookedStorage
 from runs import now
 
 import orchestrator as oc
-from orchestrator import events
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.catalog import Catalog
 from orchestrator.collect import collect
 from orchestrator.coordinator import UserData, signal_prefix
-from orchestrator.events import SavePhase
+from orchestrator.observe import events
+from orchestrator.observe.events import SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.rendezvous import _Alone, connect

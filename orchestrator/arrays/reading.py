@@ -60,8 +60,8 @@ from orchestrator.arrays.store import (
 )
 from orchestrator.arrays.stored_tree import ObjectTree
 from orchestrator.errors import Damaged, Suspect, Unavailable
-from orchestrator.events import Retried, emit
 from orchestrator.jax_context import in_own_context
+from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import keys as layout
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Chunk, Stored

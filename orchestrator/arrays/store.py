@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from orchestrator import environment
 from orchestrator.errors import OrchestratorError, Suspect, Unavailable
-from orchestrator.events import Retried, emit
+from orchestrator.observe.events import Retried, emit
 from orchestrator.rules.records import ExternalArray
 from orchestrator.storage.directory import alias, find, storage_error
 

@@ -26,7 +26,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError, StepRetired
-from orchestrator.eventlog import DIRECTORY, Tail, directory_of
+from orchestrator.observe.event_log import DIRECTORY, Tail, directory_of
 from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.journal import AttemptId, Found
 from orchestrator.rules.records import Event, Head

@@ -9,10 +9,10 @@ import msgspec
 from orchestrator.cli import render
 from orchestrator.cli.commands import live_step, open_catalog
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
-from orchestrator.eventlog import directory_of, read
+from orchestrator.observe.event_log import directory_of, read
+from orchestrator.observe.timeline import Story
 from orchestrator.rules import arguments, keys
 from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
-from orchestrator.story import Story
 
 _ROWS = 32
 

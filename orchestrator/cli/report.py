@@ -18,12 +18,12 @@ from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import Flags, open_catalog
 from orchestrator.errors import EXIT_OK, OrchestratorError, StorageError
-from orchestrator.eventlog import directory_of, read
+from orchestrator.observe.event_log import directory_of, read
+from orchestrator.observe.timeline import Story
 from orchestrator.rules import journal, keys, save_interval
 from orchestrator.rules.json_numbers import Stored
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes, partition
-from orchestrator.story import Story
 from orchestrator.texts import printable
 
 _LEAVES = 12  # of which the sharding is drawn: the largest

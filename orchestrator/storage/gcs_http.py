@@ -30,7 +30,7 @@ from gcsfs.core import GCSFileSystem
 
 from orchestrator import environment
 from orchestrator.errors import Unavailable
-from orchestrator.events import Retried, emit
+from orchestrator.observe.events import Retried, emit
 from orchestrator.storage import gcs_identity
 from orchestrator.storage.gcs_credentials import Credentials, NoToken, Token
 from orchestrator.storage.gcs_replies import REJECTED_FOR_SURE, Reply, line, may_pass, retry_after_s, said

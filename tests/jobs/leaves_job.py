@@ -23,7 +23,7 @@ where = f"127.0.0.1:{port}"
 jax.distributed.initialize(where, count, index, coordinator_bind_address=where)
 
 import orchestrator as oc
-from orchestrator import events
+from orchestrator.observe import events
 from tests import leaf_table
 
 STAGES = (

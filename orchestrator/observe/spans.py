@@ -12,8 +12,8 @@ from collections.abc import Callable
 from opentelemetry import trace
 from opentelemetry.trace import Span, StatusCode, Tracer, set_span_in_context
 
-from orchestrator import events
-from orchestrator.events import PHASES, Event
+from orchestrator.observe import events
+from orchestrator.observe.events import PHASES, Event
 
 _NS = 1_000_000_000
 

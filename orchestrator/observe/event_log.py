@@ -25,7 +25,7 @@ import msgspec
 from absl import logging
 
 from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey
-from orchestrator.events import KINDS, EpochOpened, Event
+from orchestrator.observe.events import KINDS, EpochOpened, Event
 from orchestrator.rules import keys
 from orchestrator.storage.directory import Root, find
 

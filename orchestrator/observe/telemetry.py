@@ -9,9 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from orchestrator import events
 from orchestrator.errors import UsageError
-from orchestrator.eventlog import EventLog, directory_of
+from orchestrator.observe import events
+from orchestrator.observe.event_log import EventLog, directory_of
 from orchestrator.options import Options
 
 _EARLY_MAX = 1000  # events that are kept until the epoch is open
@@ -28,17 +28,17 @@ class Telemetry:
         self._stop_early = events.subscribe(lambda event: self._early.append((time.time(), event)))
         self._closers.append(self._stop_early)
         if options.metrics_port is not None or options.metrics_file:
-            from orchestrator import metrics
+            from orchestrator.observe import prometheus
 
-            told = metrics.Metrics(process, host)
+            told = prometheus.Metrics(process, host)
             self._hear(told.hear, lambda: None)
             if options.metrics_port is not None:
-                self._closers.append(metrics.serve(told, options.metrics_port, options.metrics_address))
+                self._closers.append(prometheus.serve(told, options.metrics_port, options.metrics_address))
             if options.metrics_file:
-                self._closers.append(metrics.keep_textfile(told, options.metrics_file))
+                self._closers.append(prometheus.keep_textfile(told, options.metrics_file))
         if options.traces:
             try:
-                from orchestrator.tracing import Traces
+                from orchestrator.observe.spans import Traces
             except ImportError as error:
                 raise UsageError("Options(traces=True) needs opentelemetry-api: install the `traces` extra") from error
             self._hear(Traces(process, host).hear, lambda: None)

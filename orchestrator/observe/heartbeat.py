@@ -12,7 +12,7 @@ import json
 import os
 import time
 
-from orchestrator.events import Alive, emit
+from orchestrator.observe.events import Alive, emit
 
 VARIABLE = "ORCHESTRATOR_HEARTBEAT_FILE"
 INTERVAL_S = 0.2

@@ -23,8 +23,8 @@ from prometheus_client import (
     write_to_textfile,
 )
 
-from orchestrator import events
-from orchestrator.events import Event
+from orchestrator.observe import events
+from orchestrator.observe.events import Event
 
 LOOPBACK = "127.0.0.1"
 TEXTFILE_INTERVAL_S = 10.0

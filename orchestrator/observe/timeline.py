@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from orchestrator.eventlog import Line
-from orchestrator.events import (
+from orchestrator.observe.event_log import Line
+from orchestrator.observe.events import (
     PHASES,
     Alive,
     Closed,
