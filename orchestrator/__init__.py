@@ -103,8 +103,8 @@ def __getattr__(name: str) -> Any:
 
 def open_run(root: str | os.PathLike[str]) -> Run:
     """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
-    from orchestrator.catalog import Catalog
     from orchestrator.reader import Run
+    from orchestrator.run.journal_store import Catalog
     from orchestrator.storage import open_storage
     from orchestrator.storage.read_only import ReadOnlyStorage
 

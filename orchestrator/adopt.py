@@ -20,7 +20,6 @@ from typing import Any
 from msgspec.structs import replace
 
 from orchestrator import meeting, orbax_steps
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.rules import journal, json_numbers, keys
 from orchestrator.rules.codec import decode, encode
@@ -36,6 +35,7 @@ from orchestrator.rules.records import (
     TreeSpec,
     crc32c,
 )
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
 EXTRA = "orbax"  # our member of a step's extra JSON: what Orbax knew beside the arrays

@@ -18,8 +18,6 @@ from absl import logging
 
 from orchestrator import failpoints, garbage, last_words, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
-from orchestrator.catalog import Catalog
-from orchestrator.collect import Collector
 from orchestrator.coordinator import Coordinator, UserData
 from orchestrator.errors import (
     Damaged,
@@ -42,6 +40,8 @@ from orchestrator.restore import RestoreArgs, Restored, restore_together
 from orchestrator.rules import arguments, configuration
 from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
+from orchestrator.run.deletion import Collector
+from orchestrator.run.journal_store import Catalog
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage

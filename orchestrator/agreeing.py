@@ -17,13 +17,13 @@ import msgspec
 from absl import logging
 
 from orchestrator.arrays.planning import views
-from orchestrator.catalog import Catalog
 from orchestrator.errors import OrchestratorError, StorageError, UsageError, WaitTimeout
 from orchestrator.observe import heartbeat
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import holders, keys
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import Held, Intent
+from orchestrator.run.journal_store import Catalog
 from orchestrator.tree import Flat, Form
 
 _FORMS = 4  # remembered, as in `tree` and `planning`

@@ -17,7 +17,6 @@ from msgspec.structs import replace
 
 from orchestrator import failpoints, policy
 from orchestrator.arrays import PendingWrite
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
 from orchestrator.observe.events import HostLocalDiffers, emit
 from orchestrator.policy import KeepPolicy
@@ -41,6 +40,7 @@ from orchestrator.rules.records import (
     crc32c,
     file_entry,
 )
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import Exists

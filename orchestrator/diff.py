@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from orchestrator.arrays import ReadRequest
-from orchestrator.catalog import Catalog
 from orchestrator.rules.matching import brief
 from orchestrator.rules.records import LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes
-from orchestrator.stored_step import StoredStep
+from orchestrator.run.journal_store import Catalog
+from orchestrator.run.stored_step import StoredStep
 
 _BATCH_BYTES = 256 << 20
 _BLOCK = 1 << 20  # elements compared at once

@@ -25,12 +25,12 @@ from urllib.parse import quote
 import numpy as np
 
 from orchestrator import arrays
-from orchestrator.catalog import Catalog
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.rules import arguments, chunk_index, keys
 from orchestrator.rules.records import Box, LeafSpec, LiveStep, Manifest, TreeSpec
 from orchestrator.rules.restore_cost import leaf_bytes
-from orchestrator.stored_step import StoredStep
+from orchestrator.run.journal_store import Catalog
+from orchestrator.run.stored_step import StoredStep
 from orchestrator.tree import numpy_dtype
 
 SLAB_BYTES = 64 << 20

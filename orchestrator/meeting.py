@@ -24,13 +24,13 @@ from functools import partial
 import jax
 from absl import logging
 
-from orchestrator.catalog import Catalog
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import as_error
 from orchestrator.rules import configuration, keys
 from orchestrator.rules.configuration import Settings, who
 from orchestrator.rules.records import Head, Json
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage.port import refresh
 from orchestrator.texts import printable
 

@@ -17,7 +17,6 @@ from functools import partial
 
 from orchestrator import failpoints, meeting
 from orchestrator.adopt import unadopted
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import agree, as_error
@@ -25,6 +24,7 @@ from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
 from orchestrator.rules.records import Head, Json
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.tree import Flat

@@ -20,7 +20,6 @@ from orchestrator import orbax_items, orbax_options, policy
 from orchestrator.adopt import EXTRA, unadopted
 from orchestrator.agent import Agent
 from orchestrator.arrays import orbax
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, StepNotFound, UsageError
 from orchestrator.meeting import meet
 from orchestrator.orbax_items import Saved
@@ -30,6 +29,7 @@ from orchestrator.rendezvous import connect
 from orchestrator.restore import RestoreArgs, agree, restore_together
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json, LiveStep
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
 from orchestrator.storage.read_only import ReadOnlyStorage

@@ -8,13 +8,13 @@ from collections import deque
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, OrchestratorError
 from orchestrator.observe.events import CadenceChosen, emit
 from orchestrator.policy import Adaptive
 from orchestrator.rules import save_interval
 from orchestrator.rules.records import Head
 from orchestrator.rules.save_interval import Cadence, Costs
+from orchestrator.run.journal_store import Catalog
 
 _LOOK_STEPS_MAX = 64  # between two questions to process 0, however far the next save is
 _SAVES = 5  # whose median counts: the first one of a process warms up

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from orchestrator import survey
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, Suspect, UsageError
 from orchestrator.rules import evidence, journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.evidence import Choice, Whole
 from orchestrator.rules.journal import AttemptId
 from orchestrator.rules.records import Head, LiveStep, Manifest, crc32c
+from orchestrator.run import survey
+from orchestrator.run.journal_store import Catalog
 
 
 @dataclass

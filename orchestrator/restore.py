@@ -14,7 +14,6 @@ from absl import logging
 
 from orchestrator import arrays, errors, failpoints, garbage
 from orchestrator.arrays import ReadRequest
-from orchestrator.catalog import Catalog
 from orchestrator.errors import (
     Damaged,
     Mismatch,
@@ -36,9 +35,10 @@ from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import arguments, journal, keys, matching
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
+from orchestrator.run.journal_store import Catalog
+from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
-from orchestrator.stored_step import StoredStep
 from orchestrator.tree import targets
 
 Value = TypeVar("Value")

@@ -23,7 +23,6 @@ from msgspec.structs import replace
 from orchestrator import arrays, failpoints
 from orchestrator.agreeing import Agreement
 from orchestrator.arrays import ArrayWriter, PendingWrite
-from orchestrator.catalog import Catalog
 from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, run_prefix, signal_prefix
 from orchestrator.errors import (
     Fenced,
@@ -42,6 +41,7 @@ from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt import Phase, cause_of
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FORMAT, Failure, FileEntry, Intent, Receipt
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import Exists, check_root

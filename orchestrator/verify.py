@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from orchestrator.arrays import ReadRequest
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, OrchestratorError, StepRetired
 from orchestrator.rules import chunk_index, fingerprints, journal, zarr_chunks
 from orchestrator.rules import keys as layout
 from orchestrator.rules.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
-from orchestrator.stored_step import StoredStep
+from orchestrator.run.journal_store import Catalog
+from orchestrator.run.stored_step import StoredStep
 
 _THREADS = 4  # each holds one file in memory
 _DATA = "/d/"  # OCDBT keeps an array store's bytes in such directories

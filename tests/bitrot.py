@@ -32,7 +32,7 @@ from absl import logging
 from processes import job
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
 

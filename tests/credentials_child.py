@@ -372,7 +372,7 @@ def _job(key: str, meanwhile: Callable[..., dict[str, Callable[[], Any]]]) -> di
     import numpy as np
 
     import orchestrator as oc
-    from orchestrator.catalog import Catalog
+    from orchestrator.run.journal_store import Catalog
     from orchestrator.storage import gcs_http
 
     def state(step: int) -> dict[str, Any]:
@@ -441,9 +441,9 @@ def _write_answered(agent: Any, root: str, state: Any, **rule: Any) -> dict[str,
 
 def _read_for_longer_than_a_token(agent: Any, root: str, state: Any) -> dict[str, Callable[[], Any]]:
     """A reader is in the middle when the token is replaced, and the bucket accepts no older one."""
-    from orchestrator.catalog import Catalog
+    from orchestrator.run.journal_store import Catalog
+    from orchestrator.run.stored_step import StoredStep
     from orchestrator.storage import gcs_http
-    from orchestrator.stored_step import StoredStep
 
     def read() -> int:
         catalog = Catalog(GcsStorage(root), "test")

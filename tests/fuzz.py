@@ -44,8 +44,8 @@ from images import DIRECTORY, NEWEST, Image, accident, forgery
 
 import orchestrator as oc
 from orchestrator.adopt import adopt
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main as command
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
 

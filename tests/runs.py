@@ -11,9 +11,9 @@ from msgspec import structs
 
 import orchestrator as oc
 from orchestrator.arrays import PendingWrite
-from orchestrator.catalog import Catalog
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
 LIKE = {"w": jnp.zeros(512), "count": 0}  # large enough for a data file of its own

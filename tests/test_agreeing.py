@@ -9,12 +9,12 @@ import pytest
 from msgspec import structs
 
 from orchestrator.agreeing import Agreement
-from orchestrator.catalog import Catalog
 from orchestrator.errors import UsageError, WaitTimeout
 from orchestrator.rules import holders
 from orchestrator.rules.codec import encode
 from orchestrator.rules.keys import INTENT
 from orchestrator.rules.records import Held, Json
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage
 from orchestrator.tree import flatten
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import snapshot
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
-from orchestrator.collect import collect
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import FileEntry, Head, crc32c
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
 LIKE = {"w": jnp.zeros(4)}

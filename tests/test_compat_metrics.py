@@ -15,8 +15,8 @@ import pytest
 import orchestrator as oc
 from orchestrator import compat, orbax_options
 from orchestrator.arrays import orbax
-from orchestrator.catalog import Catalog
 from orchestrator.rules import journal
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 NAN, INF = math.nan, math.inf

@@ -17,12 +17,12 @@ import pytest
 from crash import Disk, Effect, lay_out, record
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
-from orchestrator.collect import collect
 from orchestrator.recover import plan, write
 from orchestrator.rules import keys
 from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Head, LiveStep
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
 from tests.model import invariants

@@ -19,12 +19,12 @@ import orchestrator as oc
 from orchestrator import arrays, compat, errors
 from orchestrator.arrays import ocdbt
 from orchestrator.arrays.localstore import LocalStore
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
 from orchestrator.reader import Run
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.chunk_index import Stored
 from orchestrator.rules.records import LeafSpec
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.verify import read_back
 

@@ -18,12 +18,12 @@ from fakes import HookedStorage
 from runs import fill, journal_of, state
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
 from orchestrator.cli import doctor
 from orchestrator.cli.doctor import Diagnosis, Finding, Patient
 from orchestrator.cli.main import main
 from orchestrator.rules import keys
 from orchestrator.rules.codec import encode
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import Created, PosixStorage
 
 

@@ -26,13 +26,13 @@ from runs import now
 import orchestrator as oc
 from launch.gcs_emulator.process import EmulatorProcess
 from orchestrator import arrays
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main as cli
-from orchestrator.collect import collect
 from orchestrator.errors import Suspect
 from orchestrator.observe.events import Event, Retried, subscribe
 from orchestrator.rules import chunk_index, journal, keys
 from orchestrator.rules.codec import encode
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_http import Client

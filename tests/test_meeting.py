@@ -23,10 +23,10 @@ from runs import catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
 from orchestrator import meeting
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
 from orchestrator.rules import configuration
 from orchestrator.rules.configuration import OPTIONS, ORBAX, RULES, Rule, described, differences, digest, of_agent, who
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.read_only import ReadOnlyStorage
 

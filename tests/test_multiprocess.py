@@ -15,7 +15,7 @@ from processes import job
 
 import orchestrator as oc
 from orchestrator import failpoints
-from orchestrator.catalog import Catalog
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 pytestmark = pytest.mark.jobs

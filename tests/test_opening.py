@@ -21,11 +21,11 @@ from fakes import HookedStorage
 from runs import LIKE, fill, journal_of, kinds, now, state
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
 from orchestrator.observe.events import EpochOpened, subscribe
 from orchestrator.opening import Opening
 from orchestrator.rendezvous import _Alone
 from orchestrator.rules import journal
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.tree import flatten
 

@@ -19,8 +19,8 @@ from builders import head, live
 
 import orchestrator as oc
 from orchestrator import adopt, compat
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 from orchestrator.storage.memory import MemoryStorage
 

@@ -20,13 +20,13 @@ from runs import LIKE, catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
 from orchestrator import pacing
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
-from orchestrator.collect import collect
 from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.evidence import Whole
 from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Event
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
 

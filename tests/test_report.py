@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import fill, now
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
 from orchestrator.cli.report import Report, SaveOf, build, page
 from orchestrator.observe.event_log import Line
@@ -31,6 +30,7 @@ from orchestrator.rules import journal
 from orchestrator.rules.codec import encode
 from orchestrator.rules.keys import journal_key
 from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

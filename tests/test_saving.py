@@ -15,8 +15,6 @@ from runs import now
 
 import orchestrator as oc
 from orchestrator.arrays import ArrayOptions, ArrayWriter
-from orchestrator.catalog import Catalog
-from orchestrator.collect import collect
 from orchestrator.coordinator import UserData, signal_prefix
 from orchestrator.observe import events
 from orchestrator.observe.events import SavePhase
@@ -27,6 +25,8 @@ from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt import Phase
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import Receipt
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.saving import Saver
 from orchestrator.storage import PosixStorage
 from orchestrator.tree import flatten

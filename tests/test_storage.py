@@ -29,11 +29,11 @@ from gcs import new_root
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.catalog import Catalog
 from orchestrator.errors import StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.rules import journal
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FileEntry, crc32c
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
 
 STORES: dict[str, Callable[[Path], Storage]] = {

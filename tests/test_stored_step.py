@@ -17,16 +17,17 @@ from fakes import HookedStorage
 from runs import LIKE, catalog_of, fill, journal_of, kinds, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, stored_step, verify
-from orchestrator.catalog import READS, Catalog
+from orchestrator import arrays, verify
 from orchestrator.errors import Suspect
 from orchestrator.reader import Run, read_step
 from orchestrator.restore import RestoreArgs, restore_together
 from orchestrator.rules import journal
 from orchestrator.rules.records import FileEntry
+from orchestrator.run import stored_step
+from orchestrator.run.journal_store import READS, Catalog
+from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import Entry, PosixStorage
 from orchestrator.storage.port import RECORD_BYTES_MAX
-from orchestrator.stored_step import StoredStep
 
 
 @pytest.fixture(autouse=True)

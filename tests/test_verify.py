@@ -16,9 +16,9 @@ from test_cli import orchestrator
 
 import orchestrator as oc
 from orchestrator import verify
-from orchestrator.catalog import Catalog
 from orchestrator.diff import Side, compare
 from orchestrator.errors import StorageError
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
 

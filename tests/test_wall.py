@@ -23,15 +23,15 @@ from runs import LIKE, catalog_of, fill, kinds, now, state
 
 import orchestrator as oc
 from orchestrator import arrays
-from orchestrator import catalog as catalog_module
 from orchestrator.arrays import datafiles
 from orchestrator.arrays.localstore import LocalStore
-from orchestrator.catalog import Catalog
-from orchestrator.collect import collect
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import RetiredAttempt
+from orchestrator.run import journal_store as catalog_module
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage, directory
 from orchestrator.storage import posix as posix_module
 from orchestrator.storage.directory import DEPTH_MAX

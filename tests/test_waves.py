@@ -16,10 +16,10 @@ from waves import InWaves
 
 import orchestrator as oc
 from launch.gcs_emulator.request_log import chain
-from orchestrator.catalog import EARLY_S, Catalog
 from orchestrator.errors import Fenced, JournalLost, StorageError
 from orchestrator.rules import journal
 from orchestrator.rules.journal import Stamp
+from orchestrator.run.journal_store import EARLY_S, Catalog
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage, overlap
 
 STATE = {"w": jnp.arange(1024.0), "small": jnp.ones(3)}

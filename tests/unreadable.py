@@ -40,8 +40,8 @@ from unreadable_judge import LIMIT_S, ORDER, Outcome, judge, report, said, summa
 from unreadable_ways import DAMAGED, GS, LOCAL, ODD, WAYS, Way
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
 from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 STORE_DEADLINE_S = 1.5  # as ORCHESTRATOR_STORE_DEADLINE_S

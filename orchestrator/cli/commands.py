@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 
 from orchestrator import policy
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
-from orchestrator.collect import collect
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, StepNotFound, UsageError
 from orchestrator.rules import arguments, journal, keys
 from orchestrator.rules.matching import brief
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 Flags = dict[str, Any]

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError, StepRetired
@@ -30,6 +29,7 @@ from orchestrator.observe.event_log import DIRECTORY, Tail, directory_of
 from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.journal import AttemptId, Found
 from orchestrator.rules.records import Event, Head
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import Exists, PosixStorage
 from orchestrator.storage.directory import Root
 

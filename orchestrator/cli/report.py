@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import Flags, open_catalog
 from orchestrator.errors import EXIT_OK, OrchestratorError, StorageError
@@ -24,6 +23,7 @@ from orchestrator.rules import journal, keys, save_interval
 from orchestrator.rules.json_numbers import Stored
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes, partition
+from orchestrator.run.journal_store import Catalog
 from orchestrator.texts import printable
 
 _LEAVES = 12  # of which the sharding is drawn: the largest

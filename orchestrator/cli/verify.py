@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import Flags, live_step, open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError, UsageError
 from orchestrator.rules.keys import shown
 from orchestrator.rules.records import LiveStep
+from orchestrator.run.journal_store import Catalog
 
 
 def verify(root: str, flags: Flags) -> int:

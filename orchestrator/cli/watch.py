@@ -13,7 +13,6 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_OK
@@ -23,6 +22,7 @@ from orchestrator.observe.heartbeat import EVENT_INTERVAL_S
 from orchestrator.observe.timeline import HostSave, Story
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
 
 SILENT_S = 3 * EVENT_INTERVAL_S
 _COMMITS = 5

@@ -17,7 +17,6 @@ import crc32c
 
 from orchestrator import arrays
 from orchestrator.arrays import ReadRequest, fingerprint
-from orchestrator.catalog import READS, Catalog
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import chunk_index
@@ -25,6 +24,7 @@ from orchestrator.rules import keys as layout
 from orchestrator.rules.chunk_index import Chunk
 from orchestrator.rules.records import Box, Extra, Intent, LeafSpec, LiveStep, Manifest
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
+from orchestrator.run.journal_store import READS, Catalog
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 

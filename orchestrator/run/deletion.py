@@ -16,12 +16,12 @@ from itertools import chain
 from absl import logging
 
 from orchestrator import failpoints
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeKey
 from orchestrator.observe.events import Collected, emit
 from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.records import RetiredAttempt
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage.port import DeletesMany, Storage
 from orchestrator.texts import printable
 

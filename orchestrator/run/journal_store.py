@@ -15,7 +15,7 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator import garbage, survey
+from orchestrator import garbage
 from orchestrator.errors import (
     Damaged,
     Fenced,
@@ -33,6 +33,7 @@ from orchestrator.rules import keys as layout
 from orchestrator.rules.codec import AnyRecord, decode, encode
 from orchestrator.rules.journal import AttemptId, FencedBy, Found, Next, Rejected, Stamp
 from orchestrator.rules.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
+from orchestrator.run import survey
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Storage, TooLarge
