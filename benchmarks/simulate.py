@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.arrays import ocdbt
+from orchestrator.arrays.format import ocdbt
 from orchestrator.coordinator import RECEIPT_BATCH, RECEIPT_READS
 from orchestrator.rules import attempt, chunk_index, journal
 from orchestrator.rules.codec import decode, encode

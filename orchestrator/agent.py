@@ -18,6 +18,7 @@ from absl import logging
 
 from orchestrator import failpoints, garbage, last_words, leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
+from orchestrator.arrays.tree import Flat, flatten
 from orchestrator.coordinator import Coordinator, UserData
 from orchestrator.errors import (
     Damaged,
@@ -45,7 +46,6 @@ from orchestrator.run.journal_store import Catalog
 from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
-from orchestrator.tree import Flat, flatten
 
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import msgspec
 from absl import logging
 
-from orchestrator.arrays.planning import views
+from orchestrator.arrays.tree import Flat, Form
+from orchestrator.arrays.writing.write_plan import views
 from orchestrator.errors import OrchestratorError, StorageError, UsageError, WaitTimeout
 from orchestrator.observe import heartbeat
 from orchestrator.rendezvous import Rendezvous
@@ -24,7 +25,6 @@ from orchestrator.rules import holders, keys
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import Held, Intent
 from orchestrator.run.journal_store import Catalog
-from orchestrator.tree import Flat, Form
 
 _FORMS = 4  # remembered, as in `tree` and `planning`
 _POLL_S = 0.002

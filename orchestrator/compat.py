@@ -4,7 +4,7 @@
 Orbax's own. So this module may define no further public name: it would hide Orbax's.
 """
 
-from orchestrator.arrays.orbax import public as __getattr__
+from orchestrator.arrays.format.orbax_api import public as __getattr__
 from orchestrator.orbax_manager import CheckpointManager
 
 __all__ = ["CheckpointManager", "__getattr__"]

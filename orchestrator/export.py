@@ -25,13 +25,13 @@ from urllib.parse import quote
 import numpy as np
 
 from orchestrator import arrays
+from orchestrator.arrays.tree import numpy_dtype
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.rules import arguments, chunk_index, keys
 from orchestrator.rules.records import Box, LeafSpec, LiveStep, Manifest, TreeSpec
 from orchestrator.rules.restore_cost import leaf_bytes
 from orchestrator.run.journal_store import Catalog
 from orchestrator.run.stored_step import StoredStep
-from orchestrator.tree import numpy_dtype
 
 SLAB_BYTES = 64 << 20
 _NAME_MAX = 200  # longer ones are numbered: file systems allow 255 bytes

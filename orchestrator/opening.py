@@ -17,6 +17,7 @@ from functools import partial
 
 from orchestrator import failpoints, meeting
 from orchestrator.adopt import unadopted
+from orchestrator.arrays.tree import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.restore import agree, as_error
@@ -27,7 +28,6 @@ from orchestrator.rules.records import Head, Json
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
-from orchestrator.tree import Flat
 
 _TRIES = 10  # somebody else commits to the run between comparing and opening
 

@@ -18,13 +18,13 @@ import msgspec
 import numpy as np
 
 from orchestrator.adopt import EXTRA
-from orchestrator.arrays import orbax_json
+from orchestrator.arrays.format import orbax_json
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.tree import inline_value, numpy_dtype, targets, tree_path
 from orchestrator.errors import Mismatch, UsageError
-from orchestrator.jax_context import in_own_context
 from orchestrator.orbax_steps import DEFAULT
 from orchestrator.rules import arguments, matching
 from orchestrator.rules.records import Json, LeafSpec, TreeSpec
-from orchestrator.tree import inline_value, numpy_dtype, targets, tree_path
 
 # Class of the args, or of the handler that item_handlers names -> what it is.
 _KINDS = {

@@ -19,7 +19,7 @@ from absl import logging
 from orchestrator import orbax_items, orbax_options, policy
 from orchestrator.adopt import EXTRA, unadopted
 from orchestrator.agent import Agent
-from orchestrator.arrays import orbax
+from orchestrator.arrays.format import orbax_api
 from orchestrator.errors import Damaged, StepNotFound, UsageError
 from orchestrator.meeting import meet
 from orchestrator.orbax_items import Saved
@@ -76,11 +76,11 @@ class CheckpointManager:
         logger: Any = None,
         handler_registry: Any = None,
     ) -> None:
-        self._orbax = options or orbax.public("CheckpointManagerOptions")()
-        orbax_options.check(self._orbax, orbax.public("CheckpointManagerOptions")())
+        self._orbax = options or orbax_api.public("CheckpointManagerOptions")()
+        orbax_options.check(self._orbax, orbax_api.public("CheckpointManagerOptions")())
         self._handlers = orbax_items.handler_kinds(checkpointers if item_handlers is None else item_handlers)
         self._options = orbax_options.ours(self._orbax)
-        self._saves = orbax.Saves(self._orbax)
+        self._saves = orbax_api.Saves(self._orbax)
         self._url = os.fspath(directory)
         store = open_storage(self._url)
         self._storage: Storage = ReadOnlyStorage(store) if self._orbax.read_only else store
@@ -102,7 +102,7 @@ class CheckpointManager:
 
     @property
     def directory(self) -> Any:
-        return orbax.path(self._url)
+        return orbax_api.path(self._url)
 
     def all_steps(self, read: bool = False) -> list[int]:
         """Steps that can be restored, and the one that is being saved."""
@@ -160,7 +160,7 @@ class CheckpointManager:
         """Abstract arrays in the structure of what was saved; a Composite of them for several items."""
         saved = self._saved(self._live(step))
         named = {name: saved.skeleton(name) for name in saved.trees}
-        return named[DEFAULT] if saved.single else orbax.public("args").Composite(**named)
+        return named[DEFAULT] if saved.single else orbax_api.public("args").Composite(**named)
 
     def metadata(self, step: int | None = None) -> Any:
         if step is None:
@@ -193,7 +193,7 @@ class CheckpointManager:
             self.wait_until_finished()  # perhaps it has failed: then it may be tried again
             self.reload()
         if self._knows(step):
-            raise orbax.step_exists(f"{self._url}: step {step} is there already; it is not overwritten")
+            raise orbax_api.step_exists(f"{self._url}: step {step} is there already; it is not overwritten")
         if self._kept_root_metadata is None:
             self._kept_root_metadata = self._find_root_metadata() if self._rendezvous.process == 0 else {}
         what = orbax_items.saving(args)
@@ -303,7 +303,7 @@ class CheckpointManager:
         else:
             named = {DEFAULT: args} if saved.single else dict(args.items())
         restored = self._read(step, named, saved)
-        return restored[DEFAULT] if saved.single else orbax.public("args").Composite(**restored)
+        return restored[DEFAULT] if saved.single else orbax_api.public("args").Composite(**restored)
 
     def _read(self, step: int | None, named: Mapping[str, Any], saved: Saved) -> dict[str, Any]:
         """Each item by its name. The arrays of all items are read in one go."""
@@ -407,7 +407,7 @@ class CheckpointManager:
 
     def _writer(self) -> Agent:
         if self._agent is None:
-            keep = orbax_options.KeepAsOrbax(orbax.Keeps(self._orbax))
+            keep = orbax_options.KeepAsOrbax(orbax_api.Keeps(self._orbax))
             self._agent = Agent(
                 self._url,
                 save=policy.at(()),
@@ -426,4 +426,4 @@ class CheckpointManager:
             return args
         if args is not None or type(items).__name__.endswith("Args"):
             raise UsageError("give the args by name: args=ocp.args.StandardSave(...)")
-        return orbax_items.from_legacy(items, self._handlers, orbax.public("args"), direction)
+        return orbax_items.from_legacy(items, self._handlers, orbax_api.public("args"), direction)

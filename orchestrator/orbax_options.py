@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator.arrays.orbax import Keeps
+from orchestrator.arrays.format.orbax_api import Keeps
 from orchestrator.errors import UsageError
 from orchestrator.options import Options
 from orchestrator.policy import Candidate

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator import arrays
-from orchestrator.arrays import orbax_json
+from orchestrator.arrays.format import orbax_json
 from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments, keys
 from orchestrator.rules.records import Json, LeafSpec

@@ -14,6 +14,7 @@ from absl import logging
 
 from orchestrator import arrays, errors, failpoints, garbage
 from orchestrator.arrays import ReadRequest
+from orchestrator.arrays.tree import targets
 from orchestrator.errors import (
     Damaged,
     Mismatch,
@@ -39,7 +40,6 @@ from orchestrator.run.journal_store import Catalog
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
-from orchestrator.tree import targets
 
 Value = TypeVar("Value")
 

@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from orchestrator import arrays, failpoints
 from orchestrator.agreeing import Agreement
 from orchestrator.arrays import ArrayWriter, PendingWrite
+from orchestrator.arrays.tree import Flat
 from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, run_prefix, signal_prefix
 from orchestrator.errors import (
     Fenced,
@@ -45,7 +46,6 @@ from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import Exists, check_root
-from orchestrator.tree import Flat
 
 DECISION_POLL_S = 0.01
 STORAGE_POLL_S = 1.0

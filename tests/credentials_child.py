@@ -325,8 +325,8 @@ def rejected_always() -> dict[str, Any]:
 
 
 def _everything(made: GcsStorage) -> list[Any]:
-    from orchestrator.arrays import buckets
-    from orchestrator.arrays.store import context, files_spec
+    from orchestrator.arrays.format import buckets
+    from orchestrator.arrays.format.tensorstore_specs import context, files_spec
 
     made.create("b", b"2")
     buckets.write(made.url + "/state", "d/x", b"elements", context())
@@ -425,7 +425,7 @@ def _rejected_while_read(agent: Any, root: str, state: Any) -> dict[str, Callabl
 
 def _write_answered(agent: Any, root: str, state: Any, **rule: Any) -> dict[str, Callable[[], Any]]:
     """The data file of a save is answered so where TensorStore sends it, which is by name in the URL."""
-    from orchestrator.arrays import buckets
+    from orchestrator.arrays.format import buckets
 
     group = root.split("/")[3]
 

@@ -9,6 +9,7 @@ import pytest
 from msgspec import structs
 
 from orchestrator.agreeing import Agreement
+from orchestrator.arrays.tree import flatten
 from orchestrator.errors import UsageError, WaitTimeout
 from orchestrator.rules import holders
 from orchestrator.rules.codec import encode
@@ -16,7 +17,6 @@ from orchestrator.rules.keys import INTENT
 from orchestrator.rules.records import Held, Json
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage
-from orchestrator.tree import flatten
 
 HELD = (Held(1, ((1, 2),)), Held(1, None))
 FLAT = flatten({"a": jnp.arange(3), "b": 7})

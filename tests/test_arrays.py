@@ -23,7 +23,7 @@ from runs import merge_alone
 
 import orchestrator as oc
 from orchestrator.arrays import ArrayOptions, ArrayWriter, WriteStopped
-from orchestrator.tree import flatten
+from orchestrator.arrays.tree import flatten
 
 FLOATS_8 = "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz e8m0fnu"
 DTYPES = [

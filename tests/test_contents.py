@@ -10,11 +10,11 @@ import pytest
 from builders import receipt
 
 from orchestrator.arrays import ArrayOptions, ArrayWriter
+from orchestrator.arrays.tree import flatten
 from orchestrator.errors import Damaged
 from orchestrator.rules import chunk_index
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import FileEntry, Place
-from orchestrator.tree import flatten
 
 FILES = (
     FileEntry(path="process/00000.bin", bytes=9, crc32c="00000000"),

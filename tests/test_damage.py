@@ -17,8 +17,8 @@ from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
 from orchestrator import arrays, compat, errors
-from orchestrator.arrays import ocdbt
-from orchestrator.arrays.localstore import LocalStore
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.cli.main import main
 from orchestrator.reader import Run
 from orchestrator.rules import chunk_index, keys

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.arrays.feed import PartQueue
-from orchestrator.arrays.staging import Part
+from orchestrator.arrays.writing.part_queue import PartQueue
+from orchestrator.arrays.writing.staging import Part
 from orchestrator.errors import WaitTimeout
 
 

@@ -16,7 +16,8 @@ from runs import now
 
 import orchestrator as oc
 from orchestrator.arrays import ReadRequest, shardings_of
-from orchestrator.arrays.placing import prepare
+from orchestrator.arrays.reading.placing import prepare
+from orchestrator.arrays.tree import STORABLE, flatten, numpy_dtype
 from orchestrator.cli.main import main
 from orchestrator.cli.plan import Plan
 from orchestrator.errors import UsageError
@@ -25,7 +26,6 @@ from orchestrator.restore import Reading, RestoreArgs
 from orchestrator.rules import restore_cost
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.rules.restore_cost import FILES_BYTES, STORE_BYTES, Cost, Measured, Target
-from orchestrator.tree import STORABLE, flatten, numpy_dtype
 
 P = PartitionSpec
 SPECS = {

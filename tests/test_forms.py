@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import now
 
 import orchestrator as oc
-from orchestrator.arrays.planning import plan_of
-from orchestrator.tree import flatten
+from orchestrator.arrays.tree import flatten
+from orchestrator.arrays.writing.write_plan import plan_of
 
 
 def base(step: int) -> dict[str, Any]:

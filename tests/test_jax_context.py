@@ -19,7 +19,7 @@ from test_layout_rules import sources
 
 import orchestrator as oc
 import orchestrator.compat as ocp
-from orchestrator.jax_context import in_own_context, own_context
+from orchestrator.arrays.jax_context import in_own_context, own_context
 
 SHARDED, ROWS, REPLICATED = PartitionSpec("data", "model"), PartitionSpec("data"), PartitionSpec()
 

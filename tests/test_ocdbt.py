@@ -12,8 +12,8 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.arrays import ocdbt
-from orchestrator.arrays.localstore import LocalStore
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Suspect
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Chunk

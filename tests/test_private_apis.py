@@ -36,7 +36,7 @@ from runs import merge_alone
 
 from orchestrator import leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
-from orchestrator.tree import flatten
+from orchestrator.arrays.tree import flatten
 
 ROOT = Path(__file__).parent.parent
 WATCHED = {  # private names that the package may import: each has a test below

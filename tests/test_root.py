@@ -22,6 +22,7 @@ from test_wall import KEY, OPERATIONS
 import orchestrator as oc
 from orchestrator.adopt import adopt
 from orchestrator.arrays import ArrayOptions, ArrayWriter
+from orchestrator.arrays.tree import flatten
 from orchestrator.cli import main
 from orchestrator.coordinator import UserData
 from orchestrator.errors import Fenced, RootChanged, Unavailable, UsageError
@@ -30,7 +31,6 @@ from orchestrator.observe.events import Alive
 from orchestrator.saving import Saver
 from orchestrator.storage import Created, PosixStorage, open_storage
 from orchestrator.storage.directory import find
-from orchestrator.tree import flatten
 
 
 @pytest.fixture

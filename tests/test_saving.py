@@ -15,6 +15,7 @@ from runs import now
 
 import orchestrator as oc
 from orchestrator.arrays import ArrayOptions, ArrayWriter
+from orchestrator.arrays.tree import flatten
 from orchestrator.coordinator import UserData, signal_prefix
 from orchestrator.observe import events
 from orchestrator.observe.events import SavePhase
@@ -29,7 +30,6 @@ from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import Catalog
 from orchestrator.saving import Saver
 from orchestrator.storage import PosixStorage
-from orchestrator.tree import flatten
 
 
 def a_run(root: Path) -> Catalog:

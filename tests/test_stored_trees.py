@@ -12,9 +12,10 @@ import pytest
 
 import orchestrator as oc
 from orchestrator import arrays
-from orchestrator.arrays import ocdbt, placing
-from orchestrator.arrays.localstore import LocalStore
-from orchestrator.arrays.stored_tree import ObjectTree
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading import placing
+from orchestrator.arrays.reading.local_store import LocalStore
+from orchestrator.arrays.reading.stored_tree import ObjectTree
 from orchestrator.errors import Damaged, Suspect
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Stored

@@ -23,8 +23,8 @@ from runs import LIKE, catalog_of, fill, kinds, now, state
 
 import orchestrator as oc
 from orchestrator import arrays
-from orchestrator.arrays import datafiles
-from orchestrator.arrays.localstore import LocalStore
+from orchestrator.arrays.reading.local_store import LocalStore
+from orchestrator.arrays.writing import data_files
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.codec import encode
@@ -72,7 +72,7 @@ OBSTACLES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
 
 def write_data(store: PosixStorage, key: str) -> None:
     folder, _, name = key.rpartition("/")
-    datafiles.write_files(datafiles.opener(f"{store.url}/{folder}"), {name: b"elements"})
+    data_files.write_files(data_files.opener(f"{store.url}/{folder}"), {name: b"elements"})
 
 
 def read_data(store: PosixStorage, key: str) -> None:

@@ -34,10 +34,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from orchestrator.arrays.naming import named
-from orchestrator.arrays.owned import bit_count
-from orchestrator.arrays.placing import in_own_memory
-from orchestrator.jax_context import in_own_context
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.leaf_errors import named
+from orchestrator.arrays.reading.owned_memory import bit_count
+from orchestrator.arrays.reading.placing import in_own_memory
 from orchestrator.rules import fingerprints, zarr_chunks
 from orchestrator.rules.records import Box, LeafSpec, ShardFingerprint
 

@@ -47,7 +47,7 @@ if count > 1:
 
 import orchestrator as oc
 from orchestrator import arrays
-from orchestrator.arrays import sharing
+from orchestrator.arrays.reading import exchange
 from orchestrator.restore import RestoreArgs, restore_together
 
 SHAPE = (16, 8)
@@ -96,7 +96,7 @@ if args.get("turned"):
 if args.get("part"):
     half = jax.sharding.Mesh(jax.devices()[: count * devices // 2], ("half",))
     shardings["heavy_int4"] = NamedSharding(half, PartitionSpec(None, "half"))
-sharing.GATHER_BYTES = int(args.get("group", sharing.GATHER_BYTES))
+exchange.GATHER_BYTES = int(args.get("group", exchange.GATHER_BYTES))
 
 
 def state_at(step: int) -> dict[str, object]:

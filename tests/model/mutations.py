@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
-from orchestrator.rules import evidence, journal
+from orchestrator.rules import attempt, evidence, journal
 
 from .rules import Rules
 

@@ -8,8 +8,8 @@ import threading
 
 import crc32c
 
-from orchestrator.arrays import ocdbt
-from orchestrator.arrays.stored_tree import walk
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading.stored_tree import walk
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Chunk, Place, Stored

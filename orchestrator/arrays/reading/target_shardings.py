@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from orchestrator.arrays.jax_context import users_mesh
 from orchestrator.errors import Mismatch
-from orchestrator.jax_context import users_mesh
 
 
 def shardings_of(labels: Sequence[str], targets: Sequence[Any], where: str) -> list[Sharding | None]:

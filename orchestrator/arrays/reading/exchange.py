@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from orchestrator.arrays.placing import Frame, ReadRequest, carrier
-from orchestrator.jax_context import in_own_context
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.reading.placing import Frame, ReadRequest, carrier
+from orchestrator.arrays.tree import numpy_dtype
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.dividing import divide, is_shared, reads
-from orchestrator.tree import numpy_dtype
 
 GATHER_BYTES = 1 << 30  # of a device's memory for the arrays of a group: both forms are in it meanwhile
 _SMALL_BYTES = 1 << 20  # smaller arrays are read by all: an exchange would take longer

@@ -30,11 +30,23 @@ import numpy as np
 import tensorstore as ts
 
 from orchestrator import environment, garbage
-from orchestrator.arrays import ocdbt
-from orchestrator.arrays.compressed import chunk_shape, inflated
-from orchestrator.arrays.external import External
-from orchestrator.arrays.localstore import LocalStore
-from orchestrator.arrays.placing import (
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.format.compressed import chunk_shape, inflated
+from orchestrator.arrays.format.tensorstore_specs import (
+    FAILURES,
+    context,
+    described,
+    fault,
+    files_spec,
+    inspect,
+    report_retries,
+    stamp,
+    store_spec,
+)
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.reading.external import External
+from orchestrator.arrays.reading.local_store import LocalStore
+from orchestrator.arrays.reading.placing import (
     Arena,
     BufferGroup,
     ReadRequest,
@@ -47,26 +59,14 @@ from orchestrator.arrays.placing import (
     recut,
     unread,
 )
-from orchestrator.arrays.store import (
-    FAILURES,
-    context,
-    described,
-    fault,
-    files_spec,
-    inspect,
-    report_retries,
-    stamp,
-    store_spec,
-)
-from orchestrator.arrays.stored_tree import ObjectTree
+from orchestrator.arrays.reading.stored_tree import ObjectTree
+from orchestrator.arrays.tree import numpy_dtype
 from orchestrator.errors import Damaged, Suspect, Unavailable
-from orchestrator.jax_context import in_own_context
 from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import keys as layout
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Chunk, Stored
 from orchestrator.rules.records import Box, LeafSpec
-from orchestrator.tree import numpy_dtype
 
 _WINDOW_BYTES = 64 << 20  # read through TensorStore and not yet copied to their place
 _WINDOW_READS = 2048

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from orchestrator.arrays.naming import named
-from orchestrator.arrays.planning import LeafPlan, Pieces, as_stored
+from orchestrator.arrays.leaf_errors import named
+from orchestrator.arrays.writing.write_plan import LeafPlan, Pieces, as_stored
 
 Part = tuple[Any, Pieces]  # a shard's elements, for np.asarray to find on the host, and the chunks to write of it
 _PINNED = "pinned_host"  # JAX's name for page-locked memory

@@ -25,7 +25,7 @@ def files_spec(base: str) -> dict[str, Any]:
     if not where.startswith("gs://"):
         path = where.removeprefix("file://")
         return {"driver": "file", "path": path if "\\" not in path else alias(path)}
-    from orchestrator.arrays import buckets  # gcsfs takes half a second to import: only where it is used
+    from orchestrator.arrays.format import buckets
 
     return buckets.files_spec(where)
 
@@ -34,7 +34,7 @@ def stamp(base: str) -> object:
     """What is below URL `base` is to be opened again when this changes. Raises Unavailable."""
     if not base.startswith("gs://"):
         return None
-    from orchestrator.arrays import buckets
+    from orchestrator.arrays.format import buckets
 
     return buckets.stamp()
 
@@ -43,7 +43,7 @@ def described(base: str, error: Exception) -> str:
     """What TensorStore says of a read below URL `base`, for people."""
     if not base.startswith("gs://"):
         return str(error)
-    from orchestrator.arrays import buckets
+    from orchestrator.arrays.format import buckets
 
     return buckets.described(error)
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import crc32c
 
-from orchestrator.arrays.store import shared_context
+from orchestrator.arrays.format.tensorstore_specs import shared_context
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.records import FileEntry, crc32
 from orchestrator.storage import directory, overlap
@@ -169,7 +169,7 @@ class _Object:
             self._write()
 
     def _write(self) -> None:
-        from orchestrator.arrays import buckets  # gcsfs takes half a second to import: only where it is used
+        from orchestrator.arrays.format import buckets
 
         body, self._parts = b"".join(self._parts), []
         buckets.write(self._base, self.path, body, shared_context())

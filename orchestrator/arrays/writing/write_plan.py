@@ -19,13 +19,13 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from orchestrator.arrays import ocdbt, orbax_files
-from orchestrator.arrays.compressed import ZSTD
-from orchestrator.arrays.naming import about
-from orchestrator.arrays.placing import in_own_memory, on_host
+from orchestrator.arrays.format import ocdbt, orbax_files
+from orchestrator.arrays.format.compressed import ZSTD
+from orchestrator.arrays.leaf_errors import about
+from orchestrator.arrays.reading.placing import in_own_memory, on_host
+from orchestrator.arrays.tree import Flat, Form, fits_int64, numpy_dtype
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.records import Box, Held, LeafSpec
-from orchestrator.tree import Flat, Form, fits_int64, numpy_dtype
 
 _CHECKSUM = {"name": "crc32c"}
 _TIMEOUT_S = 60.0  # of TensorStore, in memory

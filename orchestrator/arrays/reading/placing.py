@@ -20,13 +20,13 @@ import numpy as np
 from jax._src import core as _core
 from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 
-from orchestrator.arrays import owned
-from orchestrator.arrays.naming import about
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.leaf_errors import about
+from orchestrator.arrays.reading import owned_memory
+from orchestrator.arrays.tree import inline_value, numpy_dtype
 from orchestrator.errors import Damaged, UsageError
-from orchestrator.jax_context import in_own_context
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.records import Box, LeafSpec
-from orchestrator.tree import inline_value, numpy_dtype
 
 _ALIGNMENT = 64  # what XLA wants of a host buffer that it takes over without a copy
 _ARENA_BYTES = 1 << 20  # buffers much smaller than this share one allocation
@@ -128,11 +128,11 @@ class BufferGroup:
     def ownable(self) -> bool:
         """Whether its buffers can be memory of XLA's own that becomes the arrays, and are large enough for it."""
         item = self.items[0]
-        if item.sharding is None or item.frame or not self.layout.devices or self.leaf_bytes < owned.ARRAY_BYTES:
+        if item.sharding is None or item.frame or not self.layout.devices or self.leaf_bytes < owned_memory.ARRAY_BYTES:
             return False
         here = on_host(item.sharding) and in_own_memory(item.sharding)
         as_read = self.dtype_held == _logical(ReadRequest(self.leaf), np.empty(0, self.dtype)).dtype  # it is not cast
-        whole = owned.bit_count(self.dtype_held) >= 8  # XLA may pack others
+        whole = owned_memory.bit_count(self.dtype_held) >= 8  # XLA may pack others
         return here and as_read and whole and len(self.items) == 1 and len(set(self.layout.shapes)) == 1
 
     @property
@@ -188,17 +188,17 @@ def own(fillings: Sequence[BufferGroup]) -> None:
             by_devices.setdefault(filling.layout.devices, []).append(filling)
     for devices, some in by_devices.items():
         size = len(devices) * sum(filling.leaf_bytes // len(filling.layout.shapes) for filling in some)
-        if size < owned.TOTAL_BYTES:
+        if size < owned_memory.TOTAL_BYTES:
             continue
         reserve(size)  # XLA would end the process
-        made = owned.allocate(devices, [(filling.layout.shapes[0], filling.dtype_held) for filling in some])
+        made = owned_memory.allocate(devices, [(filling.layout.shapes[0], filling.dtype_held) for filling in some])
         for filling, arrays in zip(some, made or (), strict=False):
             _read_into(filling, arrays)
 
 
 def _read_into(filling: BufferGroup, arrays: list[Any]) -> None:
     filling.owned = arrays
-    views = [owned.memory(array).view(filling.dtype).reshape(1, *array.shape) for array in arrays]
+    views = [owned_memory.memory(array).view(filling.dtype).reshape(1, *array.shape) for array in arrays]
     first: dict[int, Array] = {}
     for number, view in zip(filling.layout.buffer_of, views, strict=True):
         if first.setdefault(number, view) is not view:

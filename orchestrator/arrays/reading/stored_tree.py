@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from orchestrator.arrays import ocdbt
+from orchestrator.arrays.format import ocdbt
 from orchestrator.errors import Damaged
 from orchestrator.rules.chunk_index import Chunk, Place, Stored
 from orchestrator.rules.keys import check_key

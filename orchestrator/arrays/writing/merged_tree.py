@@ -6,8 +6,9 @@ import time
 import uuid
 from collections.abc import Mapping
 
-from orchestrator.arrays import datafiles, ocdbt
-from orchestrator.arrays.planning import Plan
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.writing import data_files
+from orchestrator.arrays.writing.write_plan import Plan
 from orchestrator.errors import Damaged
 from orchestrator.rules.chunk_index import Chunk
 from orchestrator.rules.records import FileEntry
@@ -27,9 +28,9 @@ def write_tree(directory: str, plan: Plan, entries: Mapping[str, Chunk]) -> tupl
     if not plan.order:
         return ()
     everything: dict[str, Chunk] = {**entries, **plan.metadata}
-    opened = datafiles.opener(directory)
-    path = datafiles.data_file_path()
+    opened = data_files.opener(directory)
+    path = data_files.data_file_path()
     ordered = [(raw, everything[key]) for key, raw in plan.order]
     nodes, manifest = ocdbt.encode(ordered, path, 0, uuid.uuid4().bytes, time.time_ns())
     written = {path: nodes, ocdbt.MANIFEST: manifest}
-    return tuple(datafiles.entry(path, file) for path, file in datafiles.write_files(opened, written).items())
+    return tuple(data_files.entry(path, file) for path, file in data_files.write_files(opened, written).items())

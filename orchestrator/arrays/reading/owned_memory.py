@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from orchestrator.jax_context import in_own_context
+from orchestrator.arrays.jax_context import in_own_context
 
 try:
     from jax.experimental import buffer_callback as _callbacks

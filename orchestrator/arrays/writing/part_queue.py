@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from orchestrator.arrays.staging import Part
+from orchestrator.arrays.writing.staging import Part
 from orchestrator.errors import WaitTimeout
 
 _LOOK_S = 0.5

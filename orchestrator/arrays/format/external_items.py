@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import tensorstore as ts
 
-from orchestrator.arrays import orbax_json
-from orchestrator.arrays.store import context, external_spec
+from orchestrator.arrays.format import orbax_json
+from orchestrator.arrays.format.tensorstore_specs import context, external_spec
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.tree import inline_text
 from orchestrator.errors import Damaged, UsageError
-from orchestrator.jax_context import in_own_context
 from orchestrator.rules import arguments
 from orchestrator.rules import keys as layout
 from orchestrator.rules.records import ExternalArray, LeafSpec
-from orchestrator.tree import inline_text
 
 _TIMEOUT_S = 600.0
 _EMPTY = {"Dict": "dict", "List": "list", "Tuple": "tuple", "NamedTuple": "tuple"}

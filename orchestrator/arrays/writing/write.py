@@ -24,22 +24,24 @@ import msgspec
 import numpy as np
 
 from orchestrator import garbage
-from orchestrator.arrays import datafiles, fingerprint, merging, ocdbt, orbax_files
-from orchestrator.arrays.compressed import deflated
-from orchestrator.arrays.feed import PartQueue
-from orchestrator.arrays.naming import about
-from orchestrator.arrays.own_copies import OwnCopies, Turns
-from orchestrator.arrays.own_copies import take as take_own
-from orchestrator.arrays.planning import Plan, plan_of
-from orchestrator.arrays.staging import start, take, take_small
-from orchestrator.arrays.store import report_retries
+from orchestrator.arrays import fingerprint
+from orchestrator.arrays.format import ocdbt, orbax_files
+from orchestrator.arrays.format.compressed import deflated
+from orchestrator.arrays.format.tensorstore_specs import report_retries
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.leaf_errors import about
+from orchestrator.arrays.tree import Flat
+from orchestrator.arrays.writing import data_files, merged_tree
+from orchestrator.arrays.writing.own_copies import OwnCopies, Turns
+from orchestrator.arrays.writing.own_copies import take as take_own
+from orchestrator.arrays.writing.part_queue import PartQueue
+from orchestrator.arrays.writing.staging import start, take, take_small
+from orchestrator.arrays.writing.write_plan import Plan, plan_of
 from orchestrator.errors import StorageError, WaitTimeout
-from orchestrator.jax_context import in_own_context
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.chunk_index import Chunk
 from orchestrator.rules.dtypes import ITEM_BYTES
 from orchestrator.rules.records import Box, FileEntry, Held, LeafSpec, Place, ShardFingerprint, TreeSpec
-from orchestrator.tree import Flat
 
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
 _THREADS = 4
@@ -121,9 +123,9 @@ class _Progress:
     """What the threads of one write share. `places`: key -> (data file, offset, bytes, CRC-32C)."""
 
     stop: threading.Event = field(default_factory=threading.Event)
-    places: dict[str, tuple[datafiles.DataFile, int, int, int]] = field(default_factory=dict)
+    places: dict[str, tuple[data_files.DataFile, int, int, int]] = field(default_factory=dict)
     small: dict[str, bytes] = field(default_factory=dict)
-    files: list[datafiles.DataFile] = field(default_factory=list)
+    files: list[data_files.DataFile] = field(default_factory=list)
 
 
 class PendingWrite:
@@ -144,7 +146,7 @@ class PendingWrite:
         self._feed, self._progress = feed, _Progress()
         self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
         self._running: list[Future[None]] = []
-        self._files: dict[str, datafiles.DataFile] = {}
+        self._files: dict[str, data_files.DataFile] = {}
         self._store = f"ocdbt.process_{plan.process}"
 
     def stage(self, values: Sequence[Any], deadline: float | None) -> None:
@@ -169,7 +171,7 @@ class PendingWrite:
         self._feed.end()
 
     def _begin(self, threads: int) -> None:
-        opened = datafiles.opener(f"{self._directory}/{self._store}")
+        opened = data_files.opener(f"{self._directory}/{self._store}")
         work = functools.partial(_work, self._feed, opened, self._progress, self._plan.compression)
         self._running = [self._pool.submit(work) for _ in range(threads)]
 
@@ -224,7 +226,7 @@ class PendingWrite:
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """The files that this process has written below `state/`, not durable yet on a file system. After `wait`."""
-        return tuple(datafiles.entry(path, file) for path, file in self._files.items())
+        return tuple(data_files.entry(path, file) for path, file in self._files.items())
 
     # Writing.
 
@@ -255,18 +257,18 @@ class PendingWrite:
                 raw = small[first : first + size]
                 first += size
                 self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(zarr_chunks.CHECKSUM_BYTES, "little")
-            opened = datafiles.opener(self._directory)
+            opened = data_files.opener(self._directory)
             bodies = dict(self._plan.orbax_files)
             if self._strings and self._plan.process == 0:
                 bodies["_strings.json"] = orbax_files.strings(self._strings)
-            self._files |= datafiles.write_files(opened, bodies)
+            self._files |= data_files.write_files(opened, bodies)
 
     def merge(self, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
         """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
         Called by one process when all have written. Returns its files, not durable yet. Raises Damaged if `entries` are
         not what the state's arrays consist of, StorageError."""
         with garbage.paused():
-            return merging.write_tree(self._directory, self._plan, entries)
+            return merged_tree.write_tree(self._directory, self._plan, entries)
 
 
 def _watch(
@@ -292,7 +294,9 @@ def _watch(
 
 
 @in_own_context
-def _work(feed: PartQueue, opened: Callable[[str], datafiles.DataFile], progress: _Progress, compression: bool) -> None:
+def _work(
+    feed: PartQueue, opened: Callable[[str], data_files.DataFile], progress: _Progress, compression: bool
+) -> None:
     """Write parts until there are no more: one thread, one data file at a time."""
     files = _Rotation(opened, progress)
     try:
@@ -321,14 +325,14 @@ def _work(feed: PartQueue, opened: Callable[[str], datafiles.DataFile], progress
 class _Rotation:
     """A thread's data files, one after the other."""
 
-    def __init__(self, opened: Callable[[str], datafiles.DataFile], progress: _Progress) -> None:
+    def __init__(self, opened: Callable[[str], data_files.DataFile], progress: _Progress) -> None:
         self._opened, self._progress = opened, progress
-        self._file: datafiles.DataFile | None = None
+        self._file: data_files.DataFile | None = None
 
-    def current(self) -> datafiles.DataFile:
+    def current(self) -> data_files.DataFile:
         if self._file is None or self._file.bytes >= _FILE_BYTES:
             self.close(whole=True)
-            self._file = self._opened(datafiles.data_file_path())
+            self._file = self._opened(data_files.data_file_path())
             self._progress.files.append(self._file)
         return self._file
 

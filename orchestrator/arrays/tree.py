@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 from msgspec import structs
 
+from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import Damaged, UnsupportedLeaf, UsageError
-from orchestrator.jax_context import in_own_context
 from orchestrator.rules import validate, zarr_chunks
 from orchestrator.rules.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.rules.matching import TargetLeaf

@@ -16,12 +16,12 @@ import crc32c
 import jax
 import numpy as np
 
-from orchestrator.arrays.compressed import deflated
-from orchestrator.arrays.planning import Plan, as_stored, joinable
+from orchestrator.arrays.format.compressed import deflated
+from orchestrator.arrays.tree import Flat, numpy_dtype
+from orchestrator.arrays.writing.write_plan import Plan, as_stored, joinable
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.holders import Cut
 from orchestrator.rules.records import Box, Held
-from orchestrator.tree import Flat, numpy_dtype
 
 EACH_SAVE_BYTES = 64 << 20
 _SMALL_BYTES = 64 << 10

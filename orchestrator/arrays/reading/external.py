@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from orchestrator.arrays.localstore import LocalStore
-from orchestrator.arrays.placing import reserve
-from orchestrator.arrays.store import external_spec
+from orchestrator.arrays.format.tensorstore_specs import external_spec
+from orchestrator.arrays.reading.local_store import LocalStore
+from orchestrator.arrays.reading.placing import reserve
+from orchestrator.arrays.tree import numpy_dtype
 from orchestrator.errors import Damaged
 from orchestrator.rules.chunk_index import Stored
 from orchestrator.rules.records import Box, ExternalArray, LeafSpec
-from orchestrator.tree import numpy_dtype
 
 _ODD_CHUNK_BYTES = 64 << 20  # a chunk may be larger than its array, up to this
 
