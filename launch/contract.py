@@ -226,7 +226,7 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", contract.local_devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    from orchestrator.rendezvous import collectives_listen_on, join_last_words
+    from orchestrator.job.rendezvous import collectives_listen_on, join_last_words
 
     if isinstance(contract, DetectedContract):
         _detect(contract, environ)
@@ -302,9 +302,9 @@ def leave(code: int) -> NoReturn:
 
     After 0 and EXIT_PREEMPTED all processes leave together, and JAX may wait for them. One that fails must not: JAX's
     exit handler would wait minutes for the others, who wait for this one, and no launcher would learn of the failure.
-    Where the others can be told, `orchestrator.last_words` does all that at `sys.exit`.
+    Where the others can be told, `orchestrator.job.last_words` does all that at `sys.exit`.
     """
-    from orchestrator import last_words
+    from orchestrator.job import last_words
 
     if code in (0, EXIT_PREEMPTED) or last_words.joined():
         sys.exit(code)

@@ -9,7 +9,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.last_words import install
+from orchestrator.job.last_words import install
 
 if TYPE_CHECKING:
     from orchestrator.agent import Agent
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
         UsageError,
         WaitTimeout,
     )
+    from orchestrator.job.restore import Restored
     from orchestrator.options import Options
     from orchestrator.policy import at, auto, best, every, every_nth, every_seconds, last, within
     from orchestrator.reader import Run
-    from orchestrator.restore import Restored
     from orchestrator.rules.save_interval import Cadence
 
 _HOMES = {
@@ -52,7 +52,7 @@ _HOMES = {
     "options": ("Options",),
     "policy": ("at", "auto", "best", "every", "every_nth", "every_seconds", "last", "within"),
     "reader": ("Run",),
-    "restore": ("Restored",),
+    "job.restore": ("Restored",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

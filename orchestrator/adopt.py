@@ -19,8 +19,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator import meeting, orbax_steps
+from orchestrator import orbax_steps
 from orchestrator.errors import Damaged, UsageError
+from orchestrator.job import startup
 from orchestrator.rules import journal, json_numbers, keys
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import (
@@ -122,7 +123,7 @@ def adopt(
         _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
-    meeting.unmark(catalog, meeting.mark(catalog))
+    startup.unmark(catalog, startup.mark(catalog))
     opened = catalog.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0

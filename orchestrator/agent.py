@@ -16,10 +16,9 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import failpoints, garbage, last_words, leaving
+from orchestrator import failpoints, garbage
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.arrays.tree import Flat, flatten
-from orchestrator.coordinator import Coordinator, UserData
 from orchestrator.errors import (
     Damaged,
     OrchestratorError,
@@ -28,22 +27,24 @@ from orchestrator.errors import (
     UsageError,
     WaitTimeout,
 )
-from orchestrator.meeting import meet
+from orchestrator.job import last_words, leaving
+from orchestrator.job.coordinator import Coordinator, UserData
+from orchestrator.job.opening import Opening, check_tree
+from orchestrator.job.pacing import Looks, Pacing
+from orchestrator.job.participant import FATAL, GRACE_S, Save, Saver
+from orchestrator.job.rendezvous import Rendezvous, connect, listen
+from orchestrator.job.restore import RestoreArgs, Restored, restore_together
+from orchestrator.job.startup import meet
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Closed, EpochOpened, SaveNotCommitted, emit
 from orchestrator.observe.telemetry import Telemetry
-from orchestrator.opening import Opening, check_tree
 from orchestrator.options import Options
-from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
-from orchestrator.rendezvous import Rendezvous, connect, listen
-from orchestrator.restore import RestoreArgs, Restored, restore_together
 from orchestrator.rules import arguments, configuration
 from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
 from orchestrator.run.deletion import Collector
 from orchestrator.run.journal_store import Catalog
-from orchestrator.saving import FATAL, GRACE_S, Save, Saver
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
 

@@ -21,12 +21,12 @@ from orchestrator.adopt import EXTRA, unadopted
 from orchestrator.agent import Agent
 from orchestrator.arrays.format import orbax_api
 from orchestrator.errors import Damaged, StepNotFound, UsageError
-from orchestrator.meeting import meet
+from orchestrator.job.rendezvous import connect
+from orchestrator.job.restore import RestoreArgs, agree, restore_together
+from orchestrator.job.startup import meet
 from orchestrator.orbax_items import Saved
 from orchestrator.orbax_options import Info
 from orchestrator.orbax_steps import DEFAULT
-from orchestrator.rendezvous import connect
-from orchestrator.restore import RestoreArgs, agree, restore_together
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json, LiveStep
 from orchestrator.run.journal_store import Catalog

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRetired
+from orchestrator.job.restore import Reading, RestoreArgs, Restored, fit, shown
 from orchestrator.observe.events import SteppedDown, emit
-from orchestrator.restore import Reading, RestoreArgs, Restored, fit, shown
 from orchestrator.rules import arguments
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import Catalog

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import sigterm
+from orchestrator.job import sigterm
 from orchestrator.observe import events
 from orchestrator.storage import PosixStorage
 

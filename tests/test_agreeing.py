@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from orchestrator.agreeing import Agreement
 from orchestrator.arrays.tree import flatten
 from orchestrator.errors import UsageError, WaitTimeout
+from orchestrator.job.agree import Agreement
 from orchestrator.rules import holders
 from orchestrator.rules.codec import encode
 from orchestrator.rules.keys import INTENT

@@ -358,7 +358,7 @@ def test_a_ctrl_c_in_the_middle_of_a_save_leaves_it_whole_or_not_at_all(
     if moment == "stage":
         monkeypatch.setattr(agent._saver._writer, "stage", rude)
     else:
-        monkeypatch.setattr("orchestrator.saving.emit", rude)
+        monkeypatch.setattr("orchestrator.job.participant.emit", rude)
     with pytest.raises(KeyboardInterrupt):
         agent.save(1, state(1))
     agent.wait_until_finished()

@@ -15,10 +15,10 @@ from processes import job
 from runs import journal_of, now, state
 
 import orchestrator as oc
+from orchestrator.job.pacing import Looks, Pacing
+from orchestrator.job.rendezvous import connect
 from orchestrator.observe.events import CadenceChosen, subscribe
-from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, auto, every
-from orchestrator.rendezvous import connect
 from orchestrator.rules import save_interval
 from orchestrator.rules.records import Head
 from orchestrator.rules.save_interval import PRIOR_S, Costs, History

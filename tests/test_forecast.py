@@ -21,8 +21,8 @@ from orchestrator.arrays.tree import STORABLE, flatten, numpy_dtype
 from orchestrator.cli.main import main
 from orchestrator.cli.plan import Plan
 from orchestrator.errors import UsageError
+from orchestrator.job.restore import Reading, RestoreArgs
 from orchestrator.reader import read_step
-from orchestrator.restore import Reading, RestoreArgs
 from orchestrator.rules import restore_cost
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.rules.restore_cost import FILES_BYTES, STORE_BYTES, Cost, Measured, Target

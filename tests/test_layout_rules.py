@@ -46,9 +46,9 @@ ONLY_IMPORTERS = {
     "orbax": ("orchestrator.arrays",),
     "tensorstore": ("orchestrator.arrays",),
     "etils": ("orchestrator.arrays",),
-    "jax._src": ("orchestrator.rendezvous", "orchestrator.arrays"),
-    "jaxlib": ("orchestrator.rendezvous",),
-    "jax.experimental.multihost_utils": ("orchestrator.rendezvous",),
+    "jax._src": ("orchestrator.job.rendezvous", "orchestrator.arrays"),
+    "jaxlib": ("orchestrator.job.rendezvous",),
+    "jax.experimental.multihost_utils": ("orchestrator.job.rendezvous",),
 }
 
 
@@ -213,8 +213,8 @@ GOOD = {"orchestrator": "", "orchestrator.errors": "", "orchestrator.storage.por
         ("orchestrator.rules.records", "from absl import logging", "pure, but imports absl.logging"),
         ("orchestrator.restore", "import tensorstore as ts", "only orchestrator.arrays may"),
         ("launch.train", "import orbax.checkpoint as ocp", "only orchestrator.arrays may"),
-        ("orchestrator.agent", "from jax.experimental import multihost_utils", "only orchestrator.rendezvous may"),
-        ("launch.train", "import jax\njax._src.distributed.global_state", "only orchestrator.rendezvous and"),
+        ("orchestrator.agent", "from jax.experimental import multihost_utils", "only orchestrator.job.rendezvous may"),
+        ("launch.train", "import jax\njax._src.distributed.global_state", "only orchestrator.job.rendezvous and"),
     ],
 )
 def test_the_checker_sees_a_module_that_breaks_a_rule(module: str, source: str, found: str) -> None:

@@ -19,8 +19,8 @@ from msgspec.structs import replace as a_record
 from runs import LIKE, catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import pacing
 from orchestrator.cli.main import main
+from orchestrator.job import pacing
 from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.evidence import Whole
 from orchestrator.rules.journal import Found

@@ -16,19 +16,19 @@ from runs import now
 import orchestrator as oc
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.arrays.tree import flatten
-from orchestrator.coordinator import UserData, signal_prefix
+from orchestrator.job.coordinator import UserData, signal_prefix
+from orchestrator.job.participant import Saver
+from orchestrator.job.rendezvous import _Alone, connect
 from orchestrator.observe import events
 from orchestrator.observe.events import SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
-from orchestrator.rendezvous import _Alone, connect
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt import Phase
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import Receipt
 from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import Catalog
-from orchestrator.saving import Saver
 from orchestrator.storage import PosixStorage
 
 

@@ -19,8 +19,8 @@ from runs import LIKE, catalog_of, fill, journal_of, kinds, now, state
 import orchestrator as oc
 from orchestrator import arrays, verify
 from orchestrator.errors import Suspect
+from orchestrator.job.restore import RestoreArgs, restore_together
 from orchestrator.reader import Run, read_step
-from orchestrator.restore import RestoreArgs, restore_together
 from orchestrator.rules import journal
 from orchestrator.rules.records import FileEntry
 from orchestrator.run import stored_step

@@ -48,7 +48,7 @@ if count > 1:
 import orchestrator as oc
 from orchestrator import arrays
 from orchestrator.arrays.reading import exchange
-from orchestrator.restore import RestoreArgs, restore_together
+from orchestrator.job.restore import RestoreArgs, restore_together
 
 SHAPE = (16, 8)
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from orchestrator import failpoints, meeting
+from orchestrator import failpoints
 from orchestrator.adopt import unadopted
 from orchestrator.arrays.tree import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
-from orchestrator.rendezvous import Rendezvous
-from orchestrator.restore import agree, as_error
+from orchestrator.job import startup
+from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.restore import agree, as_error
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
@@ -143,14 +144,14 @@ class Opening:
     def _begin_unmark(self) -> None:
         """The epoch is opened meanwhile."""
         if self._mark:
-            self._unmarked, self._mark = overlap.begin(partial(meeting.unmark, self._catalog, self._mark)), ""
+            self._unmarked, self._mark = overlap.begin(partial(startup.unmark, self._catalog, self._mark)), ""
 
     def _admit(self, compare: Callable[[Head | None], None]) -> str:
         """Whatever speaks against opening the run is raised. Process 0 looks, for all, and makes the mark whose key it
         returns; of the others nothing is known yet."""
         if self._rendezvous.process == 0:
             self._look(compare)
-            self._mark = meeting.mark(self._catalog)
+            self._mark = startup.mark(self._catalog)
         return self._mark
 
     def _prove(self, mark: str) -> None:
@@ -162,15 +163,15 @@ class Opening:
         failure: Exception | None = None
         if self._rendezvous.process != 0:
             try:
-                told["sees"] = meeting.awaited(partial(meeting.has, self._catalog, mark), self._timeout_s)
+                told["sees"] = startup.awaited(partial(startup.has, self._catalog, mark), self._timeout_s)
                 if told["sees"]:
-                    self._mark = meeting.mark(self._catalog)
+                    self._mark = startup.mark(self._catalog)
             except Exception as error:
                 failure = error
                 told["error"] = [type(error).__name__, str(error)]
         there = self._rendezvous.gather("open the epoch: one root", told, self._timeout_s)
         what = f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})"
-        meeting.raise_unless_seen(self._rendezvous, there, failure, 0, what, self._timeout_s)
+        startup.raise_unless_seen(self._rendezvous, there, failure, 0, what, self._timeout_s)
 
     def _look(self, compare: Callable[[Head | None], None]) -> None:
         began_s = time.monotonic()

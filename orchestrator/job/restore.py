@@ -28,11 +28,11 @@ from orchestrator.errors import (
     UnsafeKey,
     UsageError,
 )
+from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.restore_check import Proof, prove
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Restored as RestoredEvent
 from orchestrator.observe.events import SteppedDown, emit
-from orchestrator.proof import Proof, prove
-from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import arguments, journal, keys, matching
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep

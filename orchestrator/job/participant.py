@@ -21,10 +21,8 @@ from absl import logging
 from msgspec.structs import replace
 
 from orchestrator import arrays, failpoints
-from orchestrator.agreeing import Agreement
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.arrays.tree import Flat
-from orchestrator.coordinator import QUICK_POLL_S, Coordinator, Opened, UserData, describe, run_prefix, signal_prefix
 from orchestrator.errors import (
     Fenced,
     JournalLost,
@@ -34,9 +32,19 @@ from orchestrator.errors import (
     UsageError,
     WaitTimeout,
 )
+from orchestrator.job.agree import Agreement
+from orchestrator.job.coordinator import (
+    QUICK_POLL_S,
+    Coordinator,
+    Opened,
+    UserData,
+    describe,
+    run_prefix,
+    signal_prefix,
+)
+from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.observe.events import Committed, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
-from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt import Phase, cause_of

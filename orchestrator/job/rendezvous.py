@@ -34,9 +34,9 @@ from jax._src import distributed as _distributed
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
 
-from orchestrator import last_words, sigterm
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import WaitTimeout
+from orchestrator.job import last_words, sigterm
 from orchestrator.rules.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often

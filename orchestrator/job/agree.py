@@ -19,8 +19,8 @@ from absl import logging
 from orchestrator.arrays.tree import Flat, Form
 from orchestrator.arrays.writing.write_plan import views
 from orchestrator.errors import OrchestratorError, StorageError, UsageError, WaitTimeout
+from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.observe import heartbeat
-from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import holders, keys
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import Held, Intent

@@ -25,8 +25,8 @@ import jax
 from absl import logging
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.rendezvous import Rendezvous
-from orchestrator.restore import as_error
+from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.restore import as_error
 from orchestrator.rules import configuration, keys
 from orchestrator.rules.configuration import Settings, who
 from orchestrator.rules.records import Head, Json

@@ -18,9 +18,9 @@ from msgspec.structs import replace
 from orchestrator import failpoints, policy
 from orchestrator.arrays import PendingWrite
 from orchestrator.errors import Damaged, Fenced, OrchestratorError, RootChanged, StorageError
+from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.observe.events import HostLocalDiffers, emit
 from orchestrator.policy import KeepPolicy
-from orchestrator.rendezvous import Rendezvous
 from orchestrator.rules import attempt as protocol
 from orchestrator.rules import chunk_index, holders, journal, json_numbers, keys
 from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Finalize, Phase
