@@ -34,7 +34,7 @@ from processes import job
 import orchestrator as oc
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.verify import read_back
+from orchestrator.tools.verify import read_back
 
 PAGE = 4096
 NEWEST = 2

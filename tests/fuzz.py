@@ -47,7 +47,7 @@ from orchestrator.adopt import adopt
 from orchestrator.cli.main import main as command
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.verify import read_back
+from orchestrator.tools.verify import read_back
 
 ADDRESS_SPACE = 6 << 30
 SECONDS_MAX = 10.0

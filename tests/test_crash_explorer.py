@@ -17,14 +17,14 @@ import pytest
 from crash import Disk, Effect, lay_out, record
 
 import orchestrator as oc
-from orchestrator.recover import plan, write
 from orchestrator.rules import keys
 from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Head, LiveStep
 from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.verify import read_back
+from orchestrator.tools.recover import plan, write
+from orchestrator.tools.verify import read_back
 from tests.model import invariants
 
 JOB = Path(__file__).parent / "jobs" / "crash_job.py"

@@ -26,7 +26,7 @@ from orchestrator.rules.chunk_index import Stored
 from orchestrator.rules.records import LeafSpec
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.verify import read_back
+from orchestrator.tools.verify import read_back
 
 
 def edit(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import now
 
 import orchestrator as oc
-from orchestrator import export as rules
 from orchestrator.cli.export import Exported
 from orchestrator.cli.main import main
+from orchestrator.tools import export as rules
 
 
 def arrays() -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from fakes import HookedStorage
 from runs import LIKE, catalog_of, fill, journal_of, kinds, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, verify
+from orchestrator import arrays
 from orchestrator.errors import Suspect
 from orchestrator.job.restore import RestoreArgs, restore_together
 from orchestrator.reader import Run, read_step
@@ -28,6 +28,7 @@ from orchestrator.run.journal_store import READS, Catalog
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import Entry, PosixStorage
 from orchestrator.storage.port import RECORD_BYTES_MAX
+from orchestrator.tools import verify
 
 
 @pytest.fixture(autouse=True)

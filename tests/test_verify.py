@@ -15,11 +15,11 @@ from runs import catalog_of, journal_of, now
 from test_cli import orchestrator
 
 import orchestrator as oc
-from orchestrator import verify
-from orchestrator.diff import Side, compare
 from orchestrator.errors import StorageError
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
+from orchestrator.tools import verify
+from orchestrator.tools.diff import Side, compare
 
 
 def big(step: int) -> Any:

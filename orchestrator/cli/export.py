@@ -23,7 +23,7 @@ class Exported(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def export(root: str, flags: Flags) -> int:
-    from orchestrator import export as rules  # JAX takes a second to import: only here
+    from orchestrator.tools import export as rules
 
     if flags["format"] not in rules.FORMATS:
         raise UsageError(f"--format={flags['format']}: choose from {', '.join(rules.FORMATS)}")

@@ -10,8 +10,8 @@ import msgspec
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_OK
-from orchestrator.recover import Plan, plan, write
 from orchestrator.rules import keys
+from orchestrator.tools.recover import Plan, plan, write
 
 
 class Attempt(msgspec.Struct, forbid_unknown_fields=True):

@@ -33,7 +33,7 @@ def verify(root: str, flags: Flags) -> int:
 
 
 def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags) -> dict[str, Any]:
-    from orchestrator import verify  # JAX takes a second to import: only here
+    from orchestrator.tools import verify
 
     try:
         total = verify.total_bytes(catalog.manifest(live), sample)
