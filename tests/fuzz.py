@@ -43,8 +43,8 @@ from absl import logging
 from images import DIRECTORY, NEWEST, Image, accident, forgery
 
 import orchestrator as oc
-from orchestrator.adopt import adopt
 from orchestrator.cli.main import main as command
+from orchestrator.compat.adopt import adopt
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.tools.verify import read_back

@@ -13,8 +13,9 @@ import orbax_api.checkpoint as ocp
 import pytest
 
 import orchestrator as oc
-from orchestrator import compat, orbax_options
+from orchestrator import compat
 from orchestrator.arrays.format import orbax_api
+from orchestrator.compat import orbax_options
 from orchestrator.rules import journal
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage

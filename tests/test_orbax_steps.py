@@ -18,8 +18,9 @@ import pytest
 from builders import head, live
 
 import orchestrator as oc
-from orchestrator import adopt, compat
+from orchestrator import compat
 from orchestrator.cli.main import main
+from orchestrator.compat import adopt
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 from orchestrator.storage.memory import MemoryStorage

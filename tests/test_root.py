@@ -20,10 +20,10 @@ from runs import catalog_of, fill, now, state
 from test_wall import KEY, OPERATIONS
 
 import orchestrator as oc
-from orchestrator.adopt import adopt
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.arrays.tree import flatten
 from orchestrator.cli import main
+from orchestrator.compat.adopt import adopt
 from orchestrator.errors import Fenced, RootChanged, Unavailable, UsageError
 from orchestrator.job.coordinator import UserData
 from orchestrator.job.participant import Saver

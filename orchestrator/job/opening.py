@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from orchestrator import failpoints
-from orchestrator.adopt import unadopted
 from orchestrator.arrays.tree import Flat
+from orchestrator.compat.adopt import unadopted
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import startup
 from orchestrator.job.rendezvous import Rendezvous

@@ -5,6 +5,6 @@ Orbax's own. So this module may define no further public name: it would hide Orb
 """
 
 from orchestrator.arrays.format.orbax_api import public as __getattr__
-from orchestrator.orbax_manager import CheckpointManager
+from orchestrator.compat.manager import CheckpointManager
 
 __all__ = ["CheckpointManager", "__getattr__"]

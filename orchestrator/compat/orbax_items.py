@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from orchestrator.adopt import EXTRA
 from orchestrator.arrays.format import orbax_json
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.tree import inline_value, numpy_dtype, targets, tree_path
+from orchestrator.compat.adopt import EXTRA
+from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.errors import Mismatch, UsageError
-from orchestrator.orbax_steps import DEFAULT
 from orchestrator.rules import arguments, matching
 from orchestrator.rules.records import Json, LeafSpec, TreeSpec
 

@@ -16,17 +16,18 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import orbax_items, orbax_options, policy
-from orchestrator.adopt import EXTRA, unadopted
+from orchestrator import policy
 from orchestrator.agent import Agent
 from orchestrator.arrays.format import orbax_api
+from orchestrator.compat import orbax_items, orbax_options
+from orchestrator.compat.adopt import EXTRA, unadopted
+from orchestrator.compat.orbax_items import Saved
+from orchestrator.compat.orbax_options import Info
+from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.errors import Damaged, StepNotFound, UsageError
 from orchestrator.job.rendezvous import connect
 from orchestrator.job.restore import RestoreArgs, agree, restore_together
 from orchestrator.job.startup import meet
-from orchestrator.orbax_items import Saved
-from orchestrator.orbax_options import Info
-from orchestrator.orbax_steps import DEFAULT
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json, LiveStep
 from orchestrator.run.journal_store import Catalog

@@ -19,7 +19,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator import orbax_steps
+from orchestrator.compat import orbax_steps
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.job import startup
 from orchestrator.rules import journal, json_numbers, keys
