@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import failpoints, garbage
+from orchestrator import failpoints, gc_pause
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.arrays.tree import Flat, flatten
 from orchestrator.errors import (
@@ -269,7 +269,7 @@ class Agent:
         def describe() -> Flat:
             metrics, extra, process_state = given
             arguments.metrics(metrics), arguments.extra(extra), arguments.own_bytes(process_state)
-            with garbage.paused():
+            with gc_pause.paused():
                 return flatten(state)
 
         rejected = self._opening.by_save(step, describe, other_tree=self.options.other_tree)
@@ -293,7 +293,7 @@ class Agent:
         if not finished:
             self._skip(save)
             return False
-        with garbage.paused():
+        with gc_pause.paused():
             try:
                 flat = flatten(state)
                 self._check_tree(flat, save)

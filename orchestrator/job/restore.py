@@ -12,7 +12,7 @@ import jax
 import msgspec
 from absl import logging
 
-from orchestrator import arrays, errors, failpoints, garbage
+from orchestrator import arrays, errors, failpoints, gc_pause
 from orchestrator.arrays import ReadRequest
 from orchestrator.arrays.tree import targets
 from orchestrator.errors import (
@@ -138,7 +138,7 @@ def fit(stored: StoredStep, like: Any, args: RestoreArgs) -> Plan:
     if like is None:
         loads = [ReadRequest(leaf) for leaf in saved.leaves]
         return Plan(stored, loads, partial(_nested, saved.leaves), known, args.share)
-    with garbage.paused():
+    with gc_pause.paused():
         wanted, leaves, treedef = targets(like)
         chosen = matching.match(saved, wanted, partial=args.partial, cast=args.cast, where=stored.where)
         shardings = arrays.shardings_of([leaf.label for leaf in wanted], leaves, stored.where)

@@ -15,7 +15,7 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator import garbage
+from orchestrator import gc_pause
 from orchestrator.errors import (
     Damaged,
     Fenced,
@@ -486,7 +486,7 @@ class Catalog:
     def _decode(self, body: bytes | None, kind: type[AnyRecord], key: str, **expected: object) -> AnyRecord:
         if body is None:
             raise Damaged(f"{self.url}/{key}: is missing")
-        with garbage.paused():
+        with gc_pause.paused():
             return decode(body, kind, f"{self.url}/{key}", **expected)
 
 

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from orchestrator import environment, garbage
+from orchestrator import environment, gc_pause
 from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.format.compressed import chunk_shape, inflated
 from orchestrator.arrays.format.tensorstore_specs import (
@@ -96,7 +96,7 @@ def load(
     cannot be read.
     """
     values: list[Any] = [None if item.leaf.in_store else unread(item) for item in loads]
-    with garbage.paused():
+    with gc_pause.paused():
         fillings = prepare(loads)
     if not fillings:
         return values
@@ -106,7 +106,7 @@ def load(
             if held := [filling for filling in fillings if not filling.copied]:
                 own(held)
                 reader.fill(held, Arena())
-                with garbage.paused():
+                with gc_pause.paused():
                     place(held, values)
             _load_copied(reader, [filling for filling in fillings if filling.copied], values)
     finally:
@@ -135,7 +135,7 @@ def _load_copied(reader: _Reader, fillings: Sequence[BufferGroup], values: list[
         jax.block_until_ready(copied)
         slab.reset(sum(filling.bytes for filling in part))
         reader.fill(part, slab)
-        with garbage.paused():
+        with gc_pause.paused():
             copied[:] = place(part, values)
 
 
@@ -229,7 +229,7 @@ class _Reader:
     @functools.cached_property
     def _places(self) -> dict[str, Chunk] | None:
         """Of our own tree; None in an object store of which nobody has listed the files. Raises Damaged, Suspect."""
-        with garbage.paused():
+        with gc_pause.paused():
             if self._local:
                 places = self._local.places()
             elif self._stored is None:

@@ -23,7 +23,7 @@ import jax
 import msgspec
 import numpy as np
 
-from orchestrator import garbage
+from orchestrator import gc_pause
 from orchestrator.arrays import fingerprint
 from orchestrator.arrays.format import ocdbt, orbax_files
 from orchestrator.arrays.format.compressed import deflated
@@ -250,7 +250,7 @@ class PendingWrite:
 
     @in_own_context
     def _write_rest(self) -> None:
-        with garbage.paused():
+        with gc_pause.paused():
             small, first = self._small + b"".join(np.asarray(copy).tobytes() for copy in self._coming), 0
             self._small, self._coming = b"", []
             for key, size in self._plan.small_chunks:
@@ -267,7 +267,7 @@ class PendingWrite:
         """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
         Called by one process when all have written. Returns its files, not durable yet. Raises Damaged if `entries` are
         not what the state's arrays consist of, StorageError."""
-        with garbage.paused():
+        with gc_pause.paused():
             return merged_tree.write_tree(self._directory, self._plan, entries)
 
 
