@@ -232,7 +232,7 @@ def opening(root: str) -> Figures:
 
     import orchestrator as oc
     import orchestrator.agent
-    import orchestrator.restore
+    import orchestrator.job.restore
     from orchestrator.rules import journal
 
     jax.devices()

@@ -20,8 +20,8 @@ from builders import head, live
 import orchestrator as oc
 from orchestrator import compat
 from orchestrator.cli.main import main
-from orchestrator.compat import adopt
 from orchestrator.run.journal_store import Catalog
+from orchestrator.run.orbax_steps import unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.memory import MemoryStorage
 
@@ -69,7 +69,7 @@ def run_adopt(*arguments: object) -> int:
 
 def rejection(root: Path) -> str | None:
     catalog = Catalog(open_storage(root), writer="test")
-    return adopt.unadopted(catalog, catalog.head())
+    return unadopted(catalog, catalog.head())
 
 
 def rejected_unchanged(root: Path, *said: str) -> None:
@@ -243,15 +243,15 @@ def test_steps_in_an_object_store_are_not_taken_for_an_empty_run() -> None:
     storage = MemoryStorage()
     catalog = Catalog(storage, writer="test")
     storage.create("00logs.txt", b"")
-    assert adopt.unadopted(catalog, None) is None
+    assert unadopted(catalog, None) is None
     for key in ("events/0.jsonl", "journal/x", "seed_3/journal/x", "steps/00000001/x", "x_1/a"):
         storage.create(key, b"")
-    assert adopt.unadopted(catalog, None) is None
+    assert unadopted(catalog, None) is None
     for key in ("10/default/_METADATA", "10/default/d/x", "9/commit_success.txt", "ckpt_8/_CHECKPOINT_METADATA"):
         storage.create(key, b"")
-    assert "holds 10, 9, ckpt_8, named like steps of Orbax's" in (adopt.unadopted(catalog, None) or "")
-    assert "holds 10, named like" in (adopt.unadopted(catalog, head(live(9))) or "")
-    assert adopt.unadopted(catalog, head(live(10))) is None
+    assert "holds 10, 9, ckpt_8, named like steps of Orbax's" in (unadopted(catalog, None) or "")
+    assert "holds 10, named like" in (unadopted(catalog, head(live(9))) or "")
+    assert unadopted(catalog, head(live(10))) is None
 
 
 # Malformed.

@@ -8,18 +8,15 @@ its checksum: from then on damage is noticed, which Orbax's own format does not 
 from __future__ import annotations
 
 import json
-import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator.compat import orbax_steps
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.job import startup
 from orchestrator.rules import journal, json_numbers, keys
@@ -28,7 +25,6 @@ from orchestrator.rules.records import (
     FORMAT,
     Extra,
     FileEntry,
-    Head,
     Intent,
     LiveStep,
     Manifest,
@@ -36,6 +32,7 @@ from orchestrator.rules.records import (
     TreeSpec,
     crc32c,
 )
+from orchestrator.run import orbax_steps
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
@@ -49,49 +46,6 @@ class Adopted:
     steps: tuple[int, ...]
     older: tuple[int, ...]
     bytes: int
-
-
-def unadopted(catalog: Catalog, head: Head | None) -> str | None:
-    """What is to be said to whoever opens a root that holds steps of Orbax's which the run does not know: `head` would
-    be taken for all there is, and training would begin anew or go on from an older step. None if there are none.
-
-    Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
-    and retired since, or were left behind. Changes nothing. Raises StorageError, UsageError where names are in doubt.
-    """
-    base = orbax_steps.local_path(catalog.url)
-    newest = max((live.step for live in head.live), default=-1) if head else -1
-    if base is None:
-        found = orbax_steps.in_store(catalog.storage, newest)
-        return _elsewhere(catalog.url, found) if found else None
-    known = frozenset(live.step for live in head.live) if head else frozenset()
-    root, there = str(base), orbax_steps.survey(base, known)
-    newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
-
-    def is_newer(path: Path) -> bool:
-        return orbax_steps.finished_s(path) > newest_s
-
-    strange = [path.name for path in there.strange if is_newer(path)]
-    if strange:
-        return _elsewhere(root, strange)
-    steps = sorted(step for step, path in there.steps.items() if step not in known and is_newer(path))
-    if not steps:
-        return None
-    if steps[-1] > newest:
-        way_out = f"take them over with `orchestrator adopt {shlex.quote(root)}`, or use another directory"
-    else:
-        way_out = (
-            f"the run has step {newest}. Move Orbax's elsewhere to go on from there, or make a run of them with "
-            f"`orchestrator adopt OTHER_ROOT --from={shlex.quote(root)}`"
-        )
-    return f"{root}: holds {len(steps)} steps of Orbax's own (newest {steps[-1]}), not in the run; {way_out}"
-
-
-def _elsewhere(url: str, names: Sequence[str]) -> str:
-    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return (
-        f"{url}: holds {some}, named like steps of Orbax's, which cannot be taken over; restore them with Orbax and "
-        "save them here, or move them elsewhere, or use another directory"
-    )
 
 
 def adopt(
@@ -110,7 +64,7 @@ def adopt(
     head, _ = catalog.look()  # rejected before an epoch is opened, as a job is
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if there.strange:
-        raise UsageError(_elsewhere(source, [path.name for path in there.strange]))
+        raise UsageError(orbax_steps.elsewhere(source, [path.name for path in there.strange]))
     found = there.steps
     if not found:
         raise UsageError(f"{source}: no steps of an Orbax CheckpointManager in it; check the path")

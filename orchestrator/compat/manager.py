@@ -20,10 +20,9 @@ from orchestrator import policy
 from orchestrator.agent import Agent
 from orchestrator.arrays.format import orbax_api
 from orchestrator.compat import orbax_items, orbax_options
-from orchestrator.compat.adopt import EXTRA, unadopted
+from orchestrator.compat.adopt import EXTRA
 from orchestrator.compat.orbax_items import Saved
 from orchestrator.compat.orbax_options import Info
-from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.errors import Damaged, StepNotFound, UsageError
 from orchestrator.job.rendezvous import connect
 from orchestrator.job.restore import RestoreArgs, agree, restore_together
@@ -31,6 +30,7 @@ from orchestrator.job.startup import meet
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json, LiveStep
 from orchestrator.run.journal_store import Catalog
+from orchestrator.run.orbax_steps import DEFAULT, unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
 from orchestrator.storage.read_only import ReadOnlyStorage

@@ -21,10 +21,10 @@ from orchestrator.arrays.format import orbax_json
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.tree import inline_value, numpy_dtype, targets, tree_path
 from orchestrator.compat.adopt import EXTRA
-from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.errors import Mismatch, UsageError
 from orchestrator.rules import arguments, matching
 from orchestrator.rules.records import Json, LeafSpec, TreeSpec
+from orchestrator.run.orbax_steps import DEFAULT
 
 # Class of the args, or of the handler that item_handlers names -> what it is.
 _KINDS = {

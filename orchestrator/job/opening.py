@@ -17,7 +17,6 @@ from functools import partial
 
 from orchestrator import failpoints
 from orchestrator.arrays.tree import Flat
-from orchestrator.compat.adopt import unadopted
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import startup
 from orchestrator.job.rendezvous import Rendezvous
@@ -27,6 +26,7 @@ from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
 from orchestrator.rules.records import Head, Json
 from orchestrator.run.journal_store import Catalog
+from orchestrator.run.orbax_steps import unadopted
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from orchestrator import arrays
 from orchestrator.arrays.format import orbax_json
 from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments, keys
-from orchestrator.rules.records import Json, LeafSpec
+from orchestrator.rules.records import Head, Json, LeafSpec
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage.port import Reads
 
 DEFAULT = "default"  # Orbax's name for a single, unnamed item
@@ -210,3 +212,46 @@ def in_store(storage: Reads, newest: int) -> tuple[str, ...]:
             found.append(name)
         start = name + chr(ord("/") + 1) if slash else key + "\0"
     return tuple(found)
+
+
+def unadopted(catalog: Catalog, head: Head | None) -> str | None:
+    """What is to be said to whoever opens a root that holds steps of Orbax's which the run does not know: `head` would
+    be taken for all there is, and training would begin anew or go on from an older step. None if there are none.
+
+    Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
+    and retired since, or were left behind. Changes nothing. Raises StorageError, UsageError where names are in doubt.
+    """
+    base = local_path(catalog.url)
+    newest = max((live.step for live in head.live), default=-1) if head else -1
+    if base is None:
+        found = in_store(catalog.storage, newest)
+        return elsewhere(catalog.url, found) if found else None
+    known = frozenset(live.step for live in head.live) if head else frozenset()
+    root, there = str(base), survey(base, known)
+    newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
+
+    def is_newer(path: Path) -> bool:
+        return finished_s(path) > newest_s
+
+    strange = [path.name for path in there.strange if is_newer(path)]
+    if strange:
+        return elsewhere(root, strange)
+    steps = sorted(step for step, path in there.steps.items() if step not in known and is_newer(path))
+    if not steps:
+        return None
+    if steps[-1] > newest:
+        way_out = f"take them over with `orchestrator adopt {shlex.quote(root)}`, or use another directory"
+    else:
+        way_out = (
+            f"the run has step {newest}. Move Orbax's elsewhere to go on from there, or make a run of them with "
+            f"`orchestrator adopt OTHER_ROOT --from={shlex.quote(root)}`"
+        )
+    return f"{root}: holds {len(steps)} steps of Orbax's own (newest {steps[-1]}), not in the run; {way_out}"
+
+
+def elsewhere(url: str, names: Sequence[str]) -> str:
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"{url}: holds {some}, named like steps of Orbax's, which cannot be taken over; restore them with Orbax and "
+        "save them here, or move them elsewhere, or use another directory"
+    )
