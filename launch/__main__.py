@@ -9,8 +9,9 @@ from typing import Any
 
 from absl import flags
 
-from launch import command, gke, local, slurm, tpu_vm
+from launch import command
 from launch.command import EXIT_USAGE, LaunchError
+from launch.engines import gke, local, slurm, tpu_vm
 from launch.supervise import Rules
 from orchestrator import failpoints
 from orchestrator.errors import UsageError

@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import orchestrator as oc
-from launch import local
+from launch.engines import local
 from launch.gcs_emulator.process import EmulatorProcess
 from launch.report import Line, Summary
 from launch.supervise import Rules

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import gke, local, plainfile, supervise
+from launch import plainfile, supervise
 from launch.command import LaunchError
+from launch.engines import gke, local
 from launch.heartbeats import Heartbeats
 from orchestrator.observe import heartbeat
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import contract, gke, manifest_check, manifests
+from launch import contract
 from launch.contract import JobContract
-from launch.manifests import Manifest, PodJob, Pool
+from launch.engines import gke, manifest_check, manifests
+from launch.engines.manifests import Manifest, PodJob, Pool
 from tests.places import METACHARACTERS, NASTY, reports
 from tests.processes import free_port
 

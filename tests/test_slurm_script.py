@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import contract, slurm
+from launch import contract
 from launch.command import LaunchError
-from launch.slurm import SlurmJob
+from launch.engines import slurm
+from launch.engines.slurm import SlurmJob
 from tests.places import METACHARACTERS, NASTY
 
 REPOSITORY = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import tpu_vm
-from launch.tpu_vm import TpuJob
+from launch.engines import tpu_vm
+from launch.engines.tpu_vm import TpuJob
 from tests.places import METACHARACTERS, NASTY
 
 REPOSITORY = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launch import contract
-from launch.manifests import Manifest
+from launch.engines.manifests import Manifest
 
 KUBERNETES_VERSION = "1.37"
 NAME_LENGTH = 63

@@ -1,4 +1,4 @@
-"""`python -m launch gke`: writes a job's manifests for GKE. The manifests themselves are in `launch.manifests`."""
+"""`python -m launch gke`: writes a job's manifests for GKE. The manifests themselves are in `launch.engines.manifests`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from absl import flags
 
-from launch import command, manifests, plainfile
+from launch import command, plainfile
 from launch.command import LaunchError
-from launch.manifests import Manifest, PodJob, Pool
+from launch.engines import manifests
+from launch.engines.manifests import Manifest, PodJob, Pool
 
 HELP = """\
 usage: python -m launch gke --name NAME --image IMAGE [pool] [flags] -- PROGRAM [ARGUMENT...]
@@ -117,7 +118,7 @@ def read(path: Path) -> list[Manifest]:
 def _check(path: Path) -> int:
     documents = read(path)
     try:
-        from launch import manifest_check
+        from launch.engines import manifest_check
 
         problems = manifest_check.problems(documents)
     except ImportError as error:
