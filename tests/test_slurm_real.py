@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator as oc
-from launch.report import Line, Summary
+from launch.example.report import Line, Summary
 from tests.reporting import put
 from tests.slurm_cluster import Cluster, eventually, why_not
 

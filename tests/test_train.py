@@ -16,9 +16,9 @@ import pytest
 
 import orchestrator as oc
 from launch.contract import EXIT_PREEMPTED, PROCESS_INDEX
-from launch.data import Loader, read_text
 from launch.engines import local
-from launch.report import Line, Summary, state_digest
+from launch.example.data import Loader, read_text
+from launch.example.report import Line, Summary, state_digest
 from orchestrator.cli.main import main
 from orchestrator.errors import NothingToRestore
 

@@ -1,4 +1,4 @@
-"""`python -m launch gke`: writes a job's manifests for GKE. The manifests themselves are in `launch.engines.manifests`."""
+"""`python -m launch gke`: writes a job's manifests for GKE. `manifests` makes them."""
 
 from __future__ import annotations
 
