@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import orbax_api.checkpoint as ocp
+import orbax.checkpoint as ocp
 import pytest
 
 import orchestrator as oc

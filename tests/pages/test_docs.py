@@ -16,8 +16,8 @@ import orchestrator as oc
 from launch.__main__ import FLAGS
 from orchestrator import failpoints
 from orchestrator.cli.main import COMMANDS
-from tests.pages.pages.pages import pages
-from tests.pages.pages.pages.pages import FENCE
+from tests.pages import pages
+from tests.pages.pages import FENCE
 
 pytestmark = pytest.mark.jobs
 

@@ -210,7 +210,7 @@ LONG = "x" * 300
 
 
 @pytest.mark.parametrize(
-    ("names", "form", "refused"),
+    ("names", "form", "rejected"),
     [
         (["__metadata__"], "safetensors", "__metadata__: safetensors keeps this name for itself"),
         (["__metadata__"], "numpy", None),

@@ -7,8 +7,9 @@ them: no copy, no byte of memory more. (Small ones are read into numpy buffers a
 program: see `placing`.)
 
 Writing into a jax.Array is safe here for these reasons, all held by tests/arrays/test_owned_memory.py: the arrays have
-been waited for, so nothing of JAX writes any more; each is a fresh allocation of one run of the program, with an address of
-its own, no constant and no other array's; nobody else has seen them until `placing` makes the restored arrays of them.
+been waited for, so nothing of JAX writes any more; each is a fresh allocation of one run of the program, with an
+address of its own, no constant and no other array's; nobody else has seen them until `placing` makes the restored
+arrays of them.
 """
 
 from __future__ import annotations
