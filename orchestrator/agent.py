@@ -28,12 +28,14 @@ from orchestrator.errors import (
     WaitTimeout,
 )
 from orchestrator.job import last_words, leaving
-from orchestrator.job.coordinator import Coordinator, UserData
+from orchestrator.job.coordinator import Coordinator
+from orchestrator.job.finalize import UserData
 from orchestrator.job.opening import Opening, check_tree
 from orchestrator.job.pacing import Looks, Pacing
-from orchestrator.job.participant import FATAL, GRACE_S, Save, Saver
+from orchestrator.job.participant import FATAL, GRACE_S, Participant, Participants
 from orchestrator.job.rendezvous import Rendezvous, connect, listen
 from orchestrator.job.restore import RestoreArgs, Restored, restore_together
+from orchestrator.job.signals import Signals
 from orchestrator.job.startup import meet
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Closed, EpochOpened, SaveNotCommitted, emit
@@ -89,11 +91,11 @@ class Agent:
         given = configuration.of_agent(self._policy, keep, self.options)
         run = meet(self._catalog, me, "open the run", given, self.options.rendezvous_timeout_s)
         self._opening = Opening(self._catalog, me, self.options.rendezvous_timeout_s, self._opened)
-        self._saver = self._make_saver(run, keep)
+        self._participants = self._make_participants(Signals(me, run), keep)
         self._collector = Collector(self._catalog)
         self._looks = Looks()
         self._pacing: Pacing | None = None
-        self._current: Save | None = None
+        self._current: Participant | None = None
         self._pending_error: OrchestratorError | None = None
         self._raised: OrchestratorError | None = None
         self._last_save_s: float | None = None
@@ -109,7 +111,7 @@ class Agent:
         self._life = leaving.Life(self, self._catalog.url, self._listening.stop, self._telemetry.close)
         heartbeat.record("opened", None)
 
-    def _make_saver(self, run: str, keep: KeepPolicy | None) -> Saver:
+    def _make_participants(self, signals: Signals, keep: KeepPolicy | None) -> Participants:
         me = self._rendezvous
         writer = ArrayWriter(
             ArrayOptions(
@@ -123,24 +125,19 @@ class Agent:
         )
         coordinator = None
         if me.process == 0:
-            keep_s = self.options.quarantine_keep_s
             coordinator = Coordinator(
-                self._catalog, me, run=run, keep=keep, quarantine_keep_s=keep_s, host_local=self.options.host_local
+                self._catalog,
+                me,
+                signals,
+                keep=keep,
+                quarantine_keep_s=self.options.quarantine_keep_s,
+                host_local=self.options.host_local,
             )
-        return Saver(
-            self._catalog,
-            writer,
-            me,
-            coordinator,
-            self.options,
-            run=run,
-            attest=self.options.attest != "off",
-            committed=self._committed,
-        )
+        return Participants(self._catalog, writer, me, signals, coordinator, self.options, committed=self._committed)
 
     def _opened(self, epoch: int) -> None:
         failpoints.note(epoch=epoch)
-        self._saver.opened(epoch)
+        self._participants.opened(epoch)
         if self._rendezvous.process == 0 and isinstance(self._policy, Adaptive):
             self._pacing = Pacing(self._catalog)
         self._telemetry.opened(epoch)
@@ -259,7 +256,7 @@ class Agent:
                 user = UserData(arguments.metrics(metrics), arguments.extra(extra), timestamp=time.time())
                 mine = arguments.own_bytes(process_state)
             except UsageError as error:  # of this process alone, perhaps: the others must not wait for it
-                self._saver.reject(self._saver.begin(step, UserData({}, {}, 0.0), None), "arguments", error)
+                self._participants.begin(step, UserData({}, {}, 0.0), None).reject("arguments", error)
                 raise
             return self._save(step, state, user, mine)
 
@@ -288,8 +285,8 @@ class Agent:
     def _save(self, step: int, state: Any, user: UserData, process_state: bytes | None) -> bool:
         entered = time.monotonic()
         finished = self._finished()
-        save = self._saver.begin(step, user, process_state)
-        self._last_save_s = save.started
+        save = self._participants.begin(step, user, process_state)
+        self._last_save_s = save.started_s
         if not finished:
             self._skip(save)
             return False
@@ -297,12 +294,12 @@ class Agent:
             try:
                 flat = flatten(state)
                 self._check_tree(flat, save)
-                self._saver.start(save, flat)
+                save.start(flat)
             except BaseException as error:  # ours alone, perhaps: the others must not wait for us
-                if save.thread:
+                if save.begun:
                     self._started(save)
                 else:
-                    self._saver.reject(save, "check", error)
+                    save.reject("check", error)
                 raise
         self._started(save)
         save.blocked_s = time.monotonic() - entered
@@ -310,26 +307,26 @@ class Agent:
             self.wait_until_finished()
         return True
 
-    def _started(self, save: Save) -> None:
+    def _started(self, save: Participant) -> None:
         self._current, self._last_saved_step = save, save.step
         if self._failed_step == save.step:
             self._failed_step = None
 
-    def _skip(self, save: Save) -> None:
+    def _skip(self, save: Participant) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
         assert self._current is not None
-        reason = f"{self._current.shown} still hangs on this process: the store does not answer"
-        self._saver.reject(save, "wait", WaitTimeout(reason))
-        self._not_saved(save.step, save.attempt, f"{save.shown} was not saved: {reason}", "hung")
+        reason = f"{self._current.label} still hangs on this process: the store does not answer"
+        save.reject("wait", WaitTimeout(reason))
+        self._not_saved(save.step, save.attempt, f"{save.label} was not saved: {reason}", "hung")
 
-    def _check_tree(self, flat: Flat, save: Save) -> None:
+    def _check_tree(self, flat: Flat, save: Participant) -> None:
         """The first save of an incarnation must be of the run's own job. Raises OtherJob."""
         if self._tree_checked or self.options.other_tree:
             return
         try:
             check_tree(self._catalog, self._catalog.require_head(), flat)
         except (StorageError, Damaged) as error:  # a failed save, not a failed training
-            save.failure = ("check", error)
+            save.fail("check", error)
             return
         self._tree_checked = True
 
@@ -363,7 +360,7 @@ class Agent:
         if not self._finished():
             assert self._current is not None
             raise WaitTimeout(
-                f"{self._current.shown}: this process's save thread did not end within "
+                f"{self._current.label}: this process's save thread did not end within "
                 f"{self._patience_s():g} s; the store does not answer"
             )
 
@@ -379,13 +376,12 @@ class Agent:
         """Wait, within the save's bound, until none is in flight; False if one hangs beyond it. Raises as `_settle`."""
         save = self._current
         while save and save.running:
-            since = max(save.started, self._failing_s, self._preempted_s if self._preempted[1] else 0.0)
+            since = max(save.started_s, self._failing_s, self._preempted_s if self._preempted[1] else 0.0)
             left_s = since + self._patience_s() - time.monotonic()
             if left_s <= 0:
                 return False
             heartbeat.record("waiting for a save", save.step)
-            assert save.thread is not None
-            save.thread.join(min(1.0, left_s))
+            save.join(min(1.0, left_s))
         self._settle(raise_now=True)
         return True
 
