@@ -195,7 +195,7 @@ def test_a_url_is_no_path(
     for url in SCHEMES:
         assert main(["orchestrator", name, str(run), *(word.replace("DEST", url) for word in more)]) == 2
         err = capsys.readouterr().err
-        assert "wanted a path on this machine" in err and url in err and "gcloud storage cp" in err
+        assert "expected a path on this machine" in err and url in err and "gcloud storage cp" in err
         assert err.count("\n") == 1 and snapshot(tmp_path) == before
 
 
@@ -268,7 +268,7 @@ def test_two_leaves_of_one_name_are_rejected() -> None:
         ("newest", "numpy", "taken", 2, "exists; export to a new name"),
         ("newest", "zip", "out", 2, "--format=zip: expected orbax, safetensors, numpy"),
         ("8", "numpy", "out", 6, "step 8 is not there"),
-        ("x", "numpy", "out", 2, "wanted the number of a step, or newest"),
+        ("x", "numpy", "out", 2, "expected the number of a step, or newest"),
         ("7", "numpy", "taken/below", 1, "File exists"),
     ],
 )
