@@ -190,7 +190,7 @@ def test_metrics_and_steps_that_are_traced_say_so(root: Path) -> None:
     ],
 )
 def test_an_option_of_the_wrong_kind_is_rejected_by_name(name: str, value: Any) -> None:
-    rejected(lambda: oc.Options(**{name: value}), f"{name}=", "wanted")
+    rejected(lambda: oc.Options(**{name: value}), f"{name}=", "expected")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_an_option_of_the_wrong_kind_is_rejected_by_name(name: str, value: Any) 
     ],
 )
 def test_a_policy_of_the_wrong_kind_is_rejected_when_it_is_made(make: Callable[[], Any]) -> None:
-    rejected(make, "wanted")
+    rejected(make, "expected")
 
 
 @pytest.mark.parametrize(
