@@ -317,7 +317,7 @@ class Agent:
         assert self._current is not None
         reason = f"{self._current.label} still hangs on this process: the store does not answer"
         save.reject("wait", WaitTimeout(reason))
-        self._not_saved(save.step, save.attempt, f"{save.label} was not saved: {reason}", "hung")
+        self._not_saved(save.step, save.id.name, f"{save.label} was not saved: {reason}", "hung")
 
     def _check_tree(self, flat: Flat, save: Participant) -> None:
         """The first save of an incarnation must be of the run's own job. Raises OtherJob."""

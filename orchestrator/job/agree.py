@@ -27,9 +27,9 @@ from orchestrator.job.poll import Pause, poll, timed_out
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.observe import heartbeat
-from orchestrator.rules import holders, keys
+from orchestrator.rules import holders
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode
-from orchestrator.rules.journal import AttemptId
 from orchestrator.rules.records import Failure, Held, Intent
 from orchestrator.run.journal_store import Catalog
 
@@ -86,7 +86,6 @@ class Agreement:
         return held
 
     def _wait(self, attempt: AttemptId, other_step: Callable[[], Aborted | None]) -> tuple[Held, ...]:
-        step, name = attempt
         who = f"process 0 ({self._rendezvous.hosts[0]})"
 
         def signalled() -> tuple[Held, ...] | None:
@@ -97,7 +96,7 @@ class Agreement:
             return None
 
         def stored() -> tuple[Held, ...] | None:
-            heartbeat.record("waiting for process 0", step)
+            heartbeat.record("waiting for process 0", attempt.step)
             if held := self._stored(attempt):
                 return held
             if other := other_step():
@@ -105,18 +104,17 @@ class Agreement:
             return None
 
         late = timed_out(
-            f"{keys.shown(step, name)}: {who} did not say within {self._timeout_s:g} s who holds the leaves of the "
+            f"{attempt.label}: {who} did not say within {self._timeout_s:g} s who holds the leaves of the "
             "state; look at that host"
         )
         return poll(signalled, self._timeout_s, late, pause=_PAUSE, storage=stored)
 
     def _stored(self, attempt: AttemptId) -> tuple[Held, ...]:
         """From the attempt's intent, if a signal is lost."""
-        step, name = attempt
-        key = self._catalog.key(step, name, keys.INTENT)
+        key = attempt.intent_key
         try:
             body = self._catalog.storage.get(key)
-            return decode(body, Intent, key, step=step, attempt=name).held if body else ()
+            return decode(body, Intent, key, step=attempt.step, attempt=attempt.name).held if body else ()
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s cannot be read yet: %s", key, error)
         except OrchestratorError as error:
@@ -144,11 +142,11 @@ class StepOrder:
             return None  # it has just decided this one, and gone on: a decision is posted before the next save is
         process, hosts = self._rendezvous.process, self._rendezvous.hosts
         reason = (
-            f"process 0 ({hosts[0]}) saves step {theirs[0]} where process {process} ({hosts[process]}) saves step "
-            f"{attempt[0]}; all must save the same steps in the same order"
+            f"process 0 ({hosts[0]}) saves step {theirs.step} where process {process} ({hosts[process]}) saves step "
+            f"{attempt.step}; all must save the same steps in the same order"
         )
         failure = Failure(process=process, host=hosts[process], phase="agree", cause=f"UsageError: {reason}")
         vote = abort_vote(attempt, failure, built_on=built_on)
-        for step, name in (theirs, attempt):
-            self._signals.vote_abort(replace(vote, step=step, attempt=name))
+        for each in (theirs, attempt):
+            self._signals.vote_abort(replace(vote, step=each.step, attempt=each.name))
         return Aborted(reason)

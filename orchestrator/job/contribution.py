@@ -14,9 +14,8 @@ from orchestrator.arrays.tree import Flat
 from orchestrator.errors import StorageError
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import abort_vote
-from orchestrator.rules import keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
-from orchestrator.rules.journal import AttemptId
 from orchestrator.rules.records import FORMAT, Failure, FileEntry, Held, Receipt
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import overlap
@@ -35,14 +34,13 @@ class Contribution:
         self._process, self._host = rendezvous.process, rendezvous.hosts[rendezvous.process]
         self._own_state = own_state
         self._beside: Begun[None] | None = None
-        self._prefix = keys.attempt_prefix(*attempt)
         self._files: tuple[FileEntry, ...] = ()
         self.seconds: dict[str, float] = {}
         self.pending: PendingWrite | None = None
 
     def stage(self, writer: ArrayWriter, flat: Flat, held: tuple[Held, ...], *, attest: bool) -> None:
         """Take `flat` from the devices. Raises what the writer raises."""
-        self.pending = writer.stage(f"{self._catalog.url}/{self._prefix}{keys.STATE}", flat, attest, held)
+        self.pending = writer.stage(f"{self._catalog.url}/{self._attempt.state_prefix}", flat, attest, held)
 
     def write(self, timeout_s: float, given_up: Callable[[], bool]) -> None:
         """Write the arrays, and the process's own state beside them: a store far away takes as long for both as for
@@ -55,7 +53,7 @@ class Contribution:
         self.seconds["write"] = time.monotonic() - began
 
     def _put_own_state(self) -> None:
-        self._create(keys.process_state_name(self._process), self._own_state or b"")
+        self._create(self._attempt.process_state_key(self._process), self._own_state or b"")
 
     def make_durable(self) -> None:
         """Make what this process wrote durable, whoever else writes beside it."""
@@ -65,26 +63,25 @@ class Contribution:
         own = []
         if self._beside:
             self._beside.result()
-            own = [self._prefix + keys.process_state_name(self._process)]
-        known = {self._prefix + keys.STATE + file.path: file for file in self.pending.files}
+            own = [self._attempt.process_state_key(self._process)]
+        known = {self._attempt.state_prefix + file.path: file for file in self.pending.files}
         durable = self._catalog.storage.make_durable([*own, *known], known)
-        self._files = tuple(replace(entry, path=entry.path.removeprefix(self._prefix)) for entry in durable)
+        self._files = tuple(replace(entry, path=entry.path.removeprefix(self._attempt.prefix)) for entry in durable)
         self.seconds["seal"] = time.monotonic() - began
 
     def store_receipt(self) -> bytes:
         """Returns it as the store has acknowledged it. After `make_durable`: a receipt survives power loss."""
         receipt = encode(self._receipt())
-        self._create(keys.receipt_name(self._process), receipt)
+        self._create(self._attempt.receipt_key(self._process), receipt)
         return receipt
 
     def _receipt(self) -> Receipt:
         assert self.pending is not None
-        step, name = self._attempt
         return Receipt(
             format=FORMAT,
             write_id=uuid.uuid4().hex,
-            step=step,
-            attempt=name,
+            step=self._attempt.step,
+            attempt=self._attempt.name,
             process=self._process,
             host=self._host,
             files=self._files,
@@ -107,7 +104,7 @@ class Contribution:
 
     def store_abort_vote(self, vote: Receipt) -> None:
         """For whoever misses the signal. Raises what the store does."""
-        self._catalog.storage.create(self._prefix + keys.receipt_name(self._process), encode(vote))
+        self._catalog.storage.create(self._attempt.receipt_key(self._process), encode(vote))
 
     def settle(self, grace_s: float) -> None:
         """Nothing of this process should appear in an attempt that is decided: wait for what is under way."""
@@ -118,7 +115,6 @@ class Contribution:
         """Give back the memory that is still held."""
         self.pending = None
 
-    def _create(self, name: str, body: bytes) -> None:
-        if isinstance(self._catalog.storage.create(self._prefix + name, body), Exists):
-            where = f"{self._catalog.url}/{self._prefix}{name}"
-            raise StorageError(f"{where}: another writer was here; attempts are never reused")
+    def _create(self, key: str, body: bytes) -> None:
+        if isinstance(self._catalog.storage.create(key, body), Exists):
+            raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")

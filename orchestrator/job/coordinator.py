@@ -74,7 +74,7 @@ class Coordinator:
         Raises StorageError if the outcome could not be journalled: then the attempt is either not committed (and a
         later epoch collects it) or committed without anybody being told.
         """
-        attempt = own.intent.step, own.intent.attempt
+        attempt = own.intent.id
         try:
             decided = self._decided(own, timeout_s, all_in)
         except Exception as error:  # the others wait for a decision; the caller gets the error itself
@@ -87,7 +87,7 @@ class Coordinator:
         state = Attempt(own.intent, own_must_agree=self._host_local == "error")
         receipts = ReceiptReader(self._catalog, self._signals, self._rendezvous.hosts, state, own.receipt)
         state, effects = receipts.collect(timeout_s)
-        self._signals.forget_previous((own.intent.step, own.intent.attempt))
+        self._signals.forget_previous(own.intent.id)
         if state.phase is Phase.FINALIZING:
             all_in()
             if self._host_local == "warn":
@@ -127,8 +127,7 @@ class Coordinator:
             partial(
                 journal.abort,
                 epoch=state.intent.epoch,
-                step=state.intent.step,
-                attempt=state.intent.attempt,
+                attempt=state.intent.id,
                 failures=state.failures,
                 reason=state.reason,
             )

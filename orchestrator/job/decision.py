@@ -10,8 +10,8 @@ from orchestrator.errors import StorageError
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.poll import REAL, Clock, poll, timed_out
 from orchestrator.job.signals import Signals
-from orchestrator.rules import journal, keys
-from orchestrator.rules.journal import AttemptId
+from orchestrator.rules import journal
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.run.journal_store import Catalog
 
 
@@ -48,12 +48,12 @@ class DecisionReader:
         try:
             head = self._catalog.durable_head()
         except StorageError as error:  # perhaps it passes: the deadline decides
-            logging.warning("%s: the journal cannot be read yet: %s", keys.shown(*self._attempt), error)
+            logging.warning("%s: the journal cannot be read yet: %s", self._attempt.label, error)
             return None
-        if journal.is_live(head, *self._attempt):
+        if journal.is_live(head, self._attempt):
             return Committed()
         if head.epoch > self._epoch:
             return Fenced(f"fenced by epoch {head.epoch} ({head.writer})")
-        if journal.is_retired(head, *self._attempt):
+        if journal.is_retired(head, self._attempt):
             return Aborted(f"journal version {head.version}: {head.event.reason or 'aborted'}")
         return None

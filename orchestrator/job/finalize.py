@@ -45,7 +45,7 @@ def finalize(catalog: Catalog, own: OwnPart, state: Attempt, receipt_files: Mapp
     all receipts are in; `receipt_files` are theirs, by path in the attempt. Raises whatever goes wrong."""
     assert own.pending is not None  # its process's receipt is in
     intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
-    prefix = keys.attempt_prefix(intent.step, intent.attempt)
+    prefix = intent.id.prefix
     tree = {prefix + keys.STATE + file.path: file for file in own.pending.merge(chunk_index.entries(receipts))}
     failpoints.hit("finalize.merged")
     # Receipts may have been read before the directory that names them was durable: with process 0's all of them are.
@@ -87,7 +87,7 @@ def finalize(catalog: Catalog, own: OwnPart, state: Attempt, receipt_files: Mapp
 def create(catalog: Catalog, intent: Intent, name: str, body: bytes) -> FileEntry:
     """A record of the attempt, at `name` in it, created once and durable. Raises OrchestratorError if another writer
     uses this attempt's name."""
-    key = catalog.key(intent.step, intent.attempt, name)
+    key = intent.id.key(name)
     if isinstance(catalog.storage.create(key, body), Exists):
         raise OrchestratorError(f"{catalog.url}/{key}: another writer uses this attempt; it is never reused")
     return file_entry(name, body)

@@ -33,8 +33,7 @@ from orchestrator.job.signals import Signals
 from orchestrator.observe import events
 from orchestrator.observe.events import SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
-from orchestrator.rules import keys
-from orchestrator.rules.journal import AttemptId
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FORMAT, FileEntry, Intent, Receipt
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import overlap
@@ -95,7 +94,7 @@ class Participants:
         number = self._numbers[step] = self._numbers.get(step, 0) + 1
         epoch = self.incarnation.epoch
         failpoints.note(step=step, epoch=epoch)
-        attempt = step, keys.attempt_name(epoch, number)
+        attempt = AttemptId.of(step, epoch, number)
         self.incarnation.order.begin(attempt)
         return Participant(self.incarnation, attempt, user, process_state)
 
@@ -111,12 +110,12 @@ class Participant:
     def __init__(
         self, incarnation: Incarnation, attempt: AttemptId, user: UserData, process_state: bytes | None
     ) -> None:
-        self.step, self.attempt = attempt
+        self.id, self.step = attempt, attempt.step
         self.started_s = time.monotonic()
         self.outcome: Outcome | None = None
         self.error: OrchestratorError | None = None
         self.blocked_s = self.durable_s = 0.0
-        self._in, self._id, self._user = incarnation, attempt, user
+        self._in, self._user = incarnation, user
         self._own = Contribution(incarnation.catalog, incarnation.rendezvous, attempt, process_state)
         self._phase = "stage"  # what fails next fails in it
         self._problem: BaseException | None = None  # why this process votes to abort
@@ -127,7 +126,7 @@ class Participant:
 
     @property
     def label(self) -> str:
-        return keys.shown(self.step, self.attempt)
+        return self.id.label
 
     @property
     def begun(self) -> bool:
@@ -158,7 +157,7 @@ class Participant:
         """Instead of `start`: tell the other processes, without touching storage, that this one takes no part."""
         self._in.signals.vote_abort(self._own.abort_vote(phase, cause))
         if self._in.coordinator:  # nobody else could decide it
-            self._in.signals.post_decision(self._id, Aborted(f"process 0 in {phase}: {cause}"))
+            self._in.signals.post_decision(self.id, Aborted(f"process 0 in {phase}: {cause}"))
 
     def start(self, flat: Flat) -> None:
         """Stage `flat` and go on in the background. Whatever fails from here on is this process's abort vote."""
@@ -177,14 +176,14 @@ class Participant:
         try:  # a Ctrl-C may come between any two of these
             thread.start()
             self._thread = thread
-            emit(SaveStarted(self.step, self.attempt, time.monotonic() - self.started_s))
+            emit(SaveStarted(self.step, self.id.name, time.monotonic() - self.started_s))
         finally:
             returned.set()
 
     def _stage(self, flat: Flat) -> None:
         check_root(self._in.catalog.storage)
         failpoints.hit("save.stage")
-        held = self._in.agreement.settle(flat, self._id, self._saves_other_step)
+        held = self._in.agreement.settle(flat, self.id, self._saves_other_step)
         self._own.stage(self._in.writer, flat, held, attest=self._in.options.attest != "off")
 
     def _make_intent(self, flat: Flat) -> Intent:
@@ -192,7 +191,7 @@ class Participant:
             format=FORMAT,
             write_id=uuid.uuid4().hex,
             step=self.step,
-            attempt=self.attempt,
+            attempt=self.id.name,
             epoch=self._in.epoch,
             opened_by=self._in.catalog.writer,
             time=self._user.timestamp,
@@ -222,18 +221,18 @@ class Participant:
             self._in.agreement.doubt()
             cause = self.outcome.cause if isinstance(self.outcome, Aborted) else "failed"
             kind = "fenced" if isinstance(self.error, errors.Fenced) else cause
-            emit(SaveNotCommitted(self.step, self.attempt, str(self.error), kind))
+            emit(SaveNotCommitted(self.step, self.id.name, str(self.error), kind))
         else:
             self.durable_s = time.monotonic() - self.started_s
             saved_bytes = self.outcome.state_bytes if isinstance(self.outcome, Committed) else 0
-            emit(events.Committed(self.step, self.attempt, self.durable_s, saved_bytes))
+            emit(events.Committed(self.step, self.id.name, self.durable_s, saved_bytes))
             self._in.committed()
 
     def _coordinate(self, coordinator: Coordinator) -> Outcome:
         """Process 0: open the attempt while it writes its own part, then decide."""
         assert self._intent is not None
         opening = overlap.begin(partial(coordinator.open, self._intent, self._user))
-        self._in.signals.post_saving(self._id)
+        self._in.signals.post_saving(self.id)
         receipt = self._vote(opening)
         opening.wait(GRACE_S)  # nothing of this process should appear in an attempt that is decided
         opened: tuple[FileEntry, ...] = ()
@@ -248,7 +247,7 @@ class Participant:
         if self._other_step:  # before it staged anything; what process 0 does next is no business of this one
             return self._other_step
         decision = DecisionReader(
-            self._id, self._in.epoch, self._in.catalog, self._in.signals, self._in.rendezvous.hosts
+            self.id, self._in.epoch, self._in.catalog, self._in.signals, self._in.rendezvous.hosts
         )
         return decision.wait(self._in.options.save_timeout_s + GRACE_S, self._saves_other_step)
 
@@ -257,7 +256,7 @@ class Participant:
         return max(0.0, self.started_s + self._in.options.save_timeout_s - time.monotonic())
 
     def _saves_other_step(self) -> Aborted | None:
-        self._other_step = self._in.order.other_step(self._id, self._in.catalog.durable_version)
+        self._other_step = self._in.order.other_step(self.id, self._in.catalog.durable_version)
         return self._other_step
 
     def _error(self, outcome: Outcome) -> OrchestratorError | None:
@@ -273,7 +272,7 @@ class Participant:
         assert_never(outcome)
 
     def _not_saved(self, reason: str) -> SaveFailed:
-        return SaveFailed(f"{self.label} was not saved: {reason}", step=self.step, attempt=self.attempt)
+        return SaveFailed(f"{self.label} was not saved: {reason}", step=self.step, attempt=self.id.name)
 
     # Write, receipt, vote.
 
@@ -297,7 +296,7 @@ class Participant:
             failpoints.hit("receipt.write")
             receipt = self._own.store_receipt()
             failpoints.hit("receipt.after")
-            self._in.signals.vote(self._id)
+            self._in.signals.vote(self.id)
             self._report("waiting")
             return receipt
         except arrays.WriteStopped:  # another's abort vote has decided: none of ours, so that theirs is the cause
@@ -321,7 +320,7 @@ class Participant:
         try:
             opening.result(self._left_s)
         except TimeoutError as error:
-            where = f"{self._in.catalog.url}/{keys.attempt_prefix(*self._id)}{keys.INTENT}"
+            where = f"{self._in.catalog.url}/{self.id.intent_key}"
             timeout_s = self._in.options.save_timeout_s
             raise WaitTimeout(f"{where} was not written within {timeout_s:g} s") from error
 
@@ -329,9 +328,9 @@ class Participant:
         """Asked again and again while this process writes, so it reports the progress, too."""
         if time.monotonic() - self._reported_s >= PROGRESS_S:
             self._report("writing")
-        return any(self._in.signals.votes(self._id).values())
+        return any(self._in.signals.votes(self.id).values())
 
     def _report(self, phase: str) -> None:
         self._reported_s = time.monotonic()
         written_bytes = self._own.pending.written_bytes if self._own.pending else 0
-        emit(SavePhase(self.step, self.attempt, phase, self._reported_s - self.started_s, written_bytes))
+        emit(SavePhase(self.step, self.id.name, phase, self._reported_s - self.started_s, written_bytes))

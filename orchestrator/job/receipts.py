@@ -12,8 +12,8 @@ from orchestrator.errors import Damaged, StorageError
 from orchestrator.job.poll import poll
 from orchestrator.job.signals import Signals, Votes, abort_vote
 from orchestrator.rules import attempt as protocol
-from orchestrator.rules import keys
 from orchestrator.rules.attempt import Attempt, Step
+from orchestrator.rules.attempt_id import receipt_process
 from orchestrator.rules.records import Failure, FileEntry, Receipt
 from orchestrator.run.journal_store import Catalog
 
@@ -30,7 +30,7 @@ class ReceiptReader:
     ) -> None:
         self._catalog, self._signals, self._hosts, self._own = catalog, signals, hosts, own
         self._state = state
-        self._attempt = state.intent.step, state.intent.attempt
+        self._attempt = state.intent.id
         self.files: dict[str, FileEntry] = {}
 
     def collect(self, timeout_s: float) -> Step:
@@ -54,13 +54,13 @@ class ReceiptReader:
 
     def _listed(self) -> Votes:
         """The votes of the processes whose receipts are in storage. One listing, however many there are."""
-        prefix = keys.attempt_prefix(*self._attempt) + keys.RECEIPTS
+        prefix = self._attempt.receipts_prefix
         try:
             names = [entry.key for entry in self._catalog.storage.list(prefix)]
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s cannot be listed yet: %s", prefix, error)
             return {}
-        return {process: None for name in names if (process := keys.receipt_of(name)) is not None}
+        return {process: None for name in names if (process := receipt_process(name)) is not None}
 
     def _read(self, ready: list[tuple[int, Receipt | None]]) -> Iterator[tuple[Receipt, ...]]:
         """What can be read, in batches, many at once: an object store takes as long for each as for all."""
@@ -75,7 +75,7 @@ class ReceiptReader:
     def _stored(self, process: int) -> Receipt | None:
         """A receipt from storage, None if it is not there (yet). One that is damaged counts as an abort vote."""
         try:
-            found = self._catalog.receipt(*self._attempt, process, self._own if process == 0 else None)
+            found = self._catalog.receipt(self._attempt, process, self._own if process == 0 else None)
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("receipt of process %d cannot be read yet: %s", process, error)
             return None

@@ -22,9 +22,9 @@ from absl import logging
 
 from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey, UsageError
 from orchestrator.job.outcome import Committed, Outcome
-from orchestrator.rules import arguments, holders, keys
+from orchestrator.rules import arguments, holders
+from orchestrator.rules.attempt_id import AttemptId, parse_name
 from orchestrator.rules.codec import decode, encode
-from orchestrator.rules.journal import AttemptId
 from orchestrator.rules.records import FORMAT, Failure, Held, Receipt
 from orchestrator.texts import printable
 
@@ -56,12 +56,11 @@ class Board(Protocol):
 
 def abort_vote(attempt: AttemptId, failure: Failure, **more: Any) -> Receipt:
     """`failure.process` did not make its part of `attempt` durable, or its receipt cannot be used."""
-    step, name = attempt
     return Receipt(
         format=FORMAT,
         write_id=uuid.uuid4().hex,
-        step=step,
-        attempt=name,
+        step=attempt.step,
+        attempt=attempt.name,
         process=failure.process,
         host=failure.host,
         failure=failure,
@@ -85,7 +84,7 @@ class Signals:
 
     def vote_abort(self, receipt: Receipt) -> None:
         """This process's part of the receipt's attempt is not durable; `receipt.failure` says why."""
-        self._post_vote((receipt.step, receipt.attempt), encode(receipt).decode())
+        self._post_vote(receipt.id, encode(receipt).decode())
 
     def _post_vote(self, attempt: AttemptId, text: str) -> None:
         self._board.post(f"{self._of(attempt)}receipt/{self._board.process}", text)
@@ -102,10 +101,11 @@ class Signals:
         return votes
 
     def _abort_vote(self, attempt: AttemptId, process: int, text: str) -> Receipt:
-        step, name = attempt
         where = f"signal of process {process}"
         try:
-            receipt = decode(text.encode(errors="replace"), Receipt, where, step=step, attempt=name, process=process)
+            receipt = decode(
+                text.encode(errors="replace"), Receipt, where, step=attempt.step, attempt=attempt.name, process=process
+            )
             problem = "" if receipt.failure else f"{where}: a receipt that says of no failure; those are stored"
         except StorageError:
             raise
@@ -157,8 +157,7 @@ class Signals:
     # Keys and values.
 
     def _of(self, attempt: AttemptId) -> str:
-        step, name = attempt
-        return f"{self._all}{step}/{name}/"
+        return f"{self._all}{attempt.step}/{attempt.name}/"
 
     def _of_process_0(self, prefix: str, kind: str, parse: Callable[[str], Value]) -> Value | None:
         text = self._board.poll(f"{prefix}{kind}/").get("0")
@@ -173,7 +172,7 @@ class Signals:
 
 
 def _attempt(text: str) -> AttemptId:
-    step, name = _SAVING.decode(text)
-    arguments.step(step)
-    keys.parse_attempt(name)
-    return step, name
+    attempt = AttemptId(*_SAVING.decode(text))
+    arguments.step(attempt.step)
+    parse_name(attempt.name)
+    return attempt

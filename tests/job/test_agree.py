@@ -12,8 +12,8 @@ from orchestrator.job.agree import Agreement, StepOrder
 from orchestrator.job.outcome import Aborted, Committed
 from orchestrator.job.signals import Signals
 from orchestrator.rules import holders
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
-from orchestrator.rules.keys import INTENT
 from orchestrator.rules.records import Held
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage
@@ -22,7 +22,7 @@ from tests.support.fakes import FakeBoard
 
 HELD = (Held(1, ((1, 2),)), Held(1, None))
 FLAT = flatten({"a": jnp.arange(3), "b": 7})
-ATTEMPT = 1, builders.FIRST
+ATTEMPT = AttemptId(1, builders.FIRST)
 
 
 def agreement(board: FakeBoard, timeout_s: float = 20.0, together: bool = True) -> tuple[Agreement, Catalog]:
@@ -62,7 +62,7 @@ def test_a_signal_that_is_lost_is_found_in_the_intent() -> None:
     agreed, catalog = agreement(FakeBoard(1, 2))
     intent = builders.intent(builders.leaf("a"), builders.leaf("b"), processes=2, step=1)
     body = encode(structs.replace(intent, held=HELD))
-    catalog.storage.create(catalog.key(1, builders.FIRST, INTENT), body)
+    catalog.storage.create(ATTEMPT.intent_key, body)
     assert settle(agreed) == HELD
 
 
@@ -95,7 +95,7 @@ def test_a_process_that_saves_another_step_than_process_0_votes_to_abort_both() 
     board = FakeBoard(1, 2)
     signals = Signals(board, "i")
     order = StepOrder(board, signals)
-    first, second, third = ((step, builders.FIRST) for step in (1, 2, 3))
+    first, second, third = (AttemptId(step, builders.FIRST) for step in (1, 2, 3))
     order.begin(first)
     order.begin(third)
     assert order.other_step(third, 0) is None  # nothing has been heard of process 0

@@ -15,6 +15,7 @@ from orchestrator.job.finalize import OwnPart, UserData
 from orchestrator.job.outcome import Aborted, Committed, Fenced
 from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.rules import journal, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import Failure, FileEntry
 from orchestrator.run.journal_store import Catalog
@@ -23,7 +24,7 @@ from tests.support import builders
 from tests.support.fakes import FakeBoard, HookedStorage
 
 INTENT = builders.intent(processes=2, step=1)
-ATTEMPT = 1, builders.FIRST
+ATTEMPT = AttemptId(1, builders.FIRST)
 RECEIPTS = [
     builders.receipt(0, step=1, boxes={"w": (builders.box((0, 2)),)}, seconds={"stage": 0.5}),
     builders.receipt(1, step=1, boxes={"w": (builders.box((2, 4)),)}, seconds={"stage": 2.0}),
@@ -59,7 +60,7 @@ class Job:
         self.signals.vote(ATTEMPT)
 
     def store_receipt(self, process: int, body: bytes = b"") -> None:
-        key = self.catalog.key(*ATTEMPT, keys.receipt_name(process))
+        key = ATTEMPT.receipt_key(process)
         self.storage.create(key, body or encode(RECEIPTS[process]))
 
     def vote(self, process: int, text: str = "yes") -> None:
@@ -154,7 +155,7 @@ def test_an_abort_is_journalled_posted_and_names_its_cause(
     assert isinstance(outcome, Aborted) and outcome.cause == cause and reason in outcome.reason
     assert job.signals.decision(ATTEMPT) == outcome
     head = job.catalog.require_head()
-    assert head.live == () and head.event.kind == "aborted" and journal.is_retired(head, *ATTEMPT)
+    assert head.live == () and head.event.kind == "aborted" and journal.is_retired(head, ATTEMPT)
 
 
 @pytest.mark.parametrize("happens", [newer_epoch, newer_epoch_and_abort])

@@ -25,6 +25,7 @@ from orchestrator.observe.events import SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.rules import journal, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Failure
 from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import Catalog
@@ -39,7 +40,7 @@ def a_run(root: Path) -> Catalog:
     catalog = Catalog(PosixStorage(str(root)), "test")
     catalog.append(journal.open_epoch)
     for step in (1, 2):
-        catalog.storage.create(keys.attempt_prefix(step, FIRST) + keys.MANIFEST, b"{}")
+        catalog.storage.create(AttemptId(step, FIRST).prefix + keys.MANIFEST, b"{}")
         entry = live(step)
         catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
     return catalog
@@ -62,7 +63,7 @@ def test_a_dry_run_of_a_collector_needs_no_right_to_write(tmp_path: Path) -> Non
 def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is_durable(tmp_path: Path) -> None:
     storage = HookedStorage(a_run(tmp_path).storage)
     board = FakeBoard(1, 2)
-    reader = DecisionReader((2, FIRST), 1, Catalog(storage, "w"), Signals(board, "i"), board.hosts)
+    reader = DecisionReader(AttemptId(2, FIRST), 1, Catalog(storage, "w"), Signals(board, "i"), board.hosts)
     assert reader.wait(20.0, lambda: None) == Committed()  # no signal comes: from storage
     assert ("make_durable", keys.journal_key(2)) in storage.calls
 
@@ -70,15 +71,15 @@ def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is
 @pytest.mark.parametrize(
     ("attempt", "epoch", "outcome"),
     [
-        ((2, FIRST), 1, Committed()),
-        ((1, FIRST), 1, Aborted("journal version 2: aborted")),
-        ((3, FIRST), 1, None),
-        ((3, FIRST), 0, Fenced("fenced by epoch 1 (test)")),
-        ((2, FIRST), 0, Committed()),  # another incarnation has opened its epoch since
+        (AttemptId(2, FIRST), 1, Committed()),
+        (AttemptId(1, FIRST), 1, Aborted("journal version 2: aborted")),
+        (AttemptId(3, FIRST), 1, None),
+        (AttemptId(3, FIRST), 0, Fenced("fenced by epoch 1 (test)")),
+        (AttemptId(2, FIRST), 0, Committed()),  # another incarnation has opened its epoch since
     ],
 )
 def test_what_the_journal_says_of_an_attempt(
-    attempt: tuple[int, str], epoch: int, outcome: Outcome | None, tmp_path: Path
+    attempt: AttemptId, epoch: int, outcome: Outcome | None, tmp_path: Path
 ) -> None:
     board = FakeBoard(1, 2)
     reader = DecisionReader(attempt, epoch, a_run(tmp_path), Signals(board, "i"), board.hosts)
@@ -87,7 +88,7 @@ def test_what_the_journal_says_of_an_attempt(
 
 def test_a_decision_that_does_not_come_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
     board, clock = FakeBoard(1, 2), StepClock()
-    reader = DecisionReader((3, FIRST), 1, a_run(tmp_path), Signals(board, "i"), board.hosts, clock.clock)
+    reader = DecisionReader(AttemptId(3, FIRST), 1, a_run(tmp_path), Signals(board, "i"), board.hosts, clock.clock)
     with pytest.raises(WaitTimeout, match=r"no decision from the coordinator, process 0 \(host-0\), after 7 s"):
         reader.wait(7.0, lambda: None)
     assert sum(clock.slept) == pytest.approx(7.0)
@@ -102,7 +103,7 @@ def participants(storage: Storage, board: FakeBoard, **options: Any) -> Particip
 def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
     board, storage = FakeBoard(1, 2), PosixStorage(str(tmp_path))
     save = participants(storage, board).begin(1, UserData({}, {}, 0.0), None)
-    attempt, signals = (1, save.attempt), Signals(board, "i")
+    attempt, signals = save.id, Signals(board, "i")
     other = abort_vote(attempt, Failure(process=0, host="host-0", phase="write", cause="disk full"))
     board.process = 0
     signals.vote_abort(other)
@@ -112,7 +113,7 @@ def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_c
     save.join(20)
     assert "process 0 voted to abort" in str(save.error)
     assert signals.votes(attempt) == {0: other}
-    assert Catalog(storage, "w").receipt(*attempt, 1) is None
+    assert Catalog(storage, "w").receipt(attempt, 1) is None
 
 
 def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_pa
     Catalog(storage, "w").append(journal.open_epoch)
     signals = Signals(board, "i")
     save = participants(storage, board, save_timeout_s=60).begin(3, UserData({}, {}, 0.0), None)
-    signals.post_saving((2, FIRST))
+    signals.post_saving(AttemptId(2, FIRST))
     started = time.monotonic()
     save.start(flatten({"w": jnp.zeros(8)}))
     save.join(20)
@@ -128,7 +129,7 @@ def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_pa
     said = "process 0 (host-0) saves step 2 where process 1 (host-1) saves step 3; all must save the same steps"
     assert said in str(save.error)
     for step in (2, 3):
-        vote = signals.votes((step, FIRST))[1]
+        vote = signals.votes(AttemptId(step, FIRST))[1]
         assert vote and vote.failure and vote.step == step and said in vote.failure.cause
 
 
@@ -142,7 +143,7 @@ def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(t
         started = time.monotonic()
         agent.save(1, {"w": jnp.zeros(512)})
         assert agent.all_steps() == [1] and time.monotonic() - started < 10
-    prefix = keys.attempt_prefix(1, FIRST) + keys.RECEIPTS
+    prefix = AttemptId(1, FIRST).prefix + keys.RECEIPTS
     assert ("list", prefix) in storage.calls
     # Its own it has written itself: neither that nor what is not there yet, of a job of thousands, is read.
     assert [key for operation, key in storage.calls if operation == "get" and key.startswith(prefix)] == []

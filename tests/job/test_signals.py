@@ -6,14 +6,14 @@ import pytest
 
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.signals import Signals, abort_vote
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
-from orchestrator.rules.keys import attempt_name
 from orchestrator.rules.records import Failure, Held, Receipt
 from tests.support import builders
 from tests.support.fakes import FakeBoard
 
-ATTEMPT = 7, builders.FIRST
-OTHER = 7, attempt_name(1, 2)
+ATTEMPT = AttemptId(7, builders.FIRST)
+OTHER = AttemptId.of(7, 1, 2)
 PREFIX = f"orchestrator/i/7/{builders.FIRST}/"
 FAILURE = Failure(process=1, host="host-1", phase="write", cause="OSError: disk full")
 ABORT = abort_vote(ATTEMPT, FAILURE)
@@ -51,7 +51,7 @@ def test_votes_come_back_as_they_were_posted() -> None:
         (text_of(ABORT)[:-20], "truncated or not a record"),
         (text_of(ABORT).replace("disk full", "disk fuII"), "edited or damaged"),
         (text_of(abort_vote(OTHER, FAILURE)), "says it is attempt e0001-a02, expected e0001-a01"),
-        (text_of(abort_vote((8, builders.FIRST), FAILURE)), "says it is step 8, expected 7"),
+        (text_of(abort_vote(AttemptId(8, builders.FIRST), FAILURE)), "says it is step 8, expected 7"),
         (text_of(builders.receipt(1, step=7)), "a receipt that says of no failure"),
         (encode(builders.intent(step=7)).decode(), "not a Receipt"),
         ("\ud800", "truncated or not a record"),

@@ -19,6 +19,7 @@ from jax._src.lib import _jax
 import orchestrator as oc
 from orchestrator.observe.events import SaveStarted
 from orchestrator.rules import arguments
+from orchestrator.rules.attempt_id import AttemptId
 from tests.support.runs import fill, now, state
 from tests.support.snapshots import snapshot
 
@@ -130,7 +131,7 @@ def test_the_other_hosts_hear_at_once_that_this_one_was_given_nonsense(root: Pat
             rejecting: Any = {"state": state(1), **given}
             with pytest.raises(oc.UsageError):
                 agent.save(1, **rejecting)
-            vote = agent._participants.incarnation.signals.votes((1, f"e0001-a{number:02d}"))[0]
+            vote = agent._participants.incarnation.signals.votes(AttemptId.of(1, 1, number))[0]
             assert vote and vote.failure and vote.failure.cause.startswith(("UsageError: ", "UnsupportedLeaf: "))
 
 

@@ -149,11 +149,11 @@ def test_a_host_that_alone_has_lost_the_root_says_so_to_the_others_and_ends(root
     participants = Participants(catalog, ArrayWriter(ArrayOptions(), 1), board, signals, None, now(), epoch=1)
     shutil.rmtree(root)
     save = participants.begin(1, UserData({}, {}, 0.0), None)
-    signals.post_decision((1, save.attempt), Aborted("process 1 voted to abort"))
+    signals.post_decision(save.id, Aborted("process 1 voted to abort"))
     save.start(flatten(state(1)))
     save.join(20)
     assert isinstance(save.error, RootChanged) and not root.exists()
-    vote = signals.votes((1, save.attempt))[1]
+    vote = signals.votes(save.id)[1]
     assert vote and vote.failure and vote.failure.cause.startswith("RootChanged: ") and vote.host == "host-1"
 
 
