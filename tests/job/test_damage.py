@@ -19,6 +19,7 @@ from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.cli.main import main
 from orchestrator.reader import Run
 from orchestrator.rules import chunk_index, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.chunk_index import Stored
 from orchestrator.rules.records import LeafSpec
 from orchestrator.run.journal_store import Catalog
@@ -303,7 +304,7 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     catalog = Catalog(PosixStorage(str(root)), "test")
     one, two = catalog.find(1), catalog.find(2)
     assert one is not None and two is not None
-    directory = f"{catalog.url}/{keys.attempt_prefix(1, one.attempt)}{keys.STATE}"
+    directory = f"{catalog.url}/{AttemptId(1, one.attempt).prefix}{keys.STATE}"
     own, other = catalog.manifest(one), catalog.manifest(two)
     assert arrays.check(directory, chunk_index.stored(own)) == {}
     others = Stored(other.chunks, chunk_index.stored(own).files)
