@@ -276,18 +276,18 @@ def _load_once(
     others.
     """
     values: list[Any] = [None] * len(loads)
-    together = arrays.groups(loads)
+    together = arrays.exchange_groups(loads)
     for group in together:
-        parts = reading.load(stored, group.parts)
+        parts = reading.load(stored, group.slab_requests)
         try:
-            answers = rendezvous.gather(_meeting(stored, ""), {"exchange": group.told}, timeout_s)
+            answers = rendezvous.gather(_meeting(stored, ""), {"exchange": group.signature}, timeout_s)
         except OrchestratorError as error:
             raise _Stopped([]) from error
-        if answers != [{"exchange": group.told}] * len(answers):
+        if answers != [{"exchange": group.signature}] * len(answers):
             raise _Stopped(answers)
-        for place, value in zip(group.places, group.exchanged(parts), strict=True):
+        for place, value in zip(group.positions, group.exchanged(parts), strict=True):
             values[place] = value
-    alone = sorted(set(range(len(loads))).difference(*(group.places for group in together)))
+    alone = sorted(set(range(len(loads))).difference(*(group.positions for group in together)))
     for place, value in zip(alone, reading.load(stored, [loads[at] for at in alone]), strict=True):
         values[place] = value
     return values

@@ -212,7 +212,7 @@ def test_a_store_whose_tree_points_out_of_its_directory_is_not_followed(tmp_path
     (state / "nodes").write_bytes(nodes)
     (state / ocdbt.MANIFEST).write_bytes(manifest)
     store = LocalStore(str(state))
-    places = store.places()
+    places = store.index()
     assert places is not None and places["w/c/0"] == (path, 0, 9)
     with pytest.raises(oc.UnsafeKey, match="not a plain relative path"):
         store.read_into(memoryview(bytearray(5)), (path, 0, 9), "w")
@@ -271,12 +271,12 @@ def test_running_out_of_descriptors_is_no_damage(root: Path) -> None:
     fill(root, 1)
     (attempt,) = root.glob("steps/00000001/*")
     store = LocalStore(str(attempt / "state"))
-    assert store.places()
+    assert store.index()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
         with pytest.raises(oc.StorageError, match="Too many open files"):
-            LocalStore(str(attempt / "state")).places()
+            LocalStore(str(attempt / "state")).index()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         store.close()

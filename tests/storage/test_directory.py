@@ -545,7 +545,7 @@ READS: dict[str, Callable[[PosixStorage], object]] = {
     "get": lambda store: store.get(KEY),
     "get with a bound": lambda store: store.get(KEY, 10),
     "create": lambda store: store.create(KEY, b"ours"),
-    "tree": lambda store: LocalStore(f"{store.root.path}/{KEY.rpartition('/')[0]}").places(),
+    "tree": lambda store: LocalStore(f"{store.root.path}/{KEY.rpartition('/')[0]}").index(),
 }
 
 
