@@ -51,7 +51,7 @@ def _printable(value: Any) -> Any:
             return printable(value)
         case dict():
             return {printable(name): _printable(each) for name, each in value.items()}
-        case list():
+        case list() | tuple():
             return [_printable(each) for each in value]
     return value
 

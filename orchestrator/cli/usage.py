@@ -60,8 +60,9 @@ def parse(name: str, command: Command[Any], words: Sequence[str]) -> tuple[str, 
         raise UsageError(_plainly(str(error).splitlines()[0], command)) from error
     expected = ("ROOT", *command.arguments)
     if len(given) != len(expected):
-        wrong = f"unexpected {given[len(expected)]!r}"
-        if len(given) < len(expected):
+        if len(given) > len(expected):
+            wrong = f"unexpected {given[len(expected)]!r}"
+        else:
             missing = expected[len(given)]
             wrong = f"the run's {missing} is missing" if missing == "ROOT" else f"{missing} is missing"
         raise UsageError(f"{wrong}; usage: orchestrator {name} {' '.join(expected)} [flags]")

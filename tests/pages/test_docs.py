@@ -64,7 +64,7 @@ GUIDES = ["first-half-hour", "quickstart", "concepts", "ecosystem", "from-orbax"
 NOT_RUN = {
     "first-half-hour": "make setup, which this suite itself has needed",
     "quickstart": "four hosts; first-half-hour.md runs the same with two",
-    "operating": "gc, pin and unpin on a ROOT: tests/cli/test_cli.py",
+    "operating": "gc, pin and unpin on a ROOT: tests/cli/test_commands.py",
     "docs/benchmarks.md": "minutes to an hour of `make bench` and its parts, and PyTorch",
 }
 COMMAND = re.compile(r"^(orchestrator|python -m|make|export|pip) ", re.MULTILINE)
