@@ -118,7 +118,7 @@ def test_the_mesh_and_the_shardings_are_those_of_the_newest_step(run: Path, caps
     mesh = reported(run, capsys).mesh
     assert mesh is not None and (mesh.axes, mesh.devices, mesh.processes) == ({"data": 4, "model": 2}, 8, 1)
     (leaf,) = mesh.leaves
-    assert leaf.split == (("data",), ("model",)) and leaf.shape == [8, 4] and leaf.bytes == 128
+    assert leaf.split == (("data",), ("model",)) and leaf.shape == (8, 4) and leaf.bytes == 128
 
 
 def test_a_run_without_events_and_a_damaged_one_are_reported_too(
