@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.cli.command import Result
-from orchestrator.rules.journal import AttemptId, Found
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage

@@ -9,7 +9,7 @@ from orchestrator import policy
 from orchestrator.cli import render
 from orchestrator.cli.command import Command, Flag, Flags, Result, open_store
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
-from orchestrator.rules import arguments, journal, keys
+from orchestrator.rules import arguments, journal
 from orchestrator.rules.records import Head, RetiredAttempt
 from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import Catalog
@@ -64,7 +64,7 @@ def _rehearse(store: Catalog, head: Head, flags: Flags) -> tuple[int, ...]:
 def show(done: DeletedData, flags: Flags) -> Iterator[render.Shown]:
     verb = "would delete" if done.dry_run else "deleted"
     for gone in done.attempts:
-        yield f"{verb} {keys.shown(gone.step, gone.attempt)} ({gone.reason})"
+        yield f"{verb} {gone.id.label} ({gone.reason})"
     if done.retired:
         yield f"would retire steps {', '.join(map(str, done.retired))}"
     yield f"{verb} {done.files} files, {render.size(done.bytes)}, of {len(done.attempts)} attempts"

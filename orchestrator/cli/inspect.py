@@ -9,7 +9,7 @@ import msgspec
 
 from orchestrator.cli import render
 from orchestrator.cli.command import STEP, Command, Flags, Result, live_step, open_store
-from orchestrator.rules import json_numbers, keys
+from orchestrator.rules import json_numbers
 from orchestrator.rules.matching import brief
 from orchestrator.rules.records import FileEntry, LeafSpec, LiveStep, Manifest
 from orchestrator.rules.restore_cost import leaf_bytes
@@ -77,7 +77,7 @@ def run(root: str, flags: Flags) -> Inspection:
 
 def _writers(store: Catalog, live: LiveStep, manifest: Manifest) -> Iterator[StepWriter]:
     for index, (host, seconds) in enumerate(zip(manifest.hosts, manifest.seconds, strict=True)):
-        found = store.receipt(live.step, live.attempt, index)
+        found = store.receipt(live.id, index)
         files = found[0].files if found else ()
         small = found[0].small.values() if found else ()  # files whose bytes are in the receipt
         written_bytes = sum(entry.bytes for entry in files) + sum(map(len, small))
@@ -87,7 +87,7 @@ def _writers(store: Catalog, live: LiveStep, manifest: Manifest) -> Iterator[Ste
 def show(found: Inspection, flags: Flags) -> Iterator[render.Shown]:
     live = found.step
     mesh = " x ".join(f"{name}={count}" for name, count in found.mesh.items()) or "no mesh"
-    yield f"{found.root} {keys.shown(live.step, live.attempt)}: {live.trust}, saved {render.moment(live.time)}"
+    yield f"{found.root} {live.id.label}: {live.trust}, saved {render.moment(live.time)}"
     yield f"{found.process_count} processes, {found.device_count} devices, {mesh}; opened by {found.opened_by}"
     if found.metrics:
         yield f"metrics: {render.metrics(json_numbers.numbers(found.metrics))}"

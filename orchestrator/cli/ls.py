@@ -34,7 +34,7 @@ def run(root: str, flags: Flags) -> Listing:
     store = open_store(root)
     head = store.require_head()
     newest = journal.newest(head)
-    unknown = sorted(key for key in store.attempts() if not journal.is_known(head, *key))
+    unknown = sorted(attempt for attempt in store.attempts() if not journal.is_known(head, attempt))
     return Listing(
         root=store.url,
         version=head.version,

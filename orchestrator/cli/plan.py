@@ -9,7 +9,8 @@ from orchestrator.cli.command import EVENTS, STEP, Command, Flag, Flags, Result,
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.observe.event_log import directory_of, read
 from orchestrator.observe.timeline import Story
-from orchestrator.rules import arguments, keys
+from orchestrator.rules import arguments
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
 
 _ROWS = 32
@@ -111,7 +112,7 @@ def _basis(pace: Speed | None) -> str:
 
 def show(made: RestorePlan, flags: Flags) -> Iterator[render.Shown]:
     mesh = Target(made.mesh, len(made.hosts)).shown
-    where = keys.shown(made.step, made.attempt)
+    where = AttemptId(made.step, made.attempt).label
     yield f"{made.root} {where} on {mesh}: {made.devices} devices, {len(made.hosts)} processes"
     rows = [
         [

@@ -17,7 +17,7 @@ def quarantine(root: str, flags: Flags) -> Changed:
     live = journal.find(store.require_head(), required_step(flags))
     if live is None:
         raise StepNotFound(f"{store.url}: step {flags['step']} is not in this run; see orchestrator ls")
-    rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=flags["reason"], by_hand=True)
+    rule = partial(journal.quarantine, attempt=live.id, reason=flags["reason"], by_hand=True)
     return change(root, flags, rule)
 
 

@@ -11,7 +11,7 @@ from orchestrator.cli import render
 from orchestrator.cli.finding import CLOCK_S, RECOVER, ExaminedRun, Finding, Level
 from orchestrator.errors import Damaged, JournalLost, OrchestratorError, StepRetired
 from orchestrator.observe.event_log import DIRECTORY
-from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules import evidence, journal
 from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Head
 from orchestrator.storage.directory import Root
@@ -97,7 +97,7 @@ def quarantined(run: ExaminedRun) -> Iterator[Finding]:
     evidence = run.head.quarantined
     for live in evidence:
         why = f": {live.quarantine.reason}" if live.quarantine and live.quarantine.reason else ""
-        text = f"{keys.shown(live.step, live.attempt)} is quarantined and holds {render.size(live.bytes)}{why}"
+        text = f"{live.id.label} is quarantined and holds {render.size(live.bytes)}{why}"
         do = (
             f"orchestrator verify ROOT --step={live.step}; orchestrator release ROOT --step={live.step} brings it "
             f"back, and only this deletes it: orchestrator gc ROOT --quarantined={live.step}"
@@ -114,7 +114,7 @@ def _proven(head: Head) -> str:
 def orphans(run: ExaminedRun) -> Iterator[Finding]:
     """What nobody needs any more."""
     gone = journal.collectable(run.head, run.stored)
-    size = sum(run.stored.get((each.step, each.attempt), Found()).bytes for each in gone)
+    size = sum(run.stored.get(each.id, Found()).bytes for each in gone)
     if size:
         text = f"{len(gone)} attempts that can never be restored hold {render.size(size)}"
         yield Finding("orphans", "warn", text, "orchestrator gc ROOT (--dry_run first)")

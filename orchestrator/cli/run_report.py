@@ -14,8 +14,8 @@ from orchestrator.cli.command import Result
 from orchestrator.cli.log import reason_and_causes
 from orchestrator.errors import OrchestratorError
 from orchestrator.observe.timeline import Story
-from orchestrator.rules import journal, keys, save_interval
-from orchestrator.rules.journal import AttemptId
+from orchestrator.rules import journal, save_interval
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.json_numbers import Stored
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes, partition
@@ -177,14 +177,14 @@ class _Entry(msgspec.Struct):
 
 def _saves(entries: Iterable[_Entry], head: Head, story: Story) -> tuple[ReportedSave, ...]:
     parts = _parts(story)
-    states = {(one.step, one.attempt): "retired" for one in head.retired}
-    states |= {(one.step, one.attempt): "live" for one in (*head.live, *head.aside)}
+    states = {one.id: "retired" for one in head.retired}
+    states |= {one.id: "live" for one in (*head.live, *head.aside)}
     saves: dict[AttemptId, ReportedSave] = {}
     for entry in entries:
         event = entry.head.event
         if event.step is None or event.attempt is None:
             continue
-        key = (event.step, event.attempt)
+        key = AttemptId(event.step, event.attempt)
         if key in saves and entry.about:
             saves[key] = replace(saves[key], trust=entry.about.trust, pins=entry.about.pins)
         if event.kind in ("committed", "aborted"):
@@ -193,8 +193,7 @@ def _saves(entries: Iterable[_Entry], head: Head, story: Story) -> tuple[Reporte
     for key, mine in parts.items():
         if key not in saves:
             began = min(part.began for part in mine)
-            epoch = keys.parse_attempt(key[1])[0]
-            saves[key] = ReportedSave(*key, epoch, began, "unknown", None, 0, "no decision was journalled")
+            saves[key] = ReportedSave(*key, key.epoch, began, "unknown", None, 0, "no decision was journalled")
         saves[key] = replace(saves[key], parts=tuple(sorted(mine, key=lambda part: part.process)))
     return tuple(sorted(saves.values(), key=lambda save: save.began))
 
@@ -213,7 +212,7 @@ def _parts(story: Story) -> dict[AttemptId, list[SavePart]]:
             blocked=save.blocked_s,
             bytes=save.written_bytes,
         )
-        parts.setdefault((save.step, save.attempt), []).append(part)
+        parts.setdefault(save.id, []).append(part)
     return parts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from orchestrator.cli import render
 from orchestrator.cli.command import STEP, Command, Flag, Flags, Result, live_step, open_store
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError, UsageError
-from orchestrator.rules.keys import shown
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import Catalog
 
@@ -87,7 +87,7 @@ def _verify(store: Catalog, live: LiveStep, sample: float | None, flags: Flags) 
 
 
 def show(one: VerifiedStep, flags: Flags) -> Iterator[render.Shown]:
-    name = shown(one.step, one.attempt)
+    name = AttemptId(one.step, one.attempt).label
     if one.retired:
         yield f"{name}: retired while it was read; a job has newer steps"
         return
