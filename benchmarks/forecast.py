@@ -86,8 +86,8 @@ def job(root: str, mesh: str, processes: int, mib: int) -> list[dict[str, Any]]:
 
 
 def measure(root: str, mesh: str, processes: int, mib: int) -> dict[str, Any]:
-    from orchestrator.eventlog import read
-    from orchestrator.events import Restored
+    from orchestrator.observe.event_log import read
+    from orchestrator.observe.events import Restored
 
     said = job(root, mesh, processes, mib)
     events = Path(root) / "events"

@@ -232,8 +232,8 @@ def opening(root: str) -> Figures:
 
     import orchestrator as oc
     import orchestrator.agent
-    import orchestrator.restore
-    from orchestrator import journal
+    import orchestrator.job.restore
+    from orchestrator.rules import journal
 
     jax.devices()
     started = time.perf_counter()
@@ -249,10 +249,10 @@ def opening(root: str) -> Figures:
 
 def _journal(directory: Path, live: int, entries: int) -> None:
     """What so many entries have left behind; in the page cache, and nothing of it still to be written to disk."""
-    from orchestrator import journal
-    from orchestrator.codec import encode
-    from orchestrator.layout import index_key, journal_key
-    from orchestrator.records import Event, LiveStep
+    from orchestrator.rules import journal
+    from orchestrator.rules.codec import encode
+    from orchestrator.rules.keys import index_key, journal_key
+    from orchestrator.rules.records import Event, LiveStep
 
     first: Any = journal.open_epoch(None, journal.Stamp("growth", 0.0, "0" * 32))
     steps = tuple(

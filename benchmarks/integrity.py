@@ -76,7 +76,7 @@ def work(args: argparse.Namespace, index: int, port: str) -> None:
 
     import orchestrator as oc
     from orchestrator.arrays import fingerprint
-    from orchestrator.tree import flatten
+    from orchestrator.arrays.tree import flatten
 
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_platforms", "cpu")

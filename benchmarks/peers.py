@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from benchmarks.shapes import is_replicated, own_arrays
-from orchestrator.events import Event, Restored, subscribe
+from orchestrator.observe.events import Event, Restored, subscribe
 
 
 class Peer(Protocol):

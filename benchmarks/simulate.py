@@ -22,11 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator import contents, journal, protocol
-from orchestrator.arrays import ocdbt
-from orchestrator.codec import decode, encode
-from orchestrator.coordinator import RECEIPT_BATCH, RECEIPT_READS
-from orchestrator.records import (
+from orchestrator.arrays.format import ocdbt
+from orchestrator.job.coordinator import RECEIPT_BATCH, RECEIPT_READS
+from orchestrator.rules import attempt, chunk_index, journal
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.records import (
     FORMAT,
     Box,
     FileEntry,
@@ -104,9 +104,9 @@ def simulate(hosts: int, leaves: int, store: Store, spread_s: float, seed: int) 
     )
     sealed = sorted(rng.uniform(0, spread_s) for _ in range(hosts))
     written = [store.request("write", at) for at in sealed]
-    state, clock, cpu, receipt_bytes, receipts = protocol.Attempt(intent), 0.0, 0.0, 0, []
+    state, clock, cpu, receipt_bytes, receipts = attempt.Attempt(intent), 0.0, 0.0, 0, []
     under_way: list[float] = []
-    effects: tuple[protocol.Effect, ...] = ()
+    effects: tuple[attempt.Effect, ...] = ()
     for first in range(0, hosts, RECEIPT_BATCH):
         batch = range(first, min(first + RECEIPT_BATCH, hosts))
         bodies = []
@@ -118,14 +118,14 @@ def simulate(hosts: int, leaves: int, store: Store, spread_s: float, seed: int) 
             bodies.append(encode(_receipt(index, spec)))
         receipt_bytes += sum(map(len, bodies))
 
-        def take(bodies: list[bytes] = bodies, state: protocol.Attempt = state) -> Any:
+        def take(bodies: list[bytes] = bodies, state: attempt.Attempt = state) -> Any:
             read = tuple(decode(body, Receipt, "simulated") for body in bodies)
-            return read, protocol.advance(state, protocol.ReceiptsRead(read))
+            return read, attempt.advance(state, attempt.ReceiptsRead(read))
 
         (read, (state, effects)), spent = timed(take)
         receipts += read
         clock, cpu = max(clock, *under_way) + spent, cpu + spent
-    assert effects == (protocol.Finalize(),), state.failures or state.reason
+    assert effects == (attempt.Finalize(),), state.failures or state.reason
     collected = clock
     tree_bytes, spent = timed(lambda: _tree_bytes(receipts))
     clock = store.many("write", clock + spent, 2, 2)
@@ -175,12 +175,12 @@ def _manifest(receipts: list[Receipt]) -> Manifest:
         files=tuple(entry for receipt in receipts for entry in receipt.files),
         hosts=tuple(receipt.host for receipt in receipts),
         seconds=tuple(receipt.seconds for receipt in receipts),
-        chunks=contents.checksums(receipts),
+        chunks=chunk_index.checksums(receipts),
     )
 
 
 def _tree_bytes(receipts: list[Receipt]) -> int:
-    entries = contents.entries(receipts)
+    entries = chunk_index.entries(receipts)
     ordered = sorted((key.encode(), value) for key, value in entries.items())
     return sum(map(len, ocdbt.encode(ordered, "d/0", 0, bytes(16), 0)))
 

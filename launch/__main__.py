@@ -9,8 +9,9 @@ from typing import Any
 
 from absl import flags
 
-from launch import command, gke, local, slurm, tpu_vm
+from launch import command
 from launch.command import EXIT_USAGE, LaunchError
+from launch.engines import gke, local, slurm, tpu_vm
 from launch.supervise import Rules
 from orchestrator import failpoints
 from orchestrator.errors import UsageError
@@ -94,7 +95,7 @@ def _elastic(text: str | None) -> tuple[int, int] | None:
         return None
     least, _, most = text.partition(":")
     if not (least.isdigit() and most.isdigit()):
-        raise LaunchError(f"--elastic={text}: wanted MIN:MAX, two numbers of hosts")
+        raise LaunchError(f"--elastic={text}: expected MIN:MAX, two numbers of hosts")
     return int(least), int(most)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from absl import flags
 
 from launch import contract
-from orchestrator.arguments import is_utf8
-from orchestrator.arguments import path as local_path
 from orchestrator.errors import UsageError
+from orchestrator.rules.arguments import is_utf8
+from orchestrator.rules.arguments import path as local_path
 from orchestrator.texts import printable
 
 EXIT_USAGE = 2
@@ -96,7 +96,7 @@ def needs_program(program: Sequence[str], example: str) -> None:
 
 def _in_utf8(what: str, text: str) -> None:
     if not is_utf8(text):
-        raise LaunchError(f"{what} {text!r}: wanted text in UTF-8")
+        raise LaunchError(f"{what} {text!r}: expected text in UTF-8")
 
 
 def define_told(values: flags.FlagValues) -> None:
@@ -111,7 +111,7 @@ def told(values: Mapping[str, Any]) -> dict[str, str]:
     for pair in values["env"]:
         name, equals, value = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise LaunchError(f"--env={pair}: wanted NAME=VALUE")
+            raise LaunchError(f"--env={pair}: expected NAME=VALUE")
         _in_utf8(f"--env {name}", value)
         found[name] = value
     if values["run_root"] is not None:

@@ -138,7 +138,7 @@ def _whole(environ: Mapping[str, str], name: str, default: int | None, minimum: 
             raise ContractError(f"{name} is not set, though {PROCESS_COUNT} is; a launcher sets all of them")
         return default
     if not (text.isascii() and text.isdigit()) or int(text) < minimum:
-        raise ContractError(f"{name}={text!r}: wanted a whole number of at least {minimum}")
+        raise ContractError(f"{name}={text!r}: expected a whole number of at least {minimum}")
     return int(text)
 
 
@@ -151,7 +151,7 @@ def _seconds(environ: Mapping[str, str], name: str) -> float | None:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise ContractError(f"{name}={text!r}: wanted a positive number of seconds")
+        raise ContractError(f"{name}={text!r}: expected a positive number of seconds")
     return value
 
 
@@ -186,10 +186,10 @@ def _told(environ: Mapping[str, str]) -> JobContract:
     else:
         index = _whole(environ, PROCESS_INDEX, None, 0)
     if index >= count:
-        raise ContractError(f"{PROCESS_INDEX}={index}: wanted less than {PROCESS_COUNT}={count}")
+        raise ContractError(f"{PROCESS_INDEX}={index}: expected less than {PROCESS_COUNT}={count}")
     address = environ.get(COORDINATOR_ADDRESS, "")
     if count > 1 and ":" not in address:
-        raise ContractError(f"{COORDINATOR_ADDRESS}={address!r}: wanted host:port")
+        raise ContractError(f"{COORDINATOR_ADDRESS}={address!r}: expected host:port")
     return JobContract(
         coordinator_address=address,
         process_count=count,
@@ -226,7 +226,7 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", contract.local_devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    from orchestrator.rendezvous import collectives_listen_on, join_last_words
+    from orchestrator.job.rendezvous import collectives_listen_on, join_last_words
 
     if isinstance(contract, DetectedContract):
         _detect(contract, environ)
@@ -302,9 +302,9 @@ def leave(code: int) -> NoReturn:
 
     After 0 and EXIT_PREEMPTED all processes leave together, and JAX may wait for them. One that fails must not: JAX's
     exit handler would wait minutes for the others, who wait for this one, and no launcher would learn of the failure.
-    Where the others can be told, `orchestrator.last_words` does all that at `sys.exit`.
+    Where the others can be told, `orchestrator.job.last_words` does all that at `sys.exit`.
     """
-    from orchestrator import last_words
+    from orchestrator.job import last_words
 
     if code in (0, EXIT_PREEMPTED) or last_words.joined():
         sys.exit(code)

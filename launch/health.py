@@ -1,8 +1,8 @@
 """`python -m launch.health`: is the job in this container alive? Exit code 0 or 1, for probes and health checks.
 
-Judged by the heartbeat file that the agent's own calls write (`orchestrator.heartbeat`): alive while there is none yet
-(it is starting) or while it is younger than `--max_age_s`; `--started` asks whether there is one. Imports nothing but
-the standard library: a probe runs every few seconds beside the job.
+Judged by the heartbeat file that the agent's own calls write (`orchestrator.observe.heartbeat`): alive while there is
+none yet (it is starting) or while it is younger than `--max_age_s`; `--started` asks whether there is one. Imports
+nothing but the standard library: a probe runs every few seconds beside the job.
 """
 
 import argparse

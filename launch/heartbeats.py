@@ -1,4 +1,4 @@
-"""What a supervisor hears of its hosts: the heartbeat files that the agents write (`orchestrator.heartbeat`)."""
+"""What a supervisor reads of its hosts: the heartbeat files of the agents (`orchestrator.observe.heartbeat`)."""
 
 from __future__ import annotations
 

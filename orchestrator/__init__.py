@@ -9,11 +9,10 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.last_words import install
+from orchestrator.job.last_words import install
 
 if TYPE_CHECKING:
     from orchestrator.agent import Agent
-    from orchestrator.cadence import Cadence
     from orchestrator.errors import (
         Damaged,
         Fenced,
@@ -36,14 +35,15 @@ if TYPE_CHECKING:
         UsageError,
         WaitTimeout,
     )
+    from orchestrator.job.restore import Restored
     from orchestrator.options import Options
     from orchestrator.policy import at, auto, best, every, every_nth, every_seconds, last, within
     from orchestrator.reader import Run
-    from orchestrator.restore import Restored
+    from orchestrator.rules.save_interval import Cadence
 
 _HOMES = {
     "agent": ("Agent",),
-    "cadence": ("Cadence",),
+    "rules.save_interval": ("Cadence",),
     "errors": (
         *("Damaged", "Fenced", "Mismatch", "NewerFormat", "NotARun", "NothingToRestore", "OrchestratorError"),
         *("OtherJob", "OutcomeUnknown", "SaveFailed", "StepNotFound", "StorageError", "UnsafeKey", "UnsupportedLeaf"),
@@ -52,7 +52,7 @@ _HOMES = {
     "options": ("Options",),
     "policy": ("at", "auto", "best", "every", "every_nth", "every_seconds", "last", "within"),
     "reader": ("Run",),
-    "restore": ("Restored",),
+    "job.restore": ("Restored",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -103,8 +103,8 @@ def __getattr__(name: str) -> Any:
 
 def open_run(root: str | os.PathLike[str]) -> Run:
     """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
-    from orchestrator.catalog import Catalog
     from orchestrator.reader import Run
+    from orchestrator.run.journal_store import Catalog
     from orchestrator.storage import open_storage
     from orchestrator.storage.read_only import ReadOnlyStorage
 

@@ -16,12 +16,9 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import arguments, configuration, failpoints, garbage, heartbeat, last_words, leaving
+from orchestrator import failpoints, gc_pause
 from orchestrator.arrays import ArrayOptions, ArrayWriter
-from orchestrator.cadence import Cadence
-from orchestrator.catalog import Catalog
-from orchestrator.collect import Collector
-from orchestrator.coordinator import Coordinator, UserData
+from orchestrator.arrays.tree import Flat, flatten
 from orchestrator.errors import (
     Damaged,
     OrchestratorError,
@@ -30,20 +27,26 @@ from orchestrator.errors import (
     UsageError,
     WaitTimeout,
 )
-from orchestrator.events import Closed, EpochOpened, SaveNotCommitted, emit
-from orchestrator.meeting import meet
-from orchestrator.opening import Opening, check_tree
+from orchestrator.job import last_words, leaving
+from orchestrator.job.coordinator import Coordinator, UserData
+from orchestrator.job.opening import Opening, check_tree
+from orchestrator.job.pacing import Looks, Pacing
+from orchestrator.job.participant import FATAL, GRACE_S, Save, Saver
+from orchestrator.job.rendezvous import Rendezvous, connect, listen
+from orchestrator.job.restore import RestoreArgs, Restored, restore_together
+from orchestrator.job.startup import meet
+from orchestrator.observe import heartbeat
+from orchestrator.observe.events import Closed, EpochOpened, SaveNotCommitted, emit
+from orchestrator.observe.telemetry import Telemetry
 from orchestrator.options import Options
-from orchestrator.pacing import Looks, Pacing
 from orchestrator.policy import Adaptive, KeepPolicy, Patient, SavePolicy, every, keeps, saves
-from orchestrator.records import Json
-from orchestrator.rendezvous import Rendezvous, connect, listen
-from orchestrator.restore import RestoreArgs, Restored, restore_together
-from orchestrator.saving import FATAL, GRACE_S, Save, Saver
+from orchestrator.rules import arguments, configuration
+from orchestrator.rules.records import Json
+from orchestrator.rules.save_interval import Cadence
+from orchestrator.run.deletion import Collector
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
-from orchestrator.storage.base import Storage
-from orchestrator.telemetry import Telemetry
-from orchestrator.tree import Flat, flatten
+from orchestrator.storage.port import Storage
 
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # set by a supervisor that has recognised a crash loop
 
@@ -69,13 +72,13 @@ class Agent:
     ) -> None:
         self.options = Options() if options is None else options
         if not isinstance(self.options, Options):
-            raise arguments.refusal("options", options, "orchestrator.Options(...)")
+            raise arguments.rejection("options", options, "orchestrator.Options(...)")
         self.failures = 0
         self._policy = every(1) if save is None else save
         saves("save", self._policy)
         if keep is not None:
             keeps("keep", keep)
-        store = storage or open_storage(root)  # before the others are met: a root that is none is refused at once
+        store = storage or open_storage(root)  # before the others are met: a root that is none is rejected at once
         self._using = threading.RLock()
         self._rendezvous = rendezvous or connect(self.options.rendezvous_timeout_s)
         last_words.serve(self, self.options.failure_grace_s)
@@ -104,7 +107,7 @@ class Agent:
         self._telemetry = Telemetry(self.options, self._catalog.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._life = leaving.Life(self, self._catalog.url, self._listening.stop, self._telemetry.close)
-        heartbeat.beat("opened", None)
+        heartbeat.record("opened", None)
 
     def _make_saver(self, run: str, keep: KeepPolicy | None) -> Saver:
         me = self._rendezvous
@@ -156,7 +159,7 @@ class Agent:
         The same answer on all processes; a policy that depends on time is decided by process 0 (a collective).
         """
         step = arguments.step(step)
-        heartbeat.beat("training", step)
+        heartbeat.record("training", step)
         elapsed = None if self._last_save_s is None else time.monotonic() - self._last_save_s
         if not self._policy.timed:
             due = self._policy.due(step, elapsed)
@@ -183,7 +186,7 @@ class Agent:
     def reached_preemption(self, step: int) -> bool:
         """True, on all hosts at the same step, once any host got SIGTERM: `save` has saved it; leave the loop."""
         step = arguments.step(step)
-        heartbeat.beat("training", step)
+        heartbeat.record("training", step)
         if self._preempted[0] != step and not self._preempted[1]:
             self._preempted = (step, self._rendezvous.preempted(step))
             self._preempted_s = time.monotonic()
@@ -256,7 +259,7 @@ class Agent:
                 user = UserData(arguments.metrics(metrics), arguments.extra(extra), timestamp=time.time())
                 mine = arguments.own_bytes(process_state)
             except UsageError as error:  # of this process alone, perhaps: the others must not wait for it
-                self._saver.refuse(self._saver.begin(step, UserData({}, {}, 0.0), None), "arguments", error)
+                self._saver.reject(self._saver.begin(step, UserData({}, {}, 0.0), None), "arguments", error)
                 raise
             return self._save(step, state, user, mine)
 
@@ -266,14 +269,14 @@ class Agent:
         def describe() -> Flat:
             metrics, extra, process_state = given
             arguments.metrics(metrics), arguments.extra(extra), arguments.own_bytes(process_state)
-            with garbage.paused():
+            with gc_pause.paused():
                 return flatten(state)
 
-        refused = self._opening.by_save(step, describe, other_tree=self.options.other_tree)
-        self._tree_checked = not refused
-        if refused:
-            self._not_saved(step, "", f"step {step} was not saved: {refused}", "refused")
-        return not refused
+        rejected = self._opening.by_save(step, describe, other_tree=self.options.other_tree)
+        self._tree_checked = not rejected
+        if rejected:
+            self._not_saved(step, "", f"step {step} was not saved: {rejected}", "refused")
+        return not rejected
 
     def _not_saved(self, step: int, attempt: str, reason: str, cause: str) -> None:
         """Count a save that was not even begun, and raise it if that is wanted."""
@@ -290,7 +293,7 @@ class Agent:
         if not finished:
             self._skip(save)
             return False
-        with garbage.paused():
+        with gc_pause.paused():
             try:
                 flat = flatten(state)
                 self._check_tree(flat, save)
@@ -299,7 +302,7 @@ class Agent:
                 if save.thread:
                     self._started(save)
                 else:
-                    self._saver.refuse(save, "check", error)
+                    self._saver.reject(save, "check", error)
                 raise
         self._started(save)
         save.blocked_s = time.monotonic() - entered
@@ -316,7 +319,7 @@ class Agent:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
         assert self._current is not None
         reason = f"{self._current.shown} still hangs on this process: the store does not answer"
-        self._saver.refuse(save, "wait", WaitTimeout(reason))
+        self._saver.reject(save, "wait", WaitTimeout(reason))
         self._not_saved(save.step, save.attempt, f"{save.shown} was not saved: {reason}", "hung")
 
     def _check_tree(self, flat: Flat, save: Save) -> None:
@@ -380,7 +383,7 @@ class Agent:
             left_s = since + self._patience_s() - time.monotonic()
             if left_s <= 0:
                 return False
-            heartbeat.beat("waiting for a save", save.step)
+            heartbeat.record("waiting for a save", save.step)
             assert save.thread is not None
             save.thread.join(min(1.0, left_s))
         self._settle(raise_now=True)
@@ -468,7 +471,7 @@ class Agent:
         device count and process count. `partial`: `like` may be a subtree. `cast`: convert dtypes. A damaged newest
         step is quarantined and the one before is taken, unless `strict` or a given `step`. A supervisor may ask, by
         ORCHESTRATOR_STEP_BACK=N, to leave out the N newest.
-        Raises Mismatch (path, wanted, got; nothing read), StepNotFound, NothingToRestore, Damaged.
+        Raises Mismatch (path, expected, got; nothing read), StepNotFound, NothingToRestore, Damaged.
         """
         with self._used_by_one("restore"):
             return self._restore(like, step, partial=partial, cast=cast, strict=strict)
@@ -484,7 +487,7 @@ class Agent:
         )
         text = os.environ.get(STEP_BACK) or "0"
         if not text.isdecimal():
-            raise UsageError(f"{STEP_BACK}={text!r}: wanted how many of the newest steps to leave out")
+            raise UsageError(f"{STEP_BACK}={text!r}: expected how many of the newest steps to leave out")
         back = int(text)
         timeout_s = self.options.rendezvous_timeout_s
         opening = self._opening.by_restore

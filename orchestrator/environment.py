@@ -23,7 +23,7 @@ def store_deadline_s() -> float:
         if not 0 < deadline_s < float("inf"):
             raise ValueError
     except ValueError:
-        raise UsageError(f"{STORE_DEADLINE}={told!r}: wanted a positive number of seconds") from None
+        raise UsageError(f"{STORE_DEADLINE}={told!r}: expected a positive number of seconds") from None
     return deadline_s
 
 

@@ -107,7 +107,7 @@ class StepRetired(StepNotFound):
 
 
 class StorageError(OrchestratorError):
-    """The store refused or failed: permission, disk full, I/O error."""
+    """The store rejected or failed: permission, disk full, I/O error."""
 
 
 class Unavailable(StorageError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator import arguments
+from orchestrator.rules import arguments
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Options:
         if self.metrics_port is not None:
             arguments.whole("metrics_port", self.metrics_port, most=65535)
         if not isinstance(self.metrics_address, str):
-            raise arguments.refusal("metrics_address", self.metrics_address, "the name or number of an address")
+            raise arguments.rejection("metrics_address", self.metrics_address, "the name or number of an address")
         for name in ("events_dir", "metrics_file"):
             if getattr(self, name) is not None:
                 arguments.path(name, getattr(self, name))

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
-from orchestrator import arguments
-from orchestrator.cadence import Cadence, Costs, choose
+from orchestrator.rules import arguments
+from orchestrator.rules.save_interval import Cadence, Costs, choose
 
 
 class SavePolicy(Protocol):
@@ -342,7 +342,7 @@ def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> _Be
     with NaN the `n` newest. A save that lacks it is named in a warning, once.
     """
     if not isinstance(metric, str) or not arguments.is_utf8(metric):
-        raise arguments.refusal("best: metric", metric, "a metric's name")
+        raise arguments.rejection("best: metric", metric, "a metric's name")
     arguments.choice("best: mode", mode, "min", "max")
     return _Best(metric, arguments.whole("best: n", n, least=1), mode)
 

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator import arguments
-from orchestrator.catalog import Catalog
 from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRetired
-from orchestrator.events import SteppedDown, emit
-from orchestrator.records import LiveStep
-from orchestrator.restore import Reading, RestoreArgs, Restored, fit, shown
-from orchestrator.stored_step import StoredStep
+from orchestrator.job.restore import Reading, RestoreArgs, Restored, fit, shown
+from orchestrator.observe.events import SteppedDown, emit
+from orchestrator.rules import arguments
+from orchestrator.rules.records import LiveStep
+from orchestrator.run.journal_store import Catalog
+from orchestrator.run.stored_step import StoredStep
 
 _RETIRED_MAX = 100  # times that retention may be quicker than a reader who wants the newest step
 

@@ -32,9 +32,9 @@ from absl import logging
 from processes import job
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.verify import read_back
+from orchestrator.tools.verify import read_back
 
 PAGE = 4096
 NEWEST = 2
@@ -141,7 +141,7 @@ def draw(root: Path, seed: int) -> Fault:
 
 
 def plain_orbax(state: Path, wanted: dict[str, np.ndarray[Any, Any]]) -> str:
-    """What Orbax makes of the directory: right, WRONG, or refused."""
+    """What Orbax makes of the directory: right, WRONG, or rejected."""
     like = {name: wanted[name] for name in LIKE if name not in ("count", "host_local")}
     args = ocp.checkpoint_utils.construct_restore_args(like)
     try:
@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     if args.faults < 1:
-        parser.error(f"--faults={args.faults}: wanted at least 1")
+        parser.error(f"--faults={args.faults}: expected at least 1")
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     outcomes = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator import json_words
-from orchestrator.journal import Stamp
-from orchestrator.layout import attempt_name
-from orchestrator.records import Box, Event, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
+from orchestrator.rules import json_numbers
+from orchestrator.rules.journal import Stamp
+from orchestrator.rules.keys import attempt_name
+from orchestrator.rules.records import Box, Event, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
 
 FIRST = attempt_name(1, 1)
 
@@ -18,7 +18,7 @@ def stamp(time: float = 1.0) -> Stamp:
 
 def live(step: int, attempt: str = FIRST, **more: Any) -> LiveStep:
     plain: dict[str, Any] = {"manifest_crc32c": "00000000", "tree": "t", "bytes": 1, "time": float(step)}
-    metrics = json_words.stored_all(more.pop("metrics", {}))
+    metrics = json_numbers.stored_all(more.pop("metrics", {}))
     return LiveStep(step=step, attempt=attempt, stored_metrics=metrics, **{**plain, **more})
 
 

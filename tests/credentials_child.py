@@ -119,9 +119,9 @@ import urllib.request  # noqa: E402
 from absl import logging  # noqa: E402
 from fsspec import config  # noqa: E402
 
-from orchestrator.events import Retried, subscribe  # noqa: E402
+from orchestrator.observe.events import Retried, subscribe  # noqa: E402
 from orchestrator.storage.gcs import GcsStorage  # noqa: E402
-from orchestrator.storage.gcs_client import Budget, Client  # noqa: E402
+from orchestrator.storage.gcs_http import Budget, Client  # noqa: E402
 
 config.conf["gcs"] = config.conf["gs"] = {"endpoint_url": EMULATOR}
 RETRIED: list[Retried] = []
@@ -325,8 +325,8 @@ def rejected_always() -> dict[str, Any]:
 
 
 def _everything(made: GcsStorage) -> list[Any]:
-    from orchestrator.arrays import buckets
-    from orchestrator.arrays.store import context, files_spec
+    from orchestrator.arrays.format import buckets
+    from orchestrator.arrays.format.tensorstore_specs import context, files_spec
 
     made.create("b", b"2")
     buckets.write(made.url + "/state", "d/x", b"elements", context())
@@ -372,13 +372,13 @@ def _job(key: str, meanwhile: Callable[..., dict[str, Callable[[], Any]]]) -> di
     import numpy as np
 
     import orchestrator as oc
-    from orchestrator.catalog import Catalog
-    from orchestrator.storage import gcs_client
+    from orchestrator.run.journal_store import Catalog
+    from orchestrator.storage import gcs_http
 
     def state(step: int) -> dict[str, Any]:
         return {"w": jnp.full((512, 8), step, jnp.float32), "b": jnp.arange(3.0) + step}
 
-    gcs_client._client.cache_clear()
+    gcs_http._client.cache_clear()
     with environ(ORCHESTRATOR_STORE_DEADLINE_S="3", **({"GOOGLE_APPLICATION_CREDENTIALS": KEYS[key]} if key else {})):
         root = f"gs://{BUCKET}/{time.time_ns()}/run"
         with oc.Agent(root, save=oc.every(1), options=oc.Options(async_save=False)) as agent:
@@ -399,9 +399,9 @@ def _job(key: str, meanwhile: Callable[..., dict[str, Callable[[], Any]]]) -> di
 
 def _revoked_meanwhile(agent: Any, root: str, state: Any) -> dict[str, Callable[[], Any]]:
     def end() -> None:
-        from orchestrator.storage import gcs_client
+        from orchestrator.storage import gcs_http
 
-        gcs_client.client().credentials._token = None  # as when its hour is over
+        gcs_http.client().credentials._token = None  # as when its hour is over
         TOKENS.mode = "invalid_grant"
 
     def save() -> bool:
@@ -425,7 +425,7 @@ def _rejected_while_read(agent: Any, root: str, state: Any) -> dict[str, Callabl
 
 def _write_answered(agent: Any, root: str, state: Any, **rule: Any) -> dict[str, Callable[[], Any]]:
     """The data file of a save is answered so where TensorStore sends it, which is by name in the URL."""
-    from orchestrator.arrays import buckets
+    from orchestrator.arrays.format import buckets
 
     group = root.split("/")[3]
 
@@ -441,9 +441,9 @@ def _write_answered(agent: Any, root: str, state: Any, **rule: Any) -> dict[str,
 
 def _read_for_longer_than_a_token(agent: Any, root: str, state: Any) -> dict[str, Callable[[], Any]]:
     """A reader is in the middle when the token is replaced, and the bucket accepts no older one."""
-    from orchestrator.catalog import Catalog
-    from orchestrator.storage import gcs_client
-    from orchestrator.stored_step import StoredStep
+    from orchestrator.run.journal_store import Catalog
+    from orchestrator.run.stored_step import StoredStep
+    from orchestrator.storage import gcs_http
 
     def read() -> int:
         catalog = Catalog(GcsStorage(root), "test")
@@ -452,7 +452,7 @@ def _read_for_longer_than_a_token(agent: Any, root: str, state: Any) -> dict[str
         pieces = step.slabs(leaves, 512)
         found = [next(pieces)]
         TOKENS.word = "good-new"
-        gcs_client.client().credentials.reject(gcs_client.client().token())
+        gcs_http.client().credentials.reject(gcs_http.client().token())
         control(f"guards/{BUCKET}", {"tokens": ["good-new"]})
         try:
             return len([*found, *pieces])

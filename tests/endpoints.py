@@ -39,7 +39,7 @@ class Endpoints:
             server = await asyncio.start_server(_serving(answer), "127.0.0.1", 0, ssl=context)
             port = server.sockets[0].getsockname()[1]
             self.names[name] = f"{'https' if context else 'http'}://127.0.0.1:{port}"
-        self.names["refusing"] = "http://127.0.0.1:1"
+        self.names["rejecting"] = "http://127.0.0.1:1"
         self.names["unknown"] = "http://store.invalid"
 
     def _write_credentials(self) -> None:

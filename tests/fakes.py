@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from orchestrator.errors import StorageError
-from orchestrator.records import FileEntry
+from orchestrator.rules.records import FileEntry
 from orchestrator.storage import Created, Entry, Exists, Storage
 
 Hook = Callable[[str, str], None]
@@ -55,7 +55,7 @@ class HookedStorage:
 
 
 class FailOnce:
-    """A hook that refuses the first `operation` on a key that contains `part`, as a full disk would."""
+    """A hook that rejects the first `operation` on a key that contains `part`, as a full disk would."""
 
     def __init__(self, operation: str, part: str) -> None:
         self.operation, self.part, self.hits = operation, part, 0

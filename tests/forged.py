@@ -16,7 +16,7 @@ import crc32c
 from fuzz import Case
 from images import NEWEST, Image, signed, signed_text
 
-from orchestrator.arrays import ocdbt
+from orchestrator.arrays.format import ocdbt
 
 _HUGE = 2**60
 _BOMB = 4 << 30

@@ -43,11 +43,11 @@ from absl import logging
 from images import DIRECTORY, NEWEST, Image, accident, forgery
 
 import orchestrator as oc
-from orchestrator.adopt import adopt
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main as command
+from orchestrator.compat.adopt import adopt
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.verify import read_back
+from orchestrator.tools.verify import read_back
 
 ADDRESS_SPACE = 6 << 30
 SECONDS_MAX = 10.0

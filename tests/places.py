@@ -31,7 +31,7 @@ found = contract.from_environment(os.environ)
 try:
     contract.initialize(found)
 except contract.ContractError as error:
-    sys.exit(f"refused: {error}")
+    sys.exit(f"rejected: {error}")
 print(json.dumps({
     "index": jax.process_index(), "count": jax.process_count(), "devices": jax.device_count(),
     "gpus": jax.config.values["jax_cuda_visible_devices"], "restarts": os.environ.get("ORCHESTRATOR_RESTART_COUNT"),

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from msgspec import structs
 
 import orchestrator as oc
-from orchestrator import contents, layout
 from orchestrator.arrays import PendingWrite
-from orchestrator.catalog import Catalog
-from orchestrator.records import Head
+from orchestrator.rules import chunk_index, keys
+from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
 LIKE = {"w": jnp.zeros(512), "count": 0}  # large enough for a data file of its own
@@ -48,6 +48,6 @@ def fill(root: Path, *steps: int, **arguments: Any) -> None:
 
 def merge_alone(pending: PendingWrite) -> None:
     """What the coordinator does of a write of one process, without a run around it."""
-    files = tuple(structs.replace(entry, path=layout.STATE + entry.path) for entry in pending.files)
+    files = tuple(structs.replace(entry, path=keys.STATE + entry.path) for entry in pending.files)
     receipt = builders.receipt(files=files, places=pending.places(files), small=pending.small)
-    pending.merge(contents.entries([receipt]))
+    pending.merge(chunk_index.entries([receipt]))

@@ -21,7 +21,7 @@ from runs import catalog_of, now
 from test_arrays import DTYPES, every_pattern, same
 
 import orchestrator as oc
-from orchestrator.arrays import reading
+from orchestrator.arrays.reading import read
 
 ACCELERATORS = accelerators()
 pytestmark = pytest.mark.skipif(not ACCELERATORS, reason="no accelerator on this machine")
@@ -100,7 +100,7 @@ def test_a_state_donated_right_after_save_returns_cannot_leak_into_the_checkpoin
 def test_what_is_restored_in_many_parts_through_the_same_host_memory_is_not_mixed_up(
     root: Path, monkeypatch: pytest.MonkeyPatch, memory: str
 ) -> None:
-    monkeypatch.setattr(reading, "_PART_BYTES", 3 * MIB)
+    monkeypatch.setattr(read, "_PART_BYTES", 3 * MIB)
     sharding = on(ACCELERATORS, PartitionSpec("data"), memory_kind=memory)
     rng = np.random.default_rng(0)
     state = {str(at): jax.device_put(rng.random((256, 1024 + at), np.float32), sharding) for at in range(40)}
@@ -163,7 +163,7 @@ def test_an_offloaded_state_donated_right_after_save_returns_cannot_leak_either(
 
 A_GIGABYTE_AND_A_HALF = """
 import sys, jax, numpy as np, orchestrator as oc
-from orchestrator.arrays import staging
+from orchestrator.arrays.writing import staging
 if sys.argv[2] == "none":
     staging._PINNED = "no such memory"
 state = {str(at): jax.device_put(np.full((64, 1024, 1024), at, np.float32), jax.devices()[0]) for at in range(6)}

@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import events, sigterm
+from orchestrator.job import sigterm
+from orchestrator.observe import events
 from orchestrator.storage import PosixStorage
 
 # The loop of the README.
@@ -94,7 +95,7 @@ def test_a_step_may_be_as_large_as_jax_can_count_and_not_negative(root: Path) ->
     with oc.Agent(root, options=now()) as agent:
         agent.save(2**31 - 1, state(1))
         assert agent.all_steps() == [2**31 - 1]
-        with pytest.raises(oc.UsageError, match="step=-1: wanted a whole number of at least 0"):
+        with pytest.raises(oc.UsageError, match="step=-1: expected a whole number of at least 0"):
             agent.save(-1, state(1))
         with pytest.raises(oc.UsageError, match=r"step=2147483648: .* at most 2147483647"):
             agent.save(2**31, state(1))
@@ -110,12 +111,12 @@ def test_a_step_taken_from_an_array_is_the_step(root: Path, step: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"metrics": {"loss": "low"}}, r"metrics\['loss'\]='low': wanted a number"),
-        ({"metrics": {"loss": jnp.ones(3)}}, r"metrics\['loss'\]=.*: wanted a number"),
-        ({"extra": {"a": object()}}, r"extra\['a'\]=.*: wanted plain JSON"),
+        ({"metrics": {"loss": "low"}}, r"metrics\['loss'\]='low': expected a number"),
+        ({"metrics": {"loss": jnp.ones(3)}}, r"metrics\['loss'\]=.*: expected a number"),
+        ({"extra": {"a": object()}}, r"extra\['a'\]=.*: expected plain JSON"),
     ],
 )
-def test_what_is_no_number_or_no_json_is_refused_before_anything_is_written(
+def test_what_is_no_number_or_no_json_is_rejected_before_anything_is_written(
     root: Path, arguments: Any, said: str
 ) -> None:
     with oc.Agent(root, options=now()) as agent:
@@ -129,15 +130,15 @@ def test_what_is_no_number_or_no_json_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"on_save_failure": "ignore"}, "on_save_failure='ignore': wanted 'warn' or 'raise'"),
-        ({"save_timeout_s": 0}, "save_timeout_s=0: wanted a positive number of seconds, at most 1000000"),
+        ({"on_save_failure": "ignore"}, "on_save_failure='ignore': expected 'warn' or 'raise'"),
+        ({"save_timeout_s": 0}, "save_timeout_s=0: expected a positive number of seconds, at most 1000000"),
         (
             {"rendezvous_timeout_s": float("nan")},
-            "rendezvous_timeout_s=nan: wanted a positive number of seconds, at most 1000000",
+            "rendezvous_timeout_s=nan: expected a positive number of seconds, at most 1000000",
         ),
     ],
 )
-def test_options_that_make_no_sense_are_refused(arguments: Any, said: str) -> None:
+def test_options_that_make_no_sense_are_rejected(arguments: Any, said: str) -> None:
     with pytest.raises(oc.UsageError) as caught:
         oc.Options(**arguments)
     assert str(caught.value) == said
@@ -282,7 +283,7 @@ def test_a_save_that_failed_last_is_raised_by_close(root: Path) -> None:
         agent.close()
 
 
-def test_a_commit_that_the_store_refuses_is_not_reported_as_saved(root: Path) -> None:
+def test_a_commit_that_the_store_rejects_is_not_reported_as_saved(root: Path) -> None:
     storage = HookedStorage(PosixStorage(str(root)), FailOnce("create", "journal/00000000000000000001"))
     with oc.Agent(root, storage=storage, options=now()) as agent:
         with pytest.raises(oc.SaveFailed, match="ENOSPC"):
@@ -303,7 +304,7 @@ def test_a_commit_whose_reply_was_lost_leaves_one_whole_step_whatever_was_report
     assert oc.open_run(root).restore(LIKE, step=1).state["count"] == 1
 
 
-def test_a_refused_state_may_be_mended_and_saved_as_the_same_step(root: Path) -> None:
+def test_a_rejected_state_may_be_mended_and_saved_as_the_same_step(root: Path) -> None:
     with oc.Agent(root, options=now()) as agent:
         with pytest.raises(oc.UnsupportedLeaf):
             agent.save(1, {"w": object()})
@@ -336,7 +337,7 @@ def test_an_older_agent_cannot_commit_after_a_newer_one_has_opened_the_run(root:
     assert {head.epoch for head in journal_of(root) if head.event.kind == "committed" and head.event.step == 2} == {2}
 
 
-def test_a_job_with_another_tree_is_refused_before_it_writes_and_told_what_differs(root: Path) -> None:
+def test_a_job_with_another_tree_is_rejected_before_it_writes_and_told_what_differs(root: Path) -> None:
     fill(root, 1)
     with oc.Agent(root, options=now()) as other:
         before = snapshot(root)

@@ -8,15 +8,15 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from orchestrator import holders
-from orchestrator.agreeing import Agreement
-from orchestrator.catalog import Catalog
-from orchestrator.codec import encode
+from orchestrator.arrays.tree import flatten
 from orchestrator.errors import UsageError, WaitTimeout
-from orchestrator.layout import INTENT
-from orchestrator.records import Held, Json
+from orchestrator.job.agree import Agreement
+from orchestrator.rules import holders
+from orchestrator.rules.codec import encode
+from orchestrator.rules.keys import INTENT
+from orchestrator.rules.records import Held, Json
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage
-from orchestrator.tree import flatten
 
 HELD = (Held(1, ((1, 2),)), Held(1, None))
 FLAT = flatten({"a": jnp.arange(3), "b": 7})

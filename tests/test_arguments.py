@@ -19,15 +19,15 @@ from jax._src.lib import _jax
 from runs import fill, now, state
 
 import orchestrator as oc
-from orchestrator import arguments
-from orchestrator.events import SaveStarted
+from orchestrator.observe.events import SaveStarted
+from orchestrator.rules import arguments
 
 
 class Number(enum.IntEnum):
     FIVE = 5
 
 
-def refused(act: Callable[[], Any], *said: str) -> None:
+def rejected(act: Callable[[], Any], *said: str) -> None:
     with pytest.raises(oc.OrchestratorError) as caught:
         act()
     assert type(caught.value) is oc.UsageError, caught.value
@@ -38,7 +38,7 @@ def refused(act: Callable[[], Any], *said: str) -> None:
 @pytest.mark.parametrize(
     "step", [True, np.True_, -1, 2**31, 1.0, "1", None, math.nan, np.zeros(2, int), b"1"], ids=repr
 )
-def test_what_is_no_step_is_refused_wherever_a_step_is_wanted(root: Path, step: Any) -> None:
+def test_what_is_no_step_is_rejected_wherever_a_step_is_wanted(root: Path, step: Any) -> None:
     with oc.Agent(root) as agent:
         before = snapshot(root)
         for act in (
@@ -47,16 +47,16 @@ def test_what_is_no_step_is_refused_wherever_a_step_is_wanted(root: Path, step: 
             lambda: agent.should_save(step),
             lambda: agent.reached_preemption(step),
         ):
-            refused(act, "step=", "wanted a whole number")
+            rejected(act, "step=", "wanted a whole number")
         assert snapshot(root) == before
 
 
 @pytest.mark.parametrize("step", [True, 1.0, "1", math.nan, jnp.ones(1, int)], ids=repr)
-def test_a_step_to_restore_that_is_no_number_is_refused(root: Path, step: Any) -> None:
+def test_a_step_to_restore_that_is_no_number_is_rejected(root: Path, step: Any) -> None:
     fill(root, 1)
     agent = oc.Agent(root)
     for act in (lambda: agent.restore(state(0), step=step), lambda: oc.open_run(root).restore(state(0), step=step)):
-        refused(act, "step=", "wanted a whole number, or None for the newest")
+        rejected(act, "step=", "wanted a whole number, or None for the newest")
 
 
 @pytest.mark.parametrize("step", [np.int64(5), np.array(5), Number.FIVE, np.uint8(5)], ids=repr)
@@ -90,27 +90,27 @@ def deep(levels: int) -> list[Any]:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"metrics": ["loss"]}, "metrics=['loss']: wanted a dict"),
-        ({"metrics": {"loss": "3"}}, "metrics['loss']='3': wanted a number"),
-        ({"metrics": {"loss": None}}, "metrics['loss']=None: wanted a number"),
+        ({"metrics": ["loss"]}, "metrics=['loss']: expected a dict"),
+        ({"metrics": {"loss": "3"}}, "metrics['loss']='3': expected a number"),
+        ({"metrics": {"loss": None}}, "metrics['loss']=None: expected a number"),
         ({"metrics": {"loss": 10**400}}, "metrics['loss']="),
-        ({"metrics": {3: 1.0}}, "a key of metrics=3: wanted text"),
-        ({"metrics": {"\ud800": 1.0}}, "a key of metrics='\\ud800': wanted text"),
-        ({"extra": [1]}, "extra=[1]: wanted a dict"),
-        ({"extra": {"a": {1, 2}}}, "extra['a']={1, 2}: wanted plain JSON (Object of type set"),
-        ({"extra": {"a": b"x"}}, "extra['a']=b'x': wanted plain JSON"),
-        ({"extra": {"a": cycle}}, "extra['a']=[[[[[[[...]]]]]]]: wanted plain JSON (Circular reference"),
+        ({"metrics": {3: 1.0}}, "a key of metrics=3: expected text"),
+        ({"metrics": {"\ud800": 1.0}}, "a key of metrics='\\ud800': expected text"),
+        ({"extra": [1]}, "extra=[1]: expected a dict"),
+        ({"extra": {"a": {1, 2}}}, "extra['a']={1, 2}: expected plain JSON (Object of type set"),
+        ({"extra": {"a": b"x"}}, "extra['a']=b'x': expected plain JSON"),
+        ({"extra": {"a": cycle}}, "extra['a']=[[[[[[[...]]]]]]]: expected plain JSON (Circular reference"),
         ({"extra": {"a": np.datetime64(1, "ns")}}, "wanted plain JSON (Object of type datetime64"),
         ({"extra": {"a": np.float32([3])}}, "wanted plain JSON (Object of type ndarray"),
         ({"extra": {"a": np.array(3.0)}}, "wanted plain JSON (Object of type ndarray"),
         ({"extra": {"a": jnp.float32(3)}}, "wanted plain JSON (Object of type ArrayImpl"),
         ({"extra": {"a": deep(100_000)}}, "wanted plain JSON ("),
         ({"extra": {"a": deep(100)}}, "wanted plain JSON (nested more than 100 deep)"),
-        ({"extra": {"a": "\ud800"}}, "extra['a']='\\ud800': wanted plain JSON"),
+        ({"extra": {"a": "\ud800"}}, "extra['a']='\\ud800': expected plain JSON"),
         ({"extra": {"a": {1: 2, "1": 3}}}, "two keys are the same as text"),
-        ({"extra": {3: 1}}, "a key of extra=3: wanted text"),
-        ({"process_state": "text"}, "process_state='text': wanted bytes"),
-        ({"process_state": np.zeros(3, np.uint8)}, "process_state=array([0, 0, 0], dtype=uint8): wanted bytes"),
+        ({"extra": {3: 1}}, "a key of extra=3: expected text"),
+        ({"process_state": "text"}, "process_state='text': expected bytes"),
+        ({"process_state": np.zeros(3, np.uint8)}, "process_state=array([0, 0, 0], dtype=uint8): expected bytes"),
     ],
 )
 def test_what_a_save_is_given_beside_the_state_is_checked_before_anything_is_written(
@@ -118,7 +118,7 @@ def test_what_a_save_is_given_beside_the_state_is_checked_before_anything_is_wri
 ) -> None:
     with oc.Agent(root, options=now()) as agent:
         before = snapshot(root)
-        refused(lambda: agent.save(1, state(1), **given), said)
+        rejected(lambda: agent.save(1, state(1), **given), said)
         assert snapshot(root) == before
         assert agent.save(1, state(1)) and agent.all_steps() == [1]
 
@@ -127,9 +127,9 @@ def test_the_other_hosts_hear_at_once_that_this_one_was_given_nonsense(root: Pat
     with oc.Agent(root, options=now()) as agent:
         assert agent.save(0, state(0))
         for number, given in enumerate([{"metrics": 3}, {"state": {"f": print}}], 1):
-            refusing: Any = {"state": state(1), **given}
+            rejecting: Any = {"state": state(1), **given}
             with pytest.raises(oc.UsageError):
-                agent.save(1, **refusing)
+                agent.save(1, **rejecting)
             told = agent._rendezvous.poll(f"orchestrator/{agent._saver._run}/1/e0001-a{number:02d}/receipt/")
             assert "UsageError" in told["0"] or "UnsupportedLeaf" in told["0"]
 
@@ -165,8 +165,8 @@ def test_process_state_may_be_overwritten_when_save_returns(root: Path) -> None:
 
 def test_metrics_and_steps_that_are_traced_say_so(root: Path) -> None:
     with oc.Agent(root) as agent:
-        refused(lambda: jax.jit(lambda x: agent.save(x, state(1)))(3), "it is being traced: call this outside")
-        refused(lambda: jax.jit(lambda x: agent.save(1, state(1), metrics={"l": x}))(3.0), "metrics['l']=", "traced")
+        rejected(lambda: jax.jit(lambda x: agent.save(x, state(1)))(3), "it is being traced: call this outside")
+        rejected(lambda: jax.jit(lambda x: agent.save(1, state(1), metrics={"l": x}))(3.0), "metrics['l']=", "traced")
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_metrics_and_steps_that_are_traced_say_so(root: Path) -> None:
         ("when_full", 3),
     ],
 )
-def test_an_option_of_the_wrong_kind_is_refused_by_name(name: str, value: Any) -> None:
-    refused(lambda: oc.Options(**{name: value}), f"{name}=", "wanted")
+def test_an_option_of_the_wrong_kind_is_rejected_by_name(name: str, value: Any) -> None:
+    rejected(lambda: oc.Options(**{name: value}), f"{name}=", "wanted")
 
 
 @pytest.mark.parametrize(
@@ -219,25 +219,25 @@ def test_an_option_of_the_wrong_kind_is_refused_by_name(name: str, value: Any) -
         lambda: oc.last(3) | oc.every(3),  # type: ignore[arg-type]
     ],
 )
-def test_a_policy_of_the_wrong_kind_is_refused_when_it_is_made(make: Callable[[], Any]) -> None:
-    refused(make, "wanted")
+def test_a_policy_of_the_wrong_kind_is_rejected_when_it_is_made(make: Callable[[], Any]) -> None:
+    rejected(make, "wanted")
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"save": 100}, "save=100: wanted a policy that says when to save, such as oc.every(100)"),
+        ({"save": 100}, "save=100: expected a policy that says when to save, such as oc.every(100)"),
         ({"save": oc.every}, "wanted a policy that says when to save"),
-        ({"save": oc.last(3)}, "save=_Last(n=3): wanted a policy that says when to save"),
-        ({"keep": 3}, "keep=3: wanted a policy that says what to keep, such as oc.last(5)"),
+        ({"save": oc.last(3)}, "save=_Last(n=3): expected a policy that says when to save"),
+        ({"keep": 3}, "keep=3: expected a policy that says what to keep, such as oc.last(5)"),
         ({"keep": oc.every(3)}, "wanted a policy that says what to keep"),
-        ({"options": {"async_save": False}}, "options={'async_save': False}: wanted orchestrator.Options(...)"),
+        ({"options": {"async_save": False}}, "options={'async_save': False}: expected orchestrator.Options(...)"),
     ],
 )
-def test_an_agent_is_refused_policies_and_options_of_the_wrong_kind_before_it_opens_the_run(
+def test_an_agent_is_rejected_policies_and_options_of_the_wrong_kind_before_it_opens_the_run(
     root: Path, given: Any, said: str
 ) -> None:
-    refused(lambda: oc.Agent(root, **given), said)
+    rejected(lambda: oc.Agent(root, **given), said)
     assert not root.exists()
 
 
@@ -258,12 +258,12 @@ def test_an_agent_is_refused_policies_and_options_of_the_wrong_kind_before_it_op
     ],
     ids=repr,
 )
-def test_what_is_no_root_is_refused_and_nothing_is_made(
+def test_what_is_no_root_is_rejected_and_nothing_is_made(
     tmp_path: Path, given: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for act in (lambda: oc.Agent(given), lambda: oc.open_run(given)):
-        refused(act)
+        rejected(act)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,13 +271,13 @@ def test_how_many_steps_to_step_back_must_be_a_number(root: Path, monkeypatch: p
     fill(root, 1)
     monkeypatch.setenv("ORCHESTRATOR_STEP_BACK", "two")
     with oc.Agent(root) as agent:
-        refused(lambda: agent.restore(state(0)), "ORCHESTRATOR_STEP_BACK='two'")
+        rejected(lambda: agent.restore(state(0)), "ORCHESTRATOR_STEP_BACK='two'")
 
 
-def test_watching_with_times_that_are_none_is_refused(root: Path) -> None:
+def test_watching_with_times_that_are_none_is_rejected(root: Path) -> None:
     fill(root, 1)
     for given in ({"poll_s": 0}, {"poll_s": "1"}, {"timeout_s": math.nan}):
-        refused(lambda given=given: next(oc.open_run(root).watch(**given)), "_s=")  # type: ignore[misc]
+        rejected(lambda given=given: next(oc.open_run(root).watch(**given)), "_s=")  # type: ignore[misc]
 
 
 # Threads, and an agent that is closed.
@@ -294,7 +294,7 @@ def test_a_closed_agent_says_so_and_may_be_closed_again(root: Path) -> None:
         ("save", lambda: agent.save(2, state(2))),
         ("restore", lambda: agent.restore(state(0))),
     ):
-        refused(act, f"{name}: the agent of file://{root} is closed; open another one")
+        rejected(act, f"{name}: the agent of file://{root} is closed; open another one")
     assert agent.latest_step() == 1 and snapshot(root) == before
 
 
@@ -315,7 +315,7 @@ def test_two_threads_cannot_save_at_once(root: Path) -> None:
         first.start()
         assert entered.wait(10)
         for act in (lambda: agent.save(2, state(2)), lambda: agent.restore(state(0))):
-            refused(act, "another thread is using the agent of")
+            rejected(act, "another thread is using the agent of")
         go_on.set()
         first.join(10)
         assert agent.save(2, {"w": jnp.zeros(3)}) and agent.all_steps() == [1, 2]
@@ -358,7 +358,7 @@ def test_a_ctrl_c_in_the_middle_of_a_save_leaves_it_whole_or_not_at_all(
     if moment == "stage":
         monkeypatch.setattr(agent._saver._writer, "stage", rude)
     else:
-        monkeypatch.setattr("orchestrator.saving.emit", rude)
+        monkeypatch.setattr("orchestrator.job.participant.emit", rude)
     with pytest.raises(KeyboardInterrupt):
         agent.save(1, state(1))
     agent.wait_until_finished()
@@ -391,4 +391,4 @@ def test_a_loop_that_fails_inside_with_keeps_the_save_in_flight_and_raises_its_o
         agent.save(1, state(1))
         _ = 1 // 0
     assert oc.open_run(root).all_steps() == [1]
-    refused(lambda: agent.save(2, state(2)), "is closed")
+    rejected(lambda: agent.save(2, state(2)), "is closed")

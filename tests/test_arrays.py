@@ -23,7 +23,7 @@ from runs import merge_alone
 
 import orchestrator as oc
 from orchestrator.arrays import ArrayOptions, ArrayWriter, WriteStopped
-from orchestrator.tree import flatten
+from orchestrator.arrays.tree import flatten
 
 FLOATS_8 = "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz e8m0fnu"
 DTYPES = [
@@ -31,7 +31,7 @@ DTYPES = [
     *("float4_e2m1fn", *(f"float8_{name}" for name in FLOATS_8.split())),
     *("bfloat16", "float16", "float32", "complex64"),
 ]
-REFUSED_DTYPES = ["int1", "uint1"]  # TensorStore has nothing of that width
+REJECTED_DTYPES = ["int1", "uint1"]  # TensorStore has nothing of that width
 X64_DTYPES = ["int64", "uint64", "float64", "complex128"]
 
 
@@ -117,7 +117,7 @@ def test_every_dtype_of_jax_and_every_bit_pattern_comes_back(agent: oc.Agent) ->
 def test_the_list_of_dtypes_is_all_that_jax_has() -> None:
     known = {scalar.dtype.name for scalar in vars(jnp).values() if isinstance(scalar, type(jnp.float32))}
     no_arrays_of = {"float6_e2m3fn", "float6_e3m2fn"}  # names without arrays on any platform that we can try
-    assert known - no_arrays_of == {*DTYPES, *X64_DTYPES, *REFUSED_DTYPES}
+    assert known - no_arrays_of == {*DTYPES, *X64_DTYPES, *REJECTED_DTYPES}
 
 
 def test_64_bit_dtypes_come_back_under_x64(agent: oc.Agent) -> None:
@@ -188,7 +188,7 @@ def test_a_state_may_be_a_single_leaf(agent: oc.Agent, state: Any) -> None:
 
 
 @pytest.mark.parametrize("state", [{}, [], (), None])
-def test_a_state_without_leaves_is_refused(agent: oc.Agent, state: Any) -> None:
+def test_a_state_without_leaves_is_rejected(agent: oc.Agent, state: Any) -> None:
     with pytest.raises(oc.UnsupportedLeaf, match="no leaves"):
         agent.save(0, state)
 
@@ -273,7 +273,7 @@ def test_optax_states_come_back(agent: oc.Agent, optimizer: Any) -> None:
     same(came_back(agent, state), state)
 
 
-# What cannot be stored is refused before anything is written.
+# What cannot be stored is rejected before anything is written.
 
 
 class Opaque:
@@ -302,7 +302,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", UNSUPPORTED)
-def test_what_cannot_be_stored_is_refused_by_path_before_anything_is_written(
+def test_what_cannot_be_stored_is_rejected_by_path_before_anything_is_written(
     agent: oc.Agent, root: Path, what: str
 ) -> None:
     value, said = UNSUPPORTED[what]
@@ -322,7 +322,7 @@ def test_what_cannot_be_stored_is_refused_by_path_before_anything_is_written(
         ({"a": jnp.ones(1), "a/b": jnp.ones(1)}, "a/b would be stored inside a; rename one"),
     ],
 )
-def test_names_that_would_collide_in_the_store_are_refused(agent: oc.Agent, root: Path, state: Any, said: str) -> None:
+def test_names_that_would_collide_in_the_store_are_rejected(agent: oc.Agent, root: Path, state: Any, said: str) -> None:
     before = snapshot(root)
     with pytest.raises(oc.UnsupportedLeaf, match=said):
         agent.save(1, state)
@@ -330,7 +330,7 @@ def test_names_that_would_collide_in_the_store_are_refused(agent: oc.Agent, root
 
 
 @pytest.mark.parametrize("name", ["with space", "ü", "a.b", "..", "a/b", "%41", "", "zarr.json", "con:", "x" * 200])
-def test_awkward_names_of_leaves_are_either_refused_or_come_back(agent: oc.Agent, root: Path, name: str) -> None:
+def test_awkward_names_of_leaves_are_either_rejected_or_come_back(agent: oc.Agent, root: Path, name: str) -> None:
     state = {name: jnp.arange(3), "other": {name: np.arange(2)}}
     before = snapshot(root)
     try:
@@ -480,7 +480,7 @@ def test_cast_converts_as_astype_does(agent: oc.Agent) -> None:
     same(came_back(agent, {"w": value}, like=like, cast=True), {"w": value.astype(jnp.bfloat16)})
 
 
-def test_a_target_that_does_not_fit_is_refused_before_any_array_is_read(agent: oc.Agent, root: Path) -> None:
+def test_a_target_that_does_not_fit_is_rejected_before_any_array_is_read(agent: oc.Agent, root: Path) -> None:
     agent.save(1, {"w": jnp.ones((64, 64))})
     for file in root.glob("steps/*/*/state/**/d/*"):
         file.write_bytes(bytes(len(file.read_bytes())))  # of the same size: whoever reads it meets damage

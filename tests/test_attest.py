@@ -20,8 +20,8 @@ from runs import catalog_of, journal_of, kinds, now
 
 import orchestrator as oc
 from orchestrator import arrays
+from orchestrator.job.restore import RestoreArgs
 from orchestrator.reader import read_step
-from orchestrator.restore import RestoreArgs
 
 pytestmark = pytest.mark.jobs
 

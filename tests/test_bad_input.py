@@ -14,10 +14,10 @@ import pytest
 from conftest import snapshot
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
-from orchestrator.codec import decode, encode
-from orchestrator.collect import collect
-from orchestrator.records import FileEntry, Head, crc32c
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.records import FileEntry, Head, crc32c
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
 LIKE = {"w": jnp.zeros(4)}
@@ -47,7 +47,7 @@ def rewrite(file: Path, **changes: Any) -> None:
     file.write_bytes(signed({**json.loads(file.read_bytes()), **changes}))
 
 
-def refused(root: Path, act: Callable[[], Any], kind: type[oc.OrchestratorError]) -> str:
+def rejected(root: Path, act: Callable[[], Any], kind: type[oc.OrchestratorError]) -> str:
     """`act` raises exactly `kind`, with a message for people, and changes nothing. The message."""
     before = snapshot(root.parent)
     with pytest.raises(oc.OrchestratorError) as caught:
@@ -79,7 +79,7 @@ def test_what_is_not_a_run_cannot_be_opened_for_reading(root: Path, what: str) -
     if what == "empty journal":
         (root / "journal").mkdir()
         (root / "journal" / "README").write_text("hand-made")
-    text = refused(root, lambda: oc.open_run(root), oc.NotARun)
+    text = rejected(root, lambda: oc.open_run(root), oc.NotARun)
     assert text == f"file://{root}: not a run (no journal/ in it); check the path"
     assert oc.NotARun.exit_code == 3
 
@@ -87,7 +87,7 @@ def test_what_is_not_a_run_cannot_be_opened_for_reading(root: Path, what: str) -
 @pytest.mark.parametrize("root_given", ["", "s3://bucket/run"])
 def test_a_root_that_no_store_serves(root: Path, root_given: str) -> None:
     for act in (lambda: oc.open_run(root_given), lambda: oc.Agent(root_given)):
-        refused(root, act, oc.UsageError)
+        rejected(root, act, oc.UsageError)
 
 
 # The journal.
@@ -123,7 +123,7 @@ def test_a_newest_journal_entry_that_cannot_be_trusted_stops_everybody(
     run: Path, way: str, damage: Callable[[Path], Any], kind: type[oc.OrchestratorError], said: str
 ) -> None:
     damage(entries(run)[-1])
-    text = refused(run, everything_that_opens(run)[way], kind)
+    text = rejected(run, everything_that_opens(run)[way], kind)
     assert said in text
     if kind is not oc.UnsafeKey:
         assert text.startswith(f"file://{entries(run)[-1]}: ")
@@ -149,18 +149,18 @@ def test_a_journal_entry_that_is_a_directory_is_an_error_not_a_gap(run: Path) ->
 @pytest.mark.parametrize("step", [3, 0, -1, 10**9])
 def test_a_step_that_is_not_there_names_those_that_are(run: Path, step: int) -> None:
     wanted = f"file://{run}: step {step} is not in this run; restorable steps: 1, 2"
-    assert refused(run, lambda: oc.open_run(run).restore(LIKE, step=step), oc.StepNotFound) == wanted
+    assert rejected(run, lambda: oc.open_run(run).restore(LIKE, step=step), oc.StepNotFound) == wanted
     agent = oc.Agent(run)
-    assert refused(run, lambda: agent.restore(LIKE, step=step), oc.StepNotFound) == wanted
+    assert rejected(run, lambda: agent.restore(LIKE, step=step), oc.StepNotFound) == wanted
     assert oc.StepNotFound.exit_code == 6
 
 
 def test_a_step_asked_of_a_run_without_steps(root: Path) -> None:
     agent = oc.Agent(root)
     assert agent.restore(LIKE) is None
-    text = refused(root, lambda: agent.restore(LIKE, step=1), oc.StepNotFound)
+    text = rejected(root, lambda: agent.restore(LIKE, step=1), oc.StepNotFound)
     assert text.endswith("step 1 is not in this run; restorable steps: none")
-    text = refused(root, lambda: oc.open_run(root).restore(LIKE), oc.NothingToRestore)
+    text = rejected(root, lambda: oc.open_run(root).restore(LIKE), oc.NothingToRestore)
     assert text.endswith("nothing to restore: no step has been committed yet")
 
 
@@ -179,7 +179,7 @@ def test_a_manifest_that_names_a_file_outside_its_attempt_is_not_followed(run: P
     live = json.loads(newest.read_bytes())["live"]
     live[-1]["manifest_crc32c"] = crc32c(manifest.read_bytes())
     rewrite(newest, live=live)
-    text = refused(run, lambda: oc.open_run(run).restore(LIKE, step=2), oc.UnsafeKey)
+    text = rejected(run, lambda: oc.open_run(run).restore(LIKE, step=2), oc.UnsafeKey)
     said = "is not a plain relative path; the record is damaged or hostile, not used"
     assert text == f"file://{manifest}: files: key {key!r} {said}"
     assert oc.open_run(run).restore(LIKE).step == 1
@@ -192,7 +192,7 @@ def test_a_journal_that_retires_something_outside_the_run_deletes_nothing(run: P
     (victim / "file").write_text("precious")
     rewrite(entries(run)[-1], retired=[{"step": 1, "attempt": attempt, "reason": "gotcha"}])
     catalog = Catalog(PosixStorage(str(run)), "test")
-    refused(run, lambda: collect(catalog), oc.UnsafeKey)
+    rejected(run, lambda: collect(catalog), oc.UnsafeKey)
 
 
 def test_a_receipt_that_names_a_file_outside_its_attempt_never_gets_into_a_commit(run: Path) -> None:
@@ -223,14 +223,14 @@ def test_a_receipt_that_names_a_file_outside_its_attempt_never_gets_into_a_commi
 def test_a_target_that_does_not_fit_says_path_got_wanted_and_what_next(run: Path, like: Any, said: str) -> None:
     agent = oc.Agent(run)
     for act in (lambda: oc.open_run(run).restore(like), lambda: agent.restore(like)):
-        text = refused(run, act, oc.Mismatch)
+        text = rejected(run, act, oc.Mismatch)
         assert said in [line.strip() for line in text.splitlines()]
         assert "step 2" in text.splitlines()[0]
     assert agent.latest_step() == 2  # a wrong target is no damage: nothing is quarantined
 
 
 def test_a_target_with_something_that_cannot_be_restored(run: Path) -> None:
-    text = refused(run, lambda: oc.open_run(run).restore({"w": object()}), oc.UnsupportedLeaf)
+    text = rejected(run, lambda: oc.open_run(run).restore({"w": object()}), oc.UnsupportedLeaf)
     assert text.startswith("w: builtins.object is neither an array nor a plain value")
 
 
@@ -255,7 +255,7 @@ def test_a_root_that_cannot_be_written_names_path_and_cause(root: Path, way: str
         root.mkdir()
     begins = f"list {where}/journal" if way == "a full name" else f"create {where}/"
     for act in (lambda agent: agent.save(1, LIKE), lambda agent: agent.restore(LIKE)):
-        text = refused(root, lambda act=act: act(oc.Agent(where)), oc.StorageError)  # type: ignore[misc]
+        text = rejected(root, lambda act=act: act(oc.Agent(where)), oc.StorageError)  # type: ignore[misc]
         assert text.startswith(begins) and cause in text
 
 
@@ -264,7 +264,7 @@ def test_a_root_that_cannot_be_written_names_path_and_cause(root: Path, way: str
 
 def test_another_jobs_run_is_left_alone(run: Path) -> None:
     agent = oc.Agent(run, options=oc.Options(async_save=False))
-    text = refused(run, lambda: agent.save(3, {"layers": [jnp.zeros(2)]}), oc.OtherJob)
+    text = rejected(run, lambda: agent.save(3, {"layers": [jnp.zeros(2)]}), oc.OtherJob)
     assert text.splitlines() == [
         f"file://{run} holds another job's state (step 2); use another root, or Options(other_tree=True):",
         "  layers/0: the run has nothing, this job f32[2]",
@@ -282,7 +282,7 @@ def test_a_run_copied_elsewhere_is_whole(run: Path) -> None:
 def test_a_run_without_the_data_of_its_newest_step_steps_down(run: Path) -> None:
     shutil.rmtree(run / "steps" / "00000002")
     assert oc.open_run(run).restore(LIKE).step == 1
-    text = refused(run, lambda: oc.open_run(run).restore(LIKE, step=2), oc.Damaged)
+    text = rejected(run, lambda: oc.open_run(run).restore(LIKE, step=2), oc.Damaged)
     assert "manifest.json: is missing" in text
 
 

@@ -20,7 +20,7 @@ def test_no_fault_in_any_file_of_a_step_is_silent(tmp_path: Path) -> None:
     assert "0 silent" in table
 
 
-def test_a_campaign_without_faults_proves_nothing_and_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_campaign_without_faults_proves_nothing_and_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bitrot", "--faults=-1"])
     with pytest.raises(SystemExit) as ended:
         main()

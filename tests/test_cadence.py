@@ -15,13 +15,13 @@ from processes import job
 from runs import journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import cadence
-from orchestrator.cadence import PRIOR_S, Costs, History
-from orchestrator.events import CadenceChosen, subscribe
-from orchestrator.pacing import Looks, Pacing
+from orchestrator.job.pacing import Looks, Pacing
+from orchestrator.job.rendezvous import connect
+from orchestrator.observe.events import CadenceChosen, subscribe
 from orchestrator.policy import Adaptive, auto, every
-from orchestrator.records import Head
-from orchestrator.rendezvous import connect
+from orchestrator.rules import save_interval
+from orchestrator.rules.records import Head
+from orchestrator.rules.save_interval import PRIOR_S, Costs, History
 
 HOUR = 3600.0
 
@@ -33,8 +33,8 @@ def costs(**more: float) -> Costs:
 
 def test_the_optimum_is_young_and_dalys() -> None:
     young = (2 * 30 * 24 * HOUR) ** 0.5  # 30 s a save, one failure a day: 2277 s
-    assert cadence.optimal_interval_s(30, 24 * HOUR) == pytest.approx(young - 20, abs=1)
-    assert cadence.optimal_interval_s(30, 10) == 10  # Daly: where a save takes longer than the job lives
+    assert save_interval.optimal_interval_s(30, 24 * HOUR) == pytest.approx(young - 20, abs=1)
+    assert save_interval.optimal_interval_s(30, 10) == 10  # Daly: where a save takes longer than the job lives
 
 
 @given(
@@ -48,35 +48,35 @@ def test_no_other_interval_has_a_goodput_that_is_better_by_a_hundredth(
     blocked_s: float, durable_s: float, restart_s: float, interruptions: int, running_s: float
 ) -> None:
     measured = Costs(blocked_s, durable_s, restart_s, interruptions, running_s)
-    chosen = cadence.optimal_interval_s(blocked_s, measured.mtbf_s)
-    others = cadence.goodputs(measured, [chosen * 1.25**power for power in range(-20, 21)])
+    chosen = save_interval.optimal_interval_s(blocked_s, measured.mtbf_s)
+    others = save_interval.goodputs(measured, [chosen * 1.25**power for power in range(-20, 21)])
     best = max(share for _, share in others)
-    assert 0 < cadence.goodput(chosen, measured) <= 1
-    assert cadence.goodput(chosen, measured) >= 0.99 * best
+    assert 0 < save_interval.goodput(chosen, measured) <= 1
+    assert save_interval.goodput(chosen, measured) >= 0.99 * best
 
 
 def test_the_choice_keeps_to_what_may_be_lost_and_to_what_a_save_takes_and_says_so() -> None:
-    free = cadence.choose(costs(), max_loss_s=1e6)
-    assert free.interval_s == cadence.optimal_interval_s(0.5, free.costs.mtbf_s)
+    free = save_interval.choose(costs(), max_loss_s=1e6)
+    assert free.interval_s == save_interval.optimal_interval_s(0.5, free.costs.mtbf_s)
     assert free.because == (
         "every 110 s: a save blocks training for 0.5 s; 9 interruptions in 10.0 h, so one in 3.4 h expected: "
         "the optimum is 110 s"
     ), free.because
-    bounded = cadence.choose(costs(), max_loss_s=60)
+    bounded = save_interval.choose(costs(), max_loss_s=60)
     assert bounded.interval_s == 56
     assert "max_loss_s=60 less 4 s until a save is durable is shorter" in bounded.because
-    slow = cadence.choose(costs(durable_s=300.0), max_loss_s=1000)
+    slow = save_interval.choose(costs(durable_s=300.0), max_loss_s=1000)
     assert slow.interval_s == 300
     assert "a save is durable only after 5.0 min" in slow.because
-    hopeless = cadence.choose(costs(durable_s=300.0), max_loss_s=400)
+    hopeless = save_interval.choose(costs(durable_s=300.0), max_loss_s=400)
     assert hopeless.interval_s == 300
     assert "up to 10.0 min can be lost, more than max_loss_s=400" in hopeless.because
 
 
 def test_more_failures_make_saves_more_frequent_and_dearer_saves_less() -> None:
     assert costs(interruptions=99).mtbf_s < costs().mtbf_s < Costs(1, 1, 1, 0, 0.0).mtbf_s == PRIOR_S
-    few, many = cadence.choose(costs(), 1e6), cadence.choose(costs(interruptions=99), 1e6)
-    dear = cadence.choose(costs(blocked_s=20.0), 1e6)
+    few, many = save_interval.choose(costs(), 1e6), save_interval.choose(costs(interruptions=99), 1e6)
+    dear = save_interval.choose(costs(blocked_s=20.0), 1e6)
     assert many.interval_s < few.interval_s < dear.interval_s
     assert dear.goodput < few.goodput
 
@@ -90,9 +90,9 @@ def entries(*epochs: tuple[float, int]) -> list[Head]:
 
 
 def test_the_history_is_what_the_epochs_of_the_journal_show() -> None:
-    assert cadence.history([]) == History()
-    assert cadence.history(entries((0, 5))) == History(0, 4.0, 0.0)
-    assert cadence.history(entries((0, 5), (10, 3), (100, 1))) == History(2, 6.0, (6 + 88) / 2)
+    assert save_interval.history([]) == History()
+    assert save_interval.history(entries((0, 5))) == History(0, 4.0, 0.0)
+    assert save_interval.history(entries((0, 5), (10, 3), (100, 1))) == History(2, 6.0, (6 + 88) / 2)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8))
@@ -104,15 +104,22 @@ def test_a_few_entries_of_a_journal_tell_the_same_as_all(sizes: list[int]) -> No
         read.append(version)
         return journal[version]
 
-    found = cadence.borders(journal[-1], entry, epochs_max=len(sizes))
-    assert cadence.history(found) == cadence.history(journal)
+    found = save_interval.borders(journal[-1], entry, epochs_max=len(sizes))
+    assert save_interval.history(found) == save_interval.history(journal)
     assert len(read) <= 2 * sum(size.bit_length() + 1 for size in sizes)
 
 
 def test_only_the_newest_epochs_of_a_long_journal_are_read() -> None:
     journal = entries(*((1000.0 * number, 3) for number in range(40)))
-    assert {each.epoch for each in cadence.borders(journal[-1], journal.__getitem__, epochs_max=4)} >= {37, 38, 39, 40}
-    assert cadence.history(cadence.borders(journal[-1], journal.__getitem__, epochs_max=4)).interruptions <= 4
+    assert {each.epoch for each in save_interval.borders(journal[-1], journal.__getitem__, epochs_max=4)} >= {
+        37,
+        38,
+        39,
+        40,
+    }
+    assert (
+        save_interval.history(save_interval.borders(journal[-1], journal.__getitem__, epochs_max=4)).interruptions <= 4
+    )
 
 
 def test_auto_is_due_at_once_then_at_what_may_be_lost_then_at_what_it_has_chosen() -> None:

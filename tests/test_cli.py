@@ -15,7 +15,7 @@ from conftest import snapshot
 
 import orchestrator as oc
 from orchestrator.cli.main import COMMANDS, main
-from orchestrator.layout import journal_key
+from orchestrator.rules.keys import journal_key
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def no_run(root: Path) -> None:
 
 
 def newer_format(root: Path) -> None:
-    from orchestrator.records import crc32c
+    from orchestrator.rules.records import crc32c
 
     path = root / journal_key(3)
     body = path.read_bytes().replace(b'"format":1', b'"format":9')[:-22]
@@ -214,16 +214,16 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
         (["ls"], 2, "the run's ROOT is missing"),
         (["ls", "{run}", "more"], 2, "unexpected 'more'"),
         (["ls", "{run}", "--nope"], 2, "nope"),
-        (["inspect", "{run}", "--step=x"], 2, "orchestrator inspect: --step=x: wanted a whole number"),
-        (["inspect", "{run}", "--step="], 2, "orchestrator inspect: --step=: wanted a whole number"),
-        (["ls", "{run}", "--json=maybe"], 2, "orchestrator ls: --json=maybe: wanted true or false"),
-        (["watch", "{run}", "--interval_s=x"], 2, "orchestrator watch: --interval_s=x: wanted a number"),
-        (["watch", "{run}", "--once", "--interval_s=nan"], 2, "--interval_s=nan: wanted a positive number of seconds"),
-        (["gc", "{run}", "--keep_last=0"], 2, "--keep_last=0: wanted a whole number of at least 1"),
-        (["gc", "{run}", "--keep_last=-1", "--dry_run"], 2, "--keep_last=-1: wanted a whole number of at least 1"),
-        (["log", "{run}", "--last=-3"], 2, "--last=-3: wanted a whole number of at least 0"),
-        (["plan", "{run}", "--processes=0"], 2, "--processes=0: wanted a whole number of at least 1"),
-        (["pin", "{run}", "--step=10", "--name="], 2, "--name=: wanted the pin's name"),
+        (["inspect", "{run}", "--step=x"], 2, "orchestrator inspect: --step=x: expected a whole number"),
+        (["inspect", "{run}", "--step="], 2, "orchestrator inspect: --step=: expected a whole number"),
+        (["ls", "{run}", "--json=maybe"], 2, "orchestrator ls: --json=maybe: expected true or false"),
+        (["watch", "{run}", "--interval_s=x"], 2, "orchestrator watch: --interval_s=x: expected a number"),
+        (["watch", "{run}", "--once", "--interval_s=nan"], 2, "--interval_s=nan: expected a positive number"),
+        (["gc", "{run}", "--keep_last=0"], 2, "--keep_last=0: expected a whole number of at least 1"),
+        (["gc", "{run}", "--keep_last=-1", "--dry_run"], 2, "--keep_last=-1: expected a whole number of at least 1"),
+        (["log", "{run}", "--last=-3"], 2, "--last=-3: expected a whole number of at least 0"),
+        (["plan", "{run}", "--processes=0"], 2, "--processes=0: expected a whole number of at least 1"),
+        (["pin", "{run}", "--step=10", "--name="], 2, "--name=: expected the pin's name"),
         (["ls", "a\udcff"], 2, "wanted a name in UTF-8"),
         (["inspect", "{run}", "--step=7", "--json"], 6, "step 7 is not there; it has: 0, 10, 20"),
         (["report", "{run}", "-o", "{run}/journal"], 1, "journal cannot be written: Is a directory"),

@@ -76,13 +76,13 @@ def manager(root: Path, **options: Any) -> compat.CheckpointManager:
         ),
     ],
 )
-def test_an_option_without_a_counterpart_is_refused_by_name(options: dict[str, Any], said: str, root: Path) -> None:
+def test_an_option_without_a_counterpart_is_rejected_by_name(options: dict[str, Any], said: str, root: Path) -> None:
     with pytest.raises(oc.UsageError, match=said):
         manager(root, **options)
     assert not root.exists()
 
 
-def test_an_item_without_a_counterpart_is_refused_by_name_and_nothing_is_written(root: Path) -> None:
+def test_an_item_without_a_counterpart_is_rejected_by_name_and_nothing_is_written(root: Path) -> None:
     args = orbax.checkpoint.args
     state = args.StandardSave({"w": jnp.ones(2)})
     with compat.CheckpointManager(root) as running:

@@ -9,13 +9,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import orbax_api.checkpoint as ocp
 import pytest
 
 import orchestrator as oc
-from orchestrator import compat, journal, orbax_options
-from orchestrator.arrays import orbax
-from orchestrator.catalog import Catalog
+from orchestrator import compat
+from orchestrator.arrays.format import orbax_api
+from orchestrator.compat import orbax_options
+from orchestrator.rules import journal
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 NAN, INF = math.nan, math.inf
@@ -150,7 +152,7 @@ def many(step: int, loss: float) -> dict[str, float]:
     ],
 )
 def test_what_best_fn_looks_at_is_found_by_watching_it(score: Any, names: set[str] | None) -> None:
-    keeps = orbax.Keeps(ocp.CheckpointManagerOptions(best_fn=score, max_to_keep=1))
+    keeps = orbax_api.Keeps(ocp.CheckpointManagerOptions(best_fn=score, max_to_keep=1))
     assert orbax_options.KeepAsOrbax(keeps).metrics_needed({"loss": 1.0, "m1": 2.0, "m2": 3.0}) == names
 
 
@@ -161,7 +163,7 @@ def test_a_preservation_policy_of_the_users_own_may_look_at_all() -> None:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([Own(n=1)])
     )
-    assert orbax_options.KeepAsOrbax(orbax.Keeps(options)).metrics_needed({"loss": 1.0}) is None
+    assert orbax_options.KeepAsOrbax(orbax_api.Keeps(options)).metrics_needed({"loss": 1.0}) is None
 
 
 BEST = {

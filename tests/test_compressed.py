@@ -14,9 +14,9 @@ from forged import zstd_zeros
 from runs import now
 
 import orchestrator as oc
-from orchestrator.arrays.compressed import chunk_shape, decoded_bytes_max, deflated, inflated
+from orchestrator.arrays.format.compressed import chunk_shape, decoded_bytes_max, deflated, inflated
 from orchestrator.errors import Damaged
-from orchestrator.records import LeafSpec
+from orchestrator.rules.records import LeafSpec
 
 BODIES = {
     "zeros": bytes(3 << 20),

@@ -40,11 +40,11 @@ def test_the_contract_survives_the_environment() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({contract.PROCESS_INDEX: "4"}, "ORCHESTRATOR_PROCESS_INDEX=4: wanted less than ORCHESTRATOR_PROCESS_COUNT=4"),
-        ({contract.PROCESS_COUNT: "zwei"}, "ORCHESTRATOR_PROCESS_COUNT='zwei': wanted a whole number of at least 1"),
+        ({contract.PROCESS_INDEX: "4"}, "PROCESS_INDEX=4: expected less than ORCHESTRATOR_PROCESS_COUNT=4"),
+        ({contract.PROCESS_COUNT: "zwei"}, "ORCHESTRATOR_PROCESS_COUNT='zwei': expected a whole number of at least 1"),
         ({contract.LOCAL_DEVICES: "0"}, "ORCHESTRATOR_LOCAL_DEVICES='0'"),
-        ({contract.COORDINATOR_ADDRESS: "here"}, "ORCHESTRATOR_COORDINATOR_ADDRESS='here': wanted host:port"),
-        ({contract.GRACE_PERIOD_S: "-1"}, "ORCHESTRATOR_GRACE_PERIOD_S='-1': wanted a positive number of seconds"),
+        ({contract.COORDINATOR_ADDRESS: "here"}, "ORCHESTRATOR_COORDINATOR_ADDRESS='here': expected host:port"),
+        ({contract.GRACE_PERIOD_S: "-1"}, "ORCHESTRATOR_GRACE_PERIOD_S='-1': expected a positive number of seconds"),
         ({contract.GRACE_PERIOD_S: "nan"}, "ORCHESTRATOR_GRACE_PERIOD_S='nan'"),
     ],
 )
@@ -81,7 +81,7 @@ def test_a_pods_index_counts_the_jobs_before_its_own(change: dict[str, str], ind
 
 
 @pytest.mark.parametrize("change", [{contract.JOB_COUNT: "4"}, {contract.JOB_INDEX: "1"}])
-def test_pods_that_cannot_be_shared_out_are_refused(change: dict[str, str]) -> None:
+def test_pods_that_cannot_be_shared_out_are_rejected(change: dict[str, str]) -> None:
     with pytest.raises(contract.ContractError, match="ORCHESTRATOR_PROCESS_COUNT=6 cannot be shared out so"):
         contract.from_environment(POD | change)
 
@@ -152,4 +152,4 @@ def test_a_pod_that_nothing_can_place_is_told_what_is_missing() -> None:
     process = start({"KUBERNETES_SERVICE_HOST": "10.0.0.1", contract.COMPLETION_INDEX: "0"})
     _, error = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
-    assert "refused: JOB_COMPLETION_INDEX is set, but ORCHESTRATOR_PROCESS_COUNT is not" in error
+    assert "rejected: JOB_COMPLETION_INDEX is set, but ORCHESTRATOR_PROCESS_COUNT is not" in error

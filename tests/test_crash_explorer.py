@@ -17,14 +17,14 @@ import pytest
 from crash import Disk, Effect, lay_out, record
 
 import orchestrator as oc
-from orchestrator import layout
-from orchestrator.catalog import Catalog
-from orchestrator.collect import collect
-from orchestrator.journal import Found
-from orchestrator.records import Head, LiveStep
-from orchestrator.recover import plan, write
+from orchestrator.rules import keys
+from orchestrator.rules.journal import Found
+from orchestrator.rules.records import Head, LiveStep
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.verify import read_back
+from orchestrator.tools.recover import plan, write
+from orchestrator.tools.verify import read_back
 from tests.model import invariants
 
 JOB = Path(__file__).parent / "jobs" / "crash_job.py"
@@ -59,7 +59,7 @@ def points(
                 for line in effect.data.decode().splitlines():
                     if line.startswith("saved "):
                         step, epoch = line.split()[1:]
-                        saved.add((int(step), layout.attempt_name(int(epoch), 1)))
+                        saved.add((int(step), keys.attempt_name(int(epoch), 1)))
             image = disk.image(power_cut=power_cut)
             key = (
                 frozenset((name, data and hashlib.sha256(data).digest()) for name, data in image.items()),
@@ -140,11 +140,11 @@ def receipts(catalog: Catalog) -> Iterator[tuple[int, str, int, str]]:
             continue
         receipt = found[0] if found else None
         if receipt and receipt.failure is None:
-            there = {entry.key: entry.bytes for entry in catalog.storage.list(layout.attempt_prefix(step, attempt))}
+            there = {entry.key: entry.bytes for entry in catalog.storage.list(keys.attempt_prefix(step, attempt))}
             gone = [
                 entry.path
                 for entry in receipt.files
-                if there.get(layout.attempt_prefix(step, attempt) + entry.path) != entry.bytes
+                if there.get(keys.attempt_prefix(step, attempt) + entry.path) != entry.bytes
             ]
             yield step, attempt, 0, f"{gone} is not there" if gone else ""
 
@@ -177,7 +177,7 @@ def test_a_copy_that_lacks_the_journals_newest_entries_loses_no_step(
     for effect in effects:
         disk.apply(effect)
     image = disk.image(power_cut=False)
-    versions = sorted(name for name in image if layout.journal_version(name) is not None)
+    versions = sorted(name for name in image if keys.journal_version(name) is not None)
     told = 0
     for kept in range(len(versions)):
         here = tmp_path / f"copy-{kept}"

@@ -16,16 +16,17 @@ from fakes import HookedStorage
 from runs import LIKE, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, compat, contents, errors, layout
-from orchestrator.arrays import ocdbt
-from orchestrator.arrays.localstore import LocalStore
-from orchestrator.catalog import Catalog
+from orchestrator import arrays, compat, errors
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.cli.main import main
-from orchestrator.contents import Stored
 from orchestrator.reader import Run
-from orchestrator.records import LeafSpec
+from orchestrator.rules import chunk_index, keys
+from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.records import LeafSpec
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.verify import read_back
+from orchestrator.tools.verify import read_back
 
 
 def edit(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -226,7 +227,7 @@ ELEMENTS = {name: np.arange(4, dtype=np.float32) + ord(name) for name in "abc"}
 SMALL_DAMAGE: dict[str, tuple[bytes | None, str]] = {
     "flipped": (b"\1" + whole(ELEMENTS["b"])[1:], "b: chunk b/c/0 in .*: crc32c .*, written "),
     "missing": (None, "b: chunk b/c/0 is missing"),
-    "shorter": (whole(ELEMENTS["b"][:3]), "b: chunk b/c/0 in .* has 16 bytes, wanted 20"),
+    "shorter": (whole(ELEMENTS["b"][:3]), "b: chunk b/c/0 in .* has 16 bytes, expected 20"),
     "of another save": (whole(ELEMENTS["a"]), "b: chunk b/c/0 in .*; it belongs to another save"),
 }
 
@@ -240,7 +241,8 @@ def small_leaves(directory: Path, of_b: bytes | tuple[str, int, int] | None) -> 
     (directory / ocdbt.MANIFEST).write_bytes(manifest)
     (directory / "data").write_bytes(stored["b/c/0"])
     loads = [
-        arrays.Load(LeafSpec(path=(name,), kind="numpy", shape=(4,), dtype="float32", chunk=(4,))) for name in ELEMENTS
+        arrays.ReadRequest(LeafSpec(path=(name,), kind="numpy", shape=(4,), dtype="float32", chunk=(4,)))
+        for name in ELEMENTS
     ]
     said = {key: f"{int.from_bytes(body[-4:], 'little'):08x}" for key, body in stored.items()}
     sizes = {name: (directory / name).stat().st_size for name in ("nodes", "data", ocdbt.MANIFEST)}
@@ -301,14 +303,14 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     catalog = Catalog(PosixStorage(str(root)), "test")
     one, two = catalog.find(1), catalog.find(2)
     assert one is not None and two is not None
-    directory = f"{catalog.url}/{layout.attempt_prefix(1, one.attempt)}{layout.STATE}"
+    directory = f"{catalog.url}/{keys.attempt_prefix(1, one.attempt)}{keys.STATE}"
     own, other = catalog.manifest(one), catalog.manifest(two)
-    assert arrays.check(directory, contents.stored(own)) == {}
-    others = Stored(other.chunks, contents.stored(own).files)
+    assert arrays.check(directory, chunk_index.stored(own)) == {}
+    others = Stored(other.chunks, chunk_index.stored(own).files)
     (said,) = arrays.check(directory, others).values()
     assert "belongs to another save" in said
-    leaves = [arrays.Load(leaf) for leaf in catalog.intent(one, own).tree.leaves]
-    assert len(arrays.load(directory, leaves, None, contents.stored(own))) == 1
+    leaves = [arrays.ReadRequest(leaf) for leaf in catalog.intent(one, own).tree.leaves]
+    assert len(arrays.load(directory, leaves, None, chunk_index.stored(own))) == 1
     with pytest.raises(errors.Suspect, match=r"w: chunk w/c/0/0 .* belongs to another save"):
         arrays.load(directory, leaves, None, others)
 

@@ -18,12 +18,12 @@ from fakes import HookedStorage
 from runs import fill, journal_of, state
 
 import orchestrator as oc
-from orchestrator import layout
-from orchestrator.catalog import Catalog
 from orchestrator.cli import doctor
 from orchestrator.cli.doctor import Diagnosis, Finding, Patient
 from orchestrator.cli.main import main
-from orchestrator.codec import encode
+from orchestrator.rules import keys
+from orchestrator.rules.codec import encode
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import Created, PosixStorage
 
 
@@ -65,11 +65,11 @@ def test_read_only_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]
 
 
 def missing_entry(root: Path) -> None:
-    (root / layout.journal_key(1)).unlink()
+    (root / keys.journal_key(1)).unlink()
 
 
 def edited_entry(root: Path) -> None:
-    path = root / layout.journal_key(1)
+    path = root / keys.journal_key(1)
     path.write_bytes(path.read_bytes().replace(b'"step":0', b'"step":9'))
 
 
@@ -93,7 +93,7 @@ def from_the_future(root: Path) -> None:
     newest = journal_of(root)[-1]
     event = msgspec.structs.replace(newest.event, kind="pinned")
     later = msgspec.structs.replace(newest, version=newest.version + 1, time=time.time() + 600, event=event)
-    PosixStorage(str(root)).create(layout.journal_key(later.version), encode(later))
+    PosixStorage(str(root)).create(keys.journal_key(later.version), encode(later))
 
 
 def quarantined(root: Path) -> None:
@@ -164,7 +164,7 @@ class Replacing(HookedStorage):
 def test_a_store_that_replaces_objects_is_bad(root: Path) -> None:
     fill(root, 0)
     (finding,) = doctor._store(patient(root, Replacing(PosixStorage(str(root)))))
-    assert finding.level == "bad" and "was not refused" in finding.text and "could both commit" in finding.do
+    assert finding.level == "bad" and "was not rejected" in finding.text and "could both commit" in finding.do
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a second user, and so root")
@@ -205,13 +205,13 @@ def test_what_to_do_can_be_pasted_into_a_shell_whatever_the_roots_name(
     assert f"do: orchestrator verify {shlex.quote(str(root))} --step=0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("version", [10**6, layout.VERSION_MAX])
+@pytest.mark.parametrize("version", [10**6, keys.VERSION_MAX])
 def test_an_entry_far_above_the_others_costs_no_time_and_is_named(
     root: Path, capsys: pytest.CaptureFixture[str], version: int
 ) -> None:
     fill(root, 0)
     newest = journal_of(root)[-1]
-    (root / layout.journal_key(version)).write_bytes(encode(msgspec.structs.replace(newest, version=version)))
+    (root / keys.journal_key(version)).write_bytes(encode(msgspec.structs.replace(newest, version=version)))
     started = time.monotonic()
     code, findings = examine(root, capsys)
     assert code == 4 and time.monotonic() - started < 10
@@ -226,7 +226,7 @@ def test_a_run_whose_journal_cannot_be_read_is_examined_all_the_same(
     if lost == "journal":
         shutil.rmtree(root / "journal")
     else:
-        (root / layout.journal_key(1)).write_bytes(b"")
+        (root / keys.journal_key(1)).write_bytes(b"")
     code, findings = examine(root, capsys)
     assert code == 4 and {finding.check for finding in findings} >= {"journal", "permissions", "store", "versions"}
     (damage,) = [finding for finding in findings if finding.level == "damage"]

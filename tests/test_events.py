@@ -22,10 +22,11 @@ from rich.console import Console
 from runs import catalog_of, fill, now
 
 import orchestrator as oc
-from orchestrator import eventlog, events, journal, protocol
 from orchestrator.cli import main, report, watch
-from orchestrator.eventlog import EventLog, Line, Tail, decode, encode, read
-from orchestrator.story import Story
+from orchestrator.observe import event_log, events
+from orchestrator.observe.event_log import EventLog, Line, Tail, decode, encode, read
+from orchestrator.observe.timeline import Story
+from orchestrator.rules import attempt, journal
 
 DOCS = Path(__file__).parent.parent / "docs" / "reference" / "events.md"
 VALUES: dict[str, Any] = {"int": 7, "float": 0.25, "str": "x"}
@@ -50,7 +51,7 @@ def test_the_page_names_every_event_with_its_fields_and_every_phase_and_cause() 
     text = DOCS.read_text()
     rows = {row[0]: re.findall(r"`(\w+)`", row[1]) for row in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.M)}
     assert rows == {name: [field.name for field in fields(kind)] for name, kind in events.KINDS.items()}
-    causes = {cause for _, cause in protocol._CAUSES} | {"failed", "hung"}
+    causes = {cause for _, cause in attempt._CAUSES} | {"failed", "hung"}
     assert {word for word in (*events.PHASES, *causes) if f"`{word}`" not in text} == set()
 
 
@@ -109,9 +110,9 @@ def test_events_go_where_the_option_says_or_nowhere(root: Path, tmp_path: Path, 
 
 
 def test_an_object_store_has_no_default_place() -> None:
-    assert eventlog.directory_of("gs://bucket/run", None) is None
-    assert eventlog.directory_of("gs://bucket/run", "/var/events") == "/var/events"
-    assert eventlog.directory_of("file:///data/run", None) == "/data/run/events"
+    assert event_log.directory_of("gs://bucket/run", None) is None
+    assert event_log.directory_of("gs://bucket/run", "/var/events") == "/var/events"
+    assert event_log.directory_of("file:///data/run", None) == "/data/run/events"
 
 
 def test_files_stay_within_their_bound_and_the_newest_lines_stay(tmp_path: Path) -> None:
@@ -144,11 +145,11 @@ def test_a_log_that_hangs_loses_lines_and_never_blocks(tmp_path: Path) -> None:
 
     log = Hanging(str(tmp_path), process=0, host="h", epoch=1)
     started = time.monotonic()
-    for step in range(eventlog._QUEUE_MAX + 500):
+    for step in range(event_log._QUEUE_MAX + 500):
         log.write(events.Alive("training", step))
     assert log.dropped >= 499
     log.close()
-    assert time.monotonic() - started < eventlog._CLOSE_S + 5
+    assert time.monotonic() - started < event_log._CLOSE_S + 5
     hanging.set()
 
 

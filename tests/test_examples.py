@@ -67,7 +67,7 @@ def test_grain_goes_on_with_what_was_not_seen_on_another_number_of_processes(tmp
         assert sorted(number for iterator in readers for number in next(iterator)["id"].tolist()) == wanted[7]
 
 
-def test_positions_that_differ_are_refused_on_another_number_of_processes() -> None:
+def test_positions_that_differ_are_rejected_on_another_number_of_processes() -> None:
     pytest.importorskip("grain", reason="the `grain` extra is not installed")
     from examples.grain_input import go_on, reader
 

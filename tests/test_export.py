@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import now
 
 import orchestrator as oc
-from orchestrator import export as rules
 from orchestrator.cli.export import Exported
 from orchestrator.cli.main import main
+from orchestrator.tools import export as rules
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -109,7 +109,7 @@ def test_plain_orbax_reads_the_orbax_export(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["numpy", "safetensors", "orbax"])
-def test_damage_is_refused_and_nothing_is_left(
+def test_damage_is_rejected_and_nothing_is_left(
     run: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for data in (run / "steps").rglob("d/*"):
@@ -221,14 +221,14 @@ LONG = "x" * 300
     ],
 )
 def test_every_leaf_is_in_the_export_under_a_name_of_its_own(
-    root: Path, tmp_path: Path, names: list[str], form: str, refused: str | None, capsys: Any
+    root: Path, tmp_path: Path, names: list[str], form: str, rejected: str | None, capsys: Any
 ) -> None:
     state = {name: np.full(2, number, np.int32) for number, name in enumerate(names)} | {"text": "", "none": None}
     with oc.Agent(root, options=now()) as agent:
         agent.save(7, state)
     code = export(root, tmp_path / "out", form)
-    if refused:
-        assert code == 2 and refused in capsys.readouterr().err and not (tmp_path / "out").exists()
+    if rejected:
+        assert code == 2 and rejected in capsys.readouterr().err and not (tmp_path / "out").exists()
         return
     assert code == 0
     for name, value in state.items():
@@ -256,7 +256,7 @@ def exported(out: Path, form: str, name: str) -> np.ndarray:
     return np.frombuffer(body[start:end], np.int32)
 
 
-def test_two_leaves_of_one_name_are_refused() -> None:
+def test_two_leaves_of_one_name_are_rejected() -> None:
     for form, reserved in (("numpy", frozenset[str]()), ("safetensors", frozenset({"__metadata__"}))):
         with pytest.raises(oc.UsageError, match=rf"a.b: {form} would hold two leaves of this name; use"):
             rules._distinct(["a", "a.b", "a.b"], form, reserved)
@@ -266,7 +266,7 @@ def test_two_leaves_of_one_name_are_refused() -> None:
     ("step", "form", "place", "code", "said"),
     [
         ("newest", "numpy", "taken", 2, "exists; export to a new name"),
-        ("newest", "zip", "out", 2, "--format=zip: wanted orbax, safetensors, numpy"),
+        ("newest", "zip", "out", 2, "--format=zip: expected orbax, safetensors, numpy"),
         ("8", "numpy", "out", 6, "step 8 is not there"),
         ("x", "numpy", "out", 2, "wanted the number of a step, or newest"),
         ("7", "numpy", "taken/below", 1, "File exists"),

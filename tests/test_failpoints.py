@@ -13,8 +13,9 @@ from runs import LIKE, fill, state
 
 import orchestrator as oc
 from orchestrator import agent as agents
-from orchestrator import failpoints, heartbeat
+from orchestrator import failpoints
 from orchestrator.errors import StorageError, UsageError
+from orchestrator.observe import heartbeat
 
 
 @pytest.fixture(autouse=True)

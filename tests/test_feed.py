@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.arrays.feed import Feed
-from orchestrator.arrays.staging import Part
+from orchestrator.arrays.writing.part_queue import PartQueue
+from orchestrator.arrays.writing.staging import Part
 from orchestrator.errors import WaitTimeout
 
 
@@ -19,7 +19,7 @@ def staged(count: int = 1) -> list[Part]:
 
 
 def test_a_part_added_and_the_end_told_between_two_looks_is_not_lost() -> None:
-    feed = Feed(100)
+    feed = PartQueue(100)
 
     class Interleaved(deque[Any]):
         """The staging thread runs just after a writing thread has found nothing."""
@@ -41,10 +41,10 @@ def test_a_part_added_and_the_end_told_between_two_looks_is_not_lost() -> None:
 
 def test_every_part_is_taken_once_and_the_budget_is_kept() -> None:
     for limit in (8, 16, 1000):
-        feed = Feed(limit)
+        feed = PartQueue(limit)
         taken: list[object] = []
 
-        def work(feed: Feed = feed, taken: list[object] = taken) -> None:
+        def work(feed: PartQueue = feed, taken: list[object] = taken) -> None:
             while (found := feed.take()) is not None:
                 taken.append(found)
                 feed.written(found[0].nbytes)
@@ -63,7 +63,7 @@ def test_every_part_is_taken_once_and_the_budget_is_kept() -> None:
 
 
 def test_waiting_for_room_ends_at_the_deadline_and_with_a_writers_error() -> None:
-    feed = Feed(4)
+    feed = PartQueue(4)
     feed.add(staged())
     with pytest.raises(WaitTimeout, match="4 bytes of the state are not written yet, host_bytes_max is 4"):
         feed.wait_for_room(4, deadline=0.0)

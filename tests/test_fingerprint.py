@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from test_arrays import DTYPES, X64_DTYPES, every_pattern
 
-from orchestrator import attest
 from orchestrator.arrays import fingerprint
 from orchestrator.errors import Damaged
-from orchestrator.records import LeafSpec, ShardFingerprint
+from orchestrator.rules import fingerprints
+from orchestrator.rules.records import LeafSpec, ShardFingerprint
 
 MASK = 0xFFFFFFFF
 
@@ -114,7 +114,7 @@ def test_every_sharding_has_the_fingerprint_of_the_whole(mesh8: jax.sharding.Mes
         by_replica: dict[int, list[str]] = {}
         for part, told in found:
             by_replica.setdefault(part.replica, []).append(told)
-        assert {attest.total(prints) for prints in by_replica.values()} == {wanted}
+        assert {fingerprints.total(prints) for prints in by_replica.values()} == {wanted}
     assert of(jax.device_put(value, SingleDeviceSharding(jax.devices()[3]))) == wanted
 
 
@@ -128,7 +128,7 @@ def test_many_leaves_at_once_have_each_its_own(mesh8: jax.sharding.Mesh) -> None
     found = fingerprint.start(zip(leaves, arrays, strict=True)).result()
     for one, value in zip(leaves, values, strict=True):
         once = {part.box: told for part, told in found[one.name]}
-        assert attest.total(once.values()) == by_the_book(words_of(value))
+        assert fingerprints.total(once.values()) == by_the_book(words_of(value))
 
 
 def test_positions_beyond_32_bits_count() -> None:
@@ -141,7 +141,7 @@ def test_positions_beyond_32_bits_count() -> None:
     halves = fingerprint._halves
     lanes = program([jnp.asarray(value)], halves([[first]]), halves([strides]))
     wanted = [by_the_book(words.tolist(), first + index * columns, large=True) for index, words in enumerate(value)]
-    assert attest.as_text(np.asarray(lanes).reshape(4).tolist()) == attest.total(wanted)
+    assert fingerprints.as_text(np.asarray(lanes).reshape(4).tolist()) == fingerprints.total(wanted)
 
 
 @given(st.data())
@@ -180,7 +180,7 @@ def test_arrays_may_be_donated_and_overwritten_at_once() -> None:
     host[:] = 0
     jax.jit(lambda array: array * 0, donate_argnums=0)(device).block_until_ready()
     found = prints.result()
-    assert [attest.total(told for _, told in found[name]) for name in ("h", "d")] == wanted
+    assert [fingerprints.total(told for _, told in found[name]) for name in ("h", "d")] == wanted
 
 
 # As numbers.
@@ -193,29 +193,34 @@ def told(process: int, *prints: ShardFingerprint) -> tuple[int, Any]:
 
 
 def test_sums_wrap_by_lane_and_condensing_is_linear_and_sees_every_leaf() -> None:
-    assert attest.total(["ffffffff" * 4, "00000002" * 4]) == "00000001" * 4
+    assert fingerprints.total(["ffffffff" * 4, "00000002" * 4]) == "00000001" * 4
     one, two = {"a": PRINT, "b": OTHER}, {"a": OTHER, "b": "ffffffff" * 4}
-    both = {name: attest.total([one[name], two[name]]) for name in one}
-    assert attest.total([attest.condensed(one), attest.condensed(two)]) == attest.condensed(both)
-    assert attest.condensed(one) != attest.condensed({**one, "b": PRINT})
+    both = {name: fingerprints.total([one[name], two[name]]) for name in one}
+    assert fingerprints.total([fingerprints.condensed(one), fingerprints.condensed(two)]) == fingerprints.condensed(
+        both
+    )
+    assert fingerprints.condensed(one) != fingerprints.condensed({**one, "b": PRINT})
     with pytest.raises(Damaged, match="wanted 32 hex digits"):
-        attest.total(["12"])
+        fingerprints.total(["12"])
 
 
 def test_replicas_that_differ_are_named_with_shard_process_host_and_device() -> None:
     half = box((0, 2))
     receipts = dict([told(0, ShardFingerprint(half, PRINT, (0, 1))), told(1, ShardFingerprint(half, OTHER, (3,)))])
-    (line,) = attest.disagreements(intent(leaf("w"), processes=2), receipts)
+    (line,) = fingerprints.disagreements(intent(leaf("w"), processes=2), receipts)
     assert line == (
         f"w[0:2]: replicas disagree: process 0 (host-0) devices 0, 1: {PRINT} but process 1 (host-1) device 3: {OTHER}"
     )
     assert (
-        attest.disagreements(intent(leaf("w"), processes=2), dict([told(0, ShardFingerprint(half, PRINT, (0,)))])) == []
+        fingerprints.disagreements(intent(leaf("w"), processes=2), dict([told(0, ShardFingerprint(half, PRINT, (0,)))]))
+        == []
     )
 
 
 def test_a_fingerprint_is_recorded_only_of_an_array_whose_every_shard_has_one() -> None:
     halves = ShardFingerprint(box((0, 2)), PRINT, (0,)), ShardFingerprint(box((2, 4)), OTHER, (1,))
     spread = dict([told(0, halves[0]), told(1, *halves)])
-    assert attest.fingerprints(intent(leaf("w"), processes=2), spread) == {"w": attest.total([PRINT, OTHER])}
-    assert attest.fingerprints(intent(leaf("w"), processes=2), dict([told(0, halves[0])])) == {}
+    assert fingerprints.fingerprints(intent(leaf("w"), processes=2), spread) == {
+        "w": fingerprints.total([PRINT, OTHER])
+    }
+    assert fingerprints.fingerprints(intent(leaf("w"), processes=2), dict([told(0, halves[0])])) == {}

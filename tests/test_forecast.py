@@ -15,17 +15,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import now
 
 import orchestrator as oc
-from orchestrator import forecast
-from orchestrator.arrays import Load, shardings_of
-from orchestrator.arrays.placing import prepare
+from orchestrator.arrays import ReadRequest, shardings_of
+from orchestrator.arrays.reading.placing import prepare
+from orchestrator.arrays.tree import STORABLE, flatten, numpy_dtype
 from orchestrator.cli.main import main
 from orchestrator.cli.plan import Plan
 from orchestrator.errors import UsageError
-from orchestrator.forecast import FILES_BYTES, STORE_BYTES, Cost, Measured, Target
+from orchestrator.job.restore import Reading, RestoreArgs
 from orchestrator.reader import read_step
-from orchestrator.records import Box, LeafSpec
-from orchestrator.restore import Reading, RestoreArgs
-from orchestrator.tree import STORABLE, flatten, numpy_dtype
+from orchestrator.rules import restore_cost
+from orchestrator.rules.records import Box, LeafSpec
+from orchestrator.rules.restore_cost import FILES_BYTES, STORE_BYTES, Cost, Measured, Target
 
 P = PartitionSpec
 SPECS = {
@@ -90,11 +90,11 @@ def test_bytes_and_requests_of_a_restore_are_foretold_exactly(run: Path, axes: d
     tree = reader._catalog.intent(live, reader._catalog.manifest(live)).tree
     reading = Reading()
     restored = read_step(reader._catalog, live, like, RestoreArgs(), reading)
-    (cost,) = forecast.forecast(tree, Target(axes, 1)).costs
+    (cost,) = restore_cost.forecast(tree, Target(axes, 1)).costs
     assert reading.read_bytes == cost.read_bytes
     targets = {"/".join(leaf.path): like["/".join(leaf.path)] for leaf in tree.leaves if leaf.in_store}
     loads = [
-        Load(leaf, shardings_of([leaf.label], [targets["/".join(leaf.path)]], "")[0])
+        ReadRequest(leaf, shardings_of([leaf.label], [targets["/".join(leaf.path)]], "")[0])
         for leaf in tree.leaves
         if leaf.in_store
     ]
@@ -109,7 +109,7 @@ def test_every_process_needs_the_boxes_that_jax_gives_its_devices(axes: dict[str
     for name, spec in SPECS.items():
         array = jax.device_put(np.zeros((64, 128), np.float32), NamedSharding(mesh_of(MESHES[0]), spec))
         (leaf,) = flatten({name: array}).spec.leaves
-        got = list(forecast._boxes_by_process(leaf, forecast.partition(leaf), Target(axes, processes)))
+        got = list(restore_cost._boxes_by_process(leaf, restore_cost.partition(leaf), Target(axes, processes)))
         indices = on(mesh, spec).devices_indices_map((64, 128))
         wanted: list[set[Box]] = [set() for _ in range(processes)]
         for place, device in enumerate(mesh.devices.flat):
@@ -143,12 +143,12 @@ def test_every_process_needs_the_boxes_that_jax_gives_its_devices(axes: dict[str
 )
 def test_a_partition_spec_is_read_as_text_of_its_own(sharding: str, split: object) -> None:
     leaf = LeafSpec(path=("x",), kind="array", shape=(4, 4), dtype="float32", sharding=sharding)
-    assert forecast.partition(leaf) == split
+    assert restore_cost.partition(leaf) == split
 
 
 @pytest.mark.parametrize("dtype", sorted(STORABLE))
 def test_an_elements_size_is_numpys(dtype: str) -> None:
-    assert forecast.item_bytes(LeafSpec(path=("x",), kind="array", dtype=dtype)) == numpy_dtype(dtype).itemsize
+    assert restore_cost.item_bytes(LeafSpec(path=("x",), kind="array", dtype=dtype)) == numpy_dtype(dtype).itemsize
 
 
 def test_an_array_that_the_mesh_cannot_hold_is_named_with_its_dimension(run: Path) -> None:
@@ -156,7 +156,7 @@ def test_an_array_that_the_mesh_cannot_hold_is_named_with_its_dimension(run: Pat
     live = reader._catalog.find(5)
     assert live is not None
     tree = reader._catalog.intent(live, reader._catalog.manifest(live)).tree
-    problems = forecast.forecast(tree, Target({"data": 3, "model": 1}, 1)).problems
+    problems = restore_cost.forecast(tree, Target({"data": 3, "model": 1}, 1)).problems
     assert any(line.startswith("both[64, 128]: dimension 0 of 64 is not divisible by 3 (data)") for line in problems)
     assert not any("bf16" in line for line in problems)
 
@@ -172,30 +172,30 @@ def restore(epoch: int, machine: str, seconds: float, array_s: float, read_bytes
 
 
 def test_speed_is_that_of_a_machine_and_the_time_that_of_the_busiest_one() -> None:
-    assert forecast.speed([restore(1, "a", 1.0, 0.5, 0)], 1) is None
-    one = forecast.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "a", 3.0, 2.0, 100)], 4)
-    assert one == forecast.Speed(2.0, 100.0, None, 1)  # twice as many processes agree on it
+    assert restore_cost.speed([restore(1, "a", 1.0, 0.5, 0)], 1) is None
+    one = restore_cost.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "a", 3.0, 2.0, 100)], 4)
+    assert one == restore_cost.Speed(2.0, 100.0, None, 1)  # twice as many processes agree on it
     assert one.seconds([Cost(100), Cost(300)]) == 2.0 + 4.0  # all on that one machine
-    two = forecast.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "b", 2.0, 1.0, 100)], 4)
+    two = restore_cost.speed([restore(1, "a", 2.0, 1.0, 100), restore(1, "b", 2.0, 1.0, 100)], 4)
     assert two is not None and two.seconds([Cost(100), Cost(300)]) == 1.0 + 3.0  # each on its own
 
 
 def test_on_one_machine_restores_by_as_many_processes_count_where_there_are_any() -> None:
     by_two = [restore(1, "a", 2.0, 1.0, 100), restore(1, "a", 2.0, 1.0, 100)]
     by_one = [restore(2, "a", 0.5, 0.25, 100)]
-    rates = [forecast.speed(by_two + by_one, processes) for processes in (1, 2, 4)]
+    rates = [restore_cost.speed(by_two + by_one, processes) for processes in (1, 2, 4)]
     assert [rate and (rate.machine_bytes_per_s, rate.restores) for rate in rates] == [(400, 1), (200, 1), (300, 2)]
 
 
 @pytest.mark.parametrize(("text", "size"), [("64GiB", 64 << 30), ("1.5T", 3 << 39), ("800MB", 800 << 20), ("7", 7)])
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert forecast.parse_bytes("host_memory", text) == size
+    assert restore_cost.parse_bytes("host_memory", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=", "data=0", "data=2,data=2", "=3", "data=-1"])
-def test_a_mesh_that_cannot_be_used_is_refused(text: str) -> None:
+def test_a_mesh_that_cannot_be_used_is_rejected(text: str) -> None:
     with pytest.raises(UsageError, match="AXIS=SIZE"):
-        forecast.parse_mesh(text)
+        restore_cost.parse_mesh(text)
 
 
 def test_plan_says_whether_it_fits_and_why_not(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

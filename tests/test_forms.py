@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import now
 
 import orchestrator as oc
-from orchestrator.arrays.planning import plan_of
-from orchestrator.tree import flatten
+from orchestrator.arrays.tree import flatten
+from orchestrator.arrays.writing.write_plan import plan_of
 
 
 def base(step: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_a_tree_of_nothing_but_arrays_is_told_from_one_that_is_not(other: Any) -
     assert changed.form is not first.form
 
 
-def test_a_donated_array_is_refused_by_name_also_in_a_known_form() -> None:
+def test_a_donated_array_is_rejected_by_name_also_in_a_known_form() -> None:
     flatten({"a": {"b": jnp.zeros(3)}})
     gone = jnp.ones(3)
     gone.delete()

@@ -24,11 +24,11 @@ from gcs import BUCKET, emulator, faults, new_root
 
 from launch.gcs_emulator.process import EmulatorProcess
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UsageError
-from orchestrator.events import Event, Retried, subscribe
-from orchestrator.records import FileEntry, crc32c
+from orchestrator.observe.events import Event, Retried, subscribe
+from orchestrator.rules.records import FileEntry, crc32c
 from orchestrator.storage import Created, Exists, open_storage
 from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.gcs_client import Budget, Client
+from orchestrator.storage.gcs_http import Budget, Client
 
 ALL_FAULTS = dict.fromkeys(("too_many", "unavailable", "slow", "cut", "lost"), 0.05)
 
@@ -102,7 +102,7 @@ def test_a_create_whose_every_reply_is_lost_is_read_back_or_called_unknown(gcs: 
     assert well.create("journal/0", b"theirs") == Exists(b"ours")
 
 
-def test_what_was_refused_for_sure_is_an_error_and_not_an_unknown_outcome(gcs: EmulatorProcess) -> None:
+def test_what_was_rejected_for_sure_is_an_error_and_not_an_unknown_outcome(gcs: EmulatorProcess) -> None:
     store = patient(gcs, deadline_s=2)
     with faults(gcs, too_many=1), pytest.raises(StorageError, match=r"HTTP 429.*gave up after") as caught:
         store.create("journal/0", b"ours")
@@ -111,7 +111,7 @@ def test_what_was_refused_for_sure_is_an_error_and_not_an_unknown_outcome(gcs: E
 
 
 def test_an_error_at_the_deadline_tells_what_the_store_said_and_not_that_the_last_try_was_cut_short() -> None:
-    """A store that refuses at once, and then is as slow as the deadline."""
+    """A store that rejects at once, and then is as slow as the deadline."""
 
     class Store(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -266,7 +266,7 @@ def test_a_bucket_that_is_not_there_is_not_an_empty_run(gcs: EmulatorProcess) ->
     "url",
     ["gs://", "gs://bucket", "gs://bucket/", "gs://UPPER/run", "gs://b/run", "gs://bucket/../x", "gs://bucket//x"],
 )
-def test_a_url_that_is_no_prefix_in_a_bucket_is_refused(url: str) -> None:
+def test_a_url_that_is_no_prefix_in_a_bucket_is_rejected(url: str) -> None:
     with pytest.raises(UsageError, match="gs://"):
         open_storage(url)
 
@@ -333,7 +333,7 @@ def test_a_file_that_is_not_what_its_writer_counted_is_not_sealed(store: GcsStor
             store.make_durable(["s/a"], {"s/a": wrong})
 
 
-def test_an_upload_that_is_damaged_on_its_way_is_refused_by_the_store(gcs: EmulatorProcess, store: GcsStorage) -> None:
+def test_an_upload_that_is_damaged_on_its_way_is_rejected_by_the_store(gcs: EmulatorProcess, store: GcsStorage) -> None:
     """The checksum goes with the body, so that the service compares it with what arrived."""
 
     class Damaging(Client):

@@ -26,7 +26,7 @@ from gcsfs.core import GCSFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.gcs_emulator.bucket import Bucket, Preconditions, Refused
+from launch.gcs_emulator.bucket import Bucket, Preconditions, Rejected
 from launch.gcs_emulator.faults import Dice, Faults
 from launch.gcs_emulator.process import EmulatorProcess
 
@@ -316,14 +316,14 @@ def test_requests_are_counted_by_class_and_names_written_too_often_are_noticed(
 def test_a_bucket_has_a_limit() -> None:
     bucket = Bucket("b", 10)
     bucket.put("a", b"0123456789", Preconditions())
-    with pytest.raises(Refused, match="10 bytes at most"):
+    with pytest.raises(Rejected, match="10 bytes at most"):
         bucket.put("b", b"1", Preconditions())
     bucket.put("a", b"", Preconditions())
     bucket.put("b", b"0123456789", Preconditions())
 
 
 @pytest.mark.parametrize("text", ["nonsense=1", "lost=2", "lost=x", "down=1"])
-def test_faults_that_make_no_sense_are_refused_in_one_line(text: str) -> None:
+def test_faults_that_make_no_sense_are_rejected_in_one_line(text: str) -> None:
     with pytest.raises(ValueError):
         Faults.parse(text)
     command = [sys.executable, "-m", "launch.gcs_emulator", "--port=0", f"--faults={text}"]
@@ -389,6 +389,6 @@ def test_rules_answer_certain_requests_otherwise_and_no_others(gcs: EmulatorProc
 
 
 @pytest.mark.parametrize("rule", [{"kind": "no"}, {"name": "("}, {"nome": "x"}, {"kind": "status"}])
-def test_a_rule_that_is_none_is_refused(gcs: EmulatorProcess, rule: dict[str, Any]) -> None:
+def test_a_rule_that_is_none_is_rejected(gcs: EmulatorProcess, rule: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         gcs.set_rules("refused", {"name": "x", **rule})

@@ -22,7 +22,7 @@ from orchestrator.errors import StorageError, Unavailable, UsageError
 from orchestrator.storage import Created, Exists, open_storage
 from orchestrator.storage import gcs_replies as replies
 from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.gcs_client import Budget, Client
+from orchestrator.storage.gcs_http import Budget, Client
 from orchestrator.storage.gcs_replies import Reply
 
 
@@ -81,7 +81,7 @@ LINES: list[tuple[int, bytes, str]] = [
 
 @pytest.mark.parametrize(("status", "text", "expected"), LINES)
 def test_an_answer_is_one_short_line_that_says_what_to_do(status: int, text: bytes, expected: str) -> None:
-    error = str(replies.refusal("get", "gs://b/x", Reply(status, {}, text), "somebody"))
+    error = str(replies.rejection("get", "gs://b/x", Reply(status, {}, text), "somebody"))
     assert expected in error and "\n" not in error and len(error) < 700, error
     assert error.startswith(f"get gs://b/x: HTTP {status}")
     assert ("(somebody)" in error) == any(word in error for word in ("not accepted", "lack"))  # not of holds and quotas
@@ -314,7 +314,7 @@ def test_an_empty_object_may_come_without_a_size(monkeypatch: pytest.MonkeyPatch
         ("gs://bucket", "a run has a prefix of its own, as gs://bucket/run7"),
         ("gs://bucket/", "a run has a prefix of its own, as gs://bucket/run7"),
         ("gs://b_/run", "'b_' can be no bucket's name"),
-        ("s3://bucket/run", "no storage for s3://; wanted a local path, file:// or gs://"),
+        ("s3://bucket/run", "no storage for s3://; expected a local path, file:// or gs://"),
         ("https://storage.googleapis.com/bucket/run", "no storage for https://"),
     ],
 )

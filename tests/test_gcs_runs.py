@@ -25,16 +25,17 @@ from runs import now
 
 import orchestrator as oc
 from launch.gcs_emulator.process import EmulatorProcess
-from orchestrator import arrays, contents, journal, layout
-from orchestrator.catalog import Catalog
+from orchestrator import arrays
 from orchestrator.cli.main import main as cli
-from orchestrator.codec import encode
-from orchestrator.collect import collect
 from orchestrator.errors import Suspect
-from orchestrator.events import Event, Retried, subscribe
+from orchestrator.observe.events import Event, Retried, subscribe
+from orchestrator.rules import chunk_index, journal, keys
+from orchestrator.rules.codec import encode
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.gcs_client import Client
+from orchestrator.storage.gcs_http import Client
 
 ALL_FAULTS = dict.fromkeys(("too_many", "unavailable", "slow", "cut", "lost"), 0.05)
 
@@ -51,8 +52,8 @@ def state(step: int) -> dict[str, Any]:
 
 
 def is_state(restored: oc.Restored, step: int) -> bool:
-    found, wanted = restored.state, state(step)
-    arrays = [(found["w"], wanted["w"]), (found["b"]["c"], wanted["b"]["c"])]
+    found, expected = restored.state, state(step)
+    arrays = [(found["w"], expected["w"]), (found["b"]["c"], expected["b"]["c"])]
     return found["count"] == step and all(np.array_equal(a, b) for a, b in arrays)
 
 
@@ -173,7 +174,7 @@ def test_opening_a_run_takes_a_few_requests_whatever_its_age(gcs: EmulatorProces
     def grow(first: int, last: int) -> None:
         """Entries as years of saving would leave them; the last one is appended as an agent would."""
         with ThreadPoolExecutor(16) as pool:
-            entries = ((layout.journal_key(version), encode(head(version=version))) for version in range(first, last))
+            entries = ((keys.journal_key(version), encode(head(version=version))) for version in range(first, last))
             list(pool.map(lambda entry: storage.create(*entry), entries))
         assert (appended := catalog.append(journal.open_epoch)) and appended.version == last
 
@@ -184,8 +185,8 @@ def test_opening_a_run_takes_a_few_requests_whatever_its_age(gcs: EmulatorProces
         assert Catalog(open_storage(root), "reader").require_head().version == last
         told.append(gcs.counts()["operations"])
     assert told == [{"list": 2, "media": 1}] * 4
-    markers = list(storage.list(layout.JOURNAL_INDEX))
-    assert [layout.indexed_version(entry.key) for entry in markers] == [1000, 500]
+    markers = list(storage.list(keys.JOURNAL_INDEX))
+    assert [keys.indexed_version(entry.key) for entry in markers] == [1000, 500]
     for entry in markers:  # hints, and no more
         storage.delete(entry.key)
     assert Catalog(open_storage(root), "reader").require_head().version == 1400
@@ -197,10 +198,10 @@ def test_markers_never_hide_an_entry(make: Any) -> None:
     catalog = Catalog(storage, "test")
     for _ in range(4):
         catalog.append(journal.open_epoch)
-    storage.create(layout.index_key(2), b"")
+    storage.create(keys.index_key(2), b"")
     assert Catalog(storage, "test").require_head().version == 3
-    storage.create(layout.index_key(77), b"")  # it says more than there is
-    storage.create(layout.JOURNAL_INDEX + "0stray", b"")
+    storage.create(keys.index_key(77), b"")  # it says more than there is
+    storage.create(keys.JOURNAL_INDEX + "0stray", b"")
     assert Catalog(storage, "test").require_head().version == 3
     assert [head.version for head in Catalog(storage, "test").entries()] == [0, 1, 2, 3]
 
@@ -235,14 +236,14 @@ def test_a_tree_in_a_bucket_that_would_have_to_be_decompressed_is_decoded_by_nob
     assert live is not None
     manifest = catalog.manifest(live)
     state = f"steps/00000001/{live.attempt}/state/"
-    stored = contents.stored(manifest)
+    stored = chunk_index.stored(manifest)
     node = next(path for path in stored.files if path.startswith("d/"))
     body = bytearray(catalog.storage.get(state + node) or b"")
     body[13] = 1  # says that it is compressed
     body[-4:] = crc32c.crc32c(bytes(body[:-4])).to_bytes(4, "little")
     catalog.storage.delete(state + node)
     catalog.storage.create(state + node, bytes(body))
-    loads = [arrays.Load(leaf) for leaf in catalog.intent(live, manifest).tree.leaves]
+    loads = [arrays.ReadRequest(leaf) for leaf in catalog.intent(live, manifest).tree.leaves]
     with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
         arrays.load(f"{root}/{state}", loads, None, stored)
     with pytest.raises(oc.NothingToRestore, match=f"{node}: .*the manifest says"):

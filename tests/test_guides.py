@@ -17,7 +17,7 @@ from absl import flags
 from conftest import COMPILING
 
 from launch import __main__ as launch_main
-from launch import gke, slurm, tpu_vm
+from launch.engines import gke, slurm, tpu_vm
 
 pytestmark = pytest.mark.jobs
 

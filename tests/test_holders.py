@@ -7,10 +7,11 @@ import pytest
 from builders import leaf
 from msgspec import structs
 
-from orchestrator import holders, protocol
 from orchestrator.errors import UsageError
-from orchestrator.holders import View
-from orchestrator.records import Box, Held, Receipt
+from orchestrator.rules import attempt as protocol
+from orchestrator.rules import holders
+from orchestrator.rules.holders import View
+from orchestrator.rules.records import Box, Held, Receipt
 
 OWN, P0, P1, P2 = None, ((0, 1),), ((1, 2),), ((2, 3),)
 ALL, LATER = ((0, 3),), ((1, 3),)

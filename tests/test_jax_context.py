@@ -19,7 +19,7 @@ from test_layout_rules import sources
 
 import orchestrator as oc
 import orchestrator.compat as ocp
-from orchestrator.jax_context import in_own_context, own_context
+from orchestrator.arrays.jax_context import in_own_context, own_context
 
 SHARDED, ROWS, REPLICATED = PartitionSpec("data", "model"), PartitionSpec("data"), PartitionSpec()
 
@@ -196,7 +196,7 @@ def test_targets_over_abstract_meshes_are_restored_onto_the_mesh_that_is_set(roo
 def test_a_sharding_that_cannot_be_had_is_a_mismatch_naming_the_leaf_before_anything_is_read(
     root: Path, set_one: bool, sharding: str, says: str
 ) -> None:
-    class Target:  # jax.ShapeDtypeStruct itself refuses some
+    class Target:  # jax.ShapeDtypeStruct itself rejects some
         shape, dtype = (7,), np.dtype(np.float32)
 
     abstract = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)

@@ -10,11 +10,12 @@ from builders import head, live, stamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import journal, layout, policy
-from orchestrator.codec import encode
+from orchestrator import policy
 from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
-from orchestrator.journal import Compared, FencedBy, Found, Next, Overtaken, Refused
-from orchestrator.records import Failure, Head, LiveStep, Quarantine, RetiredAttempt
+from orchestrator.rules import journal, keys
+from orchestrator.rules.codec import encode
+from orchestrator.rules.journal import Compared, FencedBy, Found, Next, Overtaken, Rejected
+from orchestrator.rules.records import Failure, Head, LiveStep, Quarantine, RetiredAttempt
 
 
 def changed(following: Next) -> Head:
@@ -22,8 +23,8 @@ def changed(following: Next) -> Head:
     return following
 
 
-def refusal(following: Next) -> OrchestratorError:
-    assert isinstance(following, Refused), following
+def rejection(following: Next) -> OrchestratorError:
+    assert isinstance(following, Rejected), following
     return following.error
 
 
@@ -58,14 +59,14 @@ def test_a_zombie_of_an_older_epoch_can_neither_commit_nor_abort_and_is_told_who
     assert journal.abort(now, stamp(), epoch=2, step=2, attempt="e0002-a01", failures=(), reason="") == fenced
 
 
-def test_a_decision_where_the_journal_has_vanished_or_gone_back_is_refused_not_reported_as_done() -> None:
+def test_a_decision_where_the_journal_has_vanished_or_gone_back_is_rejected_not_reported_as_done() -> None:
     entry = live(2, "e0002-a01")
-    assert isinstance(refusal(journal.commit(None, stamp(), epoch=2, entry=entry, keep=None)), JournalLost)
-    gone_back = refusal(journal.commit(head(live(1), epoch=1), stamp(), epoch=2, entry=entry, keep=None))
+    assert isinstance(rejection(journal.commit(None, stamp(), epoch=2, entry=entry, keep=None)), JournalLost)
+    gone_back = rejection(journal.commit(head(live(1), epoch=1), stamp(), epoch=2, entry=entry, keep=None))
     assert isinstance(gone_back, JournalLost)
     assert "epoch 1" in str(gone_back) and "epoch 2" in str(gone_back)
     aborting = journal.abort(None, stamp(), epoch=2, step=2, attempt="e0002-a01", failures=(), reason="")
-    assert isinstance(refusal(aborting), JournalLost)
+    assert isinstance(rejection(aborting), JournalLost)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_an_epoch_is_opened_only_on_the_run_that_the_job_was_compared_with(
     if opens:
         assert changed(following).epoch == (now.epoch if now else 0) + 1
     else:
-        assert isinstance(refusal(following), Overtaken)
+        assert isinstance(rejection(following), Overtaken)
 
 
 # Commit.
@@ -118,7 +119,7 @@ def test_committing_again_after_a_lost_reply_changes_nothing() -> None:
 @pytest.mark.parametrize("reason", ["aborted", "retention", "replaced"])
 def test_an_attempt_that_is_aborted_or_retired_can_never_be_committed(reason: str) -> None:
     gone = RetiredAttempt(step=3, attempt="e0001-a01", reason=reason)
-    error = refusal(journal.commit(head(retired=(gone,)), stamp(), epoch=1, entry=live(3), keep=None))
+    error = rejection(journal.commit(head(retired=(gone,)), stamp(), epoch=1, entry=live(3), keep=None))
     assert "step 3 e0001-a01" in str(error) and "cannot be committed" in str(error)
 
 
@@ -230,10 +231,10 @@ def test_pin_and_unpin_are_idempotent_and_a_step_can_have_several_pins() -> None
 
 @pytest.mark.parametrize("rule", [journal.pin, journal.unpin])
 def test_pinning_a_step_that_is_not_there_says_which_steps_are(rule: Any) -> None:
-    error = refusal(rule(head(live(10), live(20)), stamp(), step=15, name="a"))
+    error = rejection(rule(head(live(10), live(20)), stamp(), step=15, name="a"))
     assert isinstance(error, StepNotFound)
     assert str(error) == "step 15 is not in this run; it has: 10, 20"
-    assert "no steps" in str(refusal(rule(None, stamp(), step=15, name="a")))
+    assert "no steps" in str(rejection(rule(None, stamp(), step=15, name="a")))
 
 
 # Quarantine protects and is reversible.
@@ -289,8 +290,8 @@ def test_release_gives_back_the_trust_that_the_step_had_in_its_place() -> None:
     assert back.live == run.live
     assert (back.event.kind, back.event.step, back.event.reason) == ("released", 2, "was the cable")
     assert journal.release(back, stamp(), step=2) is None
-    assert isinstance(refusal(journal.release(back, stamp(), step=8)), StepNotFound)
-    assert isinstance(refusal(journal.release(None, stamp(), step=8)), StepNotFound)
+    assert isinstance(rejection(journal.release(back, stamp(), step=8)), StepNotFound)
+    assert isinstance(rejection(journal.release(None, stamp(), step=8)), StepNotFound)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +313,7 @@ def test_a_verify_that_finds_a_step_good_lifts_what_it_disproves(evidence: LiveS
 def test_what_was_put_aside_can_be_released_once_its_step_is_free_and_is_never_the_newest() -> None:
     old = quarantined(2)
     run = head(live(1), live(2, "e0002-a01"), live(3, "e0002-a01"), epoch=2, aside=(old,))
-    assert "restorable as e0002-a01" in str(refusal(journal.release(run, stamp(), step=2)))
+    assert "restorable as e0002-a01" in str(rejection(journal.release(run, stamp(), step=2)))
     assert journal.release(run, stamp(), step=2, attempt="e0001-a01", disproved=True) is None
     bad = changed(journal.quarantine(run, stamp(), step=2, attempt="e0002-a01", reason="x"))
     swapped = changed(journal.release(bad, stamp(), step=2, attempt="e0001-a01"))
@@ -330,12 +331,12 @@ def test_only_somebody_who_names_a_quarantined_step_deletes_it() -> None:
     assert (gone.event.kind, gone.event.steps) == ("retired", (2,))
     both = changed(journal.discard(run, stamp(), step=1))
     assert steps(both) == [1, 2, 3] and both.aside == ()
-    assert "quarantined steps: 1, 2, 3" in str(refusal(journal.discard(run, stamp(), step=7)))
-    assert isinstance(refusal(journal.discard(head(live(1)), stamp(), step=1)), StepNotFound)
+    assert "quarantined steps: 1, 2, 3" in str(rejection(journal.discard(run, stamp(), step=7)))
+    assert isinstance(rejection(journal.discard(head(live(1)), stamp(), step=1)), StepNotFound)
     pinned = head(live(1), live(2, trust="quarantined", pins=("p",)))
-    assert isinstance(refusal(journal.discard(pinned, stamp(), step=2)), UsageError)
+    assert isinstance(rejection(journal.discard(pinned, stamp(), step=2)), UsageError)
     # The last step of a run: without it the run would pass for a new one.
-    assert isinstance(refusal(journal.discard(head(quarantined(2)), stamp(), step=2)), UsageError)
+    assert isinstance(rejection(journal.discard(head(quarantined(2)), stamp(), step=2)), UsageError)
 
 
 # Collecting.
@@ -459,11 +460,11 @@ def test_texts_and_lists_in_an_entry_are_bounded() -> None:
     assert entry.event.reason.endswith("; 936 more processes failed") and len(entry.event.failures) == 64
     quarantined = journal.quarantine(now, signed, step=1, attempt=now.live[0].attempt, reason="é" * 99_999)
     assert len(changed(quarantined).event.reason) == journal.REASON_CHARS
-    refused = refusal(journal.pin(now, stamp(), step=1, name="p" * 201))
-    assert "at most 100 pins, of at most 200 characters" in str(refused)
+    rejected = rejection(journal.pin(now, stamp(), step=1, name="p" * 201))
+    assert "at most 100 pins, of at most 200 characters" in str(rejected)
     for number in range(100):
         now = changed(journal.pin(now, stamp(), step=1, name=str(number)))
-    refusal(journal.pin(now, stamp(), step=1, name="one more"))
+    rejection(journal.pin(now, stamp(), step=1, name="one more"))
     assert journal.pin(now, stamp(), step=1, name="3") is None
     changed(journal.unpin(now, stamp(), step=1, name="3"))
 
@@ -578,12 +579,12 @@ def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
     elif name == "start":
         epoch = max(1, now.epoch - other % 3)  # an incarnation of an older epoch may still be at work
         number = world.numbers[epoch, which] = world.numbers.get((epoch, which), 0) + 1
-        world.data.add((which, layout.attempt_name(epoch, number)))
-        world.undecided.append((which, layout.attempt_name(epoch, number)))
+        world.data.add((which, keys.attempt_name(epoch, number)))
+        world.undecided.append((which, keys.attempt_name(epoch, number)))
     elif name in ("commit", "abort") and world.undecided:
         decide(world, now, name, world.undecided.pop(which % len(world.undecided)), keep)
     elif name == "again" and which in entries:  # the reply to the commit was lost
-        epoch = layout.parse_attempt(entries[which])[0]
+        epoch = keys.parse_attempt(entries[which])[0]
         again = journal.commit(now, stamp(), epoch=epoch, entry=live(which, entries[which]), keep=keep)
         assert again is None or isinstance(again, FencedBy)
     elif name == "retire" and keep is not None:
@@ -602,7 +603,7 @@ def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
 
 def decide(world: World, now: Head, name: str, attempt: Attempt, keep: Any) -> None:
     step, called = attempt
-    epoch = layout.parse_attempt(called)[0]
+    epoch = keys.parse_attempt(called)[0]
     if name == "commit":
         entry = live(step, called, metrics={"loss": float(step)})
         following = journal.commit(now, stamp(), epoch=epoch, entry=entry, keep=keep)

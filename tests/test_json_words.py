@@ -11,9 +11,9 @@ from builders import head, live
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator import arguments, json_words
-from orchestrator.codec import decode, encode
-from orchestrator.records import Extra, Head, crc32c
+from orchestrator.rules import arguments, json_numbers
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.records import Extra, Head, crc32c
 
 NAMES = st.one_of(st.text(st.characters(codec="utf-8"), max_size=4), st.from_regex(r"\$*(number)?", fullmatch=True))
 WORDS = st.sampled_from(["NaN", "Infinity", "-Infinity"])
@@ -43,7 +43,7 @@ def same(one: Any, other: Any) -> bool:
 def test_every_value_of_the_users_comes_back_as_it_was(value: Any) -> None:
     assert same(arguments.plain_json("value", value), value)
     extra = Extra(
-        format=1, write_id="x", step=1, timestamp=0.0, stored_metrics={}, stored_extra={"a": json_words.pack(value)}
+        format=1, write_id="x", step=1, timestamp=0.0, stored_metrics={}, stored_extra={"a": json_numbers.pack(value)}
     )
     body = encode(extra)
     assert same(decode(body, Extra, "extra.json").extra, {"a": value})
@@ -58,10 +58,14 @@ def test_metrics_come_back_from_a_head_as_they_were(metrics: dict[str, float]) -
 
 
 def test_what_is_stored_can_be_read_by_people() -> None:
-    assert json_words.stored_all({"a": math.nan, "b": -math.inf, "c": 0.5}) == {"a": "NaN", "b": "-Infinity", "c": 0.5}
-    assert json_words.pack({"best": [math.inf, 1]}) == {"best": [{"$number": "Infinity"}, 1]}
-    assert json_words.pack({"$number": "Infinity"}) == {"$$number": "Infinity"}
-    assert json_words.pack({"$schema": 1, "$number": 2}) == {"$schema": 1, "$number": 2}
+    assert json_numbers.stored_all({"a": math.nan, "b": -math.inf, "c": 0.5}) == {
+        "a": "NaN",
+        "b": "-Infinity",
+        "c": 0.5,
+    }
+    assert json_numbers.pack({"best": [math.inf, 1]}) == {"best": [{"$number": "Infinity"}, 1]}
+    assert json_numbers.pack({"$number": "Infinity"}) == {"$$number": "Infinity"}
+    assert json_numbers.pack({"$schema": 1, "$number": 2}) == {"$schema": 1, "$number": 2}
 
 
 def test_what_earlier_versions_wrote_is_read() -> None:

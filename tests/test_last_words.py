@@ -14,7 +14,7 @@ import pytest
 from processes import free_port
 
 import orchestrator as oc
-from orchestrator import last_words
+from orchestrator.job import last_words
 
 REPO = Path(__file__).parent.parent
 FAILING_JOB = REPO / "tests" / "jobs" / "failing_job.py"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import gke, local, plainfile, supervise
+from launch import plainfile, supervise
 from launch.command import LaunchError
+from launch.engines import gke, local
 from launch.heartbeats import Heartbeats
-from orchestrator import heartbeat
+from orchestrator.observe import heartbeat
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -109,10 +110,10 @@ def test_a_heartbeat_that_finds_no_room_still_beats(tmp_path: Path, monkeypatch:
     file = tmp_path / "beat"
     monkeypatch.setenv(heartbeat.VARIABLE, str(file))
     monkeypatch.setattr(heartbeat, "_last", {})
-    heartbeat.beat("training", 1)
+    heartbeat.record("training", 1)
     os.utime(file, (0, 0))
     (tmp_path / f"beat.{os.getpid()}").mkdir()  # in the way of the new one, as a full disk is
-    heartbeat.beat("saving", 2)
+    heartbeat.record("saving", 2)
     assert file.stat().st_mtime > 0 and json.loads(file.read_text())["step"] == 1
 
 

@@ -151,7 +151,7 @@ def test_a_second_signal_kills_and_a_stopped_job_is_not_restarted(tmp_path: Path
 
 
 BEAT = (
-    "import json, time\ndef beat(step):\n"
+    "import json, time\ndef record(step):\n"
     "    p = e['ORCHESTRATOR_HEARTBEAT_FILE']\n    with open(p + '.x', 'w') as f:\n"
     "        json.dump({'doing': 'training', 'step': step}, f)\n    os.replace(p + '.x', p)\n"
 )
@@ -239,7 +239,7 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> N
     [
         (["local"], "--processes is needed"),
         (["local", "--processes", "2"], "no command to run; put it after --"),
-        (["local", "--processes", "0", "--", "true"], "--processes=0: wanted at least 1"),
+        (["local", "--processes", "0", "--", "true"], "--processes=0: expected at least 1"),
         (["local", "--processes", "2", "--max_restarts", "-1", "--", "true"], "--max_restarts=-1"),
         (["local", "--processes", "x", "--", "true"], "flag --processes=x"),
         (["local", "--processes", "2", "--", "no-such-program"], "no-such-program: no such program"),
@@ -248,17 +248,17 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> N
         (["local", "--processes", "1", "--log_dir", "/dev/null/x", "--", "true"], "--log_dir /dev/null/x"),
         (
             ["local", "--processes", "1", "--log_dir", "gs://bucket/x", "--", "true"],
-            "--log_dir='gs://bucket/x': wanted a",
+            "--log_dir='gs://bucket/x': expected",
         ),
-        (["local", "--processes", "1", "--hosts_file", "file:x", "--", "true"], "--hosts_file='file:x': wanted a path"),
-        (["slurm", "--nodes", "1", "--log_dir", "gs://bucket/x", "--", "true"], "--log_dir='gs://bucket/x': wanted a"),
-        (["gke", "--output", "gs://bucket/x", "--", "true"], "--output='gs://bucket/x': wanted a path"),
-        (["gke", "--check", "s3://bucket/x"], "--check='s3://bucket/x': wanted a path"),
+        (["local", "--processes", "1", "--hosts_file", "file:x", "--", "true"], "--hosts_file='file:x': expected a"),
+        (["slurm", "--nodes", "1", "--log_dir", "gs://bucket/x", "--", "true"], "--log_dir='gs://bucket/x': expected"),
+        (["gke", "--output", "gs://bucket/x", "--", "true"], "--output='gs://bucket/x': expected a path"),
+        (["gke", "--check", "s3://bucket/x"], "--check='s3://bucket/x': expected a path"),
         (
             ["local", "--processes", "2", "--elastic", "3:4", "--", "true"],
-            "--elastic=3:4: wanted 1 <= MIN <= --processes",
+            "--elastic=3:4: expected 1 <= MIN <= --processes",
         ),
-        (["local", "--processes", "2", "--elastic", "many", "--", "true"], "--elastic=many: wanted MIN:MAX"),
+        (["local", "--processes", "2", "--elastic", "many", "--", "true"], "--elastic=many: expected MIN:MAX"),
         (["local", "--processes", "2", "--chaos", "nowhere=kill", "--", "true"], "no place 'nowhere'; there is: abort"),
         (["kubernetes"], "no command 'kubernetes'; there is: local"),
     ],

@@ -6,35 +6,35 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orchestrator import layout
 from orchestrator.errors import Damaged, UnsafeKey
+from orchestrator.rules import keys
 
 NUMBERS = st.integers(0, 10**9)
 
 
 def test_keys_look_as_the_on_disk_contract_says() -> None:
-    assert layout.journal_key(42) == "journal/00000000000000000042.json"
-    assert layout.attempt_name(3, 1) == "e0003-a01"
-    assert layout.attempt_prefix(100, "e0003-a01") == "steps/00000100/e0003-a01/"
-    assert layout.receipt_name(3) == "receipts/00003.json"
-    assert layout.process_state_name(3) == "process/00003.bin"
-    assert layout.shown(100, "e0003-a02") == "step 100 e0003-a02"
+    assert keys.journal_key(42) == "journal/00000000000000000042.json"
+    assert keys.attempt_name(3, 1) == "e0003-a01"
+    assert keys.attempt_prefix(100, "e0003-a01") == "steps/00000100/e0003-a01/"
+    assert keys.receipt_name(3) == "receipts/00003.json"
+    assert keys.process_state_name(3) == "process/00003.bin"
+    assert keys.shown(100, "e0003-a02") == "step 100 e0003-a02"
 
 
 @given(NUMBERS, NUMBERS, NUMBERS)
 def test_what_is_built_is_parsed_back(first: int, second: int, third: int) -> None:
-    assert layout.journal_version(layout.journal_key(first)) == first
-    name = layout.attempt_name(first, second)
-    assert layout.parse_attempt(name) == (first, second)
-    key = layout.attempt_prefix(third, name) + "state/d/x"
-    assert layout.split_attempt_key(key) == (third, name, "state/d/x")
-    assert layout.process_of(layout.receipt_name(first)) == first
-    assert layout.process_of(layout.process_state_name(first)) == first
+    assert keys.journal_version(keys.journal_key(first)) == first
+    name = keys.attempt_name(first, second)
+    assert keys.parse_attempt(name) == (first, second)
+    key = keys.attempt_prefix(third, name) + "state/d/x"
+    assert keys.split_attempt_key(key) == (third, name, "state/d/x")
+    assert keys.process_of(keys.receipt_name(first)) == first
+    assert keys.process_of(keys.process_state_name(first)) == first
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=2))
 def test_journal_keys_sort_as_their_versions_do(versions: list[int]) -> None:
-    assert sorted(map(layout.journal_key, versions)) == [layout.journal_key(version) for version in sorted(versions)]
+    assert sorted(map(keys.journal_key, versions)) == [keys.journal_key(version) for version in sorted(versions)]
 
 
 @pytest.mark.parametrize(
@@ -52,44 +52,44 @@ def test_journal_keys_sort_as_their_versions_do(versions: list[int]) -> None:
     ],
 )
 def test_a_stray_file_in_the_journal_is_not_an_entry(key: str) -> None:
-    assert layout.journal_version(key) is None
+    assert keys.journal_version(key) is None
 
 
 @pytest.mark.parametrize(
     "key", ["steps/100/e0003-a01/x", "steps/00000100/e3-a1/x", "steps/00000100/e0003-a01/", "steps/00000100", "a/b"]
 )
 def test_a_stray_file_in_steps_belongs_to_no_attempt(key: str) -> None:
-    assert layout.split_attempt_key(key) is None
+    assert keys.split_attempt_key(key) is None
 
 
 @pytest.mark.parametrize(
     "name", ["", "..", "e0003", "e0003-a01/../x", "e-001-a01", "E0003-a01", "e0003-a01\n", "e03-a1"]
 )
-def test_an_attempt_name_from_a_hostile_record_is_refused(name: str) -> None:
+def test_an_attempt_name_from_a_hostile_record_is_rejected(name: str) -> None:
     with pytest.raises(UnsafeKey, match="wanted eEEEE-aNN"):
-        layout.attempt_prefix(1, name)
+        keys.attempt_prefix(1, name)
 
 
 HOSTILE = ["", ".", "..", "../x", "a/../../x", "a/..", "/etc/passwd", "a//b", "a/", "./a", "a/./b", "a\\b", "a\0b"]
 
 
 @pytest.mark.parametrize("key", HOSTILE)
-def test_a_key_that_could_leave_its_attempt_is_refused_and_the_record_is_named(key: str) -> None:
+def test_a_key_that_could_leave_its_attempt_is_rejected_and_the_record_is_named(key: str) -> None:
     with pytest.raises(UnsafeKey) as caught:
-        layout.check_key(key, "run/manifest.json")
+        keys.check_key(key, "run/manifest.json")
     assert str(caught.value).startswith("run/manifest.json: key ")
     assert isinstance(caught.value, Damaged)  # exit code 4, and restore steps down
 
 
 @pytest.mark.parametrize("key", ["a", "a/b/c", "state/ocdbt.process_0/d/0f", "..a", "a..", ".hidden", "ü/ b"])
 def test_plain_relative_keys_pass_unchanged(key: str) -> None:
-    assert layout.check_key(key, "here") == key
+    assert keys.check_key(key, "here") == key
 
 
 @given(st.text(alphabet="a./\\", max_size=8))
 def test_no_key_that_passes_leaves_its_prefix(key: str) -> None:
     try:
-        layout.check_key(key, "here")
+        keys.check_key(key, "here")
     except UnsafeKey:
         return
     depth = 0
@@ -116,13 +116,13 @@ def test_no_key_that_passes_leaves_its_prefix(key: str) -> None:
 )
 def test_a_process_is_not_read_out_of_a_name_that_nobody_builds(name: str) -> None:
     with pytest.raises(UnsafeKey):
-        layout.process_of(name)
-    assert layout.receipt_of(layout.attempt_prefix(1, "e0001-a01") + name) is None
+        keys.process_of(name)
+    assert keys.receipt_of(keys.attempt_prefix(1, "e0001-a01") + name) is None
 
 
 def test_each_attempt_has_one_name() -> None:
     with pytest.raises(UnsafeKey):
-        layout.parse_attempt("e00003-a01")
-    assert layout.split_attempt_key("steps/000000100/e0003-a01/x") is None
-    assert layout.split_attempt_key("steps/00000100/e0003-a01/x") == (100, "e0003-a01", "x")
-    assert layout.receipt_of("steps/00000100/e0003-a01/receipts/00007.json") == 7
+        keys.parse_attempt("e00003-a01")
+    assert keys.split_attempt_key("steps/000000100/e0003-a01/x") is None
+    assert keys.split_attempt_key("steps/00000100/e0003-a01/x") == (100, "e0003-a01", "x")
+    assert keys.receipt_of("steps/00000100/e0003-a01/receipts/00007.json") == 7

@@ -14,7 +14,7 @@ from runs import now
 
 import orchestrator as oc
 from orchestrator.arrays import ArrayOptions, ArrayWriter
-from orchestrator.tree import flatten
+from orchestrator.arrays.tree import flatten
 
 
 def scalar(dtype: Any) -> Any:

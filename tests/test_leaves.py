@@ -88,13 +88,13 @@ def test_plain_orbax_loads_what_was_on_the_devices_of_two_processes(ended: Job) 
 @pytest.mark.jobs
 def test_values_that_differ_between_hosts_are_named_once_or_abort_the_save_or_are_ignored(ended: Job) -> None:
     differing = f"array, int, key, large, numpy and 2 more: hosts disagree: {STORED}; {ADVICE}"
-    for process, (warned, refused, ignored, agreed) in enumerate(
+    for process, (warned, rejected, ignored, agreed) in enumerate(
         zip(*(rows(ended, row) for row in ("warned", "refused", "ignored", "agreed")), strict=True)
     ):
         assert warned["differing"] == ([differing] if process == 0 else [])
         assert warned["steps"] == ignored["steps"] == [1, 2]
-        assert refused["steps"] == [] and refused["failures"] == 2
-        assert [text.partition(" was not saved: ")[2] for text in refused["failed"]] == [differing] * 2
+        assert rejected["steps"] == [] and rejected["failures"] == 2
+        assert [text.partition(" was not saved: ")[2] for text in rejected["failed"]] == [differing] * 2
         assert agreed["steps"] == [1], "equal values in other layouts are equal"
         assert ignored["differing"] == agreed["differing"] == agreed["failed"] == []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import failpoints
-from orchestrator.arrays.localstore import LocalStore
+from orchestrator.arrays.reading.local_store import LocalStore
 from tests.processes import Job, job
 
 pytestmark = pytest.mark.jobs

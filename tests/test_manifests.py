@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import contract, gke, manifest_check, manifests
+from launch import contract
 from launch.contract import JobContract
-from launch.manifests import Manifest, PodJob, Pool
+from launch.engines import gke, manifest_check, manifests
+from launch.engines.manifests import Manifest, PodJob, Pool
 from tests.places import METACHARACTERS, NASTY, reports
 from tests.processes import free_port
 
@@ -256,7 +257,7 @@ BROKEN: dict[str, tuple[list[Manifest], Callable[[list[Manifest]], object], str]
     "service that is not headless": (
         INDEXED,
         lambda d: d[0]["spec"].pop("clusterIP"),
-        "Job/run7: Service/run7: spec.clusterIP: wanted None (headless)",
+        "Job/run7: Service/run7: spec.clusterIP: expected None (headless)",
     ),
     "service of another job": (
         INDEXED,
@@ -312,13 +313,13 @@ def test_the_check_reads_files_and_ends_with_1_if_something_is_wrong(tmp_path: P
         (["--name=a", "--image=i", "--tpu_type=t", "--", "x"], "--tpu_type needs --tpu_topology"),
         (
             ["--name=a", "--image=i", "--tpu_type=t", "--tpu_topology=4*4", "--", "x"],
-            "--tpu_topology=4*4: wanted chips",
+            "--tpu_topology=4*4: expected chips",
         ),
         (["--name=a", "--image=i", "--gpu_type=t", "--", "x"], "--hosts is needed"),
-        (["--name=A_b", "--image=i", "--gpu_type=t", "--hosts=1", "--", "x"], "--name=A_b: wanted at most 40"),
+        (["--name=A_b", "--image=i", "--gpu_type=t", "--hosts=1", "--", "x"], "--name=A_b: expected at most 40"),
         (
             ["--name=a", "--image=i", "--gpu_type=t", "--hosts=1", "--env=1=2", "--", "x"],
-            "--env=1=2: wanted NAME=VALUE",
+            "--env=1=2: expected NAME=VALUE",
         ),
         (["--check=/nowhere"], "--check=/nowhere: No such file or directory"),
         (["--check=README.md"], "--check=README.md: "),

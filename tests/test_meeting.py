@@ -22,10 +22,11 @@ from processes import free_port
 from runs import catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import configuration, meeting
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
-from orchestrator.configuration import OPTIONS, ORBAX, RULES, Rule, described, differences, digest, of_agent, who
+from orchestrator.job import startup
+from orchestrator.rules import configuration
+from orchestrator.rules.configuration import OPTIONS, ORBAX, RULES, Rule, described, differences, digest, of_agent, who
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.read_only import ReadOnlyStorage
 
@@ -198,22 +199,22 @@ class Late(HookedStorage):
 def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> None:
     fill(root, 1)
     writer = catalog_of(root)
-    key, head = meeting.mark(writer), writer.require_head()
+    key, head = startup.mark(writer), writer.require_head()
     looks: list[Callable[[Catalog], bool]] = [
-        partial(meeting.has, key=key),
-        partial(meeting._has_entry, version=head.version, write_id=head.write_id),
+        partial(startup.has, key=key),
+        partial(startup._has_entry, version=head.version, write_id=head.write_id),
     ]
     for look in looks:
-        assert meeting.awaited(partial(look, Catalog(Late(root, after=3, error=error), "other")), timeout_s=60)
+        assert startup.awaited(partial(look, Catalog(Late(root, after=3, error=error), "other")), timeout_s=60)
         never = partial(look, Catalog(Late(root, after=10**6, error=error), "other"))
         if error:
             with pytest.raises(oc.Unavailable, match="ESTALE"):
-                meeting.awaited(never, timeout_s=0.4)
+                startup.awaited(never, timeout_s=0.4)
         else:
-            assert not meeting.awaited(never, timeout_s=0.4)
-    assert not meeting._has_entry(writer, head.version, "of another journal")
-    meeting.unmark(writer, key)
-    assert not meeting.has(writer, key)
+            assert not startup.awaited(never, timeout_s=0.4)
+    assert not startup._has_entry(writer, head.version, "of another journal")
+    startup.unmark(writer, key)
+    assert not startup.has(writer, key)
 
 
 def test_whoever_looks_again_opens_all_directories_from_the_top_and_makes_none(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_whoever_looks_again_opens_all_directories_from_the_top_and_makes_none(t
 
 
 def test_a_mark_that_a_crash_has_left_is_no_part_of_the_run(root: Path) -> None:
-    left = meeting.mark(catalog_of(root))
+    left = startup.mark(catalog_of(root))
     assert oc.Agent(root).latest_step() is None  # still a new run
     fill(root, 1, 2, keep=oc.last(1))
     assert (root / left).is_file() and oc.open_run(root).all_steps() == [2]
@@ -258,7 +259,7 @@ def test_every_option_has_a_rule_and_nothing_else_has() -> None:
     assert of_agent(None, None, oc.Options()).keys() == {"save", "keep"} | {
         f"Options.{n}" for n in OPTIONS.keys() - own
     }
-    assert meeting.surroundings().keys() <= RULES.keys()
+    assert startup.surroundings().keys() <= RULES.keys()
     assert {*configuration.PACKAGES, *configuration.JAX_SETTINGS, *configuration.ENVIRONMENT} <= RULES.keys()
 
 

@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from runs import LIKE, now, state
 
 import orchestrator as oc
-from orchestrator import events
-from orchestrator.metrics import Metrics
-from orchestrator.tracing import Traces
+from orchestrator.observe import events
+from orchestrator.observe.prometheus import Metrics
+from orchestrator.observe.spans import Traces
 
 ROOT = Path(__file__).parent.parent
 OPS = ROOT / "docs" / "ops"
@@ -76,9 +76,9 @@ def test_the_page_lists_exactly_the_metrics_that_there_are_with_their_types_and_
     assert listed == {family.name: family.type for family in text_string_to_metric_families(scraped)}
     labels = {name: re.findall(r"`(\w+)`", text) for name, _, text in rows}
     registry = Metrics(0, "h").registry
-    for name, wanted in labels.items():
+    for name, expected in labels.items():
         metric: Any = registry._names_to_collectors[name]
-        assert list(metric._labelnames) == wanted, name
+        assert list(metric._labelnames) == expected, name
 
 
 @needs_promtool

@@ -15,7 +15,7 @@ from processes import job
 
 import orchestrator as oc
 from orchestrator import failpoints
-from orchestrator.catalog import Catalog
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 pytestmark = pytest.mark.jobs
@@ -184,8 +184,8 @@ def test_a_first_save_that_one_process_cannot_take_part_in_opens_no_epoch_and_ke
 ) -> None:
     with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, odd=1, timeout=400) as running:
         assert running.wait(200) == [0, 0], running.story()  # long before the save's own time limit
-        (refused,) = running.said(1, "refused")
-        assert "metrics=3" in refused["text"] and refused["epoch"] is None
+        (rejected,) = running.said(1, "refused")
+        assert "metrics=3" in rejected["text"] and rejected["epoch"] is None
         assert running.said(0, "done")[0]["failures"] == 1 and running.said(0, "done")[0]["steps"] == [1]
         assert "process 1 (host-1): UsageError: metrics=3" in running.errors[0].read_text()
     log = list(Catalog(open_storage(str(tmp_path / "run")), writer="test").entries())

@@ -12,11 +12,11 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import chunks
-from orchestrator.arrays import ocdbt
-from orchestrator.arrays.localstore import LocalStore
-from orchestrator.contents import Chunk
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Suspect
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.chunk_index import Chunk
 
 DATA = bytes(range(256)) * 400
 CONTEXT = ts.Context()  # stores copy ranges to each other only within one
@@ -114,7 +114,7 @@ def test_a_flipped_bit_or_a_cut_in_the_tree_is_noticed(tmp_path: Path, file: str
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
 def test_the_crc_of_two_strings_is_combined_from_theirs(first: bytes, second: bytes) -> None:
-    combined = chunks.combined_crc32c(crc32c.crc32c(first), crc32c.crc32c(second), len(second))
+    combined = zarr_chunks.combined_crc32c(crc32c.crc32c(first), crc32c.crc32c(second), len(second))
     assert combined == crc32c.crc32c(first + second)
 
 
@@ -122,5 +122,5 @@ def test_the_crc_of_a_large_file_is_combined_without_reading_it_again() -> None:
     part = os.urandom(1 << 20)
     total = 0
     for _ in range(5):
-        total = chunks.combined_crc32c(total, crc32c.crc32c(part), len(part))
+        total = zarr_chunks.combined_crc32c(total, crc32c.crc32c(part), len(part))
     assert total == crc32c.crc32c(part * 5)

@@ -21,13 +21,13 @@ from fakes import HookedStorage
 from runs import LIKE, fill, journal_of, kinds, now, state
 
 import orchestrator as oc
-from orchestrator import journal
-from orchestrator.catalog import Catalog
-from orchestrator.events import EpochOpened, subscribe
-from orchestrator.opening import Opening
-from orchestrator.rendezvous import _Alone
+from orchestrator.arrays.tree import flatten
+from orchestrator.job.opening import Opening
+from orchestrator.job.rendezvous import _Alone
+from orchestrator.observe.events import EpochOpened, subscribe
+from orchestrator.rules import journal
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.tree import flatten
 
 OTHER = {"layers": [jnp.zeros(2)]}
 

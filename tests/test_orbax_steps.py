@@ -1,4 +1,4 @@
-"""Directories of Orbax's as they are met: of any version, gone on with, malformed, linked. Each is adopted, or refused
+"""Directories of Orbax's as they are met: of any version, gone on with, malformed, linked. Each is adopted, or rejected
 with the way out; none is taken for a new run, and nothing is passed over."""
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import pytest
 from builders import head, live
 
 import orchestrator as oc
-from orchestrator import adopt, compat
-from orchestrator.catalog import Catalog
+from orchestrator import compat
 from orchestrator.cli.main import main
+from orchestrator.run.journal_store import Catalog
+from orchestrator.run.orbax_steps import unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.memory import MemoryStorage
 
@@ -66,12 +67,12 @@ def run_adopt(*arguments: object) -> int:
     return main(["orchestrator", "adopt", *map(str, arguments)])
 
 
-def refusal(root: Path) -> str | None:
+def rejection(root: Path) -> str | None:
     catalog = Catalog(open_storage(root), writer="test")
-    return adopt.unadopted(catalog, catalog.head())
+    return unadopted(catalog, catalog.head())
 
 
-def refused_unchanged(root: Path, *said: str) -> None:
+def rejected_unchanged(root: Path, *said: str) -> None:
     """Neither manager nor reader opens it, and nothing was written."""
     before = snapshot(root)
     for read_only in (False, True):
@@ -80,7 +81,7 @@ def refused_unchanged(root: Path, *said: str) -> None:
             compat.CheckpointManager(root, options=options)
         for text in said:
             assert text in str(caught.value)
-    assert refusal(root) == str(caught.value)
+    assert rejection(root) == str(caught.value)
     assert snapshot(root) == before
 
 
@@ -88,16 +89,16 @@ def refused_unchanged(root: Path, *said: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "ckpt_", "000"])
-def test_a_directory_of_an_old_orbax_is_refused_until_adopted_and_then_restored(root: Path, prefix: str) -> None:
+def test_a_directory_of_an_old_orbax_is_rejected_until_adopted_and_then_restored(root: Path, prefix: str) -> None:
     of_version_0_4(root, 10, 20, prefix=prefix)
-    refused_unchanged(root, "holds 2 steps of Orbax's own (newest 20)", f"orchestrator adopt {root}")
+    rejected_unchanged(root, "holds 2 steps of Orbax's own (newest 20)", f"orchestrator adopt {root}")
     assert run_adopt(root) == 0
     with compat.CheckpointManager(root) as manager:
         assert manager.all_steps() == [10, 20]
         assert manager.metadata(20).commit_timestamp_nsecs > 1e18
         assert float(manager.restore()["w"][0]) == 20.0
         manager.save(30, args=SAVE({"w": jnp.ones(4)}))
-    assert refusal(root) is None
+    assert rejection(root) is None
 
 
 def test_numbers_that_json_has_no_word_for_are_adopted(root: Path) -> None:
@@ -122,14 +123,14 @@ def test_metrics_that_are_no_numbers_of_ours_are_kept_beside_them(root: Path) ->
     assert restored.extra["orbax"]["json"]["metrics"] == odd
 
 
-# Refused, with the way out.
+# Rejected, with the way out.
 
 
-def test_an_adopted_directory_in_which_orbax_went_on_is_refused_until_it_is_adopted_again(root: Path) -> None:
+def test_an_adopted_directory_in_which_orbax_went_on_is_rejected_until_it_is_adopted_again(root: Path) -> None:
     orbax(root, 1)
-    assert run_adopt(root) == 0 and refusal(root) is None
+    assert run_adopt(root) == 0 and rejection(root) is None
     orbax(root, 2, 3)
-    refused_unchanged(root, "holds 2 steps of Orbax's own (newest 3)", f"orchestrator adopt {root}")
+    rejected_unchanged(root, "holds 2 steps of Orbax's own (newest 3)", f"orchestrator adopt {root}")
     assert run_adopt(root) == 0
     with compat.CheckpointManager(root) as manager:
         assert manager.all_steps() == [1, 2, 3]
@@ -141,7 +142,7 @@ def test_where_both_went_on_the_user_chooses(root: Path, tmp_path: Path) -> None
     with compat.CheckpointManager(root) as manager:
         manager.save(50, args=SAVE({"w": jnp.ones(4)}))
     orbax(root, 2)
-    refused_unchanged(root, "newest 2", "the run has step 50", f"orchestrator adopt OTHER_ROOT --from={root}")
+    rejected_unchanged(root, "newest 2", "the run has step 50", f"orchestrator adopt OTHER_ROOT --from={root}")
     assert run_adopt(tmp_path / "other", f"--from={root}") == 0
     assert oc.open_run(tmp_path / "other").all_steps() == [1, 2]
     shutil.move(root / "2", tmp_path / "2")
@@ -184,7 +185,7 @@ def test_what_is_called_like_a_step_and_is_none_that_we_know_is_named(
     if beside:
         orbax(root, *beside)
     make(root / "30")
-    refused_unchanged(root, "holds 30, named like steps of Orbax's", "move them elsewhere")
+    rejected_unchanged(root, "holds 30, named like steps of Orbax's", "move them elsewhere")
     before = snapshot(root)
     assert run_adopt(root) == 2
     assert "30" in capsys.readouterr().err
@@ -196,41 +197,41 @@ def test_what_is_not_called_like_a_step_does_not_matter(root: Path) -> None:
         (root / name / "default").mkdir(parents=True)
     (root / "seed_3" / "journal").mkdir(parents=True)  # another run
     (root / "7").write_text("a file")
-    assert refusal(root) is None
+    assert rejection(root) is None
     with compat.CheckpointManager(root) as manager:
         manager.save(1, args=SAVE({"w": jnp.ones(4)}))
         manager.wait_until_finished()
         assert manager.latest_step() == 1
     for name in ("best_100", "ema_100"):  # exports of the user's
         ocp.PyTreeCheckpointer().save(root.absolute() / name, {"w": jnp.ones(2)})
-    assert refusal(root) is None
+    assert rejection(root) is None
 
 
 def test_exports_beside_orbaxs_steps_are_none_of_them(root: Path) -> None:
     orbax(root, 7)
     for name in ("best_7", "ema_9"):
         ocp.PyTreeCheckpointer().save(root.absolute() / name, {"w": jnp.ones(2)})
-    assert run_adopt(root) == 0 and refusal(root) is None
+    assert run_adopt(root) == 0 and rejection(root) is None
     assert oc.open_run(root).all_steps() == [7]
 
 
 def test_steps_of_flax_that_orbax_wrote_are_adopted(root: Path) -> None:
     for step in (10, 20):
         ocp.PyTreeCheckpointer().save(root.absolute() / f"checkpoint_{step}", {"w": jnp.full(2, float(step))})
-    refused_unchanged(root, "holds 2 steps of Orbax's own (newest 20)")
-    assert run_adopt(root) == 0 and refusal(root) is None
+    rejected_unchanged(root, "holds 2 steps of Orbax's own (newest 20)")
+    assert run_adopt(root) == 0 and rejection(root) is None
     assert float(oc.open_run(root).restore().state["w"][0]) == 20.0
     ocp.PyTreeCheckpointer().save(root.absolute() / "checkpoint_30", {"w": jnp.ones(2)})
-    refused_unchanged(root, "holds 1 steps of Orbax's own (newest 30)")
+    rejected_unchanged(root, "holds 1 steps of Orbax's own (newest 30)")
 
 
 def test_two_directories_of_one_step_and_numbers_beyond_what_a_step_may_be(root: Path) -> None:
     orbax(root, 7)
     shutil.copytree(root / "7", root / "ckpt_7")
-    refused_said = ("7 and ckpt_7 are both step 7", "move one elsewhere")
+    rejected_said = ("7 and ckpt_7 are both step 7", "move one elsewhere")
     with pytest.raises(oc.UsageError) as caught:
-        refusal(root)
-    assert all(text in str(caught.value) for text in refused_said)
+        rejection(root)
+    assert all(text in str(caught.value) for text in rejected_said)
     assert run_adopt(root) == 2
     shutil.move(root / "ckpt_7", root / "99999999999")
     with pytest.raises(oc.UsageError, match="steps are at most"):
@@ -242,15 +243,15 @@ def test_steps_in_an_object_store_are_not_taken_for_an_empty_run() -> None:
     storage = MemoryStorage()
     catalog = Catalog(storage, writer="test")
     storage.create("00logs.txt", b"")
-    assert adopt.unadopted(catalog, None) is None
+    assert unadopted(catalog, None) is None
     for key in ("events/0.jsonl", "journal/x", "seed_3/journal/x", "steps/00000001/x", "x_1/a"):
         storage.create(key, b"")
-    assert adopt.unadopted(catalog, None) is None
+    assert unadopted(catalog, None) is None
     for key in ("10/default/_METADATA", "10/default/d/x", "9/commit_success.txt", "ckpt_8/_CHECKPOINT_METADATA"):
         storage.create(key, b"")
-    assert "holds 10, 9, ckpt_8, named like steps of Orbax's" in (adopt.unadopted(catalog, None) or "")
-    assert "holds 10, named like" in (adopt.unadopted(catalog, head(live(9))) or "")
-    assert adopt.unadopted(catalog, head(live(10))) is None
+    assert "holds 10, 9, ckpt_8, named like steps of Orbax's" in (unadopted(catalog, None) or "")
+    assert "holds 10, named like" in (unadopted(catalog, head(live(9))) or "")
+    assert unadopted(catalog, head(live(10))) is None
 
 
 # Malformed.
@@ -358,7 +359,7 @@ def test_a_malformed_step_is_one_clear_line_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("name", ["../../../other/w", "../default/w", "/{outside}/w", "w/../w"])
-def test_a_name_that_leads_out_of_its_step_is_refused_though_an_array_is_there(
+def test_a_name_that_leads_out_of_its_step_is_rejected_though_an_array_is_there(
     name: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
@@ -372,11 +373,11 @@ def test_a_name_that_leads_out_of_its_step_is_refused_though_an_array_is_there(
     assert not (root / "journal").exists()
 
 
-def test_a_linked_step_is_refused_and_what_it_leads_to_is_left_alone(root: Path, tmp_path: Path) -> None:
+def test_a_linked_step_is_rejected_and_what_it_leads_to_is_left_alone(root: Path, tmp_path: Path) -> None:
     orbax(tmp_path / "disk", 5)
     root.mkdir()
     (root / "5").symlink_to(tmp_path / "disk" / "5")
-    refused_unchanged(root, "holds 1 steps of Orbax's own (newest 5)")
+    rejected_unchanged(root, "holds 1 steps of Orbax's own (newest 5)")
     before = snapshot(tmp_path)
     assert run_adopt(root) == 2
     assert snapshot(tmp_path) == before

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orchestrator import holders
-from orchestrator.arrays import own_copies
-from orchestrator.arrays.own_copies import EACH_SAVE_BYTES, Turns
-from orchestrator.arrays.planning import Plan, plan_of
-from orchestrator.records import Held
-from orchestrator.tree import flatten
+from orchestrator.arrays.tree import flatten
+from orchestrator.arrays.writing import own_copies
+from orchestrator.arrays.writing.own_copies import EACH_SAVE_BYTES, Turns
+from orchestrator.arrays.writing.write_plan import Plan, plan_of
+from orchestrator.rules import holders
+from orchestrator.rules.records import Held
 
 
 def plan(*values: Any, chunk: tuple[int, ...] | None = None) -> tuple[Any, Plan]:

@@ -15,7 +15,7 @@ from runs import now
 from test_arrays import DTYPES, every_pattern, same
 
 import orchestrator as oc
-from orchestrator.arrays import owned
+from orchestrator.arrays.reading import owned_memory
 
 MIB = 1 << 20
 
@@ -55,14 +55,14 @@ step = jax.jit(turned.__wrapped__, donate_argnums=0)
 @pytest.fixture(params=["read into", "copied"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways, for arrays of any size."""
-    monkeypatch.setattr(owned, "ARRAY_BYTES", 1 if request.param == "read into" else 1 << 60)
-    monkeypatch.setattr(owned, "TOTAL_BYTES", 1)
+    monkeypatch.setattr(owned_memory, "ARRAY_BYTES", 1 if request.param == "read into" else 1 << 60)
+    monkeypatch.setattr(owned_memory, "TOTAL_BYTES", 1)
     return str(request.param)
 
 
 def programs() -> int:
     """How often a program has been asked for that allocates arrays to read into."""
-    known = owned._program.cache_info()
+    known = owned_memory._program.cache_info()
     return known.hits + known.misses
 
 
@@ -109,7 +109,7 @@ def test_a_large_state_is_read_into_what_the_first_step_then_reuses(root: Path) 
         str(at): jax.device_put(rng.random(shape, np.float32), over(2, ROWS)) for at, shape in enumerate(shapes)
     }
     state["alone"] = jax.device_put(rng.integers(0, 1 << 16, (5 * MIB,), np.uint16), over(2, WHOLE))
-    assert sum(leaf.nbytes for leaf in state.values()) > owned.TOTAL_BYTES
+    assert sum(leaf.nbytes for leaf in state.values()) > owned_memory.TOTAL_BYTES
     like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in state.items()}
     like["3"] = jax.ShapeDtypeStruct((2048, 1024), jnp.bfloat16, sharding=over(2, WHOLE))
     with oc.Agent(root, options=now()) as agent:
@@ -141,20 +141,20 @@ def test_a_damaged_step_is_stepped_over_and_the_one_before_is_read(root: Path, w
 def test_what_is_allocated_is_new_each_time_and_written_to_by_nobody_else() -> None:
     devices = tuple(jax.devices()[:2])
     forms = [((256, 64), np.dtype(np.float32)), ((3, 5), np.dtype(jnp.bfloat16)), ((256, 64), np.dtype(np.float32))]
-    kept = [owned.allocate(devices, forms) for _ in range(3)]
+    kept = [owned_memory.allocate(devices, forms) for _ in range(3)]
     parts = [part for found in kept for arrays in found or () for part in arrays]
     assert len(parts) == 18
     for number, part in enumerate(parts):
-        owned.memory(part)[:] = number
+        owned_memory.memory(part)[:] = number
     assert [part.devices() for part in parts] == [{devices[number % 2]} for number in range(18)]
     for number, part in enumerate(parts):
         assert np.asarray(part).tobytes() == bytes([number]) * (math.prod(part.shape) * part.dtype.itemsize)
 
 
 def test_where_jax_has_no_such_program_everything_is_copied(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owned, "_callbacks", None)
-    monkeypatch.setattr(owned, "TOTAL_BYTES", 1)
-    monkeypatch.setattr(owned, "ARRAY_BYTES", 1)
+    monkeypatch.setattr(owned_memory, "_callbacks", None)
+    monkeypatch.setattr(owned_memory, "TOTAL_BYTES", 1)
+    monkeypatch.setattr(owned_memory, "ARRAY_BYTES", 1)
     state = {"w": jax.device_put(np.arange(64, dtype=np.float32), over(2, ROWS))}
     with oc.Agent(root, options=now()) as agent:
         assert agent.save(1, state)

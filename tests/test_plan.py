@@ -8,8 +8,8 @@ import pytest
 from builders import leaf
 
 from orchestrator.errors import Mismatch
-from orchestrator.plan import TargetLeaf, brief, match, tree_differences
-from orchestrator.records import LeafSpec, TreeSpec
+from orchestrator.rules.matching import TargetLeaf, brief, match, tree_differences
+from orchestrator.rules.records import LeafSpec, TreeSpec
 
 SAVED = TreeSpec(
     leaves=(

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
-from orchestrator.json_words import stored
 from orchestrator.policy import (
     METRICS_BYTES_MAX,
     METRICS_MAX,
@@ -27,6 +26,7 @@ from orchestrator.policy import (
     needed,
     within,
 )
+from orchestrator.rules.json_numbers import stored
 
 NAN = float("nan")
 
@@ -164,16 +164,16 @@ def test_keep_policies_combined_keep_the_union_and_invent_no_step(
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: every(0), "every: n=0: wanted a whole number of at least 1"),
-        (lambda: last(0), "last: n=0: wanted a whole number of at least 1"),
-        (lambda: every_nth(-3), "every_nth: n=-3: wanted a whole number of at least 1"),
-        (lambda: best("loss", 0), "best: n=0: wanted a whole number of at least 1"),
-        (lambda: every_seconds(0), "every_seconds: seconds=0: wanted a positive number of seconds, at most 1000000"),
-        (lambda: best("\ud800"), "best: metric='\\ud800': wanted a metric's name"),
-        (lambda: best("loss", mode="low"), "best: mode='low': wanted 'min' or 'max'"),  # type: ignore[arg-type]
+        (lambda: every(0), "every: n=0: expected a whole number of at least 1"),
+        (lambda: last(0), "last: n=0: expected a whole number of at least 1"),
+        (lambda: every_nth(-3), "every_nth: n=-3: expected a whole number of at least 1"),
+        (lambda: best("loss", 0), "best: n=0: expected a whole number of at least 1"),
+        (lambda: every_seconds(0), "every_seconds: seconds=0: expected a positive number of seconds, at most 1000000"),
+        (lambda: best("\ud800"), "best: metric='\\ud800': expected a metric's name"),
+        (lambda: best("loss", mode="low"), "best: mode='low': expected 'min' or 'max'"),  # type: ignore[arg-type]
     ],
 )
-def test_a_policy_that_makes_no_sense_is_refused_when_it_is_made(make: Any, said: str) -> None:
+def test_a_policy_that_makes_no_sense_is_rejected_when_it_is_made(make: Any, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         make()
     assert str(caught.value) == said

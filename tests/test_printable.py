@@ -20,10 +20,12 @@ from msgspec import structs
 from runs import fill
 
 import orchestrator as oc
-from orchestrator import errors, eventlog, events, layout
+from orchestrator import errors
 from orchestrator.cli.main import COMMANDS, main
-from orchestrator.codec import decode
-from orchestrator.records import (
+from orchestrator.observe import event_log, events
+from orchestrator.rules import keys
+from orchestrator.rules.codec import decode
+from orchestrator.rules.records import (
     Event,
     Extra,
     Failure,
@@ -151,7 +153,7 @@ class Forger:
         self.head(lambda head: {"live": (*head.live[:-1], structs.replace(head.live[-1], **changes))})
 
     def manifest(self, change: Callable[[Manifest], dict[str, Any]]) -> None:
-        path = self.attempt / layout.MANIFEST
+        path = self.attempt / keys.MANIFEST
         manifest = decode(path.read_bytes(), Manifest, "")
         path.write_bytes(signed(structs.replace(manifest, **change(manifest))))
         self.live(manifest_crc32c=crc32c(path.read_bytes()))
@@ -176,7 +178,7 @@ class Forger:
             first, *others = intent.tree.leaves
             return {"tree": structs.replace(intent.tree, leaves=(structs.replace(first, **changes), *others))}
 
-        self.record(Intent, layout.INTENT, change)
+        self.record(Intent, keys.INTENT, change)
 
     def events(self, old: str, new: str) -> None:
         (path,) = (self.root / "events").glob("*.jsonl")
@@ -210,10 +212,10 @@ FIELDS: dict[str, Callable[[Forger], None]] = {
     "dtype": lambda run: run.leaf(dtype=HOSTILE),
     "sharding": lambda run: run.leaf(sharding=HOSTILE),
     "value": lambda run: run.leaf(value=HOSTILE),
-    "mesh": lambda run: run.record(Intent, layout.INTENT, lambda intent: {"mesh": {HOSTILE: 1}}),
-    "opened by": lambda run: run.record(Intent, layout.INTENT, lambda intent: {"opened_by": HOSTILE}),
-    "extra": lambda run: run.record(Extra, layout.EXTRA, lambda extra: {"stored_extra": {HOSTILE: HOSTILE}}),
-    "host of a receipt": lambda run: run.record(Receipt, layout.receipt_name(0), lambda receipt: {"host": HOSTILE}),
+    "mesh": lambda run: run.record(Intent, keys.INTENT, lambda intent: {"mesh": {HOSTILE: 1}}),
+    "opened by": lambda run: run.record(Intent, keys.INTENT, lambda intent: {"opened_by": HOSTILE}),
+    "extra": lambda run: run.record(Extra, keys.EXTRA, lambda extra: {"stored_extra": {HOSTILE: HOSTILE}}),
+    "host of a receipt": lambda run: run.record(Receipt, keys.receipt_name(0), lambda receipt: {"host": HOSTILE}),
     "host": lambda run: run.manifest(lambda manifest: {"hosts": (HOSTILE,)}),
     "file": lambda run: run.manifest(
         lambda manifest: {"files": (*manifest.files, FileEntry(path=f"state/{HOSTILE}", bytes=3, crc32c=HOSTILE))}
@@ -254,10 +256,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "run"
     fill(root, 1, STEP, keep=oc.last(9))
     (path,) = (root / "events").glob("*.jsonl")
-    alive = eventlog.Line(
+    alive = event_log.Line(
         time.time(), 0, "host", "machine", 1, events.Alive("training", STEP)
     )  # seconds apart in a job
-    path.write_bytes(path.read_bytes() + eventlog.encode(alive))
+    path.write_bytes(path.read_bytes() + event_log.encode(alive))
     return root
 
 

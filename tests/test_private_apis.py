@@ -34,9 +34,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.metadata import sharding as sharding_metadata
 from runs import merge_alone
 
-from orchestrator import leaving
 from orchestrator.arrays import ArrayOptions, ArrayWriter
-from orchestrator.tree import flatten
+from orchestrator.arrays.tree import flatten
+from orchestrator.job import leaving
 
 ROOT = Path(__file__).parent.parent
 WATCHED = {  # private names that the package may import: each has a test below
@@ -135,7 +135,7 @@ import sys, json, jax
 jax.config.update("jax_platforms", "cpu")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), coordinator_bind_address=sys.argv[1])
 from orchestrator.errors import WaitTimeout
-from orchestrator.rendezvous import connect
+from orchestrator.job.rendezvous import connect
 me = connect(30.0)
 said = {"hosts": me.hosts, "preempted": me.preempted(1)}
 said["broadcast"] = me.broadcast("which", {"from": me.process, "text": "x" * 5000}, 30.0)["from"]
@@ -207,7 +207,7 @@ registered, register = [], atexit.register
 atexit.register = lambda function, *args: (registered.append(function), register(function, *args))[1]
 import jax
 from jax._src import api, dispatch, distributed
-from orchestrator.rendezvous import _Board
+from orchestrator.job.rendezvous import _Board
 print(api.clean_up in registered, dispatch.wait_for_tokens in registered)
 distributed.State.shutdown = lambda state: print("waited")
 if sys.argv[1] == "skip":

@@ -10,7 +10,7 @@ from builders import box, intent, leaf, receipt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.protocol import (
+from orchestrator.rules.attempt import (
     TERMINAL,
     Announce,
     AppendAbort,
@@ -27,7 +27,7 @@ from orchestrator.protocol import (
     advance,
     uncovered,
 )
-from orchestrator.records import Box, Failure, Receipt
+from orchestrator.rules.records import Box, Failure, Receipt
 
 NO = Failure(process=0, host="host-0", phase="write", cause="OSError: ENOSPC")
 YES = ReceiptRead(receipt(boxes={"w": (box((0, 4)),)}))
@@ -124,7 +124,7 @@ def test_silent_processes_are_named_with_their_hosts_when_the_deadline_passes() 
     [
         (receipt(0, step=99), "receipt of step 99 e0001-a01 found in step 100 e0001-a01"),
         (receipt(0, attempt="e0001-a02"), "receipt of step 100 e0001-a02 found in step 100 e0001-a01"),
-        (receipt(7), "receipt of process 7, wanted 0 to 1"),
+        (receipt(7), "receipt of process 7, expected 0 to 1"),
     ],
 )
 def test_a_receipt_of_another_attempt_is_an_objection_not_a_promise(wrong: Receipt, said: str) -> None:

@@ -14,11 +14,11 @@ from builders import box, head, intent, leaf, live, receipt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, NewerFormat
-from orchestrator.json_words import stored, stored_all
-from orchestrator.layout import attempt_name
-from orchestrator.records import (
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.json_numbers import stored, stored_all
+from orchestrator.rules.keys import attempt_name
+from orchestrator.rules.records import (
     Box,
     Event,
     Extra,
@@ -144,7 +144,7 @@ def test_fields_of_later_minor_versions_are_ignored() -> None:
         {"event": "committed"},
     ],
 )
-def test_a_record_with_a_field_of_another_type_is_refused_by_name(change: dict[str, Any]) -> None:
+def test_a_record_with_a_field_of_another_type_is_rejected_by_name(change: dict[str, Any]) -> None:
     fields = {**json.loads(msgspec.json.encode(head())), **change}
     with pytest.raises(Damaged, match=f"run/journal/7.json: not a Head: .*{next(iter(change))}"):
         decode(signed(fields), Head, WHERE)

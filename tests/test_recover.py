@@ -19,18 +19,19 @@ from msgspec.structs import replace as a_record
 from runs import LIKE, catalog_of, fill, journal_of, now, state
 
 import orchestrator as oc
-from orchestrator import evidence, journal, layout, pacing
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
-from orchestrator.collect import collect
-from orchestrator.evidence import Whole
-from orchestrator.journal import Found
-from orchestrator.records import Event
+from orchestrator.job import pacing
+from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules.evidence import Whole
+from orchestrator.rules.journal import Found
+from orchestrator.rules.records import Event
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 
 
 def key(root: Path, version: int) -> Path:
-    return root / layout.journal_key(version)
+    return root / keys.journal_key(version)
 
 
 @pytest.fixture
@@ -53,8 +54,8 @@ def cut(root: Path, *versions: int) -> None:
 
 
 def marked(root: Path) -> None:
-    (root / layout.index_key(7)).parent.mkdir(exist_ok=True)
-    (root / layout.index_key(7)).write_bytes(b"")
+    (root / keys.index_key(7)).parent.mkdir(exist_ok=True)
+    (root / keys.index_key(7)).write_bytes(b"")
     shutil.rmtree(root / "steps")
     without(root, *range(6, 9))
 
@@ -74,8 +75,8 @@ LOST: dict[str, tuple[Callable[[Path], Any], str]] = {
     "newest cut off": (lambda root: cut(root, 8), "newest entry"),
     "newest ones cut off": (lambda root: cut(root, 6, 7, 8), "newest entry"),
     "junk at the highest key": (
-        lambda root: key(root, layout.VERSION_MAX).write_bytes(b"junk"),
-        f"{layout.VERSION_MAX}.json: 4 bytes",
+        lambda root: key(root, keys.VERSION_MAX).write_bytes(b"junk"),
+        f"{keys.VERSION_MAX}.json: 4 bytes",
     ),
     "junk far above": (lambda root: key(root, 10**6).write_bytes(b"junk"), "00000000000001000000.json: 4 bytes"),
 }
@@ -156,10 +157,10 @@ def test_a_junk_object_at_the_highest_key_is_named_with_what_to_do(
     for command in (["recover"], ["recover", "--write"], ["doctor", "--read_only"]):
         assert main(["orchestrator", command[0], str(run), *command[1:]]) == 4
         said = capsys.readouterr()
-        assert f"{layout.VERSION_MAX}.json" in said.out + said.err
+        assert f"{keys.VERSION_MAX}.json" in said.out + said.err
         if command[0] == "recover":
             assert "move it out of the run" in said.out + said.err
-    key(run, layout.VERSION_MAX).unlink()
+    key(run, keys.VERSION_MAX).unlink()
     assert oc.open_run(run).restore(LIKE).step == 6
 
 
@@ -168,10 +169,10 @@ def test_a_valid_entry_at_the_highest_key_is_no_end_without_a_recipe(
 ) -> None:
     from msgspec.structs import replace
 
-    from orchestrator.codec import encode
+    from orchestrator.rules.codec import encode
 
-    top = replace(journal_of(run)[-1], version=layout.VERSION_MAX)
-    key(run, layout.VERSION_MAX).write_bytes(encode(top))
+    top = replace(journal_of(run)[-1], version=keys.VERSION_MAX)
+    key(run, keys.VERSION_MAX).write_bytes(encode(top))
     for command in (["recover"], ["recover", "--write"]):
         capsys.readouterr()
         assert main(["orchestrator", command[0], str(run), *command[1:]]) == 4
@@ -334,7 +335,7 @@ def test_the_version_of_a_recovered_entry_is_above_all_that_was_named_and_leaves
 
 
 def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durable(root: Path) -> None:
-    from orchestrator.records import Intent, Manifest, Receipt
+    from orchestrator.rules.records import Intent, Manifest, Receipt
 
     with oc.Agent(root, options=now()) as agent:
         for step in (1, 2):
@@ -343,9 +344,9 @@ def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durabl
     catalog = catalog_of(root)
     for step, version in ((1, 0), (2, 1)):
         for name, kind in (
-            (layout.INTENT, Intent),
-            (layout.MANIFEST, Manifest),
-            (layout.receipt_name(0), Receipt),
+            (keys.INTENT, Intent),
+            (keys.MANIFEST, Manifest),
+            (keys.receipt_name(0), Receipt),
         ):
             record: Any = catalog.record(step, "e0001-a01", name, kind)
             assert record.built_on == version, (step, name)
@@ -354,7 +355,7 @@ def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durabl
 def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfinished(root: Path) -> None:
     """What the model found: the listing comes before the head, and a manifest may come between the two."""
     fill(root, 1)
-    orphan = root / layout.attempt_prefix(9, "e0001-a01")
+    orphan = root / keys.attempt_prefix(9, "e0001-a01")
     (orphan / "state").mkdir(parents=True)
     (orphan / "state" / "x").write_bytes(b"data")
     with oc.Agent(root, options=now()) as agent:
@@ -373,13 +374,13 @@ def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfi
 def test_a_job_that_saves_while_somebody_looks_is_no_proof_of_a_loss(root: Path) -> None:
     """The intent is written after the head was read, and builds on an entry that came in between."""
     fill(root, 1)
-    attempt = root / layout.attempt_prefix(2, "e0001-a01")
+    attempt = root / keys.attempt_prefix(2, "e0001-a01")
     (attempt / "state").mkdir(parents=True)
     (attempt / "state" / "x").write_bytes(b"data")
-    from orchestrator.codec import encode
+    from orchestrator.rules.codec import encode
 
     def save_on(operation: str, key: str) -> None:
-        if (operation, key) == ("get", f"{layout.attempt_prefix(2, 'e0001-a01')}{layout.INTENT}"):
+        if (operation, key) == ("get", f"{keys.attempt_prefix(2, 'e0001-a01')}{keys.INTENT}"):
             head_now = catalog_of(root).append(partial(journal.pin, step=1, name="x"))
             assert head_now is not None
             intent = a_record(builders.intent(step=2), built_on=head_now.version)

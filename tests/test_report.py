@@ -20,18 +20,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs import fill, now
 
 import orchestrator as oc
-from orchestrator import journal
-from orchestrator.catalog import Catalog
 from orchestrator.cli.main import main
 from orchestrator.cli.report import Report, SaveOf, build, page
-from orchestrator.codec import encode
-from orchestrator.eventlog import Line
-from orchestrator.events import Committed, EpochOpened, Event, SavePhase, SaveStarted
-from orchestrator.layout import journal_key
+from orchestrator.observe.event_log import Line
+from orchestrator.observe.events import Committed, EpochOpened, Event, SavePhase, SaveStarted
+from orchestrator.observe.timeline import Story
 from orchestrator.policy import last
-from orchestrator.records import Head
+from orchestrator.rules import journal
+from orchestrator.rules.codec import encode
+from orchestrator.rules.keys import journal_key
+from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage
-from orchestrator.story import Story
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")

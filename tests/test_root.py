@@ -20,17 +20,17 @@ from runs import catalog_of, fill, now, state
 from test_wall import KEY, OPERATIONS
 
 import orchestrator as oc
-from orchestrator.adopt import adopt
 from orchestrator.arrays import ArrayOptions, ArrayWriter
+from orchestrator.arrays.tree import flatten
 from orchestrator.cli import main
-from orchestrator.coordinator import UserData
+from orchestrator.compat.adopt import adopt
 from orchestrator.errors import Fenced, RootChanged, Unavailable, UsageError
-from orchestrator.eventlog import EventLog
-from orchestrator.events import Alive
-from orchestrator.saving import Saver
+from orchestrator.job.coordinator import UserData
+from orchestrator.job.participant import Saver
+from orchestrator.observe.event_log import EventLog
+from orchestrator.observe.events import Alive
 from orchestrator.storage import Created, PosixStorage, open_storage
 from orchestrator.storage.directory import find
-from orchestrator.tree import flatten
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ import pytest
 from runs import state
 
 import orchestrator as oc
-from orchestrator import compat, events, failpoints
+from orchestrator import compat, failpoints
+from orchestrator.observe import events
 
 FAILED = [
     *("save.stage=error", "save.write=enospc", "save.write=memory", "save.seal=eio", "receipt.write=error"),

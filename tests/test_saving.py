@@ -14,21 +14,22 @@ from fakes import HookedStorage
 from runs import now
 
 import orchestrator as oc
-from orchestrator import events, journal, layout
 from orchestrator.arrays import ArrayOptions, ArrayWriter
-from orchestrator.catalog import Catalog
-from orchestrator.codec import decode
-from orchestrator.collect import collect
-from orchestrator.coordinator import UserData, signal_prefix
-from orchestrator.events import SavePhase
+from orchestrator.arrays.tree import flatten
+from orchestrator.job.coordinator import UserData, signal_prefix
+from orchestrator.job.participant import Saver
+from orchestrator.job.rendezvous import _Alone, connect
+from orchestrator.observe import events
+from orchestrator.observe.events import SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
-from orchestrator.protocol import Phase
-from orchestrator.records import Receipt
-from orchestrator.rendezvous import _Alone, connect
-from orchestrator.saving import Saver
+from orchestrator.rules import journal, keys
+from orchestrator.rules.attempt import Phase
+from orchestrator.rules.codec import decode
+from orchestrator.rules.records import Receipt
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
-from orchestrator.tree import flatten
 
 
 def a_run(root: Path) -> Catalog:
@@ -36,7 +37,7 @@ def a_run(root: Path) -> Catalog:
     catalog = Catalog(PosixStorage(str(root)), "test")
     catalog.append(journal.open_epoch)
     for step in (1, 2):
-        catalog.storage.create(layout.attempt_prefix(step, FIRST) + layout.MANIFEST, b"{}")
+        catalog.storage.create(keys.attempt_prefix(step, FIRST) + keys.MANIFEST, b"{}")
         entry = live(step)
         catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
     return catalog
@@ -46,7 +47,7 @@ def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_
     storage = HookedStorage(a_run(tmp_path).storage)
     assert collect(Catalog(storage, "gc")).files == 1
     operations = [call for call in storage.calls if call[0] in ("make_durable", "delete")]
-    assert operations[0] == ("make_durable", layout.journal_key(2))
+    assert operations[0] == ("make_durable", keys.journal_key(2))
     assert [operation for operation, _ in operations[1:]] == ["delete"]
 
 
@@ -72,7 +73,7 @@ def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is
     )
     save = worker.begin(2, UserData({}, {}, 0.0), None)
     assert worker._await_decision(save) == (Phase.COMMITTED, "")  # no signal comes: from storage
-    assert ("make_durable", layout.journal_key(2)) in storage.calls
+    assert ("make_durable", keys.journal_key(2)) in storage.calls
 
 
 def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(t
         started = time.monotonic()
         agent.save(1, {"w": jnp.zeros(512)})
         assert agent.all_steps() == [1] and time.monotonic() - started < 10
-    prefix = layout.attempt_prefix(1, FIRST) + layout.RECEIPTS
+    prefix = keys.attempt_prefix(1, FIRST) + keys.RECEIPTS
     assert ("list", prefix) in storage.calls
     # Its own it has written itself: neither that nor what is not there yet, of a job of thousands, is read.
     assert [key for operation, key in storage.calls if operation == "get" and key.startswith(prefix)] == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator as oc
-from launch.report import Line, Summary
+from launch.example.report import Line, Summary
 from tests.reporting import put
 from tests.slurm_cluster import Cluster, eventually, why_not
 
@@ -210,8 +210,8 @@ def test_only_what_left_preempted_is_requeued(cluster: Cluster, tmp_path: Path) 
     assert "preempted, but requeued 1 times already: not requeued" in log.read_text()
 
 
-def test_a_refusal_of_slurm_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_rejection_of_slurm_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
     command = [*LAUNCH, "slurm", "--nodes", "2", "--partition", "nowhere", "--submit", "--", "true"]
-    cluster.run("sh", "-c", f"{' '.join(command)} 2>refusal", cwd=tmp_path, code=1)
-    refusal = (tmp_path / "refusal").read_text()
-    assert refusal.startswith("launch slurm: sbatch: error: ") and len(refusal.splitlines()) == 1
+    cluster.run("sh", "-c", f"{' '.join(command)} 2>rejection", cwd=tmp_path, code=1)
+    rejection = (tmp_path / "rejection").read_text()
+    assert rejection.startswith("launch slurm: sbatch: error: ") and len(rejection.splitlines()) == 1

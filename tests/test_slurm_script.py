@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import contract, slurm
+from launch import contract
 from launch.command import LaunchError
-from launch.slurm import SlurmJob
+from launch.engines import slurm
+from launch.engines.slurm import SlurmJob
 from tests.places import METACHARACTERS, NASTY
 
 REPOSITORY = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def test_only_75_asks_for_another_start(tmp_path: Path, code: int) -> None:
 
 def test_a_preempted_job_is_requeued_unless_cancelled_or_worn_out(tmp_path: Path) -> None:
     text = slurm.script(SlurmJob(["x"], 3, max_requeues=2))
-    for name, restart, state, wanted in (
+    for name, restart, state, expected in (
         ("preempted", 1, "RUNNING", ["7"]),
         ("cancelled", 1, "CANCELLED", []),
         ("worn", 2, "RUNNING", []),
@@ -89,7 +90,7 @@ def test_a_preempted_job_is_requeued_unless_cancelled_or_worn_out(tmp_path: Path
     ):
         (at := tmp_path / name).mkdir()
         _, output, requeues = run(at, text, restart, srun="exit 75", scontrol=f"echo 'JobId=7 JobState={state} x=y'")
-        assert requeues == wanted, output
+        assert requeues == expected, output
 
 
 def test_a_node_that_does_not_answer_leaves_the_decision_to_slurm(tmp_path: Path) -> None:
@@ -107,14 +108,14 @@ def test_a_node_that_does_not_answer_leaves_the_decision_to_slurm(tmp_path: Path
     [
         ("--nodes 2", "no command to run; put it after --"),
         ("-- true", "--nodes is needed"),
-        ("--nodes 2 --min_nodes 3 -- true", "--min_nodes=3: wanted at most --nodes=2"),
-        ("--nodes 2 --sbatch=-Cx -- true", "--sbatch=-Cx: wanted a long option"),
+        ("--nodes 2 --min_nodes 3 -- true", "--min_nodes=3: expected at most --nodes=2"),
+        ("--nodes 2 --sbatch=-Cx -- true", "--sbatch=-Cx: expected a long option"),
         ("--nodes 2 --partition 'a b' -- true", "--partition=a b: not an option that a script can hold"),
         ("--nodes 2 --job_name 'a\n#SBATCH' -- true", "not an option that a script can hold"),
-        ("--nodes 2 --log_dir 'a%b' -- true", "--log_dir=a%b: wanted a path without"),
-        ("--nodes 2 --env=x -- true", "--env=x: wanted NAME=VALUE"),
-        ("--nodes 2 --env=A=\udcff -- true", "--env A '\\udcff': wanted text in UTF-8"),
-        ("--nodes 2 -- \udcff", "the program's '\\udcff': wanted text in UTF-8"),
+        ("--nodes 2 --log_dir 'a%b' -- true", "--log_dir=a%b: expected a path without"),
+        ("--nodes 2 --env=x -- true", "--env=x: expected NAME=VALUE"),
+        ("--nodes 2 --env=A=\udcff -- true", "--env A '\\udcff': expected text in UTF-8"),
+        ("--nodes 2 -- \udcff", "the program's '\\udcff': expected text in UTF-8"),
         ("--nodes 2 --partition '$(x)\n#SBATCH --x' -- true", "not an option that a script can hold"),
         ("--nodes 2 --submit -- true", "sbatch: no such program"),
     ],
@@ -132,6 +133,6 @@ def test_a_users_mistake_is_one_line_and_exit_2(arguments: str, message: str, tm
     assert message in done.stderr and done.stderr.startswith("launch slurm: ")
 
 
-def test_a_directory_with_a_line_break_is_refused() -> None:
+def test_a_directory_with_a_line_break_is_rejected() -> None:
     with pytest.raises(LaunchError, match="--log_dir=a\nb"):
         slurm.script(SlurmJob(["x"], 1, log_dir="a\nb"))

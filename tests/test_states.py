@@ -1,4 +1,4 @@
-"""States as people have them: what cannot be stored is refused by name before anything is written, and whatever is
+"""States as people have them: what cannot be stored is rejected by name before anything is written, and whatever is
 stored comes back as it was."""
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def deep(levels: int) -> Any:
         (lambda: None, "the state has no leaves"),
     ],
 )
-def test_what_cannot_be_stored_is_refused_by_name_and_changes_nothing(
+def test_what_cannot_be_stored_is_rejected_by_name_and_changes_nothing(
     root: Path, make: Callable[[], Any], said: str
 ) -> None:
     with oc.Agent(root, options=now()) as agent:

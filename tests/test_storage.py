@@ -29,11 +29,11 @@ from gcs import new_root
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import journal
-from orchestrator.catalog import Catalog
-from orchestrator.codec import encode
 from orchestrator.errors import StorageError, Unavailable, UnsafeKey, UsageError
-from orchestrator.records import FileEntry, crc32c
+from orchestrator.rules import journal
+from orchestrator.rules.codec import encode
+from orchestrator.rules.records import FileEntry, crc32c
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
 
 STORES: dict[str, Callable[[Path], Storage]] = {
@@ -167,7 +167,7 @@ def test_an_object_is_measured_as_the_store_has_it(store: Storage) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "../x", "a/../../x", "/etc/x", "a//b", "a/", "a\\b", "a\nb", "\x1b[2J", "\udcff"])
-def test_a_key_that_could_leave_the_root_is_refused_by_the_store_itself(store: Storage, key: str) -> None:
+def test_a_key_that_could_leave_the_root_is_rejected_by_the_store_itself(store: Storage, key: str) -> None:
     with pytest.raises(UnsafeKey):
         store.create(key, b"x")
     assert keys(store, "") == []
@@ -286,7 +286,7 @@ def test_creating_beside_a_delete_that_prunes_the_same_directory_never_fails(pos
 
 @contextmanager
 def file_size_limit(limit_bytes: int) -> Iterator[None]:
-    """The kernel refuses writes beyond the limit (EFBIG): a full disk without one."""
+    """The kernel rejects writes beyond the limit (EFBIG): a full disk without one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
@@ -295,7 +295,7 @@ def file_size_limit(limit_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_write_that_the_disk_refuses_leaves_nothing_and_names_the_path(posix: PosixStorage, root: Path) -> None:
+def test_a_write_that_the_disk_rejects_leaves_nothing_and_names_the_path(posix: PosixStorage, root: Path) -> None:
     posix.create("journal/0", b"x")
     before = snapshot(root)
     with (
@@ -363,14 +363,14 @@ INJECTED = {
 
 
 @pytest.mark.parametrize("fault", INJECTED)
-def test_a_mount_without_hard_links_or_fsync_is_refused_when_the_run_is_opened(fault: str, root: Path) -> None:
+def test_a_mount_without_hard_links_or_fsync_is_rejected_when_the_run_is_opened(fault: str, root: Path) -> None:
     """gcsfuse has no hard links; a link that only seems to be made is one that two writers could make."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     code = (
         "import sys; from orchestrator.errors import StorageError; from orchestrator.storage import PosixStorage\n"
         "try: print(PosixStorage(sys.argv[1]).create('journal/0', b'x'))\n"
-        "except StorageError as error: print('refused:', error)"
+        "except StorageError as error: print('rejected:', error)"
     )
     call, _, what = fault.partition(":")
     both = "link,linkat" if call == "link" else call
@@ -380,7 +380,7 @@ def test_a_mount_without_hard_links_or_fsync_is_refused_when_the_run_is_opened(f
     )
     if not done.stdout:
         pytest.skip(f"strace cannot trace here: {done.stderr[:200]}")
-    assert done.stdout.startswith("refused: ") and INJECTED[fault] in done.stdout
+    assert done.stdout.startswith("rejected: ") and INJECTED[fault] in done.stdout
     assert not any(path.is_file() for path in root.rglob("*"))
 
 

@@ -17,15 +17,18 @@ from fakes import HookedStorage
 from runs import LIKE, catalog_of, fill, journal_of, kinds, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, journal, stored_step, verify
-from orchestrator.catalog import READS, Catalog
+from orchestrator import arrays
 from orchestrator.errors import Suspect
+from orchestrator.job.restore import RestoreArgs, restore_together
 from orchestrator.reader import Run, read_step
-from orchestrator.records import FileEntry
-from orchestrator.restore import RestoreArgs, restore_together
+from orchestrator.rules import journal
+from orchestrator.rules.records import FileEntry
+from orchestrator.run import stored_step
+from orchestrator.run.journal_store import READS, Catalog
+from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import Entry, PosixStorage
-from orchestrator.storage.base import RECORD_BYTES_MAX
-from orchestrator.stored_step import StoredStep
+from orchestrator.storage.port import RECORD_BYTES_MAX
+from orchestrator.tools import verify
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +174,7 @@ SUSPICIONS: dict[str, Exception] = {
     "a file": Suspect("w: ends at 3", files=["state/manifest.ocdbt"]),
     "anything": Suspect("w: DATA_LOSS"),
     "the store is busy": oc.Unavailable("w: HTTP 500"),
-    "the store refuses": oc.StorageError("w: HTTP 403"),
+    "the store rejects": oc.StorageError("w: HTTP 403"),
 }
 
 

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 import orchestrator as oc
-from orchestrator import arrays, chunks
-from orchestrator.arrays import ocdbt, placing
-from orchestrator.arrays.localstore import LocalStore
-from orchestrator.arrays.stored_tree import ObjectTree
-from orchestrator.contents import Stored
+from orchestrator import arrays
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading import placing
+from orchestrator.arrays.reading.local_store import LocalStore
+from orchestrator.arrays.reading.stored_tree import ObjectTree
 from orchestrator.errors import Damaged, Suspect
-from orchestrator.records import Box, LeafSpec
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.records import Box, LeafSpec
 
 NODE, DATA = "d/node", "d/data"
 
@@ -145,7 +147,7 @@ def test_a_compressed_tree_is_none_of_ours(tmp_path: Path) -> None:
     assert places() is None  # TensorStore could read it
     leaf = LeafSpec(path=("aa",), kind="numpy", shape=(1,), dtype="int8", chunk=(1,))
     with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
-        arrays.load(f"file://{tmp_path}", [arrays.Load(leaf)])
+        arrays.load(f"file://{tmp_path}", [arrays.ReadRequest(leaf)])
 
 
 # In a bucket.
@@ -217,7 +219,7 @@ def test_no_memory_is_given_out_that_nothing_is_read_into(shape: tuple[int, ...]
     """Behind what validates records: whatever the chunks are, they cover the buffers."""
     leaf = LeafSpec(path=("w",), kind="numpy", shape=shape, dtype="float32", chunk=chunk)
     with pytest.raises(oc.Damaged, match="cover 0 elements of the region"):
-        placing.prepare([placing.Load(leaf)])
+        placing.prepare([placing.ReadRequest(leaf)])
 
 
 @pytest.mark.parametrize("chunk", [(2, 6), (1, 1), (4, 3), (4, 6)], ids=str)
@@ -225,7 +227,7 @@ def test_chunks_that_tile_an_array_cover_every_region_of_it(chunk: tuple[int, ..
     leaf = LeafSpec(path=("w",), kind="numpy", shape=(4, 6), dtype="float32", chunk=chunk)
     for box in (Box((0, 0), (4, 6)), Box((1, 2), (3, 5)), Box((0, 0), (0, 6))):
         layout = placing.piece_of(leaf, box).layout
-        covered = np.zeros(chunks.shape_of(box), np.int64)
+        covered = np.zeros(zarr_chunks.shape_of(box), np.int64)
         for _, targets in layout.reads:
             for target in targets:
                 covered[target.inside] += 1
@@ -236,4 +238,4 @@ def test_memory_that_is_not_to_be_had_says_so_and_is_no_damage(monkeypatch: pyte
     """An array of four exabytes, of which nobody has compared anything."""
     leaf = LeafSpec(path=("w",), kind="numpy", shape=(2**60,), dtype="float32", chunk=(2**60,))
     with pytest.raises(oc.Unavailable, match="no memory left to read arrays: 4611686018427387904 bytes"):
-        arrays.load(f"file://{tmp_path}", [arrays.Load(leaf)])
+        arrays.load(f"file://{tmp_path}", [arrays.ReadRequest(leaf)])

@@ -15,7 +15,7 @@ from gcs import SERVER, new_root, server
 from orchestrator.errors import StorageError
 from orchestrator.storage import Created
 from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.gcs_client import Client, Reply
+from orchestrator.storage.gcs_http import Client, Reply
 
 if not os.environ.get(SERVER) or server().ask("GET", "/retry_tests")[0] != 200:
     pytest.skip(f"{SERVER} is not Google's storage-testbench; see `make test-gcs-servers`", allow_module_level=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import tpu_vm
-from launch.tpu_vm import TpuJob
+from launch.engines import tpu_vm
+from launch.engines.tpu_vm import TpuJob
 from tests.places import METACHARACTERS, NASTY
 
 REPOSITORY = Path(__file__).parents[1]
@@ -213,9 +213,9 @@ def test_the_operators_signal_reaches_the_program_on_every_worker(tmp_path: Path
     [
         (["--name=a", "--", "x"], "--zone is needed"),
         (["--name=a", "--zone=z"], "no command to run"),
-        (["--name=A b", "--zone=z", "--", "x"], "--name=A b: wanted at most 60"),
+        (["--name=A b", "--zone=z", "--", "x"], "--name=A b: expected at most 60"),
         (["--name=a", "--zone=z", "--create", "--", "x"], "--create needs --type"),
-        (["--name=a", "--zone=z", "--directory=a;b", "--", "x"], "--directory=a;b: wanted a path"),
+        (["--name=a", "--zone=z", "--directory=a;b", "--", "x"], "--directory=a;b: expected a path"),
         (["--name=a", "--zone=z", "--run", "--", "x"], "gcloud: no such program"),
     ],
 )

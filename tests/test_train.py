@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import orchestrator as oc
-from launch import local
 from launch.contract import EXIT_PREEMPTED, PROCESS_INDEX
-from launch.data import Loader, read_text
-from launch.report import Line, Summary, state_digest
+from launch.engines import local
+from launch.example.data import Loader, read_text
+from launch.example.report import Line, Summary, state_digest
 from orchestrator.cli.main import main
 from orchestrator.errors import NothingToRestore
 
@@ -124,7 +124,7 @@ def test_a_host_that_fails_alone_ends_the_job_at_once_with_its_own_line(tmp_path
     rules = local.supervise.Rules(end_grace_s=1.0)
     job = local.LocalJob(["sh", "-c", script], 2, environ=JOB_ENVIRON, rules=rules)
     assert local.run(job, observer) == 2, lines
-    assert f"host-1 train: --data={tmp_path}/1: not a directory; wanted one with text files" in lines
+    assert f"host-1 train: --data={tmp_path}/1: not a directory; expected one with text files" in lines
     assert not [line for line in lines if "Traceback" in line]
 
 
@@ -153,8 +153,8 @@ def test_sigterm_saves_the_step_and_leaves_with_75(tmp_path: Path) -> None:
     [
         (["--mesh=data=3,model=2"], "train: --mesh=data=3,model=2 needs 6 devices; this job has 4 (1 processes)"),
         (["--mesh=data=3,model=-1"], "train: --mesh=data=3,model=-1 needs a multiple of 3 devices; this job has 4"),
-        (["--mesh=rows=2"], "train: --mesh=rows=2: cannot use 'rows=2'; wanted data=D,model=M, one of them may be -1"),
-        (["--batch_size=6"], "train: --batch_size=6: wanted a multiple of 4, the mesh's data axis"),
+        (["--mesh=rows=2"], "train: --mesh=rows=2: cannot use 'rows=2'; expected data=D,model=M, one of them may"),
+        (["--batch_size=6"], "train: --batch_size=6: expected a multiple of 4, the mesh's data axis"),
         (["--steps=many"], "train: flag --steps=many: invalid literal"),
         (["--stpes=3"], "train: Unknown command line flag 'stpes'. Did you mean: steps"),
         (["extra"], "train: unexpected 'extra'; every setting is a flag, see --help"),
@@ -235,7 +235,7 @@ def test_the_loader_goes_on_with_the_batches_not_seen_and_shows_each_window_once
     assert first[:5] != first[25:], "the next pass has another order"
 
 
-def test_the_loader_refuses_a_position_in_another_text_and_positions_that_differ() -> None:
+def test_the_loader_rejects_a_position_in_another_text_and_positions_that_differ() -> None:
     one = Loader(b"x" * 1000, batch_size=4, length=10, seed=3)
     state = one.state_bytes()
     one.next()

@@ -20,7 +20,7 @@ from unreadable_judge import Outcome, judge
 from unreadable_ways import DAMAGED, GS, LOCAL, MAYBE, QUICK, UNREAD, WAYS, Way
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 pytestmark = pytest.mark.jobs  # many processes, most of which wait

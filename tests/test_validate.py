@@ -11,14 +11,14 @@ import msgspec
 import pytest
 from images import signed, signed_text
 
-from orchestrator import codec, validate
-from orchestrator.codec import decode, encode
 from orchestrator.errors import Damaged, Unavailable, UnsafeKey, UsageError
-from orchestrator.records import (
+from orchestrator.rules import codec, validate
+from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.records import (
     Box,
+    ExternalArray,
     Extra,
     FileEntry,
-    Foreign,
     Head,
     Intent,
     LeafSpec,
@@ -202,28 +202,31 @@ def test_metrics_that_are_not_finite_are_words(word: str) -> None:
     validate.check(builders.head(live))
 
 
-FOREIGN = Foreign(item="params", driver="zarr3", ocdbt=True, name="a/b.c")
+EXTERNAL = ExternalArray(item="params", driver="zarr3", ocdbt=True, name="a/b.c")
 
 
 @pytest.mark.parametrize(
-    ("foreign", "good"),
+    ("external", "good"),
     [
-        (FOREIGN, True),
-        (msgspec.structs.replace(FOREIGN, item=""), True),
-        *((msgspec.structs.replace(FOREIGN, driver=driver), driver == "zarr") for driver in ("zarr", "json", "n5", "")),
+        (EXTERNAL, True),
+        (msgspec.structs.replace(EXTERNAL, item=""), True),
         *(
-            (msgspec.structs.replace(FOREIGN, item=item), False)
+            (msgspec.structs.replace(EXTERNAL, driver=driver), driver == "zarr")
+            for driver in ("zarr", "json", "n5", "")
+        ),
+        *(
+            (msgspec.structs.replace(EXTERNAL, item=item), False)
             for item in ("..", "a/../..", "/etc", "|gs://x|", "a|b")
         ),
-        *((msgspec.structs.replace(FOREIGN, name=name), False) for name in ("..", "../x", "/etc", "a|b", "a\\b")),
+        *((msgspec.structs.replace(EXTERNAL, name=name), False) for name in ("..", "../x", "/etc", "a|b", "a\\b")),
     ],
     ids=str,
 )
-def test_an_external_array_lies_in_its_step(foreign: Foreign, good: bool) -> None:
-    leaf = LeafSpec(path=("w",), kind="array", shape=(4,), dtype="float32", foreign=foreign)
+def test_an_external_array_lies_in_its_step(external: ExternalArray, good: bool) -> None:
+    leaf = LeafSpec(path=("w",), kind="array", shape=(4,), dtype="float32", external=external)
     data = signed(json.loads(msgspec.json.encode(builders.intent(leaf))))
     if good:
-        assert decode(data, Intent, "here").tree.leaves[0].foreign == foreign
+        assert decode(data, Intent, "here").tree.leaves[0].external == external
     else:
         with pytest.raises(Damaged):
             decode(data, Intent, "here")
@@ -365,11 +368,11 @@ FITS_NOT = {
     "more than compression could": (listed(array(10**9), chunks=3), "4000000000 bytes, out of 1000"),
     "of other processes": (listed(array(16, chunk=(4,)), process_count=3), "process_count is 2, expected 3"),
     "an external array of no file": (
-        listed(array(4, foreign=msgspec.structs.replace(FOREIGN, item="elsewhere"))),
+        listed(array(4, external=msgspec.structs.replace(EXTERNAL, item="elsewhere"))),
         "the manifest lists no files",
     ),
     "an external folder of no file": (
-        listed(array(4, foreign=msgspec.structs.replace(FOREIGN, ocdbt=False, item="%2e%2e"))),
+        listed(array(4, external=msgspec.structs.replace(EXTERNAL, ocdbt=False, item="%2e%2e"))),
         "the manifest lists no files",
     ),
 }

@@ -15,11 +15,11 @@ from runs import catalog_of, journal_of, now
 from test_cli import orchestrator
 
 import orchestrator as oc
-from orchestrator import verify
-from orchestrator.catalog import Catalog
-from orchestrator.diff import Side, compare
 from orchestrator.errors import StorageError
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
+from orchestrator.tools import verify
+from orchestrator.tools.diff import Side, compare
 
 
 def big(step: int) -> Any:
@@ -109,11 +109,11 @@ def test_a_wrong_sample_is_a_usage_error(run: Path, text: str, capsys: pytest.Ca
 
 
 def test_a_store_that_fails_says_nothing_about_the_data(run: Path) -> None:
-    def refuse(operation: str, key: str) -> None:
+    def reject(operation: str, key: str) -> None:
         if operation == "get" and key.endswith("extra.json"):
             raise StorageError(f"{operation} {key}: EIO (Input/output error)")
 
-    catalog = Catalog(HookedStorage(PosixStorage(str(run)), before=refuse), "test")
+    catalog = Catalog(HookedStorage(PosixStorage(str(run)), before=reject), "test")
     step = catalog.find(1)
     assert step is not None
     verdict = verify.read_back(catalog, step)

@@ -22,15 +22,16 @@ from fakes import HookedStorage
 from runs import LIKE, catalog_of, fill, kinds, now, state
 
 import orchestrator as oc
-from orchestrator import arrays, contents, layout
-from orchestrator import catalog as catalog_module
-from orchestrator.arrays import datafiles
-from orchestrator.arrays.localstore import LocalStore
-from orchestrator.catalog import Catalog
-from orchestrator.codec import encode
-from orchestrator.collect import collect
+from orchestrator import arrays
+from orchestrator.arrays.reading.local_store import LocalStore
+from orchestrator.arrays.writing import data_files
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
-from orchestrator.records import RetiredAttempt
+from orchestrator.rules import chunk_index, keys
+from orchestrator.rules.codec import encode
+from orchestrator.rules.records import RetiredAttempt
+from orchestrator.run import journal_store as catalog_module
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage, directory
 from orchestrator.storage import posix as posix_module
 from orchestrator.storage.directory import DEPTH_MAX
@@ -71,7 +72,7 @@ OBSTACLES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
 
 def write_data(store: PosixStorage, key: str) -> None:
     folder, _, name = key.rpartition("/")
-    datafiles.write_files(datafiles.opener(f"{store.url}/{folder}"), {name: b"elements"})
+    data_files.write_files(data_files.opener(f"{store.url}/{folder}"), {name: b"elements"})
 
 
 def read_data(store: PosixStorage, key: str) -> None:
@@ -216,7 +217,7 @@ def test_a_directory_swapped_for_a_link_at_any_moment_leads_nowhere_else(
 
     swapping = threading.Thread(target=swap)
     swapping.start()
-    refused = 0
+    rejected = 0
     try:
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
@@ -225,11 +226,11 @@ def test_a_directory_swapped_for_a_link_at_any_moment_leads_nowhere_else(
                     found = OPERATIONS[operation](store, "steps/00000009/e0001-a01/manifest.json")
                     assert found != b"precious"
                 except StorageError:
-                    refused += 1
+                    rejected += 1
     finally:
         done.set()
         swapping.join(10)
-    assert snapshot(outside) == theirs and refused
+    assert snapshot(outside) == theirs and rejected
 
 
 # Listings.
@@ -337,7 +338,7 @@ def retired(root: Path, *steps: int) -> Catalog:
     """A run that has retired these steps; each of their attempts holds one file and a manifest."""
     catalog = catalog_of(root)
     gone = tuple(RetiredAttempt(step=step, attempt="e0001-a01", reason="aborted") for step in steps)
-    catalog.storage.create(layout.journal_key(0), encode(head(epoch=1, version=0, retired=gone)))
+    catalog.storage.create(keys.journal_key(0), encode(head(epoch=1, version=0, retired=gone)))
     for step in steps:
         for name in ("manifest.json", "state/d/data"):
             catalog.storage.create(catalog.key(step, "e0001-a01", name), b"1234")
@@ -500,7 +501,7 @@ def test_what_a_library_opens_by_its_path_is_looked_at_before(
     catalog = catalog_of(root)
     live = catalog.find(1)
     assert live is not None
-    stored = contents.stored(catalog.manifest(live))
+    stored = chunk_index.stored(catalog.manifest(live))
     folder = root / "steps/00000001/e0001-a01/state"
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).unlink(missing_ok=True)

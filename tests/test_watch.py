@@ -15,11 +15,11 @@ from processes import job
 from rich.console import Console
 from runs import fill
 
-from orchestrator import events
 from orchestrator.cli.main import main
 from orchestrator.cli.watch import SILENT_S, Now, draw, look
-from orchestrator.eventlog import Line
-from orchestrator.story import Story
+from orchestrator.observe import events
+from orchestrator.observe.event_log import Line
+from orchestrator.observe.timeline import Story
 
 pytestmark = pytest.mark.jobs
 

@@ -16,11 +16,11 @@ from waves import InWaves
 
 import orchestrator as oc
 from launch.gcs_emulator.request_log import chain
-from orchestrator import journal, overlap
-from orchestrator.catalog import EARLY_S, Catalog
 from orchestrator.errors import Fenced, JournalLost, StorageError
-from orchestrator.journal import Stamp
-from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
+from orchestrator.rules import journal
+from orchestrator.rules.journal import Stamp
+from orchestrator.run.journal_store import EARLY_S, Catalog
+from orchestrator.storage import MemoryStorage, PosixStorage, open_storage, overlap
 
 STATE = {"w": jnp.arange(1024.0), "small": jnp.ones(3)}
 LIKE = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), STATE)
@@ -28,7 +28,7 @@ ENTRY, HEAD = r"journal/\d+\.json", (r"list journal/", r"get journal/\d+\.json")
 ATTEMPT = r"steps/\d+/e\d+-a\d+"
 RECORDS = tuple(f"get {ATTEMPT}/{name}" for name in (r"manifest\.json", r"intent\.json", r"extra\.json"))
 PROCESS = f"get {ATTEMPT}/process/00000.bin"
-# In a bucket the arrays add: their writes, to a save's first wave; the tree's, before its last make_durable; the tree's reads
+# In a bucket the arrays add: their writes, to a save's first wave; the tree's, before its last sync; the tree's reads
 # and theirs, after a restore's records.
 OPEN = (["list journal-index/"], ["list journal/"], [f"get {ENTRY}"])
 RESUME = (
@@ -134,7 +134,7 @@ def test_no_decision_rests_on_a_head_that_is_no_more(happens: object, age_s: flo
 
 
 @pytest.mark.parametrize("early", ["of an older epoch", "of a newer epoch", "of no run", "unread"])
-def test_nobody_is_refused_for_what_was_read_ahead(early: str) -> None:
+def test_nobody_is_rejected_for_what_was_read_ahead(early: str) -> None:
     """What is not a create is decided by a head that is read now."""
     store = MemoryStorage()
     catalog = a_run(store)

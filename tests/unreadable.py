@@ -40,8 +40,8 @@ from unreadable_judge import LIMIT_S, ORDER, Outcome, judge, report, said, summa
 from unreadable_ways import DAMAGED, GS, LOCAL, ODD, WAYS, Way
 
 import orchestrator as oc
-from orchestrator.catalog import Catalog
-from orchestrator.records import Head
+from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 STORE_DEADLINE_S = 1.5  # as ORCHESTRATOR_STORE_DEADLINE_S
@@ -185,7 +185,7 @@ class Bench:
             **emulator().environ,
             "ORCHESTRATOR_STORE_DEADLINE_S": str(STORE_DEADLINE_S),
             # Nothing may leave this machine, nor find its own credentials.
-            **{"https_proxy": names["refusing"], "no_proxy": "127.0.0.1", "GCE_METADATA_ROOT": "127.0.0.1:1"},
+            **{"https_proxy": names["rejecting"], "no_proxy": "127.0.0.1", "GCE_METADATA_ROOT": "127.0.0.1:1"},
             **{"GCE_METADATA_HOST": "127.0.0.1:1", "GCE_METADATA_IP": "127.0.0.1:1"},
             **{"CLOUDSDK_CONFIG": str(self._folder), "HOME": str(self._folder)},
             **{name: value and value.format_map(names) for name, value in way.environ.items()},

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from orchestrator.errors import StorageError
-from orchestrator.records import FileEntry
+from orchestrator.rules.records import FileEntry
 from orchestrator.storage import Created, Entry, Exists, Storage
 
 LIMIT_S = 30.0  # only code that asks for one thing after another ever waits for so long

@@ -19,7 +19,7 @@ class Faults:
 
     too_many: 429. unavailable: 503. slow: `slow_s` seconds late. cut: the connection ends in the middle of the data,
     an upload has not landed. lost: the request is carried out and the connection ends before the reply. down: no
-    request is answered. read_only: writes are refused with 403, as IAM does for a reader's credential.
+    request is answered. read_only: writes are rejected with 403, as IAM does for a reader's credential.
     """
 
     too_many: float = 0.0
@@ -41,12 +41,12 @@ class Faults:
             if name not in kinds:
                 raise ValueError(f"no fault {name!r}; there is: {', '.join(kinds)}")
             if kinds[name] is bool and not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}: wanted true or false")
+                raise ValueError(f"{name}={value!r}: expected true or false")
             made[name] = kinds[name](value)
         faults = replace(cls(), **made)
         for name in RATES:
             if not 0 <= getattr(faults, name) <= 1:
-                raise ValueError(f"{name}={getattr(faults, name)}: wanted a rate from 0 to 1")
+                raise ValueError(f"{name}={getattr(faults, name)}: expected a rate from 0 to 1")
         return faults
 
     @classmethod

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from aiohttp import web
 
-from launch.gcs_emulator.bucket import LIST_PAGE_MAX, Bucket, Object, Preconditions, Refused
+from launch.gcs_emulator.bucket import LIST_PAGE_MAX, Bucket, Object, Preconditions, Rejected
 from launch.gcs_emulator.faults import Dice, Faults, Rule, Rules
 from launch.gcs_emulator.guard import Guard
 from launch.gcs_emulator.replies import Answer, altered, cut, hang_up, response, stay_silent, trickle
@@ -61,12 +61,12 @@ def _json(value: Any, operation: str, status: int = 200) -> Answer:
     return Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json; charset=UTF-8"}, operation)
 
 
-def _refusal(refused: Refused, operation: str = "other") -> Answer:
-    if refused.status == 304:
+def _rejection(rejected: Rejected, operation: str = "other") -> Answer:
+    if rejected.status == 304:
         return Answer(304, operation=operation)
-    cause = {"message": str(refused), **({"reason": refused.reason} if refused.reason else {})}
-    error = {"error": {"code": refused.status, "message": str(refused), "errors": [cause]}}
-    return _json(error, operation, refused.status)
+    cause = {"message": str(rejected), **({"reason": rejected.reason} if rejected.reason else {})}
+    error = {"error": {"code": rejected.status, "message": str(rejected), "errors": [cause]}}
+    return _json(error, operation, rejected.status)
 
 
 class Emulator:
@@ -102,7 +102,7 @@ class Emulator:
             await asyncio.sleep(self.dice.faults.slow_s)
         for kind, status in (("too_many", 429), ("unavailable", 503)):
             if self.dice.hit(kind):
-                return response(_refusal(Refused(status, f"injected {status}")))
+                return response(_rejection(Rejected(status, f"injected {status}")))
         body = await request.read()
         logged.operation, logged.name = _named(request.method, path, request.query, body)
         if rule := self.rules.hit(logged.operation, logged.name):
@@ -122,7 +122,7 @@ class Emulator:
         if rule.kind == "status":
             status = int(rule.value)
             message = rule.message or f"injected {status} for {path}"
-            answer = _refusal(Refused(status, message, rule.reason))
+            answer = _rejection(Rejected(status, message, rule.reason))
             more = {"Retry-After": rule.retry_after} if rule.retry_after else {}
             return response(replace(answer, headers={**answer.headers, **more}))
         if rule.kind == "hang":
@@ -151,12 +151,12 @@ class Emulator:
         try:
             self._check_guard(path, query, headers)
             if self.dice.faults.read_only and method != "GET":
-                raise Refused(403, "the caller does not have storage.objects.create or delete access")
+                raise Rejected(403, "the caller does not have storage.objects.create or delete access")
             answer = self._route(method, path, query, headers, body, base)
-        except Refused as refused:
-            answer = _refusal(refused, _operation(method, path, query))
+        except Rejected as rejected:
+            answer = _rejection(rejected, _operation(method, path, query))
         except ValueError as error:
-            answer = _refusal(Refused(400, f"invalid request: {error}"), _operation(method, path, query))
+            answer = _rejection(Rejected(400, f"invalid request: {error}"), _operation(method, path, query))
         self.counts[answer.operation] += 1
         return answer
 
@@ -174,7 +174,7 @@ class Emulator:
         if path == "/storage/v1/b" and method == "POST":
             name = str(json.loads(body)["name"])
             if name in self._buckets:
-                raise Refused(409, f"bucket {name} exists")
+                raise Rejected(409, f"bucket {name} exists")
             self._buckets[name] = Bucket(name, self._max_bytes)
             return _json(_bucket_resource(name), "bucket")
         if path == "/storage/v1/b":
@@ -185,7 +185,7 @@ class Emulator:
             return _json(_bucket_resource(self._bucket(unquote(found[1])).name), "bucket")
         if method == "GET" and (found := _PLAIN.fullmatch(path)):
             return self._object(method, self._bucket(unquote(found[1])), unquote(found[2]), MEDIA, headers, body)
-        raise Refused(404, f"not a path of the JSON API: {method} {path}")
+        raise Rejected(404, f"not a path of the JSON API: {method} {path}")
 
     def _check_guard(self, path: str, query: Mapping[str, str], headers: Mapping[str, str]) -> None:
         found = _PLAIN.fullmatch(path) or re.match(r"/(?:\w+/)*storage/v1/b/([^/?]+)", path)
@@ -194,7 +194,7 @@ class Emulator:
 
     def _bucket(self, name: str) -> Bucket:
         if name not in self._buckets:
-            raise Refused(404, f"The specified bucket does not exist: {name}")
+            raise Rejected(404, f"The specified bucket does not exist: {name}")
         return self._buckets[name]
 
     def _object(
@@ -270,12 +270,12 @@ class Emulator:
             made = place.put(name, data, conditions, content_type, about.get("metadata"), checksum)
             return _json(made.resource(bucket), "insert")
         if kind != "resumable":
-            raise Refused(400, f"uploadType={kind}")
+            raise Rejected(400, f"uploadType={kind}")
         about = json.loads(body) if body else {}
         name = about.get("name") or query["name"]
         conditions.check(place.peek(name))
         if len(self._uploads) >= UPLOADS_MAX:
-            raise Refused(429, "too many resumable uploads under way")
+            raise Rejected(429, "too many resumable uploads under way")
         upload_id = uuid.uuid4().hex
         sort = headers.get("X-Upload-Content-Type", "application/octet-stream")
         metadata, checksum = about.get("metadata", {}), about.get("crc32c") or given
@@ -287,7 +287,7 @@ class Emulator:
         """Bytes of a resumable upload, or a question how far it is. Bytes that are there already are passed over."""
         upload = self._uploads.get(upload_id)
         if upload is None:
-            raise Refused(404, "no such upload")
+            raise Rejected(404, "no such upload")
         if upload.made is not None:  # finished; its reply may have been lost
             return _json(upload.made, "chunk")
         total = self._append(upload, headers, body)
@@ -309,11 +309,11 @@ class Emulator:
             return len(body)
         found = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", told)
         if not found:
-            raise Refused(400, f"Content-Range: {told}")
+            raise Rejected(400, f"Content-Range: {told}")
         if found[1] is not None:
             first = int(found[1])
             if first > len(upload.body):
-                raise Refused(503, f"there are {len(upload.body)} bytes, the chunk begins at {first}")
+                raise Rejected(503, f"there are {len(upload.body)} bytes, the chunk begins at {first}")
             upload.body += body[len(upload.body) - first :]
         return None if found[3] == "*" else int(found[3])
 
@@ -329,10 +329,10 @@ class Emulator:
         """Up to 100 calls in one request; each has a status of its own, and meets 429 and 503 by itself."""
         found = re.search(r'boundary="?([^";]+)"?', headers.get("Content-Type", ""))
         if not found:
-            return _refusal(Refused(400, "a batch without a boundary"))
+            return _rejection(Rejected(400, "a batch without a boundary"))
         parts = [part for part in body.split(b"--" + found[1].encode()) if b"HTTP/1.1" in part]
         if len(parts) > BATCH_MAX:
-            return _refusal(Refused(400, f"{len(parts)} calls in one batch; at most {BATCH_MAX}"))
+            return _rejection(Rejected(400, f"{len(parts)} calls in one batch; at most {BATCH_MAX}"))
         self.counts["batch"] += 1
         told = []
         for part in parts:
@@ -352,12 +352,12 @@ class Emulator:
     def _in_batch(self, method: str, target: str, headers: Mapping[str, str]) -> Answer:
         for kind, status in (("too_many", 429), ("unavailable", 503)):
             if self.dice.hit(kind):
-                return _refusal(Refused(status, f"injected {status}"))
+                return _rejection(Rejected(status, f"injected {status}"))
         url = urlsplit(target)
         query = dict(parse_qsl(url.query))
         rule = self.rules.hit(*_named(method, url.path, query))
         if rule and rule.kind == "status":
-            return _refusal(Refused(int(rule.value), rule.message or f"injected {rule.value:g}", rule.reason))
+            return _rejection(Rejected(int(rule.value), rule.message or f"injected {rule.value:g}", rule.reason))
         own = {name: value for name, value in headers.items() if name.lower() == "authorization"}
         return self.call(method, url.path, query, own, b"", "")
 
@@ -418,7 +418,7 @@ def _bucket_resource(name: str) -> dict[str, str]:
 
 
 def _operation(method: str, path: str, query: Mapping[str, str]) -> str:
-    """Which operation a refused call was; refusals are charged for, too."""
+    """Which operation a rejected call was; rejections are charged for, too."""
     if _UPLOAD.fullmatch(path):
         return "insert"
     if _OBJECT.fullmatch(path):
@@ -469,12 +469,12 @@ def _multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], str, byt
     """(metadata, content type of the data, data) of a multipart/related body, with CRLF or LF line ends."""
     found = re.search(r'boundary=(?:"([^"]+)"|([^;\s]+))', content_type)
     if not found:
-        raise Refused(400, "a multipart upload without a boundary")
+        raise Rejected(400, "a multipart upload without a boundary")
     boundary = b"--" + (found[1] or found[2]).encode()
     parts = body.split(boundary, 2)
     end = body.rfind(boundary)
     if len(parts) < 3:
-        raise Refused(400, "a multipart upload needs two parts")
+        raise Rejected(400, "a multipart upload needs two parts")
     second = body[len(parts[0]) + len(parts[1]) + 2 * len(boundary) : end]
     _, about = _split_part(parts[1])
     headers, data = _split_part(second)
@@ -487,5 +487,5 @@ def _multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], str, byt
 def _split_part(part: bytes) -> tuple[bytes, bytes]:
     found = re.search(rb"\r?\n\r?\n", part)
     if not found:
-        raise Refused(400, "a part without an empty line")
+        raise Rejected(400, "a part without an empty line")
     return part[: found.start()], part[found.end() :]

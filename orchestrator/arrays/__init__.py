@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from orchestrator.arrays.foreign import describe, is_tree
-from orchestrator.arrays.placing import Load, as_array
-from orchestrator.arrays.reading import check, load, slabs
-from orchestrator.arrays.sharing import groups
-from orchestrator.arrays.wanted import shardings_of
-from orchestrator.arrays.writing import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
+from orchestrator.arrays.format.external_items import describe, is_tree
+from orchestrator.arrays.reading.exchange import groups
+from orchestrator.arrays.reading.placing import ReadRequest, as_array
+from orchestrator.arrays.reading.read import check, load, slabs
+from orchestrator.arrays.reading.target_shardings import shardings_of
+from orchestrator.arrays.writing.write import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 
 __all__ = [
     "ArrayOptions",
     "ArrayWriter",
-    "Load",
     "PendingWrite",
+    "ReadRequest",
     "WriteStopped",
     "as_array",
     "check",

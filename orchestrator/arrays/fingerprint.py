@@ -34,12 +34,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from orchestrator import attest, chunks
-from orchestrator.arrays.naming import named
-from orchestrator.arrays.owned import bit_count
-from orchestrator.arrays.placing import in_own_memory
-from orchestrator.jax_context import in_own_context
-from orchestrator.records import Box, LeafSpec, ShardFingerprint
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.leaf_errors import named
+from orchestrator.arrays.reading.owned_memory import bit_count
+from orchestrator.arrays.reading.placing import in_own_memory
+from orchestrator.rules import fingerprints, zarr_chunks
+from orchestrator.rules.records import Box, LeafSpec, ShardFingerprint
 
 _SMALL_BYTES = 256 << 10  # shards below this are computed many at a time
 _TOGETHER = 64
@@ -69,7 +69,7 @@ class Fingerprints:
         found: dict[str, list[tuple[Part, str]]] = {}
         for parts, lanes in self.waiting:
             for (name, part), row in zip(parts, np.asarray(lanes).reshape(-1, 4).tolist(), strict=True):
-                found.setdefault(name, []).append((part, attest.as_text(row)))
+                found.setdefault(name, []).append((part, fingerprints.as_text(row)))
         return found
 
     def signed(self) -> dict[str, tuple[ShardFingerprint, ...]]:
@@ -136,7 +136,7 @@ def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Fingerprints:
 def of(leaf: LeafSpec, value: Any) -> str:
     """The fingerprint of an array that is wholly in this process."""
     found = start([(leaf, value)]).result()[leaf.name]
-    return attest.total({part.box: told for part, told in found}.values())
+    return fingerprints.total({part.box: told for part, told in found}.values())
 
 
 @in_own_context
@@ -146,8 +146,8 @@ def of_pieces(leaf: LeafSpec, pieces: Iterable[tuple[Box, Any]]) -> str:
     for box, data in pieces:
         kind, item = _from_host(leaf, leaf.file_shape, Part(box, 0, _HOST), data)
         (lanes,) = np.asarray(_launch(kind, [item])).reshape(-1, 4).tolist()
-        found.append(attest.as_text(lanes))
-    return attest.total(found)
+        found.append(fingerprints.as_text(lanes))
+    return fingerprints.total(found)
 
 
 def _groups(items: list[_Item], most: int) -> Iterator[list[_Item]]:
@@ -170,7 +170,7 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         value = jax.random.key_data(value)
     if (value.sharding, value.shape) not in places:
         shards = value.addressable_shards
-        found = [Part(chunks.box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
+        found = [Part(zarr_chunks.box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
         places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
     parts, devices = places[value.sharding, value.shape]
     if value.is_fully_replicated:  # `addressable_data` would give the first device's copy for each

@@ -10,7 +10,7 @@ from orchestrator.errors import EXIT_OK
 
 
 def adopt(root: str, flags: dict[str, Any]) -> int:
-    from orchestrator.adopt import adopt as take_over  # JAX takes a second to import: only here
+    from orchestrator.compat.adopt import adopt as take_over  # JAX takes a second to import: only here
 
     catalog = commands.open_catalog(root)
     skip = frozenset(name for name in flags["skip"].split(",") if name)

@@ -10,14 +10,15 @@ from typing import Any
 
 import msgspec
 
-from orchestrator import arguments, journal, layout, policy
-from orchestrator.catalog import Catalog
+from orchestrator import policy
 from orchestrator.cli import render
-from orchestrator.collect import collect
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, StepNotFound, UsageError
-from orchestrator.forecast import leaf_bytes
-from orchestrator.plan import brief
-from orchestrator.records import Head, LeafSpec, LiveStep
+from orchestrator.rules import arguments, journal, keys
+from orchestrator.rules.matching import brief
+from orchestrator.rules.records import Head, LeafSpec, LiveStep
+from orchestrator.rules.restore_cost import leaf_bytes
+from orchestrator.run.deletion import collect
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 
 Flags = dict[str, Any]
@@ -113,7 +114,7 @@ def inspect(root: str, flags: Flags) -> int:
         )
         return EXIT_OK
     mesh = " x ".join(f"{name}={count}" for name, count in intent.mesh.items()) or "no mesh"
-    render.say(f"{catalog.url} {layout.shown(live.step, live.attempt)}: {live.trust}, saved {render.moment(live.time)}")
+    render.say(f"{catalog.url} {keys.shown(live.step, live.attempt)}: {live.trust}, saved {render.moment(live.time)}")
     render.say(f"{intent.process_count} processes, {intent.device_count} devices, {mesh}; opened by {intent.opened_by}")
     if extra.stored_metrics:
         render.say(f"metrics: {_shown_metrics(extra.metrics)}")
@@ -211,7 +212,7 @@ def gc(root: str, flags: Flags) -> int:
     else:
         verb = "would delete" if flags["dry_run"] else "deleted"
         for gone in done.attempts:
-            render.say(f"{verb} {layout.shown(gone.step, gone.attempt)} ({gone.reason})")
+            render.say(f"{verb} {keys.shown(gone.step, gone.attempt)} ({gone.reason})")
         if would_retire and flags["dry_run"]:
             render.say(f"would retire steps {', '.join(map(str, would_retire))}")
         render.say(f"{verb} {done.files} files, {render.size(done.bytes)}, of {len(done.attempts)} attempts")
@@ -221,9 +222,9 @@ def gc(root: str, flags: Flags) -> int:
 
 
 def _rehearse(catalog: Catalog, rule: journal.Rule) -> None:
-    """Raises what the rule would refuse with; writes nothing."""
+    """Raises what the rule would reject with; writes nothing."""
     outcome = rule(catalog.require_head(), catalog.stamp())
-    if isinstance(outcome, journal.Refused):
+    if isinstance(outcome, journal.Rejected):
         raise outcome.error
 
 
@@ -282,7 +283,7 @@ def _wanted(flags: Flags) -> int:
 
 def _name(flags: Flags) -> str:
     if not flags["name"]:
-        raise UsageError("--name=: wanted the pin's name")
+        raise UsageError("--name=: expected the pin's name")
     return str(flags["name"])
 
 

@@ -46,7 +46,7 @@ def script(shell: str, flags: Mapping[str, Sequence[tuple[str, str]]], about: Ma
     bash = _BASH.format(commands=" ".join(flags), cases=cases)
     scripts = {"bash": bash, "zsh": _ZSH + bash}
     if shell not in scripts:
-        raise UsageError(f"completion {shell}: wanted bash, zsh or fish")
+        raise UsageError(f"completion {shell}: choose from bash, zsh or fish")
     return scripts[shell]
 
 

@@ -10,7 +10,7 @@ from orchestrator.errors import EXIT_FAILED, EXIT_OK, UsageError
 
 
 def diff(root: str, flags: Flags) -> int:
-    from orchestrator import diff as rules  # JAX takes a second to import: only here
+    from orchestrator.tools import diff as rules
 
     first, second = open_catalog(root), open_catalog(flags["other"] or root)
     lives = live_step(first, _step(flags["a"])), live_step(second, _step(flags["b"]))

@@ -22,14 +22,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from orchestrator import evidence, journal, layout
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError, StepRetired
-from orchestrator.eventlog import DIRECTORY, Tail, directory_of
-from orchestrator.journal import AttemptId, Found
-from orchestrator.records import Event, Head
+from orchestrator.observe.event_log import DIRECTORY, Tail, directory_of
+from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules.journal import AttemptId, Found
+from orchestrator.rules.records import Event, Head
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import Exists, PosixStorage
 from orchestrator.storage.directory import Root
 
@@ -198,7 +198,7 @@ def _quarantined(patient: Patient) -> Iterator[Finding]:
     evidence = patient.head.quarantined
     for live in evidence:
         why = f": {live.quarantine.reason}" if live.quarantine and live.quarantine.reason else ""
-        text = f"{layout.shown(live.step, live.attempt)} is quarantined and holds {render.size(live.bytes)}{why}"
+        text = f"{keys.shown(live.step, live.attempt)} is quarantined and holds {render.size(live.bytes)}{why}"
         do = (
             f"orchestrator verify ROOT --step={live.step}; orchestrator release ROOT --step={live.step} brings it "
             f"back, and only this deletes it: orchestrator gc ROOT --quarantined={live.step}"
@@ -280,18 +280,18 @@ def _permissions(patient: Patient) -> Iterator[Finding]:
         return
     places = [patient.local, *(patient.local / name for name in ("journal", "steps", ".tmp"))]
     there = [path for path in places if path == patient.local or (path.is_dir() and not path.is_symlink())]
-    refused = [path for path in there if not os.access(path, os.R_OK | os.W_OK | os.X_OK)]
-    for path in refused:
+    rejected = [path for path in there if not os.access(path, os.R_OK | os.W_OK | os.X_OK)]
+    for path in rejected:
         status = path.stat()
         whose = f"owner {status.st_uid}, mode {status.st_mode & 0o777:o}"
         text = f"{path} ({whose}) cannot be written by user {os.getuid()}"
         yield Finding("permissions", "bad", text, "run the job as the owner, or give it the directory (chown -R)")
-    if not refused:
+    if not rejected:
         yield Finding("permissions", "ok", f"user {os.getuid()} may write here")
 
 
 def _store(patient: Patient) -> Iterator[Finding]:
-    """Create, refuse to replace, read back, delete: what the protocol rests on, tried on the store itself."""
+    """Create, reject to replace, read back, delete: what the protocol rests on, tried on the store itself."""
     if patient.read_only:
         return
     storage, key, body = patient.catalog.storage, f".tmp/doctor-{uuid.uuid4().hex}", b"doctor"
@@ -304,12 +304,12 @@ def _store(patient: Patient) -> Iterator[Finding]:
         storage.delete(key)
     took = render.duration(time.monotonic() - started)
     if not taken:
-        text = "creating an object that exists was not refused"
+        text = "creating an object that exists was not rejected"
         yield Finding("store", "bad", text, "two jobs could both commit: use a file system with hard links, or gs://")
     elif not same:
         yield Finding("store", "bad", "an object read back is not what was written", "replace this disk or mount")
     else:
-        yield Finding("store", "ok", f"create, refusal to replace, read and delete work ({took})")
+        yield Finding("store", "ok", f"create, rejection to replace, read and delete work ({took})")
 
 
 def _disk(patient: Patient) -> Iterator[Finding]:

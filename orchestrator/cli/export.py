@@ -23,10 +23,10 @@ class Exported(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def export(root: str, flags: Flags) -> int:
-    from orchestrator import export as rules  # JAX takes a second to import: only here
+    from orchestrator.tools import export as rules
 
     if flags["format"] not in rules.FORMATS:
-        raise UsageError(f"--format={flags['format']}: wanted {', '.join(rules.FORMATS)}")
+        raise UsageError(f"--format={flags['format']}: choose from {', '.join(rules.FORMATS)}")
     catalog = open_catalog(root)
     live = live_step(catalog, _step(flags["step"]))
     with render.progress("bytes") as display:
@@ -52,5 +52,5 @@ def _step(text: str) -> int | None:
     if text == "newest":
         return None
     if not text.isdecimal():
-        raise UsageError(f"STEP {text!r}: wanted the number of a step, or newest")
+        raise UsageError(f"STEP {text!r}: expected the number of a step, or newest")
     return int(text)

@@ -16,13 +16,13 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from orchestrator.arguments import path as local_path
 from orchestrator.cli import commands, diff, doctor, export, plan, render, report, verify, watch
 from orchestrator.cli.adopt import adopt
 from orchestrator.cli.completion import script
 from orchestrator.cli.recover import recover
 from orchestrator.cli.schema import schema
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
+from orchestrator.rules.arguments import path as local_path
 
 _BROKEN_PIPE = 128 + 13
 
@@ -292,7 +292,7 @@ def _plainly(text: str, command: Command) -> str:
     given, _, _ = text.removeprefix("flag ").partition(": ")
     kinds = {f"--{flag.name}": flag.kind for flag in (*command.flags, _JSON)}
     wanted = _WANTED.get(kinds.get(given.partition("=")[0], str))
-    return f"{given}: wanted {wanted}" if wanted and "=" in given else text
+    return f"{given}: expected {wanted}" if wanted and "=" in given else text
 
 
 def main(argv: Sequence[str]) -> int:

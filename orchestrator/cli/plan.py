@@ -6,13 +6,13 @@ from typing import Any
 
 import msgspec
 
-from orchestrator import arguments, layout
 from orchestrator.cli import render
 from orchestrator.cli.commands import live_step, open_catalog
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
-from orchestrator.eventlog import directory_of, read
-from orchestrator.forecast import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
-from orchestrator.story import Story
+from orchestrator.observe.event_log import directory_of, read
+from orchestrator.observe.timeline import Story
+from orchestrator.rules import arguments, keys
+from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
 
 _ROWS = 32
 
@@ -111,7 +111,7 @@ def _basis(pace: Speed | None) -> str:
 
 
 def _show(made: Plan, target: Target, memory: int | None, reserve: int) -> None:
-    where = layout.shown(made.step, made.attempt)
+    where = keys.shown(made.step, made.attempt)
     render.say(f"{made.root} {where} on {target.shown}: {made.devices} devices, {target.processes} processes")
     rows = [
         [

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from orchestrator import layout
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_OK
-from orchestrator.recover import Plan, plan, write
+from orchestrator.rules import keys
+from orchestrator.tools.recover import Plan, plan, write
 
 
 class Attempt(msgspec.Struct, forbid_unknown_fields=True):
@@ -92,7 +92,7 @@ def _say(told: Recovery, found: Plan, root: str) -> None:
     render.say(f"newest entry of the journal: {head}")
     for why in found.unreadable.values():
         render.say(f"cannot be read: {why}")
-    if found.version > layout.VERSION_MAX:
+    if found.version > keys.VERSION_MAX:
         render.say("no version comes after the newest entry, which no job has written: move it out of the run first")
     if told.lost:
         render.say(f"entries are missing: {told.lost}")

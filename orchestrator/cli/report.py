@@ -14,16 +14,16 @@ from typing import Any
 
 import msgspec
 
-from orchestrator import cadence, journal, layout
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import Flags, open_catalog
 from orchestrator.errors import EXIT_OK, OrchestratorError, StorageError
-from orchestrator.eventlog import directory_of, read
-from orchestrator.forecast import leaf_bytes, partition
-from orchestrator.json_words import Stored
-from orchestrator.records import Head, LeafSpec, LiveStep
-from orchestrator.story import Story
+from orchestrator.observe.event_log import directory_of, read
+from orchestrator.observe.timeline import Story
+from orchestrator.rules import journal, keys, save_interval
+from orchestrator.rules.json_numbers import Stored
+from orchestrator.rules.records import Head, LeafSpec, LiveStep
+from orchestrator.rules.restore_cost import leaf_bytes, partition
+from orchestrator.run.journal_store import Catalog
 from orchestrator.texts import printable
 
 _LEAVES = 12  # of which the sharding is drawn: the largest
@@ -266,7 +266,7 @@ def _saves(heads: Iterable[_Slim], head: Head, story: Story) -> list[SaveOf]:
     for key, mine in parts.items():
         if key not in saves:
             began = min(part.began for part in mine)
-            epoch = layout.parse_attempt(key[1])[0]
+            epoch = keys.parse_attempt(key[1])[0]
             saves[key] = SaveOf(*key, epoch, began, "unknown", None, 0, "no decision was journalled")
         saves[key].parts = sorted(mine, key=lambda part: part.process)
     return sorted(saves.values(), key=lambda save: save.began)
@@ -335,13 +335,13 @@ def _intervals(heads: list[_Slim], saves: list[SaveOf]) -> list[IntervalOf]:
         return []
     blocked_s = [max(part.blocked for part in save.parts) for save in told]
     durable_s = [max(part.ended for part in save.parts) for save in told]
-    costs = cadence.costs(cadence.history(slim.head for slim in heads), blocked_s, durable_s)
-    best = cadence.optimal_interval_s(costs.blocked_s, costs.mtbf_s)
+    costs = save_interval.costs(save_interval.history(slim.head for slim in heads), blocked_s, durable_s)
+    best = save_interval.optimal_interval_s(costs.blocked_s, costs.mtbf_s)
     marks = {best * factor: "" for factor in (1 / 16, 1 / 4, 4, 16)} | {best: "optimum"}
     gaps = [after.began - before.began for before, after in itertools.pairwise(told) if before.epoch == after.epoch]
     if gaps and statistics.median(gaps) > 0:
         marks[statistics.median(gaps)] = "this run"
-    return [IntervalOf(each, share, marks[each]) for each, share in cadence.goodputs(costs, sorted(marks))]
+    return [IntervalOf(each, share, marks[each]) for each, share in save_interval.goodputs(costs, sorted(marks))]
 
 
 def _mesh(catalog: Catalog, newest: LiveStep | None) -> MeshOf | None:

@@ -16,8 +16,8 @@ from orchestrator.cli.recover import Recovery
 from orchestrator.cli.report import Report
 from orchestrator.cli.watch import Now
 from orchestrator.errors import UsageError
-from orchestrator.json_words import Stored
-from orchestrator.records import Event, FileEntry, LiveStep, RetiredAttempt
+from orchestrator.rules.json_numbers import Stored
+from orchestrator.rules.records import Event, FileEntry, LiveStep, RetiredAttempt
 
 
 class _Output(msgspec.Struct, forbid_unknown_fields=True):
@@ -166,5 +166,5 @@ OUTPUTS: dict[str, Any] = {
 def schema(command: str) -> dict[str, Any]:
     """The JSON Schema of a command's --json. Raises UsageError."""
     if command not in OUTPUTS:
-        raise UsageError(f"schema {command}: wanted one of {', '.join(OUTPUTS)}")
+        raise UsageError(f"schema {command}: choose one of {', '.join(OUTPUTS)}")
     return msgspec.json.schema(OUTPUTS[command])

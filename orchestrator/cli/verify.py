@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import Flags, live_step, open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError, UsageError
-from orchestrator.layout import shown
-from orchestrator.records import LiveStep
+from orchestrator.rules.keys import shown
+from orchestrator.rules.records import LiveStep
+from orchestrator.run.journal_store import Catalog
 
 
 def verify(root: str, flags: Flags) -> int:
     if flags["repair_journal"] not in ("auto", "never"):
-        raise UsageError(f"--repair_journal={flags['repair_journal']}: wanted auto or never")
+        raise UsageError(f"--repair_journal={flags['repair_journal']}: choose from auto or never")
     sample = _fraction(flags["sample"])
     if flags["by_store"] and sample is not None:
         raise UsageError("--by_store looks at every file and reads no chunk: it goes without --sample")
@@ -33,7 +33,7 @@ def verify(root: str, flags: Flags) -> int:
 
 
 def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags) -> dict[str, Any]:
-    from orchestrator import verify  # JAX takes a second to import: only here
+    from orchestrator.tools import verify
 
     try:
         total = verify.total_bytes(catalog.manifest(live), sample)
@@ -90,5 +90,5 @@ def _fraction(text: str | None) -> float | None:
     except ValueError:
         number = -1.0
     if not 0 < number <= 1:
-        raise UsageError(f"--sample={text}: wanted a share such as 10%, above 0% and up to 100%")
+        raise UsageError(f"--sample={text}: expected a share such as 10%, above 0% and up to 100%")
     return number

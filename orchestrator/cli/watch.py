@@ -13,16 +13,16 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from orchestrator import arguments, journal
-from orchestrator.catalog import Catalog
 from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_OK
-from orchestrator.eventlog import Tail, directory_of
-from orchestrator.events import PHASES
-from orchestrator.heartbeat import EVENT_INTERVAL_S
-from orchestrator.records import Head
-from orchestrator.story import HostSave, Story
+from orchestrator.observe.event_log import Tail, directory_of
+from orchestrator.observe.events import PHASES
+from orchestrator.observe.heartbeat import EVENT_INTERVAL_S
+from orchestrator.observe.timeline import HostSave, Story
+from orchestrator.rules import arguments, journal
+from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
 
 SILENT_S = 3 * EVENT_INTERVAL_S
 _COMMITS = 5

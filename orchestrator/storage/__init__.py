@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 
-from orchestrator import arguments
 from orchestrator.errors import UsageError
-from orchestrator.storage.base import Created, Entry, Exists, Storage
+from orchestrator.rules import arguments
 from orchestrator.storage.memory import MemoryStorage
+from orchestrator.storage.port import Created, Entry, Exists, Storage
 from orchestrator.storage.posix import PosixStorage
 
 __all__ = ["Created", "Entry", "Exists", "MemoryStorage", "PosixStorage", "Storage", "open_storage"]
@@ -25,7 +25,7 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
         return PosixStorage(where)
     if scheme == "file":
         if not rest.startswith("/"):
-            raise UsageError(f"root={where!r}: wanted file:// and an absolute path, as file:///data/run")
+            raise UsageError(f"root={where!r}: expected file:// and an absolute path, as file:///data/run")
         return PosixStorage(rest)
     if scheme == "gs":
         from orchestrator.storage.gcs import GcsStorage  # gcsfs takes half a second to import: only where it is used
@@ -34,14 +34,14 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
     plain = scheme.lower().replace("gcs", "gs")
     if plain in ("file", "gs"):
         raise UsageError(f"root={where!r}: no storage for {scheme}://; expected '{plain}://{rest}'")
-    raise UsageError(f"{where}: no storage for {scheme}://; wanted a local path, file:// or gs://")
+    raise UsageError(f"{where}: no storage for {scheme}://; expected a local path, file:// or gs://")
 
 
 _SCHEMES = frozenset({"file", "gs", "gcs", "s3", "http", "https", "az", "abfs", "hdfs", "memory"})
 
 
 def _check_scheme(where: str) -> None:
-    """Refuse what was meant as a URL and is none: it would be made as a directory of that name."""
+    """Reject what was meant as a URL and is none: it would be made as a directory of that name."""
     found = re.match("([A-Za-z][A-Za-z0-9+.-]*):(?!//)(/?)(.*)", where, re.DOTALL)
     if not found or not (found[2] or found[1].lower() in _SCHEMES):
         return  # a plain name may have a colon in it
@@ -54,10 +54,10 @@ def _check_scheme(where: str) -> None:
 def _text(root: object) -> str:
     where = os.fspath(root) if isinstance(root, os.PathLike) else root
     if not isinstance(where, str):
-        raise arguments.refusal("root", root, "a directory or a URL, as str or Path")
+        raise arguments.rejection("root", root, "a directory or a URL, as str or Path")
     if not where:
-        raise UsageError("the run's root is empty; wanted a directory or a URL")
+        raise UsageError("the run's root is empty; expected a directory or a URL")
     _check_scheme(where)
     if "\0" in where or not arguments.is_utf8(where):  # events and messages are UTF-8
-        raise arguments.refusal("root", where, "a name in UTF-8 without null characters")
+        raise arguments.rejection("root", where, "a name in UTF-8 without null characters")
     return where

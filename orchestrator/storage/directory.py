@@ -6,7 +6,7 @@ following links: nothing that somebody swaps between a look and its use leads el
 and opening never waits for the other end of a pipe.
 
 A root that this process has seen is not made again: when its path leads elsewhere (renamed, linked to something else,
-deleted, unmounted), writing is refused with RootChanged, and for as long as that directory exists somewhere also to
+deleted, unmounted), writing is rejected with RootChanged, and for as long as that directory exists somewhere also to
 whoever opens the path again in this process: a loop that tries again must not begin a new run beside the old one.
 
 What TensorStore is to read it opens by path itself: `inspect` looks at all of it before, which holds off accidents,
@@ -24,8 +24,8 @@ import weakref
 from collections.abc import Callable, Iterator
 
 from orchestrator.errors import RootChanged, StorageError, Unavailable, UnsafeKey, UsageError
-from orchestrator.layout import check_key, journal_version
-from orchestrator.storage.base import Entry
+from orchestrator.rules.keys import check_key, journal_version
+from orchestrator.storage.port import Entry
 
 DEPTH_MAX = 32  # directories below each other: so many descriptors does a listing hold
 _PRUNED_TRIES = 100
@@ -171,7 +171,7 @@ class Root:
                 raise
         except OSError as error:
             if _kind_at(parent, name) == "a symbolic link":
-                raise self.refusal(key, "a symbolic link", "a directory") from error
+                raise self.rejection(key, "a symbolic link", "a directory") from error
             raise
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=parent)
@@ -212,9 +212,9 @@ class Root:
 
     def _check_regular(self, key: str, kind: str) -> None:
         if kind:
-            raise self.refusal(key, kind, "a regular file")
+            raise self.rejection(key, kind, "a regular file")
 
-    def refusal(self, key: str, kind: str, expected: str) -> Unavailable:
+    def rejection(self, key: str, kind: str, expected: str) -> Unavailable:
         if kind == "a symbolic link":
             then = "nothing below a run's root may be one: move what it points to back to its place"
         else:

@@ -1,9 +1,9 @@
 """Storage in a Google Cloud Storage bucket: `gs://bucket/prefix`.
 
 `create` carries `ifGenerationMatch=0` and the body's CRC-32C, so the object appears whole or not at all, once. An
-object is durable when the service has acknowledged it, and strongly consistent from then on: `make_durable` asks for size and
-checksum and downloads nothing. Only names below the prefix are ever sent; names that come back and are not plain keys
-(folder placeholders, `..`) are not entries and are never touched.
+object is durable when the service has acknowledged it, and strongly consistent from then on: `make_durable` asks for
+size and checksum and downloads nothing. Only names below the prefix are ever sent; names that come back and are not
+plain keys (folder placeholders, `..`) are not entries and are never touched.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import crc32c
 from msgspec.structs import replace
 
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UnsafeKey, UsageError
-from orchestrator.layout import check_key
-from orchestrator.records import FileEntry
-from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists
-from orchestrator.storage.gcs_client import Client, client
-from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, refusal, said
+from orchestrator.rules.keys import check_key
+from orchestrator.rules.records import FileEntry
+from orchestrator.storage.gcs_http import Client, client
+from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, rejection, said
+from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists
 
 Value = TypeVar("Value")
 
@@ -45,7 +45,7 @@ class GcsStorage:
         """Raises UsageError for anything but `gs://bucket/prefix`."""
         found = re.fullmatch(r"gs://([^/]+)/(.+?)/*", url)
         if not found or not _BUCKET.fullmatch(found[1]):
-            raise UsageError(f"{url}: wanted gs://BUCKET/PREFIX, a run has a prefix of its own{_url_hint(url)}")
+            raise UsageError(f"{url}: expected gs://BUCKET/PREFIX, a run has a prefix of its own{_url_hint(url)}")
         try:
             self._prefix = check_key(found[2], url) + "/"
         except UnsafeKey:
@@ -83,12 +83,12 @@ class GcsStorage:
             if is_checksum(reply):
                 damaged += 1
                 if damaged == _DAMAGED_TRIES:
-                    refused = self._refusal("create", where, reply)
-                    raise StorageError(f"{refused}; so {damaged} times: something on the way damages data")
+                    rejected = self._rejection("create", where, reply)
+                    raise StorageError(f"{rejected}; so {damaged} times: something on the way damages data")
                 self._client.retries["checksum"] += 1
                 continue
             if reply.status != 412:
-                raise self._refusal("create", where, reply)
+                raise self._rejection("create", where, reply)
             there = self._compare(key, body)
             if there is not None:
                 return there
@@ -108,7 +108,7 @@ class GcsStorage:
         return Created() if there == body else Exists(there)
 
     def _read_back(self, key: str, body: bytes, error: Unavailable) -> Created | Exists:
-        """After a create without an answer: an object not there may still come, unless all tries were refused."""
+        """After a create without an answer: an object not there may still come, unless all tries were rejected."""
         if not error.landed:
             raise error
         try:
@@ -129,7 +129,7 @@ class GcsStorage:
                 self._check_bucket("get", where, reply)
                 return None
             if reply.status != 200:
-                raise self._refusal("get", where, reply)
+                raise self._rejection("get", where, reply)
             told = re.search(r"crc32c=([^,\s]+)", reply.headers.get("x-goog-hash", ""))
             if told is None or told[1] == _base64(crc32c.crc32c(reply.body)):
                 return reply.body
@@ -139,10 +139,10 @@ class GcsStorage:
     def _check_bucket(self, operation: str, where: str, reply: Reply) -> None:
         """A bucket that is not there must not look like an object that is not there."""
         if b"bucket does not exist" in reply.body:
-            raise self._refusal(operation, where, reply)
+            raise self._rejection(operation, where, reply)
 
-    def _refusal(self, operation: str, where: str, reply: Reply) -> StorageError:
-        return refusal(operation, where, reply, self._client.credentials.name)
+    def _rejection(self, operation: str, where: str, reply: Reply) -> StorageError:
+        return rejection(operation, where, reply, self._client.credentials.name)
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         where = f"{self.url}/{prefix}"
@@ -152,7 +152,7 @@ class GcsStorage:
         while True:
             reply = self._client.send("list", where, "GET", self._objects, params=params)
             if reply.status != 200:
-                raise self._refusal("list", where, reply)
+                raise self._rejection("list", where, reply)
             page = _document(reply, f"list {where}")
             for item in page.get("items", ()):
                 key = str(item["name"]).removeprefix(self._prefix)
@@ -169,7 +169,7 @@ class GcsStorage:
             self._check_bucket("delete", where, reply)
             return reply.repeated  # then it was our own earlier try, or somebody who was as fast
         if reply.status not in (200, 204):
-            raise self._refusal("delete", where, reply)
+            raise self._rejection("delete", where, reply)
         return True
 
     def delete_many(self, keys: Sequence[str]) -> Iterator[tuple[str, StorageError | None]]:
@@ -210,7 +210,7 @@ class GcsStorage:
             elif answer.status in (200, 204, 404):
                 errors[key] = None
             else:
-                errors[key] = self._refusal("delete", f"{self.url}/{key}", answer)
+                errors[key] = self._rejection("delete", f"{self.url}/{key}", answer)
         errors.update(_at_once(self._delete_one, left))
         for key in keys:
             yield key, errors[key]
@@ -229,8 +229,8 @@ class GcsStorage:
             told = (known or {}).get(entry.path)
             if told is not None and (told.bytes, told.crc32c) != (entry.bytes, entry.crc32c):
                 raise StorageError(
-                    f"make_durable {self.url}/{entry.path}: the store has {entry.bytes} bytes with crc32c {entry.crc32c}, "
-                    f"{told.bytes} with {told.crc32c} were written; it is not used"
+                    f"make durable {self.url}/{entry.path}: the store has {entry.bytes} bytes "
+                    f"with crc32c {entry.crc32c}, {told.bytes} with {told.crc32c} were written; it is not used"
                 )
         # The store knows no CRC-32; who wrote the object may.
         return tuple(replace((known or {}).get(entry.path, entry), path=entry.path) for entry in sealed)
@@ -248,7 +248,7 @@ class GcsStorage:
             self._check_bucket("stat", where, reply)
             return None
         if reply.status != 200:
-            raise self._refusal("stat", where, reply)
+            raise self._rejection("stat", where, reply)
         found = _document(reply, f"stat {where}")
         try:
             crc = base64.b64decode(found["crc32c"]).hex()

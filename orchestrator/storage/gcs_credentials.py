@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from absl import logging
 
-from orchestrator.events import Retried, emit
+from orchestrator.observe.events import Retried, emit
 from orchestrator.storage.gcs_replies import line
 
 _EARLY_S = 300.0  # before its end a token is renewed; a metadata server has no newer one much earlier

@@ -16,7 +16,7 @@ from orchestrator.errors import StorageError, Unavailable
 LINE_MAX = 300  # characters quoted of what a server says
 _READ_MAX = 100_000  # bytes looked at for it
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
-REFUSED_FOR_SURE = frozenset({401, 403, 408, 429})  # and certainly not carried out
+REJECTED_FOR_SURE = frozenset({401, 403, 408, 429})  # and certainly not carried out
 _RATE = re.compile(r"rateLimitExceeded|userRateLimitExceeded|RATE_LIMIT_EXCEEDED|quotaExceeded.*per (?:minute|100)")
 _CHECKSUM = re.compile(r"crc32c|md5|checksum|hash", re.IGNORECASE)
 _CONDITION = re.compile(r"conditionNotMet|pre-?condition", re.IGNORECASE)
@@ -81,7 +81,7 @@ def may_pass(reply: Reply) -> bool:
 
 
 def is_checksum(reply: Reply) -> bool:
-    """Whether an upload was refused as what arrived is not what its checksum says. Servers say so with 400 or 412."""
+    """Whether an upload was rejected as what arrived is not what its checksum says. Servers say so with 400 or 412."""
     text = said(reply.body).text
     return reply.status in (400, 412) and bool(_CHECKSUM.search(text)) and not _CONDITION.search(text)
 
@@ -188,7 +188,7 @@ def _role(operation: str, cause: Said) -> str:
     return _ROLE_OF_OPERATION.get(operation, "roles/storage.objectUser")
 
 
-def refusal(operation: str, name: str, reply: Reply, who: str = "") -> StorageError:
+def rejection(operation: str, name: str, reply: Reply, who: str = "") -> StorageError:
     """The error for a final answer that is not the one expected. `who`: whose credentials were used."""
     cause = said(reply.body)
     means = hint(operation, reply.status, cause)

@@ -20,10 +20,10 @@ import crc32c
 
 from orchestrator import failpoints
 from orchestrator.errors import OutcomeUnknown, StorageError
-from orchestrator.layout import check_key
-from orchestrator.records import SMALL_FILE_BYTES, FileEntry, crc32
-from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, TooLarge, checked_size
+from orchestrator.rules.keys import check_key
+from orchestrator.rules.records import SMALL_FILE_BYTES, FileEntry, crc32
 from orchestrator.storage.directory import again_if_pruned, reason, root_at, storage_error
+from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists, TooLarge, checked_size
 
 _TMP = ".tmp"
 _SYNC_THREADS = 8
@@ -272,7 +272,7 @@ def _measured(key: str, file: BinaryIO) -> FileEntry:
 
 def _check_links(temporaries: int, temporary: str, root: str) -> None:
     """Once per process, before anything is created: a create is atomic only where hard links are. gcsfuse and some
-    network mounts refuse them; others copy the file, which lets two writers win. Raises StorageError."""
+    network mounts reject them; others copy the file, which lets two writers win. Raises StorageError."""
     second = temporary + ".link"
     inside = {"src_dir_fd": temporaries, "dst_dir_fd": temporaries}
     link = partial(os.link, temporary, second, **inside, follow_symlinks=False)
@@ -287,10 +287,10 @@ def _check_links(temporaries: int, temporary: str, root: str) -> None:
         try:
             link()
         except FileExistsError:
-            refused = True
+            rejected = True
         else:
-            refused = False
-        if not (same and refused):
+            rejected = False
+        if not (same and rejected):
             raise StorageError(f"{root}: a hard link here is not one file with two names: {_NO_LINKS_HELP}")
     finally:
         with contextlib.suppress(OSError):

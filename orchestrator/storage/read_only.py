@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import UsageError
-from orchestrator.records import FileEntry
-from orchestrator.storage.base import RECORD_BYTES_MAX, Created, Entry, Exists, Reads, refresh
+from orchestrator.rules.records import FileEntry
+from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists, Reads, refresh
 
 
 class ReadOnlyStorage:
@@ -29,13 +29,13 @@ class ReadOnlyStorage:
         refresh(self._storage, key)
 
     def create(self, key: str, body: bytes) -> Created | Exists:
-        raise self._refusal("create", key)
+        raise self._rejection("create", key)
 
     def delete(self, key: str) -> bool:
-        raise self._refusal("delete", key)
+        raise self._rejection("delete", key)
 
     def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
-        raise self._refusal("sync", ", ".join(keys))
+        raise self._rejection("sync", ", ".join(keys))
 
-    def _refusal(self, what: str, key: str) -> UsageError:
+    def _rejection(self, what: str, key: str) -> UsageError:
         return UsageError(f"{what} {self.url}/{key}: the run was opened read-only; nothing is written to it")

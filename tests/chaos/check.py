@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.catalog import Catalog
+from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import open_storage
 from tests.model import invariants
 

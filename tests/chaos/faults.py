@@ -336,17 +336,17 @@ def journal_lost(how: str, entries: int) -> Round:
         before = {path for path in arena.root.rglob("*") if "events" not in path.parts}
         job = arena.launch()
         code = arena.wait(job, ROUND_S)
-        refused = "JournalLost" in arena.tail()
+        rejected = "JournalLost" in arena.tail()
         after = {path for path in arena.root.rglob("*") if "events" not in path.parts}
-        if refused:
+        if rejected:
             expect(code == 4 and after == before, f"exit code {code}, new: {after - before}", arena)
         for path, body in kept.items():
-            expect(refused or not path.exists() or path.read_bytes() == body, f"{path} was written again", arena)
+            expect(rejected or not path.exists() or path.read_bytes() == body, f"{path} was written again", arena)
             path.write_bytes(body)
-        expect(refused, f"exit code {code}: a lost journal was not noticed", arena)
+        expect(rejected, f"exit code {code}: a lost journal was not noticed", arena)
         code = arena.wait(arena.launch(), ROUND_S)
         expect(code == 0, f"exit code {code} with the journal whole again", arena)
-        return "refused, nothing written, went on when it was whole"
+        return "rejected, nothing written, went on when it was whole"
 
     return Round("entries of the journal missing", f"{how}, {entries}", run)
 

@@ -22,7 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import orchestrator as oc
-from orchestrator import compat, rendezvous, sigterm
+from orchestrator import compat
+from orchestrator.job import rendezvous, sigterm
 
 STEPS = 400  # of a loop that is to be stopped: half a minute
 QUICK = oc.Options(save_timeout_s=30, rendezvous_timeout_s=30)

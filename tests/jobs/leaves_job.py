@@ -23,7 +23,7 @@ where = f"127.0.0.1:{port}"
 jax.distributed.initialize(where, count, index, coordinator_bind_address=where)
 
 import orchestrator as oc
-from orchestrator import events
+from orchestrator.observe import events
 from tests import leaf_table
 
 STAGES = (
@@ -133,7 +133,7 @@ with agent("donated", host_local="error") as saver:
     saver.wait_until_finished()
     say("donated", steps=saver.all_steps(), failures=saver.failures)
 
-# Leaves that the processes have on different devices: refused by name; and the next save is good.
+# Leaves that the processes have on different devices: rejected by name; and the next save is good.
 stage1 = leaf_table.array("stage1-f32", "f32", places["stage1"])
 local = leaf_table.array("stage1-f32", "f32", places["stage1"] if index else places["local"])
 host = leaf_table.bits("global-f32", "f32")

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from orchestrator import last_words
 from orchestrator.errors import Fenced, NothingToRestore, SaveFailed
+from orchestrator.job import last_words
 
 BARRIER_S = 60.0  # longer than everything that should happen here
 LONG_S = 600.0

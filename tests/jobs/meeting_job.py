@@ -36,10 +36,11 @@ from absl import logging as absl_logging
 from fakes import HookedStorage
 
 import orchestrator as oc
-from orchestrator import compat, meeting
+from orchestrator import compat
+from orchestrator.job import startup
 from orchestrator.storage import PosixStorage
 
-meeting.SEEN_WITHIN_S = 0.3
+startup.SEEN_WITHIN_S = 0.3
 STATE = {"w": jnp.zeros(512), "count": 0}  # as in FOLDER/seed
 said: list[str] = []
 

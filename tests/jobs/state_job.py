@@ -47,8 +47,8 @@ if count > 1:
 
 import orchestrator as oc
 from orchestrator import arrays
-from orchestrator.arrays import sharing
-from orchestrator.restore import RestoreArgs, restore_together
+from orchestrator.arrays.reading import exchange
+from orchestrator.job.restore import RestoreArgs, restore_together
 
 SHAPE = (16, 8)
 
@@ -96,7 +96,7 @@ if args.get("turned"):
 if args.get("part"):
     half = jax.sharding.Mesh(jax.devices()[: count * devices // 2], ("half",))
     shardings["heavy_int4"] = NamedSharding(half, PartitionSpec(None, "half"))
-sharing.GATHER_BYTES = int(args.get("group", sharing.GATHER_BYTES))
+exchange.GATHER_BYTES = int(args.get("group", exchange.GATHER_BYTES))
 
 
 def state_at(step: int) -> dict[str, object]:
@@ -136,14 +136,14 @@ def swapped(*arguments: object) -> list[object]:
     """A reader that takes the axes in the wrong order: every byte and checksum is right."""
     directory, loads, *more = arguments
 
-    def turned(load: arrays.Load, value: object) -> object:
+    def turned(load: arrays.ReadRequest, value: object) -> object:
         if load.frame:
             one, other, *more_parts = [shard.data for shard in value.addressable_shards]
             parts = [jax.device_put(part, place.device) for part, place in zip((other, one), (one, other), strict=True)]
             return jax.make_array_from_single_device_arrays(value.shape, value.sharding, [*parts, *more_parts])
         if load.leaf.shape != SHAPE:
             return value
-        (whole,) = arrays.load(directory, [arrays.Load(load.leaf)], *more)
+        (whole,) = arrays.load(directory, [arrays.ReadRequest(load.leaf)], *more)
         wrong = whole.T.reshape(SHAPE)
         return jax.make_array_from_callback(SHAPE, value.sharding, lambda at: wrong[at])
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from orchestrator import layout
-from orchestrator.records import Head, LiveStep
+from orchestrator.rules import keys
+from orchestrator.rules.records import Head, LiveStep
 
 AttemptId = tuple[int, str]
 
@@ -91,9 +91,9 @@ def _decision(head: Head, openers: dict[int, str], committed: set[AttemptId], en
     """Only the incarnation that opened the head's epoch decides, only on its own attempts, and only once on each."""
     event = head.event
     assert event.step is not None and event.attempt is not None
-    key, where = (event.step, event.attempt), f"v{head.version} {event.kind} {layout.shown(event.step, event.attempt)}"
+    key, where = (event.step, event.attempt), f"v{head.version} {event.kind} {keys.shown(event.step, event.attempt)}"
     problems = []
-    if layout.parse_attempt(event.attempt)[0] != head.epoch:
+    if keys.parse_attempt(event.attempt)[0] != head.epoch:
         problems.append(f"fence: {where}: in epoch {head.epoch}")
     if openers.get(head.epoch) != head.writer:
         problems.append(f"fence: {where}: by {head.writer}, but epoch {head.epoch} is {openers.get(head.epoch)}'s")
@@ -169,14 +169,14 @@ def unchanged(before: Sequence[object], after: Sequence[object]) -> list[str]:
 def whole(head: Head | None, damage: Callable[[LiveStep], str]) -> list[str]:
     """2: everything under every live attempt is as promised. `damage` says what is wrong with one, "" if nothing."""
     lines = [(live, damage(live)) for live in (*head.live, *head.aside)] if head else []
-    return [f"2: live {layout.shown(live.step, live.attempt)}: {text}" for live, text in lines if text]
+    return [f"2: live {keys.shown(live.step, live.attempt)}: {text}" for live, text in lines if text]
 
 
 def written(head: Head | None, step: int, attempt: str) -> list[str]:
     """2: a write below `attempt` is about to happen while `head` is the highest entry."""
     if head is None or (step, attempt) not in live_attempts(head):
         return []
-    return [f"2: {layout.shown(step, attempt)} is live, and its data is written again"]
+    return [f"2: {keys.shown(step, attempt)} is live, and its data is written again"]
 
 
 def promises(heads: Sequence[Head], receipts: Iterable[tuple[int, str, int, str]]) -> list[str]:
@@ -188,11 +188,11 @@ def promises(heads: Sequence[Head], receipts: Iterable[tuple[int, str, int, str]
     epoch = heads[-1].epoch if heads else 0
     live = live_attempts(heads[-1]) if heads else set()
     return [
-        f"3: process {process} promised {layout.shown(step, attempt)}, but {missing}"
+        f"3: process {process} promised {keys.shown(step, attempt)}, but {missing}"
         for step, attempt, process, missing in receipts
         if missing
         and (step, attempt) not in ended
-        and (layout.parse_attempt(attempt)[0] >= epoch or (step, attempt) in live)
+        and (keys.parse_attempt(attempt)[0] >= epoch or (step, attempt) in live)
     ]
 
 
@@ -200,7 +200,7 @@ def journalled(heads: Sequence[Head], acked: Iterable[AttemptId]) -> list[str]:
     """4: every save that was reported is committed in `heads`, which is what a power cut leaves of the journal."""
     committed = {(head.event.step, head.event.attempt) for head in heads if head.event.kind == "committed"}
     return [
-        f"4: {layout.shown(*save)} was reported as saved, but is not journalled"
+        f"4: {keys.shown(*save)} was reported as saved, but is not journalled"
         for save in sorted(acked)
         if save not in committed
     ]
@@ -209,7 +209,7 @@ def journalled(heads: Sequence[Head], acked: Iterable[AttemptId]) -> list[str]:
 def deleted(heads: Sequence[Head], step: int, attempt: str, stored: Mapping[AttemptId, tuple[bool, int]]) -> list[str]:
     """5, 8 and 12: data of `attempt` is deleted while `heads` is what a power cut would leave of the journal and
     `stored` is what storage has."""
-    where = layout.shown(step, attempt)
+    where = keys.shown(step, attempt)
     head = heads[-1] if heads else None
     if proof := tail_lost(head, stored):
         return [f"12: {where} deleted, though {proof}"]
@@ -222,7 +222,7 @@ def deleted(heads: Sequence[Head], step: int, attempt: str, stored: Mapping[Atte
     ended = any((gone.step, gone.attempt) == (step, attempt) for entry in heads for gone in entry.retired)
     if ended:
         return []
-    if layout.parse_attempt(attempt)[0] >= head.epoch:
+    if keys.parse_attempt(attempt)[0] >= head.epoch:
         return [f"5: {where} deleted, but epoch {head.epoch} can still commit it"]
     whole = stored.get((step, attempt), (False, -1))[0]
     commits = [entry.event.step for entry in heads if entry.event.kind == "committed"]
@@ -238,8 +238,8 @@ def tail_lost(head: Head | None, stored: Mapping[AttemptId, tuple[bool, int]]) -
         {(gone.step, gone.attempt) for gone in head.retired} | live_attempts(head) | evidence(head) if head else set()
     )
     for (step, attempt), (_, built_on) in stored.items():
-        if layout.parse_attempt(attempt)[0] > epoch or (built_on > version and (step, attempt) not in known):
-            return f"{layout.shown(step, attempt)} knows of entries above version {version}"
+        if keys.parse_attempt(attempt)[0] > epoch or (built_on > version and (step, attempt) not in known):
+            return f"{keys.shown(step, attempt)} knows of entries above version {version}"
     return ""
 
 

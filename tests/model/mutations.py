@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
-from orchestrator import evidence, journal, protocol
+from orchestrator.rules import attempt, evidence, journal
 
 from .rules import Rules
 
@@ -41,7 +41,7 @@ def mutated(module: ModuleType, old: str, new: str) -> dict[str, Any]:
     """The functions and tables of `module` with one piece of source replaced; its classes stay the shipped ones."""
     source = inspect.getsource(module)
     if source.count(old) != 1:
-        raise AssertionError(f"{module.__name__} has {source.count(old)} times, wanted once: {old!r}")
+        raise AssertionError(f"{module.__name__} has {source.count(old)} times, expected once: {old!r}")
     tree = ast.parse(source.replace(old, new))
     tree.body = [node for node in tree.body if not isinstance(node, ast.ClassDef)]
     namespace = dict(vars(module))
@@ -82,12 +82,12 @@ MUTATIONS = (
          "layout.parse_attempt(attempt)[0] < head.epoch", "layout.parse_attempt(attempt)[0] <= head.epoch"),
     edit("live attempts are collected", "rivals", "5", journal,
          "and not is_known(head, step, attempt)", "and not is_retired(head, step, attempt)"),
-    edit("a commit does not wait for all receipts", "processes", "2", protocol,
+    edit("a commit does not wait for all receipts", "processes", "2", attempt,
          "if state.missing:\n        return state, ()\n    problems = uncovered(state.intent, state.receipts)\n",
          "problems = []\n"),
-    edit("a hole in an array does not matter", "processes", "2", protocol,
+    edit("a hole in an array does not matter", "processes", "2", attempt,
          "problems = uncovered(state.intent, state.receipts)", "problems = []"),
-    edit("at the deadline the step is committed", "processes", "2", protocol,
+    edit("at the deadline the step is committed", "processes", "2", attempt,
          "return _abort(replace(state, failures=(*state.failures, *silent)), reason)",
          "return replace(state, phase=Phase.FINALIZING), (Finalize(),)"),
     edit("retention drops quarantined steps", "commands", "8", journal,

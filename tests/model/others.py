@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import layout
-from orchestrator.evidence import Whole
-from orchestrator.journal import Stamp
+from orchestrator.rules import keys
+from orchestrator.rules.evidence import Whole
+from orchestrator.rules.journal import Stamp
 
 from .rules import Engine, entry
 from .world import NOTHING, Appender, Effect, Local, Move, World, as_found
@@ -169,7 +169,7 @@ class Recover(Tool):
         whole = [Whole(entry(*key), one.built_on) for key, one in found.items() if one.whole]
         choice = engine.rules.choose(head, whole, ended)
         version = max([len(world.journal) - 1, *(one.built_on for one in found.values())]) + 2
-        epochs = [layout.parse_attempt(attempt)[0] for _, attempt in found]
+        epochs = [keys.parse_attempt(attempt)[0] for _, attempt in found]
         epoch = max([head.epoch if head else 0, *epochs]) + 1
         stamp = Stamp(self.name, 0.0, self.name)
         return engine.number(

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from orchestrator import evidence, journal, layout, protocol
-from orchestrator.codec import encode
-from orchestrator.journal import Compared, FencedBy, Refused, Stamp
 from orchestrator.policy import KeepPolicy, last
-from orchestrator.protocol import AppendAbort, AppendCommit, Attempt, Finalize, Phase
-from orchestrator.records import FORMAT, Box, Failure, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
-from orchestrator.storage.base import Created
+from orchestrator.rules import attempt as protocol
+from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Finalize, Phase
+from orchestrator.rules.codec import encode
+from orchestrator.rules.journal import Compared, FencedBy, Rejected, Stamp
+from orchestrator.rules.records import FORMAT, Box, Failure, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
 from orchestrator.storage.memory import MemoryStorage
+from orchestrator.storage.port import Created
 
 
 def put(there: bytes | None, body: bytes) -> tuple[bytes, bool]:
@@ -49,7 +50,7 @@ class Rules:
     trusted: Callable[..., journal.Next] = journal.trusted
     newest: Callable[[Head], LiveStep | None] = journal.newest
     collectable: Callable[..., Any] = journal.collectable
-    attempt_name: Callable[[int, int], str] = layout.attempt_name
+    attempt_name: Callable[[int, int], str] = keys.attempt_name
     put: Callable[[bytes | None, bytes], tuple[bytes, bool]] = put
     decides_again: bool = True  # a lost race: read the head and ask the rule again
     unknown_is: str = "compared"  # a lost reply: the object is read back and compared; "ours" or "theirs" are guesses
@@ -118,7 +119,7 @@ class Engine:
                 return "none", -1
             case FencedBy():
                 return "fenced", -1
-            case Refused():
+            case Rejected():
                 return "refused", -1
             case following:
                 return "head", self.number(following)
@@ -204,7 +205,7 @@ def intent(step: int, attempt: str, processes: int) -> Intent:
         write_id="",
         step=step,
         attempt=attempt,
-        epoch=layout.parse_attempt(attempt)[0],
+        epoch=keys.parse_attempt(attempt)[0],
         opened_by="",
         time=0.0,
         process_count=processes,

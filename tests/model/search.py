@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestrator import layout
 from orchestrator.policy import last
-from orchestrator.records import Head, LiveStep
+from orchestrator.rules import keys
+from orchestrator.rules.records import Head, LiveStep
 
 from . import invariants
 from .others import Reader
@@ -151,7 +151,7 @@ class Judge:
         if kind != "head":
             return [f"2: no new incarnation can be opened: {kind}"]
         epoch = self._engine.heads[opened].epoch
-        kind, number = self._engine.ask("commit", (epoch, 9, layout.attempt_name(epoch, 1)), opened, "recovery")
+        kind, number = self._engine.ask("commit", (epoch, 9, keys.attempt_name(epoch, 1)), opened, "recovery")
         if kind != "head":
             return [f"2: the next incarnation cannot commit: {kind}"]
         return invariants.linear([*self.heads(journal), self._engine.heads[opened], self._engine.heads[number]])

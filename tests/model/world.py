@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from msgspec.structs import replace
 
-from orchestrator import protocol
-from orchestrator.journal import Found, tree_of
-from orchestrator.records import Failure
+from orchestrator.rules import attempt as protocol
+from orchestrator.rules.journal import Found, tree_of
+from orchestrator.rules.records import Failure
 
 from .rules import Engine, receipt
 
@@ -123,7 +123,7 @@ class Appender:
         raise NotImplementedError
 
     def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
-        """outcome: done, none, fenced, refused, or unknown."""
+        """outcome: done, none, fenced, rejected, or unknown."""
         raise NotImplementedError
 
     def append(self, engine: Engine, world: World, index: int) -> Iterator[Move]:

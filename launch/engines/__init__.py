@@ -1,0 +1,1 @@
+"""One module for each place a job can be started in."""

@@ -1,0 +1,1 @@
+"""The example training job and the demo: made to be copied from."""

@@ -1,0 +1,1 @@
+"""The formats below a checkpoint: OCDBT stores, Orbax's metadata, TensorStore specs."""

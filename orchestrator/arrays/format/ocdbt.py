@@ -1,0 +1,366 @@
+"""OCDBT stores as bytes: what we write and what we read of the format, without I/O.
+
+The format is TensorStore's (https://google.github.io/tensorstore/kvstore/ocdbt/index.html): a manifest names the root
+of a B+tree; the leaves of the tree hold small values, and for larger ones the place in a data file. TensorStore calls
+the format not yet stable; tests/test_ocdbt.py holds ours against TensorStore's own reader and writer. Columns of
+numbers are varints; they are coded with numpy, as a state may have a hundred thousand chunks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import crc32c
+import numpy as np
+
+from orchestrator.errors import Damaged
+from orchestrator.rules import keys as layout
+from orchestrator.rules.chunk_index import Chunk, Place
+
+MANIFEST = layout.STORE
+INLINE_BYTES = 1024  # values up to this are in the tree itself
+NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore rejects larger ones
+_KEYS_BYTES_MAX = 1 << 28  # of a node's keys, each whole: in the node, what two have in common is there once
+_VARINT_BYTES_MAX = 10
+_NODE_ENTRIES = 16384
+_MANIFEST_MAGIC, _NODE_MAGIC = 0x0CDB3A2A, 0x0CDB20DE
+_ARITY_LOG2 = 4
+_FOOTER_BYTES = 4
+
+_Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Unsupported(Exception):
+    """A store that TensorStore reads and we do not (compressed nodes, several manifests)."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """Where a node is. `transitive`: what its data file paths are relative to. `height`: above the leaves."""
+
+    place: Place
+    transitive: str
+    height: int
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """A node, as its parent describes it."""
+
+    first_key: bytes
+    place: Place
+    keys: int
+    tree_bytes: int
+    value_bytes: int
+
+
+# Writing.
+
+
+def encode(
+    entries: Sequence[tuple[bytes, Chunk]], path: str, offset: int, uuid: bytes, time_ns: int
+) -> tuple[bytes, bytes]:
+    """The tree's nodes, to be put at `offset` of the data file `path`, and the manifest. `entries` in key order."""
+    nodes: list[bytes] = []
+    leaves: list[_Summary] = []
+    for first in range(0, len(entries), _NODE_ENTRIES):
+        part = entries[first : first + _NODE_ENTRIES]
+        body = _leaf(part)
+        indirect = sum(value[2] for _, value in part if isinstance(value, tuple))
+        leaves.append(_Summary(part[0][0], (path, offset, len(body)), len(part), len(body), indirect))
+        nodes.append(body)
+        offset += len(body)
+    root, height = leaves[0], 0
+    if len(leaves) > 1:
+        body, height = _interior(leaves), 1
+        root = _Summary(
+            first_key=b"",
+            place=(path, offset, len(body)),
+            keys=sum(leaf.keys for leaf in leaves),
+            tree_bytes=len(body) + sum(leaf.tree_bytes for leaf in leaves),
+            value_bytes=sum(leaf.value_bytes for leaf in leaves),
+        )
+        nodes.append(body)
+    return b"".join(nodes), _manifest(root, height, uuid, time_ns)
+
+
+def _manifest(root: _Summary, height: int, uuid: bytes, time_ns: int) -> bytes:
+    path, offset, size = root.place
+    config = uuid + b"\0" + _varints([INLINE_BYTES, NODE_BYTES_MAX]) + bytes([_ARITY_LOG2, 0])
+    generation, file = 1, 0
+    version = _varints([1, generation]) + bytes([height])
+    version += _varints([file, offset, size, root.keys, root.tree_bytes, root.value_bytes])
+    return _framed(_MANIFEST_MAGIC, config + _file_table([path]) + version + time_ns.to_bytes(8, "little") + b"\0")
+
+
+def _leaf(entries: Sequence[tuple[bytes, Chunk]]) -> bytes:
+    paths, kinds, lengths, files, offsets, inline = _columns([value for _, value in entries])
+    parts = [
+        b"\0",
+        _file_table(paths),
+        _varints([len(entries)]),
+        *_keys([key for key, _ in entries]),
+        _varints(lengths),
+        bytes(kinds),
+        _varints(files),
+        _varints(offsets),
+        *inline,
+    ]
+    return _framed(_NODE_MAGIC, b"".join(parts))
+
+
+def _columns(
+    values: Sequence[Chunk],
+) -> tuple[list[str], list[int], list[int], list[int], list[int], list[bytes]]:
+    """Data files, and of each value: whether it is in one, and its length; of those that are, file and offset; the
+    others themselves."""
+    places = [value for value in values if not isinstance(value, bytes)]
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _, _ in places))}
+    return (
+        list(numbers),
+        [0 if isinstance(value, bytes) else 1 for value in values],
+        [len(value) if isinstance(value, bytes) else value[2] for value in values],
+        [numbers[path] for path, _, _ in places],
+        [offset for _, offset, _ in places],
+        [value for value in values if isinstance(value, bytes)],
+    )
+
+
+def _interior(children: Sequence[_Summary]) -> bytes:
+    prefixes, suffixes, tails = _keys([child.first_key for child in children])
+    parts = [
+        b"\1",
+        _file_table([children[0].place[0]]),
+        _varints([len(children)]),
+        prefixes,
+        suffixes,
+        bytes(len(children)),  # no common prefix is taken off a child's keys
+        tails,
+        bytes(len(children)),  # all in one data file
+        _varints([child.place[1] for child in children]),
+        _varints([child.place[2] for child in children]),
+        _varints([child.keys for child in children]),
+        _varints([child.tree_bytes for child in children]),
+        _varints([child.value_bytes for child in children]),
+    ]
+    return _framed(_NODE_MAGIC, b"".join(parts))
+
+
+def _keys(keys: Sequence[bytes]) -> tuple[bytes, bytes, bytes]:
+    """Sorted keys as columns: lengths of the prefixes shared with the key before, lengths of the rest, the rests."""
+    lengths = np.array([len(key) for key in keys], np.int64)
+    padded = np.array(keys, f"S{lengths.max()}").view(np.uint8).reshape(len(keys), -1)
+    differ = padded[1:] != padded[:-1]
+    shared = np.minimum(differ.argmax(axis=1), np.minimum(lengths[1:], lengths[:-1]))
+    rests = b"".join([keys[0], *(key[count:] for key, count in zip(keys[1:], shared.tolist(), strict=True))])
+    return _varints(shared), _varints(lengths - np.concatenate(([0], shared))), rests
+
+
+def _file_table(paths: Sequence[str]) -> bytes:
+    encoded = [path.encode() for path in paths]
+    none = bytes(max(0, len(paths) - 1))
+    return b"".join(
+        [_varints([len(paths)]), none, _varints([len(path) for path in encoded]), bytes(len(paths)), *encoded]
+    )
+
+
+def _framed(magic: int, body: bytes) -> bytes:
+    size = 4 + 8 + 2 + len(body) + _FOOTER_BYTES
+    framed = magic.to_bytes(4, "big") + size.to_bytes(8, "little") + b"\0\0" + body
+    return framed + crc32c.crc32c(framed).to_bytes(_FOOTER_BYTES, "little")
+
+
+def _varints(numbers: Sequence[int] | _Numbers) -> bytes:
+    left = np.asarray(numbers, np.uint64)
+    if not left.size:
+        return b""
+    lengths = np.ones(left.shape, np.int64)
+    for shift in range(7, 64, 7):
+        lengths += (left >> np.uint64(shift)) > 0
+    out = np.empty(lengths.sum(), np.uint8)
+    starts = np.cumsum(lengths) - lengths
+    for index in range(int(lengths.max())):
+        longer = lengths > index
+        low = (left[longer] >> np.uint64(7 * index)) & np.uint64(0x7F)
+        more = np.where(lengths[longer] > index + 1, np.uint64(0x80), np.uint64(0))
+        out[starts[longer] + index] = low | more
+    return out.tobytes()
+
+
+# Reading.
+
+
+class _Cursor:
+    """Reads a body from front to back. Raises ValueError where it ends too early, or says what cannot be."""
+
+    def __init__(self, body: memoryview) -> None:
+        self._body, self._all = body, np.frombuffer(body, np.uint8)
+        self._at = 0
+
+    def take(self, count: int) -> bytes:
+        part = bytes(self._body[self._at : self._at + count])
+        if len(part) != count:
+            raise ValueError("ends too early")
+        self._at += count
+        return part
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def number(self) -> int:
+        return self.numbers(1)[0]
+
+    def numbers(self, count: int) -> list[int]:
+        """`count` varints."""
+        if count <= 0:
+            if count < 0:
+                raise ValueError("a column of fewer than no numbers")
+            return []
+        window = self._all[self._at : self._at + 10 * count]
+        ends = np.flatnonzero(window[: 2 * count] < 0x80)
+        if len(ends) < count:
+            ends = np.flatnonzero(window < 0x80)
+        if len(ends) < count:
+            raise ValueError("ends too early")
+        ends = ends[:count]
+        starts = np.concatenate(([0], ends[:-1] + 1))
+        lengths = ends - starts + 1
+        if lengths.max() > _VARINT_BYTES_MAX:
+            raise ValueError("a number of more than 64 bits")
+        values = np.zeros(count, np.uint64)
+        for index in range(int(lengths.max())):
+            longer = lengths > index
+            values[longer] |= (window[starts[longer] + index].astype(np.uint64) & np.uint64(0x7F)) << np.uint64(
+                7 * index
+            )
+        self._at += int(ends[-1]) + 1
+        numbers: list[int] = values.tolist()
+        return numbers
+
+    def files(self) -> list[tuple[str, str]]:
+        """A data file table: (base path, relative path) of each."""
+        count = self.number()
+        shared = [0, *self.numbers(count - 1)] if count else []
+        lengths, bases = self.numbers(count), self.numbers(count)
+        found, path = [], b""
+        _check_shared(shared, lengths)
+        for prefix, size, base in zip(shared, lengths, bases, strict=True):
+            path = path[:prefix] + self.take(size)
+            found.append((path[:base].decode(), path[base:].decode()))
+        return found
+
+    def keys(self, count: int, columns_between: int = 0) -> tuple[list[bytes], list[list[int]]]:
+        shared, lengths = [0, *self.numbers(count - 1)], self.numbers(count)
+        _check_shared(shared, lengths)
+        between = [self.numbers(count) for _ in range(columns_between)]
+        rests, at = self.take(sum(lengths)), 0
+        keys, key = [], b""
+        for prefix, size in zip(shared, lengths, strict=True):
+            key = key[:prefix] + rests[at : at + size]
+            at += size
+            keys.append(key)
+        if not all(map(operator.lt, keys, keys[1:])):
+            raise ValueError("keys out of order")
+        return keys, between
+
+
+def _check_shared(shared: Sequence[int], lengths: Sequence[int]) -> None:
+    """What each text has of the one before is there, and all of them written out are not too much."""
+    if sum(shared) + sum(lengths) > _KEYS_BYTES_MAX:
+        raise ValueError(f"keys of {sum(shared) + sum(lengths)} bytes")
+    before = 0
+    for prefix, size in zip(shared, lengths, strict=True):
+        if prefix > before:
+            raise ValueError("a key that has more in common with the one before than that is long")
+        before = prefix + size
+
+
+def decode_manifest(body: bytes, where: str) -> Root | None:
+    """The newest root of a store, None if it holds nothing. Raises Damaged, Unsupported."""
+    cursor = _unframed(_MANIFEST_MAGIC, body, where)
+    try:
+        cursor.take(16)
+        if cursor.number() != 0:
+            raise Unsupported(f"{where}: in several parts")
+        cursor.numbers(2)
+        cursor.byte()
+        if cursor.number() != 0:
+            cursor.take(4)  # zstd's level
+        files = cursor.files()
+        count = cursor.number()
+        cursor.numbers(count)
+        heights = cursor.take(count)
+        columns = [cursor.numbers(count) for _ in range(6)]
+        file, offset, size = (column[-1] for column in columns[:3])
+        if size == 0:
+            return None
+        base, relative = files[file]
+    except (ValueError, IndexError) as error:
+        raise Damaged(f"{where}: not a manifest of an OCDBT store: {error}") from error
+    return Root((base + relative, offset, size), base, heights[-1])
+
+
+def decode_node(
+    body: bytes, node: Root, prefix: bytes, where: str
+) -> tuple[list[tuple[bytes, Chunk]], list[tuple[bytes, Root]]]:
+    """A node's entries (of a leaf) and its children, each with the prefix of its keys. A child is one less high than
+    its parent, so that no tree has an end only for those who stop. Raises Damaged, Unsupported."""
+    cursor = _unframed(_NODE_MAGIC, body, where)
+    try:
+        if cursor.byte() != node.height:
+            raise ValueError(f"not of height {node.height}, as its parent says")
+        files = [(node.transitive + base, relative) for base, relative in cursor.files()]
+        count = cursor.number()
+        if node.height:
+            return [], list(_children(cursor, files, count, prefix, node.height - 1))
+        return _entries(cursor, files, count, prefix), []
+    except (ValueError, IndexError) as error:
+        raise Damaged(f"{where}: not a node of an OCDBT store: {error}") from error
+
+
+def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes) -> list[tuple[bytes, Chunk]]:
+    keys, _ = cursor.keys(count)
+    lengths, kinds = cursor.numbers(count), cursor.numbers(count)
+    if not {0, 1}.issuperset(kinds):
+        raise ValueError("values neither in the node nor in a file")
+    indirect = sum(kinds)
+    places = iter(zip(cursor.numbers(indirect), cursor.numbers(indirect), strict=True))
+    paths = [base + relative for base, relative in files]
+    rest = cursor.take(sum(itertools.compress(lengths, (not kind for kind in kinds))))
+    at = 0
+    found: list[tuple[bytes, Chunk]] = []
+    for key, size, kind in zip(keys, lengths, kinds, strict=True):
+        if kind:
+            file, offset = next(places)
+            found.append((prefix + key, (paths[file], offset, size)))
+        else:
+            found.append((prefix + key, rest[at : at + size]))
+            at += size
+    return found
+
+
+def _children(
+    cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes, height: int
+) -> Iterator[tuple[bytes, Root]]:
+    keys, (common,) = cursor.keys(count, columns_between=1)
+    numbers, offsets, sizes = (cursor.numbers(count) for _ in range(3))
+    for key, shared, file, offset, size in zip(keys, common, numbers, offsets, sizes, strict=True):
+        base, relative = files[file]
+        yield prefix + key[:shared], Root((base + relative, offset, size), base, height)
+
+
+def _unframed(magic: int, body: bytes, where: str) -> _Cursor:
+    if len(body) <= 18 or int.from_bytes(body[:4], "big") != magic:
+        raise Damaged(f"{where}: not a part of an OCDBT store")
+    if int.from_bytes(body[4:12], "little") != len(body):
+        raise Damaged(f"{where}: {len(body)} bytes, it says {int.from_bytes(body[4:12], 'little')}")
+    said, got = int.from_bytes(body[-_FOOTER_BYTES:], "little"), crc32c.crc32c(body[:-_FOOTER_BYTES])
+    if said != got:
+        raise Damaged(f"{where}: crc32c is {got:08x}, it says {said:08x}")
+    if body[12:14] != b"\0\0":
+        raise Unsupported(f"{where}: compressed")
+    return _Cursor(memoryview(body)[14:-_FOOTER_BYTES])

@@ -1,0 +1,1 @@
+"""From the devices to durable files of an Orbax checkpoint."""

@@ -1,0 +1,365 @@
+"""Writing pytrees as an ordinary Orbax checkpoint.
+
+Each process writes its chunks, with their checksums, to data files of its own, several at the same time, and Orbax's
+metadata. Chunks too small to be worth a place in a file stay in memory: they go with the receipt. From all receipts one
+process then makes the tree that names every chunk (`merging`). Orbax's own handlers would do the same through one
+TensorStore per leaf, with a copy of every chunk on the way: see docs/decisions/0008-write-ocdbt-directly.md and
+0013-receipts-carry-the-tree.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import crc32c
+import jax
+import msgspec
+import numpy as np
+
+from orchestrator import gc_pause
+from orchestrator.arrays import fingerprint
+from orchestrator.arrays.format import ocdbt, orbax_files
+from orchestrator.arrays.format.compressed import deflated
+from orchestrator.arrays.format.tensorstore_specs import report_retries
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.leaf_errors import about
+from orchestrator.arrays.tree import Flat
+from orchestrator.arrays.writing import data_files, merged_tree
+from orchestrator.arrays.writing.own_copies import OwnCopies, Turns
+from orchestrator.arrays.writing.own_copies import take as take_own
+from orchestrator.arrays.writing.part_queue import PartQueue
+from orchestrator.arrays.writing.staging import start, take, take_small
+from orchestrator.arrays.writing.write_plan import Plan, plan_of
+from orchestrator.errors import StorageError, WaitTimeout
+from orchestrator.rules import holders, zarr_chunks
+from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules.dtypes import ITEM_BYTES
+from orchestrator.rules.records import Box, FileEntry, Held, LeafSpec, Place, ShardFingerprint, TreeSpec
+
+_FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
+_THREADS = 4
+_THREAD_BYTES = 16 << 20  # a further thread for each of these
+_LOOK_S = 0.5  # how often a write looks whether it is still wanted
+
+
+class WriteStopped(Exception):
+    """A write was given up before its end, as it was asked to."""
+
+
+@dataclass(frozen=True)
+class ArrayOptions:
+    """compression: zstd for each chunk (smaller, several times slower on a fast disk). host_bytes_max: how much of a
+    state this process may hold that is not written yet; None: all of it. A larger one is rejected (`skip_when_full`),
+    or written while it is staged, for at most timeout_s.
+    compare_own: note digests of what every process has its own of.
+    """
+
+    compression: bool = False
+    host_bytes_max: int | None = None
+    skip_when_full: bool = False
+    timeout_s: float = 600.0
+    compare_own: bool = True
+
+
+class ArrayWriter:
+    """Stages attempts' `state/` directories, on the main thread; what it returns belongs to any one thread."""
+
+    def __init__(self, options: ArrayOptions, process: int) -> None:
+        self._process, self._options, self._turns = process, options, Turns()
+
+    def recorded(self, spec: TreeSpec) -> TreeSpec:
+        """The tree spec as readers need it: compressed chunks are not raw elements."""
+        if not self._options.compression:
+            return spec
+        return TreeSpec(leaves=tuple(msgspec.structs.replace(leaf, chunk=None) for leaf in spec.leaves))
+
+    @in_own_context
+    def stage(self, directory: str, flat: Flat, attest: bool = False, held: tuple[Held, ...] = ()) -> PendingWrite:
+        """Take what is needed from the devices, for the attempt's `state/` at URL `directory`. `attest`: have the
+        devices compute the fingerprints of their shards, too. `held`: who holds the leaves, as process 0 makes it
+        known; () in a job of one process. Raises UsageError naming the leaves that this process has elsewhere.
+
+        When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
+        checkpoint. Copies out of numpy arrays; CPU arrays are held, not copied (JAX does not reuse a donated buffer
+        that is held: tests/test_arrays.py). What is on accelerators is being copied (tests/test_accelerator.py).
+        """
+        limit = self._options.host_bytes_max
+        size = 0 if limit is None else sum(map(_host_bytes, flat.spec.leaves, flat.values))
+        small = limit is None or size <= limit
+        if not small and self._options.skip_when_full:
+            raise StorageError(f"{size} bytes of the state are on this process, host_bytes_max is {limit}: skipped")
+        plan = plan_of(flat, self._process, self._options.compression, held)
+        prints = fingerprint.start(self._attested(flat, plan)) if attest else None
+        own = take_own(flat, plan, self._turns) if plan.own and self._options.compare_own else None
+        pending = PendingWrite(directory, flat, plan, PartQueue(None if small else limit), prints, own)
+        try:
+            pending.stage(flat.values, None if small else time.monotonic() + self._options.timeout_s)
+        except BaseException:
+            pending.abandon()
+            raise
+        return pending
+
+    def _attested(self, flat: Flat, plan: Plan) -> Iterator[tuple[LeafSpec, Any]]:
+        """The stored leaves, as far as this process answers for them: of what every host has its own of, process 0."""
+        runs: list[Held | None] = [*holders.each_of(plan.held)] or [None] * len(flat.values)
+        for leaf, value, run in zip(flat.spec.leaves, flat.values, runs, strict=True):
+            shared = isinstance(value, jax.Array) and (run is None or run.by is not None)
+            if leaf.in_store and (shared or self._process == 0):
+                yield leaf, value
+
+
+# Writing.
+
+
+@dataclass
+class _Progress:
+    """What the threads of one write share. `places`: key -> (data file, offset, bytes, CRC-32C)."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    places: dict[str, tuple[data_files.DataFile, int, int, int]] = field(default_factory=dict)
+    small: dict[str, bytes] = field(default_factory=dict)
+    files: list[data_files.DataFile] = field(default_factory=list)
+
+
+class PendingWrite:
+    """A staged state on its way to the store."""
+
+    def __init__(
+        self,
+        directory: str,
+        flat: Flat,
+        plan: Plan,
+        feed: PartQueue,
+        prints: fingerprint.Fingerprints | None,
+        own: OwnCopies | None = None,
+    ) -> None:
+        self._directory, self._plan, self._prints, self._own = directory.rstrip("/"), plan, prints, own
+        self._small, self._coming = b"", list[Any]()  # of small leaves: the host's, and what accelerators still copy
+        self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
+        self._feed, self._progress = feed, _Progress()
+        self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
+        self._running: list[Future[None]] = []
+        self._files: dict[str, data_files.DataFile] = {}
+        self._store = f"ocdbt.process_{plan.process}"
+
+    def stage(self, values: Sequence[Any], deadline: float | None) -> None:
+        """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
+        while it is taken."""
+        at_once = self._plan.off_host if deadline is None else self._plan.small_off_host
+        started = iter(start([(plan, values[number]) for number, plan in at_once]))
+        self._coming = [copy for _ in self._plan.small_off_host for copy in next(started)]
+        if deadline is not None:
+            self._begin(_THREADS)
+        for number, plan in self._plan.large:
+            if deadline is not None:
+                self._feed.wait_for_room(_host_bytes(plan.leaf, values[number]), deadline)
+            with about(plan.leaf):
+                if plan.off_host:
+                    copies = next(started) if deadline is None else start([(plan, values[number])])[0]
+                    parts = [(copy, pieces) for copy, (_, pieces) in zip(copies, plan.shards, strict=True)]
+                else:
+                    parts = take(plan, values[number])
+            self._feed.add(parts)
+        self._small = take_small((plan, values[number]) for number, plan in self._plan.small_on_host)
+        self._feed.end()
+
+    def _begin(self, threads: int) -> None:
+        opened = data_files.opener(f"{self._directory}/{self._store}")
+        work = functools.partial(_work, self._feed, opened, self._progress, self._plan.compression)
+        self._running = [self._pool.submit(work) for _ in range(threads)]
+
+    def abandon(self) -> None:
+        """End the threads, if any: it will not be waited for."""
+        self._progress.stop.set()
+        self._feed.end()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # What it has done, for the receipt.
+
+    @property
+    def boxes(self) -> Mapping[str, tuple[Box, ...]]:
+        """Leaf name -> regions that this process writes."""
+        return self._plan.boxes
+
+    @property
+    def small(self) -> dict[str, bytes]:
+        """Key -> chunk, elements and CRC-32C, of those that are in no file: the receipt is to carry them. After
+        `wait`."""
+        return self._progress.small
+
+    def places(self, files: Sequence[FileEntry]) -> dict[str, Place]:
+        """Key -> where in `files` (this process's, in the attempt) each other chunk is. After `wait`."""
+        numbers = {entry.path.rpartition("/")[2]: number for number, entry in enumerate(files)}
+        return {
+            key: Place(file=numbers[file.path.rpartition("/")[2]], offset=offset, bytes=size, crc32c=f"{checksum:08x}")
+            for key, (file, offset, size, checksum) in self._progress.places.items()
+        }
+
+    def fingerprints(self) -> dict[str, tuple[ShardFingerprint, ...]]:
+        """Leaf name -> fingerprints of this process's shards; {} where none were asked for. Waits for the devices."""
+        return self._prints.signed() if self._prints else {}
+
+    @property
+    def went_by(self) -> str:
+        """The name of what this process goes by of who holds the leaves."""
+        return holders.name(self._plan.held)
+
+    @functools.cached_property
+    def own(self) -> bytes:
+        """Digests of what every process has its own of, for the receipt; b"" where nothing is compared."""
+        own, self._own = self._own, None
+        return own.result() if own else b""
+
+    @property
+    def written_bytes(self) -> int:
+        """How much of this process's arrays has been written by now, or waits for the receipt. Any thread."""
+        small = sum(map(len, list(self._progress.small.values())))
+        return small + sum(file.bytes for file in list(self._progress.files))
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """The files that this process has written below `state/`, not durable yet on a file system. After `wait`."""
+        return tuple(data_files.entry(path, file) for path, file in self._files.items())
+
+    # Writing.
+
+    def wait(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
+        """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after
+        `given_up` (asked at once and now and then) has said yes, or what the write raised."""
+        deadline = time.monotonic() + timeout_s
+        stop = self._progress.stop
+        try:
+            if not self._running and (size := self._feed.waiting_bytes):
+                self._begin(min(_THREADS, 1 + size // _THREAD_BYTES))
+            rest = self._pool.submit(self._write_rest)
+            _watch([*self._running, rest], deadline, given_up, stop, timeout_s)
+        finally:
+            self.abandon()
+            report_retries(self._directory)
+        self._files |= {f"{self._store}/{file.path}": file for file in self._progress.files}
+        written = len(self._progress.places) + len(self._progress.small)
+        if written != self._plan.chunk_count:  # the receipt promises all of them
+            raise StorageError(f"{written} of {self._plan.chunk_count} chunks were written")
+
+    @in_own_context
+    def _write_rest(self) -> None:
+        with gc_pause.paused():
+            small, first = self._small + b"".join(np.asarray(copy).tobytes() for copy in self._coming), 0
+            self._small, self._coming = b"", []
+            for key, size in self._plan.small_chunks:
+                raw = small[first : first + size]
+                first += size
+                self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(zarr_chunks.CHECKSUM_BYTES, "little")
+            opened = data_files.opener(self._directory)
+            bodies = dict(self._plan.orbax_files)
+            if self._strings and self._plan.process == 0:
+                bodies["_strings.json"] = orbax_files.strings(self._strings)
+            self._files |= data_files.write_files(opened, bodies)
+
+    def merge(self, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
+        """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
+        Called by one process when all have written. Returns its files, not durable yet. Raises Damaged if `entries` are
+        not what the state's arrays consist of, StorageError."""
+        with gc_pause.paused():
+            return merged_tree.write_tree(self._directory, self._plan, entries)
+
+
+def _watch(
+    running: Sequence[Future[None]],
+    deadline: float,
+    given_up: Callable[[], bool],
+    stop: threading.Event,
+    timeout_s: float,
+) -> None:
+    """Wait for all of `running`, bounded. Raises what one of them raised, WaitTimeout, WriteStopped."""
+    while True:
+        if given_up():
+            stop.set()
+            raise WriteStopped
+        left_s = deadline - time.monotonic()
+        done, waiting = wait(running, timeout=max(0.0, min(_LOOK_S, left_s)), return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if not waiting:
+            return
+        if left_s <= 0:
+            raise WaitTimeout(f"this process's array writes did not finish within {timeout_s:g} s")
+
+
+@in_own_context
+def _work(
+    feed: PartQueue, opened: Callable[[str], data_files.DataFile], progress: _Progress, compression: bool
+) -> None:
+    """Write parts until there are no more: one thread, one data file at a time."""
+    files = _Rotation(opened, progress)
+    try:
+        while not progress.stop.is_set() and (taken := feed.take()) is not None:
+            copy, pieces = taken
+            try:
+                data = np.asarray(copy)  # what an accelerator copies is waited for here
+            except RuntimeError as error:
+                raise StorageError(f"{pieces[0][0]}: cannot be had from its device: {error}") from error
+            del taken, copy
+            for key, where in pieces:
+                raw = data[where].reshape(-1).view(np.uint8).data
+                _put(files, progress, key, deflated(raw) if compression else raw)
+                if progress.stop.is_set():
+                    break
+            size = data.nbytes
+            del data, raw
+            feed.written(size)
+    except BaseException as error:
+        files.close(whole=False)
+        feed.end(error)
+        raise
+    files.close(whole=True)
+
+
+class _Rotation:
+    """A thread's data files, one after the other."""
+
+    def __init__(self, opened: Callable[[str], data_files.DataFile], progress: _Progress) -> None:
+        self._opened, self._progress = opened, progress
+        self._file: data_files.DataFile | None = None
+
+    def current(self) -> data_files.DataFile:
+        if self._file is None or self._file.bytes >= _FILE_BYTES:
+            self.close(whole=True)
+            self._file = self._opened(data_files.data_file_path())
+            self._progress.files.append(self._file)
+        return self._file
+
+    def close(self, *, whole: bool) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close(whole=whole)
+
+
+def _put(files: _Rotation, progress: _Progress, key: str, raw: bytes | memoryview) -> None:
+    """One chunk, with its checksum."""
+    checksum = crc32c.crc32c(raw)
+    tail = checksum.to_bytes(zarr_chunks.CHECKSUM_BYTES, "little")
+    size = len(raw) + len(tail)
+    if size <= ocdbt.INLINE_BYTES:
+        progress.small[key] = b"".join((raw, tail))
+        return
+    file = files.current()
+    whole = zarr_chunks.combined_crc32c(checksum, crc32c.crc32c(tail), len(tail))
+    progress.places[key] = (file, file.append((raw, tail), whole), size, checksum)
+
+
+def _host_bytes(leaf: LeafSpec, value: Any) -> int:
+    """At most so much of a leaf is staged by this process."""
+    if not isinstance(value, jax.Array):
+        return int(getattr(value, "nbytes", 0))
+    shard = value.sharding.shard_shape(leaf.shape)
+    key_words = leaf.file_shape[len(leaf.shape) :]
+    item_bytes = ITEM_BYTES[leaf.stored_dtype or leaf.dtype]
+    return math.prod((*shard, *key_words)) * item_bytes * len(value.sharding.addressable_devices)

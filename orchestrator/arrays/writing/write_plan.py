@@ -1,0 +1,376 @@
+"""What a process writes of the states of one form: which chunks of which shards, under which keys. Worked out once.
+
+All of it follows from shapes, dtypes and shardings, so that every save of a job has the same plan; a state of thousands
+of small leaves is saved in a fraction of the time that planning takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from orchestrator.arrays.format import ocdbt, orbax_files
+from orchestrator.arrays.format.compressed import ZSTD
+from orchestrator.arrays.leaf_errors import about
+from orchestrator.arrays.reading.placing import in_own_memory, on_host
+from orchestrator.arrays.tree import Flat, Form, fits_int64, numpy_dtype
+from orchestrator.rules import holders, zarr_chunks
+from orchestrator.rules.records import Box, Held, LeafSpec
+
+_CHECKSUM = {"name": "crc32c"}
+_TIMEOUT_S = 60.0  # of TensorStore, in memory
+
+# Of one shard on the host: the chunks to write of it, each with its key and where it is in the shard.
+Pieces = tuple[tuple[str, tuple[slice, ...]], ...]
+
+
+@dataclass(frozen=True)
+class LeafPlan:
+    """What this process writes of one leaf.
+
+    leaf: as the array store holds it. type: Orbax's name for what it is. shards: (number among the addressable ones,
+    pieces). whole: the dtype to copy a leaf of the host's memory as, None if it is an array of JAX. small: each shard
+    is one chunk that, with its CRC, is small enough for the store's tree.
+    """
+
+    leaf: LeafSpec
+    type: str
+    shards: tuple[tuple[int, Pieces], ...] = ()
+    boxes: tuple[Box, ...] = ()
+    sharding: jax.sharding.Sharding | None = None
+    whole: np.dtype[Any] | None = None
+    small: bool = False
+
+    @functools.cached_property
+    def viewed(self) -> bool:
+        """Whether the elements can be taken from the arrays by Python's buffer protocol."""
+        return self.sharding is not None and on_host(self.sharding) and self.leaf.dtype in _VIEWED
+
+    @functools.cached_property
+    def offloaded(self) -> bool:
+        """Whether it is in host memory that an accelerator's runtime owns."""
+        return self.sharding is not None and not on_host(self.sharding) and not in_own_memory(self.sharding)
+
+    @functools.cached_property
+    def off_host(self) -> bool:
+        """Whether it is in an accelerator's own memory."""
+        return self.sharding is not None and not on_host(self.sharding) and in_own_memory(self.sharding)
+
+    @functools.cached_property
+    def chunk_bytes(self) -> int:
+        """Of the elements of one chunk."""
+        return math.prod(self.leaf.chunk or ()) * _stored(self.leaf).itemsize
+
+
+# What the buffer protocol knows of JAX's types; of the others numpy must be asked.
+_VIEWED = frozenset(
+    ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
+)
+
+
+def _stored(leaf: LeafSpec) -> np.dtype[Any]:
+    return numpy_dtype(leaf.stored_dtype or leaf.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a process writes of states of one form. held: who holds the leaves, which all processes go by; () in a job
+    of one process. own: the leaves that it has its own of, and only compares with process 0's."""
+
+    form: Form
+    leaves: tuple[LeafPlan, ...]
+    compression: bool
+    process: int
+    held: tuple[Held, ...] = ()
+    own: tuple[tuple[int, Held], ...] = ()
+
+    @functools.cached_property
+    def own_bytes(self) -> tuple[int, ...]:
+        """Of each leaf of `own`, as it would be stored."""
+        leaves = [self.form.leaves[number] for number, _ in self.own]
+        return tuple(math.prod(leaf.file_shape) * _stored(leaf).itemsize if leaf.in_store else 0 for leaf in leaves)
+
+    @functools.cached_property
+    def mine(self) -> tuple[tuple[int, LeafPlan], ...]:
+        """The leaves that this process writes anything of, each with its number."""
+        return tuple((number, plan) for number, plan in enumerate(self.leaves) if plan.shards)
+
+    @functools.cached_property
+    def small(self) -> tuple[tuple[int, LeafPlan], ...]:
+        """Those of them whose chunks go with the receipt; compressed chunks are not known to."""
+        return (*self.small_on_host, *self.small_off_host)
+
+    @functools.cached_property
+    def small_on_host(self) -> tuple[tuple[int, LeafPlan], ...]:
+        return tuple((number, plan) for number, plan in self.mine if self._is_small(plan) and not plan.off_host)
+
+    @functools.cached_property
+    def small_off_host(self) -> tuple[tuple[int, LeafPlan], ...]:
+        return tuple((number, plan) for number, plan in self.mine if self._is_small(plan) and plan.off_host)
+
+    def _is_small(self, plan: LeafPlan) -> bool:
+        return plan.small and not self.compression
+
+    @functools.cached_property
+    def large(self) -> tuple[tuple[int, LeafPlan], ...]:
+        return tuple((number, plan) for number, plan in self.mine if not self._is_small(plan))
+
+    @functools.cached_property
+    def off_host(self) -> tuple[tuple[int, LeafPlan], ...]:
+        """What accelerators copy of both, in the order in which it is wanted."""
+        return (*self.small_off_host, *((number, plan) for number, plan in self.large if plan.off_host))
+
+    @functools.cached_property
+    def small_chunks(self) -> tuple[tuple[str, int], ...]:
+        """Key and bytes of each chunk of `small`, in order."""
+        return tuple((key, plan.chunk_bytes) for _, plan in self.small for _, ((key, _),) in plan.shards)
+
+    @functools.cached_property
+    def chunk_count(self) -> int:
+        """Of all chunks that this process writes."""
+        return sum(len(pieces) for plan in self.leaves for _, pieces in plan.shards)
+
+    @functools.cached_property
+    def boxes(self) -> Mapping[str, tuple[Box, ...]]:
+        """Leaf name -> regions that this process writes."""
+        return {plan.leaf.name: plan.boxes for plan in self.leaves if plan.boxes and plan.leaf.in_store}
+
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, bytes]:
+        """zarr.json of every array of the store, by key."""
+        stored = (plan.leaf for plan in self.leaves if plan.leaf.chunk is not None)
+        return {zarr_chunks.metadata_key(leaf.name): self._zarr_json(leaf) for leaf in stored}
+
+    def _zarr_json(self, leaf: LeafSpec) -> bytes:
+        assert leaf.chunk is not None
+        return _zarr_json(leaf.stored_dtype or leaf.dtype, leaf.file_shape, leaf.chunk, self.compression)
+
+    @functools.cached_property
+    def keys(self) -> frozenset[str]:
+        """Of every chunk of every array, whoever writes it."""
+        return frozenset(key for plan in self.leaves if plan.leaf.chunk is not None for key in _keys(plan.leaf))
+
+    @functools.cached_property
+    def order(self) -> tuple[tuple[str, bytes], ...]:
+        """Every key of the merged store, sorted by its bytes."""
+        return tuple(sorted(((key, key.encode()) for key in (*self.keys, *self.metadata)), key=lambda pair: pair[1]))
+
+    @functools.cached_property
+    def orbax_files(self) -> Mapping[str, bytes]:
+        """Orbax's own files, by path. All processes would say the same, so process 0 writes them. (With Orbax each one
+        describes the arrays; its reader takes the first description that it finds.)"""
+        if self.process != 0:
+            return {}
+        arrays = [plan for plan in self.leaves if plan.type == "jax.Array"]
+        leaves, types = [plan.leaf for plan in self.leaves], [plan.type for plan in self.leaves]
+        written = {"_METADATA": orbax_files.tree_metadata(leaves, self.form.treedef, types)}
+        if arrays:
+            named = ((plan.leaf.name, plan.sharding) for plan in arrays if plan.sharding is not None)
+            written["_sharding"] = orbax_files.shardings(named)
+            written["array_metadatas/process_0"] = orbax_files.array_metadatas(plan.leaf for plan in arrays)
+        return written
+
+
+_PLANS = 4
+_plans: OrderedDict[tuple[Form, int, bool, tuple[Held, ...]], Plan] = OrderedDict()
+
+
+def plan_of(flat: Flat, process: int, compression: bool, held: tuple[Held, ...] = ()) -> Plan:
+    """The plan of `process` for states of this form; kept for the last few forms. Main thread. Raises UsageError naming
+    the leaves that this process has elsewhere than `held` says."""
+    key = (flat.form, process, compression, held)
+    known = _plans.get(key)
+    if known is None:
+        known = _plans[key] = _new_plan(flat, process, compression, held)
+        if len(_plans) > _PLANS:
+            _plans.popitem(last=False)
+    return known
+
+
+def _new_plan(flat: Flat, process: int, compression: bool, held: tuple[Held, ...]) -> Plan:
+    leaves, layouts, own = flat.spec.leaves, _Layouts(), list[tuple[int, Held]]()
+    runs: list[Held | None] = [None] * len(leaves)
+    if held:
+        seen = views(flat)
+        holders.check_views(held, leaves, seen, process)
+        runs = [*holders.each_of(held)]
+        own = [
+            (number, run)
+            for number, (run, view) in enumerate(zip(holders.each_of(held), seen, strict=True))
+            if process != 0 and run.by is None and view in (None, holders.alone(process))
+        ]
+    given = zip(leaves, flat.values, runs, strict=True)
+    return Plan(
+        flat.form, tuple(_plan(*each, process, layouts) for each in given), compression, process, held, tuple(own)
+    )
+
+
+def views(flat: Flat) -> list[holders.View]:
+    """How this process sees each leaf: on the devices of which processes it is, None where it is no array of JAX."""
+    return [_holders(value.sharding) if isinstance(value, jax.Array) else None for value in flat.values]
+
+
+@functools.lru_cache(maxsize=256)
+def _holders(sharding: jax.sharding.Sharding) -> holders.Ranges:
+    devices: Any = sharding.device_set
+    return holders.ranges(device.process_index for device in devices)
+
+
+class _Layouts(dict[Any, tuple["_Layout", dict[int, Any]]]):
+    """(sharding, shapes, chunk shape) -> its layout, and of it, by turn, what this process writes."""
+
+
+def _plan(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _Layouts) -> LeafPlan:
+    with about(leaf):
+        return _plan_of_leaf(leaf, value, run, process, layouts)
+
+
+def _plan_of_leaf(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _Layouts) -> LeafPlan:
+    """`run`: who holds it; None in a job of one process."""
+    if leaf.kind in ("bool", "int", "float"):
+        if leaf.kind == "int" and not fits_int64(value):
+            return LeafPlan(leaf, orbax_files.value_type(leaf, value, stored=False))
+        dtype = np.asarray(value).dtype
+        scalar = LeafSpec(path=leaf.path, kind=leaf.kind, shape=(), dtype=dtype.name, chunk=())
+        return _whole(scalar, "scalar", dtype, process)
+    type_name = orbax_files.value_type(leaf, value, stored=leaf.in_store)
+    if not leaf.in_store:
+        return LeafPlan(leaf, type_name)
+    if run is not None and run.by is None:
+        # An array that each process has for itself is numpy to Orbax: it has no sharding that others would know.
+        type_name = "np.ndarray"
+    if not isinstance(value, jax.Array):
+        return _whole(leaf, "np.ndarray", numpy_dtype(leaf.dtype), process)
+    if run is not None and not holders.includes(run.by or holders.alone(0), process):
+        return LeafPlan(leaf, type_name, sharding=value.sharding)
+    return _of_shards(leaf, as_stored(leaf, value), type_name, layouts)
+
+
+def joinable(leaf: LeafSpec, value: jax.Array) -> bool:
+    """Whether Python's buffer protocol gives the elements of the whole array, as they are on the host."""
+    return leaf.dtype in _VIEWED and _on_one_cpu(value.sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
+    return len(sharding.device_set) == 1 and on_host(sharding)
+
+
+def as_stored(leaf: LeafSpec, value: Any) -> Any:
+    """A leaf on devices as the integers or numbers that are stored."""
+    return jax.random.key_data(value) if leaf.kind == "key" else value
+
+
+def _whole(leaf: LeafSpec, type_name: str, dtype: np.dtype[Any], process: int) -> LeafPlan:
+    """Process 0's copy is the one that is stored."""
+    if process != 0:
+        return LeafPlan(leaf, type_name)
+    assert leaf.chunk is not None
+    box = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    pieces = _named(leaf.name, _pieces(box, leaf.chunk))
+    return LeafPlan(leaf, type_name, ((0, pieces),), (box,), whole=dtype, small=_small(leaf, box))
+
+
+def _small(leaf: LeafSpec, shard: Box) -> bool:
+    shape = zarr_chunks.shape_of(shard)
+    size = math.prod(shape) * _stored(leaf).itemsize
+    return shape == leaf.chunk and size + zarr_chunks.CHECKSUM_BYTES <= ocdbt.INLINE_BYTES
+
+
+def _pieces(box: Box, chunk: tuple[int, ...]) -> Pieces:
+    """With keys that still want the leaf's name."""
+    return tuple((zarr_chunks.suffix(one, chunk), zarr_chunks.within(one, box)) for one in zarr_chunks.cut(box, chunk))
+
+
+def _named(name: str, pieces: Pieces) -> Pieces:
+    return tuple((name + suffix, where) for suffix, where in pieces)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the shards of an array are cut, and which of it this process writes: (shard index, chunks of it, boxes)."""
+
+    replicas: int
+    shards: tuple[tuple[int, Box, int, tuple[Box, ...]], ...]
+
+
+def _of_shards(leaf: LeafSpec, value: jax.Array, type_name: str, layouts: _Layouts) -> LeafPlan:
+    """Each chunk is written by one of the replicas that hold it, in turn, so that replicated arrays are spread evenly
+    over their hosts."""
+    key = (value.sharding, value.shape, leaf.file_shape, leaf.chunk)
+    known = layouts.get(key)
+    if known is None:
+        known = layouts[key] = (_layout(leaf, value), {})
+    layout, by_turn = known
+    # Where there are replicas, the turn depends on the leaf: many small ones are spread, too.
+    turn = zlib.crc32(leaf.name.encode()) % layout.replicas if layout.replicas > 1 else 0
+    mine = by_turn.get(turn)
+    if mine is None:
+        mine = by_turn[turn] = _mine(layout, turn, leaf.chunk or ())
+    shards, boxes = mine
+    named = tuple((index, _named(leaf.name, pieces)) for index, pieces in shards)
+    small = bool(layout.shards) and _small(leaf, layout.shards[0][1])
+    return LeafPlan(leaf, type_name, named, boxes, value.sharding, small=small)
+
+
+def _layout(leaf: LeafSpec, value: jax.Array) -> _Layout:
+    assert leaf.chunk is not None
+    shape = leaf.file_shape
+    shards = tuple(
+        (index, box, shard.replica_id, tuple(zarr_chunks.cut(box, leaf.chunk)))
+        for index, shard in enumerate(value.addressable_shards)
+        for box in [zarr_chunks.box_of(shard.index, shape)]
+    )
+    distinct = math.prod(shape) // math.prod(zarr_chunks.shape_of(shards[0][1])) if shards else 1
+    return _Layout(max(1, len(value.sharding.device_set) // distinct), shards)
+
+
+def _mine(layout: _Layout, turn: int, chunk: tuple[int, ...]) -> tuple[list[tuple[int, Pieces]], tuple[Box, ...]]:
+    shards: list[tuple[int, Pieces]] = []
+    boxes: list[Box] = []
+    for index, box, replica, inside in layout.shards:
+        if layout.replicas == 1:
+            shards.append((index, _pieces(box, chunk)))
+            boxes.append(box)
+            continue
+        chosen = [one for number, one in enumerate(inside) if (turn + number) % layout.replicas == replica]
+        if chosen:
+            shards.append(
+                (index, tuple((zarr_chunks.suffix(one, chunk), zarr_chunks.within(one, box)) for one in chosen))
+            )
+            boxes.extend(chosen)
+    return shards, tuple(boxes)
+
+
+def _keys(leaf: LeafSpec) -> Iterator[str]:
+    assert leaf.chunk is not None
+    whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    return (zarr_chunks.key(leaf.name, box, leaf.chunk) for box in zarr_chunks.cut(whole, leaf.chunk))
+
+
+@functools.lru_cache(maxsize=4096)
+def _zarr_json(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...], compression: bool) -> bytes:
+    return zarr_chunks.metadata(_template(dtype, compression), shape, chunk)
+
+
+@functools.lru_cache(maxsize=256)
+def _template(dtype: str, compression: bool) -> dict[str, object]:
+    """TensorStore's own `zarr.json` of an array of `dtype`, made in memory."""
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *([ZSTD] if compression else []), _CHECKSUM]
+    spec = {
+        "driver": "zarr3",
+        "kvstore": "memory://",
+        "metadata": {"data_type": dtype, "shape": [1], "codecs": codecs},
+    }
+    store: Any = ts.open(spec, create=True).result(timeout=_TIMEOUT_S).kvstore
+    return dict(json.loads(store.read("zarr.json").result(timeout=_TIMEOUT_S).value))

@@ -1,0 +1,270 @@
+"""Where processes meet: agreement on the main thread, quick signals from any thread. The only importer of
+`multihost_utils` and of the coordination service's client.
+
+Main thread only: `broadcast`, `gather`, `preempted`. Each is a collective: every process must call it, in the same
+order. A bounded, named coordination-service barrier always comes first, so that a dead host is named instead of
+hanging the pod in a device collective. Any thread: `post` and `poll`, a small shared key-value store. The truth is
+always in storage; a lost signal only makes things slower.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from absl import logging
+
+# Private: the coordination-service client has no public accessor, no option says where Gloo listens, and none that a
+# process that has failed is not to wait for the others at exit (jax 0.10.2).
+# tests/test_private_apis.py watches both.
+from jax._src import api as _api
+from jax._src import dispatch as _dispatch
+from jax._src import distributed as _distributed
+from jax._src.lib import _jax  # type: ignore[attr-defined]
+from jax.experimental import multihost_utils
+
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.errors import WaitTimeout
+from orchestrator.job import last_words, sigterm
+from orchestrator.rules.records import Json
+
+QUICK_S = 1.0  # for one signal; storage is polled as often
+_FIRST_BYTES = 252  # of a message; most are shorter
+_LENGTH_BYTES = 4
+_make_gloo = _jax.make_gloo_tcp_collectives
+
+
+class Rendezvous(Protocol):
+    """`process`: this process's index of `count`; `hosts`: every process's host name, by index."""
+
+    process: int
+    count: int
+    hosts: dict[int, str]
+
+    def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
+        """Process 0's `value`, on every process. Raises WaitTimeout naming who did not come."""
+
+    def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
+        """Every process's `value`, by index, on every process. Raises WaitTimeout."""
+
+    def preempted(self, step: int) -> bool:
+        """True on all processes at the same step once any of them has got SIGTERM."""
+
+    def post(self, key: str, value: str) -> None:
+        """Make `value` visible to other processes' `poll`. Best effort: never raises."""
+
+    def forget(self, prefix: str) -> None:
+        """Remove what was posted below `prefix`. Best effort."""
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        """Keys posted below `prefix` (which ends in `/`), by their last part. Best effort: may miss."""
+
+
+def connect(timeout_s: float) -> Rendezvous:
+    """The rendezvous of this job: of all its processes if `jax.distributed` is initialized, else of this one alone."""
+    if jax.process_count() == 1:
+        return _Alone()
+    join_last_words()
+    return _Together(timeout_s)
+
+
+def collectives_listen_on(address: str) -> None:
+    """Have JAX's collectives between CPUs (Gloo) listen on `address`, instead of on whatever the machine's name stands
+    for: in a job whose processes are all on this machine nobody else has business there. Before JAX has a backend."""
+    _jax.make_gloo_tcp_collectives = functools.partial(_make_gloo, hostname=address)
+
+
+def join_last_words() -> None:
+    """If `jax.distributed` is initialized for several processes, have them hear of each other's failures. Idempotent.
+    Not where the job is to outlive a lost process (`jax_enable_recoverability`)."""
+    state = _distributed.global_state
+    recoverable = getattr(jax.config, "jax_enable_recoverability", False)
+    if state.client is not None and state.num_processes > 1 and not recoverable:
+        last_words.join(_Board(state.process_id, state.num_processes), host_name())
+
+
+def host_name() -> str:
+    """The name that messages use for this host: ORCHESTRATOR_HOST_NAME, or the machine's."""
+    return os.environ.get("ORCHESTRATOR_HOST_NAME") or socket.gethostname()
+
+
+def listen(me: Rendezvous) -> sigterm.Listening:
+    """Hear SIGTERM as `me.preempted` tells it, from now until `stop`. For whoever can save."""
+    together = isinstance(me, _Together)
+    if together and _distributed.global_state.preemption_sync_manager is None:
+        return sigterm.Listening()  # nobody could have the others agree; `preempted` says so
+    return sigterm.listen(jax_agrees=together)
+
+
+class _Alone:
+    """One process. Whether SIGTERM has come is `sigterm`'s to know."""
+
+    def __init__(self) -> None:
+        self.process, self.count, self.hosts = 0, 1, {0: host_name()}
+        self._posted: dict[str, str] = {}
+
+    def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
+        return value
+
+    def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
+        return [value]
+
+    def preempted(self, step: int) -> bool:
+        return sigterm.asked()
+
+    def post(self, key: str, value: str) -> None:
+        self._posted[key] = value
+
+    def forget(self, prefix: str) -> None:
+        self._posted = {key: value for key, value in self._posted.items() if not key.startswith(prefix)}
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        return {key.removeprefix(prefix): value for key, value in list(self._posted.items()) if key.startswith(prefix)}
+
+
+class _Together:
+    """All processes of an initialized `jax.distributed` job."""
+
+    _leaving = False  # all have agreed to, at one step; of the process, for all rendezvous in it
+
+    def __init__(self, timeout_s: float) -> None:
+        self.process, self.count = jax.process_index(), jax.process_count()
+        self.hosts: dict[int, str] = {}
+        self._client: Any = _distributed.global_state.client
+        self._board = _Board(self.process, self.count)
+        self._meetings = 0
+        self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
+
+    def _meet(self, name: str, timeout_s: float) -> None:
+        # The number keeps ids unique; it agrees because collectives come in the same order everywhere.
+        self._meetings += 1
+        barrier = f"orchestrator/{self._meetings}/{name}"
+        try:
+            self._client.wait_at_barrier(barrier, timeout_in_ms=max(1, int(timeout_s * 1000)))
+        except Exception as error:  # jaxlib raises JaxRuntimeError for every status; the text tells them apart
+            raise WaitTimeout(f"{name}: {self._who(str(error))} did not arrive within {timeout_s:g} s") from error
+        last_words.met()
+
+    def _who(self, text: str) -> str:
+        # jaxlib 0.10.2 gives each late task a line of its own, as `2` or as `/job:jax_worker/replica:0/task:2`.
+        tasks = sorted({int(index) for index in re.findall(r"^(?:\S*/task:)?(\d+)$", text, re.MULTILINE)})
+        if not tasks:
+            return f"other processes (the coordination service says: {text.splitlines()[0][:200]})"
+        named = ", ".join(f"{index} ({self.hosts[index]})" if index in self.hosts else str(index) for index in tasks)
+        return f"processes [{named}]"
+
+    @in_own_context
+    def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
+        self._meet(name, timeout_s)
+        body = json.dumps(value).encode() if self.process == 0 else b""
+        (told,) = _exchanged(body, lambda part: np.asarray(multihost_utils.broadcast_one_to_all(part))[None])
+        return json.loads(told)
+
+    @in_own_context
+    def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
+        self._meet(name, timeout_s)
+        told = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
+        return [json.loads(body) for body in told]
+
+    @in_own_context
+    def preempted(self, step: int) -> bool:
+        # The step that all agree on is one of the agent that is open now; one that is opened afterwards counts its own.
+        if not _Together._leaving and _distributed.global_state.preemption_sync_manager is None:
+            logging.log_first_n(
+                logging.WARNING,
+                "JAX's preemption service is off (jax_enable_preemption_service): nobody listens for SIGTERM, and "
+                "reached_preemption stays False",
+                1,
+            )
+        elif not _Together._leaving:
+            _Together._leaving = bool(multihost_utils.reached_preemption_sync_point(step))
+        return _Together._leaving
+
+    def post(self, key: str, value: str) -> None:
+        self._board.post(key, value)
+
+    def forget(self, prefix: str) -> None:
+        self._board.forget(prefix)
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        return self._board.poll(prefix)
+
+
+class _Board:
+    """The coordination service's key-value store, where it is not yet known who else is there."""
+
+    def __init__(self, process: int, count: int) -> None:
+        self.process, self.count = process, count
+        self._client: Any = _distributed.global_state.client
+        self._one_call = threading.Lock()
+
+    @property
+    def connected(self) -> bool:
+        return _distributed.global_state.client is self._client
+
+    def skip_exit_barrier(self) -> None:
+        """JAX's exit handlers wait for the other processes. The client and the service do so, too, when they go: keep
+        them for ever."""
+        for handler in (_api.clean_up, _dispatch.wait_for_tokens):
+            atexit.unregister(handler)
+        state = _distributed.global_state
+        for kept in (state.preemption_sync_manager, state.client, state.service):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+
+    def post(self, key: str, value: str) -> None:
+        self._quickly(lambda: self._client.key_value_set(key, value, allow_overwrite=True))
+
+    def forget(self, prefix: str) -> None:
+        self._quickly(lambda: self._client.key_value_delete(prefix))
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        pairs = self._quickly(lambda: self._client.key_value_dir_get(prefix)) or []
+        return {key.removeprefix(prefix): value for key, value in pairs}
+
+    def _quickly(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns, None if it fails or takes longer than QUICK_S. These calls have no timeout of their own,
+        and the service lives in process 0: when that one is stopped they hang, and the caller has a deadline to keep.
+        At most one is under way."""
+        if not self._one_call.acquire(timeout=QUICK_S):
+            return None
+        result: list[Any] = []
+        done = threading.Event()
+
+        def run() -> None:
+            with contextlib.suppress(Exception):  # best effort by contract; no such directory is an error too
+                result.append(call())
+            self._one_call.release()
+            done.set()
+
+        threading.Thread(target=run, name="signal", daemon=True).start()
+        done.wait(QUICK_S)
+        return result[0] if result else None
+
+
+def _exchanged(body: bytes, collective: Callable[[np.ndarray[Any, Any]], Any]) -> list[bytes]:
+    """All processes' bodies, of any lengths, by a collective that takes arrays of one length and gives rows of them.
+    One call, which takes milliseconds, does for short ones: each goes behind its length; a second brings the rest."""
+    head = len(body).to_bytes(_LENGTH_BYTES, "little") + body[:_FIRST_BYTES]
+    rows = np.asarray(collective(_padded(head, _LENGTH_BYTES + _FIRST_BYTES)))
+    sizes = [int.from_bytes(row[:_LENGTH_BYTES].tobytes(), "little") for row in rows]
+    bodies = [row[_LENGTH_BYTES:].tobytes() for row in rows]
+    left = max(sizes) - _FIRST_BYTES
+    if left > 0:
+        rest = np.asarray(collective(_padded(body[_FIRST_BYTES:], left)))
+        bodies = [first + row.tobytes() for first, row in zip(bodies, rest, strict=True)]
+    return [whole[:size] for whole, size in zip(bodies, sizes, strict=True)]
+
+
+def _padded(body: bytes, size: int) -> np.ndarray[Any, Any]:
+    return np.frombuffer(body.ljust(size, b"\0"), np.uint8)

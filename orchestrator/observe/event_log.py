@@ -1,0 +1,261 @@
+"""Events as JSON lines, one file per process, in a directory beside the run's data; writing and reading them.
+
+The log is for people and dashboards: nothing that decides about data reads it. So it may lose lines (a full queue, a
+full disk, a crash in mid-line), but it never blocks, never fails the job, and never grows beyond two files of
+FILE_BYTES for each process: a full file replaces the one before it.
+
+`00003.jsonl` is process 3's, `00003.old.jsonl` what it wrote before. A line is one JSON object: `v` (1), `time`
+(seconds since the epoch, that host's clock), `event` (a name of `events.KINDS`), `process`, `host`, `machine`, `epoch`,
+and the event's own fields.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgspec
+from absl import logging
+
+from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey
+from orchestrator.observe.events import KINDS, EpochOpened, Event
+from orchestrator.rules import keys
+from orchestrator.storage.directory import Root, find
+
+VERSION = 1
+_FORMER = {"StoreRetried": {"event": "Retried", "what": "store"}}  # events of older logs, as they are told now
+FILE_BYTES = 8 << 20
+DIRECTORY = "events"  # below a run's root, where that is a directory
+_QUEUE_MAX = 10_000
+_READ_BYTES_MAX = 2 * FILE_BYTES  # of one file, from its end
+# Beyond these a number says nothing: the year 5138, a million processes.
+_MOST = {"time": 1e11, "process": 1e6, "process_count": 1e6}
+_NUMBER_MAX = 1 << 60
+_TEXT_MAX = 1 << 20
+_CLOSE_S = 2.0
+_FILE = re.compile(r"\d{5,}(\.old)?\.jsonl")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One event with where and when it happened. `time`: seconds since the epoch, by the clock of `machine`."""
+
+    time: float
+    process: int
+    host: str
+    machine: str
+    epoch: int
+    event: Event
+
+
+def encode(line: Line) -> bytes:
+    where = {field.name: getattr(line, field.name) for field in fields(Line) if field.name != "event"}
+    own = {field.name: getattr(line.event, field.name) for field in fields(line.event)}
+    return msgspec.json.encode({"v": VERSION, "event": type(line.event).__name__, **where, **own}) + b"\n"
+
+
+def decode(text: bytes) -> Line | None:
+    """The line that `encode` wrote; None for one that is cut off, foreign, of an event unknown to this version, or with
+    values that mean nothing."""
+    try:
+        said: dict[str, Any] = msgspec.json.decode(text, type=dict)
+        said |= _FORMER.get(str(said.get("event")), {})
+        kind = KINDS.get(str(said.get("event")))
+        if kind is None or said.get("v") != VERSION or not all(map(_sensible, said, said.values())):
+            return None
+        # `epoch` of EpochOpened is the line's own, said once.
+        event = msgspec.convert(said, type=kind)
+        return Line(**msgspec.convert(said, type=_Where).asdict(), event=event)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def _sensible(name: str, value: object) -> bool:
+    """Whether readers can reckon with it. Numbers are counts, sizes, times and durations, -1 for none."""
+    if isinstance(value, int | float):
+        return -1 <= value <= _MOST.get(name, _NUMBER_MAX)
+    if name == "attempt":
+        try:
+            keys.parse_attempt(str(value))
+        except (UnsafeKey, ValueError):
+            return False
+    return not isinstance(value, str) or len(value) <= _TEXT_MAX
+
+
+class _Where(msgspec.Struct):
+    time: float
+    process: int
+    host: str
+    machine: str
+    epoch: int
+
+    def asdict(self) -> dict[str, Any]:
+        return msgspec.structs.asdict(self)
+
+
+for _kind in (_Where, *KINDS.values()):
+    msgspec.json.Decoder(_kind)  # described while one thread is here, as in `records`
+
+
+class EventLog:
+    """Writes this process's events below `directory`, on a thread of its own. `write` may be called from any thread and
+    never waits. `dropped`: events that were not written."""
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        process: int,
+        host: str,
+        epoch: int,
+        file_bytes: int = FILE_BYTES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._root, base = find(os.path.abspath(directory))
+        self._key = f"{base}/{process:05d}.jsonl".lstrip("/")
+        self._process, self._host, self._epoch = process, host, epoch
+        self._machine = os.uname().nodename
+        self._file_bytes, self._clock = file_bytes, clock
+        self._waiting: queue.Queue[Line | None] = queue.Queue(_QUEUE_MAX)
+        self._failed = False
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name="events", daemon=True)
+        self._thread.start()
+
+    def write(self, event: Event, at: float | None = None) -> None:
+        """`at`: when it happened, if not now."""
+        line = Line(self._clock() if at is None else at, self._process, self._host, self._machine, self._epoch, event)
+        try:
+            self._waiting.put_nowait(line)
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Write what is waiting, for at most two seconds."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(None)
+        self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        while (line := self._waiting.get()) is not None:
+            try:
+                self._append(encode(line))
+            except (OSError, OrchestratorError) as error:  # a full disk must not end a training job
+                self.dropped += 1
+                if not self._failed:
+                    logging.warning("%s: events are not written: %s", self._root.shown(self._key), error)
+                self._failed = True
+
+    def _append(self, body: bytes) -> None:
+        self._root.ready()
+        folder, _, name = self._key.rpartition("/")
+        with self._root.directory(folder, make=True, durable=False) as directory:
+            # Opened anew each time: another incarnation may have put a new file in its place, and a network file system
+            # shows others only what was closed.
+            descriptor = self._opened(directory, name)
+            try:
+                size = os.fstat(descriptor).st_size
+                if size and size + len(body) > self._file_bytes:
+                    former = name.removesuffix(".jsonl") + ".old.jsonl"
+                    os.replace(name, former, src_dir_fd=directory, dst_dir_fd=directory)
+                    os.close(descriptor)
+                    descriptor = self._opened(directory, name)
+                os.write(descriptor, body)
+            finally:
+                os.close(descriptor)
+
+    def _opened(self, directory: int, name: str) -> int:
+        return self._root.open_in(directory, name, self._key, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def directory_of(url: str, chosen: str | None) -> str | None:
+    """Where the events of the run at storage `url` are: `chosen`, or `events` below a root on a file system. None:
+    nowhere ('' chosen, or an object store, which has no appending)."""
+    if chosen is not None:
+        return os.path.expanduser(chosen) or None
+    return os.path.join(url.removeprefix("file://"), DIRECTORY) if url.startswith("file://") else None
+
+
+def read(directory: str | None) -> list[Line]:
+    """All events in `directory`, by time; [] if there are none. Lines that cannot be read are left out."""
+    return Tail(directory).more(whole=False)
+
+
+class Tail:
+    """The events of `directory` as they come: `more` returns those since the last call. Reads each byte once.
+
+    `skipped`: lines so far that are no events. `problems`: by name of a file, why it, or the beginning of it, is not
+    read. `newest`: process -> when the file that it writes was last changed, by the file system's clock.
+    """
+
+    def __init__(self, directory: str | None) -> None:
+        self._directory = directory
+        self._seen: dict[tuple[int, int], int] = {}  # (device, inode) -> bytes read; a full file changes its name
+        self.skipped = 0
+        self.problems: dict[str, str] = {}
+        self.newest: dict[int, float] = {}
+
+    def more(self, whole: bool = True) -> list[Line]:
+        """By time. `whole`: a last line without its end is being written, and left for the next call."""
+        if self._directory is None:
+            return []
+        root, base = find(os.path.abspath(self._directory))
+        lines: list[Line] = []
+        try:
+            with root.directory(base) as directory:
+                for name in sorted(filter(_FILE.fullmatch, os.listdir(directory))):
+                    try:
+                        body = self._body(root, directory, name, f"{base}/{name}".lstrip("/"), whole)
+                    except FileNotFoundError:  # replaced this moment
+                        continue
+                    except (OSError, StorageError) as error:
+                        self.problems[name] = str(error)
+                        continue
+                    for text in body.splitlines():
+                        line = decode(text)
+                        lines += [line] if line else []
+                        self.skipped += line is None
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except (OSError, StorageError) as error:
+            self.problems[""] = str(error)
+        return sorted(lines, key=lambda line: line.time)
+
+    def _body(self, root: Root, directory: int, name: str, key: str, whole: bool) -> bytes:
+        descriptor = root.open_in(directory, name, key, os.O_RDONLY)
+        try:
+            status = os.fstat(descriptor)
+            inode = (status.st_dev, status.st_ino)
+            first = self._seen.get(inode, 0)
+            if status.st_size - first > _READ_BYTES_MAX:
+                first = status.st_size - _READ_BYTES_MAX
+                self.problems[name] = f"{root.shown(key)}: only the last {_READ_BYTES_MAX} of its bytes are read"
+            body = _read(descriptor, first, status.st_size - first)
+        finally:
+            os.close(descriptor)
+        if name.count(".") == 1:
+            self.newest[int(name.partition(".")[0])] = status.st_mtime
+        if whole:
+            body = body[: body.rfind(b"\n") + 1]
+        self._seen[inode] = first + len(body)
+        return body
+
+
+def _read(descriptor: int, first: int, size: int) -> bytes:
+    parts: list[bytes] = []
+    while size > 0 and (part := os.pread(descriptor, size, first)):
+        parts.append(part)
+        first, size = first + len(part), size - len(part)
+    return b"".join(parts)
+
+
+def epochs(lines: Iterable[Line]) -> dict[int, EpochOpened]:
+    """Epoch -> how process 0 opened it."""
+    return {line.epoch: line.event for line in lines if isinstance(line.event, EpochOpened) and line.process == 0}

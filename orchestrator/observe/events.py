@@ -1,0 +1,184 @@
+"""What happened, as typed values, written in one place. Log events, not sentences.
+
+`emit` may be called from any thread. The line goes to absl logging; `subscribe` adds further readers: the event log
+(`eventlog`), metrics, traces, tests. The schema is in docs/reference/events.md, which a test compares with this file.
+Names, fields and units are a contract: fields may be added, never renamed or given another meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import get_args
+
+from absl import logging
+
+from orchestrator.texts import printable
+
+PHASES = ("staging", "writing", "sealing", "waiting", "committing")  # of a save on one process, in this order
+
+
+@dataclass(frozen=True)
+class EpochOpened:
+    """An incarnation of the job has begun on this process."""
+
+    epoch: int
+    root: str
+    process_count: int
+
+
+@dataclass(frozen=True)
+class Alive:
+    """A sign of life between saves, every few seconds: what the main thread does. `step`: -1 if it is at none."""
+
+    doing: str
+    step: int
+
+
+@dataclass(frozen=True)
+class SavePhase:
+    """A save enters `phase` on this process, or is still in it. `elapsed_s`: since the save began here.
+    `written_bytes`: of this process's arrays, so far. `committing` is process 0's alone: all receipts are in."""
+
+    step: int
+    attempt: str
+    phase: str
+    elapsed_s: float
+    written_bytes: int
+
+
+@dataclass(frozen=True)
+class SaveStarted:
+    """`save` returns to the training loop after `blocked_s`."""
+
+    step: int
+    attempt: str
+    blocked_s: float
+
+
+@dataclass(frozen=True)
+class Committed:
+    """`elapsed_s`: from the call of `save` to the commit, as this process saw it. `state_bytes`: of all files of the
+    step, on process 0; 0 elsewhere."""
+
+    step: int
+    attempt: str
+    elapsed_s: float
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class SaveNotCommitted:
+    """`cause`: rejected, silent, fenced, incomplete, disagree, finalize, hung or failed."""
+
+    step: int
+    attempt: str
+    reason: str
+    cause: str = "failed"
+
+
+@dataclass(frozen=True)
+class HostLocalDiffers:
+    """Processes have values of their own in `leaves` leaves, which differ; process 0's are stored. `reason` names the
+    first few, and hosts. Once for each leaf; on process 0."""
+
+    step: int
+    attempt: str
+    leaves: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Restored:
+    """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`: this process's reading of arrays."""
+
+    step: int
+    attempt: str
+    elapsed_s: float
+    read_bytes: int
+    array_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SteppedDown:
+    step: int
+    attempt: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Retried:
+    """Something that may fail is done again, in `wait_s`; `tries` so far. `what`: journal (another writer was first) or
+    store (a request got no usable answer; `operation`, `name` and `reason` say which and why)."""
+
+    what: str
+    tries: int
+    operation: str = ""
+    name: str = ""
+    reason: str = ""
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class CadenceChosen:
+    """`oc.auto` saves every `interval_s` from now on. `goodput`: expected share of useful time."""
+
+    interval_s: float
+    goodput: float
+    because: str
+
+
+@dataclass(frozen=True)
+class Collected:
+    attempts: int
+    deleted_bytes: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Closed:
+    """This process's agent was closed in order. `failures`: saves of this incarnation that did not commit."""
+
+    failures: int
+
+
+Event = (
+    EpochOpened
+    | Alive
+    | SavePhase
+    | SaveStarted
+    | Committed
+    | SaveNotCommitted
+    | HostLocalDiffers
+    | Restored
+    | SteppedDown
+    | Retried
+    | Collected
+    | CadenceChosen
+    | Closed
+)
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
+_WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers)
+_DETAILS = (Alive, SavePhase)  # for programs; people would drown in them
+_readers: list[Callable[[Event], None]] = []
+
+
+def emit(event: Event) -> None:
+    """Log `event` as `name key=value ...` and hand it to every subscriber."""
+    text = " ".join(f"{field.name}={_text(getattr(event, field.name))}" for field in fields(event))
+    level = logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO
+    logging.log(logging.DEBUG if isinstance(event, _DETAILS) else level, "%s %s", type(event).__name__, text)
+    for reader in tuple(_readers):
+        reader(event)
+
+
+def subscribe(reader: Callable[[Event], None]) -> Callable[[], None]:
+    """Call `reader` with every later event, on the emitting thread. Returns what ends the subscription."""
+    _readers.append(reader)
+    return lambda: _readers.remove(reader)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return printable(repr(value) if isinstance(value, str) and " " in value else str(value))

@@ -1,0 +1,168 @@
+"""Prometheus metrics of one process, out of its events: an endpoint (loopback unless asked), a text file, or both.
+
+Names, labels and units are a contract with dashboards and alerts: docs/reference/metrics.md lists them and a test
+compares the two. Nothing here may hurt the job: a port or a file that cannot be had is one warning.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from absl import logging
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+    write_to_textfile,
+)
+
+from orchestrator.observe import events
+from orchestrator.observe.events import Event
+
+LOOPBACK = "127.0.0.1"
+TEXTFILE_INTERVAL_S = 10.0
+_INTERVALS = 5  # between commits, for their median
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+
+
+class Metrics:
+    """`hear` may be called from any thread. `registry` is this agent's own: two agents do not mix."""
+
+    def __init__(self, process: int, host: str, clock: Callable[[], float] = time.monotonic) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
+        self._clock = clock
+        self._committed = clock()
+        self._any = False
+        self._intervals: deque[float] = deque(maxlen=_INTERVALS)
+        self._written = 0
+        self._lock = threading.Lock()
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, about: str, *labels: str) -> Counter:
+            return Counter(f"orchestrator_{name}", about, labels, registry=registry)
+
+        def gauge(name: str, about: str) -> Gauge:
+            return Gauge(f"orchestrator_{name}", about, registry=registry)
+
+        def histogram(name: str, about: str) -> Histogram:
+            return Histogram(f"orchestrator_{name}", about, buckets=_SECONDS, registry=registry)
+
+        Gauge("orchestrator_process", "1; who this is", ("process", "host"), registry=registry).labels(
+            str(process), host
+        ).set(1)
+        self._epoch = gauge("epoch", "Incarnation of the job")
+        self._started = counter("saves_started", "Saves that this process took part in")
+        self._commits = counter("saves_committed", "Saves that were committed")
+        self._failures = counter("saves_not_committed", "Saves that ended without a commit", "cause")
+        self._blocked = histogram("save_blocked_seconds", "Time that training waited for a save")
+        self._durable = histogram("save_durable_seconds", "From the call of save to its commit")
+        self._bytes = counter("written_bytes", "Array bytes that this process wrote")
+        self._retries = counter("retries", "Operations that were tried again", "what")
+        self._fenced = counter("fenced", "Saves rejected because a newer incarnation has taken over")
+        self._down = counter("stepped_down", "Damaged steps that a restore stepped over")
+        self._restore = histogram("restore_seconds", "Whole restores")
+        self._read = counter("read_bytes", "Array bytes that restores read")
+        self._deleted = counter("deleted_bytes", "Bytes of steps that nobody needs, deleted")
+        self._undeleted = counter("delete_failures", "Files that could not be deleted")
+        self._step = gauge("last_committed_step", "The step committed last, -1 before the first")
+        self._step.set(-1)
+        since = gauge("seconds_since_commit", "Since the last commit; before the first, since the agent was opened")
+        since.set_function(lambda: self._clock() - self._committed)
+        interval = gauge("commit_interval_seconds", "Median of the last intervals between commits, 0 before two")
+        interval.set_function(lambda: statistics.median(self._intervals or [0.0]))
+
+    def hear(self, event: Event) -> None:
+        with self._lock:
+            self._hear(event)
+
+    def _hear(self, event: Event) -> None:
+        match event:
+            case events.EpochOpened():
+                self._epoch.set(event.epoch)
+            case events.SavePhase(phase="staging"):
+                self._started.inc()
+                self._written = 0
+            case events.SavePhase():
+                self._bytes.inc(max(0, event.written_bytes - self._written))
+                self._written = max(self._written, event.written_bytes)
+            case events.SaveStarted():
+                self._blocked.observe(event.blocked_s)
+            case events.Committed():
+                self._commit(event)
+            case events.SaveNotCommitted():
+                self._failures.labels(event.cause).inc()
+                self._fenced.inc(event.cause == "fenced")
+            case events.Restored():
+                self._restore.observe(event.elapsed_s)
+                self._read.inc(event.read_bytes)
+            case events.SteppedDown():
+                self._down.inc()
+            case events.Retried():
+                self._retries.labels(f"{event.what} {event.reason}".strip()).inc()
+            case events.Collected():
+                self._deleted.inc(event.deleted_bytes)
+                self._undeleted.inc(event.failed)
+
+    def _commit(self, event: events.Committed) -> None:
+        now = self._clock()
+        if self._any:  # the first one's interval is the start of the job
+            self._intervals.append(now - self._committed)
+        self._any = True
+        self._committed = now
+        self._commits.inc()
+        self._durable.observe(event.elapsed_s)
+        self._step.set(event.step)
+
+
+def serve(metrics: Metrics, port: int, address: str) -> Callable[[], None]:
+    """Answer `http://ADDRESS:PORT/metrics` until the returned function is called. Port 0: any free one, in the log."""
+    try:
+        server, thread = start_http_server(port, address, metrics.registry)
+    except OSError as error:
+        logging.warning("metrics: %s:%d cannot be listened on: %s", address, port, error)
+        return lambda: None
+    logging.info("metrics: http://%s:%d/metrics", address, server.server_port)
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join(1.0)
+
+    return close
+
+
+def keep_textfile(metrics: Metrics, path: str) -> Callable[[], None]:
+    """Write `path` (whole or not at all) every few seconds, and once more when the returned function is called."""
+    ended = threading.Event()
+    failed = False
+
+    def write() -> None:
+        nonlocal failed
+        try:
+            write_to_textfile(path, metrics.registry)
+        except OSError as error:
+            if not failed:
+                logging.warning("metrics: %s cannot be written: %s", path, error)
+            failed = True
+
+    def run() -> None:
+        write()
+        while not ended.wait(TEXTFILE_INTERVAL_S):
+            write()
+        write()
+
+    thread = threading.Thread(target=run, name="metrics", daemon=True)
+    thread.start()
+
+    def close() -> None:
+        ended.set()
+        thread.join(2.0)
+
+    return close

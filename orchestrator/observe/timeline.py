@@ -1,0 +1,193 @@
+"""What the events of a run add up to: each host's state now, each save on each host, restores, incarnations.
+
+Folded line by line, so that a live view and a report of the whole run share the rules. Does no I/O and reads no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from orchestrator.observe.event_log import Line
+from orchestrator.observe.events import (
+    PHASES,
+    Alive,
+    Closed,
+    Committed,
+    EpochOpened,
+    Restored,
+    SaveNotCommitted,
+    SavePhase,
+    SaveStarted,
+    SteppedDown,
+)
+
+
+@dataclass
+class HostSave:
+    """One save on one process. `began`: that host's clock. `phases`: when each began, in seconds after `began`.
+    `ended_s`: None while it is under way, or if the process died. `outcome`: committed, the cause of an end without a
+    commit, or ''."""
+
+    step: int
+    attempt: str
+    process: int
+    host: str
+    began: float
+    phases: dict[str, float] = field(default_factory=dict)
+    written_bytes: int = 0
+    blocked_s: float = 0.0
+    ended_s: float | None = None
+    outcome: str = ""
+    reason: str = ""
+
+    def seconds(self, phase: str) -> float:
+        """How long a phase took; 0 if it was not entered, up to the last event if it has not ended."""
+        begun = self.phases.get(phase)
+        if begun is None:
+            return 0.0
+        later = [self.phases[name] for name in PHASES[PHASES.index(phase) + 1 :] if name in self.phases]
+        end = min(later, default=self.ended_s if self.ended_s is not None else max(self.phases.values()))
+        return max(0.0, end - begun)
+
+    @property
+    def write_rate(self) -> float | None:
+        """Bytes per second while writing and making durable; None before that is over."""
+        busy_s = self.seconds("writing") + self.seconds("sealing")
+        return self.written_bytes / busy_s if busy_s > 0 and self.written_bytes else None
+
+
+@dataclass
+class Host:
+    """One process of the newest incarnation, as last heard of. `heard`, `since`: by its own clock."""
+
+    process: int
+    host: str
+    machine: str
+    doing: str
+    since: float
+    heard: float
+    step: int = -1
+    written_bytes: int = 0
+    rate: float | None = None
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class HostRestore:
+    """A restore on one process. `seconds`: whole; `array_s` of it, and `read_bytes`: reading arrays."""
+
+    time: float
+    epoch: int
+    process: int
+    machine: str
+    step: int
+    seconds: float
+    array_s: float
+    read_bytes: int
+
+
+@dataclass
+class Story:
+    """`epoch`: the newest heard of. `hosts`: of that one, by process. `saves`: by (step, attempt, process), in order.
+    `opened`: epoch -> (time, process count)."""
+
+    epoch: int = 0
+    hosts: dict[int, Host] = field(default_factory=dict)
+    saves: dict[tuple[int, str, int], HostSave] = field(default_factory=dict)
+    restores: list[HostRestore] = field(default_factory=list)
+    opened: dict[int, tuple[float, int]] = field(default_factory=dict)
+    stepped_down: list[Line] = field(default_factory=list)
+
+    def tell(self, lines: Iterable[Line]) -> Story:
+        """Add lines, in the order of their times. Returns itself."""
+        for line in lines:
+            self._add(line)
+        return self
+
+    def _add(self, line: Line) -> None:
+        host = self._host(line)
+        event = line.event
+        match event:
+            case EpochOpened():
+                if line.process == 0:
+                    self.opened[line.epoch] = (line.time, event.process_count)
+            case Alive():
+                # Who waits in a collective while a save goes on is not training; the save's own events say more.
+                if host and host.doing not in PHASES:
+                    _now(host, event.doing, line.time, event.step)
+            case SavePhase():
+                self._phase(line, event, host)
+            case SaveStarted():
+                if save := self.saves.get((event.step, event.attempt, line.process)):
+                    save.blocked_s = event.blocked_s
+            case Committed():
+                self._end(line, event.step, event.attempt, "committed", "", event.elapsed_s, host)
+            case SaveNotCommitted():
+                self._end(line, event.step, event.attempt, event.cause, event.reason, None, host)
+            case Restored():
+                measured = (event.elapsed_s, event.array_s, event.read_bytes)
+                where = (line.time, line.epoch, line.process, line.machine, event.step)
+                self.restores.append(HostRestore(*where, *measured))
+                if host:
+                    _now(host, "restored", line.time, event.step)
+            case SteppedDown():
+                self.stepped_down.append(line)
+            case Closed():
+                if host:
+                    _now(host, "left", line.time, host.step)
+                    host.left = True
+
+    def _host(self, line: Line) -> Host | None:
+        """The host of a line of the newest incarnation; None for one of an older: it has no state any more."""
+        if line.epoch < self.epoch:
+            return None
+        if line.epoch > self.epoch:
+            self.epoch, self.hosts = line.epoch, {}
+        host = self.hosts.get(line.process)
+        if host is None:
+            host = Host(line.process, line.host, line.machine, "starting", line.time, line.time)
+            self.hosts[line.process] = host
+        host.heard = max(host.heard, line.time)
+        return host
+
+    def _phase(self, line: Line, event: SavePhase, host: Host | None) -> None:
+        key = (event.step, event.attempt, line.process)
+        save = self.saves.get(key)
+        if save is None:
+            began = line.time - event.elapsed_s
+            save = self.saves[key] = HostSave(event.step, event.attempt, line.process, line.host, began)
+        repeated = event.phase in save.phases
+        save.phases.setdefault(event.phase, event.elapsed_s)
+        save.written_bytes = max(save.written_bytes, event.written_bytes)
+        if host:
+            if not repeated:
+                _now(host, event.phase, line.time, event.step)
+            host.written_bytes = save.written_bytes
+            writing_s = event.elapsed_s - save.phases.get("writing", event.elapsed_s)
+            if event.phase in ("writing", "sealing") and writing_s > 0:
+                host.rate = save.written_bytes / writing_s
+
+    def _end(
+        self,
+        line: Line,
+        step: int,
+        attempt: str,
+        outcome: str,
+        reason: str,
+        elapsed_s: float | None,
+        host: Host | None,
+    ) -> None:
+        save = self.saves.get((step, attempt, line.process))
+        if save is not None:
+            save.outcome, save.reason = outcome, reason
+            save.ended_s = line.time - save.began if elapsed_s is None else elapsed_s
+        if host:
+            _now(host, "training" if outcome == "committed" else f"training; {outcome}", line.time, step)
+
+
+def _now(host: Host, doing: str, time: float, step: int) -> None:
+    if host.doing != doing:
+        host.doing, host.since = doing, time
+    if step >= 0:
+        host.step = step

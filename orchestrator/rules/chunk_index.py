@@ -1,0 +1,83 @@
+"""What the receipts of an attempt, and then its manifest, say is in its array store. Pure.
+
+A receipt comes from storage: where it says that a chunk is, is checked before it gets into the tree that readers trust.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from orchestrator.errors import Damaged
+from orchestrator.rules import keys, zarr_chunks
+from orchestrator.rules.dtypes import ITEM_BYTES
+from orchestrator.rules.records import Box, LeafSpec, Manifest, Receipt
+from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
+
+Place = tuple[str, int, int]  # file below `state/`, offset, bytes
+Chunk = bytes | Place  # itself, or where it is
+
+
+def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
+    """Key -> chunk or place. Raises Damaged naming the process whose receipt cannot be right."""
+    found: dict[str, Chunk] = {}
+    for receipt in receipts:
+        own: dict[str, Chunk] = dict(receipt.small)
+        for key, place in receipt.places.items():
+            file = receipt.files[place.file] if 0 <= place.file < len(receipt.files) else None
+            within = file and file.path.startswith(keys.STATE)
+            if not (
+                file and within and place.offset >= 0 and CHECKSUM_BYTES < place.bytes <= file.bytes - place.offset
+            ):
+                raise Damaged(
+                    f"receipt of process {receipt.process} ({receipt.host}): chunk {key} is at {place.offset} "
+                    f"({place.bytes} bytes) of file {place.file}, which is none of its files or shorter"
+                )
+            own[key] = (file.path.removeprefix(keys.STATE), place.offset, place.bytes)
+        twice = next(iter(found.keys() & own.keys()), None)
+        if twice is not None:
+            raise Damaged(f"chunk {twice}: process {receipt.process} ({receipt.host}) and another one have written it")
+        found |= own
+    return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a manifest says is below `state/`. chunks: key in the array store -> CRC-32C, in hex. files: path -> bytes;
+    whatever else lies there belongs to no step, and is not read."""
+
+    chunks: Mapping[str, str]
+    files: Mapping[str, int]
+
+    def below(self, item: str) -> Stored:
+        """Of the directory `item` ('': all of it), which another writer's array store is."""
+        prefix = f"{item}/" if item else ""
+        inside = {path.removeprefix(prefix): size for path, size in self.files.items() if path.startswith(prefix)}
+        return Stored({}, inside)
+
+
+def sizes(leaves: Iterable[LeafSpec]) -> dict[str, int]:
+    """Key -> bytes, with the checksum, of the chunks that arrays of ours consist of, as far as the tree spec alone says
+    so: not of compressed ones."""
+    found: dict[str, int] = {}
+    for leaf in leaves:
+        if leaf.in_store and leaf.chunk is not None:
+            size = math.prod(leaf.chunk) * ITEM_BYTES[leaf.stored_dtype or leaf.dtype] + CHECKSUM_BYTES
+            whole = Box(start=(0,) * len(leaf.chunk), stop=leaf.file_shape)
+            found |= {zarr_chunks.key(leaf.name, box, leaf.chunk): size for box in zarr_chunks.cut(whole, leaf.chunk)}
+    return found
+
+
+def stored(manifest: Manifest) -> Stored:
+    below = (entry for entry in manifest.files if entry.path.startswith(keys.STATE))
+    return Stored(manifest.chunks, {entry.path.removeprefix(keys.STATE): entry.bytes for entry in below})
+
+
+def checksums(receipts: Iterable[Receipt]) -> dict[str, str]:
+    """Key -> CRC-32C of each chunk's elements, in hex."""
+    found: dict[str, str] = {}
+    for receipt in receipts:
+        found |= {key: place.crc32c for key, place in receipt.places.items()}
+        found |= {key: body[: -CHECKSUM_BYTES - 1 : -1].hex() for key, body in receipt.small.items()}  # little-endian
+    return found

@@ -1,0 +1,448 @@
+"""The journal's rules: heads, events, and how version v+1 is made out of v.
+
+Every function takes a head and returns the next one, a `Rejected`, or None where there is nothing to change. The
+caller creates the next version with put-if-absent, and if somebody else was first, re-reads and asks again. Pure:
+`Stamp` brings time and ids in. An entry is complete: a reader needs only the highest version.
+
+Order: `live` is in commit order, so the newest step is the one committed last. After a deliberate return to an older
+step (`restore(step=50)` in a run that had reached 100), the next commit is the newest, whatever its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from orchestrator import policy
+from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
+from orchestrator.policy import KeepPolicy
+from orchestrator.rules import keys
+from orchestrator.rules.json_numbers import stored_all
+from orchestrator.rules.records import FORMAT, Event, Failure, Head, LiveStep, Quarantine, RetiredAttempt
+
+AttemptId = tuple[int, str]  # step, attempt name
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Who writes, when, and a random id that tells this write from any other."""
+
+    writer: str
+    time: float
+    write_id: str
+
+
+@dataclass(frozen=True)
+class FencedBy:
+    """A head of a higher epoch was found: this incarnation may not change the run any more."""
+
+    epoch: int
+    writer: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The rule does not allow the change; `error` says why. Nothing is written."""
+
+    error: OrchestratorError
+
+
+# Whatever people and machines are called and say, an entry stays small: it is read whole, again and again. `pins` are
+# in all later entries, as long as their step is live; the others in one.
+PINS_MAX = 100
+PIN_CHARS = 200
+REASON_CHARS = 4000
+FAILURES_MAX = 64
+CAUSE_CHARS = 2000
+NAME_CHARS = 300
+
+
+class Overtaken(OrchestratorError):
+    """The run is not what an incarnation was compared with any more: compare again, then open the epoch."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What an incarnation was compared with: the tree of the newest restorable step, None where there was none."""
+
+    tree: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attempt as storage has it. whole: it has its manifest, which is written last. built_on: the version of the
+    head that its records build on, -1 where that is not known. bytes: of all its files."""
+
+    whole: bool = False
+    built_on: int = -1
+    bytes: int = 0
+
+
+Next = Head | FencedBy | Rejected | None
+Rule = Callable[[Head | None, Stamp], Next]
+
+
+def _next(head: Head | None, stamp: Stamp, event: Event, **changes: object) -> Head:
+    base = head or Head(format=FORMAT, version=-1, epoch=0, writer="", write_id="", time=0.0, event=event)
+    following = replace(
+        base,
+        version=base.version + 1,
+        writer=_cut(stamp.writer, NAME_CHARS),
+        write_id=stamp.write_id,
+        time=stamp.time,
+        event=_bounded(event),
+    )
+    return replace(following, **changes)
+
+
+def _bounded(event: Event) -> Event:
+    failures = tuple(
+        replace(each, host=_cut(each.host, NAME_CHARS), cause=_cut(each.cause, CAUSE_CHARS))
+        for each in event.failures[:FAILURES_MAX]
+    )
+    more = len(event.failures) - len(failures)
+    left_out = f"; {more} more processes failed" if more else ""
+    return replace(event, reason=_cut(event.reason, REASON_CHARS - len(left_out)) + left_out, failures=failures)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def open_epoch(head: Head | None, stamp: Stamp, *, compared: Compared | None = None) -> Next:
+    """A new incarnation: epoch + 1. It fences every older one. `compared`: rejected with Overtaken if the run's newest
+    step has another tree than that by now."""
+    if compared is not None and tree_of(head) != compared.tree:
+        return Rejected(Overtaken("another job has committed a step to this run meanwhile"))
+    return _next(head, stamp, Event(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
+
+
+def tree_of(head: Head | None) -> str | None:
+    """The tree of the newest restorable step; None where there is none."""
+    found = newest(head) if head else None
+    return found.tree if found else None
+
+
+def commit(
+    head: Head | None,
+    stamp: Stamp,
+    *,
+    epoch: int,
+    entry: LiveStep,
+    keep: KeepPolicy | None,
+    reason: str = "",
+    quarantine_keep_s: float | None = None,
+) -> Next:
+    """Add `entry` to the live steps and retire, in the same entry, what it replaces and what retention releases.
+
+    A quarantined attempt is never replaced: it is put aside. `quarantine_keep_s`: how long such evidence is kept (None:
+    for ever). `reason`: for the log.
+    `entry` comes with all of its step's metrics; as many as a head carries stay in it.
+    """
+    if head is None or head.epoch != epoch:
+        return _not_our_epoch(head, epoch)
+    if is_live(head, entry.step, entry.attempt) or is_aside(head, entry.step, entry.attempt):
+        return None  # our own reply was lost, and somebody has written after us
+    if is_retired(head, entry.step, entry.attempt):
+        where = keys.shown(entry.step, entry.attempt)
+        return Rejected(
+            OrchestratorError(f"{where}: the journal has aborted or retired it already; it cannot be committed")
+        )
+    replaced = [live for live in head.live if live.step == entry.step]
+    pins = tuple(pin for old in replaced for pin in old.pins)  # a pin is on the step, not on the attempt
+    live = (*(old for old in head.live if old.step != entry.step), replace(carried(entry, keep), pins=pins))
+    aside = (*head.aside, *(replace(old, pins=()) for old in replaced if not old.restorable))
+    dropped = _dropped(live, keep, stamp.time) if keep else frozenset()
+    expired = {id(old) for old in (*live, *aside) if _expired(old, stamp.time, quarantine_keep_s)}
+    retired = [
+        *(retired_as(old, "replaced") for old in replaced if old.restorable),
+        *(retired_as(old, "retention") for old in live if old.step in dropped),
+        *(retired_as(old, "quarantine_keep_s") for old in (*live, *aside) if id(old) in expired),
+    ]
+    steps = tuple(sorted({*dropped, *(old.step for old in live if id(old) in expired)}))
+    event = Event(kind="committed", step=entry.step, attempt=entry.attempt, reason=reason, steps=steps)
+    return _next(
+        head,
+        stamp,
+        event,
+        live=tuple(old for old in live if old.step not in dropped and id(old) not in expired),
+        retired=(*head.retired, *retired),
+        aside=tuple(old for old in aside if id(old) not in expired),
+    )
+
+
+def retired_as(old: LiveStep, reason: str) -> RetiredAttempt:
+    return RetiredAttempt(step=old.step, attempt=old.attempt, reason=reason)
+
+
+def _expired(old: LiveStep, now: float, keep_s: float | None) -> bool:
+    """Whether evidence has been kept for long enough. Not where nobody noted since when, nor of a pinned step."""
+    return bool(keep_s is not None and old.quarantine and not old.pins and now - old.quarantine.time > keep_s)
+
+
+def abort(
+    head: Head | None, stamp: Stamp, *, epoch: int, step: int, attempt: str, failures: tuple[Failure, ...], reason: str
+) -> Next:
+    """Journal that an attempt will never commit; its data may be deleted."""
+    if head is None or head.epoch != epoch:
+        return _not_our_epoch(head, epoch)
+    if is_known(head, step, attempt):
+        return None
+    event = Event(kind="aborted", step=step, attempt=attempt, failures=failures, reason=reason)
+    gone = RetiredAttempt(step=step, attempt=attempt, reason="aborted")
+    return _next(head, stamp, event, retired=(*head.retired, gone))
+
+
+def retire(head: Head | None, stamp: Stamp, *, keep: KeepPolicy) -> Next:
+    """Apply a retention policy outside a commit (`gc --keep_last`)."""
+    if head is None:
+        return None
+    dropped = _dropped(head.live, keep, stamp.time)
+    if not dropped:
+        return None
+    gone = [retired_as(old, "retention") for old in head.live if old.step in dropped]
+    kept = tuple(old for old in head.live if old.step not in dropped)
+    return _next(
+        head, stamp, Event(kind="retired", steps=tuple(sorted(dropped))), live=kept, retired=(*head.retired, *gone)
+    )
+
+
+def discard(head: Head | None, stamp: Stamp, *, step: int) -> Next:
+    """Retire the quarantined attempts of one step: only somebody who names it can (`gc --quarantined=STEP`)."""
+    evidence = head.quarantined if head else ()
+    gone = [old for old in evidence if old.step == step]
+    if head is None or not gone:
+        have = ", ".join(sorted({str(old.step) for old in evidence})) or "none"
+        return Rejected(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have}"))
+    if pins := [pin for old in gone for pin in old.pins]:
+        return Rejected(UsageError(f"step {step} is pinned ({', '.join(pins)}); unpin it first"))
+    names = {(old.step, old.attempt) for old in gone}
+    live = tuple(old for old in head.live if (old.step, old.attempt) not in names)
+    if not live:
+        text = f"step {step} is the only one that this run has: without it a job would begin at 0; use another root"
+        return Rejected(UsageError(text))
+    return _next(
+        head,
+        stamp,
+        Event(kind="retired", steps=(step,), reason="quarantined, deleted by name"),
+        live=live,
+        retired=(*head.retired, *(retired_as(old, "quarantined") for old in gone)),
+        aside=tuple(old for old in head.aside if (old.step, old.attempt) not in names),
+    )
+
+
+def collected(head: Head | None, stamp: Stamp, *, attempts: Iterable[tuple[int, str]]) -> Next:
+    """Forget retired attempts whose data is deleted."""
+    if head is None:
+        return None
+    done = set(attempts)
+    left = tuple(gone for gone in head.retired if (gone.step, gone.attempt) not in done)
+    if len(left) == len(head.retired):
+        return None
+    return _next(head, stamp, Event(kind="collected", steps=tuple(sorted({step for step, _ in done}))), retired=left)
+
+
+def pin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
+    """Keep a step whatever the retention policy says."""
+    found = find(head, step) if head else None
+    if len(name) > PIN_CHARS or (found and name not in found.pins and len(found.pins) >= PINS_MAX):
+        return Rejected(UsageError(f"step {step}: at most {PINS_MAX} pins, of at most {PIN_CHARS} characters each"))
+    return _change(head, stamp, step, "pinned", lambda live: replace(live, pins=(*live.pins, name)), name, True)
+
+
+def unpin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
+    def without(live: LiveStep) -> LiveStep:
+        return replace(live, pins=tuple(pin for pin in live.pins if pin != name))
+
+    return _change(head, stamp, step, "unpinned", without, name, False)
+
+
+def quarantine(head: Head | None, stamp: Stamp, *, step: int, attempt: str, reason: str, by_hand: bool = False) -> Next:
+    """Take an attempt out of the restorable ones. It is evidence from now on: retention and later saves leave its data
+    alone, and `release` brings it back. by_hand: somebody's decision, not what reading the data has proven."""
+    if head is None or not is_live(head, step, attempt):
+        return None
+
+    def taken(live: LiveStep) -> LiveStep:
+        if not live.restorable:
+            return live
+        why = Quarantine(time=stamp.time, reason=reason, by_hand=by_hand, trust=live.trust)
+        return replace(live, trust="quarantined", quarantine=why)
+
+    return _change(head, stamp, step, "quarantined", taken, reason, None)
+
+
+def release(
+    head: Head | None, stamp: Stamp, *, step: int, attempt: str = "", reason: str = "", disproved: bool = False
+) -> Next:
+    """Lift the quarantine of a step: it is restorable again, with the trust that it had. `attempt`: which one of the
+    step's; the latest without it. disproved: the data has been read and is whole, which lifts no quarantine by hand;
+    where there is nothing to lift, nothing is changed then."""
+    evidence = [old for old in (head.quarantined if head else ()) if old.step == step and attempt in ("", old.attempt)]
+    there = find(head, step) if head else None
+    if head is None or not evidence:
+        if disproved or there:
+            return None
+        have = ", ".join(sorted({str(old.step) for old in head.quarantined})) if head else ""
+        return Rejected(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have or 'none'}"))
+    found = evidence[-1]
+    if disproved and (found is not there or (found.quarantine and found.quarantine.by_hand)):
+        return None
+    if there is not None and there.restorable:
+        where = keys.shown(step, found.attempt)
+        text = f"{where}: the step is restorable as {there.attempt}; quarantine that one first, then release this one"
+        return Rejected(OrchestratorError(text))
+    trust = found.quarantine.trust if found.quarantine else "committed"
+    lifted = replace(found, trust=trust, quarantine=None, pins=there.pins if there else found.pins)
+    event = Event(kind="released", step=step, attempt=found.attempt, reason=reason)
+    aside = [old for old in head.aside if old is not found]
+    if there is None:
+        return _next(head, stamp, event, live=_put_back(head.live, lifted), aside=tuple(aside))
+    aside += [replace(there, pins=())] if there is not found else []
+    live = tuple(lifted if old is there else old for old in head.live)
+    return _next(head, stamp, event, live=live, aside=tuple(aside))
+
+
+def _put_back(live: tuple[LiveStep, ...], lifted: LiveStep) -> tuple[LiveStep, ...]:
+    """`lifted` among the live steps: never after one of a later incarnation, as it was committed before."""
+    mine = (keys.parse_attempt(lifted.attempt)[0], lifted.step)
+    after = [index for index, old in enumerate(live) if (keys.parse_attempt(old.attempt)[0], old.step) > mine]
+    at = min(after, default=len(live))
+    return (*live[:at], lifted, *live[at:])
+
+
+def trusted(head: Head | None, stamp: Stamp, *, step: int, attempt: str, trust: str) -> Next:
+    """Record that an attempt was read back whole (`verified`), or that a run has come up on it (`restored`). Trust only
+    grows, and a quarantined attempt stays quarantined."""
+    if head is None or not is_live(head, step, attempt):
+        return None
+
+    def raised(live: LiveStep) -> LiveStep:
+        return replace(live, trust=trust) if live.restorable and _LADDER[trust] > _LADDER[live.trust] else live
+
+    return _change(head, stamp, step, trust, raised, "", None)
+
+
+_LADDER = {"committed": 0, "verified": 1, "restored": 2}
+
+
+def _change(
+    head: Head | None,
+    stamp: Stamp,
+    step: int,
+    kind: str,
+    change: Callable[[LiveStep], LiveStep],
+    reason: str,
+    want_pin: bool | None,
+) -> Next:
+    found = next((live for live in head.live if live.step == step), None) if head else None
+    if head is None or found is None:
+        have = ", ".join(str(live.step) for live in head.live) if head else ""
+        return Rejected(StepNotFound(f"step {step} is not in this run; it has: {have or 'no steps'}"))
+    if want_pin is not None and (reason in found.pins) == want_pin:
+        return None
+    changed = change(found)
+    if changed == found:
+        return None
+    live = tuple(changed if entry is found else entry for entry in head.live)
+    return _next(head, stamp, Event(kind=kind, step=step, attempt=found.attempt, reason=reason), live=live)
+
+
+def _not_our_epoch(head: Head | None, epoch: int) -> FencedBy | Rejected:
+    """Why a decision of incarnation `epoch` may not be journalled: the head must be of that very epoch."""
+    if head is None:
+        text = f"the journal that epoch {epoch} opened is gone; nothing can be saved to this run"
+        return Rejected(JournalLost(text))
+    if head.epoch > epoch:
+        return FencedBy(head.epoch, head.writer)
+    return Rejected(
+        JournalLost(f"the journal is back at epoch {head.epoch}, after epoch {epoch} was opened; entries were removed")
+    )
+
+
+def _dropped(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozenset[int]:
+    """Steps that retention releases. Never the newest restorable, nor the newest proven one, nor a pinned one, nor
+    one that is quarantined: evidence goes only when somebody asks."""
+    good = [entry for entry in live if entry.restorable]
+    if not good:
+        return frozenset()
+    wanted = set(_kept(good, keep, now)) | {good[-1].step}
+    proven = [entry.step for entry in good if entry.trust in ("verified", "restored")]
+    wanted.update(proven[-1:])
+    wanted.update(entry.step for entry in live if entry.pins)
+    return frozenset(entry.step for entry in good if entry.step not in wanted)
+
+
+def _kept(good: list[LiveStep], keep: KeepPolicy, now: float) -> frozenset[int]:
+    """What `keep` keeps. No step is judged without the metric that decides: where only extra.json has it, it stays."""
+    untold = frozenset(entry.step for entry in good if not _tells(entry, keep))
+    judged = [entry for entry in good if entry.step not in untold] if untold else good
+    return untold | keep.keep(judged, now) if judged else untold
+
+
+def carried(entry: LiveStep, keep: KeepPolicy | None) -> LiveStep:
+    """`entry`, which has all metrics of its step, with as many as a head carries."""
+    chosen = policy.carried(entry.metrics, keep)
+    omitted = len(entry.stored_metrics) - len(chosen)
+    if not omitted:
+        return entry
+    absent = tuple(sorted((policy.needed(keep, entry.metrics) or frozenset()) - entry.stored_metrics.keys()))
+    return replace(entry, stored_metrics=stored_all(chosen), metrics_omitted=omitted, metrics_absent=absent)
+
+
+def _tells(entry: LiveStep, keep: KeepPolicy) -> bool:
+    """Whether the head has every metric of the step that `keep` looks at."""
+    if not entry.metrics_omitted:
+        return True
+    names = policy.needed(keep, entry.metrics)
+    return names is not None and names <= entry.stored_metrics.keys() | set(entry.metrics_absent)
+
+
+def newest(head: Head) -> LiveStep | None:
+    """The restorable step committed last."""
+    return next((entry for entry in reversed(head.live) if entry.restorable), None)
+
+
+def find(head: Head, step: int) -> LiveStep | None:
+    return next((entry for entry in head.live if entry.step == step), None)
+
+
+def is_live(head: Head, step: int, attempt: str) -> bool:
+    return any(entry.step == step and entry.attempt == attempt for entry in head.live)
+
+
+def is_retired(head: Head, step: int, attempt: str) -> bool:
+    return any(gone.step == step and gone.attempt == attempt for gone in head.retired)
+
+
+def is_aside(head: Head, step: int, attempt: str) -> bool:
+    return any(entry.step == step and entry.attempt == attempt for entry in head.aside)
+
+
+def is_known(head: Head, step: int, attempt: str) -> bool:
+    """Whether the head says what has become of an attempt."""
+    return is_live(head, step, attempt) or is_retired(head, step, attempt) or is_aside(head, step, attempt)
+
+
+def collectable(head: Head, found: Mapping[AttemptId, Found] | None = None) -> tuple[RetiredAttempt, ...]:
+    """Attempts whose data may be deleted: retired or aborted ones, and, out of those `found` in storage, uncommitted
+    ones of an epoch below the head's (they can never commit any more). A whole one of those, which a crash has kept
+    from its commit, may be all that is left of its steps: it waits until a later save has replaced it.
+
+    The caller has made sure that the journal has lost nothing (`evidence`)."""
+    orphans = [
+        RetiredAttempt(step=step, attempt=attempt, reason="orphan")
+        for (step, attempt), one in (found or {}).items()
+        if keys.parse_attempt(attempt)[0] < head.epoch
+        and not is_known(head, step, attempt)
+        and not (one.whole and not superseded(head, step, attempt))
+    ]
+    return (*head.retired, *orphans)
+
+
+def superseded(head: Head, step: int, attempt: str) -> bool:
+    """Whether a restorable step, as new or newer, was committed by the same or a later incarnation."""
+    epoch = keys.parse_attempt(attempt)[0]
+    return any(old.restorable and old.step >= step and keys.parse_attempt(old.attempt)[0] >= epoch for old in head.live)

@@ -1,0 +1,137 @@
+"""Every key of a run, built and parsed in one place (the on-disk contract).
+
+Keys are relative to the run's root, `/`-separated on every store. Pure: no I/O. Keys that come *from* storage go
+through `check_key` before anything is done with them.
+"""
+
+from __future__ import annotations
+
+import re
+
+from orchestrator.errors import UnsafeKey
+
+JOURNAL = "journal/"
+JOURNAL_INDEX = "journal-index/"
+STEPS = "steps/"
+STEP_DIGITS = 8
+VERSION_MAX = 10**20 - 1  # of a journal entry: what its key can say
+# ASCII digits only, and each name in one spelling: what is parsed must be what would be built.
+_JOURNAL_KEY = re.compile(r"journal/([0-9]{20})\.json")
+_INDEX_KEY = re.compile(r"journal-index/([0-9]{20})")
+_ATTEMPT = re.compile(r"e([0-9]{4,})-a([0-9]{2,})")
+_ATTEMPT_KEY = re.compile(r"steps/([0-9]{8,19})/(e([0-9]{4,18})-a([0-9]{2,18}))/(.+)", re.DOTALL)
+
+
+def journal_key(version: int) -> str:
+    return f"{JOURNAL}{version:020d}.json"
+
+
+def journal_version(key: str) -> int | None:
+    """The version of a journal key; None for any other key (a stray file is not an entry)."""
+    found = _JOURNAL_KEY.fullmatch(key)
+    return int(found[1]) if found else None
+
+
+def index_key(version: int) -> str:
+    """Key of the marker that says that this version exists. Later versions come first in key order, so that the first
+    page of a listing tells where the journal's end is, however long it has become."""
+    return f"{JOURNAL_INDEX}{VERSION_MAX - version:020d}"
+
+
+def indexed_version(key: str) -> int | None:
+    """The version of a marker's key; None for any other key."""
+    found = _INDEX_KEY.fullmatch(key)
+    return VERSION_MAX - int(found[1]) if found else None
+
+
+def attempt_name(epoch: int, number: int) -> str:
+    return f"e{epoch:04d}-a{number:02d}"
+
+
+def parse_attempt(name: str) -> tuple[int, int]:
+    """(epoch, number) of an attempt name. Raises UnsafeKey for anything else."""
+    found = _ATTEMPT.fullmatch(name)
+    if not found or name != attempt_name(int(found[1]), int(found[2])):
+        raise UnsafeKey(f"attempt name {name!r}: expected eEEEE-aNN; the record that holds it is damaged")
+    return int(found[1]), int(found[2])
+
+
+def step_prefix(step: int) -> str:
+    return f"{STEPS}{step:0{STEP_DIGITS}d}/"
+
+
+def attempt_prefix(step: int, attempt: str) -> str:
+    """Prefix of one attempt's keys, ending in `/`. Raises UnsafeKey if `attempt` is not an attempt name."""
+    parse_attempt(attempt)
+    return f"{step_prefix(step)}{attempt}/"
+
+
+def split_attempt_key(key: str) -> tuple[int, str, str] | None:
+    """(step, attempt, rest) of a key below an attempt; None for other keys."""
+    found = _ATTEMPT_KEY.fullmatch(key)
+    if not found or not key.startswith(step_prefix(int(found[1]))):
+        return None
+    if found[2] != attempt_name(int(found[3]), int(found[4])):
+        return None
+    return int(found[1]), found[2], found[5]
+
+
+# Keys inside an attempt, relative to its prefix.
+INTENT = "intent.json"
+MANIFEST = "manifest.json"
+EXTRA = "extra.json"
+STATE = "state/"
+STORE = "manifest.ocdbt"  # below `state/`, or below an item of it: what makes a directory an OCDBT store
+RECEIPTS = "receipts/"
+PROCESS = "process/"
+_OF_A_PROCESS = re.compile(rf"(?:{RECEIPTS}([0-9]+)\.json|{PROCESS}([0-9]+)\.bin)")
+
+
+def receipt_name(process: int) -> str:
+    return f"{RECEIPTS}{process:05d}.json"
+
+
+def receipt_of(key: str) -> int | None:
+    """The process whose receipt is at `key`, None for anything else."""
+    found = split_attempt_key(key)
+    if not found or not found[2].startswith(RECEIPTS):
+        return None
+    try:
+        return process_of(found[2])
+    except UnsafeKey:  # a stray file
+        return None
+
+
+def process_state_name(process: int) -> str:
+    return f"{PROCESS}{process:05d}.bin"
+
+
+def process_of(name: str) -> int:
+    """The process index in the name of a receipt or of a process's state. Raises UnsafeKey for anything else."""
+    found = _OF_A_PROCESS.fullmatch(name)
+    process = int(found[1] or found[2]) if found else -1
+    if process < 0 or name not in (receipt_name(process), process_state_name(process)):
+        raise UnsafeKey(
+            f"{name!r}: expected receipts/PPPPP.json or process/PPPPP.bin; the record that holds it is damaged"
+        )
+    return process
+
+
+# Control characters, a backslash, and halves of surrogates (what Python makes of names that are not UTF-8).
+_NEVER_IN_KEYS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+
+
+def check_key(key: str, where: str) -> str:
+    """`key` itself if it is safe to join to a prefix. Raises UnsafeKey naming the record `where` it was found."""
+    parts = key.split("/")
+    bad = not key or _NEVER_IN_KEYS.search(key) or any(part in ("", ".", "..") for part in parts)
+    if bad:
+        raise UnsafeKey(
+            f"{where}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used"
+        )
+    return key
+
+
+def shown(step: int, attempt: str) -> str:
+    """How an attempt is named in messages: `step 100 e0003-a02`."""
+    return f"step {step} {attempt}"

@@ -1,0 +1,129 @@
+"""How an array is cut into chunks, and what a chunk is: zarr3 keys, metadata and checksums. Pure.
+
+A chunk object is the chunk's elements in C order, little-endian, followed by their CRC-32C as four little-endian bytes:
+zarr3's `bytes` and `crc32c` codecs (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/index.html), which any
+zarr3 reader checks. Chunks are runs of whole rows of one shard, so that cutting and joining them is plain copying.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator
+
+from orchestrator.rules.records import Box
+
+CHECKSUM_BYTES = 4
+CHUNK_BYTES = 4 << 20
+_POLYNOMIAL = 0x82F63B78  # CRC-32C's, reflected
+
+
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """A shard's index as a box; dimensions beyond the index (of key data) are whole."""
+    full = (*index, *(slice(None),) * (len(shape) - len(index)))
+    bounds = [part.indices(size) for part, size in zip(full, shape, strict=True)]
+    return Box(start=tuple(bound[0] for bound in bounds), stop=tuple(bound[1] for bound in bounds))
+
+
+def chunk_shape(shard: tuple[int, ...], item_bytes: int, target_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
+    """The largest chunk of at most `target_bytes` that tiles a shard and is contiguous in it (one element at least)."""
+    shape = list(shard)
+    for axis, size in enumerate(shard):
+        inner = math.prod(shard[axis + 1 :]) * item_bytes
+        if size * inner <= target_bytes:
+            break
+        rows = max(1, target_bytes // max(inner, 1))
+        shape[axis] = next(count for count in range(min(rows, size), 0, -1) if size % count == 0)
+        if shape[axis] > 1:
+            break
+    return tuple(shape)
+
+
+def cut(box: Box, chunk: tuple[int, ...]) -> Iterator[Box]:
+    """The chunks of a box whose bounds lie on the chunk grid, in C order."""
+    starts = [range(start, stop, size) for start, stop, size in zip(box.start, box.stop, chunk, strict=True)]
+    for start in itertools.product(*starts):
+        yield Box(start=start, stop=tuple(first + size for first, size in zip(start, chunk, strict=True)))
+
+
+def touching(box: Box, chunk: tuple[int, ...]) -> Iterator[Box]:
+    """The chunks that hold any element of `box`, which may lie anywhere."""
+    bounds = [
+        (start // size * size, -(-stop // size) * size)
+        for start, stop, size in zip(box.start, box.stop, chunk, strict=True)
+    ]
+    return cut(Box(start=tuple(low for low, _ in bounds), stop=tuple(high for _, high in bounds)), chunk)
+
+
+def overlap(a: Box, b: Box) -> Box:
+    """The common part of two boxes that touch."""
+    return Box(start=tuple(map(max, a.start, b.start)), stop=tuple(map(min, a.stop, b.stop)))
+
+
+def moved(box: Box, origin: tuple[int, ...]) -> Box:
+    """The box as seen from `origin`."""
+    bounds = [[at - first for at, first in zip(given, origin, strict=True)] for given in (box.start, box.stop)]
+    return Box(start=tuple(bounds[0]), stop=tuple(bounds[1]))
+
+
+def within(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Where `box` is in an array that holds `outer`."""
+    return tuple(
+        slice(start - first, stop - first) for start, stop, first in zip(box.start, box.stop, outer.start, strict=True)
+    )
+
+
+def shape_of(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in zip(box.start, box.stop, strict=True))
+
+
+def key(name: str, box: Box, chunk: tuple[int, ...]) -> str:
+    """The store key of the chunk at `box` of the array `name` (zarr3's default chunk key encoding)."""
+    return name + suffix(box, chunk)
+
+
+def suffix(box: Box, chunk: tuple[int, ...]) -> str:
+    """The part of a chunk's key that is the same in all arrays cut the same way."""
+    return "".join(["/c", *(f"/{start // size}" for start, size in zip(box.start, chunk, strict=True))])
+
+
+def metadata_key(name: str) -> str:
+    return f"{name}/zarr.json"
+
+
+def metadata(template: dict[str, object], shape: tuple[int, ...], chunk: tuple[int, ...]) -> bytes:
+    """`zarr.json` of an array: `template` (TensorStore's own, for the data type) with this shape and chunk shape."""
+    grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk)}}
+    return json.dumps({**template, "shape": list(shape), "chunk_grid": grid}, separators=(",", ":")).encode()
+
+
+def combined_crc32c(first: int, second: int, second_bytes: int) -> int:
+    """The CRC-32C of two byte strings one after the other, from that of each: nothing has to be read again.
+
+    As zlib's crc32_combine: appending n bytes multiplies a CRC by x^8n modulo the polynomial.
+    """
+    return _product(_power(8 * second_bytes), first) ^ second
+
+
+@functools.lru_cache(maxsize=1024)
+def _power(exponent: int) -> int:
+    """x^exponent modulo the polynomial; bit 31 is x^0."""
+    result, square = 1 << 31, 1 << 30
+    while exponent:
+        if exponent & 1:
+            result = _product(square, result)
+        square = _product(square, square)
+        exponent >>= 1
+    return result
+
+
+def _product(a: int, b: int) -> int:
+    total = 0
+    while a:
+        if a & 0x80000000:
+            total ^= b
+        a = a << 1 & 0xFFFFFFFF
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return total

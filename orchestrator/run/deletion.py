@@ -1,0 +1,150 @@
+"""Deleting the data of attempts that can never be restored any more. Resumable: what a crash leaves is found again.
+
+Rule 5 of the on-disk contract: only retired or aborted attempts, and uncommitted ones of an epoch below the head's.
+All three are final (an attempt's name is never used again), so even a collector with an old head deletes nothing live.
+A journal that has lost entries knows nothing of what they committed: then nothing is deleted at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+
+from absl import logging
+
+from orchestrator import failpoints
+from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeKey
+from orchestrator.observe.events import Collected, emit
+from orchestrator.rules import journal
+from orchestrator.rules import keys as layout
+from orchestrator.rules.records import RetiredAttempt
+from orchestrator.run.journal_store import Catalog
+from orchestrator.storage.port import DeletesMany, Storage
+from orchestrator.texts import printable
+
+
+@dataclass
+class Collection:
+    """What was (or, in a dry run, would be) deleted. `failed`: one line per file that could not be."""
+
+    attempts: list[RetiredAttempt] = field(default_factory=list)
+    bytes: int = 0
+    files: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+def collect(
+    catalog: Catalog,
+    *,
+    epoch: int | None = None,
+    dry_run: bool = False,
+    on_file: Callable[[str], None] | None = None,
+    orphans: bool = True,
+) -> Collection:
+    """Delete what may be deleted and journal it as `collected`. A file that cannot be deleted is counted, not fatal.
+
+    `epoch`: collect for this incarnation; if a newer one has taken over, Fenced is raised and nothing deleted.
+    `orphans`: also look through storage for leftovers of older epochs (one listing of all steps). Raises JournalLost if
+    what is there proves that the journal has lost entries.
+    """
+    failpoints.hit("collect.before")
+    found = catalog.look()[1] if orphans else {}
+    head = catalog.require_head() if dry_run else catalog.durable_head()
+    if epoch is not None and head.epoch > epoch:
+        raise Fenced(f"{catalog.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
+    result = Collection()
+    done: list[tuple[int, str]] = []
+    for gone in journal.collectable(head, found):
+        key = (gone.step, gone.attempt)
+        # It was listed before the head was read: it may have been finished before the head's epoch was opened.
+        unfinished = gone.reason == "orphan" and not found[key].whole
+        if unfinished and catalog.storage.get(catalog.key(*key, layout.MANIFEST)) is not None:
+            continue
+        result.attempts.append(gone)
+        if _delete(catalog, gone, result, dry_run, on_file):
+            done.append((gone.step, gone.attempt))
+    if done and not dry_run:
+        failpoints.hit("collect.deleted")
+        catalog.append(partial(journal.collected, attempts=done))
+        failpoints.hit("collect.after")
+        emit(Collected(len(done), result.bytes, len(result.failed)))
+    return result
+
+
+def _delete(
+    catalog: Catalog, gone: RetiredAttempt, result: Collection, dry_run: bool, on_file: Callable[[str], None] | None
+) -> bool:
+    """Delete one attempt's files; True if all are gone. The manifest goes first: without it nothing is readable.
+
+    What is no object of a run goes with it if it is a plain file, whatever its name. A link and a special file stay,
+    and with them the attempt's line in the journal: they are somebody's, who is told so each time.
+    """
+    prefix = layout.attempt_prefix(gone.step, gone.attempt)
+    try:
+        sizes = {entry.key: entry.bytes for entry in catalog.storage.list(prefix)}
+    except StorageError as unreadable:  # the others can still be deleted
+        result.failed.append(str(unreadable))
+        return False
+    first = [key for key in sizes if key.endswith(layout.MANIFEST)]
+    rest = [key for key in sizes if not key.endswith(layout.MANIFEST)]
+    failures = len(result.failed)
+    for key, error in chain(_deleted(catalog.storage, first, dry_run), _deleted(catalog.storage, rest, dry_run)):
+        if on_file:
+            on_file(key)
+        if error is None:
+            result.bytes += sizes[key]
+            result.files += 1
+        else:
+            result.failed.append(str(error))
+    return len(result.failed) == failures
+
+
+def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[tuple[str, StorageError | None]]:
+    """Each key once it is deleted, with the error if it could not be."""
+    if dry_run:
+        yield from ((key, None) for key in keys)
+    elif isinstance(storage, DeletesMany):
+        failpoints.hit("collect.file")
+        yield from storage.delete_many(keys)
+    else:
+        for key in keys:
+            failpoints.hit("collect.file")
+            error: StorageError | None = None
+            try:
+                storage.delete(key)
+            except (StorageError, UnsafeKey) as failed:
+                error = StorageError(str(failed))
+            yield key, error
+
+
+class Collector:
+    """Collects without anybody waiting for it, once at a time. Any thread."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._thread: threading.Thread | None = None
+        self._swept = False
+
+    def start(self, epoch: int | None) -> None:
+        """Begin, unless one is under way. What fails is logged, and done by the next one."""
+        if self._thread and self._thread.is_alive():
+            return
+        self._thread = threading.Thread(target=partial(self._run, epoch), name="collect", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> None:
+        if self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self, epoch: int | None) -> None:
+        try:
+            # Leftovers of older epochs need a listing of all steps: once per incarnation is enough.
+            result = collect(self._catalog, epoch=epoch, orphans=not self._swept)
+            self._swept = True
+            for line in result.failed:
+                logging.warning("collect: %s", printable(line))
+        except (OrchestratorError, RuntimeError) as error:  # RuntimeError: no more threads, the program ends
+            logging.warning("collect: %s; tried again after the next save", error)

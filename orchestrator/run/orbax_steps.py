@@ -1,0 +1,257 @@
+"""Directories of Orbax's CheckpointManager, looked at: which steps there are, and what each is made of.
+
+Any version of Orbax since 0.4. Reads names and JSON, no array data, and changes nothing. What looks like a step and
+cannot be read as one is named; nothing is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator import arrays
+from orchestrator.arrays.format import orbax_json
+from orchestrator.errors import Damaged, StorageError, UsageError
+from orchestrator.rules import arguments, keys
+from orchestrator.rules.records import Head, Json, LeafSpec
+from orchestrator.run.journal_store import Catalog
+from orchestrator.storage.port import Reads
+
+DEFAULT = "default"  # Orbax's name for a single, unnamed item
+_STEP_METADATA = "_CHECKPOINT_METADATA"  # since 0.5.1; on a file system a step is finished once it has its name
+_METRICS = "metrics"
+_JSON = "metadata"  # of a JsonSave
+# With CheckpointManagerOptions(step_prefix=..., step_format_fixed_length=...). What a save has not finished is called
+# otherwise, and is none of ours.
+_STEP = re.compile(r"(?:(.*)_)?([0-9]+)")
+_ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
+# Files that only Orbax, or Flax by it, leaves in a step that does not say what its trees are made of.
+_MARKS = ("_sharding", "checkpoint", "default/checkpoint", "manifest.ocdbt", "commit_success.txt")
+_FIRST = (_STEP_METADATA, "commit_success.txt", "checkpoint", "default/_METADATA")  # of a step's keys, in their order
+_NAMES_MAX = 1000  # at the root of a store, looked at
+_OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
+
+
+@dataclass(frozen=True)
+class Directory:
+    """steps: those that can be read, by number. strange: what is called like a step and is nothing that we know."""
+
+    steps: dict[int, Path]
+    strange: tuple[Path, ...]
+
+
+@dataclass
+class Found:
+    """What one Orbax step holds. `files`: name below `state/` -> where it is now."""
+
+    leaves: list[LeafSpec] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    json: dict[str, Json] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    iterators: dict[int, dict[str, str]] = field(default_factory=dict)
+    custom_metadata: dict[str, Json] = field(default_factory=dict)
+    single: bool = False
+    time: float = 0.0
+
+
+def local_path(url: str) -> Path | None:
+    """None for an object store's."""
+    plain = url.removeprefix("file://")
+    return None if "://" in plain else Path(plain)
+
+
+def survey(base: Path, known: frozenset[int] = frozenset()) -> Directory:
+    """The finished steps in a directory of Orbax's, and what may be some. `known`: the run's steps.
+
+    Trees that stand alone (Flax's steps, but also exports) are steps where there are no others; beside a run's own,
+    only if it has one of them. Raises UsageError where two are of one number, or one of a number that no run here can
+    have; StorageError.
+    """
+    found: list[tuple[int, Path]] = []
+    strange = []
+    try:
+        with os.scandir(base) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_dir())
+        for name in names:
+            path, named = base / name, _STEP.fullmatch(name)
+            if named and _is_step(path):
+                found.append((int(named[2]), path))
+            elif named and (named[1] is None or any((path / mark).exists() for mark in _MARKS)):
+                strange.append(path)
+        managed = [(number, path) for number, path in found if not _stands_alone(path)]
+    except (FileNotFoundError, NotADirectoryError):  # of `base`; what vanishes meanwhile is not there
+        return Directory({}, ())
+    except OSError as error:
+        raise StorageError(f"{base}: cannot be searched for steps: {error.strerror or error}") from error
+    alone = found if not known or any(number in known for number, _ in found) else []
+    return Directory(_by_number(base, managed or alone), tuple(strange))
+
+
+def _by_number(base: Path, found: Iterable[tuple[int, Path]]) -> dict[int, Path]:
+    steps: dict[int, Path] = {}
+    for number, path in found:
+        if number in steps:
+            raise UsageError(f"{base}: {steps[number].name} and {path.name} are both step {number}; move one elsewhere")
+        if number > arguments.STEP_MAX:
+            raise UsageError(f"{path}: steps are at most {arguments.STEP_MAX} here; move it elsewhere")
+        steps[number] = path
+    return steps
+
+
+def _is_step(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return (path / _STEP_METADATA).exists() or any(map(_says_its_tree, (path, *path.iterdir())))
+    return False
+
+
+def _says_its_tree(path: Path) -> bool:
+    return (path / "_METADATA").exists()
+
+
+def _stands_alone(path: Path) -> bool:
+    """Whether it was saved by a Checkpointer, or exported, under a name of its own: no manager's step."""
+    return not path.name.isdecimal() and _says_its_tree(path)
+
+
+def finished_s(path: Path) -> float:
+    """When a step was finished, as far as its directory tells, in seconds since 1970. Raises StorageError."""
+    try:
+        return _time(path, _metadata(path))
+    except (Damaged, UsageError):
+        return _time(path, orbax_json.StepMetadata())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _metadata(path: Path) -> orbax_json.StepMetadata:
+    """What Orbax knew of a step; nothing in those of old versions."""
+    file = path / _STEP_METADATA
+    return orbax_json.read(file, orbax_json.StepMetadata) if os.path.lexists(file) else orbax_json.StepMetadata()
+
+
+def _time(path: Path, known: orbax_json.StepMetadata) -> float:
+    return (known.commit_timestamp_nsecs or 0) / 1e9 or os.lstat(path).st_mtime
+
+
+def look(path: Path, skip: frozenset[str]) -> Found:
+    """Read what an Orbax step is made of; no array data. Raises UsageError for what cannot be adopted, Damaged naming
+    what is not as Orbax leaves it, StorageError."""
+    try:
+        return _look(path, skip)
+    except OSError as error:  # it is being deleted, or may not be read
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _look(path: Path, skip: frozenset[str]) -> Found:
+    known = _metadata(path)
+    custom = arguments.plain_json(f"{path}/{_STEP_METADATA}: custom_metadata", known.custom_metadata or {})
+    found = Found(custom_metadata=custom, time=_time(path, known))
+    items = orbax_json.directories(path, skip)
+    if arrays.is_tree(path):  # written by a Checkpointer without items
+        items = {DEFAULT: path}
+    found.single = items.keys() - {_METRICS} == {DEFAULT}
+    for name, directory in items.items():
+        _look_at_item(found, name, directory)
+    if not found.leaves:
+        raise UsageError(f"{path}: holds no pytree of arrays that says what it is made of; {_OLD_HELP}")
+    return found
+
+
+def _look_at_item(found: Found, name: str, directory: Path) -> None:
+    files = orbax_json.files_below(directory)
+    iterators = {int(named[1]): files[each] for each in files if (named := _ITERATOR.fullmatch(each))}
+    if arrays.is_tree(directory):
+        item = "" if found.single else name
+        found.leaves += arrays.describe(directory, item)
+        for relative, each in files.items():
+            key = keys.check_key(f"{item}/{relative}" if item else relative, str(directory))
+            if not arguments.is_utf8(key):
+                raise Damaged(f"{directory}: {relative!r} is not UTF-8")
+            found.files[key] = each
+    elif name == _METRICS and _METRICS in files:
+        metrics = orbax_json.read(files[_METRICS], dict[str, Json])
+        found.metrics = {key: float(each) for key, each in metrics.items() if _is_float(each)}
+        rest = {key: each for key, each in metrics.items() if key not in found.metrics}
+        if rest:  # not numbers, or trees of them
+            found.json[_METRICS] = arguments.plain_json(f"{directory}/{_METRICS}", rest)
+    elif _JSON in files:
+        found.json[name] = arguments.plain_json(f"{directory}/{_JSON}", orbax_json.read(files[_JSON], Json))
+    elif iterators:
+        for index, each in iterators.items():
+            found.iterators.setdefault(index, {})[name] = orbax_json.read_text(each)
+    elif "checkpoint" in files:
+        raise UsageError(f"{directory}: of an Orbax that did not write what its trees are made of; {_OLD_HELP}")
+    else:
+        raise UsageError(
+            f"{directory}: item {name!r} is neither a pytree, JSON nor a grain iterator, and cannot be adopted; "
+            f"--skip={name} leaves it where it is"
+        )
+
+
+def _is_float(value: Json) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
+
+
+def in_store(storage: Reads, newest: int) -> tuple[str, ...]:
+    """The names at the root of an object store that are called like steps above `newest` (-1: of no run). Of a run's
+    root only those that begin with a digit, as nothing of ours does; else each name is one request."""
+    found: list[str] = []
+    start = "" if newest < 0 else "0"
+    for _ in range(_NAMES_MAX):
+        key = next((entry.key for entry in storage.list("", start)), None)
+        if key is None or (newest >= 0 and key[0] > "9"):
+            break
+        name, slash, rest = key.partition("/")
+        named = _STEP.fullmatch(name) if slash else None
+        if named and int(named[2]) > newest and (named[1] is None or rest in _FIRST):
+            found.append(name)
+        start = name + chr(ord("/") + 1) if slash else key + "\0"
+    return tuple(found)
+
+
+def unadopted(catalog: Catalog, head: Head | None) -> str | None:
+    """What is to be said to whoever opens a root that holds steps of Orbax's which the run does not know: `head` would
+    be taken for all there is, and training would begin anew or go on from an older step. None if there are none.
+
+    Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
+    and retired since, or were left behind. Changes nothing. Raises StorageError, UsageError where names are in doubt.
+    """
+    base = local_path(catalog.url)
+    newest = max((live.step for live in head.live), default=-1) if head else -1
+    if base is None:
+        found = in_store(catalog.storage, newest)
+        return elsewhere(catalog.url, found) if found else None
+    known = frozenset(live.step for live in head.live) if head else frozenset()
+    root, there = str(base), survey(base, known)
+    newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
+
+    def is_newer(path: Path) -> bool:
+        return finished_s(path) > newest_s
+
+    strange = [path.name for path in there.strange if is_newer(path)]
+    if strange:
+        return elsewhere(root, strange)
+    steps = sorted(step for step, path in there.steps.items() if step not in known and is_newer(path))
+    if not steps:
+        return None
+    if steps[-1] > newest:
+        way_out = f"take them over with `orchestrator adopt {shlex.quote(root)}`, or use another directory"
+    else:
+        way_out = (
+            f"the run has step {newest}. Move Orbax's elsewhere to go on from there, or make a run of them with "
+            f"`orchestrator adopt OTHER_ROOT --from={shlex.quote(root)}`"
+        )
+    return f"{root}: holds {len(steps)} steps of Orbax's own (newest {steps[-1]}), not in the run; {way_out}"
+
+
+def elsewhere(url: str, names: Sequence[str]) -> str:
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"{url}: holds {some}, named like steps of Orbax's, which cannot be taken over; restore them with Orbax and "
+        "save them here, or move them elsewhere, or use another directory"
+    )

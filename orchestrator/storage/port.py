@@ -1,0 +1,132 @@
+"""The storage port: what the roles need of a store, and no more.
+
+No overwrite and no rename: an object is created once, whole, or not at all. `create` is the one atomic operation that
+the protocol rests on. Every adapter passes tests/test_storage.py; `memory` is the executable specification.
+
+Lost replies: a create can land and its reply be lost. Bodies that must be told apart carry a random `write_id`, so an
+adapter that meets a conflict reads the object back and compares the bytes: equal means that the write was ours.
+
+Errors: StorageError for what the store rejects (permission, disk full, I/O), OutcomeUnknown where a create may have
+landed and cannot be read back. Methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from msgspec.structs import replace
+
+from orchestrator.errors import StorageError, Unavailable
+from orchestrator.rules.records import FileEntry
+
+RECORD_BYTES_MAX = 512 << 20  # of a record; a manifest of a million chunks is an eighth of it
+
+
+@dataclass(frozen=True)
+class Created:
+    """The object is durable under its key, with our bytes."""
+
+
+@dataclass(frozen=True)
+class Exists:
+    """Somebody else's object is under that key; `body` is theirs. Nothing was changed."""
+
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a listing finds under a key. `problem`: why it is no object of a run (a link, a special file, a name that no
+    key can have), '' for one that is; it is listed so that nobody takes it for missing."""
+
+    key: str
+    bytes: int
+    problem: str = ""
+
+
+class Reads(Protocol):
+    """A root with immutable objects under it, for those who only look. `url` is what people call it."""
+
+    url: str
+
+    def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
+        """The object's bytes, None if there is no such object. Raises TooLarge for one of more than `most_bytes`,
+        which is not read: whoever expects more says how much."""
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        """Entries whose key begins with `prefix` and is >= `start`, in key order, always fresh."""
+
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
+        """Size and CRC-32C of the object as the store itself has it now, past every cache; None if the store says that
+        there is no such object. What damage is proven by. The CRC-32C may be left out, '', for one of another size than
+        `expected_bytes`: it is the wrong one already, and may have any size. Raises StorageError."""
+
+
+class Storage(Reads, Protocol):
+    """And for those who write."""
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        """Put `body` under `key` if nothing is there. On `Created` it survives power loss."""
+
+    def delete(self, key: str) -> bool:
+        """Remove the object; False if there was none (deleting again is harmless)."""
+
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+        """Make these objects durable and return key, size and CRC-32C of each, in the order given.
+
+        For data that was written under the root's `url` without going through this port. `known`: what their writer
+        counted, by key; those are not read again. Raises StorageError, also for one that has another size.
+        """
+
+
+class TooLarge(Unavailable):
+    """An object was not read, as it is larger than anything that could be expected. `bytes`: as the store says."""
+
+    def __init__(self, where: str, size: int, most_bytes: int) -> None:
+        super().__init__(f"read {where}: has {size} bytes, at most {most_bytes} were expected; it is not read")
+        self.bytes = size
+
+
+def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
+    """A sealed object's entry, from what its writer counted. Raises StorageError if the store has another size."""
+    if size != known.bytes:
+        raise StorageError(f"make_durable {url}/{key}: has {size} bytes, {known.bytes} were written; it is not used")
+    return replace(known, path=key)
+
+
+@runtime_checkable
+class Rooted(Protocol):
+    """What a store may offer beside the port, where a root can be taken away under an open job."""
+
+    def check_root(self) -> None:
+        """Raises RootChanged if the root is not the one that was opened."""
+
+
+def check_root(storage: Storage) -> None:
+    """Before much is written that does not go through the port. Raises RootChanged where the store can tell."""
+    if isinstance(storage, Rooted):
+        storage.check_root()
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """What a store may offer beside the port, where a cache may show for a while what was."""
+
+    def refresh(self, key: str) -> None:
+        """Have what is asked of `key` next answered by what is there now, as far as that can be had. Never raises."""
+
+
+def refresh(storage: Reads, key: str) -> None:
+    """Before something is looked for again which another host must have written."""
+    if isinstance(storage, Cached):
+        storage.refresh(key)
+
+
+@runtime_checkable
+class DeletesMany(Protocol):
+    """What a store may offer beside the port, where deleting one object at a time would be slow."""
+
+    def delete_many(self, keys: Sequence[str]) -> Iterator[tuple[str, StorageError | None]]:
+        """Delete all of `keys`, in any order, as the iterator goes on. Yields each, with what kept it from going."""

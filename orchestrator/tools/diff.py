@@ -1,0 +1,138 @@
+"""What differs between two committed steps, of one run or of two: by fingerprint where both have one, else by reading.
+
+Holds the leaves of one batch at a time. Needs no devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from orchestrator.arrays import ReadRequest
+from orchestrator.rules.matching import brief
+from orchestrator.rules.records import LeafSpec, LiveStep
+from orchestrator.rules.restore_cost import leaf_bytes
+from orchestrator.run.journal_store import Catalog
+from orchestrator.run.stored_step import StoredStep
+
+_BATCH_BYTES = 256 << 20
+_BLOCK = 1 << 20  # elements compared at once
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeafDifference:
+    """One leaf. `a`, `b`: its type on either side, '' where it is not. `state`: equal, differs, other type, only in a,
+    only in b. `by`: fingerprint, reading, or the tree spec. `elements`: how many differ, and `largest`: the greatest
+    absolute difference (NaN where one side has no number); None where nobody has read them."""
+
+    leaf: str
+    a: str
+    b: str
+    state: str
+    by: str
+    elements: int | None = None
+    largest: float | None = None
+
+
+class Side:
+    """One committed step, opened for comparing. Raises Damaged."""
+
+    def __init__(self, catalog: Catalog, live: LiveStep) -> None:
+        self._stored = StoredStep(catalog, live)
+        self.leaves: dict[Path, LeafSpec] = {leaf.path: leaf for leaf in self._stored.intent.tree.leaves}
+        self.fingerprints = self._stored.manifest.fingerprints
+
+    def read(self, paths: list[Path], on_bytes: Callable[[int], None]) -> list[np.ndarray[Any, Any]]:
+        loads = [ReadRequest(self.leaves[path]) for path in paths]
+        return [np.asarray(value) for value in self._stored.load(loads, on_bytes)]
+
+
+def compare(
+    a: Side, b: Side, *, measure: bool = False, on_bytes: Callable[[int], None] = lambda read_bytes: None
+) -> list[LeafDifference]:
+    """Every leaf of either side, in a's order. `measure`: read the arrays that differ, for how many elements and how
+    much. Raises Damaged, StepRetired, StorageError."""
+    paths = [*a.leaves, *(path for path in b.leaves if path not in a.leaves)]
+    found = {path: _by_record(a, b, path) for path in paths}
+    to_read = [
+        path
+        for path, told in found.items()
+        if told is None or (measure and told.by == "fingerprint" and told.state == "differs")
+    ]
+    for batch in _batches(a, to_read):
+        for path, left, right in zip(batch, a.read(batch, on_bytes), b.read(batch, on_bytes), strict=True):
+            found[path] = _by_reading(a.leaves[path], b.leaves[path], left, right, measure, found[path])
+    return [told for told in found.values() if told is not None]
+
+
+def _by_record(a: Side, b: Side, path: Path) -> LeafDifference | None:
+    """What the records alone say; None if the arrays must be read."""
+    one, other = a.leaves.get(path), b.leaves.get(path)
+    plain = LeafDifference("/".join(path) or "(root)", _type(one), _type(other), "", "tree spec")
+    if one is None or other is None:
+        return replace(plain, state="only in a" if one else "only in b")
+    if (one.kind, one.shape, one.dtype) != (other.kind, other.shape, other.dtype):
+        return replace(plain, state="other type")
+    if not one.in_store:
+        return replace(plain, state="equal" if one.value == other.value else "differs")
+    prints = a.fingerprints.get(one.name), b.fingerprints.get(other.name)
+    if None in prints:
+        return None
+    return replace(plain, state="equal" if prints[0] == prints[1] else "differs", by="fingerprint")
+
+
+def _by_reading(
+    one: LeafSpec,
+    other: LeafSpec,
+    left: np.ndarray[Any, Any],
+    right: np.ndarray[Any, Any],
+    measure: bool,
+    known: LeafDifference | None,
+) -> LeafDifference:
+    same = left.tobytes() == right.tobytes()
+    by = known.by if known else "reading"
+    told = LeafDifference(one.label, _type(one), _type(other), "equal" if same else "differs", by)
+    if same or not measure:
+        return told
+    elements, largest = _measured(left.reshape(-1), right.reshape(-1))
+    return replace(told, elements=elements, largest=largest)
+
+
+def _measured(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> tuple[int, float]:
+    """(elements whose bits differ, greatest absolute difference), block by block."""
+    wide = np.complex128 if left.dtype.kind == "c" else np.float64
+    item = left.dtype.itemsize
+    count, largest = 0, 0.0
+    for start in range(0, left.size, _BLOCK):
+        one, other = left[start : start + _BLOCK], right[start : start + _BLOCK]
+        bits = [np.frombuffer(side.tobytes(), np.uint8).reshape(-1, item) for side in (one, other)]
+        changed = (bits[0] != bits[1]).any(axis=1)
+        count += int(changed.sum())
+        if changed.any():
+            with np.errstate(invalid="ignore", over="ignore"):
+                gap = np.abs(one[changed].astype(wide) - other[changed].astype(wide))
+            largest = float(np.maximum(largest, gap.max()))  # NaN wins: there is no greatest difference then
+    return count, largest
+
+
+def _batches(side: Side, paths: list[Path]) -> Iterator[list[Path]]:
+    batch: list[Path] = []
+    held = 0
+    for path in paths:
+        leaf = side.leaves[path]
+        if batch and held + leaf_bytes(leaf) > _BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(path)
+        held += leaf_bytes(leaf)
+    if batch:
+        yield batch
+
+
+def _type(leaf: LeafSpec | None) -> str:
+    return brief(leaf.kind, leaf.shape, leaf.dtype) if leaf else ""
