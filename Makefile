@@ -43,25 +43,25 @@ test: check ## make check and the whole test suite
 	$(BIN)/python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
 
 test-gcs-servers: setup ## conformance, whole runs, faults and the demo on two servers of others; into docs/gcs.md (TESTBENCH=path or URL)
-	TESTBENCH=$(TESTBENCH) $(BIN)/python -m tests.gcs_servers --write=docs/gcs.md
+	TESTBENCH=$(TESTBENCH) $(BIN)/python -m tests.proof.gcs_servers --write=docs/gcs.md
 
 test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; writes docs/slurm.md's table (needs root, Debian)
 	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; }
-	SLURM_REPORT=docs/slurm.md $(BIN)/python -m pytest tests/test_slurm_real.py
+	SLURM_REPORT=docs/slurm.md $(BIN)/python -m pytest tests/launch/test_slurm_real.py
 
 test-image: setup ## build the image here and run the demo in it; writes docs/containers.md's figures (needs root, Debian)
 	@{ command -v podman && command -v buildah && command -v debootstrap && command -v docker-compose; } >/dev/null || \
 	  { apt-get update -q && apt-get install -qy --no-install-recommends podman buildah debootstrap docker-compose; }
-	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest tests/test_image.py tests/test_compose.py
+	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest tests/launch/test_image.py tests/launch/test_compose.py
 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)
 
 bitrot: setup ## 700 damaged files, each restored and compared bit for bit (about 2 minutes); FAULTS=, SEED=
-	$(BIN)/python -m tests.bitrot --faults=$(or $(FAULTS),700) --seed=$(or $(SEED),1) --report=bitrot-report.md
+	$(BIN)/python -m tests.proof.bitrot --faults=$(or $(FAULTS),700) --seed=$(or $(SEED),1) --report=bitrot-report.md
 
 unreadable: setup ## every way of not being able to read a run, and of it being damaged (about 3 minutes; needs a C compiler)
-	$(BIN)/python -m tests.unreadable --report=unreadable-report.md --write=docs/integrity.md
+	$(BIN)/python -m tests.proof.unreadable --report=unreadable-report.md --write=docs/integrity.md
 
 bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md and -tables.md (35 minutes to an hour and a half)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torchsnapshot==0.1.0  # the `bench` extra
@@ -70,8 +70,8 @@ bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into do
 
 chaos: setup ## 210 rounds of faults against real jobs, the run checked after each, and 10,000 forged runs (about 35 minutes)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check fusepy==3.0.1  # the `chaos` extra
-	$(BIN)/python -m tests.chaos --rounds=$(or $(ROUNDS),210) --seed=$(or $(SEED),20261124) --report=chaos-report.md
-	$(BIN)/python -m tests.fuzz --mutations=$(or $(MUTATIONS),10000) --seed=$(or $(SEED),20261124) --commands --alone --report=fuzz-report.md
+	$(BIN)/python -m tests.proof.chaos --rounds=$(or $(ROUNDS),210) --seed=$(or $(SEED),20261124) --report=chaos-report.md
+	$(BIN)/python -m tests.proof.fuzz --mutations=$(or $(MUTATIONS),10000) --seed=$(or $(SEED),20261124) --commands --alone --report=fuzz-report.md
 
 docs: setup ## build the documentation's site into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8'  # the `docs` extra

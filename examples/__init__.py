@@ -1,1 +1,4 @@
-"""Small training jobs with Flax, Optax and Grain, made to be copied from. tests/test_examples.py runs each of them."""
+"""Small training jobs with Flax, Optax and Grain, made to be copied from.
+
+tests/pages/test_examples.py runs each of them.
+"""

@@ -3,8 +3,8 @@
 JAX programs are written inside of `jax.set_mesh`, debugged under `jax.transfer_guard` and `jax.disable_jit`, and tuned
 by a dozen other settings, of a thread (`with ...:`) or of the whole process (`jax.config.update`). All of them reach
 every JAX operation, ours too, where many make a save or a restore fail. Whatever runs an operation of JAX here is
-therefore `in_own_context`; tests/test_jax_context.py finds what is not. Functions of the user's (a pytree's own flatten
-and unflatten, policies) run outside of it.
+therefore `in_own_context`; tests/arrays/test_jax_context.py finds what is not. Functions of the user's (a pytree's own
+flatten and unflatten, policies) run outside of it.
 
 Left as they are, on purpose: `log_compiles` and `explain_cache_misses`, as our programs are programs too; and
 `thread_guard`, which is one for all threads, as no collective of ours leaves the main thread.

@@ -33,7 +33,7 @@ from orchestrator.texts import printable
 INTERRUPTED = 130  # as a shell has it for SIGINT
 
 # Private: CPython has no public hook that comes before `concurrent.futures` stops to take work, which a save in flight
-# needs; without it `atexit` is the next best. tests/test_private_apis.py watches it.
+# needs; without it `atexit` is the next best. tests/arrays/test_private_apis.py watches it.
 _before_threads_end = getattr(threading, "_register_atexit", atexit.register)
 _numbers = itertools.count()
 _open: weakref.WeakValueDictionary[int, Unfinished] = weakref.WeakValueDictionary()

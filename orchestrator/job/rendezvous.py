@@ -27,7 +27,7 @@ from absl import logging
 
 # Private: the coordination-service client has no public accessor, no option says where Gloo listens, and none that a
 # process that has failed is not to wait for the others at exit (jax 0.10.2).
-# tests/test_private_apis.py watches both.
+# tests/arrays/test_private_apis.py watches both.
 from jax._src import api as _api
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed

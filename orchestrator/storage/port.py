@@ -1,7 +1,7 @@
 """The storage port: what the roles need of a store, and no more.
 
 No overwrite and no rename: an object is created once, whole, or not at all. `create` is the one atomic operation that
-the protocol rests on. Every adapter passes tests/test_storage.py; `memory` is the executable specification.
+the protocol rests on. Every adapter passes tests/storage/test_storage.py; `memory` is the executable specification.
 
 Lost replies: a create can land and its reply be lost. Bodies that must be told apart carry a random `write_id`, so an
 adapter that meets a conflict reads the object back and compares the bytes: equal means that the write was ours.

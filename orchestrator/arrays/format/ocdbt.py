@@ -2,7 +2,7 @@
 
 The format is TensorStore's (https://google.github.io/tensorstore/kvstore/ocdbt/index.html): a manifest names the root
 of a B+tree; the leaves of the tree hold small values, and for larger ones the place in a data file. TensorStore calls
-the format not yet stable; tests/test_ocdbt.py holds ours against TensorStore's own reader and writer. Columns of
+the format not yet stable; tests/arrays/test_ocdbt.py holds ours against TensorStore's own reader and writer. Columns of
 numbers are varints; they are coded with numpy, as a state may have a hundred thousand chunks.
 """
 

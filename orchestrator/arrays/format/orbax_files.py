@@ -1,7 +1,7 @@
 """The files that make a directory of arrays an Orbax checkpoint, as Orbax 0.12.8 writes them.
 
 Orbax's own handler takes about 50 microseconds a leaf for them, most of a save of a thousand small leaves.
-tests/test_private_apis.py compares these with what Orbax's handler writes for the same tree.
+tests/arrays/test_private_apis.py compares these with what Orbax's handler writes for the same tree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import msgspec
 
-# Private (orbax 0.12.8): the text of a sharding is in Orbax's format. tests/test_private_apis.py watches it.
+# Private (orbax 0.12.8): the text of a sharding is in Orbax's format. tests/arrays/test_private_apis.py watches it.
 from orbax.checkpoint._src.metadata import sharding as _sharding_metadata
 
 from orchestrator.rules.records import LeafSpec

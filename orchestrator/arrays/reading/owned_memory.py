@@ -6,9 +6,10 @@ large arrays are made by a program that allocates its results and writes nothing
 them: no copy, no byte of memory more. (Small ones are read into numpy buffers and copied, which is quicker than a
 program: see `placing`.)
 
-Writing into a jax.Array is safe here for these reasons, all of which tests/test_owned.py holds: the arrays have been
-waited for, so nothing of JAX writes any more; each is a fresh allocation of one run of the program, with an address of
-its own, no constant and no other array's; nobody else has seen them until `placing` makes the restored arrays of them.
+Writing into a jax.Array is safe here for these reasons, all held by tests/arrays/test_owned_memory.py: the arrays have
+been waited for, so nothing of JAX writes any more; each is a fresh allocation of one run of the program, with an
+address of its own, no constant and no other array's; nobody else has seen them until `placing` makes the restored
+arrays of them.
 """
 
 from __future__ import annotations

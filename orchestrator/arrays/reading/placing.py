@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 # Private (jax 0.10.2): one call for all shards of an array, a tenth of device_put's time for small ones.
-# tests/test_private_apis.py watches them.
+# tests/arrays/test_private_apis.py watches them.
 from jax._src import core as _core
 from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 

@@ -27,7 +27,7 @@ def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
     and this has waited for them.
 
     `_arrays` is private (jax 0.10.2): `addressable_data` gives another object for replicated arrays and those of one
-    device, which knows nothing of this one's copy. tests/test_private_apis.py watches it.
+    device, which knows nothing of this one's copy. tests/arrays/test_private_apis.py watches it.
     """
     if not leaves:
         return []
@@ -59,7 +59,7 @@ def take(plan: LeafPlan, value: Any) -> list[Part]:
     them as soon as all are taken. CPU arrays are held, not copied.
 
     `_arrays` is private (jax 0.10.2): what addressable_data looks up, which takes twice as long for small arrays.
-    tests/test_private_apis.py watches it.
+    tests/arrays/test_private_apis.py watches it.
     """
     if plan.whole is not None:
         return [(np.array(value, dtype=plan.whole, order="C"), pieces) for _, pieces in plan.shards]

@@ -1,1 +1,0 @@
-"""The fault campaign: real jobs, real faults, invariants checked from outside. `python -m tests.chaos --help`."""

@@ -1,0 +1,247 @@
+"""`orchestrator doctor`: each way in which a run can be ill is found, named, and comes with what to do."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import orchestrator as oc
+from orchestrator.cli import doctor
+from orchestrator.cli.doctor import Diagnosis, Finding, Patient
+from orchestrator.cli.main import main
+from orchestrator.rules import keys
+from orchestrator.rules.codec import encode
+from orchestrator.run.journal_store import Catalog
+from orchestrator.storage import Created, PosixStorage
+from tests.support.fakes import HookedStorage
+from tests.support.runs import fill, journal_of, state
+from tests.support.snapshots import snapshot
+
+
+def examine(root: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, list[Finding]]:
+    code = main(["orchestrator", "doctor", str(root), "--json", *flags])
+    return code, msgspec.json.decode(capsys.readouterr().out, type=Diagnosis).findings
+
+
+def ill(findings: list[Finding]) -> dict[str, list[str]]:
+    """Texts of what is not ok, by check; each must say what to do."""
+    found: dict[str, list[str]] = {}
+    for finding in findings:
+        assert (finding.level == "ok") == (finding.do == ""), finding
+        if finding.level != "ok":
+            found.setdefault(finding.check, []).append(f"{finding.level}: {finding.text}")
+    return found
+
+
+def test_a_healthy_run_has_no_finding_once_its_newest_step_is_proven(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0, 1)
+    code, findings = examine(root, capsys)
+    assert code == 0 and ill(findings) == {"steps": ["warn: newest step 1 has never been read back"]}
+    assert {finding.check for finding in findings} >= set(doctor.CHECKS)
+    main(["orchestrator", "verify", str(root)])
+    capsys.readouterr()
+    code, findings = examine(root, capsys)
+    assert code == 0 and ill(findings) == {}
+    assert list((root / ".tmp").iterdir()) == []
+
+
+def test_read_only_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(root, 0)
+    before = snapshot(root)
+    stamp = (root / ".tmp").stat().st_mtime_ns
+    examine(root, capsys, "--read_only")
+    assert snapshot(root) == before and (root / ".tmp").stat().st_mtime_ns == stamp
+
+
+def missing_entry(root: Path) -> None:
+    (root / keys.journal_key(1)).unlink()
+
+
+def edited_entry(root: Path) -> None:
+    path = root / keys.journal_key(1)
+    path.write_bytes(path.read_bytes().replace(b'"step":0', b'"step":9'))
+
+
+def missing_file(root: Path) -> None:
+    next((root / "steps" / "00000001").rglob("d/*")).unlink()
+
+
+def orphan(root: Path) -> None:
+    left = root / "steps" / "00000009" / "e0000-a01"
+    left.mkdir(parents=True)
+    (left / "intent.json").write_bytes(bytes(2048))
+
+
+def stale(root: Path) -> None:
+    path = root / ".tmp" / "left"
+    path.write_text("half")
+    os.utime(path, (time.time() - 7200,) * 2)
+
+
+def from_the_future(root: Path) -> None:
+    newest = journal_of(root)[-1]
+    event = msgspec.structs.replace(newest.event, kind="pinned")
+    later = msgspec.structs.replace(newest, version=newest.version + 1, time=time.time() + 600, event=event)
+    PosixStorage(str(root)).create(keys.journal_key(later.version), encode(later))
+
+
+def quarantined(root: Path) -> None:
+    for step in (0, 1):
+        main(["orchestrator", "quarantine", str(root), f"--step={step}"])
+
+
+def skewed_host(root: Path) -> None:
+    path = root / "events" / "00000.jsonl"
+    os.utime(path, (time.time() - 500,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "check", "text"),
+    [
+        (missing_entry, 4, "journal", "damage: "),
+        (edited_entry, 4, "journal", "it was edited or damaged"),
+        (missing_file, 4, "steps", "is missing"),
+        (orphan, 0, "orphans", "warn: 1 attempts that can never be restored hold 2.0 KiB"),
+        (stale, 0, "orphans", "warn: 1 unfinished files"),
+        (from_the_future, 0, "clocks", "10 min ahead of this machine's"),
+        (quarantined, 1, "steps", "bad: no step can be restored"),
+        (skewed_host, 0, "clocks", "ahead of this machine's"),
+    ],
+)
+def test_each_illness_is_found(
+    root: Path, harm: Callable[[Path], None], code: int, check: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0, 1)
+    harm(root)
+    capsys.readouterr()
+    got, findings = examine(root, capsys)
+    assert got == code and any(text in line for line in ill(findings)[check]), findings
+
+
+def test_many_aborted_saves_are_told_with_their_causes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with oc.Agent(root, options=oc.Options(async_save=False)) as agent:
+        agent.save(0, state(0))
+        (root / "steps" / "00000001").write_text("in the way")
+        agent.save(1, state(1))
+    code, findings = examine(root, capsys)
+    (line,) = ill(findings)["saves"]
+    assert code == 1 and line.startswith("bad: 1 of the last 2 saves were aborted: ") and "ENOTDIR" in line
+
+
+def patient(root: Path, storage: object = None) -> Patient:
+    catalog = Catalog(storage or PosixStorage(str(root)), "test")  # type: ignore[arg-type]
+    return Patient(catalog, False, None, catalog.require_head())
+
+
+@pytest.mark.parametrize(
+    ("free", "inodes", "levels"),
+    [(105, None, ["bad"]), (250, None, ["warn"]), (1000, 5000, ["ok"]), (1000, 5, ["ok", "bad"])],
+)
+def test_a_full_disk_is_told_before_the_next_save(free: int, inodes: int | None, levels: list[str]) -> None:
+    assert [finding.level for finding in doctor.room(free, inodes, 100)] == levels
+
+
+class Replacing(HookedStorage):
+    """A store that lets a second create through."""
+
+    def create(self, key: str, body: bytes) -> Created:
+        self.inner.delete(key)
+        self.inner.create(key, body)
+        return Created()
+
+
+def test_a_store_that_replaces_objects_is_bad(root: Path) -> None:
+    fill(root, 0)
+    (finding,) = doctor._store(patient(root, Replacing(PosixStorage(str(root)))))
+    assert finding.level == "bad" and "was not rejected" in finding.text and "could both commit" in finding.do
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a second user, and so root")
+def test_a_root_of_another_user_is_named_with_its_owner(root: Path) -> None:
+    fill(root, 0)
+    os.chmod(root.parent, 0o755)
+    program = (
+        "import os, subprocess, sys; sys.path.insert(0, sys.argv[2]); import packaging.requirements\n"
+        "from orchestrator.cli.main import main\n"
+        "os.setuid(12345); sys.exit(main(['orchestrator', 'doctor', sys.argv[1]]))"
+    )
+    for folder in [root, *root.parents]:
+        if folder.stat().st_uid == 0 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    repository = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(root), repository], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written by user 12345" in done.stdout and "owner 0" in done.stdout and "chown" in done.stdout
+
+
+def test_for_people_each_finding_is_a_line_and_names_the_root_in_what_to_do(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0)
+    assert main(["orchestrator", "doctor", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert f"do: orchestrator verify {root} --step=0" in out and "WARN" in out and "ROOT" not in out
+
+
+def test_what_to_do_can_be_pasted_into_a_shell_whatever_the_roots_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "my run; rm -rf $HOME"
+    fill(root, 0)
+    main(["orchestrator", "doctor", str(root)])
+    assert f"do: orchestrator verify {shlex.quote(str(root))} --step=0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("version", [10**6, keys.VERSION_MAX])
+def test_an_entry_far_above_the_others_costs_no_time_and_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str], version: int
+) -> None:
+    fill(root, 0)
+    newest = journal_of(root)[-1]
+    (root / keys.journal_key(version)).write_bytes(encode(msgspec.structs.replace(newest, version=version)))
+    started = time.monotonic()
+    code, findings = examine(root, capsys)
+    assert code == 4 and time.monotonic() - started < 10
+    assert any(f"entries 2 to {version - 1} are missing" in line for line in ill(findings)["journal"])
+
+
+@pytest.mark.parametrize("lost", ["journal", "newest entry"])
+def test_a_run_whose_journal_cannot_be_read_is_examined_all_the_same(
+    root: Path, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    fill(root, 0)
+    if lost == "journal":
+        shutil.rmtree(root / "journal")
+    else:
+        (root / keys.journal_key(1)).write_bytes(b"")
+    code, findings = examine(root, capsys)
+    assert code == 4 and {finding.check for finding in findings} >= {"journal", "permissions", "store", "versions"}
+    (damage,) = [finding for finding in findings if finding.level == "damage"]
+    assert f"orchestrator recover {root}" in damage.do
+
+
+def test_evidence_is_named_with_its_reason_its_size_and_the_ways_out(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0, 1)
+    main(["orchestrator", "quarantine", str(root), "--step=0", "--reason=loss spike"])
+    fill(root, 0)  # saved again: the quarantined attempt is put aside
+    capsys.readouterr()
+    _, findings = examine(root, capsys)
+    (finding,) = [finding for finding in findings if finding.check == "quarantine"]
+    assert "step 0 e0001-a01 is quarantined and holds " in finding.text and "loss spike" in finding.text
+    for command in ("verify", "release", "gc"):
+        assert f"orchestrator {command} {root} --" in finding.do

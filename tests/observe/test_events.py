@@ -1,0 +1,300 @@
+"""Events: one schema, files that a crash or a full disk cannot turn into harm, and what they add up to."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import jax.numpy as jnp
+import msgspec
+import pytest
+from rich.console import Console
+
+import orchestrator as oc
+from orchestrator.cli import main, report, watch
+from orchestrator.observe import event_log, events
+from orchestrator.observe.event_log import EventLog, Line, Tail, decode, encode, read
+from orchestrator.observe.timeline import Story
+from orchestrator.rules import attempt, journal
+from tests.support.runs import catalog_of, fill, now
+
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "events.md"
+VALUES: dict[str, Any] = {"int": 7, "float": 0.25, "str": "x"}
+
+
+def sample(kind: type[events.Event]) -> events.Event:
+    values = {field.name: VALUES[str(field.type)] for field in fields(kind)}
+    return kind(**(values | {"attempt": "e0001-a01"} if "attempt" in values else values))
+
+
+def line(event: events.Event, time: float = 1.0, process: int = 0, epoch: int = 1) -> Line:
+    return Line(time, process, f"host-{process}", "node", epoch, event)
+
+
+@pytest.mark.parametrize("kind", events.KINDS.values(), ids=lambda kind: kind.__name__)
+def test_every_event_comes_back_from_its_line(kind: type[events.Event]) -> None:
+    told = line(sample(kind), epoch=7)
+    assert decode(encode(told)) == told
+
+
+def test_the_page_names_every_event_with_its_fields_and_every_phase_and_cause() -> None:
+    text = DOCS.read_text()
+    rows = {row[0]: re.findall(r"`(\w+)`", row[1]) for row in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.M)}
+    assert rows == {name: [field.name for field in fields(kind)] for name, kind in events.KINDS.items()}
+    causes = {cause for _, cause in attempt._CAUSES} | {"failed", "hung"}
+    assert {word for word in (*events.PHASES, *causes) if f"`{word}`" not in text} == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b'{"v":1,"event":"Com', b"[1]", b'{"v":2,"event":"Closed"}', b'{"v":1,"event":"Later","time":1}'),
+        encode(line(sample(events.Committed))).replace(b'"step":7', b'"step":"7"'),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_left_out(text: bytes) -> None:
+    assert decode(text) is None
+
+
+def test_a_field_added_by_a_later_version_is_ignored_and_a_missing_one_has_its_default() -> None:
+    newer = encode(line(events.Closed(2))).replace(b'"failures":2', b'"failures":2,"more":[1]')
+    assert decode(newer) == line(events.Closed(2))
+    assert all(field.default is MISSING for field in fields(events.Committed))
+    older = encode(line(events.Restored(1, "e0001-a01", 2.0, 3))).replace(b',"array_s":0.0', b"")
+    assert decode(older) == line(events.Restored(1, "e0001-a01", 2.0, 3))
+
+
+def test_the_former_name_of_a_request_made_again_is_still_read() -> None:
+    now_told = line(events.Retried("store", 2, "get", "a/b", "http 503", 0.5))
+    where = b'"time":1.0,"process":0,"host":"host-0","machine":"node","epoch":1'
+    own = b'"operation":"get","name":"a/b","reason":"http 503","tries":2,"wait_s":0.5'
+    assert decode(b'{"v":1,"event":"StoreRetried",%b,%b}' % (where, own)) == now_told
+
+
+def test_an_agent_writes_its_saves_and_restores_beside_the_run(root: Path) -> None:
+    fill(root, 0, 1)
+    with oc.Agent(root, options=now()) as agent:
+        agent.restore({"w": jnp.zeros(512), "count": 0})
+    lines = read(str(root / "events"))
+    names = [type(line.event).__name__ for line in lines]
+    assert names.count("SaveStarted") == 2  # anywhere among the phases, which come from another thread
+    assert [name for name in names if name not in ("Alive", "SaveStarted")] == [
+        "EpochOpened",
+        *[*["SavePhase"] * 5, "Committed"] * 2,
+        *["Closed", "EpochOpened", "Restored", "Closed"],
+    ]
+    phases = [line.event.phase for line in lines if isinstance(line.event, events.SavePhase)]
+    assert phases == [*events.PHASES] * 2
+    (restored,) = [line.event for line in lines if isinstance(line.event, events.Restored)]
+    assert restored.read_bytes == 2048 and 0 < restored.array_s <= restored.elapsed_s
+    assert {(line.process, line.epoch) for line in lines} == {(0, 1), (0, 2)}
+
+
+@pytest.mark.parametrize("chosen", ["elsewhere", ""])
+def test_events_go_where_the_option_says_or_nowhere(root: Path, tmp_path: Path, chosen: str) -> None:
+    directory = str(tmp_path / chosen) if chosen else ""
+    with oc.Agent(root, options=now(events_dir=directory)) as agent:
+        agent.save(0, {"w": jnp.zeros(4)})
+    assert not (root / "events").exists()
+    assert bool(read(directory or None)) == bool(chosen)
+
+
+def test_an_object_store_has_no_default_place() -> None:
+    assert event_log.directory_of("gs://bucket/run", None) is None
+    assert event_log.directory_of("gs://bucket/run", "/var/events") == "/var/events"
+    assert event_log.directory_of("file:///data/run", None) == "/data/run/events"
+
+
+def test_files_stay_within_their_bound_and_the_newest_lines_stay(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path), process=3, host="h", epoch=1, file_bytes=2000)
+    for step in range(200):
+        log.write(events.Alive("training", step))
+    log.close()
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(sizes) == {"00003.jsonl", "00003.old.jsonl"} and max(sizes.values()) <= 2000
+    steps = [line.event.step for line in read(str(tmp_path)) if isinstance(line.event, events.Alive)]
+    assert steps == list(range(200))[-len(steps) :] and len(steps) > 10 and log.dropped == 0
+
+
+def test_a_directory_that_cannot_be_written_is_one_warning_and_no_harm(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with oc.Agent(root, options=now(events_dir=str(tmp_path / "file"))) as agent:
+        agent.save(0, {"w": jnp.zeros(4)})
+        assert agent.all_steps() == [0]
+    assert sum("events are not written" in record.message for record in caplog.records) == 1
+
+
+def test_a_log_that_hangs_loses_lines_and_never_blocks(tmp_path: Path) -> None:
+    hanging = threading.Event()
+
+    class Hanging(EventLog):
+        def _append(self, body: bytes) -> None:
+            hanging.wait(60)
+
+    log = Hanging(str(tmp_path), process=0, host="h", epoch=1)
+    started = time.monotonic()
+    for step in range(event_log._QUEUE_MAX + 500):
+        log.write(events.Alive("training", step))
+    assert log.dropped >= 499
+    log.close()
+    assert time.monotonic() - started < event_log._CLOSE_S + 5
+    hanging.set()
+
+
+def test_a_tail_gives_each_line_once_across_a_rotation_and_waits_for_a_line_to_be_whole(tmp_path: Path) -> None:
+    tail = Tail(str(tmp_path))
+    assert tail.more() == []
+    body = [encode(line(events.Alive("training", step), time=float(step))) for step in range(4)]
+    file = tmp_path / "00000.jsonl"
+    file.write_bytes(body[0] + body[1][:10])
+    assert [each.time for each in tail.more()] == [0.0]
+    file.write_bytes(body[0] + body[1])
+    file.rename(tmp_path / "00000.old.jsonl")
+    file.write_bytes(body[2])
+    assert [each.time for each in tail.more()] == [1.0, 2.0]
+    with file.open("ab") as more:
+        more.write(body[3])
+    assert [each.time for each in tail.more()] == [3.0] and tail.more() == []
+
+
+# What else may lie there.
+
+
+def put(kind: str, path: Path) -> None:
+    match kind:
+        case "a directory":
+            path.mkdir()
+        case "a named pipe":
+            os.mkfifo(path)
+        case "a symbolic link":
+            path.symlink_to("/dev/zero")
+        case "a bad byte":
+            path.write_bytes(encode(line(events.Closed(1))).replace(b"host-0", b"h\xffst-0"))
+        case "no JSON":
+            path.write_bytes(b"\0" * 1000 + b"\n" + b"[" * 100_000 + b"\n" + b'{"v":1,"event":"Closed","time":NaN}\n')
+        case "200 GB":
+            with path.open("wb") as file:
+                file.truncate(200 << 30)
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n" + encode(line(events.Closed(1))))
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a named pipe", "a symbolic link", "a bad byte", "no JSON", "200 GB"])
+def test_what_is_no_event_is_skipped_and_counted_and_breaks_no_command(
+    kind: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(root, 0, 1)
+    catalog_of(root).append(partial(journal.trusted, step=1, attempt="e0001-a01", trust="verified"))
+    whole = len(read(str(root / "events")))
+    put(kind, root / "events/00009.jsonl")
+    (root / "events/00008.jsonl").mkdir()
+    tail = Tail(str(root / "events"))
+    started = time.monotonic()
+    assert len(tail.more()) == whole + (kind == "200 GB")
+    assert time.monotonic() - started < 10
+    assert "is a directory" in tail.problems["00008.jsonl"]
+    problem = tail.problems.get("00009.jsonl", "")
+    assert kind in problem or tail.skipped or "only the last" in problem
+    assert tail.more() == []
+    for words in (["watch", "--once"], ["report", f"--output={root}.html"], ["plan", "--mesh=d=1"], ["doctor"]):
+        assert main.main(["orchestrator", words[0], str(root), *words[1:]]) == 0
+    said = capsys.readouterr().out
+    assert "00008.jsonl: is a directory" in said and "WARN    events" in said
+
+
+def test_events_behind_a_link_are_neither_written_nor_read(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("# rc\n")
+    (root / "events").mkdir(parents=True)
+    (root / "events/00000.jsonl").symlink_to(theirs)
+    fill(root, 1)
+    (root / "events/00000.jsonl").unlink()
+    (root / "events").rmdir()
+    (tmp_path / "folder").mkdir()
+    (root / "events").symlink_to(tmp_path / "folder")
+    fill(root, 2)
+    assert theirs.read_text() == "# rc\n" and list((tmp_path / "folder").iterdir()) == []
+    assert sum("events are not written" in record.message for record in caplog.records) == 2
+    assert sum("is a symbolic link" in record.message for record in caplog.records) == 2
+    assert read(str(root / "events")) == []
+
+
+@pytest.mark.parametrize("obstacle", [os.mkfifo, os.mkdir], ids=["a named pipe", "a directory"])
+def test_a_log_that_cannot_be_a_file_is_one_warning_and_never_blocks(
+    obstacle: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    obstacle(tmp_path / "00000.jsonl")
+    log = EventLog(str(tmp_path), process=0, host="h", epoch=1)
+    for step in range(10):
+        log.write(events.Alive("training", step))
+    log.close()
+    assert log.dropped == 10 and not log._thread.is_alive()
+    assert sum("events are not written" in record.message for record in caplog.records) == 1
+
+
+ODD: list[Any] = [None, True, 0, -1, -2, 2**53, 2**63 - 1, -(2**63), 2**64, 10**30, 1e308, -1e308, 1e15, 0.5, "", "x"]
+ODD += ["../..", "e0001-a01", "zz/..", "é", "\0", "\x1b[2J", [], {}, [1], "x" * 2000, "[bold]", "</script>"]
+
+
+def test_events_with_any_values_break_no_reader(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seeded: one field after another of each kind of event replaced, alone and among real ones."""
+    fill(root, 1, 2)
+    real = [each for path in (root / "events").iterdir() for each in path.read_bytes().splitlines()]
+    made = [encode(line(sample(kind))).rstrip() for kind in events.KINDS.values()]
+    random = Random(16)
+    catalog = catalog_of(root)
+    head = catalog.require_head()
+    texts: list[bytes] = []
+    for text in [*real, *made]:
+        for name in msgspec.json.decode(text):
+            value = random.choice(ODD)
+            texts.append(json.dumps({**msgspec.json.decode(text), name: value}).encode())
+    for _ in range(40):
+        lines = [decode(text) for text in [*real, *random.sample(texts, 10)]]
+        story = Story().tell(sorted((each for each in lines if each), key=lambda each: each.time))
+        Console(file=io.StringIO()).print(watch.draw(watch.look("run", head, story, time.time())))
+        report.page(report.build(catalog, story, time.time()))
+    (root / "events/00007.jsonl").write_bytes(b"\n".join(texts))
+    for words in (["watch", "--once"], ["report", f"--output={root}.html"], ["plan", "--mesh=d=1"], ["doctor"]):
+        assert main.main(["orchestrator", words[0], str(root), *words[1:]]) in (0, 1), words
+
+
+def phase(name: str, elapsed_s: float, written: int = 0, process: int = 0, epoch: int = 1) -> Line:
+    event = events.SavePhase(5, f"e{epoch:04d}-a01", name, elapsed_s, written)
+    return line(event, time=100.0 + elapsed_s, process=process, epoch=epoch)
+
+
+def test_a_story_tells_each_hosts_state_bytes_and_rate() -> None:
+    story = Story().tell([line(events.EpochOpened(1, "r", 2), 99.0), line(events.EpochOpened(1, "r", 2), 99.0, 1)])
+    story.tell([phase("staging", 0.0), phase("writing", 1.0), phase("writing", 3.0, 400), phase("staging", 0.0, 0, 1)])
+    first, second = story.hosts[0], story.hosts[1]
+    assert (first.doing, first.step, first.written_bytes, first.rate) == ("writing", 5, 400, 200.0)
+    assert (first.since, first.heard, second.doing) == (101.0, 103.0, "staging")
+    story.tell([phase("sealing", 4.0, 600), phase("waiting", 5.0, 600)])
+    story.tell([line(events.Committed(5, "e0001-a01", 9.0, 1), 109.0)])
+    save = story.saves[5, "e0001-a01", 0]
+    assert [save.seconds(name) for name in events.PHASES] == [1.0, 3.0, 1.0, 4.0, 0.0]
+    assert (save.began, save.ended_s, save.outcome, save.write_rate) == (100.0, 9.0, "committed", 150.0)
+    assert first.doing == "training" and story.saves[5, "e0001-a01", 1].ended_s is None
+
+
+def test_a_newer_incarnation_takes_the_place_of_the_old_ones_hosts_and_a_zombie_changes_nothing() -> None:
+    story = Story().tell([phase("writing", 1.0), phase("writing", 1.0, process=1)])
+    story.tell([line(events.EpochOpened(2, "r", 1), 200.0, epoch=2), phase("waiting", 150.0)])
+    assert story.epoch == 2 and set(story.hosts) == {0} and story.hosts[0].doing == "starting"
+    story.tell([line(events.Closed(0), 300.0, epoch=2)])
+    assert story.hosts[0].left and story.hosts[0].doing == "left"

@@ -1,0 +1,209 @@
+"""Metrics, alerts, dashboard and traces: what Prometheus, promtool and OpenTelemetry's own SDK make of real saves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import orchestrator as oc
+from orchestrator.observe import events
+from orchestrator.observe.prometheus import Metrics
+from orchestrator.observe.spans import Traces
+from tests.support.runs import LIKE, now, state
+
+ROOT = Path(__file__).parents[2]
+OPS = ROOT / "docs" / "ops"
+needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+
+
+def values(text: str) -> dict[str, float]:
+    return {
+        sample.name + "".join(f"|{value}" for value in sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def collected(metrics: Metrics) -> dict[str, float]:
+    from prometheus_client import generate_latest
+
+    return values(generate_latest(metrics.registry).decode())
+
+
+@pytest.fixture
+def scraped(root: Path, caplog: pytest.LogCaptureFixture) -> str:
+    """What Prometheus gets of a process that has saved two steps, failed one and restored."""
+    caplog.set_level("INFO", logger="absl")
+    with oc.Agent(root, options=oc.Options(async_save=False, metrics_port=0)) as agent:
+        agent.save(0, state(0))
+        agent.save(1, state(1))
+        (root / "steps" / "00000002").write_text("in the way")
+        agent.save(2, state(2))
+        agent.restore(LIKE)
+        (url,) = re.findall(r"metrics: (http://127\.0\.0\.1:\d+/metrics)", caplog.text)
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text: str = answer.read().decode()
+    with pytest.raises(urllib.error.URLError):  # closed with the agent
+        urllib.request.urlopen(url, timeout=10)
+    return text
+
+
+def test_an_endpoint_tells_saves_failures_and_restores(scraped: str) -> None:
+    got = values(scraped)
+    assert got["orchestrator_saves_started_total"] == 3 and got["orchestrator_saves_committed_total"] == 2
+    assert got["orchestrator_saves_not_committed_total|refused"] == 1
+    assert got["orchestrator_save_blocked_seconds_count"] == 3 and got["orchestrator_save_durable_seconds_count"] == 2
+    assert got["orchestrator_last_committed_step"] == 1 and got["orchestrator_epoch"] == 1
+    assert got["orchestrator_restore_seconds_count"] == 1 and got["orchestrator_read_bytes_total"] == 2048
+    assert got["orchestrator_written_bytes_total"] >= 2 * 2048 and got["orchestrator_commit_interval_seconds"] > 0
+    assert 0 <= got["orchestrator_seconds_since_commit"] < 60
+
+
+def test_the_page_lists_exactly_the_metrics_that_there_are_with_their_types_and_labels(scraped: str) -> None:
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(orchestrator_\w+)` \| (\w+) \|([^|]*)\|", page, re.M)
+    listed = {name.removesuffix("_total"): kind for name, kind, _ in rows}
+    assert listed == {family.name: family.type for family in text_string_to_metric_families(scraped)}
+    labels = {name: re.findall(r"`(\w+)`", text) for name, _, text in rows}
+    registry = Metrics(0, "h").registry
+    for name, expected in labels.items():
+        metric: Any = registry._names_to_collectors[name]
+        assert list(metric._labelnames) == expected, name
+
+
+@needs_promtool
+def test_promtool_finds_nothing_wrong_with_the_metrics(scraped: str) -> None:
+    done = subprocess.run(["promtool", "check", "metrics"], input=scraped, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_promtool_accepts_the_alerts_and_they_fire_when_they_should(tmp_path: Path) -> None:
+    for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts.test.yml"]):
+        done = subprocess.run(["promtool", *command], cwd=OPS, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alerts_and_dashboard_use_only_metrics_that_there_are() -> None:
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    names = set(re.findall(r"^\| `(orchestrator_\w+)` \| \w+ \|", page, re.M))
+    names |= {f"{name}{end}" for name in names if name.endswith("_seconds") for end in ("_bucket", "_sum", "_count")}
+    for file in ("alerts.yml", "alerts.test.yml", "dashboard.json"):
+        used = set(re.findall(r"\borchestrator_\w+", (OPS / file).read_text()))
+        assert used and used <= names, (file, used - names)
+    alerts = set(re.findall(r"alert: (\w+)", (OPS / "alerts.yml").read_text()))
+    assert alerts == set(re.findall(r"^\| `([A-Z]\w+)` \|", page, re.M))
+
+
+def test_the_dashboard_is_whole() -> None:
+    board = json.loads((OPS / "dashboard.json").read_text())
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) == 12
+    assert all(panel["title"] and panel["targets"] for panel in panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not taken & cells and at["x"] + at["w"] <= 24, panel["title"]
+        taken |= cells
+
+
+@needs_promtool
+def test_prometheus_can_parse_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    board = json.loads((OPS / "dashboard.json").read_text())
+    queries = [target["expr"].replace("$job", ".*") for panel in board["panels"] for target in panel["targets"]]
+    rules = [{"record": f"panel:{index}", "expr": query} for index, query in enumerate(queries)]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
+    command = ["promtool", "check", "rules", str(tmp_path / "rules.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_textfile_is_whole_and_final(root: Path, tmp_path: Path) -> None:
+    with oc.Agent(root, options=now(metrics_file=str(tmp_path / "job.prom"))) as agent:
+        agent.save(0, state(0))
+    assert values((tmp_path / "job.prom").read_text())["orchestrator_saves_committed_total"] == 1
+    assert [path.name for path in tmp_path.glob("*.prom*")] == ["job.prom"]
+
+
+def test_a_port_or_a_file_that_cannot_be_had_is_a_warning_and_no_harm(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        options = now(metrics_port=taken.getsockname()[1], metrics_file="/nowhere/job.prom")
+        with oc.Agent(root, options=options) as agent:
+            agent.save(0, state(0))
+            assert agent.all_steps() == [0]
+    said = [record.message for record in caplog.records if record.message.startswith("metrics: ")]
+    assert len(said) == 2 and "cannot be listened on" in said[0] + said[1] and "/nowhere/job.prom" in said[0] + said[1]
+
+
+def test_traces_without_a_tracer_provider_go_nowhere_and_hurt_nobody(root: Path) -> None:
+    with oc.Agent(root, options=now(traces=True)) as agent:
+        assert agent.save(0, state(0)) and agent.all_steps() == [0]
+
+
+def test_the_listener_is_on_loopback_unless_asked() -> None:
+    assert oc.Options().metrics_address == "127.0.0.1" and oc.Options().metrics_port is None
+    with pytest.raises(oc.UsageError, match="metrics_port"):
+        oc.Options(metrics_port=70000)
+
+
+def test_counting_is_by_cause_and_intervals_are_medians_of_the_last_ones() -> None:
+    at = [0.0]
+    metrics = Metrics(0, "h", clock=lambda: at[0])
+    for seconds in (100.0, 110.0, 120.0, 220.0):
+        at[0] = seconds
+        metrics.hear(events.Committed(int(seconds), "a", 1.0, 1))
+    at[0] = 250.0
+    for cause in ("silent", "silent", "fenced"):
+        metrics.hear(events.SaveNotCommitted(1, "a", "r", cause))
+    metrics.hear(events.Retried("store", 1, "get", "a/b", "http 503", 0.1))
+    for kind in (events.Retried("journal", 1), events.SteppedDown(1, "a", "r"), events.Collected(1, 7, 2)):
+        metrics.hear(kind)
+    got = collected(metrics)
+    assert got["orchestrator_commit_interval_seconds"] == 10.0 and got["orchestrator_seconds_since_commit"] == 30.0
+    assert got["orchestrator_saves_not_committed_total|silent"] == 2 and got["orchestrator_fenced_total"] == 1
+    assert got["orchestrator_retries_total|store http 503"] == 1
+    assert got["orchestrator_retries_total|journal"] == got["orchestrator_stepped_down_total"] == 1
+    assert (got["orchestrator_deleted_bytes_total"], got["orchestrator_delete_failures_total"]) == (7, 2)
+
+
+def test_spans_have_the_times_of_the_phases_and_the_reason_of_a_failure() -> None:
+    sdk: Any = pytest.importorskip("opentelemetry.sdk.trace", reason="the `traces` extra is not installed")
+    memory: Any = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    exporting: Any = pytest.importorskip("opentelemetry.sdk.trace.export")
+    exporter = memory.InMemorySpanExporter()
+    provider = sdk.TracerProvider()
+    provider.add_span_processor(exporting.SimpleSpanProcessor(exporter))
+    at = [100.0]
+    traces = Traces(3, "host-3", provider.get_tracer("test"), clock=lambda: at[0])
+    traces.hear(events.SavePhase(5, "a", "staging", 0.0, 0))
+    traces.hear(events.SavePhase(5, "a", "writing", 1.0, 0))
+    traces.hear(events.SavePhase(5, "a", "writing", 2.0, 10))
+    traces.hear(events.SavePhase(5, "a", "waiting", 4.0, 20))
+    at[0] = 106.0
+    traces.hear(events.SaveNotCommitted(5, "a", "process 1 said no", "refused"))
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    seconds = {name: (span.start_time / 1e9, span.end_time / 1e9) for name, span in spans.items()}
+    assert seconds == {
+        "staging": (100.0, 101.0),
+        "writing": (101.0, 104.0),
+        "waiting": (104.0, 106.0),
+        "orchestrator.save": (100.0, 106.0),
+    }
+    save = spans["orchestrator.save"]
+    assert save.status.description == "process 1 said no" and save.attributes["orchestrator.step"] == 5
+    assert all(spans[name].parent.span_id == save.context.span_id for name in ("staging", "writing", "waiting"))
