@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import Damaged, NewerFormat
+from orchestrator.rules.attempt_id import name_of
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.json_numbers import stored, stored_all
-from orchestrator.rules.keys import attempt_name
 from orchestrator.rules.records import (
     Box,
     Event,
@@ -166,7 +166,9 @@ def test_one_kind_of_record_is_not_taken_for_another() -> None:
 DECODES_ALL = """
 import sys
 
-from orchestrator import codec, errors, eventlog, events, records
+from orchestrator import errors
+from orchestrator.observe import event_log, events
+from orchestrator.rules import codec, records
 
 asked = []
 
@@ -182,7 +184,7 @@ for kind in records.Record.__subclasses__():
     except (errors.Damaged, KeyError):  # what is stored only inside of others has no rule
         pass
 for name in events.KINDS:
-    eventlog.decode(b'{"v":1,"event":"%s"}' % name.encode())
+    event_log.decode(b'{"v":1,"event":"%s"}' % name.encode())
 sys.setprofile(None)
 sys.exit(f"described while decoding: {asked}" if asked else 0)
 """
@@ -209,7 +211,7 @@ HEADS = st.builds(
         st.builds(
             LiveStep,
             step=st.integers(0, 2**31 - 1),
-            attempt=st.builds(attempt_name, st.integers(0, 99_999), st.integers(0, 999)),
+            attempt=st.builds(name_of, st.integers(0, 99_999), st.integers(0, 999)),
             manifest_crc32c=st.binary(min_size=4, max_size=4).map(bytes.hex),
             tree=TEXT,
             bytes=st.integers(0, 2**62),
