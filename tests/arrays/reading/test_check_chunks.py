@@ -20,7 +20,7 @@ def test_checking_a_step_leaves_no_file_open(root: Path) -> None:
     catalog = catalog_of(root)
     live = catalog.find(1)
     assert live is not None
-    directory = f"{catalog.url}/{keys.attempt_prefix(1, live.attempt)}{keys.STATE}"
+    directory = f"{catalog.url}/{live.id.prefix}{keys.STATE}"
     stored = chunk_index.stored(catalog.manifest(live))
     for _ in range(2):  # what the first one keeps is of the library
         assert arrays.check(directory, stored) == {}

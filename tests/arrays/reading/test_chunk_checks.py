@@ -79,7 +79,7 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     catalog = Catalog(PosixStorage(str(root)), "test")
     one, two = catalog.find(1), catalog.find(2)
     assert one is not None and two is not None
-    directory = f"{catalog.url}/{keys.attempt_prefix(1, one.attempt)}{keys.STATE}"
+    directory = f"{catalog.url}/{one.id.prefix}{keys.STATE}"
     own, other = catalog.manifest(one), catalog.manifest(two)
     assert arrays.check(directory, chunk_index.stored(own)) == {}
     others = Stored(other.chunks, chunk_index.stored(own).files)
