@@ -31,7 +31,7 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Event, Head
 from orchestrator.run.journal_store import Catalog
-from orchestrator.storage import Exists, PosixStorage
+from orchestrator.storage import Exists, PosixStorage, local_path
 from orchestrator.storage.directory import Root
 
 Level = Literal["ok", "warn", "bad", "damage"]
@@ -74,8 +74,8 @@ class Patient:
 
     @property
     def local(self) -> Path | None:
-        url = self.catalog.url
-        return Path(url.removeprefix("file://")) if url.startswith("file://") else None
+        path = local_path(self.catalog.url)
+        return Path(path) if path is not None else None
 
     @property
     def root(self) -> Root | None:

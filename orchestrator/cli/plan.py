@@ -14,6 +14,7 @@ from orchestrator.observe.timeline import Story
 from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
+from orchestrator.storage import local_path
 
 _ROWS = 32
 
@@ -65,7 +66,7 @@ def plan(root: str, flags: dict[str, Any]) -> int:
     ]
     pace = speed(measured, target.processes)
     costs = forecast(intent.tree, target)
-    peaks = [cost.peak_bytes(files=catalog.url.startswith("file://")) for cost in costs.costs]
+    peaks = [cost.peak_bytes(files=local_path(catalog.url) is not None) for cost in costs.costs]
     problems = [*costs.problems, *_too_big(peaks, memory, reserve)]
     made = Plan(
         root=catalog.url,
