@@ -24,9 +24,8 @@ def top(name: str) -> str:
 
 def api() -> str:
     """Every public name, by its docstring and signature, the agent first."""
-    homes = {name: f"orchestrator.{home}" for name, home in orchestrator._HOME_OF.items()}
     names = sorted(orchestrator.__all__, key=lambda name: (name != "Agent", name.lower()))
-    entries = [f"::: {homes.get(name, 'orchestrator')}.{name}" for name in names]
+    entries = [f"::: {orchestrator._HOME_OF.get(name, 'orchestrator')}.{name}" for name in names]
     intro = "Made from the docstrings: every name of `import orchestrator as oc`. [By subject](api.md)."
     return "\n\n".join(["# API, from the code", intro, *entries]) + "\n"
 

@@ -120,22 +120,28 @@ def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[t
             yield key, error
 
 
-class Collector:
-    """Collects without anybody waiting for it, once at a time. Any thread."""
+class BackgroundDeletion:
+    """Deletes in the background, for one incarnation, without anybody waiting for it; once at a time. Any thread."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._thread: threading.Thread | None = None
-        self._swept = False
+        self._swept = self._stopped = False
 
     def start(self, epoch: int | None) -> None:
-        """Begin, unless one is under way. What fails is logged, and done by the next one."""
-        if self._thread and self._thread.is_alive():
+        """Begin, for the incarnation of `epoch`, unless it is under way or stopped. What fails is logged, and done the
+        next time."""
+        if self._stopped or (self._thread and self._thread.is_alive()):
             return
         self._thread = threading.Thread(target=partial(self._run, epoch), name="collect", daemon=True)
         self._thread.start()
 
+    def stop(self) -> None:
+        """Begin no more: the program ends. The next incarnation deletes what this one leaves."""
+        self._stopped = True
+
     def wait(self, timeout_s: float) -> None:
+        """Until what is under way is done, or `timeout_s` has passed."""
         if self._thread:
             self._thread.join(timeout_s)
 

@@ -66,7 +66,7 @@ def test_no_request_waits_for_an_answer_that_it_does_not_need(tmp_path: Path) ->
         assert restored and restored.step == 1 and restored.process_states == {0: b"mine"}
         assert (restored.state["w"] == STATE["w"]).all()
     agent.save(2, STATE)  # its tree is compared, and older incarnations' leftovers are collected, once
-    agent._collector.wait(60)
+    agent._deletion.wait(60)
     with store.expecting(*SAVE):
         agent.save(3, STATE, process_state=b"mine")
     agent.close()
