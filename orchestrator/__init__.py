@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         UsageError,
         WaitTimeout,
     )
-    from orchestrator.job.restore import Restored
+    from orchestrator.job.read_step import Restored
     from orchestrator.options import Options
     from orchestrator.policy import at, auto, best, every, every_nth, every_seconds, last, within
     from orchestrator.reader import Run
@@ -52,7 +52,7 @@ _HOMES = {
     "options": ("Options",),
     "policy": ("at", "auto", "best", "every", "every_nth", "every_seconds", "last", "within"),
     "reader": ("Run",),
-    "job.restore": ("Restored",),
+    "job.read_step": ("Restored",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -32,8 +32,9 @@ from orchestrator.job.coordinator import Coordinator, UserData
 from orchestrator.job.opening import Opening, check_tree
 from orchestrator.job.pacing import Looks, Pacing
 from orchestrator.job.participant import FATAL, GRACE_S, Save, Saver
+from orchestrator.job.read_step import ReadOptions, Restored
 from orchestrator.job.rendezvous import Rendezvous, connect, listen
-from orchestrator.job.restore import RestoreArgs, Restored, restore_together
+from orchestrator.job.restore import RestoreOptions, restore_together
 from orchestrator.job.startup import meet
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Closed, EpochOpened, SaveNotCommitted, emit
@@ -478,17 +479,15 @@ class Agent:
 
     def _restore(self, like: Any, step: int | None, *, partial: bool, cast: bool, strict: bool) -> Restored | None:
         self.wait_until_finished()
-        args = RestoreArgs(
-            partial=partial,
-            cast=cast,
-            strict=strict,
-            attest=self.options.attest == "full",
-            load_once=self.options.load_once,
-        )
         text = os.environ.get(STEP_BACK) or "0"
         if not text.isdecimal():
             raise UsageError(f"{STEP_BACK}={text!r}: expected how many of the newest steps to leave out")
-        back = int(text)
-        timeout_s = self.options.rendezvous_timeout_s
-        opening = self._opening.by_restore
-        return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back, opening)
+        options = RestoreOptions(
+            self.options.rendezvous_timeout_s,
+            step=step,
+            back=int(text),
+            strict=strict,
+            load_once=self.options.load_once,
+            read=ReadOptions(partial=partial, cast=cast, attest=self.options.attest == "full"),
+        )
+        return restore_together(self._catalog, self._rendezvous, like, options, self._opening.by_restore)
