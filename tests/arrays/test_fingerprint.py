@@ -200,7 +200,7 @@ def test_sums_wrap_by_lane_and_condensing_is_linear_and_sees_every_leaf() -> Non
         both
     )
     assert fingerprints.condensed(one) != fingerprints.condensed({**one, "b": PRINT})
-    with pytest.raises(Damaged, match="wanted 32 hex digits"):
+    with pytest.raises(Damaged, match="expected 32 hex digits"):
         fingerprints.total(["12"])
 
 

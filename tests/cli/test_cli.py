@@ -224,7 +224,7 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
         (["log", "{run}", "--last=-3"], 2, "--last=-3: expected a whole number of at least 0"),
         (["plan", "{run}", "--processes=0"], 2, "--processes=0: expected a whole number of at least 1"),
         (["pin", "{run}", "--step=10", "--name="], 2, "--name=: expected the pin's name"),
-        (["ls", "a\udcff"], 2, "wanted a name in UTF-8"),
+        (["ls", "a\udcff"], 2, "expected a name in UTF-8"),
         (["inspect", "{run}", "--step=7", "--json"], 6, "step 7 is not there; it has: 0, 10, 20"),
         (["report", "{run}", "-o", "{run}/journal"], 1, "journal cannot be written: Is a directory"),
         (["ls", "s3://bucket/run"], 2, "no storage for s3://"),

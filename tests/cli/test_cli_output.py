@@ -174,8 +174,8 @@ def test_a_shells_script_is_one_that_it_accepts(shell: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["completion", "tcsh"], 2, "wanted bash, zsh or fish"),
-        (["schema", "nope"], 2, "wanted one of ls, "),
+        (["completion", "tcsh"], 2, "choose from bash, zsh or fish"),
+        (["schema", "nope"], 2, "choose one of ls, "),
         (["schema"], 2, "orchestrator schema ls"),
     ],
 )

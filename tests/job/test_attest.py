@@ -113,7 +113,7 @@ def test_without_attest_nothing_is_computed_recorded_or_compared(root: Path) -> 
         agent.save(1, {"w": jnp.zeros(4)})
     assert fingerprints(root, 1) == {}
     assert oc.open_run(root).restore(attest=True).step == 1
-    with pytest.raises(oc.UsageError, match="wanted 'off', 'save' or 'full'"):
+    with pytest.raises(oc.UsageError, match="expected 'off', 'save' or 'full'"):
         oc.Options(attest="on")  # type: ignore[arg-type]
 
 

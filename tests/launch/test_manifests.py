@@ -309,7 +309,7 @@ def test_the_check_reads_files_and_ends_with_1_if_something_is_wrong(tmp_path: P
     [
         (["--name=a"], "no command to run"),
         (["--image=i", "--", "x"], "--name is needed"),
-        (["--name=a", "--image=i", "--", "x"], "wanted one of --tpu_type, --gpu_type and --devices_per_process"),
+        (["--name=a", "--image=i", "--", "x"], "choose one of --tpu_type, --gpu_type and --devices_per_process"),
         (["--name=a", "--image=i", "--tpu_type=t", "--", "x"], "--tpu_type needs --tpu_topology"),
         (
             ["--name=a", "--image=i", "--tpu_type=t", "--tpu_topology=4*4", "--", "x"],

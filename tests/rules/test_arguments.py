@@ -47,7 +47,7 @@ def test_what_is_no_step_is_rejected_wherever_a_step_is_wanted(root: Path, step:
             lambda: agent.should_save(step),
             lambda: agent.reached_preemption(step),
         ):
-            rejected(act, "step=", "wanted a whole number")
+            rejected(act, "step=", "expected a whole number")
         assert snapshot(root) == before
 
 
@@ -56,7 +56,7 @@ def test_a_step_to_restore_that_is_no_number_is_rejected(root: Path, step: Any) 
     fill(root, 1)
     agent = oc.Agent(root)
     for act in (lambda: agent.restore(state(0), step=step), lambda: oc.open_run(root).restore(state(0), step=step)):
-        rejected(act, "step=", "wanted a whole number, or None for the newest")
+        rejected(act, "step=", "expected a whole number, or None for the newest")
 
 
 @pytest.mark.parametrize("step", [np.int64(5), np.array(5), Number.FIVE, np.uint8(5)], ids=repr)
@@ -100,12 +100,12 @@ def deep(levels: int) -> list[Any]:
         ({"extra": {"a": {1, 2}}}, "extra['a']={1, 2}: expected plain JSON (Object of type set"),
         ({"extra": {"a": b"x"}}, "extra['a']=b'x': expected plain JSON"),
         ({"extra": {"a": cycle}}, "extra['a']=[[[[[[[...]]]]]]]: expected plain JSON (Circular reference"),
-        ({"extra": {"a": np.datetime64(1, "ns")}}, "wanted plain JSON (Object of type datetime64"),
-        ({"extra": {"a": np.float32([3])}}, "wanted plain JSON (Object of type ndarray"),
-        ({"extra": {"a": np.array(3.0)}}, "wanted plain JSON (Object of type ndarray"),
-        ({"extra": {"a": jnp.float32(3)}}, "wanted plain JSON (Object of type ArrayImpl"),
-        ({"extra": {"a": deep(100_000)}}, "wanted plain JSON ("),
-        ({"extra": {"a": deep(100)}}, "wanted plain JSON (nested more than 100 deep)"),
+        ({"extra": {"a": np.datetime64(1, "ns")}}, "expected plain JSON (Object of type datetime64"),
+        ({"extra": {"a": np.float32([3])}}, "expected plain JSON (Object of type ndarray"),
+        ({"extra": {"a": np.array(3.0)}}, "expected plain JSON (Object of type ndarray"),
+        ({"extra": {"a": jnp.float32(3)}}, "expected plain JSON (Object of type ArrayImpl"),
+        ({"extra": {"a": deep(100_000)}}, "expected plain JSON ("),
+        ({"extra": {"a": deep(100)}}, "expected plain JSON (nested more than 100 deep)"),
         ({"extra": {"a": "\ud800"}}, "extra['a']='\\ud800': expected plain JSON"),
         ({"extra": {"a": {1: 2, "1": 3}}}, "two keys are the same as text"),
         ({"extra": {3: 1}}, "a key of extra=3: expected text"),
@@ -190,7 +190,7 @@ def test_metrics_and_steps_that_are_traced_say_so(root: Path) -> None:
     ],
 )
 def test_an_option_of_the_wrong_kind_is_rejected_by_name(name: str, value: Any) -> None:
-    rejected(lambda: oc.Options(**{name: value}), f"{name}=", "wanted")
+    rejected(lambda: oc.Options(**{name: value}), f"{name}=", "expected")
 
 
 @pytest.mark.parametrize(
@@ -220,17 +220,17 @@ def test_an_option_of_the_wrong_kind_is_rejected_by_name(name: str, value: Any) 
     ],
 )
 def test_a_policy_of_the_wrong_kind_is_rejected_when_it_is_made(make: Callable[[], Any]) -> None:
-    rejected(make, "wanted")
+    rejected(make, "expected")
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"save": 100}, "save=100: expected a policy that says when to save, such as oc.every(100)"),
-        ({"save": oc.every}, "wanted a policy that says when to save"),
+        ({"save": oc.every}, "expected a policy that says when to save"),
         ({"save": oc.last(3)}, "save=_Last(n=3): expected a policy that says when to save"),
         ({"keep": 3}, "keep=3: expected a policy that says what to keep, such as oc.last(5)"),
-        ({"keep": oc.every(3)}, "wanted a policy that says what to keep"),
+        ({"keep": oc.every(3)}, "expected a policy that says what to keep"),
         ({"options": {"async_save": False}}, "options={'async_save': False}: expected orchestrator.Options(...)"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_stray_file_in_steps_belongs_to_no_attempt(key: str) -> None:
     "name", ["", "..", "e0003", "e0003-a01/../x", "e-001-a01", "E0003-a01", "e0003-a01\n", "e03-a1"]
 )
 def test_an_attempt_name_from_a_hostile_record_is_rejected(name: str) -> None:
-    with pytest.raises(UnsafeKey, match="wanted eEEEE-aNN"):
+    with pytest.raises(UnsafeKey, match="expected eEEEE-aNN"):
         keys.attempt_prefix(1, name)
 
 

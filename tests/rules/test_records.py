@@ -166,7 +166,9 @@ def test_one_kind_of_record_is_not_taken_for_another() -> None:
 DECODES_ALL = """
 import sys
 
-from orchestrator import codec, errors, eventlog, events, records
+from orchestrator import errors
+from orchestrator.observe import event_log, events
+from orchestrator.rules import codec, records
 
 asked = []
 
@@ -182,7 +184,7 @@ for kind in records.Record.__subclasses__():
     except (errors.Damaged, KeyError):  # what is stored only inside of others has no rule
         pass
 for name in events.KINDS:
-    eventlog.decode(b'{"v":1,"event":"%s"}' % name.encode())
+    event_log.decode(b'{"v":1,"event":"%s"}' % name.encode())
 sys.setprofile(None)
 sys.exit(f"described while decoding: {asked}" if asked else 0)
 """

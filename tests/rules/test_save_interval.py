@@ -131,7 +131,7 @@ def test_auto_is_due_at_once_then_at_what_may_be_lost_then_at_what_it_has_chosen
     both = every(7) | policy
     assert isinstance(both, Adaptive) and both.timed and both.cadence is None
     assert both.informed(costs()).due(14, 0.0) and not both.informed(costs()).due(15, 0.0)
-    with pytest.raises(oc.UsageError, match="wanted a positive number"):
+    with pytest.raises(oc.UsageError, match="expected a positive number"):
         auto(0)
 
 

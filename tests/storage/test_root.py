@@ -374,8 +374,8 @@ def test_a_root_of_any_name_holds_its_own_run_and_touches_no_neighbour(
         ("gs:", "'gs://'"),
         ("s3://bucket/run", "no storage for s3://"),
         ("File://x/run", "no storage for File://"),
-        ("file://run", "expected file:// and an absolute path|wanted file:// and an absolute path"),
-        ("gs://bucket", "wanted gs://BUCKET/PREFIX"),
+        ("file://run", "expected file:// and an absolute path"),
+        ("gs://bucket", "expected gs://BUCKET/PREFIX"),
     ],
 )
 def test_what_was_meant_as_a_url_is_never_made_as_a_directory(

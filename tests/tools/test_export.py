@@ -195,7 +195,7 @@ def test_a_url_is_no_path(
     for url in SCHEMES:
         assert main(["orchestrator", name, str(run), *(word.replace("DEST", url) for word in more)]) == 2
         err = capsys.readouterr().err
-        assert "wanted a path on this machine" in err and url in err and "gcloud storage cp" in err
+        assert "expected a path on this machine" in err and url in err and "gcloud storage cp" in err
         assert err.count("\n") == 1 and snapshot(tmp_path) == before
 
 
@@ -266,9 +266,9 @@ def test_two_leaves_of_one_name_are_rejected() -> None:
     ("step", "form", "place", "code", "said"),
     [
         ("newest", "numpy", "taken", 2, "exists; export to a new name"),
-        ("newest", "zip", "out", 2, "--format=zip: expected orbax, safetensors, numpy"),
+        ("newest", "zip", "out", 2, "--format=zip: choose from orbax, safetensors, numpy"),
         ("8", "numpy", "out", 6, "step 8 is not there"),
-        ("x", "numpy", "out", 2, "wanted the number of a step, or newest"),
+        ("x", "numpy", "out", 2, "expected the number of a step, or newest"),
         ("7", "numpy", "taken/below", 1, "File exists"),
     ],
 )
@@ -301,7 +301,7 @@ def test_memory_does_not_grow_with_the_array(root: Path, tmp_path: Path, form: s
     with oc.Agent(root, options=now(), keep=oc.last(1)) as agent:
         agent.save(0, {"w": jnp.zeros((192, 1 << 20), jnp.float32)})  # 768 MiB
     program = (
-        "import sys; from pathlib import Path; import orchestrator.export\n"
+        "import sys; from pathlib import Path; import orchestrator.tools.export\n"
         "from orchestrator.cli.main import main\n"
         "used = lambda key: int(next(line for line in Path('/proc/self/status').read_text().splitlines()"
         " if line.startswith(key)).split()[1]) >> 10\n"

@@ -104,7 +104,7 @@ def test_a_sample_reads_its_share_and_marks_nothing(run: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("text", ["0%", "101%", "x", "-1", ""])
 def test_a_wrong_sample_is_a_usage_error(run: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert orchestrator("verify", run, f"--sample={text}") == 2
-    assert "wanted a share such as 10%" in capsys.readouterr().err
+    assert "expected a share such as 10%" in capsys.readouterr().err
     assert orchestrator("verify", run, "--repair_journal=maybe") == 2
 
 
