@@ -88,7 +88,7 @@ class Opening:
         shown = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
         for process, answer in zip(shown, answers, strict=True):
             if "refused" in answer:
-                return f"{process}: {': '.join(answer['rejected'])}"
+                return f"{process}: {': '.join(answer['refused'])}"
             if answer["step"] != answers[0]["step"]:
                 theirs = f"{shown[0]} saves step {answers[0]['step']} where {process} saves step {answer['step']}"
                 return f"{theirs}; all must save the same steps in the same order"
