@@ -7,12 +7,21 @@ import re
 
 from orchestrator.errors import UsageError
 
+STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # how many of the newest steps a restore leaves out: set in a crash loop
 STORE_DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"  # for one operation on a store, with all its retries
 _STORE_DEADLINE_S = 120.0
 ANONYMOUS = "ORCHESTRATOR_GCS_ANONYMOUS"  # 1: no credentials are looked for, as for public buckets
 USER_PROJECT = "ORCHESTRATOR_GCS_USER_PROJECT"  # the project that pays where the bucket does not (requester pays)
 EMULATOR = "STORAGE_EMULATOR_HOST"  # of Google's clients: the URL of an emulator, which asks nobody who they are
 _SWITCH = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+
+
+def step_back() -> int:
+    """0 unless a supervisor that has recognised a crash loop asks for more. Raises UsageError for what is no count."""
+    text = os.environ.get(STEP_BACK) or "0"
+    if not text.isdecimal():
+        raise UsageError(f"{STEP_BACK}={text!r}: expected how many of the newest steps to leave out")
+    return int(text)
 
 
 def store_deadline_s() -> float:

@@ -22,12 +22,12 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from absl import logging
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.texts import printable
 
 INTERRUPTED = 130  # as a shell has it for SIGINT
@@ -48,12 +48,14 @@ class Unfinished(Protocol):
         """The step that is being saved."""
 
     def finish(self) -> OrchestratorError | None:
-        """Wait for the save in flight, within its bound, and close without meeting anybody. Returns why it is lost."""
+        """Wait for the save in flight, within its bound, and close without a barrier. Returns why it is lost."""
 
 
-class Life:
-    """Of an agent, from being opened to being closed. `ends`: what gives back what it has taken and ends its threads,
-    without holding the agent. ending: the program ends; nothing new is begun."""
+class Lifetime:
+    """Of an agent, from being opened to being closed: who may use it, and what ends with it. Any thread.
+
+    `ends`: what gives back what the agent has taken and ends its threads, without holding the agent.
+    """
 
     def __init__(self, agent: Unfinished, url: str, *ends: Callable[[], None]) -> None:
         global _hooked
@@ -62,16 +64,37 @@ class Life:
             os.register_at_fork(after_in_child=_open.clear)
             with contextlib.suppress(RuntimeError):  # an agent that is opened while the program ends
                 _before_threads_end(_end)
-        self.ending = False
+        self._url, self._closed, self._using = url, False, threading.RLock()
         self._pid, self._number = os.getpid(), next(_numbers)
         _open[self._number] = agent
         self._drop = weakref.finalize(agent, _dropped, self._pid, url, ends)
         self._drop.atexit = False
 
+    @contextlib.contextmanager
+    def used_by_one(self, what: str) -> Iterator[None]:
+        """One thread at a time: two saves at once would take each other's place, and hosts must call in one order.
+        Raises UsageError, also once the agent is closed, and in a forked child, where it is the parent's."""
+        if self._closed:
+            raise UsageError(f"{what}: the agent of {self._url} is closed; open another one")
+        if self._forked:
+            raise UsageError(f"{what}: the agent of {self._url} was opened before the fork; open another one here")
+        if not self._using.acquire(blocking=False):
+            raise UsageError(f"{what}: another thread is using the agent of {self._url}; wait until it is done")
+        try:
+            yield
+        finally:
+            self._using.release()
+
     @property
-    def elsewhere(self) -> bool:
-        """Whether this is a forked child, and the agent its parent's."""
+    def _forked(self) -> bool:
         return os.getpid() != self._pid
+
+    def close(self) -> bool:
+        """From now on nobody may use the agent. False if it was closed before, or is not this process's to close."""
+        if self._closed or self._forked:
+            return False
+        self._closed = True
+        return True
 
     def over(self, in_flight: int | None) -> None:
         """The agent is closed. `in_flight`: what was not waited for, as it took too long, or Ctrl-C came."""

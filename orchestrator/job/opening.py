@@ -35,19 +35,27 @@ _TRIES = 10  # somebody else commits to the run between comparing and opening
 
 
 class Opening:
-    """`opened` is called, on every process, once the epoch is open. epoch: None until then."""
+    """epoch: this incarnation's; None until it is open. `opened` is then called with it, on every process.
+    `other_tree`: the state may be of another tree than the run's."""
 
     def __init__(
-        self, catalog: Catalog, rendezvous: Rendezvous, timeout_s: float, opened: Callable[[int], None]
+        self,
+        catalog: Catalog,
+        rendezvous: Rendezvous,
+        timeout_s: float,
+        opened: Callable[[int], None],
+        *,
+        other_tree: bool = False,
     ) -> None:
         self._catalog, self._rendezvous, self._timeout_s, self._opened = catalog, rendezvous, timeout_s, opened
         self.epoch: int | None = None
+        self._tree_checked = other_tree  # of the state that this incarnation saves
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
         self._head: Begun[Head | None] | None = None  # as it was then
         self._mark = ""  # this process's probe of the right to write, while it is there
         self._unmarked: Begun[None] | None = None  # it is being deleted
 
-    def by_save(self, step: int, describe: Callable[[], Flat], *, other_tree: bool) -> str:
+    def by_save(self, step: int, describe: Callable[[], Flat]) -> str:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
         else why another process cannot take part in this save, and nothing was done.
 
@@ -61,7 +69,7 @@ class Opening:
         described: list[Flat] = []  # in it once this process has nothing to object to what it was given
 
         def compare(head: Head | None) -> None:
-            if not other_tree:
+            if not self._tree_checked:
                 check_tree(self._catalog, head, described[0])
 
         with self._marked():
@@ -70,25 +78,33 @@ class Opening:
                 told["mark"] = self._admit(compare)
             except Exception as failure:  # the others must hear of it before it is raised here
                 error = failure
-                told["refused"] = [type(failure).__name__, str(failure)]
+                told["rejected"] = [type(failure).__name__, str(failure)]
             # Of process 0 it is the run's objection: all raise it.
             answers = self._rendezvous.gather(
                 "open the epoch: first save", told | {"run": bool(described)}, self._timeout_s
             )
             if error:
                 raise error
-            if answers[0]["run"] and "refused" in answers[0]:
-                raise as_error(0, *answers[0]["refused"])
+            if answers[0]["run"] and "rejected" in answers[0]:
+                raise as_error(0, *answers[0]["rejected"])
             if rejected := self._rejected(answers):
                 return rejected
             self._open(compare, answers[0]["mark"])
+        self._tree_checked = True
         return ""
+
+    def check_tree(self, flat: Flat) -> None:
+        """Where a restore has opened the epoch, the first save must be of the run's own job, too. Raises OtherJob,
+        StorageError, Damaged."""
+        if not self._tree_checked:
+            check_tree(self._catalog, self._catalog.require_head(), flat)
+            self._tree_checked = True
 
     def _rejected(self, answers: list[Json]) -> str:
         shown = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
         for process, answer in zip(shown, answers, strict=True):
-            if "refused" in answer:
-                return f"{process}: {': '.join(answer['refused'])}"
+            if "rejected" in answer:
+                return f"{process}: {': '.join(answer['rejected'])}"
             if answer["step"] != answers[0]["step"]:
                 theirs = f"{shown[0]} saves step {answers[0]['step']} where {process} saves step {answer['step']}"
                 return f"{theirs}; all must save the same steps in the same order"

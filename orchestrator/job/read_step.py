@@ -19,13 +19,14 @@ from orchestrator.arrays import ReadRequest
 from orchestrator.arrays.tree import targets
 from orchestrator.job.restore_check import Proof, prove
 from orchestrator.rules import keys, matching
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.run.journal_store import Catalog
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
-DamagedSteps = Mapping[tuple[int, str], str]  # attempts that are proven to be damaged -> how
+DamagedSteps = Mapping[AttemptId, str]  # attempts that are proven to be damaged -> how
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,12 @@ def read_step(
 
 def candidates(head: Head, damaged: DamagedSteps) -> list[LiveStep]:
     """The steps to choose from, oldest first: restorable ones that are not among the `damaged`."""
-    return [live for live in head.live if live.restorable and (live.step, live.attempt) not in damaged]
+    return [live for live in head.live if live.restorable and live.id not in damaged]
 
 
 def listed(damaged: DamagedSteps) -> str:
     """A line for each step that is damaged."""
-    return "".join(f"\n  step {step}: {reason}" for (step, _), reason in damaged.items())
+    return "".join(f"\n  step {attempt.step}: {reason}" for attempt, reason in damaged.items())
 
 
 # From values that were read to leaves of the target.

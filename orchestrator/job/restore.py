@@ -54,7 +54,8 @@ from orchestrator.job.rounds import Round, agree, as_error, gather
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Restored as RestoredEvent
 from orchestrator.observe.events import SteppedDown, emit
-from orchestrator.rules import arguments, journal, keys
+from orchestrator.rules import arguments, journal
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Head, Json, LiveStep
 from orchestrator.run.journal_store import Catalog
@@ -190,20 +191,20 @@ def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan
     An exchange begins only when all have read their part. Whoever has failed reports so in the very round in which the
     others meet before the exchange. Raises WaitTimeout."""
     values: list[Any] = [None] * len(plan.requests)
-    groups = arrays.groups(plan.requests)
+    groups = arrays.exchange_groups(plan.requests)
     for group in groups:
-        parts = attempt(partial(reads.load, plan.stored, group.parts))
+        parts = attempt(partial(reads.load, plan.stored, group.slab_requests))
         if isinstance(parts, Failed):
             return parts
-        mine = rounds.Exchange(group.told)
+        mine = rounds.Exchange(group.signature)
         reports = gather(rendezvous, rounds.outcome(plan.stored.live.step), mine, timeout_s)
         if any(theirs != mine for theirs in reports):
             return PeersFailed(reports)
         exchanged = attempt(partial(group.exchanged, parts.value))
         if isinstance(exchanged, Failed):
             return exchanged
-        _put(values, group.places, exchanged.value)
-    alone = sorted(set(range(len(values))).difference(*(group.places for group in groups)))
+        _put(values, group.positions, exchanged.value)
+    alone = sorted(set(range(len(values))).difference(*(group.positions for group in groups)))
     rest = attempt(partial(reads.load, plan.stored, [plan.requests[place] for place in alone]))
     if isinstance(rest, Failed):
         return rest
@@ -222,7 +223,7 @@ class _Judgement:
 
     def __init__(self, catalog: Catalog, rendezvous: Rendezvous, options: RestoreOptions) -> None:
         self._catalog, self._rendezvous, self._options = catalog, rendezvous, options
-        self.damaged: dict[tuple[int, str], str] = {}
+        self.damaged: dict[AttemptId, str] = {}
         self._not_journalled: list[LiveStep] = []
         self._retired = 0
 
@@ -274,8 +275,8 @@ class _Judgement:
         """Journal what was found to be damaged."""
         while self._not_journalled and self._options.record:
             live = self._not_journalled.pop(0)
-            reason = self.damaged[live.step, live.attempt][:_REASON_MAX]
-            rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason)
+            reason = self.damaged[live.id][:_REASON_MAX]
+            rule = partial(journal.quarantine, attempt=live.id, reason=reason)
             agree(self._rendezvous, rounds.QUARANTINE, self._options.timeout_s, partial(_append, self._catalog, rule))
 
     def _choose_again(self, process: int, failure: Failure) -> None:
@@ -295,10 +296,9 @@ class _Judgement:
     def _pass(self, live: LiveStep, reason: str) -> None:
         """Go on without this step, which is damaged."""
         if not self._options.steps_down:
-            label = keys.shown(live.step, live.attempt)
-            raise Damaged(f"{self._catalog.url} {label} cannot be restored: {reason}")
+            raise Damaged(f"{self._catalog.url} {live.id.label} cannot be restored: {reason}")
         emit(SteppedDown(live.step, live.attempt, reason))
-        self.damaged[live.step, live.attempt] = reason
+        self.damaged[live.id] = reason
         self._not_journalled.append(live)
 
     def _line(self, process: int, failure: Failure) -> str:
@@ -360,6 +360,6 @@ def _record_restored(catalog: Catalog, live: LiveStep, early: Begun[Head | None]
     """Journal that a run has come up on this attempt: retention keeps the newest of those. Not worth failing for, but
     done before the restore returns: the next save's retention must know of it."""
     try:
-        catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="restored"), early)
+        catalog.append(partial(journal.trusted, attempt=live.id, trust="restored"), early)
     except OrchestratorError as error:
-        logging.warning("%s: could not be journalled as restored: %s", keys.shown(live.step, live.attempt), error)
+        logging.warning("%s: could not be journalled as restored: %s", live.id.label, error)

@@ -25,7 +25,7 @@ def test_two_processes_save_attest_exchange_and_restore_under_every_setting(tmp_
             [sys.executable, JOB, str(index), str(count), str(port), str(tmp_path / "runs")],
             stdout=out.open("w"),
             stderr=err.open("w"),
-            env={**os.environ, "PYTHONPATH": str(JOB.parent.parent.parent)},
+            env={**os.environ, "PYTHONPATH": str(JOB.parents[3])},
         )
         for index, (out, err) in enumerate(logs)
     ]

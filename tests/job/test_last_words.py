@@ -17,8 +17,8 @@ from orchestrator.job import last_words
 from tests.support.processes import free_port
 
 REPO = Path(__file__).parents[2]
-FAILING_JOB = REPO / "tests" / "jobs" / "failing_job.py"
-LEAVING_JOB = REPO / "tests" / "jobs" / "leaving_job.py"
+FAILING_JOB = REPO / "tests" / "support" / "jobs" / "failing_job.py"
+LEAVING_JOB = REPO / "tests" / "support" / "jobs" / "leaving_job.py"
 ENVIRON = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": ""}
 DEADLINE_S = 120.0
 BUG = "ValueError: user's bug"

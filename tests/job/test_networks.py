@@ -21,7 +21,7 @@ from tests.proof.chaos.network import ip, why_not
 from tests.support.processes import free_port
 
 REPOSITORY = Path(__file__).parents[2]
-JOB = REPOSITORY / "tests" / "jobs" / "listening_job.py"
+JOB = REPOSITORY / "tests" / "support" / "jobs" / "listening_job.py"
 DEADLINE_S = 90.0
 MACHINE = socket.gethostname()
 

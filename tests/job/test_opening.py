@@ -259,7 +259,7 @@ def an_opening(root: Path, other: dict[str, Any]) -> Opening:
     ("other", "said"),
     [
         (
-            {"step": 2, "run": False, "refused": ["UsageError", "metrics=3"]},
+            {"step": 2, "run": False, "rejected": ["UsageError", "metrics=3"]},
             "process 1 (host-1): UsageError: metrics=3",
         ),
         (
@@ -272,9 +272,9 @@ def test_what_one_process_cannot_save_opens_no_epoch_on_any(root: Path, other: d
     fill(root, 1)
     before = snapshot(root)
     opening = an_opening(root, other)
-    assert opening.by_save(2, lambda: flatten(state(2)), other_tree=False).startswith(said)
+    assert opening.by_save(2, lambda: flatten(state(2))).startswith(said)
     assert opening.epoch is None and snapshot(root) == before
-    assert an_opening(root, {"step": 2, "run": True}).by_save(2, lambda: flatten(state(2)), other_tree=False) == ""
+    assert an_opening(root, {"step": 2, "run": True}).by_save(2, lambda: flatten(state(2))) == ""
     assert journal_of(root)[-1].epoch == 2
 
 
@@ -300,7 +300,7 @@ def test_a_restore_opens_only_once_all_processes_have_matched_and_may_write(root
 
 
 def test_a_first_save_that_another_process_cannot_take_part_in_is_a_failed_save(root: Path) -> None:
-    other = {"step": 1, "run": False, "refused": ["UsageError", "metrics=3"]}
+    other = {"step": 1, "run": False, "rejected": ["UsageError", "metrics=3"]}
     agent = oc.Agent(root, rendezvous=Meeting(other), options=oc.Options(rendezvous_timeout_s=1))
     assert agent.save(1, state(1)) is False and agent.failures == 1
     agent = oc.Agent(root, rendezvous=Meeting(other), options=now(rendezvous_timeout_s=1))

@@ -105,13 +105,13 @@ class Exchanging:
     """A group of one array, which a restore reads and would exchange."""
 
     wanted: list[Any]
-    told: str = "aa"
-    places: list[int] = field(default_factory=lambda: [1])
+    signature: str = "aa"
+    positions: list[int] = field(default_factory=lambda: [1])
     exchanges: int = 0
 
     @property
-    def parts(self) -> list[Any]:
-        return [self.wanted[place] for place in self.places]
+    def slab_requests(self) -> list[Any]:
+        return [self.wanted[place] for place in self.positions]
 
     def exchanged(self, values: list[Any]) -> list[Any]:
         self.exchanges += 1
@@ -133,7 +133,7 @@ def test_an_exchange_that_a_peer_will_not_join_is_not_begun(
     theirs, error, said = ONCE[how]
     fill(root, 1)
     groups: list[Exchanging] = []
-    monkeypatch.setattr(arrays, "groups", lambda requests: groups.append(Exchanging(requests)) or groups)
+    monkeypatch.setattr(arrays, "exchange_groups", lambda requests: groups.append(Exchanging(requests)) or groups)
     job = OfTwo(lambda name, value: theirs if name == "restore: step 1" else value)
     with pytest.raises(error, match=said):
         restore_together(catalog_of(root), job, LIKE, RestoreOptions(timeout_s=1.0, load_once=True))
@@ -145,7 +145,7 @@ def test_a_host_that_fails_reports_it_where_the_others_meet_to_exchange(
 ) -> None:
     fill(root, 1)
     groups: list[Exchanging] = []
-    monkeypatch.setattr(arrays, "groups", lambda requests: groups.append(Exchanging(requests)) or groups)
+    monkeypatch.setattr(arrays, "exchange_groups", lambda requests: groups.append(Exchanging(requests)) or groups)
 
     def fails(*arguments: Any) -> list[Any]:
         raise oc.Unavailable("no answer", waited=True)

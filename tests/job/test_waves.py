@@ -15,6 +15,7 @@ import orchestrator as oc
 from launch.gcs_emulator.request_log import chain
 from orchestrator.errors import Fenced, JournalLost, StorageError
 from orchestrator.rules import journal
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Stamp
 from orchestrator.run.journal_store import EARLY_S, Catalog
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage, overlap
@@ -65,7 +66,7 @@ def test_no_request_waits_for_an_answer_that_it_does_not_need(tmp_path: Path) ->
         assert restored and restored.step == 1 and restored.process_states == {0: b"mine"}
         assert (restored.state["w"] == STATE["w"]).all()
     agent.save(2, STATE)  # its tree is compared, and older incarnations' leftovers are collected, once
-    agent._collector.wait(60)
+    agent._deletion.wait(60)
     with store.expecting(*SAVE):
         agent.save(3, STATE, process_state=b"mine")
     agent.close()
@@ -106,7 +107,7 @@ def empty(store: MemoryStorage) -> None:
         store.delete(entry.key)
 
 
-COMMIT = partial(journal.abort, epoch=3, step=1, attempt="e0003-a01", failures=(), reason="no")
+COMMIT = partial(journal.abort, epoch=3, attempt=AttemptId(1, "e0003-a01"), failures=(), reason="no")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_nobody_is_rejected_for_what_was_read_ahead(early: str) -> None:
         "of no run": None,
     }
     given = overlap.begin(fails) if early == "unread" else overlap.known(heads[early], now_s)
-    rule = partial(journal.abort, epoch=2, step=1, attempt="e0002-a01", failures=(), reason="no")
+    rule = partial(journal.abort, epoch=2, attempt=AttemptId(1, "e0002-a01"), failures=(), reason="no")
     made = catalog.append(rule, given)  # type: ignore[arg-type]
     assert made and made.version == head.version + 1 and made.retired[0].attempt == "e0002-a01"
 

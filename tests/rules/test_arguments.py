@@ -374,7 +374,7 @@ def test_a_ctrl_c_while_the_agent_waits_leaves_the_save_to_the_next_wait(
 ) -> None:
     agent = oc.Agent(root)
     agent.save(1, state(1))
-    save = agent._current
+    save = agent._saves._current
     assert save is not None and save.thread is not None
     monkeypatch.setattr(save.thread, "join", lambda timeout_s: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

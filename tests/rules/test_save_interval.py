@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import time
-from pathlib import Path
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import orchestrator as oc
-from orchestrator.job.pacing import Looks, Pacing
-from orchestrator.job.rendezvous import connect
-from orchestrator.observe.events import CadenceChosen, subscribe
 from orchestrator.policy import Adaptive, auto, every
 from orchestrator.rules import save_interval
 from orchestrator.rules.records import Head
 from orchestrator.rules.save_interval import PRIOR_S, Costs, History
 from tests.support.builders import head
-from tests.support.processes import job
-from tests.support.runs import journal_of, now, state
 
 HOUR = 3600.0
 
@@ -133,95 +123,3 @@ def test_auto_is_due_at_once_then_at_what_may_be_lost_then_at_what_it_has_chosen
     assert both.informed(costs()).due(14, 0.0) and not both.informed(costs()).due(15, 0.0)
     with pytest.raises(oc.UsageError, match="expected a positive number"):
         auto(0)
-
-
-def test_an_agent_measures_chooses_and_says_why_once(root: Path) -> None:
-    told: list[CadenceChosen] = []
-    end = subscribe(lambda event: told.append(event) if isinstance(event, CadenceChosen) else None)
-    try:
-        for _ in range(3):
-            with oc.Agent(root, save=oc.auto(max_loss_s=2000), options=now()) as agent:
-                assert agent.cadence is None
-                assert agent.save(len(journal_of(root)), state(0))
-                assert not agent.save(99, state(0))  # not due yet: that the choice has been made is known now
-                chosen = agent.cadence
-                assert chosen is not None
-                assert chosen.costs.blocked_s > 0 and chosen.costs.durable_s > 0
-                assert chosen.interval_s < 2000
-    finally:
-        end()
-    assert chosen.costs.interruptions == 2
-    assert len(told) == 3 and "2 interruptions in" in told[-1].because
-    fresh = Pacing(agent._catalog)
-    assert fresh.costs is None  # of the saves; the history is there
-
-
-@pytest.mark.slow
-def test_all_hosts_save_the_same_steps_at_the_chosen_interval(tmp_path: Path) -> None:
-    with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=60, delay=0.05, auto=1.0, keep=99) as running:
-        assert running.wait(90) == [0, 0], running.story()
-        first, second = (running.said(process, "done")[0] for process in range(2))
-        assert first["steps"] == second["steps"] and first["failures"] == 0
-        # About 60 steps in 3 to 6 s, at least 0.5 s apart: neither each step nor only the first.
-        assert 3 <= len(first["steps"]) <= 15, first["steps"]
-
-
-class Counting:
-    """The port of a job of one process, counting what it broadcasts."""
-
-    def __init__(self) -> None:
-        self.inner = connect(1.0)
-        self.process, self.count, self.hosts = self.inner.process, self.inner.count, self.inner.hosts
-        self.asked: list[int] = []
-
-    def broadcast(self, name: str, value: Any, timeout_s: float) -> Any:
-        if name.startswith("save step"):
-            self.asked.append(int(name.removeprefix("save step ").removesuffix("?")))
-        return self.inner.broadcast(name, value, timeout_s)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-def test_a_timed_policy_is_asked_about_seldom_and_its_saves_are_on_time(root: Path) -> None:
-    rendezvous, saved = Counting(), {}
-    with oc.Agent(root, save=oc.every_seconds(0.5) | oc.at([33]), rendezvous=rendezvous, options=now()) as agent:
-        started = time.monotonic()
-        for step in range(150):
-            if agent.save(step, state(step)):
-                saved[step] = time.monotonic() - started
-            time.sleep(0.01)
-    assert 33 in saved, "what is due by step is not missed between two looks"
-    times = [at for step, at in saved.items() if step != 33]
-    gaps = [later - sooner for sooner, later in itertools.pairwise(sorted(saved.values()))]
-    assert len(times) >= 3 and max(gaps) < 1.5, (saved, rendezvous.asked)
-    assert len(rendezvous.asked) < 75, rendezvous.asked
-
-
-def test_the_next_look_is_half_way_doubles_at_most_and_is_never_more_than_64_steps_away() -> None:
-    looks = Looks()
-    assert looks.plan(0, 100.0) == 1  # how long a step takes is not known yet
-    assert looks.plan(1, 0.0) == 1  # due: the same question at the same step has the same answer
-    step, strides = 2, []
-    for _ in range(9):
-        following = looks.plan(step, 1e9)
-        strides.append(following - step)
-        step = following
-    assert strides == [1, 2, 4, 8, 16, 32, 64, 64, 64]
-    time.sleep(0.1)
-    assert 1 <= looks.plan(step, 0.01) - step <= 4  # 0.01 s is left, of steps of 0.1 s / 64
-    assert looks.plan(step + 4, 0.0) == step + 4
-    assert looks.plan(step + 5, 1e9) == step + 6  # after a save: one by one again
-
-
-def test_a_users_own_timed_policy_is_asked_about_at_each_step(root: Path) -> None:
-    class OddMinutes:
-        timed = True
-
-        def due(self, step: int, elapsed_s: float | None) -> bool:
-            return elapsed_s is None
-
-    rendezvous = Counting()
-    with oc.Agent(root, save=OddMinutes(), rendezvous=rendezvous, options=now()) as agent:
-        assert [agent.save(step, state(step)) for step in range(4)] == [True, False, False, False]
-    assert rendezvous.asked == [0, 1, 2, 3]

@@ -87,7 +87,7 @@ def test_a_job_whose_root_is_taken_away_ends_before_it_writes_and_makes_no_other
     try:
         agent.save(1, state(1))
         agent.wait_until_finished()
-        agent._collector.wait(10)
+        agent._deletion.wait(10)
         take(root)
         before = everything(tmp_path)
         with pytest.raises(RootChanged, match=str(root)) as caught:

@@ -1,0 +1,139 @@
+"""Which steps a job saves: those that its policy says, each one once its hosts are being preempted, and again a step
+whose save has failed.
+
+All processes ask at the same steps and get the same answers. What depends on a clock is for process 0 to say, in a
+broadcast; `PollSpacing` keeps those few. May do no I/O: the rendezvous, the measurements and the clock are given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from orchestrator.job.pacing import Pacing
+from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.policy import Adaptive, Patient, SavePolicy
+from orchestrator.rules.records import Json
+from orchestrator.rules.save_interval import Cadence
+from orchestrator.run.journal_store import Catalog
+
+POLL_STEPS_MAX = 64  # between two questions to process 0, however far away the next save is
+
+
+class SaveSchedule:
+    """`due` and `reached_preemption` may be collectives: main thread, all processes, at the same steps.
+
+    saved_step: the step that was saved last or is being saved; None once that save has failed. failed_step: the step
+    whose save failed last; None once it is being saved again. preempted: hosts are being preempted, which is known
+    since `preempted_s` on the clock (in seconds, `time.monotonic` but for tests).
+    """
+
+    def __init__(
+        self, policy: SavePolicy, rendezvous: Rendezvous, timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._policy, self._rendezvous, self._timeout_s, self._clock = policy, rendezvous, timeout_s, clock
+        self.saved_step: int | None = None
+        self.failed_step: int | None = None
+        self.preempted, self.preempted_s = False, 0.0
+        self._preemption_step = -1  # for which the hosts have been asked; once a step is enough
+        self._last_start_s: float | None = None
+        self._spacing = PollSpacing(clock)
+        self._pacing: Pacing | None = None
+
+    # Questions.
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be saved now. Raises WaitTimeout naming processes that do not ask at this step."""
+        due = self._due_by_policy(step)
+        return self.reached_preemption(step) or due
+
+    def _due_by_policy(self, step: int) -> bool:
+        elapsed_s = None if self._last_start_s is None else self._clock() - self._last_start_s
+        if not self._policy.timed:
+            return self._policy.due(step, elapsed_s)
+        if step < self._spacing.next_step:  # by time nothing is due, on any host; by step perhaps
+            return self._policy.due(step, 0.0)
+        answer = self._rendezvous.broadcast(f"save step {step}?", self._answer(step, elapsed_s), self._timeout_s)
+        self._spacing.next_step = int(answer["next"])
+        return bool(answer["due"])
+
+    def _answer(self, step: int, elapsed_s: float | None) -> Json:
+        """Process 0's, which counts: whether a timed policy is due, and at which step to ask again."""
+        if self._rendezvous.process != 0:
+            return None
+        policy = self._policy
+        if self._pacing and isinstance(policy, Adaptive):
+            policy = self._pacing.informed(policy)
+        due = policy.due(step, elapsed_s)
+        quiet_s = policy.quiet_s(elapsed_s) if isinstance(policy, Patient) and not due else 0.0
+        return {"due": due, "next": self._spacing.plan(step, quiet_s)}
+
+    def reached_preemption(self, step: int) -> bool:
+        """True, on all hosts from the same step on, once any of them has got SIGTERM."""
+        if self._preemption_step != step and not self.preempted:
+            self._preemption_step = step
+            self.preempted = self._rendezvous.preempted(step)
+            self.preempted_s = self._clock()
+        return self.preempted
+
+    @property
+    def cadence(self) -> Cadence | None:
+        """What an adaptive policy has chosen, and why. None before the first commit, and on processes other than 0."""
+        return self._pacing.chosen if self._pacing else None
+
+    # What became of saves.
+
+    def opened(self, catalog: Catalog) -> None:
+        """The epoch is open: process 0 measures from now on what an adaptive policy goes by."""
+        if self._rendezvous.process == 0 and isinstance(self._policy, Adaptive):
+            self._pacing = Pacing(catalog, self._clock)
+
+    def begin(self, started_s: float) -> None:
+        """A save begins, at `started_s` on the clock. Policies in seconds count from here, whatever becomes of it."""
+        self._last_start_s = started_s
+
+    def started(self, step: int) -> None:
+        """`step` is being saved in the background: it is not due again unless that fails."""
+        self.saved_step = step
+        if self.failed_step == step:
+            self.failed_step = None
+
+    def failed(self, step: int) -> None:
+        """The save of `step` has failed: it is due again."""
+        self.saved_step, self.failed_step = None, step
+
+    def committed(self, blocked_s: float, durable_s: float) -> None:
+        """A save let training go on after `blocked_s`, on the slowest host, and was committed after `durable_s`."""
+        if self._pacing:
+            self._pacing.saved(blocked_s, durable_s)
+
+
+class PollSpacing:
+    """At which step all processes next ask process 0 whether a timed policy is due. The question is a collective, which
+    may cost more than many saves do.
+
+    Process 0 answers each time with the step of the next question: half-way, in time, to when a save can be due, by how
+    long steps have taken; at most twice as far as the time before; and from one step on after each save. So steps that
+    are suddenly slower do not make a save late. Main thread, all processes.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.next_step = 0  # the same on all processes
+        self._clock = clock
+        self._polled: tuple[int, float] | None = None  # at which step, and when
+        self._stride = 1
+
+    def plan(self, step: int, quiet_s: float) -> int:
+        """On process 0, asked at `step`: the step of the next question. `quiet_s`: nothing is due by time before."""
+        now, before = self._clock(), self._polled
+        if before is None or step > before[0]:
+            self._polled = (step, now)
+        if quiet_s <= 0:
+            self._stride = 1
+            return step
+        if before is None or step <= before[0]:
+            return step + 1
+        step_s = max((now - before[1]) / (step - before[0]), 1e-6)
+        stride = max(1, min(self._stride, POLL_STEPS_MAX, int(quiet_s / 2 / step_s)))
+        self._stride = 2 * stride
+        return step + stride
