@@ -295,7 +295,7 @@ def test_verify_says_that_a_step_was_retired_and_calls_nothing_damaged(root: Pat
     for path in sorted(root.glob("steps/00000001/*/state/**/d/*")):
         path.unlink()
     verdict = verify.read_back(catalog, live)
-    assert (verdict.damaged, verdict.unread, verdict.good) == ([], [], False) and "was retired" in verdict.retired
+    assert (verdict.damaged, verdict.unread, verdict.good) == ((), (), False) and "was retired" in verdict.retired
     before = snapshot(root)
     verify.record(catalog, live, verdict)
     assert snapshot(root) == before
