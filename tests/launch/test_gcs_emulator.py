@@ -25,7 +25,7 @@ from gcsfs.core import GCSFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.gcs_emulator.bucket import Bucket, Preconditions, Rejected
+from launch.gcs_emulator.bucket import ApiError, Bucket, Preconditions
 from launch.gcs_emulator.faults import Dice, Faults
 from launch.gcs_emulator.process import EmulatorProcess
 from tests.support.gcs import BUCKET, REPO, emulator, faults
@@ -316,7 +316,7 @@ def test_requests_are_counted_by_class_and_names_written_too_often_are_noticed(
 def test_a_bucket_has_a_limit() -> None:
     bucket = Bucket("b", 10)
     bucket.put("a", b"0123456789", Preconditions())
-    with pytest.raises(Rejected, match="10 bytes at most"):
+    with pytest.raises(ApiError, match="10 bytes at most"):
         bucket.put("b", b"1", Preconditions())
     bucket.put("a", b"", Preconditions())
     bucket.put("b", b"0123456789", Preconditions())
