@@ -181,13 +181,13 @@ def test_pages_together_are_the_whole_listing(
     bucket = Bucket("b", 1 << 20)
     for name in names:
         bucket.put(name, b"", Preconditions())
-    wanted_objects, wanted_prefixes = [], []
+    expected_objects, expected_prefixes = [], []
     for name in sorted(name for name in names if name.startswith(prefix) and name >= start):
         rest = name[len(prefix) :]
         if not delimiter or delimiter not in rest:
-            wanted_objects.append(name)
-        elif (folder := prefix + rest.partition(delimiter)[0] + delimiter) not in wanted_prefixes:
-            wanted_prefixes.append(folder)
+            expected_objects.append(name)
+        elif (folder := prefix + rest.partition(delimiter)[0] + delimiter) not in expected_prefixes:
+            expected_prefixes.append(folder)
     objects: list[str] = []
     prefixes: list[str] = []
     token: str | None = None
@@ -199,7 +199,7 @@ def test_pages_together_are_the_whole_listing(
         token = page.next_token
         if token is None:
             break
-    assert (objects, prefixes) == (wanted_objects, wanted_prefixes)
+    assert (objects, prefixes) == (expected_objects, expected_prefixes)
 
 
 def test_copies_and_moves(gcs: EmulatorProcess, folder: str) -> None:
