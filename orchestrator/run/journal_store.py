@@ -31,13 +31,13 @@ from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import journal, validate
 from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.codec import AnyRecord, decode, encode
+from orchestrator.rules.codec import RECORD_BYTES_MAX, AnyRecord, decode, encode
 from orchestrator.rules.journal import FencedBy, Found, Next, Rejected, Stamp
 from orchestrator.rules.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.run import survey
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
-from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Storage, TooLarge
+from orchestrator.storage.port import Created, Storage, TooLarge
 
 READS = 3  # of one object, before what differs from read to read is given up
 EARLY_S = 5.0  # a head that was read longer ago is read again before anything is built on it
@@ -183,7 +183,7 @@ class Catalog:
         """Apply a journal rule: read the head, compute the next, create it; if somebody was first, do it again.
 
         `early`: a reading of the head that was begun a moment ago. The first try may build on it, as if this process
-        had paused before it creates; what else the rule says is asked again of a head read now (decision 0024).
+        had paused before it creates; what else the rule says is asked again of a head read now (decision 18).
         Returns the head that holds the change (the current one where the rule found nothing to do). Raises Fenced if
         a newer epoch has been opened, what the rule rejects with, JournalLost if there was a journal and it is not
         (whole), and StorageError after 100 lost races.

@@ -100,7 +100,7 @@ def test_names_that_are_no_hosts_are_left_out_and_a_lost_directory_makes_nobody_
             beats.path(0).with_name(name).write_text(json.dumps(BEAT))
         assert beats.poll(1.0) == {}
         beats.path(3).write_text(json.dumps(BEAT))
-        assert beats.poll(1.0) == {3: 0.0} and beats.listen(2.0) == {3: 1.0}
+        assert beats.poll(1.0) == {3: 0.0} and beats.poll(2.0) == {3: 1.0}
     finally:
         beats.close()
     assert beats.poll(9999.0) == {}, "who cannot be heard is not known to be silent"

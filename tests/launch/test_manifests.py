@@ -269,7 +269,7 @@ BROKEN: dict[str, tuple[list[Manifest], Callable[[list[Manifest]], object], str]
         lambda d: d.pop(0),
         "Job/run7: spec.template.spec.subdomain: 'run7': there is no Service of this name",
     ),
-    "no kind": (INDEXED, lambda d: d[0].pop("kind"), "?/run7: apiVersion, kind: both are needed"),
+    "no kind": (INDEXED, lambda d: d[0].pop("kind"), "?/run7: apiVersion, kind: both are required"),
     "unknown kind": (INDEXED, lambda d: d[0].update(kind="Servise"), "Servise/run7: kind: Couldn't find schema"),
 }
 
@@ -309,7 +309,7 @@ def test_the_check_reads_files_and_ends_with_1_if_something_is_wrong(tmp_path: P
     [
         (["--name=a"], "no command to run"),
         (["--image=i", "--", "x"], "--name is required"),
-        (["--name=a", "--image=i", "--", "x"], "choose one of --tpu_type, --gpu_type and --devices_per_process"),
+        (["--name=a", "--image=i", "--", "x"], "choose from --tpu_type, --gpu_type, --devices_per_process"),
         (["--name=a", "--image=i", "--tpu_type=t", "--", "x"], "--tpu_type needs --tpu_topology"),
         (
             ["--name=a", "--image=i", "--tpu_type=t", "--tpu_topology=4*4", "--", "x"],
