@@ -185,7 +185,7 @@ def test_a_crash_loop_is_announced_and_the_next_start_steps_back() -> None:
         ENVIRON
         + BEAT
         + (
-            "print('back', e.get('ORCHESTRATOR_STEP_BACK'))\nbeat(7)\n"
+            "print('back', e.get('ORCHESTRATOR_STEP_BACK'))\nrecord(7)\n"
             "raise SystemExit(e.get('ORCHESTRATOR_STEP_BACK') is None)"
         )
     )
