@@ -18,7 +18,7 @@ from orchestrator.job.decision import DecisionReader
 from orchestrator.job.finalize import UserData
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.participant import Participants
-from orchestrator.job.rendezvous import _Alone
+from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.observe import events
 from orchestrator.observe.events import SavePhase
@@ -134,7 +134,7 @@ def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_pa
 
 
 def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(tmp_path: Path) -> None:
-    class Deaf(_Alone):
+    class Deaf(SingleProcess):
         def poll(self, prefix: str) -> dict[str, str]:
             return {}
 
