@@ -40,7 +40,7 @@ def stamp(base: str) -> object:
 
 
 def described(base: str, error: Exception) -> str:
-    """What TensorStore says of a read below URL `base`, for people."""
+    """TensorStore's error of a read below URL `base`, as one line for people."""
     if not base.startswith("gs://"):
         return str(error)
     from orchestrator.arrays.format import buckets
@@ -70,7 +70,7 @@ def inspect(base: str) -> None:
         try:
             root.inspect(key)
         except (FileNotFoundError, NotADirectoryError):
-            return  # that is for whoever opens it to say
+            return  # whoever opens it reports that
         except OSError as error:
             raise storage_error("read", root.shown(key), error) from error
 
@@ -78,8 +78,8 @@ def inspect(base: str) -> None:
 _RETRY = {"max_retries": 9, "initial_delay": "100ms", "max_delay": "8s"}
 
 
-# TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
-# say, and whatever any other status says (credentials, certificates, a proxy's opinion), is no proof of damage.
+# TensorStore's statuses that may come from what is stored. The store is asked again in another way then: neither these
+# nor any other status (credentials, certificates, a proxy's opinion) are proof of damage.
 _SUSPICIOUS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
 _TRIED_LONG = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")  # TensorStore's own retries are over
 
@@ -122,7 +122,7 @@ _reported = 0
 
 
 def report_retries(directory: str) -> None:
-    """Emit an event if TensorStore has repeated requests since the last report. It tells no more than how many."""
+    """Emit an event if TensorStore has repeated requests since the last report. How many is all that it reports."""
     global _reported
     if not directory.startswith("gs://"):
         return

@@ -52,7 +52,7 @@ def load(
     itself: this waits for no other process. Main thread.
 
     on_bytes: called with the number of bytes as they arrive, for progress displays. stored: what the manifest lists;
-    without it another save's chunk cannot be told from this one's.
+    without it another save's chunk cannot be distinguished from this one's.
     Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
     cannot be read.
     """
