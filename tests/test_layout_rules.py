@@ -32,15 +32,10 @@ RANKS = {name: rank for rank, (_, names) in enumerate(ROOMS) for name in names.s
 LAUNCH = len(ROOMS)
 FACADE = RANKS["agent"]  # orchestrator/__init__.py gives the public names
 PURE_ROOM = RANKS["rules"]
-PURE_ELSEWHERE = (
-    "orchestrator.storage.gcs_replies",
-    "orchestrator.arrays.format.ocdbt",
-    "launch.supervise",
-    "launch.lines",
-)
-IMPURE = {
+PURE_ELSEWHERE = ("orchestrator.storage.gcs_replies", "orchestrator.arrays.format.ocdbt", "launch.lines")
+IMPURE = {  # numpy is arithmetic
     *("os", "io", "time", "datetime", "random", "uuid", "secrets", "socket", "threading", "asyncio", "pathlib"),
-    *("subprocess", "signal", "absl", "numpy", "orbax", "tensorstore", "etils", "jax"),
+    *("subprocess", "signal", "absl", "orbax", "tensorstore", "etils", "jax"),
 }
 # Whoever imports one of these names (or anything below it) must be one of the modules given.
 ONLY_IMPORTERS = {

@@ -24,8 +24,10 @@ from orchestrator.compat.adopt import EXTRA
 from orchestrator.compat.orbax_items import Saved
 from orchestrator.compat.orbax_options import Info
 from orchestrator.errors import Damaged, StepNotFound, UsageError
+from orchestrator.job.read_step import ReadOptions
 from orchestrator.job.rendezvous import connect
-from orchestrator.job.restore import RestoreArgs, agree, restore_together
+from orchestrator.job.restore import RestoreOptions, restore_together
+from orchestrator.job.rounds import Round, agree
 from orchestrator.job.startup import meet
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json, LiveStep
@@ -34,6 +36,13 @@ from orchestrator.run.orbax_steps import DEFAULT, unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
 from orchestrator.storage.read_only import ReadOnlyStorage
+
+# What process 0 says to all: (step, time, metrics) of each restorable step; the step whose save has failed, and the one
+# that is being saved.
+_STEPS: Round[list[tuple[int, float, dict[str, float]]]] = Round(
+    "steps of the run", list[tuple[int, float, dict[str, float]]]
+)
+_SAVING: Round[tuple[int | None, int | None]] = Round("has it failed?", tuple[int | None, int | None])
 
 
 class NoSuchStep(StepNotFound, FileNotFoundError):
@@ -132,7 +141,7 @@ class CheckpointManager:
         """Read the steps anew; all processes then know the same (process 0's)."""
         # Only a policy of the user's own may look at the metrics of the steps before.
         infos = partial(self._plain_infos, whole=self._orbax.save_decision_policy is not None)
-        told = agree(self._rendezvous, "steps of the run", self._options.rendezvous_timeout_s, infos)
+        told = agree(self._rendezvous, _STEPS, self._options.rendezvous_timeout_s, infos)
         self._infos = [orbax_options.info(*each) for each in told]
 
     def reached_preemption(self, step: int) -> bool:
@@ -219,7 +228,7 @@ class CheckpointManager:
         """Whether the save begun last has failed: all processes must answer the same, so process 0 says it for all."""
         agent = self._writer()
         timeout_s = self._options.rendezvous_timeout_s
-        told = agree(self._rendezvous, "has it failed?", timeout_s, lambda: [agent.failed_step, agent.in_flight])
+        told = agree(self._rendezvous, _SAVING, timeout_s, lambda: (agent.failed_step, agent.in_flight))
         self._forget(told[0])
         if told[1] is None:
             self._unsure = None
@@ -252,11 +261,12 @@ class CheckpointManager:
         self._live(step)
         rule = partial(journal.retire, keep=orbax_options.KeepAllBut(step))
 
-        def retire() -> Json:
+        def retire() -> bool:
             head = self._catalog.append(rule)
             return head is None or journal.find(head, step) is None
 
-        if not agree(self._rendezvous, f"delete step {step}", self._options.rendezvous_timeout_s, retire):
+        retired = Round[bool](f"delete step {step}", bool)
+        if not agree(self._rendezvous, retired, self._options.rendezvous_timeout_s, retire):
             raise UsageError(
                 f"{self._url}: step {step} stays: it is the newest, the newest known to be good, or pinned"
             )
@@ -319,8 +329,13 @@ class CheckpointManager:
             like = trees[DEFAULT] if saved.whole else trees
             timeout_s = self._options.rendezvous_timeout_s
             # Each item has been matched before.
-            how = RestoreArgs(partial=True, cast=True, record=not self._orbax.read_only)
-            found = restore_together(self._catalog, self._rendezvous, like, step, how, timeout_s)
+            options = RestoreOptions(
+                timeout_s,
+                step=step,
+                record=not self._orbax.read_only,
+                read=ReadOptions(partial=True, cast=True),
+            )
+            found = restore_together(self._catalog, self._rendezvous, like, options)
             if found is None:
                 raise NoSuchStep(f"{self._url}: no steps")
             states, told = found.process_states, found.extra.get(EXTRA, {})

@@ -13,6 +13,7 @@ from orchestrator import environment
 from orchestrator.errors import OrchestratorError, Suspect, Unavailable
 from orchestrator.observe.events import Retried, emit
 from orchestrator.rules.records import ExternalArray
+from orchestrator.storage import local_path
 from orchestrator.storage.directory import alias, find, storage_error
 
 FAILURES = (ValueError, OSError, NotImplementedError)  # as which TensorStore's statuses arrive
@@ -22,8 +23,8 @@ def files_spec(base: str) -> dict[str, Any]:
     """The files below URL `base`, as keys. Never as a URL: TensorStore decodes `%41` in one, and cuts it at `?`, `#`
     and `|`, all of which may stand in a directory's name. A backslash it takes for a slash even in a path."""
     where = base.rstrip("/") + "/"
-    if not where.startswith("gs://"):
-        path = where.removeprefix("file://")
+    path = local_path(where)
+    if path is not None:
         return {"driver": "file", "path": path if "\\" not in path else alias(path)}
     from orchestrator.arrays.format import buckets
 
@@ -32,7 +33,7 @@ def files_spec(base: str) -> dict[str, Any]:
 
 def stamp(base: str) -> object:
     """What is below URL `base` is to be opened again when this changes. Raises Unavailable."""
-    if not base.startswith("gs://"):
+    if local_path(base) is not None:
         return None
     from orchestrator.arrays.format import buckets
 
@@ -41,7 +42,7 @@ def stamp(base: str) -> object:
 
 def described(base: str, error: Exception) -> str:
     """TensorStore's error of a read below URL `base`, as one line for people."""
-    if not base.startswith("gs://"):
+    if local_path(base) is not None:
         return str(error)
     from orchestrator.arrays.format import buckets
 
@@ -65,8 +66,9 @@ def external_spec(directory: str, external: ExternalArray) -> dict[str, Any]:
 def inspect(base: str) -> None:
     """What TensorStore is to read below URL `base` are plain files, all of it. Raises Unavailable, naming what is not:
     TensorStore would follow links out of the run, and wait for ever at a pipe."""
-    if base.startswith("file://"):
-        root, key = find(base.removeprefix("file://"))
+    path = local_path(base)
+    if path is not None:
+        root, key = find(path)
         try:
             root.inspect(key)
         except (FileNotFoundError, NotADirectoryError):

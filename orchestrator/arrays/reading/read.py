@@ -32,12 +32,12 @@ from orchestrator.arrays.reading.host_memory import Arena, Slab
 from orchestrator.arrays.reading.kvstore import KvStore
 from orchestrator.arrays.reading.kvstore_source import KvStoreSource
 from orchestrator.arrays.reading.local_source import LocalSource
-from orchestrator.arrays.reading.local_store import local_path
 from orchestrator.arrays.reading.owned_memory import use_owned_memory
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Chunk, Stored
 from orchestrator.rules.records import Box, LeafSpec
+from orchestrator.storage import local_path
 
 _PART_BYTES = 128 << 20  # that goes to accelerators while as much is read
 
