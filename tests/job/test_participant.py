@@ -21,12 +21,12 @@ from orchestrator.job.participant import Participants
 from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.observe import events
-from orchestrator.observe.events import SavePhase
+from orchestrator.observe.events import SaveNotCommitted, SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import Failure
+from orchestrator.rules.records import Cause, Failure
 from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage, Storage
@@ -86,6 +86,18 @@ def test_what_the_journal_says_of_an_attempt(
     assert reader.journalled() == outcome
 
 
+def test_the_journal_keeps_the_cause_of_an_abort_beyond_its_entry(tmp_path: Path) -> None:
+    catalog, board = a_run(tmp_path), FakeBoard(1, 2)
+    for step, cause in ((3, Cause.SILENT), (4, Cause.INCOMPLETE)):
+        why: dict[str, Any] = {"failures": (), "reason": f"it was {cause}", "cause": cause}
+        catalog.append(partial(journal.abort, epoch=1, attempt=AttemptId(step, FIRST), **why))
+    readers = [DecisionReader(AttemptId(step, FIRST), 1, catalog, Signals(board, "i"), board.hosts) for step in (3, 4)]
+    assert [reader.journalled() for reader in readers] == [
+        Aborted("journal version 4: aborted", Cause.SILENT),  # its words went with its entry
+        Aborted("journal version 4: it was incomplete", Cause.INCOMPLETE),
+    ]
+
+
 def test_a_decision_that_does_not_come_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
     board, clock = FakeBoard(1, 2), StepClock()
     reader = DecisionReader(AttemptId(3, FIRST), 1, a_run(tmp_path), Signals(board, "i"), board.hosts, clock.clock)
@@ -107,11 +119,15 @@ def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_c
     other = abort_vote(attempt, Failure(process=0, host="host-0", phase="write", cause="disk full"))
     board.process = 0
     signals.vote_abort(other)
-    signals.post_decision(attempt, Aborted("process 0 voted to abort"))
+    signals.post_decision(attempt, Aborted("process 0 voted to abort", Cause.DISAGREE))
     board.process = 1
+    ended: list[SaveNotCommitted] = []
+    stop = events.subscribe(lambda event: ended.append(event) if isinstance(event, SaveNotCommitted) else None)
     save.start(flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)}))
     save.join(20)
+    stop()
     assert "process 0 voted to abort" in str(save.error)
+    assert [event.cause for event in ended] == [Cause.DISAGREE]  # as the decision says, whatever its words
     assert signals.votes(attempt) == {0: other}
     assert Catalog(storage, "w").receipt(attempt, 1) is None
 
