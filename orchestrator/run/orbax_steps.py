@@ -20,6 +20,7 @@ from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments, keys
 from orchestrator.rules.records import Head, Json, LeafSpec
 from orchestrator.run.journal_store import Catalog
+from orchestrator.storage import local_path
 from orchestrator.storage.port import Reads
 
 DEFAULT = "default"  # Orbax's name for a single, unnamed item
@@ -57,12 +58,6 @@ class Found:
     custom_metadata: dict[str, Json] = field(default_factory=dict)
     single: bool = False
     time: float = 0.0
-
-
-def local_path(url: str) -> Path | None:
-    """None for an object store's."""
-    plain = url.removeprefix("file://")
-    return None if "://" in plain else Path(plain)
 
 
 def survey(base: Path, known: frozenset[int] = frozenset()) -> Directory:
@@ -221,13 +216,13 @@ def unadopted(catalog: Catalog, head: Head | None) -> str | None:
     Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
     and retired since, or were left behind. Changes nothing. Raises StorageError, UsageError where names are in doubt.
     """
-    base = local_path(catalog.url)
+    root = local_path(catalog.url)
     newest = max((live.step for live in head.live), default=-1) if head else -1
-    if base is None:
+    if root is None:
         found = in_store(catalog.storage, newest)
         return elsewhere(catalog.url, found) if found else None
     known = frozenset(live.step for live in head.live) if head else frozenset()
-    root, there = str(base), survey(base, known)
+    there = survey(Path(root), known)
     newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
 
     def is_newer(path: Path) -> bool:
