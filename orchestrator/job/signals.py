@@ -40,7 +40,7 @@ _HELD = msgspec.json.Decoder(tuple[Held, ...])
 _OUTCOME: msgspec.json.Decoder[Outcome] = msgspec.json.Decoder(Outcome)
 
 
-class Board(Protocol):
+class SignalBoard(Protocol):
     """The part of a rendezvous that carries signals."""
 
     process: int
@@ -71,7 +71,7 @@ def abort_vote(attempt: AttemptId, failure: Failure, **more: Any) -> Receipt:
 class Signals:
     """Of the incarnation with this random id: what an older one has posted is never taken for this one's."""
 
-    def __init__(self, board: Board, incarnation_id: str) -> None:
+    def __init__(self, board: SignalBoard, incarnation_id: str) -> None:
         self._board = board
         self._all = f"orchestrator/{incarnation_id}/"
         self._decided: AttemptId | None = None

@@ -405,7 +405,7 @@ class Worker:
                 yield f"{here}: settles and reports", after.local(index, next_save(self.saves, local, True)), NOTHING
 
     def _await(self, engine: Engine, world: World, index: int, step: int, attempt: str) -> Iterator[Move]:
-        """Saver._await_decision and _journalled: the decision as the journal tells it, or an abort by signal."""
+        """DecisionReader: the decision as the journal tells it, or an abort by signal."""
         local = world.actors[index]
         here = f"{self.name}: {step} {attempt}"
         head = engine.head(world.top)
