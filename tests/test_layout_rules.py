@@ -48,8 +48,8 @@ ONLY_IMPORTERS = {
     "orbax": ("orchestrator.arrays",),
     "tensorstore": ("orchestrator.arrays",),
     "etils": ("orchestrator.arrays",),
-    "jax._src": ("orchestrator.job.rendezvous", "orchestrator.arrays"),
-    "jaxlib": ("orchestrator.job.rendezvous",),
+    "jax._src": ("orchestrator.arrays.jax_internals",),
+    "jaxlib": ("orchestrator.arrays.jax_internals",),
     "jax.experimental.multihost_utils": ("orchestrator.job.rendezvous",),
 }
 

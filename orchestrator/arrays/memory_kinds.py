@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+PINNED_HOST = "pinned_host"  # JAX's name for page-locked memory of the host
+
 
 @functools.lru_cache(maxsize=256)
 def on_host(sharding: jax.sharding.Sharding) -> bool:

@@ -9,10 +9,7 @@ always in storage: a lost signal only makes things slower.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
-import functools
 import json
 import os
 import re
@@ -24,16 +21,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from absl import logging
-
-# Private: the coordination-service client has no public accessor, no option says where Gloo listens, and none that a
-# process that has failed is not to wait for the others at exit (jax 0.10.2).
-# tests/arrays/test_private_apis.py watches both.
-from jax._src import api as _api
-from jax._src import dispatch as _dispatch
-from jax._src import distributed as _distributed
-from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
 
+from orchestrator.arrays import jax_internals
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import WaitTimeout
 from orchestrator.job import last_words, sigterm
@@ -42,7 +32,6 @@ from orchestrator.rules.records import Json
 QUICK_S = 1.0  # for one signal; storage is polled as often
 _FIRST_BYTES = 252  # of a message; most are shorter
 _LENGTH_BYTES = 4
-_make_gloo = _jax.make_gloo_tcp_collectives
 
 
 class Rendezvous(Protocol):
@@ -82,16 +71,16 @@ def connect(timeout_s: float) -> Rendezvous:
 def collectives_listen_on(address: str) -> None:
     """Have JAX's collectives between CPUs (Gloo) listen on `address`, instead of on whatever the machine's name stands
     for: in a job whose processes are all on this machine nobody else has business there. Before JAX has a backend."""
-    _jax.make_gloo_tcp_collectives = functools.partial(_make_gloo, hostname=address)
+    jax_internals.collectives_listen_on(address)
 
 
 def join_last_words() -> None:
     """If `jax.distributed` is initialized for several processes, have them learn of each other's failures. Idempotent.
     Not where the job is to outlive a lost process (`jax_enable_recoverability`)."""
-    state = _distributed.global_state
+    me = jax_internals.process_of_job()
     recoverable = getattr(jax.config, "jax_enable_recoverability", False)
-    if state.client is not None and state.num_processes > 1 and not recoverable:
-        last_words.join(ServiceBoard(state.process_id, state.num_processes), host_name())
+    if me is not None and me[1] > 1 and not recoverable:
+        last_words.join(ServiceBoard(*me), host_name())
 
 
 def host_name() -> str:
@@ -102,7 +91,7 @@ def host_name() -> str:
 def listen(me: Rendezvous) -> sigterm.Listening:
     """Handle SIGTERM so that `me.preempted` reports it, from now until `stop`. For whoever can save."""
     several = isinstance(me, ManyProcesses)
-    if several and _distributed.global_state.preemption_sync_manager is None:
+    if several and not jax_internals.has_preemption_service():
         return sigterm.Listening()  # nobody could have the others agree; `preempted` says so
     return sigterm.listen(jax_agrees=several)
 
@@ -141,7 +130,7 @@ class ManyProcesses:
     def __init__(self, timeout_s: float) -> None:
         self.process, self.count = jax.process_index(), jax.process_count()
         self.hosts: dict[int, str] = {}
-        self._client: Any = _distributed.global_state.client
+        self._client: Any = jax_internals.coordination_client()
         self._board = ServiceBoard(self.process, self.count)
         self._barriers = 0
         self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
@@ -180,7 +169,7 @@ class ManyProcesses:
     @in_own_context
     def preempted(self, step: int) -> bool:
         # The step that all agree on is one of the agent that is open now; one that is opened afterwards counts its own.
-        if not ManyProcesses._leaving and _distributed.global_state.preemption_sync_manager is None:
+        if not ManyProcesses._leaving and not jax_internals.has_preemption_service():
             logging.log_first_n(
                 logging.WARNING,
                 "JAX's preemption service is off (jax_enable_preemption_service): nobody listens for SIGTERM, and "
@@ -206,21 +195,16 @@ class ServiceBoard:
 
     def __init__(self, process: int, count: int) -> None:
         self.process, self.count = process, count
-        self._client: Any = _distributed.global_state.client
+        self._client: Any = jax_internals.coordination_client()
         self._one_call = threading.Lock()
 
     @property
     def connected(self) -> bool:
-        return _distributed.global_state.client is self._client
+        return jax_internals.coordination_client() is self._client
 
     def skip_exit_barrier(self) -> None:
-        """JAX's exit handlers wait for the other processes. The client and the service do so, too, when they go: keep
-        them for ever."""
-        for handler in (_api.clean_up, _dispatch.wait_for_tokens):
-            atexit.unregister(handler)
-        state = _distributed.global_state
-        for kept in (state.preemption_sync_manager, state.client, state.service):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+        """Let this process end without waiting for the others."""
+        jax_internals.skip_exit_barrier()
 
     def post(self, key: str, value: str) -> None:
         self._quickly(lambda: self._client.key_value_set(key, value, allow_overwrite=True))

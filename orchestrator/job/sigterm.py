@@ -15,15 +15,15 @@ thread install a handler, so where an agent is opened on another one, that is sa
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any
 
 from absl import logging
+
+from orchestrator.job import sigaction
 
 
 class Listening:
@@ -71,64 +71,6 @@ def _say(why: str) -> None:
         logging.warning("SIGTERM: %s", why)
 
 
-class _SigAction(ctypes.Structure):
-    """glibc's and musl's `struct sigaction` on 64-bit Linux."""
-
-    _fields_ = (
-        ("handler", ctypes.c_void_p),
-        ("mask", ctypes.c_uint64 * 16),
-        ("flags", ctypes.c_int),
-        ("restorer", ctypes.c_void_p),
-    )
-
-
-class _DlInfo(ctypes.Structure):
-    _fields_ = (
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("symbol", ctypes.c_char_p),
-        ("address", ctypes.c_void_p),
-    )
-
-
-_SA_RESETHAND = 0x80000000 - 2**32  # as a signed int
-_READABLE = sys.platform.startswith("linux") and ctypes.sizeof(ctypes.c_void_p) == 8
-
-
-def _action() -> _SigAction | None:
-    """What the kernel does on SIGTERM: JAX's handler is installed from C++, where Python does not see it. None where
-    it cannot be told."""
-    action = _SigAction()
-    if not _READABLE or ctypes.CDLL(None).sigaction(signal.SIGTERM, None, ctypes.byref(action)) != 0:
-        return None
-    return action
-
-
-def _act(action: _SigAction) -> None:
-    ctypes.CDLL(None).sigaction(signal.SIGTERM, ctypes.byref(action), None)
-
-
-def _second_ends() -> None:
-    """Let the kernel put SIGTERM back to its default once the handler has run: a second one ends us at once. A handler
-    of Python's runs only when the main thread is back in the interpreter; SA_RESETHAND (sigaction(2)) needs no thread.
-    Where the kernel cannot be told, a second SIGTERM is as the first."""
-    if (action := _action()) and action.handler:
-        action.flags |= _SA_RESETHAND
-        _act(action)
-
-
-def _is_jaxs(action: _SigAction | None) -> bool:
-    """Whether the handler's code is in one of jaxlib's libraries."""
-    if action is None or (action.handler or 0) <= 1:
-        return False
-    found = _DlInfo()
-    try:
-        known = ctypes.CDLL(None).dladdr(ctypes.c_void_p(action.handler), ctypes.byref(found))
-    except AttributeError:  # an older libc keeps it elsewhere
-        return False
-    return bool(known and found.file and "jaxlib" in os.fsdecode(found.file).split(os.sep))
-
-
 class _Owner:
     """taken: our handler is installed. former: what Python had before. jaxs: JAX's handler, where it was ever seen.
     aside: the same, while no agent is open."""
@@ -138,8 +80,8 @@ class _Owner:
         self.listening: set[Listening] = set()
         self.asked = self.taken = self.forks = False
         self.former: Any = signal.SIG_DFL
-        self.jaxs: _SigAction | None = None
-        self.aside: _SigAction | None = None
+        self.jaxs: sigaction.SigAction | None = None
+        self.aside: sigaction.SigAction | None = None
         self.said: set[str] = set()
         self.mask = threading.local()
 
@@ -149,16 +91,16 @@ class _Owner:
             os.register_at_fork(before=self._before_fork, after_in_parent=self._unmask, after_in_child=self._in_child)
         if self.taken:
             return
-        former, action = self._former(), _action()
+        former, action = self._former(), sigaction.action()
         if self.aside and action and not action.handler:  # since the last agent was closed
-            _act(self.aside)
+            sigaction.set_action(self.aside)
             action, self.aside = self.aside, None
-        if _is_jaxs(action):
+        if is_jaxs := sigaction.is_jaxs(action):
             self.jaxs = action
         on_main_thread = threading.current_thread() is threading.main_thread()
         if jax_agrees and not (callable(former) and self.jaxs and on_main_thread):
-            if _is_jaxs(action):
-                _second_ends()
+            if is_jaxs:
+                sigaction.reset_after_first()
             elif callable(former):
                 _say(
                     "the program's own handler has taken the place of JAX's, and this host cannot tell the others when "
@@ -166,7 +108,7 @@ class _Owner:
                 )
         elif former is signal.SIG_IGN:
             _say("it is ignored in this process, and stays so: a preemption is not noticed")
-        elif former is None or (former is signal.SIG_DFL and action and action.handler and not _is_jaxs(action)):
+        elif former is None or (former is signal.SIG_DFL and action and action.handler and not is_jaxs):
             _say("another library has a handler for it that Python does not know: a preemption is not noticed")
         elif not on_main_thread:
             _say("the agent was not opened on the main thread, which alone may listen: a preemption is not noticed")
@@ -174,22 +116,22 @@ class _Owner:
             self.former, self.taken = former, True
             signal.signal(signal.SIGTERM, _heard)
             if not callable(former):  # the program's own wants to hear them all
-                _second_ends()
+                sigaction.reset_after_first()
 
     def _former(self) -> Any:
         former = signal.getsignal(signal.SIGTERM)
         return self.former if former is _heard else former
 
     def give_back(self, leaving: bool) -> None:
-        action = _action()
+        action = sigaction.action()
         if self.taken and signal.getsignal(signal.SIGTERM) is _heard:  # else the program has another by now
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, self.former)
             elif action and self.former is signal.SIG_DFL:  # `_heard` passes on what it gets all the same
-                _act(_SigAction())
-        elif _is_jaxs(action) and not leaving:
+                sigaction.set_action(sigaction.SigAction())
+        elif sigaction.is_jaxs(action) and not leaving:
             self.aside = action
-            _act(_SigAction())
+            sigaction.set_action(sigaction.SigAction())
         self.taken = False
 
     # Children.
@@ -203,7 +145,7 @@ class _Owner:
 
     def _in_child(self) -> None:
         self.lock = threading.RLock()  # another thread may have held it
-        if self.taken or signal.getsignal(signal.SIGTERM) is _heard or _is_jaxs(_action()):
+        if self.taken or signal.getsignal(signal.SIGTERM) is _heard or sigaction.is_jaxs(sigaction.action()):
             former = self._former()
             signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)
         self.listening.clear()
@@ -218,7 +160,7 @@ def _heard(number: int, frame: FrameType | None) -> None:
     if _owner.listening:
         _owner.asked = True
         if _owner.jaxs and _owner.jaxs.handler:
-            ctypes.CFUNCTYPE(None, ctypes.c_int)(_owner.jaxs.handler)(number)
+            sigaction.call_handler(_owner.jaxs, number)
     elif not callable(former):  # somebody has kept us, though no agent is open
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

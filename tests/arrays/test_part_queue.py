@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+import time
 from typing import Any
 
 import numpy as np
@@ -18,55 +18,57 @@ def staged(count: int = 1) -> list[Part]:
     return [(np.zeros(4, np.uint8), ())] * count
 
 
-def test_a_part_added_and_the_end_told_between_two_looks_is_not_lost() -> None:
-    feed = PartQueue(100)
+def test_writers_that_wait_are_woken_by_a_part_and_by_the_end() -> None:
+    queue, taken = PartQueue(100), list[Any]()
+    threads = [threading.Thread(target=lambda: taken.append(queue.take())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    started = time.monotonic()
+    queue.add(staged(2))
+    queue.end()
+    for thread in threads:
+        thread.join(10)
+    assert sum(part is not None for part in taken) == 2 and taken.count(None) == 1
+    assert time.monotonic() - started < 0.4, "they were not woken, but looked by themselves"
 
-    class Interleaved(deque[Any]):
-        """The staging thread runs just after a writing thread has found nothing."""
 
-        done = False
-
-        def popleft(self) -> Any:
-            if not self.done:
-                self.done = True
-                feed.add(staged())
-                feed.end()
-                raise IndexError
-            return super().popleft()
-
-    feed._parts = Interleaved()
-    assert feed.take() is not None
-    assert feed.take() is None
+def test_what_was_added_before_the_end_is_still_taken() -> None:
+    for queue in (PartQueue(100), PartQueue()):
+        queue.add(staged(2))
+        assert queue.waiting_bytes == 8
+        queue.end()
+        assert [queue.take() is not None for _ in range(3)] == [True, True, False]
+        assert queue.waiting_bytes == 0
 
 
 def test_every_part_is_taken_once_and_the_budget_is_kept() -> None:
     for limit in (8, 16, 1000):
-        feed = PartQueue(limit)
+        queue = PartQueue(limit)
         taken: list[object] = []
 
-        def work(feed: PartQueue = feed, taken: list[object] = taken) -> None:
-            while (found := feed.take()) is not None:
+        def work(queue: PartQueue = queue, taken: list[object] = taken) -> None:
+            while (found := queue.take()) is not None:
                 taken.append(found)
-                feed.written(found[0].nbytes)
+                queue.written(found[0].nbytes)
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
             thread.start()
         for _ in range(300):
-            feed.wait_for_room(8, deadline=float("inf"))
-            feed.add(staged(2))
-        feed.end()
+            queue.wait_for_room(8, deadline=float("inf"))
+            queue.add(staged(2))
+        queue.end()
         for thread in threads:
             thread.join(10)
         assert len(taken) == 600
-        assert feed.held_bytes == 0 and feed.peak_bytes <= limit
+        assert queue.held_bytes == 0 and queue.peak_bytes <= limit
 
 
 def test_waiting_for_room_ends_at_the_deadline_and_with_a_writers_error() -> None:
-    feed = PartQueue(4)
-    feed.add(staged())
+    queue = PartQueue(4)
+    queue.add(staged())
     with pytest.raises(WaitTimeout, match="4 bytes of the state are not written yet, host_bytes_max is 4"):
-        feed.wait_for_room(4, deadline=0.0)
-    feed.end(OSError("disk full"))
+        queue.wait_for_room(4, deadline=0.0)
+    queue.end(OSError("disk full"))
     with pytest.raises(OSError, match="disk full"):
-        feed.wait_for_room(4, deadline=float("inf"))
+        queue.wait_for_room(4, deadline=float("inf"))

@@ -10,14 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-# Private (jax 0.10.2): one call for all shards of an array, a tenth of device_put's time for small ones.
-# tests/test_private_apis.py watches them.
-from jax._src import core as _core
-from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
-
 from orchestrator.arrays.element_types import carrier, numpy_dtype
 from orchestrator.arrays.inline_values import inline_value
 from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.jax_internals import array_of_shards
 from orchestrator.arrays.leaf_errors import about
 from orchestrator.arrays.memory_kinds import on_host
 from orchestrator.arrays.reading.buffers import BufferGroup
@@ -27,8 +23,6 @@ from orchestrator.errors import UsageError
 from orchestrator.rules.records import LeafSpec
 
 _THREADS = 8  # at most, that copy replicas
-_COPIED = _xla.HostBufferSemantics.IMMUTABLE_ONLY_DURING_CALL
-_TAKEN_OVER = _xla.HostBufferSemantics.ZERO_COPY
 
 
 @in_own_context
@@ -65,20 +59,20 @@ def _values(group: BufferGroup) -> list[Any]:
     dtype = group.restored_dtype  # a process that has none of the devices has no buffers
     if request.frame and (carried := carrier(dtype)):
         dtype, converted = carried, [data.view(carried) for data in converted]
-    aval = _core.ShapedArray(request.frame.shape if request.frame else leaf.file_shape, dtype)
+    shape = request.frame.shape if request.frame else leaf.file_shape
     layout, devices = group.layout, list(group.layout.devices)
     if group.owned:
-        values = [jax.make_array_from_single_device_arrays(aval.shape, request.sharding, group.owned)]
-        return [_key(values[0], leaf)] if leaf.kind == "key" else values
+        value = jax.make_array_from_single_device_arrays(shape, request.sharding, group.owned)
+        return [_key(value, leaf) if leaf.kind == "key" else value]
     # To a CPU device by a copy, so that the array can be donated. What is exchanged never is.
-    how = _COPIED if on_host(request.sharding) and not request.frame else _TAKEN_OVER
-    values = []
+    copied = on_host(request.sharding) and not request.frame
+    values: list[Any] = []
     for row in rows:
         hosts = [data[row, ...] for data in converted]
         shards = [hosts[number] for number in layout.buffer_of]
-        if how is _COPIED and len(shards) > len(hosts) > 1:
+        if copied and len(shards) > len(hosts) > 1:
             shards = _unshared(shards)
-        values.append(_xla.batched_device_put(aval, request.sharding, shards, devices, True, False, how))
+        values.append(array_of_shards(shape, dtype, request.sharding, shards, devices, copied=copied))
     return [_key(value, leaf) for value in values] if leaf.kind == "key" else values
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from orchestrator.arrays.jax_internals import shards_of
 from orchestrator.arrays.leaf_errors import named
+from orchestrator.arrays.memory_kinds import PINNED_HOST
 from orchestrator.arrays.writing.write_plan import LeafPlan, Pieces, as_stored
 
 Part = tuple[Any, Pieces]  # a shard's elements, for np.asarray to find on the host, and the chunks to write of it
-_PINNED = "pinned_host"  # JAX's name for page-locked memory
 
 
 def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
@@ -25,13 +26,10 @@ def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
     host, all of them at once, in this order. JAX runs what donates the leaves after the copies. Shards for which the
     platform has no page-locked memory (XLA takes 64 GB at most, or XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB) are numpy arrays,
     and this has waited for them.
-
-    `_arrays` is private (jax 0.10.2): `addressable_data` gives another object for replicated arrays and those of one
-    device, which knows nothing of this one's copy. tests/arrays/test_private_apis.py watches it.
     """
     if not leaves:
         return []
-    shards = [[as_stored(plan.leaf, value)._arrays[index] for index, _ in plan.shards] for plan, value in leaves]
+    shards = [[shards_of(as_stored(plan.leaf, value))[index] for index, _ in plan.shards] for plan, value in leaves]
     try:
         return _pinned(shards)
     except _NO_ROOM:
@@ -42,7 +40,7 @@ _NO_ROOM = (ValueError, jax.errors.JaxRuntimeError)  # no such memory; no more o
 
 
 def _pinned(shards: list[list[Any]]) -> list[list[Any]]:
-    targets = [[shard.sharding.with_memory_kind(_PINNED) for shard in of_leaf] for of_leaf in shards]
+    targets = [[shard.sharding.with_memory_kind(PINNED_HOST) for shard in of_leaf] for of_leaf in shards]
     copies: list[list[Any]] = jax.device_put(shards, targets)
     return copies
 
@@ -57,13 +55,10 @@ def _copy(shard: Any) -> Any:
 def take(plan: LeafPlan, value: Any) -> list[Part]:
     """The parts of one leaf of the host's. Copies out of its own arrays, in native byte order: the caller may overwrite
     them as soon as all are taken. CPU arrays are held, not copied.
-
-    `_arrays` is private (jax 0.10.2): what addressable_data looks up, which takes twice as long for small arrays.
-    tests/arrays/test_private_apis.py watches it.
     """
     if plan.whole is not None:
         return [(np.array(value, dtype=plan.whole, order="C"), pieces) for _, pieces in plan.shards]
-    held = as_stored(plan.leaf, value)._arrays
+    held = shards_of(as_stored(plan.leaf, value))
     from_host: Any = np.array if plan.offloaded else np.asarray  # the owner may donate what is offloaded
     return [(from_host(held[index]), pieces) for index, pieces in plan.shards]
 
@@ -75,7 +70,7 @@ def take_small(leaves: Iterable[tuple[LeafPlan, Any]]) -> bytes:
     for plan, value in leaves:
         try:
             if plan.viewed:
-                held = value._arrays
+                held = shards_of(value)
                 buffers += [memoryview(held[index]) for index, _ in plan.shards]
             else:
                 buffers += [data.tobytes() for data, _ in take(plan, value)]

@@ -137,14 +137,14 @@ class PendingWrite:
         directory: str,
         flat: Flat,
         plan: Plan,
-        feed: PartQueue,
+        queue: PartQueue,
         prints: fingerprint.Fingerprints | None,
         own: OwnCopies | None = None,
     ) -> None:
         self._directory, self._plan, self._prints, self._own = directory.rstrip("/"), plan, prints, own
         self._small, self._coming = b"", list[Any]()  # of small leaves: the host's, and what accelerators still copy
         self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
-        self._feed, self._progress = feed, _Progress()
+        self._queue, self._progress = queue, _Progress()
         self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
         self._running: list[Future[None]] = []
         self._files: dict[str, data_files.DataFile] = {}
@@ -160,26 +160,26 @@ class PendingWrite:
             self._begin(_THREADS)
         for number, plan in self._plan.large:
             if deadline is not None:
-                self._feed.wait_for_room(_host_bytes(plan.leaf, values[number]), deadline)
+                self._queue.wait_for_room(_host_bytes(plan.leaf, values[number]), deadline)
             with about(plan.leaf):
                 if plan.off_host:
                     copies = next(started) if deadline is None else start([(plan, values[number])])[0]
                     parts = [(copy, pieces) for copy, (_, pieces) in zip(copies, plan.shards, strict=True)]
                 else:
                     parts = take(plan, values[number])
-            self._feed.add(parts)
+            self._queue.add(parts)
         self._small = take_small((plan, values[number]) for number, plan in self._plan.small_on_host)
-        self._feed.end()
+        self._queue.end()
 
     def _begin(self, threads: int) -> None:
         opened = data_files.opener(f"{self._directory}/{self._store}")
-        work = functools.partial(_work, self._feed, opened, self._progress, self._plan.compression)
+        work = functools.partial(_work, self._queue, opened, self._progress, self._plan.compression)
         self._running = [self._pool.submit(work) for _ in range(threads)]
 
     def abandon(self) -> None:
         """End the threads, if any: it will not be waited for."""
         self._progress.stop.set()
-        self._feed.end()
+        self._queue.end()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # What it has done, for the receipt.
@@ -237,7 +237,7 @@ class PendingWrite:
         deadline = time.monotonic() + timeout_s
         stop = self._progress.stop
         try:
-            if not self._running and (size := self._feed.waiting_bytes):
+            if not self._running and (size := self._queue.waiting_bytes):
                 self._begin(min(_THREADS, 1 + size // _THREAD_BYTES))
             rest = self._pool.submit(self._write_rest)
             _watch([*self._running, rest], deadline, given_up, stop, timeout_s)
@@ -296,12 +296,12 @@ def _watch(
 
 @in_own_context
 def _work(
-    feed: PartQueue, opened: Callable[[str], data_files.DataFile], progress: _Progress, compression: bool
+    queue: PartQueue, opened: Callable[[str], data_files.DataFile], progress: _Progress, compression: bool
 ) -> None:
     """Write parts until there are no more: one thread, one data file at a time."""
     files = _Rotation(opened, progress)
     try:
-        while not progress.stop.is_set() and (taken := feed.take()) is not None:
+        while not progress.stop.is_set() and (taken := queue.take()) is not None:
             copy, pieces = taken
             try:
                 data = np.asarray(copy)  # what an accelerator copies is waited for here
@@ -315,10 +315,10 @@ def _work(
                     break
             size = data.nbytes
             del data, raw
-            feed.written(size)
+            queue.written(size)
     except BaseException as error:
         files.close(whole=False)
-        feed.end(error)
+        queue.end(error)
         raise
     files.close(whole=True)
 

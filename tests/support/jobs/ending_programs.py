@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 import orchestrator as oc
 from orchestrator import compat
-from orchestrator.job import rendezvous, sigterm
+from orchestrator.job import rendezvous, sigaction
 
 STEPS = 400  # of a loop that is to be stopped: half a minute
 QUICK = oc.Options(save_timeout_s=30, rendezvous_timeout_s=30)
@@ -358,9 +358,9 @@ def two_save_again(root: str, index: int, port: int) -> None:
 def jaxs_handler(root: str, index: int, port: int) -> None:
     """What `sigterm` takes for JAX's own handler, before and after."""
     joined(index, port)
-    say("JAX's:", sigterm._is_jaxs(sigterm._action()))
+    say("JAX's:", sigaction.is_jaxs(sigaction.action()))
     signal.signal(signal.SIGTERM, handler)
-    say("JAX's:", sigterm._is_jaxs(sigterm._action()))
+    say("JAX's:", sigaction.is_jaxs(sigaction.action()))
     assert rendezvous.connect(30).count == 2
 
 

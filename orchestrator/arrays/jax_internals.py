@@ -1,0 +1,86 @@
+"""All that this package uses of JAX's internals (jax 0.10.2), each with why no public name will do. Nothing else
+imports `jax._src` or reads a private attribute of JAX's objects. tests/arrays/test_private_apis.py watches every one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import api as _api
+from jax._src import core as _core
+from jax._src import dispatch as _dispatch
+from jax._src import distributed as _distributed
+from jax._src.lib import _jax  # type: ignore[attr-defined]
+from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
+
+_make_gloo = _jax.make_gloo_tcp_collectives
+
+
+# Arrays.
+
+
+def shards_of(array: Any) -> Sequence[Any]:
+    """This process's shards of an array, each an array of one device. `addressable_data` gives other objects, which
+    know nothing of a copy to the host that was begun on these, and takes twice as long for small arrays."""
+    shards: Sequence[Any] = array._arrays
+    return shards
+
+
+def array_of_shards(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    sharding: jax.sharding.Sharding,
+    shards: Sequence[Any],
+    devices: Sequence[jax.Device],
+    *,
+    copied: bool,
+) -> jax.Array:
+    """An array out of its shards on the host, one for each of `devices`. copied: it has memory of its own; else a CPU
+    device takes the shards' over. One call for all shards: `device_put` takes ten times as long for small ones."""
+    semantics = _xla.HostBufferSemantics
+    how = semantics.IMMUTABLE_ONLY_DURING_CALL if copied else semantics.ZERO_COPY
+    aval = _core.ShapedArray(shape, dtype)
+    array: jax.Array = _xla.batched_device_put(aval, sharding, list(shards), list(devices), True, False, how)
+    return array
+
+
+# The job.
+
+
+def process_of_job() -> tuple[int, int] | None:
+    """This process's index and how many there are, as `jax.distributed` was told; None where it is not initialized. No
+    backend is made for it, as `jax.process_index` would."""
+    state = _distributed.global_state
+    return None if state.client is None else (state.process_id, state.num_processes)
+
+
+def coordination_client() -> Any:
+    """The client of JAX's coordination service, None without `jax.distributed`: it has no public accessor."""
+    return _distributed.global_state.client
+
+
+def has_preemption_service() -> bool:
+    """Whether JAX listens for SIGTERM, and can have all processes agree on a step."""
+    return _distributed.global_state.preemption_sync_manager is not None
+
+
+def collectives_listen_on(address: str) -> None:
+    """Have JAX's collectives between CPUs (Gloo) listen on `address`: no option says where. Before JAX has a
+    backend."""
+    _jax.make_gloo_tcp_collectives = functools.partial(_make_gloo, hostname=address)
+
+
+def skip_exit_barrier() -> None:
+    """Let this process end without waiting for the others, which JAX's exit handlers do. The client and the service
+    wait, too, when they go: they are kept for ever."""
+    for handler in (_api.clean_up, _dispatch.wait_for_tokens):
+        atexit.unregister(handler)
+    state = _distributed.global_state
+    for kept in (state.preemption_sync_manager, state.client, state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
