@@ -16,8 +16,7 @@ from collections.abc import Callable
 import msgspec
 from absl import logging
 
-from orchestrator.arrays.tree import Flat, Form
-from orchestrator.arrays.writing.write_plan import views
+from orchestrator.arrays import Flat, Form, views
 from orchestrator.errors import OrchestratorError, StorageError, UsageError, WaitTimeout
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.observe import heartbeat

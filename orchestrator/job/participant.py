@@ -21,8 +21,7 @@ from absl import logging
 from msgspec.structs import replace
 
 from orchestrator import arrays, failpoints
-from orchestrator.arrays import ArrayWriter, PendingWrite
-from orchestrator.arrays.tree import Flat
+from orchestrator.arrays import ArrayWriter, Flat, PendingWrite
 from orchestrator.errors import (
     Fenced,
     JournalLost,
