@@ -1,5 +1,5 @@
 """Every kind of leaf on every kind of place: who holds it is agreed, and it comes back bit for bit; what hosts have
-differently is said. The table is tests/support/leaf_table.py, the job of two processes tests/jobs/leaves_job.py."""
+differently is reported. The table is tests/support/leaf_table.py, the job tests/support/jobs/leaves_job.py."""
 
 from __future__ import annotations
 

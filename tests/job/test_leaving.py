@@ -31,7 +31,7 @@ class Programs:
     def __init__(self) -> None:
         environ = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(SERVER.parent), str(SERVER.parents[3])]),
+            "PYTHONPATH": str(SERVER.parents[3]),
             "PYTHONWARNINGS": "ignore:os.fork:RuntimeWarning,default::ResourceWarning",
         }
         self._server = subprocess.Popen(

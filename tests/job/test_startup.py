@@ -52,7 +52,6 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Met]:
         made.mkdir(parents=True)
     (shim / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorstore\nVersion: 9.9.9\n")
     bucket, port = gcs.new_root(), free_port()
-    above, beside = Path(__file__).parents[2], Path(__file__).parent
     processes = []
     for index in range(HOSTS):
         own = folder / ("own" if namespaces else f"own-{index}")
@@ -60,7 +59,7 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Met]:
         if namespaces:  # the same path, and another file system behind it for each
             inside = 'mount -t tmpfs none "$0" && exec "$@"'
             command = ["unshare", "-m", "--propagation", "private", "sh", "-c", inside, str(own), *command]
-        paths = [*([shim.parent] if index == 1 else []), above, beside]
+        paths = [*([shim.parent] if index == 1 else []), JOB.parents[3]]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
         with (folder / f"{index}.jsonl").open("w") as out, (folder / f"{index}.err").open("w") as err:
             processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environ))

@@ -260,7 +260,7 @@ def _shim(folder: Path) -> str:
 
 
 def _python_path() -> str:
-    return os.pathsep.join([str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")])
+    return os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
 
 
 @contextlib.contextmanager

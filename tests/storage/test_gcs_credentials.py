@@ -194,7 +194,7 @@ def test_nobody_is_only_who_was_asked_for(
 def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("credentials")
     emulator().ask("POST", "/storage/v1/b", json.dumps({"name": BUCKET}).encode())
-    command = [sys.executable, str(Path(__file__).with_name("credentials_child.py")), emulator().url, str(folder)]
+    command = [sys.executable, "-m", "tests.support.credentials_child", emulator().url, str(folder)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=REPO, env={**_plain(), "PYTHONPATH": str(REPO)}
     )
