@@ -10,6 +10,7 @@ from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRet
 from orchestrator.job.restore import Reading, RestoreArgs, Restored, fit, shown
 from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.rules import arguments
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import Catalog
 from orchestrator.run.stored_step import StoredStep
@@ -72,7 +73,7 @@ class Run:
         step = arguments.saved_step(step)
         if step is not None:
             return read_step(self._catalog, self._find(step), like, args)
-        passed: dict[tuple[int, str], str] = {}
+        passed: dict[AttemptId, str] = {}
         retired = 0
         while True:
             live = self._newest(passed)
@@ -84,7 +85,7 @@ class Run:
                     raise
             except Damaged as error:
                 emit(SteppedDown(live.step, live.attempt, str(error)))
-                passed[live.step, live.attempt] = str(error)
+                passed[live.id] = str(error)
 
     def _find(self, step: int) -> LiveStep:
         try:
@@ -96,11 +97,11 @@ class Run:
         assert live is not None  # find raises for a step that is not there
         return live
 
-    def _newest(self, passed: dict[tuple[int, str], str]) -> LiveStep:
+    def _newest(self, passed: dict[AttemptId, str]) -> LiveStep:
         head = self._catalog.require_head()
         if self._catalog.newest(head) is None:
             raise NothingToRestore(f"{self._catalog.url}: nothing to restore: no step has been committed yet")
-        good = [live for live in head.live if live.restorable and (live.step, live.attempt) not in passed]
+        good = [live for live in head.live if live.restorable and live.id not in passed]
         if not good:
             raise NothingToRestore(f"{self._catalog.url}: nothing to restore" + shown(passed))
         return good[-1]
@@ -114,15 +115,15 @@ class Run:
         arguments.seconds("poll_s", poll_s)
         if timeout_s is not None:
             arguments.seconds("timeout_s", timeout_s)
-        seen = {(live.step, live.attempt) for live in self._catalog.require_head().live}
+        seen = {live.id for live in self._catalog.require_head().live}
         return self._watch(seen, poll_s, timeout_s)
 
-    def _watch(self, seen: set[tuple[int, str]], poll_s: float, timeout_s: float | None) -> Iterator[int]:
+    def _watch(self, seen: set[AttemptId], poll_s: float, timeout_s: float | None) -> Iterator[int]:
         quiet_since = time.monotonic()
         while timeout_s is None or time.monotonic() - quiet_since < timeout_s:
-            fresh = [live for live in self._catalog.require_head().live if (live.step, live.attempt) not in seen]
+            fresh = [live for live in self._catalog.require_head().live if live.id not in seen]
             for live in fresh:
-                seen.add((live.step, live.attempt))
+                seen.add(live.id)
                 self._shown.add(live.step)
                 yield live.step
                 quiet_since = time.monotonic()

@@ -32,6 +32,7 @@ from launch.gcs_emulator.process import EmulatorProcess
 from launch.supervise import Rules
 from orchestrator.rules import keys
 from orchestrator.rules.arguments import path as local_path
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.storage import open_storage
 
 FLAGS = flags.FLAGS
@@ -125,8 +126,8 @@ class Killer:
     def __call__(self, part: Part, running: Sequence[local.HostView]) -> None:
         if self.done or max(part.losses, default=0) < self.step:
             return
-        found = (keys.split_attempt_key(entry.key) for entry in open_storage(self._run).list(keys.STEPS))
-        begun = {part[0] for part in found if part and part[2] == keys.INTENT}
+        found = (AttemptId.in_key(entry.key) for entry in open_storage(self._run).list(keys.STEPS))
+        begun = {part[0].step for part in found if part and part[1] == keys.INTENT}
         victim = next((host for host in running if host.index == KILLED_HOST), None)
         if victim and self.step in begun - set(oc.open_run(self._run).all_steps()):
             os.kill(victim.pid, signal.SIGKILL)

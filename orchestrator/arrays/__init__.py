@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from orchestrator.arrays.format.external_items import describe, is_tree
-from orchestrator.arrays.reading.exchange import groups
-from orchestrator.arrays.reading.placing import ReadRequest, as_array
-from orchestrator.arrays.reading.read import check, load, slabs
+from orchestrator.arrays.reading.check_chunks import check
+from orchestrator.arrays.reading.device_arrays import as_array
+from orchestrator.arrays.reading.exchange import ExchangeGroup, exchange_groups
+from orchestrator.arrays.reading.read import load, slabs
+from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.arrays.reading.target_shardings import shardings_of
 from orchestrator.arrays.writing.write import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 
 __all__ = [
     "ArrayOptions",
     "ArrayWriter",
+    "ExchangeGroup",
     "PendingWrite",
     "ReadRequest",
     "WriteStopped",
     "as_array",
     "check",
     "describe",
-    "groups",
+    "exchange_groups",
     "is_tree",
     "load",
     "shardings_of",

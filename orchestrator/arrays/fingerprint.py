@@ -34,10 +34,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.leaf_errors import named
-from orchestrator.arrays.reading.owned_memory import bit_count
-from orchestrator.arrays.reading.placing import in_own_memory
+from orchestrator.arrays.memory_kinds import in_default_memory
 from orchestrator.rules import fingerprints, zarr_chunks
 from orchestrator.rules.records import Box, LeafSpec, ShardFingerprint
 
@@ -177,7 +177,7 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         data = [shard.data for shard in value.addressable_shards]
     else:
         data = [value.addressable_data(index) for index in range(len(parts))]
-    if in_own_memory(value.sharding):
+    if in_default_memory(value.sharding):
         yield _plan(leaf.name, value.shape, parts, data, devices, _words(value.dtype))
     else:  # an accelerator's host memory
         for part, shard in zip(parts, data, strict=True):

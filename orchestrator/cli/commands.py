@@ -13,7 +13,7 @@ import msgspec
 from orchestrator import policy
 from orchestrator.cli import render
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, StepNotFound, UsageError
-from orchestrator.rules import arguments, journal, keys
+from orchestrator.rules import arguments, journal
 from orchestrator.rules.matching import brief
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes
@@ -37,7 +37,7 @@ def ls(root: str, flags: Flags) -> int:
     catalog = open_catalog(root)
     head = catalog.require_head()
     newest = journal.newest(head)
-    loose = sorted(key for key in catalog.attempts() if not journal.is_known(head, *key))
+    loose = sorted(attempt for attempt in catalog.attempts() if not journal.is_known(head, attempt))
     if flags["json"]:
         render.give(
             {
@@ -48,7 +48,7 @@ def ls(root: str, flags: Flags) -> int:
                 "steps": [builtins(live) for live in head.live],
                 "retired": [builtins(gone) for gone in head.retired],
                 "aside": [builtins(live) for live in head.aside],
-                "uncommitted": [{"step": step, "attempt": attempt} for step, attempt in loose],
+                "uncommitted": [{"step": attempt.step, "attempt": attempt.name} for attempt in loose],
             }
         )
         return EXIT_OK
@@ -114,7 +114,7 @@ def inspect(root: str, flags: Flags) -> int:
         )
         return EXIT_OK
     mesh = " x ".join(f"{name}={count}" for name, count in intent.mesh.items()) or "no mesh"
-    render.say(f"{catalog.url} {keys.shown(live.step, live.attempt)}: {live.trust}, saved {render.moment(live.time)}")
+    render.say(f"{catalog.url} {live.id.label}: {live.trust}, saved {render.moment(live.time)}")
     render.say(f"{intent.process_count} processes, {intent.device_count} devices, {mesh}; opened by {intent.opened_by}")
     if extra.stored_metrics:
         render.say(f"metrics: {_shown_metrics(extra.metrics)}")
@@ -139,7 +139,7 @@ def _processes(
 ) -> list[dict[str, Any]]:
     told = []
     for index, (host, times) in enumerate(zip(hosts, seconds, strict=True)):
-        found = catalog.receipt(live.step, live.attempt, index)
+        found = catalog.receipt(live.id, index)
         files = found[0].files if found else ()
         small = found[0].small.values() if found else ()  # goes with the receipt
         written = sum(entry.bytes for entry in files) + sum(map(len, small))
@@ -212,7 +212,7 @@ def gc(root: str, flags: Flags) -> int:
     else:
         verb = "would delete" if flags["dry_run"] else "deleted"
         for gone in done.attempts:
-            render.say(f"{verb} {keys.shown(gone.step, gone.attempt)} ({gone.reason})")
+            render.say(f"{verb} {gone.id.label} ({gone.reason})")
         if would_retire and flags["dry_run"]:
             render.say(f"would retire steps {', '.join(map(str, would_retire))}")
         render.say(f"{verb} {done.files} files, {render.size(done.bytes)}, of {len(done.attempts)} attempts")
@@ -241,7 +241,7 @@ def quarantine(root: str, flags: Flags) -> int:
     live = journal.find(catalog.require_head(), _wanted(flags))
     if live is None:
         raise StepNotFound(f"{catalog.url}: step {flags['step']} is not in this run; see orchestrator ls")
-    rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=flags["reason"], by_hand=True)
+    rule = partial(journal.quarantine, attempt=live.id, reason=flags["reason"], by_hand=True)
     return _change(root, flags, rule)
 
 

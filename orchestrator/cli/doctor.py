@@ -26,8 +26,9 @@ from orchestrator.cli import render
 from orchestrator.cli.commands import open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError, StepRetired
 from orchestrator.observe.event_log import DIRECTORY, Tail, directory_of
-from orchestrator.rules import evidence, journal, keys
-from orchestrator.rules.journal import AttemptId, Found
+from orchestrator.rules import evidence, journal
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Event, Head
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import Exists, PosixStorage
@@ -198,7 +199,7 @@ def _quarantined(patient: Patient) -> Iterator[Finding]:
     evidence = patient.head.quarantined
     for live in evidence:
         why = f": {live.quarantine.reason}" if live.quarantine and live.quarantine.reason else ""
-        text = f"{keys.shown(live.step, live.attempt)} is quarantined and holds {render.size(live.bytes)}{why}"
+        text = f"{live.id.label} is quarantined and holds {render.size(live.bytes)}{why}"
         do = (
             f"orchestrator verify ROOT --step={live.step}; orchestrator release ROOT --step={live.step} brings it "
             f"back, and only this deletes it: orchestrator gc ROOT --quarantined={live.step}"
@@ -215,7 +216,7 @@ def _proven(head: Head) -> str:
 def _orphans(patient: Patient) -> Iterator[Finding]:
     """What nobody needs any more."""
     gone = journal.collectable(patient.head, patient.stored)
-    size = sum(patient.stored.get((each.step, each.attempt), Found()).bytes for each in gone)
+    size = sum(patient.stored.get(each.id, Found()).bytes for each in gone)
     if size:
         text = f"{len(gone)} attempts that can never be restored hold {render.size(size)}"
         yield Finding("orphans", "warn", text, "orchestrator gc ROOT (--dry_run first)")

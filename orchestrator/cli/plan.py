@@ -11,7 +11,8 @@ from orchestrator.cli.commands import live_step, open_catalog
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.observe.event_log import directory_of, read
 from orchestrator.observe.timeline import Story
-from orchestrator.rules import arguments, keys
+from orchestrator.rules import arguments
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
 
 _ROWS = 32
@@ -111,7 +112,7 @@ def _basis(pace: Speed | None) -> str:
 
 
 def _show(made: Plan, target: Target, memory: int | None, reserve: int) -> None:
-    where = keys.shown(made.step, made.attempt)
+    where = AttemptId(made.step, made.attempt).label
     render.say(f"{made.root} {where} on {target.shown}: {made.devices} devices, {target.processes} processes")
     rows = [
         [

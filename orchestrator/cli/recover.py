@@ -57,10 +57,10 @@ def recover(root: str, flags: dict[str, Any]) -> int:
 
 
 def _told(url: str, found: Plan, written: int | None) -> Recovery:
-    added = {(live.step, live.attempt) for live in found.choice.added}
-    left_out = {(live.step, live.attempt): why for live, why in found.choice.left_out}
-    known = {(live.step, live.attempt) for live in (*found.head.live, *found.head.aside)} if found.head else set()
-    retired = {(gone.step, gone.attempt) for gone in found.head.retired} if found.head else set()
+    added = {live.id for live in found.choice.added}
+    left_out = {live.id: why for live, why in found.choice.left_out}
+    known = {live.id for live in (*found.head.live, *found.head.aside)} if found.head else set()
+    retired = {gone.id for gone in found.head.retired} if found.head else set()
     attempts = []
     for key, (live, problem) in found.whole.items():
         outcome = "added" if key in added else "kept" if key in known else left_out.get(key, "left out")

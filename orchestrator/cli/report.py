@@ -19,7 +19,8 @@ from orchestrator.cli.commands import Flags, open_catalog
 from orchestrator.errors import EXIT_OK, OrchestratorError, StorageError
 from orchestrator.observe.event_log import directory_of, read
 from orchestrator.observe.timeline import Story
-from orchestrator.rules import journal, keys, save_interval
+from orchestrator.rules import journal, save_interval
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.json_numbers import Stored
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes, partition
@@ -227,7 +228,7 @@ class _Slim(msgspec.Struct):
 
 
 def _saves(heads: Iterable[_Slim], head: Head, story: Story) -> list[SaveOf]:
-    parts: dict[tuple[int, str], list[Part]] = {}
+    parts: dict[AttemptId, list[Part]] = {}
     for save in story.saves.values():
         part = Part(
             process=save.process,
@@ -240,21 +241,21 @@ def _saves(heads: Iterable[_Slim], head: Head, story: Story) -> list[SaveOf]:
             blocked=save.blocked_s,
             bytes=save.written_bytes,
         )
-        parts.setdefault((save.step, save.attempt), []).append(part)
-    live = {(one.step, one.attempt) for one in (*head.live, *head.aside)}
-    retired = {(one.step, one.attempt) for one in head.retired}
-    saves: dict[tuple[int, str], SaveOf] = {}
+        parts.setdefault(save.id, []).append(part)
+    live = {one.id for one in (*head.live, *head.aside)}
+    retired = {one.id for one in head.retired}
+    saves: dict[AttemptId, SaveOf] = {}
     for slim in heads:
         event = slim.head.event
         if event.step is None or event.attempt is None:
             continue
-        key = (event.step, event.attempt)
+        key = AttemptId(event.step, event.attempt)
         if key in saves and slim.about:
             saves[key].trust, saves[key].pins = slim.about.trust, list(slim.about.pins)
         if event.kind not in ("committed", "aborted"):
             continue
         began = min((part.began for part in parts.get(key, [])), default=slim.head.time)
-        made = SaveOf(event.step, event.attempt, slim.head.epoch, began, event.kind, slim.head.time, 0)
+        made = SaveOf(*key, slim.head.epoch, began, event.kind, slim.head.time, 0)
         if event.kind == "aborted":
             made.reason = why(slim.head)
         else:
@@ -266,8 +267,7 @@ def _saves(heads: Iterable[_Slim], head: Head, story: Story) -> list[SaveOf]:
     for key, mine in parts.items():
         if key not in saves:
             began = min(part.began for part in mine)
-            epoch = keys.parse_attempt(key[1])[0]
-            saves[key] = SaveOf(*key, epoch, began, "unknown", None, 0, "no decision was journalled")
+            saves[key] = SaveOf(*key, key.epoch, began, "unknown", None, 0, "no decision was journalled")
         saves[key].parts = sorted(mine, key=lambda part: part.process)
     return sorted(saves.values(), key=lambda save: save.began)
 

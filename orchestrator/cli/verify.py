@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.cli import render
 from orchestrator.cli.commands import Flags, live_step, open_catalog
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError, UsageError
-from orchestrator.rules.keys import shown
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import Catalog
 
@@ -68,13 +68,13 @@ def _verify(catalog: Catalog, live: LiveStep, sample: float | None, flags: Flags
 def _say(one: dict[str, Any]) -> None:
     state = "damaged" if one["problems"] else "not read" if one["unread"] else "good"
     if one["retired"]:
-        render.say(f"{shown(one['step'], one['attempt'])}: retired while it was read; a job has newer steps")
+        render.say(f"{AttemptId(one['step'], one['attempt']).label}: retired while it was read; a job has newer steps")
         return
     share = "" if one["sample"] is None else f", a sample of {one['sample']:.3g} of the chunks"
     read = f"{one['files']} files and {one['chunks']} chunks of {render.size(one['bytes'])} read back{share}"
     if one["by_store"]:
         read = f"{one['files']} files of {render.size(one['bytes'])} compared by the store's checksums"
-    render.say(f"{shown(one['step'], one['attempt'])}: {state}, {read}")
+    render.say(f"{AttemptId(one['step'], one['attempt']).label}: {state}, {read}")
     for line in (*one["problems"], *one["unread"]):
         render.say(f"  {line}")
     if one["not_recorded"]:

@@ -21,6 +21,7 @@ from orchestrator.observe.events import PHASES
 from orchestrator.observe.heartbeat import EVENT_INTERVAL_S
 from orchestrator.observe.timeline import HostSave, Story
 from orchestrator.rules import arguments, journal
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import Catalog
 
@@ -120,9 +121,9 @@ def look(url: str, head: Head, story: Story, now: float) -> Now:
         for host in sorted(story.hosts.values(), key=lambda host: host.process)
         if current
     ]
-    seconds = {(save.step, save.attempt): save.ended_s for save in story.saves.values() if save.process == 0}
+    seconds = {save.id: save.ended_s for save in story.saves.values() if save.process == 0}
     commits = [
-        CommitNow(live.step, live.attempt, live.time, live.bytes, seconds.get((live.step, live.attempt)))
+        CommitNow(live.step, live.attempt, live.time, live.bytes, seconds.get(live.id))
         for live in head.live[-_COMMITS:]
     ]
     return Now(
@@ -141,15 +142,15 @@ def look(url: str, head: Head, story: Story, now: float) -> Now:
 
 def slowest(story: Story) -> Slowest | None:
     """The host that took longest, until its part was durable, in the newest save that two or more have finished."""
-    together: dict[tuple[int, str], list[HostSave]] = {}
+    together: dict[AttemptId, list[HostSave]] = {}
     for save in story.saves.values():
         if "waiting" in save.phases:
-            together.setdefault((save.step, save.attempt), []).append(save)
-    for (step, _), saves in reversed(together.items()):
+            together.setdefault(save.id, []).append(save)
+    for attempt, saves in reversed(together.items()):
         if len(saves) > 1:
             worst = max(saves, key=lambda save: save.phases["waiting"])
             median_s = statistics.median(save.phases["waiting"] for save in saves)
-            return Slowest(worst.process, worst.host, step, worst.phases["waiting"], median_s)
+            return Slowest(worst.process, worst.host, attempt.step, worst.phases["waiting"], median_s)
     return None
 
 

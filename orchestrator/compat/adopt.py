@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.job import startup
 from orchestrator.rules import journal, json_numbers, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import (
     FORMAT,
@@ -93,9 +94,8 @@ class _Writer:
     def __init__(
         self, catalog: Catalog, storage: PosixStorage, epoch: int, step: int, on_file: Callable[[str], None] | None
     ) -> None:
-        self._catalog, self._storage, self._step, self._epoch = catalog, storage, step, epoch
-        self._attempt = keys.attempt_name(epoch, 1)
-        self._prefix = keys.attempt_prefix(step, self._attempt)
+        self._catalog, self._storage, self._epoch = catalog, storage, epoch
+        self._id = AttemptId.of(step, epoch, 1)
         self._on_file = on_file or (lambda path: None)
 
     def check(self, found: orbax_steps.Found, where: str) -> None:
@@ -112,13 +112,13 @@ class _Writer:
         self._create(keys.INTENT, self._intent(tree))
         self._create(keys.EXTRA, self._extra(found))
         for index, states in found.iterators.items():
-            self._storage.create(self._prefix + keys.process_state_name(index), json.dumps(states).encode())
+            self._storage.create(self._id.process_state_key(index), json.dumps(states).encode())
         for name, source in found.files.items():
-            self._storage.link(str(source.absolute()), self._prefix + keys.STATE + name)
+            self._storage.link(str(source.absolute()), self._id.state_prefix + name)
         manifest = Manifest(
             **self._signed(),
-            step=self._step,
-            attempt=self._attempt,
+            step=self._id.step,
+            attempt=self._id.name,
             process_count=1,
             files=tuple(self._sealed()),
             hosts=(socket.gethostname(),),
@@ -127,8 +127,8 @@ class _Writer:
         )
         body = self._create(keys.MANIFEST, manifest)
         entry = LiveStep(
-            step=self._step,
-            attempt=self._attempt,
+            step=self._id.step,
+            attempt=self._id.name,
             manifest_crc32c=crc32c(body),
             tree=tree.fingerprint(),
             bytes=manifest.total_bytes + len(body),
@@ -139,10 +139,10 @@ class _Writer:
         return entry.bytes
 
     def _sealed(self) -> Iterator[FileEntry]:
-        for there in list(self._storage.list(self._prefix)):
+        for there in list(self._storage.list(self._id.prefix)):
             (sealed,) = self._storage.make_durable([there.key])
             self._on_file(there.key)
-            yield replace(sealed, path=sealed.path.removeprefix(self._prefix))
+            yield replace(sealed, path=sealed.path.removeprefix(self._id.prefix))
 
     def _signed(self) -> dict[str, Any]:
         return {"format": FORMAT, "write_id": self._catalog.stamp().write_id}
@@ -151,7 +151,7 @@ class _Writer:
         told = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
         return Extra(
             **self._signed(),
-            step=self._step,
+            step=self._id.step,
             timestamp=found.time,
             stored_metrics=json_numbers.stored_all(found.metrics),
             stored_extra={EXTRA: json_numbers.pack(told)},
@@ -160,8 +160,8 @@ class _Writer:
     def _intent(self, tree: TreeSpec) -> Intent:
         return Intent(
             **self._signed(),
-            step=self._step,
-            attempt=self._attempt,
+            step=self._id.step,
+            attempt=self._id.name,
             epoch=self._epoch,
             opened_by=self._catalog.writer,
             time=time.time(),
@@ -174,5 +174,5 @@ class _Writer:
 
     def _create(self, name: str, record: Record) -> bytes:
         body = encode(record)
-        self._storage.create(self._prefix + name, body)
+        self._storage.create(self._id.prefix + name, body)
         return body

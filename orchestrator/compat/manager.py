@@ -386,7 +386,7 @@ class CheckpointManager:
         """All of a step's metrics."""
         if not live.metrics_omitted:
             return live.metrics
-        key = (live.step, live.attempt)
+        key = live.id
         if key not in self._all_metrics:
             self._all_metrics[key] = self._catalog.extra(live, self._catalog.manifest(live)).metrics
         return self._all_metrics[key]

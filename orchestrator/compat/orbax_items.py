@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
+from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format import orbax_json
+from orchestrator.arrays.inline_values import inline_value
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.tree import inline_value, numpy_dtype, targets, tree_path
+from orchestrator.arrays.tree import targets, tree_path
 from orchestrator.compat.adopt import EXTRA
 from orchestrator.errors import Mismatch, UsageError
 from orchestrator.rules import arguments, matching

@@ -21,7 +21,8 @@ from orchestrator.arrays.writing.write_plan import views
 from orchestrator.errors import OrchestratorError, StorageError, UsageError, WaitTimeout
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.observe import heartbeat
-from orchestrator.rules import holders, keys
+from orchestrator.rules import holders
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import Held, Intent
 from orchestrator.run.journal_store import Catalog
@@ -49,7 +50,7 @@ class Agreement:
         return self._known.get(flat.form) or self._remember(flat.form, holders.held(flat.spec.leaves, views(flat)))
 
     def settle(
-        self, flat: Flat, step: int, attempt: str, prefix: str, apart: Callable[[], tuple[object, str] | None]
+        self, flat: Flat, attempt: AttemptId, prefix: str, apart: Callable[[], tuple[object, str] | None]
     ) -> tuple[Held, ...]:
         """The account that this process goes by in an attempt, whose signals are below `prefix`.
 
@@ -67,7 +68,7 @@ class Agreement:
             else:
                 self._rendezvous.post(*posting)
             return held
-        return self._known.get(flat.form) or self._remember(flat.form, self._wait(step, attempt, prefix, apart))
+        return self._known.get(flat.form) or self._remember(flat.form, self._wait(attempt, prefix, apart))
 
     def doubt(self) -> None:
         """After a save that failed: ask again, whatever the form."""
@@ -81,7 +82,7 @@ class Agreement:
         return held
 
     def _wait(
-        self, step: int, attempt: str, prefix: str, apart: Callable[[], tuple[object, str] | None]
+        self, attempt: AttemptId, prefix: str, apart: Callable[[], tuple[object, str] | None]
     ) -> tuple[Held, ...]:
         me = self._rendezvous
         started = time.monotonic()
@@ -93,24 +94,24 @@ class Agreement:
                 raise UsageError(f"process 0 ({me.hosts[0]}) has decided without this process: {decided}")
             if now >= look_at:
                 look_at = now + _STORAGE_POLL_S
-                heartbeat.record("waiting for process 0", step)
-                if found := self._stored(step, attempt):
+                heartbeat.record("waiting for process 0", attempt.step)
+                if found := self._stored(attempt):
                     return found
                 if other := apart():
                     raise UsageError(other[1])
             time.sleep(pause_s)
             pause_s = min(_POLL_MAX_S, 1.5 * pause_s)
         raise WaitTimeout(
-            f"{keys.shown(step, attempt)}: process 0 ({me.hosts[0]}) did not say within {self._timeout_s:g} s who "
+            f"{attempt.label}: process 0 ({me.hosts[0]}) did not say within {self._timeout_s:g} s who "
             "holds the leaves of the state; look at that host"
         )
 
-    def _stored(self, step: int, attempt: str) -> tuple[Held, ...]:
+    def _stored(self, attempt: AttemptId) -> tuple[Held, ...]:
         """From the attempt's intent, if a signal is lost."""
-        key = self._catalog.key(step, attempt, keys.INTENT)
+        key = attempt.intent_key
         try:
             body = self._catalog.storage.get(key)
-            return decode(body, Intent, key, step=step, attempt=attempt).held if body else ()
+            return decode(body, Intent, key, step=attempt.step, attempt=attempt.name).held if body else ()
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s cannot be read yet: %s", key, error)
         except OrchestratorError as error:

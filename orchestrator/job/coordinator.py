@@ -24,6 +24,7 @@ from orchestrator.policy import KeepPolicy
 from orchestrator.rules import attempt as protocol
 from orchestrator.rules import chunk_index, holders, journal, json_numbers, keys
 from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Finalize, Phase
+from orchestrator.rules.attempt_id import AttemptId, receipt_process
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.fingerprints import fingerprints
 from orchestrator.rules.records import (
@@ -71,9 +72,9 @@ def run_prefix(run: str) -> str:
     return f"orchestrator/{run}/"
 
 
-def signal_prefix(run: str, step: int, attempt: str) -> str:
+def signal_prefix(run: str, attempt: AttemptId) -> str:
     """Where the processes of this incarnation post signals about an attempt. `run` is random per incarnation."""
-    return f"{run_prefix(run)}{step}/{attempt}/"
+    return f"{run_prefix(run)}{attempt.step}/{attempt.name}/"
 
 
 class Coordinator:
@@ -97,7 +98,7 @@ class Coordinator:
         self._keep, self._quarantine_keep_s = keep, quarantine_keep_s
         self._host_local, self._warned = host_local, set[str]()  # of the leaves that it has been said of
         self._lack_told = False
-        self._previous = signal_prefix(run, -1, "none")
+        self._previous = signal_prefix(run, AttemptId(-1, "none"))
         self._entry: LiveStep | None = None
         self._head: Begun[Head | None] | None = None  # read while the attempt is finalized
         self._mine: bytes | None = None  # this process's receipt, as the store has acknowledged it
@@ -153,7 +154,7 @@ class Coordinator:
         Returns the attempt in a terminal phase. Raises StorageError if the outcome could not be journalled: then the
         attempt is either not committed (and a later epoch collects it) or committed without anybody being told.
         """
-        prefix = signal_prefix(self._run, intent.step, intent.attempt)
+        prefix = signal_prefix(self._run, intent.id)
         self._files, self._mine, self._head = {entry.path: entry for entry in opened}, mine, None
         try:
             attempt = Attempt(intent, own_must_agree=self._host_local == "error")
@@ -180,7 +181,7 @@ class Coordinator:
         if found and len(self._warned) < _WARNED_MAX:
             self._warned |= {one.leaf.name for one in found}
             text = "; ".join(holders.lines(found, state.receipts))
-            emit(HostLocalDiffers(state.intent.step, state.intent.attempt, len(found), text))
+            emit(HostLocalDiffers(*state.intent.id, len(found), text))
 
     def _carry_out(
         self, state: Attempt, effects: tuple[protocol.Effect, ...], user: UserData, pending: PendingWrite | None
@@ -194,7 +195,7 @@ class Coordinator:
 
     def _collect_receipts(self, state: Attempt, deadline_s: float) -> tuple[Attempt, tuple[protocol.Effect, ...]]:
         intent = state.intent
-        prefix = signal_prefix(self._run, intent.step, intent.attempt) + "receipt/"
+        prefix = signal_prefix(self._run, intent.id) + "receipt/"
         started = time.monotonic()
         look_at = started + _STORAGE_POLL_S  # when storage is looked at next, signal or not
         effects: tuple[protocol.Effect, ...] = ()
@@ -217,13 +218,13 @@ class Coordinator:
 
     def _stored(self, intent: Intent) -> dict[str, str]:
         """The processes whose receipts are in storage, as their signals would say. One listing, however many."""
-        prefix = keys.attempt_prefix(intent.step, intent.attempt) + keys.RECEIPTS
+        prefix = intent.id.prefix + keys.RECEIPTS
         try:
             names = [entry.key for entry in self._catalog.storage.list(prefix)]
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s cannot be listed yet: %s", prefix, error)
             return {}
-        return {str(process): "" for name in names if (process := keys.receipt_of(name)) is not None}
+        return {str(process): "" for name in names if (process := receipt_process(name)) is not None}
 
     def _read_receipts(self, intent: Intent, ready: list[tuple[int, str]]) -> Iterator[tuple[Receipt, ...]]:
         """What can be read, in batches, many at once: an object store takes as long for each as for all."""
@@ -242,7 +243,7 @@ class Coordinator:
                 named = {"step": intent.step, "attempt": intent.attempt, "process": process}
                 return decode(posted.encode(), Receipt, f"signal of process {process}", **named)
             created = self._mine if process == self._rendezvous.process else None
-            found = self._catalog.receipt(intent.step, intent.attempt, process, created)
+            found = self._catalog.receipt(intent.id, process, created)
             if found is None:
                 return None
             self._files[found[1].path] = found[1]
@@ -303,8 +304,7 @@ class Coordinator:
                     rule = partial(
                         journal.abort,
                         epoch=self.epoch,
-                        step=intent.step,
-                        attempt=intent.attempt,
+                        attempt=intent.id,
                         failures=state.failures,
                         reason=state.reason,
                     )
@@ -324,7 +324,7 @@ class Coordinator:
         assert pending is not None  # its process's receipt is in
         intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
         self.stage_s = max(receipt.seconds.get("stage", 0.0) for receipt in receipts)
-        prefix = keys.attempt_prefix(intent.step, intent.attempt)
+        prefix = intent.id.prefix
         tree = {prefix + keys.STATE + file.path: file for file in pending.merge(chunk_index.entries(receipts))}
         failpoints.hit("finalize.merged")
         # Receipts may have been read before the directory that names them was durable: with ours all of them are.
@@ -364,7 +364,7 @@ class Coordinator:
 
     def _create(self, intent: Intent, name: str, body: bytes) -> FileEntry:
         """A record of the attempt, at `name` in it, created once and durable."""
-        key = self._catalog.key(intent.step, intent.attempt, name)
+        key = intent.id.key(name)
         if isinstance(self._catalog.storage.create(key, body), Exists):
             raise OrchestratorError(f"{self._catalog.url}/{key}: another writer uses this attempt; it is never reused")
         return file_entry(name, body)

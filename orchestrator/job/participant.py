@@ -48,6 +48,7 @@ from orchestrator.options import Options
 from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt import Phase, cause_of
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FORMAT, Failure, FileEntry, Intent, Receipt
 from orchestrator.run.journal_store import Catalog
@@ -83,8 +84,12 @@ class Save:
     told_s: float = 0.0  # when progress was last told, on the monotonic clock
 
     @property
+    def id(self) -> AttemptId:
+        return AttemptId(self.step, self.attempt)
+
+    @property
     def shown(self) -> str:
-        return layout.shown(self.step, self.attempt)
+        return self.id.label
 
     @property
     def running(self) -> bool:
@@ -126,7 +131,7 @@ class Saver:
         """Name the next attempt at `step`. Computed, not communicated: every process comes to the same name."""
         number = self._numbers[step] = self._numbers.get(step, 0) + 1
         failpoints.note(step=step, epoch=self._epoch)
-        save = Save(step, layout.attempt_name(self._epoch, number), user, process_state)
+        save = Save(*AttemptId.of(step, self._epoch, number), user, process_state)
         self._began.append(save.shown)
         return save
 
@@ -136,12 +141,12 @@ class Saver:
         self._enter(save, "staging")
         started = time.monotonic()
         if not save.failure:
-            prefix = layout.attempt_prefix(save.step, save.attempt)
+            prefix = save.id.prefix
             try:
                 check_root(self._catalog.storage)
                 failpoints.hit("save.stage")
-                signals = signal_prefix(self._run, save.step, save.attempt)
-                held = self._agreement.settle(flat, save.step, save.attempt, signals, partial(self._apart, save))
+                signals = signal_prefix(self._run, save.id)
+                held = self._agreement.settle(flat, save.id, signals, partial(self._apart, save))
                 pending = self._writer.stage(f"{self._catalog.url}/{prefix}{layout.STATE}", flat, self._attest, held)
             except Exception as error:  # the other hosts must hear of it
                 save.failure = ("stage", error)
@@ -161,7 +166,7 @@ class Saver:
     def reject(self, save: Save, phase: str, cause: BaseException) -> None:
         """Tell the other processes, without touching storage, that this one does not take part in `save`."""
         no = self._receipt(save, failure=self._failure(phase, cause))
-        prefix = signal_prefix(self._run, save.step, save.attempt)
+        prefix = signal_prefix(self._run, save.id)
         self._rendezvous.post(f"{prefix}receipt/{self._rendezvous.process}", encode(no).decode())
         if self._coordinator:  # nobody else could decide it
             self._coordinator.announce(prefix, Phase.ABORTED, f"process 0 in {phase}: {cause}")
@@ -189,7 +194,7 @@ class Saver:
         try:
             opening = self._opening(self._coordinator, intent, save) if self._coordinator and intent else None
             if self._coordinator:
-                self._rendezvous.post(f"{run_prefix(self._run)}saving/0", json.dumps([save.step, save.attempt]))
+                self._rendezvous.post(f"{run_prefix(self._run)}saving/0", json.dumps([save.id]))
             mine = self._promise(save, pending, opening)
             if self._coordinator and intent and opening:
                 wait([opening], GRACE_S)  # nothing of ours should appear in an attempt that is decided
@@ -237,8 +242,8 @@ class Saver:
         """Make this process's part durable and sign a receipt, or say NO with the cause. `opening`: what must have been
         written before. Returns the receipt if the store has acknowledged it."""
         me = self._rendezvous
-        signal = signal_prefix(self._run, save.step, save.attempt) + f"receipt/{me.process}"
-        key = self._catalog.key(save.step, save.attempt, layout.receipt_name(me.process))
+        signal = signal_prefix(self._run, save.id) + f"receipt/{me.process}"
+        key = save.id.receipt_key(me.process)
         phase = "write"
         own: Begun[None] | None = None
         try:
@@ -292,7 +297,7 @@ class Saver:
         try:
             opening.result(timeout=max(0.0, left_s))
         except TimeoutError as error:
-            where = f"{self._catalog.url}/{layout.attempt_prefix(save.step, save.attempt)}{layout.INTENT}"
+            where = f"{self._catalog.url}/{save.id.intent_key}"
             raise WaitTimeout(f"{where} was not written within {self._options.save_timeout_s:g} s") from error
 
     def _enter(self, save: Save, phase: str, pending: PendingWrite | None = None) -> None:
@@ -304,7 +309,7 @@ class Saver:
         """Asked again and again while this process writes, so it tells the progress, too."""
         if time.monotonic() - save.told_s >= PROGRESS_S:
             self._enter(save, "writing", pending)
-        posted = self._rendezvous.poll(signal_prefix(self._run, save.step, save.attempt) + "receipt/")
+        posted = self._rendezvous.poll(signal_prefix(self._run, save.id) + "receipt/")
         return any(value.startswith("{") for value in posted.values())
 
     def _receipt(
@@ -342,7 +347,7 @@ class Saver:
 
     def _make_durable(self, save: Save, pending: PendingWrite) -> tuple[FileEntry, ...]:
         """Make the files that this process wrote durable, whoever else writes beside it."""
-        prefix = layout.attempt_prefix(save.step, save.attempt)
+        prefix = save.id.prefix
         storage, process = self._catalog.storage, self._rendezvous.process
         keys = [] if save.process_state is None else [prefix + layout.process_state_name(process)]
         known = {prefix + layout.STATE + file.path: file for file in pending.files}
@@ -351,7 +356,7 @@ class Saver:
 
     def _put_process_state(self, save: Save) -> None:
         """Beside the arrays: a store far away takes as long for both as for one."""
-        key = self._catalog.key(save.step, save.attempt, layout.process_state_name(self._rendezvous.process))
+        key = save.id.process_state_key(self._rendezvous.process)
         if isinstance(self._catalog.storage.create(key, save.process_state or b""), Exists):
             raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
 
@@ -377,7 +382,7 @@ class Saver:
         """What the coordinator decided: from its signal, or, if that is lost, from the journal. Bounded."""
         if save.apart:  # before it staged anything; what process 0 does next is no business of this one
             return save.apart
-        prefix = signal_prefix(self._run, save.step, save.attempt) + "decision/"
+        prefix = signal_prefix(self._run, save.id) + "decision/"
         started = time.monotonic()
         deadline_s = self._options.save_timeout_s + GRACE_S
         look_at = started + STORAGE_POLL_S
@@ -400,20 +405,20 @@ class Saver:
         """Whether process 0 saves another step instead: one that this process has not begun, though all save in one
         order. Neither could be committed; both hear of it now, and not at their deadlines."""
         said = self._rendezvous.poll(f"{run_prefix(self._run)}saving/").get("0")
-        theirs = json.loads(said) if said else None
-        if theirs is None or layout.shown(*theirs) in self._began:
+        theirs = AttemptId(*json.loads(said)) if said else None
+        if theirs is None or theirs.label in self._began:
             return None
-        if self._rendezvous.poll(signal_prefix(self._run, save.step, save.attempt) + "decision/"):
+        if self._rendezvous.poll(signal_prefix(self._run, save.id) + "decision/"):
             return None  # it has just decided this one, and gone on: a decision is posted before the next save is
         me = self._rendezvous
         reason = (
-            f"process 0 ({me.hosts[0]}) saves step {theirs[0]} where process {me.process} ({me.hosts[me.process]}) "
+            f"process 0 ({me.hosts[0]}) saves step {theirs.step} where process {me.process} ({me.hosts[me.process]}) "
             f"saves step {save.step}; all must save the same steps in the same order"
         )
         no = self._receipt(save, failure=self._failure("agree", UsageError(reason)))
-        for step, attempt in (theirs, (save.step, save.attempt)):
-            signal = signal_prefix(self._run, step, attempt) + f"receipt/{me.process}"
-            me.post(signal, encode(replace(no, step=step, attempt=attempt)).decode())
+        for attempt in (theirs, save.id):
+            signal = signal_prefix(self._run, attempt) + f"receipt/{me.process}"
+            me.post(signal, encode(replace(no, step=attempt.step, attempt=attempt.name)).decode())
         save.apart = Phase.ABORTED, reason
         return save.apart
 
@@ -423,10 +428,10 @@ class Saver:
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s: the journal cannot be read yet: %s", save.shown, error)
             return None
-        if journal.is_live(head, save.step, save.attempt):
+        if journal.is_live(head, save.id):
             return Phase.COMMITTED, ""
         if head.epoch > self._epoch:
             return Phase.FENCED, f"fenced by epoch {head.epoch} ({head.writer})"
-        if journal.is_retired(head, save.step, save.attempt):
+        if journal.is_retired(head, save.id):
             return Phase.ABORTED, f"journal version {head.version}: {head.event.reason or 'aborted'}"
         return None

@@ -34,6 +34,7 @@ from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Restored as RestoredEvent
 from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.rules import arguments, journal, keys, matching
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
 from orchestrator.run.journal_store import Catalog
@@ -191,7 +192,7 @@ def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:
     return root
 
 
-_Passed = dict[tuple[int, str], str]  # attempts that are proven to be damaged -> how
+_Passed = dict[AttemptId, str]  # attempts that are proven to be damaged -> how
 _RETIRED_MAX = 20  # times that retention may be quicker than a restore
 
 
@@ -275,18 +276,18 @@ def _load_once(
     others.
     """
     values: list[Any] = [None] * len(loads)
-    together = arrays.groups(loads)
+    together = arrays.exchange_groups(loads)
     for group in together:
-        parts = reading.load(stored, group.parts)
+        parts = reading.load(stored, group.slab_requests)
         try:
-            answers = rendezvous.gather(_meeting(stored, ""), {"exchange": group.told}, timeout_s)
+            answers = rendezvous.gather(_meeting(stored, ""), {"exchange": group.signature}, timeout_s)
         except OrchestratorError as error:
             raise _Stopped([]) from error
-        if answers != [{"exchange": group.told}] * len(answers):
+        if answers != [{"exchange": group.signature}] * len(answers):
             raise _Stopped(answers)
-        for place, value in zip(group.places, group.exchanged(parts), strict=True):
+        for place, value in zip(group.positions, group.exchanged(parts), strict=True):
             values[place] = value
-    alone = sorted(set(range(len(loads))).difference(*(group.places for group in together)))
+    alone = sorted(set(range(len(loads))).difference(*(group.positions for group in together)))
     for place, value in zip(alone, reading.load(stored, [loads[at] for at in alone]), strict=True):
         values[place] = value
     return values
@@ -365,8 +366,8 @@ class _Together:
         """Journal what was found to be damaged."""
         while self._found and self._record:
             live = self._found.pop(0)
-            reason = self.passed[live.step, live.attempt][:1000]
-            rule = partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason)
+            reason = self.passed[live.id][:1000]
+            rule = partial(journal.quarantine, attempt=live.id, reason=reason)
             agree(self._rendezvous, "restore: quarantine", self._timeout_s, partial(_append, self._catalog, rule))
 
     def _again_if_retired(self, failed: list[tuple[int, Json]]) -> None:
@@ -396,10 +397,10 @@ class _Together:
 
     def _pass(self, live: LiveStep, reason: str) -> None:
         if self._never_down:
-            shown = keys.shown(live.step, live.attempt)
+            shown = live.id.label
             raise Damaged(f"{self._catalog.url} {shown} cannot be restored: {reason}")
         emit(SteppedDown(live.step, live.attempt, reason))
-        self.passed[live.step, live.attempt] = reason
+        self.passed[live.id] = reason
         self._found.append(live)
 
     def _line(self, index: int, answer: Json) -> str:
@@ -417,9 +418,9 @@ def _note_restored(catalog: Catalog, live: LiveStep, early: Begun[Head | None] |
     """Journal that a run has come up on this attempt: retention keeps the newest of those. Not worth failing for, but
     done before the restore returns: the next save's retention must know of it."""
     try:
-        catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="restored"), early)
+        catalog.append(partial(journal.trusted, attempt=live.id, trust="restored"), early)
     except OrchestratorError as error:
-        logging.warning("%s: could not be journalled as restored: %s", keys.shown(live.step, live.attempt), error)
+        logging.warning("%s: could not be journalled as restored: %s", live.id.label, error)
 
 
 def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
@@ -433,7 +434,7 @@ def _choose(catalog: Catalog, step: int | None, back: int, passed: _Passed) -> t
         head = catalog.head()
         if head is None:
             return None
-        good = [live for live in head.live if live.restorable and (live.step, live.attempt) not in passed]
+        good = [live for live in head.live if live.restorable and live.id not in passed]
         if len(good) > back:
             return _told_of(head, good[-1 - back])
         if passed:
@@ -456,7 +457,7 @@ def _told_of(head: Head | None, live: LiveStep) -> tuple[int, str]:
 
 def shown(passed: _Passed) -> str:
     """A line for each step that is damaged."""
-    return "".join(f"\n  step {step}: {reason}" for (step, _), reason in passed.items())
+    return "".join(f"\n  step {attempt.step}: {reason}" for attempt, reason in passed.items())
 
 
 def _try(read: Callable[[], Value]) -> tuple[Value | None, Exception | None]:

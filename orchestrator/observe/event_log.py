@@ -26,7 +26,7 @@ from absl import logging
 
 from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey
 from orchestrator.observe.events import KINDS, EpochOpened, Event
-from orchestrator.rules import keys
+from orchestrator.rules.attempt_id import parse_name
 from orchestrator.storage.directory import Root, find
 
 VERSION = 1
@@ -83,7 +83,7 @@ def _sensible(name: str, value: object) -> bool:
         return -1 <= value <= _MOST.get(name, _NUMBER_MAX)
     if name == "attempt":
         try:
-            keys.parse_attempt(str(value))
+            parse_name(str(value))
         except (UnsafeKey, ValueError):
             return False
     return not isinstance(value, str) or len(value) <= _TEXT_MAX

@@ -21,6 +21,7 @@ from orchestrator.observe.events import (
     SaveStarted,
     SteppedDown,
 )
+from orchestrator.rules.attempt_id import AttemptId
 
 
 @dataclass
@@ -40,6 +41,10 @@ class HostSave:
     ended_s: float | None = None
     outcome: str = ""
     reason: str = ""
+
+    @property
+    def id(self) -> AttemptId:
+        return AttemptId(self.step, self.attempt)
 
     def seconds(self, phase: str) -> float:
         """How long a phase took; 0 if it was not entered, up to the last event if it has not ended."""

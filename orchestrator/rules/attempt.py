@@ -21,7 +21,6 @@ from typing import Any
 
 from orchestrator.rules import holders
 from orchestrator.rules.fingerprints import disagreements
-from orchestrator.rules.keys import shown
 from orchestrator.rules.records import Box, Failure, Intent, Receipt
 
 
@@ -163,8 +162,8 @@ def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
 def _not_ours(state: Attempt, receipt: Receipt) -> str:
     """Why a receipt is not one of this attempt's, '' if it is."""
     intent = state.intent
-    if (receipt.step, receipt.attempt) != (intent.step, intent.attempt):
-        return f"receipt of {shown(receipt.step, receipt.attempt)} found in {shown(intent.step, intent.attempt)}"
+    if receipt.id != intent.id:
+        return f"receipt of {receipt.id.label} found in {intent.id.label}"
     if not 0 <= receipt.process < intent.process_count:
         return f"receipt of process {receipt.process}, expected 0 to {intent.process_count - 1}"
     if receipt.failure is None and receipt.went_by != holders.name(intent.held):
@@ -183,7 +182,7 @@ def _on_deadline(state: Attempt, event: DeadlinePassed) -> Step:
     who = ", ".join(
         f"{index} ({event.hosts[index]})" if index in event.hosts else str(index) for index in state.missing
     )
-    where = shown(state.intent.step, state.intent.attempt)
+    where = state.intent.id.label
     silent = tuple(
         Failure(
             process=index, host=event.hosts.get(index, "?"), phase="receipt", cause=f"silent for {event.after_s:g} s"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from orchestrator.rules import journal, keys
-from orchestrator.rules.journal import AttemptId, Found, Stamp
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.journal import Found, Stamp
 from orchestrator.rules.records import FORMAT, Event, Head, LiveStep
 
 
@@ -24,11 +25,11 @@ def lost(head: Head | None, found: Mapping[AttemptId, Found], marker: int = -1) 
     version, epoch = (head.version, head.epoch) if head else (-1, 0)
     if marker > version:
         return f"a marker in {keys.JOURNAL_INDEX} names version {marker}"
-    for (step, attempt), one in sorted(found.items(), reverse=True):
-        if keys.parse_attempt(attempt)[0] > epoch:
-            return f"{keys.shown(step, attempt)} is of an epoch above {epoch}, the head's"
-        if one.built_on > version and not (head and journal.is_known(head, step, attempt)):
-            return f"{keys.shown(step, attempt)} builds on version {one.built_on}"
+    for attempt, one in sorted(found.items(), reverse=True):
+        if attempt.epoch > epoch:
+            return f"{attempt.label} is of an epoch above {epoch}, the head's"
+        if one.built_on > version and not (head and journal.is_known(head, attempt)):
+            return f"{attempt.label} builds on version {one.built_on}"
     return ""
 
 
@@ -63,17 +64,17 @@ def choose(head: Head | None, whole: Sequence[Whole], ended: Collection[AttemptI
     added: dict[int, LiveStep] = {}
     left_out: list[tuple[LiveStep, str]] = []
     for one in sorted(whole, key=_order):
-        step, attempt = one.entry.step, one.entry.attempt
-        if head and (journal.is_live(head, step, attempt) or journal.is_aside(head, step, attempt)):
+        attempt = one.entry.id
+        if head and (journal.is_live(head, attempt) or journal.is_aside(head, attempt)):
             continue
-        if (step, attempt) in ended:
+        if attempt in ended:
             left_out.append((one.entry, "the journal calls it retired, aborted or quarantined"))
-        elif head and journal.superseded(head, step, attempt):
+        elif head and journal.superseded(head, attempt):
             left_out.append((one.entry, "never committed, and the journal has a newer step"))
         else:
-            if before := added.pop(step, None):
-                left_out.append((before, f"saved again as {attempt}"))
-            added[step] = one.entry
+            if before := added.pop(attempt.step, None):
+                left_out.append((before, f"saved again as {attempt.name}"))
+            added[attempt.step] = one.entry
     old = head.live if head else ()
     pins = {live.step: live.pins for live in old}
     new = tuple(replace(live, pins=pins.get(step, ())) for step, live in added.items())
@@ -83,8 +84,8 @@ def choose(head: Head | None, whole: Sequence[Whole], ended: Collection[AttemptI
 
 def _order(one: Whole) -> tuple[int, int, int, int]:
     """Commit order, as far as the records tell it."""
-    epoch, number = keys.parse_attempt(one.entry.attempt)
-    return epoch, one.built_on, one.entry.step, number
+    attempt = one.entry.id
+    return attempt.epoch, one.built_on, attempt.step, attempt.number
 
 
 def above(head: Head | None, versions: Iterable[int], named: Iterable[int]) -> int:
@@ -99,8 +100,8 @@ def recovered(
     """The entry that a journal goes on from after it has lost entries. Attempts that the surviving head has and `live`
     has not (their step was committed again) are put aside if they are quarantined, else retired as replaced."""
     base = head or Head(format=FORMAT, version=-1, epoch=0, writer="", write_id="", time=0.0, event=Event(kind=""))
-    kept = {(one.step, one.attempt) for one in live}
-    replaced = [old for old in base.live if (old.step, old.attempt) not in kept]
+    kept = {one.id for one in live}
+    replaced = [old for old in base.live if old.id not in kept]
     return replace(
         base,
         version=version,

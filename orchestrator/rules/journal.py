@@ -18,11 +18,9 @@ from msgspec.structs import replace
 from orchestrator import policy
 from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
 from orchestrator.policy import KeepPolicy
-from orchestrator.rules import keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.json_numbers import stored_all
 from orchestrator.rules.records import FORMAT, Event, Failure, Head, LiveStep, Quarantine, RetiredAttempt
-
-AttemptId = tuple[int, str]  # step, attempt name
 
 
 @dataclass(frozen=True)
@@ -143,10 +141,10 @@ def commit(
     """
     if head is None or head.epoch != epoch:
         return _not_our_epoch(head, epoch)
-    if is_live(head, entry.step, entry.attempt) or is_aside(head, entry.step, entry.attempt):
+    if is_live(head, entry.id) or is_aside(head, entry.id):
         return None  # our own reply was lost, and somebody has written after us
-    if is_retired(head, entry.step, entry.attempt):
-        where = keys.shown(entry.step, entry.attempt)
+    if is_retired(head, entry.id):
+        where = entry.id.label
         return Rejected(
             OrchestratorError(f"{where}: the journal has aborted or retired it already; it cannot be committed")
         )
@@ -183,15 +181,15 @@ def _expired(old: LiveStep, now: float, keep_s: float | None) -> bool:
 
 
 def abort(
-    head: Head | None, stamp: Stamp, *, epoch: int, step: int, attempt: str, failures: tuple[Failure, ...], reason: str
+    head: Head | None, stamp: Stamp, *, epoch: int, attempt: AttemptId, failures: tuple[Failure, ...], reason: str
 ) -> Next:
     """Journal that an attempt will never commit; its data may be deleted."""
     if head is None or head.epoch != epoch:
         return _not_our_epoch(head, epoch)
-    if is_known(head, step, attempt):
+    if is_known(head, attempt):
         return None
-    event = Event(kind="aborted", step=step, attempt=attempt, failures=failures, reason=reason)
-    gone = RetiredAttempt(step=step, attempt=attempt, reason="aborted")
+    event = Event(kind="aborted", step=attempt.step, attempt=attempt.name, failures=failures, reason=reason)
+    gone = RetiredAttempt(step=attempt.step, attempt=attempt.name, reason="aborted")
     return _next(head, stamp, event, retired=(*head.retired, gone))
 
 
@@ -218,8 +216,8 @@ def discard(head: Head | None, stamp: Stamp, *, step: int) -> Next:
         return Rejected(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have}"))
     if pins := [pin for old in gone for pin in old.pins]:
         return Rejected(UsageError(f"step {step} is pinned ({', '.join(pins)}); unpin it first"))
-    names = {(old.step, old.attempt) for old in gone}
-    live = tuple(old for old in head.live if (old.step, old.attempt) not in names)
+    names = {old.id for old in gone}
+    live = tuple(old for old in head.live if old.id not in names)
     if not live:
         text = f"step {step} is the only one that this run has: without it a job would begin at 0; use another root"
         return Rejected(UsageError(text))
@@ -229,19 +227,21 @@ def discard(head: Head | None, stamp: Stamp, *, step: int) -> Next:
         Event(kind="retired", steps=(step,), reason="quarantined, deleted by name"),
         live=live,
         retired=(*head.retired, *(retired_as(old, "quarantined") for old in gone)),
-        aside=tuple(old for old in head.aside if (old.step, old.attempt) not in names),
+        aside=tuple(old for old in head.aside if old.id not in names),
     )
 
 
-def collected(head: Head | None, stamp: Stamp, *, attempts: Iterable[tuple[int, str]]) -> Next:
+def collected(head: Head | None, stamp: Stamp, *, attempts: Iterable[AttemptId]) -> Next:
     """Forget retired attempts whose data is deleted."""
     if head is None:
         return None
     done = set(attempts)
-    left = tuple(gone for gone in head.retired if (gone.step, gone.attempt) not in done)
+    left = tuple(gone for gone in head.retired if gone.id not in done)
     if len(left) == len(head.retired):
         return None
-    return _next(head, stamp, Event(kind="collected", steps=tuple(sorted({step for step, _ in done}))), retired=left)
+    return _next(
+        head, stamp, Event(kind="collected", steps=tuple(sorted({attempt.step for attempt in done}))), retired=left
+    )
 
 
 def pin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
@@ -259,10 +259,10 @@ def unpin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
     return _change(head, stamp, step, "unpinned", without, name, False)
 
 
-def quarantine(head: Head | None, stamp: Stamp, *, step: int, attempt: str, reason: str, by_hand: bool = False) -> Next:
+def quarantine(head: Head | None, stamp: Stamp, *, attempt: AttemptId, reason: str, by_hand: bool = False) -> Next:
     """Take an attempt out of the restorable ones. It is evidence from now on: retention and later saves leave its data
     alone, and `release` brings it back. by_hand: somebody's decision, not what reading the data has proven."""
-    if head is None or not is_live(head, step, attempt):
+    if head is None or not is_live(head, attempt):
         return None
 
     def taken(live: LiveStep) -> LiveStep:
@@ -271,7 +271,7 @@ def quarantine(head: Head | None, stamp: Stamp, *, step: int, attempt: str, reas
         why = Quarantine(time=stamp.time, reason=reason, by_hand=by_hand, trust=live.trust)
         return replace(live, trust="quarantined", quarantine=why)
 
-    return _change(head, stamp, step, "quarantined", taken, reason, None)
+    return _change(head, stamp, attempt.step, "quarantined", taken, reason, None)
 
 
 def release(
@@ -291,7 +291,7 @@ def release(
     if disproved and (found is not there or (found.quarantine and found.quarantine.by_hand)):
         return None
     if there is not None and there.restorable:
-        where = keys.shown(step, found.attempt)
+        where = found.id.label
         text = f"{where}: the step is restorable as {there.attempt}; quarantine that one first, then release this one"
         return Rejected(OrchestratorError(text))
     trust = found.quarantine.trust if found.quarantine else "committed"
@@ -307,22 +307,22 @@ def release(
 
 def _put_back(live: tuple[LiveStep, ...], lifted: LiveStep) -> tuple[LiveStep, ...]:
     """`lifted` among the live steps: never after one of a later incarnation, as it was committed before."""
-    mine = (keys.parse_attempt(lifted.attempt)[0], lifted.step)
-    after = [index for index, old in enumerate(live) if (keys.parse_attempt(old.attempt)[0], old.step) > mine]
+    mine = (lifted.id.epoch, lifted.step)
+    after = [index for index, old in enumerate(live) if (old.id.epoch, old.step) > mine]
     at = min(after, default=len(live))
     return (*live[:at], lifted, *live[at:])
 
 
-def trusted(head: Head | None, stamp: Stamp, *, step: int, attempt: str, trust: str) -> Next:
+def trusted(head: Head | None, stamp: Stamp, *, attempt: AttemptId, trust: str) -> Next:
     """Record that an attempt was read back whole (`verified`), or that a run has come up on it (`restored`). Trust only
     grows, and a quarantined attempt stays quarantined."""
-    if head is None or not is_live(head, step, attempt):
+    if head is None or not is_live(head, attempt):
         return None
 
     def raised(live: LiveStep) -> LiveStep:
         return replace(live, trust=trust) if live.restorable and _LADDER[trust] > _LADDER[live.trust] else live
 
-    return _change(head, stamp, step, trust, raised, "", None)
+    return _change(head, stamp, attempt.step, trust, raised, "", None)
 
 
 _LADDER = {"committed": 0, "verified": 1, "restored": 2}
@@ -409,21 +409,21 @@ def find(head: Head, step: int) -> LiveStep | None:
     return next((entry for entry in head.live if entry.step == step), None)
 
 
-def is_live(head: Head, step: int, attempt: str) -> bool:
-    return any(entry.step == step and entry.attempt == attempt for entry in head.live)
+def is_live(head: Head, attempt: AttemptId) -> bool:
+    return any(live.step == attempt.step and live.attempt == attempt.name for live in head.live)
 
 
-def is_retired(head: Head, step: int, attempt: str) -> bool:
-    return any(gone.step == step and gone.attempt == attempt for gone in head.retired)
+def is_retired(head: Head, attempt: AttemptId) -> bool:
+    return any(gone.step == attempt.step and gone.attempt == attempt.name for gone in head.retired)
 
 
-def is_aside(head: Head, step: int, attempt: str) -> bool:
-    return any(entry.step == step and entry.attempt == attempt for entry in head.aside)
+def is_aside(head: Head, attempt: AttemptId) -> bool:
+    return any(old.step == attempt.step and old.attempt == attempt.name for old in head.aside)
 
 
-def is_known(head: Head, step: int, attempt: str) -> bool:
+def is_known(head: Head, attempt: AttemptId) -> bool:
     """Whether the head says what has become of an attempt."""
-    return is_live(head, step, attempt) or is_retired(head, step, attempt) or is_aside(head, step, attempt)
+    return is_live(head, attempt) or is_retired(head, attempt) or is_aside(head, attempt)
 
 
 def collectable(head: Head, found: Mapping[AttemptId, Found] | None = None) -> tuple[RetiredAttempt, ...]:
@@ -433,16 +433,16 @@ def collectable(head: Head, found: Mapping[AttemptId, Found] | None = None) -> t
 
     The caller has made sure that the journal has lost nothing (`evidence`)."""
     orphans = [
-        RetiredAttempt(step=step, attempt=attempt, reason="orphan")
-        for (step, attempt), one in (found or {}).items()
-        if keys.parse_attempt(attempt)[0] < head.epoch
-        and not is_known(head, step, attempt)
-        and not (one.whole and not superseded(head, step, attempt))
+        RetiredAttempt(step=attempt.step, attempt=attempt.name, reason="orphan")
+        for attempt, one in (found or {}).items()
+        if attempt.epoch < head.epoch
+        and not is_known(head, attempt)
+        and not (one.whole and not superseded(head, attempt))
     ]
     return (*head.retired, *orphans)
 
 
-def superseded(head: Head, step: int, attempt: str) -> bool:
+def superseded(head: Head, attempt: AttemptId) -> bool:
     """Whether a restorable step, as new or newer, was committed by the same or a later incarnation."""
-    epoch = keys.parse_attempt(attempt)[0]
-    return any(old.restorable and old.step >= step and keys.parse_attempt(old.attempt)[0] >= epoch for old in head.live)
+    epoch = attempt.epoch
+    return any(old.restorable and old.step >= attempt.step and old.id.epoch >= epoch for old in head.live)

@@ -1,4 +1,5 @@
-"""Every key of a run, built and parsed in one place (the on-disk contract).
+"""The keys of a run and the names of an attempt's files, built and parsed in one place (the on-disk contract);
+`attempt_id` puts the two together.
 
 Keys are relative to the run's root, `/`-separated on every store. Pure: no I/O. Keys that come *from* storage go
 through `check_key` before anything is done with them.
@@ -18,8 +19,6 @@ VERSION_MAX = 10**20 - 1  # of a journal entry: what its key can say
 # ASCII digits only, and each name in one spelling: what is parsed must be what would be built.
 _JOURNAL_KEY = re.compile(r"journal/([0-9]{20})\.json")
 _INDEX_KEY = re.compile(r"journal-index/([0-9]{20})")
-_ATTEMPT = re.compile(r"e([0-9]{4,})-a([0-9]{2,})")
-_ATTEMPT_KEY = re.compile(r"steps/([0-9]{8,19})/(e([0-9]{4,18})-a([0-9]{2,18}))/(.+)", re.DOTALL)
 
 
 def journal_key(version: int) -> str:
@@ -44,39 +43,11 @@ def indexed_version(key: str) -> int | None:
     return VERSION_MAX - int(found[1]) if found else None
 
 
-def attempt_name(epoch: int, number: int) -> str:
-    return f"e{epoch:04d}-a{number:02d}"
-
-
-def parse_attempt(name: str) -> tuple[int, int]:
-    """(epoch, number) of an attempt name. Raises UnsafeKey for anything else."""
-    found = _ATTEMPT.fullmatch(name)
-    if not found or name != attempt_name(int(found[1]), int(found[2])):
-        raise UnsafeKey(f"attempt name {name!r}: expected eEEEE-aNN; the record that holds it is damaged")
-    return int(found[1]), int(found[2])
-
-
 def step_prefix(step: int) -> str:
     return f"{STEPS}{step:0{STEP_DIGITS}d}/"
 
 
-def attempt_prefix(step: int, attempt: str) -> str:
-    """Prefix of one attempt's keys, ending in `/`. Raises UnsafeKey if `attempt` is not an attempt name."""
-    parse_attempt(attempt)
-    return f"{step_prefix(step)}{attempt}/"
-
-
-def split_attempt_key(key: str) -> tuple[int, str, str] | None:
-    """(step, attempt, rest) of a key below an attempt; None for other keys."""
-    found = _ATTEMPT_KEY.fullmatch(key)
-    if not found or not key.startswith(step_prefix(int(found[1]))):
-        return None
-    if found[2] != attempt_name(int(found[3]), int(found[4])):
-        return None
-    return int(found[1]), found[2], found[5]
-
-
-# Keys inside an attempt, relative to its prefix.
+# Names of an attempt's files, which follow its prefix.
 INTENT = "intent.json"
 MANIFEST = "manifest.json"
 EXTRA = "extra.json"
@@ -89,17 +60,6 @@ _OF_A_PROCESS = re.compile(rf"(?:{RECEIPTS}([0-9]+)\.json|{PROCESS}([0-9]+)\.bin
 
 def receipt_name(process: int) -> str:
     return f"{RECEIPTS}{process:05d}.json"
-
-
-def receipt_of(key: str) -> int | None:
-    """The process whose receipt is at `key`, None for anything else."""
-    found = split_attempt_key(key)
-    if not found or not found[2].startswith(RECEIPTS):
-        return None
-    try:
-        return process_of(found[2])
-    except UnsafeKey:  # a stray file
-        return None
 
 
 def process_state_name(process: int) -> str:
@@ -130,8 +90,3 @@ def check_key(key: str, where: str) -> str:
             f"{where}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used"
         )
     return key
-
-
-def shown(step: int, attempt: str) -> str:
-    """How an attempt is named in messages: `step 100 e0003-a02`."""
-    return f"step {step} {attempt}"

@@ -12,6 +12,7 @@ import crc32c as crc32c_library
 import msgspec
 
 from orchestrator.rules import json_numbers
+from orchestrator.rules.attempt_id import AttemptId
 
 FORMAT = 1
 SMALL_FILE_BYTES = 4 << 20
@@ -24,6 +25,18 @@ Json = Any  # a value that JSON can hold; checked by the codec, not by the type 
 class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Base of all stored records: immutable, keyword-only, unknown fields ignored. Nothing in them refers back to them,
     so the garbage collector need not look at the tens of thousands that a large state has."""
+
+
+class _OfAttempt:
+    """A record that belongs to one attempt, or that stands for it."""
+
+    __slots__ = ()
+    step: int
+    attempt: str
+
+    @property
+    def id(self) -> AttemptId:
+        return AttemptId(self.step, self.attempt)
 
 
 class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -146,7 +159,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True, gc=False):
     chunk: tuple[int, ...] | None = None
 
 
-class Intent(Record, frozen=True):
+class Intent(Record, _OfAttempt, frozen=True):
     """held: who holds the leaves, as process 0 sees it, which counts for all; () in a job of one process."""
 
     format: int
@@ -190,7 +203,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
     crc32c: str
 
 
-class Receipt(Record, frozen=True):
+class Receipt(Record, _OfAttempt, frozen=True):
     """A process's promise about what it made durable, or its failure.
 
     places, small: key in the array store -> where each chunk of this process is, or the chunk itself (elements and
@@ -218,7 +231,7 @@ class Receipt(Record, frozen=True):
     own: bytes = b""
 
 
-class Manifest(Record, frozen=True):
+class Manifest(Record, _OfAttempt, frozen=True):
     """Every file of a committed attempt; its own CRC-32C is in the journal."""
 
     format: int
@@ -280,7 +293,7 @@ class Quarantine(Record, frozen=True):
     trust: str = "committed"
 
 
-class LiveStep(Record, frozen=True):
+class LiveStep(Record, _OfAttempt, frozen=True):
     """One committed attempt. `trust`: committed, verified, restored or quarantined. `bytes`: all its files.
 
     metrics: those that the journal carries. metrics_omitted: how many more there are, in the attempt's extra.json.
@@ -310,7 +323,7 @@ class LiveStep(Record, frozen=True):
         return self.trust != "quarantined"
 
 
-class RetiredAttempt(Record, frozen=True):
+class RetiredAttempt(Record, _OfAttempt, frozen=True):
     step: int
     attempt: str
     reason: str

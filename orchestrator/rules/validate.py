@@ -17,6 +17,7 @@ from typing import Any
 
 from orchestrator.rules import holders, keys, zarr_chunks
 from orchestrator.rules.arguments import STEP_MAX
+from orchestrator.rules.attempt_id import parse_name
 from orchestrator.rules.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.rules.records import (
     Box,
@@ -140,10 +141,10 @@ def _head(head: Head) -> None:
     for gone in head.retired:
         _step_and_attempt(gone)
     _unique("live", "step", [live.step for live in head.live])
-    retired = {(gone.step, gone.attempt) for gone in head.retired}
-    both = next((live for live in (*head.live, *head.aside) if (live.step, live.attempt) in retired), None)
+    retired = {gone.id for gone in head.retired}
+    both = next((live for live in (*head.live, *head.aside) if live.id in retired), None)
     if both:
-        raise Invalid(f"{keys.shown(both.step, both.attempt)} is in `live` and in `retired`, expected in one of them")
+        raise Invalid(f"{both.id.label} is in `live` and in `retired`, expected in one of them")
 
 
 def _event(event: Event) -> None:
@@ -152,7 +153,7 @@ def _event(event: Event) -> None:
     for step in (*event.steps, *(() if event.step is None else (event.step,))):
         _whole("event.steps", step, 0, STEP_MAX)
     if event.attempt is not None:
-        keys.parse_attempt(event.attempt)
+        parse_name(event.attempt)
     for failure in event.failures:
         _failure("event.failures", failure)
 
@@ -425,7 +426,7 @@ def _metrics(metrics: Mapping[str, float | str | None]) -> None:
 
 def _step_and_attempt(record: LiveStep | RetiredAttempt | Intent | Receipt | Manifest) -> None:
     _whole("step", record.step, 0, STEP_MAX)
-    keys.parse_attempt(record.attempt)
+    parse_name(record.attempt)
 
 
 def _built_on(version: int) -> None:

@@ -20,6 +20,7 @@ from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeK
 from orchestrator.observe.events import Collected, emit
 from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import RetiredAttempt
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage.port import DeletesMany, Storage
@@ -56,16 +57,15 @@ def collect(
     if epoch is not None and head.epoch > epoch:
         raise Fenced(f"{catalog.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
     result = Collection()
-    done: list[tuple[int, str]] = []
+    done: list[AttemptId] = []
     for gone in journal.collectable(head, found):
-        key = (gone.step, gone.attempt)
         # It was listed before the head was read: it may have been finished before the head's epoch was opened.
-        unfinished = gone.reason == "orphan" and not found[key].whole
-        if unfinished and catalog.storage.get(catalog.key(*key, layout.MANIFEST)) is not None:
+        unfinished = gone.reason == "orphan" and not found[gone.id].whole
+        if unfinished and catalog.storage.get(gone.id.manifest_key) is not None:
             continue
         result.attempts.append(gone)
         if _delete(catalog, gone, result, dry_run, on_file):
-            done.append((gone.step, gone.attempt))
+            done.append(gone.id)
     if done and not dry_run:
         failpoints.hit("collect.deleted")
         catalog.append(partial(journal.collected, attempts=done))
@@ -82,7 +82,7 @@ def _delete(
     What is no object of a run goes with it if it is a plain file, whatever its name. A link and a special file stay,
     and with them the attempt's line in the journal: they are somebody's, who is told so each time.
     """
-    prefix = layout.attempt_prefix(gone.step, gone.attempt)
+    prefix = gone.id.prefix
     try:
         sizes = {entry.key: entry.bytes for entry in catalog.storage.list(prefix)}
     except StorageError as unreadable:  # the others can still be deleted

@@ -30,8 +30,9 @@ from orchestrator.errors import (
 from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import journal, validate
 from orchestrator.rules import keys as layout
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import AnyRecord, decode, encode
-from orchestrator.rules.journal import AttemptId, FencedBy, Found, Next, Rejected, Stamp
+from orchestrator.rules.journal import FencedBy, Found, Next, Rejected, Stamp
 from orchestrator.rules.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.run import survey
 from orchestrator.storage import overlap
@@ -114,8 +115,8 @@ class Catalog:
     def _remains(self) -> str:
         """What is there of a run that has no journal; '' if nothing is. Stops at the first."""
         for entry in self.storage.list(layout.STEPS):
-            if found := layout.split_attempt_key(entry.key):
-                return f"attempts are, such as {layout.shown(*found[:2])}"
+            if found := AttemptId.in_key(entry.key):
+                return f"attempts are, such as {found[0].label}"
         marked = self.marked_version()
         return f"{layout.JOURNAL_INDEX} names version {marked}" if marked >= 0 else ""
 
@@ -273,21 +274,14 @@ class Catalog:
         command = f"orchestrator release {shlex.quote(self.url)} --step={live.step}"
         return f"is quarantined{why}; `{command}` makes it restorable again"
 
-    def key(self, step: int, attempt: str, name: str) -> str:
-        """Key of a file inside an attempt; `name` is checked, it may come from storage."""
-        prefix = layout.attempt_prefix(step, attempt)
-        return prefix + layout.check_key(name, f"{self.url}/{prefix}{layout.MANIFEST}")
-
     def check_live(self, live: LiveStep) -> None:
         """The attempt is still live: whatever is wrong with what is stored of it is no matter of retention. Raises
         StepRetired."""
         head = self.require_head()
-        if not journal.is_live(head, live.step, live.attempt):
+        if not journal.is_live(head, live.id):
             newest = journal.newest(head)
             now = f"the newest is step {newest.step}" if newest else "none is restorable"
-            raise StepRetired(
-                f"{self.url} {layout.shown(live.step, live.attempt)}: was retired while it was read; {now}"
-            )
+            raise StepRetired(f"{self.url} {live.id.label}: was retired while it was read; {now}")
 
     def _proven(
         self,
@@ -302,7 +296,7 @@ class Catalog:
         What is wrong once is no proof. It is Damaged if the store's own account of the object is wrong as well, or if
         what it gave twice is what it has, and wrong. Else it is read again, and Unavailable in the end.
         """
-        key = self.key(live.step, live.attempt, name)
+        key = live.id.key(name)
         for _ in range(READS):
             expected_bytes = None
             try:
@@ -331,7 +325,7 @@ class Catalog:
 
     def manifest(self, live: LiveStep) -> Manifest:
         """The manifest of a committed attempt, checked against the journal. Raises Damaged, StepRetired."""
-        key = self.key(live.step, live.attempt, layout.MANIFEST)
+        key = live.id.key(layout.MANIFEST)
 
         def problem(found: FileEntry | None) -> str:
             if found is None:
@@ -349,17 +343,17 @@ class Catalog:
 
     def begin(self, live: LiveStep, name: str) -> Begun[bytes | None]:
         """Begin to read a record of an attempt, which is judged by whoever asks for it."""
-        return overlap.begin(partial(self.storage.get, self.key(live.step, live.attempt, name)))
+        return overlap.begin(partial(self.storage.get, live.id.key(name)))
 
     def sizes(self, live: LiveStep) -> dict[str, int]:
         """Bytes of each file of an attempt by its name there, as a listing has them."""
-        prefix = layout.attempt_prefix(live.step, live.attempt)
+        prefix = live.id.prefix
         return {entry.key.removeprefix(prefix): entry.bytes for entry in self.storage.list(prefix)}
 
     def check_sizes(self, live: LiveStep, manifest: Manifest, early: Begun[dict[str, int]] | None = None) -> None:
         """Every file of the manifest is there with its size. Raises Damaged naming the first that is not, StepRetired,
         Unavailable where a listing and the object itself tell different things. `early`: the first listing."""
-        prefix = layout.attempt_prefix(live.step, live.attempt)
+        prefix = live.id.prefix
         for _ in range(READS):
             there, early = early.result() if early else self.sizes(live), None
             wrong = [wanted for wanted in manifest.files if there.get(wanted.path) != wanted.bytes]
@@ -377,11 +371,11 @@ class Catalog:
         the first that is not, StorageError. The attempt must be known to be live, before or after."""
 
         def problem(entry: FileEntry) -> str:
-            key = self.key(live.step, live.attempt, entry.path)
+            key = live.id.key(entry.path)
             return _problem(entry, self.storage.measure(key, entry.bytes))
 
         wanted = list(entries)
-        prefix = layout.attempt_prefix(live.step, live.attempt)
+        prefix = live.id.prefix
         with ThreadPoolExecutor(_MEASURE_THREADS, thread_name_prefix="measure") as pool:
             for entry, wrong in zip(wanted, pool.map(problem, wanted), strict=True):
                 if wrong:
@@ -413,7 +407,7 @@ class Catalog:
 
     def intent(self, live: LiveStep, manifest: Manifest, early: Early = None) -> Intent:
         """Who opened the attempt, and its tree spec, whose arrays fit what the manifest lists. Raises Damaged."""
-        key = self.key(live.step, live.attempt, layout.INTENT)
+        key = live.id.key(layout.INTENT)
         body = self.file(live, manifest, layout.INTENT, early)
         intent = self._decode(body, Intent, key, step=live.step, attempt=live.attempt)
         try:
@@ -423,26 +417,26 @@ class Catalog:
         return intent
 
     def extra(self, live: LiveStep, manifest: Manifest, early: Early = None) -> Extra:
-        key = self.key(live.step, live.attempt, layout.EXTRA)
+        key = live.id.key(layout.EXTRA)
         return self._decode(self.file(live, manifest, layout.EXTRA, early), Extra, key, step=live.step)
 
     def receipt(
-        self, step: int, attempt: str, process: int, created: bytes | None = None
+        self, attempt: AttemptId, process: int, created: bytes | None = None
     ) -> tuple[Receipt, FileEntry] | None:
         """The receipt of a process, and it as a file of the attempt; None if it is not written yet. `created`: what the
         store has just acknowledged under its name; it is not read again then."""
-        key = self.key(step, attempt, layout.receipt_name(process))
+        key = attempt.receipt_key(process)
         body = self.storage.get(key) if created is None else created
         if body is None:
             return None
-        receipt = self._decode(body, Receipt, key, step=step, attempt=attempt, process=process)
+        receipt = self._decode(body, Receipt, key, step=attempt.step, attempt=attempt.name, process=process)
         return receipt, file_entry(layout.receipt_name(process), body)
 
     def stored_receipts(self, live: LiveStep, manifest: Manifest) -> list[Receipt]:
         """The receipts of a committed attempt, checked against the manifest, as far as it lists any (an adopted one has
         none)."""
         listed = [entry for entry in manifest.files if entry.path.startswith(layout.RECEIPTS)]
-        prefix = layout.attempt_prefix(live.step, live.attempt)
+        prefix = live.id.prefix
         where = {"step": live.step, "attempt": live.attempt}
         return [
             self._decode(
@@ -464,22 +458,22 @@ class Catalog:
             return {layout.process_of(entry.path): body for entry, body in zip(files, bodies, strict=True)}
 
     def attempts(self) -> dict[AttemptId, int]:
-        """(step, attempt) -> bytes of every attempt that has data in the store, committed or not."""
+        """Bytes of every attempt that has data in the store, committed or not."""
         return {key: one.bytes for key, one in self.stored().items()}
 
     def stored(self) -> dict[AttemptId, Found]:
         """Every attempt that has data in the store, committed or not, by one listing. `built_on` is not read."""
         found: dict[AttemptId, Found] = {}
         for entry in self.storage.list(layout.STEPS):
-            if parts := layout.split_attempt_key(entry.key):
-                before = found.get(parts[:2], Found())
-                whole = before.whole or parts[2] == layout.MANIFEST
-                found[parts[:2]] = Found(whole=whole, bytes=before.bytes + entry.bytes)
+            if parts := AttemptId.in_key(entry.key):
+                before = found.get(parts[0], Found())
+                whole = before.whole or parts[1] == layout.MANIFEST
+                found[parts[0]] = Found(whole=whole, bytes=before.bytes + entry.bytes)
         return found
 
-    def record(self, step: int, attempt: str, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
+    def record(self, attempt: AttemptId, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
         """A record of any attempt, known to the journal or not; None if it is not there. Raises Damaged."""
-        key = self.key(step, attempt, name)
+        key = attempt.key(name)
         body = self.storage.get(key)
         return None if body is None else self._decode(body, kind, key)
 

@@ -41,7 +41,7 @@ class StoredStep:
 
     def __init__(self, catalog: Catalog, live: LiveStep) -> None:
         self.catalog, self.live = catalog, live
-        self.prefix = layout.attempt_prefix(live.step, live.attempt)
+        self.prefix = live.id.prefix
         self._early: dict[str, Begun[bytes | None]] = {}
         self._listing: Begun[dict[str, int]] | None = None
 
@@ -53,7 +53,7 @@ class StoredStep:
 
     @property
     def where(self) -> str:
-        return f"{self.catalog.url} {layout.shown(self.live.step, self.live.attempt)}"
+        return f"{self.catalog.url} {self.live.id.label}"
 
     @property
     def state_url(self) -> str:

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from orchestrator.errors import Damaged, JournalLost, NewerFormat, Suspect
 from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import AnyRecord
-from orchestrator.rules.journal import AttemptId, Found
+from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Head, Intent, Manifest
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
@@ -38,7 +39,7 @@ class Stored(Protocol):
     def versions(self, start: int = 0) -> list[int]: ...
     def marked_version(self) -> int: ...
     def stored(self) -> dict[AttemptId, Found]: ...
-    def record(self, step: int, attempt: str, name: str, kind: type[AnyRecord]) -> AnyRecord | None: ...
+    def record(self, attempt: AttemptId, name: str, kind: type[AnyRecord]) -> AnyRecord | None: ...
 
 
 def look(catalog: Stored) -> tuple[Head | None, dict[AttemptId, Found]]:
@@ -50,8 +51,8 @@ def look(catalog: Stored) -> tuple[Head | None, dict[AttemptId, Found]]:
     head = catalog.head()  # last: what was begun or marked has its entry by then
     reason = evidence.lost(head, stored, marker) or missing(catalog, head, marker, listing)
     if not reason:
-        unknown = [key for key in stored if head and not journal.is_known(head, *key)]
-        stored |= {key: replace(stored[key], built_on=built_on(catalog, key, stored[key].whole)) for key in unknown}
+        unknown = [attempt for attempt in stored if head and not journal.is_known(head, attempt)]
+        stored |= {one: replace(stored[one], built_on=built_on(catalog, one, stored[one].whole)) for one in unknown}
         if evidence.lost(head, stored, marker):
             head = catalog.head()  # once more, after the records: a job that saves right now writes both
             reason = evidence.lost(head, stored, marker)
@@ -83,9 +84,9 @@ def _exists(catalog: Stored, version: int) -> bool:
 def built_on(catalog: Stored, attempt: AttemptId, whole: bool) -> int:
     """The version of the head that an attempt builds on, by its own records; -1 if they do not tell. Raises
     StorageError: then nothing is known."""
-    readers: list[Callable[[], Manifest | Intent | None]] = [lambda: catalog.record(*attempt, keys.INTENT, Intent)]
+    readers: list[Callable[[], Manifest | Intent | None]] = [lambda: catalog.record(attempt, keys.INTENT, Intent)]
     if whole:
-        readers.insert(0, lambda: catalog.record(*attempt, keys.MANIFEST, Manifest))
+        readers.insert(0, lambda: catalog.record(attempt, keys.MANIFEST, Manifest))
     for read in readers:
         try:
             if record := read():

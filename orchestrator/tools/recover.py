@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, Suspect, UsageError
 from orchestrator.rules import evidence, journal
 from orchestrator.rules import keys as layout
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.evidence import Choice, Whole
-from orchestrator.rules.journal import AttemptId
 from orchestrator.rules.records import Head, LiveStep, Manifest, crc32c
 from orchestrator.run import survey
 from orchestrator.run.journal_store import Catalog
@@ -47,11 +47,11 @@ def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda atte
     attempts = _Unjournalled(catalog.storage, catalog.writer)
     wholes: list[Whole] = []
     named: dict[AttemptId, int] = {}
-    for (step, attempt), one in stored.items():
-        on_attempt((step, attempt))
-        whole, problem = _look(attempts, step, attempt) if one.whole else (None, "no manifest: it was never finished")
-        named[step, attempt] = whole.built_on if whole else survey.built_on(catalog, (step, attempt), False)
-        found.whole[step, attempt] = (whole.entry if whole else None, problem)
+    for attempt, one in stored.items():
+        on_attempt(attempt)
+        whole, problem = _look(attempts, attempt) if one.whole else (None, "no manifest: it was never finished")
+        named[attempt] = whole.built_on if whole else survey.built_on(catalog, attempt, False)
+        found.whole[attempt] = (whole.entry if whole else None, problem)
         if whole and not problem:
             wholes.append(whole)
     versions = catalog.versions()  # last: whatever a record or marker names has its entry by then
@@ -62,7 +62,7 @@ def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda atte
         found.lost = survey.missing(catalog, found.head, marker)
     found.choice = evidence.choose(found.head, wholes, ended)
     found.version = evidence.above(found.head, versions, [marker, *named.values()])
-    epochs = [layout.parse_attempt(attempt)[0] for _, attempt in stored]
+    epochs = [attempt.epoch for attempt in stored]
     found.epoch = max([found.head.epoch if found.head else 0, *epochs]) + 1
     return found
 
@@ -76,8 +76,8 @@ def _entries(catalog: Catalog, versions: list[int], found: Plan) -> set[AttemptI
         except (Damaged, Suspect) as error:
             found.unreadable[layout.journal_key(version)] = str(error)
             continue
-        ended |= {(gone.step, gone.attempt) for gone in found.head.retired}
-        ended |= {(live.step, live.attempt) for live in found.head.quarantined}
+        ended |= {gone.id for gone in found.head.retired}
+        ended |= {live.id for live in found.head.quarantined}
     return ended
 
 
@@ -87,19 +87,19 @@ class _Unjournalled(Catalog):
     def check_live(self, live: LiveStep) -> None: ...
 
 
-def _look(catalog: Catalog, step: int, attempt: str) -> tuple[Whole | None, str]:
+def _look(catalog: Catalog, attempt: AttemptId) -> tuple[Whole | None, str]:
     """An attempt as the journal would have it, by its manifest, and what is missing of it. Its records are read and
     compared, of the arrays' files only the sizes: `verify` reads those."""
     try:
-        body = catalog.storage.get(catalog.key(step, attempt, layout.MANIFEST))
-        manifest = catalog.record(step, attempt, layout.MANIFEST, Manifest)
+        body = catalog.storage.get(attempt.manifest_key)
+        manifest = catalog.record(attempt, layout.MANIFEST, Manifest)
         if body is None or manifest is None:
             return None, "no manifest: it was never finished"
-        if (manifest.step, manifest.attempt) != (step, attempt):
-            return None, f"its manifest is {layout.shown(manifest.step, manifest.attempt)}'s"
+        if manifest.id != attempt:
+            return None, f"its manifest is {manifest.id.label}'s"
         entry = LiveStep(
-            step=step,
-            attempt=attempt,
+            step=attempt.step,
+            attempt=attempt.name,
             manifest_crc32c=crc32c(body),
             tree="",
             bytes=manifest.total_bytes + len(body),
@@ -117,8 +117,8 @@ def _look(catalog: Catalog, step: int, attempt: str) -> tuple[Whole | None, str]
     except (Damaged, Suspect, NewerFormat) as error:
         return Whole(entry, manifest.built_on), str(error)
     known = LiveStep(
-        step=step,
-        attempt=attempt,
+        step=attempt.step,
+        attempt=attempt.name,
         manifest_crc32c=entry.manifest_crc32c,
         tree=intent.tree.fingerprint(),
         bytes=entry.bytes,

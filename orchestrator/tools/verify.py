@@ -98,13 +98,13 @@ def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
     StorageError."""
     if verdict.damaged:
         reason = f"verify: {verdict.damaged[0]}"[:1000]
-        catalog.append(partial(journal.quarantine, step=live.step, attempt=live.attempt, reason=reason))
+        catalog.append(partial(journal.quarantine, attempt=live.id, reason=reason))
     elif verdict.good and verdict.whole:
         if not live.restorable:
             why = "verify: read whole, and as it was saved"
             release = partial(journal.release, step=live.step, attempt=live.attempt, reason=why, disproved=True)
             catalog.append(release)
-        catalog.append(partial(journal.trusted, step=live.step, attempt=live.attempt, trust="verified"))
+        catalog.append(partial(journal.trusted, attempt=live.id, trust="verified"))
 
 
 def _read_files(
@@ -142,7 +142,7 @@ def _read_records(stored: StoredStep, manifest: Manifest, verdict: Verdict, *, d
             if name.startswith((layout.RECEIPTS, layout.PROCESS)):
                 process = layout.process_of(name)
             if name.startswith(layout.RECEIPTS):
-                catalog.receipt(live.step, live.attempt, process)
+                catalog.receipt(live.id, process)
         leaves = catalog.intent(live, manifest).tree.leaves
         for leaf in leaves if decode else ():
             if leaf.in_store and leaf.chunk is None:  # whole, as a chunk of it may be all of it
@@ -153,7 +153,7 @@ def _read_records(stored: StoredStep, manifest: Manifest, verdict: Verdict, *, d
     sizes = chunk_index.sizes(leaves)
     missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
     if missing:
-        key = catalog.key(live.step, live.attempt, layout.MANIFEST)
+        key = live.id.manifest_key
         verdict.damaged.append(f"{catalog.url}/{key}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
     return sizes
 
@@ -177,7 +177,7 @@ def _places(catalog: Catalog, live: LiveStep, manifest: Manifest, keys: set[str]
     regions: dict[str, str] = {}
     try:
         for process in range(manifest.process_count):
-            found = catalog.receipt(live.step, live.attempt, process)
+            found = catalog.receipt(live.id, process)
             for key in keys & ({*found[0].places, *found[0].small} if found else set()):
                 writers[key] = f" of process {process} ({manifest.hosts[process]})"
         for leaf in catalog.intent(live, manifest).tree.leaves:

@@ -122,7 +122,7 @@ def test_a_state_larger_than_the_memory_budget_is_saved_from_accelerators(root: 
 
 
 def test_the_first_donating_step_after_a_restore_needs_no_memory_for_a_second_state(root: Path) -> None:
-    """On CPU devices: tests/arrays/test_owned_memory.py."""
+    """On CPU devices: tests/arrays/reading/test_owned_memory.py."""
     sharding = on(ACCELERATORS, PartitionSpec("data"))
     state = {str(at): jax.device_put(np.full((512, 4096), at, np.float32), sharding) for at in range(8)}
     state["small"] = jax.device_put(np.arange(16.0 * len(ACCELERATORS), dtype=np.float32), sharding)

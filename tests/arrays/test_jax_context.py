@@ -224,16 +224,16 @@ PURE = (  # what moves nothing and runs nothing
 # Functions that are not `in_own_context` themselves, as only functions that are call them (or programs, when traced).
 CALLED_INSIDE = {
     "arrays.fingerprint": "_take _from_host _launch _program _bits _sum _mix",
-    "arrays.owned": "_program",
-    "arrays.own_copies": "take",
-    "arrays.placing": "_values _key _empty_array _spread",
-    "arrays.planning": "as_stored",
-    "arrays.sharing": "_moved _back _nothing",
-    "arrays.staging": "_pinned",
-    "arrays.writing": "_host_bytes",
+    "arrays.reading.device_arrays": "_values _key _empty_array _spread",
+    "arrays.reading.exchange": "_moved _from_carrier _on_others",
+    "arrays.reading.owned_memory": "_program",
+    "arrays.writing.own_copies": "take",
+    "arrays.writing.staging": "_pinned",
+    "arrays.writing.write": "_host_bytes",
+    "arrays.writing.write_plan": "as_stored",
 }
 # Functions that read the settings of the program itself.
-OUTSIDE_ON_PURPOSE = {"meeting": "surroundings", "rendezvous": "join_last_words"}
+OUTSIDE_ON_PURPOSE = {"job.startup": "surroundings", "job.rendezvous": "join_last_words"}
 
 
 def operations(node: ast.AST) -> set[str]:
@@ -261,7 +261,7 @@ def outside(module: str, source: str) -> list[str]:
 
 def test_whatever_runs_an_operation_of_jax_does_so_in_the_own_context() -> None:
     modules = {name.removeprefix("orchestrator."): text for name, text in sources().items() if "orchestrator." in name}
-    found = [line for name, text in modules.items() if name != "jax_context" for line in outside(name, text)]
+    found = [line for name, text in modules.items() if name != "arrays.jax_context" for line in outside(name, text)]
     assert found == []
     assert all(f"def {name}(" in modules[module] for module, names in CALLED_INSIDE.items() for name in names.split())
 

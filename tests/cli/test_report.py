@@ -25,6 +25,7 @@ from orchestrator.observe.events import Committed, EpochOpened, Event, SavePhase
 from orchestrator.observe.timeline import Story
 from orchestrator.policy import last
 from orchestrator.rules import journal
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.keys import journal_key
 from orchestrator.rules.records import Head
@@ -233,13 +234,13 @@ def long_run(steps: int, hosts: int) -> Report:
         attempt = f"e{epoch:04d}-a01"
         if step % 97 == 5:
             more: dict[str, Any] = {"failures": (), "reason": "process 2 said no"}
-            append(partial(journal.abort, epoch=epoch, step=step, attempt=attempt, **more))
+            append(partial(journal.abort, epoch=epoch, attempt=AttemptId(step, attempt), **more))
         else:
             entry = live(step, attempt, bytes=1 << 30, time=at, metrics={"loss": 1 / (step + 1)})
             append(partial(journal.commit, epoch=epoch, entry=entry, keep=last(5)))
             assert head is not None
             if step % 100 == 99:  # retired ones would pile up in each entry
-                gone = [(old.step, old.attempt) for old in head.retired]
+                gone = [old.id for old in head.retired]
                 append(partial(journal.collected, attempts=gone))
         for process in range(hosts):
             lines += phases(Committed(step, attempt, 4.0, 1 << 30), at, epoch, process)

@@ -11,6 +11,7 @@ from orchestrator.arrays.tree import flatten
 from orchestrator.errors import UsageError, WaitTimeout
 from orchestrator.job.agree import Agreement
 from orchestrator.rules import holders
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.keys import INTENT
 from orchestrator.rules.records import Held, Json
@@ -59,7 +60,7 @@ def agreement(signals: Signals, timeout_s: float = 20.0, together: bool = True) 
 
 
 def settle(agreed: Agreement, apart: str = "") -> tuple[Held, ...]:
-    return agreed.settle(FLAT, 1, builders.FIRST, SIGNALS, lambda: ("aborted", apart) if apart else None)
+    return agreed.settle(FLAT, AttemptId(1, builders.FIRST), SIGNALS, lambda: ("aborted", apart) if apart else None)
 
 
 def test_an_account_that_is_known_costs_no_message_until_a_save_fails() -> None:
@@ -89,7 +90,7 @@ def test_a_signal_that_is_lost_is_found_in_the_intent() -> None:
     agreed, catalog = agreement(Signals(1))
     intent = builders.intent(builders.leaf("a"), builders.leaf("b"), processes=2, step=1)
     body = encode(structs.replace(intent, held=HELD))
-    catalog.storage.create(catalog.key(1, builders.FIRST, INTENT), body)
+    catalog.storage.create(AttemptId(1, builders.FIRST).key(INTENT), body)
     assert settle(agreed) == HELD
 
 

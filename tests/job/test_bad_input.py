@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import orchestrator as oc
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import FileEntry, Head, crc32c
 from orchestrator.run.deletion import collect
@@ -198,7 +199,7 @@ def test_a_journal_that_retires_something_outside_the_run_deletes_nothing(run: P
 def test_a_receipt_that_names_a_file_outside_its_attempt_never_gets_into_a_commit(run: Path) -> None:
     catalog = Catalog(PosixStorage(str(run)), "test")
     with pytest.raises(oc.UnsafeKey):
-        catalog.key(2, "e0001-a01", "../x")
+        AttemptId(2, "e0001-a01").key("../x")
     with pytest.raises(oc.UnsafeKey):
         catalog.storage.create("steps/../../x", b"")
 

@@ -19,6 +19,7 @@ from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.cli.main import main
 from orchestrator.reader import Run
 from orchestrator.rules import chunk_index, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.chunk_index import Stored
 from orchestrator.rules.records import LeafSpec
 from orchestrator.run.journal_store import Catalog
@@ -211,7 +212,7 @@ def test_a_store_whose_tree_points_out_of_its_directory_is_not_followed(tmp_path
     (state / "nodes").write_bytes(nodes)
     (state / ocdbt.MANIFEST).write_bytes(manifest)
     store = LocalStore(str(state))
-    places = store.places()
+    places = store.index()
     assert places is not None and places["w/c/0"] == (path, 0, 9)
     with pytest.raises(oc.UnsafeKey, match="not a plain relative path"):
         store.read_into(memoryview(bytearray(5)), (path, 0, 9), "w")
@@ -270,12 +271,12 @@ def test_running_out_of_descriptors_is_no_damage(root: Path) -> None:
     fill(root, 1)
     (attempt,) = root.glob("steps/00000001/*")
     store = LocalStore(str(attempt / "state"))
-    assert store.places()
+    assert store.index()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
         with pytest.raises(oc.StorageError, match="Too many open files"):
-            LocalStore(str(attempt / "state")).places()
+            LocalStore(str(attempt / "state")).index()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         store.close()
@@ -303,7 +304,7 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     catalog = Catalog(PosixStorage(str(root)), "test")
     one, two = catalog.find(1), catalog.find(2)
     assert one is not None and two is not None
-    directory = f"{catalog.url}/{keys.attempt_prefix(1, one.attempt)}{keys.STATE}"
+    directory = f"{catalog.url}/{AttemptId(1, one.attempt).prefix}{keys.STATE}"
     own, other = catalog.manifest(one), catalog.manifest(two)
     assert arrays.check(directory, chunk_index.stored(own)) == {}
     others = Stored(other.chunks, chunk_index.stored(own).files)

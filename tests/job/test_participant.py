@@ -22,6 +22,7 @@ from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt import Phase
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import Receipt
 from orchestrator.run.deletion import collect
@@ -37,7 +38,7 @@ def a_run(root: Path) -> Catalog:
     catalog = Catalog(PosixStorage(str(root)), "test")
     catalog.append(journal.open_epoch)
     for step in (1, 2):
-        catalog.storage.create(keys.attempt_prefix(step, FIRST) + keys.MANIFEST, b"{}")
+        catalog.storage.create(AttemptId(step, FIRST).prefix + keys.MANIFEST, b"{}")
         entry = live(step)
         catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
     return catalog
@@ -81,7 +82,7 @@ def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_caus
     writer = ArrayWriter(ArrayOptions(), process=0)
     worker = Saver(catalog, writer, rendezvous, None, Options(), epoch=1, run="r", attest=False, committed=lambda: None)
     save = worker.begin(1, UserData({}, {}, 0.0), None)
-    prefix = signal_prefix("r", 1, save.attempt)
+    prefix = signal_prefix("r", save.id)
     rendezvous.post(f"{prefix}receipt/1", '{"failure": "disk full"}')
     rendezvous.post(f"{prefix}decision/0", json.dumps({"phase": "ABORTED", "reason": "process 1 said no"}))
     worker.start(save, flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)}))
@@ -89,7 +90,7 @@ def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_caus
     save.thread.join(20)
     assert "process 1 said no" in str(save.error)
     assert set(rendezvous.poll(f"{prefix}receipt/")) == {"1"}
-    assert catalog.receipt(1, save.attempt, 0) is None
+    assert catalog.receipt(save.id, 0) is None
 
 
 def test_a_process_that_saves_another_step_than_process_0_says_so_to_both_attempts_and_waits_no_longer(
@@ -115,9 +116,9 @@ def test_a_process_that_saves_another_step_than_process_0_says_so_to_both_attemp
     save = worker.begin(3, UserData({}, {}, 0.0), None)
     assert worker._apart(save) is None  # process 0 is behind: this one has been there
     rendezvous.post("orchestrator/r/saving/0", json.dumps([2, FIRST]))
-    rendezvous.post(signal_prefix("r", 3, FIRST) + "decision/0", "{}")
+    rendezvous.post(signal_prefix("r", save.id) + "decision/0", "{}")
     assert worker._apart(save) is None  # process 0 has just decided this very attempt, and begun the next
-    rendezvous.forget(signal_prefix("r", 3, FIRST))
+    rendezvous.forget(signal_prefix("r", save.id))
     started = time.monotonic()
     phase, reason = worker._await_decision(save)
     assert time.monotonic() - started < 5
@@ -125,7 +126,9 @@ def test_a_process_that_saves_another_step_than_process_0_says_so_to_both_attemp
     said = f"process 0 ({host}) saves step 2 where process 0 ({host}) saves step 3; all must save the same steps"
     assert phase is Phase.ABORTED and reason.startswith(said)
     for step in (2, 3):
-        no = decode(rendezvous.poll(signal_prefix("r", step, FIRST) + "receipt/")["0"].encode(), Receipt, "signal")
+        no = decode(
+            rendezvous.poll(signal_prefix("r", AttemptId(step, FIRST)) + "receipt/")["0"].encode(), Receipt, "signal"
+        )
         assert no.step == step and no.failure is not None and said in no.failure.cause
 
 
@@ -139,7 +142,7 @@ def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(t
         started = time.monotonic()
         agent.save(1, {"w": jnp.zeros(512)})
         assert agent.all_steps() == [1] and time.monotonic() - started < 10
-    prefix = keys.attempt_prefix(1, FIRST) + keys.RECEIPTS
+    prefix = AttemptId(1, FIRST).prefix + keys.RECEIPTS
     assert ("list", prefix) in storage.calls
     # Its own it has written itself: neither that nor what is not there yet, of a job of thousands, is read.
     assert [key for operation, key in storage.calls if operation == "get" and key.startswith(prefix)] == []

@@ -15,6 +15,7 @@ import orchestrator as oc
 from launch.gcs_emulator.request_log import chain
 from orchestrator.errors import Fenced, JournalLost, StorageError
 from orchestrator.rules import journal
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Stamp
 from orchestrator.run.journal_store import EARLY_S, Catalog
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage, overlap
@@ -106,7 +107,7 @@ def empty(store: MemoryStorage) -> None:
         store.delete(entry.key)
 
 
-COMMIT = partial(journal.abort, epoch=3, step=1, attempt="e0003-a01", failures=(), reason="no")
+COMMIT = partial(journal.abort, epoch=3, attempt=AttemptId(1, "e0003-a01"), failures=(), reason="no")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_nobody_is_rejected_for_what_was_read_ahead(early: str) -> None:
         "of no run": None,
     }
     given = overlap.begin(fails) if early == "unread" else overlap.known(heads[early], now_s)
-    rule = partial(journal.abort, epoch=2, step=1, attempt="e0002-a01", failures=(), reason="no")
+    rule = partial(journal.abort, epoch=2, attempt=AttemptId(1, "e0002-a01"), failures=(), reason="no")
     made = catalog.append(rule, given)  # type: ignore[arg-type]
     assert made and made.version == head.version + 1 and made.retired[0].attempt == "e0002-a01"
 

@@ -26,6 +26,7 @@ from orchestrator.observe import event_log, events
 from orchestrator.observe.event_log import EventLog, Line, Tail, decode, encode, read
 from orchestrator.observe.timeline import Story
 from orchestrator.rules import attempt, journal
+from orchestrator.rules.attempt_id import AttemptId
 from tests.support.runs import catalog_of, fill, now
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "events.md"
@@ -196,7 +197,7 @@ def test_what_is_no_event_is_skipped_and_counted_and_breaks_no_command(
     kind: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(root, 0, 1)
-    catalog_of(root).append(partial(journal.trusted, step=1, attempt="e0001-a01", trust="verified"))
+    catalog_of(root).append(partial(journal.trusted, attempt=AttemptId(1, "e0001-a01"), trust="verified"))
     whole = len(read(str(root / "events")))
     put(kind, root / "events/00009.jsonl")
     (root / "events/00008.jsonl").mkdir()

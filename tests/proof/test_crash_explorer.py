@@ -17,6 +17,7 @@ import pytest
 
 import orchestrator as oc
 from orchestrator.rules import keys
+from orchestrator.rules.attempt_id import name_of
 from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Head, LiveStep
 from orchestrator.run.deletion import collect
@@ -59,7 +60,7 @@ def points(
                 for line in effect.data.decode().splitlines():
                     if line.startswith("saved "):
                         step, epoch = line.split()[1:]
-                        saved.add((int(step), keys.attempt_name(int(epoch), 1)))
+                        saved.add((int(step), name_of(int(epoch), 1)))
             image = disk.image(power_cut=power_cut)
             key = (
                 frozenset((name, data and hashlib.sha256(data).digest()) for name, data in image.items()),
@@ -132,21 +133,17 @@ def damage(catalog: Catalog, live: LiveStep) -> str:
 
 
 def receipts(catalog: Catalog) -> Iterator[tuple[int, str, int, str]]:
-    for step, attempt in catalog.attempts():
+    for attempt in catalog.attempts():
         try:
-            found = catalog.receipt(step, attempt, 0)
+            found = catalog.receipt(attempt, 0)
         except oc.Damaged as error:
-            yield step, attempt, 0, str(error)
+            yield *attempt, 0, str(error)
             continue
         receipt = found[0] if found else None
         if receipt and receipt.failure is None:
-            there = {entry.key: entry.bytes for entry in catalog.storage.list(keys.attempt_prefix(step, attempt))}
-            gone = [
-                entry.path
-                for entry in receipt.files
-                if there.get(keys.attempt_prefix(step, attempt) + entry.path) != entry.bytes
-            ]
-            yield step, attempt, 0, f"{gone} is not there" if gone else ""
+            there = {entry.key: entry.bytes for entry in catalog.storage.list(attempt.prefix)}
+            gone = [entry.path for entry in receipt.files if there.get(attempt.prefix + entry.path) != entry.bytes]
+            yield *attempt, 0, f"{gone} is not there" if gone else ""
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["crash", "power cut"])
@@ -194,7 +191,7 @@ def test_a_copy_that_lacks_the_journals_newest_entries_loses_no_step(
         found = plan(catalog)
         if found.needed or found.choice.added:
             write(catalog, found)
-        known = {(live.step, live.attempt) for live in catalog.require_head().live}
+        known = {live.id for live in catalog.require_head().live}
         assert {(5, "e0002-a01"), (4, "e0002-a01"), (2, "e0001-a01")} <= known, kept
         reader = oc.open_run(here).restore(LIKE)
         assert reader.step == 5 and float(reader.state["w"][0]) == 5.0, kept

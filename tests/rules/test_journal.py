@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from orchestrator import policy
 from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
-from orchestrator.rules import journal, keys
+from orchestrator.rules import journal
+from orchestrator.rules.attempt_id import AttemptId, name_of, parse_name
 from orchestrator.rules.codec import encode
 from orchestrator.rules.journal import Compared, FencedBy, Found, Next, Overtaken, Rejected
 from orchestrator.rules.records import Failure, Head, LiveStep, Quarantine, RetiredAttempt
@@ -56,7 +57,7 @@ def test_a_zombie_of_an_older_epoch_can_neither_commit_nor_abort_and_is_told_who
     now = head(live(1), epoch=3, writer="the successor")
     fenced = FencedBy(3, "the successor")
     assert journal.commit(now, stamp(), epoch=2, entry=live(2, "e0002-a01"), keep=None) == fenced
-    assert journal.abort(now, stamp(), epoch=2, step=2, attempt="e0002-a01", failures=(), reason="") == fenced
+    assert journal.abort(now, stamp(), epoch=2, attempt=AttemptId(2, "e0002-a01"), failures=(), reason="") == fenced
 
 
 def test_a_decision_where_the_journal_has_vanished_or_gone_back_is_rejected_not_reported_as_done() -> None:
@@ -65,7 +66,7 @@ def test_a_decision_where_the_journal_has_vanished_or_gone_back_is_rejected_not_
     gone_back = rejection(journal.commit(head(live(1), epoch=1), stamp(), epoch=2, entry=entry, keep=None))
     assert isinstance(gone_back, JournalLost)
     assert "epoch 1" in str(gone_back) and "epoch 2" in str(gone_back)
-    aborting = journal.abort(None, stamp(), epoch=2, step=2, attempt="e0002-a01", failures=(), reason="")
+    aborting = journal.abort(None, stamp(), epoch=2, attempt=AttemptId(2, "e0002-a01"), failures=(), reason="")
     assert isinstance(rejection(aborting), JournalLost)
 
 
@@ -112,7 +113,7 @@ def test_a_commit_says_which_attempt_and_is_the_next_version() -> None:
 def test_committing_again_after_a_lost_reply_changes_nothing() -> None:
     once = changed(journal.commit(head(), stamp(), epoch=1, entry=live(3), keep=None))
     assert journal.commit(once, stamp(), epoch=1, entry=live(3), keep=None) is None
-    moved_on = changed(journal.quarantine(once, stamp(), step=3, attempt="e0001-a01", reason="bad"))
+    moved_on = changed(journal.quarantine(once, stamp(), attempt=AttemptId(3, "e0001-a01"), reason="bad"))
     assert journal.commit(moved_on, stamp(), epoch=1, entry=live(3), keep=None) is None
 
 
@@ -181,7 +182,7 @@ def test_a_quarantined_step_does_not_use_up_a_place_in_last_n() -> None:
 def test_an_abort_names_the_causes_and_makes_the_data_collectable() -> None:
     cause = Failure(process=3, host="host-d", phase="write", cause="ENOSPC")
     following = changed(
-        journal.abort(head(), stamp(), epoch=1, step=5, attempt="e0001-a01", failures=(cause,), reason="no")
+        journal.abort(head(), stamp(), epoch=1, attempt=AttemptId(5, "e0001-a01"), failures=(cause,), reason="no")
     )
     assert (following.event.kind, following.event.failures, following.event.reason) == ("aborted", (cause,), "no")
     assert retired(following) == [(5, "e0001-a01", "aborted")]
@@ -189,7 +190,7 @@ def test_an_abort_names_the_causes_and_makes_the_data_collectable() -> None:
 
 
 def test_a_live_or_aborted_attempt_cannot_be_aborted_again() -> None:
-    arguments: dict[str, Any] = {"epoch": 1, "step": 5, "attempt": "e0001-a01", "failures": (), "reason": ""}
+    arguments: dict[str, Any] = {"epoch": 1, "attempt": AttemptId(5, "e0001-a01"), "failures": (), "reason": ""}
     assert journal.abort(head(live(5)), stamp(), **arguments) is None
     once = changed(journal.abort(head(), stamp(), **arguments))
     assert journal.abort(once, stamp(), **arguments) is None
@@ -197,25 +198,25 @@ def test_a_live_or_aborted_attempt_cannot_be_aborted_again() -> None:
 
 def test_a_quarantined_step_is_not_restorable_and_the_one_before_becomes_the_newest() -> None:
     following = changed(
-        journal.quarantine(head(live(1), live(2)), stamp(), step=2, attempt="e0001-a01", reason="bit flip in w")
+        journal.quarantine(head(live(1), live(2)), stamp(), attempt=AttemptId(2, "e0001-a01"), reason="bit flip in w")
     )
     newest = journal.newest(following)
     assert newest is not None and newest.step == 1
     assert (following.event.kind, following.event.reason) == ("quarantined", "bit flip in w")
     assert steps(following) == [1, 2]  # its data is still the run's
-    assert journal.quarantine(following, stamp(), step=2, attempt="e0001-a01", reason="again") is None
+    assert journal.quarantine(following, stamp(), attempt=AttemptId(2, "e0001-a01"), reason="again") is None
 
 
 def test_quarantine_and_verify_of_an_attempt_that_was_replaced_meanwhile_change_nothing() -> None:
     now = head(live(2, "e0001-a02"))
-    assert journal.quarantine(now, stamp(), step=2, attempt="e0001-a01", reason="bad") is None
-    assert journal.trusted(now, stamp(), step=2, attempt="e0001-a01", trust="verified") is None
+    assert journal.quarantine(now, stamp(), attempt=AttemptId(2, "e0001-a01"), reason="bad") is None
+    assert journal.trusted(now, stamp(), attempt=AttemptId(2, "e0001-a01"), trust="verified") is None
 
 
 def test_verified_is_recorded_once() -> None:
-    following = changed(journal.trusted(head(live(2)), stamp(), step=2, attempt="e0001-a01", trust="verified"))
+    following = changed(journal.trusted(head(live(2)), stamp(), attempt=AttemptId(2, "e0001-a01"), trust="verified"))
     assert (following.live[0].trust, following.event.kind) == ("verified", "verified")
-    assert journal.trusted(following, stamp(), step=2, attempt="e0001-a01", trust="verified") is None
+    assert journal.trusted(following, stamp(), attempt=AttemptId(2, "e0001-a01"), trust="verified") is None
 
 
 def test_pin_and_unpin_are_idempotent_and_a_step_can_have_several_pins() -> None:
@@ -246,7 +247,7 @@ def quarantined(step: int, attempt: str = "e0001-a01", at: float = 1.0, **more: 
 
 
 def attempts(entries: tuple[LiveStep, ...]) -> list[tuple[int, str]]:
-    return [(entry.step, entry.attempt) for entry in entries]
+    return [entry.id for entry in entries]
 
 
 def test_a_quarantined_step_that_is_saved_again_is_put_aside_and_its_data_never_becomes_collectable() -> None:
@@ -255,10 +256,10 @@ def test_a_quarantined_step_that_is_saved_again_is_put_aside_and_its_data_never_
     )
     assert attempts(following.live) == [(1, "e0001-a02")]
     assert attempts(following.aside) == [(1, "e0001-a01")]
-    found = {(1, "e0001-a01"): Found(True), (2, "e0001-a01"): Found(True)}
-    assert [(gone.step, gone.attempt) for gone in journal.collectable(following, found)] == [(2, "e0001-a01")]
+    found = {AttemptId(1, "e0001-a01"): Found(True), AttemptId(2, "e0001-a01"): Found(True)}
+    assert [gone.id for gone in journal.collectable(following, found)] == [(2, "e0001-a01")]
     opened = changed(journal.open_epoch(following, stamp()))
-    assert [(gone.step, gone.attempt) for gone in journal.collectable(opened, found)] == [(2, "e0001-a01")]
+    assert [gone.id for gone in journal.collectable(opened, found)] == [(2, "e0001-a01")]
 
 
 @pytest.mark.parametrize(("keep_s", "left"), [(None, [1, 2, 3, 9]), (100.0, [2, 3, 9]), (10.0, [3, 9])])
@@ -284,7 +285,7 @@ def test_pinned_evidence_does_not_expire() -> None:
 
 def test_release_gives_back_the_trust_that_the_step_had_in_its_place() -> None:
     run = head(live(1), live(2, trust="restored", pins=("p",)), live(3))
-    taken = changed(journal.quarantine(run, stamp(7.0), step=2, attempt="e0001-a01", reason="crc", by_hand=True))
+    taken = changed(journal.quarantine(run, stamp(7.0), attempt=AttemptId(2, "e0001-a01"), reason="crc", by_hand=True))
     assert taken.live[1].quarantine == Quarantine(time=7.0, reason="crc", by_hand=True, trust="restored")
     back = changed(journal.release(taken, stamp(), step=2, reason="was the cable"))
     assert back.live == run.live
@@ -315,7 +316,7 @@ def test_what_was_put_aside_can_be_released_once_its_step_is_free_and_is_never_t
     run = head(live(1), live(2, "e0002-a01"), live(3, "e0002-a01"), epoch=2, aside=(old,))
     assert "restorable as e0002-a01" in str(rejection(journal.release(run, stamp(), step=2)))
     assert journal.release(run, stamp(), step=2, attempt="e0001-a01", disproved=True) is None
-    bad = changed(journal.quarantine(run, stamp(), step=2, attempt="e0002-a01", reason="x"))
+    bad = changed(journal.quarantine(run, stamp(), attempt=AttemptId(2, "e0002-a01"), reason="x"))
     swapped = changed(journal.release(bad, stamp(), step=2, attempt="e0001-a01"))
     assert attempts(swapped.live) == [(1, "e0001-a01"), (2, "e0001-a01"), (3, "e0002-a01")]
     assert attempts(swapped.aside) == [(2, "e0002-a01")]
@@ -357,7 +358,8 @@ def test_only_somebody_who_names_a_quarantined_step_deletes_it() -> None:
 def test_a_whole_attempt_that_a_crash_kept_from_its_commit_waits_until_a_newer_step_is_committed(
     steps_now: list[LiveStep], kept: bool
 ) -> None:
-    found = {(20, "e0002-a01" if steps_now[-1:] != [live(20, "e0002-a01")] else "e0002-a02"): Found(whole=True)}
+    name = "e0002-a01" if steps_now[-1:] != [live(20, "e0002-a01")] else "e0002-a02"
+    found = {AttemptId(20, name): Found(whole=True)}
     now = head(*steps_now, epoch=4)
     assert (journal.collectable(now, found) == ()) == kept
     assert journal.collectable(now, {key: Found() for key in found}) != ()  # without a manifest it never was a step
@@ -374,7 +376,7 @@ def test_collectable_are_the_retired_and_uncommitted_leftovers_of_older_epochs_a
         (9, "e0003-a01"),  # being written now
         (9, "e0004-a01"),  # of an epoch that opened after this head was read
     ]
-    found = {name: Found() for name in names}
+    found = {AttemptId(*name): Found() for name in names}
     assert [(each.step, each.attempt, each.reason) for each in journal.collectable(now, found)] == [
         (1, "e0001-a01", "retention"),
         (2, "e0001-a02", "orphan"),
@@ -384,10 +386,12 @@ def test_collectable_are_the_retired_and_uncommitted_leftovers_of_older_epochs_a
 def test_collected_forgets_what_was_deleted_and_only_that() -> None:
     first, second = (RetiredAttempt(step=step, attempt="e0001-a01", reason="aborted") for step in (1, 2))
     now = head(live(3), retired=(first, second))
-    following = changed(journal.collected(now, stamp(), attempts=[(1, "e0001-a01"), (3, "e0001-a01")]))
+    following = changed(
+        journal.collected(now, stamp(), attempts=[AttemptId(1, "e0001-a01"), AttemptId(3, "e0001-a01")])
+    )
     assert following.retired == (second,)
     assert following.live == now.live
-    assert journal.collected(following, stamp(), attempts=[(1, "e0001-a01")]) is None
+    assert journal.collected(following, stamp(), attempts=[AttemptId(1, "e0001-a01")]) is None
     assert journal.collected(None, stamp(), attempts=[]) is None
 
 
@@ -454,11 +458,11 @@ def test_texts_and_lists_in_an_entry_are_bounded() -> None:
     signed = journal.Stamp(writer="w" * 9999, time=0.0, write_id="id")
     now = head(live(1))
     entry = changed(
-        journal.abort(now, signed, epoch=1, step=2, attempt="e0001-a01", failures=failures, reason="r" * 99_999)
+        journal.abort(now, signed, epoch=1, attempt=AttemptId(2, "e0001-a01"), failures=failures, reason="r" * 99_999)
     )
     assert len(encode(entry)) < 200_000
     assert entry.event.reason.endswith("; 936 more processes failed") and len(entry.event.failures) == 64
-    quarantined = journal.quarantine(now, signed, step=1, attempt=now.live[0].attempt, reason="é" * 99_999)
+    quarantined = journal.quarantine(now, signed, attempt=AttemptId(1, now.live[0].attempt), reason="é" * 99_999)
     assert len(changed(quarantined).event.reason) == journal.REASON_CHARS
     rejected = rejection(journal.pin(now, stamp(), step=1, name="p" * 201))
     assert "at most 100 pins, of at most 200 characters" in str(rejected)
@@ -494,18 +498,18 @@ class World:
             if self.head:
                 check_transition(self.head, following)
             self.heads.append(following)
-            present = {(entry.step, entry.attempt) for entry in (*following.live, *following.aside)}
+            present = {entry.id for entry in (*following.live, *following.aside)}
             assert present <= self.data, "a live attempt has lost its data"
 
 
 def check_transition(old: Head, new: Head) -> None:
     assert new.version == old.version + 1
     assert new.epoch == old.epoch + (new.event.kind == "opened-epoch")
-    before, after = ({(entry.step, entry.attempt): entry for entry in which.live} for which in (old, new))
-    names = {(gone.step, gone.attempt) for gone in new.retired}
+    before, after = ({entry.id: entry for entry in which.live} for which in (old, new))
+    names = {gone.id for gone in new.retired}
     assert len({entry.step for entry in new.live}) == len(new.live), "a step is live twice"
     assert not names & after.keys(), "an attempt is both live and retired"
-    aside = {(entry.step, entry.attempt) for entry in new.aside}
+    aside = {entry.id for entry in new.aside}
     assert before.keys() - after.keys() <= names | aside, "a live attempt vanished without being retired"
     added = after.keys() - before.keys()
     assert not added or new.event.kind in ("committed", "released")
@@ -519,18 +523,16 @@ def check_transition(old: Head, new: Head) -> None:
 def check_evidence(old: Head, new: Head, gone: set[Attempt]) -> None:
     """Invariant 8: what is quarantined stays so, or is released, or is deleted by name."""
     kinds = {"released": 1, "retired": len(old.quarantined)}
-    left = {(entry.step, entry.attempt) for entry in old.quarantined} - {
-        (entry.step, entry.attempt) for entry in new.quarantined
-    }
+    left = {entry.id for entry in old.quarantined} - {entry.id for entry in new.quarantined}
     assert len(left) <= kinds.get(new.event.kind, 0), f"{new.event.kind} takes evidence away: {left}"
     if new.event.kind == "retired":
         assert not left or new.event.reason, "retention takes evidence"
-    assert len({(entry.step, entry.attempt) for entry in (*new.live, *new.aside)}) == len(new.live) + len(new.aside)
+    assert len({entry.id for entry in (*new.live, *new.aside)}) == len(new.live) + len(new.aside)
 
 
 def check_retention(old: Head, new: Head, replaced: set[int]) -> None:
     """Invariant 6: no entry empties the run, or drops its newest proven or a pinned step (unless that is replaced)."""
-    still = {(entry.step, entry.attempt) for entry in new.live}
+    still = {entry.id for entry in new.live}
     if new.event.kind not in ("committed", "retired"):
         if new.event.kind != "released":
             assert [entry.step for entry in new.live] == [entry.step for entry in old.live]
@@ -547,7 +549,7 @@ def check_retention(old: Head, new: Head, replaced: set[int]) -> None:
         newest = journal.newest(new)
         assert newest is not None and newest.attempt == new.event.attempt
     for entry in must_stay:
-        assert (entry.step, entry.attempt) in still, f"{new.event.kind} dropped {entry}"
+        assert entry.id in still, f"{new.event.kind} dropped {entry}"
 
 
 RULES = ["open", *["start"] * 3, *["commit"] * 3, "again", "abort", "retire", "pin", "unpin", "quarantine", "trust"]
@@ -579,12 +581,12 @@ def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
     elif name == "start":
         epoch = max(1, now.epoch - other % 3)  # an incarnation of an older epoch may still be at work
         number = world.numbers[epoch, which] = world.numbers.get((epoch, which), 0) + 1
-        world.data.add((which, keys.attempt_name(epoch, number)))
-        world.undecided.append((which, keys.attempt_name(epoch, number)))
+        world.data.add((which, name_of(epoch, number)))
+        world.undecided.append((which, name_of(epoch, number)))
     elif name in ("commit", "abort") and world.undecided:
         decide(world, now, name, world.undecided.pop(which % len(world.undecided)), keep)
     elif name == "again" and which in entries:  # the reply to the commit was lost
-        epoch = keys.parse_attempt(entries[which])[0]
+        epoch = parse_name(entries[which])[0]
         again = journal.commit(now, stamp(), epoch=epoch, entry=live(which, entries[which]), keep=keep)
         assert again is None or isinstance(again, FencedBy)
     elif name == "retire" and keep is not None:
@@ -592,23 +594,23 @@ def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
     elif name in ("pin", "unpin"):
         world.put((journal.pin if name == "pin" else journal.unpin)(now, stamp(), step=which, name="p"))
     elif name == "quarantine" and which in entries:
-        world.put(journal.quarantine(now, stamp(), step=which, attempt=entries[which], reason="r"))
+        world.put(journal.quarantine(now, stamp(), attempt=AttemptId(which, entries[which]), reason="r"))
     elif name in ("release", "discard"):
         world.put((journal.release if name == "release" else journal.discard)(now, stamp(), step=which))
     elif name == "trust" and which in entries:
-        world.put(journal.trusted(now, stamp(), step=which, attempt=entries[which], trust="verified"))
+        world.put(journal.trusted(now, stamp(), attempt=AttemptId(which, entries[which]), trust="verified"))
     elif name == "collect":
         collect(world, other, which)
 
 
 def decide(world: World, now: Head, name: str, attempt: Attempt, keep: Any) -> None:
     step, called = attempt
-    epoch = keys.parse_attempt(called)[0]
+    epoch = parse_name(called)[0]
     if name == "commit":
         entry = live(step, called, metrics={"loss": float(step)})
         following = journal.commit(now, stamp(), epoch=epoch, entry=entry, keep=keep)
     else:
-        following = journal.abort(now, stamp(), epoch=epoch, step=step, attempt=called, failures=(), reason="r")
+        following = journal.abort(now, stamp(), epoch=epoch, attempt=AttemptId(step, called), failures=(), reason="r")
     if epoch < now.epoch:
         assert isinstance(following, FencedBy), "a zombie was allowed to decide"
     world.put(following)
@@ -617,11 +619,11 @@ def decide(world: World, now: Head, name: str, attempt: Attempt, keep: Any) -> N
 def collect(world: World, staleness: int, how_many: int) -> None:
     """Invariant 5, by a collector that read its head some versions ago and is killed after `how_many` deletions."""
     stale = world.heads[max(0, len(world.heads) - 1 - staleness)]
-    found = {attempt: Found(whole=attempt[0] % 2 == 0) for attempt in sorted(world.data)}
+    found = {AttemptId(*one): Found(whole=one[0] % 2 == 0) for one in sorted(world.data)}
     doomed = journal.collectable(stale, found)[:how_many]
     now = world.head
     assert now is not None
     for gone in doomed:
-        assert not journal.is_live(now, gone.step, gone.attempt), "deleting what is live"
-        world.data.discard((gone.step, gone.attempt))
-    world.put(journal.collected(now, stamp(), attempts=[(gone.step, gone.attempt) for gone in doomed]))
+        assert not journal.is_live(now, gone.id), "deleting what is live"
+        world.data.discard(gone.id)
+    world.put(journal.collected(now, stamp(), attempts=[gone.id for gone in doomed]))

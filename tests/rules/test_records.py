@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import Damaged, NewerFormat
+from orchestrator.rules.attempt_id import name_of
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.json_numbers import stored, stored_all
-from orchestrator.rules.keys import attempt_name
 from orchestrator.rules.records import (
     Box,
     Event,
@@ -211,7 +211,7 @@ HEADS = st.builds(
         st.builds(
             LiveStep,
             step=st.integers(0, 2**31 - 1),
-            attempt=st.builds(attempt_name, st.integers(0, 99_999), st.integers(0, 999)),
+            attempt=st.builds(name_of, st.integers(0, 99_999), st.integers(0, 999)),
             manifest_crc32c=st.binary(min_size=4, max_size=4).map(bytes.hex),
             tree=TEXT,
             bytes=st.integers(0, 2**62),

@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
 from orchestrator.arrays import ReadRequest, shardings_of
-from orchestrator.arrays.reading.placing import prepare
-from orchestrator.arrays.tree import STORABLE, flatten, numpy_dtype
+from orchestrator.arrays.element_types import STORABLE, numpy_dtype
+from orchestrator.arrays.reading.buffers import grouped
+from orchestrator.arrays.tree import flatten
 from orchestrator.cli.main import main
 from orchestrator.cli.plan import Plan
 from orchestrator.errors import UsageError
@@ -98,7 +99,7 @@ def test_bytes_and_requests_of_a_restore_are_foretold_exactly(run: Path, axes: d
         for leaf in tree.leaves
         if leaf.in_store
     ]
-    assert sum(len(one.layout.reads) * len(one.items) for one in prepare(loads)) == cost.reads
+    assert sum(len(one.layout.reads) * len(one.requests) for one in grouped(loads)) == cost.reads
     assert cost.array_bytes == sum(map(held, restored.state.values()))
 
 

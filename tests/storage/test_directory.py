@@ -23,6 +23,7 @@ from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.arrays.writing import data_files
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.rules import chunk_index, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import RetiredAttempt
 from orchestrator.run import journal_store as catalog_module
@@ -341,7 +342,7 @@ def retired(root: Path, *steps: int) -> Catalog:
     catalog.storage.create(keys.journal_key(0), encode(head(epoch=1, version=0, retired=gone)))
     for step in steps:
         for name in ("manifest.json", "state/d/data"):
-            catalog.storage.create(catalog.key(step, "e0001-a01", name), b"1234")
+            catalog.storage.create(AttemptId(step, "e0001-a01").key(name), b"1234")
     return catalog
 
 
@@ -544,7 +545,7 @@ READS: dict[str, Callable[[PosixStorage], object]] = {
     "get": lambda store: store.get(KEY),
     "get with a bound": lambda store: store.get(KEY, 10),
     "create": lambda store: store.create(KEY, b"ours"),
-    "tree": lambda store: LocalStore(f"{store.root.path}/{KEY.rpartition('/')[0]}").places(),
+    "tree": lambda store: LocalStore(f"{store.root.path}/{KEY.rpartition('/')[0]}").index(),
 }
 
 

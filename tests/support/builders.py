@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.rules import json_numbers
+from orchestrator.rules.attempt_id import name_of
 from orchestrator.rules.journal import Stamp
-from orchestrator.rules.keys import attempt_name
 from orchestrator.rules.records import Box, Event, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
 
-FIRST = attempt_name(1, 1)
+FIRST = name_of(1, 1)
 
 
 def stamp(time: float = 1.0) -> Stamp:

@@ -17,6 +17,7 @@ import orchestrator as oc
 from orchestrator.cli.main import main
 from orchestrator.job import pacing
 from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.evidence import Whole
 from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Event
@@ -285,7 +286,8 @@ def test_what_proves_that_entries_are_missing(
     version: int, epoch: int, found: dict[tuple[int, str], Found], marker: int, proves: bool
 ) -> None:
     now_ = head(live(5), version=version, epoch=epoch) if version >= 0 else None
-    assert bool(evidence.lost(now_, found, marker)) == proves
+    attempts = {AttemptId(*name): one for name, one in found.items()}
+    assert bool(evidence.lost(now_, attempts, marker)) == proves
 
 
 @pytest.mark.parametrize(
@@ -309,13 +311,13 @@ def test_what_is_chosen_of_the_whole_attempts() -> None:
         Whole(live(50, "e0003-a01"), 8),
     ]
     choice = evidence.choose(surviving, whole, {(50, "e0003-a01")})
-    assert [(one.step, one.attempt) for one in choice.live] == [
+    assert [one.id for one in choice.live] == [
         (10, "e0001-a01"),
         (30, "e0002-a01"),
         (20, "e0003-a01"),
         (40, "e0003-a02"),
     ]
-    assert {(one.step, one.attempt) for one, _ in choice.left_out} == {
+    assert {one.id for one, _ in choice.left_out} == {
         (5, "e0001-a09"),
         (40, "e0003-a01"),
         (50, "e0003-a01"),
@@ -323,7 +325,7 @@ def test_what_is_chosen_of_the_whole_attempts() -> None:
     following = evidence.recovered(
         surviving, journal.Stamp("me", 1.0, "id"), version=12, epoch=4, live=choice.live, reason="r"
     )
-    assert [(one.step, one.attempt) for one in following.aside] == [(20, "e0002-a01")]
+    assert [one.id for one in following.aside] == [(20, "e0002-a01")]
     assert following.event == Event(kind="recovered", reason="r", steps=(10, 30, 20, 40))
     assert following.live[0].pins == ("p",)
 
@@ -348,14 +350,14 @@ def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durabl
             (keys.MANIFEST, Manifest),
             (keys.receipt_name(0), Receipt),
         ):
-            record: Any = catalog.record(step, "e0001-a01", name, kind)
+            record: Any = catalog.record(AttemptId(step, "e0001-a01"), name, kind)
             assert record.built_on == version, (step, name)
 
 
 def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfinished(root: Path) -> None:
     """What the model found: the listing comes before the head, and a manifest may come between the two."""
     fill(root, 1)
-    orphan = root / keys.attempt_prefix(9, "e0001-a01")
+    orphan = root / AttemptId(9, "e0001-a01").prefix
     (orphan / "state").mkdir(parents=True)
     (orphan / "state" / "x").write_bytes(b"data")
     with oc.Agent(root, options=now()) as agent:
@@ -374,13 +376,13 @@ def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfi
 def test_a_job_that_saves_while_somebody_looks_is_no_proof_of_a_loss(root: Path) -> None:
     """The intent is written after the head was read, and builds on an entry that came in between."""
     fill(root, 1)
-    attempt = root / keys.attempt_prefix(2, "e0001-a01")
+    attempt = root / AttemptId(2, "e0001-a01").prefix
     (attempt / "state").mkdir(parents=True)
     (attempt / "state" / "x").write_bytes(b"data")
     from orchestrator.rules.codec import encode
 
     def save_on(operation: str, key: str) -> None:
-        if (operation, key) == ("get", f"{keys.attempt_prefix(2, 'e0001-a01')}{keys.INTENT}"):
+        if (operation, key) == ("get", f"{AttemptId(2, 'e0001-a01').prefix}{keys.INTENT}"):
             head_now = catalog_of(root).append(partial(journal.pin, step=1, name="x"))
             assert head_now is not None
             intent = a_record(builders.intent(step=2), built_on=head_now.version)

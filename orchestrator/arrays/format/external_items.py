@@ -15,8 +15,8 @@ import tensorstore as ts
 
 from orchestrator.arrays.format import orbax_json
 from orchestrator.arrays.format.tensorstore_specs import context, external_spec
+from orchestrator.arrays.inline_values import inline_text
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.tree import inline_text
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.rules import arguments
 from orchestrator.rules import keys as layout

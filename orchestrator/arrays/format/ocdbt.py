@@ -2,8 +2,8 @@
 
 The format is TensorStore's (https://google.github.io/tensorstore/kvstore/ocdbt/index.html): a manifest names the root
 of a B+tree; the leaves of the tree hold small values, and for larger ones the place in a data file. TensorStore calls
-the format not yet stable; tests/arrays/test_ocdbt.py holds ours against TensorStore's own reader and writer. Columns of
-numbers are varints; they are coded with numpy, as a state may have a hundred thousand chunks.
+the format not yet stable; tests/arrays/format/test_ocdbt.py holds ours against TensorStore's own reader and writer.
+Columns of numbers are varints; they are coded with numpy, as a state may have a hundred thousand chunks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from orchestrator.rules import keys as layout
 from orchestrator.rules.chunk_index import Chunk, Place
 
 MANIFEST = layout.STORE
+NOT_OURS = "the store's tree is compressed or in parts; none of ours is"
 INLINE_BYTES = 1024  # values up to this are in the tree itself
 NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore rejects larger ones
 _KEYS_BYTES_MAX = 1 << 28  # of a node's keys, each whole: in the node, what two have in common is there once
@@ -39,7 +40,7 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class Root:
+class NodeRef:
     """Where a node is. `transitive`: what its data file paths are relative to. `height`: above the leaves."""
 
     place: Place
@@ -279,7 +280,7 @@ def _check_shared(shared: Sequence[int], lengths: Sequence[int]) -> None:
         before = prefix + size
 
 
-def decode_manifest(body: bytes, where: str) -> Root | None:
+def decode_manifest(body: bytes, where: str) -> NodeRef | None:
     """The newest root of a store, None if it holds nothing. Raises Damaged, Unsupported."""
     cursor = _unframed(_MANIFEST_MAGIC, body, where)
     try:
@@ -301,12 +302,12 @@ def decode_manifest(body: bytes, where: str) -> Root | None:
         base, relative = files[file]
     except (ValueError, IndexError) as error:
         raise Damaged(f"{where}: not a manifest of an OCDBT store: {error}") from error
-    return Root((base + relative, offset, size), base, heights[-1])
+    return NodeRef((base + relative, offset, size), base, heights[-1])
 
 
 def decode_node(
-    body: bytes, node: Root, prefix: bytes, where: str
-) -> tuple[list[tuple[bytes, Chunk]], list[tuple[bytes, Root]]]:
+    body: bytes, node: NodeRef, prefix: bytes, where: str
+) -> tuple[list[tuple[bytes, Chunk]], list[tuple[bytes, NodeRef]]]:
     """A node's entries (of a leaf) and its children, each with the prefix of its keys. A child is one less high than
     its parent, so that no tree has an end only for those who stop. Raises Damaged, Unsupported."""
     cursor = _unframed(_NODE_MAGIC, body, where)
@@ -345,12 +346,12 @@ def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: 
 
 def _children(
     cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes, height: int
-) -> Iterator[tuple[bytes, Root]]:
+) -> Iterator[tuple[bytes, NodeRef]]:
     keys, (common,) = cursor.keys(count, columns_between=1)
     numbers, offsets, sizes = (cursor.numbers(count) for _ in range(3))
     for key, shared, file, offset, size in zip(keys, common, numbers, offsets, sizes, strict=True):
         base, relative = files[file]
-        yield prefix + key[:shared], Root((base + relative, offset, size), base, height)
+        yield prefix + key[:shared], NodeRef((base + relative, offset, size), base, height)
 
 
 def _unframed(magic: int, body: bytes, where: str) -> _Cursor:

@@ -1,7 +1,7 @@
-"""Reading once what several processes want: each chunk by one of them, then the devices exchange the parts.
+"""Reading once what several processes need: each chunk by one of them, then the devices exchange the parts.
 
-`groups` says which arrays of a restore are worth it, and on which shardings each process reads its slabs of them
-(`dividing`); `Group.exchanged` then brings every device what it is to have, over the interconnect.
+`exchange_groups` says which arrays of a restore are worth it, and on which shardings each process reads its slabs of
+them (`dividing`); `ExchangeGroup.exchanged` then brings every device its part, over the interconnect.
 """
 
 from __future__ import annotations
@@ -18,103 +18,109 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from orchestrator.arrays.element_types import carrier, numpy_dtype
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.reading.placing import Frame, ReadRequest, carrier
-from orchestrator.arrays.tree import numpy_dtype
+from orchestrator.arrays.memory_kinds import in_default_memory
+from orchestrator.arrays.reading.requests import Frame, ReadRequest
 from orchestrator.rules import zarr_chunks
-from orchestrator.rules.dividing import divide, is_shared, reads
+from orchestrator.rules.dividing import Division, divide, is_shared, reads
 
-GATHER_BYTES = 1 << 30  # of a device's memory for the arrays of a group: both forms are in it meanwhile
+GROUP_BYTES = 1 << 30  # of a device's memory for the arrays of a group: both forms are in it meanwhile
 _SMALL_BYTES = 1 << 20  # smaller arrays are read by all: an exchange would take longer
 
 
 @dataclass
-class Group:
-    """Arrays that are read, then exchanged together. `places`: of them among all loads. `wanted`: the loads as given.
-    `parts`: what this process reads instead. `devices`: of all of them, in order."""
+class ExchangeGroup:
+    """Arrays that are read, then exchanged together.
+
+    devices: of all of them, in order. positions: of the arrays among all that were requested. requests: as given.
+    slab_requests: what this process reads instead.
+    """
 
     devices: tuple[Any, ...]
-    places: list[int] = field(default_factory=list)
-    wanted: list[ReadRequest] = field(default_factory=list)
-    parts: list[ReadRequest] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    requests: list[ReadRequest] = field(default_factory=list)
+    slab_requests: list[ReadRequest] = field(default_factory=list)
 
     @functools.cached_property
-    def told(self) -> str:
+    def signature(self) -> str:
         """The same on all processes if they are about to exchange the same arrays."""
-        forms = [(load.leaf.name, str(_dtype(load)), str(load.sharding)) for load in self.wanted]
-        frames = [(part.frame, str(part.sharding)) for part in self.parts]
+        forms = [(request.leaf.name, str(_dtype(request)), str(request.sharding)) for request in self.requests]
+        frames = [(request.frame, str(request.sharding)) for request in self.slab_requests]
         return f"{zlib.crc32(repr(([device.id for device in self.devices], forms, frames)).encode()):08x}"
 
     @in_own_context
-    def exchanged(self, values: list[Any]) -> list[Any]:
-        """The arrays on the shardings that are wanted, bit for bit, from the values of `parts`, which are let go of:
-        the list is empty then. A collective: all processes call it on their main threads."""
+    def exchanged(self, slabs: list[Any]) -> list[Any]:
+        """The arrays on the shardings that were requested, bit for bit, from the values of `slab_requests`. These are
+        released: the list is empty afterwards. A collective: all processes call it on their main threads."""
         if not any(device.process_index == jax.process_index() for device in self.devices):
-            return [_nothing(load) for load in self.wanted]
-        shardings = [load.sharding for load in self.wanted]
-        there = jax.jit(self._moved, out_shardings=shardings)(values)
-        jax.block_until_ready(there)
-        values.clear()
+            return [_on_others(request) for request in self.requests]
+        shardings = [request.sharding for request in self.requests]
+        arrays = jax.jit(self._moved, out_shardings=shardings)(slabs)
+        jax.block_until_ready(arrays)
+        slabs.clear()
         # In a step of its own, so that the compiler cannot put the exchange after the change of type.
-        for at, load in enumerate(self.wanted):
-            dtype = _dtype(load)
+        for at, request in enumerate(self.requests):
+            dtype = _dtype(request)
             if carrier(dtype):
-                there[at] = jax.block_until_ready(_back(dtype, load.sharding)(there[at]))
-        return list(there)
+                arrays[at] = jax.block_until_ready(_from_carrier(dtype, request.sharding)(arrays[at]))
+        return list(arrays)
 
-    def _moved(self, given: list[Any]) -> list[Any]:
+    def _moved(self, slabs: list[Any]) -> list[Any]:
         moved = []
-        for array, part, load in zip(given, self.parts, self.wanted, strict=True):
-            assert part.frame is not None and load.sharding is not None
-            stop = [first + size for first, size in zip(part.frame.start, load.leaf.shape, strict=True)]
-            whole = jax.lax.slice(array, part.frame.start, stop)
-            finer = _finer(load.sharding, load.leaf.shape)
+        for array, slab, request in zip(slabs, self.slab_requests, self.requests, strict=True):
+            assert slab.frame is not None and request.sharding is not None
+            stop = [first + size for first, size in zip(slab.frame.start, request.leaf.shape, strict=True)]
+            whole = jax.lax.slice(array, slab.frame.start, stop)
+            finer = _finer(request.sharding, request.leaf.shape)
             moved.append(whole if finer is None else jax.lax.with_sharding_constraint(whole, finer))
         return moved
 
 
-def groups(loads: Sequence[ReadRequest]) -> list[Group]:
-    """What is to be read once, in groups of bounded size; whatever is not in one is for every process to read. The same
-    on all processes that give the same loads."""
-    found: list[Group] = []
+def exchange_groups(requests: Sequence[ReadRequest]) -> list[ExchangeGroup]:
+    """What is to be read once, in groups of bounded size; what is in none of them is for every process to read. The
+    same on all processes that make the same requests."""
+    found: list[ExchangeGroup] = []
     held_bytes = 0
     read_bytes = [0] * jax.process_count()
-    for place, load in enumerate(loads):
-        if not _is_worth_it(load):
+    for position, request in enumerate(requests):
+        if not _is_worth_it(request):
             continue
-        assert load.sharding is not None and load.leaf.chunk is not None
-        devices = _devices(load.sharding, load.leaf.shape)
+        leaf, sharding = request.leaf, request.sharding
+        assert sharding is not None and leaf.chunk is not None
+        devices = _devices(sharding, leaf.shape)
         owners = [device.process_index for device in devices]
-        chunk_bytes = math.prod(load.leaf.chunk) * _item_bytes(load)
-        division = divide(load.leaf.shape, load.leaf.chunk, owners, [one / chunk_bytes for one in read_bytes], place)
-        for process, count in enumerate(reads(division, load.leaf.shape, load.leaf.chunk, owners)):
+        item_bytes = _dtype(request).itemsize
+        chunk_bytes = math.prod(leaf.chunk) * item_bytes
+        division = divide(leaf.shape, leaf.chunk, owners, [one / chunk_bytes for one in read_bytes], position)
+        for process, count in enumerate(reads(division, leaf.shape, leaf.chunk, owners)):
             read_bytes[process] += count * chunk_bytes
-        names = [f"axis{number}" for number in range(len(division.axes))]
-        spec = PartitionSpec(*(tuple(names[axis] for axis in cut) or None for cut in division.cuts))
-        slabs = NamedSharding(_mesh(devices, division.axes, tuple(names)), spec)
-        more_bytes = _item_bytes(load) * sum(
-            math.prod(shape) for shape in (division.slab, load.sharding.shard_shape(load.leaf.shape))
-        )
-        if not found or found[-1].devices != devices or held_bytes + more_bytes > GATHER_BYTES:
-            found.append(Group(devices))
+        more_bytes = item_bytes * (math.prod(division.slab) + math.prod(sharding.shard_shape(leaf.shape)))
+        if not found or found[-1].devices != devices or held_bytes + more_bytes > GROUP_BYTES:
+            found.append(ExchangeGroup(devices))
             held_bytes = 0
         held_bytes += more_bytes
-        found[-1].places.append(place)
-        found[-1].wanted.append(load)
-        found[-1].parts.append(replace(load, sharding=slabs, frame=Frame(division.shape, division.start)))
+        slab = replace(request, sharding=_slabs(division, devices), frame=Frame(division.shape, division.start))
+        found[-1].positions.append(position)
+        found[-1].requests.append(request)
+        found[-1].slab_requests.append(slab)
     return found
 
 
-def _is_worth_it(load: ReadRequest) -> bool:
-    leaf, sharding = load.leaf, load.sharding
+def _slabs(division: Division, devices: tuple[Any, ...]) -> NamedSharding:
+    """One slab of the frame for each device."""
+    names = [f"axis{number}" for number in range(len(division.axes))]
+    spec = PartitionSpec(*(tuple(names[axis] for axis in cut) or None for cut in division.cuts))
+    return NamedSharding(_mesh(devices, division.axes, tuple(names)), spec)
+
+
+def _is_worth_it(request: ReadRequest) -> bool:
+    leaf, sharding = request.leaf, request.sharding
     if sharding is None or leaf.chunk is None or leaf.kind == "key" or not leaf.in_store:
         return False
-    if math.prod(leaf.shape) * _item_bytes(load) < _SMALL_BYTES:
+    if math.prod(leaf.shape) * _dtype(request).itemsize < _SMALL_BYTES:
         return False
-    devices = _devices(sharding, leaf.shape)
-    if sharding.memory_kind not in (None, devices[0].default_memory().kind):
-        return False
-    return _is_shared(sharding, leaf.shape, leaf.chunk)
+    return in_default_memory(sharding) and _is_shared(sharding, leaf.shape, leaf.chunk)
 
 
 @functools.lru_cache(maxsize=256)
@@ -136,13 +142,9 @@ def _mesh(devices: tuple[Any, ...], axes: tuple[int, ...], names: tuple[str, ...
     return Mesh(np.array(devices).reshape(axes), names)
 
 
-def _dtype(load: ReadRequest) -> np.dtype[Any]:
+def _dtype(request: ReadRequest) -> np.dtype[Any]:
     """Of the array as it is restored."""
-    return np.dtype(load.dtype or numpy_dtype(load.leaf.dtype))
-
-
-def _item_bytes(load: ReadRequest) -> int:
-    return _dtype(load).itemsize
+    return np.dtype(request.dtype or numpy_dtype(request.leaf.dtype))
 
 
 def _finer(sharding: Sharding, shape: tuple[int, ...]) -> NamedSharding | None:
@@ -166,8 +168,8 @@ def _names(entry: Any) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _back(dtype: np.dtype[Any], sharding: Sharding) -> Callable[[Any], Any]:
-    """From an element's carrier."""
+def _from_carrier(dtype: np.dtype[Any], sharding: Sharding) -> Callable[[Any], Any]:
+    """Elements that were exchanged as their carriers, as what they are."""
     bits = (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
 
     def back(array: Any) -> Any:
@@ -176,7 +178,7 @@ def _back(dtype: np.dtype[Any], sharding: Sharding) -> Callable[[Any], Any]:
     return jax.jit(back, out_shardings=sharding)
 
 
-def _nothing(load: ReadRequest) -> Any:
+def _on_others(request: ReadRequest) -> Any:
     """An array that other processes hold."""
-    assert load.sharding is not None
-    return jax.make_array_from_single_device_arrays(load.leaf.shape, load.sharding, [], dtype=_dtype(load))
+    assert request.sharding is not None
+    return jax.make_array_from_single_device_arrays(request.leaf.shape, request.sharding, [], dtype=_dtype(request))

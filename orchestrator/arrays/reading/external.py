@@ -1,57 +1,53 @@
-"""Arrays that another Orbax has written, before the run was adopted: read through TensorStore's zarr drivers.
+"""External arrays: those that plain Orbax had stored before the run was adopted, read through TensorStore's zarr
+drivers.
 
-A chunk of theirs is decoded whole, into memory of TensorStore's own; how large it may be is looked at before.
+A chunk of theirs is decoded whole, into memory of TensorStore's own; how large it may be is checked before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorstore as ts
 
+from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.tensorstore_specs import external_spec
-from orchestrator.arrays.reading.local_store import LocalStore
-from orchestrator.arrays.reading.placing import reserve
-from orchestrator.arrays.tree import numpy_dtype
+from orchestrator.arrays.reading.buffers import BufferGroup
+from orchestrator.arrays.reading.chunk_source import OnBytes
+from orchestrator.arrays.reading.host_memory import reserve
+from orchestrator.arrays.reading.kvstore import KvStore
+from orchestrator.arrays.reading.local_store import LocalStore, local_path
 from orchestrator.errors import Damaged
 from orchestrator.rules.chunk_index import Stored
-from orchestrator.rules.records import Box, ExternalArray, LeafSpec
+from orchestrator.rules.records import ExternalArray, LeafSpec
 
 _ODD_CHUNK_BYTES = 64 << 20  # a chunk may be larger than its array, up to this
 
 
-class External:
-    """The external arrays of the `state/` at URL `directory`. `result`: waits for TensorStore, and says what went wrong
-    with a leaf's read."""
+class ExternalArrays:
+    """The external arrays of the `state/` at URL `directory`. stored: what the manifest lists; None: nobody knows."""
 
-    def __init__(
-        self, directory: str, context: ts.Context, stored: Stored | None, result: Callable[[str, Any], Any]
-    ) -> None:
-        self._directory, self._context, self._stored, self._result = directory.rstrip("/"), context, stored, result
+    def __init__(self, directory: str, kvstore: KvStore, stored: Stored | None) -> None:
+        self._directory, self._kvstore, self._stored = directory.rstrip("/"), kvstore, stored
         self._checked: set[str] = set()  # items
 
-    def read(
-        self,
-        leaf: LeafSpec,
-        boxes: Sequence[Box],
-        buffers: Sequence[np.ndarray[Any, Any]],
-        on_bytes: Callable[[int], None],
-    ) -> None:
-        """Regions of an array into buffers of their shapes. Raises Damaged, MemoryError and what `result` raises."""
+    def fill(self, group: BufferGroup, on_bytes: OnBytes) -> None:
+        """Read the regions of each leaf into the group's buffers. Raises Damaged, MemoryError, Suspect, Unavailable."""
+        self._kvstore.inspect()
+        for row, request in enumerate(group.requests):
+            array = self._opened(request.leaf)
+            for box, buffers in zip(group.layout.boxes, group.buffers, strict=True):
+                buffer = buffers[row, ...]
+                part = array[tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))]
+                buffer[...] = self._kvstore.result(request.leaf.label, part.read())
+                on_bytes(buffer.nbytes)
+
+    def _opened(self, leaf: LeafSpec) -> Any:
         assert leaf.external is not None
         self._check_item(leaf.external)
         spec = external_spec(f"{self._directory}/{leaf.external.item}", leaf.external)
-        array = self._result(leaf.label, ts.open(spec, open=True, read=True, context=self._context))
-        self._check_form(leaf, array)
-        for box, buffer in zip(boxes, buffers, strict=True):
-            part = array[tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))]
-            buffer[...] = self._result(leaf.label, part.read())
-            on_bytes(buffer.nbytes)
-
-    def _check_form(self, leaf: LeafSpec, array: Any) -> None:
+        array = self._kvstore.result(leaf.label, ts.open(spec, open=True, read=True, context=self._kvstore.context))
         dtype = leaf.stored_dtype or leaf.dtype
         if (tuple(array.shape), array.dtype.name) != (leaf.file_shape, dtype):
             there = f"{array.dtype.name}{list(array.shape)}"
@@ -61,18 +57,14 @@ class External:
         if chunk_bytes > max(_ODD_CHUNK_BYTES, math.prod(leaf.file_shape) * item_bytes):
             raise Damaged(f"{leaf.label}{list(array.shape)}: chunks of {chunk_bytes} bytes, more than the array has")
         reserve(chunk_bytes)
+        return array
 
     def _check_item(self, external: ExternalArray) -> None:
-        """Whether the item's array store, on a file system, leads to files of this step only, as far as it can be told:
-        TensorStore alone reads trees with compressed nodes. Once for each item."""
+        """Whether the item's array store, on a file system, leads to files of this step only, as far as that can be
+        seen: TensorStore alone reads trees with compressed nodes. Once for each item. Raises Suspect, Unavailable."""
         if not external.ocdbt or external.item in self._checked or self._stored is None:
             return
         self._checked.add(external.item)
-        if not self._directory.startswith("file://"):
-            return
-        stored = self._stored.below(external.item)
-        local = LocalStore(f"{self._directory.removeprefix('file://')}/{external.item}".rstrip("/"), stored)
-        try:
-            local.places()
-        finally:
-            local.close()
+        path = local_path(self._directory)
+        if path is not None:
+            LocalStore(f"{path}/{external.item}".rstrip("/"), self._stored.below(external.item)).index()

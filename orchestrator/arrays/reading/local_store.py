@@ -21,9 +21,14 @@ _MANIFEST_BYTES_MAX = 64 << 20
 _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 
 
-# What seems to be gone is looked for again in another way. Anything else (no permission, no descriptors left, a disk or
-# a server that does not answer) says nothing about the data.
+# What seems to be gone is searched for again in another way. Anything else (no permission, no descriptors left, a disk
+# or a server that does not answer) says nothing about the data.
 _LOST = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
+
+
+def local_path(url: str) -> str | None:
+    """The path of a directory on a file system, None of one in an object store."""
+    return url.removeprefix("file://") if url.startswith("file://") else None
 
 
 def _fault(text: str, path: str, error: OSError) -> OrchestratorError:
@@ -33,7 +38,8 @@ def _fault(text: str, path: str, error: OSError) -> OrchestratorError:
 
 
 class LocalStore:
-    """Files stay open until `close`. `stored`: what the manifest lists there; nothing else is read. Any thread."""
+    """The store at a path. stored: what the manifest lists there, nothing else is read; None: nobody knows. Chunks may
+    be read by any number of threads at a time; their files stay open until `close`."""
 
     def __init__(self, directory: str, stored: Stored | None = None) -> None:
         self._directory, self._stored = directory.rstrip("/"), stored
@@ -42,9 +48,9 @@ class LocalStore:
         self._open: dict[str, int] = {}
         self._tree: list[str] = []  # files that the tree was read from
 
-    def places(self) -> dict[str, Chunk] | None:
-        """Where each value is; None if the store's tree is one that only TensorStore reads. Raises Suspect naming the
-        files that it was read from, Unavailable."""
+    def index(self) -> dict[str, Chunk] | None:
+        """Key -> value, or its place; None if the store's tree is one that only TensorStore reads. No file is open
+        afterwards. Raises Suspect naming the files that it was read from, Unavailable."""
         self._tree = [ocdbt.MANIFEST]
         try:
             return self._read_tree()
@@ -53,6 +59,8 @@ class LocalStore:
         except Damaged as error:  # once is no proof
             files = [STATE + path for path in dict.fromkeys(self._tree)]
             raise Suspect(str(error), files=files, structure=True) from error
+        finally:
+            self.close()
 
     def _read_tree(self) -> dict[str, Chunk]:
         where = f"{self._directory}/{ocdbt.MANIFEST}"
@@ -63,7 +71,7 @@ class LocalStore:
         return walk(root, self._node, self._directory, self._stored) if root else {}
 
     def files_of(self, chunk: Chunk | None) -> list[str]:
-        """The files, below the directory, that say what this value is: its own, or those of the tree."""
+        """The files, below the directory, that a value of the index comes from: its own, or those of the tree."""
         return [chunk[0]] if isinstance(chunk, tuple) else sorted(set(self._tree))
 
     def _node(self, place: Place) -> bytes:
@@ -77,31 +85,32 @@ class LocalStore:
         return bytes(body)
 
     def read_into(
-        self, target: memoryview, place: Place, label: str, tail: memoryview | None = None
+        self, elements: memoryview, place: Place, label: str, tail: memoryview | None = None
     ) -> tuple[int, int]:
-        """A chunk's elements into `target`; CRC-32C of what was read, and what the chunk says."""
+        """Read a chunk's elements, and the checksum that follows them into `tail`. Returns the CRC-32C of what was read
+        and the one that the chunk ends with. Raises Suspect, Unavailable, both beginning with `label`."""
         path, offset, _ = place
         ending = bytearray(zarr_chunks.CHECKSUM_BYTES) if tail is None else tail
         checksum = 0
-        for first in range(0, len(target), _PIECE_BYTES):
-            piece = target[first : first + _PIECE_BYTES]
+        for first in range(0, len(elements), _PIECE_BYTES):
+            piece = elements[first : first + _PIECE_BYTES]
             self._read(piece, (path, offset + first, len(piece)), label)
             checksum = crc32c.crc32c(piece, checksum)
-        self._read(memoryview(ending), (path, offset + len(target), len(ending)), label)
+        self._read(memoryview(ending), (path, offset + len(elements), len(ending)), label)
         return checksum, int.from_bytes(ending, "little")
 
-    def _read(self, target: memoryview, place: Place, label: str) -> None:
+    def _read(self, buffer: memoryview, place: Place, label: str) -> None:
         path, offset, size = place
         if offset + size > INT64_MAX:
             raise Damaged(f"{label}: {self._directory}/{path}: {size} bytes at {offset} are in no file")
-        got = 0
+        done = 0
         try:
-            while got < size and (more := os.preadv(self._descriptor(path), [target[got:]], offset + got)):
-                got += more  # some file systems give less than was asked for, before the end
+            while done < size and (more := os.preadv(self._descriptor(path), [buffer[done:]], offset + done)):
+                done += more  # some file systems give less than was asked for, before the end
         except OSError as error:
             raise _fault(f"{label}: {self._directory}/{path} cannot be read: {error}", path, error) from error
-        if got != size:
-            text = f"{label}: {self._directory}/{path} ends at {offset + got}, expected {offset + size}"
+        if done != size:
+            text = f"{label}: {self._directory}/{path} ends at {offset + done}, expected {offset + size}"
             raise Suspect(text, files=[STATE + path])
 
     def _descriptor(self, path: str) -> int:

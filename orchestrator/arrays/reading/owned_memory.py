@@ -1,15 +1,15 @@
 """Arrays of CPU devices in memory that XLA has allocated itself, to be read into.
 
-XLA's CPU client takes a numpy buffer over without a copy, but never reuses such a buffer when the array is donated: the
-first donating step after a restore would need the state's memory a second time. What XLA has allocated it reuses. So
-large arrays are made by a program that allocates its results and writes nothing, and the chunks are read straight into
-them: no copy, no byte of memory more. (Small ones are read into numpy buffers and copied, which is quicker than a
-program: see `placing`.)
+XLA's CPU client takes over a numpy buffer without a copy, but never reuses such a buffer when the array is donated: the
+first donating step after a restore would need the state's memory a second time. Memory that XLA has allocated is
+reused. So large arrays are made by a program that allocates its results and writes nothing, and the chunks are read
+straight into them: no copy, no byte of memory more. (Small ones are read into numpy buffers and copied, which is
+quicker than a program: see `device_arrays`.)
 
-Writing into a jax.Array is safe here for these reasons, all held by tests/arrays/test_owned_memory.py: the arrays have
-been waited for, so nothing of JAX writes any more; each is a fresh allocation of one run of the program, with an
-address of its own, no constant and no other array's; nobody else has seen them until `placing` makes the restored
-arrays of them.
+Writing into a jax.Array is safe here for these reasons, all of which tests/arrays/reading/test_owned_memory.py holds:
+the arrays have been waited for, so nothing of JAX writes any more; each is a fresh allocation of one run of the
+program, with an address of its own, no constant and no other array's; nobody else has seen them until `device_arrays`
+makes the restored arrays of them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import contextlib
 import ctypes
 import functools
 import math
-import mmap
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.memory_kinds import in_default_memory, on_host
+from orchestrator.arrays.reading.buffers import BufferGroup
+from orchestrator.arrays.reading.host_memory import LARGE_PAGE_BYTES, LARGE_PAGES, reserve
+from orchestrator.arrays.reading.requests import ReadRequest
 
 try:
     from jax.experimental import buffer_callback as _callbacks
@@ -38,20 +40,57 @@ except ImportError:
 
 ARRAY_BYTES = 4 << 20  # of one device: copying less takes no longer than compiling one result more
 TOTAL_BYTES = 32 << 20  # less than that in all is copied in the time that it takes to compile a program
-_PAGE_BYTES = 2 << 20  # a large page
-_LARGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 
-Form = tuple[tuple[int, ...], Any]  # shape and dtype of one device's part, of one dimension at least
+PartForm = tuple[tuple[int, ...], Any]  # shape and dtype of one device's part, of one dimension at least
 Array = np.ndarray[Any, Any]
 
 
+def use_owned_memory(groups: Sequence[BufferGroup]) -> None:
+    """Give those groups whose arrays are large and on CPU devices buffers that are those arrays' own memory, if there
+    is enough of them. Main thread. Raises MemoryError."""
+    by_devices: dict[tuple[Any, ...], list[BufferGroup]] = {}
+    for group in groups:
+        if _is_ownable(group):
+            by_devices.setdefault(group.layout.devices, []).append(group)
+    for devices, some in by_devices.items():
+        size = len(devices) * sum(group.leaf_bytes // len(group.layout.shapes) for group in some)
+        if size < TOTAL_BYTES:
+            continue
+        reserve(size)  # XLA would end the process
+        made = allocate(devices, [(group.layout.shapes[0], group.restored_dtype) for group in some])
+        for group, arrays in zip(some, made or (), strict=False):
+            _use_memory_of(arrays, group)
+
+
+def _is_ownable(group: BufferGroup) -> bool:
+    """Whether the elements need no change on their way to the arrays, and are enough to be worth it."""
+    request, layout = group.requests[0], group.layout
+    if request.sharding is None or request.frame or not layout.devices or group.leaf_bytes < ARRAY_BYTES:
+        return False
+    here = on_host(request.sharding) and in_default_memory(request.sharding)
+    uncast = ReadRequest(group.leaf).converted(np.empty(0, group.dtype)).dtype
+    whole_bytes = bit_count(group.restored_dtype) >= 8  # XLA may pack others
+    alike = len(group.requests) == 1 and len(set(layout.shapes)) == 1
+    return here and group.restored_dtype == uncast and whole_bytes and alike
+
+
+def _use_memory_of(arrays: list[Any], group: BufferGroup) -> None:
+    group.owned = arrays
+    views = [memory(array).view(group.dtype).reshape(1, *array.shape) for array in arrays]
+    first: dict[int, Array] = {}
+    for number, view in zip(group.layout.buffer_of, views, strict=True):
+        if first.setdefault(number, view) is not view:
+            group.replicas.append((view, first[number]))
+    group.buffers = [first[number] for number in range(len(group.layout.shapes))]
+
+
 @in_own_context
-def allocate(devices: tuple[Any, ...], forms: Sequence[Form]) -> list[list[Any]] | None:
+def allocate(devices: tuple[Any, ...], forms: Sequence[PartForm]) -> list[list[Any]] | None:
     """For each form an array on each of `devices`, CPUs of this process, with whatever is in memory. None in a JAX
     that has no such program: everything is copied then. Main thread. Raises MemoryError."""
     if not _has_callbacks():
         return None
-    waiting: dict[Form, list[int]] = {}
+    waiting: dict[PartForm, list[int]] = {}
     for number, form in enumerate(forms):
         waiting.setdefault(form, []).append(number)
     found: list[list[Any]] = [[] for _ in forms]
@@ -74,35 +113,28 @@ def _has_callbacks() -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(devices: tuple[Any, ...], forms: tuple[Form, ...]) -> Any:
+def _program(devices: tuple[Any, ...], forms: tuple[PartForm, ...]) -> Any:
     def make() -> Any:
         results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in forms]
-        return _callbacks.buffer_callback(_nothing, results)()
+        return _callbacks.buffer_callback(_leave_untouched, results)()
 
     mesh = Mesh(np.array(devices), ("shard",))
     return jax.jit(jax.shard_map(make, mesh=mesh, in_specs=(), out_specs=PartitionSpec("shard"), check_vma=False))
 
 
-def _nothing(context: Any, results: Any) -> None:
+def _leave_untouched(context: Any, results: Any) -> None:
     """The callback that leaves its results as they have been allocated."""
 
 
-def bit_count(dtype: Any) -> int:
-    """Of an element, which numpy keeps in a byte at least and XLA in what it takes."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(ml_dtypes.iinfo(dtype).bits)
-    return int(ml_dtypes.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.floating) else 8 * np.dtype(dtype).itemsize
-
-
 def memory(array: Any) -> Array:
-    """The bytes of an array on one CPU device, to write to; they are there as long as the array is."""
+    """The bytes of an array on one CPU device, to write to; valid as long as the array lives."""
     address, size = array.unsafe_buffer_pointer(), math.prod(array.shape) * array.dtype.itemsize
     assert bit_count(array.dtype) >= 8
-    first = -address % _PAGE_BYTES
-    if _LARGE_PAGES is not None and size - first >= _PAGE_BYTES:
+    first = -address % LARGE_PAGE_BYTES
+    if LARGE_PAGES is not None and size - first >= LARGE_PAGE_BYTES:
         # Nothing has touched it yet: in small pages every 4 KiB would be a page fault.
         with contextlib.suppress(OSError, AttributeError):
-            _madvise()(address + first, (size - first) // _PAGE_BYTES * _PAGE_BYTES, _LARGE_PAGES)
+            _madvise()(address + first, (size - first) // LARGE_PAGE_BYTES * LARGE_PAGE_BYTES, LARGE_PAGES)
     return np.frombuffer((ctypes.c_ubyte * size).from_address(address), np.uint8)
 
 

@@ -17,7 +17,9 @@ from orchestrator.storage.overlap import Begun
 _NODES = "d/"  # data files of the store itself; a process's are in its own store
 
 
-def walk(root: ocdbt.Root, node: Callable[[Place], bytes], directory: str, stored: Stored | None) -> dict[str, Chunk]:
+def walk(
+    root: ocdbt.NodeRef, node: Callable[[Place], bytes], directory: str, stored: Stored | None
+) -> dict[str, Chunk]:
     """Key -> value or its place, of all nodes, each of which is read once, by `node`. Raises Damaged, Unsupported."""
     found: dict[str, Chunk] = {}
     nodes, seen, keys = [(b"", root)], {root.place}, 0
@@ -51,16 +53,16 @@ def _check_listed(where: str, places: Iterable[Place], stored: Stored | None) ->
 
 
 class ObjectTree:
-    """The tree of a store in a bucket: its objects are read whole, and no others than `stored` lists, nor larger ones.
-    `read`: an object's bytes by path, None if there is none."""
+    """The tree of a store in a bucket. Its objects are read whole, and only those that `stored` lists, none larger than
+    it says. read: an object's bytes by path, None if there is none."""
 
     def __init__(self, directory: str, stored: Stored, read: Callable[[str], bytes | None]) -> None:
         self._directory, self._stored, self._read = directory.rstrip("/"), stored, read
         self._objects: dict[str, bytes] = {}
         self._begun: dict[str, Begun[bytes | None]] = {}
 
-    def places(self) -> dict[str, Chunk]:
-        """Key -> value or its place. Raises Damaged, Unsupported, and what `read` raises."""
+    def index(self) -> dict[str, Chunk]:
+        """Key -> value, or its place. Raises Damaged, Unsupported, and what `read` raises."""
         files = self._stored.files
         likely = [path for path in files if path.startswith(_NODES) and files[path] <= ocdbt.NODE_BYTES_MAX]
         if len(likely) == 1:  # of ours; read while the manifest is, which leads to it

@@ -16,8 +16,9 @@ import crc32c
 import jax
 import numpy as np
 
+from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.compressed import deflated
-from orchestrator.arrays.tree import Flat, numpy_dtype
+from orchestrator.arrays.tree import Flat
 from orchestrator.arrays.writing.write_plan import Plan, as_stored, joinable
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.holders import Cut

@@ -19,11 +19,13 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format import ocdbt, orbax_files
 from orchestrator.arrays.format.compressed import ZSTD
+from orchestrator.arrays.inline_values import fits_int64
 from orchestrator.arrays.leaf_errors import about
-from orchestrator.arrays.reading.placing import in_own_memory, on_host
-from orchestrator.arrays.tree import Flat, Form, fits_int64, numpy_dtype
+from orchestrator.arrays.memory_kinds import in_default_memory, on_host
+from orchestrator.arrays.tree import Flat, Form
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.records import Box, Held, LeafSpec
 
@@ -59,12 +61,12 @@ class LeafPlan:
     @functools.cached_property
     def offloaded(self) -> bool:
         """Whether it is in host memory that an accelerator's runtime owns."""
-        return self.sharding is not None and not on_host(self.sharding) and not in_own_memory(self.sharding)
+        return self.sharding is not None and not on_host(self.sharding) and not in_default_memory(self.sharding)
 
     @functools.cached_property
     def off_host(self) -> bool:
         """Whether it is in an accelerator's own memory."""
-        return self.sharding is not None and not on_host(self.sharding) and in_own_memory(self.sharding)
+        return self.sharding is not None and not on_host(self.sharding) and in_default_memory(self.sharding)
 
     @functools.cached_property
     def chunk_bytes(self) -> int:

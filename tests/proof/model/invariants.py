@@ -12,10 +12,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from orchestrator.rules import keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head, LiveStep
-
-AttemptId = tuple[int, str]
 
 
 def restorable(head: Head | None) -> list[LiveStep]:
@@ -24,12 +22,12 @@ def restorable(head: Head | None) -> list[LiveStep]:
 
 
 def live_attempts(head: Head) -> set[AttemptId]:
-    return {(live.step, live.attempt) for live in head.live}
+    return {live.id for live in head.live}
 
 
 def evidence(head: Head) -> set[AttemptId]:
     """The attempts that are quarantined, whether their step was committed again or not."""
-    return {(live.step, live.attempt) for live in (*head.live, *head.aside) if live.trust == "quarantined"}
+    return {live.id for live in (*head.live, *head.aside) if live.trust == "quarantined"}
 
 
 def listing(head: Head | None, listed: Collection[int], newest: int | None) -> list[str]:
@@ -65,7 +63,7 @@ def linear(heads: Sequence[Head], trees: Mapping[str, str | None] | None = None)
             openers[head.epoch] = head.writer
         if event.kind in ("committed", "aborted"):
             problems += _decision(head, openers, committed, ended)
-        ended |= {(gone.step, gone.attempt) for gone in head.retired}
+        ended |= {gone.id for gone in head.retired}
     for before, after in itertools.pairwise(heads):
         problems += successor(before, after)
     return problems + (opened(heads, trees) if trees else [])
@@ -91,9 +89,12 @@ def _decision(head: Head, openers: dict[int, str], committed: set[AttemptId], en
     """Only the incarnation that opened the head's epoch decides, only on its own attempts, and only once on each."""
     event = head.event
     assert event.step is not None and event.attempt is not None
-    key, where = (event.step, event.attempt), f"v{head.version} {event.kind} {keys.shown(event.step, event.attempt)}"
+    key, where = (
+        (event.step, event.attempt),
+        f"v{head.version} {event.kind} {AttemptId(event.step, event.attempt).label}",
+    )
     problems = []
-    if keys.parse_attempt(event.attempt)[0] != head.epoch:
+    if AttemptId(event.step, event.attempt).epoch != head.epoch:
         problems.append(f"fence: {where}: in epoch {head.epoch}")
     if openers.get(head.epoch) != head.writer:
         problems.append(f"fence: {where}: by {head.writer}, but epoch {head.epoch} is {openers.get(head.epoch)}'s")
@@ -115,7 +116,7 @@ def successor(before: Head, after: Head) -> list[str]:
     if after.epoch != before.epoch + (kind == "opened-epoch"):
         problems.append(f"fence: {where}: epoch {before.epoch} becomes {after.epoch}")
     was, now = live_attempts(before), live_attempts(after)
-    retired = {(gone.step, gone.attempt) for gone in after.retired}
+    retired = {gone.id for gone in after.retired}
     if now & retired:
         problems.append(f"5: {where}: {sorted(now & retired)} are live and retired at once")
     taken = evidence(before) - evidence(after)
@@ -169,14 +170,14 @@ def unchanged(before: Sequence[object], after: Sequence[object]) -> list[str]:
 def whole(head: Head | None, damage: Callable[[LiveStep], str]) -> list[str]:
     """2: everything under every live attempt is as promised. `damage` says what is wrong with one, "" if nothing."""
     lines = [(live, damage(live)) for live in (*head.live, *head.aside)] if head else []
-    return [f"2: live {keys.shown(live.step, live.attempt)}: {text}" for live, text in lines if text]
+    return [f"2: live {live.id.label}: {text}" for live, text in lines if text]
 
 
 def written(head: Head | None, step: int, attempt: str) -> list[str]:
     """2: a write below `attempt` is about to happen while `head` is the highest entry."""
     if head is None or (step, attempt) not in live_attempts(head):
         return []
-    return [f"2: {keys.shown(step, attempt)} is live, and its data is written again"]
+    return [f"2: {AttemptId(step, attempt).label} is live, and its data is written again"]
 
 
 def promises(heads: Sequence[Head], receipts: Iterable[tuple[int, str, int, str]]) -> list[str]:
@@ -184,15 +185,15 @@ def promises(heads: Sequence[Head], receipts: Iterable[tuple[int, str, int, str]
 
     Only attempts that can still be committed, or are: the data of the others may go at any time.
     """
-    ended = {(gone.step, gone.attempt) for head in heads for gone in head.retired}
+    ended = {gone.id for head in heads for gone in head.retired}
     epoch = heads[-1].epoch if heads else 0
     live = live_attempts(heads[-1]) if heads else set()
     return [
-        f"3: process {process} promised {keys.shown(step, attempt)}, but {missing}"
+        f"3: process {process} promised {AttemptId(step, attempt).label}, but {missing}"
         for step, attempt, process, missing in receipts
         if missing
         and (step, attempt) not in ended
-        and (keys.parse_attempt(attempt)[0] >= epoch or (step, attempt) in live)
+        and (AttemptId(step, attempt).epoch >= epoch or (step, attempt) in live)
     ]
 
 
@@ -200,7 +201,7 @@ def journalled(heads: Sequence[Head], acked: Iterable[AttemptId]) -> list[str]:
     """4: every save that was reported is committed in `heads`, which is what a power cut leaves of the journal."""
     committed = {(head.event.step, head.event.attempt) for head in heads if head.event.kind == "committed"}
     return [
-        f"4: {keys.shown(*save)} was reported as saved, but is not journalled"
+        f"4: {AttemptId(*save).label} was reported as saved, but is not journalled"
         for save in sorted(acked)
         if save not in committed
     ]
@@ -209,7 +210,7 @@ def journalled(heads: Sequence[Head], acked: Iterable[AttemptId]) -> list[str]:
 def deleted(heads: Sequence[Head], step: int, attempt: str, stored: Mapping[AttemptId, tuple[bool, int]]) -> list[str]:
     """5, 8 and 12: data of `attempt` is deleted while `heads` is what a power cut would leave of the journal and
     `stored` is what storage has."""
-    where = keys.shown(step, attempt)
+    where = AttemptId(step, attempt).label
     head = heads[-1] if heads else None
     if proof := tail_lost(head, stored):
         return [f"12: {where} deleted, though {proof}"]
@@ -219,10 +220,10 @@ def deleted(heads: Sequence[Head], step: int, attempt: str, stored: Mapping[Atte
         return [f"8: {where} deleted, but it is quarantined"]
     if (step, attempt) in live_attempts(head):
         return [f"5: {where} deleted, but it is live"]
-    ended = any((gone.step, gone.attempt) == (step, attempt) for entry in heads for gone in entry.retired)
+    ended = any(gone.id == (step, attempt) for entry in heads for gone in entry.retired)
     if ended:
         return []
-    if keys.parse_attempt(attempt)[0] >= head.epoch:
+    if AttemptId(step, attempt).epoch >= head.epoch:
         return [f"5: {where} deleted, but epoch {head.epoch} can still commit it"]
     whole = stored.get((step, attempt), (False, -1))[0]
     commits = [entry.event.step for entry in heads if entry.event.kind == "committed"]
@@ -234,12 +235,10 @@ def deleted(heads: Sequence[Head], step: int, attempt: str, stored: Mapping[Atte
 def tail_lost(head: Head | None, stored: Mapping[AttemptId, tuple[bool, int]]) -> str:
     """12: what proves that the journal has lost its tail; '' if nothing does."""
     version, epoch = (head.version, head.epoch) if head else (-1, 0)
-    known = (
-        {(gone.step, gone.attempt) for gone in head.retired} | live_attempts(head) | evidence(head) if head else set()
-    )
-    for (step, attempt), (_, built_on) in stored.items():
-        if keys.parse_attempt(attempt)[0] > epoch or (built_on > version and (step, attempt) not in known):
-            return f"{keys.shown(step, attempt)} knows of entries above version {version}"
+    known = {gone.id for gone in head.retired} | live_attempts(head) | evidence(head) if head else set()
+    for attempt, (_, built_on) in stored.items():
+        if attempt.epoch > epoch or (built_on > version and attempt not in known):
+            return f"{attempt.label} knows of entries above version {version}"
     return ""
 
 

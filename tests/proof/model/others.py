@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.rules import keys
 from orchestrator.rules.evidence import Whole
 from orchestrator.rules.journal import Stamp
 
@@ -71,10 +70,7 @@ class Collector(Appender):
             )
         chosen = engine.rules.collectable(head, found)
         # Of an orphan that had no manifest when it was listed: it may have got one before the epoch above was opened.
-        todo = tuple(
-            (gone.step, gone.attempt, gone.reason == "orphan" and not found[gone.step, gone.attempt].whole)
-            for gone in chosen
-        )
+        todo = tuple((gone.step, gone.attempt, gone.reason == "orphan" and not found[gone.id].whole) for gone in chosen)
         settled = world._replace(durable=len(world.journal)) if engine.rules.settles_before_delete else world
         here = f"{self.name}: reads v{head.version}, will delete {todo}"
         return here, settled.local(index, clean._replace(pc="delete", todo=todo)), NOTHING
@@ -123,9 +119,9 @@ class Tool(Appender):
         if local.pc == "start" and world.journal:
             head = engine.heads[world.top]
             newest = engine.rules.newest(head)
-            todo = (self.step,) if self.task == "pin" else (newest.step, newest.attempt) if newest else ()
+            todo = (self.step,) if self.task == "pin" else newest.id if newest else ()
             if self.task in ("release", "discard"):
-                todo = next(((live.step, live.attempt) for live in head.quarantined), ())
+                todo = next((live.id for live in head.quarantined), ())
             if todo:
                 yield (
                     f"{self.name}: {todo}",
@@ -165,11 +161,11 @@ class Recover(Tool):
         if not engine.rules.lost(head, found):
             return None
         heads = [engine.heads[number] for number in world.journal if number >= 0]
-        ended = {(gone.step, gone.attempt) for one in heads for gone in one.retired}
+        ended = {gone.id for one in heads for gone in one.retired}
         whole = [Whole(entry(*key), one.built_on) for key, one in found.items() if one.whole]
         choice = engine.rules.choose(head, whole, ended)
         version = max([len(world.journal) - 1, *(one.built_on for one in found.values())]) + 2
-        epochs = [keys.parse_attempt(attempt)[0] for _, attempt in found]
+        epochs = [attempt.epoch for attempt in found]
         epoch = max([head.epoch if head else 0, *epochs]) + 1
         stamp = Stamp(self.name, 0.0, self.name)
         return engine.number(
@@ -190,7 +186,7 @@ class Restore(Appender):
         if local.pc == "start" and world.journal:
             newest = engine.rules.newest(engine.heads[world.top])
             if newest:
-                chosen = local._replace(pc="first", todo=(newest.step, newest.attempt))
+                chosen = local._replace(pc="first", todo=newest.id)
                 yield f"{self.name}: chooses {newest.step}", world.local(index, chosen), NOTHING
         elif local.pc == "first":
             odd = local._replace(pc="second") if engine.rules.reads_twice else bad

@@ -12,8 +12,9 @@ from typing import Any
 
 from orchestrator.policy import KeepPolicy, last
 from orchestrator.rules import attempt as protocol
-from orchestrator.rules import evidence, journal, keys
+from orchestrator.rules import evidence, journal
 from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Finalize, Phase
+from orchestrator.rules.attempt_id import AttemptId, name_of
 from orchestrator.rules.codec import encode
 from orchestrator.rules.journal import Compared, FencedBy, Rejected, Stamp
 from orchestrator.rules.records import FORMAT, Box, Failure, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
@@ -50,7 +51,7 @@ class Rules:
     trusted: Callable[..., journal.Next] = journal.trusted
     newest: Callable[[Head], LiveStep | None] = journal.newest
     collectable: Callable[..., Any] = journal.collectable
-    attempt_name: Callable[[int, int], str] = keys.attempt_name
+    attempt_name: Callable[[int, int], str] = name_of
     put: Callable[[bytes | None, bytes], tuple[bytes, bool]] = put
     decides_again: bool = True  # a lost race: read the head and ask the rule again
     unknown_is: str = "compared"  # a lost reply: the object is read back and compared; "ours" or "theirs" are guesses
@@ -138,17 +139,17 @@ class Engine:
             case "discard", (step, *_):
                 return partial(rules.discard, step=step)
             case "abort", (epoch, step, attempt):
-                return partial(rules.abort, epoch=epoch, step=step, attempt=attempt, failures=(), reason="no")
+                return partial(rules.abort, epoch=epoch, attempt=AttemptId(step, attempt), failures=(), reason="no")
             case "retire", ():
                 return partial(rules.retire, keep=last(1))
             case "collected", attempts:
-                return partial(rules.collected, attempts=attempts)
+                return partial(rules.collected, attempts=[AttemptId(*one) for one in attempts])
             case "pin", (step,):
                 return partial(rules.pin, step=step, name="p")
             case "quarantine", (step, attempt):
-                return partial(rules.quarantine, step=step, attempt=attempt, reason="bad")
+                return partial(rules.quarantine, attempt=AttemptId(step, attempt), reason="bad")
             case "verify", (step, attempt):
-                return partial(rules.trusted, step=step, attempt=attempt, trust="verified")
+                return partial(rules.trusted, attempt=AttemptId(step, attempt), trust="verified")
         raise AssertionError(task)
 
     def stored(self, there: int, wanted: int) -> tuple[int, bool]:
@@ -205,7 +206,7 @@ def intent(step: int, attempt: str, processes: int) -> Intent:
         write_id="",
         step=step,
         attempt=attempt,
-        epoch=keys.parse_attempt(attempt)[0],
+        epoch=AttemptId(step, attempt).epoch,
         opened_by="",
         time=0.0,
         process_count=processes,

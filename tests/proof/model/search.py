@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.policy import last
-from orchestrator.rules import keys
+from orchestrator.rules.attempt_id import name_of
 from orchestrator.rules.records import Head, LiveStep
 
 from . import invariants
@@ -151,7 +151,7 @@ class Judge:
         if kind != "head":
             return [f"2: no new incarnation can be opened: {kind}"]
         epoch = self._engine.heads[opened].epoch
-        kind, number = self._engine.ask("commit", (epoch, 9, keys.attempt_name(epoch, 1)), opened, "recovery")
+        kind, number = self._engine.ask("commit", (epoch, 9, name_of(epoch, 1)), opened, "recovery")
         if kind != "head":
             return [f"2: the next incarnation cannot commit: {kind}"]
         return invariants.linear([*self.heads(journal), self._engine.heads[opened], self._engine.heads[number]])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from msgspec.structs import replace
 
 from orchestrator.rules import attempt as protocol
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Found, tree_of
 from orchestrator.rules.records import Failure
 
@@ -84,9 +85,10 @@ def stored(objects: frozenset[Object]) -> dict[tuple[int, str], tuple[bool, int]
     """(whether it has a manifest, the version it builds on) of every attempt."""
     found: dict[tuple[int, str], tuple[bool, int]] = {}
     for step, attempt, name in objects:
-        whole, built_on = found.get((step, attempt), (False, -1))
+        key = AttemptId(step, attempt)
+        whole, built_on = found.get(key, (False, -1))
         _, _, version = name.partition("@")
-        found[step, attempt] = (whole or name == "manifest", int(version) if version else built_on)
+        found[key] = (whole or name == "manifest", int(version) if version else built_on)
     return found
 
 
@@ -403,7 +405,7 @@ class Worker:
         head = engine.head(world.top)
         again = next_save(self.saves, local, False)
         assert head is not None
-        if any((live.step, live.attempt) == (step, attempt) for live in head.live):
+        if any(live.id == (step, attempt) for live in head.live):
             if engine.rules.settles_before_report:
                 yield f"{here}: finds it committed", world.local(index, local._replace(pc="report")), NOTHING
             else:
@@ -411,7 +413,7 @@ class Worker:
                 yield f"{here}: reports what it found", after.local(index, next_save(self.saves, local, True)), NOTHING
         elif head.epoch > local.epoch:
             yield f"{here}: fenced", world.local(index, local._replace(pc="fenced")), NOTHING
-        elif any((gone.step, gone.attempt) == (step, attempt) for gone in head.retired):
+        elif any(gone.id == (step, attempt) for gone in head.retired):
             yield f"{here}: finds it aborted", world.local(index, again), NOTHING
         boss = world.actors[self.boss]
         if boss.save > local.save or boss.pc in ENDED:

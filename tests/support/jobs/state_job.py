@@ -96,7 +96,7 @@ if args.get("turned"):
 if args.get("part"):
     half = jax.sharding.Mesh(jax.devices()[: count * devices // 2], ("half",))
     shardings["heavy_int4"] = NamedSharding(half, PartitionSpec(None, "half"))
-exchange.GATHER_BYTES = int(args.get("group", exchange.GATHER_BYTES))
+exchange.GROUP_BYTES = int(args.get("group", exchange.GROUP_BYTES))
 
 
 def state_at(step: int) -> dict[str, object]:

@@ -33,7 +33,7 @@ def check_restored(running: Job, step: int) -> None:
 
 def damage(state: Path, key: str) -> None:
     """One bit of one chunk."""
-    places = LocalStore(str(state)).places()
+    places = LocalStore(str(state)).index()
     assert places is not None
     file, offset, _ = places[key]
     with (state / str(file)).open("r+b") as opened:

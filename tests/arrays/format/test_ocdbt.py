@@ -83,7 +83,7 @@ def test_we_read_what_tensorstore_merges_out_of_ours(tmp_path: Path, node_bytes:
     for name in ("one", "two"):
         opened(tmp_path / name).experimental_copy_range_to(merged.with_transaction(transaction)).result()
     transaction.commit_async().result()
-    places = LocalStore(str(tmp_path)).places()
+    places = LocalStore(str(tmp_path)).index()
     assert places is not None and len(places) == 5000
     for index, (key, value) in enumerate(entries):
         if isinstance(value, tuple):
@@ -93,7 +93,7 @@ def test_we_read_what_tensorstore_merges_out_of_ours(tmp_path: Path, node_bytes:
 
 def test_a_store_with_compressed_nodes_is_left_to_tensorstore(tmp_path: Path) -> None:
     opened(tmp_path, config={"compression": {"id": "zstd"}}).write("a", b"x" * 2000).result()
-    assert LocalStore(str(tmp_path)).places() is None
+    assert LocalStore(str(tmp_path)).index() is None
 
 
 @pytest.mark.parametrize("file", ["d/data", ocdbt.MANIFEST])
@@ -106,10 +106,10 @@ def test_a_flipped_bit_or_a_cut_in_the_tree_is_noticed(tmp_path: Path, file: str
         broken[at] ^= 4
         (tmp_path / file).write_bytes(broken)
         with pytest.raises(Suspect):
-            LocalStore(str(tmp_path)).places()
+            LocalStore(str(tmp_path)).index()
     (tmp_path / file).write_bytes(whole[:-1])
     with pytest.raises(Suspect):
-        LocalStore(str(tmp_path)).places()
+        LocalStore(str(tmp_path)).index()
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))

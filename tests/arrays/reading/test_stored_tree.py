@@ -7,19 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import crc32c
-import numpy as np
 import pytest
 
-import orchestrator as oc
 from orchestrator import arrays
 from orchestrator.arrays.format import ocdbt
-from orchestrator.arrays.reading import placing
 from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.arrays.reading.stored_tree import ObjectTree
 from orchestrator.errors import Damaged, Suspect
-from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Stored
-from orchestrator.rules.records import Box, LeafSpec
+from orchestrator.rules.records import LeafSpec
 
 NODE, DATA = "d/node", "d/data"
 
@@ -34,7 +30,7 @@ def store(directory: Path, nodes: bytes, root: ocdbt._Summary, height: int = 0) 
     (directory / DATA).write_bytes(bytes(100))
     (directory / ocdbt.MANIFEST).write_bytes(ocdbt._manifest(root, height, bytes(16), 1))
     files = {name: (directory / name).stat().st_size for name in (NODE, DATA, ocdbt.MANIFEST)}
-    return LocalStore(str(directory), Stored({}, files)).places
+    return LocalStore(str(directory), Stored({}, files)).index
 
 
 def leaf_node(*entries: tuple[bytes, Any]) -> bytes:
@@ -163,7 +159,7 @@ def tree_of(stored: dict[str, bytes]) -> ObjectTree:
 
 
 def test_a_tree_in_a_bucket_is_read_as_one_on_a_disk() -> None:
-    places = tree_of(objects(LEAF, summary(len(LEAF)))).places()
+    places = tree_of(objects(LEAF, summary(len(LEAF)))).index()
     assert places == {"aa/c": b"1234x", "ab/c": (DATA, 10, 20)}
 
 
@@ -171,13 +167,13 @@ def test_a_tree_in_a_bucket_is_read_as_one_on_a_disk() -> None:
 def test_what_is_no_tree_in_a_bucket_is_damage(case: tuple[bytes, ocdbt._Summary, int, str]) -> None:
     nodes, root, height, said = case
     with pytest.raises(Damaged, match=said):
-        tree_of(objects(nodes, root, height)).places()
+        tree_of(objects(nodes, root, height)).index()
 
 
 @pytest.mark.parametrize("node", BAD_NODES.values(), ids=BAD_NODES)
 def test_what_is_no_node_in_a_bucket_is_damage(node: bytes) -> None:
     with pytest.raises(Damaged):
-        tree_of(objects(node, summary(len(node)))).places()
+        tree_of(objects(node, summary(len(node)))).index()
 
 
 @pytest.mark.parametrize(
@@ -200,42 +196,10 @@ def test_no_object_is_read_that_is_not_as_the_manifest_lists_it(
         "gs://bucket/state", Stored({}, {name: size for name, size in sizes.items() if size is not None}), there.get
     )
     with pytest.raises(Damaged, match=said):
-        tree.places()
+        tree.index()
 
 
 def test_a_compressed_tree_in_a_bucket_is_decoded_by_nobody() -> None:
     node = resigned(LEAF, lambda body: body.__setitem__(13, 1))
     with pytest.raises(ocdbt.Unsupported):
-        tree_of(objects(node, summary(len(node)))).places()
-
-
-# Buffers.
-
-
-@pytest.mark.parametrize(
-    ("shape", "chunk"), [((4, 6), (-2, 6)), ((4, 6), (-1, -6)), ((6,), (-6,)), ((512, 1024), (-1, 1024))], ids=str
-)
-def test_no_memory_is_given_out_that_nothing_is_read_into(shape: tuple[int, ...], chunk: tuple[int, ...]) -> None:
-    """Behind what validates records: whatever the chunks are, they cover the buffers."""
-    leaf = LeafSpec(path=("w",), kind="numpy", shape=shape, dtype="float32", chunk=chunk)
-    with pytest.raises(oc.Damaged, match="cover 0 elements of the region"):
-        placing.prepare([placing.ReadRequest(leaf)])
-
-
-@pytest.mark.parametrize("chunk", [(2, 6), (1, 1), (4, 3), (4, 6)], ids=str)
-def test_chunks_that_tile_an_array_cover_every_region_of_it(chunk: tuple[int, ...]) -> None:
-    leaf = LeafSpec(path=("w",), kind="numpy", shape=(4, 6), dtype="float32", chunk=chunk)
-    for box in (Box((0, 0), (4, 6)), Box((1, 2), (3, 5)), Box((0, 0), (0, 6))):
-        layout = placing.piece_of(leaf, box).layout
-        covered = np.zeros(zarr_chunks.shape_of(box), np.int64)
-        for _, targets in layout.reads:
-            for target in targets:
-                covered[target.inside] += 1
-        assert (covered == 1).all()
-
-
-def test_memory_that_is_not_to_be_had_says_so_and_is_no_damage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An array of four exabytes, of which nobody has compared anything."""
-    leaf = LeafSpec(path=("w",), kind="numpy", shape=(2**60,), dtype="float32", chunk=(2**60,))
-    with pytest.raises(oc.Unavailable, match="no memory left to read arrays: 4611686018427387904 bytes"):
-        arrays.load(f"file://{tmp_path}", [arrays.ReadRequest(leaf)])
+        tree_of(objects(node, summary(len(node)))).index()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.arrays.reading.placing import Arena
+from orchestrator.arrays.reading.host_memory import Arena
 
 SIZES = [1, 63, 64, 65, 1000, 100_000, 1 << 20, (1 << 20) + 4, 2 << 20, (2 << 20) + 4, 5 << 20, 3, 16 << 20, 7]
 

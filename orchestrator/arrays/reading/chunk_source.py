@@ -1,0 +1,70 @@
+"""The chunks of an attempt's own array store: what is to be read of them, and the port that reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.arrays.format.compressed import chunk_shape
+from orchestrator.arrays.reading.buffer_layout import Destination, with_chunks
+from orchestrator.arrays.reading.buffers import BufferGroup
+from orchestrator.arrays.reading.host_memory import Array
+from orchestrator.rules import zarr_chunks
+from orchestrator.rules.chunk_index import Chunk
+
+OnBytes = Callable[[int], None]  # called with the bytes that have arrived since the last call
+
+
+@dataclass(frozen=True)
+class ChunkRead:
+    """One chunk to read, of the leaf number `row` of its group. bytes: of its elements, without the checksum."""
+
+    group: BufferGroup
+    row: int
+    key: str
+    destinations: tuple[Destination, ...]
+    bytes: int
+    shape: tuple[int, ...]
+    compressed: bool = False
+
+    @property
+    def label(self) -> str:
+        """The leaf's."""
+        return self.group.requests[self.row].leaf.label
+
+    def view(self, destination: Destination) -> Array:
+        """The memory that a part of the chunk belongs to; its first dimension is of one leaf."""
+        return self.group.buffers[destination.buffer][(slice(self.row, self.row + 1), *destination.inside)]
+
+
+class ChunkSource(Protocol):
+    """Reads chunks of one attempt. Main thread."""
+
+    directory: str  # URL of the attempt's `state/`
+
+    def index(self) -> Mapping[str, Chunk] | None:
+        """Key -> the chunk, or where it is, for all of the store; None where nobody has listed its files. Worked out
+        once. Raises Damaged, Suspect, Unavailable."""
+
+    def value(self, key: str, label: str) -> bytes:
+        """A small value that is no chunk. Raises Damaged naming the leaf `label` if there is none, and as `index`."""
+
+    def fill(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> None:
+        """Read each of the chunks, check it (`chunk_checks`) and put it at its destinations. Any order; holds a bounded
+        number of bytes beside the buffers. Raises Suspect naming leaf and chunk, Unavailable."""
+
+
+def chunk_reads(groups: Iterable[BufferGroup], source: ChunkSource) -> Iterator[ChunkRead]:
+    """Each chunk once, with all the buffers that need some of it. Raises what `source.value` raises."""
+    for group in groups:
+        for row, request in enumerate(group.requests):
+            leaf, chunk, layout = request.leaf, request.leaf.chunk, group.layout
+            if compressed := chunk is None:
+                key = zarr_chunks.metadata_key(leaf.name)
+                chunk = chunk_shape(source.value(key, leaf.label), leaf, f"{key} in {source.directory}")
+                layout = with_chunks(layout, leaf, chunk)
+            size = math.prod(chunk or ()) * group.dtype.itemsize
+            for suffix, destinations in layout.reads:
+                yield ChunkRead(group, row, leaf.name + suffix, destinations, size, chunk or (), compressed)

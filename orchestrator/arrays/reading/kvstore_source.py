@@ -1,0 +1,79 @@
+"""Chunks in an object store, read through TensorStore: as parts of objects where the manifest lists them, which spares
+TensorStore the walk through the tree, else by their keys."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from orchestrator import gc_pause
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading.chunk_checks import ChunkChecks
+from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
+from orchestrator.arrays.reading.kvstore import KvStore
+from orchestrator.arrays.reading.stored_tree import ObjectTree
+from orchestrator.errors import Damaged
+from orchestrator.rules.chunk_index import Chunk, Stored
+
+_WINDOW_BYTES = 64 << 20  # read, and not yet copied to their place
+_WINDOW_READS = 2048
+
+
+class KvStoreSource:
+    """A ChunkSource. `stored`: what the manifest lists; None: nobody knows."""
+
+    def __init__(self, directory: str, kvstore: KvStore, stored: Stored | None) -> None:
+        self.directory = directory
+        self._kvstore, self._stored = kvstore, stored
+        self._checks = ChunkChecks(directory, stored.chunks if stored else {})
+
+    def index(self) -> Mapping[str, Chunk] | None:
+        return self._index
+
+    @functools.cached_property
+    def _index(self) -> Mapping[str, Chunk] | None:
+        if self._stored is None:
+            return None
+        with gc_pause.paused(), contextlib.suppress(ocdbt.Unsupported):
+            return ObjectTree(self.directory, self._stored, self._kvstore.object).index()
+        raise Damaged(f"{self.directory}: {ocdbt.NOT_OURS}")
+
+    def value(self, key: str, label: str) -> bytes:
+        found = self._index.get(key) if self._index is not None else self._value(key, label)
+        if not isinstance(found, bytes):
+            raise Damaged(f"{label}: {key} is missing in {self.directory}")
+        return found
+
+    def _value(self, key: str, label: str) -> bytes | None:
+        result = self._kvstore.result(label, self._kvstore.begin(key))
+        return bytes(result.value) if result.state == "value" else None
+
+    def begin(self, key: str) -> Any:
+        """A chunk, being read: a future for `KvStore.result`."""
+        place = self._index.get(key) if self._index is not None else None
+        return self._kvstore.begin_place(place) if isinstance(place, tuple) else self._kvstore.begin(key)
+
+    def fill(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> None:
+        waiting: deque[tuple[ChunkRead, Any]] = deque()
+        in_flight = 0
+        for read in reads:
+            while waiting and (in_flight + read.bytes > _WINDOW_BYTES or len(waiting) >= _WINDOW_READS):
+                in_flight -= self._take(waiting, on_bytes)
+            waiting.append((read, self.begin(read.key)))
+            in_flight += read.bytes
+        while waiting:
+            self._take(waiting, on_bytes)
+
+    def _take(self, waiting: deque[tuple[ChunkRead, Any]], on_bytes: OnBytes) -> int:
+        """Wait for the oldest read and put its bytes where they belong. Returns how many."""
+        read, future = waiting.popleft()
+        result = self._kvstore.result(read.label, future, [read.key])
+        if result.state != "value":
+            raise self._checks.missing(read)
+        self._checks.check_size(read, len(result.value))
+        self._checks.deliver(read, result.value)
+        on_bytes(read.bytes)
+        return read.bytes

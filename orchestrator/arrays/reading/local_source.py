@@ -1,0 +1,96 @@
+"""Chunks in files of this machine, read without TensorStore straight into the buffers, on a few threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from orchestrator import gc_pause
+from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading.batches import batches
+from orchestrator.arrays.reading.chunk_checks import ChunkChecks
+from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
+from orchestrator.arrays.reading.local_store import LocalStore, local_path
+from orchestrator.errors import Damaged
+from orchestrator.rules.chunk_index import Chunk, Stored
+from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
+
+_THREADS = 8  # at most: half of an H100's 16 cores read and check all that its memory takes
+_BATCH_BYTES = 4 << 20  # reads that one thread does in one go
+_BATCH_READS = 64
+_INLINE_BYTES = 256 << 10  # less is read at once: handing it to a thread takes longer
+
+
+class LocalSource:
+    """A ChunkSource. `stored`: what the manifest lists, nothing else is read; None: nobody knows."""
+
+    def __init__(self, directory: str, stored: Stored | None) -> None:
+        path = local_path(directory)
+        assert path is not None, directory
+        self.directory = directory
+        self._store = LocalStore(path, stored)
+        self._checks = ChunkChecks(directory, stored.chunks if stored else {}, self._files_of)
+
+    def index(self) -> Mapping[str, Chunk]:
+        return self._index
+
+    @functools.cached_property
+    def _index(self) -> Mapping[str, Chunk]:
+        with gc_pause.paused():
+            index = self._store.index()
+        if index is None:
+            raise Damaged(f"{self.directory}: {ocdbt.NOT_OURS}")
+        return index
+
+    def _files_of(self, key: str) -> Sequence[str]:
+        return self._store.files_of(self._index.get(key))
+
+    def value(self, key: str, label: str) -> bytes:
+        found = self._index.get(key)
+        if not isinstance(found, bytes):
+            raise Damaged(f"{label}: {key} is missing in {self.directory}")
+        return found
+
+    def fill(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> None:
+        threads = min(_THREADS, max(2, os.cpu_count() or 1))
+        try:
+            with ThreadPoolExecutor(threads, thread_name_prefix="restore") as pool:
+                running: deque[tuple[Any, int]] = deque()
+                for batch in batches(reads, _BATCH_BYTES, _BATCH_READS):
+                    size = sum(read.bytes for read in batch)
+                    if batch[0].bytes * len(batch) > _INLINE_BYTES:
+                        running.append((pool.submit(self._read, batch), size))
+                    else:
+                        self._read(batch)
+                        on_bytes(size)
+                for done, size in running:
+                    done.result()
+                    on_bytes(size)
+        finally:
+            self._store.close()
+
+    def _read(self, batch: Sequence[ChunkRead]) -> None:
+        """Any thread."""
+        for read in batch:
+            place = self._index.get(read.key)
+            if place is None:
+                raise self._checks.missing(read)
+            size = len(place) if isinstance(place, bytes) else place[2]
+            self._checks.check_size(read, size)
+            destination = read.destinations[0]
+            if isinstance(place, bytes):
+                self._checks.deliver(read, place)
+            elif destination.direct and len(read.destinations) == 1 and not read.compressed:
+                view = read.view(destination).reshape(-1).view(np.uint8)
+                self._checks.check_crc(read, *self._store.read_into(view.data, place, read.label))
+            else:
+                scratch = np.empty(size, np.uint8)  # one chunk
+                split = size - CHECKSUM_BYTES
+                self._store.read_into(scratch.data[:split], place, read.label, tail=scratch.data[split:])
+                self._checks.deliver(read, scratch.data)
