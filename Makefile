@@ -63,7 +63,7 @@ bitrot: setup ## 700 damaged files, each restored and compared bit for bit (abou
 unreadable: setup ## every way of not being able to read a run, and of it being damaged (about 3 minutes; needs a C compiler)
 	$(BIN)/python -m tests.proof.unreadable --report=unreadable-report.md --write=docs/integrity.md
 
-bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md (35 minutes to an hour and a half)
+bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md and -tables.md (35 minutes to an hour and a half)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torchsnapshot==0.1.0  # the `bench` extra
 	$(BIN)/python -m benchmarks.compare --all --write=docs
 	$(BIN)/python -m benchmarks.growth --write=docs

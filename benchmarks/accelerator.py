@@ -1,7 +1,7 @@
 """Saves and restores of a state on one accelerator, beside Orbax's CheckpointManager and PyTorch's DCP.
 
     python -m benchmarks.accelerator                     # 4 GiB in 64 arrays, 7 rounds
-    python -m benchmarks.accelerator --write=docs        # into docs/benchmarks.md
+    python -m benchmarks.accelerator --write=docs        # into docs/benchmarks.md and -tables.md
     python -m benchmarks.accelerator --smoke             # on CPU devices, 64 MiB: only whether it runs
 
 One process, one run, rounds interleaved. Beside what `benchmarks.compare` measures: `delay`, how much later a training
@@ -37,6 +37,7 @@ from benchmarks.worker import give_back, peak, reset_peak
 
 ARRAYS = 64
 COLUMNS = ("blocked", "delay", "durable", "restore")
+COMMAND = "python -m benchmarks.accelerator --write=docs"
 # What is measured of a peer in a process of its own, and its column's name.
 ALONE = {"blocked": "first save blocked", "peak save": "peak save", "peak restore": "peak restore"}
 
@@ -234,6 +235,16 @@ def table(results: dict[str, dict[str, list[float]]], title: str) -> str:
     return "\n".join([*lines, "", "  \n".join(said), ""])
 
 
+def medians(results: dict[str, dict[str, list[float]]], title: str) -> str:
+    """The same in short: a row for each peer, without ranges and memory."""
+    header = ["median ms", *COLUMNS]
+    rows = [
+        report.row([name, *(f"{statistics.median(had[column]) * 1000:.0f}" for column in COLUMNS)])
+        for name, had in results.items()
+    ]
+    return "\n".join([title, "", report.row(header), report.row(["---"] * len(header)), *rows, ""])
+
+
 def _ratio(had: dict[str, list[float]], ours: dict[str, list[float]], column: str) -> float:
     return statistics.median(had[column]) / statistics.median(ours[column])
 
@@ -245,7 +256,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--directory", type=jobs.directory, help="where to write (default: the system's temporary directory)"
     )
-    parser.add_argument("--write", metavar="DOCS", help="put the table into this directory's benchmarks.md")
+    parser.add_argument(
+        "--write", metavar="DOCS", help="put tables into this directory's benchmarks.md and benchmark-tables.md"
+    )
     parser.add_argument("--out", help="keep the raw figures in this file, as JSON")
     parser.add_argument("--smoke", action="store_true", help="64 MiB and one round, on whatever device there is")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="only these")
@@ -278,7 +291,8 @@ def main() -> None:
     if args.out:
         Path(args.out).write_text(json.dumps({"title": title, "results": results}))
     if args.write:
-        report.put(args.write, "python -m benchmarks.accelerator --write=docs", shown)
+        report.put(args.write, COMMAND, shown)
+        report.put(args.write, COMMAND, medians(results, title), report.SUMMARY)
     os._exit(0)
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.compare                         # 2 processes, 512 MiB in 16 arrays
     python -m benchmarks.compare --shape=leaves          # 2000 leaves of 64 B
-    python -m benchmarks.compare --all --write=docs      # every shape, into docs/benchmarks.md and its plot
+    python -m benchmarks.compare --all --write=docs      # every shape, into docs/: both pages and the plot
 
 The same state, the same processes, one run, rounds interleaved: medians and ranges of the time that training is
 blocked, until durable, and to restore onto the same mesh, onto another mesh and in one process; next to them the

@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth                          # about five minutes
     python -m benchmarks.growth --only bytes --sizes 64 256
-    python -m benchmarks.growth --write=docs             # into docs/benchmarks.md and docs/growth.svg
+    python -m benchmarks.growth --write=docs             # into docs/benchmark-tables.md and docs/growth.svg
 
 Each size in processes of their own; medians of a few rounds, after one that warms up. What is done is deleted and
 synced before the next begins. Of saves, the CPU time is that of all processes; it is the steadier figure on a machine

@@ -1,10 +1,11 @@
-"""Tables of a run's figures, and the parts of docs/benchmarks.md that runs write."""
+"""Tables of a run's figures, and the parts of docs/benchmarks.md (medians) and docs/benchmark-tables.md (all) that runs
+write."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.peers import PEERS
@@ -14,6 +15,7 @@ Results = Mapping[str, Mapping[str, list[float]]]
 
 COLUMNS = ("blocked", "durable", "restore", "other mesh", "one process")
 RESTORES = COLUMNS[2:]
+SUMMARY, TABLES = "benchmarks.md", "benchmark-tables.md"
 BOUND_RATIO, BOUND_S = 1.2, 0.020  # what `blocked` may be of one memcpy, and beyond it
 
 
@@ -36,6 +38,38 @@ def table(shape: str, results: Results) -> str:
         lines.append(row([name, *cells, *peaks, disk]))
     said = [*_ratios(results), *_bound(results)]
     return "\n".join([*lines, "", "  \n".join(said), "", *_amplification(results), ""])
+
+
+def summary(every: Mapping[str, Results]) -> str:
+    """Markdown: medians of all shapes, one table for saves and one for restores."""
+    return "\n".join(
+        [
+            "Saving: milliseconds until the step is durable (in parentheses: how long `save` blocks training)",
+            "",
+            *_medians(every, lambda had: _both(had, "durable", "blocked")),
+            "",
+            "Restoring: milliseconds onto the same mesh / onto another mesh / in one process",
+            "",
+            *_medians(every, lambda had: " / ".join(_median_ms(had, column) or "-" for column in RESTORES)),
+            "",
+        ]
+    )
+
+
+def _medians(every: Mapping[str, Results], cell: Callable[[Mapping[str, list[float]]], str]) -> list[str]:
+    """A row for each shape, a column for each peer that was restored and saved in all of them."""
+    peers = [name for name in PEERS if all("durable" in results.get(name, {}) for results in every.values())]
+    rows = [row([SHAPES[shape].title, *(cell(results[name]) for name in peers)]) for shape, results in every.items()]
+    return [row(["state", *peers]), row(["---"] * (len(peers) + 1)), *rows]
+
+
+def _both(had: Mapping[str, list[float]], first: str, second: str) -> str:
+    # Of the raw limit, being blocked means no more than a memcpy, which is in the full table.
+    return _median_ms(had, first) + (f" ({_median_ms(had, second)})" if "memcpy" not in had else "")
+
+
+def _median_ms(had: Mapping[str, list[float]], column: str) -> str:
+    return _ms(statistics.median(had[column])) if had.get(column) else ""
 
 
 def _has_memory(shape: str, name: str) -> bool:
@@ -109,20 +143,21 @@ def row(cells: Sequence[str]) -> str:
 
 
 def write(directory: str, results: Mapping[str, Results]) -> None:
-    """Into `directory`: the figures as they are (`benchmarks.json`; of shapes not in `results`, the earlier ones), the
-    tables into `benchmarks.md`, and the plot."""
+    """Into `directory`: the figures (`benchmarks.json`; of shapes not in `results`, the earlier ones stay), their
+    medians into `benchmarks.md`, all tables into `benchmark-tables.md`, and the plot."""
     raw = Path(directory) / "benchmarks.json"
     earlier = json.loads(raw.read_text()) if raw.exists() else {}
     every = {shape: results.get(shape) or earlier[shape] for shape in SHAPES if shape in results or shape in earlier}
     raw.write_text(json.dumps(_rounded(every), indent=1) + "\n")
     put(directory, "make bench", "\n".join(table(shape, figures) for shape, figures in every.items()))
+    put(directory, "make bench", summary(every), SUMMARY)
     (Path(directory) / "benchmarks.svg").write_text(plot(every))
 
 
-def put(directory: str, command: str, tables: str) -> None:
-    """Into `benchmarks.md`, between the marks of `command`."""
+def put(directory: str, command: str, tables: str, name: str = TABLES) -> None:
+    """Into the page `name`, between the marks of `command`."""
     page, marks = (
-        Path(directory) / "benchmarks.md",
+        Path(directory) / name,
         (f"<!-- figures: written by `{command}` -->", "<!-- end of figures -->"),
     )
     before, found, rest = page.read_text().partition(marks[0])

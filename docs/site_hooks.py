@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,15 @@ from orchestrator.cli import main as cli
 ROOT = Path(__file__).parent.parent
 
 
-def home() -> str:
-    """README.md, with its links as seen from docs/."""
-    return re.sub(r"\]\((?:docs/)?([^)]+)\)", r"](\1)", (ROOT / "README.md").read_text())
-
-
-def changes() -> str:
-    return (ROOT / "CHANGELOG.md").read_text()
+def top(name: str) -> str:
+    """A page of the top folder, with its links as seen from docs/."""
+    return re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", (ROOT / name).read_text())
 
 
 def api() -> str:
     """Every public name, by its docstring and signature, the agent first."""
-    homes = {name: f"orchestrator.{home}" for name, home in orchestrator._HOME_OF.items()}
     names = sorted(orchestrator.__all__, key=lambda name: (name != "Agent", name.lower()))
-    entries = [f"::: {homes.get(name, 'orchestrator')}.{name}" for name in names]
+    entries = [f"::: {orchestrator._HOME_OF.get(name, 'orchestrator')}.{name}" for name in names]
     intro = "Made from the docstrings: every name of `import orchestrator as oc`. [By subject](api.md)."
     return "\n\n".join(["# API, from the code", intro, *entries]) + "\n"
 
@@ -54,9 +50,10 @@ def _said(main: Callable[[Sequence[str]], int], arguments: list[str]) -> str:
     return out.getvalue().rstrip() + "\n"
 
 
-PAGES = {
-    "index.md": home,
-    "CHANGELOG.md": changes,
+PAGES: dict[str, Callable[[], str]] = {
+    "index.md": lambda: top("README.md"),
+    "LICENSE": lambda: top("LICENSE"),
+    **{name: partial(top, name) for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")},
     "reference/generated-api.md": api,
     "reference/generated-cli.md": command_line,
 }
@@ -74,6 +71,10 @@ def _listed(nav: Any) -> Iterator[str]:
                 yield from _listed(each)
 
 
+def _index_first(page: str) -> tuple[bool, str]:
+    return not page.endswith("README.md"), page
+
+
 def on_config(config: Any) -> Any:
     """mkdocs's hook: pages that mkdocs.yml does not place go to the guides, decisions to a section of their own."""
     there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
@@ -82,8 +83,8 @@ def on_config(config: Any) -> Any:
     sections["Guides"] += [page for page in left if "/" not in page]
     sections["Reference"] += [page for page in left if page.startswith("reference/")]
     config["nav"] += [
-        {"Decisions": [page for page in left if page.startswith("decisions/")]},
-        {"Changes": "CHANGELOG.md"},
+        {"The code": ["ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]},
+        {"Decisions": sorted((page for page in left if page.startswith("decisions/")), key=_index_first)},
     ]
     return config
 

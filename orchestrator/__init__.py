@@ -5,100 +5,81 @@ Names are imported when they are first used: reading a run's journal needs no JA
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job.last_words import install
 
+# The one list of what is imported on first use: type checkers follow it, and `_homes` reads it out of this file.
 if TYPE_CHECKING:
-    from orchestrator.agent import Agent
+    # Not sorted: that would make a statement of each name.
+    # isort: off
+    from orchestrator.agent import Agent as Agent
     from orchestrator.errors import (
-        Damaged,
-        Fenced,
-        JournalLost,
-        Mismatch,
-        NewerFormat,
-        NotARun,
-        NothingToRestore,
-        OrchestratorError,
-        OtherJob,
-        OutcomeUnknown,
-        RootChanged,
-        SaveFailed,
-        StepNotFound,
-        StepRetired,
-        StorageError,
-        Unavailable,
-        UnsafeKey,
-        UnsupportedLeaf,
-        UsageError,
-        WaitTimeout,
+        Damaged as Damaged,
+        Fenced as Fenced,
+        JournalLost as JournalLost,
+        Mismatch as Mismatch,
+        NewerFormat as NewerFormat,
+        NotARun as NotARun,
+        NothingToRestore as NothingToRestore,
+        OrchestratorError as OrchestratorError,
+        OtherJob as OtherJob,
+        OutcomeUnknown as OutcomeUnknown,
+        RootChanged as RootChanged,
+        SaveFailed as SaveFailed,
+        StepNotFound as StepNotFound,
+        StepRetired as StepRetired,
+        StorageError as StorageError,
+        Unavailable as Unavailable,
+        UnsafeKey as UnsafeKey,
+        UnsupportedLeaf as UnsupportedLeaf,
+        UsageError as UsageError,
+        WaitTimeout as WaitTimeout,
     )
-    from orchestrator.job.restore import Restored
-    from orchestrator.options import Options
-    from orchestrator.policy import at, auto, best, every, every_nth, every_seconds, last, within
-    from orchestrator.reader import Run
-    from orchestrator.rules.save_interval import Cadence
-
-_HOMES = {
-    "agent": ("Agent",),
-    "rules.save_interval": ("Cadence",),
-    "errors": (
-        *("Damaged", "Fenced", "Mismatch", "NewerFormat", "NotARun", "NothingToRestore", "OrchestratorError"),
-        *("OtherJob", "OutcomeUnknown", "SaveFailed", "StepNotFound", "StorageError", "UnsafeKey", "UnsupportedLeaf"),
-        *("JournalLost", "RootChanged", "StepRetired", "Unavailable", "UsageError", "WaitTimeout"),
-    ),
-    "options": ("Options",),
-    "policy": ("at", "auto", "best", "every", "every_nth", "every_seconds", "last", "within"),
-    "reader": ("Run",),
-    "job.restore": ("Restored",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = [
-    "Agent",
-    "Cadence",
-    "Damaged",
-    "Fenced",
-    "JournalLost",
-    "Mismatch",
-    "NewerFormat",
-    "NotARun",
-    "NothingToRestore",
-    "Options",
-    "OrchestratorError",
-    "OtherJob",
-    "OutcomeUnknown",
-    "Restored",
-    "RootChanged",
-    "Run",
-    "SaveFailed",
-    "StepNotFound",
-    "StepRetired",
-    "StorageError",
-    "Unavailable",
-    "UnsafeKey",
-    "UnsupportedLeaf",
-    "UsageError",
-    "WaitTimeout",
-    "at",
-    "auto",
-    "best",
-    "every",
-    "every_nth",
-    "every_seconds",
-    "last",
-    "open_run",
-    "within",
-]
+    from orchestrator.job.restore import Restored as Restored
+    from orchestrator.options import Options as Options
+    from orchestrator.policy import (
+        at as at,
+        auto as auto,
+        best as best,
+        every as every,
+        every_nth as every_nth,
+        every_seconds as every_seconds,
+        last as last,
+        within as within,
+    )
+    from orchestrator.reader import Run as Run
+    from orchestrator.rules.save_interval import Cadence as Cadence
+    # isort: on
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
-    install()
-    return getattr(importlib.import_module(f"orchestrator.{_HOME_OF[name]}"), name)
+def _homes() -> dict[str, str]:
+    """The module of each name that is imported on first use."""
+    with open(__file__, encoding="utf-8") as file:
+        body = ast.parse(file.read()).body
+    (listed,) = (node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imports = (node for node in listed.body if isinstance(node, ast.ImportFrom))
+    return {alias.name: node.module or "" for node in imports for alias in node.names}
+
+
+_HOME_OF = _homes()
+__all__ = sorted([*_HOME_OF, "open_run"])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:  # to a type checker, any name at all would be one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
+        install()
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
 
 
 def open_run(root: str | os.PathLike[str]) -> Run:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-
-import msgspec
+from collections.abc import Iterator
 
 from orchestrator.cli import render
-from orchestrator.cli.commands import Flags, live_step, open_catalog
-from orchestrator.errors import EXIT_OK, UsageError
+from orchestrator.cli.command import Command, Flag, Flags, Result, live_step, open_store
+from orchestrator.errors import UsageError
 
 
-class Exported(msgspec.Struct, forbid_unknown_fields=True):
-    """`bytes`: of array data written."""
+class Exported(Result, frozen=True):
+    """`export`. `bytes`: of array data written."""
 
     root: str
     step: int
@@ -22,30 +21,18 @@ class Exported(msgspec.Struct, forbid_unknown_fields=True):
     bytes: int
 
 
-def export(root: str, flags: Flags) -> int:
-    from orchestrator.tools import export as rules
+def run(root: str, flags: Flags) -> Exported:
+    from orchestrator.tools.export import FORMATS, export, open_source  # JAX takes a second to import: only here
 
-    if flags["format"] not in rules.FORMATS:
-        raise UsageError(f"--format={flags['format']}: choose from {', '.join(rules.FORMATS)}")
-    catalog = open_catalog(root)
-    live = live_step(catalog, _step(flags["step"]))
+    if flags["format"] not in FORMATS:
+        raise UsageError(f"--format={flags['format']}: choose from {', '.join(FORMATS)}")
+    store = open_store(root)
+    live = live_step(store, _step(flags["step"]))
     with render.progress("bytes") as display:
         bar = render.Bar(display, f"step {live.step}", live.bytes)
-        source = rules.open_source(catalog, live, bar.add)
-        written = rules.export(source, flags["dest"], flags["format"])
-    done = Exported(
-        catalog.url,
-        live.step,
-        live.attempt,
-        os.path.abspath(os.path.expanduser(flags["dest"])),
-        flags["format"],
-        written,
-    )
-    if flags["json"]:
-        render.give(msgspec.to_builtins(done))
-    else:
-        render.say(f"step {live.step} {live.attempt}: {render.size(written)} as {done.format} in {done.destination}")
-    return EXIT_OK
+        written_bytes = export(open_source(store, live, bar.add), flags["dest"], flags["format"])
+    destination = os.path.abspath(os.path.expanduser(flags["dest"]))
+    return Exported(store.url, live.step, live.attempt, destination, flags["format"], written_bytes)
 
 
 def _step(text: str) -> int | None:
@@ -54,3 +41,20 @@ def _step(text: str) -> int | None:
     if not text.isdecimal():
         raise UsageError(f"STEP {text!r}: expected the number of a step, or newest")
     return int(text)
+
+
+def show(done: Exported, flags: Flags) -> Iterator[render.Shown]:
+    yield f"step {done.step} {done.attempt}: {render.size(done.bytes)} as {done.format} in {done.destination}"
+
+
+COMMAND = Command(
+    run,
+    show,
+    "a step, gathered from all shards, as files that other programs read; STEP is a number or newest",
+    flags=(Flag("format", str, "orbax", "orbax, safetensors or numpy"),),
+    examples=(
+        "orchestrator export /data/run newest /data/model.safetensors --format=safetensors",
+        "orchestrator export /data/run 100 /data/step-100 --format=numpy",
+    ),
+    arguments=("STEP", "DEST"),
+)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
+from collections.abc import Iterator
 
 from orchestrator.cli import render
-from orchestrator.cli.commands import live_step, open_catalog
+from orchestrator.cli.command import EVENTS, STEP, Command, Flag, Flags, Result, live_step, open_store
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.observe.event_log import directory_of, read
 from orchestrator.observe.timeline import Story
@@ -18,7 +16,7 @@ from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forec
 _ROWS = 32
 
 
-class HostPlan(msgspec.Struct, forbid_unknown_fields=True):
+class HostPlan(Result, frozen=True):
     """One process. `reads`: chunks asked of the store. `peak_bytes`: of host memory, beside what the program uses."""
 
     process: int
@@ -29,8 +27,9 @@ class HostPlan(msgspec.Struct, forbid_unknown_fields=True):
     peak_bytes: int
 
 
-class Plan(msgspec.Struct, forbid_unknown_fields=True):
-    """`seconds`: None where this run has no measured restore. `fits`: None where nothing was given to fit into."""
+class RestorePlan(Result, frozen=True):
+    """`plan`. `seconds`: None where this run has no measured restore. `fits`: None where there was nothing given to fit
+    into."""
 
     root: str
     step: int
@@ -43,32 +42,31 @@ class Plan(msgspec.Struct, forbid_unknown_fields=True):
     seconds: float | None
     basis: str
     fits: bool | None
-    problems: list[str]
-    hosts: list[HostPlan]
+    problems: tuple[str, ...]
+    hosts: tuple[HostPlan, ...]
 
 
-def plan(root: str, flags: dict[str, Any]) -> int:
-    """Exit code 1 if the state does not fit the mesh or the memory."""
-    catalog = open_catalog(root)
-    live = live_step(catalog, flags["step"])
-    intent = catalog.intent(live, catalog.manifest(live))
+def run(root: str, flags: Flags) -> RestorePlan:
+    store = open_store(root)
+    live = live_step(store, flags["step"])
+    intent = store.intent(live, store.manifest(live))
     axes = parse_mesh(flags["mesh"]) if flags["mesh"] else intent.mesh
     if flags["processes"] is not None:
         arguments.whole("--processes", flags["processes"], least=1)
     target = Target(axes, flags["processes"] or intent.process_count)
-    memory = parse_bytes("host_memory", flags["host_memory"]) if flags["host_memory"] else None
-    reserve = parse_bytes("program_memory", flags["program_memory"])
-    told = Story().tell(read(directory_of(catalog.url, flags["events_dir"])))
+    memory, reserve = _memory(flags)
+    restores = Story().tell(read(directory_of(store.url, flags["events_dir"]))).restores
     measured = [
         Measured((each.epoch, each.step), each.machine, each.seconds, each.array_s, each.read_bytes)
-        for each in told.restores
+        for each in restores
     ]
     pace = speed(measured, target.processes)
     costs = forecast(intent.tree, target)
-    peaks = [cost.peak_bytes(files=catalog.url.startswith("file://")) for cost in costs.costs]
-    problems = [*costs.problems, *_too_big(peaks, memory, reserve)]
-    made = Plan(
-        root=catalog.url,
+    peaks = [cost.peak_bytes(files=store.url.startswith("file://")) for cost in costs.costs]
+    problems = (*costs.problems, *_too_big(peaks, memory, reserve))
+    hosts = [_host(process, cost, peak) for process, (cost, peak) in enumerate(zip(costs.costs, peaks, strict=True))]
+    return RestorePlan(
+        root=store.url,
         step=live.step,
         attempt=live.attempt,
         mesh=dict(axes),
@@ -80,13 +78,14 @@ def plan(root: str, flags: dict[str, Any]) -> int:
         basis=_basis(pace),
         fits=False if problems else None if memory is None else True,
         problems=problems,
-        hosts=[_host(process, cost, peak) for process, (cost, peak) in enumerate(zip(costs.costs, peaks, strict=True))],
+        hosts=tuple(hosts),
     )
-    if flags["json"]:
-        render.give(msgspec.to_builtins(made))
-    else:
-        _show(made, target, memory, reserve)
-    return EXIT_FAILED if problems else EXIT_OK
+
+
+def _memory(flags: Flags) -> tuple[int | None, int]:
+    """(memory of a host if it was given, what of it the program uses), in bytes. Raises UsageError."""
+    memory = parse_bytes("host_memory", flags["host_memory"]) if flags["host_memory"] else None
+    return memory, parse_bytes("program_memory", flags["program_memory"])
 
 
 def _host(process: int, cost: Cost, peak: int) -> HostPlan:
@@ -94,12 +93,12 @@ def _host(process: int, cost: Cost, peak: int) -> HostPlan:
 
 
 def _too_big(peaks: list[int], memory: int | None, reserve: int) -> list[str]:
-    needed = max(peaks) + reserve
-    if memory is None or needed <= memory:
+    required = max(peaks) + reserve
+    if memory is None or required <= memory:
         return []
     who, program = peaks.index(max(peaks)), render.size(reserve)
     return [
-        f"process {who} needs {render.size(needed)} of host memory ({program} of it for the program), a host has "
+        f"process {who} needs {render.size(required)} of host memory ({program} of it for the program), a host has "
         f"{render.size(memory)}; use more processes, or split more axes"
     ]
 
@@ -111,9 +110,10 @@ def _basis(pace: Speed | None) -> str:
     return f"from {pace.restores} restores of this run: {render.duration(pace.fixed_s)}, then {rate}"
 
 
-def _show(made: Plan, target: Target, memory: int | None, reserve: int) -> None:
+def show(made: RestorePlan, flags: Flags) -> Iterator[render.Shown]:
+    mesh = Target(made.mesh, len(made.hosts)).shown
     where = AttemptId(made.step, made.attempt).label
-    render.say(f"{made.root} {where} on {target.shown}: {made.devices} devices, {target.processes} processes")
+    yield f"{made.root} {where} on {mesh}: {made.devices} devices, {len(made.hosts)} processes"
     rows = [
         [
             str(host.process),
@@ -126,14 +126,40 @@ def _show(made: Plan, target: Target, memory: int | None, reserve: int) -> None:
         for host in made.hosts[:_ROWS]
     ]
     columns = ["process", "reads", "requests", "arrays", "peak memory", "on each device"]
-    render.table(columns, rows, right=columns)
+    yield render.table(columns, rows, right=columns)
     if len(made.hosts) > _ROWS:
-        render.say(f"... and {len(made.hosts) - _ROWS} more")
+        yield f"... and {len(made.hosts) - _ROWS} more"
     read = f"{render.size(made.read_bytes)} read for {render.size(made.state_bytes)} of state"
-    render.say(f"{read}: amplification {made.amplification:.2f}")
+    yield f"{read}: amplification {made.amplification:.2f}"
     took = "unknown" if made.seconds is None else render.duration(made.seconds)
-    render.say(f"expected time: {took} ({made.basis})")
+    yield f"expected time: {took} ({made.basis})"
     for problem in made.problems:
-        render.say(f"does not fit: {problem}")
+        yield f"does not fit: {problem}"
     if made.fits:
-        render.say(f"fits: {render.size(memory or 0)} on each host, {render.size(reserve)} of it for the program")
+        memory, reserve = _memory(flags)
+        yield f"fits: {render.size(memory or 0)} on each host, {render.size(reserve)} of it for the program"
+
+
+def exit_code(made: RestorePlan) -> int:
+    """1 if the state does not fit the mesh or the memory."""
+    return EXIT_FAILED if made.problems else EXIT_OK
+
+
+COMMAND = Command(
+    run,
+    show,
+    "what restoring a step on another mesh would read, hold and take; 1 if it does not fit",
+    flags=(
+        STEP,
+        Flag("mesh", str, None, "axes of the new mesh, as data=4,model=2; as saved without it"),
+        Flag("processes", int, None, "processes of the new job; as saved without it"),
+        Flag("host_memory", str, None, "memory of each host, as 64GiB: say whether it fits"),
+        Flag("program_memory", str, "1GiB", "what of that the program uses beside the restore"),
+        EVENTS,
+    ),
+    examples=(
+        "orchestrator plan /data/run --mesh=data=4,model=2 --processes=4",
+        "orchestrator plan /data/run --mesh=data=8 --processes=2 --host_memory=64GiB",
+    ),
+    exit_code=exit_code,
+)

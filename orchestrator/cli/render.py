@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -31,14 +32,17 @@ from orchestrator.texts import printable
 _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 
 
+Shown = str | Text | Table  # what people are shown of a result, one piece: a line, one with a style, a table
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise  # rich would end the program with 1; `entry` knows what it means
 
 
-def console(to: Any) -> Console:
-    """Where people look: as wide as their terminal, or wide enough for programs. Styles show on terminals only."""
-    return _Console(file=to, width=None if to.isatty() else _PIPE_WIDTH, highlight=False)
+def _console() -> Console:
+    """Standard output: as wide as the terminal, or wide enough for programs. Styles show on terminals only."""
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def words(text: str, style: str = "") -> Text:
@@ -46,17 +50,32 @@ def words(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
-def say(text: str) -> None:
-    """A line for people, on standard output."""
-    console(sys.stdout).print(words(text), soft_wrap=True)
+def write(pieces: Iterable[Shown]) -> None:
+    """What people are to see, on standard output, each piece as soon as it is there."""
+    for piece in pieces:
+        if isinstance(piece, Table):
+            _console().print(piece)
+        else:
+            _console().print(_line(piece), soft_wrap=True)
 
 
-def complain(text: str) -> None:
+def follow(pages: Iterable[Iterable[Shown]]) -> None:
+    """One page after another, each in the place of the one before, on a terminal."""
+    with Live(console=_console(), auto_refresh=False) as live:
+        for page in pages:
+            live.update(Group(*map(_line, page)), refresh=True)
+
+
+def _line(piece: Shown) -> Text | Table:
+    return words(piece) if isinstance(piece, str) else piece
+
+
+def write_error(text: str) -> None:
     """What went wrong, for people, on standard error: one line, and one for each detail."""
     print(printable(text, details=True), file=sys.stderr)
 
 
-def give(value: Any) -> None:
+def write_json(value: Any) -> None:
     """One JSON document on standard output."""
     print(document(value))
 
@@ -66,12 +85,8 @@ def document(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=False)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A plain table on standard output. `right`: columns of numbers."""
-    console(sys.stdout).print(drawn_table(columns, rows, right))
-
-
-def drawn_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
+    """A plain table. `right`: columns of numbers."""
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -106,8 +121,8 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count)
 
 
-def number(value: float) -> str:
-    return f"{value:.5g}"
+def metrics(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.5g}" for name, value in values.items())
 
 
 class Bar:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from typing import Any
-
-import msgspec
-from rich.console import Group, RenderableType
-from rich.live import Live
-from rich.text import Text
 
 from orchestrator.cli import render
-from orchestrator.cli.commands import open_catalog
-from orchestrator.errors import EXIT_OK
+from orchestrator.cli.command import EVENTS, Command, Flag, Flags, Result, open_store
 from orchestrator.observe.event_log import Tail, directory_of
 from orchestrator.observe.events import PHASES
 from orchestrator.observe.heartbeat import EVENT_INTERVAL_S
@@ -23,15 +15,15 @@ from orchestrator.observe.timeline import HostSave, Story
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
 
 SILENT_S = 3 * EVENT_INTERVAL_S
 _COMMITS = 5
 _HOSTS_SHOWN = 40
 
 
-class HostNow(msgspec.Struct, forbid_unknown_fields=True):
-    """`state`: a save's phase, training, restored, starting or left; `silent`: no word for SILENT_S, by `heard_s`."""
+class HostNow(Result, frozen=True):
+    """`state`: a save's phase, training, restored, starting or left; `silent`: its newest event is
+    more than SILENT_S old, which `heard_s` says."""
 
     process: int
     host: str
@@ -44,7 +36,7 @@ class HostNow(msgspec.Struct, forbid_unknown_fields=True):
     bytes_per_s: float | None
 
 
-class CommitNow(msgspec.Struct, forbid_unknown_fields=True):
+class CommitNow(Result, frozen=True):
     step: int
     attempt: str
     time: float
@@ -52,7 +44,7 @@ class CommitNow(msgspec.Struct, forbid_unknown_fields=True):
     save_s: float | None
 
 
-class Slowest(msgspec.Struct, forbid_unknown_fields=True):
+class SlowestHost(Result, frozen=True):
     """Of the newest save in which hosts can be compared: `seconds` of this host, and of the median one."""
 
     process: int
@@ -62,8 +54,8 @@ class Slowest(msgspec.Struct, forbid_unknown_fields=True):
     median_s: float
 
 
-class Now(msgspec.Struct, forbid_unknown_fields=True):
-    """One look at a run. `loss_s`: age of the newest restorable state: what is lost if the job dies now."""
+class RunNow(Result, frozen=True):
+    """`watch`: a run at one moment. `loss_s`: age of the newest restorable state: what is lost if the job dies now."""
 
     root: str
     time: float
@@ -72,41 +64,32 @@ class Now(msgspec.Struct, forbid_unknown_fields=True):
     processes: int | None
     newest: int | None
     loss_s: float | None
-    hosts: list[HostNow]
-    commits: list[CommitNow]
-    slowest: Slowest | None
+    hosts: tuple[HostNow, ...]
+    commits: tuple[CommitNow, ...]
+    slowest: SlowestHost | None
 
 
-def watch(root: str, flags: dict[str, Any]) -> int:
-    """Show the run again and again until Ctrl-C; once with --once, with --json, or where nobody looks at a terminal."""
+def run(root: str, flags: Flags) -> RunNow:
+    return next(follow(root, flags))
+
+
+def follow(root: str, flags: Flags) -> Iterator[RunNow]:
+    """The run again and again, `interval_s` apart, for as long as somebody asks for more."""
     arguments.seconds("--interval_s", flags["interval_s"])
-    catalog = open_catalog(root)
-    tail = Tail(directory_of(catalog.url, flags["events_dir"]))
-    looks = _looks(catalog, tail)
-    if flags["json"]:
-        render.give(msgspec.to_builtins(next(looks)))
-    elif flags["once"] or not sys.stdout.isatty():
-        render.console(sys.stdout).print(draw(next(looks)))
-    else:
-        with Live(draw(next(looks)), console=render.console(sys.stdout), auto_refresh=False) as live:
-            for now in looks:
-                live.update(draw(now), refresh=True)
-                time.sleep(flags["interval_s"])
-    return EXIT_OK
-
-
-def _looks(catalog: Catalog, tail: Tail) -> Iterator[Now]:
+    store = open_store(root)
+    tail = Tail(directory_of(store.url, flags["events_dir"]))
     story = Story()
     while True:
-        head = catalog.require_head()
-        yield look(catalog.url, head, story.tell(tail.more()), time.time())
+        head = store.require_head()
+        yield summarize(store.url, head, story.tell(tail.more()), time.time())
+        time.sleep(flags["interval_s"])
 
 
-def look(url: str, head: Head, story: Story, now: float) -> Now:
-    """What `story` and `head` say at `now` (seconds since the epoch)."""
+def summarize(url: str, head: Head, story: Story, now: float) -> RunNow:
+    """The run as `story` and `head` have it at `now` (seconds since 1970)."""
     newest = journal.newest(head)
-    current = story.epoch == head.epoch  # events of an older incarnation tell nothing of this one's hosts
-    hosts = [
+    current = story.epoch == head.epoch  # events of an older incarnation say nothing about this one's hosts
+    hosts = tuple(
         HostNow(
             process=host.process,
             host=host.host,
@@ -120,13 +103,13 @@ def look(url: str, head: Head, story: Story, now: float) -> Now:
         )
         for host in sorted(story.hosts.values(), key=lambda host: host.process)
         if current
-    ]
+    )
     seconds = {save.id: save.ended_s for save in story.saves.values() if save.process == 0}
-    commits = [
+    commits = tuple(
         CommitNow(live.step, live.attempt, live.time, live.bytes, seconds.get(live.id))
         for live in head.live[-_COMMITS:]
-    ]
-    return Now(
+    )
+    return RunNow(
         root=url,
         time=now,
         epoch=head.epoch,
@@ -140,7 +123,7 @@ def look(url: str, head: Head, story: Story, now: float) -> Now:
     )
 
 
-def slowest(story: Story) -> Slowest | None:
+def slowest(story: Story) -> SlowestHost | None:
     """The host that took longest, until its part was durable, in the newest save that two or more have finished."""
     together: dict[AttemptId, list[HostSave]] = {}
     for save in story.saves.values():
@@ -150,23 +133,20 @@ def slowest(story: Story) -> Slowest | None:
         if len(saves) > 1:
             worst = max(saves, key=lambda save: save.phases["waiting"])
             median_s = statistics.median(save.phases["waiting"] for save in saves)
-            return Slowest(worst.process, worst.host, attempt.step, worst.phases["waiting"], median_s)
+            return SlowestHost(worst.process, worst.host, attempt.step, worst.phases["waiting"], median_s)
     return None
 
 
-def draw(now: Now) -> RenderableType:
-    parts: list[RenderableType] = [
-        render.words(f"{now.root}  epoch {now.epoch}, journal version {now.version}, {render.moment(now.time)}"),
-        render.words(_loss(now), style="bold"),
-        render.words(""),
-    ]
+def show(now: RunNow, flags: Flags) -> Iterator[render.Shown]:
+    yield f"{now.root}  epoch {now.epoch}, journal version {now.version}, {render.moment(now.time)}"
+    yield render.words(_loss(now), style="bold")
+    yield ""
     if now.hosts:
-        parts += [_hosts(now), *_notes(now), render.words("")]
+        yield _hosts(now)
+        yield from _notes(now)
     else:
-        parts += [
-            render.words("no events of this incarnation: see --events_dir, or the job runs without them"),
-            render.words(""),
-        ]
+        yield "no events of this incarnation: see --events_dir, or the job runs without them"
+    yield ""
     rows = [
         [
             str(commit.step),
@@ -178,21 +158,17 @@ def draw(now: Now) -> RenderableType:
         for commit in reversed(now.commits)
     ]
     if rows:
-        parts.append(
-            render.drawn_table(
-                ["step", "attempt", "size", "state of", "save took"], rows, ["step", "size", "save took"]
-            )
-        )
-    return Group(*parts)
+        columns = ["step", "attempt", "size", "state of", "save took"]
+        yield render.table(columns, rows, right=["step", "size", "save took"])
 
 
-def _loss(now: Now) -> str:
+def _loss(now: RunNow) -> str:
     if now.loss_s is None:
         return "no step is durable yet: if the job dies now, all is lost"
     return f"if the job dies now, you lose {render.duration(now.loss_s)} (back to step {now.newest})"
 
 
-def _hosts(now: Now) -> RenderableType:
+def _hosts(now: RunNow) -> render.Shown:
     # Those in trouble first, where there are more than fit on a screen.
     order = sorted(now.hosts, key=lambda host: (not host.silent, host.process))[:_HOSTS_SHOWN]
     rows = [
@@ -209,17 +185,31 @@ def _hosts(now: Now) -> RenderableType:
         for host in sorted(order, key=lambda host: host.process)
     ]
     columns = ["process", "host", "state", "step", "for", "written", "rate", "heard"]
-    return render.drawn_table(columns, rows, ["process", "step", "for", "written", "rate", "heard"])
+    return render.table(columns, rows, right=["process", "step", "for", "written", "rate", "heard"])
 
 
-def _notes(now: Now) -> Iterator[Text]:
+def _notes(now: RunNow) -> Iterator[render.Shown]:
     if len(now.hosts) > _HOSTS_SHOWN:
-        yield render.words(f"... and {len(now.hosts) - _HOSTS_SHOWN} more")
+        yield f"... and {len(now.hosts) - _HOSTS_SHOWN} more"
     missing = sorted(set(range(now.processes or 0)) - {host.process for host in now.hosts})
     if missing:
         yield render.words(f"not heard of: processes {', '.join(map(str, missing[:20]))}", style="bold")
     if slow := now.slowest:
-        yield render.words(
+        yield (
             f"slowest in step {slow.step}: process {slow.process} ({slow.host}), {render.duration(slow.seconds)} until "
             f"its part was durable; median {render.duration(slow.median_s)}"
         )
+
+
+COMMAND = Command(
+    run,
+    show,
+    "what a run does now: hosts and their phases, the last commits, what would be lost if it died",
+    flags=(
+        Flag("once", bool, False, "one look; the same where the output is no terminal"),
+        Flag("interval_s", float, 1.0, "seconds from one look to the next"),
+        EVENTS,
+    ),
+    examples=("orchestrator watch /data/run", "orchestrator watch /data/run --json | jq .loss_s"),
+    follow=follow,
+)

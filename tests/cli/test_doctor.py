@@ -8,15 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 import orchestrator as oc
-from orchestrator.cli import doctor
-from orchestrator.cli.doctor import Diagnosis, Finding, Patient
+from orchestrator.cli import doctor, machine_checks
+from orchestrator.cli.doctor import Diagnosis
+from orchestrator.cli.finding import ExaminedRun, Finding
 from orchestrator.cli.main import main
 from orchestrator.rules import keys
 from orchestrator.rules.codec import encode
@@ -27,12 +28,12 @@ from tests.support.runs import fill, journal_of, state
 from tests.support.snapshots import snapshot
 
 
-def examine(root: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, list[Finding]]:
+def examine(root: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, tuple[Finding, ...]]:
     code = main(["orchestrator", "doctor", str(root), "--json", *flags])
     return code, msgspec.json.decode(capsys.readouterr().out, type=Diagnosis).findings
 
 
-def ill(findings: list[Finding]) -> dict[str, list[str]]:
+def ill(findings: Iterable[Finding]) -> dict[str, list[str]]:
     """Texts of what is not ok, by check; each must say what to do."""
     found: dict[str, list[str]] = {}
     for finding in findings:
@@ -129,7 +130,7 @@ def test_each_illness_is_found(
     assert got == code and any(text in line for line in ill(findings)[check]), findings
 
 
-def test_many_aborted_saves_are_told_with_their_causes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_aborted_saves_are_reported_with_their_causes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with oc.Agent(root, options=oc.Options(async_save=False)) as agent:
         agent.save(0, state(0))
         (root / "steps" / "00000001").write_text("in the way")
@@ -139,17 +140,17 @@ def test_many_aborted_saves_are_told_with_their_causes(root: Path, capsys: pytes
     assert code == 1 and line.startswith("bad: 1 of the last 2 saves were aborted: ") and "ENOTDIR" in line
 
 
-def patient(root: Path, storage: object = None) -> Patient:
-    catalog = Catalog(storage or PosixStorage(str(root)), "test")  # type: ignore[arg-type]
-    return Patient(catalog, False, None, catalog.require_head())
+def examined(root: Path, storage: object = None) -> ExaminedRun:
+    store = Catalog(storage or PosixStorage(str(root)), "test")  # type: ignore[arg-type]
+    return ExaminedRun(store, False, None, store.require_head())
 
 
 @pytest.mark.parametrize(
     ("free", "inodes", "levels"),
     [(105, None, ["bad"]), (250, None, ["warn"]), (1000, 5000, ["ok"]), (1000, 5, ["ok", "bad"])],
 )
-def test_a_full_disk_is_told_before_the_next_save(free: int, inodes: int | None, levels: list[str]) -> None:
-    assert [finding.level for finding in doctor.room(free, inodes, 100)] == levels
+def test_a_full_disk_is_found_before_the_next_save(free: int, inodes: int | None, levels: list[str]) -> None:
+    assert [finding.level for finding in machine_checks.room(free, inodes, 100)] == levels
 
 
 class Replacing(HookedStorage):
@@ -163,7 +164,7 @@ class Replacing(HookedStorage):
 
 def test_a_store_that_replaces_objects_is_bad(root: Path) -> None:
     fill(root, 0)
-    (finding,) = doctor._store(patient(root, Replacing(PosixStorage(str(root)))))
+    (finding,) = machine_checks.store(examined(root, Replacing(PosixStorage(str(root)))))
     assert finding.level == "bad" and "was not rejected" in finding.text and "could both commit" in finding.do
 
 

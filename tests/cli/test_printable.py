@@ -123,7 +123,8 @@ def test_only_render_builds_text_and_prints() -> None:
     shown = [
         line
         for line in (CLI / "main.py").read_text().splitlines()
-        if " print(" in line and not any(own in line for own in ("_usage()", "_help(", "about", "text(arguments[0])"))
+        if " print(" in line
+        and not any(own in line for own in ("usage.overview(", "usage.help_text(", "about", "text(words[0])"))
     ]
     assert found == [] and shown == []
 

@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
 from orchestrator.cli.main import main
-from orchestrator.cli.report import Report, SaveOf, build, page
+from orchestrator.cli.report import page
+from orchestrator.cli.run_report import ReportedSave, RunReport, build
 from orchestrator.observe.event_log import Line
 from orchestrator.observe.events import Committed, EpochOpened, Event, SavePhase, SaveStarted
 from orchestrator.observe.timeline import Story
@@ -42,10 +43,10 @@ HEADLESS = [
 ]
 
 
-def reported(root: Path, capsys: pytest.CaptureFixture[str]) -> Report:
+def reported(root: Path, capsys: pytest.CaptureFixture[str]) -> RunReport:
     capsys.readouterr()
     assert main(["orchestrator", "report", str(root), "--json"]) == 0
-    return msgspec.json.decode(capsys.readouterr().out, type=Report)
+    return msgspec.json.decode(capsys.readouterr().out, type=RunReport)
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def run(root: Path, mesh8: jax.sharding.Mesh) -> Path:
     return root
 
 
-def by_step(made: Report) -> dict[int, SaveOf]:
+def by_step(made: RunReport) -> dict[int, ReportedSave]:
     return {save.step: save for save in made.saves}
 
 
@@ -88,7 +89,7 @@ def test_a_report_tells_every_save_with_its_state_trust_and_parts(
         9: ("aborted", ""),
     }
     assert (saves[3].trust, saves[4].trust, saves[2].trust) == ("quarantined", "committed", "restored")
-    assert saves[2].pins == ["release"] and saves[2].metrics == {"loss": 1.0} and made.newest == 4
+    assert saves[2].pins == ("release",) and saves[2].metrics == {"loss": 1.0} and made.newest == 4
     assert "ENOTDIR" in saves[9].reason
     for save in saves.values():
         (part,) = save.parts
@@ -118,7 +119,7 @@ def test_the_mesh_and_the_shardings_are_those_of_the_newest_step(run: Path, caps
     mesh = reported(run, capsys).mesh
     assert mesh is not None and (mesh.axes, mesh.devices, mesh.processes) == ({"data": 4, "model": 2}, 8, 1)
     (leaf,) = mesh.leaves
-    assert leaf.split == [["data"], ["model"]] and leaf.shape == [8, 4] and leaf.bytes == 128
+    assert leaf.split == (("data",), ("model",)) and leaf.shape == (8, 4) and leaf.bytes == 128
 
 
 def test_a_run_without_events_and_a_damaged_one_are_reported_too(
@@ -128,7 +129,7 @@ def test_a_run_without_events_and_a_damaged_one_are_reported_too(
     shutil.rmtree(root / "events")
     next((root / "steps" / "00000001").rglob("intent.json")).unlink()
     made = reported(root, capsys)
-    assert [save.parts for save in made.saves] == [[], []] and made.mesh is None and made.goodput.share is not None
+    assert [save.parts for save in made.saves] == [(), ()] and made.mesh is None and made.goodput.share is not None
 
 
 def test_a_save_whose_process_died_is_told_as_unknown() -> None:
@@ -211,7 +212,7 @@ def phases(save: Committed, at: float, epoch: int, process: int) -> list[Line]:
     return [Line(at + after, process, f"host-{process}", "m", epoch, event) for after, event in told]
 
 
-def long_run(steps: int, hosts: int) -> Report:
+def long_run(steps: int, hosts: int) -> RunReport:
     """As `build` gives it for a run of `steps` saves and a restart now and then: made by the journal's own rules."""
     storage = MemoryStorage()
     head: Head | None = None

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.cli.main import main
-from orchestrator.cli.watch import SILENT_S, Now, draw, look
+from orchestrator.cli.watch import SILENT_S, RunNow, show, summarize
 from orchestrator.observe import events
 from orchestrator.observe.event_log import Line
 from orchestrator.observe.timeline import Story
@@ -32,9 +32,9 @@ def phase(name: str, elapsed_s: float, process: int, written: int = 0) -> Line:
     return line(events.SavePhase(40, "e0003-a01", name, elapsed_s, written), 1000.0 + elapsed_s, process)
 
 
-def shown(now: Now, width: int = 80) -> str:
+def shown(now: RunNow, width: int = 80) -> str:
     screen = Console(file=io.StringIO(), width=width, highlight=False)
-    screen.print(draw(now))
+    screen.print(*show(now, {}), sep="\n")
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
 
@@ -50,7 +50,7 @@ STORY = [
 
 def test_a_look_tells_states_bytes_rates_silence_the_slowest_and_what_would_be_lost() -> None:
     at = 1006.0 + SILENT_S
-    now = look("run", head(live(30, time=900.0), epoch=3), Story().tell(STORY), at)
+    now = summarize("run", head(live(30, time=900.0), epoch=3), Story().tell(STORY), at)
     assert [(host.state, host.silent, host.step) for host in now.hosts] == [
         ("waiting", True, 40),
         ("waiting", False, 40),
@@ -67,21 +67,21 @@ def test_a_look_tells_states_bytes_rates_silence_the_slowest_and_what_would_be_l
 
 
 def test_events_of_an_older_incarnation_tell_nothing_of_this_ones_hosts() -> None:
-    now = look("run", head(epoch=4), Story().tell(STORY), 1010.0)
-    assert now.hosts == [] and now.newest is None and now.loss_s is None
+    now = summarize("run", head(epoch=4), Story().tell(STORY), 1010.0)
+    assert now.hosts == () and now.newest is None and now.loss_s is None
     assert "all is lost" in shown(now) and "no events of this incarnation" in shown(now)
 
 
 def test_more_hosts_than_fit_show_those_in_trouble_first() -> None:
     lines = [line(events.EpochOpened(3, "r", 60), 990.0 if process == 55 else 1009.0, process) for process in range(60)]
-    text = shown(look("run", head(epoch=3), Story().tell(sorted(lines, key=lambda each: each.time)), 1010.0))
+    text = shown(summarize("run", head(epoch=3), Story().tell(sorted(lines, key=lambda each: each.time)), 1010.0))
     assert "host-55" in text and "host-40" not in text and "... and 20 more" in text
 
 
 def test_json_keeps_its_schema_and_once_is_a_page_of_text(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(root, 0, 1)
     assert main(["orchestrator", "watch", str(root), "--json"]) == 0
-    now = msgspec.json.decode(capsys.readouterr().out, type=Now)
+    now = msgspec.json.decode(capsys.readouterr().out, type=RunNow)
     assert now.newest == 1 and [commit.step for commit in now.commits] == [0, 1] and now.hosts[0].state == "left"
     assert now.commits[1].save_s is not None
     assert main(["orchestrator", "watch", str(root), "--once"]) == 0
@@ -95,7 +95,7 @@ def test_a_real_jobs_stopped_host_is_named(root: Path, tmp_path: Path, capsys: p
     with job(2, 1, root, tmp_path / "logs", steps=400, delay=0.2) as running:
         running.wait_for(1, "trained", 90, at_least=2)
         main(["orchestrator", "watch", str(root), "--json"])
-        now = msgspec.json.decode(capsys.readouterr().out, type=Now)
+        now = msgspec.json.decode(capsys.readouterr().out, type=RunNow)
         assert now.processes == 2 and not any(host.silent for host in now.hosts)
         assert [host.host for host in now.hosts] == ["host-0", "host-1"]
         running.processes[1].send_signal(signal.SIGSTOP)

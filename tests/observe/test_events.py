@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 import orchestrator as oc
-from orchestrator.cli import main, report, watch
+from orchestrator.cli import main, report, run_report, watch
 from orchestrator.observe import event_log, events
 from orchestrator.observe.event_log import EventLog, Line, Tail, decode, encode, read
 from orchestrator.observe.timeline import Story
@@ -267,8 +267,8 @@ def test_events_with_any_values_break_no_reader(root: Path, capsys: pytest.Captu
     for _ in range(40):
         lines = [decode(text) for text in [*real, *random.sample(texts, 10)]]
         story = Story().tell(sorted((each for each in lines if each), key=lambda each: each.time))
-        Console(file=io.StringIO()).print(watch.draw(watch.look("run", head, story, time.time())))
-        report.page(report.build(catalog, story, time.time()))
+        Console(file=io.StringIO()).print(*watch.show(watch.summarize("run", head, story, time.time()), {}))
+        report.page(run_report.build(catalog, story, time.time()))
     (root / "events/00007.jsonl").write_bytes(b"\n".join(texts))
     for words in (["watch", "--once"], ["report", f"--output={root}.html"], ["plan", "--mesh=d=1"], ["doctor"]):
         assert main.main(["orchestrator", words[0], str(root), *words[1:]]) in (0, 1), words

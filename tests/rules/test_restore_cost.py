@@ -19,7 +19,7 @@ from orchestrator.arrays.element_types import STORABLE, numpy_dtype
 from orchestrator.arrays.reading.buffers import grouped
 from orchestrator.arrays.tree import flatten
 from orchestrator.cli.main import main
-from orchestrator.cli.plan import Plan
+from orchestrator.cli.plan import RestorePlan
 from orchestrator.errors import UsageError
 from orchestrator.job.restore import Reading, RestoreArgs
 from orchestrator.reader import read_step
@@ -205,7 +205,7 @@ def test_plan_says_whether_it_fits_and_why_not(run: Path, capsys: pytest.Capture
     capsys.readouterr()
     plan = ["orchestrator", "plan", str(run)]
     assert main([*plan, "--mesh=data=2,model=2", "--processes=2", "--host_memory=2GiB", "--json"]) == 0
-    made = msgspec.json.decode(capsys.readouterr().out, type=Plan)
+    made = msgspec.json.decode(capsys.readouterr().out, type=RestorePlan)
     assert made.fits is True and made.devices == 4 and len(made.hosts) == 2 and made.seconds is not None
     assert made.read_bytes == sum(host.read_bytes for host in made.hosts) and made.amplification > 1
     assert main([*plan, "--mesh=data=2,model=2", "--processes=2", "--host_memory=1GiB"]) == 1

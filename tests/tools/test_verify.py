@@ -16,7 +16,7 @@ from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import PosixStorage
 from orchestrator.tools import verify
 from orchestrator.tools.diff import Side, compare
-from tests.cli.test_cli import orchestrator
+from tests.support.commands import orchestrator
 from tests.support.fakes import HookedStorage
 from tests.support.runs import catalog_of, journal_of, now
 from tests.support.snapshots import snapshot

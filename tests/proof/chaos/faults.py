@@ -83,7 +83,7 @@ def fault_at(place: str, action: str, process: int) -> Round:
         expect(not slow, f"hosts learned of the abort only after {slow}", arena)
         if " on 2 hosts in " in arena.logs[-1].read_text():
             return "job failed at start, restarted"
-        return "save aborted, training went on" if failed else "no save failed"
+        return "save aborted, training continued" if failed else "no save failed"
 
     return Round("error, ENOSPC, EIO, no memory or short write at a failpoint", f"{action} at {place}", run)
 
@@ -187,7 +187,7 @@ def full_disk(free_kib: int) -> Round:
         finally:
             arena.end()
             subprocess.run(["umount", mount], check=True)
-        return "saves aborted, training went on, saved again"
+        return "saves aborted, training continued, saved again"
 
     return Round("full disk (tmpfs)", f"{free_kib} KiB left", run, fresh=True)
 
@@ -202,7 +202,7 @@ def system_call(inject: str, process: int) -> Round:
             expect(code == 1, f"exit code {code}", arena)
             return "no epoch could be opened: job failed"
         expect(code == 0, f"exit code {code}", arena)
-        return "save aborted, training went on" if failed else "no save failed"
+        return "save aborted, training continued" if failed else "no save failed"
 
     return Round("failing system call (strace)", f"{inject}, process {process}", run)
 
@@ -244,7 +244,7 @@ def faulty_file_system(operation: str, error: str, every: int) -> Round:
             subprocess.run(["umount", "--lazy", mount], check=False)
             server.terminate()
             server.wait(10)
-        return "saves aborted, training went on, saved again" if arena.story("failed") else "no save failed"
+        return "saves aborted, training continued, saved again" if arena.story("failed") else "no save failed"
 
     return Round("failing file system (FUSE)", f"every {every}th {operation}: {error}", run, fresh=True)
 
@@ -267,7 +267,7 @@ def cut_network(index: int, after_s: float) -> Round:
             expect(codes == [0, 0], f"exit codes {codes} after the network was mended", arena)
             arena.check()
             expect(not arena.end(), "processes were left over", arena)
-        return "both hosts ended, the job came back"
+        return "both hosts ended, the job resumed"
 
     return Round("cut network (namespaces)", f"host {index} after {after_s:.2f} s", run, fresh=True)
 
@@ -289,7 +289,7 @@ def stranger(saves: bool) -> Round:
         code = arena.wait(job, ROUND_S)
         again = [line for line in arena.story("opened")[opened:] if line["restart"]]
         expect(code == 0 and not again, f"exit code {code}, started again: {again}", arena)
-        return "the stranger was rejected, training went on"
+        return "the stranger was rejected, training continued"
 
     return Round("another job at the same root", "saves" if saves else "restores", run, fresh=False)
 
@@ -317,7 +317,7 @@ def root_taken(how: str, after_s: float) -> Round:
         arena.steps = max(line["step"] for line in arena.story("saved")) + 1
         code = arena.wait(arena.launch(), ROUND_S)
         expect(code == 0, f"exit code {code} after it was put back", arena)
-        return "ended with 5, nothing written elsewhere, went on when it was back"
+        return "ended with 5, nothing written elsewhere, resumed when it was back"
 
     return Round("the root renamed under the job", f"{how}, after {after_s:.2f} s", run)
 
@@ -346,7 +346,7 @@ def journal_lost(how: str, entries: int) -> Round:
         expect(rejected, f"exit code {code}: a lost journal was not noticed", arena)
         code = arena.wait(arena.launch(), ROUND_S)
         expect(code == 0, f"exit code {code} with the journal whole again", arena)
-        return "rejected, nothing written, went on when it was whole"
+        return "rejected, nothing written, resumed when it was whole"
 
     return Round("entries of the journal missing", f"{how}, {entries}", run)
 

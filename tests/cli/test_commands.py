@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import pytest
 
 import orchestrator as oc
-from orchestrator.cli.main import COMMANDS, main
+from orchestrator.cli.main import COMMANDS
 from orchestrator.rules.keys import journal_key
+from tests.support.commands import orchestrator
 from tests.support.snapshots import snapshot
 
 
@@ -28,11 +29,7 @@ def run(root: Path) -> Path:
     return root
 
 
-def orchestrator(*arguments: object) -> int:
-    return main(["orchestrator", *map(str, arguments)])
-
-
-def given(capsys: pytest.CaptureFixture[str]) -> Any:
+def printed_json(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
@@ -46,7 +43,7 @@ def test_ls_shows_every_step_and_marks_the_one_a_restore_takes(run: Path, capsys
 
 def test_ls_json_is_what_a_program_needs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert orchestrator("ls", run, "--json") == 0
-    said = given(capsys)
+    said = printed_json(capsys)
     assert (said["newest"], said["epoch"], said["version"]) == (20, 1, 3)
     assert [step["step"] for step in said["steps"]] == [0, 10, 20]
     assert set(said["steps"][0]) >= {"attempt", "trust", "bytes", "metrics", "time", "pins", "manifest_crc32c"}
@@ -58,7 +55,7 @@ def test_ls_counts_what_a_crash_has_left(run: Path, capsys: pytest.CaptureFixtur
     left.mkdir(parents=True)
     (left / "intent.json").write_text("half")
     assert orchestrator("ls", run, "--json") == 0
-    assert given(capsys)["uncommitted"] == [{"step": 30, "attempt": "e0001-a01"}]
+    assert printed_json(capsys)["uncommitted"] == [{"step": 30, "attempt": "e0001-a01"}]
 
 
 def test_inspect_shows_leaves_shardings_and_who_wrote_what(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,23 +64,23 @@ def test_inspect_shows_leaves_shardings_and_who_wrote_what(run: Path, capsys: py
     assert "step 10 e0001-a01: committed" in out and "1 processes, 8 devices" in out
     assert "w     i32[4,2]" in out and "32 B" in out and "0x1.0000000000000p-1" in out
     assert orchestrator("inspect", run, "--json") == 0
-    said = given(capsys)
+    said = printed_json(capsys)
     assert said["step"]["step"] == 20 and [leaf["bytes"] for leaf in said["leaves"]] == [0, 32]
     assert said["processes"][0]["files"] >= 2 and "write" in said["processes"][0]["seconds"]
 
 
-def test_log_tells_the_story_in_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lists_the_events_in_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     orchestrator("quarantine", run, "--step=20", "--reason=loss spike")
     capsys.readouterr()
     assert orchestrator("log", run, "--json") == 0
-    kinds = [entry["event"]["kind"] for entry in given(capsys)]
+    kinds = [entry["event"]["kind"] for entry in printed_json(capsys)]
     assert kinds == ["opened-epoch", "committed", "committed", "committed", "quarantined"]
     assert orchestrator("log", run, "--last=1") == 0
     out = capsys.readouterr().out
     assert "loss spike" in out and "cli/" in out and len(out.splitlines()) == 2
 
 
-def test_a_pin_keeps_a_step_through_gc_and_unpin_lets_it_go(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pin_keeps_a_step_through_gc_until_it_is_taken_off(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert orchestrator("pin", run, "--step=0", "--name=release") == 0
     assert orchestrator("pin", run, "--step=0", "--name=release", "--json") == 0
     assert json.loads(capsys.readouterr().out.partition("\n")[2])["changed"] is False
@@ -115,7 +112,7 @@ def test_quarantine_is_lifted_by_release_and_its_data_goes_only_by_name(
     assert snapshot(attempt) == before  # neither gc nor a job's retention
     capsys.readouterr()
     assert orchestrator("ls", run, "--json") == 0
-    listed = given(capsys)
+    listed = printed_json(capsys)
     first = listed["steps"][0]
     assert (first["step"], first["trust"], listed["aside"]) == (10, "quarantined", [])
     assert first["quarantine"]["reason"] == "loss spike" and first["quarantine"]["by_hand"]
@@ -140,7 +137,7 @@ def test_a_quarantined_step_is_not_restored(run: Path, capsys: pytest.CaptureFix
     assert oc.open_run(run).latest_step() == 10
     capsys.readouterr()
     orchestrator("ls", run, "--json")
-    assert given(capsys)["newest"] == 10
+    assert printed_json(capsys)["newest"] == 10
 
 
 def test_verify_reads_all_back_records_it_and_finds_a_flipped_bit(
@@ -149,7 +146,7 @@ def test_verify_reads_all_back_records_it_and_finds_a_flipped_bit(
     assert orchestrator("verify", run, "--all") == 0
     assert capsys.readouterr().out.count(": good, ") == 3
     orchestrator("ls", run, "--json")
-    assert [step["trust"] for step in given(capsys)["steps"]] == ["verified"] * 3
+    assert [step["trust"] for step in printed_json(capsys)["steps"]] == ["verified"] * 3
     data = max((run / "steps" / "00000010").rglob("d/*"), key=lambda path: path.stat().st_size)
     body = bytearray(data.read_bytes())
     body[len(body) // 2] ^= 4
@@ -210,7 +207,7 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
         (["inspect", "{run}", "--step=7"], 6, "step 7 is not there; it has: 0, 10, 20"),
         (["pin", "{run}", "--step=7"], 6, "step 7 is not in this run; it has: 0, 10, 20"),
         (["quarantine", "{run}", "--step=7"], 6, "step 7 is not in this run"),
-        (["pin", "{run}"], 2, "--step is needed"),
+        (["pin", "{run}"], 2, "--step is required"),
         (["ls"], 2, "the run's ROOT is missing"),
         (["ls", "{run}", "more"], 2, "unexpected 'more'"),
         (["ls", "{run}", "--nope"], 2, "nope"),
@@ -228,7 +225,7 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
         (["inspect", "{run}", "--step=7", "--json"], 6, "step 7 is not there; it has: 0, 10, 20"),
         (["report", "{run}", "-o", "{run}/journal"], 1, "journal cannot be written: Is a directory"),
         (["ls", "s3://bucket/run"], 2, "no storage for s3://"),
-        (["unlink", "{run}"], 2, "no command 'unlink'; there is: ls, "),
+        (["unlink", "{run}"], 2, "no command 'unlink'; choose from ls, "),
         (["ls", "/dev/null/run"], 3, "not a run"),
     ],
 )

@@ -8,11 +8,13 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
+from orchestrator.cli.command import Result
 from orchestrator.cli.main import COMMANDS, main
-from orchestrator.cli.schema import OUTPUTS
 
 
 @pytest.fixture
@@ -62,17 +64,23 @@ def test_every_commands_json_is_what_its_schema_says(
 ) -> None:
     with ocp.CheckpointManager(tmp_path / "orbax") as manager:
         manager.save(5, args=ocp.args.StandardSave({"w": jnp.zeros(4)}))
-    assert set(OUTPUTS) == set(COMMANDS)
     capsys.readouterr()
     for name in COMMANDS:
         root = tmp_path / "adopted" if name == "adopt" else run
         code = main(["orchestrator", name, str(root), *arguments(run, tmp_path).get(name, []), "--json"])
         said = capsys.readouterr()
         assert code in (0, 1), (name, said.err)
-        msgspec.json.decode(said.out, type=OUTPUTS[name])
+        msgspec.json.decode(said.out, type=COMMANDS[name].json_type)
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_commands_result_is_a_frozen_struct(name: str) -> None:
+    result = COMMANDS[name].json_type
+    item = typing.get_args(result)[0] if typing.get_origin(result) is list else result
+    assert issubclass(item, Result) and item.__struct_config__.frozen
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_schema_is_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["orchestrator", "schema", name]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -86,8 +94,9 @@ def test_help_fits_80_columns(name: str, capsys: pytest.CaptureFixture[str]) -> 
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
-def on_a_terminal(columns: int, *words: str) -> str:
-    """What a person sees of a command on a terminal of that width."""
+def on_a_terminal(columns: int, *words: str, until: str | None = None) -> str:
+    """What a person sees of a command on a terminal of that width. One that goes on is interrupted (Ctrl-C) once it
+    has shown `until`."""
     mine, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -106,8 +115,12 @@ def on_a_terminal(columns: int, *words: str) -> str:
         if not more:
             break
         shown += more
+        if until and until.encode() in shown:
+            running.send_signal(signal.SIGINT)
+            until = None
     os.close(mine)
-    assert running.wait(10) in (0, 1), shown
+    assert until is None, shown
+    assert running.wait(10) in (0, 1, 130), shown
     return shown.decode()
 
 
@@ -125,6 +138,11 @@ def test_tables_fit_80_columns_and_use_more_where_there_is_more(run: Path, words
     assert [row for row in rows if len(row) > 80 and "   " in row.strip()] == []
     wide = ESCAPE.sub("", on_a_terminal(200, words[0], str(run), *words[1:]))
     assert len(wide.splitlines()) <= len(rows)
+
+
+def test_watch_follows_a_run_on_a_terminal_until_it_is_interrupted(run: Path) -> None:
+    shown = on_a_terminal(80, "watch", str(run), "--interval_s=0.01", until="\x1b[2K")  # the page is drawn once more
+    assert shown.count("if the job dies now") > 1
 
 
 def test_colour_is_for_terminals_only(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +193,7 @@ def test_a_shells_script_is_one_that_it_accepts(shell: str, capsys: pytest.Captu
     ("words", "code", "said"),
     [
         (["completion", "tcsh"], 2, "choose from bash, zsh or fish"),
-        (["schema", "nope"], 2, "choose one of ls, "),
+        (["schema", "nope"], 2, "choose from ls, "),
         (["schema"], 2, "orchestrator schema ls"),
     ],
 )

@@ -1,0 +1,117 @@
+"""What a command is, and what several of them need: flags, the run's store, the step that is asked for.
+
+A command's `run` does the work and returns what came of it as a frozen struct; it prints nothing. `main` encodes that
+for --json, or prints what `show` makes of it for people. Errors are raised.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from orchestrator.cli.render import Shown
+from orchestrator.errors import EXIT_OK, StepNotFound, UsageError
+from orchestrator.rules import journal
+from orchestrator.rules.records import LiveStep
+from orchestrator.run.journal_store import Catalog
+from orchestrator.storage import open_storage
+
+Flags = dict[str, Any]
+R = TypeVar("R")
+
+
+class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a command prints with --json: a contract. Fields may be added; none goes or changes its meaning."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of one command. `kind`: bool, int, float or str. `short`: one letter that stands for it. `path`: a file or
+    directory of this machine."""
+
+    name: str
+    kind: type
+    default: Any
+    about: str
+    short: str | None = None
+    path: bool = False
+
+
+JSON = Flag("json", bool, False, "one JSON document instead of a table")  # of every command
+STEP = Flag("step", int, None, "which step")
+EVENTS = Flag("events_dir", str, None, "where the job's events are; ROOT/events without it", path=True)
+
+
+def _ok(result: object) -> int:
+    return EXIT_OK
+
+
+@dataclass(frozen=True)
+class Command(Generic[R]):
+    """One command.
+
+    run: of a root and the flags. Where it returns an iterator, each result is shown as soon as it is there, --json
+    prints a list of all, and the greatest exit code counts.
+    show: a result for people. exit_code: of a result.
+    encode: what --json prints of a result that holds more than that; None: the result as it is.
+    follow: the result again and again, for a terminal, until the user has enough; such a command has a flag `once`.
+    arguments: words after ROOT; `run` gets them among its flags.
+    """
+
+    run: Callable[[str, Flags], R | Iterator[R]]
+    show: Callable[[R, Flags], Iterable[Shown]]
+    about: str
+    flags: tuple[Flag, ...]
+    examples: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    exit_code: Callable[[R], int] = _ok
+    encode: Callable[[R], Result] | None = None
+    follow: Callable[[str, Flags], Iterator[R]] | None = None
+
+    @property
+    def all_flags(self) -> tuple[Flag, ...]:
+        return (*self.flags, JSON)
+
+    @property
+    def json_type(self) -> Any:
+        """The type of what --json prints, as the functions that make it are annotated."""
+        if self.encode:
+            return get_type_hints(self.encode)["return"]
+        made = get_type_hints(self.run)["return"]
+        return list[get_args(made)[0]] if get_origin(made) is Iterator else made  # type: ignore[misc]
+
+    def to_json(self, result: R) -> Any:
+        """A result in the types that JSON has."""
+        return msgspec.to_builtins(self.encode(result) if self.encode else result)
+
+
+def open_store(root: str) -> Catalog:
+    """The run at `root`, to which whoever runs the command signs what they write."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry
+        user = str(os.getuid())
+    return Catalog(open_storage(root), writer=f"cli/{user}@{socket.gethostname()}")
+
+
+def live_step(store: Catalog, step: int | None) -> LiveStep:
+    """The given step, quarantined or not, or the newest. Raises StepNotFound."""
+    head = store.require_head()
+    live = journal.newest(head) if step is None else journal.find(head, step)
+    if live is None:
+        have = ", ".join(str(one.step) for one in head.live) or "no steps"
+        raise StepNotFound(f"{store.url}: step {'(newest)' if step is None else step} is not there; it has: {have}")
+    return live
+
+
+def required_step(flags: Flags) -> int:
+    """Raises UsageError if --step was not given."""
+    if flags["step"] is None:
+        raise UsageError("--step is required: which step")
+    return int(flags["step"])

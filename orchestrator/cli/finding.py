@@ -1,0 +1,54 @@
+"""What a check of `orchestrator doctor` looks at, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.cli.command import Result
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.journal import Found
+from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import Catalog
+from orchestrator.storage import PosixStorage
+from orchestrator.storage.directory import Root
+
+Level = Literal["ok", "warn", "bad", "damage"]
+LEVELS: tuple[Level, ...] = ("ok", "warn", "bad", "damage")
+CLOCK_S = 2.0  # more than this between two clocks makes logs misleading
+RECOVER = "stop the job; orchestrator recover ROOT lists what is whole, and with --write the run goes on from there"
+
+
+class Finding(Result, frozen=True):
+    """`level`: ok, warn (will hurt some day), bad (will hurt the next save or restore), damage. `do`: '' if ok."""
+
+    check: str
+    level: Level
+    text: str
+    do: str = ""
+
+
+@dataclass
+class ExaminedRun:
+    """The run, read once for all checks."""
+
+    store: Catalog
+    read_only: bool
+    events_dir: str | None
+    head: Head
+
+    @property
+    def local(self) -> Path | None:
+        url = self.store.url
+        return Path(url.removeprefix("file://")) if url.startswith("file://") else None
+
+    @property
+    def root(self) -> Root | None:
+        """The run's directory, None in an object store."""
+        return self.store.storage.root if isinstance(self.store.storage, PosixStorage) else None
+
+    @cached_property
+    def stored(self) -> dict[AttemptId, Found]:
+        return self.store.stored()
