@@ -29,7 +29,7 @@ from orchestrator.job.startup import meet
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json
 from orchestrator.run.journal_store import Catalog
-from orchestrator.run.orbax_steps import unadopted
+from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
 from orchestrator.storage.read_only import ReadOnlyStorage

@@ -15,10 +15,10 @@ import jax
 
 from orchestrator.arrays.format import orbax_api
 from orchestrator.compat.adopt import EXTRA
+from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.errors import UsageError
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Json
-from orchestrator.run.orbax_steps import DEFAULT
 
 # Class of the args, or of the handler that item_handlers names -> what it is.
 _KINDS = {

@@ -8,12 +8,12 @@ from typing import Any
 
 from orchestrator.compat import orbax_items
 from orchestrator.compat.adopt import EXTRA
+from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.compat.stored_items import StoredItems
 from orchestrator.compat.stored_steps import NoSuchStep
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.restore import RestoreArgs, restore_together
 from orchestrator.run.journal_store import Catalog
-from orchestrator.run.orbax_steps import DEFAULT
 
 
 def restore_items(

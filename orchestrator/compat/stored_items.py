@@ -19,10 +19,10 @@ from orchestrator.arrays.inline_values import inline_value
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.tree import targets, tree_path
 from orchestrator.compat.orbax_items import is_composite, kind_of, reject
+from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.errors import Mismatch, UsageError
 from orchestrator.rules import matching
 from orchestrator.rules.records import Json, LeafSpec, TreeSpec
-from orchestrator.run.orbax_steps import DEFAULT
 
 
 @dataclass(frozen=True)
