@@ -1,4 +1,4 @@
-"""Errors of JAX and numpy about one leaf of thousands say which."""
+"""Errors of JAX and numpy about one leaf of thousands name it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Found
 from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import Catalog
-from orchestrator.storage import PosixStorage
+from orchestrator.storage import PosixStorage, local_path
 from orchestrator.storage.directory import Root
 
 Level = Literal["ok", "warn", "bad", "damage"]
@@ -41,8 +41,8 @@ class ExaminedRun:
 
     @property
     def local(self) -> Path | None:
-        url = self.store.url
-        return Path(url.removeprefix("file://")) if url.startswith("file://") else None
+        path = local_path(self.store.url)
+        return Path(path) if path is not None else None
 
     @property
     def root(self) -> Root | None:

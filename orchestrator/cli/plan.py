@@ -12,6 +12,7 @@ from orchestrator.observe.timeline import Story
 from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
+from orchestrator.storage import local_path
 
 _ROWS = 32
 
@@ -62,7 +63,7 @@ def run(root: str, flags: Flags) -> RestorePlan:
     ]
     pace = speed(measured, target.processes)
     costs = forecast(intent.tree, target)
-    peaks = [cost.peak_bytes(files=store.url.startswith("file://")) for cost in costs.costs]
+    peaks = [cost.peak_bytes(files=local_path(store.url) is not None) for cost in costs.costs]
     problems = (*costs.problems, *_too_big(peaks, memory, reserve))
     hosts = [_host(process, cost, peak) for process, (cost, peak) in enumerate(zip(costs.costs, peaks, strict=True))]
     return RestorePlan(

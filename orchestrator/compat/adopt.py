@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
@@ -36,7 +37,7 @@ from orchestrator.rules.records import (
 )
 from orchestrator.run import orbax_directory
 from orchestrator.run.journal_store import Catalog
-from orchestrator.storage import PosixStorage
+from orchestrator.storage import PosixStorage, local_path
 
 EXTRA = "orbax"  # our member of a step's extra JSON: what Orbax knew beside the arrays
 
@@ -59,10 +60,10 @@ def adopt(
     again goes on. `skip`: items to leave out. Raises UsageError for a source that holds no steps, for what cannot be
     adopted, and for roots that are not on a file system; Damaged naming what is not as Orbax leaves it; StorageError.
     """
-    base = orbax_directory.local_path(source)
+    base = local_path(source)
     if not isinstance(catalog.storage, PosixStorage) or base is None:
         raise UsageError(f"{catalog.url}: adopting needs a local or shared file system, as it links to Orbax's files")
-    there = orbax_directory.survey(base)
+    there = orbax_directory.survey(Path(base))
     head, _ = catalog.look()  # rejected before an epoch is opened, as a job is
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if there.strange:

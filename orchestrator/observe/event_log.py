@@ -27,6 +27,7 @@ from absl import logging
 from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey
 from orchestrator.observe.events import KINDS, EpochOpened, Event
 from orchestrator.rules.attempt_id import parse_name
+from orchestrator.storage import local_path
 from orchestrator.storage.directory import Root, find
 
 VERSION = 1
@@ -180,7 +181,8 @@ def directory_of(url: str, chosen: str | None) -> str | None:
     nowhere ('' chosen, or an object store, which has no appending)."""
     if chosen is not None:
         return os.path.expanduser(chosen) or None
-    return os.path.join(url.removeprefix("file://"), DIRECTORY) if url.startswith("file://") else None
+    root = local_path(url)
+    return None if root is None else os.path.join(root, DIRECTORY)
 
 
 def read(directory: str | None) -> list[Line]:

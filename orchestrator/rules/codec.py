@@ -16,7 +16,7 @@ from orchestrator.errors import Damaged, NewerFormat, Unavailable, UnsafeKey, Us
 from orchestrator.rules import validate
 from orchestrator.rules.records import FORMAT, Record, crc32c
 
-RECORD_BYTES_MAX = 1 << 30
+RECORD_BYTES_MAX = 512 << 20  # a manifest of a million chunks is an eighth of it; no store reads a larger one
 _TAIL = b',"crc32c":"'
 _END = b'"}\n'
 _TAIL_BYTES = len(_TAIL) + 8 + len(_END)

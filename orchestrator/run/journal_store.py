@@ -31,13 +31,13 @@ from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import journal, validate
 from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.codec import AnyRecord, decode, encode
+from orchestrator.rules.codec import RECORD_BYTES_MAX, AnyRecord, decode, encode
 from orchestrator.rules.journal import FencedBy, Found, Next, Rejected, Stamp
 from orchestrator.rules.records import Extra, FileEntry, Head, Intent, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.run import survey
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
-from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Storage, TooLarge
+from orchestrator.storage.port import Created, Storage, TooLarge
 
 READS = 3  # of one object, before what differs from read to read is given up
 EARLY_S = 5.0  # a head that was read longer ago is read again before anything is built on it

@@ -19,6 +19,7 @@ from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import Catalog
+from orchestrator.storage import local_path
 from orchestrator.storage.port import Reads
 
 STEP_METADATA = "_CHECKPOINT_METADATA"  # since 0.5.1; on a file system a step is finished once it has its name
@@ -37,12 +38,6 @@ class OrbaxDirectory:
 
     steps: dict[int, Path]
     strange: tuple[Path, ...]
-
-
-def local_path(url: str) -> Path | None:
-    """None for an object store's."""
-    plain = url.removeprefix("file://")
-    return None if "://" in plain else Path(plain)
 
 
 def survey(base: Path, known: frozenset[int] = frozenset()) -> OrbaxDirectory:
@@ -142,13 +137,13 @@ def unadopted(catalog: Catalog, head: Head | None) -> str | None:
     Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
     and retired since, or were left behind. Changes nothing. Raises StorageError, UsageError where names are in doubt.
     """
-    base = local_path(catalog.url)
+    root = local_path(catalog.url)
     newest = max((live.step for live in head.live), default=-1) if head else -1
-    if base is None:
+    if root is None:
         found = in_store(catalog.storage, newest)
         return elsewhere(catalog.url, found) if found else None
     known = frozenset(live.step for live in head.live) if head else frozenset()
-    root, there = str(base), survey(base, known)
+    there = survey(Path(root), known)
     newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
 
     def is_newer(path: Path) -> bool:

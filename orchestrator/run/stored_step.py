@@ -25,7 +25,7 @@ from orchestrator.rules.chunk_index import Chunk
 from orchestrator.rules.records import Box, Extra, Intent, LeafSpec, LiveStep, Manifest
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 from orchestrator.run.journal_store import READS, Catalog
-from orchestrator.storage import overlap
+from orchestrator.storage import local_path, overlap
 from orchestrator.storage.overlap import Begun
 
 _PAUSE_S = 0.5  # before what could not be read is read again
@@ -151,7 +151,7 @@ class StoredStep:
             except Suspect as suspect:
                 self._judge(suspect)
                 # On a file system it was read from the very files that were measured; of an object store, who knows.
-                if suspect.structure and tries == READS and self.state_url.startswith("file://"):
+                if suspect.structure and tries == READS and local_path(self.state_url) is not None:
                     self.catalog.check_live(self.live)
                     raise Damaged(
                         f"{suspect}; read so {READS} times, and its files are the manifest's: no save writes this"

@@ -8,10 +8,10 @@ import re
 from orchestrator.errors import UsageError
 from orchestrator.rules import arguments
 from orchestrator.storage.memory import MemoryStorage
-from orchestrator.storage.port import Created, Entry, Exists, Storage
+from orchestrator.storage.port import Created, Entry, Exists, Storage, local_path
 from orchestrator.storage.posix import PosixStorage
 
-__all__ = ["Created", "Entry", "Exists", "MemoryStorage", "PosixStorage", "Storage", "open_storage"]
+__all__ = ["Created", "Entry", "Exists", "MemoryStorage", "PosixStorage", "Storage", "local_path", "open_storage"]
 
 
 def open_storage(root: str | os.PathLike[str]) -> Storage:

@@ -22,11 +22,12 @@ import crc32c
 from msgspec.structs import replace
 
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UnsafeKey, UsageError
+from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import FileEntry
 from orchestrator.storage.gcs_http import Client, client
 from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, rejection, said
-from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists
+from orchestrator.storage.port import Created, Entry, Exists
 
 Value = TypeVar("Value")
 

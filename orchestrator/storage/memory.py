@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import StorageError
+from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import FileEntry, crc32, crc32c
-from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists, TooLarge, checked_size
+from orchestrator.storage.port import Created, Entry, Exists, TooLarge, checked_size
 
 
 class MemoryStorage:

@@ -1,4 +1,5 @@
-"""The storage port: what the roles need of a store, and no more.
+"""The storage port: what the rest of the package asks of a store, and no more. A new store (S3, say) is one adapter
+that has these methods, and a line in `open_storage`.
 
 No overwrite and no rename: an object is created once, whole, or not at all. `create` is the one atomic operation that
 the protocol rests on. Every adapter passes tests/storage/test_storage.py; `memory` is the executable specification.
@@ -19,9 +20,8 @@ from typing import Protocol, runtime_checkable
 from msgspec.structs import replace
 
 from orchestrator.errors import StorageError, Unavailable
+from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.records import FileEntry
-
-RECORD_BYTES_MAX = 512 << 20  # of a record; a manifest of a million chunks is an eighth of it
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Entry:
 
 
 class Reads(Protocol):
-    """A root with immutable objects under it, for those who only look. `url` is what people call it."""
+    """The half of the port that a read-only credential can do: three methods. A root with immutable objects under it;
+    `url` is what people call it."""
 
     url: str
 
@@ -65,7 +66,8 @@ class Reads(Protocol):
 
 
 class Storage(Reads, Protocol):
-    """And for those who write."""
+    """The whole port: three methods more, for those who write. Two sets of three, as a reader must not need what only
+    a writer may; what just some stores can do stands beside the port (`Rooted`, `Cached`, `DeletesMany`)."""
 
     def create(self, key: str, body: bytes) -> Created | Exists:
         """Put `body` under `key` if nothing is there. On `Created` it survives power loss."""
@@ -90,10 +92,19 @@ class TooLarge(Unavailable):
 
 
 def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
-    """A sealed object's entry, from what its writer counted. Raises StorageError if the store has another size."""
+    """The entry of an object that was made durable, from what its writer counted. Raises StorageError if the store has
+    another size."""
     if size != known.bytes:
         raise StorageError(f"make_durable {url}/{key}: has {size} bytes, {known.bytes} were written; it is not used")
     return replace(known, path=key)
+
+
+def local_path(root: str) -> str | None:
+    """Where a root, given as a URL or as a path, is on this host's file systems; None if it is in an object store. The
+    one answer to whether data can be opened, linked or appended to as files."""
+    if root.startswith("file://"):
+        return root.removeprefix("file://")
+    return None if "://" in root else root
 
 
 @runtime_checkable

@@ -20,10 +20,11 @@ import crc32c
 
 from orchestrator import failpoints
 from orchestrator.errors import OutcomeUnknown, StorageError
+from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import SMALL_FILE_BYTES, FileEntry, crc32
 from orchestrator.storage.directory import again_if_pruned, reason, root_at, storage_error
-from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists, TooLarge, checked_size
+from orchestrator.storage.port import Created, Entry, Exists, TooLarge, checked_size
 
 _TMP = ".tmp"
 _SYNC_THREADS = 8

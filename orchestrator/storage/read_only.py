@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.errors import UsageError
+from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.records import FileEntry
-from orchestrator.storage.port import RECORD_BYTES_MAX, Created, Entry, Exists, Reads, refresh
+from orchestrator.storage.port import Created, Entry, Exists, Reads, refresh
 
 
 class ReadOnlyStorage:

@@ -163,7 +163,10 @@ _FOUND_BY = (
     (r"bytes, the manifest says|is missing, the manifest", "sizes in the manifest"),
     (r"is missing", "sizes in the manifest"),
     (r"bytes with crc32c", "the manifest's CRC of the file"),
-    (r"OCDBT store|it says|DATA_LOSS|cannot be (read|opened)|has \d+ bytes, wanted", "the store's own checksums"),
+    (
+        r"OCDBT store|its header has|it ends with|DATA_LOSS|cannot be (read|opened)|has \d+ bytes, expected",
+        "the store's own checksums",
+    ),
     (r"edited or damaged|do not end in a checksum", "the record's CRC"),
 )
 

@@ -19,12 +19,12 @@ from orchestrator.errors import Suspect
 from orchestrator.job.restore import RestoreArgs, restore_together
 from orchestrator.reader import Run, read_step
 from orchestrator.rules import journal
+from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.records import FileEntry
 from orchestrator.run import stored_step
 from orchestrator.run.journal_store import READS, Catalog
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import Entry, PosixStorage
-from orchestrator.storage.port import RECORD_BYTES_MAX
 from orchestrator.tools import verify
 from tests.support.fakes import HookedStorage
 from tests.support.runs import LIKE, catalog_of, fill, journal_of, kinds, now, state

@@ -1,7 +1,7 @@
 """Chunks of ours that zstd has made smaller: made, read back, and bounded before anything decodes them.
 
-A decoder writes what it is told to: 4 GiB come out of 131 KB. How much a chunk holds follows from its array's shape and
-from the headers of its blocks, so that more is never decoded.
+A decoder writes whatever its input asks for: 4 GiB come out of 131 KB. How much a chunk holds follows from its array's
+shape and from the headers of its blocks, so that more is never decoded.
 """
 
 from __future__ import annotations
@@ -111,16 +111,16 @@ def _part(body: memoryview, at: int, size: int) -> bytes:
 def chunk_shape(metadata: bytes, leaf: LeafSpec, where: str) -> tuple[int, ...]:
     """The chunk shape in an array's `zarr.json`. Raises Damaged unless it is what we write for this leaf."""
     try:
-        told = json.loads(metadata)
-        grid = told["chunk_grid"]["configuration"]["chunk_shape"]
+        parsed = json.loads(metadata)
+        grid = parsed["chunk_grid"]["configuration"]["chunk_shape"]
         fits = (
-            told["zarr_format"] == 3
-            and tuple(told["shape"]) == leaf.file_shape
-            and told["data_type"] == (leaf.stored_dtype or leaf.dtype)
-            and told["chunk_grid"]["name"] == "regular"
-            and told["chunk_key_encoding"]["name"] == "default"
-            and told["chunk_key_encoding"].get("configuration", {"separator": "/"}) == {"separator": "/"}
-            and tuple(codec["name"] for codec in told["codecs"]) == _CODECS
+            parsed["zarr_format"] == 3
+            and tuple(parsed["shape"]) == leaf.file_shape
+            and parsed["data_type"] == (leaf.stored_dtype or leaf.dtype)
+            and parsed["chunk_grid"]["name"] == "regular"
+            and parsed["chunk_key_encoding"]["name"] == "default"
+            and parsed["chunk_key_encoding"].get("configuration", {"separator": "/"}) == {"separator": "/"}
+            and tuple(codec["name"] for codec in parsed["codecs"]) == _CODECS
             and len(grid) == len(leaf.file_shape)
             and all(type(size) is int for size in grid)
             and math.prod(grid) * ITEM_BYTES[leaf.stored_dtype or leaf.dtype] <= _CHUNK_BYTES_MAX

@@ -94,9 +94,9 @@ def _key_implementations(base: Path) -> dict[str, str]:
     found = {}
     for path in sorted((base / "array_metadatas").glob("process_*")):
         for entry in orbax_json.read(path, orbax_json.ArrayMetadatas).array_metadatas:
-            told = entry.array_metadata
-            if told.ext_metadata and told.ext_metadata.random_key_impl:
-                found[told.param_name] = told.ext_metadata.random_key_impl
+            array = entry.array_metadata
+            if array.ext_metadata and array.ext_metadata.random_key_impl:
+                found[array.param_name] = array.ext_metadata.random_key_impl
     return found
 
 

@@ -196,7 +196,7 @@ def _varints(numbers: Sequence[int] | _Numbers) -> bytes:
 
 
 class _Cursor:
-    """Reads a body from front to back. Raises ValueError where it ends too early, or says what cannot be."""
+    """Reads a body from front to back. Raises ValueError where it ends too early, or holds what cannot be."""
 
     def __init__(self, body: memoryview) -> None:
         self._body, self._all = body, np.frombuffer(body, np.uint8)
@@ -309,11 +309,11 @@ def decode_node(
     body: bytes, node: NodeRef, prefix: bytes, where: str
 ) -> tuple[list[tuple[bytes, Chunk]], list[tuple[bytes, NodeRef]]]:
     """A node's entries (of a leaf) and its children, each with the prefix of its keys. A child is one less high than
-    its parent, so that no tree has an end only for those who stop. Raises Damaged, Unsupported."""
+    its parent, so that every tree ends. Raises Damaged, Unsupported."""
     cursor = _unframed(_NODE_MAGIC, body, where)
     try:
         if cursor.byte() != node.height:
-            raise ValueError(f"not of height {node.height}, as its parent says")
+            raise ValueError(f"not of height {node.height}, as its parent has it")
         files = [(node.transitive + base, relative) for base, relative in cursor.files()]
         count = cursor.number()
         if node.height:
@@ -358,10 +358,10 @@ def _unframed(magic: int, body: bytes, where: str) -> _Cursor:
     if len(body) <= 18 or int.from_bytes(body[:4], "big") != magic:
         raise Damaged(f"{where}: not a part of an OCDBT store")
     if int.from_bytes(body[4:12], "little") != len(body):
-        raise Damaged(f"{where}: {len(body)} bytes, it says {int.from_bytes(body[4:12], 'little')}")
-    said, got = int.from_bytes(body[-_FOOTER_BYTES:], "little"), crc32c.crc32c(body[:-_FOOTER_BYTES])
-    if said != got:
-        raise Damaged(f"{where}: crc32c is {got:08x}, it says {said:08x}")
+        raise Damaged(f"{where}: {len(body)} bytes, its header has {int.from_bytes(body[4:12], 'little')}")
+    stored, computed = int.from_bytes(body[-_FOOTER_BYTES:], "little"), crc32c.crc32c(body[:-_FOOTER_BYTES])
+    if stored != computed:
+        raise Damaged(f"{where}: crc32c is {computed:08x}, it ends with {stored:08x}")
     if body[12:14] != b"\0\0":
         raise Unsupported(f"{where}: compressed")
     return _Cursor(memoryview(body)[14:-_FOOTER_BYTES])

@@ -86,8 +86,8 @@ def array_metadatas(leaves: Iterable[LeafSpec]) -> bytes:
 def shardings(named: Iterable[tuple[str, jax.sharding.Sharding]]) -> bytes:
     """`_sharding`: base64 of the leaf's name -> its sharding, for plain Orbax without a target."""
     text = _sharding_text()
-    told = ((name, text(sharding)) for name, sharding in named)
-    return msgspec.json.encode({base64.b64encode(name.encode()).decode(): said for name, said in told if said})
+    texts = ((name, text(sharding)) for name, sharding in named)
+    return msgspec.json.encode({base64.b64encode(name.encode()).decode(): found for name, found in texts if found})
 
 
 def _sharding_text() -> Callable[[jax.sharding.Sharding], str | None]:

@@ -13,6 +13,7 @@ from orchestrator import environment
 from orchestrator.errors import OrchestratorError, Suspect, Unavailable
 from orchestrator.observe.events import Retried, emit
 from orchestrator.rules.records import ExternalArray
+from orchestrator.storage import local_path
 from orchestrator.storage.directory import alias, find, storage_error
 
 FAILURES = (ValueError, OSError, NotImplementedError)  # as which TensorStore's statuses arrive
@@ -22,8 +23,8 @@ def files_spec(base: str) -> dict[str, Any]:
     """The files below URL `base`, as keys. Never as a URL: TensorStore decodes `%41` in one, and cuts it at `?`, `#`
     and `|`, all of which may stand in a directory's name. A backslash it takes for a slash even in a path."""
     where = base.rstrip("/") + "/"
-    if not where.startswith("gs://"):
-        path = where.removeprefix("file://")
+    path = local_path(where)
+    if path is not None:
         return {"driver": "file", "path": path if "\\" not in path else alias(path)}
     from orchestrator.arrays.format import buckets
 
@@ -32,7 +33,7 @@ def files_spec(base: str) -> dict[str, Any]:
 
 def stamp(base: str) -> object:
     """What is below URL `base` is to be opened again when this changes. Raises Unavailable."""
-    if not base.startswith("gs://"):
+    if local_path(base) is not None:
         return None
     from orchestrator.arrays.format import buckets
 
@@ -40,8 +41,8 @@ def stamp(base: str) -> object:
 
 
 def described(base: str, error: Exception) -> str:
-    """What TensorStore says of a read below URL `base`, for people."""
-    if not base.startswith("gs://"):
+    """TensorStore's error of a read below URL `base`, as one line for people."""
+    if local_path(base) is not None:
         return str(error)
     from orchestrator.arrays.format import buckets
 
@@ -65,12 +66,13 @@ def external_spec(directory: str, external: ExternalArray) -> dict[str, Any]:
 def inspect(base: str) -> None:
     """What TensorStore is to read below URL `base` are plain files, all of it. Raises Unavailable, naming what is not:
     TensorStore would follow links out of the run, and wait for ever at a pipe."""
-    if base.startswith("file://"):
-        root, key = find(base.removeprefix("file://"))
+    path = local_path(base)
+    if path is not None:
+        root, key = find(path)
         try:
             root.inspect(key)
         except (FileNotFoundError, NotADirectoryError):
-            return  # that is for whoever opens it to say
+            return  # whoever opens it reports that
         except OSError as error:
             raise storage_error("read", root.shown(key), error) from error
 
@@ -78,8 +80,8 @@ def inspect(base: str) -> None:
 _RETRY = {"max_retries": 9, "initial_delay": "100ms", "max_delay": "8s"}
 
 
-# TensorStore's statuses that may come from what is stored. The store is asked again in another way then: whatever they
-# say, and whatever any other status says (credentials, certificates, a proxy's opinion), is no proof of damage.
+# TensorStore's statuses that may come from what is stored. The store is asked again in another way then: neither these
+# nor any other status (credentials, certificates, a proxy's opinion) are proof of damage.
 _SUSPICIOUS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
 _TRIED_LONG = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")  # TensorStore's own retries are over
 
@@ -122,7 +124,7 @@ _reported = 0
 
 
 def report_retries(directory: str) -> None:
-    """Emit an event if TensorStore has repeated requests since the last report. It tells no more than how many."""
+    """Emit an event if TensorStore has repeated requests since the last report. How many is all that it reports."""
     global _reported
     if not directory.startswith("gs://"):
         return

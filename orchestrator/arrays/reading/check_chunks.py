@@ -14,10 +14,10 @@ from orchestrator.arrays.reading.chunk_source import OnBytes
 from orchestrator.arrays.reading.kvstore import KvStore
 from orchestrator.arrays.reading.kvstore_source import KvStoreSource
 from orchestrator.arrays.reading.local_source import LocalSource
-from orchestrator.arrays.reading.local_store import local_path
 from orchestrator.errors import Damaged, Suspect
 from orchestrator.rules.chunk_index import Chunk, Stored
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
+from orchestrator.storage import local_path
 
 _READS = 16  # under way at once
 

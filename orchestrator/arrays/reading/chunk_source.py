@@ -57,7 +57,7 @@ class ChunkSource(Protocol):
 
 
 def chunk_reads(groups: Iterable[BufferGroup], source: ChunkSource) -> Iterator[ChunkRead]:
-    """Each chunk once, with all the buffers that need some of it. Raises what `source.value` raises."""
+    """Each chunk once, with all its destinations. Raises what `source.value` raises."""
     for group in groups:
         for row, request in enumerate(group.requests):
             leaf, chunk, layout = request.leaf, request.leaf.chunk, group.layout

@@ -17,10 +17,11 @@ from orchestrator.arrays.reading.buffers import BufferGroup
 from orchestrator.arrays.reading.chunk_source import OnBytes
 from orchestrator.arrays.reading.host_memory import reserve
 from orchestrator.arrays.reading.kvstore import KvStore
-from orchestrator.arrays.reading.local_store import LocalStore, local_path
+from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Damaged
 from orchestrator.rules.chunk_index import Stored
 from orchestrator.rules.records import ExternalArray, LeafSpec
+from orchestrator.storage import local_path
 
 _ODD_CHUNK_BYTES = 64 << 20  # a chunk may be larger than its array, up to this
 

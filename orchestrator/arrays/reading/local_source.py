@@ -16,10 +16,11 @@ from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.batches import batches
 from orchestrator.arrays.reading.chunk_checks import ChunkChecks
 from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
-from orchestrator.arrays.reading.local_store import LocalStore, local_path
+from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Damaged
 from orchestrator.rules.chunk_index import Chunk, Stored
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
+from orchestrator.storage import local_path
 
 _THREADS = 8  # at most: half of an H100's 16 cores read and check all that its memory takes
 _BATCH_BYTES = 4 << 20  # reads that one thread does in one go

@@ -26,11 +26,6 @@ _PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
 _LOST = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 
 
-def local_path(url: str) -> str | None:
-    """The path of a directory on a file system, None of one in an object store."""
-    return url.removeprefix("file://") if url.startswith("file://") else None
-
-
 def _fault(text: str, path: str, error: OSError) -> OrchestratorError:
     if error.errno in _LOST:
         return Suspect(text, files=[STATE + path])

@@ -32,12 +32,12 @@ from orchestrator.arrays.reading.host_memory import Arena, Slab
 from orchestrator.arrays.reading.kvstore import KvStore
 from orchestrator.arrays.reading.kvstore_source import KvStoreSource
 from orchestrator.arrays.reading.local_source import LocalSource
-from orchestrator.arrays.reading.local_store import local_path
 from orchestrator.arrays.reading.owned_memory import use_owned_memory
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Chunk, Stored
 from orchestrator.rules.records import Box, LeafSpec
+from orchestrator.storage import local_path
 
 _PART_BYTES = 128 << 20  # that goes to accelerators while as much is read
 
@@ -52,7 +52,7 @@ def load(
     itself: this waits for no other process. Main thread.
 
     on_bytes: called with the number of bytes as they arrive, for progress displays. stored: what the manifest lists;
-    without it another save's chunk cannot be told from this one's.
+    without it another save's chunk cannot be distinguished from this one's.
     Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
     cannot be read.
     """

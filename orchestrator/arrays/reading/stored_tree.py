@@ -1,4 +1,4 @@
-"""The tree of a stored OCDBT store, walked by ours before anything else decodes it: bounded, and within the files that
+"""The tree of a stored OCDBT store, walked here before anything else decodes it: bounded, and within the files that
 the step's manifest lists. TensorStore would follow a tree wherever it leads, and decode what it finds to any size.
 """
 

@@ -1,4 +1,4 @@
-"""Where the leaves of a restore's target are to be: shardings over real devices, whatever the target says it by."""
+"""Where the leaves of a restore's target are to be: shardings over real devices, however the target names them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import crc32c
 from orchestrator.arrays.format.tensorstore_specs import shared_context
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.records import FileEntry, crc32
-from orchestrator.storage import directory, overlap
+from orchestrator.storage import directory, local_path, overlap
 from orchestrator.storage.directory import storage_error
 from orchestrator.storage.overlap import Begun
 
@@ -52,8 +52,9 @@ class DataFile(Protocol):
 def opener(url: str) -> Callable[[str], DataFile]:
     """How files below the directory at `url` are made, by relative path. Directories come by themselves."""
     base = url.rstrip("/")
-    if base.startswith("file://"):
-        return functools.partial(_LocalFile, *directory.find(base.removeprefix("file://")))
+    path = local_path(base)
+    if path is not None:
+        return functools.partial(_LocalFile, *directory.find(path))
     return functools.partial(_Object, base)
 
 

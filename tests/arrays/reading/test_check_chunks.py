@@ -1,0 +1,28 @@
+"""Chunks that are read only to see whether they are what was saved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator import arrays
+from orchestrator.rules import chunk_index, keys
+from tests.support.runs import catalog_of, fill
+
+DESCRIPTORS = Path("/proc/self/fd")
+
+
+@pytest.mark.skipif(not DESCRIPTORS.exists(), reason="Linux")
+def test_checking_a_step_leaves_no_file_open(root: Path) -> None:
+    fill(root, 1)
+    catalog = catalog_of(root)
+    live = catalog.find(1)
+    assert live is not None
+    directory = f"{catalog.url}/{live.id.prefix}{keys.STATE}"
+    stored = chunk_index.stored(catalog.manifest(live))
+    for _ in range(2):  # what the first one keeps is of the library
+        assert arrays.check(directory, stored) == {}
+        links = [os.readlink(path) for path in DESCRIPTORS.iterdir() if path.is_symlink()]
+        assert not [link for link in links if link.startswith(str(root)) and os.path.isfile(link)]
