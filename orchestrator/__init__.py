@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         UsageError as UsageError,
         WaitTimeout as WaitTimeout,
     )
-    from orchestrator.job.restore import Restored as Restored
+    from orchestrator.job.read_step import Restored as Restored
     from orchestrator.options import Options as Options
     from orchestrator.policy import (
         at as at,

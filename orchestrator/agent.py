@@ -22,8 +22,9 @@ from orchestrator.job import leaving, peer_failure
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
 from orchestrator.job.participant import GRACE_S, Saver
+from orchestrator.job.read_step import ReadOptions, Restored
 from orchestrator.job.rendezvous import Rendezvous, connect, listen
-from orchestrator.job.restore import RestoreArgs, Restored, restore_together
+from orchestrator.job.restore import RestoreOptions, restore_together
 from orchestrator.job.save_sequence import Given, SaveSequence
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.job.startup import meet
@@ -206,16 +207,15 @@ class Agent:
         """
         with self._lifetime.used_by_one("restore"):
             self.wait_until_finished()
-            args = RestoreArgs(
-                partial=partial,
-                cast=cast,
+            options = RestoreOptions(
+                self.options.rendezvous_timeout_s,
+                step=step,
+                back=environment.step_back(),
                 strict=strict,
-                attest=self.options.attest == "full",
                 load_once=self.options.load_once,
+                read=ReadOptions(partial=partial, cast=cast, attest=self.options.attest == "full"),
             )
-            timeout_s, back = self.options.rendezvous_timeout_s, environment.step_back()
-            opening = self._opening.by_restore
-            return restore_together(self._catalog, self._rendezvous, like, step, args, timeout_s, back, opening)
+            return restore_together(self._catalog, self._rendezvous, like, options, self._opening.by_restore)
 
     # Waiting and leaving.
 

@@ -7,31 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRetired
-from orchestrator.job.restore import Reading, RestoreArgs, Restored, fit, shown
+from orchestrator.job.read_step import ReadOptions, Restored, candidates, listed, read_step
 from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import Catalog
-from orchestrator.run.stored_step import StoredStep
 
 _RETIRED_MAX = 100  # times that retention may be quicker than a reader who wants the newest step
-
-
-def read_step(
-    catalog: Catalog, live: LiveStep, like: Any, args: RestoreArgs, reading: Reading | None = None
-) -> Restored:
-    """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings: see `restore.fit`.
-
-    Raises Mismatch before any array is read, Damaged, StepRetired, Unavailable.
-    """
-    stored = StoredStep(catalog, live)
-    restored, proof = fit(stored, like, args).read((reading or Reading(args.reader)).load)
-    if proof.wrong_here:
-        names = [name for name, _ in proof.wrong_here]
-        text = "; ".join(line for _, line in proof.wrong_here[:5])
-        stored.judge_fingerprints(names, text)
-    return restored
 
 
 class Run:
@@ -39,18 +22,18 @@ class Run:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._shown: set[int] = set()  # steps that the user has heard of from us
+        self._reported: set[int] = set()  # steps that this object has told the user of
         catalog.require_head()
 
     def latest_step(self) -> int | None:
         """The newest restorable step; None in a new run. Raises NothingToRestore where all steps are quarantined."""
         live = self._catalog.find(None)
-        self._shown.update([live.step] if live else [])
+        self._reported.update([live.step] if live else [])
         return live.step if live else None
 
     def all_steps(self) -> list[int]:
         steps = sorted(live.step for live in self._catalog.require_head().live if live.restorable)
-        self._shown.update(steps)
+        self._reported.update(steps)
         return steps
 
     def restore(
@@ -69,41 +52,41 @@ class Run:
         arrays that are wholly in this process. Raises NothingToRestore, Mismatch, Unavailable, and of a step that was
         asked for StepNotFound, StepRetired (it was there when this reader has heard of it), Damaged.
         """
-        args = RestoreArgs(partial=partial, cast=cast, attest=attest)
+        options = ReadOptions(partial=partial, cast=cast, attest=attest)
         step = arguments.saved_step(step)
         if step is not None:
-            return read_step(self._catalog, self._find(step), like, args)
-        passed: dict[AttemptId, str] = {}
+            return read_step(self._catalog, self._find(step), like, options)
+        damaged: dict[AttemptId, str] = {}
         retired = 0
         while True:
-            live = self._newest(passed)
+            live = self._newest(damaged)
             try:
-                return read_step(self._catalog, live, like, args)
+                return read_step(self._catalog, live, like, options)
             except StepRetired:
                 retired += 1
                 if retired > _RETIRED_MAX:
                     raise
             except Damaged as error:
                 emit(SteppedDown(live.step, live.attempt, str(error)))
-                passed[live.id] = str(error)
+                damaged[live.id] = str(error)
 
     def _find(self, step: int) -> LiveStep:
         try:
             live = self._catalog.find(step)
         except StepNotFound as error:
-            if step in self._shown:
+            if step in self._reported:
                 raise StepRetired(f"{error}; it was retired") from error
             raise
         assert live is not None  # find raises for a step that is not there
         return live
 
-    def _newest(self, passed: dict[AttemptId, str]) -> LiveStep:
+    def _newest(self, damaged: dict[AttemptId, str]) -> LiveStep:
         head = self._catalog.require_head()
         if self._catalog.newest(head) is None:
             raise NothingToRestore(f"{self._catalog.url}: nothing to restore: no step has been committed yet")
-        good = [live for live in head.live if live.restorable and live.id not in passed]
+        good = candidates(head, damaged)
         if not good:
-            raise NothingToRestore(f"{self._catalog.url}: nothing to restore" + shown(passed))
+            raise NothingToRestore(f"{self._catalog.url}: nothing to restore" + listed(damaged))
         return good[-1]
 
     def watch(self, *, poll_s: float = 1.0, timeout_s: float | None = None) -> Iterator[int]:
@@ -124,7 +107,7 @@ class Run:
             fresh = [live for live in self._catalog.require_head().live if live.id not in seen]
             for live in fresh:
                 seen.add(live.id)
-                self._shown.add(live.step)
+                self._reported.add(live.step)
                 yield live.step
                 quiet_since = time.monotonic()
             if not fresh:

@@ -8,9 +8,13 @@ from functools import partial
 from orchestrator.agent import Agent
 from orchestrator.compat import orbax_options
 from orchestrator.compat.orbax_options import StepInfo
-from orchestrator.compat.stored_steps import StoredSteps
+from orchestrator.compat.stored_steps import PlainInfo, StoredSteps
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.restore import agree
+from orchestrator.job.rounds import Round, agree
+
+# What process 0 says to all: its restorable steps; the step whose save has failed, and the one that is being saved.
+_STEPS: Round[list[PlainInfo]] = Round("steps of the run", list[PlainInfo])
+_SAVING: Round[tuple[int | None, int | None]] = Round("has it failed?", tuple[int | None, int | None])
 
 
 class KnownSteps:
@@ -28,7 +32,7 @@ class KnownSteps:
     def reload(self) -> None:
         """Read the run's steps again; all processes then know the same (process 0's)."""
         infos = partial(self._stored.infos, all_metrics=self._all_metrics)
-        agreed = agree(self._rendezvous, "steps of the run", self._timeout_s, infos)
+        agreed = agree(self._rendezvous, _STEPS, self._timeout_s, infos)
         self.infos = [orbax_options.info(*each) for each in agreed]
 
     def __contains__(self, step: int) -> bool:
@@ -38,11 +42,11 @@ class KnownSteps:
         """Whether `step` comes after all of them. All processes must answer the same: whether the save begun last has
         failed, process 0 says for all."""
         if agent and self._unsure is not None and self._unsure >= step:
-            agreed = agree(
-                self._rendezvous, "has it failed?", self._timeout_s, lambda: [agent.failed_step, agent.in_flight]
+            failed, in_flight = agree(
+                self._rendezvous, _SAVING, self._timeout_s, lambda: (agent.failed_step, agent.in_flight)
             )
-            self.forget(agreed[0])
-            if agreed[1] is None:
+            self.forget(failed)
+            if in_flight is None:
                 self._unsure = None
         return not self.infos or self.infos[-1].step < step
 

@@ -24,7 +24,7 @@ from orchestrator.compat.restore_items import restore_items
 from orchestrator.compat.stored_steps import ManagedRootMetadata, StoredSteps
 from orchestrator.errors import UsageError
 from orchestrator.job.rendezvous import connect
-from orchestrator.job.restore import agree
+from orchestrator.job.rounds import Round, agree
 from orchestrator.job.startup import meet
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json
@@ -207,11 +207,12 @@ class CheckpointManager:
         self._stored.find(step)
         rule = partial(journal.retire, keep=orbax_options.KeepAllBut(step))
 
-        def retire() -> Json:
+        def retire() -> bool:
             head = self._catalog.append(rule)
             return head is None or journal.find(head, step) is None
 
-        if not agree(self._rendezvous, f"delete step {step}", self._options.rendezvous_timeout_s, retire):
+        retired = Round[bool](f"delete step {step}", bool)
+        if not agree(self._rendezvous, retired, self._options.rendezvous_timeout_s, retire):
             raise UsageError(
                 f"{self._url}: step {step} stays: it is the newest, the newest known to be good, or pinned"
             )

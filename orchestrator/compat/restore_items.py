@@ -11,8 +11,9 @@ from orchestrator.compat.adopt import EXTRA
 from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.compat.stored_items import StoredItems
 from orchestrator.compat.stored_steps import NoSuchStep
+from orchestrator.job.read_step import ReadOptions
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.restore import RestoreArgs, restore_together
+from orchestrator.job.restore import RestoreOptions, restore_together
 from orchestrator.run.journal_store import Catalog
 
 
@@ -41,8 +42,9 @@ def restore_items(
     states, extra = stored.process_states, stored.extra
     if trees:
         like = trees[DEFAULT] if stored.whole else trees
-        how = RestoreArgs(partial=True, cast=True, record=record)  # partial: each item has been matched above
-        restored = restore_together(catalog, rendezvous, like, step, how, timeout_s)
+        read = ReadOptions(partial=True, cast=True)  # partial: each item has been matched above
+        options = RestoreOptions(timeout_s, step=step, record=record, read=read)
+        restored = restore_together(catalog, rendezvous, like, options)
         if restored is None:
             raise NoSuchStep(f"{catalog.url}: no steps")
         states, extra = restored.process_states, restored.extra.get(EXTRA, {})

@@ -20,7 +20,7 @@ from orchestrator.arrays.tree import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import startup
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.restore import agree, as_error
+from orchestrator.job.rounds import Round, agree, as_error
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
@@ -30,6 +30,7 @@ from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
+_OPENED: Round[dict[str, int]] = Round("open the epoch", dict[str, int])  # what process 0 has appended
 _TRIES = 10  # somebody else commits to the run between comparing and opening
 
 
@@ -137,10 +138,10 @@ class Opening:
     def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
         self._prove(mark)
         self._begin_unmark()
-        opened = agree(self._rendezvous, "open the epoch", self._timeout_s, partial(self._append, compare))
-        self.epoch = int(opened["epoch"])
+        opened = agree(self._rendezvous, _OPENED, self._timeout_s, partial(self._append, compare))
+        self.epoch = opened["epoch"]
         # All processes' records build on it: it is durable.
-        self._catalog.durable_version = max(self._catalog.durable_version, int(opened["version"]))
+        self._catalog.durable_version = max(self._catalog.durable_version, opened["version"])
         self._opened(self.epoch)
 
     @contextmanager
@@ -198,7 +199,7 @@ class Opening:
         compare(head)
         self._compared = Compared(journal.tree_of(head))
 
-    def _append(self, compare: Callable[[Head | None], None]) -> Json:
+    def _append(self, compare: Callable[[Head | None], None]) -> dict[str, int]:
         failpoints.hit("epoch.before")
         for _ in range(_TRIES):
             try:

@@ -15,7 +15,7 @@ import jax
 
 from orchestrator.arrays import fingerprint
 from orchestrator.rules import fingerprints
-from orchestrator.rules.records import Json, LeafSpec
+from orchestrator.rules.records import LeafSpec
 
 _WHY = "every checksum was right, so it was put in the wrong place, or changed on its way to the devices"
 
@@ -27,37 +27,34 @@ class Proof:
     what was saved."""
 
     shares: Mapping[int, Mapping[str, str]]
-    wanted: Mapping[int, Mapping[str, str]]
+    expected: Mapping[int, Mapping[str, str]]
     wrong_here: Sequence[tuple[str, str]] = ()
 
-    def told(self) -> Json:
+    def sums(self) -> dict[int, str]:
         """One number for each replica: what the processes exchange."""
-        return {str(replica): fingerprints.condensed(share) for replica, share in self.shares.items()}
+        return {replica: fingerprints.condensed(share) for replica, share in self.shares.items()}
 
-    def details(self) -> Json:
-        return {str(replica): dict(share) for replica, share in self.shares.items()}
+    def details(self) -> dict[int, dict[str, str]]:
+        """Each leaf's, for each replica: only where the sums do not add up."""
+        return {replica: dict(share) for replica, share in self.shares.items()}
 
-    def holds(self, told: Sequence[Json]) -> bool:
-        """Whether what all processes have `told` adds up to what was saved."""
+    def holds(self, sums: Sequence[Mapping[int, str]]) -> bool:
+        """Whether the `sums` of all processes add up to what was saved."""
         return all(
-            fingerprints.total(one[str(replica)] for one in told if str(replica) in one)
-            == fingerprints.condensed(saved)
-            for replica, saved in self.wanted.items()
+            fingerprints.total(one[replica] for one in sums if replica in one) == fingerprints.condensed(saved)
+            for replica, saved in self.expected.items()
         )
 
-    def wrong(self, details: Sequence[Json]) -> list[tuple[str, str]]:
+    def wrong(self, details: Sequence[Mapping[int, Mapping[str, str]]]) -> list[tuple[str, str]]:
         """The leaves that are not as they were saved, each with a line about it, of all processes' `details`."""
-        return [
-            (name, _line(name, total, saved[name], f"replica {replica} over all processes"))
-            for replica, saved in self.wanted.items()
-            for name in saved
-            if (
-                total := fingerprints.total(
-                    one.get(str(replica), {}).get(name, fingerprints.NOTHING) for one in details
-                )
-            )
-            != saved[name]
-        ]
+        wrong = []
+        for replica, saved in self.expected.items():
+            shares = [one.get(replica, {}) for one in details]
+            for name, expected in saved.items():
+                total = fingerprints.total(share.get(name, fingerprints.NOTHING) for share in shares)
+                if total != expected:
+                    wrong.append((name, _line(name, total, expected, f"replica {replica} over all processes")))
+        return wrong
 
 
 def prove(restored: Iterable[tuple[LeafSpec, Any]], saved: Mapping[str, str]) -> Proof:
@@ -66,13 +63,13 @@ def prove(restored: Iterable[tuple[LeafSpec, Any]], saved: Mapping[str, str]) ->
     pairs = list(restored)
     found = fingerprint.start(pairs).result()
     shares: dict[int, dict[str, str]] = {}
-    wanted: dict[int, dict[str, str]] = {}
+    expected: dict[int, dict[str, str]] = {}
     wrong: list[tuple[str, str]] = []
     for leaf, value in pairs:
         by_replica: dict[int, list[str]] = {}
-        for part, told in found.get(leaf.name, ()):
-            by_replica.setdefault(part.replica, []).append(told)
-        sums = {replica: fingerprints.total(prints) for replica, prints in by_replica.items()}
+        for part, fingerprint_of_part in found.get(leaf.name, ()):
+            by_replica.setdefault(part.replica, []).append(fingerprint_of_part)
+        sums = {replica: fingerprints.total(parts) for replica, parts in by_replica.items()}
         if not isinstance(value, jax.Array) or _is_of_one_process(value):
             for replica, total in sums.items():
                 if total != saved[leaf.name]:
@@ -81,8 +78,8 @@ def prove(restored: Iterable[tuple[LeafSpec, Any]], saved: Mapping[str, str]) ->
         for replica, total in sums.items():
             shares.setdefault(replica, {})[leaf.name] = total
         for replica in range(_replicas(value)):
-            wanted.setdefault(replica, {})[leaf.name] = saved[leaf.name]
-    return Proof(shares, wanted, wrong)
+            expected.setdefault(replica, {})[leaf.name] = saved[leaf.name]
+    return Proof(shares, expected, wrong)
 
 
 def _is_of_one_process(value: jax.Array) -> bool:
@@ -97,5 +94,5 @@ def _replicas(value: jax.Array) -> int:
     return max(1, len(value.sharding.device_set) // max(1, shards))
 
 
-def _line(name: str, got: str, wanted: str, where: str) -> str:
-    return f"{name}: its fingerprint after restoring ({where}) is {got}, at the save it was {wanted}; {_WHY}"
+def _line(name: str, got: str, expected: str, where: str) -> str:
+    return f"{name}: its fingerprint after restoring ({where}) is {got}, at the save it was {expected}; {_WHY}"

@@ -26,7 +26,7 @@ from absl import logging
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.restore import as_error
+from orchestrator.job.rounds import as_error
 from orchestrator.rules import configuration, keys
 from orchestrator.rules.configuration import Settings, who
 from orchestrator.rules.records import Head, Json

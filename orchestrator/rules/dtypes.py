@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # What TensorStore's zarr3 driver (0.1.86) has a data type for, and the bytes of one element on the host;
-# tests/arrays/test_arrays.py asks it.
+# tests/arrays/test_leaf_kinds.py asks it.
 ITEM_BYTES = {
     "bool": 1,
     "int2": 1,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import crc32c
 
@@ -130,7 +130,7 @@ class StoredStep:
                     )
         return found
 
-    def judge_fingerprints(self, names: Sequence[str], text: str) -> None:
+    def judge_fingerprints(self, names: Sequence[str], text: str) -> NoReturn:
         """These leaves have come up with other fingerprints (`text`), though every checksum was right: either something
         else was saved, or it was changed on its way to the devices. Raises Damaged or Unavailable."""
         wrong = self.wrong_fingerprints(names)

@@ -1,4 +1,4 @@
-"""Reading a committed attempt back, whole or in part, and saying what is damaged: which file, array and shard.
+"""Reading a committed attempt back, whole or in part, and reporting what is damaged: which file, array and shard.
 
 Needs no devices and no target. Every file is compared with the manifest, then every chunk, which also tells another
 save's data files from this one's (their own checksums cannot).
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from orchestrator.arrays import ReadRequest
@@ -22,33 +22,28 @@ from orchestrator.run.journal_store import Catalog
 from orchestrator.run.stored_step import StoredStep
 
 _THREADS = 4  # each holds one file in memory
+_REASON_MAX = 1000  # characters of what the journal says of a quarantined step
 _DATA = "/d/"  # OCDBT keeps an array store's bytes in such directories
 
 OnBytes = Callable[[int], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verdict:
-    """What reading an attempt back has found. `damaged`: is proven not to be what was saved. `unread`: could not be
-    read, which says nothing about the data. One line each. `retired`: retention was quicker, there is nothing to say.
-    `whole`: everything was read, not a sample."""
+    """What reading an attempt back has found. `damaged`: what is proven not to be what was saved. `unread`: what could
+    not be read, which proves nothing about the data. One line each. `retired`: where retention was quicker, there is
+    nothing to report. `whole`: everything was read, not a sample. `files`, `chunks`: how many were compared."""
 
-    damaged: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
-    retired: str = ""
-    files: int = 0
-    chunks: int = 0
-    whole: bool = True
+    damaged: tuple[str, ...]
+    unread: tuple[str, ...]
+    retired: str
+    files: int
+    chunks: int
+    whole: bool
 
     @property
     def good(self) -> bool:
         return not self.damaged and not self.unread and not self.retired
-
-    def note(self, error: OrchestratorError) -> None:
-        if isinstance(error, StepRetired):
-            self.retired = str(error)
-        else:
-            (self.damaged if isinstance(error, Damaged) else self.unread).append(str(error))
 
 
 def read_back(
@@ -61,29 +56,24 @@ def read_back(
     on_bytes: OnBytes = lambda read_bytes: None,
 ) -> Verdict:
     """Compare what is stored with what was saved. `sample`: of the arrays, only this fraction of the chunks (at least
-    one), chosen by `seed`; records, sizes and process states are always looked at. `by_store`: the store's own word for
-    size and checksum of every file is taken, and no chunk is read. Any thread."""
-    verdict = Verdict(whole=sample is None and not by_store)
-    stored = StoredStep(catalog, live)
-    try:
-        manifest = stored.listed
-        if not verdict.whole:
-            catalog.check_sizes(live, manifest)
-    except OrchestratorError as error:
-        verdict.note(error)
-        return verdict
+    one), chosen by `seed`; records, sizes and process states are always read. `by_store`: the size and checksum that
+    the store itself reports of each file are compared, and no chunk is read. Any thread."""
+    reading = _ReadBack(catalog, live, on_bytes)
+    whole = sample is None and not by_store
+    manifest = reading.manifest(with_sizes=not whole)
+    if manifest is None:
+        return reading.verdict(whole)
     if by_store:
-        _read_files(catalog.measured, live, list(manifest.files), verdict, on_bytes)
-        return verdict
-    files = [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
-    _read_files(catalog.checked, live, files, verdict, on_bytes)
-    sizes = _read_records(stored, manifest, verdict, decode=sample is None) if verdict.good else {}
+        reading.files(catalog.measured, manifest.files)
+        return reading.verdict(whole)
+    reading.files(catalog.checked, [entry for entry in manifest.files if sample is None or _DATA not in entry.path])
+    sizes = reading.records(manifest, decode=sample is None) if reading.is_good else {}
     keys = sorted(manifest.chunks)
     if sample is not None and keys:
         keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
-    if keys and not verdict.retired:
-        _read_chunks(stored, {key: sizes.get(key) for key in keys}, verdict, on_bytes)
-    return verdict
+    if keys and not reading.is_retired:
+        reading.chunks(manifest, {key: sizes.get(key) for key in keys})
+    return reading.verdict(whole)
 
 
 def total_bytes(manifest: Manifest, sample: float | None = None) -> int:
@@ -97,7 +87,7 @@ def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
     if by hand); a damaged one is quarantined. One that was retired while it was read stays as it is. Raises
     StorageError."""
     if verdict.damaged:
-        reason = f"verify: {verdict.damaged[0]}"[:1000]
+        reason = f"verify: {verdict.damaged[0]}"[:_REASON_MAX]
         catalog.append(partial(journal.quarantine, attempt=live.id, reason=reason))
     elif verdict.good and verdict.whole:
         if not live.restorable:
@@ -107,87 +97,119 @@ def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
         catalog.append(partial(journal.trusted, attempt=live.id, trust="verified"))
 
 
-def _read_files(
-    check: Callable[[LiveStep, FileEntry], object],
-    live: LiveStep,
-    files: list[FileEntry],
-    verdict: Verdict,
-    on_bytes: OnBytes,
-) -> None:
-    def read(entry: FileEntry) -> OrchestratorError | None:
+class _ReadBack:
+    """One attempt being read back. What is found is collected, not raised: each method goes as far as it can."""
+
+    def __init__(self, catalog: Catalog, live: LiveStep, on_bytes: OnBytes) -> None:
+        self._catalog, self._live, self._on_bytes = catalog, live, on_bytes
+        self._stored = StoredStep(catalog, live)
+        self._damaged: list[str] = []
+        self._unread: list[str] = []
+        self._retired = ""
+        self._files = self._chunks = 0
+
+    @property
+    def is_good(self) -> bool:
+        """So far."""
+        return not self._damaged and not self._unread and not self._retired
+
+    @property
+    def is_retired(self) -> bool:
+        return bool(self._retired)
+
+    def verdict(self, whole: bool) -> Verdict:
+        damaged, unread = tuple(self._damaged), tuple(self._unread)
+        return Verdict(damaged, unread, self._retired, files=self._files, chunks=self._chunks, whole=whole)
+
+    def manifest(self, *, with_sizes: bool) -> Manifest | None:
+        """None if it cannot be used. `with_sizes`: every file of it must be there, in its size."""
         try:
-            check(live, entry)
+            manifest = self._stored.listed
+            if with_sizes:
+                self._catalog.check_sizes(self._live, manifest)
         except OrchestratorError as error:
-            return error
-        on_bytes(entry.bytes)
-        return None
+            self._collect(error)
+            return None
+        return manifest
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
-        for error in pool.map(read, files):
-            if error:
-                verdict.note(error)
-    verdict.files = len(files)
+    def files(self, check: Callable[[LiveStep, FileEntry], object], entries: Sequence[FileEntry]) -> None:
+        """Have `check` compare each file with its entry of the manifest, some of them at a time."""
+
+        def read(entry: FileEntry) -> OrchestratorError | None:
+            try:
+                check(self._live, entry)
+            except OrchestratorError as error:
+                return error
+            self._on_bytes(entry.bytes)
+            return None
+
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
+            for error in pool.map(read, entries):
+                if error:
+                    self._collect(error)
+        self._files = len(entries)
+
+    def records(self, manifest: Manifest, *, decode: bool) -> dict[str, int]:
+        """Read what every record holds: a checksum that is right proves nothing about what is in it. And the tree must
+        have the arrays that the manifest has chunks of, so that a restore reads what is checked here. `decode`: arrays
+        whose chunks only their own metadata describes (compressed, external) are read whole. Returns the size of each
+        chunk that the tree describes."""
+        try:
+            self._catalog.extra(self._live, manifest)
+            for name in (entry.path for entry in manifest.files):
+                if name.startswith((layout.RECEIPTS, layout.PROCESS)):
+                    process = layout.process_of(name)
+                if name.startswith(layout.RECEIPTS):
+                    self._catalog.receipt(self._live.id, process)
+            leaves = self._catalog.intent(self._live, manifest).tree.leaves
+            for leaf in leaves if decode else ():
+                if leaf.in_store and leaf.chunk is None:
+                    self._stored.load([ReadRequest(leaf)])
+        except OrchestratorError as error:
+            self._collect(error)
+            return {}
+        sizes = chunk_index.sizes(leaves)
+        missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
+        if missing:
+            where = f"{self._catalog.url}/{self._live.id.manifest_key}"
+            self._damaged.append(f"{where}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
+        return sizes
+
+    def chunks(self, manifest: Manifest, sizes: Mapping[str, int | None]) -> None:
+        """Compare these chunks, of these sizes where they are known, with the manifest."""
+        try:
+            bad = self._stored.bad_chunks(sizes, self._on_bytes)
+        except OrchestratorError as error:
+            self._collect(error)
+            return
+        self._chunks = len(sizes)
+        labels = self._labels(manifest, bad.keys()) if bad else {}
+        self._damaged += [f"{labels.get(key, key)}: {problem}" for key, problem in bad.items()]
+
+    def _labels(self, manifest: Manifest, keys: Set[str]) -> dict[str, str]:
+        """For people: which region of which array a chunk is, and who wrote it, as far as the records can be read."""
+        writers: dict[str, str] = {}
+        regions: dict[str, str] = {}
+        try:
+            for process in range(manifest.process_count):
+                found = self._catalog.receipt(self._live.id, process)
+                for key in keys & ({*found[0].places, *found[0].small} if found else set()):
+                    writers[key] = f" of process {process} ({manifest.hosts[process]})"
+            for leaf in self._catalog.intent(self._live, manifest).tree.leaves:
+                regions |= _regions(leaf, keys)
+        except OrchestratorError:
+            pass  # the damage that keeps us from reading them is among the findings already
+        return {key: regions.get(key, key) + writers.get(key, "") for key in keys}
+
+    def _collect(self, error: OrchestratorError) -> None:
+        if isinstance(error, StepRetired):
+            self._retired = str(error)
+        else:
+            (self._damaged if isinstance(error, Damaged) else self._unread).append(str(error))
 
 
-def _read_records(stored: StoredStep, manifest: Manifest, verdict: Verdict, *, decode: bool) -> dict[str, int]:
-    """Read what every record holds: a checksum that is right says nothing about what is in it. And the tree must have
-    the arrays that the manifest has chunks of, so that a restore reads what is checked here. `decode`: so are arrays
-    whose chunks only their own metadata describes (compressed, external). Returns the size of each chunk that the tree
-    describes."""
-    catalog, live = stored.catalog, stored.live
-    names = [entry.path for entry in manifest.files]
-    try:
-        catalog.extra(live, manifest)
-        for name in names:
-            if name.startswith((layout.RECEIPTS, layout.PROCESS)):
-                process = layout.process_of(name)
-            if name.startswith(layout.RECEIPTS):
-                catalog.receipt(live.id, process)
-        leaves = catalog.intent(live, manifest).tree.leaves
-        for leaf in leaves if decode else ():
-            if leaf.in_store and leaf.chunk is None:  # whole, as a chunk of it may be all of it
-                stored.load([ReadRequest(leaf)])
-    except OrchestratorError as error:
-        verdict.note(error)
-        return {}
-    sizes = chunk_index.sizes(leaves)
-    missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
-    if missing:
-        key = live.id.manifest_key
-        verdict.damaged.append(f"{catalog.url}/{key}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
-    return sizes
-
-
-def _read_chunks(stored: StoredStep, sizes: dict[str, int | None], verdict: Verdict, on_bytes: OnBytes) -> None:
-    catalog, live = stored.catalog, stored.live
-    try:
-        manifest = stored.listed
-        bad = stored.bad_chunks(sizes, on_bytes)
-    except OrchestratorError as error:
-        verdict.note(error)
-        return
-    verdict.chunks = len(sizes)
-    where = _places(catalog, live, manifest, set(bad)) if bad else {}
-    verdict.damaged += [f"{where.get(key, key)}: {problem}" for key, problem in bad.items()]
-
-
-def _places(catalog: Catalog, live: LiveStep, manifest: Manifest, keys: set[str]) -> dict[str, str]:
-    """For people: which region of which array a chunk is, and who wrote it, as far as the records can still be read."""
-    writers: dict[str, str] = {}
-    regions: dict[str, str] = {}
-    try:
-        for process in range(manifest.process_count):
-            found = catalog.receipt(live.id, process)
-            for key in keys & ({*found[0].places, *found[0].small} if found else set()):
-                writers[key] = f" of process {process} ({manifest.hosts[process]})"
-        for leaf in catalog.intent(live, manifest).tree.leaves:
-            regions |= _regions(leaf, keys)
-    except OrchestratorError:
-        pass  # the damage that keeps us from reading them is on the list already
-    return {key: regions.get(key, key) + writers.get(key, "") for key in keys}
-
-
-def _regions(leaf: LeafSpec, keys: set[str]) -> dict[str, str]:
+def _regions(leaf: LeafSpec, keys: Set[str]) -> dict[str, str]:
+    """Of these chunks, those of one array: which region of it each is."""
     if not leaf.in_store or leaf.chunk is None:
         return {}
     whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import orchestrator as oc
 from orchestrator.arrays.reading import read
-from tests.arrays.test_arrays import DTYPES, every_pattern, same
+from tests.support.leaf_values import DTYPES, every_pattern, same
 from tests.support.platforms import accelerators
 from tests.support.runs import catalog_of, now
 
@@ -59,7 +59,7 @@ def chunks_of(root: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["to_accelerators", "to_cpus"])
-def test_what_is_saved_from_either_comes_back_on_the_other_with_the_same_chunks_and_fingerprints(
+def test_accelerators_and_cpus_restore_what_the_other_saved_with_the_same_chunks(
     root: Path, tmp_path: Path, there: bool
 ) -> None:
     source, target = (here(), ACCELERATORS) if there else (ACCELERATORS, here())

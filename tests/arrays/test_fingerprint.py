@@ -17,8 +17,8 @@ from orchestrator.arrays import fingerprint
 from orchestrator.errors import Damaged
 from orchestrator.rules import fingerprints
 from orchestrator.rules.records import LeafSpec, ShardFingerprint
-from tests.arrays.test_arrays import DTYPES, X64_DTYPES, every_pattern
 from tests.support.builders import box, intent, leaf, receipt
+from tests.support.leaf_values import DTYPES, X64_DTYPES, every_pattern
 
 MASK = 0xFFFFFFFF
 

@@ -16,8 +16,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, S
 import orchestrator as oc
 import orchestrator.compat as ocp
 from orchestrator.arrays.jax_context import in_own_context, own_context
-from tests.arrays.test_arrays import same
 from tests.support.ambient import AMBIENT, MESHES, mesh_of, settings_now
+from tests.support.leaf_values import same
 from tests.support.runs import now
 from tests.test_layout_rules import sources
 
@@ -65,7 +65,7 @@ STATES = {kind: every_leaf(kind) for kind in (AxisType.Auto, AxisType.Explicit)}
     [*((AxisType.Auto, one) for one in AMBIENT), *((AxisType.Explicit, one) for one in ("nothing", *MESHES))],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_every_leaf_is_saved_attested_and_restored_under_every_setting_and_the_setting_is_as_before(
+def test_every_leaf_comes_back_under_every_setting_which_is_as_before(
     root: Path, tmp_path: Path, kind: AxisType, setting: str
 ) -> None:
     state = STATES[kind]
@@ -193,7 +193,7 @@ def test_targets_over_abstract_meshes_are_restored_onto_the_mesh_that_is_set(roo
         (False, "odd", r"w: .*7"),
     ],
 )
-def test_a_sharding_that_cannot_be_had_is_a_mismatch_naming_the_leaf_before_anything_is_read(
+def test_a_sharding_that_cannot_be_had_is_a_mismatch_naming_the_leaf(
     root: Path, set_one: bool, sharding: str, says: str
 ) -> None:
     class Target:  # jax.ShapeDtypeStruct itself rejects some

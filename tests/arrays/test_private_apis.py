@@ -225,7 +225,7 @@ def test_what_waits_for_other_processes_at_exit_is_where_we_take_it_out() -> Non
     assert {"preemption_sync_manager", "client", "service", "process_id", "num_processes"} <= set(dir(state))
 
 
-def test_gloo_is_made_by_a_function_that_takes_an_address_and_is_looked_up_when_it_is_needed() -> None:
+def test_gloo_is_made_by_a_function_that_takes_an_address() -> None:
     """`tests/job/test_networks.py` sees it listen there."""
     assert "hostname: str | None" in str(_jax.make_gloo_tcp_collectives.__doc__)
     made = inspect.getsource(xla_bridge.make_cpu_client)
@@ -241,7 +241,7 @@ def test_multihost_utils_takes_what_we_give_it() -> None:
 # Device arrays out of host buffers.
 
 
-def test_one_call_makes_an_array_of_all_its_shards_without_a_copy_and_donating_it_writes_into_none() -> None:
+def test_one_call_makes_an_array_of_all_its_shards_without_a_copy() -> None:
     sharding = NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), PartitionSpec())
     raw = np.zeros(4096 + 64, np.uint8)
     first = -raw.ctypes.data % 64
@@ -271,7 +271,7 @@ def test_it_can_copy_instead_and_then_donating_the_array_reuses_its_memory() -> 
     assert [shard.data.unsafe_buffer_pointer() for shard in added.addressable_shards] == held
 
 
-def test_a_callback_on_buffers_that_writes_nothing_allocates_arrays_that_are_touched_by_nobody() -> None:
+def test_a_buffer_callback_allocates_arrays_that_nobody_touches() -> None:
     """`owned` reads chunks into them. Not private, but experimental: without it everything would be copied."""
     form = jax.ShapeDtypeStruct((64 << 20,), np.uint8)
     allocate = jax.jit(lambda: buffer_callback(lambda context, results: None, [form, form])())

@@ -17,8 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
 from orchestrator import arrays
-from orchestrator.job.restore import RestoreArgs
-from orchestrator.reader import read_step
+from orchestrator.job.read_step import ReadOptions, read_step
 from tests.support.processes import job
 from tests.support.runs import catalog_of, journal_of, kinds, now
 from tests.support.snapshots import snapshot
@@ -81,10 +80,10 @@ def test_an_axis_swapped_while_reading_is_caught_though_every_checksum_is_right(
     live = catalog.find(1)
     assert live is not None
     before = snapshot(root)
-    read_step(catalog, live, state, RestoreArgs(reader=swapped))  # what plain checksums let through
+    read_step(catalog, live, state, ReadOptions(reader=swapped))  # what plain checksums let through
     said = r"numpy: its fingerprint after restoring .* at the save it was .* the step is not damaged"
     with pytest.raises(oc.Unavailable, match=said):
-        read_step(catalog, live, state, RestoreArgs(reader=swapped, attest=True))
+        read_step(catalog, live, state, ReadOptions(reader=swapped, attest=True))
     assert snapshot(root) == before
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,22 @@ def test_every_environment_variable_that_is_read_is_explained() -> None:
     used = {found for source in sources for found in re.findall(r"\bORCHESTRATOR_[A-Z_]+\b", source.read_text())}
     text = (ROOT / "docs/operating.md").read_text()
     assert {variable for variable in used if f"`{variable}`" not in text} == set()
+
+
+def test_decisions_are_numbered_without_gaps_and_say_why() -> None:
+    pages = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
+    index = (ROOT / "docs/decisions/README.md").read_text()
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    for number, page in enumerate(pages, 1):
+        text = page.read_text()
+        assert text.startswith(f"# {number}. ") and f"({page.name})" in index, page.name
+        assert all(f"**{part}" in text for part in ("Context", "Decision", "Consequences")), page.name
+
+
+def test_the_version_is_the_changelogs_newest_and_the_readmes() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    assert f"Version {version}." in (ROOT / "README.md").read_text()
 
 
 def site_hooks() -> Any:

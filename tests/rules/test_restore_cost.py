@@ -21,8 +21,7 @@ from orchestrator.arrays.tree import flatten
 from orchestrator.cli.main import main
 from orchestrator.cli.plan import RestorePlan
 from orchestrator.errors import UsageError
-from orchestrator.job.restore import Reading, RestoreArgs
-from orchestrator.reader import read_step
+from orchestrator.job.read_step import ArrayReads, ReadOptions, read_step
 from orchestrator.rules import restore_cost
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.rules.restore_cost import FILES_BYTES, STORE_BYTES, Cost, Measured, Target
@@ -89,10 +88,10 @@ def test_bytes_and_requests_of_a_restore_are_foretold_exactly(run: Path, axes: d
     live = reader._catalog.find(5)
     assert live is not None
     tree = reader._catalog.intent(live, reader._catalog.manifest(live)).tree
-    reading = Reading()
-    restored = read_step(reader._catalog, live, like, RestoreArgs(), reading)
+    reads = ArrayReads()
+    restored = read_step(reader._catalog, live, like, ReadOptions(), reads)
     (cost,) = restore_cost.forecast(tree, Target(axes, 1)).costs
-    assert reading.read_bytes == cost.read_bytes
+    assert reads.read_bytes == cost.read_bytes
     targets = {"/".join(leaf.path): like["/".join(leaf.path)] for leaf in tree.leaves if leaf.in_store}
     loads = [
         ReadRequest(leaf, shardings_of([leaf.label], [targets["/".join(leaf.path)]], "")[0])

@@ -16,8 +16,8 @@ import pytest
 import orchestrator as oc
 from orchestrator import arrays
 from orchestrator.errors import Suspect
-from orchestrator.job.restore import RestoreArgs, restore_together
-from orchestrator.reader import Run, read_step
+from orchestrator.job.read_step import ReadOptions, read_step
+from orchestrator.reader import Run
 from orchestrator.rules import journal
 from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.records import FileEntry
@@ -185,11 +185,11 @@ def test_a_suspicion_against_a_whole_step_is_read_again_and_in_the_end_unavailab
     live = catalog.find(2)
     assert live is not None
     before = snapshot(root)
-    again = RestoreArgs(reader=Suspicious(SUSPICIONS[how], READS - 1))
+    again = ReadOptions(reader=Suspicious(SUSPICIONS[how], READS - 1))
     assert read_step(catalog, live, LIKE, again).state["count"] == 2
     for_good = Suspicious(SUSPICIONS[how], READS)
     with pytest.raises(oc.StorageError, match=r"w: |count: "):
-        read_step(catalog, live, LIKE, RestoreArgs(reader=for_good))
+        read_step(catalog, live, LIKE, ReadOptions(reader=for_good))
     assert (for_good.left, snapshot(root)) == (0, before)
 
 
@@ -200,75 +200,8 @@ def test_an_answer_that_was_waited_for_as_long_as_may_be_is_not_waited_for_again
     assert live is not None
     reader = Suspicious(oc.Unavailable("no answer within 120 s", waited=True), 2)
     with pytest.raises(oc.Unavailable, match="no answer within"):
-        read_step(catalog, live, LIKE, RestoreArgs(reader=reader))
+        read_step(catalog, live, LIKE, ReadOptions(reader=reader))
     assert reader.left == 1
-
-
-class OfTwo:
-    """The meeting of process 0 with a process 1 that says `theirs` wherever that one has read something."""
-
-    process, count = 0, 2
-
-    def __init__(self, theirs: Callable[[str, Any], Any]) -> None:
-        self.hosts = {0: "host-0", 1: "host-1"}
-        self.theirs = theirs
-        self.met: list[str] = []
-
-    def broadcast(self, name: str, value: Any, timeout_s: float) -> Any:
-        return value
-
-    def gather(self, name: str, value: Any, timeout_s: float) -> list[Any]:
-        self.met.append(name)
-        return [value, self.theirs(name, value)]
-
-    def preempted(self, step: int) -> bool:
-        return False
-
-    def post(self, key: str, value: str) -> None: ...
-
-    def forget(self, prefix: str) -> None: ...
-
-    def poll(self, prefix: str) -> dict[str, str]:
-        return {}
-
-
-def claims(kind: str, **more: Any) -> Callable[[str, Any], Any]:
-    """Process 1 says this of step 2, and of others what process 0 says."""
-    claim = {"kind": kind, "text": "w: chunk w/c/0 is wrong", "files": [], "chunks": ["w/c/0"], **more}
-    return lambda name, value: claim if name == "restore: step 2" else value
-
-
-def test_what_another_host_has_proof_of_is_quarantined_only_if_process_0_sees_it_too(root: Path) -> None:
-    fill(root, 1, 2)
-    catalog = catalog_of(root)
-    before = snapshot(root)
-    with pytest.raises(oc.Unavailable, match=r"process 1 \(host-1\): w: chunk .*; process 0 finds it as it was saved"):
-        restore_together(catalog, OfTwo(claims("Damaged")), LIKE, None, RestoreArgs(), 1.0)
-    assert snapshot(root) == before
-    file = max(root.glob("steps/00000002/*/state/**/d/*"), key=lambda path: path.stat().st_size)
-    file.write_bytes(flipped(file.read_bytes()))
-    restored = restore_together(catalog, OfTwo(claims("Damaged")), LIKE, None, RestoreArgs(), 1.0)
-    assert restored is not None and restored.step == 1
-    event = journal_of(root)[-2].event
-    assert (event.kind, event.step) == ("quarantined", 2)
-
-
-@pytest.mark.parametrize("kind", ["Unavailable", "StorageError", "OutcomeUnknown"])
-def test_what_another_host_cannot_read_stops_all_and_changes_nothing(root: Path, kind: str) -> None:
-    fill(root, 1, 2)
-    before = snapshot(root)
-    with pytest.raises(oc.Unavailable, match=r"step 2 .* cannot be read now, .* process 1 \(host-1\): w: "):
-        restore_together(catalog_of(root), OfTwo(claims(kind)), LIKE, None, RestoreArgs(), 1.0)
-    assert snapshot(root) == before
-
-
-@pytest.mark.parametrize("kind", ["NewerFormat", "Mismatch", "KeyError"])
-def test_what_no_other_step_would_mend_is_raised_on_all(root: Path, kind: str) -> None:
-    fill(root, 1, 2)
-    before = snapshot(root)
-    with pytest.raises(oc.OrchestratorError, match="w: chunk") as caught:
-        restore_together(catalog_of(root), OfTwo(claims(kind)), LIKE, None, RestoreArgs(), 1.0)
-    assert not isinstance(caught.value, oc.Damaged) and snapshot(root) == before
 
 
 def test_a_step_of_a_newer_format_is_not_damaged(root: Path) -> None:
@@ -362,7 +295,7 @@ def test_verify_says_that_a_step_was_retired_and_calls_nothing_damaged(root: Pat
     for path in sorted(root.glob("steps/00000001/*/state/**/d/*")):
         path.unlink()
     verdict = verify.read_back(catalog, live)
-    assert (verdict.damaged, verdict.unread, verdict.good) == ([], [], False) and "was retired" in verdict.retired
+    assert (verdict.damaged, verdict.unread, verdict.good) == ((), (), False) and "was retired" in verdict.retired
     before = snapshot(root)
     verify.record(catalog, live, verdict)
     assert snapshot(root) == before

@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from orchestrator.arrays.element_types import carrier, numpy_dtype
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.memory_kinds import in_default_memory
+from orchestrator.arrays.reading.dividing import Division, divide, is_shared, reads
 from orchestrator.arrays.reading.requests import Frame, ReadRequest
 from orchestrator.rules import zarr_chunks
-from orchestrator.rules.dividing import Division, divide, is_shared, reads
 
 GROUP_BYTES = 1 << 30  # of a device's memory for the arrays of a group: both forms are in it meanwhile
 _SMALL_BYTES = 1 << 20  # smaller arrays are read by all: an exchange would take longer

@@ -88,7 +88,7 @@ class ArrayWriter:
 
         When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
         checkpoint. Copies out of numpy arrays; CPU arrays are held, not copied (JAX does not reuse a donated buffer
-        that is held: tests/arrays/test_arrays.py). What is on accelerators is being copied
+        that is held: tests/arrays/writing/test_write.py). What is on accelerators is being copied
         (tests/arrays/test_accelerator.py).
         """
         limit = self._options.host_bytes_max

@@ -122,3 +122,19 @@ def test_another_saves_compressed_chunk_is_noticed_though_all_of_it_is_whole(roo
     with pytest.raises(oc.Damaged, match="belongs to another save"):
         oc.open_run(root).restore(step=2)
     assert oc.open_run(root).restore().step == 1
+
+
+def test_compressed_chunks_come_back_smaller_on_disk_and_damage_in_them_is_noticed(root: Path) -> None:
+    state = {"w": jnp.arange(1 << 18).reshape(512, 512) // 7, "n": np.zeros(5), "step": 3}
+    with oc.Agent(root, options=oc.Options(compression=True)) as agent:
+        agent.save(1, state)
+        restored = agent.restore(state)
+    assert restored is not None
+    assert (restored.state["w"] == state["w"]).all() and restored.state["step"] == 3
+    file = max(root.glob("steps/*/*/state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    assert file.stat().st_size < state["w"].nbytes // 3
+    body = bytearray(file.read_bytes())
+    body[len(body) // 2] ^= 1
+    file.write_bytes(body)
+    with pytest.raises(oc.Damaged, match="w: "):
+        oc.open_run(root).restore(state, step=1)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import orchestrator as oc
 from orchestrator.arrays.reading import owned_memory
-from tests.arrays.test_arrays import DTYPES, every_pattern, same
+from tests.support.leaf_values import DTYPES, every_pattern, same
 from tests.support.runs import now
 
 MIB = 1 << 20
@@ -67,9 +67,7 @@ def programs() -> int:
 
 
 @pytest.mark.parametrize("placed", SHARDINGS)
-def test_arrays_of_every_dtype_come_back_bit_for_bit_each_in_memory_of_its_own_that_a_step_reuses(
-    root: Path, way: str, placed: str
-) -> None:
+def test_restored_arrays_are_equal_and_a_donating_step_reuses_their_memory(root: Path, way: str, placed: str) -> None:
     sharding = SHARDINGS[placed]
     plain = {name: np.resize(every_pattern(name), (8, 48)) for name in DTYPES}
     state = {name: jax.device_put(value, sharding) for name, value in plain.items()}

@@ -48,7 +48,8 @@ if count > 1:
 import orchestrator as oc
 from orchestrator import arrays
 from orchestrator.arrays.reading import exchange
-from orchestrator.job.restore import RestoreArgs, restore_together
+from orchestrator.job.read_step import ReadOptions
+from orchestrator.job.restore import RestoreOptions, restore_together
 
 SHAPE = (16, 8)
 
@@ -168,8 +169,9 @@ try:
         if args.get("differ") and index == 1:
             target["heavy"] = jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=shardings["bias"])
         if args.get("swap"):
-            wrong = RestoreArgs(attest=True, strict=True, reader=swapped, load_once=bool(args.get("once")))
-            restored = restore_together(agent._catalog, agent._rendezvous, target, None, wrong, 30)
+            read = ReadOptions(attest=True, reader=swapped)
+            wrong = RestoreOptions(30, strict=True, load_once=bool(args.get("once")), read=read)
+            restored = restore_together(agent._catalog, agent._rendezvous, target, wrong)
         else:
             restored = None if "odd" in args else agent.restore(like=target)
         start = 0

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from orchestrator.arrays.reading.dividing import Division, divide, is_shared, reads
 from orchestrator.rules import zarr_chunks
-from orchestrator.rules.dividing import Division, divide, is_shared, reads
 from orchestrator.rules.records import Box
 
 GRIDS = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)

@@ -1,0 +1,215 @@
+"""One committed step as the tree that a caller asks for, read by this process: choose, match, read, check.
+
+Knows nothing of other processes: `orchestrator.reader` needs no more than this, and `restore` does it on every process
+of a job. It is here, and not in `run/` or `arrays/`, because it joins the two: a step's records and its arrays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from orchestrator import arrays, failpoints, gc_pause
+from orchestrator.arrays import ReadRequest
+from orchestrator.arrays.tree import targets
+from orchestrator.job.restore_check import Proof, prove
+from orchestrator.rules import keys, matching
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
+from orchestrator.run.journal_store import Catalog
+from orchestrator.run.stored_step import StoredStep
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
+
+DamagedSteps = Mapping[AttemptId, str]  # attempts that are proven to be damaged -> how
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restored step. `state`: the target's tree. `extra`: the user's JSON with `timestamp` (seconds since the epoch)
+    added. `process_states`: what each saving process gave, by its index then."""
+
+    step: int
+    state: Any
+    extra: dict[str, Json]
+    metrics: dict[str, float]
+    process_states: dict[int, bytes]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a step is read into a target. partial: the target may leave out saved leaves. cast: dtypes are converted to
+    the target's. attest: compare fingerprints with the saved ones, where there are any. share: (process, count) of
+    those that restore together, and share the checking of files whose chunks carry no checksum. reader: what reads
+    arrays, as `arrays.load` does."""
+
+    partial: bool = False
+    cast: bool = False
+    attest: bool = False
+    share: tuple[int, int] = (0, 1)
+    reader: Callable[..., list[Any]] = arrays.load
+
+
+@dataclass
+class ArrayReads:
+    """Reads arrays by `reader`, and counts what that has cost this process so far. `on_bytes`: called with the bytes of
+    each read, from the thread that has read them."""
+
+    reader: Callable[..., list[Any]] = arrays.load
+    on_bytes: Callable[[int], None] = lambda read_bytes: None
+    read_bytes: int = 0
+    array_s: float = 0.0
+
+    def load(self, stored: StoredStep, requests: list[ReadRequest]) -> list[Any]:
+        """As `StoredStep.load`."""
+        started = time.monotonic()
+        values = stored.load(requests, self._count, self.reader)
+        self.array_s += time.monotonic() - started
+        return values
+
+    def _count(self, read_bytes: int) -> None:
+        self.read_bytes += read_bytes
+        self.on_bytes(read_bytes)
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """A step and a target that fit each other: what is to be read (`requests`), and how it becomes the target's tree.
+    Between `begin` and `finish` whoever holds the plan reads `requests`, in order."""
+
+    stored: StoredStep
+    requests: list[ReadRequest]
+    build: Callable[[list[Any]], Any]
+    fingerprints: Mapping[str, str]  # of the save, to be compared with
+    share: tuple[int, int]
+
+    def begin(self) -> Begun[dict[int, bytes]]:
+        """What comes before the arrays; the process states are read beside them."""
+        failpoints.hit("restore.read")
+        stored = self.stored
+        if any(one.leaf.external for one in self.requests):  # their chunks have no checksum in the manifest
+            stored.catalog.check_files(stored.live, stored.manifest, keys.STATE, self.share)
+        return overlap.begin(partial(stored.catalog.process_states, stored.live, stored.manifest))
+
+    def finish(self, values: list[Any], process_states: Begun[dict[int, bytes]]) -> tuple[Restored, Proof]:
+        """The restored step, and what this process can say of the fingerprints of its arrays."""
+        state = self.build(values)
+        restored = [
+            (load.leaf, value)
+            for load, value in zip(self.requests, values, strict=True)
+            if _is_comparable(load, self.fingerprints)
+        ]
+        proof = prove(restored, self.fingerprints)
+        extra = self.stored.extra
+        return (
+            Restored(
+                step=self.stored.live.step,
+                state=state,
+                extra={**extra.extra, "timestamp": extra.timestamp},
+                metrics=extra.metrics,
+                process_states=process_states.result(),
+            ),
+            proof,
+        )
+
+
+def match_target(stored: StoredStep, like: Any, options: ReadOptions) -> ReadPlan:
+    """Match the step and `like`, a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None
+    gives nested dicts of numpy arrays. Reads records and no array. Raises Mismatch, and what StoredStep raises."""
+    stored.begin()
+    saved = stored.intent.tree
+    fingerprints = stored.manifest.fingerprints if options.attest else {}
+    if like is None:
+        requests = [ReadRequest(leaf) for leaf in saved.leaves]
+        return ReadPlan(stored, requests, partial(_nested, saved.leaves), fingerprints, options.share)
+    with gc_pause.paused():
+        expected, leaves, treedef = targets(like)
+        chosen = matching.match(saved, expected, partial=options.partial, cast=options.cast, where=stored.where)
+        shardings = arrays.shardings_of([leaf.label for leaf in expected], leaves, stored.where)
+        matched = list(zip(chosen, leaves, shardings, strict=True))
+        requests = [_request(leaf, target, sharding, options) for leaf, target, sharding in matched if leaf is not None]
+
+    def build(values: list[Any]) -> Any:
+        loaded = iter(values)
+        fitted = [
+            target if leaf is None else _as_target(leaf, target, sharding, next(loaded))
+            for leaf, target, sharding in matched
+        ]
+        return jax.tree_util.tree_unflatten(treedef, fitted)
+
+    return ReadPlan(stored, requests, build, fingerprints, options.share)
+
+
+def read_step(
+    catalog: Catalog, live: LiveStep, like: Any, options: ReadOptions, reads: ArrayReads | None = None
+) -> Restored:
+    """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings: see `match_target`.
+
+    Raises Mismatch before any array is read, Damaged, StepRetired, Unavailable.
+    """
+    stored = StoredStep(catalog, live)
+    plan = match_target(stored, like, options)
+    process_states = plan.begin()
+    values = (reads or ArrayReads(options.reader)).load(stored, plan.requests)
+    restored, proof = plan.finish(values, process_states)
+    if proof.wrong_here:
+        names = [name for name, _ in proof.wrong_here]
+        stored.judge_fingerprints(names, "; ".join(line for _, line in proof.wrong_here[:5]))
+    return restored
+
+
+def candidates(head: Head, damaged: DamagedSteps) -> list[LiveStep]:
+    """The steps to choose from, oldest first: restorable ones that are not among the `damaged`."""
+    return [live for live in head.live if live.restorable and live.id not in damaged]
+
+
+def listed(damaged: DamagedSteps) -> str:
+    """A line for each step that is damaged."""
+    return "".join(f"\n  step {attempt.step}: {reason}" for attempt, reason in damaged.items())
+
+
+# From values that were read to leaves of the target.
+
+
+def _is_comparable(load: ReadRequest, fingerprints: Mapping[str, str]) -> bool:
+    """Whether a leaf has a saved fingerprint, and still the bits that it is of: a cast one has not."""
+    return load.leaf.name in fingerprints and (load.dtype is None or str(load.dtype) == load.leaf.dtype)
+
+
+_NUMBERS = (int, float, complex)
+
+
+def _request(leaf: LeafSpec, target: Any, sharding: Any, options: ReadOptions) -> ReadRequest:
+    if not leaf.kind_stored or isinstance(target, _NUMBERS):
+        return ReadRequest(leaf)
+    dtype = target.dtype if options.cast and leaf.kind != "key" else None
+    return ReadRequest(leaf, sharding, dtype)
+
+
+def _as_target(leaf: LeafSpec, target: Any, sharding: Any, value: Any) -> Any:
+    """A value as the target has it: empty containers are the target's own (an optax EmptyState stays one), a Python
+    number and an array without dimensions stand for each other."""
+    if leaf.kind in ("none", "empty"):
+        return target
+    if leaf.kind_stored:
+        return type(target)(value) if isinstance(target, _NUMBERS) else value
+    return arrays.as_array(leaf, value, target.dtype, sharding) if leaf.number and hasattr(target, "dtype") else value
+
+
+def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:
+    """Nested dicts by the leaves' paths; the value itself where the root is the only leaf."""
+    if len(leaves) == 1 and not leaves[0].path:
+        return values[0]
+    root: dict[str, Any] = {}
+    for leaf, value in zip(leaves, values, strict=True):
+        *above, last = leaf.path
+        node = root
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return root

@@ -1,0 +1,182 @@
+"""What the processes of a job send one another during a restore: each round with its name and the type of its messages,
+and what follows from the answers. Decides only; `restore` does the sending and what was decided.
+
+A step is tried in rounds of its own: `fits` once each has matched it with its target, `outcome` once each has read it.
+Before an exchange of arrays (`load_once`) all meet in the `outcome` round, too, so that nobody begins an exchange that
+another process will not join.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+import msgspec
+
+from orchestrator.errors import Damaged, OutcomeUnknown, StepRetired, StorageError, Unavailable, UnsafeKey
+from orchestrator.job.rounds import Round
+
+Value = TypeVar("Value")
+Other = TypeVar("Other")
+
+
+# Messages.
+
+
+class Chosen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The step to restore. head: the journal's newest entry as process 0 has read it, as a record, cut to what a
+    restore looks at."""
+
+    step: int
+    head: str
+
+
+class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="done"):
+    """This process has matched, or read, the step."""
+
+
+class Exchange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="exchange"):
+    """This process has read its part of some arrays, and is about to exchange it. arrays: a fingerprint of which."""
+
+    arrays: str
+
+
+class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="failure"):
+    """This process cannot read the step. kind: of the error. files, chunks: as of Damaged."""
+
+    kind: str
+    text: str
+    files: tuple[str, ...] = ()
+    chunks: tuple[str, ...] = ()
+
+
+Report: TypeAlias = Done | Exchange | Failure
+
+
+class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Fingerprints of what a process has restored. by_replica: of the arrays that it holds with others, one number for
+    each replica. wrong: (leaf, line) of those that it holds whole, and that are not what was saved."""
+
+    by_replica: dict[int, str]
+    wrong: tuple[tuple[str, str], ...] = ()
+
+
+# Rounds.
+
+CHOICE: Round[Chosen | None] = Round("restore: which step", Chosen | None)
+QUARANTINE: Round[None] = Round("restore: quarantine", None)
+
+
+def fits(step: int) -> Round[Report]:
+    return Round(f"restore: step {step} fits", Report)
+
+
+def outcome(step: int) -> Round[Report]:
+    return Round(f"restore: step {step}", Report)
+
+
+def fingerprints(step: int) -> Round[Sums]:
+    return Round(f"restore: step {step} fingerprints", Sums)
+
+
+def all_fingerprints(step: int) -> Round[dict[int, dict[str, str]]]:
+    """Of each replica, each leaf's: only where the sums do not add up."""
+    return Round(f"restore: step {step} all fingerprints", dict[int, dict[str, str]])
+
+
+def stored_fingerprints(step: int) -> Round[str]:
+    """Process 0: in what way what is stored is not what was saved."""
+    return Round(f"restore: step {step} stored fingerprints", str)
+
+
+def damage(step: int) -> Round[bool]:
+    """Process 0: whether it sees the damage, too."""
+    return Round(f"restore: step {step} damage", bool)
+
+
+# What one process has made of a step.
+
+
+@dataclass(frozen=True)
+class Read(Generic[Value]):
+    """This process has read it."""
+
+    value: Value
+
+
+@dataclass(frozen=True)
+class Failed:
+    """This process could not, and the others do not know yet."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class PeersFailed:
+    """Not all processes came to the same exchange: these are the answers of the round in which all have met."""
+
+    reports: Sequence[Report]
+
+
+Outcome: TypeAlias = Read[Value] | Failed | PeersFailed
+
+
+def attempt(read: Callable[[], Value]) -> Read[Value] | Failed:
+    """What `read` returns or raises, as a value: the other processes must know of it before it is raised here."""
+    try:
+        return Read(read())
+    except Exception as error:
+        return Failed(error)
+
+
+def report(done: Read[Value] | Failed) -> Report:
+    if isinstance(done, Read):
+        return Done()
+    error = done.error
+    files, chunks = (error.files, error.chunks) if isinstance(error, Damaged) else ((), ())
+    return Failure(type(error).__name__, str(error), files, chunks)
+
+
+# What follows from the reports of all.
+
+
+class Finding(enum.Enum):
+    """The same on all processes. FAULT: what another step would not help against, as a target that does not fit."""
+
+    DONE = enum.auto()
+    OTHER_ARRAYS = enum.auto()
+    FAULT = enum.auto()
+    RETIRED = enum.auto()
+    UNREADABLE = enum.auto()
+    DAMAGED = enum.auto()
+
+
+# Named, as they come from other processes. A newer format is none: this version cannot judge it.
+_FINDINGS = {
+    **dict.fromkeys((kind.__name__ for kind in (Damaged, UnsafeKey)), Finding.DAMAGED),
+    **dict.fromkeys((kind.__name__ for kind in (StorageError, Unavailable, OutcomeUnknown)), Finding.UNREADABLE),
+    StepRetired.__name__: Finding.RETIRED,
+}
+
+
+def finding(report: Report) -> Finding:
+    """Of one report alone."""
+    match report:
+        case Done():
+            return Finding.DONE
+        case Exchange():
+            return Finding.OTHER_ARRAYS
+        case Failure(kind=kind):
+            return _FINDINGS.get(kind, Finding.FAULT)
+
+
+def judge(reports: Sequence[Report]) -> tuple[Finding, int]:
+    """What comes first of what the processes have reported, and the first process that has reported it. Nothing is
+    damaged as long as a process has not been able to read it; nothing is unreadable that retention has deleted."""
+    findings = [finding(report) for report in reports]
+    for first in (Finding.FAULT, Finding.RETIRED, Finding.UNREADABLE, Finding.DAMAGED, Finding.OTHER_ARRAYS):
+        if first in findings:
+            return first, findings.index(first)
+    return Finding.DONE, 0
