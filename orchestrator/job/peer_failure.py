@@ -37,6 +37,7 @@ from typing import Any, NoReturn, Protocol
 from orchestrator.errors import EXIT_FAILED, EXIT_PREEMPTED, OrchestratorError
 from orchestrator.job.exit_codes import describe, exit_code
 from orchestrator.job.failure_board import Board, FailureBoard, ProcessFailure
+from orchestrator.job.poll import Pause, poll
 from orchestrator.texts import printable
 
 POLL_S = 0.5  # from one poll of the board to the next, in jobs of up to 500 processes
@@ -45,6 +46,8 @@ TOGETHER_S = 5.0  # for the others to reach their end, too, before JAX's barrier
 BARRIER_S = 300.0  # JAX's own patience at exit
 LINGER_S = 15.0  # of process 0 for the others' ends: JAX aborts whoever loses the board's service
 GRACE_S = 30.0  # Options.failure_grace_s's default: for a save in flight, and for the program's exit handlers
+_PAUSE = Pause(0.01, POLL_S, growth=0.5)
+_STEADY = Pause(0.05, 0.05)
 
 
 class SavingAgent(Protocol):
@@ -217,20 +220,25 @@ class _Job:
     def _others_leave(self, failure: ProcessFailure | None) -> bool:
         """Wait until the program of every other process has ended as well. False once it is known that one's will not,
         as it has failed. True, too, if they take longer than JAX would wait: that is for JAX to decide."""
-        started, pause_s = time.monotonic(), 0.01
-        until = started + (TOGETHER_S if failure else BARRIER_S)
-        while time.monotonic() < until:
-            missing = self.board.others - self.board.leaving()
-            if not missing:
+        if not failure:
+            found = poll(self._left_or_failed, BARRIER_S, lambda: True, pause=_PAUSE)
+            if not isinstance(found, ProcessFailure):
                 return True
-            if not failure and (failure := self.board.first_failure()):
-                until = time.monotonic() + TOGETHER_S
-                self._show(failure, leaves=True)
-            if failure and missing <= self.board.gone():
-                return False
-            time.sleep(pause_s)
-            pause_s = min(POLL_S, 1.5 * pause_s)
-        return failure is None
+            self._show(found, leaves=True)
+        return poll(self._left_or_gone, TOGETHER_S, lambda: False, pause=_PAUSE)
+
+    def _left_or_failed(self) -> bool | ProcessFailure | None:
+        return self.board.first_failure() if self._missing() else True
+
+    def _left_or_gone(self) -> bool | None:
+        missing = self._missing()
+        if not missing:
+            return True
+        return False if missing <= self.board.gone() else None
+
+    def _missing(self) -> frozenset[int]:
+        """The other processes whose programs have not ended."""
+        return self.board.others - self.board.leaving()
 
     def _end(self, failure: ProcessFailure) -> NoReturn:
         """End this process as `failure` says, on any thread: run what the program wants to be run at exit, wait for
@@ -255,13 +263,14 @@ class _Job:
         if self.board.process != 0:
             return
         started = time.monotonic()
-        while (waited_s := time.monotonic() - started) < LINGER_S:
+
+        def gone() -> bool | None:
             others = self.board.others
-            if waited_s > FIRST_S:
+            if time.monotonic() - started > FIRST_S:
                 others &= self.board.ending()
-            if others <= self.board.gone():
-                break
-            time.sleep(0.05)
+            return others <= self.board.gone() or None
+
+        poll(gone, LINGER_S, lambda: False, pause=_STEADY)
         time.sleep(1.0 if natural else 0.5)  # from a process's last sign to its end
 
     # Another process fails.
@@ -285,18 +294,17 @@ class _Job:
     def _follow(self, first: ProcessFailure) -> None:
         """Another process has failed: end this one, once it has finished what it is saving."""
         self._show(first)
-        until = time.monotonic() + (self.grace_s or 0.0)
-        while any(agent.in_flight is not None for agent in list(self.agents)) and time.monotonic() < until:
-            time.sleep(0.05)
+        poll(self._saved, self.grace_s or 0.0, lambda: False, pause=_STEADY)
         if first.process:  # it ends first; a collective that has lost a process may then raise, and all ends by itself
-            until = time.monotonic() + FIRST_S
-            while first.process not in self.board.gone() and time.monotonic() < until:
-                time.sleep(0.05)
+            poll(lambda: first.process in self.board.gone() or None, FIRST_S, lambda: False, pause=_STEADY)
             self._at_exit.wait(FIRST_S / 2)
         if self._at_exit.is_set() or self.failure:
             self._hurry(self.failure or first)
         else:
             self._end(replace(first, signum=0))
+
+    def _saved(self) -> bool | None:
+        return None if any(agent.in_flight is not None for agent in list(self.agents)) else True
 
     def _show(self, first: ProcessFailure, *, leaves: bool = False) -> None:
         if self._shown:

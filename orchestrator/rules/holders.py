@@ -26,6 +26,7 @@ import msgspec
 
 from orchestrator.errors import UsageError
 from orchestrator.rules import chunk_index, zarr_chunks
+from orchestrator.rules.boxes import whole_box
 from orchestrator.rules.dtypes import ITEM_BYTES
 from orchestrator.rules.records import Box, Held, Intent, LeafSpec, Receipt, crc32c
 
@@ -115,12 +116,19 @@ def check(intent: Intent) -> None:
     """Whether an intent's `held` may be used. Raises ValueError."""
     if not intent.held:
         return
-    if sum(run.leaves for run in intent.held) != len(intent.tree.leaves) or any(run.leaves < 1 for run in intent.held):
+    check_runs(intent.held, intent.process_count)
+    if sum(run.leaves for run in intent.held) != len(intent.tree.leaves):
         raise ValueError(f"held: not as many leaves as the tree's {len(intent.tree.leaves)}")
-    for run in intent.held:
+
+
+def check_runs(held: Sequence[Held], process_count: int) -> None:
+    """Whether an account makes sense, of however many leaves it is. Raises ValueError."""
+    for run in held:
+        if run.leaves < 1:
+            raise ValueError(f"held: a run of {run.leaves} leaves, expected one or more")
         bounds = [bound for pair in run.by or () for bound in pair]
-        if bounds != sorted(set(bounds)) or not all(0 <= bound <= intent.process_count for bound in bounds):
-            raise ValueError(f"held: {run.by!r:.100}, expected ranges of {intent.process_count} processes")
+        if bounds != sorted(set(bounds)) or not all(0 <= bound <= process_count for bound in bounds):
+            raise ValueError(f"held: {run.by!r:.100}, expected ranges of {process_count} processes")
         if any(size < 1 for size in run.chunk or ()):
             raise ValueError(f"held: chunks of {run.chunk!r:.100}")
 
@@ -175,7 +183,7 @@ def _cut(
         chunk and len(chunk) == len(stored) and not any(size % part for size, part in zip(stored, chunk, strict=True))
     )
     used = chunk if chunk and given else usual_chunk(stored, stored_dtype or dtype)
-    boxes = tuple(zarr_chunks.cut(Box(start=(0,) * len(stored), stop=stored), used))
+    boxes = tuple(zarr_chunks.cut(whole_box(stored), used))
     chunk_bytes = math.prod(used) * ITEM_BYTES[stored_dtype or dtype]
     return Cut(f"{dtype}{shape}".encode(), chunk_bytes, boxes, tuple(zarr_chunks.suffix(box, used) for box in boxes))
 

@@ -1,139 +1,113 @@
-"""A save as the other processes decide it; and nothing reported or deleted because of an entry that could vanish."""
+"""One save on one process other than 0: what it votes, what it waits for, and how it ends."""
 
 from __future__ import annotations
 
-import json
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
+import pytest
 
 import orchestrator as oc
+from orchestrator import errors
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.arrays.tree import flatten
-from orchestrator.job.coordinator import UserData, signal_prefix
-from orchestrator.job.participant import Saver
-from orchestrator.job.rendezvous import _Alone, connect
+from orchestrator.errors import SaveFailed
+from orchestrator.job.finalize import UserData
+from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
+from orchestrator.job.participant import Participants
+from orchestrator.job.rendezvous import SingleProcess
+from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.observe import events
-from orchestrator.observe.events import SavePhase
+from orchestrator.observe.events import SaveNotCommitted, SavePhase
 from orchestrator.options import Options
-from orchestrator.policy import last
 from orchestrator.rules import journal, keys
-from orchestrator.rules.attempt import Phase
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.codec import decode
-from orchestrator.rules.records import Receipt
-from orchestrator.run.deletion import collect
+from orchestrator.rules.records import Cause, Failure
 from orchestrator.run.journal_store import Catalog
-from orchestrator.storage import PosixStorage
-from tests.support.builders import FIRST, live
-from tests.support.fakes import HookedStorage
+from orchestrator.storage import PosixStorage, Storage
+from tests.support.builders import FIRST
+from tests.support.fakes import FakeBoard, HookedStorage
 from tests.support.runs import now
 
 
-def a_run(root: Path) -> Catalog:
-    """Step 1 committed and retired, step 2 committed; step 1's data is there."""
-    catalog = Catalog(PosixStorage(str(root)), "test")
-    catalog.append(journal.open_epoch)
-    for step in (1, 2):
-        catalog.storage.create(AttemptId(step, FIRST).prefix + keys.MANIFEST, b"{}")
-        entry = live(step)
-        catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
-    return catalog
+def participants(storage: Storage, board: FakeBoard, **options: Any) -> Participants:
+    """Process 1 of two, in epoch 1."""
+    writer, signals = ArrayWriter(ArrayOptions(), 1), Signals(board, "i")
+    return Participants(Catalog(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
 
 
-def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_path: Path) -> None:
-    storage = HookedStorage(a_run(tmp_path).storage)
-    assert collect(Catalog(storage, "gc")).files == 1
-    operations = [call for call in storage.calls if call[0] in ("make_durable", "delete")]
-    assert operations[0] == ("make_durable", keys.journal_key(2))
-    assert [operation for operation, _ in operations[1:]] == ["delete"]
-
-
-def test_a_dry_run_of_a_collector_needs_no_right_to_write(tmp_path: Path) -> None:
-    storage = HookedStorage(a_run(tmp_path).storage)
-    assert collect(Catalog(storage, "gc"), dry_run=True).files == 1
-    assert {operation for operation, _ in storage.calls} <= {"get", "list"}
-
-
-def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is_durable(tmp_path: Path) -> None:
-    storage = HookedStorage(a_run(tmp_path).storage)
-    unused = cast(Any, None)
-    worker = Saver(
-        Catalog(storage, "w"),
-        unused,
-        connect(1.0),
-        None,
-        Options(),
-        epoch=1,
-        run="",
-        attest=False,
-        committed=lambda: None,
-    )
-    save = worker.begin(2, UserData({}, {}, 0.0), None)
-    assert worker._await_decision(save) == (Phase.COMMITTED, "")  # no signal comes: from storage
-    assert ("make_durable", keys.journal_key(2)) in storage.calls
-
-
-def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
-    catalog, rendezvous = Catalog(PosixStorage(str(tmp_path)), "w"), connect(1.0)
-    writer = ArrayWriter(ArrayOptions(), process=0)
-    worker = Saver(catalog, writer, rendezvous, None, Options(), epoch=1, run="r", attest=False, committed=lambda: None)
-    save = worker.begin(1, UserData({}, {}, 0.0), None)
-    prefix = signal_prefix("r", save.id)
-    rendezvous.post(f"{prefix}receipt/1", '{"failure": "disk full"}')
-    rendezvous.post(f"{prefix}decision/0", json.dumps({"phase": "ABORTED", "reason": "process 1 said no"}))
-    worker.start(save, flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)}))
-    assert save.thread is not None
-    save.thread.join(20)
-    assert "process 1 said no" in str(save.error)
-    assert set(rendezvous.poll(f"{prefix}receipt/")) == {"1"}
-    assert catalog.receipt(save.id, 0) is None
-
-
-def test_a_process_that_saves_another_step_than_process_0_says_so_to_both_attempts_and_waits_no_longer(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("outcome", "error", "cause"),
+    [
+        (Committed(), None, None),
+        (Aborted("process 0 voted to abort", Cause.REJECTED), SaveFailed, Cause.REJECTED),
+        (Aborted("no receipt from processes [2]", Cause.SILENT), SaveFailed, Cause.SILENT),
+        (Fenced("fenced by epoch 2 (w)"), errors.Fenced, Cause.FENCED),
+    ],
+)
+def test_a_save_ends_as_process_0_decides(
+    outcome: Outcome, error: type[Exception] | None, cause: Cause | None, tmp_path: Path
 ) -> None:
-    rendezvous = connect(1.0)
-    storage = PosixStorage(str(tmp_path))
-    unused = cast(Any, None)
-    worker = Saver(
-        Catalog(storage, "w"),
-        unused,
-        rendezvous,
-        None,
-        Options(save_timeout_s=3),
-        epoch=1,
-        run="r",
-        attest=False,
-        committed=lambda: None,
-    )
+    board, seen = FakeBoard(1, 2), list[events.Event]()
+    save = participants(PosixStorage(str(tmp_path)), board).begin(1, UserData({}, {}, 0.0), None)
+    signals = Signals(board, "i")
+    signals.post_decision(save.id, outcome)
+    stop = events.subscribe(seen.append)
+    try:
+        save.start(flatten({"w": jnp.zeros(8)}))
+        save.join(20)
+    finally:
+        stop()
+    assert save.outcome == outcome and signals.votes(save.id) == {1: None}
+    if error is None:
+        assert save.error is None and save.durable_s > 0
+        assert seen[-1] == events.Committed(1, save.id.name, save.durable_s, 0)
+    else:
+        assert type(save.error) is error and outcome.reason in str(save.error)  # type: ignore[union-attr]
+        assert seen[-1] == events.SaveNotCommitted(1, save.id.name, str(save.error), cause)
+
+
+def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
+    board, storage = FakeBoard(1, 2), PosixStorage(str(tmp_path))
+    save = participants(storage, board).begin(1, UserData({}, {}, 0.0), None)
+    attempt, signals = save.id, Signals(board, "i")
+    other = abort_vote(attempt, Failure(process=0, host="host-0", phase="write", cause="disk full"))
+    board.process = 0
+    signals.vote_abort(other)
+    signals.post_decision(attempt, Aborted("process 0 voted to abort", Cause.DISAGREE))
+    board.process = 1
+    ended: list[SaveNotCommitted] = []
+    stop = events.subscribe(lambda event: ended.append(event) if isinstance(event, SaveNotCommitted) else None)
+    save.start(flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)}))
+    save.join(20)
+    stop()
+    assert "process 0 voted to abort" in str(save.error)
+    assert [event.cause for event in ended] == [Cause.DISAGREE]  # as the decision says, whatever its words
+    assert signals.votes(attempt) == {0: other}
+    assert Catalog(storage, "w").receipt(attempt, 1) is None
+
+
+def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_path: Path) -> None:
+    board, storage = FakeBoard(1, 2), PosixStorage(str(tmp_path))
     Catalog(storage, "w").append(journal.open_epoch)
-    worker.begin(1, UserData({}, {}, 0.0), None)
-    rendezvous.post("orchestrator/r/saving/0", json.dumps([1, FIRST]))
-    save = worker.begin(3, UserData({}, {}, 0.0), None)
-    assert worker._apart(save) is None  # process 0 is behind: this one has been there
-    rendezvous.post("orchestrator/r/saving/0", json.dumps([2, FIRST]))
-    rendezvous.post(signal_prefix("r", save.id) + "decision/0", "{}")
-    assert worker._apart(save) is None  # process 0 has just decided this very attempt, and begun the next
-    rendezvous.forget(signal_prefix("r", save.id))
+    signals = Signals(board, "i")
+    save = participants(storage, board, save_timeout_s=60).begin(3, UserData({}, {}, 0.0), None)
+    signals.post_saving(AttemptId(2, FIRST))
     started = time.monotonic()
-    phase, reason = worker._await_decision(save)
-    assert time.monotonic() - started < 5
-    host = rendezvous.hosts[0]
-    said = f"process 0 ({host}) saves step 2 where process 0 ({host}) saves step 3; all must save the same steps"
-    assert phase is Phase.ABORTED and reason.startswith(said)
+    save.start(flatten({"w": jnp.zeros(8)}))
+    save.join(20)
+    assert isinstance(save.outcome, Aborted) and time.monotonic() - started < 5
+    said = "process 0 (host-0) saves step 2 where process 1 (host-1) saves step 3; all must save the same steps"
+    assert said in str(save.error)
     for step in (2, 3):
-        no = decode(
-            rendezvous.poll(signal_prefix("r", AttemptId(step, FIRST)) + "receipt/")["0"].encode(), Receipt, "signal"
-        )
-        assert no.step == step and no.failure is not None and said in no.failure.cause
+        vote = signals.votes(AttemptId(step, FIRST))[1]
+        assert vote and vote.failure and vote.step == step and said in vote.failure.cause
 
 
 def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(tmp_path: Path) -> None:
-    class Deaf(_Alone):
+    class Deaf(SingleProcess):
         def poll(self, prefix: str) -> dict[str, str]:
             return {}
 
