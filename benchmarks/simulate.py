@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.arrays.format import ocdbt
-from orchestrator.job.coordinator import RECEIPT_BATCH, RECEIPT_READS
+from orchestrator.job.receipts import RECEIPT_BATCH, RECEIPT_READS
 from orchestrator.rules import attempt, chunk_index, journal
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import (

@@ -21,12 +21,13 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.job import last_words, leaving
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
-from orchestrator.job.participant import GRACE_S, Saver
+from orchestrator.job.participant import GRACE_S, Participants
 from orchestrator.job.read_step import ReadOptions, Restored
 from orchestrator.job.rendezvous import Rendezvous, connect, listen
 from orchestrator.job.restore import RestoreOptions, restore_together
 from orchestrator.job.save_sequence import Given, SaveSequence
 from orchestrator.job.schedule import SaveSchedule
+from orchestrator.job.signals import Signals
 from orchestrator.job.startup import meet
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Closed, EpochOpened, emit
@@ -79,17 +80,17 @@ class Agent:
         self._opening = Opening(self._catalog, me, timeout_s, self._opened, other_tree=self.options.other_tree)
         self._schedule = SaveSchedule(policy, me, timeout_s)
         self._deletion = BackgroundDeletion(self._catalog)
-        self._saver = Saver(
+        signals = Signals(me, run)
+        self._participants = Participants(
             self._catalog,
             _array_writer(self.options, me.process),
             me,
-            _coordinator(self._catalog, me, run, keep, self.options) if me.process == 0 else None,
+            signals,
+            _coordinator(self._catalog, me, signals, keep, self.options) if me.process == 0 else None,
             self.options,
-            run=run,
-            attest=self.options.attest != "off",
             committed=self._committed,
         )
-        self._saves = SaveSequence(self._saver, self._schedule, self._opening, self.options)
+        self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
         self._telemetry = Telemetry(self.options, self._catalog.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._lifetime = leaving.Lifetime(self, self._catalog.url, self._listening.stop, self._telemetry.close)
@@ -97,7 +98,7 @@ class Agent:
 
     def _opened(self, epoch: int) -> None:
         failpoints.note(epoch=epoch)
-        self._saver.opened(epoch)
+        self._participants.opened(epoch)
         self._schedule.opened(self._catalog)
         self._telemetry.opened(epoch)
         emit(EpochOpened(epoch, self._catalog.url, self._rendezvous.count))
@@ -287,11 +288,13 @@ def _array_writer(options: Options, process: int) -> ArrayWriter:
     )
 
 
-def _coordinator(catalog: Catalog, me: Rendezvous, run: str, keep: KeepPolicy | None, options: Options) -> Coordinator:
+def _coordinator(
+    catalog: Catalog, me: Rendezvous, signals: Signals, keep: KeepPolicy | None, options: Options
+) -> Coordinator:
     return Coordinator(
         catalog,
         me,
-        run=run,
+        signals,
         keep=keep,
         quarantine_keep_s=options.quarantine_keep_s,
         host_local=options.host_local,

@@ -1,45 +1,51 @@
-"""How all processes come to go by one account of who holds the leaves of a state: process 0's (`holders`).
+"""What all processes of a save must agree on: who holds the leaves of the state, and which step is saved.
 
-Process 0 posts its account with each attempt, and has it in the attempt's intent. Another process needs it before it
-stages a state of a form that is new to it, and waits for it then, on the main thread and bounded; nobody waits for
-that process. A state whose form is known costs no message: the receipt names the account that was gone by, and the
-coordinator rejects one that is out of date. No collective: a form may be new to some processes only.
+*Who holds the leaves*: all go by process 0's account (`holders`). It posts that with each attempt, and has it in the
+attempt's intent. Another process needs it before it stages a state of a form that is new to it, and waits for it then,
+on the main thread and bounded; nobody waits for that process. A state whose form is known costs no message: the receipt
+names the account that its process went by, and the coordinator rejects one that is out of date. No collective: a form
+may be new to some processes only.
+
+*Which step*: all save the same steps in the same order. A process that finds process 0 at another step than its own
+votes to abort both attempts, so that nobody waits for a deadline.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
-import msgspec
 from absl import logging
+from msgspec.structs import replace
 
 from orchestrator.arrays.tree import Flat, Form
 from orchestrator.arrays.writing.write_plan import views
-from orchestrator.errors import OrchestratorError, StorageError, UsageError, WaitTimeout
+from orchestrator.errors import OrchestratorError, StorageError, UsageError
+from orchestrator.job.outcome import Aborted
+from orchestrator.job.poll import Pause, poll, timed_out
 from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.observe import heartbeat
 from orchestrator.rules import holders
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode
-from orchestrator.rules.records import Held, Intent
+from orchestrator.rules.records import Failure, Held, Intent
 from orchestrator.run.journal_store import Catalog
 
-_FORMS = 4  # remembered, as in `tree` and `planning`
-_POLL_S = 0.002
-_POLL_MAX_S = 0.05
-_STORAGE_POLL_S = 1.0
-_DECODER = msgspec.json.Decoder(tuple[Held, ...])
+_FORMS = 4  # remembered, as in `tree` and `write_plan`
+_PAUSE = Pause(0.002, 0.05, growth=0.5)
+_ATTEMPTS = 64  # begun by this process, remembered
 
 
 class Agreement:
     """Of one incarnation. `together`: whether JAX's processes are several. `account` and `settle` belong to the main
     thread; `doubt` may be called from any."""
 
-    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, timeout_s: float, *, together: bool) -> None:
-        self._catalog, self._rendezvous, self._timeout_s = catalog, rendezvous, timeout_s
+    def __init__(
+        self, catalog: Catalog, rendezvous: Rendezvous, signals: Signals, timeout_s: float, *, together: bool
+    ) -> None:
+        self._catalog, self._rendezvous, self._signals, self._timeout_s = catalog, rendezvous, signals, timeout_s
         self._known: OrderedDict[Form, tuple[Held, ...]] = OrderedDict()
         self._together = together
 
@@ -49,12 +55,10 @@ class Agreement:
             return ()
         return self._known.get(flat.form) or self._remember(flat.form, holders.held(flat.spec.leaves, views(flat)))
 
-    def settle(
-        self, flat: Flat, attempt: AttemptId, prefix: str, apart: Callable[[], tuple[object, str] | None]
-    ) -> tuple[Held, ...]:
-        """The account that this process goes by in an attempt, whose signals are below `prefix`.
+    def settle(self, flat: Flat, attempt: AttemptId, other_step: Callable[[], Aborted | None]) -> tuple[Held, ...]:
+        """The account that this process goes by in an attempt.
 
-        `apart`: whether process 0 saves something else, and what to say of it; asked about once a second.
+        `other_step`: the outcome if process 0 saves another step instead; asked about once a second.
         Raises UsageError if process 0 takes no part in the attempt, WaitTimeout.
         """
         if not self._together:
@@ -62,13 +66,13 @@ class Agreement:
         if self._rendezvous.process == 0:
             known = flat.form in self._known
             held = self.account(flat)
-            posting = (f"{prefix}held/0", msgspec.json.encode(held).decode())
             if known:  # hardly anybody waits for it
-                threading.Thread(target=self._rendezvous.post, args=posting, name="post", daemon=True).start()
+                posting = attempt, held
+                threading.Thread(target=self._signals.post_held, args=posting, name="post", daemon=True).start()
             else:
-                self._rendezvous.post(*posting)
+                self._signals.post_held(attempt, held)
             return held
-        return self._known.get(flat.form) or self._remember(flat.form, self._wait(attempt, prefix, apart))
+        return self._known.get(flat.form) or self._remember(flat.form, self._wait(attempt, other_step))
 
     def doubt(self) -> None:
         """After a save that failed: ask again, whatever the form."""
@@ -81,30 +85,29 @@ class Agreement:
             known.popitem(last=False)
         return held
 
-    def _wait(
-        self, attempt: AttemptId, prefix: str, apart: Callable[[], tuple[object, str] | None]
-    ) -> tuple[Held, ...]:
-        me = self._rendezvous
-        started = time.monotonic()
-        look_at, pause_s = started + _STORAGE_POLL_S, _POLL_S
-        while (now := time.monotonic()) - started < self._timeout_s:
-            if said := me.poll(f"{prefix}held/").get("0"):
-                return _DECODER.decode(said)
-            if decided := me.poll(f"{prefix}decision/").get("0"):
-                raise UsageError(f"process 0 ({me.hosts[0]}) has decided without this process: {decided}")
-            if now >= look_at:
-                look_at = now + _STORAGE_POLL_S
-                heartbeat.record("waiting for process 0", attempt.step)
-                if found := self._stored(attempt):
-                    return found
-                if other := apart():
-                    raise UsageError(other[1])
-            time.sleep(pause_s)
-            pause_s = min(_POLL_MAX_S, 1.5 * pause_s)
-        raise WaitTimeout(
-            f"{attempt.label}: process 0 ({me.hosts[0]}) did not say within {self._timeout_s:g} s who "
-            "holds the leaves of the state; look at that host"
+    def _wait(self, attempt: AttemptId, other_step: Callable[[], Aborted | None]) -> tuple[Held, ...]:
+        who = f"process 0 ({self._rendezvous.hosts[0]})"
+
+        def signalled() -> tuple[Held, ...] | None:
+            if held := self._signals.held(attempt):
+                return held
+            if decided := self._signals.decision(attempt):
+                raise UsageError(f"{who} has decided without this process: {decided}")
+            return None
+
+        def stored() -> tuple[Held, ...] | None:
+            heartbeat.record("waiting for process 0", attempt.step)
+            if held := self._stored(attempt):
+                return held
+            if other := other_step():
+                raise UsageError(other.reason)
+            return None
+
+        late = timed_out(
+            f"{attempt.label}: {who} did not say within {self._timeout_s:g} s who holds the leaves of the "
+            "state; look at that host"
         )
+        return poll(signalled, self._timeout_s, late, pause=_PAUSE, storage=stored)
 
     def _stored(self, attempt: AttemptId) -> tuple[Held, ...]:
         """From the attempt's intent, if a signal is lost."""
@@ -117,3 +120,33 @@ class Agreement:
         except OrchestratorError as error:
             logging.warning("%s: %s", key, error)
         return ()
+
+
+class StepOrder:
+    """The attempts that this process has begun, and whether process 0 is at one of them. Any thread."""
+
+    def __init__(self, rendezvous: Rendezvous, signals: Signals) -> None:
+        self._rendezvous, self._signals = rendezvous, signals
+        self._begun: deque[AttemptId] = deque(maxlen=_ATTEMPTS)
+
+    def begin(self, attempt: AttemptId) -> None:
+        self._begun.append(attempt)
+
+    def other_step(self, attempt: AttemptId, built_on: int) -> Aborted | None:
+        """How `attempt` ends if process 0 saves another step instead: one that this process has not begun. Neither
+        could be committed; both hear of it now, and not at their deadlines. built_on: as in a receipt."""
+        theirs = self._signals.saving()
+        if theirs is None or theirs in self._begun:
+            return None
+        if self._signals.decision(attempt):
+            return None  # it has just decided this one, and gone on: a decision is posted before the next save is
+        process, hosts = self._rendezvous.process, self._rendezvous.hosts
+        reason = (
+            f"process 0 ({hosts[0]}) saves step {theirs.step} where process {process} ({hosts[process]}) saves step "
+            f"{attempt.step}; all must save the same steps in the same order"
+        )
+        failure = Failure(process=process, host=hosts[process], phase="agree", cause=f"UsageError: {reason}")
+        vote = abort_vote(attempt, failure, built_on=built_on)
+        for each in (theirs, attempt):
+            self._signals.vote_abort(replace(vote, step=each.step, attempt=each.name))
+        return Aborted(reason)

@@ -36,6 +36,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from orchestrator.errors import EXIT_FAILED, OrchestratorError
+from orchestrator.job.poll import Pause, poll
 from orchestrator.texts import printable
 
 FAILED, HEARD, LEAVING, GONE = (f"orchestrator/{what}/" for what in ("failed", "heard", "leaving", "gone"))
@@ -47,6 +48,8 @@ BARRIER_S = 300.0  # JAX's own patience at exit
 LINGER_S = 15.0  # of process 0 for the others' ends: JAX aborts whoever loses the board's service
 GRACE_S = 30.0  # Options.failure_grace_s's default: for a save in flight, and for the program's exit handlers
 TEXT_MAX = 1000
+_PAUSE = Pause(0.01, LOOK_S, growth=0.5)
+_STEADY = Pause(0.05, 0.05)
 
 
 class Board(Protocol):
@@ -281,20 +284,25 @@ class _Job:
     def _others_leave(self, failure: Failure | None) -> bool:
         """Wait until the program of every other process has ended as well. False once it is known that one's will not,
         as it has failed. True, too, if they take longer than JAX would wait: it has the last word."""
-        started, pause_s = time.monotonic(), 0.01
-        until = started + (TOGETHER_S if failure else BARRIER_S)
-        while time.monotonic() < until:
-            missing = self._others() - set(self.board.poll(LEAVING))
-            if not missing:
+        if not failure:
+            heard = poll(self._left_or_failed, BARRIER_S, lambda: True, pause=_PAUSE)
+            if not isinstance(heard, Failure):
                 return True
-            if not failure and (failure := self._heard()):
-                until = time.monotonic() + TOGETHER_S
-                self._show(failure, leaves=True)
-            if failure and missing <= set(self.board.poll(GONE)):
-                return False
-            time.sleep(pause_s)
-            pause_s = min(LOOK_S, 1.5 * pause_s)
-        return failure is None
+            self._show(heard, leaves=True)
+        return poll(self._left_or_gone, TOGETHER_S, lambda: False, pause=_PAUSE)
+
+    def _left_or_failed(self) -> bool | Failure | None:
+        return True if not self._missing() else self._heard()
+
+    def _left_or_gone(self) -> bool | None:
+        missing = self._missing()
+        if not missing:
+            return True
+        return False if missing <= set(self.board.poll(GONE)) else None
+
+    def _missing(self) -> set[str]:
+        """The other processes whose programs have not ended."""
+        return self._others() - set(self.board.poll(LEAVING))
 
     def _tell(self, failure: Failure) -> None:
         self.board.post(f"{FAILED}{failure.process}", failure.encode())
@@ -322,13 +330,14 @@ class _Job:
         if self.board.process != 0:
             return
         started = time.monotonic()
-        while (waited_s := time.monotonic() - started) < LINGER_S:
+
+        def gone() -> bool | None:
             others = self._others()
-            if waited_s > FIRST_S:
+            if time.monotonic() - started > FIRST_S:
                 others &= set(self.board.poll(HEARD) | self.board.poll(LEAVING) | self.board.poll(FAILED))
-            if others <= set(self.board.poll(GONE)):
-                break
-            time.sleep(0.05)
+            return others <= set(self.board.poll(GONE)) or None
+
+        poll(gone, LINGER_S, lambda: False, pause=_STEADY)
         time.sleep(1.0 if natural else 0.5)  # from a process's last word to its end
 
     def _others(self) -> set[str]:
@@ -355,18 +364,17 @@ class _Job:
     def _follow(self, first: Failure) -> None:
         """Another process has failed: end this one, once it has finished what it is saving."""
         self._show(first)
-        until = time.monotonic() + (self.grace_s or 0.0)
-        while any(agent.in_flight is not None for agent in list(self.agents)) and time.monotonic() < until:
-            time.sleep(0.05)
+        poll(self._saved, self.grace_s or 0.0, lambda: False, pause=_STEADY)
         if first.process:  # it ends first; a collective that has lost a process may then raise, and all ends by itself
-            until = time.monotonic() + FIRST_S
-            while str(first.process) not in self.board.poll(GONE) and time.monotonic() < until:
-                time.sleep(0.05)
+            poll(lambda: str(first.process) in self.board.poll(GONE) or None, FIRST_S, lambda: False, pause=_STEADY)
             self._at_exit.wait(FIRST_S / 2)
         if self._at_exit.is_set() or self.failure:
             self._hurry(self.failure or first)
         else:
             self._end(replace(first, signum=0))
+
+    def _saved(self) -> bool | None:
+        return None if any(agent.in_flight is not None for agent in list(self.agents)) else True
 
     def _heard(self) -> Failure | None:
         """The first failure of another process that the board knows."""

@@ -1,10 +1,10 @@
-"""Where processes meet: agreement on the main thread, quick signals from any thread. The only importer of
+"""What a job's processes exchange: collectives on the main thread, quick signals from any. The only importer of
 `multihost_utils` and of the coordination service's client.
 
 Main thread only: `broadcast`, `gather`, `preempted`. Each is a collective: every process must call it, in the same
-order. A bounded, named coordination-service barrier always comes first, so that a dead host is named instead of
+order. A bounded, named barrier of the coordination service always comes first, so that a dead host is named instead of
 hanging the pod in a device collective. Any thread: `post` and `poll`, a small shared key-value store. The truth is
-always in storage; a lost signal only makes things slower.
+always in storage: a lost signal only makes things slower.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Rendezvous(Protocol):
     hosts: dict[int, str]
 
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
-        """Process 0's `value`, on every process. Raises WaitTimeout naming who did not come."""
+        """Process 0's `value`, on every process. Raises WaitTimeout naming the processes that did not arrive."""
 
     def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
         """Every process's `value`, by index, on every process. Raises WaitTimeout."""
@@ -74,9 +74,9 @@ class Rendezvous(Protocol):
 def connect(timeout_s: float) -> Rendezvous:
     """The rendezvous of this job: of all its processes if `jax.distributed` is initialized, else of this one alone."""
     if jax.process_count() == 1:
-        return _Alone()
+        return SingleProcess()
     join_last_words()
-    return _Together(timeout_s)
+    return ManyProcesses(timeout_s)
 
 
 def collectives_listen_on(address: str) -> None:
@@ -86,12 +86,12 @@ def collectives_listen_on(address: str) -> None:
 
 
 def join_last_words() -> None:
-    """If `jax.distributed` is initialized for several processes, have them hear of each other's failures. Idempotent.
+    """If `jax.distributed` is initialized for several processes, have them learn of each other's failures. Idempotent.
     Not where the job is to outlive a lost process (`jax_enable_recoverability`)."""
     state = _distributed.global_state
     recoverable = getattr(jax.config, "jax_enable_recoverability", False)
     if state.client is not None and state.num_processes > 1 and not recoverable:
-        last_words.join(_Board(state.process_id, state.num_processes), host_name())
+        last_words.join(ServiceBoard(state.process_id, state.num_processes), host_name())
 
 
 def host_name() -> str:
@@ -100,15 +100,15 @@ def host_name() -> str:
 
 
 def listen(me: Rendezvous) -> sigterm.Listening:
-    """Hear SIGTERM as `me.preempted` tells it, from now until `stop`. For whoever can save."""
-    together = isinstance(me, _Together)
-    if together and _distributed.global_state.preemption_sync_manager is None:
+    """Handle SIGTERM so that `me.preempted` reports it, from now until `stop`. For whoever can save."""
+    several = isinstance(me, ManyProcesses)
+    if several and _distributed.global_state.preemption_sync_manager is None:
         return sigterm.Listening()  # nobody could have the others agree; `preempted` says so
-    return sigterm.listen(jax_agrees=together)
+    return sigterm.listen(jax_agrees=several)
 
 
-class _Alone:
-    """One process. Whether SIGTERM has come is `sigterm`'s to know."""
+class SingleProcess:
+    """A job of one process: nothing is exchanged. Whether SIGTERM has come is `sigterm`'s to know."""
 
     def __init__(self) -> None:
         self.process, self.count, self.hosts = 0, 1, {0: host_name()}
@@ -133,7 +133,7 @@ class _Alone:
         return {key.removeprefix(prefix): value for key, value in list(self._posted.items()) if key.startswith(prefix)}
 
 
-class _Together:
+class ManyProcesses:
     """All processes of an initialized `jax.distributed` job."""
 
     _leaving = False  # all have agreed to, at one step; of the process, for all rendezvous in it
@@ -142,14 +142,14 @@ class _Together:
         self.process, self.count = jax.process_index(), jax.process_count()
         self.hosts: dict[int, str] = {}
         self._client: Any = _distributed.global_state.client
-        self._board = _Board(self.process, self.count)
-        self._meetings = 0
+        self._board = ServiceBoard(self.process, self.count)
+        self._barriers = 0
         self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
 
-    def _meet(self, name: str, timeout_s: float) -> None:
+    def _barrier(self, name: str, timeout_s: float) -> None:
         # The number keeps ids unique; it agrees because collectives come in the same order everywhere.
-        self._meetings += 1
-        barrier = f"orchestrator/{self._meetings}/{name}"
+        self._barriers += 1
+        barrier = f"orchestrator/{self._barriers}/{name}"
         try:
             self._client.wait_at_barrier(barrier, timeout_in_ms=max(1, int(timeout_s * 1000)))
         except Exception as error:  # jaxlib raises JaxRuntimeError for every status; the text tells them apart
@@ -166,30 +166,30 @@ class _Together:
 
     @in_own_context
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
-        self._meet(name, timeout_s)
+        self._barrier(name, timeout_s)
         body = json.dumps(value).encode() if self.process == 0 else b""
-        (told,) = _exchanged(body, lambda part: np.asarray(multihost_utils.broadcast_one_to_all(part))[None])
-        return json.loads(told)
+        (received,) = _exchanged(body, lambda part: np.asarray(multihost_utils.broadcast_one_to_all(part))[None])
+        return json.loads(received)
 
     @in_own_context
     def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
-        self._meet(name, timeout_s)
-        told = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
-        return [json.loads(body) for body in told]
+        self._barrier(name, timeout_s)
+        received = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
+        return [json.loads(body) for body in received]
 
     @in_own_context
     def preempted(self, step: int) -> bool:
         # The step that all agree on is one of the agent that is open now; one that is opened afterwards counts its own.
-        if not _Together._leaving and _distributed.global_state.preemption_sync_manager is None:
+        if not ManyProcesses._leaving and _distributed.global_state.preemption_sync_manager is None:
             logging.log_first_n(
                 logging.WARNING,
                 "JAX's preemption service is off (jax_enable_preemption_service): nobody listens for SIGTERM, and "
                 "reached_preemption stays False",
                 1,
             )
-        elif not _Together._leaving:
-            _Together._leaving = bool(multihost_utils.reached_preemption_sync_point(step))
-        return _Together._leaving
+        elif not ManyProcesses._leaving:
+            ManyProcesses._leaving = bool(multihost_utils.reached_preemption_sync_point(step))
+        return ManyProcesses._leaving
 
     def post(self, key: str, value: str) -> None:
         self._board.post(key, value)
@@ -201,8 +201,8 @@ class _Together:
         return self._board.poll(prefix)
 
 
-class _Board:
-    """The coordination service's key-value store, where it is not yet known who else is there."""
+class ServiceBoard:
+    """The key-value store of JAX's coordination service. It needs no barrier, and does not know the others' hosts."""
 
     def __init__(self, process: int, count: int) -> None:
         self.process, self.count = process, count

@@ -14,9 +14,9 @@ from typing import Any
 from orchestrator import gc_pause
 from orchestrator.arrays.tree import Flat, flatten
 from orchestrator.errors import Damaged, OrchestratorError, SaveFailed, StorageError, UsageError, WaitTimeout
-from orchestrator.job.coordinator import UserData
+from orchestrator.job.finalize import UserData
 from orchestrator.job.opening import Opening
-from orchestrator.job.participant import FATAL, GRACE_S, Save, Saver
+from orchestrator.job.participant import FATAL, GRACE_S, Participant, Participants
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import SaveNotCommitted, emit
@@ -42,10 +42,10 @@ class Given:
 class SaveSequence:
     """failures: how many saves have failed, or could not even begin."""
 
-    def __init__(self, saver: Saver, schedule: SaveSchedule, opening: Opening, options: Options) -> None:
-        self._saver, self._schedule, self._opening, self._options = saver, schedule, opening, options
+    def __init__(self, participants: Participants, schedule: SaveSchedule, opening: Opening, options: Options) -> None:
+        self._participants, self._schedule, self._opening, self._options = participants, schedule, opening, options
         self.failures = 0
-        self._current: Save | None = None
+        self._current: Participant | None = None
         self._pending_error: OrchestratorError | None = None  # of a save that has ended; not raised yet, or for good
         self._raised: OrchestratorError | None = None  # last
         self._hurry_s: float | None = None  # since when, on the monotonic clock, the program is failing
@@ -71,12 +71,12 @@ class SaveSequence:
         try:
             user, process_state = given.checked()
         except UsageError as error:  # of this process alone, perhaps: the others must not wait for it
-            self._saver.reject(self._saver.begin(step, UserData({}, {}, 0.0), None), "arguments", error)
+            self._participants.begin(step, UserData({}, {}, 0.0), None).reject("arguments", error)
             raise
         entered_s = time.monotonic()
         finished = self.finished()
-        save = self._saver.begin(step, user, process_state)
-        self._schedule.begin(save.started)
+        save = self._participants.begin(step, user, process_state)
+        self._schedule.begin(save.started_s)
         if not finished:
             self._skip(save)
             return False
@@ -99,12 +99,12 @@ class SaveSequence:
             self._not_begun(step, "", f"step {step} was not saved: {rejection}", "refused")
         return not rejection
 
-    def _skip(self, save: Save) -> None:
+    def _skip(self, save: Participant) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
         assert self._current is not None
-        reason = f"{self._current.shown} still hangs on this process: the store does not answer"
-        self._saver.reject(save, "wait", WaitTimeout(reason))
-        self._not_begun(save.step, save.attempt, f"{save.shown} was not saved: {reason}", "hung")
+        reason = f"{self._current.label} still hangs on this process: the store does not answer"
+        save.reject("wait", WaitTimeout(reason))
+        self._not_begun(save.step, save.id.name, f"{save.label} was not saved: {reason}", "hung")
 
     def _not_begun(self, step: int, attempt: str, reason: str, cause: str) -> None:
         """Count a save that could not even begin, and raise it where failed saves are to be raised."""
@@ -113,24 +113,24 @@ class SaveSequence:
         if self._options.on_save_failure == "raise":
             raise SaveFailed(reason, step=step, attempt=attempt)
 
-    def _start(self, save: Save, state: Any) -> None:
+    def _start(self, save: Participant, state: Any) -> None:
         with gc_pause.paused():
             try:
                 flat = flatten(state)
                 try:
                     self._opening.check_tree(flat)
                 except (StorageError, Damaged) as error:  # a failed save, not a failed training
-                    save.failure = ("check", error)
-                self._saver.start(save, flat)
+                    save.fail("check", error)
+                save.start(flat)
             except BaseException as error:  # of this process alone, perhaps: the others must not wait for it
-                if save.thread:
+                if save.begun:
                     self._started(save)
                 else:
-                    self._saver.reject(save, "check", error)
+                    save.reject("check", error)
                 raise
         self._started(save)
 
-    def _started(self, save: Save) -> None:
+    def _started(self, save: Participant) -> None:
         self._current = save
         self._schedule.started(save.step)
 
@@ -141,7 +141,7 @@ class SaveSequence:
         if not self.finished():
             assert self._current is not None
             raise WaitTimeout(
-                f"{self._current.shown}: this process's save thread did not end within "
+                f"{self._current.label}: this process's save thread did not end within "
                 f"{self._bound_s():g} s; the store does not answer"
             )
 
@@ -163,8 +163,7 @@ class SaveSequence:
             if left_s <= 0:
                 return False
             heartbeat.record("waiting for a save", save.step)
-            assert save.thread is not None
-            save.thread.join(min(1.0, left_s))
+            save.join(min(1.0, left_s))
         self.settle(raise_now=True)
         return True
 
@@ -185,7 +184,7 @@ class SaveSequence:
                 self._pending_error = None
             raise error
 
-    def _note(self, save: Save) -> None:
+    def _note(self, save: Participant) -> None:
         if not save.error:
             blocked_s = max(save.blocked_s, save.stage_s) if self._options.async_save else save.durable_s
             self._schedule.committed(blocked_s, save.durable_s)
@@ -203,7 +202,7 @@ class SaveSequence:
             bound_s = min(bound_s, self._options.failure_grace_s or bound_s)
         return min(bound_s, self._options.preemption_grace_s) if self._schedule.preempted else bound_s
 
-    def _wait_from_s(self, save: Save) -> float:
+    def _wait_from_s(self, save: Participant) -> float:
         """From when `_bound_s` counts."""
         preempted_s = self._schedule.preempted_s if self._schedule.preempted else 0.0
-        return max(save.started, self._hurry_s or 0.0, preempted_s)
+        return max(save.started_s, self._hurry_s or 0.0, preempted_s)

@@ -16,7 +16,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,6 +24,7 @@ import jax
 from absl import logging
 
 from orchestrator.errors import StorageError, UsageError
+from orchestrator.job.poll import Pause, poll
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import as_error
 from orchestrator.rules import configuration, keys
@@ -35,7 +35,7 @@ from orchestrator.storage.port import refresh
 from orchestrator.texts import printable
 
 SEEN_WITHIN_S = 10.0  # what another host has written; a network file system's caches last some seconds
-_PAUSE_S = (0.05, 1.0)  # between two looks: the first, and the longest
+_PAUSE = Pause(0.05, 1.0, growth=1.0)
 
 
 def meet(
@@ -158,22 +158,23 @@ def has(catalog: Catalog, key: str) -> bool:
 def awaited(look: Callable[[], bool], timeout_s: float) -> bool:
     """Whether `look` says so within SEEN_WITHIN_S (and well before others, who wait for `timeout_s`, give this process
     up). Raises what it raises by then."""
-    end = time.monotonic() + _bound_s(timeout_s)
-    pause_s, longest_s = _PAUSE_S
-    while True:
-        error: StorageError | None = None
+    error: StorageError | None = None
+
+    def seen() -> bool | None:
+        nonlocal error
+        error = None
         try:
-            if look():
-                return True
+            return look() or None
         except StorageError as failed:  # perhaps it passes, as caches do
             error = failed
-        left_s = end - time.monotonic()
-        if left_s <= 0:
-            if error:
-                raise error
-            return False
-        time.sleep(min(pause_s, left_s))
-        pause_s = min(2 * pause_s, longest_s)
+            return None
+
+    def late() -> bool:
+        if error:
+            raise error
+        return False
+
+    return poll(seen, _bound_s(timeout_s), late, pause=_PAUSE)
 
 
 def _bound_s(timeout_s: float) -> float:

@@ -115,12 +115,19 @@ def check(intent: Intent) -> None:
     """Whether an intent's `held` may be used. Raises ValueError."""
     if not intent.held:
         return
-    if sum(run.leaves for run in intent.held) != len(intent.tree.leaves) or any(run.leaves < 1 for run in intent.held):
+    check_runs(intent.held, intent.process_count)
+    if sum(run.leaves for run in intent.held) != len(intent.tree.leaves):
         raise ValueError(f"held: not as many leaves as the tree's {len(intent.tree.leaves)}")
-    for run in intent.held:
+
+
+def check_runs(held: Sequence[Held], process_count: int) -> None:
+    """Whether an account makes sense, of however many leaves it is. Raises ValueError."""
+    for run in held:
+        if run.leaves < 1:
+            raise ValueError(f"held: a run of {run.leaves} leaves, expected one or more")
         bounds = [bound for pair in run.by or () for bound in pair]
-        if bounds != sorted(set(bounds)) or not all(0 <= bound <= intent.process_count for bound in bounds):
-            raise ValueError(f"held: {run.by!r:.100}, expected ranges of {intent.process_count} processes")
+        if bounds != sorted(set(bounds)) or not all(0 <= bound <= process_count for bound in bounds):
+            raise ValueError(f"held: {run.by!r:.100}, expected ranges of {process_count} processes")
         if any(size < 1 for size in run.chunk or ()):
             raise ValueError(f"held: chunks of {run.chunk!r:.100}")
 

@@ -207,11 +207,11 @@ registered, register = [], atexit.register
 atexit.register = lambda function, *args: (registered.append(function), register(function, *args))[1]
 import jax
 from jax._src import api, dispatch, distributed
-from orchestrator.job.rendezvous import _Board
+from orchestrator.job.rendezvous import ServiceBoard
 print(api.clean_up in registered, dispatch.wait_for_tokens in registered)
 distributed.State.shutdown = lambda state: print("waited")
 if sys.argv[1] == "skip":
-    _Board(0, 2).skip_exit_barrier()
+    ServiceBoard(0, 2).skip_exit_barrier()
 """
 
 

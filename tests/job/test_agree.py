@@ -3,108 +3,112 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import msgspec
 import pytest
 from msgspec import structs
 
 from orchestrator.arrays.tree import flatten
 from orchestrator.errors import UsageError, WaitTimeout
-from orchestrator.job.agree import Agreement
+from orchestrator.job.agree import Agreement, StepOrder
+from orchestrator.job.outcome import Aborted, Committed
+from orchestrator.job.signals import Signals
 from orchestrator.rules import holders
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
-from orchestrator.rules.keys import INTENT
-from orchestrator.rules.records import Held, Json
+from orchestrator.rules.records import Held
 from orchestrator.run.journal_store import Catalog
 from orchestrator.storage import MemoryStorage
 from tests.support import builders
+from tests.support.fakes import FakeBoard
 
 HELD = (Held(1, ((1, 2),)), Held(1, None))
 FLAT = flatten({"a": jnp.arange(3), "b": 7})
-SIGNALS = "run/1/a/"
+ATTEMPT = AttemptId(1, builders.FIRST)
 
 
-class Signals:
-    """A rendezvous that only carries signals, as process `process` of two sees it."""
-
-    count = 2
-
-    def __init__(self, process: int, **posted: str) -> None:
-        self.process, self.hosts = process, {0: "host-0", 1: "host-1"}
-        self.posted = {f"{SIGNALS}{key}/0": value for key, value in posted.items()}
-        self.polls = 0
-
-    def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
-        raise AssertionError("a collective")
-
-    def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
-        raise AssertionError("a collective")
-
-    def preempted(self, step: int) -> bool:
-        return False
-
-    def post(self, key: str, value: str) -> None:
-        self.posted[key] = value
-
-    def forget(self, prefix: str) -> None:
-        raise AssertionError("not this one's")
-
-    def poll(self, prefix: str) -> dict[str, str]:
-        self.polls += 1
-        return {key.removeprefix(prefix): value for key, value in self.posted.items() if key.startswith(prefix)}
-
-
-def agreement(signals: Signals, timeout_s: float = 20.0, together: bool = True) -> tuple[Agreement, Catalog]:
+def agreement(board: FakeBoard, timeout_s: float = 20.0, together: bool = True) -> tuple[Agreement, Catalog]:
     catalog = Catalog(MemoryStorage(), "test")
-    return Agreement(catalog, signals, timeout_s, together=together), catalog
+    return Agreement(catalog, board, Signals(board, "i"), timeout_s, together=together), catalog
 
 
-def settle(agreed: Agreement, apart: str = "") -> tuple[Held, ...]:
-    return agreed.settle(FLAT, AttemptId(1, builders.FIRST), SIGNALS, lambda: ("aborted", apart) if apart else None)
+def settle(agreed: Agreement, other_step: str = "") -> tuple[Held, ...]:
+    return agreed.settle(FLAT, ATTEMPT, lambda: Aborted(other_step) if other_step else None)
 
 
 def test_an_account_that_is_known_costs_no_message_until_a_save_fails() -> None:
-    signals = Signals(1, held=msgspec.json.encode(HELD).decode())
-    agreed, _ = agreement(signals)
+    board = FakeBoard(1, 2)
+    Signals(board, "i").post_held(ATTEMPT, HELD)
+    agreed, _ = agreement(board)
     assert settle(agreed) == HELD
-    asked = signals.polls
-    assert settle(agreed) == HELD and signals.polls == asked
+    asked = board.polls
+    assert settle(agreed) == HELD and board.polls == asked
     agreed.doubt()
-    assert settle(agreed) == HELD and signals.polls > asked
+    assert settle(agreed) == HELD and board.polls > asked
 
 
 def test_process_0_posts_its_account_with_each_attempt_and_has_it_in_the_intent() -> None:
-    signals = Signals(0)
-    agreed, _ = agreement(signals)
+    board = FakeBoard(0, 2)
+    agreed, _ = agreement(board)
     assert settle(agreed) == agreed.account(FLAT) == (Held(2, None),)
-    assert signals.posted == {f"{SIGNALS}held/0": "[[2,null,null]]"}
+    assert Signals(board, "i").held(ATTEMPT) == (Held(2, None),)
 
 
 def test_a_job_of_one_process_needs_none() -> None:
-    agreed, _ = agreement(Signals(0), together=False)
+    agreed, _ = agreement(FakeBoard(0, 2), together=False)
     assert settle(agreed) == agreed.account(FLAT) == ()
     assert holders.name(()) == ""
 
 
 def test_a_signal_that_is_lost_is_found_in_the_intent() -> None:
-    agreed, catalog = agreement(Signals(1))
+    agreed, catalog = agreement(FakeBoard(1, 2))
     intent = builders.intent(builders.leaf("a"), builders.leaf("b"), processes=2, step=1)
     body = encode(structs.replace(intent, held=HELD))
-    catalog.storage.create(AttemptId(1, builders.FIRST).key(INTENT), body)
+    catalog.storage.create(ATTEMPT.intent_key, body)
     assert settle(agreed) == HELD
 
 
 @pytest.mark.parametrize(
-    ("signals", "timeout_s", "apart", "error", "said"),
+    ("decision", "timeout_s", "other_step", "error", "said"),
     [
-        ({"decision": "{aborted}"}, 20.0, "", UsageError, r"process 0 \(host-0\) has decided without this process: "),
-        ({}, 20.0, "process 0 saves step 5", UsageError, "process 0 saves step 5"),
-        ({}, 0.05, "", WaitTimeout, r"step 1 .*: process 0 \(host-0\) did not say within 0.05 s who holds the leaves"),
+        (Aborted("no"), 20.0, "", UsageError, r"process 0 \(host-0\) has decided without this process: .*no"),
+        (None, 20.0, "process 0 saves step 5", UsageError, "process 0 saves step 5"),
+        (
+            None,
+            0.05,
+            "",
+            WaitTimeout,
+            r"step 1 .*: process 0 \(host-0\) did not say within 0.05 s who holds the leaves",
+        ),
     ],
 )
 def test_a_process_does_not_wait_for_an_account_that_will_not_come(
-    signals: dict[str, str], timeout_s: float, apart: str, error: type[Exception], said: str
+    decision: Aborted | None, timeout_s: float, other_step: str, error: type[Exception], said: str
 ) -> None:
-    agreed, _ = agreement(Signals(1, **signals), timeout_s)
+    board = FakeBoard(1, 2)
+    if decision:
+        Signals(board, "i").post_decision(ATTEMPT, decision)
+    agreed, _ = agreement(board, timeout_s)
     with pytest.raises(error, match=said):
-        settle(agreed, apart)
+        settle(agreed, other_step)
+
+
+def test_a_process_that_saves_another_step_than_process_0_votes_to_abort_both() -> None:
+    board = FakeBoard(1, 2)
+    signals = Signals(board, "i")
+    order = StepOrder(board, signals)
+    first, second, third = (AttemptId(step, builders.FIRST) for step in (1, 2, 3))
+    order.begin(first)
+    order.begin(third)
+    assert order.other_step(third, 0) is None  # nothing has been heard of process 0
+    signals.post_saving(first)
+    assert order.other_step(third, 0) is None  # process 0 is behind: this one has been there
+    signals.post_saving(second)
+    signals.post_decision(third, Committed())
+    assert order.other_step(third, 0) is None  # process 0 has just decided this very attempt, and begun the next
+    signals.forget_previous(third)
+    signals.forget_previous(first)
+    outcome = order.other_step(third, 0)
+    said = "process 0 (host-0) saves step 2 where process 1 (host-1) saves step 3; all must save the same steps"
+    assert outcome and outcome.reason.startswith(said)
+    for attempt in (second, third):
+        vote = signals.votes(attempt)[1]
+        assert vote and vote.failure and vote.failure.phase == "agree" and said in vote.failure.cause

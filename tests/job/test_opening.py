@@ -20,7 +20,7 @@ import pytest
 import orchestrator as oc
 from orchestrator.arrays.tree import flatten
 from orchestrator.job.opening import Opening
-from orchestrator.job.rendezvous import _Alone
+from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.observe.events import EpochOpened, subscribe
 from orchestrator.rules import journal
 from orchestrator.run.journal_store import Catalog
@@ -240,7 +240,7 @@ def test_two_agents_that_open_at_once_get_two_epochs_and_the_later_one_stays(roo
 # Several processes: the verdicts of all are gathered first.
 
 
-class Meeting(_Alone):
+class Meeting(SingleProcess):
     """Process 0 of two, which are configured alike. `other`: what process 1 says at each later gathering."""
 
     def __init__(self, other: dict[str, Any]) -> None:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
+import pytest
 
 import orchestrator as oc
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.arrays.tree import flatten
-from orchestrator.job.coordinator import UserData, signal_prefix
-from orchestrator.job.participant import Saver
-from orchestrator.job.rendezvous import _Alone, connect
+from orchestrator.errors import WaitTimeout
+from orchestrator.job.decision import DecisionReader
+from orchestrator.job.finalize import UserData
+from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
+from orchestrator.job.participant import Participants
+from orchestrator.job.rendezvous import SingleProcess
+from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.observe import events
 from orchestrator.observe.events import SavePhase
 from orchestrator.options import Options
 from orchestrator.policy import last
 from orchestrator.rules import journal, keys
-from orchestrator.rules.attempt import Phase
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.codec import decode
-from orchestrator.rules.records import Receipt
+from orchestrator.rules.records import Failure
 from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import Catalog
-from orchestrator.storage import PosixStorage
+from orchestrator.storage import PosixStorage, Storage
 from tests.support.builders import FIRST, live
-from tests.support.fakes import HookedStorage
+from tests.support.fakes import FakeBoard, HookedStorage, StepClock
 from tests.support.runs import now
 
 
@@ -60,80 +62,79 @@ def test_a_dry_run_of_a_collector_needs_no_right_to_write(tmp_path: Path) -> Non
 
 def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is_durable(tmp_path: Path) -> None:
     storage = HookedStorage(a_run(tmp_path).storage)
-    unused = cast(Any, None)
-    worker = Saver(
-        Catalog(storage, "w"),
-        unused,
-        connect(1.0),
-        None,
-        Options(),
-        epoch=1,
-        run="",
-        attest=False,
-        committed=lambda: None,
-    )
-    save = worker.begin(2, UserData({}, {}, 0.0), None)
-    assert worker._await_decision(save) == (Phase.COMMITTED, "")  # no signal comes: from storage
+    board = FakeBoard(1, 2)
+    reader = DecisionReader(AttemptId(2, FIRST), 1, Catalog(storage, "w"), Signals(board, "i"), board.hosts)
+    assert reader.wait(20.0, lambda: None) == Committed()  # no signal comes: from storage
     assert ("make_durable", keys.journal_key(2)) in storage.calls
 
 
-def test_a_process_gives_up_writing_once_another_has_said_no_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
-    catalog, rendezvous = Catalog(PosixStorage(str(tmp_path)), "w"), connect(1.0)
-    writer = ArrayWriter(ArrayOptions(), process=0)
-    worker = Saver(catalog, writer, rendezvous, None, Options(), epoch=1, run="r", attest=False, committed=lambda: None)
-    save = worker.begin(1, UserData({}, {}, 0.0), None)
-    prefix = signal_prefix("r", save.id)
-    rendezvous.post(f"{prefix}receipt/1", '{"failure": "disk full"}')
-    rendezvous.post(f"{prefix}decision/0", json.dumps({"phase": "ABORTED", "reason": "process 1 said no"}))
-    worker.start(save, flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)}))
-    assert save.thread is not None
-    save.thread.join(20)
-    assert "process 1 said no" in str(save.error)
-    assert set(rendezvous.poll(f"{prefix}receipt/")) == {"1"}
-    assert catalog.receipt(save.id, 0) is None
-
-
-def test_a_process_that_saves_another_step_than_process_0_says_so_to_both_attempts_and_waits_no_longer(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("attempt", "epoch", "outcome"),
+    [
+        (AttemptId(2, FIRST), 1, Committed()),
+        (AttemptId(1, FIRST), 1, Aborted("journal version 2: aborted")),
+        (AttemptId(3, FIRST), 1, None),
+        (AttemptId(3, FIRST), 0, Fenced("fenced by epoch 1 (test)")),
+        (AttemptId(2, FIRST), 0, Committed()),  # another incarnation has opened its epoch since
+    ],
+)
+def test_what_the_journal_says_of_an_attempt(
+    attempt: AttemptId, epoch: int, outcome: Outcome | None, tmp_path: Path
 ) -> None:
-    rendezvous = connect(1.0)
-    storage = PosixStorage(str(tmp_path))
-    unused = cast(Any, None)
-    worker = Saver(
-        Catalog(storage, "w"),
-        unused,
-        rendezvous,
-        None,
-        Options(save_timeout_s=3),
-        epoch=1,
-        run="r",
-        attest=False,
-        committed=lambda: None,
-    )
+    board = FakeBoard(1, 2)
+    reader = DecisionReader(attempt, epoch, a_run(tmp_path), Signals(board, "i"), board.hosts)
+    assert reader.journalled() == outcome
+
+
+def test_a_decision_that_does_not_come_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
+    board, clock = FakeBoard(1, 2), StepClock()
+    reader = DecisionReader(AttemptId(3, FIRST), 1, a_run(tmp_path), Signals(board, "i"), board.hosts, clock.clock)
+    with pytest.raises(WaitTimeout, match=r"no decision from the coordinator, process 0 \(host-0\), after 7 s"):
+        reader.wait(7.0, lambda: None)
+    assert sum(clock.slept) == pytest.approx(7.0)
+
+
+def participants(storage: Storage, board: FakeBoard, **options: Any) -> Participants:
+    """Process 1 of two, in epoch 1."""
+    writer, signals = ArrayWriter(ArrayOptions(), 1), Signals(board, "i")
+    return Participants(Catalog(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
+
+
+def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
+    board, storage = FakeBoard(1, 2), PosixStorage(str(tmp_path))
+    save = participants(storage, board).begin(1, UserData({}, {}, 0.0), None)
+    attempt, signals = save.id, Signals(board, "i")
+    other = abort_vote(attempt, Failure(process=0, host="host-0", phase="write", cause="disk full"))
+    board.process = 0
+    signals.vote_abort(other)
+    signals.post_decision(attempt, Aborted("process 0 voted to abort"))
+    board.process = 1
+    save.start(flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)}))
+    save.join(20)
+    assert "process 0 voted to abort" in str(save.error)
+    assert signals.votes(attempt) == {0: other}
+    assert Catalog(storage, "w").receipt(attempt, 1) is None
+
+
+def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_path: Path) -> None:
+    board, storage = FakeBoard(1, 2), PosixStorage(str(tmp_path))
     Catalog(storage, "w").append(journal.open_epoch)
-    worker.begin(1, UserData({}, {}, 0.0), None)
-    rendezvous.post("orchestrator/r/saving/0", json.dumps([1, FIRST]))
-    save = worker.begin(3, UserData({}, {}, 0.0), None)
-    assert worker._apart(save) is None  # process 0 is behind: this one has been there
-    rendezvous.post("orchestrator/r/saving/0", json.dumps([2, FIRST]))
-    rendezvous.post(signal_prefix("r", save.id) + "decision/0", "{}")
-    assert worker._apart(save) is None  # process 0 has just decided this very attempt, and begun the next
-    rendezvous.forget(signal_prefix("r", save.id))
+    signals = Signals(board, "i")
+    save = participants(storage, board, save_timeout_s=60).begin(3, UserData({}, {}, 0.0), None)
+    signals.post_saving(AttemptId(2, FIRST))
     started = time.monotonic()
-    phase, reason = worker._await_decision(save)
-    assert time.monotonic() - started < 5
-    host = rendezvous.hosts[0]
-    said = f"process 0 ({host}) saves step 2 where process 0 ({host}) saves step 3; all must save the same steps"
-    assert phase is Phase.ABORTED and reason.startswith(said)
+    save.start(flatten({"w": jnp.zeros(8)}))
+    save.join(20)
+    assert isinstance(save.outcome, Aborted) and time.monotonic() - started < 5
+    said = "process 0 (host-0) saves step 2 where process 1 (host-1) saves step 3; all must save the same steps"
+    assert said in str(save.error)
     for step in (2, 3):
-        no = decode(
-            rendezvous.poll(signal_prefix("r", AttemptId(step, FIRST)) + "receipt/")["0"].encode(), Receipt, "signal"
-        )
-        assert no.step == step and no.failure is not None and said in no.failure.cause
+        vote = signals.votes(AttemptId(step, FIRST))[1]
+        assert vote and vote.failure and vote.step == step and said in vote.failure.cause
 
 
 def test_a_coordinator_that_hears_no_signal_finds_the_receipts_by_listing_them(tmp_path: Path) -> None:
-    class Deaf(_Alone):
+    class Deaf(SingleProcess):
         def poll(self, prefix: str) -> dict[str, str]:
             return {}
 

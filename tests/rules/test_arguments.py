@@ -19,6 +19,7 @@ from jax._src.lib import _jax
 import orchestrator as oc
 from orchestrator.observe.events import SaveStarted
 from orchestrator.rules import arguments
+from orchestrator.rules.attempt_id import AttemptId
 from tests.support.runs import fill, now, state
 from tests.support.snapshots import snapshot
 
@@ -130,8 +131,8 @@ def test_the_other_hosts_hear_at_once_that_this_one_was_given_nonsense(root: Pat
             rejecting: Any = {"state": state(1), **given}
             with pytest.raises(oc.UsageError):
                 agent.save(1, **rejecting)
-            told = agent._rendezvous.poll(f"orchestrator/{agent._saver._run}/1/e0001-a{number:02d}/receipt/")
-            assert "UsageError" in told["0"] or "UnsupportedLeaf" in told["0"]
+            vote = agent._participants.incarnation.signals.votes(AttemptId.of(1, 1, number))[0]
+            assert vote and vote.failure and vote.failure.cause.startswith(("UsageError: ", "UnsupportedLeaf: "))
 
 
 def test_numbers_that_json_has_not_and_what_is_longer_than_a_machine_word_come_back(root: Path) -> None:
@@ -356,7 +357,7 @@ def test_a_ctrl_c_in_the_middle_of_a_save_leaves_it_whole_or_not_at_all(
             raise KeyboardInterrupt
 
     if moment == "stage":
-        monkeypatch.setattr(agent._saver._writer, "stage", rude)
+        monkeypatch.setattr(agent._participants.incarnation.writer, "stage", rude)
     else:
         monkeypatch.setattr("orchestrator.job.participant.emit", rude)
     with pytest.raises(KeyboardInterrupt):
@@ -375,8 +376,8 @@ def test_a_ctrl_c_while_the_agent_waits_leaves_the_save_to_the_next_wait(
     agent = oc.Agent(root)
     agent.save(1, state(1))
     save = agent._saves._current
-    assert save is not None and save.thread is not None
-    monkeypatch.setattr(save.thread, "join", lambda timeout_s: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert save is not None
+    monkeypatch.setattr(save, "join", lambda timeout_s: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         while save.running:
             agent.wait_until_finished()

@@ -83,7 +83,7 @@ def test_states_of_different_sizes_are_rejected_and_many_leaves_are_told_briefly
         ((Held(2, ALL),), ""),
         ((Held(1, None, (4,)), Held(1, P2)), ""),
         ((Held(1, ALL),), "not as many leaves"),
-        ((Held(3, ALL), Held(-1, ALL)), "not as many leaves"),
+        ((Held(3, ALL), Held(-1, ALL)), "a run of -1 leaves"),
         ((Held(2, ((2, 1),)),), "expected ranges"),
         ((Held(2, ((0, 2), (1, 3))),), "expected ranges"),
         ((Held(2, ((0, 4),)),), "expected ranges"),

@@ -22,14 +22,16 @@ from orchestrator.arrays.tree import flatten
 from orchestrator.cli import main
 from orchestrator.compat.adopt import adopt
 from orchestrator.errors import Fenced, RootChanged, Unavailable, UsageError
-from orchestrator.job.coordinator import UserData
-from orchestrator.job.participant import Saver
+from orchestrator.job.finalize import UserData
+from orchestrator.job.outcome import Aborted
+from orchestrator.job.participant import Participants
+from orchestrator.job.signals import Signals
 from orchestrator.observe.event_log import EventLog
 from orchestrator.observe.events import Alive
 from orchestrator.storage import Created, PosixStorage, open_storage
 from orchestrator.storage.directory import find
 from tests.storage.test_directory import KEY, OPERATIONS
-from tests.support.fakes import HookedStorage
+from tests.support.fakes import FakeBoard, HookedStorage
 from tests.support.runs import catalog_of, fill, now, state
 
 
@@ -140,46 +142,19 @@ def test_a_save_looks_at_the_root_before_it_takes_anything_from_the_devices(
     assert staged == []
 
 
-class Second:
-    """Process 1 of two. Process 0 aborts whatever is begun."""
-
-    def __init__(self) -> None:
-        self.process, self.count, self.hosts = 1, 2, {0: "host-0", 1: "host-1"}
-        self.posted: dict[str, str] = {}
-
-    def broadcast(self, name: str, value: Any, timeout_s: float) -> Any:
-        return value
-
-    def gather(self, name: str, value: Any, timeout_s: float) -> list[Any]:
-        return [value, value]
-
-    def preempted(self, step: int) -> bool:
-        return False
-
-    def post(self, key: str, value: str) -> None:
-        self.posted[key] = value
-
-    def forget(self, prefix: str) -> None:
-        pass
-
-    def poll(self, prefix: str) -> dict[str, str]:
-        return {"0": '{"phase":"ABORTED","reason":"refused"}'} if prefix.endswith("/decision/") else {}
-
-
 def test_a_host_that_alone_has_lost_the_root_says_so_to_the_others_and_ends(root: Path) -> None:
-    catalog, me = catalog_of(root), Second()
+    catalog, board = catalog_of(root), FakeBoard(1, 2)
     catalog.storage.create("journal/0", b"x")
-    writer = ArrayWriter(ArrayOptions(), 1)
-    how = {"epoch": 1, "run": "r", "attest": False, "committed": lambda: None}
-    saver = Saver(catalog, writer, me, None, now(), **how)  # type: ignore[arg-type]
+    signals = Signals(board, "i")
+    participants = Participants(catalog, ArrayWriter(ArrayOptions(), 1), board, signals, None, now(), epoch=1)
     shutil.rmtree(root)
-    save = saver.begin(1, UserData({}, {}, 0.0), None)
-    saver.start(save, flatten(state(1)))
-    assert save.thread is not None
-    save.thread.join(20)
+    save = participants.begin(1, UserData({}, {}, 0.0), None)
+    signals.post_decision(save.id, Aborted("process 1 voted to abort"))
+    save.start(flatten(state(1)))
+    save.join(20)
     assert isinstance(save.error, RootChanged) and not root.exists()
-    (said,) = [value for key, value in me.posted.items() if key.endswith("receipt/1")]
-    assert "RootChanged" in said and "host-1" in said
+    vote = signals.votes(save.id)[1]
+    assert vote and vote.failure and vote.failure.cause.startswith("RootChanged: ") and vote.host == "host-1"
 
 
 def everything(folder: Path) -> list[str]:

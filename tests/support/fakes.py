@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from orchestrator.errors import StorageError
-from orchestrator.rules.records import FileEntry
+from orchestrator.job.poll import Clock
+from orchestrator.rules.records import FileEntry, Json
 from orchestrator.storage import Created, Entry, Exists, Storage
 
 Hook = Callable[[str, str], None]
@@ -65,3 +66,50 @@ class FailOnce:
             self.hits += 1
             if self.hits == 1:
                 raise StorageError(f"{operation} {key}: ENOSPC (No space left on device)")
+
+
+class FakeBoard:
+    """A rendezvous that only carries signals, as process `process` of `count` sees it."""
+
+    def __init__(self, process: int, count: int) -> None:
+        self.process, self.count = process, count
+        self.hosts = {index: f"host-{index}" for index in range(count)}
+        self.posted: dict[str, str] = {}
+        self.polls = 0
+
+    def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
+        raise AssertionError("a collective")
+
+    def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
+        raise AssertionError("a collective")
+
+    def preempted(self, step: int) -> bool:
+        return False
+
+    def post(self, key: str, value: str) -> None:
+        self.posted[key] = value
+
+    def forget(self, prefix: str) -> None:
+        self.posted = {key: value for key, value in self.posted.items() if not key.startswith(prefix)}
+
+    def poll(self, prefix: str) -> dict[str, str]:
+        self.polls += 1
+        return {key.removeprefix(prefix): value for key, value in self.posted.items() if key.startswith(prefix)}
+
+
+class StepClock:
+    """Time that only sleeping moves, and what was slept."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.slept: list[float] = []
+        self.clock = Clock(lambda: self.now_s, self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now_s += seconds
+
+    def after(self, seconds: float, value: str = "there") -> Callable[[], str | None]:
+        """A look that answers `seconds` after now."""
+        until = self.now_s + seconds
+        return lambda: value if self.now_s >= until else None

@@ -1,0 +1,120 @@
+"""What this process contributes to one attempt: its part of the arrays, its own state, and the receipt for both."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from orchestrator import failpoints
+from orchestrator.arrays import ArrayWriter, PendingWrite
+from orchestrator.arrays.tree import Flat
+from orchestrator.errors import StorageError
+from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.signals import abort_vote
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.codec import encode
+from orchestrator.rules.records import FORMAT, Failure, FileEntry, Held, Receipt
+from orchestrator.run.journal_store import Catalog
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
+from orchestrator.storage.port import Exists
+
+_CAUSE_CHARS = 2000
+
+
+class Contribution:
+    """Used in the order of its methods: `stage` on the main thread, all else on the save's own. seconds: how long
+    each part took, for the receipt. pending: the staged arrays; None before, and once they are released."""
+
+    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, attempt: AttemptId, own_state: bytes | None) -> None:
+        self._catalog, self._attempt = catalog, attempt
+        self._process, self._host = rendezvous.process, rendezvous.hosts[rendezvous.process]
+        self._own_state = own_state
+        self._beside: Begun[None] | None = None
+        self._files: tuple[FileEntry, ...] = ()
+        self.seconds: dict[str, float] = {}
+        self.pending: PendingWrite | None = None
+
+    def stage(self, writer: ArrayWriter, flat: Flat, held: tuple[Held, ...], *, attest: bool) -> None:
+        """Take `flat` from the devices. Raises what the writer raises."""
+        self.pending = writer.stage(f"{self._catalog.url}/{self._attempt.state_prefix}", flat, attest, held)
+
+    def write(self, timeout_s: float, given_up: Callable[[], bool]) -> None:
+        """Write the arrays, and the process's own state beside them: a store far away takes as long for both as for
+        one. Raises WriteStopped soon after `given_up` has said so, WaitTimeout, StorageError."""
+        assert self.pending is not None
+        began = time.monotonic()
+        if self._own_state is not None:
+            self._beside = overlap.begin(self._put_own_state)
+        self.pending.wait(timeout_s, given_up)
+        self.seconds["write"] = time.monotonic() - began
+
+    def _put_own_state(self) -> None:
+        self._create(self._attempt.process_state_key(self._process), self._own_state or b"")
+
+    def make_durable(self) -> None:
+        """Make what this process wrote durable, whoever else writes beside it."""
+        assert self.pending is not None
+        began = time.monotonic()
+        failpoints.hit("save.seal")
+        own = []
+        if self._beside:
+            self._beside.result()
+            own = [self._attempt.process_state_key(self._process)]
+        known = {self._attempt.state_prefix + file.path: file for file in self.pending.files}
+        durable = self._catalog.storage.make_durable([*own, *known], known)
+        self._files = tuple(replace(entry, path=entry.path.removeprefix(self._attempt.prefix)) for entry in durable)
+        self.seconds["seal"] = time.monotonic() - began
+
+    def store_receipt(self) -> bytes:
+        """Returns it as the store has acknowledged it. After `make_durable`: a receipt survives power loss."""
+        receipt = encode(self._receipt())
+        self._create(self._attempt.receipt_key(self._process), receipt)
+        return receipt
+
+    def _receipt(self) -> Receipt:
+        assert self.pending is not None
+        return Receipt(
+            format=FORMAT,
+            write_id=uuid.uuid4().hex,
+            step=self._attempt.step,
+            attempt=self._attempt.name,
+            process=self._process,
+            host=self._host,
+            files=self._files,
+            boxes=dict(self.pending.boxes),
+            places=self.pending.places(self._files),
+            small=self.pending.small,
+            prints=self.pending.fingerprints(),
+            seconds=self.seconds,
+            built_on=self._catalog.durable_version,
+            went_by=self.pending.went_by,
+            own=self.pending.own,
+        )
+
+    def abort_vote(self, phase: str, cause: BaseException) -> Receipt:
+        """Instead of the receipt: what has failed, and in which phase."""
+        # A file's name may be no UTF-8, and this record must not fail, too.
+        text = f"{type(cause).__name__}: {cause}"[:_CAUSE_CHARS].encode(errors="backslashreplace").decode()
+        failure = Failure(process=self._process, host=self._host, phase=phase, cause=text)
+        return abort_vote(self._attempt, failure, seconds=self.seconds, built_on=self._catalog.durable_version)
+
+    def store_abort_vote(self, vote: Receipt) -> None:
+        """For whoever misses the signal. Raises what the store does."""
+        self._catalog.storage.create(self._attempt.receipt_key(self._process), encode(vote))
+
+    def settle(self, grace_s: float) -> None:
+        """Nothing of this process should appear in an attempt that is decided: wait for what is under way."""
+        if self._beside:
+            self._beside.wait(grace_s)
+
+    def release(self) -> None:
+        """Give back the memory that is still held."""
+        self.pending = None
+
+    def _create(self, key: str, body: bytes) -> None:
+        if isinstance(self._catalog.storage.create(key, body), Exists):
+            raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")

@@ -1,0 +1,59 @@
+"""How a process other than 0 learns the decision about an attempt: from process 0's signal, or from the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from absl import logging
+
+from orchestrator.errors import StorageError
+from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
+from orchestrator.job.poll import REAL, Clock, poll, timed_out
+from orchestrator.job.signals import Signals
+from orchestrator.rules import journal
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.run.journal_store import Catalog
+
+
+class DecisionReader:
+    """Of one attempt of epoch `epoch`. `hosts` names the processes."""
+
+    def __init__(
+        self,
+        attempt: AttemptId,
+        epoch: int,
+        catalog: Catalog,
+        signals: Signals,
+        hosts: Mapping[int, str],
+        clock: Clock = REAL,
+    ) -> None:
+        self._attempt, self._epoch, self._catalog, self._signals = attempt, epoch, catalog, signals
+        self._hosts, self._clock = hosts, clock
+
+    def wait(self, timeout_s: float, other_step: Callable[[], Aborted | None]) -> Outcome:
+        """How the attempt ended. `other_step`: the outcome if process 0 saves another step instead; asked once a
+        second, with the journal. Raises WaitTimeout naming process 0."""
+        text = f"no decision from the coordinator, process 0 ({self._hosts[0]}), after {timeout_s:g} s"
+        late: Callable[[], Outcome] = timed_out(text)
+        return poll(
+            lambda: self._signals.decision(self._attempt),
+            timeout_s,
+            late,
+            storage=lambda: self.journalled() or other_step(),
+            clock=self._clock,
+        )
+
+    def journalled(self) -> Outcome | None:
+        """What the journal says, once that is durable; None if it does not say (yet)."""
+        try:
+            head = self._catalog.durable_head()
+        except StorageError as error:  # perhaps it passes: the deadline decides
+            logging.warning("%s: the journal cannot be read yet: %s", self._attempt.label, error)
+            return None
+        if journal.is_live(head, self._attempt):
+            return Committed()
+        if head.epoch > self._epoch:
+            return Fenced(f"fenced by epoch {head.epoch} ({head.writer})")
+        if journal.is_retired(head, self._attempt):
+            return Aborted(f"journal version {head.version}: {head.event.reason or 'aborted'}")
+        return None
