@@ -85,9 +85,9 @@ if not TYPE_CHECKING:  # to a type checker, any name at all would be one of ours
 def open_run(root: str | os.PathLike[str]) -> Run:
     """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
     from orchestrator.reader import Run
-    from orchestrator.run.journal_store import Catalog
+    from orchestrator.run.journal_store import JournalStore
     from orchestrator.storage import open_storage
     from orchestrator.storage.read_only import ReadOnlyStorage
 
     install()
-    return Run(Catalog(ReadOnlyStorage(open_storage(root)), writer="reader"))
+    return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"))

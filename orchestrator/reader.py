@@ -12,7 +12,7 @@ from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 _RETIRED_MAX = 100  # times that retention may be quicker than a reader who wants the newest step
 
@@ -20,7 +20,7 @@ _RETIRED_MAX = 100  # times that retention may be quicker than a reader who want
 class Run:
     """A run opened for reading (evaluators, notebooks): no epoch is opened and nothing is ever written."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: JournalStore) -> None:
         self._catalog = catalog
         self._reported: set[int] = set()  # steps that this object has told the user of
         catalog.require_head()

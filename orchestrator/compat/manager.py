@@ -31,7 +31,7 @@ from orchestrator.job.rounds import Round, agree
 from orchestrator.job.startup import meet
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json, LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_steps import DEFAULT, unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
@@ -94,7 +94,7 @@ class CheckpointManager:
         self._url = os.fspath(directory)
         store = open_storage(self._url)
         self._storage: Storage = ReadOnlyStorage(store) if self._orbax.read_only else store
-        self._catalog = Catalog(self._storage, writer="compat")
+        self._catalog = JournalStore(self._storage, writer="compat")
         self._rendezvous = connect(self._options.rendezvous_timeout_s)
         self._root_metadata = {
             name: arguments.plain_json(f"metadata[{name!r}]", value) for name, value in (metadata or {}).items()
@@ -375,15 +375,15 @@ class CheckpointManager:
         return self._saved(newest)
 
     def _saved(self, live: LiveStep) -> Saved:
-        manifest = self._catalog.manifest(live)
-        told = self._catalog.extra(live, manifest).extra.get(EXTRA)
+        step = self._catalog.step(live)
+        told = step.extra.extra.get(EXTRA)
         single = told is None or bool(told["single"])
-        spec = self._catalog.intent(live, manifest).tree
+        spec = step.intent.tree
         lists: set[tuple[str, ...]] = set()
-        for name in orbax_items.metadata_files([entry.path for entry in manifest.files]):
-            body = self._catalog.file(live, manifest, name)
+        for name in orbax_items.metadata_files([entry.path for entry in step.manifest.files]):
+            body = step.file(name)
             lists |= orbax_items.lists_in(body, name) if body else set()
-        states = self._catalog.process_states(live, manifest)
+        states = step.process_states()
         return Saved(live.step, spec.leaves, frozenset(lists), single, told or {}, states)
 
     def _admit(self, head: Head | None) -> None:
@@ -403,7 +403,7 @@ class CheckpointManager:
             return live.metrics
         key = live.id
         if key not in self._all_metrics:
-            self._all_metrics[key] = self._catalog.extra(live, self._catalog.manifest(live)).metrics
+            self._all_metrics[key] = self._catalog.step(live).extra.metrics
         return self._all_metrics[key]
 
     def _find_root_metadata(self) -> dict[str, Json]:
@@ -411,7 +411,7 @@ class CheckpointManager:
         head = self._catalog.head()
         for live in reversed(head.live if head else ()):
             with contextlib.suppress(Damaged):
-                extra = self._catalog.extra(live, self._catalog.manifest(live)).extra
+                extra = self._catalog.step(live).extra.extra
                 return extra.get(EXTRA, {}).get("root_metadata") or self._root_metadata
         return self._root_metadata
 

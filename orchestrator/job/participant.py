@@ -35,7 +35,7 @@ from orchestrator.observe.events import SaveNotCommitted, SavePhase, SaveStarted
 from orchestrator.options import Options
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FORMAT, FileEntry, Intent, Receipt
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import check_root
@@ -50,7 +50,7 @@ class Incarnation:
     """What all saves of this process have in common. coordinator: on process 0 only. committed: called after each
     commit, on the save's own thread."""
 
-    catalog: Catalog
+    catalog: JournalStore
     writer: ArrayWriter
     rendezvous: Rendezvous
     signals: Signals
@@ -67,7 +67,7 @@ class Participants:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: JournalStore,
         writer: ArrayWriter,
         rendezvous: Rendezvous,
         signals: Signals,

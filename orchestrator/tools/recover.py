@@ -14,8 +14,10 @@ from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.evidence import Choice, Whole
 from orchestrator.rules.records import Head, LiveStep, Manifest, crc32c
-from orchestrator.run import survey
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import checked_reads, survey
+from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.stored_step import StoredStep
+from orchestrator.storage.port import Reads
 
 
 @dataclass
@@ -39,24 +41,23 @@ class Plan:
         return bool(self.lost) or any((layout.journal_version(key) or 0) > newest for key in self.unreadable)
 
 
-def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> Plan:
+def plan(catalog: JournalStore, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> Plan:
     """Look at every entry of the journal and every attempt in storage. Raises StorageError: what cannot be read must
     not be taken for lost."""
     found = Plan()
-    stored, marker = dict(sorted(catalog.stored().items())), catalog.marked_version()
-    attempts = _Unjournalled(catalog.storage, catalog.writer)
+    stored, marker = dict(sorted(survey.attempts(catalog.storage).items())), catalog.marked_version()
     wholes: list[Whole] = []
     named: dict[AttemptId, int] = {}
     for attempt, one in stored.items():
         on_attempt(attempt)
-        whole, problem = _look(attempts, attempt) if one.whole else (None, "no manifest: it was never finished")
+        whole, problem = _look(catalog.storage, attempt) if one.whole else (None, "no manifest: it was never finished")
         named[attempt] = whole.built_on if whole else survey.built_on(catalog, attempt, False)
         found.whole[attempt] = (whole.entry if whole else None, problem)
         if whole and not problem:
             wholes.append(whole)
     versions = catalog.versions()  # last: whatever a record or marker names has its entry by then
     ended = _entries(catalog, versions, found)
-    built = {key: journal.Found(one.whole, named[key]) for key, one in stored.items()}
+    built = {key: journal.StoredAttempt(one.whole, named[key]) for key, one in stored.items()}
     found.lost = evidence.lost(found.head, built, marker)
     if not found.needed:
         found.lost = survey.missing(catalog, found.head, marker)
@@ -67,7 +68,7 @@ def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda atte
     return found
 
 
-def _entries(catalog: Catalog, versions: list[int], found: Plan) -> set[AttemptId]:
+def _entries(catalog: JournalStore, versions: list[int], found: Plan) -> set[AttemptId]:
     """Read every entry; returns the attempts that any of them calls retired, aborted or quarantined."""
     ended: set[AttemptId] = set()
     for version in versions:
@@ -81,18 +82,12 @@ def _entries(catalog: Catalog, versions: list[int], found: Plan) -> set[AttemptI
     return ended
 
 
-class _Unjournalled(Catalog):
-    """The run without its journal, which knows nothing of the attempts that are looked at, nor what became of them."""
-
-    def check_live(self, live: LiveStep) -> None: ...
-
-
-def _look(catalog: Catalog, attempt: AttemptId) -> tuple[Whole | None, str]:
+def _look(storage: Reads, attempt: AttemptId) -> tuple[Whole | None, str]:
     """An attempt as the journal would have it, by its manifest, and what is missing of it. Its records are read and
     compared, of the arrays' files only the sizes: `verify` reads those."""
     try:
-        body = catalog.storage.get(attempt.manifest_key)
-        manifest = catalog.record(attempt, layout.MANIFEST, Manifest)
+        body = storage.get(attempt.manifest_key)
+        manifest = checked_reads.record(storage, attempt.manifest_key, Manifest)
         if body is None or manifest is None:
             return None, "no manifest: it was never finished"
         if manifest.id != attempt:
@@ -109,11 +104,12 @@ def _look(catalog: Catalog, attempt: AttemptId) -> tuple[Whole | None, str]:
     except (Damaged, Suspect, NewerFormat) as error:
         return None, str(error)
     try:
-        catalog.check_sizes(entry, manifest)
-        intent, extra = catalog.intent(entry, manifest), catalog.extra(entry, manifest)
+        # No journal lists it, so it cannot have been retired either.
+        stored = StoredStep(storage, entry, check_live=lambda live: None)
+        stored.check_sizes()
+        intent, extra = stored.intent, stored.extra
         for process in range(manifest.process_count):
-            if any(file.path == layout.receipt_name(process) for file in manifest.files):
-                catalog.file(entry, manifest, layout.receipt_name(process))
+            stored.file(layout.receipt_name(process))
     except (Damaged, Suspect, NewerFormat) as error:
         return Whole(entry, manifest.built_on), str(error)
     known = LiveStep(
@@ -128,7 +124,7 @@ def _look(catalog: Catalog, attempt: AttemptId) -> tuple[Whole | None, str]:
     return Whole(journal.carried(known, None), max(manifest.built_on, intent.built_on)), ""
 
 
-def write(catalog: Catalog, found: Plan) -> Head:
+def write(catalog: JournalStore, found: Plan) -> Head:
     """Create the `recovered` entry that `found` describes. Raises UsageError where there is nothing to recover,
     StorageError, and OrchestratorError if somebody writes to the run meanwhile."""
     if not found.needed and not found.choice.added:

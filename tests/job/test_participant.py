@@ -27,17 +27,18 @@ from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Failure
+from orchestrator.run import checked_reads
 from orchestrator.run.deletion import collect
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage, Storage
 from tests.support.builders import FIRST, live
 from tests.support.fakes import FakeBoard, HookedStorage, StepClock
 from tests.support.runs import now
 
 
-def a_run(root: Path) -> Catalog:
+def a_run(root: Path) -> JournalStore:
     """Step 1 committed and retired, step 2 committed; step 1's data is there."""
-    catalog = Catalog(PosixStorage(str(root)), "test")
+    catalog = JournalStore(PosixStorage(str(root)), "test")
     catalog.append(journal.open_epoch)
     for step in (1, 2):
         catalog.storage.create(AttemptId(step, FIRST).prefix + keys.MANIFEST, b"{}")
@@ -48,7 +49,7 @@ def a_run(root: Path) -> Catalog:
 
 def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_path: Path) -> None:
     storage = HookedStorage(a_run(tmp_path).storage)
-    assert collect(Catalog(storage, "gc")).files == 1
+    assert collect(JournalStore(storage, "gc")).files == 1
     operations = [call for call in storage.calls if call[0] in ("make_durable", "delete")]
     assert operations[0] == ("make_durable", keys.journal_key(2))
     assert [operation for operation, _ in operations[1:]] == ["delete"]
@@ -56,14 +57,14 @@ def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_
 
 def test_a_dry_run_of_a_collector_needs_no_right_to_write(tmp_path: Path) -> None:
     storage = HookedStorage(a_run(tmp_path).storage)
-    assert collect(Catalog(storage, "gc"), dry_run=True).files == 1
+    assert collect(JournalStore(storage, "gc"), dry_run=True).files == 1
     assert {operation for operation, _ in storage.calls} <= {"get", "list"}
 
 
 def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is_durable(tmp_path: Path) -> None:
     storage = HookedStorage(a_run(tmp_path).storage)
     board = FakeBoard(1, 2)
-    reader = DecisionReader(AttemptId(2, FIRST), 1, Catalog(storage, "w"), Signals(board, "i"), board.hosts)
+    reader = DecisionReader(AttemptId(2, FIRST), 1, JournalStore(storage, "w"), Signals(board, "i"), board.hosts)
     assert reader.wait(20.0, lambda: None) == Committed()  # no signal comes: from storage
     assert ("make_durable", keys.journal_key(2)) in storage.calls
 
@@ -97,7 +98,7 @@ def test_a_decision_that_does_not_come_is_waited_for_until_the_deadline(tmp_path
 def participants(storage: Storage, board: FakeBoard, **options: Any) -> Participants:
     """Process 1 of two, in epoch 1."""
     writer, signals = ArrayWriter(ArrayOptions(), 1), Signals(board, "i")
-    return Participants(Catalog(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
+    return Participants(JournalStore(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
 
 
 def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
@@ -113,12 +114,12 @@ def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_c
     save.join(20)
     assert "process 0 voted to abort" in str(save.error)
     assert signals.votes(attempt) == {0: other}
-    assert Catalog(storage, "w").receipt(attempt, 1) is None
+    assert checked_reads.receipt(storage, attempt, 1) is None
 
 
 def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_path: Path) -> None:
     board, storage = FakeBoard(1, 2), PosixStorage(str(tmp_path))
-    Catalog(storage, "w").append(journal.open_epoch)
+    JournalStore(storage, "w").append(journal.open_epoch)
     signals = Signals(board, "i")
     save = participants(storage, board, save_timeout_s=60).begin(3, UserData({}, {}, 0.0), None)
     signals.post_saving(AttemptId(2, FIRST))

@@ -12,7 +12,7 @@ import orchestrator as oc
 from orchestrator.arrays import PendingWrite
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from tests.support import builders
 
@@ -23,8 +23,8 @@ def state(step: int) -> dict[str, Any]:
     return {"w": jnp.full(512, float(step)), "count": step}
 
 
-def catalog_of(root: Path) -> Catalog:
-    return Catalog(PosixStorage(str(root)), "test")
+def catalog_of(root: Path) -> JournalStore:
+    return JournalStore(PosixStorage(str(root)), "test")
 
 
 def journal_of(root: Path) -> list[Head]:
