@@ -3,7 +3,7 @@
     python -m benchmarks.simulate                    # 100 to 50,000 hosts
     python -m benchmarks.simulate --hosts 1000 --read_ms 20
 
-Real: receipts, their bytes and their decoding, `protocol.advance` with its coverage check, the manifest, the journal's
+Real: receipts, their bytes and their decoding, `attempt.advance` with its coverage check, the manifest, the journal's
 rules and their entry; what they take on this machine's CPU passes on the virtual clock. Modelled: a store that takes
 --read_ms and --write_ms for a request, and serves --reads_per_s and --writes_per_s of them (defaults: what Cloud
 Storage says a bucket serves before it scales itself up, https://cloud.google.com/storage/docs/request-rate; the
@@ -106,7 +106,7 @@ def simulate(hosts: int, leaves: int, store: Store, spread_s: float, seed: int) 
     written = [store.request("write", at) for at in sealed]
     state, clock, cpu, receipt_bytes, receipts = attempt.Attempt(intent), 0.0, 0.0, 0, []
     under_way: list[float] = []
-    effects: tuple[attempt.Effect, ...] = ()
+    effect: attempt.Effect | None = None
     for first in range(0, hosts, RECEIPT_BATCH):
         batch = range(first, min(first + RECEIPT_BATCH, hosts))
         bodies = []
@@ -122,10 +122,10 @@ def simulate(hosts: int, leaves: int, store: Store, spread_s: float, seed: int) 
             read = tuple(decode(body, Receipt, "simulated") for body in bodies)
             return read, attempt.advance(state, attempt.ReceiptsRead(read))
 
-        (read, (state, effects)), spent = timed(take)
+        (read, (state, effect)), spent = timed(take)
         receipts += read
         clock, cpu = max(clock, *under_way) + spent, cpu + spent
-    assert effects == (attempt.Finalize(),), state.failures or state.reason
+    assert effect == attempt.Finalize(), state.failures or state.reason
     collected = clock
     tree_bytes, spent = timed(lambda: _tree_bytes(receipts))
     clock = store.many("write", clock + spent, 2, 2)

@@ -12,7 +12,7 @@ from absl import flags
 from launch import command
 from launch.command import EXIT_USAGE, LaunchError
 from launch.engines import gke, local, slurm, tpu_vm
-from launch.supervise import Rules
+from launch.supervise import RestartPolicy
 from orchestrator import failpoints
 from orchestrator.errors import UsageError
 
@@ -37,7 +37,7 @@ flags.DEFINE_integer("processes", None, "simulated hosts, one process each", fla
 flags.DEFINE_integer("devices_per_process", 1, "CPU devices of each process", flag_values=FLAGS)
 flags.DEFINE_integer("max_restarts", 0, "start the job again this many times after a failure", flag_values=FLAGS)
 flags.DEFINE_integer("processes_after_restart", None, "hosts after a restart; as before if unset", flag_values=FLAGS)
-command.define_told(FLAGS)
+command.define_environment_flags(FLAGS)
 flags.DEFINE_string(
     "log_dir",
     None,
@@ -56,7 +56,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float("backoff_s", 0.5, "pause before a restart; doubled while there is no progress", flag_values=FLAGS)
 flags.DEFINE_integer(
-    "step_back_after", 3, "after so many deaths at one step, come back from a step earlier", flag_values=FLAGS
+    "step_back_after", 3, "after so many deaths at one step, resume from a step earlier", flag_values=FLAGS
 )
 flags.DEFINE_string("elastic", None, "MIN:MAX hosts; a lost host is left out of the next start", flag_values=FLAGS)
 flags.DEFINE_string("hosts_file", None, "elastic: the hosts that are there, one a line", flag_values=FLAGS)
@@ -69,16 +69,16 @@ flags.DEFINE_float(
 def _job(values: dict[str, Any], program: list[str]) -> local.LocalJob:
     """Raises: LaunchError with one line for whatever cannot be used."""
     if values["processes"] is None:
-        raise LaunchError("--processes is needed: how many hosts to simulate")
+        raise LaunchError("--processes is required: how many hosts to simulate")
     return local.LocalJob(
         command=program,
         processes=values["processes"],
         devices_per_process=values["devices_per_process"],
         processes_after_restart=values["processes_after_restart"],
         hosts_file=None if values["hosts_file"] is None else Path(values["hosts_file"]),
-        environ=_chaos(values["chaos"]) | command.told(values),
+        environ=_chaos(values["chaos"]) | command.environment_of(values),
         log_dir=None if values["log_dir"] is None else Path(values["log_dir"]),
-        rules=Rules(
+        policy=RestartPolicy(
             max_restarts=values["max_restarts"],
             stop_grace_s=values["stop_grace_s"],
             end_grace_s=values["end_grace_s"],
@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
         print(usage)
         return 0
     if argv[1] not in COMMANDS:
-        print(f"launch: no command {argv[1]!r}; there is: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"launch: no command {argv[1]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
     return COMMANDS[argv[1]][0](argv[2:])
 

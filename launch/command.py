@@ -99,14 +99,14 @@ def _in_utf8(what: str, text: str) -> None:
         raise LaunchError(f"{what} {text!r}: expected text in UTF-8")
 
 
-def define_told(values: flags.FlagValues) -> None:
-    """The flags that every launcher has for what its processes are told; `told` reads them."""
+def define_environment_flags(values: flags.FlagValues) -> None:
+    """The flags that every launcher has for the environment of its processes; `environment_of` reads them."""
     flags.DEFINE_string("run_root", None, f"where the checkpoints are ({contract.RUN_ROOT})", flag_values=values)
     flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process; may be given again", flag_values=values)
 
 
-def told(values: Mapping[str, Any]) -> dict[str, str]:
-    """The variables that the flags of `define_told` set. Raises: LaunchError."""
+def environment_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that the flags of `define_environment_flags` set. Raises: LaunchError."""
     found = {}
     for pair in values["env"]:
         name, equals, value = pair.partition("=")

@@ -1,8 +1,8 @@
-"""What a launcher tells each process of a job, and how the process turns that into a JAX runtime.
+"""What a launcher passes to each process of a job, and how the process turns that into a JAX runtime.
 
 One resolver, `from_environment`, for every launcher. Who knows the most exact answer is asked first:
 
-| what it finds                                     | who said it                     | the rest comes from           |
+| what it finds                                     | who sets it                     | the rest comes from           |
 |---------------------------------------------------|---------------------------------|-------------------------------|
 | `ORCHESTRATOR_PROCESS_COUNT`                      | local launcher, manifests, you  | the variables below           |
 | what a Slurm step has (`SLURM_PROCID`, ...)       | srun                            | JAX's Slurm detection         |
@@ -22,7 +22,7 @@ The contract's own variables, the same for every launcher:
 | `ORCHESTRATOR_LOCAL_DEVICES`       | CPU devices that this process simulates; unset: the machine's own      |
 | `ORCHESTRATOR_RESTART_COUNT`       | 0 in the first incarnation, one more after each restart of the job     |
 | `ORCHESTRATOR_GRACE_PERIOD_S`      | seconds that a preempted process may wait for its last save            |
-| `ORCHESTRATOR_RUN_ROOT`            | where the checkpoints are, for programs not told otherwise             |
+| `ORCHESTRATOR_RUN_ROOT`            | where the checkpoints are, for programs without a flag for it          |
 | `ORCHESTRATOR_HOST_NAME`           | the name that people see in logs, `host-0` and so on                   |
 | `ORCHESTRATOR_HOST_ADDRESS`        | this process's own address, to listen on; else what the coordinator's  |
 |                                    | name stands for there                                                  |
@@ -65,7 +65,7 @@ COORDINATOR_PORT = 8476
 INITIALIZATION_TIMEOUT_S = 300  # pods and nodes of one job come up minutes apart
 LEAVING_S = 30.0  # from the last commit to the end of the process: what a launcher adds to the grace period
 
-EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: told to stop by SIGTERM, saved and left; starting again goes on
+EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: stopped by SIGTERM, saved and left; started again, it resumes
 
 
 class ContractError(ValueError):
@@ -83,7 +83,7 @@ class Detection(Enum):
 
 @dataclass(frozen=True)
 class JobContract:
-    """One process's place in a job, told in full. `local_devices` None: the machine's own, not simulated ones."""
+    """One process's place in a job, in full. `local_devices` None: the machine's own, not simulated ones."""
 
     coordinator_address: str
     process_count: int
@@ -96,7 +96,7 @@ class JobContract:
 
     def to_environment(self) -> dict[str, str]:
         """The variables that make `from_environment` return an equal contract."""
-        told = {
+        variables = {
             COORDINATOR_ADDRESS: self.coordinator_address,
             PROCESS_COUNT: str(self.process_count),
             PROCESS_INDEX: str(self.process_index),
@@ -106,7 +106,7 @@ class JobContract:
             RUN_ROOT: self.run_root,
             HOST_NAME: self.host_name,
         }
-        return {name: value for name, value in told.items() if value is not None}
+        return {name: value for name, value in variables.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class DetectedContract:
 
     def to_environment(self) -> dict[str, str]:
         """What the agent reads by itself, in the contract's own variables."""
-        told = {RESTART_COUNT: str(self.restart_count), HOST_NAME: self.host_name}
-        return {name: value for name, value in told.items() if value is not None}
+        variables = {RESTART_COUNT: str(self.restart_count), HOST_NAME: self.host_name}
+        return {name: value for name, value in variables.items() if value is not None}
 
 
 Contract = JobContract | DetectedContract
@@ -161,7 +161,7 @@ def from_environment(environ: Mapping[str, str]) -> Contract | None:
     Raises: ContractError, naming the variable, if a variable is missing or cannot be used.
     """
     if PROCESS_COUNT in environ:
-        return _told(environ)
+        return _in_full(environ)
     devices = _whole(environ, LOCAL_DEVICES, 0, 1) or None
     grace_s, root, name = _seconds(environ, GRACE_PERIOD_S), environ.get(RUN_ROOT), environ.get(HOST_NAME)
     restarts = _whole(environ, RESTART_COUNT, 0, 0)
@@ -179,7 +179,7 @@ def from_environment(environ: Mapping[str, str]) -> Contract | None:
     return None
 
 
-def _told(environ: Mapping[str, str]) -> JobContract:
+def _in_full(environ: Mapping[str, str]) -> JobContract:
     count = _whole(environ, PROCESS_COUNT, None, 1)
     if PROCESS_INDEX not in environ and COMPLETION_INDEX in environ:
         index = _index_of_pod(environ, count)
@@ -241,7 +241,7 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
             else _bind_address(contract.coordinator_address, environ),
             num_processes=contract.process_count,
             process_id=contract.process_index,
-            # Empty is not None: all of the machine's devices, and no cluster detection for what is told already.
+            # Empty is not None: all of the machine's devices, and no cluster detection for what is known already.
             local_device_ids=(),
             initialization_timeout=INITIALIZATION_TIMEOUT_S,
         )
@@ -302,7 +302,7 @@ def leave(code: int) -> NoReturn:
 
     After 0 and EXIT_PREEMPTED all processes leave together, and JAX may wait for them. One that fails must not: JAX's
     exit handler would wait minutes for the others, who wait for this one, and no launcher would learn of the failure.
-    Where the others can be told, `orchestrator.job.last_words` does all that at `sys.exit`.
+    Where the others can learn of it, `orchestrator.job.last_words` does all that at `sys.exit`.
     """
     from orchestrator.job import last_words
 

@@ -27,8 +27,8 @@ def main() -> int:
     except FileNotFoundError:
         print("health: no heartbeat yet")
         return 1 if flags.started else 0
-    except OSError as error:  # what cannot be looked at is not known to be hung
-        print(f"health: {path} cannot be looked at: {error.strerror}")
+    except OSError as error:  # a file that cannot be read is no proof of a hang
+        print(f"health: {path} cannot be read: {error.strerror}")
         return 1 if flags.started else 0
     print(f"health: last heartbeat {age_s:.0f} s ago")
     return 0 if age_s <= flags.max_age_s else 1

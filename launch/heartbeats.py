@@ -16,7 +16,7 @@ _DOING_CHARS = 200
 
 
 class Heartbeats:
-    """One directory of heartbeat files, for one incarnation. `steps`, `doing`, `pids`: what each host last said."""
+    """One directory of heartbeat files, for one incarnation. `steps`, `doing`, `pids`: by each host's newest one."""
 
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="heartbeats-"))
@@ -28,9 +28,9 @@ class Heartbeats:
     def path(self, index: int) -> Path:
         return self.directory / str(index)
 
-    def listen(self, now_s: float) -> dict[int, float]:
-        """Seconds of silence of each host that ever beat; {} if its directory is gone, as then nobody can be heard.
-        `now_s`: a monotonic clock; the hosts' own is not trusted. A file that no agent has written tells nothing.
+    def poll(self, now_s: float) -> dict[int, float]:
+        """Seconds since the newest heartbeat of each host that ever wrote one; {} if the directory is gone.
+        `now_s`: a monotonic clock; the hosts' own is not trusted. A file that no agent has written counts for nothing.
         """
         try:
             names = os.listdir(self.directory)
@@ -44,25 +44,25 @@ class Heartbeats:
                 stamp = os.stat(self.directory / name).st_mtime_ns
                 if self._seen.get(index, (0, 0.0))[0] == stamp:
                     continue
-                said = _said(plainfile.read_text(self.directory / name, _MOST_BYTES))
+                fields = _fields(plainfile.read_text(self.directory / name, _MOST_BYTES))
             except (OSError, ValueError, RecursionError):
                 continue
             self._seen[index] = (stamp, now_s)
-            if type(step := said.get("step")) is int:  # True is an int, too
+            if type(step := fields.get("step")) is int:  # True is an int, too
                 self.steps[index] = step
-            if type(pid := said.get("pid")) is int:
+            if type(pid := fields.get("pid")) is int:
                 self.pids[index] = pid
-            self.doing[index] = f"{said.get('doing')} at step {said.get('step')}"[:_DOING_CHARS]
-        return {index: now_s - heard_s for index, (_, heard_s) in self._seen.items()}
+            self.doing[index] = f"{fields.get('doing')} at step {fields.get('step')}"[:_DOING_CHARS]
+        return {index: now_s - seen_s for index, (_, seen_s) in self._seen.items()}
 
     def close(self) -> None:
         for _ in range(3):  # whatever is ending may write once more
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _said(text: str) -> dict[str, Any]:
+def _fields(text: str) -> dict[str, Any]:
     """Raises: ValueError, RecursionError if it is not a JSON object."""
-    said = json.loads(text)
-    if not isinstance(said, dict):
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
         raise ValueError("not an object")
-    return said
+    return fields

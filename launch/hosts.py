@@ -1,6 +1,6 @@
 """The processes of one start of a job on this machine: each host's own, and what it has started.
 
-A host is told to stop by a signal to one process: the one in which its agent runs, as its heartbeat says, or else the
+A host is stopped by a signal to one process: the one in which its agent runs, as its heartbeat says, or else the
 one that was started. Its data workers are not signalled, as the last save needs them. SIGKILL goes to all of them.
 """
 
@@ -41,7 +41,7 @@ class Warden:
     def pid(self) -> int:
         return self._process.pid
 
-    def _tell(self, line: str) -> None:
+    def _write(self, line: str) -> None:
         # If the warden is gone its care is lost; the job need not be.
         with contextlib.suppress(BrokenPipeError):
             self._pipe.write(f"{line}\n".encode())
@@ -52,15 +52,15 @@ class Warden:
         assert self._process.stdin is not None
         return self._process.stdin
 
-    def guard(self, kin: warden.Kin) -> None:
-        self._tell(f"+{kin.leader} {kin.started} {kin.mark.hex()}")
+    def guard(self, identity: warden.HostIdentity) -> None:
+        self._write(f"+{identity.leader} {identity.started} {identity.mark.hex()}")
 
     def release(self, pid: int) -> None:
-        self._tell(f"-{pid}")
+        self._write(f"-{pid}")
 
     def remove_afterwards(self, directory: Path | None) -> None:
         """The directory to delete if we cannot; None: there is none."""
-        self._tell("=" + os.fsencode(directory).hex() if directory else "=")
+        self._write("=" + os.fsencode(directory).hex() if directory else "=")
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -71,7 +71,7 @@ class Warden:
             self._process.wait(timeout=REAP_S)
 
 
-class Host:
+class LocalHost:
     """One host: the process that was started for it, its output so far, its log."""
 
     def __init__(self, process: subprocess.Popen[bytes], contract: JobContract, heartbeat: Path) -> None:
@@ -79,24 +79,24 @@ class Host:
         self.log: FileIO | None = None
         self.index, self.name, self.pid = contract.process_index, contract.host_name, process.pid
         self.lines = Lines()
-        own = warden.seen(process.pid)  # there is one: it is not reaped yet
-        self.kin = warden.Kin(
+        own = warden.process_info(process.pid)  # there is one: it is not reaped yet
+        self.identity = warden.HostIdentity(
             process.pid, own.started if own else 0, os.fsencode(f"{HEARTBEAT_FILE}={os.fspath(heartbeat)}")
         )
         assert process.stdout is not None
         self.output = process.stdout
         os.set_blocking(self.output.fileno(), False)
 
-    def tell(self, signum: int, agent_pid: int | None) -> None:
+    def send_signal(self, signum: int, agent_pid: int | None) -> None:
         """Signal the host's own process: `agent_pid` if that one is of this host, or else the one that was started.
 
         `python train.py` below a shell script is an example: the shell would die of SIGTERM, and its end would be the
         host's, in the middle of the save.
         """
         if agent_pid not in (None, self.pid):
-            table = warden.everyone()
+            table = warden.all_processes()
             agent = table.get(agent_pid)
-            if agent and agent.pid in warden.members(table, self.kin) and warden.signal_one(agent, signum):
+            if agent and agent.pid in warden.members(table, self.identity) and warden.signal_one(agent, signum):
                 return
         # Not reaped yet, so the id is its own.
         with contextlib.suppress(ProcessLookupError):
@@ -106,16 +106,16 @@ class Host:
         """SIGKILL everything that this host has started, and itself."""
         first = True
 
-        def find(table: dict[int, warden.Seen]) -> set[int]:
+        def find(table: dict[int, warden.ProcessInfo]) -> set[int]:
             nonlocal first
-            found = warden.members(table, self.kin)
-            if first:  # after the look: descendants are found by their parents, who are about to go
+            found = warden.members(table, self.identity)
+            if first:  # after the search: descendants are found by their parents, who are about to go
                 first = False
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
             return found
 
-        warden.end(find)
+        warden.kill_all(find)
 
     def has_ended(self) -> bool:
         """True once the process has ended; it stays unreaped, so that its group id stays its own."""
@@ -133,12 +133,12 @@ class Orphans:
     """While open, this process is the parent of descendants whose own parent has died (a child subreaper), so that
     none of them is lost sight of, whatever it has done to its session and its environment.
 
-    Only where `sole`: this process has no children but the job's. Elsewhere another's could not be told from a host's;
+    Only where `sole`: this process has no children but the job's. Elsewhere others' children look like a host's;
     there, a host's orphans are known by their session, their group and their mark.
     """
 
     def __init__(self, sole: bool) -> None:
-        mine = {process.pid for process in warden.everyone().values() if process.parent == os.getpid()}
+        mine = {process.pid for process in warden.all_processes().values() if process.parent == os.getpid()}
         # In a container process 1 adopts whatever its own `exec` has started.
         self._active = sole and not mine and os.getpid() != 1
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -155,7 +155,7 @@ class Orphans:
         if self._active:
             self._libc.prctl(_SET_SUBREAPER, self._before, 0, 0, 0)
 
-    def _adopted(self, table: dict[int, warden.Seen], children: Collection[int]) -> set[int]:
+    def _adopted(self, table: dict[int, warden.ProcessInfo], children: Collection[int]) -> set[int]:
         own = os.getpid()
         return {process.pid for process in table.values() if process.parent == own and process.pid not in children}
 
@@ -163,12 +163,12 @@ class Orphans:
         """Take note of those that have ended; `children` are ours by right, and are reaped by whoever started them."""
         if not self._active:
             return
-        for pid in self._adopted(warden.everyone(), children):
+        for pid in self._adopted(warden.all_processes(), children):
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
 
     def kill(self, children: Collection[int]) -> None:
         """SIGKILL what is left, with all that descends from it; no host may be running any more."""
         if self._active:
-            warden.end(lambda table: warden.descendants(table, self._adopted(table, children)))
+            warden.kill_all(lambda table: warden.descendants(table, self._adopted(table, children)))
             self.reap(children)

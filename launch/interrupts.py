@@ -14,14 +14,14 @@ OPERATOR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_MOMENT_S = 0.02
 
 
-class Signals:
+class OperatorSignals:
     """Turns signals into bytes on `receiver`; puts the old handlers back afterwards. Main thread.
 
     A signal that was ignored when we started stays ignored, here and in the hosts: that is how `nohup` protects from
     SIGHUP, and a shell's background jobs from Ctrl-C. `ignored` says which.
     """
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> OperatorSignals:
         self.receiver, self._sender = socket.socketpair()
         self.receiver.setblocking(False)
         self._sender.setblocking(False)

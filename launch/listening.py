@@ -15,7 +15,7 @@ _SLURM_PORTS = (1 << 16) - (1 << 12)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` means the same machine to everybody who is told it."""
+    """Whether `host` means the same machine to everybody who reads it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -42,11 +42,11 @@ def own_address(host: str) -> str | None:
     return None
 
 
-def bind_address(coordinator: str, told: str | None = None) -> str | None:
-    """`address:port` for process 0 to listen on, which others know as `coordinator` (host:port). `told`: the address
-    that a launcher knows this machine to have. None: all interfaces, because no better is known."""
+def bind_address(coordinator: str, known_address: str | None = None) -> str | None:
+    """`address:port` for process 0 to listen on, which others know as `coordinator` (host:port). `known_address`:
+    the one that a launcher knows this machine to have. None: all interfaces, because no better is known."""
     host, _, port = coordinator.rpartition(":")
-    address = own_address(told or host.strip("[]"))
+    address = own_address(known_address or host.strip("[]"))
     if address is None:
         return None
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -2,13 +2,14 @@
 
 A launcher (local, Slurm, ...) holds a `State`, feeds it what it sees and carries out the effects it gets back:
 
-    running --a process fails or hangs--> ending (the others are told to end) --all exited--> Restart or Finish
+    running --a process fails or hangs--> ending (the others are signalled to end) --all exited--> Restart or Finish
     running --a process leaves preempted--> leaving (the others are saving the same step) --all exited--> Restart
     running --operator's signal--> stopping (the signal goes to all) --all exited--> Finish
     between two incarnations --operator's signal--> Finish(the last failure's code)
     running --all exited with 0--> Finish(0)
 
-`History` is what is known across incarnations: the restart budget, and whether the job dies at the same step each time.
+`JobHistory` is what is known across incarnations: the restart budget, and whether the job dies at the same step each
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from launch.contract import EXIT_PREEMPTED
 
-# A second start cannot mend these: wrong usage stays wrong, what was found damaged or lost stays so, a fenced job would
+# A second start cannot fix these: wrong usage stays wrong, what was found damaged or lost stays so, a fenced job would
 # fence its own successor in turn, and where nothing can be restored nothing will be.
 FINAL_CODES = frozenset({2, 4, 5, 6})
 # Signals that a process brings upon itself.
@@ -49,12 +50,12 @@ class Exit:
 
 
 @dataclass(frozen=True)
-class Rules:
+class RestartPolicy:
     """What the user chose. `end_grace_s` is between SIGTERM and SIGKILL for the others of a failed process;
     `stop_grace_s` between an operator's signal and SIGKILL, long enough for a last save. `hang_after_s`: a process
-    that has beaten its heartbeat once and then not for so long is taken for hung (0: never). `backoff_s` before the
+    whose newest heartbeat is so old is taken for hung (0: never). `backoff_s` before the
     first restart, doubled up to `backoff_max_s` for each further one that came no further than one before it.
-    `step_back_after`: after so many deaths at the same step the job comes back from one step earlier. Preemptions count
+    `step_back_after`: after so many deaths at the same step the job resumes one step earlier. Preemptions count
     against `max_preemptions`, not against `max_restarts`. `elastic` (least, most): hosts of a restart, as many as are
     there."""
 
@@ -71,11 +72,11 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class History:
+class JobHistory:
     """What is known across incarnations. `same_step` deaths in a row came at `last_step`; the next incarnation leaves
     out the `step_back` newest steps; `hosts` are there for it; it starts after `delay_s`. `furthest`: the newest step
-    that any failed incarnation reached, if any was heard of; `fruitless`: failures in a row that came no further;
-    `last`: the failure that ended the last incarnation. `news`: for the operator."""
+    that any failed incarnation reached, if that is known; `fruitless`: failures in a row that came no further;
+    `last`: the failure that ended the last incarnation. `notices`: for the operator."""
 
     hosts: int
     restarts: int = 0
@@ -88,27 +89,27 @@ class History:
     fruitless: int = 0
     delay_s: float = 0.0
     last: Exit | None = None
-    news: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class State:
     """One incarnation of the job as its supervisor sees it. `cause`: the first failure; `final`: the first exit that a
-    restart cannot mend, whenever it came; `preempted`: processes that left with EXIT_PREEMPTED."""
+    restart cannot fix, whenever it came; `preempted`: processes that left with EXIT_PREEMPTED."""
 
-    rules: Rules
+    policy: RestartPolicy
     running: frozenset[int]
-    history: History
+    history: JobHistory
     cause: Exit | None = None
     final: Exit | None = None
     stop_signal: int | None = None
     preempted: frozenset[int] = frozenset()
     hung: frozenset[int] = frozenset()
-    steps: Mapping[int, int] = field(default_factory=dict)  # process -> the step it was last heard at
+    steps: Mapping[int, int] = field(default_factory=dict)  # process -> the step of its newest heartbeat
 
 
 @dataclass(frozen=True)
-class Signal:
+class SendSignal:
     """Send `signum` to these processes; SIGKILL those that are still there after `grace_s`."""
 
     processes: frozenset[int]
@@ -120,7 +121,7 @@ class Signal:
 class Restart:
     """All have ended: start the job again as `history` says."""
 
-    history: History
+    history: JobHistory
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Finish:
     about: str = field(default="", compare=False)
 
 
-Effect = Signal | Restart | Finish
+Effect = SendSignal | Restart | Finish
 
 
 def signal_name(signum: int) -> str:
@@ -162,11 +163,11 @@ def on_exits(state: State, exits: Sequence[Exit]) -> tuple[State, tuple[Effect, 
         return state, ()
     ending = state.cause is not None or state.stop_signal is not None
     leaving = bool(state.preempted)
-    finals = [exit_ for exit_ in exits if exit_.returncode in state.rules.final_codes]
+    finals = [exit_ for exit_ in exits if exit_.returncode in state.policy.final_codes]
     state = replace(
         state,
         running=state.running - {exit_.index for exit_ in exits},
-        cause=state.cause or first_cause(exits, state.rules.final_codes),
+        cause=state.cause or first_cause(exits, state.policy.final_codes),
         final=state.final or min(finals, key=lambda exit_: exit_.index, default=None),
         preempted=state.preempted | {exit_.index for exit_ in exits if exit_.returncode == EXIT_PREEMPTED},
     )
@@ -175,9 +176,11 @@ def on_exits(state: State, exits: Sequence[Exit]) -> tuple[State, tuple[Effect, 
     if ending:
         return state, ()
     if state.cause is not None:
-        return state, (Signal(state.running, signal.SIGTERM, state.rules.end_grace_s),)
-    if state.preempted and not leaving:  # they are saving the same step: time for that, then they are told once more
-        return state, (Signal(state.running, 0, state.rules.stop_grace_s),)
+        return state, (SendSignal(state.running, signal.SIGTERM, state.policy.end_grace_s),)
+    if (
+        state.preempted and not leaving
+    ):  # they are saving the same step: time for that, then they are signalled once more
+        return state, (SendSignal(state.running, 0, state.policy.stop_grace_s),)
     return state, ()
 
 
@@ -189,28 +192,28 @@ def on_signal(state: State, signum: int) -> tuple[State, tuple[Effect, ...]]:
     """
     if state.stop_signal is None:
         passed = signal.SIGTERM if signum == signal.SIGHUP else signum
-        return replace(state, stop_signal=signum), (Signal(state.running, passed, state.rules.stop_grace_s),)
+        return replace(state, stop_signal=signum), (SendSignal(state.running, passed, state.policy.stop_grace_s),)
     if signum == signal.SIGHUP:
         return state, ()
     if state.stop_signal == signal.SIGHUP:
         return replace(state, stop_signal=signum), ()
-    return state, (Signal(state.running, signal.SIGKILL, 0.0),)
+    return state, (SendSignal(state.running, signal.SIGKILL, 0.0),)
 
 
-def heard(signum: int, effects: Sequence[Effect]) -> str:
-    """What to tell the operator about a signal and what came of it."""
+def describe_signal(signum: int, effects: Sequence[Effect]) -> str:
+    """A signal and what came of it, in words for the operator."""
     name = signal_name(signum)
     match effects:
-        case [Signal(processes, signal.SIGKILL, _)]:
+        case [SendSignal(processes, signal.SIGKILL, _)]:
             return f"{name} received again: SIGKILL to {len(processes)} hosts"
-        case [Signal(processes, passed, _)] if passed != signum:
+        case [SendSignal(processes, passed, _)] if passed != signum:
             return f"{name} received, passing it to {len(processes)} hosts as {signal_name(passed)}: save and leave"
-        case [Signal(processes, _, _)]:
+        case [SendSignal(processes, _, _)]:
             return f"{name} received, passing it to {len(processes)} hosts"
     return f"{name} received: the hosts are stopping already"
 
 
-def stopped_between(history: History) -> Finish:
+def stopped_between(history: JobHistory) -> Finish:
     """The operator stops a job of which nothing runs, as it was about to start again: it ends as it last ended."""
     if history.last is None:  # each host saved, and left to be started again
         return Finish(EXIT_PREEMPTED, "stopped before the restart; the job had saved, and was preempted")
@@ -219,15 +222,15 @@ def stopped_between(history: History) -> Finish:
 
 
 def on_silence(state: State, silent_s: Mapping[int, float]) -> tuple[State, tuple[Effect, ...]]:
-    """`silent_s`: seconds since the last heartbeat, of those that ever beat. Kills the hung; their end ends the job."""
-    limit_s = state.rules.hang_after_s
+    """`silent_s`: seconds since the newest heartbeat, where there was one. Kills the hung; their end ends the job."""
+    limit_s = state.policy.hang_after_s
     if not limit_s or state.cause is not None or state.stop_signal is not None:
         return state, ()
     hung = frozenset(index for index in state.running if silent_s.get(index, 0.0) > limit_s)
-    # Where all are silent, one of them holds the others up: which one cannot be told from outside.
+    # Where all are silent, one of them holds the others up: which one cannot be seen from outside.
     if not hung:
         return state, ()
-    return replace(state, hung=hung), (Signal(hung, signal.SIGKILL, 0.0),)
+    return replace(state, hung=hung), (SendSignal(hung, signal.SIGKILL, 0.0),)
 
 
 def _named(exit_: Exit) -> str:
@@ -235,14 +238,14 @@ def _named(exit_: Exit) -> str:
 
 
 def _after_the_last(state: State) -> Effect:
-    rules, history = state.rules, state.history
+    rules, history = state.policy, state.history
     if state.cause is None and not state.preempted:
         return Finish(0)
     code = EXIT_PREEMPTED if state.cause is None else state.cause.code
     if state.stop_signal is not None:
         return _finish(state, code, f"stopped by {signal_name(state.stop_signal)}")
     if state.final is not None:
-        return _finish(state, state.final.code, "a restart cannot mend that")
+        return _finish(state, state.final.code, "a restart cannot fix that")
     next_history = _preempted(state) if state.cause is None else _failed(state, state.cause)
     if next_history.failures > rules.max_restarts:
         return _finish(state, code, f"no restart is left of {rules.max_restarts}")
@@ -264,25 +267,25 @@ def _finish(state: State, code: int, why: str) -> Finish:
     return Finish(code, f"the job ends with {code}: {about}; {why}")
 
 
-def _preempted(state: State) -> History:
+def _preempted(state: State) -> JobHistory:
     history = replace(state.history, preemptions=state.history.preemptions + 1, delay_s=0.0)
-    return replace(history, news=("preempted: the job has saved and resumes",))
+    return replace(history, notices=("preempted: the job has saved and resumes",))
 
 
-def _failed(state: State, cause: Exit) -> History:
+def _failed(state: State, cause: Exit) -> JobHistory:
     """The history after an incarnation that failed. Dying at the same step again and again is a crash loop: the state
     that leads there is at fault, so a step before it is tried."""
-    rules, old = state.rules, state.history
+    rules, old = state.policy, state.history
     reached = max(state.steps.values(), default=None)
     again = reached is not None and reached == old.last_step
     same_step = old.same_step + 1 if again else 1
     step_back = old.step_back if again else 0
-    news: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
     if again and same_step >= rules.step_back_after:
         step_back, same_step = step_back + 1, 0
-        news = (
+        notices = (
             f"crash loop: {rules.step_back_after} deaths in a row at step {reached}; "
-            f"coming back from {step_back} restorable steps before the newest",
+            f"resuming from {step_back} restorable steps before the newest",
         )
     further = reached is not None and (old.furthest is None or reached > old.furthest)
     fruitless = 0 if further or not old.failures else old.fruitless + 1
@@ -290,7 +293,7 @@ def _failed(state: State, cause: Exit) -> History:
     hosts = old.hosts
     if rules.elastic and (cause.returncode == -signal.SIGKILL or state.hung):
         hosts -= max(1, len(state.hung))  # a host that dies of SIGKILL or hangs is taken for lost
-        news = (*news, f"elastic: {old.hosts} hosts -> {hosts}")
+        notices = (*notices, f"elastic: {old.hosts} hosts -> {hosts}")
     return replace(
         old,
         hosts=hosts,
@@ -301,5 +304,5 @@ def _failed(state: State, cause: Exit) -> History:
         furthest=reached if further else old.furthest,
         fruitless=fruitless,
         delay_s=delay_s,
-        news=news,
+        notices=notices,
     )

@@ -21,7 +21,7 @@ from typing import NamedTuple
 PASSES = 20  # a process may start another one while it is looked for
 
 
-class Seen(NamedTuple):
+class ProcessInfo(NamedTuple):
     """A process as `/proc` shows it; `started` is in clock ticks since the machine's start."""
 
     pid: int
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     started: int
 
 
-class Kin(NamedTuple):
+class HostIdentity(NamedTuple):
     """How the processes of one host are known: by the one that leads them, and by a line of their environment."""
 
     leader: int
@@ -40,18 +40,18 @@ class Kin(NamedTuple):
     mark: bytes
 
 
-def seen(pid: int) -> Seen | None:
+def process_info(pid: int) -> ProcessInfo | None:
     """None if there is no such process, or no longer."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             rest = file.read().rpartition(b")")[2].split()  # a program's name may hold anything
-        return Seen(pid, rest[0].decode(), int(rest[1]), int(rest[2]), int(rest[3]), int(rest[19]))
+        return ProcessInfo(pid, rest[0].decode(), int(rest[1]), int(rest[2]), int(rest[3]), int(rest[19]))
     except (OSError, IndexError, ValueError):
         return None
 
 
-def everyone() -> dict[int, Seen]:
-    found = (seen(int(name)) for name in os.listdir("/proc") if name.isdecimal())
+def all_processes() -> dict[int, ProcessInfo]:
+    found = (process_info(int(name)) for name in os.listdir("/proc") if name.isdecimal())
     return {process.pid: process for process in found if process}
 
 
@@ -63,7 +63,7 @@ def _carries(pid: int, mark: bytes) -> bool:
         return False
 
 
-def descendants(table: dict[int, Seen], roots: Collection[int]) -> set[int]:
+def descendants(table: dict[int, ProcessInfo], roots: Collection[int]) -> set[int]:
     """The roots and all that descend from them."""
     children: dict[int, list[int]] = {}
     for process in table.values():
@@ -77,18 +77,18 @@ def descendants(table: dict[int, Seen], roots: Collection[int]) -> set[int]:
     return found
 
 
-def members(table: dict[int, Seen], kin: Kin) -> set[int]:
+def members(table: dict[int, ProcessInfo], identity: HostIdentity) -> set[int]:
     """The host's processes among `table`, its leader included."""
-    leader = table.get(kin.leader)
+    leader = table.get(identity.leader)
     roots = set[int]()
-    if leader is None or leader.started == kin.started:  # else the id is another's by now, and so would its group be
-        roots = {process.pid for process in table.values() if kin.leader in (process.group, process.session)}
+    if leader is None or leader.started == identity.started:  # else the id and its group are another's
+        roots = {process.pid for process in table.values() if identity.leader in (process.group, process.session)}
     found = descendants(table, roots)
-    strangers = [p.pid for p in table.values() if p.pid not in found and p.started >= kin.started]
-    return descendants(table, found | {pid for pid in strangers if _carries(pid, kin.mark)})
+    strangers = [p.pid for p in table.values() if p.pid not in found and p.started >= identity.started]
+    return descendants(table, found | {pid for pid in strangers if _carries(pid, identity.mark)})
 
 
-def signal_one(process: Seen, signum: int) -> bool:
+def signal_one(process: ProcessInfo, signum: int) -> bool:
     """Send a signal to this very process; False if it has ended."""
     try:
         opened = os.pidfd_open(process.pid)
@@ -97,7 +97,7 @@ def signal_one(process: Seen, signum: int) -> bool:
     except (AttributeError, OSError):  # a kernel, a sandbox or a Python without them: the comparison has to do
         opened = -1
     try:
-        now = seen(process.pid)
+        now = process_info(process.pid)
         if now is None or now.started != process.started or now.state in "ZX":
             return False
         if opened < 0:
@@ -112,11 +112,11 @@ def signal_one(process: Seen, signum: int) -> bool:
             os.close(opened)
 
 
-def end(find: Callable[[dict[int, Seen]], set[int]]) -> None:
+def kill_all(find: Callable[[dict[int, ProcessInfo]], set[int]]) -> None:
     """SIGKILL what `find` finds, until it finds nothing new. Does not wait for their end."""
     known = {os.getpid()}
     for _ in range(PASSES):
-        table = everyone()
+        table = all_processes()
         found = find(table) - known
         for pid in found & table.keys():
             signal_one(table[pid], signal.SIGKILL)
@@ -135,19 +135,19 @@ def _remove(directory: str) -> None:
 
 
 def _guard() -> None:
-    kins: dict[int, Kin] = {}
+    identities: dict[int, HostIdentity] = {}
     directory = ""
     for line in sys.stdin.buffer:
         words = line[1:].split()
         match line[:1]:
             case b"+":
-                kins[int(words[0])] = Kin(int(words[0]), int(words[1]), bytes.fromhex(words[2].decode()))
+                identities[int(words[0])] = HostIdentity(int(words[0]), int(words[1]), bytes.fromhex(words[2].decode()))
             case b"-":
-                kins.pop(int(words[0]), None)
+                identities.pop(int(words[0]), None)
             case b"=":
                 directory = os.fsdecode(bytes.fromhex(words[0].decode())) if words else ""
-    for kin in kins.values():
-        end(lambda table, kin=kin: members(table, kin))  # type: ignore[misc]  # bound now, called at once
+    for identity in identities.values():
+        kill_all(lambda table, identity=identity: members(table, identity))  # type: ignore[misc]  # bound now, called at once
     if directory:
         _remove(directory)
 

@@ -80,9 +80,9 @@ def parse(text: str) -> dict[str, list[_Rule]]:
         action, *raw = rest.split("@")
         verb, _, argument = action.partition(":")
         if place not in PLACES:
-            raise UsageError(f"{VARIABLE}: no place {place!r}; there is: {', '.join(sorted(PLACES))}")
+            raise UsageError(f"{VARIABLE}: no place {place!r}; choose from {', '.join(sorted(PLACES))}")
         if verb not in ACTIONS:
-            raise UsageError(f"{VARIABLE}: {place}: no action {verb!r}; there is: {', '.join(sorted(ACTIONS))}")
+            raise UsageError(f"{VARIABLE}: {place}: no action {verb!r}; choose from {', '.join(sorted(ACTIONS))}")
         try:
             conditions = {name: int(value) for name, _, value in (part.partition("=") for part in raw)}
             seconds = float(argument) if argument else 0.0

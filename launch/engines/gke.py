@@ -53,7 +53,7 @@ flags.DEFINE_integer("scratch_gib", None, "GiB of local SSD at /scratch", lower_
 flags.DEFINE_float("grace_s", 120.0, "seconds for a last save after SIGTERM", lower_bound=1.0, flag_values=FLAGS)
 flags.DEFINE_integer("hang_after_s", manifests.HANG_AFTER_S, "a host so long silent is killed", flag_values=FLAGS)
 flags.DEFINE_integer("max_restarts", 3, "restarts after failures; preemptions are free", flag_values=FLAGS)
-command.define_told(FLAGS)
+command.define_environment_flags(FLAGS)
 flags.DEFINE_string("output", None, "write a kustomize base into this directory", flag_values=FLAGS)
 flags.DEFINE_string("check", None, "check manifests, instead of writing some", flag_values=FLAGS)
 
@@ -134,13 +134,13 @@ def _pool(values: dict[str, Any]) -> tuple[Pool, int]:
     """(the pool, hosts of one slice)."""
     kinds = [name for name in ("tpu_type", "gpu_type", "devices_per_process") if values[name] is not None]
     if len(kinds) != 1:
-        raise LaunchError("wanted one of --tpu_type, --gpu_type and --devices_per_process: what the pods run on")
+        raise LaunchError("choose from --tpu_type, --gpu_type, --devices_per_process: what the pods run on")
     if values["tpu_type"]:
         if values["hosts"] is not None or values["tpu_topology"] is None:
             raise LaunchError("--tpu_type needs --tpu_topology, which says how many --hosts there are")
         return manifests.tpu_pool(values["tpu_type"], values["tpu_topology"], values["chips_per_host"])
     if values["hosts"] is None:
-        raise LaunchError("--hosts is needed: pods of one slice")
+        raise LaunchError("--hosts is required: pods of one slice")
     if values["gpu_type"]:
         return manifests.gpu_pool(values["gpu_type"], values["gpus_per_host"]), values["hosts"]
     return Pool("cpu", values["devices_per_process"]), values["hosts"]
@@ -152,9 +152,9 @@ def _body(values: dict[str, Any], program: list[str]) -> int:
     command.needs_program(program, "gke --name run --image IMAGE")
     for name in ("name", "image"):
         if not values[name]:
-            raise LaunchError(f"--{name} is needed")
+            raise LaunchError(f"--{name} is required")
     pool, hosts = _pool(values)
-    environ = command.told(values)
+    environ = command.environment_of(values)
     same = [
         "name",
         "image",

@@ -109,7 +109,7 @@ def _core(document: Manifest, prefix: str = "") -> Iterator[str]:
     from jsonschema import ValidationError
 
     if not all(isinstance(document.get(name), str) for name in ("apiVersion", "kind")):
-        yield "apiVersion, kind: both are needed, as text"
+        yield "apiVersion, kind: both are required, as text"
         return
     try:
         kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)
@@ -189,7 +189,7 @@ def _policies(spec: Manifest, jobs: Mapping[str, Manifest]) -> Iterator[str]:
 
 
 def _contract(document: Manifest, documents: Sequence[Manifest]) -> Iterator[str]:
-    """What the pods are told, against what they are."""
+    """The variables of the pods, against what the pods are."""
     if document["kind"] == "JobSet":
         name, spec = document["metadata"]["name"], document["spec"]
         network = spec.get("network", {})
@@ -222,13 +222,13 @@ def _pods(spec: Manifest, at: str, pods: int, first: str) -> Iterator[str]:
     if spec.get("parallelism", 1) != spec.get("completions", 1):
         yield f"{at}.parallelism: {spec.get('parallelism')}: all {spec.get('completions')} pods must run at once"
     pod, at = spec["template"]["spec"], f"{at}.template.spec"
-    told = {one["name"]: one.get("value") for one in pod["containers"][0].get("env", [])}
-    if (count := told.get(contract.PROCESS_COUNT)) is not None and count != str(pods):
+    env = {one["name"]: one.get("value") for one in pod["containers"][0].get("env", [])}
+    if (count := env.get(contract.PROCESS_COUNT)) is not None and count != str(pods):
         yield f"{at}: {contract.PROCESS_COUNT}={count}, but there are {pods} pods"
-    address = told.get(contract.COORDINATOR_ADDRESS)
+    address = env.get(contract.COORDINATOR_ADDRESS)
     if address is not None and address.partition(":")[0] != first:
         yield f"{at}: {contract.COORDINATOR_ADDRESS}={address}: the first pod is {first}"
-    grace_s = float(told.get(contract.GRACE_PERIOD_S) or 0) + contract.LEAVING_S
+    grace_s = float(env.get(contract.GRACE_PERIOD_S) or 0) + contract.LEAVING_S
     if (given_s := pod.get("terminationGracePeriodSeconds", 30)) < grace_s:
         yield f"{at}.terminationGracePeriodSeconds: {given_s}: a last save and leaving may take {grace_s:g} s"
     limits = (pod["containers"][0].get("resources") or {}).get("limits") or {}

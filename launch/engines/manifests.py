@@ -1,9 +1,9 @@
 """Kubernetes manifests of a job, as plain data: a JobSet, or an Indexed Job with a headless Service. Pure.
 
 Every pod runs the same program and learns its place from variables (`launch.contract`), so that it needs no access to
-the API server. On TPU pools GKE itself tells the workers' addresses, and JAX's own detection is left to it.
+the API server. On TPU pools GKE itself gives the workers their addresses, and JAX's own detection is left to it.
 
-What is to happen when a pod ends is said once, in `_pod_failure_policy`: codes that a restart cannot mend fail the job;
+What is to happen when a pod ends stands once, in `_pod_failure_policy`: codes that a restart cannot fix fail the job;
 a pod that was evicted, or left with 75 (preempted), costs nothing of the restart budget; anything else does.
 """
 
@@ -27,6 +27,7 @@ USER_ID = 10001  # of docker/Dockerfile
 HEALTH = ("python", "-m", "launch.health")
 HANG_AFTER_S = 900
 NODE_POOL = "cloud.google.com/gke-nodepool"
+_SPOT = "cloud.google.com/gke-spot"
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,15 @@ def jobset(job: PodJob) -> list[Manifest]:
     job.validate()
     address = f"{job.name}-{JOBS}-0-0.{job.name}:{contract.COORDINATOR_PORT}"
     restarts = _field("metadata.annotations['jobset.sigs.k8s.io/restart-attempt']")
-    told = [_variable(contract.RESTART_COUNT, restarts), *_place(job, address)]
+    env = [_variable(contract.RESTART_COUNT, restarts), *_place(job, address)]
     if job.slices > 1 and job.pool.kind != "tpu":
-        told += [
+        env += [
             _variable(contract.JOB_COUNT, str(job.slices)),
             _variable(contract.JOB_INDEX, _field("metadata.annotations['jobset.sigs.k8s.io/job-index']")),
         ]
     final = "|".join(map(str, sorted(FINAL_CODES)))
     rules = [
-        # The Job's reason is the same for all rules of its policy; only the message tells the code.
+        # The Job's reason is the same for all rules of its policy; only the message has the code.
         {
             "name": "hopeless",
             "action": "FailJobSet",
@@ -128,7 +129,7 @@ def jobset(job: PodJob) -> list[Manifest]:
             {
                 "name": JOBS,
                 "replicas": job.slices,
-                "template": {"spec": {**_indexed(job, "FailJob", backoff=0), "template": _pod(job, told)}},
+                "template": {"spec": {**_indexed(job, "FailJob", backoff=0), "template": _pod(job, env)}},
             }
         ],
     }
@@ -146,8 +147,8 @@ def indexed_job(job: PodJob) -> list[Manifest]:
     job.validate()
     if job.slices != 1:
         raise LaunchError(f"--slices={job.slices}: an Indexed Job is one slice; use --kind=jobset")
-    told = _place(job, f"{job.name}-0.{job.name}:{contract.COORDINATOR_PORT}")
-    pod = _pod(job, told)
+    env = _place(job, f"{job.name}-0.{job.name}:{contract.COORDINATOR_PORT}")
+    pod = _pod(job, env)
     pod["spec"]["subdomain"] = job.name
     # What a JobSet's exclusive topology does: one pod on each machine, and no other job's.
     terms = [
@@ -225,31 +226,55 @@ def _literal(text: str) -> str:
 
 def _place(job: PodJob, address: str) -> list[Manifest]:
     if job.pool.kind == "tpu":
-        return []  # GKE tells the workers of a slice, and of all slices
-    told = {contract.COORDINATOR_ADDRESS: address, contract.PROCESS_COUNT: str(job.pods)}
+        return []  # GKE gives the workers of a slice their addresses, and all slices theirs
+    env = {contract.COORDINATOR_ADDRESS: address, contract.PROCESS_COUNT: str(job.pods)}
     if job.pool.kind == "cpu":
-        told[contract.LOCAL_DEVICES] = str(job.pool.devices_per_host)
-    return [_variable(name, value) for name, value in told.items()]
+        env[contract.LOCAL_DEVICES] = str(job.pool.devices_per_host)
+    return [_variable(name, value) for name, value in env.items()]
 
 
-def _pod(job: PodJob, told: Sequence[Manifest]) -> Manifest:
-    told = [
-        _variable(contract.HOST_NAME, _field("metadata.name")),
-        _variable(contract.HOST_ADDRESS, _field("status.podIP")),
-        _variable(contract.GRACE_PERIOD_S, f"{job.grace_s:g}"),
-        _variable(contract.HEARTBEAT_FILE, f"{SCRATCH}/heartbeat"),
-        _variable("TMPDIR", SCRATCH),
-        *told,
-        *(_variable(name, value) for name, value in job.environ.items()),
-    ]
+def _pod(job: PodJob, env: Sequence[Manifest]) -> Manifest:
+    resource = job.pool.resource
+    tolerations = [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}] if resource else []
+    selector = dict(job.pool.labels)
+    if job.spot:
+        selector[_SPOT] = "true"
+        tolerations.append({"key": _SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"})
+    if job.scratch_gib:
+        selector["cloud.google.com/gke-ephemeral-storage-local-ssd"] = "true"
+    spec = {
+        # The Job decides about a new pod; a container started again in the old one would meet another incarnation.
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": int(job.grace_s + contract.LEAVING_S),
+        "automountServiceAccountToken": False,
+        "securityContext": {"fsGroup": USER_ID, "seccompProfile": {"type": "RuntimeDefault"}},
+        "nodeSelector": selector,
+        "tolerations": tolerations,
+        "containers": [_container(job, env)],
+        "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": f"{job.scratch_gib}Gi"} if job.scratch_gib else {}}],
+    }
+    if job.service_account:
+        spec["serviceAccountName"] = job.service_account
+    return {"metadata": {"labels": _metadata(job, job.name)["labels"]}, "spec": spec}
+
+
+def _container(job: PodJob, env: Sequence[Manifest]) -> Manifest:
     amounts = {"cpu": job.cpu, "memory": job.memory}
     if job.pool.resource:
         amounts[job.pool.resource] = str(job.pool.devices_per_host)
-    container = {
+    return {
         "name": "job",
         "image": job.image,
         "command": list(map(_literal, job.program)),
-        "env": told,
+        "env": [
+            _variable(contract.HOST_NAME, _field("metadata.name")),
+            _variable(contract.HOST_ADDRESS, _field("status.podIP")),
+            _variable(contract.GRACE_PERIOD_S, f"{job.grace_s:g}"),
+            _variable(contract.HEARTBEAT_FILE, f"{SCRATCH}/heartbeat"),
+            _variable("TMPDIR", SCRATCH),
+            *env,
+            *(_variable(name, value) for name, value in job.environ.items()),
+        ],
         "ports": [{"name": "coordinator", "containerPort": contract.COORDINATOR_PORT}],
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         # Alive: its heartbeat is not too old. Before the first one it is starting, which may take as long as it needs.
@@ -263,32 +288,6 @@ def _pod(job: PodJob, told: Sequence[Manifest]) -> Manifest:
             "runAsUser": USER_ID,
         },
     }
-    selector = dict(job.pool.labels)
-    if job.spot:
-        selector["cloud.google.com/gke-spot"] = "true"
-    if job.scratch_gib:
-        selector["cloud.google.com/gke-ephemeral-storage-local-ssd"] = "true"
-    tolerations = [
-        {"key": resource, "operator": "Exists", "effect": "NoSchedule"} for resource in [job.pool.resource] if resource
-    ]
-    if job.spot:
-        tolerations.append(
-            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
-        )
-    spec = {
-        # The Job decides about a new pod; a container started again in the old one would meet another incarnation.
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": int(job.grace_s + contract.LEAVING_S),
-        "automountServiceAccountToken": False,
-        "securityContext": {"fsGroup": USER_ID, "seccompProfile": {"type": "RuntimeDefault"}},
-        "nodeSelector": selector,
-        "tolerations": tolerations,
-        "containers": [container],
-        "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": f"{job.scratch_gib}Gi"} if job.scratch_gib else {}}],
-    }
-    if job.service_account:
-        spec["serviceAccountName"] = job.service_account
-    return {"metadata": {"labels": _metadata(job, job.name)["labels"]}, "spec": spec}
 
 
 def _probe(command: Sequence[str], period_s: int) -> Manifest:

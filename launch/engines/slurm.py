@@ -60,7 +60,7 @@ flags.DEFINE_float(
     "end_grace_s", 30.0, "seconds the others get when one process has ended", lower_bound=1.0, flag_values=FLAGS
 )
 flags.DEFINE_integer("max_requeues", 100, "preemptions after which the job ends", lower_bound=0, flag_values=FLAGS)
-command.define_told(FLAGS)
+command.define_environment_flags(FLAGS)
 flags.DEFINE_integer("devices_per_process", None, "simulate CPU devices", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_bool("submit", False, "hand the script to sbatch and print the job's id", flag_values=FLAGS)
 
@@ -97,6 +97,31 @@ class SlurmJob:
 def script(job: SlurmJob) -> str:
     """The sbatch script. Raises: LaunchError if the job cannot be written as one."""
     job.validate()
+    lines = [
+        "#!/bin/bash",
+        "# Written by `python -m launch slurm`; sbatch it from the directory where the program is to run.",
+        *(f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in _options(job).items()),
+        "",
+        "restart=${SLURM_RESTART_COUNT:-0}",
+        f'logs={shlex.quote(job.log_dir)}/"$SLURM_JOB_ID/restart-$restart"',
+        'mkdir -p -- "$logs"',
+        f'export {contract.RESTART_COUNT}="$restart"',
+        *(f"export {name}={shlex.quote(value)}" for name, value in _variables(job).items()),
+        "# A signal to the whole job must not end the shell that decides what comes afterwards.",
+        "trap : TERM",
+        "",
+        " \\\n  ".join([*_srun(job), shlex.join(job.program)]),
+        "code=$?",
+        *_UNLESS_PREEMPTED,
+        "",
+        *_requeue(job.max_requeues),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _options(job: SlurmJob) -> dict[str, str]:
+    """sbatch's options; '' is one without a value. The job's own come last and win, but for its number of cores."""
     least = job.nodes if job.min_nodes is None else job.min_nodes
     options = {
         "nodes": str(job.nodes) if least == job.nodes else f"{least}-{job.nodes}",
@@ -110,8 +135,15 @@ def script(job: SlurmJob) -> str:
     }
     if job.cpus_per_node is not None:
         options["cpus-per-task"] = str(job.cpus_per_node)
-    told = {"PYTHONUNBUFFERED": "1", contract.GRACE_PERIOD_S: f"{job.grace_s:g}", **job.environ}
-    srun = [
+    return options
+
+
+def _variables(job: SlurmJob) -> dict[str, str]:
+    return {"PYTHONUNBUFFERED": "1", contract.GRACE_PERIOD_S: f"{job.grace_s:g}", **job.environ}
+
+
+def _srun(job: SlurmJob) -> list[str]:
+    return [
         *NODES,
         *(() if job.cpus_per_node is None else (f"--cpus-per-task={job.cpus_per_node}",)),
         # The bound on the others once one process has ended, however it ended: they leave together, or not at all.
@@ -119,49 +151,38 @@ def script(job: SlurmJob) -> str:
         '--output="$logs/host-%t.log"',
         "--open-mode=append",
     ]
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            "# Written by `python -m launch slurm`; sbatch it from the directory where the program is to run.",
-            *(f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in options.items()),
-            "",
-            "restart=${SLURM_RESTART_COUNT:-0}",
-            f'logs={shlex.quote(job.log_dir)}/"$SLURM_JOB_ID/restart-$restart"',
-            'mkdir -p -- "$logs"',
-            f'export {contract.RESTART_COUNT}="$restart"',
-            *(f"export {name}={shlex.quote(value)}" for name, value in told.items()),
-            "# A signal to the whole job must not end the shell that decides what comes afterwards.",
-            "trap : TERM",
-            "",
-            " \\\n  ".join([*srun, shlex.join(job.program)]),
-            "code=$?",
-            f'if [ "$code" -ne {contract.EXIT_PREEMPTED} ]; then',
-            f'  case "$code" in {"|".join(map(str, (0, *sorted(FINAL_CODES))))}) exit "$code" ;; esac',
-            "  # A process that fails and a node that is lost look alike from here, but the lost node does not answer.",
-            f"  if ! timeout {NODE_ANSWERS_S} {' '.join(NODES)} --overlap --quiet true; then",
-            f'    echo "code $code, and a node does not answer: waiting {NODE_LOST_S} s for Slurm to requeue the job"',
-            f"    sleep {NODE_LOST_S}",
-            "  fi",
-            '  exit "$code"',
-            "fi",
-            "",
-            "# Preempted: saved, and to be started again. Not so if somebody has cancelled the job meanwhile.",
-            "# The first word of that name: directories and comments, which may say anything, come after it.",
-            'state=$(scontrol show job --oneliner "$SLURM_JOB_ID")',
-            "state=${state#* JobState=}",
-            'case "${state%% *}" in',
-            "  RUNNING) ;;",
-            '  *) echo "preempted, but no longer running: not requeued"; exit "$code" ;;',
-            "esac",
-            f'if [ "$restart" -ge {job.max_requeues} ]; then',
-            f'  echo "preempted, but requeued {job.max_requeues} times already: not requeued"; exit "$code"',
-            "fi",
-            'echo "preempted: the job has saved and goes back into the queue"',
-            'scontrol requeue "$SLURM_JOB_ID" || exit "$code"',
-            "sleep 60 # Slurm ends this shell",
-            "",
-        ]
-    )
+
+
+_UNLESS_PREEMPTED = (
+    f'if [ "$code" -ne {contract.EXIT_PREEMPTED} ]; then',
+    f'  case "$code" in {"|".join(map(str, (0, *sorted(FINAL_CODES))))}) exit "$code" ;; esac',
+    "  # A process that fails and a node that is lost look alike from here, but the lost node does not answer.",
+    f"  if ! timeout {NODE_ANSWERS_S} {' '.join(NODES)} --overlap --quiet true; then",
+    f'    echo "code $code, and a node does not answer: waiting {NODE_LOST_S} s for Slurm to requeue the job"',
+    f"    sleep {NODE_LOST_S}",
+    "  fi",
+    '  exit "$code"',
+    "fi",
+)
+
+
+def _requeue(max_requeues: int) -> list[str]:
+    return [
+        "# Preempted: saved, and to be started again. Not so if somebody has cancelled the job meanwhile.",
+        "# The first word of that name: directories and comments, which may say anything, come after it.",
+        'state=$(scontrol show job --oneliner "$SLURM_JOB_ID")',
+        "state=${state#* JobState=}",
+        'case "${state%% *}" in',
+        "  RUNNING) ;;",
+        '  *) echo "preempted, but no longer running: not requeued"; exit "$code" ;;',
+        "esac",
+        f'if [ "$restart" -ge {max_requeues} ]; then',
+        f'  echo "preempted, but requeued {max_requeues} times already: not requeued"; exit "$code"',
+        "fi",
+        'echo "preempted: the job has saved and goes back into the queue"',
+        'scontrol requeue "$SLURM_JOB_ID" || exit "$code"',
+        "sleep 60 # Slurm ends this shell",
+    ]
 
 
 def submit(text: str, log_dir: str) -> int:
@@ -194,7 +215,7 @@ def submit(text: str, log_dir: str) -> int:
 
 def _body(values: dict[str, Any], program: list[str]) -> int:
     if values["nodes"] is None:
-        raise LaunchError("--nodes is needed: how many machines to run on")
+        raise LaunchError("--nodes is required: how many machines to run on")
     options = {"job-name": values["job_name"]}
     for flag, name in (
         ("partition", "partition"),
@@ -211,7 +232,7 @@ def _body(values: dict[str, Any], program: list[str]) -> int:
             raise LaunchError(f"--sbatch={more}: expected a long option, as --sbatch=--constraint=h100")
         name, _, value = more[2:].partition("=")
         options[name] = value
-    environ = command.told(values)
+    environ = command.environment_of(values)
     if values["devices_per_process"] is not None:
         environ[contract.LOCAL_DEVICES] = str(values["devices_per_process"])
     text = script(

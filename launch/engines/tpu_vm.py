@@ -3,7 +3,7 @@
 The commands are lists of words made by pure functions. `run` carries them out: it waits for the machines, starts the
 program on every worker, and starts it again by the rules of `launch.supervise`. What ssh ends with says little, so
 every worker prints its program's exit code. Machines that are gone when a job has failed were preempted: with --create
-they are made anew, and that costs nothing of --max_restarts.
+they are made again, and that costs nothing of --max_restarts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ flags.DEFINE_string("image", None, "run it in this container image (docker/Docke
 flags.DEFINE_float("grace_s", 60.0, "seconds for a last save after SIGTERM", lower_bound=1.0, flag_values=FLAGS)
 flags.DEFINE_integer("max_restarts", 3, "restarts after failures; preemptions are free", flag_values=FLAGS)
 flags.DEFINE_float("wait_s", 3600.0, "how long to wait for the machines", lower_bound=0.0, flag_values=FLAGS)
-command.define_told(FLAGS)
+command.define_environment_flags(FLAGS)
 flags.DEFINE_bool("run", False, "carry the commands out instead of printing them", flag_values=FLAGS)
 
 READY = "ACTIVE"
@@ -86,7 +86,7 @@ class TpuJob:
     wait_s: float = 3600.0
     poll_s: float = POLL_S
     environ: Mapping[str, str] = field(default_factory=dict)
-    rules: supervise.Rules = field(default_factory=supervise.Rules)
+    policy: supervise.RestartPolicy = field(default_factory=supervise.RestartPolicy)
 
     def validate(self) -> None:
         """Raises: LaunchError with one line, if no commands can be made of this."""
@@ -146,7 +146,7 @@ def ended(token: str) -> re.Pattern[str]:
 
 def start(job: TpuJob, node: str, restart: int, token: str = "") -> list[str]:
     """The program on every worker of one slice. It waits there for a process of an earlier start to leave."""
-    told = {
+    variables = {
         contract.RESTART_COUNT: str(restart),
         contract.GRACE_PERIOD_S: f"{job.grace_s:g}",
         "PYTHONUNBUFFERED": "1",
@@ -154,10 +154,14 @@ def start(job: TpuJob, node: str, restart: int, token: str = "") -> list[str]:
     }
     wait_s = int(job.grace_s + contract.LEAVING_S)
     if job.image is None:
-        words = ["env", *(f"{name}={value}" for name, value in told.items()), *job.program]
+        words = ["env", *(f"{name}={value}" for name, value in variables.items()), *job.program]
     else:
         words = ["sudo", "docker", "run", "--rm", "--init", f"--name={job.name}", "--network=host", "--privileged"]
-        words += ["--user=root", f"--stop-timeout={wait_s}", *(f"--env={name}={value}" for name, value in told.items())]
+        words += [
+            "--user=root",
+            f"--stop-timeout={wait_s}",
+            *(f"--env={name}={value}" for name, value in variables.items()),
+        ]
         words += [job.image, *job.program]
     remote = [
         "trap : TERM",  # `stop` signals all that hold the lock; this shell has still to say how the program ended
@@ -187,7 +191,7 @@ def plan(job: TpuJob) -> str:
     lines += ["", "# Stop it: every process saves the same step and leaves:"]
     lines += [shlex.join(stop(job, node)) for node in job.nodes]
     if job.accelerator is not None:
-        lines += ["", "# Give the machines back, or what a preemption has left of them before asking anew:"]
+        lines += ["", "# Give the machines back, or what a preemption has left of them before asking again:"]
         lines += [shlex.join(delete(job))]
     return "\n".join(lines) + "\n"
 
@@ -227,7 +231,7 @@ class _Session:
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",  # a reader that stops would stop the job
-                start_new_session=True,  # a terminal's Ctrl-C is for us, who tell the workers to save first
+                start_new_session=True,  # a terminal's Ctrl-C is for us, who stop the workers first, so that they save
             )
             for node in job.nodes
         ]
@@ -241,7 +245,7 @@ class _Session:
         output = self.ssh[index].stdout
         assert output is not None
         while line := output.readline(LONGEST_LINE):
-            with contextlib.suppress(OSError):  # whoever looked on has gone; the job need not
+            with contextlib.suppress(OSError):  # whoever read our output has gone; the job need not
                 print(f"[{node}] {line}", end="" if line.endswith("\n") else "\n", flush=True)
             if found := self._ended.search(line):
                 self._codes[index].append(int(found[1]))
@@ -255,14 +259,14 @@ class _Session:
         for index, (ssh, reader) in enumerate(zip(self.ssh, self._readers, strict=True)):
             code = ssh.wait()
             reader.join(timeout=COMMAND_S)
-            said = [supervise.Exit(index, one) for one in self._codes[index]]
-            failed = supervise.first_cause(said)
+            ended = [supervise.Exit(index, one) for one in self._codes[index]]
+            failed = supervise.first_cause(ended)
             if failed is not None:
                 found.append(failed)
             elif contract.EXIT_PREEMPTED in self._codes[index]:
                 found.append(supervise.Exit(index, contract.EXIT_PREEMPTED))
             else:
-                found.append(supervise.Exit(index, code if said else code or 1))
+                found.append(supervise.Exit(index, code if ended else code or 1))
         return found
 
     def close(self) -> None:
@@ -305,13 +309,13 @@ def _gone(job: TpuJob) -> bool:
 def _watch(job: TpuJob, session: _Session, received: Sequence[int]) -> list[supervise.Exit]:
     """Wait for the end of every slice, passing the operator's signal on once; a second one ends the sessions. Once one
     slice has ended the others get END_S."""
-    told, give_up = False, float("inf")
+    stopping, give_up = False, float("inf")
     while session.running():
         time.sleep(0.1)
         if any(ssh.poll() is not None for ssh in session.ssh):
             give_up = min(give_up, time.monotonic() + END_S)
-        if received and not told:
-            told, give_up = True, time.monotonic() + job.grace_s + contract.LEAVING_S
+        if received and not stopping:
+            stopping, give_up = True, time.monotonic() + job.grace_s + contract.LEAVING_S
             _note(f"{supervise.signal_name(received[0])} received: telling the workers to save and leave")
             for node in job.nodes:
                 _answer(stop(job, node))
@@ -328,7 +332,7 @@ def run(job: TpuJob) -> int:
     job.validate()
     if shutil.which("gcloud") is None:
         raise LaunchError("gcloud: no such program; without --run the commands are printed, to be run elsewhere")
-    history = supervise.History(hosts=job.slices)
+    history = supervise.JobHistory(hosts=job.slices)
     with _operator() as received:
         if job.accelerator is not None and _answer(describe(job)).returncode:
             _must(create(job))
@@ -340,7 +344,7 @@ def run(job: TpuJob) -> int:
                 exits = _watch(job, session, received)
             finally:
                 session.close()
-            state = supervise.State(job.rules, frozenset(range(job.slices)), history)
+            state = supervise.State(job.policy, frozenset(range(job.slices)), history)
             if received:
                 state = replace(state, stop_signal=received[0])
             if any(exit_.failed for exit_ in exits) and not received and _gone(job):
@@ -353,7 +357,9 @@ def run(job: TpuJob) -> int:
                 return end.code
             assert isinstance(end, supervise.Restart)
             history = end.history
-            _note(f"restart {history.restarts} in {history.delay_s:g} s: {', '.join(history.news) or 'it has failed'}")
+            _note(
+                f"restart {history.restarts} in {history.delay_s:g} s: {', '.join(history.notices) or 'it has failed'}"
+            )
             resume_at = time.monotonic() + history.delay_s
             while not received and time.monotonic() < resume_at:
                 time.sleep(0.1)
@@ -364,17 +370,17 @@ def run(job: TpuJob) -> int:
 def _body(values: dict[str, Any], program: list[str]) -> int:
     for name in ("name", "zone"):
         if not values[name]:
-            raise LaunchError(f"--{name} is needed")
+            raise LaunchError(f"--{name} is required")
     if values["create"] and not values["type"]:
         raise LaunchError("--create needs --type, the accelerator type: v6e-16")
-    environ = command.told(values)
+    environ = command.environment_of(values)
     same = ["name", "zone", "project", "slices", "runtime_version", "spot", "service_account", "directory", "image"]
     same += ["grace_s", "wait_s"]
     job = TpuJob(
         program=program,
         accelerator=values["type"] if values["create"] else None,
         environ=environ,
-        rules=supervise.Rules(max_restarts=values["max_restarts"]),
+        policy=supervise.RestartPolicy(max_restarts=values["max_restarts"]),
         **{name: values[name] for name in same},
     )
     job.validate()

@@ -1,7 +1,7 @@
 """The example job's data: real text that every machine has, as batches whose position can be saved and restored.
 
 A batch is a function of (text, seed, batch size, length, position) and of nothing else: not of the mesh, nor of the
-number of processes. So a job that comes back on other hosts goes on with exactly the batches it had not seen.
+number of processes. So a job that resumes on other hosts goes on with exactly the batches it had not seen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`make demo`: a job of 4 simulated hosts loses one in the middle of a save and comes back on 2, with another mesh.
+"""`make demo`: a job of 4 simulated hosts loses one in the middle of a save and resumes on 2, with another mesh.
 
 With `STORAGE=gcs` the run is kept in a bucket of the emulator (`launch.gcs_emulator`), which ends with the demo.
 
@@ -27,16 +27,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import orchestrator as oc
 from launch.engines import local
-from launch.example.report import Line, Summary
+from launch.example.report import ProgressLine, Summary
 from launch.gcs_emulator.process import EmulatorProcess
-from launch.supervise import Rules
+from launch.supervise import RestartPolicy
 from orchestrator.rules import keys
 from orchestrator.rules.arguments import path as local_path
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.storage import open_storage
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("root", "demo-run", "where the demo writes; made anew each time")
+flags.DEFINE_string("root", "demo-run", "where the demo writes; made again each time")
 flags.DEFINE_enum("storage", "local", ["local", "gcs"], "where the run is: below --root, or in an emulated bucket")
 flags.DEFINE_string("run", "", "where the run is instead: a new root, such as one in a bucket that there is")
 flags.DEFINE_integer("steps", 60, "steps of the whole run", lower_bound=30)
@@ -45,7 +45,7 @@ SAVE_EVERY = 10
 KILLED_HOST = 2
 CUT_STEP = 30  # the save that is cut off; the last step's if that comes first
 BUCKET = "demo-bucket"  # of the emulator
-MARK = ".demo"  # says that a directory is ours to delete
+MARK = ".demo"  # marks a directory as ours to delete
 
 
 class DemoFailed(Exception):
@@ -53,7 +53,7 @@ class DemoFailed(Exception):
 
 
 @dataclass
-class Part:
+class TrainedPart:
     """One start of the job: what it printed, step by step."""
 
     losses: dict[int, float] = field(default_factory=dict)
@@ -80,11 +80,16 @@ def train_command(root: Path, run: str, mesh: str, steps: int) -> list[str]:
 
 
 def run_part(
-    root: Path, job: local.LocalJob, about: str, steps: int, console: Console, kill: Callable[[Part, Any], None] | None
-) -> Part:
+    root: Path,
+    job: local.LocalJob,
+    about: str,
+    steps: int,
+    console: Console,
+    kill: Callable[[TrainedPart, Any], None] | None,
+) -> TrainedPart:
     """Run the job, with a bar on a terminal; `kill` is asked about ten times a second."""
-    part = Part()
-    told: list[str] = []
+    part = TrainedPart()
+    notes: list[str] = []
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     display = Progress(*columns, console=console) if console.is_terminal else nullcontext(None)
     with open(root / "demo.log", "a") as log, display as progress:
@@ -94,24 +99,24 @@ def run_part(
 
         def line(host: str, text: str) -> None:
             log.write(f"[{host}] {text}\n")
-            said = Line.parse(text)
-            if said and said.loss is not None:
-                part.losses[said.step] = said.loss
+            parsed = ProgressLine.parse(text)
+            if parsed and parsed.loss is not None:
+                part.losses[parsed.step] = parsed.loss
                 if progress and task is not None:
-                    progress.update(task, completed=said.step + 1)
-            elif said and said.digest:
-                part.saved_digests[said.step] = said.digest
+                    progress.update(task, completed=parsed.step + 1)
+            elif parsed and parsed.digest:
+                part.saved_digests[parsed.step] = parsed.digest
 
         def note(text: str) -> None:
             log.write(f"[launch] {text}\n")
-            told.append(text)
+            notes.append(text)
 
         def tick(running: Sequence[local.HostView]) -> None:
             if kill:
                 kill(part, running)
 
         part.code = local.run(job, local.Observer(line, note, tick))
-    for text in told:
+    for text in notes:
         console.print(f"  launch: {text}", highlight=False, markup=False)
     return part
 
@@ -123,7 +128,7 @@ class Killer:
         self._run, self.step = run, step
         self.done = False
 
-    def __call__(self, part: Part, running: Sequence[local.HostView]) -> None:
+    def __call__(self, part: TrainedPart, running: Sequence[local.HostView]) -> None:
         if self.done or max(part.losses, default=0) < self.step:
             return
         found = (AttemptId.in_key(entry.key) for entry in open_storage(self._run).list(keys.STEPS))
@@ -140,7 +145,7 @@ def check(holds: bool, claim: str, console: Console) -> None:
         raise DemoFailed(claim)
 
 
-def draw(path: Path, first: Part, second: Part, cut_step: int, restored_step: int) -> None:
+def draw(path: Path, first: TrainedPart, second: TrainedPart, cut_step: int, restored_step: int) -> None:
     """The loss curve across the break."""
     import matplotlib
 
@@ -183,12 +188,12 @@ def draw(path: Path, first: Part, second: Part, cut_step: int, restored_step: in
 def demo(root: Path, run: str, steps: int, console: Console) -> None:
     """Raises DemoFailed if anything that it shows does not hold."""
     started = time.monotonic()
-    rules = Rules(end_grace_s=1.0)
+    rules = RestartPolicy(end_grace_s=1.0)
 
     killer = Killer(run, min(CUT_STEP, steps - 1))
     # That save's receipt waits, so that it is caught in the middle on however slow a machine.
     slow = {"ORCHESTRATOR_FAILPOINTS": f"receipt.write=delay:60@process={KILLED_HOST}@step={killer.step}"}
-    job = local.LocalJob(train_command(root, run, "data=4,model=2", steps), 4, 2, environ=slow, rules=rules)
+    job = local.LocalJob(train_command(root, run, "data=4,model=2", steps), 4, 2, environ=slow, policy=rules)
     first = run_part(root, job, "training on 4 hosts x 2 devices", steps, console, killer)
     if not killer.done:
         raise DemoFailed(
@@ -202,7 +207,7 @@ def demo(root: Path, run: str, steps: int, console: Console) -> None:
     )
     console.print(f"    restorable now: {', '.join(map(str, steps_left))}", highlight=False, markup=False)
 
-    job = local.LocalJob(train_command(root, run, "data=2,model=2", steps), 2, 2, rules=rules)
+    job = local.LocalJob(train_command(root, run, "data=2,model=2", steps), 2, 2, policy=rules)
     second = run_part(root, job, "resuming on 2 hosts x 2 devices, mesh data=2,model=2", steps, console, None)
     if second.code != 0:
         raise DemoFailed(f"the resumed job ended with {second.code}; see {root}/demo.log")
@@ -236,8 +241,8 @@ def main(argv: Sequence[str]) -> int:
             os.environ.update(emulator.environ)
             console.print(f"an emulated bucket at {emulator.url}", highlight=False, markup=False)
             demo(root, f"gs://{BUCKET}/run", FLAGS.steps, console)
-            told = emulator.counts()
-            kinds = ", ".join(f"{count} of class {kind}" for kind, count in sorted(told["classes"].items()))
+            counts = emulator.counts()
+            kinds = ", ".join(f"{count} of class {kind}" for kind, count in sorted(counts["classes"].items()))
             console.print(f"    requests: {kinds}", highlight=False, markup=False)
     except (DemoFailed, local.LaunchError, oc.OrchestratorError, OSError, json.JSONDecodeError) as error:
         print(f"demo: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a training run tells: a line for each step and each save on standard output, and a summary at its end."""
+"""What a training run reports: a line for each step and each save on standard output, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINE = re.compile(r"step (\d+) +(?:loss (\S+)|saving)(?: +batch (\w+))?(?: +dig
 
 
 @dataclass(frozen=True)
-class Line:
+class ProgressLine:
     """One line of progress: `loss` of a trained step, or None where a save of the step has started.
 
     `batch`: checksum of the global batch; `digest`: that of the state being saved; both only with --digests.
@@ -36,7 +36,7 @@ class Line:
         return f"step {self.step:<5} {what}{batch}{digest}"
 
     @classmethod
-    def parse(cls, text: str) -> Line | None:
+    def parse(cls, text: str) -> ProgressLine | None:
         """The line that was printed as `text`; None for any other text."""
         found = _LINE.fullmatch(text)
         if not found:
@@ -47,7 +47,7 @@ class Line:
 
 @dataclass
 class Summary:
-    """How a run went. Steps are keys; `restored_*` are None if it started anew; digests are `state_digest`'s.
+    """How a run went. Steps are keys; `restored_*` are None if it started from nothing; digests are `state_digest`'s.
 
     losses, batches: of the steps trained here. saved_digests: of the states handed to saves (with --digests).
     interrupted_saves: saves that did not commit. latest_step: what the next run would restore.

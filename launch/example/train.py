@@ -4,7 +4,7 @@ One line per host, or none of them: alone (`python -m launch.train --root=/tmp/r
 (`python -m launch local --processes 4 --devices_per_process 2 -- python -m launch.train --root=/tmp/run`), or under any
 launcher that sets the variables of `launch.contract`. Starting it again with the same root goes on where it was.
 
-Exit codes: 0 trained to the end, 2 wrong usage, 75 told to stop by SIGTERM (the state is saved; start it again), and
+Exit codes: 0 trained to the end, 2 wrong usage, 75 stopped by SIGTERM (the state is saved; start it again), and
 those of the checkpoint errors (5 fenced, 6 nothing to restore, ...).
 """
 
@@ -31,7 +31,7 @@ import orchestrator as oc
 from launch import contract
 from launch.example.data import Loader, read_text
 from launch.example.model import Sizes, Transformer
-from launch.example.report import Line, Summary, state_digest
+from launch.example.report import ProgressLine, Summary, state_digest
 from orchestrator.rules.arguments import path as local_path
 
 AXES = ("data", "model")
@@ -40,7 +40,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("root", None, "where the checkpoints are: a directory or gs://bucket/path; else the launcher's")
 flags.DEFINE_integer("steps", 100, "train up to this step", lower_bound=0)
 flags.DEFINE_bool("save", True, "save checkpoints; --nosave trains without")
-flags.DEFINE_bool("restore", True, "go on from the newest checkpoint; --norestore starts anew")
+flags.DEFINE_bool("restore", True, "go on from the newest checkpoint; --norestore starts from nothing")
 flags.DEFINE_bool("async", True, "write checkpoints while training goes on")
 flags.DEFINE_bool("distributed", True, "join the job a launcher describes; --nodistributed ignores it")
 flags.DEFINE_integer("save_every", 20, "steps from one checkpoint to the next", lower_bound=1)
@@ -148,13 +148,13 @@ class Progress:
             self._summary.batches[step] = f"{zlib.crc32(batch.tobytes()):08x}"
         if step % FLAGS.log_every == 0:
             self.fetch()
-            self.say(Line(step, self._summary.losses[step], self._summary.batches.get(step)))
+            self.report(ProgressLine(step, self._summary.losses[step], self._summary.batches.get(step)))
 
     def fetch(self) -> None:
         self._summary.losses |= {step: float(loss) for step, loss in self._waiting.items()}
         self._waiting.clear()
 
-    def say(self, what: object) -> None:
+    def report(self, what: object) -> None:
         if jax.process_index() == 0:
             print(what, flush=True)
 
@@ -173,7 +173,7 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
         loader.restore(restored.process_states.values())
         summary.restored_step, summary.final_step = restored.step, restored.step
         summary.restored_digest = state_digest(state, mesh)
-        progress.say(f"restored step {restored.step}  digest {summary.restored_digest}")
+        progress.report(f"restored step {restored.step}  digest {summary.restored_digest}")
     else:
         state, start = first_state(), 0
     summary.start_step = start
@@ -193,10 +193,10 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
         ):
             if FLAGS.digests:
                 summary.saved_digests[step] = state_digest(state, mesh)
-            progress.say(Line(step, digest=summary.saved_digests.get(step)))
+            progress.report(ProgressLine(step, digest=summary.saved_digests.get(step)))
         if agent.reached_preemption(step):
             summary.preempted = True
-            progress.say(f"told to stop after step {step}")
+            progress.report(f"told to stop after step {step}")
             break
         time.sleep(FLAGS.step_delay_s)
 
@@ -220,7 +220,7 @@ def run() -> int:
     job = contract.from_environment(os.environ) if FLAGS.distributed else None
     root = FLAGS.root or (job.run_root if job else None)
     if not root:
-        raise oc.UsageError("--root is needed: where the checkpoints are")
+        raise oc.UsageError("--root is required: where the checkpoints are")
     parse_mesh(FLAGS.mesh)  # a typing error need not wait for the other hosts
     sizes = Sizes(FLAGS.layers, FLAGS.width, FLAGS.heads, FLAGS.length)
     if sizes.width % sizes.heads:

@@ -19,7 +19,7 @@ import crc32c
 LIST_PAGE_MAX = 1000
 
 
-class Rejected(Exception):
+class ApiError(Exception):
     """What the service answers instead: an HTTP status, a message, and its own word for the cause."""
 
     def __init__(self, status: int, message: str, reason: str = "") -> None:
@@ -48,14 +48,14 @@ class Preconditions:
         )
 
     def check(self, found: Object | None, *, reading: bool = False) -> None:
-        """Raises Rejected(412), or Rejected(304) where a read asks for anything but the generation it has."""
+        """Raises ApiError(412), or ApiError(304) where a read asks for anything but the generation it has."""
         generation = found.generation if found else 0
         if self.generation is not None and self.generation != generation:
-            raise Rejected(412, f"generation is {generation}, expected {self.generation}")
+            raise ApiError(412, f"generation is {generation}, expected {self.generation}")
         if self.not_generation is not None and self.not_generation == generation:
-            raise Rejected(304 if reading else 412, f"generation is {generation}")
+            raise ApiError(304 if reading else 412, f"generation is {generation}")
         if self.metageneration is not None and (found is None or self.metageneration != found.metageneration):
-            raise Rejected(412, "metageneration does not match")
+            raise ApiError(412, "metageneration does not match")
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Bucket:
         self._written: dict[str, float] = {}
 
     def find(self, name: str, generation: str | None = None) -> Object:
-        """Raises Rejected(404)."""
+        """Raises ApiError(404)."""
         found = self._objects.get(name)
         if found is None or (generation is not None and int(generation) != found.generation):
-            raise Rejected(404, f"No such object: {self.name}/{name}")
+            raise ApiError(404, f"No such object: {self.name}/{name}")
         return found
 
     def peek(self, name: str) -> Object | None:
@@ -129,19 +129,19 @@ class Bucket:
         conditions: Preconditions,
         content_type: str = "application/octet-stream",
         metadata: dict[str, str] | None = None,
-        wanted_crc32c: str | None = None,
+        expected_crc32c: str | None = None,
     ) -> Object:
-        """Raises Rejected: 412 precondition, 400 wrong name or checksum, 403 bucket full. Then nothing has changed."""
+        """Raises ApiError: 412 precondition, 400 wrong name or checksum, 403 bucket full. Then nothing has changed."""
         if not name or len(name.encode()) > 1024 or any(char in name for char in "\r\n"):
-            raise Rejected(400, f"invalid object name {name!r}")
+            raise ApiError(400, f"invalid object name {name!r}")
         there = self._objects.get(name)
         conditions.check(there)
         checksum = crc32c.crc32c(body)
-        if wanted_crc32c is not None and base64.b64decode(wanted_crc32c) != checksum.to_bytes(4, "big"):
-            raise Rejected(400, f"Provided CRC32C {wanted_crc32c!r} does not match what arrived")
+        if expected_crc32c is not None and base64.b64decode(expected_crc32c) != checksum.to_bytes(4, "big"):
+            raise ApiError(400, f"Provided CRC32C {expected_crc32c!r} does not match what arrived")
         grown = self.bytes + len(body) - (len(there.body) if there else 0)
         if grown > self._max_bytes:
-            raise Rejected(403, f"the emulator holds {self._max_bytes} bytes at most (--max_gib)")
+            raise ApiError(403, f"the emulator holds {self._max_bytes} bytes at most (--max_gib)")
         made = Object(name, body, next(self._generations), checksum, content_type, time.time(), 1, metadata or {})
         if there is None:
             bisect.insort(self._names, name)

@@ -1,6 +1,6 @@
 """Faults on command: which request meets which fault. Counted, and the same for every client.
 
-`Faults` are drawn by seeded chance for all requests. A `Rule` is certain: these requests get this answer.
+`Faults` are drawn by seeded chance for all requests. A `ReplyRule` is certain: these requests get this answer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Faults:
         made = {}
         for name, value in values.items():
             if name not in kinds:
-                raise ValueError(f"no fault {name!r}; there is: {', '.join(kinds)}")
+                raise ValueError(f"no fault {name!r}; choose from {', '.join(kinds)}")
             if kinds[name] is bool and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: expected true or false")
             made[name] = kinds[name](value)
@@ -85,7 +85,7 @@ RULE_KINDS = ("status", "flip", "cut", "short", "range", "type", "slow", "hang",
 
 
 @dataclass(frozen=True)
-class Rule:
+class ReplyRule:
     """What certain requests get instead of the right answer.
 
     name: a regular expression found in the object's name, or in a listing's prefix. operations: media, get, list,
@@ -109,7 +109,7 @@ class Rule:
     retry_after: str = ""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Rule:
+    def of(cls, values: Mapping[str, Any]) -> ReplyRule:
         """From JSON. Raises ValueError, TypeError."""
         made = cls(**{**values, "operations": tuple(values.get("operations", cls.operations))})
         if made.kind not in RULE_KINDS:
@@ -120,19 +120,19 @@ class Rule:
         return made
 
 
-class Rules:
+class ReplyRules:
     """Rules in named groups, so that clients beside each other do not meet each other's. Counted by group."""
 
     def __init__(self) -> None:
-        self._groups: dict[str, list[tuple[Rule, Counter[str]]]] = {}
+        self._groups: dict[str, list[tuple[ReplyRule, Counter[str]]]] = {}
         self.counts: Counter[str] = Counter()
 
-    def set(self, group: str, rules: Sequence[Rule]) -> None:
+    def set(self, group: str, rules: Sequence[ReplyRule]) -> None:
         self._groups[group] = [(rule, Counter()) for rule in rules]
         if not rules:
             del self._groups[group]
 
-    def hit(self, operation: str, name: str) -> Rule | None:
+    def hit(self, operation: str, name: str) -> ReplyRule | None:
         """The first rule that this request meets."""
         for group, rules in self._groups.items():
             for rule, seen in rules:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.gcs_emulator.bucket import Rejected
+from launch.gcs_emulator.bucket import ApiError
 
 _ANONYMOUS = "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."
 
@@ -25,12 +25,12 @@ class Guard:
         return cls(**{**values, "tokens": tuple(values.get("tokens", cls.tokens))})
 
     def check(self, query: Mapping[str, str], headers: Mapping[str, str]) -> None:
-        """Raises Rejected, with the service's own words."""
+        """Raises ApiError, with the service's own words."""
         named = {name.lower(): value for name, value in headers.items()}
         token = named.get("authorization", "").removeprefix("Bearer ")
         if "" not in self.tokens and not token:
-            raise Rejected(401, _ANONYMOUS, "required")
+            raise ApiError(401, _ANONYMOUS, "required")
         if not token.startswith(self.tokens):
-            raise Rejected(401, "Invalid Credentials", "authError")
+            raise ApiError(401, "Invalid Credentials", "authError")
         if self.payer and self.payer not in (query.get("userProject"), named.get("x-goog-user-project")):
-            raise Rejected(400, "Bucket is a requester pays bucket but no user project provided.", "required")
+            raise ApiError(400, "Bucket is a requester pays bucket but no user project provided.", "required")

@@ -67,7 +67,7 @@ class EmulatorProcess(Server):
             raise ValueError(body.decode())
 
     def set_rules(self, group: str, *rules: Mapping[str, Any]) -> None:
-        """From now on these rules (`faults.Rule`) of this group and no others of it. Raises ValueError."""
+        """From now on these rules (`faults.ReplyRule`) of this group and no others of it. Raises ValueError."""
         status, _, body = self.ask("PUT", f"/_emulator/rules/{group}", json.dumps(rules).encode())
         if status != 200:
             raise ValueError(body.decode())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from aiohttp import web
 
-from launch.gcs_emulator.faults import Rule
+from launch.gcs_emulator.bucket import ApiError
+from launch.gcs_emulator.faults import ReplyRule
 
-_LOOK_S = 0.05  # whether a client that gets no answer has gone
+_POLL_S = 0.05  # whether a client that gets no answer has gone
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,18 @@ class Answer:
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     operation: str = "other"
+
+
+def json_answer(value: Any, operation: str, status: int = 200) -> Answer:
+    return Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json; charset=UTF-8"}, operation)
+
+
+def rejection(error: ApiError, operation: str = "other") -> Answer:
+    if error.status == 304:
+        return Answer(304, operation=operation)
+    cause = {"message": str(error), **({"reason": error.reason} if error.reason else {})}
+    body = {"error": {"code": error.status, "message": str(error), "errors": [cause]}}
+    return json_answer(body, operation, error.status)
 
 
 def response(answer: Answer) -> web.Response:
@@ -34,7 +49,7 @@ def hang_up(request: web.Request) -> web.Response:
 async def stay_silent(request: web.Request) -> web.Response:
     """No answer for as long as the client waits."""
     while request.transport and not request.transport.is_closing():
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
     return hang_up(request)
 
 
@@ -62,7 +77,7 @@ async def trickle(request: web.Request, answer: Answer, pause_s: float) -> web.S
     return response
 
 
-def altered(rule: Rule, answer: Answer) -> Answer:
+def altered(rule: ReplyRule, answer: Answer) -> Answer:
     """An answer that says other than what is stored; its headers are those of what is."""
     if rule.kind == "flip" and answer.body:
         middle = len(answer.body) // 2

@@ -13,7 +13,7 @@ KEPT = 20_000  # the newest requests
 
 
 @dataclass
-class Logged:
+class LoggedRequest:
     """One request. Times in seconds on a monotonic clock; `ended_s` is None while it is under way."""
 
     operation: str
@@ -26,11 +26,11 @@ class RequestLog:
     """The newest requests, in the order in which they came."""
 
     def __init__(self) -> None:
-        self._kept: deque[Logged] = deque(maxlen=KEPT)
+        self._kept: deque[LoggedRequest] = deque(maxlen=KEPT)
 
     @contextmanager
-    def noted(self, operation: str, name: str) -> Iterator[Logged]:
-        one = Logged(operation, name)
+    def record(self, operation: str, name: str) -> Iterator[LoggedRequest]:
+        one = LoggedRequest(operation, name)
         self._kept.append(one)
         try:
             yield one
@@ -40,13 +40,13 @@ class RequestLog:
     def clear(self) -> None:
         self._kept.clear()
 
-    def told(self) -> list[dict[str, Any]]:
-        """As JSON."""
+    def as_json(self) -> list[dict[str, Any]]:
+        """As `/_emulator/requests` answers."""
         return [asdict(one) for one in self._kept]
 
 
 def chain(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The longest chain out of these (`told`) in which each began after the one before it was answered: as many
+    """The longest chain out of these (`as_json`) in which each began after the one before it was answered: as many
     latencies as were waited for, however much was done beside. What is still under way is left out."""
     found: list[Mapping[str, Any]] = []
     for one in sorted((one for one in requests if one["ended_s"] is not None), key=lambda one: float(one["ended_s"])):

@@ -38,7 +38,8 @@ from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.leaf_errors import named
 from orchestrator.arrays.memory_kinds import in_default_memory
-from orchestrator.rules import fingerprints, zarr_chunks
+from orchestrator.rules import fingerprints
+from orchestrator.rules.boxes import box_of, whole_box
 from orchestrator.rules.records import Box, LeafSpec, ShardFingerprint
 
 _SMALL_BYTES = 256 << 10  # shards below this are computed many at a time
@@ -161,7 +162,7 @@ def _groups(items: list[_Item], most: int) -> Iterator[list[_Item]]:
 
 def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, _Item]]:
     if not isinstance(value, jax.Array):
-        whole = Box(start=(0,) * value.ndim, stop=value.shape)
+        whole = whole_box(value.shape)
         yield _from_host(leaf, value.shape, Part(whole, 0, _HOST), value)
         return
     if not value.sharding.addressable_devices:  # other processes hold it
@@ -170,7 +171,7 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         value = jax.random.key_data(value)
     if (value.sharding, value.shape) not in places:
         shards = value.addressable_shards
-        found = [Part(zarr_chunks.box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
+        found = [Part(box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
         places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
     parts, devices = places[value.sharding, value.shape]
     if value.is_fully_replicated:  # `addressable_data` would give the first device's copy for each

@@ -30,7 +30,7 @@ from orchestrator.observe import heartbeat
 from orchestrator.rules import holders
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode
-from orchestrator.rules.records import Failure, Held, Intent
+from orchestrator.rules.records import Cause, Failure, Held, Intent
 from orchestrator.run.journal_store import JournalStore
 
 _FORMS = 4  # remembered, as in `tree` and `write_plan`
@@ -149,4 +149,4 @@ class StepOrder:
         vote = abort_vote(attempt, failure, built_on=built_on)
         for each in (theirs, attempt):
             self._signals.vote_abort(replace(vote, step=each.step, attempt=each.name))
-        return Aborted(reason)
+        return Aborted(reason, Cause.REJECTED)

@@ -11,12 +11,12 @@ from msgspec.structs import replace
 from orchestrator import failpoints
 from orchestrator.arrays import ArrayWriter, PendingWrite
 from orchestrator.arrays.tree import Flat
-from orchestrator.errors import StorageError
+from orchestrator.errors import Fenced, StorageError
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import abort_vote
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
-from orchestrator.rules.records import FORMAT, Failure, FileEntry, Held, Receipt
+from orchestrator.rules.records import FORMAT, Cause, Failure, FileEntry, Held, Receipt
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
@@ -97,11 +97,13 @@ class Contribution:
             own=self.pending.own,
         )
 
-    def abort_vote(self, phase: str, cause: BaseException) -> Receipt:
-        """Instead of the receipt: what has failed, and in which phase."""
+    def abort_vote(self, phase: str, cause: BaseException, kind: Cause = Cause.REJECTED) -> Receipt:
+        """Instead of the receipt: what has failed, and in which phase. kind: what all processes count it as; a newer
+        incarnation that has taken over is always counted as that."""
+        kind = Cause.FENCED if isinstance(cause, Fenced) else kind
         # A file's name may be no UTF-8, and this record must not fail, too.
         text = f"{type(cause).__name__}: {cause}"[:_CAUSE_CHARS].encode(errors="backslashreplace").decode()
-        failure = Failure(process=self._process, host=self._host, phase=phase, cause=text)
+        failure = Failure(process=self._process, host=self._host, phase=phase, cause=text, kind=kind)
         return abort_vote(self._attempt, failure, seconds=self.seconds, built_on=self._catalog.durable_version)
 
     def store_abort_vote(self, vote: Receipt) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import assert_never
 
 from orchestrator import failpoints
 from orchestrator.errors import Fenced, RootChanged
@@ -22,7 +23,7 @@ from orchestrator.rules import attempt as protocol
 from orchestrator.rules import journal, json_numbers, keys
 from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Effect, Finalize, Phase
 from orchestrator.rules.codec import encode
-from orchestrator.rules.records import FORMAT, Extra, Failure, FileEntry, Head, Intent, LiveStep
+from orchestrator.rules.records import FORMAT, Cause, Extra, Failure, FileEntry, Head, Intent, LiveStep
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
@@ -78,7 +79,9 @@ class Coordinator:
         try:
             decided = self._decided(own, timeout_s, all_in)
         except Exception as error:  # the others wait for a decision; the caller gets the error itself
-            self._signals.post_decision(attempt, outcome.Aborted(f"the outcome could not be journalled: {error}"))
+            cause = Cause.FENCED if isinstance(error, Fenced) else Cause.FAILED
+            reason = f"the outcome could not be journalled: {error}"
+            self._signals.post_decision(attempt, outcome.Aborted(reason, cause))
             raise
         self._signals.post_decision(attempt, decided)
         return decided
@@ -86,18 +89,18 @@ class Coordinator:
     def _decided(self, own: OwnPart, timeout_s: float, all_in: Callable[[], None]) -> Outcome:
         state = Attempt(own.intent, own_must_agree=self._host_local == "error")
         receipts = ReceiptReader(self._catalog, self._signals, self._rendezvous.hosts, state, own.receipt)
-        state, effects = receipts.collect(timeout_s)
+        state, effect = receipts.collect(timeout_s)
         self._signals.forget_previous(own.intent.id)
         if state.phase is Phase.FINALIZING:
             all_in()
             if self._host_local == "warn":
                 self._notices.host_local(state)
         commit = _Commit(self._catalog, own, receipts.files, self._keep, self._quarantine_keep_s)
-        while effects and (event := self._perform(effects[0], state, commit)):
-            state, effects = protocol.advance(state, event)
+        while effect is not None:
+            state, effect = protocol.advance(state, self._perform(effect, state, commit))
         return _outcome(state, commit.line)
 
-    def _perform(self, effect: Effect, state: Attempt, commit: _Commit) -> protocol.Event | None:
+    def _perform(self, effect: Effect, state: Attempt, commit: _Commit) -> protocol.Event:
         try:
             match effect:
                 case Finalize():
@@ -106,7 +109,8 @@ class Coordinator:
                     except Exception as error:  # whatever it was: the attempt is aborted with it as the cause
                         cause = f"{type(error).__name__}: {error}"
                         host = self._rendezvous.hosts[0]
-                        return protocol.FinalizeFailed(Failure(process=0, host=host, phase="finalize", cause=cause))
+                        failure = Failure(process=0, host=host, phase="finalize", cause=cause, kind=Cause.FINALIZE)
+                        return protocol.FinalizeFailed(failure)
                     return protocol.FinalizeDone()
                 case AppendCommit():
                     commit.append()
@@ -114,12 +118,13 @@ class Coordinator:
                 case AppendAbort():
                     self._append_abort(state)
                     return protocol.Appended()
+                case _:
+                    assert_never(effect)
         except RootChanged:  # there is no head to ask any more
             raise
         except Fenced:
             head = self._catalog.require_head()
             return protocol.FencedOff(head.epoch, head.writer)
-        return None
 
     def _append_abort(self, state: Attempt) -> None:
         failpoints.hit("abort.before")
@@ -130,6 +135,7 @@ class Coordinator:
                 attempt=state.intent.id,
                 failures=state.failures,
                 reason=state.reason,
+                cause=state.cause or Cause.FAILED,
             )
         )
         failpoints.hit("abort.after")
@@ -179,4 +185,4 @@ def _outcome(state: Attempt, line: LiveStep | None) -> Outcome:
     reason = "; ".join([state.reason, *causes])
     if state.phase is Phase.FENCED:
         return outcome.Fenced(reason)
-    return outcome.Aborted(reason, protocol.cause_of(reason))
+    return outcome.Aborted(reason, state.cause or Cause.FAILED)

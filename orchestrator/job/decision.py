@@ -55,5 +55,6 @@ class DecisionReader:
         if head.epoch > self._epoch:
             return Fenced(f"fenced by epoch {head.epoch} ({head.writer})")
         if journal.is_retired(head, self._attempt):
-            return Aborted(f"journal version {head.version}: {head.event.reason or 'aborted'}")
+            reason, cause = journal.abort_of(head, self._attempt)
+            return Aborted(f"journal version {head.version}: {reason}", cause)
         return None

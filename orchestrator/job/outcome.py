@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.rules.records import Cause
+
 
 class Committed(msgspec.Struct, frozen=True, tag="committed", tag_field="outcome"):
     """The step is in the journal. Known on process 0, 0 elsewhere: state_bytes, of all its files; stage_s, of the
@@ -17,7 +19,7 @@ class Aborted(msgspec.Struct, frozen=True, tag="aborted", tag_field="outcome"):
     """Nothing was saved. `reason` names the processes at fault and what they reported."""
 
     reason: str
-    cause: str = "failed"
+    cause: Cause = Cause.FAILED
 
 
 class Fenced(msgspec.Struct, frozen=True, tag="fenced", tag_field="outcome"):

@@ -34,7 +34,7 @@ from orchestrator.observe import events
 from orchestrator.observe.events import SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import FORMAT, FileEntry, Intent, Receipt
+from orchestrator.rules.records import FORMAT, Cause, FileEntry, Intent, Receipt
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
@@ -153,11 +153,12 @@ class Participant:
         """This process will vote to abort: `cause` has happened in `phase`."""
         self._phase, self._problem = phase, cause
 
-    def reject(self, phase: str, cause: BaseException) -> None:
-        """Instead of `start`: tell the other processes, without touching storage, that this one takes no part."""
-        self._in.signals.vote_abort(self._own.abort_vote(phase, cause))
+    def reject(self, phase: str, cause: BaseException, kind: Cause = Cause.REJECTED) -> None:
+        """Instead of `start`: tell the other processes, without touching storage, that this one takes no part. kind:
+        what all of them count it as."""
+        self._in.signals.vote_abort(self._own.abort_vote(phase, cause, kind))
         if self._in.coordinator:  # nobody else could decide it
-            self._in.signals.post_decision(self.id, Aborted(f"process 0 in {phase}: {cause}"))
+            self._in.signals.post_decision(self.id, Aborted(f"process 0 in {phase}: {cause}", kind))
 
     def start(self, flat: Flat) -> None:
         """Stage `flat` and go on in the background. Whatever fails from here on is this process's abort vote."""
@@ -219,9 +220,9 @@ class Participant:
             self._own.release()
         if self.error:
             self._in.agreement.doubt()
-            cause = self.outcome.cause if isinstance(self.outcome, Aborted) else "failed"
-            kind = "fenced" if isinstance(self.error, errors.Fenced) else cause
-            emit(SaveNotCommitted(self.step, self.id.name, str(self.error), kind))
+            cause = self.outcome.cause if isinstance(self.outcome, Aborted) else Cause.FAILED
+            cause = Cause.FENCED if isinstance(self.error, errors.Fenced) else cause
+            emit(SaveNotCommitted(self.step, self.id.name, str(self.error), cause))
         else:
             self.durable_s = time.monotonic() - self.started_s
             saved_bytes = self.outcome.state_bytes if isinstance(self.outcome, Committed) else 0

@@ -48,9 +48,9 @@ class ReceiptReader:
         """Go by votes that have not been counted yet; None while others are missing."""
         ready = [(process, votes[process]) for process in self._state.missing if process in votes]
         for receipts in self._read(ready):
-            self._state, effects = protocol.advance(self._state, protocol.ReceiptsRead(receipts))
-            if effects:
-                return self._state, effects
+            self._state, effect = protocol.advance(self._state, protocol.ReceiptsRead(receipts))
+            if effect is not None:
+                return self._state, effect
         return None
 
     def _listed(self) -> Votes:

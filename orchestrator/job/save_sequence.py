@@ -22,7 +22,7 @@ from orchestrator.observe import heartbeat
 from orchestrator.observe.events import SaveNotCommitted, emit
 from orchestrator.options import Options
 from orchestrator.rules import arguments
-from orchestrator.rules.records import Json
+from orchestrator.rules.records import Cause, Json
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,17 @@ class SaveSequence:
 
         rejection = self._opening.by_save(step, describe)
         if rejection:
-            self._not_begun(step, "", f"step {step} was not saved: {rejection}", "refused")
+            self._not_begun(step, "", f"step {step} was not saved: {rejection}", Cause.REJECTED)
         return not rejection
 
     def _skip(self, save: Participant) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
         assert self._current is not None
         reason = f"{self._current.label} still hangs on this process: the store does not answer"
-        save.reject("wait", WaitTimeout(reason))
-        self._not_begun(save.step, save.id.name, f"{save.label} was not saved: {reason}", "hung")
+        save.reject("wait", WaitTimeout(reason), Cause.HUNG)
+        self._not_begun(save.step, save.id.name, f"{save.label} was not saved: {reason}", Cause.HUNG)
 
-    def _not_begun(self, step: int, attempt: str, reason: str, cause: str) -> None:
+    def _not_begun(self, step: int, attempt: str, reason: str, cause: Cause) -> None:
         """Count a save that could not even begin, and raise it where failed saves are to be raised."""
         self.failures += 1
         emit(SaveNotCommitted(step, attempt, reason, cause))

@@ -69,7 +69,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class SaveNotCommitted:
-    """`cause`: rejected, silent, fenced, incomplete, disagree, finalize, hung or failed."""
+    """cause: one of `rules.records.Cause`, the same on all processes."""
 
     step: int
     attempt: str

@@ -1,27 +1,33 @@
 """One attempt at saving a step, from the coordinator's side, as a table-driven state machine.
 
-    state, effects = advance(state, event)
+    state, effect = advance(state, event)
 
-The coordinator performs the effects and feeds back what happened as events. Duties of the caller, in order: write the
-intent; report every receipt it reads, whichever way it learned of it; report the deadline; run `Finalize`, `Seal` and
-`Append` when told, once each, and report how each ended. Pure: no I/O, no clock, no randomness.
+The coordinator performs the effect and reports what became of it as the next event, until there is no effect. Its
+duties, in order: write the intent; report the receipts that it reads, in whatever batches; report the deadline; perform
+`Finalize`, `AppendCommit` and `AppendAbort` when they are asked for, once each, and report how each ended. When the
+phase is one of `DECIDED`, the attempt is over: its reason, cause and failures are what all processes hear of it.
 
     OPEN --all receipts in--> FINALIZING --FinalizeDone--> COMMITTING --Appended--> COMMITTED
-      \\--a NO or deadline--> ABORTING <--FinalizeFailed--/      |
-                                 \\--Appended--> ABORTED         \\--Fenced--> FENCED (from any phase)
+      \\--abort vote, gap      \\--FinalizeFailed           \\--FencedOff--> FENCED
+       \\  or deadline          v                             |
+        `--------------------> ABORTING --FencedOff----------'
+                                 \\--Appended--> ABORTED
+
+Pure: no I/O, no clock, no randomness.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
 
 from orchestrator.rules import holders
+from orchestrator.rules.coverage import uncovered
 from orchestrator.rules.fingerprints import disagreements
-from orchestrator.rules.records import Box, Failure, Intent, Receipt
+from orchestrator.rules.records import Cause, Failure, Intent, Receipt
+
+_PROBLEMS_SHOWN = 6
 
 
 class Phase(Enum):
@@ -34,42 +40,39 @@ class Phase(Enum):
     FENCED = "fenced"
 
 
-TERMINAL = frozenset({Phase.COMMITTED, Phase.ABORTED, Phase.FENCED})
+DECIDED = frozenset({Phase.COMMITTED, Phase.ABORTED, Phase.FENCED})
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """State of one attempt. `receipts` holds one per process that has answered. own_must_agree: of leaves that every
-    process has its own of, all must have the same value."""
+    """State of one attempt. receipts: by process, of those that have answered. reason, cause: why it does not commit.
+    own_must_agree: of leaves that every process has its own of, all must have the same value."""
 
     intent: Intent
     phase: Phase = Phase.OPEN
     receipts: Mapping[int, Receipt] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
     reason: str = ""
+    cause: Cause | None = None
     own_must_agree: bool = False
 
     @property
     def missing(self) -> tuple[int, ...]:
+        """The processes whose receipts are not in."""
         return tuple(index for index in range(self.intent.process_count) if index not in self.receipts)
 
 
 # Events: what happened outside.
 @dataclass(frozen=True)
-class ReceiptRead:
-    receipt: Receipt
-
-
-@dataclass(frozen=True)
 class ReceiptsRead:
-    """Several at once: of a job of N processes, one after the other takes N times N steps."""
+    """Several at once: a job of N processes that reported one after the other would take N times N steps."""
 
     receipts: tuple[Receipt, ...]
 
 
 @dataclass(frozen=True)
 class DeadlinePassed:
-    """`hosts` names the processes as far as they are known."""
+    """No receipts are waited for any longer. hosts: the processes' hosts, as far as they are known."""
 
     after_s: float
     hosts: Mapping[int, str]
@@ -77,61 +80,65 @@ class DeadlinePassed:
 
 @dataclass(frozen=True)
 class FinalizeDone:
-    pass
+    """What `Finalize` asks for is durable."""
 
 
 @dataclass(frozen=True)
 class FinalizeFailed:
+    """What `Finalize` asks for could not be done."""
+
     failure: Failure
 
 
 @dataclass(frozen=True)
 class Appended:
-    """The journal entry asked for is durable."""
+    """The journal entry that was asked for is durable."""
 
 
 @dataclass(frozen=True)
 class FencedOff:
+    """The journal entry that was asked for cannot be written: `writer` has opened the newer `epoch`."""
+
     epoch: int
     writer: str
 
 
-Event = ReceiptRead | ReceiptsRead | DeadlinePassed | FinalizeDone | FinalizeFailed | Appended | FencedOff
+Event = ReceiptsRead | DeadlinePassed | FinalizeDone | FinalizeFailed | Appended | FencedOff
 
 
 # Effects: what the caller must do now.
 @dataclass(frozen=True)
 class Finalize:
-    """Merge the processes' data, write `extra.json` and the manifest, make all of it durable."""
+    """Merge the processes' data and write the manifest, all of it durable."""
 
 
 @dataclass(frozen=True)
 class AppendCommit:
-    """Journal `committed`."""
+    """Journal the attempt as committed."""
 
 
 @dataclass(frozen=True)
 class AppendAbort:
-    """Journal `aborted` with the attempt's failures and reason."""
+    """Journal the attempt as aborted, with its failures, reason and cause."""
 
 
-@dataclass(frozen=True)
-class Announce:
-    """Tell the other processes how it ended; the journal is the truth, this only makes it quick."""
+Effect = Finalize | AppendCommit | AppendAbort
+Step = tuple[Attempt, Effect | None]
 
 
-Effect = Finalize | AppendCommit | AppendAbort | Announce
-Step = tuple[Attempt, tuple[Effect, ...]]
+class UndefinedEvent(RuntimeError):
+    """The caller reported what cannot have happened in this phase: a mistake in the program, never an outcome."""
 
 
 def advance(state: Attempt, event: Event) -> Step:
-    """The next state and what to do. An event that does not matter any more (a late receipt) changes nothing."""
-    rule = _TABLE.get((state.phase, type(event)))
-    return rule(state, event) if rule else (state, ())
-
-
-def _on_receipt(state: Attempt, event: ReceiptRead) -> Step:
-    return _on_receipts(state, ReceiptsRead((event.receipt,)))
+    """The next state, and what to do now. Events that come too late (`_LATE`) change nothing. Raises UndefinedEvent for
+    a pair of phase and event that is in neither table."""
+    pair = state.phase, type(event)
+    if rule := _TABLE.get(pair):
+        return rule(state, event)
+    if pair in _LATE:
+        return state, None
+    raise UndefinedEvent(f"{state.intent.id.label}: {type(event).__name__} while {state.phase.value}")
 
 
 def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
@@ -139,34 +146,39 @@ def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
     for receipt in event.receipts:
         if receipt.process in receipts:
             continue  # repeated: the first stands, receipts are immutable
-        failure = receipt.failure or _objection(receipt, _not_ours(state, receipt))
+        failure = receipt.failure or _unusable(state, receipt)
         if failure:
             state = replace(state, receipts=receipts, failures=(*state.failures, failure))
-            return _abort(state, f"process {failure.process} said no")
+            return _abort(state, failure.kind, f"process {failure.process} voted to abort")
         receipts[receipt.process] = receipt
     if len(receipts) == len(state.receipts):
-        return state, ()
+        return state, None
     state = replace(state, receipts=receipts)
     if state.missing:
-        return state, ()
-    problems = uncovered(state.intent, state.receipts)
+        return state, None
+    if problems := uncovered(state.intent, state.receipts):
+        return _abort(state, Cause.INCOMPLETE, "; ".join(problems[:_PROBLEMS_SHOWN]))
     # Replicas that differ: one of their devices computes wrongly, and nobody can say which one is right.
-    problems = problems or disagreements(state.intent, state.receipts)
+    problems = disagreements(state.intent, state.receipts)
     if state.own_must_agree and not problems:
         problems = holders.lines(holders.differences(state.intent, state.receipts), state.receipts)
     if problems:
-        return _abort(state, "; ".join(problems[:6]))
-    return replace(state, phase=Phase.FINALIZING), (Finalize(),)
+        return _abort(state, Cause.DISAGREE, "; ".join(problems[:_PROBLEMS_SHOWN]))
+    return replace(state, phase=Phase.FINALIZING), Finalize()
 
 
-def _not_ours(state: Attempt, receipt: Receipt) -> str:
-    """Why a receipt is not one of this attempt's, '' if it is."""
-    intent = state.intent
+def _unusable(state: Attempt, receipt: Receipt) -> Failure | None:
+    """Why a receipt is not one of this attempt's, or goes by other holders than its intent; None if it is usable."""
+    problem = _not_ours(state.intent, receipt)
+    return Failure(process=receipt.process, host=receipt.host, phase="receipt", cause=problem) if problem else None
+
+
+def _not_ours(intent: Intent, receipt: Receipt) -> str:
     if receipt.id != intent.id:
         return f"receipt of {receipt.id.label} found in {intent.id.label}"
     if not 0 <= receipt.process < intent.process_count:
         return f"receipt of process {receipt.process}, expected 0 to {intent.process_count - 1}"
-    if receipt.failure is None and receipt.went_by != holders.name(intent.held):
+    if receipt.went_by != holders.name(intent.held):
         return (
             "the devices that leaves are on have changed on process 0 since this process last asked; all ask again at "
             "the next save"
@@ -174,137 +186,59 @@ def _not_ours(state: Attempt, receipt: Receipt) -> str:
     return ""
 
 
-def _objection(receipt: Receipt, wrong: str) -> Failure | None:
-    return Failure(process=receipt.process, host=receipt.host, phase="receipt", cause=wrong) if wrong else None
-
-
 def _on_deadline(state: Attempt, event: DeadlinePassed) -> Step:
     who = ", ".join(
         f"{index} ({event.hosts[index]})" if index in event.hosts else str(index) for index in state.missing
     )
     where = state.intent.id.label
+    silence = f"silent for {event.after_s:g} s"
     silent = tuple(
-        Failure(
-            process=index, host=event.hosts.get(index, "?"), phase="receipt", cause=f"silent for {event.after_s:g} s"
-        )
+        Failure(process=index, host=event.hosts.get(index, "?"), phase="receipt", cause=silence, kind=Cause.SILENT)
         for index in state.missing
     )
     reason = f"{where}: no receipt from processes [{who}] after {event.after_s:g} s"
-    return _abort(replace(state, failures=(*state.failures, *silent)), reason)
+    return _abort(replace(state, failures=(*state.failures, *silent)), Cause.SILENT, reason)
 
 
 def _on_finalized(state: Attempt, event: FinalizeDone) -> Step:
-    return replace(state, phase=Phase.COMMITTING), (AppendCommit(),)
+    return replace(state, phase=Phase.COMMITTING), AppendCommit()
 
 
 def _on_finalize_failed(state: Attempt, event: FinalizeFailed) -> Step:
-    return _abort(replace(state, failures=(*state.failures, event.failure)), "the coordinator could not finalize")
+    state = replace(state, failures=(*state.failures, event.failure))
+    return _abort(state, Cause.FINALIZE, "the coordinator could not finalize")
 
 
 def _on_committed(state: Attempt, event: Appended) -> Step:
-    return replace(state, phase=Phase.COMMITTED), (Announce(),)
+    return replace(state, phase=Phase.COMMITTED), None
 
 
 def _on_aborted(state: Attempt, event: Appended) -> Step:
-    return replace(state, phase=Phase.ABORTED), (Announce(),)
+    return replace(state, phase=Phase.ABORTED), None
 
 
 def _on_fenced(state: Attempt, event: FencedOff) -> Step:
     reason = f"fenced by epoch {event.epoch} ({event.writer})"
-    return replace(state, phase=Phase.FENCED, reason=reason), (Announce(),)
+    return replace(state, phase=Phase.FENCED, reason=reason, cause=Cause.FENCED), None
 
 
-def _abort(state: Attempt, reason: str) -> Step:
-    return replace(state, phase=Phase.ABORTING, reason=reason), (AppendAbort(),)
-
-
-_CAUSES = (  # words of the reasons above, and what they are counted as
-    ("fenced by epoch", "fenced"),
-    ("replicas disagree", "disagree"),
-    ("hosts disagree", "disagree"),
-    ("said no", "refused"),
-    ("no receipt from processes", "silent"),
-    ("could not finalize", "finalize"),
-    ("elements written", "incomplete"),
-    ("written twice", "incomplete"),
-    ("regions overlap", "incomplete"),
-    ("outside the array", "incomplete"),
-)
-
-
-def cause_of(reason: str) -> str:
-    """What kind of end a reason tells of, for counting: fenced, rejected, silent, finalize, incomplete, disagree or
-    failed."""
-    return next((cause for words, cause in _CAUSES if words in reason), "failed")
+def _abort(state: Attempt, cause: Cause, reason: str) -> Step:
+    return replace(state, phase=Phase.ABORTING, cause=cause, reason=reason), AppendAbort()
 
 
 # Each rule takes the event type it stands beside.
 _TABLE: dict[tuple[Phase, type], Callable[..., Step]] = {
-    (Phase.OPEN, ReceiptRead): _on_receipt,
     (Phase.OPEN, ReceiptsRead): _on_receipts,
     (Phase.OPEN, DeadlinePassed): _on_deadline,
     (Phase.FINALIZING, FinalizeDone): _on_finalized,
     (Phase.FINALIZING, FinalizeFailed): _on_finalize_failed,
     (Phase.COMMITTING, Appended): _on_committed,
+    (Phase.COMMITTING, FencedOff): _on_fenced,
     (Phase.ABORTING, Appended): _on_aborted,
-    **{(phase, FencedOff): _on_fenced for phase in Phase if phase not in TERMINAL},
+    (Phase.ABORTING, FencedOff): _on_fenced,
 }
-
-
-def uncovered(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
-    """Arrays whose index space the receipts do not cover exactly, one line each; [] if all is covered once."""
-    problems = []
-    boxes: dict[str, list[tuple[int, tuple[Box, ...]]]] = {}
-    for process, receipt in receipts.items():
-        for name, regions in receipt.boxes.items():
-            boxes.setdefault(name, []).append((process, regions))
-    looked_at: dict[Any, str] = {}  # many leaves of few layouts
-    runs = iter(holders.each_of(intent.held))
-    for leaf in intent.tree.leaves:
-        run = next(runs, None)
-        if not leaf.in_store:
-            continue
-        shape = leaf.stored_shape if leaf.stored_shape is not None else leaf.shape
-        written = tuple(boxes.get(leaf.name, []))
-        problem = looked_at.get((shape, written))
-        if problem is None:
-            flat = [(process, box) for process, regions in written for box in regions]
-            problem = looked_at[shape, written] = _cover(shape, flat)
-        if problem:
-            problems.append(f"{leaf.label}{list(shape)}: {problem}{holders.why_missing(run, receipts, leaf)}")
-    return problems
-
-
-def _cover(shape: tuple[int, ...], boxes: Sequence[tuple[int, Box]]) -> str:
-    """'' if `boxes` tile `shape` exactly, else what is wrong."""
-    seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-    volume = 0
-    for process, box in boxes:
-        inside = len(box.start) == len(box.stop) == len(shape) and all(
-            0 <= start < stop <= size for start, stop, size in zip(box.start, box.stop, shape, strict=True)
-        )
-        if not inside:
-            return f"process {process} wrote {list(box.start)}..{list(box.stop)}, outside the array"
-        other = seen.setdefault((box.start, box.stop), process)
-        if other != process or volume > math.prod(shape):
-            return f"{list(box.start)}..{list(box.stop)} written twice, by processes {other} and {process}"
-        volume += math.prod(stop - start for start, stop in zip(box.start, box.stop, strict=True))
-    if volume != math.prod(shape):
-        return f"{volume} of {math.prod(shape)} elements written"
-    return "" if _disjoint([box for _, box in boxes]) else "written regions overlap"
-
-
-def _disjoint(boxes: list[Box]) -> bool:
-    """No two boxes share an element. Sorted sweep along the first dimension: near-linear for a sharding's grid."""
-    ordered = sorted(boxes, key=lambda box: box.start)
-    active: list[Box] = []
-    for box in ordered:
-        active = [old for old in active if not box.start or old.stop[0] > box.start[0]]
-        if any(_overlap(old, box) for old in active):
-            return False
-        active.append(box)
-    return True
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return all(a.start[axis] < b.stop[axis] and b.start[axis] < a.stop[axis] for axis in range(len(a.start)))
+# Receipts are read, and the deadline is watched, beside what the machine asks for: both may be reported once the
+# attempt waits for neither. They change nothing then; whatever else is not in the table is a mistake.
+_LATE = frozenset(
+    (phase, late) for phase in Phase if phase is not Phase.OPEN for late in (ReceiptsRead, DeadlinePassed)
+)

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 from orchestrator.errors import Damaged
+from orchestrator.rules.boxes import box_label, volume
 from orchestrator.rules.records import Box, Intent, LeafSpec, Receipt, ShardFingerprint
 
 _LANES = 4
@@ -66,7 +67,7 @@ def disagreements(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
         for box, by_print in seen.items():
             if len(by_print) > 1:
                 sides = " but ".join(f"{', '.join(who)}: {told}" for told, who in by_print.items())
-                problems.append(f"{leaf.label}{shown(box)}: replicas disagree: {sides}")
+                problems.append(f"{leaf.label}{box_label(box)}: replicas disagree: {sides}")
     return problems
 
 
@@ -77,17 +78,7 @@ def fingerprints(intent: Intent, receipts: Mapping[int, Receipt]) -> dict[str, s
         once: dict[Box, ShardFingerprint] = {
             told.box: told for receipt in receipts.values() for told in receipt.prints.get(leaf.name, ())
         }
-        volume = sum(_volume(box) for box in once)
-        if once and volume == math.prod(leaf.file_shape):
+        elements = sum(volume(box) for box in once)
+        if once and elements == math.prod(leaf.file_shape):
             found[leaf.name] = total(told.print for told in once.values())
     return found
-
-
-def shown(box: Box) -> str:
-    """A region as people write it: `[0:8,4:8]`, `` for an array without dimensions."""
-    bounds = ",".join(f"{start}:{stop}" for start, stop in zip(box.start, box.stop, strict=True))
-    return f"[{bounds}]" if bounds else ""
-
-
-def _volume(box: Box) -> int:
-    return math.prod(stop - start for start, stop in zip(box.start, box.stop, strict=True))

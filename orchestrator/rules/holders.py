@@ -26,6 +26,7 @@ import msgspec
 
 from orchestrator.errors import UsageError
 from orchestrator.rules import chunk_index, zarr_chunks
+from orchestrator.rules.boxes import whole_box
 from orchestrator.rules.dtypes import ITEM_BYTES
 from orchestrator.rules.records import Box, Held, Intent, LeafSpec, Receipt, crc32c
 
@@ -182,7 +183,7 @@ def _cut(
         chunk and len(chunk) == len(stored) and not any(size % part for size, part in zip(stored, chunk, strict=True))
     )
     used = chunk if chunk and given else usual_chunk(stored, stored_dtype or dtype)
-    boxes = tuple(zarr_chunks.cut(Box(start=(0,) * len(stored), stop=stored), used))
+    boxes = tuple(zarr_chunks.cut(whole_box(stored), used))
     chunk_bytes = math.prod(used) * ITEM_BYTES[stored_dtype or dtype]
     return Cut(f"{dtype}{shape}".encode(), chunk_bytes, boxes, tuple(zarr_chunks.suffix(box, used) for box in boxes))
 

@@ -20,7 +20,7 @@ from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, Us
 from orchestrator.policy import KeepPolicy
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.json_numbers import stored_all
-from orchestrator.rules.records import FORMAT, Event, Failure, Head, LiveStep, Quarantine, RetiredAttempt
+from orchestrator.rules.records import FORMAT, Cause, Event, Failure, Head, LiveStep, Quarantine, RetiredAttempt
 
 
 @dataclass(frozen=True)
@@ -181,15 +181,24 @@ def _expired(old: LiveStep, now: float, keep_s: float | None) -> bool:
 
 
 def abort(
-    head: Head | None, stamp: Stamp, *, epoch: int, attempt: AttemptId, failures: tuple[Failure, ...], reason: str
+    head: Head | None,
+    stamp: Stamp,
+    *,
+    epoch: int,
+    attempt: AttemptId,
+    failures: tuple[Failure, ...],
+    reason: str,
+    cause: Cause = Cause.FAILED,
 ) -> Next:
     """Journal that an attempt will never commit; its data may be deleted."""
     if head is None or head.epoch != epoch:
         return _not_our_epoch(head, epoch)
     if is_known(head, attempt):
         return None
-    event = Event(kind="aborted", step=attempt.step, attempt=attempt.name, failures=failures, reason=reason)
-    gone = RetiredAttempt(step=attempt.step, attempt=attempt.name, reason="aborted")
+    event = Event(
+        kind="aborted", step=attempt.step, attempt=attempt.name, failures=failures, reason=reason, cause=cause
+    )
+    gone = RetiredAttempt(step=attempt.step, attempt=attempt.name, reason="aborted", cause=cause)
     return _next(head, stamp, event, retired=(*head.retired, gone))
 
 
@@ -415,6 +424,13 @@ def is_live(head: Head, attempt: AttemptId) -> bool:
 
 def is_retired(head: Head, attempt: AttemptId) -> bool:
     return any(gone.step == attempt.step and gone.attempt == attempt.name for gone in head.retired)
+
+
+def abort_of(head: Head, attempt: AttemptId) -> tuple[str, Cause]:
+    """Reason and cause of an abort that `head` still knows. Only the entry that aborts has the reason."""
+    gone = next((gone for gone in head.retired if gone.id == attempt), None)
+    ours = head.event.kind == "aborted" and (head.event.step, head.event.attempt) == attempt
+    return (head.event.reason if ours else "") or "aborted", (gone and gone.cause) or Cause.FAILED
 
 
 def is_aside(head: Head, attempt: AttemptId) -> bool:

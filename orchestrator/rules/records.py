@@ -6,6 +6,7 @@ Pure: no I/O, no clock; ids and times are passed in.
 from __future__ import annotations
 
 import zlib
+from enum import StrEnum
 from typing import Any
 
 import crc32c as crc32c_library
@@ -177,13 +178,32 @@ class Intent(Record, _OfAttempt, frozen=True):
     held: tuple[Held, ...] = ()
 
 
-class Failure(Record, frozen=True):
-    """Why a process said NO: the phase it was in and the cause in one line."""
+class Cause(StrEnum):
+    """What a save that did not commit is counted as. Set where that is decided, and the same on all processes."""
+
+    REJECTED = "refused"  # a process voted to abort; as it has been counted since the first version
+    SILENT = "silent"  # a process did not answer in time
+    INCOMPLETE = "incomplete"  # the receipts do not cover an array exactly
+    DISAGREE = "disagree"  # replicas, or hosts' own copies, differ
+    FINALIZE = "finalize"  # the coordinator could not merge or write the manifest
+    FENCED = "fenced"  # a newer incarnation has taken over
+    HUNG = "hung"  # the save before still waits for the store
+    FAILED = "failed"  # anything else
+
+    @classmethod
+    def _missing_(cls, value: object) -> Cause:
+        return cls.FAILED  # of a later version
+
+
+class Failure(Record, frozen=True, omit_defaults=True):
+    """Why a process voted to abort: the phase it was in, and what went wrong in one line. kind: what the attempt is
+    counted as if it is aborted for this."""
 
     process: int
     host: str
     phase: str
     cause: str
+    kind: Cause = Cause.REJECTED
 
 
 class ShardFingerprint(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -275,12 +295,16 @@ class Extra(Record, frozen=True):
 
 
 class Event(Record, frozen=True, omit_defaults=True):
+    """What an entry of the journal changed. cause: of an abort; None in entries that were written before there was this
+    field."""
+
     kind: str
     step: int | None = None
     attempt: str | None = None
     reason: str = ""
     failures: tuple[Failure, ...] = ()
     steps: tuple[int, ...] = ()
+    cause: Cause | None = None
 
 
 class Quarantine(Record, frozen=True):
@@ -323,10 +347,13 @@ class LiveStep(Record, _OfAttempt, frozen=True):
         return self.trust != "quarantined"
 
 
-class RetiredAttempt(Record, _OfAttempt, frozen=True):
+class RetiredAttempt(Record, _OfAttempt, frozen=True, omit_defaults=True):
+    """An attempt that is no longer restorable, or never was, and whose data is not deleted yet. cause: as in Event."""
+
     step: int
     attempt: str
     reason: str
+    cause: Cause | None = None
 
 
 class Head(Record, frozen=True):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from orchestrator.errors import UsageError
 from orchestrator.rules import zarr_chunks
+from orchestrator.rules.boxes import volume, whole_box
 from orchestrator.rules.dtypes import ITEM_BYTES
 from orchestrator.rules.records import Box, LeafSpec, TreeSpec
 from orchestrator.rules.validate import SHARDING_CHARS_MAX
@@ -195,7 +196,7 @@ def _indivisible(leaf: LeafSpec, split: tuple[tuple[str, ...], ...], target: Tar
 def _boxes_by_process(
     leaf: LeafSpec, split: tuple[tuple[str, ...], ...] | None, target: Target
 ) -> Iterator[frozenset[Box]]:
-    whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    whole = whole_box(leaf.file_shape)
     each = target.devices // target.processes
     for process in range(target.processes):
         if split is None:
@@ -227,7 +228,7 @@ def _box(leaf: LeafSpec, split: tuple[tuple[str, ...], ...], axes: Mapping[str, 
 def _cost(leaf: LeafSpec, boxes: Iterable[Box]) -> Cost:
     size = item_bytes(leaf)
     boxes = list(boxes)
-    array_bytes = [math.prod(zarr_chunks.shape_of(box)) * size for box in boxes]
+    array_bytes = [volume(box) * size for box in boxes]
     if leaf.chunk is None:  # read through TensorStore's zarr3 driver, box by box
         return Cost(sum(array_bytes), len(boxes), sum(array_bytes), max(array_bytes))
     wanted = {chunk for box in boxes for chunk in zarr_chunks.touching(box, leaf.chunk)}

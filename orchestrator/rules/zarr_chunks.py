@@ -20,13 +20,6 @@ CHUNK_BYTES = 4 << 20
 _POLYNOMIAL = 0x82F63B78  # CRC-32C's, reflected
 
 
-def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """A shard's index as a box; dimensions beyond the index (of key data) are whole."""
-    full = (*index, *(slice(None),) * (len(shape) - len(index)))
-    bounds = [part.indices(size) for part, size in zip(full, shape, strict=True)]
-    return Box(start=tuple(bound[0] for bound in bounds), stop=tuple(bound[1] for bound in bounds))
-
-
 def chunk_shape(shard: tuple[int, ...], item_bytes: int, target_bytes: int = CHUNK_BYTES) -> tuple[int, ...]:
     """The largest chunk of at most `target_bytes` that tiles a shard and is contiguous in it (one element at least)."""
     shape = list(shard)
@@ -55,28 +48,6 @@ def touching(box: Box, chunk: tuple[int, ...]) -> Iterator[Box]:
         for start, stop, size in zip(box.start, box.stop, chunk, strict=True)
     ]
     return cut(Box(start=tuple(low for low, _ in bounds), stop=tuple(high for _, high in bounds)), chunk)
-
-
-def overlap(a: Box, b: Box) -> Box:
-    """The common part of two boxes that touch."""
-    return Box(start=tuple(map(max, a.start, b.start)), stop=tuple(map(min, a.stop, b.stop)))
-
-
-def moved(box: Box, origin: tuple[int, ...]) -> Box:
-    """The box as seen from `origin`."""
-    bounds = [[at - first for at, first in zip(given, origin, strict=True)] for given in (box.start, box.stop)]
-    return Box(start=tuple(bounds[0]), stop=tuple(bounds[1]))
-
-
-def within(box: Box, outer: Box) -> tuple[slice, ...]:
-    """Where `box` is in an array that holds `outer`."""
-    return tuple(
-        slice(start - first, stop - first) for start, stop, first in zip(box.start, box.stop, outer.start, strict=True)
-    )
-
-
-def shape_of(box: Box) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in zip(box.start, box.stop, strict=True))
 
 
 def key(name: str, box: Box, chunk: tuple[int, ...]) -> str:

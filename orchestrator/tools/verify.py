@@ -15,9 +15,10 @@ from functools import partial
 
 from orchestrator.arrays import ReadRequest
 from orchestrator.errors import Damaged, OrchestratorError, StepRetired
-from orchestrator.rules import chunk_index, fingerprints, journal, zarr_chunks
+from orchestrator.rules import chunk_index, journal, zarr_chunks
 from orchestrator.rules import keys as layout
-from orchestrator.rules.records import Box, FileEntry, LeafSpec, LiveStep, Manifest
+from orchestrator.rules.boxes import box_label, whole_box
+from orchestrator.rules.records import FileEntry, LeafSpec, LiveStep, Manifest
 from orchestrator.run import checked_reads, stored_arrays
 from orchestrator.run.journal_store import JournalStore
 
@@ -214,6 +215,6 @@ def _regions(leaf: LeafSpec, keys: Set[str]) -> dict[str, str]:
     """Of these chunks, those of one array: which region of it each is."""
     if not leaf.in_store or leaf.chunk is None:
         return {}
-    whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    whole = whole_box(leaf.file_shape)
     boxes = ((zarr_chunks.key(leaf.name, box, leaf.chunk), box) for box in zarr_chunks.cut(whole, leaf.chunk))
-    return {key: leaf.label + fingerprints.shown(box) for key, box in boxes if key in keys}
+    return {key: leaf.label + box_label(box) for key, box in boxes if key in keys}

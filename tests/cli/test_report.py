@@ -234,7 +234,7 @@ def long_run(steps: int, hosts: int) -> RunReport:
             lines += [Line(at, process, f"host-{process}", "m", epoch, opened) for process in range(hosts)]
         attempt = f"e{epoch:04d}-a01"
         if step % 97 == 5:
-            more: dict[str, Any] = {"failures": (), "reason": "process 2 said no"}
+            more: dict[str, Any] = {"failures": (), "reason": "process 2 voted to abort"}
             append(partial(journal.abort, epoch=epoch, attempt=AttemptId(step, attempt), **more))
         else:
             entry = live(step, attempt, bytes=1 << 30, time=at, metrics={"loss": 1 / (step + 1)})

@@ -11,13 +11,14 @@ from msgspec import structs
 
 from orchestrator.errors import StorageError
 from orchestrator.job.coordinator import Coordinator
+from orchestrator.job.decision import DecisionReader
 from orchestrator.job.finalize import OwnPart, UserData
 from orchestrator.job.outcome import Aborted, Committed, Fenced
 from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
-from orchestrator.rules.records import Failure, FileEntry
+from orchestrator.rules.records import Cause, Failure, FileEntry
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import MemoryStorage
 from tests.support import builders
@@ -90,6 +91,11 @@ def stored_abort_vote(job: Job) -> None:
     job.store_receipt(1, encode(abort_vote(ATTEMPT, failure)))
 
 
+def hung(job: Job) -> None:
+    failure = Failure(process=1, host="host-1", phase="wait", cause="step 0 still hangs", kind=Cause.HUNG)
+    job.vote(1, encode(abort_vote(ATTEMPT, failure)).decode())
+
+
 def garbage_by_signal(job: Job) -> None:
     job.vote(1, '{"failure": "disk full"}')
 
@@ -128,6 +134,7 @@ ABORTS: list[tuple[Callable[[Job], None], str, str]] = [
     (stored_abort_vote, "refused", "process 1 (host-1) in write: OSError: disk full"),
     (garbage_by_signal, "refused", "process 1 (host-1) in receipt: signal of process 1: "),
     (damaged_receipt, "refused", "process 1 (host-1) in receipt: "),
+    (hung, "hung", "process 1 (host-1) in wait: step 0 still hangs"),
     (gap, "incomplete", "elements written"),
     (silence, "silent", "no receipt from processes [1 (host-1)] after 0.05 s"),
     (merge_fails, "finalize", "process 0 (host-0) in finalize: OSError: merge"),
@@ -152,10 +159,12 @@ def test_an_abort_is_journalled_posted_and_names_its_cause(
     job = Job()
     happens(job)
     outcome = job.decide(0.05 if happens is silence else 20.0)
-    assert isinstance(outcome, Aborted) and outcome.cause == cause and reason in outcome.reason
+    assert isinstance(outcome, Aborted) and outcome.cause is Cause(cause) and reason in outcome.reason
     assert job.signals.decision(ATTEMPT) == outcome
     head = job.catalog.require_head()
     assert head.live == () and head.event.kind == "aborted" and journal.is_retired(head, ATTEMPT)
+    late = DecisionReader(ATTEMPT, 1, job.catalog, job.signals, job.board.hosts).journalled()
+    assert isinstance(late, Aborted) and late.cause is outcome.cause, "a process that missed the signal counts another"
 
 
 @pytest.mark.parametrize("happens", [newer_epoch, newer_epoch_and_abort])

@@ -1,9 +1,8 @@
-"""A save as the other processes decide it; and nothing reported or deleted because of an entry that could vanish."""
+"""One save on one process other than 0: what it votes, what it waits for, and how it ends."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,94 +10,64 @@ import jax.numpy as jnp
 import pytest
 
 import orchestrator as oc
+from orchestrator import errors
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.arrays.tree import flatten
-from orchestrator.errors import WaitTimeout
-from orchestrator.job.decision import DecisionReader
+from orchestrator.errors import SaveFailed
 from orchestrator.job.finalize import UserData
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.participant import Participants
 from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.observe import events
-from orchestrator.observe.events import SavePhase
+from orchestrator.observe.events import SaveNotCommitted, SavePhase
 from orchestrator.options import Options
-from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import Failure
+from orchestrator.rules.records import Cause, Failure
 from orchestrator.run import checked_reads
-from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage, Storage
-from tests.support.builders import FIRST, live
-from tests.support.fakes import FakeBoard, HookedStorage, StepClock
+from tests.support.builders import FIRST
+from tests.support.fakes import FakeBoard, HookedStorage
 from tests.support.runs import now
-
-
-def a_run(root: Path) -> JournalStore:
-    """Step 1 committed and retired, step 2 committed; step 1's data is there."""
-    catalog = JournalStore(PosixStorage(str(root)), "test")
-    catalog.append(journal.open_epoch)
-    for step in (1, 2):
-        catalog.storage.create(AttemptId(step, FIRST).prefix + keys.MANIFEST, b"{}")
-        entry = live(step)
-        catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
-    return catalog
-
-
-def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_path: Path) -> None:
-    storage = HookedStorage(a_run(tmp_path).storage)
-    assert collect(JournalStore(storage, "gc")).files == 1
-    operations = [call for call in storage.calls if call[0] in ("make_durable", "delete")]
-    assert operations[0] == ("make_durable", keys.journal_key(2))
-    assert [operation for operation, _ in operations[1:]] == ["delete"]
-
-
-def test_a_dry_run_of_a_collector_needs_no_right_to_write(tmp_path: Path) -> None:
-    storage = HookedStorage(a_run(tmp_path).storage)
-    assert collect(JournalStore(storage, "gc"), dry_run=True).files == 1
-    assert {operation for operation, _ in storage.calls} <= {"get", "list"}
-
-
-def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is_durable(tmp_path: Path) -> None:
-    storage = HookedStorage(a_run(tmp_path).storage)
-    board = FakeBoard(1, 2)
-    reader = DecisionReader(AttemptId(2, FIRST), 1, JournalStore(storage, "w"), Signals(board, "i"), board.hosts)
-    assert reader.wait(20.0, lambda: None) == Committed()  # no signal comes: from storage
-    assert ("make_durable", keys.journal_key(2)) in storage.calls
-
-
-@pytest.mark.parametrize(
-    ("attempt", "epoch", "outcome"),
-    [
-        (AttemptId(2, FIRST), 1, Committed()),
-        (AttemptId(1, FIRST), 1, Aborted("journal version 2: aborted")),
-        (AttemptId(3, FIRST), 1, None),
-        (AttemptId(3, FIRST), 0, Fenced("fenced by epoch 1 (test)")),
-        (AttemptId(2, FIRST), 0, Committed()),  # another incarnation has opened its epoch since
-    ],
-)
-def test_what_the_journal_says_of_an_attempt(
-    attempt: AttemptId, epoch: int, outcome: Outcome | None, tmp_path: Path
-) -> None:
-    board = FakeBoard(1, 2)
-    reader = DecisionReader(attempt, epoch, a_run(tmp_path), Signals(board, "i"), board.hosts)
-    assert reader.journalled() == outcome
-
-
-def test_a_decision_that_does_not_come_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
-    board, clock = FakeBoard(1, 2), StepClock()
-    reader = DecisionReader(AttemptId(3, FIRST), 1, a_run(tmp_path), Signals(board, "i"), board.hosts, clock.clock)
-    with pytest.raises(WaitTimeout, match=r"no decision from the coordinator, process 0 \(host-0\), after 7 s"):
-        reader.wait(7.0, lambda: None)
-    assert sum(clock.slept) == pytest.approx(7.0)
 
 
 def participants(storage: Storage, board: FakeBoard, **options: Any) -> Participants:
     """Process 1 of two, in epoch 1."""
     writer, signals = ArrayWriter(ArrayOptions(), 1), Signals(board, "i")
     return Participants(JournalStore(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "cause"),
+    [
+        (Committed(), None, None),
+        (Aborted("process 0 voted to abort", Cause.REJECTED), SaveFailed, Cause.REJECTED),
+        (Aborted("no receipt from processes [2]", Cause.SILENT), SaveFailed, Cause.SILENT),
+        (Fenced("fenced by epoch 2 (w)"), errors.Fenced, Cause.FENCED),
+    ],
+)
+def test_a_save_ends_as_process_0_decides(
+    outcome: Outcome, error: type[Exception] | None, cause: Cause | None, tmp_path: Path
+) -> None:
+    board, seen = FakeBoard(1, 2), list[events.Event]()
+    save = participants(PosixStorage(str(tmp_path)), board).begin(1, UserData({}, {}, 0.0), None)
+    signals = Signals(board, "i")
+    signals.post_decision(save.id, outcome)
+    stop = events.subscribe(seen.append)
+    try:
+        save.start(flatten({"w": jnp.zeros(8)}))
+        save.join(20)
+    finally:
+        stop()
+    assert save.outcome == outcome and signals.votes(save.id) == {1: None}
+    if error is None:
+        assert save.error is None and save.durable_s > 0
+        assert seen[-1] == events.Committed(1, save.id.name, save.durable_s, 0)
+    else:
+        assert type(save.error) is error and outcome.reason in str(save.error)  # type: ignore[union-attr]
+        assert seen[-1] == events.SaveNotCommitted(1, save.id.name, str(save.error), cause)
 
 
 def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
@@ -108,11 +77,15 @@ def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_c
     other = abort_vote(attempt, Failure(process=0, host="host-0", phase="write", cause="disk full"))
     board.process = 0
     signals.vote_abort(other)
-    signals.post_decision(attempt, Aborted("process 0 voted to abort"))
+    signals.post_decision(attempt, Aborted("process 0 voted to abort", Cause.DISAGREE))
     board.process = 1
+    ended: list[SaveNotCommitted] = []
+    stop = events.subscribe(lambda event: ended.append(event) if isinstance(event, SaveNotCommitted) else None)
     save.start(flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)}))
     save.join(20)
+    stop()
     assert "process 0 voted to abort" in str(save.error)
+    assert [event.cause for event in ended] == [Cause.DISAGREE]  # as the decision says, whatever its words
     assert signals.votes(attempt) == {0: other}
     assert checked_reads.receipt(storage, attempt, 1) is None
 

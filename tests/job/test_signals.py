@@ -8,7 +8,7 @@ from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
-from orchestrator.rules.records import Failure, Held, Receipt
+from orchestrator.rules.records import Cause, Failure, Held, Receipt
 from tests.support import builders
 from tests.support.fakes import FakeBoard
 
@@ -78,7 +78,7 @@ def test_a_vote_of_nobody_is_not_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "outcome", [Committed(), Aborted("process 1 voted to abort", "refused"), Fenced("fenced by epoch 9 (w)")]
+    "outcome", [Committed(), Aborted("process 1 voted to abort", Cause.HUNG), Fenced("fenced by epoch 9 (w)")]
 )
 def test_a_decision_comes_back_as_it_was_posted(outcome: Outcome) -> None:
     board = FakeBoard(0, 2)

@@ -25,7 +25,7 @@ from gcsfs.core import GCSFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.gcs_emulator.bucket import Bucket, Preconditions, Rejected
+from launch.gcs_emulator.bucket import ApiError, Bucket, Preconditions
 from launch.gcs_emulator.faults import Dice, Faults
 from launch.gcs_emulator.process import EmulatorProcess
 from tests.support.gcs import BUCKET, REPO, emulator, faults
@@ -181,13 +181,13 @@ def test_pages_together_are_the_whole_listing(
     bucket = Bucket("b", 1 << 20)
     for name in names:
         bucket.put(name, b"", Preconditions())
-    wanted_objects, wanted_prefixes = [], []
+    expected_objects, expected_prefixes = [], []
     for name in sorted(name for name in names if name.startswith(prefix) and name >= start):
         rest = name[len(prefix) :]
         if not delimiter or delimiter not in rest:
-            wanted_objects.append(name)
-        elif (folder := prefix + rest.partition(delimiter)[0] + delimiter) not in wanted_prefixes:
-            wanted_prefixes.append(folder)
+            expected_objects.append(name)
+        elif (folder := prefix + rest.partition(delimiter)[0] + delimiter) not in expected_prefixes:
+            expected_prefixes.append(folder)
     objects: list[str] = []
     prefixes: list[str] = []
     token: str | None = None
@@ -199,7 +199,7 @@ def test_pages_together_are_the_whole_listing(
         token = page.next_token
         if token is None:
             break
-    assert (objects, prefixes) == (wanted_objects, wanted_prefixes)
+    assert (objects, prefixes) == (expected_objects, expected_prefixes)
 
 
 def test_copies_and_moves(gcs: EmulatorProcess, folder: str) -> None:
@@ -316,7 +316,7 @@ def test_requests_are_counted_by_class_and_names_written_too_often_are_noticed(
 def test_a_bucket_has_a_limit() -> None:
     bucket = Bucket("b", 10)
     bucket.put("a", b"0123456789", Preconditions())
-    with pytest.raises(Rejected, match="10 bytes at most"):
+    with pytest.raises(ApiError, match="10 bytes at most"):
         bucket.put("b", b"1", Preconditions())
     bucket.put("a", b"", Preconditions())
     bucket.put("b", b"0123456789", Preconditions())

@@ -64,7 +64,7 @@ def test_a_heartbeat_that_no_agent_wrote_tells_nothing(what: str) -> None:
     try:
         UNREADABLE[what](beats.path(0))
         beats.path(1).write_text(json.dumps(BEAT))
-        assert beats.listen(5.0) == {1: 0.0}
+        assert beats.poll(5.0) == {1: 0.0}
         assert (beats.steps, beats.doing) == ({1: 7}, {1: "training at step 7"})
     finally:
         beats.close()
@@ -87,7 +87,7 @@ def test_a_heartbeats_members_of_another_type_are_left_out(said: dict[str, objec
     beats = Heartbeats()
     try:
         beats.path(0).write_text(json.dumps(said))
-        assert beats.listen(1.0) == {0: 0.0}
+        assert beats.poll(1.0) == {0: 0.0}
         assert beats.steps == steps and len(beats.doing[0]) <= 200
     finally:
         beats.close()
@@ -98,12 +98,12 @@ def test_names_that_are_no_hosts_are_left_out_and_a_lost_directory_makes_nobody_
     try:
         for name in ("²", "٣", "1.77", "-1", " 2", "x"):
             beats.path(0).with_name(name).write_text(json.dumps(BEAT))
-        assert beats.listen(1.0) == {}
+        assert beats.poll(1.0) == {}
         beats.path(3).write_text(json.dumps(BEAT))
-        assert beats.listen(1.0) == {3: 0.0} and beats.listen(2.0) == {3: 1.0}
+        assert beats.poll(1.0) == {3: 0.0} and beats.poll(2.0) == {3: 1.0}
     finally:
         beats.close()
-    assert beats.listen(9999.0) == {}, "who cannot be heard is not known to be silent"
+    assert beats.poll(9999.0) == {}, "who cannot be heard is not known to be silent"
 
 
 def test_a_heartbeat_that_finds_no_room_still_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +128,10 @@ NOT_A_LIST_OF_HOSTS = {
 def test_a_hosts_file_that_is_none_is_one_line(what: str, tmp_path: Path) -> None:
     NOT_A_LIST_OF_HOSTS[what](tmp_path / "hosts")
     job = local.LocalJob(
-        ["true"], 2, hosts_file=tmp_path / "hosts", rules=supervise.Rules(elastic=(1, 2)), wait_for_hosts_s=1.0
+        ["true"], 2, hosts_file=tmp_path / "hosts", policy=supervise.RestartPolicy(elastic=(1, 2)), wait_for_hosts_s=1.0
     )
     with pytest.raises(LaunchError, match=r"^--hosts_file .*/hosts: [^\n]+$"):
-        local._hosts_there(job, supervise.History(2, restarts=2), time.sleep)
+        local._hosts_there(job, supervise.JobHistory(2, restarts=2), time.sleep)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def test_when_one_dies_the_others_are_ended_even_if_they_ignore_sigterm(tmp_path
 
 def test_a_killed_host_is_the_cause_even_if_a_survivor_that_crashed_is_seen_first(tmp_path: Path) -> None:
     patient = (
-        "import sys, launch.__main__ as m; m.local.SAME_MOMENT_S = 3.0; sys.exit(m.main(['launch', *sys.argv[1:]]))"
+        "import sys, launch.__main__ as m, launch.host_processes as h\n"
+        "h.SAME_MOMENT_S = 3.0; sys.exit(m.main(['launch', *sys.argv[1:]]))"
     )
     script = (
         f"import pathlib, time; ready = pathlib.Path({str(tmp_path)!r}, 'ready')\n"
@@ -170,19 +171,21 @@ BEAT = (
 ENVIRON = "e = os.environ; r = int(e['ORCHESTRATOR_RESTART_COUNT'])\n"
 
 
-def test_a_host_that_stops_beating_is_killed_and_the_job_restarted() -> None:
-    script = ENVIRON + BEAT + "beat(3)\nif r == 0 and i == 1: time.sleep(120)\nwhile r == 0: beat(3); time.sleep(0.1)"
+def test_a_host_without_heartbeats_is_killed_and_the_job_restarted() -> None:
+    script = (
+        ENVIRON + BEAT + "record(3)\nif r == 0 and i == 1: time.sleep(120)\nwhile r == 0: record(3); time.sleep(0.1)"
+    )
     done = launch(["--processes", "2", "--max_restarts", "1", "--hang_after_s", "2", "--backoff_s", "0"], script)
     assert done.returncode == 0, done.stderr
     assert "host-1 hangs: silent for" in done.stderr and "last heard training at step 3" in done.stderr
 
 
-def test_a_crash_loop_is_announced_and_the_next_start_told_to_step_back() -> None:
+def test_a_crash_loop_is_announced_and_the_next_start_steps_back() -> None:
     script = (
         ENVIRON
         + BEAT
         + (
-            "print('back', e.get('ORCHESTRATOR_STEP_BACK'))\nbeat(7)\n"
+            "print('back', e.get('ORCHESTRATOR_STEP_BACK'))\nrecord(7)\n"
             "raise SystemExit(e.get('ORCHESTRATOR_STEP_BACK') is None)"
         )
     )
@@ -249,7 +252,7 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["local"], "--processes is needed"),
+        (["local"], "--processes is required"),
         (["local", "--processes", "2"], "no command to run; put it after --"),
         (["local", "--processes", "0", "--", "true"], "--processes=0: expected at least 1"),
         (["local", "--processes", "2", "--max_restarts", "-1", "--", "true"], "--max_restarts=-1"),
@@ -271,8 +274,11 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(tmp_path: Path) -> N
             "--elastic=3:4: expected 1 <= MIN <= --processes",
         ),
         (["local", "--processes", "2", "--elastic", "many", "--", "true"], "--elastic=many: expected MIN:MAX"),
-        (["local", "--processes", "2", "--chaos", "nowhere=kill", "--", "true"], "no place 'nowhere'; there is: abort"),
-        (["kubernetes"], "no command 'kubernetes'; there is: local"),
+        (
+            ["local", "--processes", "2", "--chaos", "nowhere=kill", "--", "true"],
+            "'nowhere'; choose from abort",
+        ),
+        (["kubernetes"], "no command 'kubernetes'; choose from local"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line_and_exit_2(arguments: list[str], message: str) -> None:

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from launch import supervise
-from launch.supervise import Exit, Finish, History, Restart, Rules, Signal, State
+from launch.supervise import Exit, Finish, JobHistory, Restart, RestartPolicy, SendSignal, State
 
 
 def running(count: int, **rules: Any) -> State:
-    return State(Rules(**rules), frozenset(range(count)), History(count))
+    return State(RestartPolicy(**rules), frozenset(range(count)), JobHistory(count))
 
 
-def dies(history: History, at_step: int | None, returncode: int = 1, **rules: Any) -> History | Finish:
+def dies(history: JobHistory, at_step: int | None, returncode: int = 1, **rules: Any) -> JobHistory | Finish:
     """What comes after an incarnation whose process 0 ends with `returncode` at a step, and the others with it."""
     steps = {} if at_step is None else {0: at_step, 1: at_step - 1}
-    state = State(Rules(**{"max_restarts": 99, **rules}), frozenset(range(history.hosts)), history, steps=steps)
+    state = State(RestartPolicy(**{"max_restarts": 99, **rules}), frozenset(range(history.hosts)), history, steps=steps)
     others = [Exit(index, -15) for index in range(1, history.hosts)]
     state, _ = supervise.on_exits(state, [Exit(0, returncode)])
     effect = supervise.on_exits(state, others)[1][0] if others else supervise._after_the_last(state)
@@ -28,7 +28,7 @@ def dies(history: History, at_step: int | None, returncode: int = 1, **rules: An
 
 def test_the_first_failure_ends_the_others_once() -> None:
     state, effects = supervise.on_exits(running(3), [Exit(1, 1)])
-    assert effects == (Signal(frozenset({0, 2}), signal.SIGTERM, state.rules.end_grace_s),)
+    assert effects == (SendSignal(frozenset({0, 2}), signal.SIGTERM, state.policy.end_grace_s),)
     state, effects = supervise.on_exits(state, [Exit(0, -15)])
     assert effects == ()
     _, effects = supervise.on_exits(state, [Exit(2, -9)])
@@ -80,7 +80,7 @@ def test_a_code_that_a_restart_cannot_mend_is_the_jobs(
 @pytest.mark.parametrize(
     ("moments", "rules", "about"),
     [
-        ([[(0, 1), (1, 5)]], {}, "the job ends with 5: host-1 exited with code 5 first; a restart cannot mend that"),
+        ([[(0, 1), (1, 5)]], {}, "the job ends with 5: host-1 exited with code 5 first; a restart cannot fix that"),
         ([[(1, 1)], [(0, -15)]], {}, "the job ends with 1: host-1 exited with code 1 first; no restart is left of 0"),
         (
             [[(1, 1)], [(0, 5)]],
@@ -113,14 +113,14 @@ def test_processes_that_end_well_leave_the_others_running() -> None:
 def test_restarts_are_counted_and_run_out() -> None:
     (effect,) = supervise.on_exits(running(1, max_restarts=1), [Exit(0, 3)])[1]
     assert isinstance(effect, Restart) and (effect.history.restarts, effect.history.failures) == (1, 1)
-    spent = State(Rules(max_restarts=1), frozenset({0}), effect.history)
+    spent = State(RestartPolicy(max_restarts=1), frozenset({0}), effect.history)
     assert supervise.on_exits(spent, [Exit(0, 3)])[1] == (Finish(3),)
 
 
 def test_after_an_operators_signal_nothing_is_restarted_and_the_second_one_kills() -> None:
     state, effects = supervise.on_signal(running(2, max_restarts=9), signal.SIGTERM)
-    assert effects == (Signal(frozenset({0, 1}), signal.SIGTERM, state.rules.stop_grace_s),)
-    assert supervise.on_signal(state, signal.SIGINT)[1] == (Signal(frozenset({0, 1}), signal.SIGKILL, 0.0),)
+    assert effects == (SendSignal(frozenset({0, 1}), signal.SIGTERM, state.policy.stop_grace_s),)
+    assert supervise.on_signal(state, signal.SIGINT)[1] == (SendSignal(frozenset({0, 1}), signal.SIGKILL, 0.0),)
     state, effects = supervise.on_exits(state, [Exit(0, -15)])
     assert effects == (), "the others have the signal already, and their time to save"
     assert supervise.on_exits(state, [Exit(1, 0)])[1] == (Finish(143),)
@@ -140,26 +140,26 @@ def test_a_closed_terminal_is_a_preemption_and_never_a_second_signal(signals: li
     state, sent = running(2), []
     for signum in signals:
         state, effects = supervise.on_signal(state, signum)
-        sent += [effect.signum for effect in effects if isinstance(effect, Signal)]
-        assert supervise.signal_name(signum) in supervise.heard(signum, effects)
+        sent += [effect.signum for effect in effects if isinstance(effect, SendSignal)]
+        assert supervise.signal_name(signum) in supervise.describe_signal(signum, effects)
     assert sent == passed
     assert supervise.on_exits(state, [Exit(0, 75), Exit(1, 75)])[1] == (Finish(75),)
 
 
 def test_a_job_stopped_while_it_waits_to_start_again_ends_as_it_last_ended() -> None:
-    failed = dies(History(1), at_step=None, returncode=-signal.SIGKILL)
-    assert isinstance(failed, History) and supervise.stopped_between(failed) == Finish(137)
+    failed = dies(JobHistory(1), at_step=None, returncode=-signal.SIGKILL)
+    assert isinstance(failed, JobHistory) and supervise.stopped_between(failed) == Finish(137)
     preempted = dies(failed, at_step=3, returncode=75)
-    assert isinstance(preempted, History) and supervise.stopped_between(preempted) == Finish(75)
+    assert isinstance(preempted, JobHistory) and supervise.stopped_between(preempted) == Finish(75)
 
 
 def test_a_preempted_job_resumes_without_using_up_a_restart_and_its_hosts_get_time_to_save() -> None:
     state, effects = supervise.on_exits(running(2, max_restarts=0), [Exit(1, 75)])
-    assert effects == (Signal(frozenset({0}), 0, state.rules.stop_grace_s),), "no signal: they are saving already"
+    assert effects == (SendSignal(frozenset({0}), 0, state.policy.stop_grace_s),), "no signal: they are saving already"
     (effect,) = supervise.on_exits(state, [Exit(0, 75)])[1]
     assert isinstance(effect, Restart)
     assert (effect.history.failures, effect.history.preemptions, effect.history.delay_s) == (0, 1, 0.0)
-    worn = State(Rules(max_preemptions=1), frozenset({0}), effect.history)
+    worn = State(RestartPolicy(max_preemptions=1), frozenset({0}), effect.history)
     assert supervise.on_exits(worn, [Exit(0, 75)])[1] == (Finish(75),), "even this is bounded"
 
 
@@ -172,40 +172,42 @@ def test_only_a_host_that_has_beaten_and_then_fallen_silent_is_killed() -> None:
     state = running(3, hang_after_s=10.0)
     assert supervise.on_silence(state, {0: 9.0, 1: 10.0})[1] == ()
     state, effects = supervise.on_silence(state, {0: 9.0, 1: 10.1})
-    assert (state.hung, effects) == (frozenset({1}), (Signal(frozenset({1}), signal.SIGKILL, 0.0),))
+    assert (state.hung, effects) == (frozenset({1}), (SendSignal(frozenset({1}), signal.SIGKILL, 0.0),))
     assert supervise.on_silence(running(1, hang_after_s=0.0), {0: 1e9})[1] == ()
 
 
 def test_a_crash_loop_at_one_step_is_named_and_stepped_back_from() -> None:
-    history = History(2)
+    history = JobHistory(2)
     for deaths in range(1, 3):
         history = dies(history, at_step=41, step_back_after=3)
-        assert isinstance(history, History) and (history.same_step, history.step_back) == (deaths, 0)
+        assert isinstance(history, JobHistory) and (history.same_step, history.step_back) == (deaths, 0)
     history = dies(history, at_step=41, step_back_after=3)
-    assert isinstance(history, History) and history.step_back == 1
-    assert history.news[0].startswith("crash loop: 3 deaths in a row at step 41; coming back from 1 ")
+    assert isinstance(history, JobHistory) and history.step_back == 1
+    assert history.notices[0].startswith("crash loop: 3 deaths in a row at step 41; resuming from 1 ")
     history = dies(history, at_step=45, step_back_after=3)
-    assert isinstance(history, History) and history.step_back == 0, "it got past: the newest step counts again"
+    assert isinstance(history, JobHistory) and history.step_back == 0, "it got past: the newest step counts again"
 
 
 def test_deaths_at_other_steps_are_no_crash_loop() -> None:
-    history = History(1)
+    history = JobHistory(1)
     for step in (10, 20, 10, 20, 10, 20):
         history = dies(history, at_step=step, step_back_after=2)
-        assert isinstance(history, History) and history.step_back == 0
-    unknown = dies(dies(History(1), None, step_back_after=1), None, step_back_after=1)
-    assert isinstance(unknown, History) and unknown.step_back == 0, "a job without a heartbeat has no step to compare"
+        assert isinstance(history, JobHistory) and history.step_back == 0
+    unknown = dies(dies(JobHistory(1), None, step_back_after=1), None, step_back_after=1)
+    assert isinstance(unknown, JobHistory) and unknown.step_back == 0, (
+        "a job without a heartbeat has no step to compare"
+    )
 
 
 def test_the_pause_before_a_restart_doubles_without_progress_up_to_a_bound() -> None:
-    history, delays = History(1), []
+    history, delays = JobHistory(1), []
     for _ in range(8):
         history = dies(history, at_step=5, backoff_s=1.0, backoff_max_s=20.0, step_back_after=99)
-        assert isinstance(history, History)
+        assert isinstance(history, JobHistory)
         delays.append(history.delay_s)
     assert delays == [1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 20.0, 20.0]
     history = dies(history, at_step=6, backoff_s=1.0)
-    assert isinstance(history, History) and history.delay_s == 1.0
+    assert isinstance(history, JobHistory) and history.delay_s == 1.0
 
 
 @pytest.mark.parametrize(
@@ -219,16 +221,16 @@ def test_the_pause_before_a_restart_doubles_without_progress_up_to_a_bound() -> 
     ],
 )
 def test_the_pause_doubles_for_each_start_that_came_no_further(reached: list[int | None], delays: list[int]) -> None:
-    history: History | Finish = History(1)
+    history: JobHistory | Finish = JobHistory(1)
     for step, delay_s in zip(reached, delays, strict=True):
-        assert isinstance(history, History)
+        assert isinstance(history, JobHistory)
         history = dies(history, at_step=step, backoff_s=1.0, step_back_after=99)
-        assert isinstance(history, History) and history.delay_s == delay_s
+        assert isinstance(history, JobHistory) and history.delay_s == delay_s
 
 
 def test_an_elastic_job_comes_back_without_its_lost_host_until_too_few_are_left() -> None:
-    history = dies(History(3), at_step=5, returncode=-signal.SIGKILL, elastic=(2, 4))
-    assert isinstance(history, History) and history.hosts == 2 and history.news == ("elastic: 3 hosts -> 2",)
+    history = dies(JobHistory(3), at_step=5, returncode=-signal.SIGKILL, elastic=(2, 4))
+    assert isinstance(history, JobHistory) and history.hosts == 2 and history.notices == ("elastic: 3 hosts -> 2",)
     assert dies(history, at_step=9, returncode=-signal.SIGKILL, elastic=(2, 4)) == Finish(137)
-    same = dies(History(3), at_step=5, returncode=1, elastic=(2, 4))
-    assert isinstance(same, History) and same.hosts == 3, "a program that fails has not lost its host"
+    same = dies(JobHistory(3), at_step=5, returncode=1, elastic=(2, 4))
+    assert isinstance(same, JobHistory) and same.hosts == 3, "a program that fails has not lost its host"

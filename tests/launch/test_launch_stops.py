@@ -18,7 +18,7 @@ from typing import IO
 import pytest
 
 from launch.console import MOST_BYTES, Stream
-from launch.interrupts import OPERATOR_SIGNALS, Signals
+from launch.interrupts import OPERATOR_SIGNALS, OperatorSignals
 from launch.lines import LONGEST_LINE_BYTES, Lines
 from tests.support.launching import (
     DEADLINE_S,
@@ -119,7 +119,7 @@ def test_a_signal_that_comes_twice_at_one_moment_is_one_and_handlers_are_put_bac
     mine = {number: signal.getsignal(number) for number in OPERATOR_SIGNALS}
     as_in_the_foreground()
     before = [signal.getsignal(number) for number in OPERATOR_SIGNALS]
-    with Signals() as signals:
+    with OperatorSignals() as signals:
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)

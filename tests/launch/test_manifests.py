@@ -269,7 +269,7 @@ BROKEN: dict[str, tuple[list[Manifest], Callable[[list[Manifest]], object], str]
         lambda d: d.pop(0),
         "Job/run7: spec.template.spec.subdomain: 'run7': there is no Service of this name",
     ),
-    "no kind": (INDEXED, lambda d: d[0].pop("kind"), "?/run7: apiVersion, kind: both are needed"),
+    "no kind": (INDEXED, lambda d: d[0].pop("kind"), "?/run7: apiVersion, kind: both are required"),
     "unknown kind": (INDEXED, lambda d: d[0].update(kind="Servise"), "Servise/run7: kind: Couldn't find schema"),
 }
 
@@ -308,14 +308,14 @@ def test_the_check_reads_files_and_ends_with_1_if_something_is_wrong(tmp_path: P
     ("arguments", "message"),
     [
         (["--name=a"], "no command to run"),
-        (["--image=i", "--", "x"], "--name is needed"),
-        (["--name=a", "--image=i", "--", "x"], "choose one of --tpu_type, --gpu_type and --devices_per_process"),
+        (["--image=i", "--", "x"], "--name is required"),
+        (["--name=a", "--image=i", "--", "x"], "choose from --tpu_type, --gpu_type, --devices_per_process"),
         (["--name=a", "--image=i", "--tpu_type=t", "--", "x"], "--tpu_type needs --tpu_topology"),
         (
             ["--name=a", "--image=i", "--tpu_type=t", "--tpu_topology=4*4", "--", "x"],
             "--tpu_topology=4*4: expected chips",
         ),
-        (["--name=a", "--image=i", "--gpu_type=t", "--", "x"], "--hosts is needed"),
+        (["--name=a", "--image=i", "--gpu_type=t", "--", "x"], "--hosts is required"),
         (["--name=A_b", "--image=i", "--gpu_type=t", "--hosts=1", "--", "x"], "--name=A_b: expected at most 40"),
         (
             ["--name=a", "--image=i", "--gpu_type=t", "--hosts=1", "--env=1=2", "--", "x"],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator as oc
-from launch.example.report import Line, Summary
+from launch.example.report import ProgressLine, Summary
 from tests.support.reporting import put
 from tests.support.slurm_cluster import Cluster, eventually, why_not
 
@@ -59,7 +59,7 @@ class Incarnation:
         for text in log.read_text().splitlines():
             if text.startswith("restored step "):
                 restored, digest = int(text.split()[2]), text.split()[4]
-            if line := Line.parse(text):
+            if line := ProgressLine.parse(text):
                 lines.append(line)
         return cls(
             restored,

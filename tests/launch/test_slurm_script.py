@@ -107,7 +107,7 @@ def test_a_node_that_does_not_answer_leaves_the_decision_to_slurm(tmp_path: Path
     ("arguments", "message"),
     [
         ("--nodes 2", "no command to run; put it after --"),
-        ("-- true", "--nodes is needed"),
+        ("-- true", "--nodes is required"),
         ("--nodes 2 --min_nodes 3 -- true", "--min_nodes=3: expected at most --nodes=2"),
         ("--nodes 2 --sbatch=-Cx -- true", "--sbatch=-Cx: expected a long option"),
         ("--nodes 2 --partition 'a b' -- true", "--partition=a b: not an option that a script can hold"),

@@ -211,7 +211,7 @@ def test_the_operators_signal_reaches_the_program_on_every_worker(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--name=a", "--", "x"], "--zone is needed"),
+        (["--name=a", "--", "x"], "--zone is required"),
         (["--name=a", "--zone=z"], "no command to run"),
         (["--name=A b", "--zone=z", "--", "x"], "--name=A b: expected at most 60"),
         (["--name=a", "--zone=z", "--create", "--", "x"], "--create needs --type"),

@@ -18,7 +18,7 @@ import orchestrator as oc
 from launch.contract import EXIT_PREEMPTED, PROCESS_INDEX
 from launch.engines import local
 from launch.example.data import Loader, read_text
-from launch.example.report import Line, Summary, state_digest
+from launch.example.report import ProgressLine, Summary, state_digest
 from orchestrator.cli.main import main
 from orchestrator.errors import NothingToRestore
 
@@ -49,7 +49,7 @@ def run(directory: Path, *flags: str, hosts: int, devices: int, kill_host_after_
 
     def line(host: str, text: str) -> None:
         lines.append(f"{host} {text}")
-        said = Line.parse(text)
+        said = ProgressLine.parse(text)
         if said and said.step == kill_host_after_step and hosts - 1 in pids:
             os.kill(pids.pop(hosts - 1), signal.SIGKILL)
 
@@ -57,8 +57,8 @@ def run(directory: Path, *flags: str, hosts: int, devices: int, kill_host_after_
         line, lines.append, lambda running: pids.update((host.index, host.pid) for host in running)
     )
     command = [*TRAIN, f"--root={directory / 'run'}", f"--summary={path}", *SMALL, *flags]
-    rules = local.supervise.Rules(end_grace_s=1.0)
-    code = local.run(local.LocalJob(command, hosts, devices, environ=JOB_ENVIRON, rules=rules), observer)
+    rules = local.supervise.RestartPolicy(end_grace_s=1.0)
+    code = local.run(local.LocalJob(command, hosts, devices, environ=JOB_ENVIRON, policy=rules), observer)
     return Run(code, lines, Summary.read(path) if path.exists() else None)
 
 
@@ -121,8 +121,8 @@ def test_a_host_that_fails_alone_ends_the_job_at_once_with_its_own_line(tmp_path
     (tmp_path / "0" / "text.txt").write_text("to be or not to be " * 1000)
     lines: list[str] = []
     observer = local.Observer(lambda host, text: lines.append(f"{host} {text}"), lines.append)
-    rules = local.supervise.Rules(end_grace_s=1.0)
-    job = local.LocalJob(["sh", "-c", script], 2, environ=JOB_ENVIRON, rules=rules)
+    rules = local.supervise.RestartPolicy(end_grace_s=1.0)
+    job = local.LocalJob(["sh", "-c", script], 2, environ=JOB_ENVIRON, policy=rules)
     assert local.run(job, observer) == 2, lines
     assert f"host-1 train: --data={tmp_path}/1: not a directory; expected one with text files" in lines
     assert not [line for line in lines if "Traceback" in line]
@@ -135,14 +135,14 @@ def test_sigterm_saves_the_step_and_leaves_with_75(tmp_path: Path) -> None:
 
     def line(host: str, text: str) -> None:
         lines.append(text)
-        said = Line.parse(text)
+        said = ProgressLine.parse(text)
         if said and said.step == 3 and said.loss is not None:
             os.kill(pids[0], signal.SIGTERM)
 
     observer = local.Observer(line, lines.append, lambda running: pids.extend(host.pid for host in running))
     command = [*TRAIN, f"--root={root}", "--steps=100000", "--save_every=1000", "--step_delay_s=0.05", *SMALL]
-    rules = local.supervise.Rules(max_preemptions=0)
-    code = local.run(local.LocalJob(command, 1, 4, environ=JOB_ENVIRON, rules=rules), observer)
+    rules = local.supervise.RestartPolicy(max_preemptions=0)
+    code = local.run(local.LocalJob(command, 1, 4, environ=JOB_ENVIRON, policy=rules), observer)
     assert code == EXIT_PREEMPTED, lines
     (told,) = [text for text in lines if text.startswith("told to stop after step ")]
     assert oc.open_run(root).latest_step() == int(told.rpartition(" ")[2]) < 1000
@@ -158,7 +158,7 @@ def test_sigterm_saves_the_step_and_leaves_with_75(tmp_path: Path) -> None:
         (["--steps=many"], "train: flag --steps=many: invalid literal"),
         (["--stpes=3"], "train: Unknown command line flag 'stpes'. Did you mean: steps"),
         (["extra"], "train: unexpected 'extra'; every setting is a flag, see --help"),
-        (["--root="], "train: --root is needed"),
+        (["--root="], "train: --root is required"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -270,7 +270,10 @@ def test_the_digest_sees_every_bit_and_no_sharding(mesh8: jax.sharding.Mesh) -> 
     assert state_digest({"v": whole["w"]}, mesh8) != state_digest(whole, mesh8)
 
 
-@pytest.mark.parametrize("line", [Line(3, 1.5), Line(12345, 0.25, "0badcafe"), Line(7), Line(7, digest="ab12")])
-def test_a_line_of_progress_can_be_read_back(line: Line) -> None:
-    assert Line.parse(str(line)) == line
-    assert Line.parse("restored step 3") is None
+@pytest.mark.parametrize(
+    "line",
+    [ProgressLine(3, 1.5), ProgressLine(12345, 0.25, "0badcafe"), ProgressLine(7), ProgressLine(7, digest="ab12")],
+)
+def test_a_line_of_progress_can_be_read_back(line: ProgressLine) -> None:
+    assert ProgressLine.parse(str(line)) == line
+    assert ProgressLine.parse("restored step 3") is None

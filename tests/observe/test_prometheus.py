@@ -195,7 +195,7 @@ def test_spans_have_the_times_of_the_phases_and_the_reason_of_a_failure() -> Non
     traces.hear(events.SavePhase(5, "a", "writing", 2.0, 10))
     traces.hear(events.SavePhase(5, "a", "waiting", 4.0, 20))
     at[0] = 106.0
-    traces.hear(events.SaveNotCommitted(5, "a", "process 1 said no", "refused"))
+    traces.hear(events.SaveNotCommitted(5, "a", "process 1 voted to abort", "refused"))
     spans = {span.name: span for span in exporter.get_finished_spans()}
     seconds = {name: (span.start_time / 1e9, span.end_time / 1e9) for name, span in spans.items()}
     assert seconds == {
@@ -205,5 +205,5 @@ def test_spans_have_the_times_of_the_phases_and_the_reason_of_a_failure() -> Non
         "orchestrator.save": (100.0, 106.0),
     }
     save = spans["orchestrator.save"]
-    assert save.status.description == "process 1 said no" and save.attributes["orchestrator.step"] == 5
+    assert save.status.description == "process 1 voted to abort" and save.attributes["orchestrator.step"] == 5
     assert all(spans[name].parent.span_id == save.context.span_id for name in ("staging", "writing", "waiting"))

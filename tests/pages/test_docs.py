@@ -93,6 +93,14 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         assert not anchor or anchor in anchors(target.read_text()), f"{name(page)}: {link}: no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_source_file_that_a_page_mentions_exists(page: Path) -> None:
+    mentioned = re.findall(
+        r"`((?:orchestrator|launch|tests|docs|examples|benchmarks|docker)/[\w/.-]+)`", page.read_text()
+    )
+    assert [path for path in mentioned if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize(
     ("page", "words"),
     [

@@ -1,119 +1,165 @@
-"""One attempt's state machine: every (phase, event) pair, and the coverage check before a commit."""
+"""One attempt's state machine: every pair of phase and event, and what a decided attempt says."""
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.rules import attempt
 from orchestrator.rules.attempt import (
-    TERMINAL,
-    Announce,
+    DECIDED,
     AppendAbort,
     AppendCommit,
     Appended,
     Attempt,
     DeadlinePassed,
+    Effect,
     FencedOff,
     Finalize,
     FinalizeDone,
     FinalizeFailed,
     Phase,
-    ReceiptRead,
+    ReceiptsRead,
+    UndefinedEvent,
     advance,
-    uncovered,
 )
-from orchestrator.rules.records import Box, Failure, Receipt
+from orchestrator.rules.records import Cause, Failure, Receipt
 from tests.support.builders import box, intent, leaf, receipt
 
-NO = Failure(process=0, host="host-0", phase="write", cause="OSError: ENOSPC")
-YES = ReceiptRead(receipt(boxes={"w": (box((0, 4)),)}))
+VOTE = Failure(process=0, host="host-0", phase="write", cause="OSError: ENOSPC")
+NOT_FINALIZED = Failure(process=0, host="host-0", phase="finalize", cause="OSError: EIO", kind=Cause.FINALIZE)
 EVENTS: dict[str, Any] = {
-    "yes": YES,
-    "no": ReceiptRead(receipt(failure=NO)),
-    "hole": ReceiptRead(receipt(boxes={"w": (box((0, 3)),)})),
+    "all in": ReceiptsRead((receipt(boxes={"w": (box((0, 4)),)}),)),
+    "abort vote": ReceiptsRead((receipt(failure=VOTE),)),
+    "hole": ReceiptsRead((receipt(boxes={"w": (box((0, 3)),)}),)),
     "deadline": DeadlinePassed(600.0, {0: "host-0"}),
     "finalized": FinalizeDone(),
-    "not finalized": FinalizeFailed(NO),
+    "not finalized": FinalizeFailed(NOT_FINALIZED),
     "appended": Appended(),
     "fenced": FencedOff(9, "the successor"),
 }
-# What each event does in each phase; every pair that is not here changes nothing.
-TABLE: dict[tuple[Phase, str], tuple[Phase, Any]] = {
-    (Phase.OPEN, "yes"): (Phase.FINALIZING, Finalize()),
-    (Phase.OPEN, "no"): (Phase.ABORTING, AppendAbort()),
+# What each event does in each phase.
+TABLE: dict[tuple[Phase, str], tuple[Phase, Effect | None]] = {
+    (Phase.OPEN, "all in"): (Phase.FINALIZING, Finalize()),
+    (Phase.OPEN, "abort vote"): (Phase.ABORTING, AppendAbort()),
     (Phase.OPEN, "hole"): (Phase.ABORTING, AppendAbort()),
     (Phase.OPEN, "deadline"): (Phase.ABORTING, AppendAbort()),
     (Phase.FINALIZING, "finalized"): (Phase.COMMITTING, AppendCommit()),
     (Phase.FINALIZING, "not finalized"): (Phase.ABORTING, AppendAbort()),
-    (Phase.COMMITTING, "appended"): (Phase.COMMITTED, Announce()),
-    (Phase.ABORTING, "appended"): (Phase.ABORTED, Announce()),
-    (Phase.OPEN, "fenced"): (Phase.FENCED, Announce()),
-    (Phase.FINALIZING, "fenced"): (Phase.FENCED, Announce()),
-    (Phase.COMMITTING, "fenced"): (Phase.FENCED, Announce()),
-    (Phase.ABORTING, "fenced"): (Phase.FENCED, Announce()),
+    (Phase.COMMITTING, "appended"): (Phase.COMMITTED, None),
+    (Phase.COMMITTING, "fenced"): (Phase.FENCED, None),
+    (Phase.ABORTING, "appended"): (Phase.ABORTED, None),
+    (Phase.ABORTING, "fenced"): (Phase.FENCED, None),
 }
+# Those that may come in any later phase too, and then change nothing. Every other pair is a mistake of the caller's.
+LATE = ("all in", "abort vote", "hole", "deadline")
 
 
 @pytest.mark.parametrize(("phase", "event"), [(phase, event) for phase in Phase for event in EVENTS])
 def test_every_event_in_every_phase(phase: Phase, event: str) -> None:
     before = Attempt(intent(), phase)
-    after, effects = advance(before, EVENTS[event])
-    wanted = TABLE.get((phase, event))
-    if wanted:
-        assert (after.phase, effects) == (wanted[0], (wanted[1],))
+    if (phase, event) in TABLE:
+        after, effect = advance(before, EVENTS[event])
+        assert (after.phase, effect) == TABLE[phase, event]
+    elif event in LATE:
+        assert advance(before, EVENTS[event]) == (before, None)
     else:
-        assert (after, effects) == (before, ())
+        with pytest.raises(UndefinedEvent, match=f"step 100 e0001-a01: {type(EVENTS[event]).__name__} while"):
+            advance(before, EVENTS[event])
+
+
+def test_the_tables_know_every_event_and_no_pair_twice() -> None:
+    kinds = set(get_args(attempt.Event))
+    assert {kind for _, kind in attempt._TABLE} == {type(event) for event in EVENTS.values()} == kinds
+    assert not attempt._TABLE.keys() & attempt._LATE
 
 
 @given(st.lists(st.sampled_from(sorted(EVENTS)), max_size=12))
-def test_whatever_happens_a_decision_is_taken_once_and_for_good(names: list[str]) -> None:
-    state, done, finalized = Attempt(intent()), [], False
+def test_a_decision_is_taken_once_and_for_good(names: list[str]) -> None:
+    state, asked, finalized = Attempt(intent()), list[Effect](), False
     for name in names:
-        ended = state.phase in TERMINAL
-        following, effects = advance(state, EVENTS[name])
-        assert not ended or (following, effects) == (state, ())
-        finalized = finalized or (name == "finalized" and Finalize() in done)
-        assert AppendCommit() not in effects or finalized, "a commit was asked for before the data was whole"
-        done += effects
+        try:
+            following, effect = advance(state, EVENTS[name])
+        except UndefinedEvent:
+            assert name not in LATE and (state.phase, name) not in TABLE
+            continue
+        assert state.phase not in DECIDED or (following, effect) == (state, None)
+        finalized = finalized or name == "finalized"
+        assert effect != AppendCommit() or finalized, "a commit was asked for before the data was whole"
+        asked += [effect] if effect else []
         state = following
-    assert all(done.count(effect) <= 1 for effect in (Finalize(), AppendCommit(), AppendAbort(), Announce()))
-    assert not (AppendCommit() in done and AppendAbort() in done)
+    assert all(asked.count(effect) <= 1 for effect in (Finalize(), AppendCommit(), AppendAbort()))
+    assert not (AppendCommit() in asked and AppendAbort() in asked)
 
 
-def test_nothing_is_finalized_before_the_last_of_three_receipts_is_in() -> None:
+@pytest.mark.parametrize(
+    ("events", "phase", "cause"),
+    [
+        (["all in", "finalized", "appended"], Phase.COMMITTED, None),
+        (["abort vote", "appended"], Phase.ABORTED, Cause.REJECTED),
+        (["hole", "appended"], Phase.ABORTED, Cause.INCOMPLETE),
+        (["deadline", "appended"], Phase.ABORTED, Cause.SILENT),
+        (["all in", "not finalized", "appended"], Phase.ABORTED, Cause.FINALIZE),
+        (["all in", "finalized", "fenced"], Phase.FENCED, Cause.FENCED),
+        (["deadline", "fenced"], Phase.FENCED, Cause.FENCED),
+    ],
+)
+def test_a_decision_has_the_cause_that_decided_it(events: list[str], phase: Phase, cause: Cause | None) -> None:
+    state = Attempt(intent())
+    for name in events:
+        state, _ = advance(state, EVENTS[name])
+    assert (state.phase, state.cause) == (phase, cause)
+    assert (state.reason == "") == (cause is None)
+
+
+@pytest.mark.parametrize("kind", [Cause.REJECTED, Cause.HUNG, Cause.FENCED])
+def test_an_abort_is_counted_as_the_vote_that_decides_it(kind: Cause) -> None:
+    vote = Failure(process=1, host="host-1", phase="wait", cause="said no receipt from processes", kind=kind)
+    state, _ = advance(Attempt(intent(processes=2)), ReceiptsRead((receipt(1, failure=vote),)))
+    assert state.cause is kind
+
+
+def test_nothing_is_finalized_before_the_last_receipt_is_in() -> None:
     state = Attempt(intent(leaf(shape=(6,)), processes=3))
     for process in (2, 0):
-        state, effects = advance(state, ReceiptRead(half(process)))
-        assert effects == ()
+        state, effect = advance(state, ReceiptsRead((half(process),)))
+        assert effect is None
     assert state.missing == (1,)
-    state, effects = advance(state, ReceiptRead(half(1)))
-    assert effects == (Finalize(),)
+    state, effect = advance(state, ReceiptsRead((half(1),)))
+    assert effect == Finalize()
 
 
 def half(process: int) -> Receipt:
     return receipt(process, boxes={"w": (box((2 * process, 2 * process + 2)),)})
 
 
+def test_several_receipts_at_once_are_as_good_as_one_after_the_other() -> None:
+    before = Attempt(intent(leaf(shape=(6,)), processes=3))
+    together = advance(before, ReceiptsRead((half(2), half(0), half(1))))
+    state = before
+    for process in (2, 0, 1):
+        state, effect = advance(state, ReceiptsRead((half(process),)))
+    assert together == (state, effect)
+
+
 def test_a_repeated_receipt_does_not_count_twice_and_the_first_stands() -> None:
-    state, _ = advance(Attempt(intent(leaf(shape=(4,)), processes=2)), ReceiptRead(half(0)))
-    again, effects = advance(state, ReceiptRead(receipt(0, failure=NO)))
-    assert (again, effects) == (state, ())
+    state, _ = advance(Attempt(intent(leaf(shape=(4,)), processes=2)), ReceiptsRead((half(0),)))
+    assert advance(state, ReceiptsRead((receipt(0, failure=VOTE),))) == (state, None)
 
 
-def test_a_no_aborts_at_once_naming_process_host_and_cause() -> None:
-    cause = Failure(process=2, host="host-2", phase="write", cause="OSError: ENOSPC")
-    state, effects = advance(Attempt(intent(processes=4)), ReceiptRead(receipt(2, failure=cause)))
-    assert effects == (AppendAbort(),)
-    assert state.failures == (cause,)
-    assert "process 2" in state.reason
+def test_an_abort_vote_aborts_at_once_naming_process_host_and_cause() -> None:
+    vote = Failure(process=2, host="host-2", phase="write", cause="OSError: ENOSPC")
+    state, effect = advance(Attempt(intent(processes=4)), ReceiptsRead((receipt(2, failure=vote),)))
+    assert effect == AppendAbort()
+    assert state.failures == (vote,)
+    assert state.reason == "process 2 voted to abort"
 
 
 def test_silent_processes_are_named_with_their_hosts_when_the_deadline_passes() -> None:
-    state, _ = advance(Attempt(intent(processes=4)), ReceiptRead(half(1)))
+    state, _ = advance(Attempt(intent(processes=4)), ReceiptsRead((half(1),)))
     state, _ = advance(state, DeadlinePassed(600.0, {2: "host-b", 3: "host-d"}))
     assert state.reason == "step 100 e0001-a01: no receipt from processes [0, 2 (host-b), 3 (host-d)] after 600 s"
     assert [(failure.process, failure.host) for failure in state.failures] == [(0, "?"), (2, "host-b"), (3, "host-d")]
@@ -127,117 +173,12 @@ def test_silent_processes_are_named_with_their_hosts_when_the_deadline_passes() 
         (receipt(7), "receipt of process 7, expected 0 to 1"),
     ],
 )
-def test_a_receipt_of_another_attempt_is_an_objection_not_a_promise(wrong: Receipt, said: str) -> None:
-    state, effects = advance(Attempt(intent(processes=2)), ReceiptRead(wrong))
-    assert effects == (AppendAbort(),)
+def test_a_receipt_of_another_attempt_aborts_and_is_no_promise(wrong: Receipt, said: str) -> None:
+    state, effect = advance(Attempt(intent(processes=2)), ReceiptsRead((wrong,)))
+    assert effect == AppendAbort()
     assert said in state.failures[0].cause
 
 
 def test_being_fenced_says_by_whom() -> None:
-    state, _ = advance(Attempt(intent()), FencedOff(9, "the successor"))
+    state, _ = advance(Attempt(intent(), Phase.COMMITTING), FencedOff(9, "the successor"))
     assert state.reason == "fenced by epoch 9 (the successor)"
-
-
-# Coverage.
-
-
-def problems(shape: tuple[int, ...], *per_process: list[Box]) -> list[str]:
-    receipts = {index: receipt(index, boxes={"w": tuple(boxes)}) for index, boxes in enumerate(per_process)}
-    return uncovered(intent(leaf(shape=shape), processes=len(per_process)), receipts)
-
-
-def test_exact_covers_have_no_problem() -> None:
-    assert problems((4,), [box((0, 4))]) == []
-    assert problems((4, 4), [box((0, 2), (0, 4))], [box((2, 4), (0, 2)), box((2, 4), (2, 4))]) == []
-    assert problems((), [box()]) == []
-
-
-@pytest.mark.parametrize(
-    ("shape", "boxes", "said"),
-    [
-        ((4,), [], "w[4]: 0 of 4 elements written"),
-        ((4,), [[box((0, 2))], [box((3, 4))]], "w[4]: 3 of 4 elements written"),
-        ((4,), [[box((0, 2))], [box((0, 2))]], "w[4]: [0]..[2] written twice, by processes 0 and 1"),
-        ((4,), [[box((0, 3))], [box((2, 4))]], "w[4]: 5 of 4 elements written"),
-        ((4,), [[box((0, 2)), box((1, 3))]], "w[4]: written regions overlap"),
-        ((4,), [[box((0, 2))], [box((2, 5))]], "w[4]: process 1 wrote [2]..[5], outside the array"),
-        ((4,), [[box((0, 2), (0, 2))]], "w[4]: process 0 wrote [0, 0]..[2, 2], outside the array"),
-        ((4,), [[box((0, 4))], [box((2, 2))]], "w[4]: process 1 wrote [2]..[2], outside the array"),
-        ((2, 2), [[box((0, 2), (0, 1))], [box((0, 1), (0, 2))]], "w[2, 2]: written regions overlap"),
-        ((), [[box()], [box()]], "w[]: []..[] written twice, by processes 0 and 1"),
-        ((), [], "w[]: 0 of 1 elements written"),
-    ],
-)
-def test_gaps_overlaps_and_strays_are_named(shape: tuple[int, ...], boxes: list[list[Box]], said: str) -> None:
-    assert problems(shape, *boxes) == [said]
-
-
-def test_a_box_whose_corners_have_different_ranks_is_an_objection_not_a_crash() -> None:
-    crooked = Box(start=(0,), stop=(2, 2))
-    assert problems((4,), [crooked]) == ["w[4]: process 0 wrote [0]..[2, 2], outside the array"]
-
-
-def test_only_arrays_that_the_store_holds_need_a_cover_and_keys_are_covered_in_stored_shape() -> None:
-    key = leaf("rng", (3,), "key", "key<fry>")
-    key = type(key)(path=key.path, kind="key", shape=(3,), dtype=key.dtype, stored_shape=(3, 2), stored_dtype="uint32")
-    tree = intent(leaf("lr", (), "float"), leaf("empty", (0, 4)), key, processes=1)
-    assert uncovered(tree, {0: receipt(boxes={"rng": (box((0, 3), (0, 2)),)})}) == []
-    assert uncovered(tree, {0: receipt(boxes={"rng": (box((0, 3)),)})}) != []
-
-
-@st.composite
-def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
-    """A shape, and boxes that tile it: made by cutting the whole again and again."""
-    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
-    boxes = [Box(start=(0,) * len(shape), stop=shape)]
-    for _ in range(draw(st.integers(0, 10))):
-        index = draw(st.integers(0, len(boxes) - 1))
-        axis = draw(st.integers(0, len(shape) - 1))
-        old = boxes[index]
-        if old.stop[axis] - old.start[axis] > 1:
-            cut = draw(st.integers(old.start[axis] + 1, old.stop[axis] - 1))
-            boxes[index] = Box(old.start, (*old.stop[:axis], cut, *old.stop[axis + 1 :]))
-            boxes.append(Box((*old.start[:axis], cut, *old.start[axis + 1 :]), old.stop))
-    return shape, draw(st.permutations(boxes))
-
-
-def dealt(boxes: list[Box]) -> list[list[Box]]:
-    return [boxes[0::2], boxes[1::2]]
-
-
-@given(tilings())
-def test_any_tiling_covers(tiling: tuple[tuple[int, ...], list[Box]]) -> None:
-    shape, boxes = tiling
-    assert problems(shape, *dealt(boxes)) == []
-
-
-@given(tilings(), st.data())
-def test_a_tiling_with_one_box_gone_doubled_or_moved_does_not_cover(
-    tiling: tuple[tuple[int, ...], list[Box]], data: st.DataObject
-) -> None:
-    shape, boxes = tiling
-    index = data.draw(st.integers(0, len(boxes) - 1))
-    axis = data.draw(st.integers(0, len(shape) - 1))
-    by = data.draw(st.sampled_from([-1, 1]))
-    chosen = boxes[index]
-    gone = boxes[:index] + boxes[index + 1 :]
-    moved = Box(
-        tuple(start + by * (at == axis) for at, start in enumerate(chosen.start)),
-        tuple(stop + by * (at == axis) for at, stop in enumerate(chosen.stop)),
-    )
-    assert problems(shape, *dealt([*gone]) if gone else [[], []])
-    assert problems(shape, *dealt([*boxes, chosen]))
-    assert problems(shape, *dealt([*gone, moved]))
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4)), max_size=6))
-def test_the_verdict_equals_counting_every_element(corners: list[tuple[int, int, int, int]]) -> None:
-    boxes = [box((a, a + b), (c, c + d)) for a, b, c, d in corners]
-    counts = dict.fromkeys(itertools.product(range(4), range(4)), 0)
-    outside = False
-    for each in boxes:
-        for element in itertools.product(*(range(a, b) for a, b in zip(each.start, each.stop, strict=True))):
-            outside = outside or element not in counts
-            counts[element] = counts.get(element, 0) + 1
-    exact = not outside and set(counts.values()) == {1}
-    assert (problems((4, 4), boxes) == []) == exact

@@ -9,7 +9,7 @@ from orchestrator.errors import UsageError
 from orchestrator.rules import attempt as protocol
 from orchestrator.rules import holders
 from orchestrator.rules.holders import View
-from orchestrator.rules.records import Box, Held, Receipt
+from orchestrator.rules.records import Box, Cause, Held, Receipt
 from tests.support import builders
 from tests.support.builders import leaf
 
@@ -157,7 +157,7 @@ def test_what_every_process_has_its_own_of_must_agree_where_that_is_asked_for(
     assert state.phase is phase
     if phase is protocol.Phase.ABORTING:
         assert state.reason.startswith("stage/w: hosts disagree: process 1 (host-1) has other values than process 0")
-        assert protocol.cause_of(state.reason) == "disagree"
+        assert state.cause is Cause.DISAGREE
 
 
 def test_the_form_counts_in_a_digest_and_python_values_do_by_their_text() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,9 +14,9 @@ from orchestrator import policy
 from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId, name_of, parse_name
-from orchestrator.rules.codec import encode
+from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.journal import Compared, FencedBy, Next, Overtaken, Rejected, StoredAttempt
-from orchestrator.rules.records import Failure, Head, LiveStep, Quarantine, RetiredAttempt
+from orchestrator.rules.records import Cause, Failure, Head, LiveStep, Quarantine, RetiredAttempt, crc32c
 from tests.support.builders import head, live, stamp
 
 
@@ -182,11 +183,40 @@ def test_a_quarantined_step_does_not_use_up_a_place_in_last_n() -> None:
 def test_an_abort_names_the_causes_and_makes_the_data_collectable() -> None:
     cause = Failure(process=3, host="host-d", phase="write", cause="ENOSPC")
     following = changed(
-        journal.abort(head(), stamp(), epoch=1, attempt=AttemptId(5, "e0001-a01"), failures=(cause,), reason="no")
+        journal.abort(
+            head(),
+            stamp(),
+            epoch=1,
+            attempt=AttemptId(5, "e0001-a01"),
+            failures=(cause,),
+            reason="no",
+            cause=Cause.REJECTED,
+        )
     )
     assert (following.event.kind, following.event.failures, following.event.reason) == ("aborted", (cause,), "no")
+    assert following.event.cause is following.retired[0].cause is Cause.REJECTED
     assert retired(following) == [(5, "e0001-a01", "aborted")]
     assert following.live == ()
+
+
+def test_an_entry_without_a_cause_is_read_and_one_of_a_later_version_counts_as_failed() -> None:
+    aborted = changed(
+        journal.abort(
+            head(), stamp(), epoch=1, attempt=AttemptId(5, "e0001-a01"), failures=(), reason="no", cause=Cause.SILENT
+        )
+    )
+    body = encode(aborted)[: -len(',"crc32c":"00000000"}\n')]
+    for there, cause in ((b"", Cause.FAILED), (b',"cause":"of tomorrow"', Cause.FAILED), (None, Cause.SILENT)):
+        text = body if there is None else body.replace(b',"cause":"silent"', there)
+        assert (text != body) == (there is not None)
+        read = decode(text + f',"crc32c":"{crc32c(text)}"}}\n'.encode(), Head, "entry")
+        assert journal.abort_of(read, AttemptId(5, "e0001-a01")) == ("no", cause)
+
+
+def test_a_failure_that_is_a_plain_vote_is_stored_as_it_always_was() -> None:
+    vote = Failure(process=1, host="h", phase="write", cause="ENOSPC")
+    assert msgspec.json.decode(msgspec.json.encode(vote)).keys() == {"process", "host", "phase", "cause"}
+    assert msgspec.json.decode(b'{"process":1,"host":"h","phase":"write","cause":"ENOSPC"}', type=Failure) == vote
 
 
 def test_a_live_or_aborted_attempt_cannot_be_aborted_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from msgspec import structs
 
 import orchestrator as oc
 from orchestrator.arrays import PendingWrite
-from orchestrator.rules import chunk_index, keys
+from orchestrator.policy import last
+from orchestrator.rules import chunk_index, journal, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
@@ -51,3 +54,14 @@ def merge_alone(pending: PendingWrite) -> None:
     files = tuple(structs.replace(entry, path=keys.STATE + entry.path) for entry in pending.files)
     receipt = builders.receipt(files=files, places=pending.places(files), small=pending.small)
     pending.merge(chunk_index.entries([receipt]))
+
+
+def two_steps(root: Path) -> JournalStore:
+    """Step 1 committed and retired, step 2 committed; step 1's data is there."""
+    catalog = JournalStore(PosixStorage(str(root)), "test")
+    catalog.append(journal.open_epoch)
+    for step in (1, 2):
+        catalog.storage.create(AttemptId(step, builders.FIRST).manifest_key, b"{}")
+        entry = builders.live(step)
+        catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
+    return catalog

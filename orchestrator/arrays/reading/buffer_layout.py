@@ -5,13 +5,13 @@ May not do: read anything, or allocate a buffer.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.arrays.reading.requests import Frame, ReadRequest
 from orchestrator.errors import Damaged
 from orchestrator.rules import zarr_chunks
+from orchestrator.rules.boxes import box_of, intersection, moved, shape_of, slices_in, volume, whole_box
 from orchestrator.rules.records import Box, LeafSpec
 
 
@@ -54,7 +54,7 @@ def layout_of(request: ReadRequest) -> BufferLayout:
         frame = request.frame or Frame(request.leaf.shape, whole.start)
         sizes = (*frame.shape, *shape[len(frame.shape) :])
         for device, index in request.sharding.addressable_devices_indices_map(frame.shape).items():
-            box = zarr_chunks.moved(zarr_chunks.box_of(index or (), sizes), frame.start)
+            box = moved(box_of(index or (), sizes), frame.start)
             devices.append(device)
             buffer_of.append(numbers.setdefault(box, len(numbers)))
     return _cover(numbers, chunk, tuple(devices), tuple(buffer_of), whole)
@@ -72,7 +72,7 @@ def with_chunks(layout: BufferLayout, leaf: LeafSpec, chunk: tuple[int, ...]) ->
 
 
 def _whole(leaf: LeafSpec) -> Box:
-    return Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    return whole_box(leaf.file_shape)
 
 
 def _cover(
@@ -86,22 +86,22 @@ def _cover(
     nothing is while the chunk shape is not known."""
     found: dict[Box, list[Destination]] = {}
     for box, number in numbers.items() if chunk is not None else ():
-        filled = zarr_chunks.overlap(box, whole)
+        filled = intersection(box, whole)
         if any(start >= stop for start, stop in zip(filled.start, filled.stop, strict=True)):
             continue
         covered = 0
         for one in zarr_chunks.touching(filled, chunk or ()):
-            common = zarr_chunks.overlap(filled, one)
-            inside = zarr_chunks.within(common, box)
+            common = intersection(filled, one)
+            inside = slices_in(common, box)
             direct = common == one and _is_contiguous(common, box)
-            destination = Destination(number, inside, zarr_chunks.within(common, one), direct)
+            destination = Destination(number, inside, slices_in(common, one), direct)
             found.setdefault(one, []).append(destination)
-            covered += math.prod(zarr_chunks.shape_of(common))
+            covered += volume(common)
         # Memory that nothing is read into holds whatever was there before.
-        if covered != math.prod(zarr_chunks.shape_of(filled)):
+        if covered != volume(filled):
             raise Damaged(f"chunks of {chunk} cover {covered} elements of the region {filled}; not read")
     return BufferLayout(
-        shapes=tuple(zarr_chunks.shape_of(box) for box in numbers),
+        shapes=tuple(shape_of(box) for box in numbers),
         boxes=tuple(numbers),
         devices=devices,
         buffer_of=buffer_of,

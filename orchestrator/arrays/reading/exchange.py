@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from orchestrator.arrays.element_types import carrier, numpy_dtype
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.memory_kinds import in_default_memory
+from orchestrator.arrays.reading.dividing import Division, divide, is_shared, reads
 from orchestrator.arrays.reading.requests import Frame, ReadRequest
-from orchestrator.rules import zarr_chunks
-from orchestrator.rules.dividing import Division, divide, is_shared, reads
+from orchestrator.rules.boxes import box_of
 
 GROUP_BYTES = 1 << 30  # of a device's memory for the arrays of a group: both forms are in it meanwhile
 _SMALL_BYTES = 1 << 20  # smaller arrays are read by all: an exchange would take longer
@@ -132,9 +132,7 @@ def _devices(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=256)
 def _is_shared(sharding: Sharding, shape: tuple[int, ...], chunk: tuple[int, ...]) -> bool:
     regions: Any = sharding.devices_indices_map(shape).items()
-    return is_shared(
-        ((device.process_index, zarr_chunks.box_of(index or (), shape)) for device, index in regions), chunk
-    )
+    return is_shared(((device.process_index, box_of(index or (), shape)) for device, index in regions), chunk)
 
 
 @functools.lru_cache(maxsize=64)

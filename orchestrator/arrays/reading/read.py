@@ -35,6 +35,7 @@ from orchestrator.arrays.reading.local_source import LocalSource
 from orchestrator.arrays.reading.owned_memory import use_owned_memory
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.rules import zarr_chunks
+from orchestrator.rules.boxes import whole_box
 from orchestrator.rules.chunk_index import Chunk, Stored
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.storage import local_path
@@ -91,7 +92,7 @@ def slabs(
         if leaf.in_store:
             dtype = numpy_dtype(leaf.stored_dtype or leaf.dtype)
             piece = zarr_chunks.chunk_shape(leaf.file_shape, dtype.itemsize, slab_bytes)
-            for box in zarr_chunks.cut(Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape), piece):
+            for box in zarr_chunks.cut(whole_box(leaf.file_shape), piece):
                 group = region_of(leaf, box)
                 with suspecting(directory):
                     reader.fill([group], Arena())

@@ -20,9 +20,10 @@ from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.compressed import deflated
 from orchestrator.arrays.tree import Flat
 from orchestrator.arrays.writing.write_plan import Plan, as_stored, joinable
-from orchestrator.rules import holders, zarr_chunks
+from orchestrator.rules import holders
+from orchestrator.rules.boxes import slices_in, whole_box
 from orchestrator.rules.holders import Cut
-from orchestrator.rules.records import Box, Held
+from orchestrator.rules.records import Held
 
 EACH_SAVE_BYTES = 64 << 20
 _SMALL_BYTES = 64 << 10
@@ -83,8 +84,8 @@ class OwnCopies:
         return holders.digest_of_chunks(how.form, [f"{crc32c.crc32c(part):08x}" for part in stored])
 
     def _of_array(self, how: Cut, data: np.ndarray[Any, Any]) -> bytes:
-        whole = Box(start=(0,) * data.ndim, stop=data.shape)
-        parts = (np.ascontiguousarray(data[zarr_chunks.within(box, whole)]) for box in how.boxes)
+        whole = whole_box(data.shape)
+        parts = (np.ascontiguousarray(data[slices_in(box, whole)]) for box in how.boxes)
         return self._digest(how, *(part.reshape(-1).view(np.uint8).data for part in parts))
 
     def take(self, flat: Flat) -> None:

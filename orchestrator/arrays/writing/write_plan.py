@@ -27,6 +27,7 @@ from orchestrator.arrays.leaf_errors import about
 from orchestrator.arrays.memory_kinds import in_default_memory, on_host
 from orchestrator.arrays.tree import Flat, Form
 from orchestrator.rules import holders, zarr_chunks
+from orchestrator.rules.boxes import box_of, shape_of, slices_in, volume, whole_box
 from orchestrator.rules.records import Box, Held, LeafSpec
 
 _CHECKSUM = {"name": "crc32c"}
@@ -278,20 +279,20 @@ def _whole(leaf: LeafSpec, type_name: str, dtype: np.dtype[Any], process: int) -
     if process != 0:
         return LeafPlan(leaf, type_name)
     assert leaf.chunk is not None
-    box = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    box = whole_box(leaf.file_shape)
     pieces = _named(leaf.name, _pieces(box, leaf.chunk))
     return LeafPlan(leaf, type_name, ((0, pieces),), (box,), whole=dtype, small=_small(leaf, box))
 
 
 def _small(leaf: LeafSpec, shard: Box) -> bool:
-    shape = zarr_chunks.shape_of(shard)
+    shape = shape_of(shard)
     size = math.prod(shape) * _stored(leaf).itemsize
     return shape == leaf.chunk and size + zarr_chunks.CHECKSUM_BYTES <= ocdbt.INLINE_BYTES
 
 
 def _pieces(box: Box, chunk: tuple[int, ...]) -> Pieces:
     """With keys that still want the leaf's name."""
-    return tuple((zarr_chunks.suffix(one, chunk), zarr_chunks.within(one, box)) for one in zarr_chunks.cut(box, chunk))
+    return tuple((zarr_chunks.suffix(one, chunk), slices_in(one, box)) for one in zarr_chunks.cut(box, chunk))
 
 
 def _named(name: str, pieces: Pieces) -> Pieces:
@@ -331,9 +332,9 @@ def _layout(leaf: LeafSpec, value: jax.Array) -> _Layout:
     shards = tuple(
         (index, box, shard.replica_id, tuple(zarr_chunks.cut(box, leaf.chunk)))
         for index, shard in enumerate(value.addressable_shards)
-        for box in [zarr_chunks.box_of(shard.index, shape)]
+        for box in [box_of(shard.index, shape)]
     )
-    distinct = math.prod(shape) // math.prod(zarr_chunks.shape_of(shards[0][1])) if shards else 1
+    distinct = math.prod(shape) // volume(shards[0][1]) if shards else 1
     return _Layout(max(1, len(value.sharding.device_set) // distinct), shards)
 
 
@@ -347,16 +348,14 @@ def _mine(layout: _Layout, turn: int, chunk: tuple[int, ...]) -> tuple[list[tupl
             continue
         chosen = [one for number, one in enumerate(inside) if (turn + number) % layout.replicas == replica]
         if chosen:
-            shards.append(
-                (index, tuple((zarr_chunks.suffix(one, chunk), zarr_chunks.within(one, box)) for one in chosen))
-            )
+            shards.append((index, tuple((zarr_chunks.suffix(one, chunk), slices_in(one, box)) for one in chosen)))
             boxes.extend(chosen)
     return shards, tuple(boxes)
 
 
 def _keys(leaf: LeafSpec) -> Iterator[str]:
     assert leaf.chunk is not None
-    whole = Box(start=(0,) * len(leaf.file_shape), stop=leaf.file_shape)
+    whole = whole_box(leaf.file_shape)
     return (zarr_chunks.key(leaf.name, box, leaf.chunk) for box in zarr_chunks.cut(whole, leaf.chunk))
 
 

@@ -11,7 +11,7 @@ import orchestrator as oc
 from orchestrator import arrays
 from orchestrator.arrays import ReadRequest
 from orchestrator.arrays.reading.buffers import grouped, region_of
-from orchestrator.rules import zarr_chunks
+from orchestrator.rules.boxes import shape_of
 from orchestrator.rules.records import Box, LeafSpec
 
 
@@ -30,7 +30,7 @@ def test_chunks_that_tile_an_array_cover_every_region_of_it(chunk: tuple[int, ..
     leaf = LeafSpec(path=("w",), kind="numpy", shape=(4, 6), dtype="float32", chunk=chunk)
     for box in (Box((0, 0), (4, 6)), Box((1, 2), (3, 5)), Box((0, 0), (0, 6))):
         layout = region_of(leaf, box).layout
-        covered = np.zeros(zarr_chunks.shape_of(box), np.int64)
+        covered = np.zeros(shape_of(box), np.int64)
         for _, destinations in layout.reads:
             for destination in destinations:
                 covered[destination.inside] += 1

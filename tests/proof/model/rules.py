@@ -11,9 +11,8 @@ from functools import partial
 from typing import Any
 
 from orchestrator.policy import KeepPolicy, last
-from orchestrator.rules import attempt as protocol
-from orchestrator.rules import evidence, journal
-from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Finalize, Phase
+from orchestrator.rules import attempt, evidence, journal
+from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Effect, Finalize, Phase
 from orchestrator.rules.attempt_id import AttemptId, name_of
 from orchestrator.rules.codec import encode
 from orchestrator.rules.journal import Compared, FencedBy, Rejected, Stamp
@@ -35,7 +34,7 @@ def put(there: bytes | None, body: bytes) -> tuple[bytes, bool]:
 class Rules:
     """The functions are the shipped ones. The flags are what catalog, coordinator, saving, collect and posix do."""
 
-    advance: Callable[..., protocol.Step] = protocol.advance
+    advance: Callable[..., attempt.Step] = attempt.advance
     open_epoch: Callable[..., journal.Next] = journal.open_epoch
     commit: Callable[..., journal.Next] = journal.commit
     abort: Callable[..., journal.Next] = journal.abort
@@ -166,14 +165,13 @@ class Engine:
         """A new attempt, waiting for receipts."""
         return self._numbered(Attempt(intent(step, attempt, self.processes)))
 
-    def advance(self, number: int, event: protocol.Event, key: object) -> tuple[int, str]:
+    def advance(self, number: int, event: attempt.Event, key: object) -> tuple[int, str]:
         """(the attempt's next state, what the coordinator does now: "finalize", "commit", "abort" or "")."""
         return self.once(("advance", number, key), lambda: self._advance(number, event))
 
-    def _advance(self, number: int, event: protocol.Event) -> tuple[int, str]:
-        state, effects = self.rules.advance(self.attempts[number], event)
-        names = {Finalize: "finalize", AppendCommit: "commit", AppendAbort: "abort"}
-        return self._numbered(state), next((names[type(one)] for one in effects if type(one) in names), "")
+    def _advance(self, number: int, event: attempt.Event) -> tuple[int, str]:
+        state, effect = self.rules.advance(self.attempts[number], event)
+        return self._numbered(state), "" if effect is None else _TASKS[type(effect)]
 
     def _numbered(self, state: Attempt) -> int:
         key = (
@@ -188,8 +186,11 @@ class Engine:
             self.attempts.append(state)
         return self._attempt_numbers[key]
 
-    def committed(self, number: int) -> bool:
-        return self.attempts[number].phase is Phase.COMMITTED
+    def phase(self, number: int) -> Phase:
+        return self.attempts[number].phase
+
+
+_TASKS: dict[type[Effect], str] = {Finalize: "finalize", AppendCommit: "commit", AppendAbort: "abort"}
 
 
 def entry(step: int, attempt: str, tree: str = "") -> LiveStep:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from msgspec.structs import replace
 
 from orchestrator.rules import attempt as protocol
+from orchestrator.rules.attempt import Phase
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import StoredAttempt, tree_of
 from orchestrator.rules.records import Failure
@@ -34,7 +35,7 @@ class Local(NamedTuple):
     want: int = -1  # the head it wants to create
     epoch: int = 0
     save: int = 0  # index into its saves
-    attempt: int = -1  # the protocol's state
+    attempt: int = -1  # the number of its state machine's state
     todo: tuple[Any, ...] = ()
     done: tuple[Any, ...] = ()
     early: int = UNREAD  # the number of a head that it has read ahead
@@ -280,7 +281,7 @@ class Coordinator(Appender):
                 sealed = world._replace(volatile=world.volatile - {(step, attempt, "data-0")})
                 following = sealed.add((step, attempt, f"receipt-0-{kind}"))
                 opened = local._replace(attempt=engine.opened(step, attempt), todo=())
-                event = protocol.ReceiptRead(receipt(step, attempt, 0, kind))
+                event = protocol.ReceiptsRead((receipt(step, attempt, 0, kind),))
                 moved = self._advance(engine, following.local(index, opened), index, event, kind)
                 yield f"{here}: seals, promises and reads its own receipt, {kind}", moved, NOTHING
             case "receipts":
@@ -304,7 +305,7 @@ class Coordinator(Appender):
         for process in engine.attempts[local.attempt].missing:
             for kind in ("yes", "short", "no"):
                 if (step, attempt, f"receipt-{process}-{kind}") in world.objects:
-                    event = protocol.ReceiptRead(receipt(step, attempt, process, kind))
+                    event = protocol.ReceiptsRead((receipt(step, attempt, process, kind),))
                     moved = self._advance(engine, world, index, event, (process, kind))
                     yield f"{here}: reads receipt {process}, {kind}", moved, NOTHING
         late = protocol.DeadlinePassed(1.0, {})
@@ -322,6 +323,11 @@ class Coordinator(Appender):
         known = max(local.known, engine.heads[local.want].version) if outcome == "done" else local.known
         clean = local._replace(task="", want=-1, known=known)
         if outcome == "fenced":
+            if local.task in ("commit", "abort"):
+                head = engine.heads[world.top]
+                event = protocol.FencedOff(head.epoch, head.writer)
+                number, _ = engine.advance(local.attempt, event, ("fenced", head.epoch, head.writer))
+                assert engine.phase(number) is Phase.FENCED
             return world.local(index, clean._replace(pc="fenced"))
         if local.task == "open":
             clean = clean._replace(todo=())
@@ -333,7 +339,7 @@ class Coordinator(Appender):
         saved = False
         if outcome in ("done", "none"):
             number, _ = engine.advance(local.attempt, protocol.Appended(), "appended")
-            saved = engine.committed(number)
+            saved = engine.phase(number) is Phase.COMMITTED
         if saved:
             world = world._replace(acked=world.acked | {self.current(engine, local)})
         return world.local(index, next_save(self.saves, clean, saved))
@@ -399,7 +405,7 @@ class Worker:
                 yield f"{here}: settles and reports", after.local(index, next_save(self.saves, local, True)), NOTHING
 
     def _await(self, engine: Engine, world: World, index: int, step: int, attempt: str) -> Iterator[Move]:
-        """Saver._await_decision and _journalled: the decision as the journal tells it, or an abort by signal."""
+        """DecisionReader: the decision as the journal tells it, or an abort by signal."""
         local = world.actors[index]
         here = f"{self.name}: {step} {attempt}"
         head = engine.head(world.top)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from orchestrator.arrays.reading.dividing import Division, divide, is_shared, reads
 from orchestrator.rules import zarr_chunks
-from orchestrator.rules.dividing import Division, divide, is_shared, reads
+from orchestrator.rules.boxes import box_of, intersection, moved, whole_box
 from orchestrator.rules.records import Box
 
 GRIDS = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
@@ -40,7 +41,7 @@ def slabs(division: Division) -> list[Box]:
 
 
 def chunks_of(box: Box, shape: tuple[int, ...], chunk: tuple[int, ...]) -> list[Box]:
-    inside = zarr_chunks.overlap(box, Box(start=(0,) * len(shape), stop=shape))
+    inside = intersection(box, whole_box(shape))
     if any(start >= stop for start, stop in zip(inside.start, inside.stop, strict=True)):
         return []
     assert all(at % size == 0 for at, size in zip((*inside.start, *inside.stop), (*chunk, *chunk), strict=True))
@@ -61,7 +62,7 @@ def test_every_chunk_is_in_exactly_one_slab_and_no_slab_is_larger_than_it_must_b
     for owner, box in zip(owners, slabs(division), strict=True):
         by_owner[owner] += len(chunks_of(box, shape, chunk))
     assert reads(division, shape, chunk, owners) == tuple(by_owner[owner] for owner in sorted(by_owner))
-    assert read == Counter(zarr_chunks.cut(Box(start=(0,) * len(shape), stop=shape), chunk))
+    assert read == Counter(zarr_chunks.cut(whole_box(shape), chunk))
     for size, slab, count, step in zip(shape, division.slab, division.slabs, chunk, strict=True):
         assert slab == -(-size // (count * step)) * step, "the fewest chunks that many slabs can do with"
 
@@ -109,9 +110,7 @@ def test_slabs_are_where_jax_puts_them() -> None:
         mesh = Mesh(np.array(devices).reshape(division.axes), names)
         spec = PartitionSpec(*(tuple(names[axis] for axis in cut) or None for cut in division.cuts))
         regions = NamedSharding(mesh, spec).devices_indices_map(division.shape)
-        placed = [
-            zarr_chunks.moved(zarr_chunks.box_of(regions[device], division.shape), division.start) for device in devices
-        ]
+        placed = [moved(box_of(regions[device], division.shape), division.start) for device in devices]
         assert placed == slabs(division)
 
 

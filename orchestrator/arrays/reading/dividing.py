@@ -1,4 +1,4 @@
-"""Which process reads which part of an array that several of them want. Pure: chunks and devices are numbers here.
+"""Which process reads which part of an array that several of them need. Pure: chunks and devices are numbers here.
 
 An array is cut along the bounds of its chunks into one slab for each device, all of one size, since that is what a
 sharding can say; so every chunk is read once, by the process that the slab's device belongs to. Where chunks cannot be
@@ -24,8 +24,11 @@ _TRIES = 16  # of the places where an array can lie in its frame
 
 @dataclass(frozen=True)
 class Division:
-    """axes: sizes by which devices are numbered, in C order: a mesh's shape. cuts: by which of the axes each dimension
-    is cut, the most significant first. shape: of the frame. start: where in it the array begins."""
+    """An array in its frame, cut into slabs.
+
+    axes: a mesh's shape, by which devices are numbered in C order. cuts: by which of the axes each dimension is cut,
+    the most significant first. shape: of the frame. start: where in it the array begins.
+    """
 
     axes: tuple[int, ...]
     cuts: tuple[tuple[int, ...], ...]
@@ -44,7 +47,7 @@ class Division:
 
 
 def is_shared(boxes: Iterable[tuple[int, Box]], chunk: tuple[int, ...]) -> bool:
-    """Whether any chunk is wanted by two processes, which want (process, region)."""
+    """Whether two processes need the same chunk, given the regions that each needs as (process, region)."""
     owners: dict[tuple[int, ...], int] = {}
     return any(
         owners.setdefault(one.start, process) != process
@@ -57,7 +60,7 @@ def divide(
     shape: tuple[int, ...], chunk: tuple[int, ...], owners: Sequence[int], held: Sequence[float] = (), turn: int = 0
 ) -> Division:
     """How to read an array on devices of the processes `owners`, in the devices' order. `chunk` divides `shape`.
-    `held`: how many such chunks each process reads anyway. `turn`: where to begin to look for what makes that even."""
+    held: how many such chunks each process reads anyway. turn: where the search for an even division begins."""
     grid = tuple(size // step for size, step in zip(shape, chunk, strict=True))
     # Neighbouring devices mostly belong to one process: axes of processes, then of the devices of each.
     run = next((at for at, owner in enumerate(owners) if owner != owners[0]), len(owners))
