@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.job.last_words import install
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
         last as last,
         within as within,
     )
-    from orchestrator.reader import Run as Run
+    from orchestrator.reader import Run as Run, open_run as open_run
     from orchestrator.rules.save_interval import Cadence as Cadence
     # isort: on
 
@@ -66,7 +65,7 @@ def _homes() -> dict[str, str]:
 
 
 _HOME_OF = _homes()
-__all__ = sorted([*_HOME_OF, "open_run"])
+__all__ = sorted(_HOME_OF)
 
 
 def __dir__() -> list[str]:
@@ -80,14 +79,3 @@ if not TYPE_CHECKING:  # to a type checker, any name at all would be one of ours
             raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
         install()
         return getattr(importlib.import_module(_HOME_OF[name]), name)
-
-
-def open_run(root: str | os.PathLike[str]) -> Run:
-    """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
-    from orchestrator.reader import Run
-    from orchestrator.run.journal_store import JournalStore
-    from orchestrator.storage import open_storage
-    from orchestrator.storage.read_only import ReadOnlyStorage
-
-    install()
-    return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"))

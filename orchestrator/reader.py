@@ -1,7 +1,11 @@
-"""A run for those who only read it: evaluators, notebooks, `open_run`."""
+"""A run for those who only read it, as evaluators and notebooks do: `open_run`, and the `Run` that it returns.
+
+Imports nothing of what several hosts do together: a reader meets nobody and writes nothing.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +17,15 @@ from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import JournalStore
+from orchestrator.storage import open_storage
+from orchestrator.storage.read_only import ReadOnlyStorage
 
 _RETIRED_MAX = 100  # times that retention may be quicker than a reader who wants the newest step
+
+
+def open_run(root: str | os.PathLike[str]) -> Run:
+    """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
+    return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"))
 
 
 class Run:

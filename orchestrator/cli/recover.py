@@ -44,7 +44,7 @@ class Recovered:
 
     given: str
     url: str
-    found: recover.Plan
+    found: recover.RecoveryPlan
     written: int | None
 
 
@@ -53,7 +53,7 @@ def run(root: str, flags: Flags) -> Recovered:
     with render.progress() as display:
         bar = render.Bar(display, "reading attempts", None)
         found = recover.plan(store, on_attempt=lambda attempt: bar.add(1))
-    if not found.whole and found.head is None and not found.needed:
+    if not found.attempts and found.head is None and not found.required:
         store.require_head()  # not a run
     written = recover.write(store, found).version if flags["write"] else None
     return Recovered(root, store.url, found, written)
@@ -66,17 +66,17 @@ def encode(done: Recovered) -> Recovery:
     return Recovery(done.url, version, epoch, done.found.lost, unreadable, tuple(_attempts(done.found)), done.written)
 
 
-def _attempts(found: recover.Plan) -> Iterator[RecoverableAttempt]:
+def _attempts(found: recover.RecoveryPlan) -> Iterator[RecoverableAttempt]:
     added = {live.id for live in found.choice.added}
     left_out = {live.id: why for live, why in found.choice.left_out}
     known = {live.id for live in (*found.head.live, *found.head.aside)} if found.head else set()
     retired = {gone.id for gone in found.head.retired} if found.head else set()
-    for key, (live, problem) in found.whole.items():
+    for key, one in found.attempts.items():
         outcome = "added" if key in added else "kept" if key in known else left_out.get(key, "left out")
         if key in retired:
             outcome = "retired"
-        size, saved = (live.bytes, live.time) if live else (0, 0.0)
-        yield RecoverableAttempt(*key, bytes=size, saved=saved, problem=problem, outcome=outcome)
+        size, saved = (one.entry.bytes, one.entry.time) if one.entry else (0, 0.0)
+        yield RecoverableAttempt(*key, bytes=size, saved=saved, problem=one.problem, outcome=outcome)
 
 
 def show(done: Recovered, flags: Flags) -> Iterator[render.Shown]:
@@ -108,7 +108,7 @@ def show(done: Recovered, flags: Flags) -> Iterator[render.Shown]:
         steps = ", ".join(str(live.step) for live in found.choice.live) or "no steps"
         yield f"created version {done.written}, `recovered`, epoch {found.epoch}: {steps}"
         yield f"then: orchestrator verify {root} --all"
-    elif found.needed or found.choice.added:
+    elif found.required or found.choice.added:
         yield f"with --write the run goes on from version {found.version} with the steps above, added and kept;"
         yield "stop the job first, and copy again what a broken copy has left out"
     else:
@@ -117,7 +117,7 @@ def show(done: Recovered, flags: Flags) -> Iterator[render.Shown]:
 
 def exit_code(done: Recovered) -> int:
     """4 if entries are missing and nothing was written."""
-    return EXIT_DAMAGED if done.found.needed and done.written is None else EXIT_OK
+    return EXIT_DAMAGED if done.found.required and done.written is None else EXIT_OK
 
 
 COMMAND = Command(

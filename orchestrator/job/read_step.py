@@ -98,12 +98,12 @@ class ReadPlan:
         return overlap.begin(stored.process_states)
 
     def finish(self, values: list[Any], process_states: Begun[dict[int, bytes]]) -> tuple[Restored, Proof]:
-        """The restored step, and what this process can say of the fingerprints of its arrays."""
+        """The restored step, and this process's share of the proof that it is what was saved."""
         state = self.build(values)
         restored = [
-            (load.leaf, value)
-            for load, value in zip(self.requests, values, strict=True)
-            if _is_comparable(load, self.fingerprints)
+            (request.leaf, value)
+            for request, value in zip(self.requests, values, strict=True)
+            if _is_comparable(request, self.fingerprints)
         ]
         proof = prove(restored, self.fingerprints)
         extra = self.stored.extra
@@ -178,9 +178,10 @@ def listed(damaged: DamagedSteps) -> str:
 # From values that were read to leaves of the target.
 
 
-def _is_comparable(load: ReadRequest, fingerprints: Mapping[str, str]) -> bool:
+def _is_comparable(request: ReadRequest, fingerprints: Mapping[str, str]) -> bool:
     """Whether a leaf has a saved fingerprint, and still the bits that it is of: a cast one has not."""
-    return load.leaf.name in fingerprints and (load.dtype is None or str(load.dtype) == load.leaf.dtype)
+    unchanged = request.dtype is None or str(request.dtype) == request.leaf.dtype
+    return unchanged and request.leaf.name in fingerprints
 
 
 _NUMBERS = (int, float, complex)

@@ -70,7 +70,7 @@ Opens = Callable[[str | None, Callable[[Json], list[Json]]], list[Json]]
 _RETIRED_MAX = 20  # times that retention may be quicker than a restore
 _REASON_MAX = 1000  # characters of what the journal says of a quarantined step
 _WRONG_MAX = 5  # leaves whose fingerprints a message quotes
-_LOOKED_AT_MAX = 3  # of those, how many are read again from the store
+_READ_AGAIN_MAX = 3  # of those, how many are read again from the store
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,8 @@ class _Judgement:
             wrong += proof.wrong(details)
         if not wrong:
             return True
-        look = partial(_damage_in_store, stored, wrong)
-        self._pass(stored.live, agree(self._rendezvous, rounds.stored_fingerprints(step), timeout_s, look))
+        judge = partial(_damage_in_store, stored, wrong)
+        self._pass(stored.live, agree(self._rendezvous, rounds.stored_fingerprints(step), timeout_s, judge))
         return False
 
     def quarantine(self) -> None:
@@ -348,7 +348,7 @@ def _damage_in_store(stored: StoredStep, wrong: Sequence[tuple[str, str]]) -> st
     Unavailable if they are not."""
     text = "; ".join(line for _, line in wrong[:_WRONG_MAX])
     try:
-        stored_arrays.judge_fingerprints(stored, [name for name, _ in wrong[:_LOOKED_AT_MAX]], text)
+        stored_arrays.judge_fingerprints(stored, [name for name, _ in wrong[:_READ_AGAIN_MAX]], text)
     except Damaged as damage:
         return str(damage)
 

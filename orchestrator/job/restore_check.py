@@ -1,4 +1,4 @@
-"""Proving that what came up is what was saved: fingerprints of restored arrays against those of the save.
+"""Proving that what was restored is what was saved: fingerprints of restored arrays against those of the save.
 
 Arrays that one process holds whole, whichever it is, are judged by it alone. Of those spread over processes each sends
 one number, and only if the numbers do not add up, all send the details.

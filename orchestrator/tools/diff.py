@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,19 +22,21 @@ _BATCH_BYTES = 256 << 20
 _BLOCK = 1 << 20  # elements compared at once
 
 Path = tuple[str, ...]
+State = Literal["equal", "differs", "other type", "only in a", "only in b"]
+Means = Literal["fingerprint", "reading", "tree spec"]
 
 
 @dataclass(frozen=True)
-class LeafDifference:
-    """One leaf. `a`, `b`: its type on either side, '' where it is not. `state`: equal, differs, other type, only in a,
-    only in b. `by`: fingerprint, reading, or the tree spec. `elements`: how many differ, and `largest`: the greatest
-    absolute difference (NaN where one side has no number); None where nobody has read them."""
+class LeafComparison:
+    """One leaf. `a`, `b`: its type on either side, '' where it is not. `by`: what was compared. `elements`: how many
+    differ, and `largest`: the greatest absolute difference (NaN where one side has no number); None where nobody has
+    read them."""
 
     leaf: str
     a: str
     b: str
-    state: str
-    by: str
+    state: State
+    by: Means
     elements: int | None = None
     largest: float | None = None
 
@@ -55,36 +57,36 @@ class Side:
 
 def compare(
     a: Side, b: Side, *, measure: bool = False, on_bytes: Callable[[int], None] = lambda read_bytes: None
-) -> list[LeafDifference]:
+) -> list[LeafComparison]:
     """Every leaf of either side, in a's order. `measure`: read the arrays that differ, for how many elements and how
     much. Raises Damaged, StepRetired, StorageError."""
     paths = [*a.leaves, *(path for path in b.leaves if path not in a.leaves)]
     found = {path: _by_record(a, b, path) for path in paths}
     to_read = [
         path
-        for path, told in found.items()
-        if told is None or (measure and told.by == "fingerprint" and told.state == "differs")
+        for path, leaf in found.items()
+        if leaf is None or (measure and leaf.by == "fingerprint" and leaf.state == "differs")
     ]
     for batch in _batches(a, to_read):
         for path, left, right in zip(batch, a.read(batch, on_bytes), b.read(batch, on_bytes), strict=True):
             found[path] = _by_reading(a.leaves[path], b.leaves[path], left, right, measure, found[path])
-    return [told for told in found.values() if told is not None]
+    return [leaf for leaf in found.values() if leaf is not None]
 
 
-def _by_record(a: Side, b: Side, path: Path) -> LeafDifference | None:
-    """What the records alone say; None if the arrays must be read."""
+def _by_record(a: Side, b: Side, path: Path) -> LeafComparison | None:
+    """What follows from the records alone; None if the arrays must be read."""
     one, other = a.leaves.get(path), b.leaves.get(path)
-    plain = LeafDifference("/".join(path) or "(root)", _type(one), _type(other), "", "tree spec")
+    compared = LeafComparison("/".join(path) or "(root)", _type(one), _type(other), "equal", "tree spec")
     if one is None or other is None:
-        return replace(plain, state="only in a" if one else "only in b")
+        return replace(compared, state="only in a" if one else "only in b")
     if (one.kind, one.shape, one.dtype) != (other.kind, other.shape, other.dtype):
-        return replace(plain, state="other type")
+        return replace(compared, state="other type")
     if not one.in_store:
-        return replace(plain, state="equal" if one.value == other.value else "differs")
-    prints = a.fingerprints.get(one.name), b.fingerprints.get(other.name)
-    if None in prints:
+        return replace(compared, state="equal" if one.value == other.value else "differs")
+    fingerprints = a.fingerprints.get(one.name), b.fingerprints.get(other.name)
+    if None in fingerprints:
         return None
-    return replace(plain, state="equal" if prints[0] == prints[1] else "differs", by="fingerprint")
+    return replace(compared, state="equal" if fingerprints[0] == fingerprints[1] else "differs", by="fingerprint")
 
 
 def _by_reading(
@@ -93,15 +95,15 @@ def _by_reading(
     left: np.ndarray[Any, Any],
     right: np.ndarray[Any, Any],
     measure: bool,
-    known: LeafDifference | None,
-) -> LeafDifference:
+    known: LeafComparison | None,
+) -> LeafComparison:
     same = left.tobytes() == right.tobytes()
     by = known.by if known else "reading"
-    told = LeafDifference(one.label, _type(one), _type(other), "equal" if same else "differs", by)
+    compared = LeafComparison(one.label, _type(one), _type(other), "equal" if same else "differs", by)
     if same or not measure:
-        return told
+        return compared
     elements, largest = _measured(left.reshape(-1), right.reshape(-1))
-    return replace(told, elements=elements, largest=largest)
+    return replace(compared, elements=elements, largest=largest)
 
 
 def _measured(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> tuple[int, float]:

@@ -60,7 +60,7 @@ _NATIVE_NPY = frozenset("?bhilqBHILQefdFD")  # what numpy reads back without ano
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported. `on_bytes`: told of bytes as they are read."""
+    """What is exported. `on_bytes`: called with the bytes of each read."""
 
     step: StoredStep
     tree: TreeSpec
@@ -118,13 +118,19 @@ def _numpy(source: Source, folder: str) -> int:
     index: list[dict[str, Any]] = []
     names = _file_names(source.tree.leaves)
     for leaf in source.tree.leaves:
-        said = {"path": leaf.path, "kind": leaf.kind, "shape": leaf.shape, "dtype": leaf.dtype, "value": leaf.value}
+        entry = {
+            "path": leaf.path,
+            "kind": leaf.kind,
+            "shape": leaf.shape,
+            "dtype": leaf.dtype,
+            "value": leaf.value,
+        }
         if leaf.kind_stored:
-            said |= {"file": names[leaf.name], "file_dtype": _npy_dtype(leaf).name}
+            entry |= {"file": names[leaf.name], "file_dtype": _npy_dtype(leaf).name}
             with open(os.path.join(folder, names[leaf.name]), "xb") as file:
                 header = {"descr": _npy_dtype(leaf).str, "fortran_order": False, "shape": leaf.file_shape}
                 np.lib.format.write_array_header_1_0(file, header)
-        index.append(said)
+        index.append(entry)
     written = 0
     for leaf, _, data in _slabs(source, source.tree.leaves):
         with open(os.path.join(folder, names[leaf.name]), "ab") as file:
@@ -143,8 +149,8 @@ def _file_names(leaves: Iterable[LeafSpec]) -> dict[str, str]:
         if leaf.kind_stored:
             quoted = quote(leaf.name, safe=" ._-[]()=+,")
             numbered = (f"leaf-{number}{'+' * more}" for more in itertools.count())
-            names_wanted = itertools.chain([quoted] if 0 < len(quoted) <= _NAME_MAX else [], numbered)
-            names[leaf.name] = next(name for name in names_wanted if name.lower() not in taken) + ".npy"
+            candidates = itertools.chain([quoted] if 0 < len(quoted) <= _NAME_MAX else [], numbered)
+            names[leaf.name] = next(name for name in candidates if name.lower() not in taken) + ".npy"
             taken.add(names[leaf.name].removesuffix(".npy").lower())
     return names
 

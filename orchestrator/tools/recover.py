@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+
+from msgspec import structs
 
 from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, Suspect, UsageError
 from orchestrator.rules import evidence, journal
@@ -20,89 +22,130 @@ from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage.port import Reads
 
 
-@dataclass
-class Plan:
-    """What is left of a run. head: the highest entry that can be read. unreadable: keys of entries that cannot be, with
-    the reason. lost: what proves that entries are missing, '' if nothing does. whole: attempts by their manifests, with
-    what is missing of each ('' if nothing is). choice: what a `recovered` entry would have. version, epoch: of it."""
+@dataclass(frozen=True)
+class InspectedAttempt:
+    """An attempt in storage. entry: as the journal would have it, None without a manifest that can be read. problem:
+    what is missing of it, '' if nothing is. built_on: the version of the head that it builds on, -1 if its records do
+    not tell."""
 
-    head: Head | None = None
-    unreadable: dict[str, str] = field(default_factory=dict)
-    lost: str = ""
-    whole: dict[AttemptId, tuple[LiveStep | None, str]] = field(default_factory=dict)
-    choice: Choice = field(default_factory=lambda: Choice((), (), ()))
-    version: int = 0
-    epoch: int = 1
+    entry: LiveStep | None
+    problem: str
+    built_on: int = -1
+
+
+@dataclass(frozen=True)
+class RecoveryPlan:
+    """What is left of a run. head: the highest entry that can be read. unreadable: keys of entries that cannot be, with
+    the reason. lost: what proves that entries are missing, '' if nothing does. choice: what a `recovered` entry would
+    have. version, epoch: of it."""
+
+    head: Head | None
+    unreadable: Mapping[str, str]
+    lost: str
+    attempts: Mapping[AttemptId, InspectedAttempt]
+    choice: Choice
+    version: int
+    epoch: int
 
     @property
-    def needed(self) -> bool:
-        """Whether the journal cannot go on as it is. An unreadable entry below the head is history."""
-        newest = self.head.version if self.head else -1
-        return bool(self.lost) or any((layout.journal_version(key) or 0) > newest for key in self.unreadable)
+    def required(self) -> bool:
+        """Whether the journal cannot go on as it is."""
+        return bool(self.lost) or _is_cut(self.head, self.unreadable)
 
 
-def plan(catalog: JournalStore, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> Plan:
-    """Look at every entry of the journal and every attempt in storage. Raises StorageError: what cannot be read must
-    not be taken for lost."""
-    found = Plan()
+@dataclass(frozen=True)
+class _Journal:
+    """What can be read of a journal. versions: of all entries that are there. ended: the attempts that any entry calls
+    retired, aborted or quarantined."""
+
+    head: Head | None
+    versions: Sequence[int]
+    unreadable: Mapping[str, str]
+    ended: Set[AttemptId]
+
+
+def plan(catalog: JournalStore, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> RecoveryPlan:
+    """Read every entry of the journal and the records of every attempt in storage. Raises StorageError: what cannot be
+    read must not be taken for lost."""
     stored, marker = dict(sorted(survey.attempts(catalog.storage).items())), catalog.marked_version()
-    wholes: list[Whole] = []
-    named: dict[AttemptId, int] = {}
-    for attempt, one in stored.items():
-        on_attempt(attempt)
-        whole, problem = _look(catalog.storage, attempt) if one.whole else (None, "no manifest: it was never finished")
-        named[attempt] = whole.built_on if whole else survey.built_on(catalog, attempt, False)
-        found.whole[attempt] = (whole.entry if whole else None, problem)
-        if whole and not problem:
-            wholes.append(whole)
-    versions = catalog.versions()  # last: whatever a record or marker names has its entry by then
-    ended = _entries(catalog, versions, found)
-    built = {key: journal.StoredAttempt(one.whole, named[key]) for key, one in stored.items()}
-    found.lost = evidence.lost(found.head, built, marker)
-    if not found.needed:
-        found.lost = survey.missing(catalog, found.head, marker)
-    found.choice = evidence.choose(found.head, wholes, ended)
-    found.version = evidence.above(found.head, versions, [marker, *named.values()])
-    epochs = [attempt.epoch for attempt in stored]
-    found.epoch = max([found.head.epoch if found.head else 0, *epochs]) + 1
-    return found
+    attempts = _inspect_all(catalog, stored, on_attempt)
+    journalled = _read_journal(catalog)  # last: whatever a record or marker names has its entry by then
+    head = journalled.head
+    built = {attempt: journal.StoredAttempt(one.whole, attempts[attempt].built_on) for attempt, one in stored.items()}
+    lost = evidence.lost(head, built, marker)
+    if not lost and not _is_cut(head, journalled.unreadable):
+        lost = survey.missing(catalog, head, marker)
+    whole = [Whole(one.entry, one.built_on) for one in attempts.values() if one.entry and not one.problem]
+    named = [marker, *(one.built_on for one in attempts.values())]
+    return RecoveryPlan(
+        head=head,
+        unreadable=journalled.unreadable,
+        lost=lost,
+        attempts=attempts,
+        choice=evidence.choose(head, whole, journalled.ended),
+        version=evidence.above(head, journalled.versions, named),
+        epoch=max([head.epoch if head else 0, *(attempt.epoch for attempt in stored)]) + 1,
+    )
 
 
-def _entries(catalog: JournalStore, versions: list[int], found: Plan) -> set[AttemptId]:
-    """Read every entry; returns the attempts that any of them calls retired, aborted or quarantined."""
+def _is_cut(head: Head | None, unreadable: Mapping[str, str]) -> bool:
+    """Whether entries above the head are there and cannot be read. One below it is history."""
+    newest = head.version if head else -1
+    return any((layout.journal_version(key) or 0) > newest for key in unreadable)
+
+
+def _read_journal(catalog: JournalStore) -> _Journal:
+    head: Head | None = None
+    versions = catalog.versions()
+    unreadable: dict[str, str] = {}
     ended: set[AttemptId] = set()
     for version in versions:
         try:
-            found.head = catalog.entry(version)
+            head = catalog.entry(version)
         except (Damaged, Suspect) as error:
-            found.unreadable[layout.journal_key(version)] = str(error)
+            unreadable[layout.journal_key(version)] = str(error)
             continue
-        ended |= {gone.id for gone in found.head.retired}
-        ended |= {live.id for live in found.head.quarantined}
-    return ended
+        ended |= {gone.id for gone in head.retired} | {live.id for live in head.quarantined}
+    return _Journal(head, versions, unreadable, ended)
 
 
-def _look(storage: Reads, attempt: AttemptId) -> tuple[Whole | None, str]:
-    """An attempt as the journal would have it, by its manifest, and what is missing of it. Its records are read and
-    compared, of the arrays' files only the sizes: `verify` reads those."""
+def _inspect_all(
+    catalog: JournalStore, stored: Mapping[AttemptId, journal.StoredAttempt], on_attempt: Callable[[AttemptId], None]
+) -> dict[AttemptId, InspectedAttempt]:
+    attempts: dict[AttemptId, InspectedAttempt] = {}
+    for attempt, one in stored.items():
+        on_attempt(attempt)
+        found = _inspect(catalog.storage, attempt) if one.whole else _UNFINISHED
+        if found.entry is None:
+            found = replace(found, built_on=survey.built_on(catalog, attempt, False))
+        attempts[attempt] = found
+    return attempts
+
+
+_UNFINISHED = InspectedAttempt(None, "no manifest: it was never finished")
+
+
+def _inspect(storage: Reads, attempt: AttemptId) -> InspectedAttempt:
+    """An attempt that has a manifest. Its records are read and compared, of the arrays' files only the sizes: `verify`
+    reads those."""
     try:
         body = storage.get(attempt.manifest_key)
         manifest = checked_reads.record(storage, attempt.manifest_key, Manifest)
-        if body is None or manifest is None:
-            return None, "no manifest: it was never finished"
-        if manifest.id != attempt:
-            return None, f"its manifest is {manifest.id.label}'s"
-        entry = LiveStep(
-            step=attempt.step,
-            attempt=attempt.name,
-            manifest_crc32c=crc32c(body),
-            tree="",
-            bytes=manifest.total_bytes + len(body),
-            stored_metrics={},
-            time=0.0,
-        )
     except (Damaged, Suspect, NewerFormat) as error:
-        return None, str(error)
+        return InspectedAttempt(None, str(error))
+    if body is None or manifest is None:
+        return _UNFINISHED
+    if manifest.id != attempt:
+        return InspectedAttempt(None, f"its manifest is {manifest.id.label}'s")
+    entry = LiveStep(
+        step=attempt.step,
+        attempt=attempt.name,
+        manifest_crc32c=crc32c(body),
+        tree="",
+        bytes=manifest.total_bytes + len(body),
+        stored_metrics={},
+        time=0.0,
+    )
     try:
         # No journal lists it, so it cannot have been retired either.
         stored = StoredStep(storage, entry, check_live=lambda live: None)
@@ -111,23 +154,17 @@ def _look(storage: Reads, attempt: AttemptId) -> tuple[Whole | None, str]:
         for process in range(manifest.process_count):
             stored.file(layout.receipt_name(process))
     except (Damaged, Suspect, NewerFormat) as error:
-        return Whole(entry, manifest.built_on), str(error)
-    known = LiveStep(
-        step=attempt.step,
-        attempt=attempt.name,
-        manifest_crc32c=entry.manifest_crc32c,
-        tree=intent.tree.fingerprint(),
-        bytes=entry.bytes,
-        stored_metrics=extra.stored_metrics,
-        time=extra.timestamp,
+        return InspectedAttempt(entry, str(error), manifest.built_on)
+    known = structs.replace(
+        entry, tree=intent.tree.fingerprint(), stored_metrics=extra.stored_metrics, time=extra.timestamp
     )
-    return Whole(journal.carried(known, None), max(manifest.built_on, intent.built_on)), ""
+    return InspectedAttempt(journal.carried(known, None), "", max(manifest.built_on, intent.built_on))
 
 
-def write(catalog: JournalStore, found: Plan) -> Head:
+def write(catalog: JournalStore, found: RecoveryPlan) -> Head:
     """Create the `recovered` entry that `found` describes. Raises UsageError where there is nothing to recover,
     StorageError, and OrchestratorError if somebody writes to the run meanwhile."""
-    if not found.needed and not found.choice.added:
+    if not found.required and not found.choice.added:
         raise UsageError(f"{catalog.url}: nothing to recover: the journal knows every whole attempt")
     if found.version > layout.VERSION_MAX:
         keys = ", ".join(found.unreadable) or layout.journal_key(layout.VERSION_MAX)

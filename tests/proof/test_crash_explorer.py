@@ -190,7 +190,7 @@ def test_a_copy_that_lacks_the_journals_newest_entries_loses_no_step(
             told += 1
             assert {key for key, one in survey.attempts(catalog.storage).items() if one.whole} == before
         found = plan(catalog)
-        if found.needed or found.choice.added:
+        if found.required or found.choice.added:
             write(catalog, found)
         known = {live.id for live in catalog.require_head().live}
         assert {(5, "e0002-a01"), (4, "e0002-a01"), (2, "e0001-a01")} <= known, kept
