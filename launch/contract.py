@@ -42,6 +42,7 @@ from enum import Enum
 from typing import NoReturn
 
 from launch import listening
+from orchestrator.errors import EXIT_PREEMPTED as EXIT_PREEMPTED
 
 COORDINATOR_ADDRESS = "ORCHESTRATOR_COORDINATOR_ADDRESS"
 PROCESS_COUNT = "ORCHESTRATOR_PROCESS_COUNT"
@@ -64,8 +65,6 @@ SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROC
 COORDINATOR_PORT = 8476
 INITIALIZATION_TIMEOUT_S = 300  # pods and nodes of one job come up minutes apart
 LEAVING_S = 30.0  # from the last commit to the end of the process: what a launcher adds to the grace period
-
-EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: stopped by SIGTERM, saved and left; started again, it resumes
 
 
 class ContractError(ValueError):
@@ -226,7 +225,7 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", contract.local_devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    from orchestrator.job.rendezvous import collectives_listen_on, join_last_words
+    from orchestrator.job.rendezvous import collectives_listen_on, join_failure_reports
 
     if isinstance(contract, DetectedContract):
         _detect(contract, environ)
@@ -245,7 +244,7 @@ def initialize(contract: Contract, environ: MutableMapping[str, str] = os.enviro
             local_device_ids=(),
             initialization_timeout=INITIALIZATION_TIMEOUT_S,
         )
-    join_last_words()
+    join_failure_reports()
 
 
 def _bind_address(coordinator: str, environ: Mapping[str, str]) -> str | None:
@@ -302,11 +301,11 @@ def leave(code: int) -> NoReturn:
 
     After 0 and EXIT_PREEMPTED all processes leave together, and JAX may wait for them. One that fails must not: JAX's
     exit handler would wait minutes for the others, who wait for this one, and no launcher would learn of the failure.
-    Where the others can learn of it, `orchestrator.job.last_words` does all that at `sys.exit`.
+    Where the others can learn of it, `orchestrator.job.peer_failure` does all that at `sys.exit`.
     """
-    from orchestrator.job import last_words
+    from orchestrator.job import peer_failure
 
-    if code in (0, EXIT_PREEMPTED) or last_words.joined():
+    if code in (0, EXIT_PREEMPTED) or peer_failure.joined():
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,7 +9,7 @@ import ast
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.job.last_words import install
+from orchestrator.job.peer_failure import install_excepthook
 
 # The one list of what is imported on first use: type checkers follow it, and `_homes` reads it out of this file.
 if TYPE_CHECKING:
@@ -77,5 +77,5 @@ if not TYPE_CHECKING:  # to a type checker, any name at all would be one of ours
     def __getattr__(name: str) -> Any:
         if name not in _HOME_OF:
             raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
-        install()
+        install_excepthook()
         return getattr(importlib.import_module(_HOME_OF[name]), name)

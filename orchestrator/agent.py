@@ -18,7 +18,7 @@ from absl import logging
 from orchestrator import environment, failpoints
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.errors import OrchestratorError
-from orchestrator.job import last_words, leaving
+from orchestrator.job import leaving, peer_failure
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
 from orchestrator.job.participant import GRACE_S, Participants
@@ -72,7 +72,7 @@ class Agent:
         store = storage or open_storage(root)  # before any barrier: what is no root is rejected at once
         timeout_s = self.options.rendezvous_timeout_s
         me = self._rendezvous = rendezvous or connect(timeout_s)
-        last_words.serve(self, self.options.failure_grace_s)
+        peer_failure.register(self, self.options.failure_grace_s)
         failpoints.configure(os.environ, me.process)
         self._catalog = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
         given = configuration.of_agent(policy, keep, self.options)
@@ -270,7 +270,7 @@ class Agent:
             return
         self._saves.hurry()
         if value is not None:
-            last_words.left(value)
+            peer_failure.block_left(value)
         if error := self.finish():
             logging.warning("while leaving: %s", error)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from orchestrator.texts import printable
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_A_RUN, EXIT_DAMAGED, EXIT_FENCED, EXIT_NOTHING = range(7)
+EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: a job was told to stop (SIGTERM), saved and left; all its processes use it
 
 
 class OrchestratorError(Exception):

@@ -1,7 +1,7 @@
 """Orbax's CheckpointManager, kept by an agent: `import orchestrator.compat as ocp` moves an existing loop over.
 
-`CheckpointManager` is ours (`orbax_manager`); every other name (`ocp.args`, `ocp.CheckpointManagerOptions`, ...) is
-Orbax's own. So this module may define no further public name: it would hide Orbax's.
+`CheckpointManager` is ours (`manager`); every other name (`ocp.args`, `ocp.CheckpointManagerOptions`, ...) is Orbax's
+own. So nothing here, not even a module, may have a further name of Orbax's: it would hide that.
 """
 
 from orchestrator.arrays.format.orbax_api import public as __getattr__

@@ -18,6 +18,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from orchestrator.compat import orbax_steps
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.job import startup
 from orchestrator.rules import journal, json_numbers, keys
@@ -34,7 +35,7 @@ from orchestrator.rules.records import (
     TreeSpec,
     crc32c,
 )
-from orchestrator.run import orbax_steps
+from orchestrator.run import orbax_directory
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage, local_path
 
@@ -66,11 +67,11 @@ def adopt(
     base = local_path(source)
     if not isinstance(catalog.storage, PosixStorage) or base is None:
         raise UsageError(f"{catalog.url}: adopting needs a local or shared file system, as it links to Orbax's files")
-    there = orbax_steps.survey(Path(base))
+    there = orbax_directory.survey(Path(base))
     head, _ = catalog.look()  # rejected before an epoch is opened, as a job is
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if there.strange:
-        raise UsageError(orbax_steps.elsewhere(source, [path.name for path in there.strange]))
+        raise UsageError(orbax_directory.elsewhere(source, [path.name for path in there.strange]))
     found = there.steps
     if not found:
         raise UsageError(f"{source}: no steps of an Orbax CheckpointManager in it; check the path")
@@ -78,7 +79,7 @@ def adopt(
     known = {live.step for live in head.live} if head else set()
     older = tuple(sorted(step for step in found if step <= newest and step not in known))
     # Everything is looked at before anything is written: a step that cannot be adopted leaves the run as it was.
-    described = {step: orbax_steps.look(found[step], skip) for step in steps}
+    described = {step: orbax_steps.read_step(found[step], skip) for step in steps}
     for step in steps:
         _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
@@ -103,7 +104,7 @@ class _Writer:
         self._id = AttemptId.of(step, epoch, 1)
         self._on_file = on_file or (lambda path: None)
 
-    def check(self, found: orbax_steps.Found, where: str) -> None:
+    def check(self, found: orbax_steps.OrbaxStep, where: str) -> None:
         """Nothing is written of a step whose records could not be read back. Raises Damaged."""
         try:
             for record in (self._intent(TreeSpec(leaves=tuple(found.leaves))), self._extra(found)):
@@ -111,7 +112,7 @@ class _Writer:
         except (UsageError, ValueError, TypeError, RecursionError) as error:  # a name that is not UTF-8, say
             raise Damaged(f"{where}: cannot be described here: {error}") from error
 
-    def write(self, found: orbax_steps.Found, reason: str) -> int:
+    def write(self, found: orbax_steps.OrbaxStep, reason: str) -> int:
         """Returns the attempt's bytes."""
         tree = TreeSpec(leaves=tuple(found.leaves))
         self._create(keys.INTENT, self._intent(tree))
@@ -152,7 +153,7 @@ class _Writer:
     def _signed(self) -> dict[str, Any]:
         return {"format": FORMAT, "write_id": self._catalog.stamp().write_id}
 
-    def _extra(self, found: orbax_steps.Found) -> Extra:
+    def _extra(self, found: orbax_steps.OrbaxStep) -> Extra:
         told = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
         return Extra(
             **self._signed(),

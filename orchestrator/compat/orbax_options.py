@@ -29,7 +29,7 @@ REJECTED = {
 
 
 @dataclass(frozen=True)
-class Info:
+class StepInfo:
     """A step as Orbax's policies see it. `metrics`: None where the step has none."""
 
     step: int
@@ -37,8 +37,8 @@ class Info:
     metrics: dict[str, float] | None
 
 
-def info(step: int, time_s: float, metrics: dict[str, float] | None) -> Info:
-    return Info(step, datetime.datetime.fromtimestamp(time_s, tz=datetime.UTC), metrics or None)
+def info(step: int, time_s: float, metrics: dict[str, float] | None) -> StepInfo:
+    return StepInfo(step, datetime.datetime.fromtimestamp(time_s, tz=datetime.UTC), metrics or None)
 
 
 def check(options: Any, defaults: Any) -> None:
@@ -88,7 +88,7 @@ class KeepAsOrbax:
             kept |= self.keeps.keep(numbers)
         return kept
 
-    def _has_number(self, about: Info) -> bool | None:
+    def _has_number(self, about: StepInfo) -> bool | None:
         """Whether no score of it is NaN; None where one cannot be had."""
         try:
             return not any(is_nan(score, about) for score in self.keeps.scores or ())
@@ -130,7 +130,7 @@ class _Asked(Mapping[str, float]):
         return len(self._metrics)
 
 
-def is_nan(score: Callable[[Any], float], about: Info) -> bool:
+def is_nan(score: Callable[[Any], float], about: StepInfo) -> bool:
     value = None if about.metrics is None else score(about.metrics)
     return bool(value != value)
 
@@ -148,7 +148,7 @@ class KeepAllBut:
         return frozenset(each.step for each in steps) - {self.step}
 
 
-def best(infos: Sequence[Info], best_fn: Callable[[Any], float], mode: str) -> int | None:
+def best(infos: Sequence[StepInfo], best_fn: Callable[[Any], float], mode: str) -> int | None:
     """The step with the best metric; on a tie the later, as in Orbax. NaN is the best only where all are NaN."""
     scored = [each for each in infos if each.metrics is not None]
     numbers = [each for each in scored if not is_nan(best_fn, each)]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from orchestrator import failpoints
-from orchestrator.arrays.tree import Flat
+from orchestrator.arrays import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import startup
 from orchestrator.job.rendezvous import Rendezvous
@@ -26,7 +26,7 @@ from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
 from orchestrator.rules.records import Head, Json
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.orbax_steps import unadopted
+from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 

@@ -36,7 +36,7 @@ from jax.experimental import multihost_utils
 
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import WaitTimeout
-from orchestrator.job import last_words, sigterm
+from orchestrator.job import peer_failure, sigterm
 from orchestrator.rules.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
@@ -75,7 +75,7 @@ def connect(timeout_s: float) -> Rendezvous:
     """The rendezvous of this job: of all its processes if `jax.distributed` is initialized, else of this one alone."""
     if jax.process_count() == 1:
         return SingleProcess()
-    join_last_words()
+    join_failure_reports()
     return ManyProcesses(timeout_s)
 
 
@@ -85,13 +85,13 @@ def collectives_listen_on(address: str) -> None:
     _jax.make_gloo_tcp_collectives = functools.partial(_make_gloo, hostname=address)
 
 
-def join_last_words() -> None:
+def join_failure_reports() -> None:
     """If `jax.distributed` is initialized for several processes, have them learn of each other's failures. Idempotent.
     Not where the job is to outlive a lost process (`jax_enable_recoverability`)."""
     state = _distributed.global_state
     recoverable = getattr(jax.config, "jax_enable_recoverability", False)
     if state.client is not None and state.num_processes > 1 and not recoverable:
-        last_words.join(ServiceBoard(state.process_id, state.num_processes), host_name())
+        peer_failure.join(ServiceBoard(state.process_id, state.num_processes), host_name())
 
 
 def host_name() -> str:
@@ -154,7 +154,7 @@ class ManyProcesses:
             self._client.wait_at_barrier(barrier, timeout_in_ms=max(1, int(timeout_s * 1000)))
         except Exception as error:  # jaxlib raises JaxRuntimeError for every status; the text tells them apart
             raise WaitTimeout(f"{name}: {self._who(str(error))} did not arrive within {timeout_s:g} s") from error
-        last_words.met()
+        peer_failure.passed_barrier()
 
     def _who(self, text: str) -> str:
         # jaxlib 0.10.2 gives each late task a line of its own, as `2` or as `/job:jax_worker/replica:0/task:2`.

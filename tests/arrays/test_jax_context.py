@@ -233,7 +233,7 @@ CALLED_INSIDE = {
     "arrays.writing.write_plan": "as_stored",
 }
 # Functions that read the settings of the program itself.
-OUTSIDE_ON_PURPOSE = {"job.startup": "surroundings", "job.rendezvous": "join_last_words"}
+OUTSIDE_ON_PURPOSE = {"job.startup": "surroundings", "job.rendezvous": "join_failure_reports"}
 
 
 def operations(node: ast.AST) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def test_a_loop_written_for_orbax_does_the_same_with_one_import_changed(loop: An
     assert_equal(ours, theirs)
     runs = [each.parent for each in (tmp_path / "here").rglob("journal")]
     assert runs, "the steps are in runs of ours"
+
+
+def test_no_module_of_ours_hides_a_name_of_orbax() -> None:
+    ours = {module.name for module in pkgutil.iter_modules(compat.__path__)}
+    assert "manager" in ours and not [name for name in ours if hasattr(orbax.checkpoint, name)]
 
 
 def manager(root: Path, **options: Any) -> compat.CheckpointManager:

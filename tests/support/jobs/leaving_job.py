@@ -1,4 +1,4 @@
-"""One process of a job without JAX: `last_words` over a board of files, and a barrier at exit such as JAX's.
+"""One process of a job without JAX: `peer_failure` over a board of files, and a barrier at exit such as JAX's.
 
 argv: this process, how many there are, the board's directory, what this process does.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from orchestrator.errors import Fenced, NothingToRestore, SaveFailed
-from orchestrator.job import last_words
+from orchestrator.job import peer_failure
 
 BARRIER_S = 60.0  # longer than everything that should happen here
 LONG_S = 600.0
@@ -73,7 +73,7 @@ class FileBoard:
 
 
 class Agent:
-    """`in_flight` for `save_s`; its block tells `last_words` what leaves it, as that of a real one does."""
+    """`in_flight` for `save_s`; its block tells `peer_failure` what leaves it, as that of a real one does."""
 
     def __init__(self, save_s: float) -> None:
         self._until = time.monotonic() + save_s
@@ -89,7 +89,7 @@ class Agent:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if value is not None:
-            last_words.left(value)
+            peer_failure.block_left(value)
 
 
 def act(how: str, agent: Agent) -> None:
@@ -101,7 +101,7 @@ def act(how: str, agent: Agent) -> None:
                 case "interactive":
                     sys.ps1 = ">>> "
                     time.sleep(2)
-                    last_words.left(ValueError("user's bug"))
+                    peer_failure.block_left(ValueError("user's bug"))
                 case "stays":
                     time.sleep(2)
                 case "ends-late":
@@ -141,7 +141,7 @@ def act(how: str, agent: Agent) -> None:
         if not how.startswith("swallows"):
             raise
         if how == "swallows-and-meets":
-            last_words.met()
+            peer_failure.passed_barrier()
         if how == "swallows-and-exits":
             sys.exit(4)
         print("swallowed", error)
@@ -168,10 +168,10 @@ def main() -> None:
     atexit.register(lambda: print("first handler"))
     if count > 1:
         atexit.register(board.barrier)
-        last_words.join(board, f"host-{process}")
+        peer_failure.join(board, f"host-{process}")
     atexit.register(lambda: print("last handler"))
     agent = Agent({"saves": SAVE_S, "saves-for-ever": LONG_S}.get(how, 0.0))
-    last_words.serve(agent, {"stays": None, "saves": 30.0}.get(how, 3.0))
+    peer_failure.register(agent, {"stays": None, "saves": 30.0}.get(how, 3.0))
     if how == "saves":
         saver = threading.Timer(SAVE_S, print, ["saved"])
         saver.daemon = True

@@ -1,17 +1,17 @@
-"""How a process leaves when it fails, and how the others of its job hear of it: within seconds, with the truth.
+"""How a process ends when it fails, and how the others of its job learn of it: within seconds, with the cause.
 
 Without this, one host's uncaught exception shows only after minutes: JAX's exit handler waits for the other processes
 at a barrier, they wait for this one in a collective, and at last all are ended by SIGABRT. Here instead
 
-1. the one that fails tells the others through the job's message board: who it is, what happened, its exit code;
+1. the one that fails reports it on the job's board (`failure_board`): who it is, what happened, its exit code;
 2. it runs the program's own exit handlers, but not JAX's barrier, and ends with its exit code;
 3. the others print who failed and why, let a save in flight end, and end with that same exit code: so whichever of
    them a supervisor sees first, it learns the right one. Process 0 is the last, since it holds the board.
 
 What counts as failing: an exception that nothing caught (Python prints its traceback as ever; `sys.excepthook`s of
 others are called), `sys.exit` with a code other than 0 and 75 (told to stop), and the end of a program that has left an
-agent's `with` block by an exception and has met the others nowhere since. A program that merely ends waits for the
-others as it always did, and ends nobody.
+agent's `with` block by an exception and has been at no barrier with the others since. A program that merely ends waits
+for the others as it always did, and ends nobody.
 
 An uncaught error of this package ends any program with the error's documented exit code, alone or in a job. Never in
 an interactive interpreter, a notebook or a test runner: those handle exceptions themselves.
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -31,103 +30,40 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
-from orchestrator.errors import EXIT_FAILED, OrchestratorError
+from orchestrator.errors import EXIT_FAILED, EXIT_PREEMPTED, OrchestratorError
+from orchestrator.job.exit_codes import describe, exit_code
+from orchestrator.job.failure_board import Board, FailureBoard, ProcessFailure
 from orchestrator.job.poll import Pause, poll
 from orchestrator.texts import printable
 
-FAILED, HEARD, LEAVING, GONE = (f"orchestrator/{what}/" for what in ("failed", "heard", "leaving", "gone"))
-EXIT_PREEMPTED = 75  # of a job that was told to stop: all processes leave with it, together
-LOOK_S = 0.5  # from one look at the board to the next, in jobs of up to 500 processes
+POLL_S = 0.5  # from one poll of the board to the next, in jobs of up to 500 processes
 FIRST_S = 2.0  # for the process that failed to end before the others do, so that a supervisor sees it first
 TOGETHER_S = 5.0  # for the others to reach their end, too, before JAX's barrier is given up
 BARRIER_S = 300.0  # JAX's own patience at exit
 LINGER_S = 15.0  # of process 0 for the others' ends: JAX aborts whoever loses the board's service
 GRACE_S = 30.0  # Options.failure_grace_s's default: for a save in flight, and for the program's exit handlers
-TEXT_MAX = 1000
-_PAUSE = Pause(0.01, LOOK_S, growth=0.5)
+_PAUSE = Pause(0.01, POLL_S, growth=0.5)
 _STEADY = Pause(0.05, 0.05)
 
 
-class Board(Protocol):
-    """What the processes of a job tell each other. `post` and `poll` are best effort, take a second at most and never
-    raise. `connected`: False once JAX has left the job. `skip_exit_barrier`: JAX's exit handler waits for nobody."""
-
-    process: int
-    count: int
-
-    @property
-    def connected(self) -> bool: ...
-
-    def post(self, key: str, value: str) -> None: ...
-
-    def poll(self, prefix: str) -> dict[str, str]: ...
-
-    def skip_exit_barrier(self) -> None: ...
-
-
-class Saving(Protocol):
+class SavingAgent(Protocol):
     """An agent, as far as it matters here. `in_flight`: the step that it is saving."""
 
     @property
     def in_flight(self) -> int | None: ...
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What ended `process`, on `host`. `signum`: it is to end by that signal, as Python does after a Ctrl-C."""
-
-    process: int
-    host: str
-    text: str
-    code: int
-    signum: int = 0
-
-    def encode(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, text: str) -> Failure:
-        """Raises ValueError, TypeError or KeyError for what is none."""
-        told = json.loads(text)
-        return cls(int(told["process"]), str(told["host"]), str(told["text"]), int(told["code"]), int(told["signum"]))
-
-
-def exit_code(error: BaseException) -> int:
-    """What a process that `error` ends should leave with; 0 if it is no failure."""
-    match error:
-        case OrchestratorError():
-            return error.exit_code
-        case KeyboardInterrupt():
-            return 128 + signal.SIGINT
-        case SystemExit(code=None):
-            return 0
-        case SystemExit(code=int() as code):
-            return code & 0xFF
-    return EXIT_FAILED
-
-
-def describe(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return f"sys.exit({error.code!r:.{TEXT_MAX}})"
-    name = type(error).__name__
-    try:
-        text = str(error)
-    except Exception:  # of an exception of the program's
-        text = ""
-    return f"{name}: {text}"[:TEXT_MAX] if text else name
-
-
 # What an uncaught exception does, in any process.
 
 
-def install() -> None:
+def install_excepthook() -> None:
     """From now on uncaught errors of this package end the program with their own exit codes. Idempotent; any hook that
     is there, or comes later and calls the one before it, stays in use."""
-    if getattr(sys.excepthook, "says_last_words", False):
+    if getattr(sys.excepthook, "reports_failures", False):
         return
     before = sys.excepthook
 
@@ -137,7 +73,7 @@ def install() -> None:
         finally:
             _uncaught(error)
 
-    hook.says_last_words = True  # type: ignore[attr-defined]
+    hook.reports_failures = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
@@ -163,51 +99,51 @@ _job: _Job | None = None
 
 
 def join(board: Board, host: str) -> None:
-    """Tell the others of this job should this process fail, and hear of them. Once per job; later calls do nothing.
-    Main thread."""
+    """Report to the others of this job should this process fail, and notice when they do. Once per job; later calls do
+    nothing. Main thread."""
     global _job
-    install()
+    install_excepthook()
     if not joined():
         _job = _Job(board, host)
 
 
 def joined() -> bool:
-    """Whether a failure of this process is told to others, and its end waits for nobody."""
+    """Whether a failure of this process is reported to others, and its end waits for nobody."""
     return _job is not None and _job.mine() and _job.board.connected
 
 
-def serve(agent: Saving, grace_s: float | None) -> None:
+def register(agent: SavingAgent, grace_s: float | None) -> None:
     """Once another process has failed, let `agent`'s save in flight take `grace_s` at most; None: stay, whoever fails.
     Errors of this package that nothing catches end the program with their own exit codes from now on."""
-    install()
+    install_excepthook()
     if _job and _job.mine():
         _job.grace_s = grace_s
         _job.agents.add(agent)
 
 
-def met() -> None:
-    """All processes have just met: what this one has caught before did not end it."""
+def passed_barrier() -> None:
+    """All processes have just been at a barrier: what this one has caught before did not end it."""
     if _job:
         _job.caught = _job.exits = None
 
 
-def left(error: BaseException) -> None:
+def block_left(error: BaseException) -> None:
     """An agent's block is being left by `error`. The program may catch it yet."""
     if _job and _job.mine() and exit_code(error) not in (0, EXIT_PREEMPTED) and not _interactive():
         _job.catch(error)
 
 
 class _Job:
-    """This process's part in telling and hearing. `failure`: nothing has caught it. `caught`: it has left an agent's
+    """This process's part in reporting and noticing. `failure`: nothing has caught it. `caught`: it has left an agent's
     block, and the program may be over it. `exits`: `sys.exit`, which hardly a program catches; likewise."""
 
     def __init__(self, board: Board, host: str) -> None:
-        self.board, self.host = board, host
+        self.board, self.host = FailureBoard(board), host
         self.grace_s: float | None = GRACE_S
         self.agents: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.failure: Failure | None = None
-        self.caught: Failure | None = None
-        self.exits: Failure | None = None
+        self.failure: ProcessFailure | None = None
+        self.caught: ProcessFailure | None = None
+        self.exits: ProcessFailure | None = None
         self._process_id = os.getpid()
         self._shown = False
         self._at_exit = threading.Event()
@@ -215,7 +151,7 @@ class _Job:
         self._exit = sys.exit
         sys.exit = self._noting_exit
         atexit.register(self.leave)
-        threading.Thread(target=self._listen, name="last-words", daemon=True).start()
+        threading.Thread(target=self._watch, name="peer-failure", daemon=True).start()
 
     def mine(self) -> bool:
         """False in a forked child, which inherits all this and is no part of the job."""
@@ -226,17 +162,17 @@ class _Job:
     def failed(self, error: BaseException) -> None:
         """The program ends by `error`: nothing has caught it."""
         signum = signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0
-        first = self._heard()
+        first = self.board.first_failure()
         if first:  # most likely this one failed because that one had
             self._show(first)
             self.failure = replace(first, signum=0)
         else:
-            self.failure = Failure(self.board.process, self.host, describe(error), exit_code(error), signum)
-            self._tell(self.failure)
+            self.failure = ProcessFailure(self.board.process, self.host, describe(error), exit_code(error), signum)
+            self.board.report(self.failure)
         self._leave_first()
 
     def catch(self, error: BaseException) -> None:
-        failure = Failure(self.board.process, self.host, describe(error), exit_code(error))
+        failure = ProcessFailure(self.board.process, self.host, describe(error), exit_code(error))
         if not isinstance(error, SystemExit):
             self.caught = failure
         elif self.caught:  # why the program exits
@@ -246,12 +182,12 @@ class _Job:
         self._leave_first()
 
     def _noting_exit(self, status: Any = None, /) -> NoReturn:
-        """`sys.exit`. The interpreter tells nobody, not even its exit handlers, with which code it ends."""
+        """`sys.exit`. The interpreter does not say, not even to its exit handlers, with which code it ends."""
         error = SystemExit(status)
         if threading.current_thread() is threading.main_thread():
             self.exits = None
             if self.mine():
-                left(error)
+                block_left(error)
         self._exit(status)
 
     def _leave_first(self) -> None:
@@ -271,43 +207,40 @@ class _Job:
             self._end(self.failure)
         failure = self.exits or self.caught
         if failure:
-            self._tell(failure)
+            self.board.report(failure)
         if self.exits:
             self._end(self.exits)
-        self.board.post(f"{LEAVING}{self.board.process}", "")
+        self.board.leave()
         if self._others_leave(failure):
             return  # JAX's barrier holds nobody up
         self._linger(natural=True)
         self.board.skip_exit_barrier()
-        self.board.post(f"{GONE}{self.board.process}", "")
+        self.board.go()
 
-    def _others_leave(self, failure: Failure | None) -> bool:
+    def _others_leave(self, failure: ProcessFailure | None) -> bool:
         """Wait until the program of every other process has ended as well. False once it is known that one's will not,
-        as it has failed. True, too, if they take longer than JAX would wait: it has the last word."""
+        as it has failed. True, too, if they take longer than JAX would wait: that is for JAX to decide."""
         if not failure:
-            heard = poll(self._left_or_failed, BARRIER_S, lambda: True, pause=_PAUSE)
-            if not isinstance(heard, Failure):
+            found = poll(self._left_or_failed, BARRIER_S, lambda: True, pause=_PAUSE)
+            if not isinstance(found, ProcessFailure):
                 return True
-            self._show(heard, leaves=True)
+            self._show(found, leaves=True)
         return poll(self._left_or_gone, TOGETHER_S, lambda: False, pause=_PAUSE)
 
-    def _left_or_failed(self) -> bool | Failure | None:
-        return True if not self._missing() else self._heard()
+    def _left_or_failed(self) -> bool | ProcessFailure | None:
+        return self.board.first_failure() if self._missing() else True
 
     def _left_or_gone(self) -> bool | None:
         missing = self._missing()
         if not missing:
             return True
-        return False if missing <= set(self.board.poll(GONE)) else None
+        return False if missing <= self.board.gone() else None
 
-    def _missing(self) -> set[str]:
+    def _missing(self) -> frozenset[int]:
         """The other processes whose programs have not ended."""
-        return self._others() - set(self.board.poll(LEAVING))
+        return self.board.others - self.board.leaving()
 
-    def _tell(self, failure: Failure) -> None:
-        self.board.post(f"{FAILED}{failure.process}", failure.encode())
-
-    def _end(self, failure: Failure) -> NoReturn:
+    def _end(self, failure: ProcessFailure) -> NoReturn:
         """End this process as `failure` says, on any thread: run what the program wants to be run at exit, wait for
         nobody but, on process 0, those who need it."""
         if not self._ending.acquire(blocking=False):
@@ -318,7 +251,7 @@ class _Job:
             _within(GRACE_S if self.grace_s is None else self.grace_s, atexit._run_exitfuncs)
             _within(1.0, _flush)
             self._linger()
-            self.board.post(f"{GONE}{self.board.process}", "")
+            self.board.go()
             if failure.signum and threading.current_thread() is threading.main_thread():
                 signal.signal(failure.signum, signal.SIG_DFL)
                 os.kill(os.getpid(), failure.signum)
@@ -332,41 +265,38 @@ class _Job:
         started = time.monotonic()
 
         def gone() -> bool | None:
-            others = self._others()
+            others = self.board.others
             if time.monotonic() - started > FIRST_S:
-                others &= set(self.board.poll(HEARD) | self.board.poll(LEAVING) | self.board.poll(FAILED))
-            return others <= set(self.board.poll(GONE)) or None
+                others &= self.board.ending()
+            return others <= self.board.gone() or None
 
         poll(gone, LINGER_S, lambda: False, pause=_STEADY)
-        time.sleep(1.0 if natural else 0.5)  # from a process's last word to its end
-
-    def _others(self) -> set[str]:
-        return {str(index) for index in range(self.board.count)} - {str(self.board.process)}
+        time.sleep(1.0 if natural else 0.5)  # from a process's last sign to its end
 
     # Another process fails.
 
-    def _listen(self) -> None:
+    def _watch(self) -> None:
         """A thread of its own, for the life of the process."""
-        pause_s = LOOK_S * max(1.0, self.board.count / 500)
+        pause_s = POLL_S * max(1.0, self.board.count / 500)
         while not self._at_exit.wait(pause_s):
             if not self.board.connected:
                 return
             if self.failure:
                 return self._hurry(self.failure)
-            if self.grace_s is not None and not _interactive() and (first := self._heard()):
+            if self.grace_s is not None and not _interactive() and (first := self.board.first_failure()):
                 return self._follow(first)
 
-    def _hurry(self, failure: Failure) -> None:
+    def _hurry(self, failure: ProcessFailure) -> None:
         """The program has failed. Until its exit handlers run, the interpreter waits for its threads."""
         if not self._at_exit.wait(GRACE_S if self.grace_s is None else self.grace_s):
             self._end(failure)
 
-    def _follow(self, first: Failure) -> None:
+    def _follow(self, first: ProcessFailure) -> None:
         """Another process has failed: end this one, once it has finished what it is saving."""
         self._show(first)
         poll(self._saved, self.grace_s or 0.0, lambda: False, pause=_STEADY)
         if first.process:  # it ends first; a collective that has lost a process may then raise, and all ends by itself
-            poll(lambda: str(first.process) in self.board.poll(GONE) or None, FIRST_S, lambda: False, pause=_STEADY)
+            poll(lambda: first.process in self.board.gone() or None, FIRST_S, lambda: False, pause=_STEADY)
             self._at_exit.wait(FIRST_S / 2)
         if self._at_exit.is_set() or self.failure:
             self._hurry(self.failure or first)
@@ -376,20 +306,11 @@ class _Job:
     def _saved(self) -> bool | None:
         return None if any(agent.in_flight is not None for agent in list(self.agents)) else True
 
-    def _heard(self) -> Failure | None:
-        """The first failure of another process that the board knows."""
-        for _, text in sorted(self.board.poll(FAILED).items()):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                failure = Failure.decode(text)
-                if failure.process != self.board.process:
-                    return failure
-        return None
-
-    def _show(self, first: Failure, *, leaves: bool = False) -> None:
+    def _show(self, first: ProcessFailure, *, leaves: bool = False) -> None:
         if self._shown:
             return
         self._shown = True
-        self.board.post(f"{HEARD}{self.board.process}", "")
+        self.board.acknowledge()
         line = f"orchestrator: process {first.process} ({first.host}) has failed: {first.text}"
         if not leaves:
             line += f"; process {self.board.process} ({self.host}) ends with it, with exit code {first.code}"
@@ -406,7 +327,7 @@ def _within(bound_s: float, call: Callable[[], Any]) -> None:
         with contextlib.suppress(BaseException):
             call()
 
-    thread = threading.Thread(target=run, name="last-words-call", daemon=True)
+    thread = threading.Thread(target=run, name="peer-failure-call", daemon=True)
     thread.start()
     thread.join(bound_s)
 

@@ -20,7 +20,7 @@ import orchestrator as oc
 from orchestrator import compat
 from orchestrator.cli.main import main
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.orbax_steps import unadopted
+from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.memory import MemoryStorage
 from tests.support.builders import head, live

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import pytest
 
 import orchestrator as oc
-from orchestrator.job import last_words
 from tests.support.processes import free_port
 
 REPO = Path(__file__).parents[2]
@@ -161,26 +160,6 @@ def test_a_save_in_flight_is_let_end_and_said(ended: dict[str, list[Ended]]) -> 
     saver = ended["a save in flight"][0]
     assert "saved" in saver.out
     assert "once step 7 is saved, in 30 s at most" in saver.err
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (ValueError(), 1),
-        (oc.UsageError("x"), 2),
-        (oc.NotARun("x"), 3),
-        (oc.Damaged("x"), 4),
-        (oc.RootChanged("x"), 5),
-        (oc.NothingToRestore("x"), 6),
-        (KeyboardInterrupt(), 130),
-        (SystemExit(), 0),
-        (SystemExit(0), 0),
-        (SystemExit(-1), 255),
-        (SystemExit("text"), 1),
-    ],
-)
-def test_each_error_has_its_exit_code(error: BaseException, code: int) -> None:
-    assert last_words.exit_code(error) == code
 
 
 # With JAX.

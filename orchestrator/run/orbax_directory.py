@@ -1,6 +1,6 @@
-"""Directories of Orbax's CheckpointManager, looked at: which steps there are, and what each is made of.
+"""Directories of Orbax's CheckpointManager: which steps they hold, and whether a run may be opened beside them.
 
-Any version of Orbax since 0.4. Reads names and JSON, no array data, and changes nothing. What looks like a step and
+Any version of Orbax since 0.4. Reads names and the time of a step, and changes nothing. What looks like a step and
 cannot be read as one is named; nothing is passed over.
 """
 
@@ -11,56 +11,36 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import arrays
 from orchestrator.arrays.format import orbax_json
 from orchestrator.errors import Damaged, StorageError, UsageError
-from orchestrator.rules import arguments, keys
-from orchestrator.rules.records import Head, Json, LeafSpec
+from orchestrator.rules import arguments
+from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import local_path
 from orchestrator.storage.port import Reads
 
-DEFAULT = "default"  # Orbax's name for a single, unnamed item
-_STEP_METADATA = "_CHECKPOINT_METADATA"  # since 0.5.1; on a file system a step is finished once it has its name
-_METRICS = "metrics"
-_JSON = "metadata"  # of a JsonSave
+STEP_METADATA = "_CHECKPOINT_METADATA"  # since 0.5.1; on a file system a step is finished once it has its name
 # With CheckpointManagerOptions(step_prefix=..., step_format_fixed_length=...). What a save has not finished is called
 # otherwise, and is none of ours.
 _STEP = re.compile(r"(?:(.*)_)?([0-9]+)")
-_ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
 # Files that only Orbax, or Flax by it, leaves in a step that does not say what its trees are made of.
 _MARKS = ("_sharding", "checkpoint", "default/checkpoint", "manifest.ocdbt", "commit_success.txt")
-_FIRST = (_STEP_METADATA, "commit_success.txt", "checkpoint", "default/_METADATA")  # of a step's keys, in their order
+_FIRST = (STEP_METADATA, "commit_success.txt", "checkpoint", "default/_METADATA")  # of a step's keys, in their order
 _NAMES_MAX = 1000  # at the root of a store, looked at
-_OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
 
 
 @dataclass(frozen=True)
-class Directory:
+class OrbaxDirectory:
     """steps: those that can be read, by number. strange: what is called like a step and is nothing that we know."""
 
     steps: dict[int, Path]
     strange: tuple[Path, ...]
 
 
-@dataclass
-class Found:
-    """What one Orbax step holds. `files`: name below `state/` -> where it is now."""
-
-    leaves: list[LeafSpec] = field(default_factory=list)
-    files: dict[str, Path] = field(default_factory=dict)
-    json: dict[str, Json] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    iterators: dict[int, dict[str, str]] = field(default_factory=dict)
-    custom_metadata: dict[str, Json] = field(default_factory=dict)
-    single: bool = False
-    time: float = 0.0
-
-
-def survey(base: Path, known: frozenset[int] = frozenset()) -> Directory:
+def survey(base: Path, known: frozenset[int] = frozenset()) -> OrbaxDirectory:
     """The finished steps in a directory of Orbax's, and what may be some. `known`: the run's steps.
 
     Trees that stand alone (Flax's steps, but also exports) are steps where there are no others; beside a run's own,
@@ -80,11 +60,11 @@ def survey(base: Path, known: frozenset[int] = frozenset()) -> Directory:
                 strange.append(path)
         managed = [(number, path) for number, path in found if not _stands_alone(path)]
     except (FileNotFoundError, NotADirectoryError):  # of `base`; what vanishes meanwhile is not there
-        return Directory({}, ())
+        return OrbaxDirectory({}, ())
     except OSError as error:
         raise StorageError(f"{base}: cannot be searched for steps: {error.strerror or error}") from error
     alone = found if not known or any(number in known for number, _ in found) else []
-    return Directory(_by_number(base, managed or alone), tuple(strange))
+    return OrbaxDirectory(_by_number(base, managed or alone), tuple(strange))
 
 
 def _by_number(base: Path, found: Iterable[tuple[int, Path]]) -> dict[int, Path]:
@@ -100,7 +80,7 @@ def _by_number(base: Path, found: Iterable[tuple[int, Path]]) -> dict[int, Path]
 
 def _is_step(path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return (path / _STEP_METADATA).exists() or any(map(_says_its_tree, (path, *path.iterdir())))
+        return (path / STEP_METADATA).exists() or any(map(_says_its_tree, (path, *path.iterdir())))
     return False
 
 
@@ -116,80 +96,21 @@ def _stands_alone(path: Path) -> bool:
 def finished_s(path: Path) -> float:
     """When a step was finished, as far as its directory tells, in seconds since 1970. Raises StorageError."""
     try:
-        return _time(path, _metadata(path))
+        return time_of(path, metadata(path))
     except (Damaged, UsageError):
-        return _time(path, orbax_json.StepMetadata())
+        return time_of(path, orbax_json.StepMetadata())
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _metadata(path: Path) -> orbax_json.StepMetadata:
+def metadata(path: Path) -> orbax_json.StepMetadata:
     """What Orbax knew of a step; nothing in those of old versions."""
-    file = path / _STEP_METADATA
+    file = path / STEP_METADATA
     return orbax_json.read(file, orbax_json.StepMetadata) if os.path.lexists(file) else orbax_json.StepMetadata()
 
 
-def _time(path: Path, known: orbax_json.StepMetadata) -> float:
+def time_of(path: Path, known: orbax_json.StepMetadata) -> float:
     return (known.commit_timestamp_nsecs or 0) / 1e9 or os.lstat(path).st_mtime
-
-
-def look(path: Path, skip: frozenset[str]) -> Found:
-    """Read what an Orbax step is made of; no array data. Raises UsageError for what cannot be adopted, Damaged naming
-    what is not as Orbax leaves it, StorageError."""
-    try:
-        return _look(path, skip)
-    except OSError as error:  # it is being deleted, or may not be read
-        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _look(path: Path, skip: frozenset[str]) -> Found:
-    known = _metadata(path)
-    custom = arguments.plain_json(f"{path}/{_STEP_METADATA}: custom_metadata", known.custom_metadata or {})
-    found = Found(custom_metadata=custom, time=_time(path, known))
-    items = orbax_json.directories(path, skip)
-    if arrays.is_tree(path):  # written by a Checkpointer without items
-        items = {DEFAULT: path}
-    found.single = items.keys() - {_METRICS} == {DEFAULT}
-    for name, directory in items.items():
-        _look_at_item(found, name, directory)
-    if not found.leaves:
-        raise UsageError(f"{path}: holds no pytree of arrays that says what it is made of; {_OLD_HELP}")
-    return found
-
-
-def _look_at_item(found: Found, name: str, directory: Path) -> None:
-    files = orbax_json.files_below(directory)
-    iterators = {int(named[1]): files[each] for each in files if (named := _ITERATOR.fullmatch(each))}
-    if arrays.is_tree(directory):
-        item = "" if found.single else name
-        found.leaves += arrays.describe(directory, item)
-        for relative, each in files.items():
-            key = keys.check_key(f"{item}/{relative}" if item else relative, str(directory))
-            if not arguments.is_utf8(key):
-                raise Damaged(f"{directory}: {relative!r} is not UTF-8")
-            found.files[key] = each
-    elif name == _METRICS and _METRICS in files:
-        metrics = orbax_json.read(files[_METRICS], dict[str, Json])
-        found.metrics = {key: float(each) for key, each in metrics.items() if _is_float(each)}
-        rest = {key: each for key, each in metrics.items() if key not in found.metrics}
-        if rest:  # not numbers, or trees of them
-            found.json[_METRICS] = arguments.plain_json(f"{directory}/{_METRICS}", rest)
-    elif _JSON in files:
-        found.json[name] = arguments.plain_json(f"{directory}/{_JSON}", orbax_json.read(files[_JSON], Json))
-    elif iterators:
-        for index, each in iterators.items():
-            found.iterators.setdefault(index, {})[name] = orbax_json.read_text(each)
-    elif "checkpoint" in files:
-        raise UsageError(f"{directory}: of an Orbax that did not write what its trees are made of; {_OLD_HELP}")
-    else:
-        raise UsageError(
-            f"{directory}: item {name!r} is neither a pytree, JSON nor a grain iterator, and cannot be adopted; "
-            f"--skip={name} leaves it where it is"
-        )
-
-
-def _is_float(value: Json) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
 
 
 def in_store(storage: Reads, newest: int) -> tuple[str, ...]:

@@ -1,0 +1,99 @@
+"""What one step of Orbax's CheckpointManager is made of: its arrays' names, shapes and files, JSON, metrics, iterators.
+
+Any version of Orbax since 0.4. Reads names and JSON, no array data, and changes nothing. What cannot be taken over is
+named; nothing is passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator import arrays
+from orchestrator.arrays.format import orbax_json
+from orchestrator.errors import Damaged, StorageError, UsageError
+from orchestrator.rules import arguments, keys
+from orchestrator.rules.records import Json, LeafSpec
+from orchestrator.run import orbax_directory
+
+DEFAULT = "default"  # Orbax's name for a single, unnamed item
+_METRICS = "metrics"
+_JSON = "metadata"  # of a JsonSave
+_ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
+_OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
+
+
+@dataclass
+class OrbaxStep:
+    """What one step of Orbax's holds. `files`: name below `state/` -> where it is now."""
+
+    leaves: list[LeafSpec] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    json: dict[str, Json] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    iterators: dict[int, dict[str, str]] = field(default_factory=dict)
+    custom_metadata: dict[str, Json] = field(default_factory=dict)
+    single: bool = False
+    time: float = 0.0
+
+
+def read_step(path: Path, skip: frozenset[str]) -> OrbaxStep:
+    """Read what an Orbax step is made of; no array data. Raises UsageError for what cannot be adopted, Damaged naming
+    what is not as Orbax leaves it, StorageError."""
+    try:
+        return _read(path, skip)
+    except OSError as error:  # it is being deleted, or may not be read
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: Path, skip: frozenset[str]) -> OrbaxStep:
+    known = orbax_directory.metadata(path)
+    custom = arguments.plain_json(
+        f"{path}/{orbax_directory.STEP_METADATA}: custom_metadata", known.custom_metadata or {}
+    )
+    found = OrbaxStep(custom_metadata=custom, time=orbax_directory.time_of(path, known))
+    items = orbax_json.directories(path, skip)
+    if arrays.is_tree(path):  # written by a Checkpointer without items
+        items = {DEFAULT: path}
+    found.single = items.keys() - {_METRICS} == {DEFAULT}
+    for name, directory in items.items():
+        _read_item(found, name, directory)
+    if not found.leaves:
+        raise UsageError(f"{path}: holds no pytree of arrays that says what it is made of; {_OLD_HELP}")
+    return found
+
+
+def _read_item(found: OrbaxStep, name: str, directory: Path) -> None:
+    files = orbax_json.files_below(directory)
+    iterators = {int(named[1]): files[each] for each in files if (named := _ITERATOR.fullmatch(each))}
+    if arrays.is_tree(directory):
+        item = "" if found.single else name
+        found.leaves += arrays.describe(directory, item)
+        for relative, each in files.items():
+            key = keys.check_key(f"{item}/{relative}" if item else relative, str(directory))
+            if not arguments.is_utf8(key):
+                raise Damaged(f"{directory}: {relative!r} is not UTF-8")
+            found.files[key] = each
+    elif name == _METRICS and _METRICS in files:
+        metrics = orbax_json.read(files[_METRICS], dict[str, Json])
+        found.metrics = {key: float(each) for key, each in metrics.items() if _is_float(each)}
+        rest = {key: each for key, each in metrics.items() if key not in found.metrics}
+        if rest:  # not numbers, or trees of them
+            found.json[_METRICS] = arguments.plain_json(f"{directory}/{_METRICS}", rest)
+    elif _JSON in files:
+        found.json[name] = arguments.plain_json(f"{directory}/{_JSON}", orbax_json.read(files[_JSON], Json))
+    elif iterators:
+        for index, each in iterators.items():
+            found.iterators.setdefault(index, {})[name] = orbax_json.read_text(each)
+    elif "checkpoint" in files:
+        raise UsageError(f"{directory}: of an Orbax that did not write what its trees are made of; {_OLD_HELP}")
+    else:
+        raise UsageError(
+            f"{directory}: item {name!r} is neither a pytree, JSON nor a grain iterator, and cannot be adopted; "
+            f"--skip={name} leaves it where it is"
+        )
+
+
+def _is_float(value: Json) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)

@@ -1,0 +1,60 @@
+"""Restoring items by their names: the arrays of all of them in one go, then JSON and iterators. Main thread, all
+processes in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.compat import orbax_items
+from orchestrator.compat.adopt import EXTRA
+from orchestrator.compat.orbax_steps import DEFAULT
+from orchestrator.compat.stored_items import StoredItems
+from orchestrator.compat.stored_steps import NoSuchStep
+from orchestrator.job.read_step import ReadOptions
+from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.restore import RestoreOptions, restore_together
+from orchestrator.run.journal_store import JournalStore
+
+
+def restore_items(
+    catalog: JournalStore,
+    rendezvous: Rendezvous,
+    step: int | None,
+    named: Mapping[str, Any],
+    stored: StoredItems,
+    *,
+    record: bool,
+    timeout_s: float,
+) -> dict[str, Any]:
+    """Each item of `named` (name -> its args) by its name. `step`: None for the newest good one, of which `stored` is
+    the newest whose records can be read. `record`: damage found may be written down.
+
+    Raises NoSuchStep for an item that the step does not hold, and as `restore_together`.
+    """
+    where = f"{catalog.url} step {stored.step}"
+    trees: dict[str, Any] = {}
+    for name, args in named.items():
+        if name in stored.trees:
+            trees[name] = stored.target(name, args, where)
+        elif name not in stored.json and orbax_items.kind_of(args, name) != "iterator":
+            raise NoSuchStep(f"{where}: no item {name!r}; it holds {', '.join(stored.trees)}")
+    states, extra = stored.process_states, stored.extra
+    if trees:
+        like = trees[DEFAULT] if stored.whole else trees
+        read = ReadOptions(partial=True, cast=True)  # partial: each item has been matched above
+        options = RestoreOptions(timeout_s, step=step, record=record, read=read)
+        restored = restore_together(catalog, rendezvous, like, options)
+        if restored is None:
+            raise NoSuchStep(f"{catalog.url}: no steps")
+        states, extra = restored.process_states, restored.extra.get(EXTRA, {})
+        trees = {DEFAULT: restored.state} if stored.whole else restored.state
+    result = {}
+    for name, args in named.items():
+        if name in trees:
+            result[name] = trees[name]
+        elif name in stored.json:
+            result[name] = extra["json"][name]
+        else:
+            result[name] = orbax_items.set_iterator(args.item, name, states, rendezvous.process, rendezvous.count)
+    return result

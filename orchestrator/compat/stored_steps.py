@@ -1,0 +1,129 @@
+"""The steps of a run as a loop written for Orbax asks for them: which there are, their metrics, metadata and items.
+
+Reads only. Storage is asked each time; only the metrics that the journal leaves out are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.compat import stored_items
+from orchestrator.compat.adopt import EXTRA
+from orchestrator.compat.stored_items import StoredItems
+from orchestrator.errors import Damaged, StepNotFound
+from orchestrator.rules import journal
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.records import Json, LiveStep
+from orchestrator.run.journal_store import JournalStore
+
+
+class NoSuchStep(StepNotFound, FileNotFoundError):
+    """There is no such step, or none at all. Orbax raises FileNotFoundError."""
+
+
+@dataclass(frozen=True)
+class ManagedStepMetadata:
+    """What Orbax's StepMetadata holds, of a step of ours. `item_metadata`: abstract arrays."""
+
+    item_metadata: Any
+    metrics: dict[str, float]
+    custom_metadata: dict[str, Json]
+    commit_timestamp_nsecs: int
+
+
+@dataclass(frozen=True)
+class ManagedRootMetadata:
+    """What Orbax's RootMetadata holds, of a run of ours."""
+
+    custom_metadata: dict[str, Json] = field(default_factory=dict)
+
+
+PlainInfo = tuple[int, float, dict[str, float]]  # step, time of the commit, metrics
+
+
+class StoredSteps:
+    """Of the run that `catalog` reads. Any thread."""
+
+    def __init__(self, catalog: JournalStore) -> None:
+        self._catalog = catalog
+        self._omitted_metrics: dict[AttemptId, dict[str, float]] = {}
+
+    def restorable(self) -> list[LiveStep]:
+        """In the order of their commits; [] in a new run."""
+        head = self._catalog.head()
+        return [live for live in head.live if live.restorable] if head else []
+
+    def latest(self) -> int | None:
+        """None in a new run. Raises NothingToRestore where all steps are quarantined: a loop that asks this would take
+        None for a new run."""
+        head = self._catalog.head()
+        newest = self._catalog.newest(head) if head else None
+        return newest.step if newest else None
+
+    def find(self, step: int | None) -> LiveStep:
+        """`step`, or the newest one. Raises NoSuchStep, and NothingToRestore as `latest`."""
+        head = self._catalog.head()
+        live = None
+        if head:
+            live = self._catalog.newest(head) if step is None else journal.find(head, step)
+        if live is None or not live.restorable:
+            name = "no step" if step is None else f"no step {step}"
+            steps = ", ".join(str(each.step) for each in self.restorable()) or "none"
+            raise NoSuchStep(f"{self._catalog.url}: {name} to restore; choose from: {steps}")
+        return live
+
+    def infos(self, *, all_metrics: bool) -> list[PlainInfo]:
+        """Of the restorable steps. `all_metrics`: not only those that the journal carries, which need no reading."""
+        return [
+            (live.step, live.time, self.metrics(live) if all_metrics else live.metrics) for live in self.restorable()
+        ]
+
+    def metrics(self, live: LiveStep) -> dict[str, float]:
+        """All of a step's metrics."""
+        if not live.metrics_omitted:
+            return live.metrics
+        if live.id not in self._omitted_metrics:
+            self._omitted_metrics[live.id] = self._catalog.step(live).extra.metrics
+        return self._omitted_metrics[live.id]
+
+    def items(self, live: LiveStep) -> StoredItems:
+        """What the step holds. Raises Damaged, StorageError."""
+        step = self._catalog.step(live)
+        extra = step.extra.extra.get(EXTRA)
+        single = extra is None or bool(extra["single"])
+        spec = step.intent.tree
+        lists: set[tuple[str, ...]] = set()
+        for name in stored_items.metadata_files([entry.path for entry in step.manifest.files]):
+            body = step.file(name)
+            lists |= stored_items.lists_in(body, name) if body else set()
+        states = step.process_states()
+        return StoredItems(live.step, spec.leaves, frozenset(lists), single, extra or {}, states)
+
+    def newest_readable(self) -> StoredItems:
+        """Of the newest step whose records can be read: a restore deals with the damaged ones above it."""
+        newest = self.find(None)
+        for live in reversed(self._catalog.require_head().live):
+            with contextlib.suppress(Damaged):  # what merely cannot be read raises: an older step would be no answer
+                if live.restorable:
+                    return self.items(live)
+        return self.items(newest)
+
+    def metadata(self, step: int) -> ManagedStepMetadata:
+        """Raises NoSuchStep, Damaged, StorageError."""
+        live = self.find(step)
+        items = self.items(live)
+        custom = items.extra.get("custom_metadata", {})
+        return ManagedStepMetadata(items.skeletons(), self.metrics(live), custom, int(live.time * 1e9))
+
+    def root_metadata(self, given: Mapping[str, Json]) -> dict[str, Json]:
+        """As in Orbax, what the directory was given first, by whichever manager, stays: each step carries it on.
+        `given`: for a run in which no step has any."""
+        head = self._catalog.head()
+        for live in reversed(head.live if head else ()):
+            with contextlib.suppress(Damaged):
+                extra = self._catalog.step(live).extra.extra
+                return extra.get(EXTRA, {}).get("root_metadata") or dict(given)
+        return dict(given)
