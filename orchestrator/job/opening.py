@@ -27,7 +27,7 @@ from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
@@ -41,7 +41,7 @@ class Opening:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: JournalStore,
         rendezvous: Rendezvous,
         timeout_s: float,
         opened: Callable[[int], None],
@@ -210,14 +210,14 @@ class Opening:
         raise Overtaken(f"{self._catalog.url}: other jobs keep committing to this run; nothing was opened")
 
 
-def check_tree(catalog: Catalog, head: Head | None, flat: Flat) -> None:
+def check_tree(catalog: JournalStore, head: Head | None, flat: Flat) -> None:
     """The run's newest step must be of the same job as `flat`. Raises OtherJob saying how they differ."""
     newest = journal.newest(head) if head else None
     if newest is None or newest.tree == flat.spec.fingerprint():
         return
     lines: list[str] = []
     try:
-        lines = matching.tree_differences(catalog.intent(newest, catalog.manifest(newest)).tree, flat.spec)
+        lines = matching.tree_differences(catalog.step(newest).intent.tree, flat.spec)
     except (StorageError, Damaged, Suspect, NewerFormat) as error:  # that they differ, the journal says
         lines = [f"how they differ cannot be read: {error}"]
     detail = "\n".join(f"  {line}" for line in lines or ["their trees differ"])

@@ -58,7 +58,8 @@ from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Head, LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import stored_arrays
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
@@ -94,7 +95,7 @@ class RestoreOptions:
 
 
 def restore_together(
-    catalog: Catalog, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None = None
+    catalog: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None = None
 ) -> Restored | None:
     """The newest good step (or the one asked for) on every process of the job; None in a new run, which has never had
     one. Main thread.
@@ -115,7 +116,7 @@ class _Restore:
     """One call of `restore_together`, on this process."""
 
     def __init__(
-        self, catalog: Catalog, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None
+        self, catalog: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None
     ) -> None:
         self._catalog, self._rendezvous, self._like, self._options = catalog, rendezvous, like, options
         self._opening = opening
@@ -138,7 +139,7 @@ class _Restore:
         head = decode(chosen.head.encode(), Head, f"{self._catalog.url}: what process 0 has read")
         live = journal.find(head, chosen.step)
         assert live is not None  # process 0 found it in that very entry
-        stored = StoredStep(self._catalog, live)
+        stored = self._catalog.step(live)
         matched = attempt(partial(match_target, stored, self._like, self._options.read))
         plan = self._judgement.settle(stored, rounds.fits(live.step), matched)
         if plan is None:
@@ -220,7 +221,7 @@ class _Judgement:
     """What the processes of a job find out about steps, the same on all of them. damaged: attempts that are proven to
     be so, and how. Each method is a collective."""
 
-    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, options: RestoreOptions) -> None:
+    def __init__(self, catalog: JournalStore, rendezvous: Rendezvous, options: RestoreOptions) -> None:
         self._catalog, self._rendezvous, self._options = catalog, rendezvous, options
         self.damaged: dict[AttemptId, str] = {}
         self._not_journalled: list[LiveStep] = []
@@ -307,7 +308,7 @@ class _Judgement:
 # On process 0.
 
 
-def _choose(catalog: Catalog, options: RestoreOptions, damaged: DamagedSteps) -> Chosen | None:
+def _choose(catalog: JournalStore, options: RestoreOptions, damaged: DamagedSteps) -> Chosen | None:
     """What to restore; None in a new run. Raises NothingToRestore, StepNotFound."""
     head = catalog.head()
     if options.step is not None:
@@ -346,16 +347,16 @@ def _damage_in_store(stored: StoredStep, wrong: Sequence[tuple[str, str]]) -> st
     Unavailable if they are not."""
     text = "; ".join(line for _, line in wrong[:_WRONG_MAX])
     try:
-        stored.judge_fingerprints([name for name, _ in wrong[:_READ_AGAIN_MAX]], text)
+        stored_arrays.judge_fingerprints(stored, [name for name, _ in wrong[:_READ_AGAIN_MAX]], text)
     except Damaged as damage:
         return str(damage)
 
 
-def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
+def _append(catalog: JournalStore, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
     catalog.append(rule)
 
 
-def _record_restored(catalog: Catalog, live: LiveStep, early: Begun[Head | None] | None) -> None:
+def _record_restored(catalog: JournalStore, live: LiveStep, early: Begun[Head | None] | None) -> None:
     """Journal that a run has come up on this attempt: retention keeps the newest of those. Not worth failing for, but
     done before the restore returns: the next save's retention must know of it."""
     try:

@@ -32,7 +32,7 @@ from orchestrator.job.startup_rounds import Arrival, Sighting
 from orchestrator.rules import configuration, keys
 from orchestrator.rules.configuration import Settings, who
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.port import refresh
 from orchestrator.texts import printable
 
@@ -41,7 +41,7 @@ _PAUSE = Pause(0.05, 1.0, growth=1.0)
 
 
 def meet(
-    catalog: Catalog,
+    catalog: JournalStore,
     rendezvous: Rendezvous,
     name: str,
     given: Settings,
@@ -102,7 +102,7 @@ def _compare(rendezvous: Rendezvous, name: str, settings: Mapping[str, str], tim
 
 
 def _find_out(
-    catalog: Catalog,
+    catalog: JournalStore,
     rendezvous: Rendezvous,
     name: str,
     answers: Sequence[Arrival],
@@ -128,12 +128,12 @@ def _find_out(
     raise_unless_seen(rendezvous, there, failure, source, what, timeout_s)
 
 
-def _has_entry(catalog: Catalog, version: int, write_id: str) -> bool:
+def _has_entry(catalog: JournalStore, version: int, write_id: str) -> bool:
     key = keys.journal_key(version)
     return has(catalog, key) and catalog.entry(version).write_id == write_id
 
 
-def mark(catalog: Catalog) -> str:
+def mark(catalog: JournalStore) -> str:
     """Create an object among the attempts: whether this process may save here at all. The journal needs no probe, as
     opening an epoch is one create in it. Returns its key, for other hosts to look for; what a crash leaves of it is an
     object of a few bytes that nobody takes for part of a run. Raises StorageError; nothing is left behind then."""
@@ -142,14 +142,14 @@ def mark(catalog: Catalog) -> str:
     return key
 
 
-def unmark(catalog: Catalog, key: str) -> None:
+def unmark(catalog: JournalStore, key: str) -> None:
     try:
         catalog.storage.delete(key)
     except StorageError as error:  # saving needs no right to delete, retention does
         logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", catalog.url, key, error)
 
 
-def has(catalog: Catalog, key: str) -> bool:
+def has(catalog: JournalStore, key: str) -> bool:
     """Whether this host sees the object at `key`, which another one has made."""
     if catalog.storage.get(key) is not None:
         return True

@@ -22,7 +22,7 @@ from orchestrator.job.opening import Opening
 from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.observe.events import EpochOpened, subscribe
 from orchestrator.rules import journal
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from tests.support.fakes import HookedStorage
 from tests.support.runs import LIKE, fill, journal_of, kinds, now, state
@@ -253,7 +253,7 @@ class Meeting(SingleProcess):
 
 
 def an_opening(root: Path, other: dict[str, Any]) -> Opening:
-    return Opening(Catalog(PosixStorage(str(root)), "me"), Meeting(other), 1.0, lambda epoch: None)
+    return Opening(JournalStore(PosixStorage(str(root)), "me"), Meeting(other), 1.0, lambda epoch: None)
 
 
 @pytest.mark.parametrize(
