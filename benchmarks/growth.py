@@ -252,7 +252,7 @@ def _journal(directory: Path, live: int, entries: int) -> None:
     from orchestrator.rules import journal
     from orchestrator.rules.codec import encode
     from orchestrator.rules.keys import index_key, journal_key
-    from orchestrator.rules.records import Event, LiveStep
+    from orchestrator.rules.records import JournalEvent, LiveStep
 
     first: Any = journal.open_epoch(None, journal.Stamp("growth", 0.0, "0" * 32))
     steps = tuple(
@@ -276,7 +276,7 @@ def _journal(directory: Path, live: int, entries: int) -> None:
             writer="growth",
             write_id="0" * 32,
             time=0.0,
-            event=Event(kind="committed", step=version),
+            event=JournalEvent(kind="committed", step=version),
             live=steps if version == entries - 1 else (),
         )
         written = {journal_key(version): encode(head)}

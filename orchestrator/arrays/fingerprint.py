@@ -49,7 +49,7 @@ _HOST = -1
 
 
 @dataclass(frozen=True)
-class Part:
+class LocalShard:
     """One shard as one device holds it: its region (of key data: of the integers), which replica of it, the device's
     id (-1: host memory)."""
 
@@ -62,12 +62,12 @@ class Part:
 class Fingerprints:
     """Fingerprints on their way from the devices."""
 
-    waiting: list[tuple[list[tuple[str, Part]], Any]] = field(default_factory=list)
+    waiting: list[tuple[list[tuple[str, LocalShard]], Any]] = field(default_factory=list)
 
     @in_own_context
-    def result(self) -> dict[str, list[tuple[Part, str]]]:
+    def result(self) -> dict[str, list[tuple[LocalShard, str]]]:
         """Leaf name -> this process's shards and their fingerprints. Any thread; waits for the devices."""
-        found: dict[str, list[tuple[Part, str]]] = {}
+        found: dict[str, list[tuple[LocalShard, str]]] = {}
         for parts, lanes in self.waiting:
             for (name, part), row in zip(parts, np.asarray(lanes).reshape(-1, 4).tolist(), strict=True):
                 found.setdefault(name, []).append((part, fingerprints.as_text(row)))
@@ -101,14 +101,14 @@ class _Item:
     """One leaf: its parts and their data, by device; the position of each part's first word, the strides in words."""
 
     name: str
-    parts: list[Part]
+    parts: list[LocalShard]
     data: list[Any]
     bases: list[int]
     strides: list[int]
 
 
 # (sharding, shape) -> the addressable shards and their devices: most leaves of a model share a few of them.
-_Places = dict[Any, tuple[list[Part], tuple[Any, ...]]]
+_Places = dict[Any, tuple[list[LocalShard], tuple[Any, ...]]]
 
 
 @in_own_context
@@ -145,7 +145,7 @@ def of_pieces(leaf: LeafSpec, pieces: Iterable[tuple[Box, Any]]) -> str:
     """The fingerprint of an array from numpy pieces that cover it once, as stored. Holds one piece at a time."""
     found = []
     for box, data in pieces:
-        kind, item = _from_host(leaf, leaf.file_shape, Part(box, 0, _HOST), data)
+        kind, item = _from_host(leaf, leaf.file_shape, LocalShard(box, 0, _HOST), data)
         (lanes,) = np.asarray(_launch(kind, [item])).reshape(-1, 4).tolist()
         found.append(fingerprints.as_text(lanes))
     return fingerprints.total(found)
@@ -163,7 +163,7 @@ def _groups(items: list[_Item], most: int) -> Iterator[list[_Item]]:
 def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, _Item]]:
     if not isinstance(value, jax.Array):
         whole = whole_box(value.shape)
-        yield _from_host(leaf, value.shape, Part(whole, 0, _HOST), value)
+        yield _from_host(leaf, value.shape, LocalShard(whole, 0, _HOST), value)
         return
     if not value.sharding.addressable_devices:  # other processes hold it
         return
@@ -171,7 +171,7 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         value = jax.random.key_data(value)
     if (value.sharding, value.shape) not in places:
         shards = value.addressable_shards
-        found = [Part(box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
+        found = [LocalShard(box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
         places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
     parts, devices = places[value.sharding, value.shape]
     if value.is_fully_replicated:  # `addressable_data` would give the first device's copy for each
@@ -185,7 +185,7 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
             yield _from_host(leaf, value.shape, part, np.asarray(shard))
 
 
-def _from_host(leaf: LeafSpec, shape: tuple[int, ...], part: Part, value: Any) -> tuple[_Kind, _Item]:
+def _from_host(leaf: LeafSpec, shape: tuple[int, ...], part: LocalShard, value: Any) -> tuple[_Kind, _Item]:
     """A part in host memory, as words: JAX without x64 has no 64-bit types."""
     value = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")  # a copy: the caller may overwrite his own
     words = _words(value.dtype)
@@ -201,7 +201,7 @@ def _from_host(leaf: LeafSpec, shape: tuple[int, ...], part: Part, value: Any) -
 
 
 def _plan(
-    name: str, shape: tuple[int, ...], parts: list[Part], data: list[Any], devices: tuple[Any, ...], words: int
+    name: str, shape: tuple[int, ...], parts: list[LocalShard], data: list[Any], devices: tuple[Any, ...], words: int
 ) -> tuple[_Kind, _Item]:
     strides = [words * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     bases = [sum(map(int.__mul__, part.box.start, strides)) for part in parts]

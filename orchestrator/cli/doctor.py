@@ -17,7 +17,7 @@ from orchestrator.cli.command import EVENTS, Command, Flag, Flags, Result, open_
 from orchestrator.cli.finding import LEVELS, RECOVER, ExaminedRun, Finding, Level
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError
 from orchestrator.observe.event_log import directory_of
-from orchestrator.rules.records import Event, Head
+from orchestrator.rules.records import Head, JournalEvent
 
 Check = Callable[[ExaminedRun], Iterator[Finding]]
 
@@ -36,7 +36,7 @@ CHECKS: dict[str, Check] = {
 }
 # What can be checked where the journal's newest entry cannot be read.
 WITHOUT_HEAD = ("permissions", "store", "durability", "versions")
-_NO_HEAD = Head(format=0, version=-1, epoch=0, writer="", write_id="", time=0.0, event=Event(kind=""))
+_NO_HEAD = Head(format=0, version=-1, epoch=0, writer="", write_id="", time=0.0, event=JournalEvent(kind=""))
 
 
 class Diagnosis(Result, frozen=True):

@@ -47,7 +47,7 @@ class Inspection(Result, frozen=True):
     device_count: int
     mesh: dict[str, int]
     leaves: tuple[InspectedLeaf, ...]
-    metrics: dict[str, json_numbers.Stored]
+    metrics: dict[str, json_numbers.StoredNumber]
     extra: dict[str, Any]
     files: tuple[FileEntry, ...]
     processes: tuple[StepWriter, ...]

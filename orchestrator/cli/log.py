@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from orchestrator.cli import render
 from orchestrator.cli.command import Command, Flag, Flags, Result, open_store
 from orchestrator.rules import arguments
-from orchestrator.rules.records import Event
+from orchestrator.rules.records import JournalEvent
 
 # What an event's `steps` are, before their numbers. Events that are not here name none, or ones that say nothing more.
 _STEPS_ARE = {"committed": "retired ", "retired": "", "collected": "", "recovered": "steps "}
@@ -20,7 +20,7 @@ class LogEntry(Result, frozen=True):
     epoch: int
     writer: str
     time: float
-    event: Event
+    event: JournalEvent
 
 
 def run(root: str, flags: Flags) -> list[LogEntry]:
@@ -48,14 +48,14 @@ def show(entries: list[LogEntry], flags: Flags) -> Iterator[render.Shown]:
     yield render.table(columns, rows, right=["version", "epoch", "step"])
 
 
-def _what(event: Event) -> str:
+def _what(event: JournalEvent) -> str:
     parts = [event.attempt or "", reason_and_causes(event)]
     if event.steps and event.kind in _STEPS_ARE:
         parts.append(_STEPS_ARE[event.kind] + ", ".join(map(str, event.steps)))
     return "; ".join(part for part in parts if part)
 
 
-def reason_and_causes(event: Event) -> str:
+def reason_and_causes(event: JournalEvent) -> str:
     """Why it happened; of an abort host by host."""
     causes = [f"process {one.process} ({one.host}) in {one.phase}: {one.cause}" for one in event.failures]
     return "; ".join([*([event.reason] if event.reason else []), *causes])

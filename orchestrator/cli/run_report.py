@@ -16,7 +16,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.observe.timeline import Story
 from orchestrator.rules import journal, save_interval
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.json_numbers import Stored
+from orchestrator.rules.json_numbers import StoredNumber
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes, partition
 from orchestrator.run.journal_store import JournalStore
@@ -53,7 +53,7 @@ class ReportedSave(Result, frozen=True):
     state: str = ""
     trust: str = ""
     pins: tuple[str, ...] = ()
-    metrics: dict[str, Stored] = msgspec.field(default_factory=dict)
+    metrics: dict[str, StoredNumber] = msgspec.field(default_factory=dict)
     parts: tuple[SavePart, ...] = ()
 
 

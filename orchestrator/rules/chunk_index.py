@@ -15,8 +15,8 @@ from orchestrator.rules.dtypes import ITEM_BYTES
 from orchestrator.rules.records import Box, LeafSpec, Manifest, Receipt
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 
-Place = tuple[str, int, int]  # file below `state/`, offset, bytes
-Chunk = bytes | Place  # itself, or where it is
+Location = tuple[str, int, int]  # file below `state/`, offset, bytes
+Chunk = bytes | Location  # itself, or where it is
 
 
 def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
@@ -43,18 +43,18 @@ def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFiles:
     """What a manifest says is below `state/`. chunks: key in the array store -> CRC-32C, in hex. files: path -> bytes;
     whatever else lies there belongs to no step, and is not read."""
 
     chunks: Mapping[str, str]
     files: Mapping[str, int]
 
-    def below(self, item: str) -> Stored:
+    def below(self, item: str) -> StoredFiles:
         """Of the directory `item` ('': all of it), which another writer's array store is."""
         prefix = f"{item}/" if item else ""
         inside = {path.removeprefix(prefix): size for path, size in self.files.items() if path.startswith(prefix)}
-        return Stored({}, inside)
+        return StoredFiles({}, inside)
 
 
 def sizes(leaves: Iterable[LeafSpec]) -> dict[str, int]:
@@ -69,9 +69,9 @@ def sizes(leaves: Iterable[LeafSpec]) -> dict[str, int]:
     return found
 
 
-def stored(manifest: Manifest) -> Stored:
+def stored(manifest: Manifest) -> StoredFiles:
     below = (entry for entry in manifest.files if entry.path.startswith(keys.STATE))
-    return Stored(manifest.chunks, {entry.path.removeprefix(keys.STATE): entry.bytes for entry in below})
+    return StoredFiles(manifest.chunks, {entry.path.removeprefix(keys.STATE): entry.bytes for entry in below})
 
 
 def checksums(receipts: Iterable[Receipt]) -> dict[str, str]:

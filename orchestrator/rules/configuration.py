@@ -18,7 +18,7 @@ TEXT_CHARS = 200  # of a value, as hosts exchange it
 _SHOWN_MAX = 8  # processes named for one value
 
 
-class Rule(Enum):
+class Strictness(Enum):
     """SAME: hosts that differ in it are rejected, as their saves would fail, hang or differ. NOTED: it may work, and is
     said. OWN: each host's own business."""
 
@@ -28,45 +28,45 @@ class Rule(Enum):
 
 
 # Every field of Options stands here (a test holds it): a new one cannot be forgotten.
-OPTIONS: Mapping[str, Rule] = {
-    "async_save": Rule.SAME,
-    "on_save_failure": Rule.SAME,  # one raises and leaves, where the others go on and wait for it
-    "save_timeout_s": Rule.SAME,
-    "rendezvous_timeout_s": Rule.SAME,
-    "preemption_grace_s": Rule.SAME,
-    "failure_grace_s": Rule.SAME,
-    "compression": Rule.SAME,
-    "other_tree": Rule.SAME,
-    "host_bytes_max": Rule.NOTED,  # hosts may have more and less memory
-    "when_full": Rule.SAME,
-    "attest": Rule.SAME,  # fingerprints of some prove nothing, and a collective of some hangs
-    "host_local": Rule.SAME,
-    "load_once": Rule.SAME,
-    "quarantine_keep_s": Rule.SAME,
-    "events_dir": Rule.OWN,
-    "metrics_port": Rule.OWN,
-    "metrics_address": Rule.OWN,
-    "metrics_file": Rule.OWN,
-    "traces": Rule.OWN,
+OPTIONS: Mapping[str, Strictness] = {
+    "async_save": Strictness.SAME,
+    "on_save_failure": Strictness.SAME,  # one raises and leaves, where the others go on and wait for it
+    "save_timeout_s": Strictness.SAME,
+    "rendezvous_timeout_s": Strictness.SAME,
+    "preemption_grace_s": Strictness.SAME,
+    "failure_grace_s": Strictness.SAME,
+    "compression": Strictness.SAME,
+    "other_tree": Strictness.SAME,
+    "host_bytes_max": Strictness.NOTED,  # hosts may have more and less memory
+    "when_full": Strictness.SAME,
+    "attest": Strictness.SAME,  # fingerprints of some prove nothing, and a collective of some hangs
+    "host_local": Strictness.SAME,
+    "load_once": Strictness.SAME,
+    "quarantine_keep_s": Strictness.SAME,
+    "events_dir": Strictness.OWN,
+    "metrics_port": Strictness.OWN,
+    "metrics_address": Strictness.OWN,
+    "metrics_file": Strictness.OWN,
+    "traces": Strictness.OWN,
 }
-RULES: Mapping[str, Rule] = {
-    "save": Rule.SAME,
-    "keep": Rule.SAME,
+RULES: Mapping[str, Strictness] = {
+    "save": Strictness.SAME,
+    "keep": Strictness.SAME,
     **{f"Options.{name}": rule for name, rule in OPTIONS.items()},
     # What arrays are, and what random numbers come out, on each host.
-    "jax_enable_x64": Rule.SAME,
-    "jax_threefry_partitionable": Rule.SAME,
-    "jax_default_prng_impl": Rule.SAME,
-    "ORCHESTRATOR_STEP_BACK": Rule.NOTED,  # process 0's counts
-    "ORCHESTRATOR_STORE_DEADLINE_S": Rule.NOTED,
+    "jax_enable_x64": Strictness.SAME,
+    "jax_threefry_partitionable": Strictness.SAME,
+    "jax_default_prng_impl": Strictness.SAME,
+    "ORCHESTRATOR_STEP_BACK": Strictness.NOTED,  # process 0's counts
+    "ORCHESTRATOR_STORE_DEADLINE_S": Strictness.NOTED,
     # Versions that differ may work together; when they do not, this is the first that people must know.
-    "Python": Rule.NOTED,
-    "checkpoint-orchestrator": Rule.NOTED,
-    "jax": Rule.NOTED,
-    "jaxlib": Rule.NOTED,
-    "numpy": Rule.NOTED,
-    "orbax-checkpoint": Rule.NOTED,
-    "tensorstore": Rule.NOTED,
+    "Python": Strictness.NOTED,
+    "checkpoint-orchestrator": Strictness.NOTED,
+    "jax": Strictness.NOTED,
+    "jaxlib": Strictness.NOTED,
+    "numpy": Strictness.NOTED,
+    "orbax-checkpoint": Strictness.NOTED,
+    "tensorstore": Strictness.NOTED,
 }
 ORBAX = "CheckpointManagerOptions."  # what begins so is an option of Orbax's, all of which are SAME
 PACKAGES = ("checkpoint-orchestrator", "jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore")
@@ -76,16 +76,16 @@ ENVIRONMENT = ("ORCHESTRATOR_STEP_BACK", "ORCHESTRATOR_STORE_DEADLINE_S")
 Settings = Mapping[str, str]  # name of a setting -> its value, in words
 
 
-def rule_of(name: str) -> Rule:
+def rule_of(name: str) -> Strictness:
     """NOTED for what this version does not know: another host's does."""
-    return Rule.SAME if name.startswith(ORBAX) else RULES.get(name, Rule.NOTED)
+    return Strictness.SAME if name.startswith(ORBAX) else RULES.get(name, Strictness.NOTED)
 
 
 def of_agent(save: object, keep: object, options: Options) -> dict[str, str]:
     """What an agent was given. Raises KeyError for an option without a rule."""
     given: dict[str, object] = {"save": save, "keep": keep}
     for field in fields(options):
-        if OPTIONS[field.name] is not Rule.OWN:
+        if OPTIONS[field.name] is not Strictness.OWN:
             given[f"Options.{field.name}"] = getattr(options, field.name)
     return {name: described(value) for name, value in given.items()}
 
@@ -151,7 +151,7 @@ def digest(settings: Settings) -> str:
 def differences(told: Sequence[Settings], named: Callable[[Sequence[int]], str]) -> tuple[list[str], list[str]]:
     """(in what hosts must not differ, in what they had better not): a line for each setting, with its values and whose
     they are, process 0's first. `told`: by process. `named`: processes in words."""
-    lines: dict[Rule, list[str]] = {rule: [] for rule in Rule}
+    lines: dict[Strictness, list[str]] = {rule: [] for rule in Strictness}
     for name in sorted({name for settings in told for name in settings}, key=_place):
         holders: dict[str, list[int]] = {}
         for process, settings in enumerate(told):
@@ -159,7 +159,7 @@ def differences(told: Sequence[Settings], named: Callable[[Sequence[int]], str])
         if len(holders) > 1:
             shown = "; ".join(f"{value} on {named(processes)}" for value, processes in holders.items())
             lines[rule_of(name)].append(f"{name}: {shown}")
-    return lines[Rule.SAME], lines[Rule.NOTED]
+    return lines[Strictness.SAME], lines[Strictness.NOTED]
 
 
 _PLACES = {name: place for place, name in enumerate(RULES)}

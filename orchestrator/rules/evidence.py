@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Stamp, StoredAttempt
-from orchestrator.rules.records import FORMAT, Event, Head, LiveStep
+from orchestrator.rules.records import FORMAT, Head, JournalEvent, LiveStep
 
 
 def lost(head: Head | None, found: Mapping[AttemptId, StoredAttempt], marker: int = -1) -> str:
@@ -99,7 +99,9 @@ def recovered(
 ) -> Head:
     """The entry that a journal goes on from after it has lost entries. Attempts that the surviving head has and `live`
     has not (their step was committed again) are put aside if they are quarantined, else retired as replaced."""
-    base = head or Head(format=FORMAT, version=-1, epoch=0, writer="", write_id="", time=0.0, event=Event(kind=""))
+    base = head or Head(
+        format=FORMAT, version=-1, epoch=0, writer="", write_id="", time=0.0, event=JournalEvent(kind="")
+    )
     kept = {one.id for one in live}
     replaced = [old for old in base.live if old.id not in kept]
     return replace(
@@ -109,7 +111,7 @@ def recovered(
         writer=stamp.writer,
         write_id=stamp.write_id,
         time=stamp.time,
-        event=Event(kind="recovered", reason=reason, steps=tuple(one.step for one in live)),
+        event=JournalEvent(kind="recovered", reason=reason, steps=tuple(one.step for one in live)),
         live=live,
         retired=(*base.retired, *(journal.retired_as(old, "replaced") for old in replaced if old.restorable)),
         aside=(*base.aside, *(replace(old, pins=()) for old in replaced if not old.restorable)),

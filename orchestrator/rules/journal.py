@@ -20,7 +20,7 @@ from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, Us
 from orchestrator.policy import KeepPolicy
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.json_numbers import stored_all
-from orchestrator.rules.records import FORMAT, Cause, Event, Failure, Head, LiveStep, Quarantine, RetiredAttempt
+from orchestrator.rules.records import FORMAT, Cause, Failure, Head, JournalEvent, LiveStep, Quarantine, RetiredAttempt
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ Next = Head | FencedBy | Rejected | None
 Rule = Callable[[Head | None, Stamp], Next]
 
 
-def _next(head: Head | None, stamp: Stamp, event: Event, **changes: object) -> Head:
+def _next(head: Head | None, stamp: Stamp, event: JournalEvent, **changes: object) -> Head:
     base = head or Head(format=FORMAT, version=-1, epoch=0, writer="", write_id="", time=0.0, event=event)
     following = replace(
         base,
@@ -95,7 +95,7 @@ def _next(head: Head | None, stamp: Stamp, event: Event, **changes: object) -> H
     return replace(following, **changes)
 
 
-def _bounded(event: Event) -> Event:
+def _bounded(event: JournalEvent) -> JournalEvent:
     failures = tuple(
         replace(each, host=_cut(each.host, NAME_CHARS), cause=_cut(each.cause, CAUSE_CHARS))
         for each in event.failures[:FAILURES_MAX]
@@ -114,7 +114,7 @@ def open_epoch(head: Head | None, stamp: Stamp, *, compared: Compared | None = N
     step has another tree than that by now."""
     if compared is not None and tree_of(head) != compared.tree:
         return Rejected(Overtaken("another job has committed a step to this run meanwhile"))
-    return _next(head, stamp, Event(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
+    return _next(head, stamp, JournalEvent(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
 
 
 def tree_of(head: Head | None) -> str | None:
@@ -160,7 +160,7 @@ def commit(
         *(retired_as(old, "quarantine_keep_s") for old in (*live, *aside) if id(old) in expired),
     ]
     steps = tuple(sorted({*dropped, *(old.step for old in live if id(old) in expired)}))
-    event = Event(kind="committed", step=entry.step, attempt=entry.attempt, reason=reason, steps=steps)
+    event = JournalEvent(kind="committed", step=entry.step, attempt=entry.attempt, reason=reason, steps=steps)
     return _next(
         head,
         stamp,
@@ -195,7 +195,7 @@ def abort(
         return _not_our_epoch(head, epoch)
     if is_known(head, attempt):
         return None
-    event = Event(
+    event = JournalEvent(
         kind="aborted", step=attempt.step, attempt=attempt.name, failures=failures, reason=reason, cause=cause
     )
     gone = RetiredAttempt(step=attempt.step, attempt=attempt.name, reason="aborted", cause=cause)
@@ -212,7 +212,11 @@ def retire(head: Head | None, stamp: Stamp, *, keep: KeepPolicy) -> Next:
     gone = [retired_as(old, "retention") for old in head.live if old.step in dropped]
     kept = tuple(old for old in head.live if old.step not in dropped)
     return _next(
-        head, stamp, Event(kind="retired", steps=tuple(sorted(dropped))), live=kept, retired=(*head.retired, *gone)
+        head,
+        stamp,
+        JournalEvent(kind="retired", steps=tuple(sorted(dropped))),
+        live=kept,
+        retired=(*head.retired, *gone),
     )
 
 
@@ -233,7 +237,7 @@ def discard(head: Head | None, stamp: Stamp, *, step: int) -> Next:
     return _next(
         head,
         stamp,
-        Event(kind="retired", steps=(step,), reason="quarantined, deleted by name"),
+        JournalEvent(kind="retired", steps=(step,), reason="quarantined, deleted by name"),
         live=live,
         retired=(*head.retired, *(retired_as(old, "quarantined") for old in gone)),
         aside=tuple(old for old in head.aside if old.id not in names),
@@ -249,7 +253,10 @@ def collected(head: Head | None, stamp: Stamp, *, attempts: Iterable[AttemptId])
     if len(left) == len(head.retired):
         return None
     return _next(
-        head, stamp, Event(kind="collected", steps=tuple(sorted({attempt.step for attempt in done}))), retired=left
+        head,
+        stamp,
+        JournalEvent(kind="collected", steps=tuple(sorted({attempt.step for attempt in done}))),
+        retired=left,
     )
 
 
@@ -305,7 +312,7 @@ def release(
         return Rejected(OrchestratorError(text))
     trust = found.quarantine.trust if found.quarantine else "committed"
     lifted = replace(found, trust=trust, quarantine=None, pins=there.pins if there else found.pins)
-    event = Event(kind="released", step=step, attempt=found.attempt, reason=reason)
+    event = JournalEvent(kind="released", step=step, attempt=found.attempt, reason=reason)
     aside = [old for old in head.aside if old is not found]
     if there is None:
         return _next(head, stamp, event, live=_put_back(head.live, lifted), aside=tuple(aside))
@@ -356,7 +363,7 @@ def _change(
     if changed == found:
         return None
     live = tuple(changed if entry is found else entry for entry in head.live)
-    return _next(head, stamp, Event(kind=kind, step=step, attempt=found.attempt, reason=reason), live=live)
+    return _next(head, stamp, JournalEvent(kind=kind, step=step, attempt=found.attempt, reason=reason), live=live)
 
 
 def _not_our_epoch(head: Head | None, epoch: int) -> FencedBy | Rejected:

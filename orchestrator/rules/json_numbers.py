@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 Word = Literal["NaN", "Infinity", "-Infinity"]
-Stored = float | Word | None  # None: what earlier versions wrote of adopted ones; it is read as NaN
+StoredNumber = float | Word | None  # None: what earlier versions wrote of adopted ones; it is read as NaN
 
 NUMBER = "$number"
 _NUMBERS: dict[str, float] = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -27,16 +27,16 @@ def stored(number: float) -> float | Word:
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
-def stored_all(numbers: Mapping[str, float]) -> dict[str, Stored]:
+def stored_all(numbers: Mapping[str, float]) -> dict[str, StoredNumber]:
     return {name: stored(number) for name, number in numbers.items()}
 
 
-def number(written: Stored) -> float:
+def number(written: StoredNumber) -> float:
     """The metric that was written."""
     return math.nan if written is None else _NUMBERS[written] if isinstance(written, str) else written
 
 
-def numbers(written: Mapping[str, Stored]) -> dict[str, float]:
+def numbers(written: Mapping[str, StoredNumber]) -> dict[str, float]:
     return {name: number(each) for name, each in written.items()}
 
 

@@ -282,7 +282,7 @@ class Extra(Record, frozen=True):
     write_id: str
     step: int
     timestamp: float
-    stored_metrics: dict[str, json_numbers.Stored] = msgspec.field(name="metrics")
+    stored_metrics: dict[str, json_numbers.StoredNumber] = msgspec.field(name="metrics")
     stored_extra: dict[str, Json] = msgspec.field(name="extra")
 
     @property
@@ -294,7 +294,7 @@ class Extra(Record, frozen=True):
         return {name: json_numbers.unpack(value) for name, value in self.stored_extra.items()}
 
 
-class Event(Record, frozen=True, omit_defaults=True):
+class JournalEvent(Record, frozen=True, omit_defaults=True):
     """What an entry of the journal changed. cause: of an abort; None in entries that were written before there was this
     field."""
 
@@ -330,7 +330,7 @@ class LiveStep(Record, _OfAttempt, frozen=True):
     manifest_crc32c: str
     tree: str
     bytes: int
-    stored_metrics: dict[str, json_numbers.Stored] = msgspec.field(name="metrics")
+    stored_metrics: dict[str, json_numbers.StoredNumber] = msgspec.field(name="metrics")
     time: float
     trust: str = "committed"
     pins: tuple[str, ...] = ()
@@ -348,7 +348,8 @@ class LiveStep(Record, _OfAttempt, frozen=True):
 
 
 class RetiredAttempt(Record, _OfAttempt, frozen=True, omit_defaults=True):
-    """An attempt that is no longer restorable, or never was, and whose data is not deleted yet. cause: as in Event."""
+    """An attempt that is no longer restorable, or never was, and whose data is not deleted yet. cause: of an aborted
+    one, as in JournalEvent."""
 
     step: int
     attempt: str
@@ -366,7 +367,7 @@ class Head(Record, frozen=True):
     writer: str
     write_id: str
     time: float
-    event: Event
+    event: JournalEvent
     live: tuple[LiveStep, ...] = ()
     retired: tuple[RetiredAttempt, ...] = ()
     aside: tuple[LiveStep, ...] = ()

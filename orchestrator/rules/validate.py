@@ -21,13 +21,13 @@ from orchestrator.rules.attempt_id import parse_name
 from orchestrator.rules.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.rules.records import (
     Box,
-    Event,
     ExternalArray,
     Extra,
     Failure,
     FileEntry,
     Head,
     Intent,
+    JournalEvent,
     LeafSpec,
     LiveStep,
     Manifest,
@@ -147,7 +147,7 @@ def _head(head: Head) -> None:
         raise Invalid(f"{both.id.label} is in `live` and in `retired`, expected in one of them")
 
 
-def _event(event: Event) -> None:
+def _event(event: JournalEvent) -> None:
     _text("event.kind", event.kind)
     _text("event.reason", event.reason, REASON_CHARS_MAX)
     for step in (*event.steps, *(() if event.step is None else (event.step,))):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from orchestrator.arrays.writing.part_queue import PartQueue
-from orchestrator.arrays.writing.staging import Part
+from orchestrator.arrays.writing.staging import StagedPart
 from orchestrator.errors import WaitTimeout
 
 
-def staged(count: int = 1) -> list[Part]:
+def staged(count: int = 1) -> list[StagedPart]:
     return [(np.zeros(4, np.uint8), ())] * count
 
 

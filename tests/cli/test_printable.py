@@ -25,12 +25,12 @@ from orchestrator.observe import event_log, events
 from orchestrator.rules import keys
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import (
-    Event,
     Extra,
     Failure,
     FileEntry,
     Head,
     Intent,
+    JournalEvent,
     Manifest,
     Receipt,
     Record,
@@ -187,7 +187,7 @@ class Forger:
         path.write_text(path.read_text().replace(old, new))
 
 
-FAILED = Event(
+FAILED = JournalEvent(
     kind="aborted",
     step=9,
     attempt="e0001-a01",
@@ -202,8 +202,8 @@ FIELDS: dict[str, Callable[[Forger], None]] = {
     "trust": lambda run: run.live(trust=HOSTILE),
     "attempt": lambda run: run.live(attempt=HOSTILE),
     "manifest's checksum": lambda run: run.live(manifest_crc32c=HOSTILE),
-    "kind of event": lambda run: run.head(lambda head: {"event": Event(kind=HOSTILE, step=1)}),
-    "reason": lambda run: run.head(lambda head: {"event": Event(kind="aborted", step=9, reason=HOSTILE)}),
+    "kind of event": lambda run: run.head(lambda head: {"event": JournalEvent(kind=HOSTILE, step=1)}),
+    "reason": lambda run: run.head(lambda head: {"event": JournalEvent(kind="aborted", step=9, reason=HOSTILE)}),
     "failure": lambda run: run.head(lambda head: {"event": FAILED}),
     "retired": lambda run: run.head(
         lambda head: {"retired": (RetiredAttempt(step=1, attempt="e0001-a01", reason=HOSTILE),), "live": head.live[1:]}

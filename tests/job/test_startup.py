@@ -21,7 +21,17 @@ import orchestrator as oc
 from orchestrator.cli.main import main
 from orchestrator.job import startup
 from orchestrator.rules import configuration
-from orchestrator.rules.configuration import OPTIONS, ORBAX, RULES, Rule, described, differences, digest, of_agent, who
+from orchestrator.rules.configuration import (
+    OPTIONS,
+    ORBAX,
+    RULES,
+    Strictness,
+    described,
+    differences,
+    digest,
+    of_agent,
+    who,
+)
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.read_only import ReadOnlyStorage
@@ -254,7 +264,7 @@ def test_a_mark_that_a_crash_has_left_is_no_part_of_the_run(root: Path) -> None:
 
 def test_every_option_has_a_rule_and_nothing_else_has() -> None:
     assert [field.name for field in fields(oc.Options)] == list(OPTIONS)
-    own = {name for name, rule in OPTIONS.items() if rule is Rule.OWN}
+    own = {name for name, rule in OPTIONS.items() if rule is Strictness.OWN}
     assert of_agent(None, None, oc.Options()).keys() == {"save", "keep"} | {
         f"Options.{n}" for n in OPTIONS.keys() - own
     }

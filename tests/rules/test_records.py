@@ -19,12 +19,12 @@ from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.json_numbers import stored, stored_all
 from orchestrator.rules.records import (
     Box,
-    Event,
     Extra,
     Failure,
     FileEntry,
     Head,
     Intent,
+    JournalEvent,
     LeafSpec,
     LiveStep,
     Manifest,
@@ -43,7 +43,9 @@ EXAMPLES: list[Record] = [
         live(1, metrics={"loss": 0.1, "nan": math.nan, "best": -math.inf}, pins=("paper",)),
         live(2, trust="quarantined"),
         retired=(RetiredAttempt(step=0, attempt="e0001-a01", reason="aborted"),),
-        event=Event(kind="aborted", step=0, attempt="e0001-a01", failures=(FAILURE,), reason="because", steps=(1, 2)),
+        event=JournalEvent(
+            kind="aborted", step=0, attempt="e0001-a01", failures=(FAILURE,), reason="because", steps=(1, 2)
+        ),
     ),
     intent(
         leaf(),
@@ -206,7 +208,7 @@ HEADS = st.builds(
     writer=TEXT,
     write_id=TEXT,
     time=TIMES,
-    event=st.builds(Event, kind=TEXT, reason=TEXT, steps=st.lists(st.integers(0, 99)).map(tuple)),
+    event=st.builds(JournalEvent, kind=TEXT, reason=TEXT, steps=st.lists(st.integers(0, 99)).map(tuple)),
     live=st.lists(
         st.builds(
             LiveStep,

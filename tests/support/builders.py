@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.rules import json_numbers
 from orchestrator.rules.attempt_id import name_of
 from orchestrator.rules.journal import Stamp
-from orchestrator.rules.records import Box, Event, Head, Intent, LeafSpec, LiveStep, Receipt, TreeSpec
+from orchestrator.rules.records import Box, Head, Intent, JournalEvent, LeafSpec, LiveStep, Receipt, TreeSpec
 
 FIRST = name_of(1, 1)
 
@@ -23,7 +23,12 @@ def live(step: int, attempt: str = FIRST, **more: Any) -> LiveStep:
 
 
 def head(*steps: LiveStep, epoch: int = 1, version: int = 7, **more: Any) -> Head:
-    plain: dict[str, Any] = {"writer": "w", "write_id": "before", "time": 0.0, "event": Event(kind="opened-epoch")}
+    plain: dict[str, Any] = {
+        "writer": "w",
+        "write_id": "before",
+        "time": 0.0,
+        "event": JournalEvent(kind="opened-epoch"),
+    }
     return Head(format=1, version=version, epoch=epoch, live=steps, **{**plain, **more})
 
 

@@ -20,7 +20,7 @@ from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.evidence import Whole
 from orchestrator.rules.journal import StoredAttempt
-from orchestrator.rules.records import Event
+from orchestrator.rules.records import JournalEvent
 from orchestrator.run import checked_reads
 from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import JournalStore
@@ -327,7 +327,7 @@ def test_what_is_chosen_of_the_whole_attempts() -> None:
         surviving, journal.Stamp("me", 1.0, "id"), version=12, epoch=4, live=choice.live, reason="r"
     )
     assert [one.id for one in following.aside] == [(20, "e0002-a01")]
-    assert following.event == Event(kind="recovered", reason="r", steps=(10, 30, 20, 40))
+    assert following.event == JournalEvent(kind="recovered", reason="r", steps=(10, 30, 20, 40))
     assert following.live[0].pins == ("p",)
 
 

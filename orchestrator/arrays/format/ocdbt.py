@@ -19,7 +19,7 @@ import numpy as np
 
 from orchestrator.errors import Damaged
 from orchestrator.rules import keys as layout
-from orchestrator.rules.chunk_index import Chunk, Place
+from orchestrator.rules.chunk_index import Chunk, Location
 
 MANIFEST = layout.STORE
 NOT_OURS = "the store's tree is compressed or in parts; none of ours is"
@@ -43,7 +43,7 @@ class Unsupported(Exception):
 class NodeRef:
     """Where a node is. `transitive`: what its data file paths are relative to. `height`: above the leaves."""
 
-    place: Place
+    place: Location
     transitive: str
     height: int
 
@@ -53,7 +53,7 @@ class _Summary:
     """A node, as its parent describes it."""
 
     first_key: bytes
-    place: Place
+    place: Location
     keys: int
     tree_bytes: int
     value_bytes: int

@@ -15,7 +15,7 @@ from orchestrator.arrays.reading.kvstore import KvStore
 from orchestrator.arrays.reading.kvstore_source import KvStoreSource
 from orchestrator.arrays.reading.local_source import LocalSource
 from orchestrator.errors import Damaged, Suspect
-from orchestrator.rules.chunk_index import Chunk, Stored
+from orchestrator.rules.chunk_index import Chunk, StoredFiles
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 from orchestrator.storage import local_path
 
@@ -24,7 +24,7 @@ _READS = 16  # under way at once
 
 def check(
     directory: str,
-    stored: Stored,
+    stored: StoredFiles,
     on_bytes: OnBytes = lambda read_bytes: None,
     sizes: Mapping[str, int | None] | None = None,
 ) -> dict[str, str]:
@@ -42,7 +42,7 @@ def check(
 
 
 def _opened(
-    directory: str, kvstore: KvStore, stored: Stored
+    directory: str, kvstore: KvStore, stored: StoredFiles
 ) -> tuple[Mapping[str, Chunk] | None, Callable[[str], Any]]:
     """The index, and how a chunk's read is begun. On a file system TensorStore looks up each key itself, as other
     readers of the checkpoint will."""
@@ -52,7 +52,7 @@ def _opened(
     return source.index(), source.begin
 
 
-def _check_keys(directory: str, found: Iterable[str], stored: Stored) -> None:
+def _check_keys(directory: str, found: Iterable[str], stored: StoredFiles) -> None:
     """The store has the chunks that the manifest has, so that readers of either find the same. Raises Damaged."""
     chunks = {key for key in found if not key.endswith("/zarr.json")}
     if chunks != stored.chunks.keys():

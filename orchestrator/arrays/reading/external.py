@@ -19,7 +19,7 @@ from orchestrator.arrays.reading.host_memory import reserve
 from orchestrator.arrays.reading.kvstore import KvStore
 from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Damaged
-from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.chunk_index import StoredFiles
 from orchestrator.rules.records import ExternalArray, LeafSpec
 from orchestrator.storage import local_path
 
@@ -29,7 +29,7 @@ _ODD_CHUNK_BYTES = 64 << 20  # a chunk may be larger than its array, up to this
 class ExternalArrays:
     """The external arrays of the `state/` at URL `directory`. stored: what the manifest lists; None: nobody knows."""
 
-    def __init__(self, directory: str, kvstore: KvStore, stored: Stored | None) -> None:
+    def __init__(self, directory: str, kvstore: KvStore, stored: StoredFiles | None) -> None:
         self._directory, self._kvstore, self._stored = directory.rstrip("/"), kvstore, stored
         self._checked: set[str] = set()  # items
 

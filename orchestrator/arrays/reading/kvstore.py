@@ -20,7 +20,7 @@ from orchestrator.arrays.format.tensorstore_specs import (
 )
 from orchestrator.errors import Unavailable
 from orchestrator.observe.events import Retried, emit
-from orchestrator.rules.chunk_index import Place
+from orchestrator.rules.chunk_index import Location
 
 _REPORT_S = 10.0  # an event this often while a store does not answer
 
@@ -39,7 +39,7 @@ class KvStore:
         """A value of the array store by its key, which TensorStore looks up."""
         return self._opened(store_spec).read(key)
 
-    def begin_place(self, place: Place) -> Any:
+    def begin_place(self, place: Location) -> Any:
         """A part of a file."""
         path, offset, size = place
         return self._opened(files_spec).read(path, byte_range=slice(offset, offset + size))

@@ -16,7 +16,7 @@ from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
 from orchestrator.arrays.reading.kvstore import KvStore
 from orchestrator.arrays.reading.stored_tree import ObjectTree
 from orchestrator.errors import Damaged
-from orchestrator.rules.chunk_index import Chunk, Stored
+from orchestrator.rules.chunk_index import Chunk, StoredFiles
 
 _WINDOW_BYTES = 64 << 20  # read, and not yet copied to their place
 _WINDOW_READS = 2048
@@ -25,7 +25,7 @@ _WINDOW_READS = 2048
 class KvStoreSource:
     """A ChunkSource. `stored`: what the manifest lists; None: nobody knows."""
 
-    def __init__(self, directory: str, kvstore: KvStore, stored: Stored | None) -> None:
+    def __init__(self, directory: str, kvstore: KvStore, stored: StoredFiles | None) -> None:
         self.directory = directory
         self._kvstore, self._stored = kvstore, stored
         self._checks = ChunkChecks(directory, stored.chunks if stored else {})

@@ -18,7 +18,7 @@ from orchestrator.arrays.reading.chunk_checks import ChunkChecks
 from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
 from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Damaged
-from orchestrator.rules.chunk_index import Chunk, Stored
+from orchestrator.rules.chunk_index import Chunk, StoredFiles
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 from orchestrator.storage import local_path
 
@@ -31,7 +31,7 @@ _INLINE_BYTES = 256 << 10  # less is read at once: handing it to a thread takes 
 class LocalSource:
     """A ChunkSource. `stored`: what the manifest lists, nothing else is read; None: nobody knows."""
 
-    def __init__(self, directory: str, stored: Stored | None) -> None:
+    def __init__(self, directory: str, stored: StoredFiles | None) -> None:
         path = local_path(directory)
         assert path is not None, directory
         self.directory = directory

@@ -12,7 +12,7 @@ from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.stored_tree import walk
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.rules import zarr_chunks
-from orchestrator.rules.chunk_index import Chunk, Place, Stored
+from orchestrator.rules.chunk_index import Chunk, Location, StoredFiles
 from orchestrator.rules.keys import STATE, check_key
 from orchestrator.rules.validate import INT64_MAX
 from orchestrator.storage.directory import find
@@ -36,7 +36,7 @@ class LocalStore:
     """The store at a path. stored: what the manifest lists there, nothing else is read; None: nobody knows. Chunks may
     be read by any number of threads at a time; their files stay open until `close`."""
 
-    def __init__(self, directory: str, stored: Stored | None = None) -> None:
+    def __init__(self, directory: str, stored: StoredFiles | None = None) -> None:
         self._directory, self._stored = directory.rstrip("/"), stored
         self._root, self._base = find(directory)
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class LocalStore:
         """The files, below the directory, that a value of the index comes from: its own, or those of the tree."""
         return [chunk[0]] if isinstance(chunk, tuple) else sorted(set(self._tree))
 
-    def _node(self, place: Place) -> bytes:
+    def _node(self, place: Location) -> bytes:
         path, offset, size = place
         self._tree.append(path)
         real = os.fstat(self._descriptor(path)).st_size
@@ -80,7 +80,7 @@ class LocalStore:
         return bytes(body)
 
     def read_into(
-        self, elements: memoryview, place: Place, label: str, tail: memoryview | None = None
+        self, elements: memoryview, place: Location, label: str, tail: memoryview | None = None
     ) -> tuple[int, int]:
         """Read a chunk's elements, and the checksum that follows them into `tail`. Returns the CRC-32C of what was read
         and the one that the chunk ends with. Raises Suspect, Unavailable, both beginning with `label`."""
@@ -94,7 +94,7 @@ class LocalStore:
         self._read(memoryview(ending), (path, offset + len(elements), len(ending)), label)
         return checksum, int.from_bytes(ending, "little")
 
-    def _read(self, buffer: memoryview, place: Place, label: str) -> None:
+    def _read(self, buffer: memoryview, place: Location, label: str) -> None:
         path, offset, size = place
         if offset + size > INT64_MAX:
             raise Damaged(f"{label}: {self._directory}/{path}: {size} bytes at {offset} are in no file")

@@ -36,7 +36,7 @@ from orchestrator.arrays.reading.owned_memory import use_owned_memory
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.boxes import whole_box
-from orchestrator.rules.chunk_index import Chunk, Stored
+from orchestrator.rules.chunk_index import Chunk, StoredFiles
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.storage import local_path
 
@@ -47,7 +47,7 @@ def load(
     directory: str,
     requests: Sequence[ReadRequest],
     on_bytes: OnBytes | None = None,
-    stored: Stored | None = None,
+    stored: StoredFiles | None = None,
 ) -> list[Any]:
     """The values of the requested leaves of the `state/` at URL `directory`, in order. Each process reads what it needs
     itself: this waits for no other process. Main thread.
@@ -81,7 +81,7 @@ def slabs(
     leaves: Iterable[LeafSpec],
     slab_bytes: int,
     on_bytes: OnBytes | None = None,
-    stored: Stored | None = None,
+    stored: StoredFiles | None = None,
 ) -> Iterator[tuple[LeafSpec, Box, np.ndarray[Any, Any]]]:
     """Whole arrays in pieces, checked as `load` does: (leaf, region, its elements as stored). In the order of `leaves`,
     and in C order within each: the pieces laid end to end are the array. Holds one piece of at most `slab_bytes` (one
@@ -102,7 +102,7 @@ def slabs(
 class _Reader:
     """Fills the buffers of groups from one directory."""
 
-    def __init__(self, directory: str, on_bytes: OnBytes | None, stored: Stored | None) -> None:
+    def __init__(self, directory: str, on_bytes: OnBytes | None, stored: StoredFiles | None) -> None:
         kvstore = KvStore(directory)
         self._on_bytes: OnBytes = on_bytes or (lambda read_bytes: None)
         self._source = _chunk_source(directory, kvstore, stored)
@@ -129,7 +129,7 @@ class _Reader:
         return True
 
 
-def _chunk_source(directory: str, kvstore: KvStore, stored: Stored | None) -> ChunkSource:
+def _chunk_source(directory: str, kvstore: KvStore, stored: StoredFiles | None) -> ChunkSource:
     """The chunks of the attempt's own array store in the `state/` at URL `directory`."""
     if local_path(directory) is not None:
         return LocalSource(directory, stored)

@@ -9,7 +9,7 @@ from functools import partial
 
 from orchestrator.arrays.format import ocdbt
 from orchestrator.errors import Damaged
-from orchestrator.rules.chunk_index import Chunk, Place, Stored
+from orchestrator.rules.chunk_index import Chunk, Location, StoredFiles
 from orchestrator.rules.keys import check_key
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
@@ -18,7 +18,7 @@ _NODES = "d/"  # data files of the store itself; a process's are in its own stor
 
 
 def walk(
-    root: ocdbt.NodeRef, node: Callable[[Place], bytes], directory: str, stored: Stored | None
+    root: ocdbt.NodeRef, node: Callable[[Location], bytes], directory: str, stored: StoredFiles | None
 ) -> dict[str, Chunk]:
     """Key -> value or its place, of all nodes, each of which is read once, by `node`. Raises Damaged, Unsupported."""
     found: dict[str, Chunk] = {}
@@ -41,7 +41,7 @@ def walk(
     return found
 
 
-def _check_listed(where: str, places: Iterable[Place], stored: Stored | None) -> None:
+def _check_listed(where: str, places: Iterable[Location], stored: StoredFiles | None) -> None:
     if stored is None:
         return
     sizes = stored.files
@@ -56,7 +56,7 @@ class ObjectTree:
     """The tree of a store in a bucket. Its objects are read whole, and only those that `stored` lists, none larger than
     it says. read: an object's bytes by path, None if there is none."""
 
-    def __init__(self, directory: str, stored: Stored, read: Callable[[str], bytes | None]) -> None:
+    def __init__(self, directory: str, stored: StoredFiles, read: Callable[[str], bytes | None]) -> None:
         self._directory, self._stored, self._read = directory.rstrip("/"), stored, read
         self._objects: dict[str, bytes] = {}
         self._begun: dict[str, Begun[bytes | None]] = {}
@@ -70,7 +70,7 @@ class ObjectTree:
         root = ocdbt.decode_manifest(self._object(ocdbt.MANIFEST), f"{self._directory}/{ocdbt.MANIFEST}")
         return walk(root, self._node, self._directory, self._stored) if root else {}
 
-    def _node(self, place: Place) -> bytes:
+    def _node(self, place: Location) -> bytes:
         path, offset, size = place
         body = self._object(path)
         if size > ocdbt.NODE_BYTES_MAX or offset + size > len(body):

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from orchestrator.arrays.writing.staging import Part
+from orchestrator.arrays.writing.staging import StagedPart
 from orchestrator.errors import WaitTimeout
 
 _WAKE_S = 0.5  # how often whoever waits looks by itself
@@ -22,7 +22,7 @@ class PartQueue:
     def __init__(self, limit_bytes: int | None = None) -> None:
         self._limit = limit_bytes
         self._changed = threading.Condition()  # its lock guards all that follows
-        self._parts: deque[Part] = deque()
+        self._parts: deque[StagedPart] = deque()
         self._open = limit_bytes is not None
         self._error: BaseException | None = None
         self._held_bytes = self._peak_bytes = 0
@@ -42,7 +42,7 @@ class PartQueue:
                     )
                 self._changed.wait(_WAKE_S)
 
-    def add(self, parts: Sequence[Part]) -> None:
+    def add(self, parts: Sequence[StagedPart]) -> None:
         """The parts of a leaf; from now on they are held here alone."""
         with self._changed:
             self._parts.extend(parts)
@@ -57,7 +57,7 @@ class PartQueue:
             self._open, self._error = False, self._error or error
             self._changed.notify_all()
 
-    def take(self) -> Part | None:
+    def take(self) -> StagedPart | None:
         """The next part; None if there is none and none will come."""
         with self._changed:
             while self._open and not self._parts:

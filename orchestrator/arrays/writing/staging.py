@@ -18,7 +18,7 @@ from orchestrator.arrays.leaf_errors import named
 from orchestrator.arrays.memory_kinds import PINNED_HOST
 from orchestrator.arrays.writing.write_plan import LeafPlan, Pieces, as_stored
 
-Part = tuple[Any, Pieces]  # a shard's elements, for np.asarray to find on the host, and the chunks to write of it
+StagedPart = tuple[Any, Pieces]  # a shard's elements, for np.asarray to find on the host, and the chunks to write of it
 
 
 def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
@@ -52,7 +52,7 @@ def _copy(shard: Any) -> Any:
         return np.asarray(shard)
 
 
-def take(plan: LeafPlan, value: Any) -> list[Part]:
+def take(plan: LeafPlan, value: Any) -> list[StagedPart]:
     """The parts of one leaf of the host's. Copies out of its own arrays, in native byte order: the caller may overwrite
     them as soon as all are taken. CPU arrays are held, not copied.
     """

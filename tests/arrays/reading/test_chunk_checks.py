@@ -15,7 +15,7 @@ import orchestrator as oc
 from orchestrator import arrays, errors
 from orchestrator.arrays.format import ocdbt
 from orchestrator.rules import chunk_index, keys
-from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.chunk_index import StoredFiles
 from orchestrator.rules.records import LeafSpec
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.posix import PosixStorage
@@ -50,7 +50,7 @@ def small_leaves(directory: Path, of_b: bytes | tuple[str, int, int] | None) -> 
     ]
     said = {key: f"{int.from_bytes(body[-4:], 'little'):08x}" for key, body in stored.items()}
     sizes = {name: (directory / name).stat().st_size for name in ("nodes", "data", ocdbt.MANIFEST)}
-    return lambda: arrays.load(f"file://{directory}", loads, stored=Stored(said, sizes))
+    return lambda: arrays.load(f"file://{directory}", loads, stored=StoredFiles(said, sizes))
 
 
 @pytest.mark.parametrize("how", SMALL_DAMAGE)
@@ -82,7 +82,7 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     directory = f"{catalog.url}/{one.id.prefix}{keys.STATE}"
     own, other = catalog.step(one).manifest, catalog.step(two).manifest
     assert arrays.check(directory, chunk_index.stored(own)) == {}
-    others = Stored(other.chunks, chunk_index.stored(own).files)
+    others = StoredFiles(other.chunks, chunk_index.stored(own).files)
     (said,) = arrays.check(directory, others).values()
     assert "belongs to another save" in said
     leaves = [arrays.ReadRequest(leaf) for leaf in catalog.step(one).intent.tree.leaves]

@@ -19,7 +19,7 @@ from orchestrator.arrays.reading.local_source import LocalSource
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.errors import Damaged, Suspect
 from orchestrator.rules import chunk_index, keys
-from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.chunk_index import StoredFiles
 from orchestrator.rules.records import LeafSpec
 from tests.support.runs import catalog_of, now
 
@@ -27,14 +27,14 @@ STATE: dict[str, Any] = {
     "large": np.arange(3 << 20, dtype=np.float32).reshape(3, -1),
     "small": np.arange(6, dtype=np.int16),
 }
-SOURCES: dict[str, Callable[[str, Stored | None], ChunkSource]] = {
+SOURCES: dict[str, Callable[[str, StoredFiles | None], ChunkSource]] = {
     "files": LocalSource,
     "key-value store": lambda directory, stored: KvStoreSource(directory, KvStore(directory), stored),
 }
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "compressed"])
-def attempt(root: Path, request: pytest.FixtureRequest) -> tuple[str, Stored, list[LeafSpec]]:
+def attempt(root: Path, request: pytest.FixtureRequest) -> tuple[str, StoredFiles, list[LeafSpec]]:
     """Of a saved step: URL of its `state/`, what its manifest lists, its leaves."""
     with oc.Agent(root, options=now(compression=request.param)) as agent:
         agent.save(1, STATE)
@@ -77,7 +77,7 @@ def test_both_have_the_same_index_and_one_without_a_manifest_may_have_none(attem
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
 def test_a_chunk_of_another_save_is_suspected_by_leaf_and_key(attempt: Any, make: Any) -> None:
     directory, stored, leaves = attempt
-    other = Stored({**stored.chunks, "small/c/0": "00000000"}, stored.files)
+    other = StoredFiles({**stored.chunks, "small/c/0": "00000000"}, stored.files)
     with pytest.raises(Suspect, match=r"small: chunk small/c/0 .* belongs to another save") as caught:
         filled(make(directory, other), leaves)
     assert caught.value.chunks == ("small/c/0",)

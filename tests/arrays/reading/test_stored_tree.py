@@ -14,7 +14,7 @@ from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.arrays.reading.stored_tree import ObjectTree
 from orchestrator.errors import Damaged, Suspect
-from orchestrator.rules.chunk_index import Stored
+from orchestrator.rules.chunk_index import StoredFiles
 from orchestrator.rules.records import LeafSpec
 
 NODE, DATA = "d/node", "d/data"
@@ -30,7 +30,7 @@ def store(directory: Path, nodes: bytes, root: ocdbt._Summary, height: int = 0) 
     (directory / DATA).write_bytes(bytes(100))
     (directory / ocdbt.MANIFEST).write_bytes(ocdbt._manifest(root, height, bytes(16), 1))
     files = {name: (directory / name).stat().st_size for name in (NODE, DATA, ocdbt.MANIFEST)}
-    return LocalStore(str(directory), Stored({}, files)).index
+    return LocalStore(str(directory), StoredFiles({}, files)).index
 
 
 def leaf_node(*entries: tuple[bytes, Any]) -> bytes:
@@ -155,7 +155,7 @@ def objects(nodes: bytes, root: ocdbt._Summary, height: int = 0) -> dict[str, by
 
 def tree_of(stored: dict[str, bytes]) -> ObjectTree:
     sizes = {name: len(body) for name, body in stored.items()}
-    return ObjectTree("gs://bucket/state/", Stored({}, sizes), stored.get)
+    return ObjectTree("gs://bucket/state/", StoredFiles({}, sizes), stored.get)
 
 
 def test_a_tree_in_a_bucket_is_read_as_one_on_a_disk() -> None:
@@ -193,7 +193,9 @@ def test_no_object_is_read_that_is_not_as_the_manifest_lists_it(
     sizes = {name: len(body) for name, body in stored.items()} | listed
     there = {name: body for name, body in stored.items() if name not in change}
     tree = ObjectTree(
-        "gs://bucket/state", Stored({}, {name: size for name, size in sizes.items() if size is not None}), there.get
+        "gs://bucket/state",
+        StoredFiles({}, {name: size for name, size in sizes.items() if size is not None}),
+        there.get,
     )
     with pytest.raises(Damaged, match=said):
         tree.index()
