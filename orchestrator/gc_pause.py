@@ -1,7 +1,10 @@
 """Python's cyclic garbage collector, held back while thousands of objects are made that all stay alive.
 
-In a process that has loaded JAX a full collection takes tens of milliseconds, and making the shards of two thousand
-leaves sets off several: they took longer than the work itself.
+In a process that has loaded JAX a full collection takes tens of milliseconds. Of a state of 10,000 leaves, `save` of
+0.10 s takes 0.14 s without the pause, and matching a restore's target 0.17 s instead of 0.08 s (processor time).
+
+It is global state of the user's interpreter: only staging and the matching of a restore's target, both on the main
+thread, pause it. Reading records, writing and merging on other threads, and filling device arrays gained nothing.
 """
 
 from __future__ import annotations

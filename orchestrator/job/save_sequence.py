@@ -91,8 +91,7 @@ class SaveSequence:
 
         def describe() -> Flat:
             given.checked()
-            with gc_pause.paused():
-                return flatten(state)
+            return flatten(state)
 
         rejection = self._opening.by_save(step, describe)
         if rejection:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator import gc_pause
 from orchestrator.errors import Damaged, Unavailable
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import RECORD_BYTES_MAX, AnyRecord, decode
@@ -28,8 +27,7 @@ def decoded(url: str, key: str, body: bytes | None, kind: type[AnyRecord], **exp
     where = f"{url}/{key}"
     if body is None:
         raise Damaged(f"{where}: is missing")
-    with gc_pause.paused():
-        return decode(body, kind, where, **expected)
+    return decode(body, kind, where, **expected)
 
 
 def record(storage: Reads, key: str, kind: type[AnyRecord]) -> AnyRecord | None:

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from orchestrator import gc_pause
 from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.chunk_checks import ChunkChecks
 from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
@@ -37,7 +36,7 @@ class KvStoreSource:
     def _index(self) -> Mapping[str, Chunk] | None:
         if self._stored is None:
             return None
-        with gc_pause.paused(), contextlib.suppress(ocdbt.Unsupported):
+        with contextlib.suppress(ocdbt.Unsupported):
             return ObjectTree(self.directory, self._stored, self._kvstore.object).index()
         raise Damaged(f"{self.directory}: {ocdbt.NOT_OURS}")
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import gc_pause
 from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.batches import batches
 from orchestrator.arrays.reading.chunk_checks import ChunkChecks
@@ -43,8 +42,7 @@ class LocalSource:
 
     @functools.cached_property
     def _index(self) -> Mapping[str, Chunk]:
-        with gc_pause.paused():
-            index = self._store.index()
+        index = self._store.index()
         if index is None:
             raise Damaged(f"{self.directory}: {ocdbt.NOT_OURS}")
         return index

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from orchestrator import gc_pause
 from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.tensorstore_specs import report_retries
 from orchestrator.arrays.jax_context import in_own_context
@@ -58,8 +57,7 @@ def load(
     cannot be read.
     """
     values: list[Any] = [None if request.leaf.in_store else value_without_file(request) for request in requests]
-    with gc_pause.paused():
-        groups = grouped(requests)
+    groups = grouped(requests)
     if not groups:
         return values
     reader = _Reader(directory, on_bytes, stored)
@@ -68,8 +66,7 @@ def load(
             if on_cpus := [group for group in groups if not group.for_accelerator]:
                 use_owned_memory(on_cpus)
                 reader.fill(on_cpus, Arena())
-                with gc_pause.paused():
-                    make_arrays(on_cpus, values)
+                make_arrays(on_cpus, values)
             _load_onto_accelerators(reader, [group for group in groups if group.for_accelerator], values)
     finally:
         report_retries(directory)
@@ -145,5 +142,4 @@ def _load_onto_accelerators(reader: _Reader, groups: Sequence[BufferGroup], valu
         jax.block_until_ready(copied)
         slab.reset(sum(group.bytes for group in part))
         reader.fill(part, slab)
-        with gc_pause.paused():
-            copied[:] = make_arrays(part, values)
+        copied[:] = make_arrays(part, values)

@@ -23,7 +23,6 @@ import jax
 import msgspec
 import numpy as np
 
-from orchestrator import gc_pause
 from orchestrator.arrays import fingerprint
 from orchestrator.arrays.format import ocdbt, orbax_files
 from orchestrator.arrays.format.compressed import deflated
@@ -251,25 +250,23 @@ class PendingWrite:
 
     @in_own_context
     def _write_rest(self) -> None:
-        with gc_pause.paused():
-            small, first = self._small + b"".join(np.asarray(copy).tobytes() for copy in self._coming), 0
-            self._small, self._coming = b"", []
-            for key, size in self._plan.small_chunks:
-                raw = small[first : first + size]
-                first += size
-                self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(zarr_chunks.CHECKSUM_BYTES, "little")
-            opened = data_files.opener(self._directory)
-            bodies = dict(self._plan.orbax_files)
-            if self._strings and self._plan.process == 0:
-                bodies["_strings.json"] = orbax_files.strings(self._strings)
-            self._files |= data_files.write_files(opened, bodies)
+        small, first = self._small + b"".join(np.asarray(copy).tobytes() for copy in self._coming), 0
+        self._small, self._coming = b"", []
+        for key, size in self._plan.small_chunks:
+            raw = small[first : first + size]
+            first += size
+            self._progress.small[key] = raw + crc32c.crc32c(raw).to_bytes(zarr_chunks.CHECKSUM_BYTES, "little")
+        opened = data_files.opener(self._directory)
+        bodies = dict(self._plan.orbax_files)
+        if self._strings and self._plan.process == 0:
+            bodies["_strings.json"] = orbax_files.strings(self._strings)
+        self._files |= data_files.write_files(opened, bodies)
 
     def merge(self, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
         """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
         Called by one process when all have written. Returns its files, not durable yet. Raises Damaged if `entries` are
         not what the state's arrays consist of, StorageError."""
-        with gc_pause.paused():
-            return merged_tree.write_tree(self._directory, self._plan, entries)
+        return merged_tree.write_tree(self._directory, self._plan, entries)
 
 
 def _watch(
