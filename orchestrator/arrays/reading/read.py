@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from orchestrator import gc_pause
 from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.tensorstore_specs import report_retries
 from orchestrator.arrays.jax_context import in_own_context
@@ -66,7 +67,8 @@ def load(
             if on_cpus := [group for group in groups if not group.for_accelerator]:
                 use_owned_memory(on_cpus)
                 reader.fill(on_cpus, Arena())
-                make_arrays(on_cpus, values)
+                with gc_pause.paused():
+                    make_arrays(on_cpus, values)
             _load_onto_accelerators(reader, [group for group in groups if group.for_accelerator], values)
     finally:
         report_retries(directory)
@@ -142,4 +144,5 @@ def _load_onto_accelerators(reader: _Reader, groups: Sequence[BufferGroup], valu
         jax.block_until_ready(copied)
         slab.reset(sum(group.bytes for group in part))
         reader.fill(part, slab)
-        copied[:] = make_arrays(part, values)
+        with gc_pause.paused():
+            copied[:] = make_arrays(part, values)
