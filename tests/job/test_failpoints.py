@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator as oc
-from orchestrator import agent as agents
-from orchestrator import failpoints
+from orchestrator import environment, failpoints
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.observe import heartbeat
 from tests.support.runs import LIKE, fill, state
@@ -134,7 +133,7 @@ def test_a_supervisor_may_ask_to_leave_out_the_newest_steps(
     root: Path, monkeypatch: pytest.MonkeyPatch, back: str, step: int
 ) -> None:
     fill(root, 1, 2, 3)
-    monkeypatch.setenv(agents.STEP_BACK, back)
+    monkeypatch.setenv(environment.STEP_BACK, back)
     with oc.Agent(root) as agent:
         restored = agent.restore(LIKE)
         assert restored is not None and restored.step == step
@@ -142,6 +141,6 @@ def test_a_supervisor_may_ask_to_leave_out_the_newest_steps(
 
 def test_nothing_is_left_to_step_back_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(root, 1)
-    monkeypatch.setenv(agents.STEP_BACK, "1")
+    monkeypatch.setenv(environment.STEP_BACK, "1")
     with oc.Agent(root) as agent, pytest.raises(oc.NothingToRestore, match="leave out the newest 1 of 1"):
         agent.restore(LIKE)
