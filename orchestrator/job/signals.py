@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 _STORED = "yes"
 _PROCESS = re.compile("0|[1-9][0-9]{0,8}")
 _WARN_S = 10.0
-_LEAVES_MAX = 100_000_000
+_LEAVES_MAX = 10_000_000
 # Made by the thread that imports: see `rules.codec`.
 _SAVING = msgspec.json.Decoder(tuple[int, str])
 _HELD = msgspec.json.Decoder(tuple[Held, ...])
@@ -90,7 +90,7 @@ class Signals:
         self._board.post(f"{self._of(attempt)}receipt/{self._board.process}", text)
 
     def votes(self, attempt: AttemptId) -> Votes:
-        """Of whoever has voted, as far as this process has heard."""
+        """The votes that this process knows of."""
         votes: Votes = {}
         for name, text in self._board.poll(f"{self._of(attempt)}receipt/").items():
             if _PROCESS.fullmatch(name) and int(name) < self._board.count:
@@ -106,7 +106,7 @@ class Signals:
             receipt = decode(
                 text.encode(errors="replace"), Receipt, where, step=attempt.step, attempt=attempt.name, process=process
             )
-            problem = "" if receipt.failure else f"{where}: a receipt that says of no failure; those are stored"
+            problem = "" if receipt.failure else f"{where}: a receipt without a failure, expected in storage"
         except StorageError:
             raise
         except OrchestratorError as error:
