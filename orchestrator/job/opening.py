@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from orchestrator import failpoints
-from orchestrator.arrays.tree import Flat
+from orchestrator.arrays import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import startup
 from orchestrator.job.rendezvous import Rendezvous
