@@ -312,7 +312,7 @@ class Participant:
         self._in.signals.vote_abort(vote)
         try:
             self._own.store_abort_vote(vote)
-        except Exception as error:  # the signal has told already; a full disk cannot hold the receipt
+        except Exception as error:  # the signal carries it already; a full disk cannot hold the receipt
             text = "%s: the abort vote of process %d could not be stored: %s"
             logging.warning(text, self.label, vote.process, error)
 

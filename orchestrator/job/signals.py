@@ -142,14 +142,14 @@ class Signals:
 
     def post_decision(self, attempt: AttemptId, outcome: Outcome) -> None:
         """How the attempt ended, so that the others need not ask the journal."""
-        told = Committed() if isinstance(outcome, Committed) else outcome  # what process 0 measured is its own
-        self._board.post(f"{self._of(attempt)}decision/0", msgspec.json.encode(told).decode())
+        posted = Committed() if isinstance(outcome, Committed) else outcome  # what process 0 measured is its own
+        self._board.post(f"{self._of(attempt)}decision/0", msgspec.json.encode(posted).decode())
 
     def decision(self, attempt: AttemptId) -> Outcome | None:
         return self._of_process_0(self._of(attempt), "decision", _OUTCOME.decode)
 
     def forget_previous(self, attempt: AttemptId) -> None:
-        """`attempt` is being decided: whoever has not heard by now how the one before ended finds it in the journal."""
+        """`attempt` is being decided: whoever does not know by now how the one before ended finds it in the journal."""
         if self._decided is not None:
             self._board.forget(self._of(self._decided))
         self._decided = attempt
