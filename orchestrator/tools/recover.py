@@ -16,8 +16,10 @@ from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.evidence import Choice, Whole
 from orchestrator.rules.records import Head, LiveStep, Manifest, crc32c
-from orchestrator.run import survey
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import checked_reads, survey
+from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.stored_step import StoredStep
+from orchestrator.storage.port import Reads
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,14 @@ class _Journal:
     ended: Set[AttemptId]
 
 
-def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> RecoveryPlan:
+def plan(catalog: JournalStore, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> RecoveryPlan:
     """Read every entry of the journal and the records of every attempt in storage. Raises StorageError: what cannot be
     read must not be taken for lost."""
-    stored, marker = dict(sorted(catalog.stored().items())), catalog.marked_version()
+    stored, marker = dict(sorted(survey.attempts(catalog.storage).items())), catalog.marked_version()
     attempts = _inspect_all(catalog, stored, on_attempt)
     journalled = _read_journal(catalog)  # last: whatever a record or marker names has its entry by then
     head = journalled.head
-    built = {attempt: journal.Found(one.whole, attempts[attempt].built_on) for attempt, one in stored.items()}
+    built = {attempt: journal.StoredAttempt(one.whole, attempts[attempt].built_on) for attempt, one in stored.items()}
     lost = evidence.lost(head, built, marker)
     if not lost and not _is_cut(head, journalled.unreadable):
         lost = survey.missing(catalog, head, marker)
@@ -92,7 +94,7 @@ def _is_cut(head: Head | None, unreadable: Mapping[str, str]) -> bool:
     return any((layout.journal_version(key) or 0) > newest for key in unreadable)
 
 
-def _read_journal(catalog: Catalog) -> _Journal:
+def _read_journal(catalog: JournalStore) -> _Journal:
     head: Head | None = None
     versions = catalog.versions()
     unreadable: dict[str, str] = {}
@@ -108,34 +110,27 @@ def _read_journal(catalog: Catalog) -> _Journal:
 
 
 def _inspect_all(
-    catalog: Catalog, stored: Mapping[AttemptId, journal.Found], on_attempt: Callable[[AttemptId], None]
+    catalog: JournalStore, stored: Mapping[AttemptId, journal.StoredAttempt], on_attempt: Callable[[AttemptId], None]
 ) -> dict[AttemptId, InspectedAttempt]:
-    unjournalled = _Unjournalled(catalog.storage, catalog.writer)
     attempts: dict[AttemptId, InspectedAttempt] = {}
     for attempt, one in stored.items():
         on_attempt(attempt)
-        found = _inspect(unjournalled, attempt) if one.whole else _UNFINISHED
+        found = _inspect(catalog.storage, attempt) if one.whole else _UNFINISHED
         if found.entry is None:
             found = replace(found, built_on=survey.built_on(catalog, attempt, False))
         attempts[attempt] = found
     return attempts
 
 
-class _Unjournalled(Catalog):
-    """The run without its journal, which knows nothing of the attempts that are looked at, nor what became of them."""
-
-    def check_live(self, live: LiveStep) -> None: ...
-
-
 _UNFINISHED = InspectedAttempt(None, "no manifest: it was never finished")
 
 
-def _inspect(catalog: Catalog, attempt: AttemptId) -> InspectedAttempt:
+def _inspect(storage: Reads, attempt: AttemptId) -> InspectedAttempt:
     """An attempt that has a manifest. Its records are read and compared, of the arrays' files only the sizes: `verify`
     reads those."""
     try:
-        body = catalog.storage.get(attempt.manifest_key)
-        manifest = catalog.record(attempt, layout.MANIFEST, Manifest)
+        body = storage.get(attempt.manifest_key)
+        manifest = checked_reads.record(storage, attempt.manifest_key, Manifest)
     except (Damaged, Suspect, NewerFormat) as error:
         return InspectedAttempt(None, str(error))
     if body is None or manifest is None:
@@ -152,10 +147,12 @@ def _inspect(catalog: Catalog, attempt: AttemptId) -> InspectedAttempt:
         time=0.0,
     )
     try:
-        catalog.check_sizes(entry, manifest)
-        intent, extra = catalog.intent(entry, manifest), catalog.extra(entry, manifest)
+        # No journal lists it, so it cannot have been retired either.
+        stored = StoredStep(storage, entry, check_live=lambda live: None)
+        stored.check_sizes()
+        intent, extra = stored.intent, stored.extra
         for process in range(manifest.process_count):
-            catalog.file(entry, manifest, layout.receipt_name(process))
+            stored.file(layout.receipt_name(process))
     except (Damaged, Suspect, NewerFormat) as error:
         return InspectedAttempt(entry, str(error), manifest.built_on)
     known = structs.replace(
@@ -164,7 +161,7 @@ def _inspect(catalog: Catalog, attempt: AttemptId) -> InspectedAttempt:
     return InspectedAttempt(journal.carried(known, None), "", max(manifest.built_on, intent.built_on))
 
 
-def write(catalog: Catalog, found: RecoveryPlan) -> Head:
+def write(catalog: JournalStore, found: RecoveryPlan) -> Head:
     """Create the `recovered` entry that `found` describes. Raises UsageError where there is nothing to recover,
     StorageError, and OrchestratorError if somebody writes to the run meanwhile."""
     if not found.required and not found.choice.added:

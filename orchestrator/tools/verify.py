@@ -19,8 +19,8 @@ from orchestrator.rules import chunk_index, journal, zarr_chunks
 from orchestrator.rules import keys as layout
 from orchestrator.rules.boxes import box_label, whole_box
 from orchestrator.rules.records import FileEntry, LeafSpec, LiveStep, Manifest
-from orchestrator.run.journal_store import Catalog
-from orchestrator.run.stored_step import StoredStep
+from orchestrator.run import checked_reads, stored_arrays
+from orchestrator.run.journal_store import JournalStore
 
 _THREADS = 4  # each holds one file in memory
 _REASON_MAX = 1000  # characters of what the journal says of a quarantined step
@@ -48,7 +48,7 @@ class Verdict:
 
 
 def read_back(
-    catalog: Catalog,
+    catalog: JournalStore,
     live: LiveStep,
     *,
     sample: float | None = None,
@@ -65,9 +65,11 @@ def read_back(
     if manifest is None:
         return reading.verdict(whole)
     if by_store:
-        reading.files(catalog.measured, manifest.files)
+        reading.files(lambda entry: reading.stored.check_measured([entry]), manifest.files)
         return reading.verdict(whole)
-    reading.files(catalog.checked, [entry for entry in manifest.files if sample is None or _DATA not in entry.path])
+    reading.files(
+        reading.stored.checked, [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
+    )
     sizes = reading.records(manifest, decode=sample is None) if reading.is_good else {}
     keys = sorted(manifest.chunks)
     if sample is not None and keys:
@@ -83,7 +85,7 @@ def total_bytes(manifest: Manifest, sample: float | None = None) -> int:
     return manifest.total_bytes + data if sample is None else manifest.total_bytes - data + math.ceil(data * sample)
 
 
-def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
+def record(catalog: JournalStore, live: LiveStep, verdict: Verdict) -> None:
     """Journal the verdict: a good attempt read whole is `verified`, and released if it was quarantined as damaged (not
     if by hand); a damaged one is quarantined. One that was retired while it was read stays as it is. Raises
     StorageError."""
@@ -101,9 +103,8 @@ def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
 class _ReadBack:
     """One attempt being read back. What is found is collected, not raised: each method goes as far as it can."""
 
-    def __init__(self, catalog: Catalog, live: LiveStep, on_bytes: OnBytes) -> None:
-        self._catalog, self._live, self._on_bytes = catalog, live, on_bytes
-        self._stored = StoredStep(catalog, live)
+    def __init__(self, catalog: JournalStore, live: LiveStep, on_bytes: OnBytes) -> None:
+        self.stored, self._on_bytes = catalog.step(live), on_bytes
         self._damaged: list[str] = []
         self._unread: list[str] = []
         self._retired = ""
@@ -125,20 +126,20 @@ class _ReadBack:
     def manifest(self, *, with_sizes: bool) -> Manifest | None:
         """None if it cannot be used. `with_sizes`: every file of it must be there, in its size."""
         try:
-            manifest = self._stored.listed
+            manifest = self.stored.manifest
             if with_sizes:
-                self._catalog.check_sizes(self._live, manifest)
+                self.stored.check_sizes()
         except OrchestratorError as error:
             self._collect(error)
             return None
         return manifest
 
-    def files(self, check: Callable[[LiveStep, FileEntry], object], entries: Sequence[FileEntry]) -> None:
+    def files(self, check: Callable[[FileEntry], object], entries: Sequence[FileEntry]) -> None:
         """Have `check` compare each file with its entry of the manifest, some of them at a time."""
 
         def read(entry: FileEntry) -> OrchestratorError | None:
             try:
-                check(self._live, entry)
+                check(entry)
             except OrchestratorError as error:
                 return error
             self._on_bytes(entry.bytes)
@@ -156,30 +157,31 @@ class _ReadBack:
         whose chunks only their own metadata describes (compressed, external) are read whole. Returns the size of each
         chunk that the tree describes."""
         try:
-            self._catalog.extra(self._live, manifest)
+            _ = self.stored.extra
             for name in (entry.path for entry in manifest.files):
                 if name.startswith((layout.RECEIPTS, layout.PROCESS)):
                     process = layout.process_of(name)
                 if name.startswith(layout.RECEIPTS):
-                    self._catalog.receipt(self._live.id, process)
-            leaves = self._catalog.intent(self._live, manifest).tree.leaves
+                    checked_reads.receipt(self.stored.storage, self.stored.id, process)
+            leaves = self.stored.intent.tree.leaves
             for leaf in leaves if decode else ():
                 if leaf.in_store and leaf.chunk is None:
-                    self._stored.load([ReadRequest(leaf)])
+                    stored_arrays.load(self.stored, [ReadRequest(leaf)])
         except OrchestratorError as error:
             self._collect(error)
             return {}
         sizes = chunk_index.sizes(leaves)
         missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
         if missing:
-            where = f"{self._catalog.url}/{self._live.id.manifest_key}"
+            where = self.stored.url_of(layout.MANIFEST)
             self._damaged.append(f"{where}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
         return sizes
 
     def chunks(self, manifest: Manifest, sizes: Mapping[str, int | None]) -> None:
         """Compare these chunks, of these sizes where they are known, with the manifest."""
         try:
-            bad = self._stored.bad_chunks(sizes, self._on_bytes)
+            self.stored.check_sizes()
+            bad = stored_arrays.bad_chunks(self.stored, sizes, self._on_bytes)
         except OrchestratorError as error:
             self._collect(error)
             return
@@ -193,10 +195,10 @@ class _ReadBack:
         regions: dict[str, str] = {}
         try:
             for process in range(manifest.process_count):
-                found = self._catalog.receipt(self._live.id, process)
+                found = checked_reads.receipt(self.stored.storage, self.stored.id, process)
                 for key in keys & ({*found[0].places, *found[0].small} if found else set()):
                     writers[key] = f" of process {process} ({manifest.hosts[process]})"
-            for leaf in self._catalog.intent(self._live, manifest).tree.leaves:
+            for leaf in self.stored.intent.tree.leaves:
                 regions |= _regions(leaf, keys)
         except OrchestratorError:
             pass  # the damage that keeps us from reading them is among the findings already

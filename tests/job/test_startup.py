@@ -22,7 +22,7 @@ from orchestrator.cli.main import main
 from orchestrator.job import startup
 from orchestrator.rules import configuration
 from orchestrator.rules.configuration import OPTIONS, ORBAX, RULES, Rule, described, differences, digest, of_agent, who
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.read_only import ReadOnlyStorage
 from tests.support import gcs
@@ -199,13 +199,13 @@ def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> No
     fill(root, 1)
     writer = catalog_of(root)
     key, head = startup.mark(writer), writer.require_head()
-    looks: list[Callable[[Catalog], bool]] = [
+    looks: list[Callable[[JournalStore], bool]] = [
         partial(startup.has, key=key),
         partial(startup._has_entry, version=head.version, write_id=head.write_id),
     ]
     for look in looks:
-        assert startup.awaited(partial(look, Catalog(Late(root, after=3, error=error), "other")), timeout_s=60)
-        never = partial(look, Catalog(Late(root, after=10**6, error=error), "other"))
+        assert startup.awaited(partial(look, JournalStore(Late(root, after=3, error=error), "other")), timeout_s=60)
+        never = partial(look, JournalStore(Late(root, after=10**6, error=error), "other"))
         if error:
             with pytest.raises(oc.Unavailable, match="ESTALE"):
                 startup.awaited(never, timeout_s=0.4)
