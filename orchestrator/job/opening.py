@@ -11,7 +11,7 @@ until every other one has seen it, and none of those writes anything, not even i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,18 +19,19 @@ from orchestrator import failpoints
 from orchestrator.arrays import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import startup
+from orchestrator.job import startup_rounds as rounds
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.rounds import Round, agree, as_error
+from orchestrator.job.rounds import agree, as_error, gather, raised
+from orchestrator.job.startup_rounds import FirstRestore, FirstSave, Opened, Sighting
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
-from orchestrator.rules.records import Head, Json
+from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
-_OPENED: Round[dict[str, int]] = Round("open the epoch", dict[str, int])  # what process 0 has appended
 _TRIES = 10  # somebody else commits to the run between comparing and opening
 
 
@@ -64,9 +65,9 @@ class Opening:
         """
         if self.epoch is not None:
             return ""
-        told: Json = {"step": step}
         error: Exception | None = None
         described: list[Flat] = []  # in it once this process has nothing to object to what it was given
+        mine = FirstSave(step)
 
         def compare(head: Head | None) -> None:
             if not self._tree_checked:
@@ -75,21 +76,19 @@ class Opening:
         with self._marked():
             try:
                 described.append(describe())
-                told["mark"] = self._admit(compare)
+                mine = FirstSave(step, described=True, mark=self._admit(compare))
             except Exception as failure:  # the others must hear of it before it is raised here
                 error = failure
-                told["rejected"] = [type(failure).__name__, str(failure)]
-            # Of process 0 it is the run's objection: all raise it.
-            answers = self._rendezvous.gather(
-                "open the epoch: first save", told | {"run": bool(described)}, self._timeout_s
-            )
+                mine = FirstSave(step, described=bool(described), rejected=raised(failure))
+            answers = gather(self._rendezvous, rounds.FIRST_SAVE, mine, self._timeout_s)
             if error:
                 raise error
-            if answers[0]["run"] and "rejected" in answers[0]:
-                raise as_error(0, *answers[0]["rejected"])
+            first = answers[0]
+            if first.described and first.rejected:  # it is the run that process 0 rejects: all raise it
+                raise as_error(0, first.rejected)
             if rejected := self._rejected(answers):
                 return rejected
-            self._open(compare, answers[0]["mark"])
+            self._open(compare, first.mark)
         self._tree_checked = True
         return ""
 
@@ -100,48 +99,45 @@ class Opening:
             check_tree(self._catalog, self._catalog.require_head(), flat)
             self._tree_checked = True
 
-    def _rejected(self, answers: list[Json]) -> str:
-        shown = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
-        for process, answer in zip(shown, answers, strict=True):
-            if "rejected" in answer:
-                return f"{process}: {': '.join(answer['rejected'])}"
-            if answer["step"] != answers[0]["step"]:
-                theirs = f"{shown[0]} saves step {answers[0]['step']} where {process} saves step {answer['step']}"
+    def _rejected(self, answers: Sequence[FirstSave]) -> str:
+        labels = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
+        for process, answer in zip(labels, answers, strict=True):
+            if answer.rejected:
+                return f"{process}: {answer.rejected.kind}: {answer.rejected.text}"
+            if answer.step != answers[0].step:
+                theirs = f"{labels[0]} saves step {answers[0].step} where {process} saves step {answer.step}"
                 return f"{theirs}; all must save the same steps in the same order"
         return ""
 
-    def by_restore(self, tree: str | None, meet: Callable[[Json], list[Json]]) -> list[Json]:
-        """Open the epoch for a restore whose target this process has matched with the step it will read, or in a new
-        run. `tree`: of the newest step when the step was chosen, None in a new run. `meet` gathers an answer of every
-        process. Returns [] once it is open; else all answers, of which one is another's rejection: nothing was done."""
+    def by_restore(self, tree: str | None) -> None:
+        """Open the epoch for a restore, once all processes have matched their targets with the step that they will
+        read; or in a new run. `tree`: of the newest step when the step was chosen, None in a new run. Raises, on all,
+        what one of them has against it."""
         if self.epoch is not None:
-            return []
+            return
         error: Exception | None = None
         compare = partial(_unchanged, tree)
-        mark = ""
         with self._marked():
             try:
-                mark = self._admit(compare)
-            except Exception as failure:
+                mine = FirstRestore(mark=self._admit(compare))
+            except Exception as failure:  # the others must hear of it before it is raised here
                 error = failure
-            answers = meet({"opens": [type(error).__name__, str(error)] if error else [], "mark": mark})
-            if not all("opens" in answer for answer in answers):
-                return answers
+                mine = FirstRestore(rejected=raised(failure))
+            answers = gather(self._rendezvous, rounds.FIRST_RESTORE, mine, self._timeout_s)
             if error:
                 raise error
             for index, answer in enumerate(answers):
-                if answer["opens"]:
-                    raise as_error(index, *answer["opens"])
-            self._open(compare, answers[0]["mark"])
-        return []
+                if answer.rejected:
+                    raise as_error(index, answer.rejected)
+            self._open(compare, answers[0].mark)
 
     def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
         self._prove(mark)
         self._begin_unmark()
-        opened = agree(self._rendezvous, _OPENED, self._timeout_s, partial(self._append, compare))
-        self.epoch = opened["epoch"]
+        opened = agree(self._rendezvous, rounds.OPENED, self._timeout_s, partial(self._append, compare))
+        self.epoch = opened.epoch
         # All processes' records build on it: it is durable.
-        self._catalog.durable_version = max(self._catalog.durable_version, opened["version"])
+        self._catalog.durable_version = max(self._catalog.durable_version, opened.version)
         self._opened(self.epoch)
 
     @contextmanager
@@ -176,17 +172,18 @@ class Opening:
         root is another place, and StorageError."""
         if self._rendezvous.count == 1:
             return
-        told: Json = {"url": self._catalog.url}
+        mine = Sighting(self._catalog.url)
         failure: Exception | None = None
         if self._rendezvous.process != 0:
             try:
-                told["sees"] = startup.awaited(partial(startup.has, self._catalog, mark), self._timeout_s)
-                if told["sees"]:
+                sees = startup.awaited(partial(startup.has, self._catalog, mark), self._timeout_s)
+                mine = Sighting(self._catalog.url, sees=sees)
+                if sees:
                     self._mark = startup.mark(self._catalog)
             except Exception as error:
                 failure = error
-                told["error"] = [type(error).__name__, str(error)]
-        there = self._rendezvous.gather("open the epoch: one root", told, self._timeout_s)
+                mine = Sighting(self._catalog.url, rejected=raised(error))
+        there = gather(self._rendezvous, rounds.ONE_ROOT, mine, self._timeout_s)
         what = f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})"
         startup.raise_unless_seen(self._rendezvous, there, failure, 0, what, self._timeout_s)
 
@@ -199,7 +196,7 @@ class Opening:
         compare(head)
         self._compared = Compared(journal.tree_of(head))
 
-    def _append(self, compare: Callable[[Head | None], None]) -> dict[str, int]:
+    def _append(self, compare: Callable[[Head | None], None]) -> Opened:
         failpoints.hit("epoch.before")
         for _ in range(_TRIES):
             try:
@@ -209,7 +206,7 @@ class Opening:
                 continue
             failpoints.hit("epoch.after")
             assert opened is not None
-            return {"epoch": opened.epoch, "version": opened.version}
+            return Opened(opened.epoch, opened.version)
         raise Overtaken(f"{self._catalog.url}: other jobs keep committing to this run; nothing was opened")
 
 

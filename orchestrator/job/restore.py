@@ -50,14 +50,14 @@ from orchestrator.job.restore_rounds import (
     Sums,
     attempt,
 )
-from orchestrator.job.rounds import Round, agree, as_error, gather
+from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Restored as RestoredEvent
 from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
-from orchestrator.rules.records import Head, Json, LiveStep
+from orchestrator.rules.records import Head, LiveStep
 from orchestrator.run import stored_arrays
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
@@ -65,7 +65,7 @@ from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
 Value = TypeVar("Value")
-Opens = Callable[[str | None, Callable[[Json], list[Json]]], list[Json]]
+Opens = Callable[[str | None], None]
 
 _RETIRED_MAX = 20  # times that retention may be quicker than a restore
 _REASON_MAX = 1000  # characters of what the journal says of a quarantined step
@@ -160,8 +160,7 @@ class _Restore:
 
     def _open(self, tree: str | None) -> None:
         if self._opening:
-            meet = partial(self._rendezvous.gather, "restore: open the epoch", timeout_s=self._options.timeout_s)
-            self._opening(tree, meet)
+            self._opening(tree)
 
     def _read(self, plan: ReadPlan, reads: ArrayReads) -> Outcome[tuple[Restored, Proof]]:
         begun = attempt(plan.begin)
@@ -243,7 +242,7 @@ class _Judgement:
             case Finding.FAULT, Failure() as failure:
                 if isinstance(outcome, Failed) and rounds.finding(rounds.report(outcome)) is Finding.FAULT:
                     raise outcome.error
-                raise as_error(process, failure.kind, failure.text)
+                raise as_error(process, Raised(failure.kind, failure.text))
             case Finding.RETIRED, Failure() as failure:
                 self._choose_again(process, failure)
             case Finding.UNREADABLE, Failure() as failure:

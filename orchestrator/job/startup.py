@@ -17,19 +17,21 @@ import importlib.metadata
 import os
 import platform
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 from absl import logging
 
 from orchestrator.errors import StorageError, UsageError
+from orchestrator.job import startup_rounds as rounds
 from orchestrator.job.poll import Pause, poll
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.rounds import as_error
+from orchestrator.job.rounds import as_error, gather, raised
+from orchestrator.job.startup_rounds import Arrival, Sighting
 from orchestrator.rules import configuration, keys
 from orchestrator.rules.configuration import Settings, who
-from orchestrator.rules.records import Head, Json
+from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.port import refresh
 from orchestrator.texts import printable
@@ -55,25 +57,26 @@ def meet(
     """
     alone = rendezvous.count == 1
     settings = {} if alone else {**given, **surroundings()}
-    told: Json = {"is": "" if alone else configuration.digest(settings)}
+    digest = "" if alone else configuration.digest(settings)
+    incarnation_id = uuid.uuid4().hex if rendezvous.process == 0 else ""
     failure: Exception | None = None
     try:
         head = catalog.head()  # whether it can be trusted
         if rendezvous.process == 0:
-            told["run"] = uuid.uuid4().hex
             admit(head)
-        told["head"] = None if head is None else [head.version, head.write_id]
+        mine = Arrival(digest, incarnation_id, None if head is None else (head.version, head.write_id))
     except Exception as error:  # the others must hear of it before it is raised here
         failure = error
-        told["error"] = [type(error).__name__, str(error)]
-    answers = rendezvous.gather(name, told, timeout_s)
-    if "error" in answers[0]:
-        raise failure or as_error(0, *answers[0]["error"])
-    if len({answer["is"] for answer in answers}) > 1:
-        _compare(rendezvous, f"{name}: configurations", settings, timeout_s)
-    if any("error" in answer or answer["head"] != answers[0]["head"] for answer in answers):
-        _find_out(catalog, rendezvous, f"{name}: one root", answers, failure, timeout_s)
-    return str(answers[0]["run"])
+        mine = Arrival(digest, incarnation_id, rejected=raised(error))
+    answers = gather(rendezvous, rounds.arrival(name), mine, timeout_s)
+    first = answers[0]
+    if first.rejected:
+        raise failure or as_error(0, first.rejected)
+    if len({answer.configuration for answer in answers}) > 1:
+        _compare(rendezvous, name, settings, timeout_s)
+    if any(answer.rejected or answer.head != first.head for answer in answers):
+        _find_out(catalog, rendezvous, name, answers, failure, timeout_s)
+    return first.incarnation_id
 
 
 def surroundings() -> dict[str, str]:
@@ -88,9 +91,9 @@ def surroundings() -> dict[str, str]:
 
 
 def _compare(rendezvous: Rendezvous, name: str, settings: Mapping[str, str], timeout_s: float) -> None:
-    told = rendezvous.gather(name, dict(settings), timeout_s)
-    errors, notes = configuration.differences(told, partial(who, rendezvous.hosts))
-    if rendezvous.process == 0 or told[rendezvous.process] != told[0]:  # not each of a thousand alike
+    given = gather(rendezvous, rounds.configurations(name), dict(settings), timeout_s)
+    errors, notes = configuration.differences(given, partial(who, rendezvous.hosts))
+    if rendezvous.process == 0 or given[rendezvous.process] != given[0]:  # not each of a thousand alike
         for note in notes:
             logging.warning("the hosts of this job differ in %s", printable(note))
     if errors:
@@ -102,26 +105,25 @@ def _find_out(
     catalog: JournalStore,
     rendezvous: Rendezvous,
     name: str,
-    answers: list[Json],
+    answers: Sequence[Arrival],
     failure: Exception | None,
     timeout_s: float,
 ) -> None:
     """Hosts have read different heads: of one journal, between whose entries somebody wrote, or of several? An entry is
     never changed or taken away, so that the one which process 0 has read must be there for all; where it has read none,
     the newest that another has."""
-    heads = [answer.get("head") for answer in answers]
-    source = 0 if heads[0] else max(range(len(heads)), key=lambda process: heads[process] or [-1])
+    heads = [answer.head for answer in answers]
+    source = 0 if heads[0] else max(range(len(heads)), key=lambda process: heads[process] or (-1, ""))
     sought = heads[source]
-    told: Json = {"url": catalog.url}
+    sees: bool | None = None
     if sought is not None and heads[rendezvous.process] != sought:
         failure = None  # what could not be read before may be read by now
         try:
-            told["sees"] = awaited(partial(_has_entry, catalog, *sought), timeout_s)
+            sees = awaited(partial(_has_entry, catalog, *sought), timeout_s)
         except Exception as error:
             failure = error
-    if failure:
-        told["error"] = [type(failure).__name__, str(failure)]
-    there = rendezvous.gather(name, told, timeout_s)
+    mine = Sighting(catalog.url, sees, raised(failure) if failure else None)
+    there = gather(rendezvous, rounds.one_root(name), mine, timeout_s)
     what = f"version {sought[0]} of the journal that {who(rendezvous.hosts, [source])} sees there" if sought else ""
     raise_unless_seen(rendezvous, there, failure, source, what, timeout_s)
 
@@ -182,18 +184,23 @@ def _bound_s(timeout_s: float) -> float:
 
 
 def raise_unless_seen(
-    rendezvous: Rendezvous, there: list[Json], failure: Exception | None, source: int, what: str, timeout_s: float
+    rendezvous: Rendezvous,
+    there: Sequence[Sighting],
+    failure: Exception | None,
+    source: int,
+    what: str,
+    timeout_s: float,
 ) -> None:
-    """Raises, the same on all, unless each host has seen `what`. `there`: each one's `url`, and `sees` or an `error`;
-    `failure`: this host's. `source`: whose it is. `timeout_s`: as in `awaited`."""
+    """Raises, the same on all, unless each host has seen `what`. `there`: of each of them; `failure`: this host's.
+    `source`: whose it is. `timeout_s`: as in `awaited`."""
     for process, answer in enumerate(there):
-        if "error" in answer:
-            raise failure if failure and process == rendezvous.process else as_error(process, *answer["error"])
-    blind = [process for process, answer in enumerate(there) if not answer.get("sees", True)]
+        if answer.rejected:
+            raise failure if failure and process == rendezvous.process else as_error(process, answer.rejected)
+    blind = [process for process, answer in enumerate(there) if answer.sees is False]
     if not blind:
         return
-    where = there[source]["url"]
-    others = sorted({there[process]["url"] for process in blind} - {where})
+    where = there[source].url
+    others = sorted({there[process].url for process in blind} - {where})
     hint = "; a relative path begins at each host's own directory" if where.startswith("file:") else ""
     places = f" (at {', '.join(others[:3])}{hint})" if others else ""
     verb = "do" if len(blind) > 1 else "does"
