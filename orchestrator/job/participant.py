@@ -225,7 +225,7 @@ class Participant:
         else:
             self.durable_s = time.monotonic() - self.started_s
             saved_bytes = self.outcome.state_bytes if isinstance(self.outcome, Committed) else 0
-            emit(events.Committed(self.step, self.id.name, self.durable_s, saved_bytes))
+            emit(events.SaveCommitted(self.step, self.id.name, self.durable_s, saved_bytes))
             self._in.committed()
 
     def _coordinate(self, coordinator: Coordinator) -> Outcome:
