@@ -160,8 +160,8 @@ class EventLog:
         self._root.ready()
         folder, _, name = self._key.rpartition("/")
         with self._root.directory(folder, make=True, durable=False) as directory:
-            # Opened each time: another incarnation may have put a new file in its place, and a network file system shows
-            # others only what was closed.
+            # Opened each time: another incarnation may have put a new file in its place, and a network file system
+            # shows others only what was closed.
             descriptor = self._opened(directory, name)
             try:
                 size = os.fstat(descriptor).st_size

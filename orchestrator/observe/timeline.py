@@ -95,8 +95,8 @@ class HostRestore:
 
 @dataclass
 class Timeline:
-    """`epoch`: the newest of any event. `hosts`: of that one, by process. `saves`: by (step, attempt, process), in order.
-    `opened`: epoch -> (time, process count)."""
+    """`epoch`: the newest of any event. `hosts`: of that one, by process. `saves`: by (step, attempt, process), in
+    order. `opened`: epoch -> (time, process count)."""
 
     epoch: int = 0
     hosts: dict[int, HostState] = field(default_factory=dict)
