@@ -29,8 +29,7 @@ from orchestrator.job.finalize import OwnPart, UserData
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals
-from orchestrator.observe import events
-from orchestrator.observe.events import SaveNotCommitted, SavePhase, SaveStarted, emit
+from orchestrator.observe.events import SaveCommitted, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FORMAT, Cause, FileEntry, Intent, Receipt
@@ -225,7 +224,7 @@ class Participant:
         else:
             self.durable_s = time.monotonic() - self.started_s
             saved_bytes = self.outcome.state_bytes if isinstance(self.outcome, Committed) else 0
-            emit(events.Committed(self.step, self.id.name, self.durable_s, saved_bytes))
+            emit(SaveCommitted(self.step, self.id.name, self.durable_s, saved_bytes))
             self._shared.committed()
 
     def _coordinate(self, coordinator: Coordinator) -> Outcome:

@@ -64,7 +64,7 @@ def test_a_save_ends_as_process_0_decides(
     assert save.outcome == outcome and signals.votes(save.id) == {1: None}
     if error is None:
         assert save.error is None and save.durable_s > 0
-        assert seen[-1] == events.Committed(1, save.id.name, save.durable_s, 0)
+        assert seen[-1] == events.SaveCommitted(1, save.id.name, save.durable_s, 0)
     else:
         assert type(save.error) is error and outcome.reason in str(save.error)  # type: ignore[union-attr]
         assert seen[-1] == events.SaveNotCommitted(1, save.id.name, str(save.error), cause)
