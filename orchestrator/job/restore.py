@@ -41,12 +41,12 @@ from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import (
     Chosen,
     Failed,
-    Failure,
-    Finding,
     Outcome,
     PeersFailed,
     Read,
+    ReadFailure,
     Report,
+    Ruling,
     Sums,
     attempt,
 )
@@ -234,21 +234,21 @@ class _Judgement:
             reports = outcome.reports
         else:
             reports = gather(self._rendezvous, round_, rounds.report(outcome), self._options.timeout_s)
-        finding, process = rounds.judge(reports)
-        match finding, reports[process]:
-            case Finding.DONE, _:
+        ruling, process = rounds.judge(reports)
+        match ruling, reports[process]:
+            case Ruling.DONE, _:
                 assert isinstance(outcome, Read)  # its report is among them
                 return outcome.value
-            case Finding.FAULT, Failure() as failure:
-                if isinstance(outcome, Failed) and rounds.finding(rounds.report(outcome)) is Finding.FAULT:
+            case Ruling.FAULT, ReadFailure() as failure:
+                if isinstance(outcome, Failed) and rounds.ruling(rounds.report(outcome)) is Ruling.FAULT:
                     raise outcome.error
                 raise as_error(process, Raised(failure.kind, failure.text))
-            case Finding.RETIRED, Failure() as failure:
+            case Ruling.RETIRED, ReadFailure() as failure:
                 self._choose_again(process, failure)
-            case Finding.UNREADABLE, Failure() as failure:
+            case Ruling.UNREADABLE, ReadFailure() as failure:
                 line = self._line(process, failure)
                 raise Unavailable(f"{stored.where} cannot be read now, and nothing was changed for it: {line}")
-            case Finding.DAMAGED, Failure() as failure:
+            case Ruling.DAMAGED, ReadFailure() as failure:
                 self._confirm(stored, process, failure)
             case _:
                 text = "load_once: the processes ask for different arrays; `like` must be the same on all of them"
@@ -279,12 +279,12 @@ class _Judgement:
             rule = partial(journal.quarantine, attempt=live.id, reason=reason)
             agree(self._rendezvous, rounds.QUARANTINE, self._options.timeout_s, partial(_append, self._catalog, rule))
 
-    def _choose_again(self, process: int, failure: Failure) -> None:
+    def _choose_again(self, process: int, failure: ReadFailure) -> None:
         self._retired += 1
         if not self._options.steps_down or self._retired > _RETIRED_MAX:
             raise StepRetired(self._line(process, failure))
 
-    def _confirm(self, stored: StoredStep, process: int, failure: Failure) -> None:
+    def _confirm(self, stored: StoredStep, process: int, failure: ReadFailure) -> None:
         """A process has proof of damage. What process 0 journals it has seen itself: a host with a bad cache or bad
         memory may prove anything."""
         line = self._line(process, failure)
@@ -301,7 +301,7 @@ class _Judgement:
         self.damaged[live.id] = reason
         self._not_journalled.append(live)
 
-    def _line(self, process: int, failure: Failure) -> str:
+    def _line(self, process: int, failure: ReadFailure) -> str:
         return f"process {process} ({self._rendezvous.hosts.get(process, '?')}): {failure.text}"
 
 
@@ -334,7 +334,7 @@ def _chosen(head: Head | None, live: LiveStep) -> Chosen:
     return Chosen(live.step, encode(msgspec.structs.replace(head, live=kept, retired=(), aside=())).decode())
 
 
-def _is_damaged(stored: StoredStep, failure: Failure) -> bool:
+def _is_damaged(stored: StoredStep, failure: ReadFailure) -> bool:
     try:
         stored.judge(failure.files, failure.chunks)
     except Damaged:
