@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from orchestrator import environment
 from orchestrator.arrays import jax_internals
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import WaitTimeout
@@ -85,7 +86,7 @@ def join_failure_reports() -> None:
 
 def host_name() -> str:
     """The name that messages use for this host: ORCHESTRATOR_HOST_NAME, or the machine's."""
-    return os.environ.get("ORCHESTRATOR_HOST_NAME") or socket.gethostname()
+    return os.environ.get(environment.HOST_NAME) or socket.gethostname()
 
 
 def listen(me: Rendezvous) -> sigterm.Listening:

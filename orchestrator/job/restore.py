@@ -41,19 +41,18 @@ from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import (
     Chosen,
     Failed,
-    Failure,
-    Finding,
     Outcome,
     PeersFailed,
     Read,
+    ReadFailure,
     Report,
+    Ruling,
     Sums,
     attempt,
 )
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.observe import heartbeat
-from orchestrator.observe.events import Restored as RestoredEvent
-from orchestrator.observe.events import SteppedDown, emit
+from orchestrator.observe.events import SteppedDown, StepRestored, emit
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
@@ -182,7 +181,7 @@ class _Restore:
         failpoints.hit("restore.after")
         heartbeat.record("restored", live.step, restored_step=live.step)
         elapsed_s = time.monotonic() - self._started_s
-        emit(RestoredEvent(live.step, live.attempt, elapsed_s, reads.read_bytes, reads.array_s))
+        emit(StepRestored(live.step, live.attempt, elapsed_s, reads.read_bytes, reads.array_s))
 
 
 def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan: ReadPlan) -> Outcome[list[Any]]:
@@ -234,21 +233,21 @@ class _Judgement:
             reports = outcome.reports
         else:
             reports = gather(self._rendezvous, round_, rounds.report(outcome), self._options.timeout_s)
-        finding, process = rounds.judge(reports)
-        match finding, reports[process]:
-            case Finding.DONE, _:
+        ruling, process = rounds.judge(reports)
+        match ruling, reports[process]:
+            case Ruling.DONE, _:
                 assert isinstance(outcome, Read)  # its report is among them
                 return outcome.value
-            case Finding.FAULT, Failure() as failure:
-                if isinstance(outcome, Failed) and rounds.finding(rounds.report(outcome)) is Finding.FAULT:
+            case Ruling.FAULT, ReadFailure() as failure:
+                if isinstance(outcome, Failed) and rounds.ruling(rounds.report(outcome)) is Ruling.FAULT:
                     raise outcome.error
                 raise as_error(process, Raised(failure.kind, failure.text))
-            case Finding.RETIRED, Failure() as failure:
+            case Ruling.RETIRED, ReadFailure() as failure:
                 self._choose_again(process, failure)
-            case Finding.UNREADABLE, Failure() as failure:
+            case Ruling.UNREADABLE, ReadFailure() as failure:
                 line = self._line(process, failure)
                 raise Unavailable(f"{stored.where} cannot be read now, and nothing was changed for it: {line}")
-            case Finding.DAMAGED, Failure() as failure:
+            case Ruling.DAMAGED, ReadFailure() as failure:
                 self._confirm(stored, process, failure)
             case _:
                 text = "load_once: the processes ask for different arrays; `like` must be the same on all of them"
@@ -279,12 +278,12 @@ class _Judgement:
             rule = partial(journal.quarantine, attempt=live.id, reason=reason)
             agree(self._rendezvous, rounds.QUARANTINE, self._options.timeout_s, partial(_append, self._catalog, rule))
 
-    def _choose_again(self, process: int, failure: Failure) -> None:
+    def _choose_again(self, process: int, failure: ReadFailure) -> None:
         self._retired += 1
         if not self._options.steps_down or self._retired > _RETIRED_MAX:
             raise StepRetired(self._line(process, failure))
 
-    def _confirm(self, stored: StoredStep, process: int, failure: Failure) -> None:
+    def _confirm(self, stored: StoredStep, process: int, failure: ReadFailure) -> None:
         """A process has proof of damage. What process 0 journals it has seen itself: a host with a bad cache or bad
         memory may prove anything."""
         line = self._line(process, failure)
@@ -301,7 +300,7 @@ class _Judgement:
         self.damaged[live.id] = reason
         self._not_journalled.append(live)
 
-    def _line(self, process: int, failure: Failure) -> str:
+    def _line(self, process: int, failure: ReadFailure) -> str:
         return f"process {process} ({self._rendezvous.hosts.get(process, '?')}): {failure.text}"
 
 
@@ -334,7 +333,7 @@ def _chosen(head: Head | None, live: LiveStep) -> Chosen:
     return Chosen(live.step, encode(msgspec.structs.replace(head, live=kept, retired=(), aside=())).decode())
 
 
-def _is_damaged(stored: StoredStep, failure: Failure) -> bool:
+def _is_damaged(stored: StoredStep, failure: ReadFailure) -> bool:
     try:
         stored.judge(failure.files, failure.chunks)
     except Damaged:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from msgspec import structs
 
 from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, Suspect, UsageError
-from orchestrator.rules import evidence, journal
-from orchestrator.rules import keys as layout
+from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.evidence import Choice, Whole
 from orchestrator.rules.records import Head, LiveStep, Manifest, crc32c
@@ -91,7 +90,7 @@ def plan(catalog: JournalStore, on_attempt: Callable[[AttemptId], None] = lambda
 def _is_cut(head: Head | None, unreadable: Mapping[str, str]) -> bool:
     """Whether entries above the head are there and cannot be read. One below it is history."""
     newest = head.version if head else -1
-    return any((layout.journal_version(key) or 0) > newest for key in unreadable)
+    return any((keys.journal_version(key) or 0) > newest for key in unreadable)
 
 
 def _read_journal(catalog: JournalStore) -> _Journal:
@@ -103,7 +102,7 @@ def _read_journal(catalog: JournalStore) -> _Journal:
         try:
             head = catalog.entry(version)
         except (Damaged, Suspect) as error:
-            unreadable[layout.journal_key(version)] = str(error)
+            unreadable[keys.journal_key(version)] = str(error)
             continue
         ended |= {gone.id for gone in head.retired} | {live.id for live in head.quarantined}
     return _Journal(head, versions, unreadable, ended)
@@ -152,7 +151,7 @@ def _inspect(storage: Reads, attempt: AttemptId) -> InspectedAttempt:
         stored.check_sizes()
         intent, extra = stored.intent, stored.extra
         for process in range(manifest.process_count):
-            stored.file(layout.receipt_name(process))
+            stored.file(keys.receipt_name(process))
     except (Damaged, Suspect, NewerFormat) as error:
         return InspectedAttempt(entry, str(error), manifest.built_on)
     known = structs.replace(
@@ -166,9 +165,11 @@ def write(catalog: JournalStore, found: RecoveryPlan) -> Head:
     StorageError, and OrchestratorError if somebody writes to the run meanwhile."""
     if not found.required and not found.choice.added:
         raise UsageError(f"{catalog.url}: nothing to recover: the journal knows every whole attempt")
-    if found.version > layout.VERSION_MAX:
-        keys = ", ".join(found.unreadable) or layout.journal_key(layout.VERSION_MAX)
-        raise Damaged(f"{catalog.url}: no version comes after {keys}; no job has written that: move it out of the run")
+    if found.version > keys.VERSION_MAX:
+        highest = ", ".join(found.unreadable) or keys.journal_key(keys.VERSION_MAX)
+        raise Damaged(
+            f"{catalog.url}: no version comes after {highest}; no job has written that: move it out of the run"
+        )
     head = evidence.recovered(
         found.head,
         catalog.stamp(),

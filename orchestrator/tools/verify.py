@@ -15,8 +15,7 @@ from functools import partial
 
 from orchestrator.arrays import ReadRequest
 from orchestrator.errors import Damaged, OrchestratorError, StepRetired
-from orchestrator.rules import chunk_index, journal, zarr_chunks
-from orchestrator.rules import keys as layout
+from orchestrator.rules import chunk_index, journal, keys, zarr_chunks
 from orchestrator.rules.boxes import box_label, whole_box
 from orchestrator.rules.records import FileEntry, LeafSpec, LiveStep, Manifest
 from orchestrator.run import checked_reads, stored_arrays
@@ -71,11 +70,12 @@ def read_back(
         reading.stored.checked, [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
     )
     sizes = reading.records(manifest, decode=sample is None) if reading.is_good else {}
-    keys = sorted(manifest.chunks)
-    if sample is not None and keys:
-        keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
-    if keys and not reading.is_retired:
-        reading.chunks(manifest, {key: sizes.get(key) for key in keys})
+    chunk_keys = sorted(manifest.chunks)
+    if sample is not None and chunk_keys:
+        count = max(1, min(len(chunk_keys), math.ceil(len(chunk_keys) * sample)))
+        chunk_keys = random.Random(seed).sample(chunk_keys, count)
+    if chunk_keys and not reading.is_retired:
+        reading.chunks(manifest, {key: sizes.get(key) for key in chunk_keys})
     return reading.verdict(whole)
 
 
@@ -159,9 +159,9 @@ class _ReadBack:
         try:
             _ = self.stored.extra
             for name in (entry.path for entry in manifest.files):
-                if name.startswith((layout.RECEIPTS, layout.PROCESS)):
-                    process = layout.process_of(name)
-                if name.startswith(layout.RECEIPTS):
+                if name.startswith((keys.RECEIPTS, keys.PROCESS)):
+                    process = keys.process_of(name)
+                if name.startswith(keys.RECEIPTS):
                     checked_reads.receipt(self.stored.storage, self.stored.id, process)
             leaves = self.stored.intent.tree.leaves
             for leaf in leaves if decode else ():
@@ -173,7 +173,7 @@ class _ReadBack:
         sizes = chunk_index.sizes(leaves)
         missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
         if missing:
-            where = self.stored.url_of(layout.MANIFEST)
+            where = self.stored.url_of(keys.MANIFEST)
             self._damaged.append(f"{where}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
         return sizes
 
@@ -189,20 +189,20 @@ class _ReadBack:
         labels = self._labels(manifest, bad.keys()) if bad else {}
         self._damaged += [f"{labels.get(key, key)}: {problem}" for key, problem in bad.items()]
 
-    def _labels(self, manifest: Manifest, keys: Set[str]) -> dict[str, str]:
+    def _labels(self, manifest: Manifest, chunk_keys: Set[str]) -> dict[str, str]:
         """For people: which region of which array a chunk is, and who wrote it, as far as the records can be read."""
         writers: dict[str, str] = {}
         regions: dict[str, str] = {}
         try:
             for process in range(manifest.process_count):
                 found = checked_reads.receipt(self.stored.storage, self.stored.id, process)
-                for key in keys & ({*found[0].places, *found[0].small} if found else set()):
+                for key in chunk_keys & ({*found[0].places, *found[0].small} if found else set()):
                     writers[key] = f" of process {process} ({manifest.hosts[process]})"
             for leaf in self.stored.intent.tree.leaves:
-                regions |= _regions(leaf, keys)
+                regions |= _regions(leaf, chunk_keys)
         except OrchestratorError:
             pass  # the damage that keeps us from reading them is among the findings already
-        return {key: regions.get(key, key) + writers.get(key, "") for key in keys}
+        return {key: regions.get(key, key) + writers.get(key, "") for key in chunk_keys}
 
     def _collect(self, error: OrchestratorError) -> None:
         if isinstance(error, StepRetired):
@@ -211,10 +211,10 @@ class _ReadBack:
             (self._damaged if isinstance(error, Damaged) else self._unread).append(str(error))
 
 
-def _regions(leaf: LeafSpec, keys: Set[str]) -> dict[str, str]:
+def _regions(leaf: LeafSpec, chunk_keys: Set[str]) -> dict[str, str]:
     """Of these chunks, those of one array: which region of it each is."""
     if not leaf.in_store or leaf.chunk is None:
         return {}
     whole = whole_box(leaf.file_shape)
     boxes = ((zarr_chunks.key(leaf.name, box, leaf.chunk), box) for box in zarr_chunks.cut(whole, leaf.chunk))
-    return {key: leaf.label + box_label(box) for key, box in boxes if key in keys}
+    return {key: leaf.label + box_label(box) for key, box in boxes if key in chunk_keys}

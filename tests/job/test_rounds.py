@@ -9,7 +9,7 @@ import pytest
 import orchestrator as oc
 from orchestrator.job import restore_rounds as rounds
 from orchestrator.job import startup_rounds
-from orchestrator.job.restore_rounds import Chosen, Done, Exchange, Failure, Sums
+from orchestrator.job.restore_rounds import Chosen, Done, Exchange, ReadFailure, Sums
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.job.startup_rounds import Arrival, FirstRestore, FirstSave, Opened, Sighting
 from tests.support.peers import OfTwo, same
@@ -17,8 +17,11 @@ from tests.support.peers import OfTwo, same
 MESSAGES: list[tuple[Round[Any], list[Any]]] = [
     (rounds.CHOICE, [None, Chosen(100, "{}\n")]),
     (rounds.QUARANTINE, [None]),
-    (rounds.fits(3), [Done(), Failure("Mismatch", "w: \u00fc"), Failure("Damaged", "w", ("state/d/1",), ("w/c/0",))]),
-    (rounds.outcome(3), [Done(), Exchange("00ff00ff"), Failure("UnsafeKey", "")]),
+    (
+        rounds.fits(3),
+        [Done(), ReadFailure("Mismatch", "w: \u00fc"), ReadFailure("Damaged", "w", ("state/d/1",), ("w/c/0",))],
+    ),
+    (rounds.outcome(3), [Done(), Exchange("00ff00ff"), ReadFailure("UnsafeKey", "")]),
     (rounds.fingerprints(3), [Sums({}), Sums({0: "aa", 11: "bb"}, (("w", "w: is not"),))]),
     (rounds.all_fingerprints(3), [{}, {0: {"w": "aa"}, 11: {}}]),
     (rounds.stored_fingerprints(3), ["w: its stored elements"]),
