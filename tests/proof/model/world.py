@@ -281,9 +281,12 @@ class Coordinator(Appender):
                 sealed = world._replace(volatile=world.volatile - {(step, attempt, "data-0")})
                 following = sealed.add((step, attempt, f"receipt-0-{kind}"))
                 opened = local._replace(attempt=engine.opened(step, attempt), todo=())
-                event = protocol.ReceiptsRead((receipt(step, attempt, 0, kind),))
-                moved = self._advance(engine, following.local(index, opened), index, event, kind)
-                yield f"{here}: seals, promises and reads its own receipt, {kind}", moved, NOTHING
+                # Its own receipt is read with those of others that are there by then, or before them.
+                own = (0, kind)
+                for batch in dict.fromkeys([(own,), (own, *self._stored_receipts(engine, opened, following))]):
+                    event = protocol.ReceiptsRead(tuple(receipt(step, attempt, *each) for each in batch))
+                    moved = self._advance(engine, following.local(index, opened), index, event, batch)
+                    yield f"{here}: seals, promises and reads receipts {batch}", moved, NOTHING
             case "receipts":
                 yield from self._receipts(engine, world, index, here)
             case "finalize" if self.early and local.early == UNREAD:
@@ -299,15 +302,23 @@ class Coordinator(Appender):
                 moved = self._advance(engine, following, index, event, type(event))
                 yield f"{here}: manifest", moved, NOTHING
 
+    def _stored_receipts(self, engine: Engine, local: Local, world: World) -> list[tuple[int, str]]:
+        """(process, kind) of the other processes' receipts that are there and not counted yet."""
+        step, attempt = self.current(engine, local)
+        return [
+            (process, kind)
+            for process in engine.attempts[local.attempt].missing
+            for kind in ("yes", "short", "no")
+            if process and (step, attempt, f"receipt-{process}-{kind}") in world.objects
+        ]
+
     def _receipts(self, engine: Engine, world: World, index: int, here: str) -> Iterator[Move]:
         local = world.actors[index]
         step, attempt = self.current(engine, local)
-        for process in engine.attempts[local.attempt].missing:
-            for kind in ("yes", "short", "no"):
-                if (step, attempt, f"receipt-{process}-{kind}") in world.objects:
-                    event = protocol.ReceiptsRead((receipt(step, attempt, process, kind),))
-                    moved = self._advance(engine, world, index, event, (process, kind))
-                    yield f"{here}: reads receipt {process}, {kind}", moved, NOTHING
+        for process, kind in self._stored_receipts(engine, local, world):
+            event = protocol.ReceiptsRead((receipt(step, attempt, process, kind),))
+            moved = self._advance(engine, world, index, event, (process, kind))
+            yield f"{here}: reads receipt {process}, {kind}", moved, NOTHING
         late = protocol.DeadlinePassed(1.0, {})
         yield f"{here}: deadline", self._advance(engine, world, index, late, "late"), NOTHING
 
