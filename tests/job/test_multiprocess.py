@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator as oc
-from orchestrator import failpoints
+from orchestrator import environment
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from tests.support.processes import job
@@ -172,7 +172,7 @@ def test_a_stopped_coordinator_is_named_within_the_deadline_though_its_service_h
 
 def test_a_coordinator_that_fails_first_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
     """Orbax's own store of array metadata waits for process 0 to make a directory."""
-    rule = {failpoints.VARIABLE: "save.write=error@process=0@step=0"}
+    rule = {environment.FAILPOINTS: "save.write=error@process=0@step=0"}
     with job(2, 1, tmp_path / "run", tmp_path / "logs", environ=rule, steps=2, timeout=400) as running:
         assert running.wait(200) == [0, 0], running.story()  # long before the save's own time limit
         for process in range(2):
