@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import msgspec
+
 from orchestrator import failpoints
 from orchestrator.arrays.tree import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
-from orchestrator.job import startup
+from orchestrator.job import one_root
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.rounds import Round, agree, as_error
+from orchestrator.job.rounds import Raised, Round, agree, as_error, gather, raised
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
@@ -31,6 +33,19 @@ from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
 _OPENED: Round[dict[str, int]] = Round("open the epoch", dict[str, int])  # what process 0 has appended
+
+
+class _FirstSave(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a process says at the first save. described: it has nothing to object to what it was given, so that what it
+    has `rejected` all the same is the run. mark: process 0's."""
+
+    step: int
+    described: bool
+    mark: str = ""
+    rejected: Raised | None = None
+
+
+_FIRST_SAVE = Round[_FirstSave]("open the epoch: first save", _FirstSave)
 _TRIES = 10  # somebody else commits to the run between comparing and opening
 
 
@@ -53,7 +68,7 @@ class Opening:
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
         self._head: Begun[Head | None] | None = None  # as it was then
         self._mark = ""  # this process's probe of the right to write, while it is there
-        self._unmarked: Begun[None] | None = None  # it is being deleted
+        self._deleting: Begun[None] | None = None  # it is being deleted
 
     def by_save(self, step: int, describe: Callable[[], Flat]) -> str:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
@@ -64,32 +79,29 @@ class Opening:
         """
         if self.epoch is not None:
             return ""
-        told: Json = {"step": step}
-        error: Exception | None = None
         described: list[Flat] = []  # in it once this process has nothing to object to what it was given
 
         def compare(head: Head | None) -> None:
             if not self._tree_checked:
                 check_tree(self._catalog, head, described[0])
 
+        error: Exception | None = None
+        mark = ""
         with self._marked():
             try:
                 described.append(describe())
-                told["mark"] = self._admit(compare)
-            except Exception as failure:  # the others must hear of it before it is raised here
+                mark = self._admit(compare)
+            except Exception as failure:  # the others must know of it before it is raised here
                 error = failure
-                told["rejected"] = [type(failure).__name__, str(failure)]
-            # Of process 0 it is the run's objection: all raise it.
-            answers = self._rendezvous.gather(
-                "open the epoch: first save", told | {"run": bool(described)}, self._timeout_s
-            )
+            first_save = _FirstSave(step, bool(described), mark, raised(error) if error else None)
+            answers = gather(self._rendezvous, _FIRST_SAVE, first_save, self._timeout_s)
             if error:
                 raise error
-            if answers[0]["run"] and "rejected" in answers[0]:
-                raise as_error(0, *answers[0]["rejected"])
+            if answers[0].described and (objection := answers[0].rejected):  # to the run: all raise it
+                raise as_error(0, objection.kind, objection.text)
             if rejected := self._rejected(answers):
                 return rejected
-            self._open(compare, answers[0]["mark"])
+            self._open(compare, answers[0].mark)
         self._tree_checked = True
         return ""
 
@@ -100,20 +112,21 @@ class Opening:
             check_tree(self._catalog, self._catalog.require_head(), flat)
             self._tree_checked = True
 
-    def _rejected(self, answers: list[Json]) -> str:
-        shown = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
-        for process, answer in zip(shown, answers, strict=True):
-            if "rejected" in answer:
-                return f"{process}: {': '.join(answer['rejected'])}"
-            if answer["step"] != answers[0]["step"]:
-                theirs = f"{shown[0]} saves step {answers[0]['step']} where {process} saves step {answer['step']}"
-                return f"{theirs}; all must save the same steps in the same order"
+    def _rejected(self, answers: list[_FirstSave]) -> str:
+        labels = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
+        for label, answer in zip(labels, answers, strict=True):
+            if answer.rejected:
+                return f"{label}: {answer.rejected.kind}: {answer.rejected.text}"
+            if answer.step != answers[0].step:
+                steps = f"{labels[0]} saves step {answers[0].step} where {label} saves step {answer.step}"
+                return f"{steps}; all must save the same steps in the same order"
         return ""
 
-    def by_restore(self, tree: str | None, meet: Callable[[Json], list[Json]]) -> list[Json]:
+    def by_restore(self, tree: str | None, exchange: Callable[[Json], list[Json]]) -> list[Json]:
         """Open the epoch for a restore whose target this process has matched with the step it will read, or in a new
-        run. `tree`: of the newest step when the step was chosen, None in a new run. `meet` gathers an answer of every
-        process. Returns [] once it is open; else all answers, of which one is another's rejection: nothing was done."""
+        run. `tree`: of the newest step when the step was chosen, None in a new run. `exchange` gathers an answer of
+        every process. Returns [] once it is open; else all answers, of which one is another's rejection: nothing was
+        done."""
         if self.epoch is not None:
             return []
         error: Exception | None = None
@@ -124,7 +137,7 @@ class Opening:
                 mark = self._admit(compare)
             except Exception as failure:
                 error = failure
-            answers = meet({"opens": [type(error).__name__, str(error)] if error else [], "mark": mark})
+            answers = exchange({"opens": [type(error).__name__, str(error)] if error else [], "mark": mark})
             if not all("opens" in answer for answer in answers):
                 return answers
             if error:
@@ -137,7 +150,7 @@ class Opening:
 
     def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
         self._prove(mark)
-        self._begin_unmark()
+        self._begin_deleting()
         opened = agree(self._rendezvous, _OPENED, self._timeout_s, partial(self._append, compare))
         self.epoch = opened["epoch"]
         # All processes' records build on it: it is durable.
@@ -150,25 +163,25 @@ class Opening:
         try:
             yield
         finally:
-            self._unmark()
+            self._delete_mark()
 
-    def _unmark(self) -> None:
-        self._begin_unmark()
-        unmarked, self._unmarked = self._unmarked, None
-        if unmarked:
-            unmarked.result()
+    def _delete_mark(self) -> None:
+        self._begin_deleting()
+        deleting, self._deleting = self._deleting, None
+        if deleting:
+            deleting.result()
 
-    def _begin_unmark(self) -> None:
+    def _begin_deleting(self) -> None:
         """The epoch is opened meanwhile."""
         if self._mark:
-            self._unmarked, self._mark = overlap.begin(partial(startup.unmark, self._catalog, self._mark)), ""
+            self._deleting, self._mark = overlap.begin(partial(one_root.delete_mark, self._catalog, self._mark)), ""
 
     def _admit(self, compare: Callable[[Head | None], None]) -> str:
-        """Whatever speaks against opening the run is raised. Process 0 looks, for all, and makes the mark whose key it
-        returns; of the others nothing is known yet."""
+        """Whatever speaks against opening the run is raised. Process 0 inspects it, for all, and makes the mark whose
+        key it returns; of the others nothing is known yet."""
         if self._rendezvous.process == 0:
-            self._look(compare)
-            self._mark = startup.mark(self._catalog)
+            self._inspect(compare)
+            self._mark = one_root.create_mark(self._catalog)
         return self._mark
 
     def _prove(self, mark: str) -> None:
@@ -176,21 +189,25 @@ class Opening:
         root is another place, and StorageError."""
         if self._rendezvous.count == 1:
             return
-        told: Json = {"url": self._catalog.url}
-        failure: Exception | None = None
-        if self._rendezvous.process != 0:
-            try:
-                told["sees"] = startup.awaited(partial(startup.has, self._catalog, mark), self._timeout_s)
-                if told["sees"]:
-                    self._mark = startup.mark(self._catalog)
-            except Exception as error:
-                failure = error
-                told["error"] = [type(error).__name__, str(error)]
-        there = self._rendezvous.gather("open the epoch: one root", told, self._timeout_s)
-        what = f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})"
-        startup.raise_unless_seen(self._rendezvous, there, failure, 0, what, self._timeout_s)
 
-    def _look(self, compare: Callable[[Head | None], None]) -> None:
+        def look() -> bool:
+            seen = one_root.sees_in_time(partial(one_root.sees, self._catalog, mark), self._timeout_s)
+            if seen:
+                self._mark = one_root.create_mark(self._catalog)
+            return seen
+
+        one_root.check_all_see(
+            self._catalog,
+            self._rendezvous,
+            "open the epoch: one root",
+            None if self._rendezvous.process == 0 else look,
+            f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})",
+            source=0,
+            timeout_s=self._timeout_s,
+        )
+
+    def _inspect(self, compare: Callable[[Head | None], None]) -> None:
+        """Process 0 reads the run. Whatever speaks against opening it is raised."""
         began_s = time.monotonic()
         head, _ = self._catalog.look()
         self._head = overlap.known(head, began_s)
@@ -205,7 +222,7 @@ class Opening:
             try:
                 opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared), self._head)
             except Overtaken:
-                self._look(compare)
+                self._inspect(compare)
                 continue
             failpoints.hit("epoch.after")
             assert opened is not None

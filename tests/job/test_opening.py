@@ -240,7 +240,7 @@ def test_two_agents_that_open_at_once_get_two_epochs_and_the_later_one_stays(roo
 # Several processes: the verdicts of all are gathered first.
 
 
-class Meeting(SingleProcess):
+class TwoProcesses(SingleProcess):
     """Process 0 of two, which are configured alike. `other`: what process 1 says at each later gathering."""
 
     def __init__(self, other: dict[str, Any]) -> None:
@@ -252,18 +252,18 @@ class Meeting(SingleProcess):
 
 
 def an_opening(root: Path, other: dict[str, Any]) -> Opening:
-    return Opening(Catalog(PosixStorage(str(root)), "me"), Meeting(other), 1.0, lambda epoch: None)
+    return Opening(Catalog(PosixStorage(str(root)), "me"), TwoProcesses(other), 1.0, lambda epoch: None)
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
         (
-            {"step": 2, "run": False, "rejected": ["UsageError", "metrics=3"]},
+            {"step": 2, "described": False, "rejected": {"kind": "UsageError", "text": "metrics=3"}},
             "process 1 (host-1): UsageError: metrics=3",
         ),
         (
-            {"step": 3, "run": True},
+            {"step": 3, "described": True},
             "process 0 (host-0) saves step 2 where process 1 (host-1) saves step 3; all must save the same",
         ),
     ],
@@ -274,7 +274,7 @@ def test_what_one_process_cannot_save_opens_no_epoch_on_any(root: Path, other: d
     opening = an_opening(root, other)
     assert opening.by_save(2, lambda: flatten(state(2))).startswith(said)
     assert opening.epoch is None and snapshot(root) == before
-    assert an_opening(root, {"step": 2, "run": True}).by_save(2, lambda: flatten(state(2))) == ""
+    assert an_opening(root, {"step": 2, "described": True}).by_save(2, lambda: flatten(state(2))) == ""
     assert journal_of(root)[-1].epoch == 2
 
 
@@ -284,26 +284,26 @@ def test_a_restore_opens_only_once_all_processes_have_matched_and_may_write(root
     mismatch = {"kind": "Mismatch", "text": "w: no"}
     opening = an_opening(root, {})
 
-    def meet(other: dict[str, Any], told: Any) -> list[Any]:
+    def exchange(other: dict[str, Any], told: Any) -> list[Any]:
         return [told, other]
 
     tree = journal_of(root)[-1].live[0].tree
-    told, theirs = opening.by_restore(tree, partial(meet, mismatch))
+    told, theirs = opening.by_restore(tree, partial(exchange, mismatch))
     assert told["opens"] == [] and told["mark"].startswith("steps/") and theirs == mismatch
     assert snapshot(root) == before  # the mark is gone
     with pytest.raises(oc.StorageError, match="process 1: create: EACCES"):
-        opening.by_restore(tree, partial(meet, {"opens": ["StorageError", "create: EACCES"]}))
+        opening.by_restore(tree, partial(exchange, {"opens": ["StorageError", "create: EACCES"]}))
     with pytest.raises(journal.Overtaken):
-        opening.by_restore("another tree", partial(meet, {"opens": []}))
+        opening.by_restore("another tree", partial(exchange, {"opens": []}))
     assert opening.epoch is None and snapshot(root) == before
-    assert opening.by_restore(tree, partial(meet, {"opens": []})) == [] and opening.epoch == 2
+    assert opening.by_restore(tree, partial(exchange, {"opens": []})) == [] and opening.epoch == 2
 
 
 def test_a_first_save_that_another_process_cannot_take_part_in_is_a_failed_save(root: Path) -> None:
-    other = {"step": 1, "run": False, "rejected": ["UsageError", "metrics=3"]}
-    agent = oc.Agent(root, rendezvous=Meeting(other), options=oc.Options(rendezvous_timeout_s=1))
+    other = {"step": 1, "described": False, "rejected": {"kind": "UsageError", "text": "metrics=3"}}
+    agent = oc.Agent(root, rendezvous=TwoProcesses(other), options=oc.Options(rendezvous_timeout_s=1))
     assert agent.save(1, state(1)) is False and agent.failures == 1
-    agent = oc.Agent(root, rendezvous=Meeting(other), options=now(rendezvous_timeout_s=1))
+    agent = oc.Agent(root, rendezvous=TwoProcesses(other), options=now(rendezvous_timeout_s=1))
     with pytest.raises(oc.SaveFailed, match=r"step 1 was not saved: process 1 \(host-1\): UsageError"):
         agent.save(1, state(1))
     assert not (root / "journal").exists()
