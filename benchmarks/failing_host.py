@@ -1,4 +1,4 @@
-"""One of four hosts cannot make its data durable (fsync says ENOSPC): when does each host know, and what is it told?
+"""One of four hosts cannot make its data durable (fsync says ENOSPC): when does each host know, and what does it know?
 
     python -m benchmarks.failing_host [--limit_s=60]
 
@@ -56,7 +56,7 @@ def compare(kind: str, root: str, limit_s: float) -> None:
     try:
         # One that knows may end JAX's coordination service with itself, so all stay until everybody has spoken.
         while time.monotonic() < give_up and any(process.poll() is None for process in started):
-            if all(told(log) for log in logs):
+            if all(newest_report(log) for log in logs):
                 break
             time.sleep(0.2)
     finally:
@@ -65,13 +65,13 @@ def compare(kind: str, root: str, limit_s: float) -> None:
         for process in started:
             process.wait(10)
     for index, log in enumerate(logs):
-        said = told(log) or {"seconds": None, "text": "ended without a word"}
-        seconds = "-" if said["seconds"] is None else f"{said['seconds']:.2f} s"
-        print(f"{kind:6} host {index}: {seconds:>8}  {said['text'][:240]}", flush=True)
+        known = newest_report(log) or {"seconds": None, "text": "ended without a word"}
+        seconds = "-" if known["seconds"] is None else f"{known['seconds']:.2f} s"
+        print(f"{kind:6} host {index}: {seconds:>8}  {known['text'][:240]}", flush=True)
 
 
-def told(log: Path) -> dict[str, object] | None:
-    lines = [line for line in log.read_text().splitlines() if line.startswith('{"told"')]
+def newest_report(log: Path) -> dict[str, object] | None:
+    lines = [line for line in log.read_text().splitlines() if line.startswith('{"reported"')]
     return json.loads(lines[0]) if lines else None
 
 
@@ -91,12 +91,12 @@ def work(kind: str, index: int, port: str, root: str, limit_s: float) -> None:
     state = {"w": jnp.zeros((1024, 1024), device=NamedSharding(mesh, PartitionSpec("data")))}
     started = 0.0
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         seconds = time.monotonic() - started
-        print(json.dumps({"told": index, "seconds": seconds, "text": " ".join(text.split())}), flush=True)
+        print(json.dumps({"reported": index, "seconds": seconds, "text": " ".join(text.split())}), flush=True)
 
     def limit() -> None:
-        tell(f"nothing yet; still waiting after {limit_s:g} s")
+        report(f"nothing yet; still waiting after {limit_s:g} s")
 
     timer = threading.Timer(limit_s, limit)
     timer.daemon = True
@@ -112,9 +112,9 @@ def work(kind: str, index: int, port: str, root: str, limit_s: float) -> None:
         try:
             agent.save(0, state)
             agent.wait_until_finished()
-            tell("saved?")
+            report("saved?")
         except oc.SaveFailed as error:
-            tell(str(error))
+            report(str(error))
     else:
         import orbax.checkpoint as ocp
 
@@ -124,9 +124,9 @@ def work(kind: str, index: int, port: str, root: str, limit_s: float) -> None:
         try:
             manager.save(0, args=ocp.args.StandardSave(state))
             manager.wait_until_finished()
-            tell("saved?")
+            report("saved?")
         except Exception as error:
-            tell(f"{type(error).__name__}: {error}")
+            report(f"{type(error).__name__}: {error}")
     time.sleep(START_S + limit_s)  # ended from outside
 
 

@@ -89,13 +89,13 @@ def measure(root: str, mesh: str, processes: int, mib: int) -> dict[str, Any]:
     from orchestrator.observe.event_log import read
     from orchestrator.observe.events import Restored
 
-    said = job(root, mesh, processes, mib)
+    figures = job(root, mesh, processes, mib)
     events = Path(root) / "events"
     lines = [line for line in read(str(events)) if isinstance(line.event, Restored)]
     newest = [line.event for line in lines if line.epoch == max(line.epoch for line in lines)]
     return {
         "bytes": sum(event.read_bytes for event in newest),
-        "peak": max(each["peak_bytes"] for each in said),
+        "peak": max(each["peak_bytes"] for each in figures),
         "seconds": max(event.elapsed_s for event in newest),
     }
 
@@ -108,12 +108,12 @@ def main(argv: list[str]) -> None:
         root = f"{folder}/run"
         for _ in range(1 + FLAGS.rounds):  # saves, then restores
             job(root, *SAVED, FLAGS.mib)
-        print(f"saved by {SAVED[1]} processes on {SAVED[0]}, {FLAGS.mib} MiB; foretold / measured")
+        print(f"saved by {SAVED[1]} processes on {SAVED[0]}, {FLAGS.mib} MiB; forecast / measured")
         print(f"{'mesh':<16}{'processes':>9}  {'bytes':>23}  {'peak MiB':>17}  {'seconds':>17}")
         for mesh, processes in MESHES:
             command = [sys.executable, "-m", "orchestrator.cli", "plan", root, f"--mesh={mesh}", "--json"]
-            said = subprocess.run([*command, f"--processes={processes}"], capture_output=True, text=True, check=True)
-            plan = json.loads(said.stdout)
+            done = subprocess.run([*command, f"--processes={processes}"], capture_output=True, text=True, check=True)
+            plan = json.loads(done.stdout)
             rounds = [measure(root, mesh, processes, FLAGS.mib) for _ in range(FLAGS.rounds)]
             got = {name: statistics.median_low(each[name] for each in rounds) for name in rounds[0]}
             peak = max(host["peak_bytes"] for host in plan["hosts"])

@@ -75,8 +75,7 @@ def work(args: argparse.Namespace, index: int, port: str) -> None:
     from jax.experimental import multihost_utils
 
     import orchestrator as oc
-    from orchestrator.arrays import fingerprint
-    from orchestrator.arrays.tree import flatten
+    from orchestrator.arrays import fingerprint, flatten
 
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_platforms", "cpu")

@@ -11,7 +11,6 @@ restore, which opens the incarnation's epoch. again: a restore after that. save:
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -19,40 +18,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.requests import BUCKET, LEAF_BYTES, Phase, abstract, run, work
+from benchmarks.gcs_jobs import BUCKET, LEAF_BYTES, Phase, abstract, is_worker, parser, run
 
 PHASES = ("open", "restore", "again", "save")
 NAMES = {"ours": "here", "orbax": "Orbax"}
 BEGIN, END = "<!-- waves: made by `python -m benchmarks.waves --write=docs/gcs.md` -->", "<!-- end of waves -->"
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--leaves", type=int, choices=sorted(LEAF_BYTES), default=8)
-    parser.add_argument("--latency_ms", type=float, default=50.0)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--write", help="a page whose table of waves is made anew")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--worker", nargs=5, metavar=("PEER", "INDEX", "COUNT", "PORT", "URL"), help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
-
-
 def main() -> None:
-    args = parse(sys.argv[1:])
-    if args.worker:
-        peer, index, count, port, url = args.worker
-        work({"ours": ours, "orbax": orbax}[peer], int(index), int(count), port, url, args.leaves)
+    flags = parser(__doc__, processes=[1, 2], latency_ms=50.0)
+    flags.add_argument("--leaves", type=int, choices=sorted(LEAF_BYTES), default=8)
+    flags.add_argument("--repeats", type=int, default=3)
+    flags.add_argument("--write", help="a page whose table of waves is made again")
+    args = flags.parse_args()
+    if is_worker(args, {"ours": ours, "orbax": orbax}, args.leaves):
         return
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for _ in range(args.repeats):
         for count in args.processes:
             for peer in NAMES:
-                told = run(peer, count, args.leaves, args.latency_ms, "benchmarks.waves")
-                if "failed" in told:
-                    sys.exit(f"{peer}, {count} processes: {told['failed']}")
-                found.setdefault((count, peer), []).append(told)
-    rows = [{"processes": count, "peer": peer, **medians(told)} for (count, peer), told in found.items()]
+                measured = run(peer, count, args.leaves, args.latency_ms, "benchmarks.waves")
+                if "failed" in measured:
+                    sys.exit(f"{peer}, {count} processes: {measured['failed']}")
+                found.setdefault((count, peer), []).append(measured)
+    rows = [{"processes": count, "peer": peer, **medians(runs)} for (count, peer), runs in found.items()]
     print(json.dumps(rows) if args.json else table(rows))
     if args.write:
         page = Path(args.write)
@@ -63,15 +52,15 @@ def main() -> None:
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Of each phase: median waves and seconds; requests by operation and the chain, of the run in the middle."""
-    told = {}
+    middle = {}
     for phase in PHASES:
         ordered = sorted((one[phase] for one in runs), key=lambda one: (one["waves"], one["seconds"]))
-        told[phase] = {
+        middle[phase] = {
             "waves": statistics.median_low(one["waves"] for one in ordered),
             "seconds": statistics.median(one["seconds"] for one in ordered),
             **{name: ordered[(len(ordered) - 1) // 2][name] for name in ("operations", "chain")},
         }
-    return told
+    return middle
 
 
 def table(rows: list[dict[str, Any]]) -> str:

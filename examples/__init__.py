@@ -1,4 +1,5 @@
-"""Small training jobs with Flax, Optax and Grain, made to be copied from.
+"""Small training jobs with Flax, Optax and Grain, made to be copied from; tests/pages/test_examples.py runs them all.
 
-tests/pages/test_examples.py runs each of them.
+Each file is a whole program: the last lines, which join a launcher's job and read the flags, are the same in all on
+purpose. Shared, they would be missing from every copy.
 """

@@ -1,20 +1,30 @@
-"""The data plane: pytrees to and from an ordinary Orbax checkpoint. The only importer of both."""
+"""The data plane: pytrees to and from an ordinary Orbax checkpoint. The only importer of Orbax and TensorStore.
+
+What the other rooms use is here. Besides, they may import these modules whole: `fingerprint`, `jax_context`, and what
+reads Orbax's own files and names, `format.orbax_api` and `format.orbax_json`.
+"""
 
 from __future__ import annotations
 
+from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.external_items import describe, is_tree
+from orchestrator.arrays.inline_values import inline_value
 from orchestrator.arrays.reading.check_chunks import check
 from orchestrator.arrays.reading.device_arrays import as_array
 from orchestrator.arrays.reading.exchange import ExchangeGroup, exchange_groups
 from orchestrator.arrays.reading.read import load, slabs
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.arrays.reading.target_shardings import shardings_of
+from orchestrator.arrays.tree import Flat, Form, flatten, targets, tree_path
 from orchestrator.arrays.writing.write import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
+from orchestrator.arrays.writing.write_plan import views
 
 __all__ = [
     "ArrayOptions",
     "ArrayWriter",
     "ExchangeGroup",
+    "Flat",
+    "Form",
     "PendingWrite",
     "ReadRequest",
     "WriteStopped",
@@ -22,8 +32,14 @@ __all__ = [
     "check",
     "describe",
     "exchange_groups",
+    "flatten",
+    "inline_value",
     "is_tree",
     "load",
+    "numpy_dtype",
     "shardings_of",
     "slabs",
+    "targets",
+    "tree_path",
+    "views",
 ]

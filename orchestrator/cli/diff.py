@@ -35,7 +35,7 @@ class Comparison(Result, frozen=True):
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedSteps:
     """Two steps and all their leaves, the equal ones, too."""
 
     a: int
@@ -49,7 +49,7 @@ class Compared:
         return tuple(leaf for leaf in self.leaves if leaf.state != "equal")
 
 
-def run(root: str, flags: Flags) -> Compared:
+def run(root: str, flags: Flags) -> ComparedSteps:
     from orchestrator.tools.diff import Side, compare  # JAX takes a second to import: only here
 
     first, second = open_store(root), open_store(flags["other"] or root)
@@ -59,7 +59,7 @@ def run(root: str, flags: Flags) -> Compared:
         bar = render.Bar(display, "reading", None)
         found = compare(*sides, measure=flags["max_difference"], on_bytes=bar.add)
     leaves = [ComparedLeaf(one.leaf, one.a, one.b, one.state, one.by, one.elements, one.largest) for one in found]
-    return Compared(a.step, b.step, first.url, second.url, tuple(leaves))
+    return ComparedSteps(a.step, b.step, first.url, second.url, tuple(leaves))
 
 
 def _step(text: str) -> int:
@@ -68,12 +68,12 @@ def _step(text: str) -> int:
     return int(text)
 
 
-def encode(found: Compared) -> Comparison:
+def encode(found: ComparedSteps) -> Comparison:
     differing = found.differing
     return Comparison(found.a, found.b, found.root, found.other, len(found.leaves) - len(differing), differing)
 
 
-def show(found: Compared, flags: Flags) -> Iterator[render.Shown]:
+def show(found: ComparedSteps, flags: Flags) -> Iterator[render.Shown]:
     columns = ["leaf", "a", "b", "state", "found by", *(["elements", "largest"] if flags["max_difference"] else [])]
     rows = []
     for one in found.leaves if flags["all"] else found.differing:
@@ -86,7 +86,7 @@ def show(found: Compared, flags: Flags) -> Iterator[render.Shown]:
     yield f"{len(found.differing)} of {len(found.leaves)} leaves differ between step {found.a} and step {found.b}"
 
 
-def exit_code(found: Compared) -> int:
+def exit_code(found: ComparedSteps) -> int:
     return EXIT_FAILED if found.differing else EXIT_OK
 
 

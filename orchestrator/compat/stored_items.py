@@ -13,11 +13,9 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from orchestrator.arrays.element_types import numpy_dtype
+from orchestrator.arrays import inline_value, numpy_dtype, targets, tree_path
 from orchestrator.arrays.format import orbax_api, orbax_json
-from orchestrator.arrays.inline_values import inline_value
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.tree import targets, tree_path
 from orchestrator.compat.orbax_items import is_composite, kind_of, reject
 from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.errors import Mismatch, UsageError

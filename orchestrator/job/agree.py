@@ -19,8 +19,7 @@ from collections.abc import Callable
 from absl import logging
 from msgspec.structs import replace
 
-from orchestrator.arrays.tree import Flat, Form
-from orchestrator.arrays.writing.write_plan import views
+from orchestrator.arrays import Flat, Form, views
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.job.outcome import Aborted
 from orchestrator.job.poll import Pause, poll, timed_out

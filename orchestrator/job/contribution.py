@@ -9,8 +9,7 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from orchestrator import failpoints
-from orchestrator.arrays import ArrayWriter, PendingWrite
-from orchestrator.arrays.tree import Flat
+from orchestrator.arrays import ArrayWriter, Flat, PendingWrite
 from orchestrator.errors import Fenced, StorageError
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import abort_vote

@@ -18,7 +18,7 @@ from functools import partial
 import msgspec
 
 from orchestrator import failpoints
-from orchestrator.arrays.tree import Flat
+from orchestrator.arrays import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import one_root
 from orchestrator.job.rendezvous import Rendezvous

@@ -19,8 +19,7 @@ import jax
 from absl import logging
 
 from orchestrator import arrays, errors, failpoints
-from orchestrator.arrays import ArrayWriter
-from orchestrator.arrays.tree import Flat
+from orchestrator.arrays import ArrayWriter, Flat
 from orchestrator.errors import JournalLost, OrchestratorError, SaveFailed, WaitTimeout
 from orchestrator.job.agree import Agreement, StepOrder
 from orchestrator.job.contribution import Contribution

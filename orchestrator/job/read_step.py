@@ -15,8 +15,7 @@ from typing import Any
 import jax
 
 from orchestrator import arrays, failpoints, gc_pause
-from orchestrator.arrays import ReadRequest
-from orchestrator.arrays.tree import targets
+from orchestrator.arrays import ReadRequest, targets
 from orchestrator.job.restore_check import Proof, prove
 from orchestrator.rules import keys, matching
 from orchestrator.rules.attempt_id import AttemptId

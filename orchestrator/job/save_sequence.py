@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import gc_pause
-from orchestrator.arrays.tree import Flat, flatten
+from orchestrator.arrays import Flat, flatten
 from orchestrator.errors import Damaged, OrchestratorError, SaveFailed, StorageError, UsageError, WaitTimeout
 from orchestrator.job.finalize import UserData
 from orchestrator.job.opening import Opening

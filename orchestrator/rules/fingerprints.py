@@ -78,7 +78,7 @@ def fingerprints(intent: Intent, receipts: Mapping[int, Receipt]) -> dict[str, s
         once: dict[Box, ShardFingerprint] = {
             told.box: told for receipt in receipts.values() for told in receipt.prints.get(leaf.name, ())
         }
-        volume = sum(volume(box) for box in once)
-        if once and volume == math.prod(leaf.file_shape):
+        covered = sum(volume(box) for box in once)
+        if once and covered == math.prod(leaf.file_shape):
             found[leaf.name] = total(told.print for told in once.values())
     return found

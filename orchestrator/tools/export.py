@@ -25,7 +25,7 @@ from urllib.parse import quote
 import numpy as np
 
 from orchestrator import arrays
-from orchestrator.arrays.element_types import numpy_dtype
+from orchestrator.arrays import numpy_dtype
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.rules import arguments, chunk_index, keys
 from orchestrator.rules.records import Box, LeafSpec, LiveStep, Manifest, TreeSpec

@@ -75,9 +75,7 @@ def by_step(made: RunReport) -> dict[int, ReportedSave]:
     return {save.step: save for save in made.saves}
 
 
-def test_a_report_tells_every_save_with_its_state_trust_and_parts(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_has_every_save_with_its_state_trust_and_parts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = reported(run, capsys)
     saves = by_step(made)
     assert {step: (save.outcome, save.state) for step, save in saves.items()} == {
@@ -132,7 +130,7 @@ def test_a_run_without_events_and_a_damaged_one_are_reported_too(
     assert [save.parts for save in made.saves] == [(), ()] and made.mesh is None and made.goodput.share is not None
 
 
-def test_a_save_whose_process_died_is_told_as_unknown() -> None:
+def test_a_save_whose_process_died_is_reported_as_unknown() -> None:
     line = Line(50.0, 0, "h", "m", 1, SavePhase(3, "e0001-a01", "writing", 1.0, 5))
     catalog = Catalog(MemoryStorage(), "test")
     catalog.append(journal.open_epoch)

@@ -48,7 +48,7 @@ STORY = [
 ]
 
 
-def test_a_look_tells_states_bytes_rates_silence_the_slowest_and_what_would_be_lost() -> None:
+def test_states_rates_silence_the_slowest_and_the_loss_are_shown() -> None:
     at = 1006.0 + SILENT_S
     now = summarize("run", head(live(30, time=900.0), epoch=3), Story().tell(STORY), at)
     assert [(host.state, host.silent, host.step) for host in now.hosts] == [
@@ -66,7 +66,7 @@ def test_a_look_tells_states_bytes_rates_silence_the_slowest_and_what_would_be_l
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_events_of_an_older_incarnation_tell_nothing_of_this_ones_hosts() -> None:
+def test_events_of_an_older_incarnation_say_nothing_of_this_ones_hosts() -> None:
     now = summarize("run", head(epoch=4), Story().tell(STORY), 1010.0)
     assert now.hosts == () and now.newest is None and now.loss_s is None
     assert "all is lost" in shown(now) and "no events of this incarnation" in shown(now)

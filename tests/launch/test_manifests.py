@@ -92,7 +92,7 @@ def test_what_we_write_has_nothing_wrong(documents: list[Manifest], tmp_path: Pa
     assert {*kustomization["resources"], "kustomization.yaml"} == {path.name for path in (tmp_path / "base").iterdir()}
 
 
-def test_a_pod_is_told_its_place_in_full() -> None:
+def test_a_pod_gets_its_place_in_full() -> None:
     documents = manifests.jobset(job(GPU, slices=3, environ={contract.RUN_ROOT: "gs://b/r"}))
     pod = environ_of(documents, **{"job-index": "2", "restart-attempt": "5"}) | {contract.COMPLETION_INDEX: "1"}
     assert contract.from_environment(pod) == JobContract(
@@ -134,7 +134,7 @@ def test_on_tpu_pools_the_addresses_are_left_to_gke() -> None:
     assert TPU_HOSTS == 4
 
 
-def test_a_preemption_is_free_and_what_a_restart_cannot_mend_is_final() -> None:
+def test_a_preemption_is_free_and_what_a_restart_cannot_fix_is_final() -> None:
     jobset = manifests.jobset(job(GPU))[-1]["spec"]
     rules = jobset["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
     assert [rule.get("onExitCodes", {}).get("values") for rule in rules] == [[2, 4, 5, 6], None, [75]]

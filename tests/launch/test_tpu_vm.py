@@ -141,7 +141,7 @@ def test_the_program_reaches_the_workers_word_for_word(tmp_path: Path) -> None:
         ("printf '\\r\\033[2K'; exit 3", 3),
     ],
 )
-def test_only_our_own_word_says_how_the_program_ended(tmp_path: Path, program: str, code: int) -> None:
+def test_only_our_own_line_reports_how_the_program_ended(tmp_path: Path, program: str, code: int) -> None:
     assert run(tmp_path, "--max_restarts=0", program)[0] == code
 
 
@@ -179,7 +179,7 @@ def test_a_failed_job_is_started_again_and_a_hopeless_one_is_not(tmp_path: Path)
     assert calls(tmp_path) == ["tpu-vm ssh"]
 
 
-def test_preempted_machines_are_made_anew_and_cost_no_restart(tmp_path: Path) -> None:
+def test_preempted_machines_are_made_again_and_cost_no_restart(tmp_path: Path) -> None:
     lost = '[ "$ORCHESTRATOR_RESTART_COUNT" != 0 ] || { echo SUSPENDED >state; exit 255; }'
     code, _, error = run(tmp_path, "--max_restarts=0 --create --type=v6e-8", lost)
     assert code == 0 and "the machines are gone: preempted" in error

@@ -217,7 +217,7 @@ def take(loader: Loader, count: int) -> list[bytes]:
     return [loader.next().tobytes() for _ in range(count)]
 
 
-def test_the_loader_goes_on_with_the_batches_not_seen_and_shows_each_window_once_a_pass() -> None:
+def test_the_loader_resumes_with_unseen_batches_and_each_window_comes_once_a_pass() -> None:
     text = (np.arange(1001) % 251).astype(np.uint8).tobytes()
     settings = {"batch_size": 4, "length": 10, "seed": 3}
     one = Loader(text, **settings)

@@ -114,7 +114,7 @@ def test_a_failed_job_is_restarted_with_its_count_until_it_succeeds() -> None:
     assert "run 3" not in done.stdout
 
 
-def test_restarts_end_with_the_last_failures_code_and_may_change_the_number_of_hosts() -> None:
+def test_restarts_end_with_the_last_failures_code_and_may_change_the_hosts() -> None:
     script = (
         "e = os.environ; print(e['ORCHESTRATOR_PROCESS_COUNT'])\n"
         "raise SystemExit(3 + int(e['ORCHESTRATOR_RESTART_COUNT']))"

@@ -59,7 +59,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", UNREADABLE)
-def test_a_heartbeat_that_no_agent_wrote_tells_nothing(what: str) -> None:
+def test_a_heartbeat_that_no_agent_wrote_counts_for_nothing(what: str) -> None:
     beats = Heartbeats()
     try:
         UNREADABLE[what](beats.path(0))
@@ -93,7 +93,7 @@ def test_a_heartbeats_members_of_another_type_are_left_out(said: dict[str, objec
         beats.close()
 
 
-def test_names_that_are_no_hosts_are_left_out_and_a_lost_directory_makes_nobody_silent() -> None:
+def test_other_names_are_left_out_and_a_lost_directory_makes_nobody_silent() -> None:
     beats = Heartbeats()
     try:
         for name in ("²", "٣", "1.77", "-1", " 2", "x"):
@@ -106,7 +106,7 @@ def test_names_that_are_no_hosts_are_left_out_and_a_lost_directory_makes_nobody_
     assert beats.poll(9999.0) == {}, "who cannot be heard is not known to be silent"
 
 
-def test_a_heartbeat_that_finds_no_room_still_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_that_finds_no_room_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "beat"
     monkeypatch.setenv(heartbeat.VARIABLE, str(file))
     monkeypatch.setattr(heartbeat, "_last", {})

@@ -67,7 +67,7 @@ def test_a_crash_is_the_cause_among_survivors_that_raise_and_an_abort_is_not() -
         ([[(0, 3), (1, 1)]], None),
     ],
 )
-def test_a_code_that_a_restart_cannot_mend_is_the_jobs(
+def test_a_code_that_a_restart_cannot_fix_is_the_jobs(
     moments: list[list[tuple[int, int]]], finish: Finish | None
 ) -> None:
     state, effect = running(2, max_restarts=9), None
@@ -153,7 +153,7 @@ def test_a_job_stopped_while_it_waits_to_start_again_ends_as_it_last_ended() -> 
     assert isinstance(preempted, JobHistory) and supervise.stopped_between(preempted) == Finish(75)
 
 
-def test_a_preempted_job_resumes_without_using_up_a_restart_and_its_hosts_get_time_to_save() -> None:
+def test_a_preempted_job_resumes_for_free_and_its_hosts_get_time_to_save() -> None:
     state, effects = supervise.on_exits(running(2, max_restarts=0), [Exit(1, 75)])
     assert effects == (SendSignal(frozenset({0}), 0, state.policy.stop_grace_s),), "no signal: they are saving already"
     (effect,) = supervise.on_exits(state, [Exit(0, 75)])[1]
@@ -168,7 +168,7 @@ def test_when_the_operator_stops_the_job_preempted_is_its_code() -> None:
     assert supervise.on_exits(state, [Exit(0, 75)])[1] == (Finish(75),)
 
 
-def test_only_a_host_that_has_beaten_and_then_fallen_silent_is_killed() -> None:
+def test_only_a_host_whose_heartbeats_have_stopped_is_killed() -> None:
     state = running(3, hang_after_s=10.0)
     assert supervise.on_silence(state, {0: 9.0, 1: 10.0})[1] == ()
     state, effects = supervise.on_silence(state, {0: 9.0, 1: 10.1})

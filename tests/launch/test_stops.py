@@ -132,7 +132,7 @@ def test_a_signal_that_comes_twice_at_one_moment_is_one_and_handlers_are_put_bac
         signal.signal(number, handler)
 
 
-def test_a_job_saves_when_its_terminal_closes_though_nobody_can_be_told(tmp_path: Path) -> None:
+def test_a_job_saves_when_its_terminal_closes_though_nobody_can_read_it(tmp_path: Path) -> None:
     """The shell and the kernel each send SIGHUP, and every write fails from then on."""
     saved = tmp_path / "saved"
     script = (
@@ -158,7 +158,7 @@ def test_a_job_saves_when_its_terminal_closes_though_nobody_can_be_told(tmp_path
     assert eventually(saved.exists)
 
 
-def test_a_terminal_that_stops_what_writes_from_the_background_does_not_stop_the_supervisor(tmp_path: Path) -> None:
+def test_a_terminal_that_stops_background_writers_spares_the_supervisor(tmp_path: Path) -> None:
     shell = f'set -m; stty tostop; "$@" & echo $! > {tmp_path}/pid; wait $!; echo $? > {tmp_path}/code'
     pid, terminal = pty.fork()
     if pid == 0:
@@ -176,7 +176,7 @@ def test_a_terminal_that_stops_what_writes_from_the_background_does_not_stop_the
         os.waitpid(pid, 0)
 
 
-def test_one_process_of_a_host_is_told_to_stop_and_all_of_them_end(tmp_path: Path) -> None:
+def test_one_process_of_a_host_is_signalled_and_all_of_them_end(tmp_path: Path) -> None:
     """Host 0 is started by itself, host 1 below a shell. Each has a data worker, a child in a session of its own, and
     one that has also lost its parent and its environment."""
     idle = "import os, time\n" + write_pid(tmp_path) + "time.sleep(120)"
