@@ -14,6 +14,7 @@ from launch.command import EXIT_USAGE, LaunchError
 from launch.engines import gke, local, slurm, tpu_vm
 from launch.supervise import RestartPolicy
 from orchestrator import failpoints
+from orchestrator.environment import FAILPOINTS
 from orchestrator.errors import UsageError
 
 LOCAL_HELP = """\
@@ -106,7 +107,7 @@ def _chaos(text: str | None) -> dict[str, str]:
         failpoints.parse(text)
     except UsageError as error:
         raise LaunchError(f"--chaos: {error}") from error
-    return {failpoints.VARIABLE: text}
+    return {FAILPOINTS: text}
 
 
 def _local(arguments: Sequence[str]) -> int:

@@ -42,6 +42,12 @@ from enum import Enum
 from typing import NoReturn
 
 from launch import listening
+
+# What the agent reads itself is part of the contract, too.
+from orchestrator.environment import HEARTBEAT_FILE as HEARTBEAT_FILE
+from orchestrator.environment import HOST_NAME as HOST_NAME
+from orchestrator.environment import RESTART_COUNT as RESTART_COUNT
+from orchestrator.environment import STEP_BACK as STEP_BACK
 from orchestrator.errors import EXIT_PREEMPTED as EXIT_PREEMPTED
 
 COORDINATOR_ADDRESS = "ORCHESTRATOR_COORDINATOR_ADDRESS"
@@ -50,14 +56,9 @@ PROCESS_INDEX = "ORCHESTRATOR_PROCESS_INDEX"
 JOB_COUNT = "ORCHESTRATOR_JOB_COUNT"
 JOB_INDEX = "ORCHESTRATOR_JOB_INDEX"
 LOCAL_DEVICES = "ORCHESTRATOR_LOCAL_DEVICES"
-RESTART_COUNT = "ORCHESTRATOR_RESTART_COUNT"
 GRACE_PERIOD_S = "ORCHESTRATOR_GRACE_PERIOD_S"
 RUN_ROOT = "ORCHESTRATOR_RUN_ROOT"
-HOST_NAME = "ORCHESTRATOR_HOST_NAME"
 HOST_ADDRESS = "ORCHESTRATOR_HOST_ADDRESS"
-# Read by the agent itself: where it shows that it lives, and how many of the newest steps it leaves out.
-HEARTBEAT_FILE = "ORCHESTRATOR_HEARTBEAT_FILE"
-STEP_BACK = "ORCHESTRATOR_STEP_BACK"
 
 COMPLETION_INDEX = "JOB_COMPLETION_INDEX"  # set by Kubernetes in every pod of an Indexed Job
 SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-VARIABLE = "ORCHESTRATOR_HEARTBEAT_FILE"
+VARIABLE = "ORCHESTRATOR_HEARTBEAT_FILE"  # as in `orchestrator.environment`, which a probe does without
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ from orchestrator.rules import arguments, configuration
 from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
 from orchestrator.run.deletion import BackgroundDeletion
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
 
@@ -74,7 +74,7 @@ class Agent:
         me = self._rendezvous = rendezvous or connect(timeout_s)
         peer_failure.register(self, self.options.failure_grace_s)
         failpoints.configure(os.environ, me.process)
-        self._catalog = Catalog(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
+        self._catalog = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
         given = configuration.of_agent(policy, keep, self.options)
         incarnation_id = agree_at_start(self._catalog, me, "open the run", given, timeout_s)
         self._opening = Opening(self._catalog, me, timeout_s, self._opened, other_tree=self.options.other_tree)
@@ -289,7 +289,7 @@ def _array_writer(options: Options, process: int) -> ArrayWriter:
 
 
 def _coordinator(
-    catalog: Catalog, me: Rendezvous, signals: Signals, keep: KeepPolicy | None, options: Options
+    catalog: JournalStore, me: Rendezvous, signals: Signals, keep: KeepPolicy | None, options: Options
 ) -> Coordinator:
     return Coordinator(
         catalog,

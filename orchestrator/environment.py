@@ -1,4 +1,5 @@
-"""Environment variables that several parts of the package read: each name once, with its meaning and its check."""
+"""Environment variables that this package reads: each name once, with its meaning, and the checks of those that several
+parts read. What only launchers and their processes exchange is in `launch.contract`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,10 @@ import re
 
 from orchestrator.errors import UsageError
 
+HOST_NAME = "ORCHESTRATOR_HOST_NAME"  # the name that people see in logs and messages; the machine's if unset
+RESTART_COUNT = "ORCHESTRATOR_RESTART_COUNT"  # 0 in the first incarnation, one more after each restart of the job
+HEARTBEAT_FILE = "ORCHESTRATOR_HEARTBEAT_FILE"  # where the agent shows that it lives
+FAILPOINTS = "ORCHESTRATOR_FAILPOINTS"  # faults on command: see `failpoints`
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # how many of the newest steps a restore leaves out: set in a crash loop
 STORE_DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"  # for one operation on a store, with all its retries
 _STORE_DEADLINE_S = 120.0
@@ -26,13 +31,13 @@ def step_back() -> int:
 
 def store_deadline_s() -> float:
     """Raises UsageError for a deadline that is no number."""
-    told = os.environ.get(STORE_DEADLINE, str(_STORE_DEADLINE_S))
+    text = os.environ.get(STORE_DEADLINE, str(_STORE_DEADLINE_S))
     try:
-        deadline_s = float(told)
+        deadline_s = float(text)
         if not 0 < deadline_s < float("inf"):
             raise ValueError
     except ValueError:
-        raise UsageError(f"{STORE_DEADLINE}={told!r}: expected a positive number of seconds") from None
+        raise UsageError(f"{STORE_DEADLINE}={text!r}: expected a positive number of seconds") from None
     return deadline_s
 
 
@@ -43,15 +48,15 @@ def gcs_emulated() -> bool:
 
 def gcs_anonymous() -> bool:
     """Raises UsageError for what is neither yes nor no."""
-    told = os.environ.get(ANONYMOUS, "")
-    if told.lower() not in _SWITCH:
-        raise UsageError(f"{ANONYMOUS}={told!r}: expected 1 or 0")
-    return _SWITCH[told.lower()]
+    text = os.environ.get(ANONYMOUS, "")
+    if text.lower() not in _SWITCH:
+        raise UsageError(f"{ANONYMOUS}={text!r}: expected 1 or 0")
+    return _SWITCH[text.lower()]
 
 
 def gcs_user_project() -> str:
-    """'' if nobody has said. Raises UsageError for what cannot be a project's name or number."""
-    told = os.environ.get(USER_PROJECT, "")
-    if not re.fullmatch(r"[A-Za-z0-9.:_-]*", told):
-        raise UsageError(f"{USER_PROJECT}={told!r}: expected the name of a project")
-    return told
+    """'' if it is not set. Raises UsageError for what cannot be a project's name or number."""
+    text = os.environ.get(USER_PROJECT, "")
+    if not re.fullmatch(r"[A-Za-z0-9.:_-]*", text):
+        raise UsageError(f"{USER_PROJECT}={text!r}: expected the name of a project")
+    return text

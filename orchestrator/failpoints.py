@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from orchestrator.environment import FAILPOINTS, RESTART_COUNT
 from orchestrator.errors import StorageError, UsageError
-
-VARIABLE = "ORCHESTRATOR_FAILPOINTS"
 
 PLACES = frozenset(
     {
@@ -80,16 +79,16 @@ def parse(text: str) -> dict[str, list[_Rule]]:
         action, *raw = rest.split("@")
         verb, _, argument = action.partition(":")
         if place not in PLACES:
-            raise UsageError(f"{VARIABLE}: no place {place!r}; choose from {', '.join(sorted(PLACES))}")
+            raise UsageError(f"{FAILPOINTS}: no place {place!r}; choose from {', '.join(sorted(PLACES))}")
         if verb not in ACTIONS:
-            raise UsageError(f"{VARIABLE}: {place}: no action {verb!r}; choose from {', '.join(sorted(ACTIONS))}")
+            raise UsageError(f"{FAILPOINTS}: {place}: no action {verb!r}; choose from {', '.join(sorted(ACTIONS))}")
         try:
             conditions = {name: int(value) for name, _, value in (part.partition("=") for part in raw)}
             seconds = float(argument) if argument else 0.0
         except ValueError as error:
-            raise UsageError(f"{VARIABLE}: {item!r}: {error}") from error
+            raise UsageError(f"{FAILPOINTS}: {item!r}: {error}") from error
         if unknown := conditions.keys() - CONDITIONS:
-            raise UsageError(f"{VARIABLE}: {item!r}: no condition {min(unknown)!r}")
+            raise UsageError(f"{FAILPOINTS}: {item!r}: no condition {min(unknown)!r}")
         rules.setdefault(place, []).append(_Rule(place, verb, seconds, conditions))
     return rules
 
@@ -98,9 +97,9 @@ def configure(environ: Mapping[str, str], process: int) -> None:
     """Take the rules from the environment, for this process index."""
     with _lock:
         _rules.clear()
-        _rules.update(parse(environ.get(VARIABLE, "")))
+        _rules.update(parse(environ.get(FAILPOINTS, "")))
         _here.clear()
-        _here.update(process=process, restart=int(environ.get("ORCHESTRATOR_RESTART_COUNT", "0")))
+        _here.update(process=process, restart=int(environ.get(RESTART_COUNT, "0")))
 
 
 def note(**here: int) -> None:

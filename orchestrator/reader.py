@@ -16,7 +16,7 @@ from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from orchestrator.storage.read_only import ReadOnlyStorage
 
@@ -25,13 +25,13 @@ _RETIRED_MAX = 100  # times that retention may be quicker than a reader who want
 
 def open_run(root: str | os.PathLike[str]) -> Run:
     """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
-    return Run(Catalog(ReadOnlyStorage(open_storage(root)), writer="reader"))
+    return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"))
 
 
 class Run:
     """A run opened for reading (evaluators, notebooks): no epoch is opened and nothing is ever written."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: JournalStore) -> None:
         self._catalog = catalog
         self._reported: set[int] = set()  # steps that this object has told the user of
         catalog.require_head()

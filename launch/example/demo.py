@@ -30,6 +30,7 @@ from launch.engines import local
 from launch.example.report import ProgressLine, Summary
 from launch.gcs_emulator.process import EmulatorProcess
 from launch.supervise import RestartPolicy
+from orchestrator.environment import FAILPOINTS
 from orchestrator.rules import keys
 from orchestrator.rules.arguments import path as local_path
 from orchestrator.rules.attempt_id import AttemptId
@@ -192,7 +193,7 @@ def demo(root: Path, run: str, steps: int, console: Console) -> None:
 
     killer = Killer(run, min(CUT_STEP, steps - 1))
     # That save's receipt waits, so that it is caught in the middle on however slow a machine.
-    slow = {"ORCHESTRATOR_FAILPOINTS": f"receipt.write=delay:60@process={KILLED_HOST}@step={killer.step}"}
+    slow = {FAILPOINTS: f"receipt.write=delay:60@process={KILLED_HOST}@step={killer.step}"}
     job = local.LocalJob(train_command(root, run, "data=4,model=2", steps), 4, 2, environ=slow, policy=rules)
     first = run_part(root, job, "training on 4 hosts x 2 devices", steps, console, killer)
     if not killer.done:

@@ -19,7 +19,7 @@ from orchestrator.cli.render import Shown
 from orchestrator.errors import EXIT_OK, StepNotFound, UsageError
 from orchestrator.rules import journal
 from orchestrator.rules.records import LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 
 Flags = dict[str, Any]
@@ -91,16 +91,16 @@ class Command(Generic[R]):
         return msgspec.to_builtins(self.encode(result) if self.encode else result)
 
 
-def open_store(root: str) -> Catalog:
+def open_store(root: str) -> JournalStore:
     """The run at `root`, to which whoever runs the command signs what they write."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without a passwd entry
         user = str(os.getuid())
-    return Catalog(open_storage(root), writer=f"cli/{user}@{socket.gethostname()}")
+    return JournalStore(open_storage(root), writer=f"cli/{user}@{socket.gethostname()}")
 
 
-def live_step(store: Catalog, step: int | None) -> LiveStep:
+def live_step(store: JournalStore, step: int | None) -> LiveStep:
     """The given step, quarantined or not, or the newest. Raises StepNotFound."""
     head = store.require_head()
     live = journal.newest(head) if step is None else journal.find(head, step)

@@ -9,9 +9,10 @@ from typing import Literal
 
 from orchestrator.cli.command import Result
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.journal import Found
+from orchestrator.rules.journal import StoredAttempt
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import survey
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage, local_path
 from orchestrator.storage.directory import Root
 
@@ -34,7 +35,7 @@ class Finding(Result, frozen=True):
 class ExaminedRun:
     """The run, read once for all checks."""
 
-    store: Catalog
+    store: JournalStore
     read_only: bool
     events_dir: str | None
     head: Head
@@ -50,5 +51,5 @@ class ExaminedRun:
         return self.store.storage.root if isinstance(self.store.storage, PosixStorage) else None
 
     @cached_property
-    def stored(self) -> dict[AttemptId, Found]:
-        return self.store.stored()
+    def stored(self) -> dict[AttemptId, StoredAttempt]:
+        return survey.attempts(self.store.storage)

@@ -12,7 +12,7 @@ from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.records import Head, RetiredAttempt
 from orchestrator.run.deletion import collect
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 
 class DeletedData(Result, frozen=True):
@@ -49,7 +49,7 @@ def _rules(flags: Flags) -> Iterator[journal.Rule]:
         yield partial(journal.discard, step=flags["quarantined"])
 
 
-def _rehearse(store: Catalog, head: Head, flags: Flags) -> tuple[int, ...]:
+def _rehearse(store: JournalStore, head: Head, flags: Flags) -> tuple[int, ...]:
     """The steps that would be retired. Raises what a rule would reject with; writes nothing."""
     retired: tuple[int, ...] = ()
     for rule in _rules(flags):

@@ -13,7 +13,8 @@ from orchestrator.rules import json_numbers
 from orchestrator.rules.matching import brief
 from orchestrator.rules.records import FileEntry, LeafSpec, LiveStep, Manifest
 from orchestrator.rules.restore_cost import leaf_bytes
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import checked_reads
+from orchestrator.run.journal_store import JournalStore
 
 _VALUE_CHARS = 40
 _PHASES = ("stage", "write", "seal")  # as receipts name them
@@ -55,9 +56,8 @@ class Inspection(Result, frozen=True):
 def run(root: str, flags: Flags) -> Inspection:
     store = open_store(root)
     live = live_step(store, flags["step"])
-    manifest = store.manifest(live)
-    intent = store.intent(live, manifest)
-    extra = store.extra(live, manifest)
+    step = store.step(live)
+    manifest, intent, extra = step.manifest, step.intent, step.extra
     leaves = [InspectedLeaf(**msgspec.structs.asdict(leaf), bytes=leaf_bytes(leaf)) for leaf in intent.tree.leaves]
     return Inspection(
         root=store.url,
@@ -75,9 +75,9 @@ def run(root: str, flags: Flags) -> Inspection:
     )
 
 
-def _writers(store: Catalog, live: LiveStep, manifest: Manifest) -> Iterator[StepWriter]:
+def _writers(store: JournalStore, live: LiveStep, manifest: Manifest) -> Iterator[StepWriter]:
     for index, (host, seconds) in enumerate(zip(manifest.hosts, manifest.seconds, strict=True)):
-        found = store.receipt(live.id, index)
+        found = checked_reads.receipt(store.storage, live.id, index)
         files = found[0].files if found else ()
         small = found[0].small.values() if found else ()  # files whose bytes are in the receipt
         written_bytes = sum(entry.bytes for entry in files) + sum(map(len, small))

@@ -8,6 +8,7 @@ from orchestrator.cli import render
 from orchestrator.cli.command import Command, Flags, Result, open_store
 from orchestrator.rules import journal
 from orchestrator.rules.records import LiveStep, RetiredAttempt
+from orchestrator.run import survey
 
 METRICS_SHOWN = 8  # of each step
 
@@ -34,7 +35,7 @@ def run(root: str, flags: Flags) -> Listing:
     store = open_store(root)
     head = store.require_head()
     newest = journal.newest(head)
-    unknown = sorted(attempt for attempt in store.attempts() if not journal.is_known(head, attempt))
+    unknown = sorted(attempt for attempt in survey.attempts(store.storage) if not journal.is_known(head, attempt))
     return Listing(
         root=store.url,
         version=head.version,

@@ -50,7 +50,7 @@ class RestorePlan(Result, frozen=True):
 def run(root: str, flags: Flags) -> RestorePlan:
     store = open_store(root)
     live = live_step(store, flags["step"])
-    intent = store.intent(live, store.manifest(live))
+    intent = store.step(live).intent
     axes = parse_mesh(flags["mesh"]) if flags["mesh"] else intent.mesh
     if flags["processes"] is not None:
         arguments.whole("--processes", flags["processes"], least=1)

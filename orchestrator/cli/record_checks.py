@@ -12,7 +12,7 @@ from orchestrator.cli.finding import CLOCK_S, RECOVER, ExaminedRun, Finding, Lev
 from orchestrator.errors import Damaged, JournalLost, OrchestratorError, StepRetired
 from orchestrator.observe.event_log import DIRECTORY
 from orchestrator.rules import evidence, journal
-from orchestrator.rules.journal import Found
+from orchestrator.rules.journal import StoredAttempt
 from orchestrator.rules.records import Head
 from orchestrator.storage.directory import Root
 
@@ -73,7 +73,7 @@ def steps(run: ExaminedRun) -> Iterator[Finding]:
     head = run.head
     for live in head.live:
         try:
-            run.store.check_sizes(live, run.store.manifest(live))
+            run.store.step(live).check_sizes()
         except Damaged as error:
             do = f"orchestrator verify ROOT --step={live.step}; then restore from another step, or quarantine this one"
             yield Finding("steps", "damage", str(error), do)
@@ -114,7 +114,7 @@ def _proven(head: Head) -> str:
 def orphans(run: ExaminedRun) -> Iterator[Finding]:
     """What nobody needs any more."""
     gone = journal.collectable(run.head, run.stored)
-    size = sum(run.stored.get(each.id, Found()).bytes for each in gone)
+    size = sum(run.stored.get(each.id, StoredAttempt()).bytes for each in gone)
     if size:
         text = f"{len(gone)} attempts that can never be restored hold {render.size(size)}"
         yield Finding("orphans", "warn", text, "orchestrator gc ROOT (--dry_run first)")

@@ -19,7 +19,7 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.json_numbers import Stored
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes, partition
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 _LEAVES = 12  # of which the sharding is drawn: the largest
 _RECENT = 200  # saves that what-if figures go by
@@ -133,7 +133,7 @@ class RunReport(Result, frozen=True):
     intervals: tuple[IntervalGoodput, ...] = ()
 
 
-def build(store: Catalog, story: Story, now: float) -> RunReport:
+def build(store: JournalStore, story: Story, now: float) -> RunReport:
     """The report that `story` and the run's journal make at `now` (seconds since 1970)."""
     head = store.require_head()
     entries = []
@@ -303,11 +303,11 @@ def _intervals(entries: list[_Entry], saves: Sequence[ReportedSave]) -> tuple[In
     )
 
 
-def _mesh(store: Catalog, newest: LiveStep | None) -> ReportedMesh | None:
+def _mesh(store: JournalStore, newest: LiveStep | None) -> ReportedMesh | None:
     if newest is None:
         return None
     try:
-        intent = store.intent(newest, store.manifest(newest))
+        intent = store.step(newest).intent
     except OrchestratorError:  # nobody needs a report more than who has a damaged run
         return None
     leaves = sorted(intent.tree.leaves, key=leaf_bytes, reverse=True)

@@ -9,7 +9,7 @@ from orchestrator.cli.command import STEP, Command, Flag, Flags, Result, live_st
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, OrchestratorError, UsageError
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 
 class VerifiedStep(Result, frozen=True):
@@ -53,11 +53,11 @@ def _fraction(text: str | None) -> float | None:
     return number
 
 
-def _verify(store: Catalog, live: LiveStep, sample: float | None, flags: Flags) -> VerifiedStep:
+def _verify(store: JournalStore, live: LiveStep, sample: float | None, flags: Flags) -> VerifiedStep:
     from orchestrator.tools import verify  # JAX takes a second to import: only here
 
     try:
-        total = verify.total_bytes(store.manifest(live), sample)
+        total = verify.total_bytes(store.step(live).manifest, sample)
     except OrchestratorError:  # it will be among the findings
         total = live.bytes
     with render.progress("bytes") as display:

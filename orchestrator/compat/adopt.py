@@ -36,7 +36,7 @@ from orchestrator.rules.records import (
     crc32c,
 )
 from orchestrator.run import orbax_directory
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage, local_path
 
 EXTRA = "orbax"  # our member of a step's extra JSON: what Orbax knew beside the arrays
@@ -52,7 +52,11 @@ class Adopted:
 
 
 def adopt(
-    catalog: Catalog, source: str, *, skip: frozenset[str] = frozenset(), on_file: Callable[[str], None] | None = None
+    catalog: JournalStore,
+    source: str,
+    *,
+    skip: frozenset[str] = frozenset(),
+    on_file: Callable[[str], None] | None = None,
 ) -> Adopted:
     """Make every Orbax step in directory `source` that is newer than the run's newest a step of the run.
 
@@ -94,7 +98,7 @@ class _Writer:
     """Writes one attempt out of an Orbax step, and commits it."""
 
     def __init__(
-        self, catalog: Catalog, storage: PosixStorage, epoch: int, step: int, on_file: Callable[[str], None] | None
+        self, catalog: JournalStore, storage: PosixStorage, epoch: int, step: int, on_file: Callable[[str], None] | None
     ) -> None:
         self._catalog, self._storage, self._epoch = catalog, storage, epoch
         self._id = AttemptId.of(step, epoch, 1)

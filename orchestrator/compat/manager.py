@@ -28,7 +28,7 @@ from orchestrator.job.rounds import Round, agree
 from orchestrator.job.startup import agree_at_start
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
@@ -65,7 +65,7 @@ class CheckpointManager:
         self._url = os.fspath(directory)
         store = open_storage(self._url)
         self._storage: Storage = ReadOnlyStorage(store) if self._orbax.read_only else store
-        self._catalog = Catalog(self._storage, writer="compat")
+        self._catalog = JournalStore(self._storage, writer="compat")
         timeout_s = self._options.rendezvous_timeout_s
         self._rendezvous = connect(timeout_s)
         self._root_metadata = {

@@ -14,11 +14,11 @@ from orchestrator.compat.stored_steps import NoSuchStep
 from orchestrator.job.read_step import ReadOptions
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.restore import RestoreOptions, restore_together
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 
 def restore_items(
-    catalog: Catalog,
+    catalog: JournalStore,
     rendezvous: Rendezvous,
     step: int | None,
     named: Mapping[str, Any],

@@ -17,7 +17,7 @@ from orchestrator.errors import Damaged, StepNotFound
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Json, LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 
 class NoSuchStep(StepNotFound, FileNotFoundError):
@@ -47,7 +47,7 @@ PlainInfo = tuple[int, float, dict[str, float]]  # step, time of the commit, met
 class StoredSteps:
     """Of the run that `catalog` reads. Any thread."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: JournalStore) -> None:
         self._catalog = catalog
         self._omitted_metrics: dict[AttemptId, dict[str, float]] = {}
 
@@ -86,20 +86,20 @@ class StoredSteps:
         if not live.metrics_omitted:
             return live.metrics
         if live.id not in self._omitted_metrics:
-            self._omitted_metrics[live.id] = self._catalog.extra(live, self._catalog.manifest(live)).metrics
+            self._omitted_metrics[live.id] = self._catalog.step(live).extra.metrics
         return self._omitted_metrics[live.id]
 
     def items(self, live: LiveStep) -> StoredItems:
         """What the step holds. Raises Damaged, StorageError."""
-        manifest = self._catalog.manifest(live)
-        extra = self._catalog.extra(live, manifest).extra.get(EXTRA)
+        step = self._catalog.step(live)
+        extra = step.extra.extra.get(EXTRA)
         single = extra is None or bool(extra["single"])
-        spec = self._catalog.intent(live, manifest).tree
+        spec = step.intent.tree
         lists: set[tuple[str, ...]] = set()
-        for name in stored_items.metadata_files([entry.path for entry in manifest.files]):
-            body = self._catalog.file(live, manifest, name)
+        for name in stored_items.metadata_files([entry.path for entry in step.manifest.files]):
+            body = step.file(name)
             lists |= stored_items.lists_in(body, name) if body else set()
-        states = self._catalog.process_states(live, manifest)
+        states = step.process_states()
         return StoredItems(live.step, spec.leaves, frozenset(lists), single, extra or {}, states)
 
     def newest_readable(self) -> StoredItems:
@@ -124,6 +124,6 @@ class StoredSteps:
         head = self._catalog.head()
         for live in reversed(head.live if head else ()):
             with contextlib.suppress(Damaged):
-                extra = self._catalog.extra(live, self._catalog.manifest(live)).extra
+                extra = self._catalog.step(live).extra.extra
                 return extra.get(EXTRA, {}).get("root_metadata") or dict(given)
         return dict(given)

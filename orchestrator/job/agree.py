@@ -30,7 +30,7 @@ from orchestrator.rules import holders
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode
 from orchestrator.rules.records import Cause, Failure, Held, Intent
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 _FORMS = 4  # remembered, as in `tree` and `write_plan`
 _PAUSE = Pause(0.002, 0.05, growth=0.5)
@@ -42,7 +42,7 @@ class Agreement:
     thread; `doubt` may be called from any."""
 
     def __init__(
-        self, catalog: Catalog, rendezvous: Rendezvous, signals: Signals, timeout_s: float, *, together: bool
+        self, catalog: JournalStore, rendezvous: Rendezvous, signals: Signals, timeout_s: float, *, together: bool
     ) -> None:
         self._catalog, self._rendezvous, self._signals, self._timeout_s = catalog, rendezvous, signals, timeout_s
         self._known: OrderedDict[Form, tuple[Held, ...]] = OrderedDict()

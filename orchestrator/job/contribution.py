@@ -16,7 +16,7 @@ from orchestrator.job.signals import abort_vote
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FORMAT, Cause, Failure, FileEntry, Held, Receipt
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import Exists
@@ -28,7 +28,9 @@ class Contribution:
     """Used in the order of its methods: `stage` on the main thread, all else on the save's own. seconds: how long
     each part took, for the receipt. pending: the staged arrays; None before, and once they are released."""
 
-    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, attempt: AttemptId, own_state: bytes | None) -> None:
+    def __init__(
+        self, catalog: JournalStore, rendezvous: Rendezvous, attempt: AttemptId, own_state: bytes | None
+    ) -> None:
         self._catalog, self._attempt = catalog, attempt
         self._process, self._host = rendezvous.process, rendezvous.hosts[rendezvous.process]
         self._own_state = own_state

@@ -24,7 +24,7 @@ from orchestrator.rules import journal, json_numbers, keys
 from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Effect, Finalize, Phase
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FORMAT, Cause, Extra, Failure, FileEntry, Head, Intent, LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
@@ -34,7 +34,7 @@ class Coordinator:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: JournalStore,
         rendezvous: Rendezvous,
         signals: Signals,
         *,
@@ -146,7 +146,7 @@ class _Commit:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: JournalStore,
         own: OwnPart,
         receipt_files: dict[str, FileEntry],
         keep: KeepPolicy | None,

@@ -12,7 +12,7 @@ from orchestrator.job.poll import REAL, Clock, poll, timed_out
 from orchestrator.job.signals import Signals
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 
 class DecisionReader:
@@ -22,7 +22,7 @@ class DecisionReader:
         self,
         attempt: AttemptId,
         epoch: int,
-        catalog: Catalog,
+        catalog: JournalStore,
         signals: Signals,
         hosts: Mapping[int, str],
         clock: Clock = REAL,

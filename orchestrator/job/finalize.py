@@ -15,7 +15,7 @@ from orchestrator.rules.attempt import Attempt
 from orchestrator.rules.codec import encode
 from orchestrator.rules.fingerprints import fingerprints
 from orchestrator.rules.records import FORMAT, FileEntry, Intent, Json, LiveStep, Manifest, crc32c, file_entry
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.port import Exists
 
 
@@ -40,7 +40,7 @@ class OwnPart:
     receipt: bytes | None = None
 
 
-def finalize(catalog: Catalog, own: OwnPart, state: Attempt, receipt_files: Mapping[str, FileEntry]) -> LiveStep:
+def finalize(catalog: JournalStore, own: OwnPart, state: Attempt, receipt_files: Mapping[str, FileEntry]) -> LiveStep:
     """Write the tree of all chunks and the manifest, durable. Returns the journal's line for the attempt. Call it once
     all receipts are in; `receipt_files` are theirs, by path in the attempt. Raises whatever goes wrong."""
     assert own.pending is not None  # its process's receipt is in
@@ -84,7 +84,7 @@ def finalize(catalog: Catalog, own: OwnPart, state: Attempt, receipt_files: Mapp
     )
 
 
-def create(catalog: Catalog, intent: Intent, name: str, body: bytes) -> FileEntry:
+def create(catalog: JournalStore, intent: Intent, name: str, body: bytes) -> FileEntry:
     """A record of the attempt, at `name` in it, created once and durable. Raises OrchestratorError if another writer
     uses this attempt's name."""
     key = intent.id.key(name)

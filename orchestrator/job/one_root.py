@@ -9,31 +9,23 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 
-import msgspec
 from absl import logging
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.job.poll import Pause, poll
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.rounds import Raised, Round, as_error, gather, raised
+from orchestrator.job.rounds import Round, as_error, gather, raised
+from orchestrator.job.startup_rounds import Sighting
 from orchestrator.rules import keys
 from orchestrator.rules.configuration import who
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.port import refresh
 
 SEEN_WITHIN_S = 10.0  # what another host has written; a network file system's caches last some seconds
 _PAUSE = Pause(0.05, 1.0, growth=1.0)
 
 
-class HostView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a host says of its root: where it is, whether what another one wrote is there, and what it failed with."""
-
-    url: str = ""
-    sees: bool = True
-    raised: Raised | None = None
-
-
-def create_mark(catalog: Catalog) -> str:
+def create_mark(catalog: JournalStore) -> str:
     """Create an object among the attempts: whether this process may save here at all. The journal needs no probe, as
     opening an epoch is one create in it. Returns its key, for other hosts to look for; what a crash leaves of it is an
     object of a few bytes that nobody takes for part of a run. Raises StorageError; nothing is left behind then."""
@@ -42,7 +34,7 @@ def create_mark(catalog: Catalog) -> str:
     return key
 
 
-def delete_mark(catalog: Catalog, key: str) -> None:
+def delete_mark(catalog: JournalStore, key: str) -> None:
     """A mark that cannot be deleted is logged, and harmless."""
     try:
         catalog.storage.delete(key)
@@ -50,7 +42,7 @@ def delete_mark(catalog: Catalog, key: str) -> None:
         logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", catalog.url, key, error)
 
 
-def sees(catalog: Catalog, key: str) -> bool:
+def sees(catalog: JournalStore, key: str) -> bool:
     """Whether this host sees the object at `key`, which another one has made."""
     if catalog.storage.get(key) is not None:
         return True
@@ -58,7 +50,7 @@ def sees(catalog: Catalog, key: str) -> bool:
     return catalog.storage.get(key) is not None
 
 
-def sees_entry(catalog: Catalog, version: int, write_id: str) -> bool:
+def sees_entry(catalog: JournalStore, version: int, write_id: str) -> bool:
     """Whether this host sees the journal entry that another one has read."""
     return sees(catalog, keys.journal_key(version)) and catalog.entry(version).write_id == write_id
 
@@ -90,9 +82,9 @@ def _bound_s(timeout_s: float) -> float:
 
 
 def check_all_see(
-    catalog: Catalog,
+    catalog: JournalStore,
     rendezvous: Rendezvous,
-    name: str,
+    round_: Round[Sighting],
     look: Callable[[], bool] | None,
     what: str,
     *,
@@ -101,25 +93,25 @@ def check_all_see(
     failure: Exception | None = None,
 ) -> None:
     """Raises, the same on all, unless each host sees `what`, which host `source` wrote or has read. `look`: whether
-    this one does; None if it need not look. `failure`: what it has failed with already. `name`: of the round."""
-    view = HostView(catalog.url)
+    this one does; None if it need not look. `failure`: what it has failed with already."""
+    mine = Sighting(catalog.url)
     if look:
         try:
-            view = HostView(catalog.url, look())
+            mine = Sighting(catalog.url, sees=look())
         except Exception as error:  # the others must know of it before it is raised here
             failure = error
     if failure:
-        view = HostView(catalog.url, raised=raised(failure))
-    views = gather(rendezvous, Round[HostView](name, HostView), view, timeout_s)
-    for process, each in enumerate(views):
-        if each.raised:
+        mine = Sighting(catalog.url, rejected=raised(failure))
+    sightings = gather(rendezvous, round_, mine, timeout_s)
+    for process, sighting in enumerate(sightings):
+        if sighting.rejected:
             own = failure if process == rendezvous.process else None
-            raise own or as_error(process, each.raised.kind, each.raised.text)
-    blind = [process for process, each in enumerate(views) if not each.sees]
+            raise own or as_error(process, sighting.rejected)
+    blind = [process for process, sighting in enumerate(sightings) if sighting.sees is False]
     if not blind:
         return
-    where = views[source].url
-    others = sorted({views[process].url for process in blind} - {where})
+    where = sightings[source].url
+    others = sorted({sightings[process].url for process in blind} - {where})
     hint = "; a relative path begins at each host's own directory" if where.startswith("file:") else ""
     places = f" (at {', '.join(others[:3])}{hint})" if others else ""
     verb = "do" if len(blind) > 1 else "does"

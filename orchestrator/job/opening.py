@@ -11,41 +11,27 @@ until every other one has seen it, and none of those writes anything, not even i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-
-import msgspec
 
 from orchestrator import failpoints
 from orchestrator.arrays import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import one_root
+from orchestrator.job import startup_rounds as rounds
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.rounds import Raised, Round, agree, as_error, gather, raised
+from orchestrator.job.rounds import agree, as_error, gather, raised
+from orchestrator.job.startup_rounds import FirstRestore, FirstSave, Opened
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
-from orchestrator.rules.records import Head, Json
-from orchestrator.run.journal_store import Catalog
+from orchestrator.rules.records import Head
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
-_OPENED: Round[dict[str, int]] = Round("open the epoch", dict[str, int])  # what process 0 has appended
-
-
-class _FirstSave(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a process says at the first save. described: it has nothing to object to what it was given, so that what it
-    has `rejected` all the same is the run. mark: process 0's."""
-
-    step: int
-    described: bool
-    mark: str = ""
-    rejected: Raised | None = None
-
-
-_FIRST_SAVE = Round[_FirstSave]("open the epoch: first save", _FirstSave)
 _TRIES = 10  # somebody else commits to the run between comparing and opening
 
 
@@ -55,7 +41,7 @@ class Opening:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: JournalStore,
         rendezvous: Rendezvous,
         timeout_s: float,
         opened: Callable[[int], None],
@@ -79,29 +65,30 @@ class Opening:
         """
         if self.epoch is not None:
             return ""
+        error: Exception | None = None
         described: list[Flat] = []  # in it once this process has nothing to object to what it was given
+        mine = FirstSave(step)
 
         def compare(head: Head | None) -> None:
             if not self._tree_checked:
                 check_tree(self._catalog, head, described[0])
 
-        error: Exception | None = None
-        mark = ""
         with self._marked():
             try:
                 described.append(describe())
-                mark = self._admit(compare)
+                mine = FirstSave(step, described=True, mark=self._admit(compare))
             except Exception as failure:  # the others must know of it before it is raised here
                 error = failure
-            first_save = _FirstSave(step, bool(described), mark, raised(error) if error else None)
-            answers = gather(self._rendezvous, _FIRST_SAVE, first_save, self._timeout_s)
+                mine = FirstSave(step, described=bool(described), rejected=raised(failure))
+            answers = gather(self._rendezvous, rounds.FIRST_SAVE, mine, self._timeout_s)
             if error:
                 raise error
-            if answers[0].described and (objection := answers[0].rejected):  # to the run: all raise it
-                raise as_error(0, objection.kind, objection.text)
+            first = answers[0]
+            if first.described and first.rejected:  # it is the run that process 0 rejects: all raise it
+                raise as_error(0, first.rejected)
             if rejected := self._rejected(answers):
                 return rejected
-            self._open(compare, answers[0].mark)
+            self._open(compare, first.mark)
         self._tree_checked = True
         return ""
 
@@ -112,49 +99,45 @@ class Opening:
             check_tree(self._catalog, self._catalog.require_head(), flat)
             self._tree_checked = True
 
-    def _rejected(self, answers: list[_FirstSave]) -> str:
+    def _rejected(self, answers: Sequence[FirstSave]) -> str:
         labels = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
-        for label, answer in zip(labels, answers, strict=True):
+        for process, answer in zip(labels, answers, strict=True):
             if answer.rejected:
-                return f"{label}: {answer.rejected.kind}: {answer.rejected.text}"
+                return f"{process}: {answer.rejected.kind}: {answer.rejected.text}"
             if answer.step != answers[0].step:
-                steps = f"{labels[0]} saves step {answers[0].step} where {label} saves step {answer.step}"
-                return f"{steps}; all must save the same steps in the same order"
+                theirs = f"{labels[0]} saves step {answers[0].step} where {process} saves step {answer.step}"
+                return f"{theirs}; all must save the same steps in the same order"
         return ""
 
-    def by_restore(self, tree: str | None, exchange: Callable[[Json], list[Json]]) -> list[Json]:
-        """Open the epoch for a restore whose target this process has matched with the step it will read, or in a new
-        run. `tree`: of the newest step when the step was chosen, None in a new run. `exchange` gathers an answer of
-        every process. Returns [] once it is open; else all answers, of which one is another's rejection: nothing was
-        done."""
+    def by_restore(self, tree: str | None) -> None:
+        """Open the epoch for a restore, once all processes have matched their targets with the step that they will
+        read; or in a new run. `tree`: of the newest step when the step was chosen, None in a new run. Raises, on all,
+        what one of them has against it."""
         if self.epoch is not None:
-            return []
+            return
         error: Exception | None = None
         compare = partial(_unchanged, tree)
-        mark = ""
         with self._marked():
             try:
-                mark = self._admit(compare)
-            except Exception as failure:
+                mine = FirstRestore(mark=self._admit(compare))
+            except Exception as failure:  # the others must know of it before it is raised here
                 error = failure
-            answers = exchange({"opens": [type(error).__name__, str(error)] if error else [], "mark": mark})
-            if not all("opens" in answer for answer in answers):
-                return answers
+                mine = FirstRestore(rejected=raised(failure))
+            answers = gather(self._rendezvous, rounds.FIRST_RESTORE, mine, self._timeout_s)
             if error:
                 raise error
             for index, answer in enumerate(answers):
-                if answer["opens"]:
-                    raise as_error(index, *answer["opens"])
-            self._open(compare, answers[0]["mark"])
-        return []
+                if answer.rejected:
+                    raise as_error(index, answer.rejected)
+            self._open(compare, answers[0].mark)
 
     def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
         self._prove(mark)
         self._begin_deleting()
-        opened = agree(self._rendezvous, _OPENED, self._timeout_s, partial(self._append, compare))
-        self.epoch = opened["epoch"]
+        opened = agree(self._rendezvous, rounds.OPENED, self._timeout_s, partial(self._append, compare))
+        self.epoch = opened.epoch
         # All processes' records build on it: it is durable.
-        self._catalog.durable_version = max(self._catalog.durable_version, opened["version"])
+        self._catalog.durable_version = max(self._catalog.durable_version, opened.version)
         self._opened(self.epoch)
 
     @contextmanager
@@ -199,7 +182,7 @@ class Opening:
         one_root.check_all_see(
             self._catalog,
             self._rendezvous,
-            "open the epoch: one root",
+            rounds.ONE_ROOT,
             None if self._rendezvous.process == 0 else look,
             f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})",
             source=0,
@@ -216,7 +199,7 @@ class Opening:
         compare(head)
         self._compared = Compared(journal.tree_of(head))
 
-    def _append(self, compare: Callable[[Head | None], None]) -> dict[str, int]:
+    def _append(self, compare: Callable[[Head | None], None]) -> Opened:
         failpoints.hit("epoch.before")
         for _ in range(_TRIES):
             try:
@@ -226,18 +209,18 @@ class Opening:
                 continue
             failpoints.hit("epoch.after")
             assert opened is not None
-            return {"epoch": opened.epoch, "version": opened.version}
+            return Opened(opened.epoch, opened.version)
         raise Overtaken(f"{self._catalog.url}: other jobs keep committing to this run; nothing was opened")
 
 
-def check_tree(catalog: Catalog, head: Head | None, flat: Flat) -> None:
+def check_tree(catalog: JournalStore, head: Head | None, flat: Flat) -> None:
     """The run's newest step must be of the same job as `flat`. Raises OtherJob saying how they differ."""
     newest = journal.newest(head) if head else None
     if newest is None or newest.tree == flat.spec.fingerprint():
         return
     lines: list[str] = []
     try:
-        lines = matching.tree_differences(catalog.intent(newest, catalog.manifest(newest)).tree, flat.spec)
+        lines = matching.tree_differences(catalog.step(newest).intent.tree, flat.spec)
     except (StorageError, Damaged, Suspect, NewerFormat) as error:  # that they differ, the journal says
         lines = [f"how they differ cannot be read: {error}"]
     detail = "\n".join(f"  {line}" for line in lines or ["their trees differ"])

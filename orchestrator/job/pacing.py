@@ -15,7 +15,7 @@ from orchestrator.policy import Adaptive
 from orchestrator.rules import save_interval
 from orchestrator.rules.records import Head
 from orchestrator.rules.save_interval import Cadence, Costs
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 _SAVES = 5  # whose median counts: the first one of a process warms up
 _CHANGE = 0.1  # a new interval is reported if it differs by so much
@@ -24,7 +24,7 @@ _CHANGE = 0.1  # a new interval is reported if it differs by so much
 class Pacing:
     """Main thread of process 0. `informed` gives a policy what has been measured so far."""
 
-    def __init__(self, catalog: Catalog, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, catalog: JournalStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._started_s = clock, clock()
         self._history = _history(catalog)
         self._blocked_s: deque[float] = deque(maxlen=_SAVES)
@@ -57,7 +57,7 @@ class Pacing:
         return policy
 
 
-def _history(catalog: Catalog) -> save_interval.History:
+def _history(catalog: JournalStore) -> save_interval.History:
     def entry(version: int) -> Head:
         try:
             return catalog.entry(version)

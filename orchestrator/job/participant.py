@@ -34,7 +34,7 @@ from orchestrator.observe.events import SaveNotCommitted, SavePhase, SaveStarted
 from orchestrator.options import Options
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FORMAT, Cause, FileEntry, Intent, Receipt
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import check_root
@@ -49,7 +49,7 @@ class Incarnation:
     """What all saves of this process have in common. coordinator: on process 0 only. committed: called after each
     commit, on the save's own thread."""
 
-    catalog: Catalog
+    catalog: JournalStore
     writer: ArrayWriter
     rendezvous: Rendezvous
     signals: Signals
@@ -66,7 +66,7 @@ class Participants:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: JournalStore,
         writer: ArrayWriter,
         rendezvous: Rendezvous,
         signals: Signals,

@@ -20,7 +20,8 @@ from orchestrator.job.restore_check import Proof, prove
 from orchestrator.rules import keys, matching
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import stored_arrays
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
@@ -65,9 +66,9 @@ class ArrayReads:
     array_s: float = 0.0
 
     def load(self, stored: StoredStep, requests: list[ReadRequest]) -> list[Any]:
-        """As `StoredStep.load`."""
+        """As `stored_arrays.load`."""
         started = time.monotonic()
-        values = stored.load(requests, self._count, self.reader)
+        values = stored_arrays.load(stored, requests, self._count, self.reader)
         self.array_s += time.monotonic() - started
         return values
 
@@ -92,8 +93,8 @@ class ReadPlan:
         failpoints.hit("restore.read")
         stored = self.stored
         if any(one.leaf.external for one in self.requests):  # their chunks have no checksum in the manifest
-            stored.catalog.check_files(stored.live, stored.manifest, keys.STATE, self.share)
-        return overlap.begin(partial(stored.catalog.process_states, stored.live, stored.manifest))
+            stored.check_files(keys.STATE, self.share)
+        return overlap.begin(stored.process_states)
 
     def finish(self, values: list[Any], process_states: Begun[dict[int, bytes]]) -> tuple[Restored, Proof]:
         """The restored step, and this process's share of the proof that it is what was saved."""
@@ -120,7 +121,8 @@ class ReadPlan:
 def match_target(stored: StoredStep, like: Any, options: ReadOptions) -> ReadPlan:
     """Match the step and `like`, a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None
     gives nested dicts of numpy arrays. Reads records and no array. Raises Mismatch, and what StoredStep raises."""
-    stored.begin()
+    stored.read_ahead()
+    stored.check_sizes()
     saved = stored.intent.tree
     fingerprints = stored.manifest.fingerprints if options.attest else {}
     if like is None:
@@ -145,20 +147,20 @@ def match_target(stored: StoredStep, like: Any, options: ReadOptions) -> ReadPla
 
 
 def read_step(
-    catalog: Catalog, live: LiveStep, like: Any, options: ReadOptions, reads: ArrayReads | None = None
+    catalog: JournalStore, live: LiveStep, like: Any, options: ReadOptions, reads: ArrayReads | None = None
 ) -> Restored:
     """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings: see `match_target`.
 
     Raises Mismatch before any array is read, Damaged, StepRetired, Unavailable.
     """
-    stored = StoredStep(catalog, live)
+    stored = catalog.step(live)
     plan = match_target(stored, like, options)
     process_states = plan.begin()
     values = (reads or ArrayReads(options.reader)).load(stored, plan.requests)
     restored, proof = plan.finish(values, process_states)
     if proof.wrong_here:
         names = [name for name, _ in proof.wrong_here]
-        stored.judge_fingerprints(names, "; ".join(line for _, line in proof.wrong_here[:5]))
+        stored_arrays.judge_fingerprints(stored, names, "; ".join(line for _, line in proof.wrong_here[:5]))
     return restored
 
 

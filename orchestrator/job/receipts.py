@@ -15,7 +15,8 @@ from orchestrator.rules import attempt as protocol
 from orchestrator.rules.attempt import Attempt, Step
 from orchestrator.rules.attempt_id import receipt_process
 from orchestrator.rules.records import Failure, FileEntry, Receipt
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import checked_reads
+from orchestrator.run.journal_store import JournalStore
 
 RECEIPT_READS = 64  # at once
 RECEIPT_BATCH = 16 * RECEIPT_READS
@@ -26,7 +27,7 @@ class ReceiptReader:
     acknowledged it; it need not be read then. `files` are the stored receipts read so far, by their path in it."""
 
     def __init__(
-        self, catalog: Catalog, signals: Signals, hosts: Mapping[int, str], state: Attempt, own: bytes | None
+        self, catalog: JournalStore, signals: Signals, hosts: Mapping[int, str], state: Attempt, own: bytes | None
     ) -> None:
         self._catalog, self._signals, self._hosts, self._own = catalog, signals, hosts, own
         self._state = state
@@ -75,7 +76,9 @@ class ReceiptReader:
     def _stored(self, process: int) -> Receipt | None:
         """A receipt from storage, None if it is not there (yet). One that is damaged counts as an abort vote."""
         try:
-            found = self._catalog.receipt(self._attempt, process, self._own if process == 0 else None)
+            found = checked_reads.receipt(
+                self._catalog.storage, self._attempt, process, self._own if process == 0 else None
+            )
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("receipt of process %d cannot be read yet: %s", process, error)
             return None

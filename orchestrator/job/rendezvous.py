@@ -34,6 +34,7 @@ from jax._src import distributed as _distributed
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
 
+from orchestrator import environment
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import WaitTimeout
 from orchestrator.job import peer_failure, sigterm
@@ -96,7 +97,7 @@ def join_failure_reports() -> None:
 
 def host_name() -> str:
     """The name that messages use for this host: ORCHESTRATOR_HOST_NAME, or the machine's."""
-    return os.environ.get("ORCHESTRATOR_HOST_NAME") or socket.gethostname()
+    return os.environ.get(environment.HOST_NAME) or socket.gethostname()
 
 
 def listen(me: Rendezvous) -> sigterm.Listening:

@@ -41,30 +41,31 @@ from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import (
     Chosen,
     Failed,
-    Failure,
-    Finding,
     Outcome,
     PeersFailed,
     Read,
+    ReadFailure,
     Report,
+    Ruling,
     Sums,
     attempt,
 )
-from orchestrator.job.rounds import Round, agree, as_error, gather
+from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Restored as RestoredEvent
 from orchestrator.observe.events import SteppedDown, emit
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
-from orchestrator.rules.records import Head, Json, LiveStep
-from orchestrator.run.journal_store import Catalog
+from orchestrator.rules.records import Head, LiveStep
+from orchestrator.run import stored_arrays
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
 Value = TypeVar("Value")
-Opens = Callable[[str | None, Callable[[Json], list[Json]]], list[Json]]
+Opens = Callable[[str | None], None]
 
 _RETIRED_MAX = 20  # times that retention may be quicker than a restore
 _REASON_MAX = 1000  # characters of what the journal says of a quarantined step
@@ -94,7 +95,7 @@ class RestoreOptions:
 
 
 def restore_together(
-    catalog: Catalog, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None = None
+    catalog: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None = None
 ) -> Restored | None:
     """The newest good step (or the one asked for) on every process of the job; None in a new run, which has never had
     one. Main thread.
@@ -115,7 +116,7 @@ class _Restore:
     """One call of `restore_together`, on this process."""
 
     def __init__(
-        self, catalog: Catalog, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None
+        self, catalog: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None
     ) -> None:
         self._catalog, self._rendezvous, self._like, self._options = catalog, rendezvous, like, options
         self._opening = opening
@@ -138,7 +139,7 @@ class _Restore:
         head = decode(chosen.head.encode(), Head, f"{self._catalog.url}: what process 0 has read")
         live = journal.find(head, chosen.step)
         assert live is not None  # process 0 found it in that very entry
-        stored = StoredStep(self._catalog, live)
+        stored = self._catalog.step(live)
         matched = attempt(partial(match_target, stored, self._like, self._options.read))
         plan = self._judgement.settle(stored, rounds.fits(live.step), matched)
         if plan is None:
@@ -159,8 +160,7 @@ class _Restore:
 
     def _open(self, tree: str | None) -> None:
         if self._opening:
-            meet = partial(self._rendezvous.gather, "restore: open the epoch", timeout_s=self._options.timeout_s)
-            self._opening(tree, meet)
+            self._opening(tree)
 
     def _read(self, plan: ReadPlan, reads: ArrayReads) -> Outcome[tuple[Restored, Proof]]:
         begun = attempt(plan.begin)
@@ -221,7 +221,7 @@ class _Judgement:
     """What the processes of a job find out about steps, the same on all of them. damaged: attempts that are proven to
     be so, and how. Each method is a collective."""
 
-    def __init__(self, catalog: Catalog, rendezvous: Rendezvous, options: RestoreOptions) -> None:
+    def __init__(self, catalog: JournalStore, rendezvous: Rendezvous, options: RestoreOptions) -> None:
         self._catalog, self._rendezvous, self._options = catalog, rendezvous, options
         self.damaged: dict[AttemptId, str] = {}
         self._not_journalled: list[LiveStep] = []
@@ -234,21 +234,21 @@ class _Judgement:
             reports = outcome.reports
         else:
             reports = gather(self._rendezvous, round_, rounds.report(outcome), self._options.timeout_s)
-        finding, process = rounds.judge(reports)
-        match finding, reports[process]:
-            case Finding.DONE, _:
+        ruling, process = rounds.judge(reports)
+        match ruling, reports[process]:
+            case Ruling.DONE, _:
                 assert isinstance(outcome, Read)  # its report is among them
                 return outcome.value
-            case Finding.FAULT, Failure() as failure:
-                if isinstance(outcome, Failed) and rounds.finding(rounds.report(outcome)) is Finding.FAULT:
+            case Ruling.FAULT, ReadFailure() as failure:
+                if isinstance(outcome, Failed) and rounds.ruling(rounds.report(outcome)) is Ruling.FAULT:
                     raise outcome.error
-                raise as_error(process, failure.kind, failure.text)
-            case Finding.RETIRED, Failure() as failure:
+                raise as_error(process, Raised(failure.kind, failure.text))
+            case Ruling.RETIRED, ReadFailure() as failure:
                 self._choose_again(process, failure)
-            case Finding.UNREADABLE, Failure() as failure:
+            case Ruling.UNREADABLE, ReadFailure() as failure:
                 line = self._line(process, failure)
                 raise Unavailable(f"{stored.where} cannot be read now, and nothing was changed for it: {line}")
-            case Finding.DAMAGED, Failure() as failure:
+            case Ruling.DAMAGED, ReadFailure() as failure:
                 self._confirm(stored, process, failure)
             case _:
                 text = "load_once: the processes ask for different arrays; `like` must be the same on all of them"
@@ -279,12 +279,12 @@ class _Judgement:
             rule = partial(journal.quarantine, attempt=live.id, reason=reason)
             agree(self._rendezvous, rounds.QUARANTINE, self._options.timeout_s, partial(_append, self._catalog, rule))
 
-    def _choose_again(self, process: int, failure: Failure) -> None:
+    def _choose_again(self, process: int, failure: ReadFailure) -> None:
         self._retired += 1
         if not self._options.steps_down or self._retired > _RETIRED_MAX:
             raise StepRetired(self._line(process, failure))
 
-    def _confirm(self, stored: StoredStep, process: int, failure: Failure) -> None:
+    def _confirm(self, stored: StoredStep, process: int, failure: ReadFailure) -> None:
         """A process has proof of damage. What process 0 journals it has seen itself: a host with a bad cache or bad
         memory may prove anything."""
         line = self._line(process, failure)
@@ -301,14 +301,14 @@ class _Judgement:
         self.damaged[live.id] = reason
         self._not_journalled.append(live)
 
-    def _line(self, process: int, failure: Failure) -> str:
+    def _line(self, process: int, failure: ReadFailure) -> str:
         return f"process {process} ({self._rendezvous.hosts.get(process, '?')}): {failure.text}"
 
 
 # On process 0.
 
 
-def _choose(catalog: Catalog, options: RestoreOptions, damaged: DamagedSteps) -> Chosen | None:
+def _choose(catalog: JournalStore, options: RestoreOptions, damaged: DamagedSteps) -> Chosen | None:
     """What to restore; None in a new run. Raises NothingToRestore, StepNotFound."""
     head = catalog.head()
     if options.step is not None:
@@ -334,7 +334,7 @@ def _chosen(head: Head | None, live: LiveStep) -> Chosen:
     return Chosen(live.step, encode(msgspec.structs.replace(head, live=kept, retired=(), aside=())).decode())
 
 
-def _is_damaged(stored: StoredStep, failure: Failure) -> bool:
+def _is_damaged(stored: StoredStep, failure: ReadFailure) -> bool:
     try:
         stored.judge(failure.files, failure.chunks)
     except Damaged:
@@ -347,16 +347,16 @@ def _damage_in_store(stored: StoredStep, wrong: Sequence[tuple[str, str]]) -> st
     Unavailable if they are not."""
     text = "; ".join(line for _, line in wrong[:_WRONG_MAX])
     try:
-        stored.judge_fingerprints([name for name, _ in wrong[:_READ_AGAIN_MAX]], text)
+        stored_arrays.judge_fingerprints(stored, [name for name, _ in wrong[:_READ_AGAIN_MAX]], text)
     except Damaged as damage:
         return str(damage)
 
 
-def _append(catalog: Catalog, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
+def _append(catalog: JournalStore, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
     catalog.append(rule)
 
 
-def _record_restored(catalog: Catalog, live: LiveStep, early: Begun[Head | None] | None) -> None:
+def _record_restored(catalog: JournalStore, live: LiveStep, early: Begun[Head | None] | None) -> None:
     """Journal that a run has come up on this attempt: retention keeps the newest of those. Not worth failing for, but
     done before the restore returns: the next save's retention must know of it."""
     try:

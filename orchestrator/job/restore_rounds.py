@@ -43,7 +43,7 @@ class Exchange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="exc
     arrays: str
 
 
-class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="failure"):
+class ReadFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="failure"):
     """This process cannot read the step. kind: of the error. files, chunks: as of Damaged."""
 
     kind: str
@@ -52,7 +52,7 @@ class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="fail
     chunks: tuple[str, ...] = ()
 
 
-Report: TypeAlias = Done | Exchange | Failure
+Report: TypeAlias = Done | Exchange | ReadFailure
 
 
 class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,13 +136,13 @@ def report(done: Read[Value] | Failed) -> Report:
         return Done()
     error = done.error
     files, chunks = (error.files, error.chunks) if isinstance(error, Damaged) else ((), ())
-    return Failure(type(error).__name__, str(error), files, chunks)
+    return ReadFailure(type(error).__name__, str(error), files, chunks)
 
 
 # What follows from the reports of all.
 
 
-class Finding(enum.Enum):
+class Ruling(enum.Enum):
     """The same on all processes. FAULT: what another step would not help against, as a target that does not fit."""
 
     DONE = enum.auto()
@@ -154,29 +154,29 @@ class Finding(enum.Enum):
 
 
 # Named, as they come from other processes. A newer format is none: this version cannot judge it.
-_FINDINGS = {
-    **dict.fromkeys((kind.__name__ for kind in (Damaged, UnsafeKey)), Finding.DAMAGED),
-    **dict.fromkeys((kind.__name__ for kind in (StorageError, Unavailable, OutcomeUnknown)), Finding.UNREADABLE),
-    StepRetired.__name__: Finding.RETIRED,
+_RULINGS = {
+    **dict.fromkeys((kind.__name__ for kind in (Damaged, UnsafeKey)), Ruling.DAMAGED),
+    **dict.fromkeys((kind.__name__ for kind in (StorageError, Unavailable, OutcomeUnknown)), Ruling.UNREADABLE),
+    StepRetired.__name__: Ruling.RETIRED,
 }
 
 
-def finding(report: Report) -> Finding:
+def ruling(report: Report) -> Ruling:
     """Of one report alone."""
     match report:
         case Done():
-            return Finding.DONE
+            return Ruling.DONE
         case Exchange():
-            return Finding.OTHER_ARRAYS
-        case Failure(kind=kind):
-            return _FINDINGS.get(kind, Finding.FAULT)
+            return Ruling.OTHER_ARRAYS
+        case ReadFailure(kind=kind):
+            return _RULINGS.get(kind, Ruling.FAULT)
 
 
-def judge(reports: Sequence[Report]) -> tuple[Finding, int]:
+def judge(reports: Sequence[Report]) -> tuple[Ruling, int]:
     """What comes first of what the processes have reported, and the first process that has reported it. Nothing is
     damaged as long as a process has not been able to read it; nothing is unreadable that retention has deleted."""
-    findings = [finding(report) for report in reports]
-    for first in (Finding.FAULT, Finding.RETIRED, Finding.UNREADABLE, Finding.DAMAGED, Finding.OTHER_ARRAYS):
-        if first in findings:
-            return first, findings.index(first)
-    return Finding.DONE, 0
+    rulings = [ruling(report) for report in reports]
+    for first in (Ruling.FAULT, Ruling.RETIRED, Ruling.UNREADABLE, Ruling.DAMAGED, Ruling.OTHER_ARRAYS):
+        if first in rulings:
+            return first, rulings.index(first)
+    return Ruling.DONE, 0

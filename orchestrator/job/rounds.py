@@ -64,7 +64,7 @@ def agree(rendezvous: Rendezvous, round_: Round[Message], timeout_s: float, deci
         raise failure
     decision = _decoded(rendezvous, Round[_Decision](round_.name, _Decision), 0, answer)
     if decision.raised:
-        raise as_error(0, decision.raised.kind, decision.raised.text)
+        raise as_error(0, decision.raised)
     return _decoded(rendezvous, round_, 0, decision.value)
 
 
@@ -72,10 +72,10 @@ def raised(error: Exception) -> Raised:
     return Raised(type(error).__name__, str(error))
 
 
-def as_error(process: int, kind: str, text: str) -> Exception:
+def as_error(process: int, raised: Raised) -> Exception:
     """Another process's error, of the same kind where it is one of ours."""
-    known = getattr(errors, kind, None)
-    message = f"process {process}: {text}"
+    known = getattr(errors, raised.kind, None)
+    message = f"process {process}: {raised.text}"
     # Mismatch and SaveFailed take more than a message.
     if (
         isinstance(known, type)
@@ -83,7 +83,7 @@ def as_error(process: int, kind: str, text: str) -> Exception:
         and not issubclass(known, Mismatch | SaveFailed)
     ):
         return known(message)
-    return OrchestratorError(f"process {process}: {kind}: {text}")
+    return OrchestratorError(f"process {process}: {raised.kind}: {raised.text}")
 
 
 def _encoded(message: Any) -> Any:

@@ -15,7 +15,7 @@ from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.policy import Adaptive, Patient, SavePolicy
 from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 
 POLL_STEPS_MAX = 64  # between two questions to process 0, however far away the next save is
 
@@ -83,7 +83,7 @@ class SaveSchedule:
 
     # What became of saves.
 
-    def opened(self, catalog: Catalog) -> None:
+    def opened(self, catalog: JournalStore) -> None:
         """The epoch is open: process 0 measures from now on what an adaptive policy goes by."""
         if self._rendezvous.process == 0 and isinstance(self._policy, Adaptive):
             self._pacing = Pacing(catalog, self._clock)

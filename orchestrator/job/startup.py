@@ -18,31 +18,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
-import msgspec
 from absl import logging
 
 from orchestrator.errors import UsageError
 from orchestrator.job import one_root
+from orchestrator.job import startup_rounds as rounds
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.rounds import Raised, Round, as_error, gather, raised
+from orchestrator.job.rounds import as_error, gather, raised
+from orchestrator.job.startup_rounds import Arrival
 from orchestrator.rules import configuration
 from orchestrator.rules.configuration import Settings, who
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.texts import printable
 
 
-class _Start(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a host says at the start. head: version and write_id of the head that it has read; None in a new run."""
-
-    settings: str  # their digest; '' where there is nobody to differ from
-    incarnation_id: str = ""  # process 0's counts
-    head: tuple[int, str] | None = None
-    raised: Raised | None = None
-
-
 def agree_at_start(
-    catalog: Catalog,
+    catalog: JournalStore,
     rendezvous: Rendezvous,
     name: str,
     given: Settings,
@@ -60,25 +52,24 @@ def agree_at_start(
     alone = rendezvous.count == 1
     settings = {} if alone else {**given, **surroundings()}
     digest = "" if alone else configuration.digest(settings)
+    incarnation_id = uuid.uuid4().hex if rendezvous.process == 0 else ""
     failure: Exception | None = None
     try:
         head = catalog.head()  # whether it can be trusted
-        incarnation_id = ""
         if rendezvous.process == 0:
-            incarnation_id = uuid.uuid4().hex
             admit(head)
-        mine = _Start(digest, incarnation_id, None if head is None else (head.version, head.write_id))
+        mine = Arrival(digest, incarnation_id, None if head is None else (head.version, head.write_id))
     except Exception as error:  # the others must know of it before it is raised here
         failure = error
-        mine = _Start(digest, raised=raised(error))
-    starts = gather(rendezvous, Round[_Start](name, _Start), mine, timeout_s)
-    first = starts[0]
-    if first.raised:
-        raise failure or as_error(0, first.raised.kind, first.raised.text)
-    if len({start.settings for start in starts}) > 1:
-        _check_settings(rendezvous, f"{name}: configurations", settings, timeout_s)
-    if any(start.raised or start.head != first.head for start in starts):
-        _check_root(catalog, rendezvous, f"{name}: one root", starts, failure, timeout_s)
+        mine = Arrival(digest, incarnation_id, rejected=raised(error))
+    arrivals = gather(rendezvous, rounds.arrival(name), mine, timeout_s)
+    first = arrivals[0]
+    if first.rejected:
+        raise failure or as_error(0, first.rejected)
+    if len({arrival.configuration for arrival in arrivals}) > 1:
+        _check_settings(rendezvous, name, settings, timeout_s)
+    if any(arrival.rejected or arrival.head != first.head for arrival in arrivals):
+        _check_root(catalog, rendezvous, name, arrivals, failure, timeout_s)
     return first.incarnation_id
 
 
@@ -94,7 +85,7 @@ def surroundings() -> dict[str, str]:
 
 
 def _check_settings(rendezvous: Rendezvous, name: str, settings: Mapping[str, str], timeout_s: float) -> None:
-    given = gather(rendezvous, Round[dict[str, str]](name, dict[str, str]), dict(settings), timeout_s)
+    given = gather(rendezvous, rounds.configurations(name), dict(settings), timeout_s)
     errors, notes = configuration.differences(given, partial(who, rendezvous.hosts))
     if rendezvous.process == 0 or given[rendezvous.process] != given[0]:  # not each of a thousand alike
         for note in notes:
@@ -105,18 +96,18 @@ def _check_settings(rendezvous: Rendezvous, name: str, settings: Mapping[str, st
 
 
 def _check_root(
-    catalog: Catalog,
+    catalog: JournalStore,
     rendezvous: Rendezvous,
     name: str,
-    starts: Sequence[_Start],
+    arrivals: Sequence[Arrival],
     failure: Exception | None,
     timeout_s: float,
 ) -> None:
     """Hosts have read different heads: of one journal, between whose entries somebody wrote, or of several? An entry is
     never changed or taken away, so that the one which process 0 has read must be there for all; where it has read none,
     the newest that another has."""
-    heads = [start.head for start in starts]
-    source = 0 if heads[0] else max(range(len(heads)), key=lambda process: (heads[process] or (-1, ""))[0])
+    heads = [arrival.head for arrival in arrivals]
+    source = 0 if heads[0] else max(range(len(heads)), key=lambda process: heads[process] or (-1, ""))
     sought = heads[source]
     look: Callable[[], bool] | None = None
     what = ""
@@ -125,4 +116,6 @@ def _check_root(
         if heads[rendezvous.process] != sought:
             failure = None  # what could not be read before may be read by now
             look = partial(one_root.sees_in_time, partial(one_root.sees_entry, catalog, *sought), timeout_s)
-    one_root.check_all_see(catalog, rendezvous, name, look, what, source=source, timeout_s=timeout_s, failure=failure)
+    one_root.check_all_see(
+        catalog, rendezvous, rounds.one_root(name), look, what, source=source, timeout_s=timeout_s, failure=failure
+    )

@@ -12,9 +12,9 @@ import json
 import os
 import time
 
+from orchestrator.environment import HEARTBEAT_FILE
 from orchestrator.observe.events import Alive, emit
 
-VARIABLE = "ORCHESTRATOR_HEARTBEAT_FILE"
 INTERVAL_S = 0.2
 EVENT_INTERVAL_S = 5.0
 
@@ -24,7 +24,7 @@ _last: dict[str, object] = {}
 def record(doing: str, step: int | None, **more: object) -> None:
     """Say that the main thread is alive. At most one write per INTERVAL_S for the same activity, one event per
     EVENT_INTERVAL_S. Main thread."""
-    path = os.environ.get(VARIABLE)
+    path = os.environ.get(HEARTBEAT_FILE)
     now = time.monotonic()
     told_s = _last.get("told_s", -EVENT_INTERVAL_S)
     assert isinstance(told_s, float)

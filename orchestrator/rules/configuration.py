@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
+from orchestrator import environment
 from orchestrator.options import Options
 
 TEXT_CHARS = 200  # of a value, as hosts exchange it
@@ -57,8 +58,8 @@ RULES: Mapping[str, Rule] = {
     "jax_enable_x64": Rule.SAME,
     "jax_threefry_partitionable": Rule.SAME,
     "jax_default_prng_impl": Rule.SAME,
-    "ORCHESTRATOR_STEP_BACK": Rule.NOTED,  # process 0's counts
-    "ORCHESTRATOR_STORE_DEADLINE_S": Rule.NOTED,
+    environment.STEP_BACK: Rule.NOTED,  # process 0's counts
+    environment.STORE_DEADLINE: Rule.NOTED,
     # Versions that differ may work together; when they do not, this is the first that people must know.
     "Python": Rule.NOTED,
     "checkpoint-orchestrator": Rule.NOTED,
@@ -71,7 +72,7 @@ RULES: Mapping[str, Rule] = {
 ORBAX = "CheckpointManagerOptions."  # what begins so is an option of Orbax's, all of which are SAME
 PACKAGES = ("checkpoint-orchestrator", "jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore")
 JAX_SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_prng_impl")
-ENVIRONMENT = ("ORCHESTRATOR_STEP_BACK", "ORCHESTRATOR_STORE_DEADLINE_S")
+ENVIRONMENT = (environment.STEP_BACK, environment.STORE_DEADLINE)
 
 Settings = Mapping[str, str]  # name of a setting -> its value, in words
 

@@ -15,11 +15,11 @@ from msgspec.structs import replace
 
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.journal import Found, Stamp
+from orchestrator.rules.journal import Stamp, StoredAttempt
 from orchestrator.rules.records import FORMAT, Event, Head, LiveStep
 
 
-def lost(head: Head | None, found: Mapping[AttemptId, Found], marker: int = -1) -> str:
+def lost(head: Head | None, found: Mapping[AttemptId, StoredAttempt], marker: int = -1) -> str:
     """What proves that entries above `head` are missing; '' if nothing does. `found` was listed before the head was
     read: an attempt is begun when the entry that opens its epoch is durable. `marker`: the newest one's version."""
     version, epoch = (head.version, head.epoch) if head else (-1, 0)

@@ -69,7 +69,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredAttempt:
     """An attempt as storage has it. whole: it has its manifest, which is written last. built_on: the version of the
     head that its records build on, -1 where that is not known. bytes: of all its files."""
 
@@ -442,7 +442,7 @@ def is_known(head: Head, attempt: AttemptId) -> bool:
     return is_live(head, attempt) or is_retired(head, attempt) or is_aside(head, attempt)
 
 
-def collectable(head: Head, found: Mapping[AttemptId, Found] | None = None) -> tuple[RetiredAttempt, ...]:
+def collectable(head: Head, found: Mapping[AttemptId, StoredAttempt] | None = None) -> tuple[RetiredAttempt, ...]:
     """Attempts whose data may be deleted: retired or aborted ones, and, out of those `found` in storage, uncommitted
     ones of an epoch below the head's (they can never commit any more). A whole one of those, which a crash has kept
     from its commit, may be all that is left of its steps: it waits until a later save has replaced it.

@@ -22,7 +22,7 @@ from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import RetiredAttempt
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.port import DeletesMany, Storage
 from orchestrator.texts import printable
 
@@ -38,7 +38,7 @@ class Collection:
 
 
 def collect(
-    catalog: Catalog,
+    catalog: JournalStore,
     *,
     epoch: int | None = None,
     dry_run: bool = False,
@@ -75,7 +75,11 @@ def collect(
 
 
 def _delete(
-    catalog: Catalog, gone: RetiredAttempt, result: Collection, dry_run: bool, on_file: Callable[[str], None] | None
+    catalog: JournalStore,
+    gone: RetiredAttempt,
+    result: Collection,
+    dry_run: bool,
+    on_file: Callable[[str], None] | None,
 ) -> bool:
     """Delete one attempt's files; True if all are gone. The manifest goes first: without it nothing is readable.
 
@@ -123,7 +127,7 @@ def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[t
 class BackgroundDeletion:
     """Deletes in the background, for one incarnation, without anybody waiting for it; once at a time. Any thread."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: JournalStore) -> None:
         self._catalog = catalog
         self._thread: threading.Thread | None = None
         self._swept = self._stopped = False

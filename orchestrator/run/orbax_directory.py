@@ -18,7 +18,7 @@ from orchestrator.arrays.format import orbax_json
 from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import local_path
 from orchestrator.storage.port import Reads
 
@@ -130,7 +130,7 @@ def in_store(storage: Reads, newest: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def unadopted(catalog: Catalog, head: Head | None) -> str | None:
+def unadopted(catalog: JournalStore, head: Head | None) -> str | None:
     """What is to be said to whoever opens a root that holds steps of Orbax's which the run does not know: `head` would
     be taken for all there is, and training would begin anew or go on from an older step. None if there are none.
 

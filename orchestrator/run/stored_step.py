@@ -1,217 +1,222 @@
-"""One committed step as it is stored, read so that what cannot be read is never called damaged.
+"""One committed step as it is stored: its records and files, each checked against what is above it.
 
-What the data plane finds wrong is a suspicion (`Suspect`). Here it becomes a verdict, by asking the store again in
-another way: `Damaged` if the store's own account of a file, or a chunk of a file read whole, is not what the manifest
-promises; `StepRetired` if retention has come between; else the step is read again, and in the end it is `Unavailable`:
-the step may be whole, and nothing may be quarantined for it.
+The journal has the manifest's checksum, the manifest those of all files, and the manifest's chunks those of all
+elements. What does not fit is `Damaged` if the store's own account of it, or a second reading, is wrong as well;
+`StepRetired` if retention has come between; else `Unavailable`: the step may be whole, and nothing may be quarantined
+for it (`checked_reads`). `stored_arrays` reads the arrays.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, NoReturn, TypeVar
 
 import crc32c
 
-from orchestrator import arrays
-from orchestrator.arrays import ReadRequest, fingerprint
-from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
-from orchestrator.observe.events import Retried, emit
-from orchestrator.rules import chunk_index
-from orchestrator.rules import keys as layout
+from orchestrator.errors import Damaged, Suspect, Unavailable
+from orchestrator.rules import chunk_index, keys, validate
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.chunk_index import Chunk
-from orchestrator.rules.records import Box, Extra, Intent, LeafSpec, LiveStep, Manifest
+from orchestrator.rules.codec import RECORD_BYTES_MAX, AnyRecord
+from orchestrator.rules.records import Extra, FileEntry, Intent, LiveStep, Manifest, Receipt
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
-from orchestrator.run.journal_store import READS, Catalog
-from orchestrator.storage import local_path, overlap
+from orchestrator.run.checked_reads import READS, Early, attempt_file, decoded, file_problem, manifest_problem
+from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
+from orchestrator.storage.port import Reads
 
-_PAUSE_S = 0.5  # before what could not be read is read again
-_SLAB_BYTES = 64 << 20  # of an array that is read to be compared
-
-OnBytes = Callable[[int], None]
-Value = TypeVar("Value")
+_READ_THREADS = 4  # each holds one file in memory
+_MEASURE_THREADS = 8
 
 
 class StoredStep:
-    """One attempt that the journal lists. On one thread at a time. Whatever is read raises Damaged (proven),
-    StepRetired, Unavailable or another StorageError."""
+    """One attempt that the journal lists; `JournalStore.step` opens it, which reads nothing yet. On one thread at a
+    time, but for `checked` and `check_measured`. `check_live` raises StepRetired once the journal lists it no more.
 
-    def __init__(self, catalog: Catalog, live: LiveStep) -> None:
-        self.catalog, self.live = catalog, live
-        self.prefix = live.id.prefix
+    `manifest`, `intent` and `extra` are read when they are first asked for, and kept. Whatever is read raises Damaged
+    (proven), StepRetired, Unavailable or another StorageError.
+    """
+
+    def __init__(self, storage: Reads, live: LiveStep, check_live: Callable[[LiveStep], None]) -> None:
+        self.storage, self.live = storage, live
+        self._check_live = check_live
         self._early: dict[str, Begun[bytes | None]] = {}
         self._listing: Begun[dict[str, int]] | None = None
 
-    def begin(self) -> None:
-        """Read at once what a restore reads beside arrays: its records do not lead to one another. Each is judged, and
-        read again if need be, when it is asked for, as without this."""
-        self._early = {name: self.catalog.begin(self.live, name) for name in (layout.INTENT, layout.EXTRA)}
-        self._listing = overlap.begin(partial(self.catalog.sizes, self.live))
+    def read_ahead(self) -> None:
+        """Begin to read what a restore reads beside arrays: its records do not lead to one another. Each is checked,
+        and read again if need be, when it is asked for, as without this."""
+        for key in (self.id.key(keys.INTENT), self.id.key(keys.EXTRA)):
+            self._early[key] = overlap.begin(partial(self.storage.get, key))
+        self._listing = overlap.begin(self._sizes)
+
+    @property
+    def id(self) -> AttemptId:
+        return self.live.id
 
     @property
     def where(self) -> str:
-        return f"{self.catalog.url} {self.live.id.label}"
+        return f"{self.storage.url} {self.id.label}"
 
     @property
     def state_url(self) -> str:
-        return f"{self.catalog.url}/{self.prefix}{layout.STATE}"
+        return f"{self.storage.url}/{self.id.state_prefix}"
 
-    @cached_property
-    def listed(self) -> Manifest:
-        """The manifest as the journal has its checksum: once it was read it cannot become another."""
-        return self.catalog.manifest(self.live)
+    def url_of(self, name: str) -> str:
+        """How the file `name` is called in messages."""
+        return f"{self.storage.url}/{self.id.prefix}{name}"
+
+    # Records.
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Every file of it is there, in its size."""
-        listed = self.listed
-        listing, self._listing = self._listing, None
-        self.catalog.check_sizes(self.live, listed, listing)
-        return self.listed
+        """As the journal has its checksum. Whether its files are there, `check_sizes` tells."""
+        return self._read_manifest()
+
+    def _read_manifest(self) -> Manifest:
+        problem = partial(manifest_problem, self.live.manifest_crc32c)
+        body = attempt_file(self.storage, self.id, keys.MANIFEST, problem, self.check_live)
+        return self._decoded(keys.MANIFEST, body, Manifest, step=self.id.step, attempt=self.id.name)
 
     @cached_property
     def intent(self) -> Intent:
-        return self.catalog.intent(self.live, self.manifest, self._early.pop(layout.INTENT, None))
+        """Who opened the attempt, and its tree spec, whose arrays fit what the manifest lists."""
+        intent = self._decoded(keys.INTENT, self.file(keys.INTENT), Intent, step=self.id.step, attempt=self.id.name)
+        try:
+            validate.fits(intent, self.manifest)
+        except validate.Invalid as error:
+            raise Damaged(f"{self.url_of(keys.INTENT)}: {error}; not used") from error
+        return intent
 
     @cached_property
     def extra(self) -> Extra:
-        return self.catalog.extra(self.live, self.manifest, self._early.pop(layout.EXTRA, None))
+        return self._decoded(keys.EXTRA, self.file(keys.EXTRA), Extra, step=self.id.step)
 
-    # Arrays.
+    def receipts(self) -> list[Receipt]:
+        """As far as the manifest lists any: an adopted step has none."""
+        named = {"step": self.id.step, "attempt": self.id.name}
+        return [
+            self._decoded(entry.path, self.checked(entry), Receipt, process=keys.process_of(entry.path), **named)
+            for entry in self._below(keys.RECEIPTS)
+        ]
 
-    def load(
-        self,
-        loads: Sequence[ReadRequest],
-        on_bytes: OnBytes | None = None,
-        reader: Callable[..., list[Any]] = arrays.load,
-    ) -> list[Any]:
-        """As `arrays.load`, of this step."""
-        return self._again(lambda: reader(self.state_url, list(loads), on_bytes, chunk_index.stored(self.manifest)))
-
-    def slabs(
-        self, leaves: Iterable[LeafSpec], slab_bytes: int, on_bytes: OnBytes | None = None
-    ) -> Iterator[tuple[LeafSpec, Box, Any]]:
-        """As `arrays.slabs`, of this step. What is read wrongly is judged, but not read again."""
-        try:
-            yield from arrays.slabs(self.state_url, leaves, slab_bytes, on_bytes, chunk_index.stored(self.manifest))
-        except Suspect as suspect:
-            self._judge(suspect)
-            raise self._not_damaged(suspect, 1) from suspect
-
-    def bad_chunks(
-        self, sizes: Mapping[str, int | None], on_bytes: OnBytes = lambda read_bytes: None
-    ) -> Mapping[str, str]:
-        """Read these chunks, of these sizes where they are known. By key: what is wrong with each that is proven not to
-        be what was saved."""
-        stored = chunk_index.stored(self.manifest)
-        suspects = self._again(lambda: arrays.check(self.state_url, stored, on_bytes, sizes))
-        if not suspects:
+    def process_states(self) -> dict[int, bytes]:
+        """What each process of the save gave, by its index then."""
+        files = self._below(keys.PROCESS)
+        if not files:
             return {}
-        proven = {key: f"{text}; {why}" for key, text in suspects.items() if (why := self._problem_of(key, sizes[key]))}
-        for key, text in suspects.items():
-            if key not in proven and arrays.check(self.state_url, stored, sizes={key: sizes[key]}):
-                raise self._not_damaged(Suspect(text), 2)
-        return proven
+        with ThreadPoolExecutor(min(_READ_THREADS, len(files)), thread_name_prefix="process-states") as pool:
+            bodies = pool.map(self.checked, files)
+            return {keys.process_of(entry.path): body for entry, body in zip(files, bodies, strict=True)}
 
-    def wrong_fingerprints(self, names: Iterable[str]) -> list[str]:
-        """Of these leaves, those whose stored elements do not have the fingerprint of the save, one line each."""
-        known = self.manifest.fingerprints
-        found = []
-        for leaf in self.intent.tree.leaves:
-            if leaf.name in set(names) & known.keys():
-                pieces = ((box, data) for _, box, data in self.slabs([leaf], _SLAB_BYTES))
-                got = fingerprint.of_pieces(leaf, pieces)
-                if got != known[leaf.name]:
-                    found.append(
-                        f"{leaf.label}: its stored elements have fingerprint {got}, the save {known[leaf.name]}"
-                    )
-        return found
+    def _decoded(self, name: str, body: bytes | None, kind: type[AnyRecord], **expected: object) -> AnyRecord:
+        return decoded(self.storage.url, self.id.key(name), body, kind, **expected)
 
-    def judge_fingerprints(self, names: Sequence[str], text: str) -> NoReturn:
-        """These leaves have come up with other fingerprints (`text`), though every checksum was right: either something
-        else was saved, or it was changed on its way to the devices. Raises Damaged or Unavailable."""
-        wrong = self.wrong_fingerprints(names)
-        if wrong:
-            raise Damaged(f"{self.where}: {text}; {wrong[0]}")
+    # Files.
+
+    def file(self, name: str) -> bytes | None:
+        """A small file, as the manifest says it is; None if the manifest lists none of that name."""
+        entry = next((entry for entry in self.manifest.files if entry.path == name), None)
+        return None if entry is None else self.checked(entry)
+
+    def checked(self, entry: FileEntry) -> bytes:
+        """A file, read whole, as the manifest's `entry` says it is. Any thread."""
+        most_bytes = max(entry.bytes, RECORD_BYTES_MAX)  # a process's state may be of any size
+        early: Early = self._early.pop(self.id.key(entry.path), None)
+        problem = partial(file_problem, entry)
+        return attempt_file(self.storage, self.id, entry.path, problem, self.check_live, most_bytes, early)
+
+    def check_files(self, below: str, share: tuple[int, int]) -> None:
+        """Read this process's share, (index, count), of the files below a name whole, a few at a time. Raises Damaged
+        naming the first that is not what the manifest says."""
+        index, count = share
+        with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="verify") as pool:
+            for _ in pool.map(lambda entry: len(self.checked(entry)), self._below(below)[index::count]):
+                pass
+
+    def check_sizes(self) -> None:
+        """Every file of the manifest is there with its size. Raises Damaged naming the first that is not, Unavailable
+        where a listing and the object itself tell different things."""
+        early, self._listing = self._listing, None
+        for _ in range(READS):
+            there, early = early.result() if early else self._sizes(), None
+            wrong = [expected for expected in self.manifest.files if there.get(expected.path) != expected.bytes]
+            if not wrong:
+                return
+            self.check_measured(wrong[:1])
+            self.check_live()
         raise Unavailable(
-            f"{self.where}: {text}; but what is stored has the fingerprints of the save: a device, the memory or the "
-            "restore of this job changes data; the step is not damaged",
-            waited=True,
+            f"{self.url_of(wrong[0].path)}: {READS} listings show {there.get(wrong[0].path, 'no')} bytes, "
+            f"the store's own account is {wrong[0].bytes}, as the manifest says"
         )
 
-    def _again(self, read: Callable[[], Value]) -> Value:
-        """What `read` returns. What it suspects is judged, and what it could not read is tried again, READS times."""
-        for tries in range(1, READS + 1):
-            pause_s = _PAUSE_S
-            try:
-                return read()
-            except Suspect as suspect:
-                self._judge(suspect)
-                # On a file system it was read from the very files that were measured; of an object store, who knows.
-                if suspect.structure and tries == READS and local_path(self.state_url) is not None:
-                    self.catalog.check_live(self.live)
-                    raise Damaged(
-                        f"{suspect}; read so {READS} times, and its files are the manifest's: no save writes this"
-                    ) from suspect
-                failed: Exception = suspect
-                pause_s = 0.0  # the store has just answered
-            except StorageError as error:
-                if tries == READS or (isinstance(error, Unavailable) and error.waited):
-                    self.catalog.check_live(self.live)
-                    raise
-                failed = error
-            emit(Retried("read", tries, "restore", self.where, str(failed)[:300], pause_s))
-            time.sleep(pause_s)
-        raise self._not_damaged(failed, READS) from failed
+    def check_measured(self, entries: Iterable[FileEntry]) -> None:
+        """These files are in the store, by its own account, as the manifest says: an object store knows its objects'
+        checksums without a download. Raises Damaged naming the first that is not. The caller makes sure that the
+        attempt is live, before or after. Any thread."""
 
-    def _not_damaged(self, error: Exception, times: int) -> Unavailable:
-        count = "once" if times == 1 else f"{times} times"
-        return Unavailable(
-            f"{error}; read so {count}, but by the store's own account all is as the manifest says: the step is not "
-            "damaged; look at the network, the caches and the memory of this host"
-        )
+        def problem(entry: FileEntry) -> str:
+            return file_problem(entry, self.storage.measure(self.id.key(entry.path), entry.bytes))
 
-    # Judging.
+        expected = list(entries)
+        with ThreadPoolExecutor(_MEASURE_THREADS, thread_name_prefix="measure") as pool:
+            for entry, wrong in zip(expected, pool.map(problem, expected), strict=True):
+                if wrong:
+                    self.check_live()
+                    raise Damaged(f"{self.url_of(entry.path)}: {wrong}", files=[entry.path])
 
-    def _judge(self, suspect: Suspect) -> None:
+    def check_live(self) -> None:
+        """Raises StepRetired if the journal lists the attempt no more: what is wrong with it is no damage then."""
+        self._check_live(self.live)
+
+    def _below(self, name: str) -> list[FileEntry]:
+        return [entry for entry in self.manifest.files if entry.path.startswith(name)]
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each file by its name, as a listing has them."""
+        prefix = self.id.prefix
+        return {entry.key.removeprefix(prefix): entry.bytes for entry in self.storage.list(prefix)}
+
+    # Judging what was read in another way, by the data plane.
+
+    def judge_suspect(self, suspect: Suspect) -> None:
+        """As `judge`, of what the data plane suspects. Raises Damaged with both accounts."""
         try:
             self.judge(suspect.files, suspect.chunks)
         except Damaged as proof:
             raise Damaged(f"{suspect}; {proof}", files=proof.files, chunks=proof.chunks) from suspect
 
-    def judge(self, files: Sequence[str], keys: Sequence[str]) -> None:
+    def judge(self, files: Sequence[str], chunk_keys: Sequence[str]) -> None:
         """Whether these files (of none: all) and these chunks are what was saved, by another way than they were read.
         Raises Damaged, StepRetired, StorageError; nothing if the store has what the manifest promises."""
-        self.catalog.check_live(self.live)
-        manifest = self.catalog.manifest(self.live)
+        self.check_live()
+        manifest = self._read_manifest()  # once more: whether it can still be read is part of the answer
         listed = {entry.path: entry for entry in manifest.files}
-        unlisted = set(files) - listed.keys() - {layout.MANIFEST}
+        unlisted = set(files) - listed.keys() - {keys.MANIFEST}
         if unlisted:
             raise Damaged(f"{self.where}: {min(unlisted)} is no file of its manifest", files=sorted(unlisted))
         suspects = [listed[path] for path in files or listed if path in listed]
-        self.catalog.check_measured(self.live, suspects)
+        self.check_measured(suspects)
         for entry in suspects:
-            if entry.crc32 and entry.path.startswith(layout.STATE):  # a store knows one CRC, which is that of all trees
-                self.catalog.checked(self.live, entry)
-        for key in keys:
-            if problem := self._problem_of(key):
+            if entry.crc32 and entry.path.startswith(keys.STATE):  # a store knows one CRC, which is that of all trees
+                self.checked(entry)
+        for key in chunk_keys:
+            if problem := self.chunk_problem(key):
                 raise Damaged(problem, chunks=[key])
 
-    def _problem_of(self, key: str, size_bytes: int | None = None) -> str:
+    def chunk_problem(self, key: str, size_bytes: int | None = None) -> str:
         """What is proven to be wrong with a chunk (of `size_bytes`, if they are known), '' if it is what was saved: its
         file is read whole."""
-        manifest = self.listed
+        manifest = self.manifest
         if key not in manifest.chunks:
             return ""
         try:
             chunk = self._chunks.get(key, b"")
             if not isinstance(chunk, bytes):
                 path, offset, size = chunk
-                entry = next(entry for entry in manifest.files if entry.path == layout.STATE + path)
-                chunk = self.catalog.checked(self.live, entry)[offset : offset + size]
+                entry = next(entry for entry in manifest.files if entry.path == keys.STATE + path)
+                chunk = self.checked(entry)[offset : offset + size]
         except Damaged as error:
             return str(error)
         if size_bytes is not None and len(chunk) != size_bytes:
@@ -225,4 +230,4 @@ class StoredStep:
     @cached_property
     def _chunks(self) -> Mapping[str, Chunk]:
         """Key -> chunk or place, as the processes signed them."""
-        return chunk_index.entries(self.catalog.stored_receipts(self.live, self.listed))
+        return chunk_index.entries(self.receipts())

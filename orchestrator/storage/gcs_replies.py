@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
+from orchestrator.environment import USER_PROJECT
 from orchestrator.errors import StorageError, Unavailable
 
 LINE_MAX = 300  # characters quoted of what a server says
@@ -122,7 +123,6 @@ _ROLE_OF_OPERATION = {
     **dict.fromkeys(("create", "write"), "roles/storage.objectCreator"),
     "delete": "roles/storage.objectUser",
 }
-USER_PROJECT = "ORCHESTRATOR_GCS_USER_PROJECT"  # as `environment` reads it
 # Statuses, what is found in reason and message, what it means and what to do. The first that fits.
 _HINTS: tuple[tuple[tuple[int, ...], str, str], ...] = (
     (

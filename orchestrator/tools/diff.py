@@ -15,8 +15,8 @@ from orchestrator.arrays import ReadRequest
 from orchestrator.rules.matching import brief
 from orchestrator.rules.records import LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes
-from orchestrator.run.journal_store import Catalog
-from orchestrator.run.stored_step import StoredStep
+from orchestrator.run import stored_arrays
+from orchestrator.run.journal_store import JournalStore
 
 _BATCH_BYTES = 256 << 20
 _BLOCK = 1 << 20  # elements compared at once
@@ -44,14 +44,15 @@ class LeafComparison:
 class Side:
     """One committed step, opened for comparing. Raises Damaged."""
 
-    def __init__(self, catalog: Catalog, live: LiveStep) -> None:
-        self._stored = StoredStep(catalog, live)
+    def __init__(self, catalog: JournalStore, live: LiveStep) -> None:
+        self._stored = catalog.step(live)
+        self._stored.check_sizes()
         self.leaves: dict[Path, LeafSpec] = {leaf.path: leaf for leaf in self._stored.intent.tree.leaves}
         self.fingerprints = self._stored.manifest.fingerprints
 
     def read(self, paths: list[Path], on_bytes: Callable[[int], None]) -> list[np.ndarray[Any, Any]]:
         loads = [ReadRequest(self.leaves[path]) for path in paths]
-        return [np.asarray(value) for value in self._stored.load(loads, on_bytes)]
+        return [np.asarray(value) for value in stored_arrays.load(self._stored, loads, on_bytes)]
 
 
 def compare(

@@ -28,9 +28,10 @@ from orchestrator import arrays
 from orchestrator.arrays import numpy_dtype
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.rules import arguments, chunk_index, keys
-from orchestrator.rules.records import Box, LeafSpec, LiveStep, Manifest, TreeSpec
+from orchestrator.rules.records import Box, LeafSpec, LiveStep, TreeSpec
 from orchestrator.rules.restore_cost import leaf_bytes
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import stored_arrays
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
 
 SLAB_BYTES = 64 << 20
@@ -61,9 +62,7 @@ _NATIVE_NPY = frozenset("?bhilqBHILQefdFD")  # what numpy reads back without ano
 class Source:
     """What is exported. `on_bytes`: called with the bytes of each read."""
 
-    catalog: Catalog
-    live: LiveStep
-    manifest: Manifest
+    step: StoredStep
     tree: TreeSpec
     about: dict[str, Any]
     on_bytes: Callable[[int], None]
@@ -73,13 +72,15 @@ class Source:
         return sum(map(leaf_bytes, self.tree.leaves))
 
 
-def open_source(catalog: Catalog, live: LiveStep, on_bytes: Callable[[int], None] = lambda read_bytes: None) -> Source:
+def open_source(
+    catalog: JournalStore, live: LiveStep, on_bytes: Callable[[int], None] = lambda read_bytes: None
+) -> Source:
     """Raises Damaged, StorageError if the step's records cannot be read or a file is missing."""
-    manifest = catalog.manifest(live)
-    catalog.check_sizes(live, manifest)
-    extra = catalog.extra(live, manifest)
+    step = catalog.step(live)
+    step.check_sizes()
+    extra = step.extra
     about = {"step": live.step, "attempt": live.attempt, "metrics": extra.stored_metrics, "extra": extra.stored_extra}
-    return Source(catalog, live, manifest, catalog.intent(live, manifest).tree, about, on_bytes)
+    return Source(step, step.intent.tree, about, on_bytes)
 
 
 def export(source: Source, destination: str, form: str) -> int:
@@ -171,7 +172,7 @@ def _npy_dtype(leaf: LeafSpec) -> np.dtype[Any]:
 
 
 def _slabs(source: Source, leaves: Iterable[LeafSpec]) -> Iterator[tuple[LeafSpec, Box, np.ndarray[Any, Any]]]:
-    return StoredStep(source.catalog, source.live).slabs(leaves, SLAB_BYTES, source.on_bytes)
+    return stored_arrays.slabs(source.step, leaves, SLAB_BYTES, source.on_bytes)
 
 
 def _safetensors(source: Source, path: str) -> int:
@@ -204,21 +205,21 @@ def _safetensors(source: Source, path: str) -> int:
 def _orbax(source: Source, folder: str) -> int:
     external = next((leaf for leaf in source.tree.leaves if leaf.external), None)
     if external:
-        raise UsageError(f"step {source.live.step} was adopted: it is an Orbax checkpoint already, where it was")
+        raise UsageError(f"step {source.step.live.step} was adopted: it is an Orbax checkpoint already, where it was")
     written = 0
-    for entry in source.manifest.files:
+    for entry in source.step.manifest.files:
         if entry.path.startswith(keys.STATE):
-            name = keys.check_key(entry.path, source.catalog.url).removeprefix(keys.STATE)
+            name = keys.check_key(entry.path, source.step.storage.url).removeprefix(keys.STATE)
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            body = source.catalog.checked(source.live, entry)  # whole in memory: Orbax's files are of 64 MiB or so
+            body = source.step.checked(entry)  # whole in memory: Orbax's files are of 64 MiB or so
             source.on_bytes(len(body))
             with open(target, "xb") as file:
                 written += file.write(body)
     # A large file's checksum does not tell it from another save's (records.FileEntry); those of its chunks do.
-    bad = arrays.check(f"file://{folder}/", chunk_index.stored(source.manifest))
+    bad = arrays.check(f"file://{folder}/", chunk_index.stored(source.step.manifest))
     if bad:
-        StoredStep(source.catalog, source.live).judge([], sorted(bad))
+        source.step.judge([], sorted(bad))
         raise StorageError(f"{folder}: {len(bad)} chunks are not what was copied there: {min(bad.values())}")
     return written
 

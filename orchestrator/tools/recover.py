@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from msgspec import structs
 
 from orchestrator.errors import Damaged, NewerFormat, OrchestratorError, Suspect, UsageError
-from orchestrator.rules import evidence, journal
-from orchestrator.rules import keys as layout
+from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.evidence import Choice, Whole
 from orchestrator.rules.records import Head, LiveStep, Manifest, crc32c
-from orchestrator.run import survey
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import checked_reads, survey
+from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.stored_step import StoredStep
+from orchestrator.storage.port import Reads
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class _Journal:
     ended: Set[AttemptId]
 
 
-def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> RecoveryPlan:
+def plan(catalog: JournalStore, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> RecoveryPlan:
     """Read every entry of the journal and the records of every attempt in storage. Raises StorageError: what cannot be
     read must not be taken for lost."""
-    stored, marker = dict(sorted(catalog.stored().items())), catalog.marked_version()
+    stored, marker = dict(sorted(survey.attempts(catalog.storage).items())), catalog.marked_version()
     attempts = _inspect_all(catalog, stored, on_attempt)
     journalled = _read_journal(catalog)  # last: whatever a record or marker names has its entry by then
     head = journalled.head
-    built = {attempt: journal.Found(one.whole, attempts[attempt].built_on) for attempt, one in stored.items()}
+    built = {attempt: journal.StoredAttempt(one.whole, attempts[attempt].built_on) for attempt, one in stored.items()}
     lost = evidence.lost(head, built, marker)
     if not lost and not _is_cut(head, journalled.unreadable):
         lost = survey.missing(catalog, head, marker)
@@ -89,10 +90,10 @@ def plan(catalog: Catalog, on_attempt: Callable[[AttemptId], None] = lambda atte
 def _is_cut(head: Head | None, unreadable: Mapping[str, str]) -> bool:
     """Whether entries above the head are there and cannot be read. One below it is history."""
     newest = head.version if head else -1
-    return any((layout.journal_version(key) or 0) > newest for key in unreadable)
+    return any((keys.journal_version(key) or 0) > newest for key in unreadable)
 
 
-def _read_journal(catalog: Catalog) -> _Journal:
+def _read_journal(catalog: JournalStore) -> _Journal:
     head: Head | None = None
     versions = catalog.versions()
     unreadable: dict[str, str] = {}
@@ -101,41 +102,34 @@ def _read_journal(catalog: Catalog) -> _Journal:
         try:
             head = catalog.entry(version)
         except (Damaged, Suspect) as error:
-            unreadable[layout.journal_key(version)] = str(error)
+            unreadable[keys.journal_key(version)] = str(error)
             continue
         ended |= {gone.id for gone in head.retired} | {live.id for live in head.quarantined}
     return _Journal(head, versions, unreadable, ended)
 
 
 def _inspect_all(
-    catalog: Catalog, stored: Mapping[AttemptId, journal.Found], on_attempt: Callable[[AttemptId], None]
+    catalog: JournalStore, stored: Mapping[AttemptId, journal.StoredAttempt], on_attempt: Callable[[AttemptId], None]
 ) -> dict[AttemptId, InspectedAttempt]:
-    unjournalled = _Unjournalled(catalog.storage, catalog.writer)
     attempts: dict[AttemptId, InspectedAttempt] = {}
     for attempt, one in stored.items():
         on_attempt(attempt)
-        found = _inspect(unjournalled, attempt) if one.whole else _UNFINISHED
+        found = _inspect(catalog.storage, attempt) if one.whole else _UNFINISHED
         if found.entry is None:
             found = replace(found, built_on=survey.built_on(catalog, attempt, False))
         attempts[attempt] = found
     return attempts
 
 
-class _Unjournalled(Catalog):
-    """The run without its journal, which knows nothing of the attempts that are looked at, nor what became of them."""
-
-    def check_live(self, live: LiveStep) -> None: ...
-
-
 _UNFINISHED = InspectedAttempt(None, "no manifest: it was never finished")
 
 
-def _inspect(catalog: Catalog, attempt: AttemptId) -> InspectedAttempt:
+def _inspect(storage: Reads, attempt: AttemptId) -> InspectedAttempt:
     """An attempt that has a manifest. Its records are read and compared, of the arrays' files only the sizes: `verify`
     reads those."""
     try:
-        body = catalog.storage.get(attempt.manifest_key)
-        manifest = catalog.record(attempt, layout.MANIFEST, Manifest)
+        body = storage.get(attempt.manifest_key)
+        manifest = checked_reads.record(storage, attempt.manifest_key, Manifest)
     except (Damaged, Suspect, NewerFormat) as error:
         return InspectedAttempt(None, str(error))
     if body is None or manifest is None:
@@ -152,10 +146,12 @@ def _inspect(catalog: Catalog, attempt: AttemptId) -> InspectedAttempt:
         time=0.0,
     )
     try:
-        catalog.check_sizes(entry, manifest)
-        intent, extra = catalog.intent(entry, manifest), catalog.extra(entry, manifest)
+        # No journal lists it, so it cannot have been retired either.
+        stored = StoredStep(storage, entry, check_live=lambda live: None)
+        stored.check_sizes()
+        intent, extra = stored.intent, stored.extra
         for process in range(manifest.process_count):
-            catalog.file(entry, manifest, layout.receipt_name(process))
+            stored.file(keys.receipt_name(process))
     except (Damaged, Suspect, NewerFormat) as error:
         return InspectedAttempt(entry, str(error), manifest.built_on)
     known = structs.replace(
@@ -164,14 +160,16 @@ def _inspect(catalog: Catalog, attempt: AttemptId) -> InspectedAttempt:
     return InspectedAttempt(journal.carried(known, None), "", max(manifest.built_on, intent.built_on))
 
 
-def write(catalog: Catalog, found: RecoveryPlan) -> Head:
+def write(catalog: JournalStore, found: RecoveryPlan) -> Head:
     """Create the `recovered` entry that `found` describes. Raises UsageError where there is nothing to recover,
     StorageError, and OrchestratorError if somebody writes to the run meanwhile."""
     if not found.required and not found.choice.added:
         raise UsageError(f"{catalog.url}: nothing to recover: the journal knows every whole attempt")
-    if found.version > layout.VERSION_MAX:
-        keys = ", ".join(found.unreadable) or layout.journal_key(layout.VERSION_MAX)
-        raise Damaged(f"{catalog.url}: no version comes after {keys}; no job has written that: move it out of the run")
+    if found.version > keys.VERSION_MAX:
+        highest = ", ".join(found.unreadable) or keys.journal_key(keys.VERSION_MAX)
+        raise Damaged(
+            f"{catalog.url}: no version comes after {highest}; no job has written that: move it out of the run"
+        )
     head = evidence.recovered(
         found.head,
         catalog.stamp(),

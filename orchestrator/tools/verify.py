@@ -15,12 +15,11 @@ from functools import partial
 
 from orchestrator.arrays import ReadRequest
 from orchestrator.errors import Damaged, OrchestratorError, StepRetired
-from orchestrator.rules import chunk_index, journal, zarr_chunks
-from orchestrator.rules import keys as layout
+from orchestrator.rules import chunk_index, journal, keys, zarr_chunks
 from orchestrator.rules.boxes import box_label, whole_box
 from orchestrator.rules.records import FileEntry, LeafSpec, LiveStep, Manifest
-from orchestrator.run.journal_store import Catalog
-from orchestrator.run.stored_step import StoredStep
+from orchestrator.run import checked_reads, stored_arrays
+from orchestrator.run.journal_store import JournalStore
 
 _THREADS = 4  # each holds one file in memory
 _REASON_MAX = 1000  # characters of what the journal says of a quarantined step
@@ -48,7 +47,7 @@ class Verdict:
 
 
 def read_back(
-    catalog: Catalog,
+    catalog: JournalStore,
     live: LiveStep,
     *,
     sample: float | None = None,
@@ -65,15 +64,18 @@ def read_back(
     if manifest is None:
         return reading.verdict(whole)
     if by_store:
-        reading.files(catalog.measured, manifest.files)
+        reading.files(lambda entry: reading.stored.check_measured([entry]), manifest.files)
         return reading.verdict(whole)
-    reading.files(catalog.checked, [entry for entry in manifest.files if sample is None or _DATA not in entry.path])
+    reading.files(
+        reading.stored.checked, [entry for entry in manifest.files if sample is None or _DATA not in entry.path]
+    )
     sizes = reading.records(manifest, decode=sample is None) if reading.is_good else {}
-    keys = sorted(manifest.chunks)
-    if sample is not None and keys:
-        keys = random.Random(seed).sample(keys, max(1, min(len(keys), math.ceil(len(keys) * sample))))
-    if keys and not reading.is_retired:
-        reading.chunks(manifest, {key: sizes.get(key) for key in keys})
+    chunk_keys = sorted(manifest.chunks)
+    if sample is not None and chunk_keys:
+        count = max(1, min(len(chunk_keys), math.ceil(len(chunk_keys) * sample)))
+        chunk_keys = random.Random(seed).sample(chunk_keys, count)
+    if chunk_keys and not reading.is_retired:
+        reading.chunks(manifest, {key: sizes.get(key) for key in chunk_keys})
     return reading.verdict(whole)
 
 
@@ -83,7 +85,7 @@ def total_bytes(manifest: Manifest, sample: float | None = None) -> int:
     return manifest.total_bytes + data if sample is None else manifest.total_bytes - data + math.ceil(data * sample)
 
 
-def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
+def record(catalog: JournalStore, live: LiveStep, verdict: Verdict) -> None:
     """Journal the verdict: a good attempt read whole is `verified`, and released if it was quarantined as damaged (not
     if by hand); a damaged one is quarantined. One that was retired while it was read stays as it is. Raises
     StorageError."""
@@ -101,9 +103,8 @@ def record(catalog: Catalog, live: LiveStep, verdict: Verdict) -> None:
 class _ReadBack:
     """One attempt being read back. What is found is collected, not raised: each method goes as far as it can."""
 
-    def __init__(self, catalog: Catalog, live: LiveStep, on_bytes: OnBytes) -> None:
-        self._catalog, self._live, self._on_bytes = catalog, live, on_bytes
-        self._stored = StoredStep(catalog, live)
+    def __init__(self, catalog: JournalStore, live: LiveStep, on_bytes: OnBytes) -> None:
+        self.stored, self._on_bytes = catalog.step(live), on_bytes
         self._damaged: list[str] = []
         self._unread: list[str] = []
         self._retired = ""
@@ -125,20 +126,20 @@ class _ReadBack:
     def manifest(self, *, with_sizes: bool) -> Manifest | None:
         """None if it cannot be used. `with_sizes`: every file of it must be there, in its size."""
         try:
-            manifest = self._stored.listed
+            manifest = self.stored.manifest
             if with_sizes:
-                self._catalog.check_sizes(self._live, manifest)
+                self.stored.check_sizes()
         except OrchestratorError as error:
             self._collect(error)
             return None
         return manifest
 
-    def files(self, check: Callable[[LiveStep, FileEntry], object], entries: Sequence[FileEntry]) -> None:
+    def files(self, check: Callable[[FileEntry], object], entries: Sequence[FileEntry]) -> None:
         """Have `check` compare each file with its entry of the manifest, some of them at a time."""
 
         def read(entry: FileEntry) -> OrchestratorError | None:
             try:
-                check(self._live, entry)
+                check(entry)
             except OrchestratorError as error:
                 return error
             self._on_bytes(entry.bytes)
@@ -156,30 +157,31 @@ class _ReadBack:
         whose chunks only their own metadata describes (compressed, external) are read whole. Returns the size of each
         chunk that the tree describes."""
         try:
-            self._catalog.extra(self._live, manifest)
+            _ = self.stored.extra
             for name in (entry.path for entry in manifest.files):
-                if name.startswith((layout.RECEIPTS, layout.PROCESS)):
-                    process = layout.process_of(name)
-                if name.startswith(layout.RECEIPTS):
-                    self._catalog.receipt(self._live.id, process)
-            leaves = self._catalog.intent(self._live, manifest).tree.leaves
+                if name.startswith((keys.RECEIPTS, keys.PROCESS)):
+                    process = keys.process_of(name)
+                if name.startswith(keys.RECEIPTS):
+                    checked_reads.receipt(self.stored.storage, self.stored.id, process)
+            leaves = self.stored.intent.tree.leaves
             for leaf in leaves if decode else ():
                 if leaf.in_store and leaf.chunk is None:
-                    self._stored.load([ReadRequest(leaf)])
+                    stored_arrays.load(self.stored, [ReadRequest(leaf)])
         except OrchestratorError as error:
             self._collect(error)
             return {}
         sizes = chunk_index.sizes(leaves)
         missing = sorted(sizes.keys() - manifest.chunks.keys()) if manifest.chunks else []
         if missing:
-            where = f"{self._catalog.url}/{self._live.id.manifest_key}"
+            where = self.stored.url_of(keys.MANIFEST)
             self._damaged.append(f"{where}: lacks {len(missing)} chunks of the tree's arrays: {missing[:3]}")
         return sizes
 
     def chunks(self, manifest: Manifest, sizes: Mapping[str, int | None]) -> None:
         """Compare these chunks, of these sizes where they are known, with the manifest."""
         try:
-            bad = self._stored.bad_chunks(sizes, self._on_bytes)
+            self.stored.check_sizes()
+            bad = stored_arrays.bad_chunks(self.stored, sizes, self._on_bytes)
         except OrchestratorError as error:
             self._collect(error)
             return
@@ -187,20 +189,20 @@ class _ReadBack:
         labels = self._labels(manifest, bad.keys()) if bad else {}
         self._damaged += [f"{labels.get(key, key)}: {problem}" for key, problem in bad.items()]
 
-    def _labels(self, manifest: Manifest, keys: Set[str]) -> dict[str, str]:
+    def _labels(self, manifest: Manifest, chunk_keys: Set[str]) -> dict[str, str]:
         """For people: which region of which array a chunk is, and who wrote it, as far as the records can be read."""
         writers: dict[str, str] = {}
         regions: dict[str, str] = {}
         try:
             for process in range(manifest.process_count):
-                found = self._catalog.receipt(self._live.id, process)
-                for key in keys & ({*found[0].places, *found[0].small} if found else set()):
+                found = checked_reads.receipt(self.stored.storage, self.stored.id, process)
+                for key in chunk_keys & ({*found[0].places, *found[0].small} if found else set()):
                     writers[key] = f" of process {process} ({manifest.hosts[process]})"
-            for leaf in self._catalog.intent(self._live, manifest).tree.leaves:
-                regions |= _regions(leaf, keys)
+            for leaf in self.stored.intent.tree.leaves:
+                regions |= _regions(leaf, chunk_keys)
         except OrchestratorError:
             pass  # the damage that keeps us from reading them is among the findings already
-        return {key: regions.get(key, key) + writers.get(key, "") for key in keys}
+        return {key: regions.get(key, key) + writers.get(key, "") for key in chunk_keys}
 
     def _collect(self, error: OrchestratorError) -> None:
         if isinstance(error, StepRetired):
@@ -209,10 +211,10 @@ class _ReadBack:
             (self._damaged if isinstance(error, Damaged) else self._unread).append(str(error))
 
 
-def _regions(leaf: LeafSpec, keys: Set[str]) -> dict[str, str]:
+def _regions(leaf: LeafSpec, chunk_keys: Set[str]) -> dict[str, str]:
     """Of these chunks, those of one array: which region of it each is."""
     if not leaf.in_store or leaf.chunk is None:
         return {}
     whole = whole_box(leaf.file_shape)
     boxes = ((zarr_chunks.key(leaf.name, box, leaf.chunk), box) for box in zarr_chunks.cut(whole, leaf.chunk))
-    return {key: leaf.label + box_label(box) for key, box in boxes if key in keys}
+    return {key: leaf.label + box_label(box) for key, box in boxes if key in chunk_keys}

@@ -55,7 +55,7 @@ def chunks_of(root: Path) -> dict[str, str]:
     catalog = catalog_of(root)
     live = catalog.find(None)
     assert live is not None
-    return dict(catalog.manifest(live).chunks)
+    return dict(catalog.step(live).manifest.chunks)
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["to_accelerators", "to_cpus"])

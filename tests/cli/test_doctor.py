@@ -21,7 +21,7 @@ from orchestrator.cli.finding import ExaminedRun, Finding
 from orchestrator.cli.main import main
 from orchestrator.rules import keys
 from orchestrator.rules.codec import encode
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import Created, PosixStorage
 from tests.support.fakes import HookedStorage
 from tests.support.runs import fill, journal_of, state
@@ -141,7 +141,7 @@ def test_many_aborted_saves_are_reported_with_their_causes(root: Path, capsys: p
 
 
 def examined(root: Path, storage: object = None) -> ExaminedRun:
-    store = Catalog(storage or PosixStorage(str(root)), "test")  # type: ignore[arg-type]
+    store = JournalStore(storage or PosixStorage(str(root)), "test")  # type: ignore[arg-type]
     return ExaminedRun(store, False, None, store.require_head())
 
 

@@ -30,7 +30,7 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.keys import journal_key
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import MemoryStorage
 from tests.support.builders import live
 from tests.support.runs import fill, now
@@ -132,7 +132,7 @@ def test_a_run_without_events_and_a_damaged_one_are_reported_too(
 
 def test_a_save_whose_process_died_is_reported_as_unknown() -> None:
     line = Line(50.0, 0, "h", "m", 1, SavePhase(3, "e0001-a01", "writing", 1.0, 5))
-    catalog = Catalog(MemoryStorage(), "test")
+    catalog = JournalStore(MemoryStorage(), "test")
     catalog.append(journal.open_epoch)
     (save,) = build(catalog, Story().tell([line]), 60.0).saves
     assert (save.step, save.outcome, save.began, save.parts[0].ended) == (3, "unknown", 49.0, -1.0)
@@ -244,7 +244,7 @@ def long_run(steps: int, hosts: int) -> RunReport:
         for process in range(hosts):
             lines += phases(Committed(step, attempt, 4.0, 1 << 30), at, epoch, process)
         at += 60 + step % 11
-    return build(Catalog(storage, "test"), Story().tell(lines), at)
+    return build(JournalStore(storage, "test"), Story().tell(lines), at)
 
 
 @needs_chromium

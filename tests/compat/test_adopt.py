@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from orchestrator import compat, failpoints
+from orchestrator import compat, environment, failpoints
 from orchestrator.cli.main import main
 from tests.support.snapshots import snapshot
 
@@ -194,7 +194,7 @@ def test_a_crash_in_the_middle_leaves_whole_steps_and_adopting_again_goes_on(
     nth: int, root: Path, mesh8: jax.sharding.Mesh
 ) -> None:
     orbax_run(root, mesh8)
-    failpoints.configure({failpoints.VARIABLE: f"storage.link=error@nth={nth}"}, 0)
+    failpoints.configure({environment.FAILPOINTS: f"storage.link=error@nth={nth}"}, 0)
     try:
         assert adopt(root) == 1
     finally:

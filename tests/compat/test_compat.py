@@ -13,7 +13,7 @@ import orbax.checkpoint
 import pytest
 
 import orchestrator as oc
-from orchestrator import compat, failpoints
+from orchestrator import compat, environment, failpoints
 from tests.support.jobs import orbax_loops
 
 IMPORT = "import orbax.checkpoint as ocp\n"
@@ -173,12 +173,12 @@ def test_a_save_that_failed_is_tried_again_and_does_not_end_the_loop(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = orbax.checkpoint.args.StandardSave({"w": jnp.ones(2)})
-    monkeypatch.setenv(failpoints.VARIABLE, "save.write=error@step=1")
+    monkeypatch.setenv(environment.FAILPOINTS, "save.write=error@step=1")
     with compat.CheckpointManager(root) as running:
         assert running.save(1, args=args)
         running.wait_until_finished()
         assert running.all_steps() == []
-        monkeypatch.delenv(failpoints.VARIABLE)
+        monkeypatch.delenv(environment.FAILPOINTS)
         failpoints.configure({}, 0)
         assert running.save(1, args=args, force=True)
         running.wait_until_finished()

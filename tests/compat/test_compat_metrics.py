@@ -17,7 +17,7 @@ from orchestrator import compat
 from orchestrator.arrays.format import orbax_api
 from orchestrator.compat import orbax_options
 from orchestrator.rules import journal
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 
 NAN, INF = math.nan, math.inf
@@ -191,7 +191,7 @@ def test_a_head_carries_the_metric_that_decides_and_the_others_come_from_the_ste
         assert manager.metrics(2) == manager.metadata(2).metrics == many(2, 2.0)
         if "best_fn" in options:
             assert manager.best_step() == 0
-    head = Catalog(open_storage(root), writer="test").require_head()
+    head = JournalStore(open_storage(root), writer="test").require_head()
     for live in head.live:
         assert live.metrics["loss"] == many(live.step, live.metrics["loss"])["loss"]
         assert len(live.metrics) == 64 and live.metrics_omitted == 1001 - 64

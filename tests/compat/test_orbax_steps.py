@@ -19,7 +19,7 @@ import pytest
 import orchestrator as oc
 from orchestrator import compat
 from orchestrator.cli.main import main
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import open_storage
 from orchestrator.storage.memory import MemoryStorage
@@ -68,7 +68,7 @@ def run_adopt(*arguments: object) -> int:
 
 
 def rejection(root: Path) -> str | None:
-    catalog = Catalog(open_storage(root), writer="test")
+    catalog = JournalStore(open_storage(root), writer="test")
     return unadopted(catalog, catalog.head())
 
 
@@ -241,7 +241,7 @@ def test_two_directories_of_one_step_and_numbers_beyond_what_a_step_may_be(root:
 
 def test_steps_in_an_object_store_are_not_taken_for_an_empty_run() -> None:
     storage = MemoryStorage()
-    catalog = Catalog(storage, writer="test")
+    catalog = JournalStore(storage, writer="test")
     storage.create("00logs.txt", b"")
     assert unadopted(catalog, None) is None
     for key in ("events/0.jsonl", "journal/x", "seed_3/journal/x", "steps/00000001/x", "x_1/a"):

@@ -15,7 +15,7 @@ from orchestrator.rules import holders
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import Held
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import MemoryStorage
 from tests.support import builders
 from tests.support.fakes import FakeBoard
@@ -25,8 +25,8 @@ FLAT = flatten({"a": jnp.arange(3), "b": 7})
 ATTEMPT = AttemptId(1, builders.FIRST)
 
 
-def agreement(board: FakeBoard, timeout_s: float = 20.0, together: bool = True) -> tuple[Agreement, Catalog]:
-    catalog = Catalog(MemoryStorage(), "test")
+def agreement(board: FakeBoard, timeout_s: float = 20.0, together: bool = True) -> tuple[Agreement, JournalStore]:
+    catalog = JournalStore(MemoryStorage(), "test")
     return Agreement(catalog, board, Signals(board, "i"), timeout_s, together=together), catalog
 
 

@@ -31,7 +31,7 @@ def fingerprints(root: Path, step: int) -> dict[str, str]:
     catalog = catalog_of(root)
     live = catalog.find(step)
     assert live is not None
-    return catalog.manifest(live).fingerprints
+    return catalog.step(live).manifest.fingerprints
 
 
 def sharded(mesh: jax.sharding.Mesh, spec: PartitionSpec) -> Any:

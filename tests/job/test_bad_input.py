@@ -17,7 +17,7 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import FileEntry, Head, crc32c
 from orchestrator.run.deletion import collect
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from tests.support.snapshots import snapshot
 
@@ -192,12 +192,12 @@ def test_a_journal_that_retires_something_outside_the_run_deletes_nothing(run: P
     victim.mkdir()
     (victim / "file").write_text("precious")
     rewrite(entries(run)[-1], retired=[{"step": 1, "attempt": attempt, "reason": "gotcha"}])
-    catalog = Catalog(PosixStorage(str(run)), "test")
+    catalog = JournalStore(PosixStorage(str(run)), "test")
     rejected(run, lambda: collect(catalog), oc.UnsafeKey)
 
 
 def test_a_receipt_that_names_a_file_outside_its_attempt_never_gets_into_a_commit(run: Path) -> None:
-    catalog = Catalog(PosixStorage(str(run)), "test")
+    catalog = JournalStore(PosixStorage(str(run)), "test")
     with pytest.raises(oc.UnsafeKey):
         AttemptId(2, "e0001-a01").key("../x")
     with pytest.raises(oc.UnsafeKey):
@@ -291,14 +291,16 @@ def test_a_head_that_promises_more_bytes_than_there_are(run: Path) -> None:
     """Sizes are compared before anything is read."""
     newest = entries(run)[-1]
     head = decode(newest.read_bytes(), Head, "here")
-    catalog = Catalog(PosixStorage(str(run)), "test")
-    manifest = catalog.manifest(head.live[-1])
+    catalog = JournalStore(PosixStorage(str(run)), "test")
+    step = catalog.step(head.live[-1])
+    manifest = step.manifest
     grown = [FileEntry(path=entry.path, bytes=entry.bytes + 1, crc32c=entry.crc32c) for entry in manifest.files]
     larger = type(manifest)(
         **{**{name: getattr(manifest, name) for name in manifest.__struct_fields__}, "files": tuple(grown)}
     )
+    step.manifest = larger
     with pytest.raises(oc.Damaged, match=r"has \d+ bytes, the manifest says \d+"):
-        catalog.check_sizes(head.live[-1], larger)
+        step.check_sizes()
     assert encode(larger) != encode(manifest)
 
 

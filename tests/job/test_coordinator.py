@@ -19,7 +19,7 @@ from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import Cause, Failure, FileEntry
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import MemoryStorage
 from tests.support import builders
 from tests.support.fakes import FakeBoard, HookedStorage
@@ -50,7 +50,7 @@ class Job:
 
     def __init__(self) -> None:
         self.storage = HookedStorage(MemoryStorage())
-        self.catalog = Catalog(self.storage, "w")
+        self.catalog = JournalStore(self.storage, "w")
         self.catalog.append(journal.open_epoch)
         self.board = FakeBoard(0, 2)
         self.signals = Signals(self.board, "i")
@@ -121,12 +121,12 @@ def merge_fails(job: Job) -> None:
 
 def newer_epoch(job: Job) -> None:
     all_in(job)
-    Catalog(job.storage, "newer").append(journal.open_epoch)
+    JournalStore(job.storage, "newer").append(journal.open_epoch)
 
 
 def newer_epoch_and_abort(job: Job) -> None:
     abort_vote_by_signal(job)
-    Catalog(job.storage, "newer").append(journal.open_epoch)
+    JournalStore(job.storage, "newer").append(journal.open_epoch)
 
 
 ABORTS: list[tuple[Callable[[Job], None], str, str]] = [

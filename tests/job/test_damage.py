@@ -17,7 +17,7 @@ from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.cli.main import main
 from orchestrator.reader import Run
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.tools.verify import read_back
 from tests.support.fakes import HookedStorage
@@ -190,7 +190,7 @@ def test_a_store_that_fails_is_no_reason_to_begin_at_an_older_step(root: Path) -
             with pytest.raises(oc.Unavailable, match=said):
                 agent.restore(LIKE, **arguments)
         assert agent.all_steps() == [1, 2]
-    reader = Run(Catalog(store, "reader"))
+    reader = Run(JournalStore(store, "reader"))
     with pytest.raises(oc.StorageError, match="EIO"):
         reader.restore(LIKE)
     with oc.Agent(root, options=now()) as agent:
@@ -244,9 +244,9 @@ def test_a_flipped_bit_anywhere_in_the_data_is_never_loaded_silently(root: Path,
 
 def test_verify_reads_the_chunks_too(root: Path) -> None:
     fill(root, 1)
-    catalog = Catalog(PosixStorage(str(root)), "test")
+    catalog = JournalStore(PosixStorage(str(root)), "test")
     step = catalog.find(1)
     assert step is not None
     verdict = read_back(catalog, step)
-    assert verdict.good and (verdict.files, verdict.chunks) == (len(catalog.manifest(step).files), 2)
-    assert catalog.manifest(step).chunks.keys() == {"w/c/0", "count/c"}
+    assert verdict.good and (verdict.files, verdict.chunks) == (len(catalog.step(step).manifest.files), 2)
+    assert catalog.step(step).manifest.chunks.keys() == {"w/c/0", "count/c"}

@@ -15,7 +15,7 @@ from orchestrator.job.signals import Signals
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Cause
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from tests.support.builders import FIRST
 from tests.support.fakes import FakeBoard, HookedStorage, StepClock
 from tests.support.runs import two_steps
@@ -24,7 +24,7 @@ from tests.support.runs import two_steps
 def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is_durable(tmp_path: Path) -> None:
     storage = HookedStorage(two_steps(tmp_path).storage)
     board = FakeBoard(1, 2)
-    reader = DecisionReader(AttemptId(2, FIRST), 1, Catalog(storage, "w"), Signals(board, "i"), board.hosts)
+    reader = DecisionReader(AttemptId(2, FIRST), 1, JournalStore(storage, "w"), Signals(board, "i"), board.hosts)
     assert reader.wait(20.0, lambda: None) == Committed()  # no signal comes: from storage
     assert ("make_durable", keys.journal_key(2)) in storage.calls
 

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 
 import orchestrator as oc
-from orchestrator import agent as agents
-from orchestrator import failpoints
+from orchestrator import environment, failpoints
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.observe import heartbeat
 from tests.support.runs import LIKE, fill, state
 
 
@@ -25,7 +23,7 @@ def off_afterwards() -> Iterator[None]:
 
 
 def set_up(text: str, process: int = 0, **environ: str) -> None:
-    failpoints.configure({failpoints.VARIABLE: text, **environ}, process)
+    failpoints.configure({environment.FAILPOINTS: text, **environ}, process)
 
 
 def hits(place: str, times: int) -> list[bool]:
@@ -104,7 +102,7 @@ def test_a_rule_that_cannot_be_is_one_clear_error(text: str, said: str) -> None:
 
 
 def test_an_agents_failed_save_is_provoked_by_the_environment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(failpoints.VARIABLE, "save.stage=memory@step=1")
+    monkeypatch.setenv(environment.FAILPOINTS, "save.stage=memory@step=1")
     with oc.Agent(root, options=oc.Options(async_save=False)) as agent:
         agent.save(1, state(1))
         assert agent.failures == 1
@@ -116,7 +114,7 @@ def test_the_heartbeat_says_what_the_main_thread_does_and_at_which_step(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "heartbeat"
-    monkeypatch.setenv(heartbeat.VARIABLE, str(file))
+    monkeypatch.setenv(environment.HEARTBEAT_FILE, str(file))
     with oc.Agent(root) as agent:
         assert json.loads(file.read_text())["doing"] == "opened"
         agent.should_save(7)
@@ -124,7 +122,7 @@ def test_the_heartbeat_says_what_the_main_thread_does_and_at_which_step(
 
 
 def test_a_heartbeat_that_cannot_be_written_does_not_hurt(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(heartbeat.VARIABLE, "/nowhere/at/all")
+    monkeypatch.setenv(environment.HEARTBEAT_FILE, "/nowhere/at/all")
     with oc.Agent(root) as agent:
         assert agent.save(1, state(1))
 
@@ -134,7 +132,7 @@ def test_a_supervisor_may_ask_to_leave_out_the_newest_steps(
     root: Path, monkeypatch: pytest.MonkeyPatch, back: str, step: int
 ) -> None:
     fill(root, 1, 2, 3)
-    monkeypatch.setenv(agents.STEP_BACK, back)
+    monkeypatch.setenv(environment.STEP_BACK, back)
     with oc.Agent(root) as agent:
         restored = agent.restore(LIKE)
         assert restored is not None and restored.step == step
@@ -142,6 +140,6 @@ def test_a_supervisor_may_ask_to_leave_out_the_newest_steps(
 
 def test_nothing_is_left_to_step_back_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(root, 1)
-    monkeypatch.setenv(agents.STEP_BACK, "1")
+    monkeypatch.setenv(environment.STEP_BACK, "1")
     with oc.Agent(root) as agent, pytest.raises(oc.NothingToRestore, match="leave out the newest 1 of 1"):
         agent.restore(LIKE)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import orchestrator as oc
-from orchestrator import failpoints
-from orchestrator.run.journal_store import Catalog
+from orchestrator import environment
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from tests.support.processes import job
 
@@ -70,7 +70,7 @@ def test_a_host_that_cannot_write_is_named_on_all_hosts_and_training_goes_on(tmp
             assert failing.said(process, "done")[0]["failures"] == 2
             text = failing.errors[process].read_text()
             assert "process 1 (host-1) in write" in text, text
-    log = list(Catalog(open_storage(str(tmp_path / "run")), writer="test").entries())
+    log = list(JournalStore(open_storage(str(tmp_path / "run")), writer="test").entries())
     aborted = [head.event for head in log if head.event.kind == "aborted"]
     assert [event.failures[0].host for event in aborted] == ["host-1", "host-1"]
 
@@ -80,7 +80,7 @@ def test_a_stopped_host_is_named_after_the_users_deadline_and_the_attempt_aborts
         running.wait_for(0, "trained", 150, at_least=3)
         running.processes[1].send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + 120
-        catalog = Catalog(open_storage(str(tmp_path / "run")), writer="test")
+        catalog = JournalStore(open_storage(str(tmp_path / "run")), writer="test")
         aborted = None
         while aborted is None and time.monotonic() < deadline:
             events = [head.event for head in catalog.entries()]
@@ -110,12 +110,12 @@ class Listener(threading.Thread):
         self.listed: set[int] = set()
 
     def run(self) -> None:
-        catalog = Catalog(open_storage(str(self.root)), writer="listener")
+        catalog = JournalStore(open_storage(str(self.root)), writer="listener")
         while not self.stopping.wait(0.05):
             head = catalog.head()
             for live in head.live if head else ():
                 try:
-                    catalog.check_sizes(live, catalog.manifest(live))
+                    catalog.step(live).check_sizes()
                     self.listed.add(live.step)
                 except oc.OrchestratorError as error:
                     now = catalog.head()
@@ -172,7 +172,7 @@ def test_a_stopped_coordinator_is_named_within_the_deadline_though_its_service_h
 
 def test_a_coordinator_that_fails_first_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
     """Orbax's own store of array metadata waits for process 0 to make a directory."""
-    rule = {failpoints.VARIABLE: "save.write=error@process=0@step=0"}
+    rule = {environment.FAILPOINTS: "save.write=error@process=0@step=0"}
     with job(2, 1, tmp_path / "run", tmp_path / "logs", environ=rule, steps=2, timeout=400) as running:
         assert running.wait(200) == [0, 0], running.story()  # long before the save's own time limit
         for process in range(2):
@@ -188,7 +188,7 @@ def test_a_first_save_that_one_process_cannot_take_part_in_opens_no_epoch_and_ke
         assert "metrics=3" in rejected["text"] and rejected["epoch"] is None
         assert running.said(0, "done")[0]["failures"] == 1 and running.said(0, "done")[0]["steps"] == [1]
         assert "process 1 (host-1): UsageError: metrics=3" in running.errors[0].read_text()
-    log = list(Catalog(open_storage(str(tmp_path / "run")), writer="test").entries())
+    log = list(JournalStore(open_storage(str(tmp_path / "run")), writer="test").entries())
     assert [head.event.kind for head in log] == ["opened-epoch", "committed"]
 
 
@@ -196,10 +196,10 @@ def test_a_job_of_another_tree_is_rejected_on_all_hosts_before_it_opens_an_epoch
     root = tmp_path / "run"
     with job(2, 1, root, tmp_path / "own", steps=1) as own:
         assert own.wait(150) == [0, 0], own.story()
-    before = [head.version for head in Catalog(open_storage(str(root)), writer="test").entries()]
+    before = [head.version for head in JournalStore(open_storage(str(root)), writer="test").entries()]
     for number, more in enumerate([{"big": 1}, {"big": 1, "odd": 7}]):  # at its restore; at its first save
         with job(2, 1, root, tmp_path / f"stranger-{number}", steps=1, **more) as stranger:
             assert stranger.wait(150) == [1, 1], stranger.story()
             kinds = {stranger.said(process, "error")[0]["kind"] for process in range(2)}
             assert kinds == ({"OtherJob"} if "odd" in more else {"Mismatch"}), stranger.story()
-    assert [head.version for head in Catalog(open_storage(str(root)), writer="test").entries()] == before
+    assert [head.version for head in JournalStore(open_storage(str(root)), writer="test").entries()] == before

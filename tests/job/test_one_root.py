@@ -12,7 +12,7 @@ import pytest
 import orchestrator as oc
 from orchestrator.cli.main import main
 from orchestrator.job import one_root
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.read_only import ReadOnlyStorage
 from tests.support.fakes import HookedStorage
@@ -43,13 +43,15 @@ def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> No
     fill(root, 1)
     writer = catalog_of(root)
     key, head = one_root.create_mark(writer), writer.require_head()
-    looks: list[Callable[[Catalog], bool]] = [
+    looks: list[Callable[[JournalStore], bool]] = [
         partial(one_root.sees, key=key),
         partial(one_root.sees_entry, version=head.version, write_id=head.write_id),
     ]
     for look in looks:
-        assert one_root.sees_in_time(partial(look, Catalog(Late(root, after=3, error=error), "other")), timeout_s=60)
-        never = partial(look, Catalog(Late(root, after=10**6, error=error), "other"))
+        assert one_root.sees_in_time(
+            partial(look, JournalStore(Late(root, after=3, error=error), "other")), timeout_s=60
+        )
+        never = partial(look, JournalStore(Late(root, after=10**6, error=error), "other"))
         if error:
             with pytest.raises(oc.Unavailable, match="ESTALE"):
                 one_root.sees_in_time(never, timeout_s=0.4)

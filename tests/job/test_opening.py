@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from orchestrator.job.opening import Opening
 from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.observe.events import EpochOpened, subscribe
 from orchestrator.rules import journal
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from tests.support.fakes import HookedStorage
 from tests.support.runs import LIKE, fill, journal_of, kinds, now, state
@@ -248,18 +247,20 @@ class TwoProcesses(SingleProcess):
         self.count, self.hosts, self.other = 2, {0: "host-0", 1: "host-1"}, other
 
     def gather(self, name: str, value: Any, timeout_s: float) -> list[Any]:
+        if name == "open the epoch: one root":
+            return [value, value | {"sees": True}]
         return [value, value if name == "open the run" else self.other]
 
 
 def an_opening(root: Path, other: dict[str, Any]) -> Opening:
-    return Opening(Catalog(PosixStorage(str(root)), "me"), TwoProcesses(other), 1.0, lambda epoch: None)
+    return Opening(JournalStore(PosixStorage(str(root)), "me"), TwoProcesses(other), 1.0, lambda epoch: None)
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
         (
-            {"step": 2, "described": False, "rejected": {"kind": "UsageError", "text": "metrics=3"}},
+            {"step": 2, "rejected": {"kind": "UsageError", "text": "metrics=3"}},
             "process 1 (host-1): UsageError: metrics=3",
         ),
         (
@@ -278,29 +279,35 @@ def test_what_one_process_cannot_save_opens_no_epoch_on_any(root: Path, other: d
     assert journal_of(root)[-1].epoch == 2
 
 
-def test_a_restore_opens_only_once_all_processes_have_matched_and_may_write(root: Path) -> None:
+def test_a_restore_opens_only_once_all_processes_may_write(root: Path) -> None:
     fill(root, 1)
     before = snapshot(root)
-    mismatch = {"kind": "Mismatch", "text": "w: no"}
-    opening = an_opening(root, {})
-
-    def exchange(other: dict[str, Any], told: Any) -> list[Any]:
-        return [told, other]
-
     tree = journal_of(root)[-1].live[0].tree
-    told, theirs = opening.by_restore(tree, partial(exchange, mismatch))
-    assert told["opens"] == [] and told["mark"].startswith("steps/") and theirs == mismatch
-    assert snapshot(root) == before  # the mark is gone
+    opening = an_opening(root, {"rejected": {"kind": "StorageError", "text": "create: EACCES"}})
     with pytest.raises(oc.StorageError, match="process 1: create: EACCES"):
-        opening.by_restore(tree, partial(exchange, {"opens": ["StorageError", "create: EACCES"]}))
+        opening.by_restore(tree)
+    assert opening.epoch is None and snapshot(root) == before  # the mark is gone
+    opening = an_opening(root, {})
     with pytest.raises(journal.Overtaken):
-        opening.by_restore("another tree", partial(exchange, {"opens": []}))
+        opening.by_restore("another tree")
     assert opening.epoch is None and snapshot(root) == before
-    assert opening.by_restore(tree, partial(exchange, {"opens": []})) == [] and opening.epoch == 2
+    opening.by_restore(tree)
+    assert opening.epoch == 2
+
+
+def test_garbage_of_another_host_opens_nothing_and_names_it(root: Path) -> None:
+    fill(root, 1)
+    before = snapshot(root)
+    opening = an_opening(root, {"opens": []})
+    with pytest.raises(oc.OrchestratorError, match=r"restore: open the epoch: process 1 \(host-1\) answered"):
+        opening.by_restore(journal_of(root)[-1].live[0].tree)
+    with pytest.raises(oc.OrchestratorError, match=r"open the epoch: first save: process 1 \(host-1\) answered"):
+        opening.by_save(2, lambda: flatten(state(2)))
+    assert opening.epoch is None and snapshot(root) == before
 
 
 def test_a_first_save_that_another_process_cannot_take_part_in_is_a_failed_save(root: Path) -> None:
-    other = {"step": 1, "described": False, "rejected": {"kind": "UsageError", "text": "metrics=3"}}
+    other = {"step": 1, "rejected": {"kind": "UsageError", "text": "metrics=3"}}
     agent = oc.Agent(root, rendezvous=TwoProcesses(other), options=oc.Options(rendezvous_timeout_s=1))
     assert agent.save(1, state(1)) is False and agent.failures == 1
     agent = oc.Agent(root, rendezvous=TwoProcesses(other), options=now(rendezvous_timeout_s=1))

@@ -25,7 +25,8 @@ from orchestrator.options import Options
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Cause, Failure
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run import checked_reads
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage, Storage
 from tests.support.builders import FIRST
 from tests.support.fakes import FakeBoard, HookedStorage
@@ -35,7 +36,7 @@ from tests.support.runs import now
 def participants(storage: Storage, board: FakeBoard, **options: Any) -> Participants:
     """Process 1 of two, in epoch 1."""
     writer, signals = ArrayWriter(ArrayOptions(), 1), Signals(board, "i")
-    return Participants(Catalog(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
+    return Participants(JournalStore(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +87,12 @@ def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_c
     assert "process 0 voted to abort" in str(save.error)
     assert [event.cause for event in ended] == [Cause.DISAGREE]  # as the decision says, whatever its words
     assert signals.votes(attempt) == {0: other}
-    assert Catalog(storage, "w").receipt(attempt, 1) is None
+    assert checked_reads.receipt(storage, attempt, 1) is None
 
 
 def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_path: Path) -> None:
     board, storage = FakeBoard(1, 2), PosixStorage(str(tmp_path))
-    Catalog(storage, "w").append(journal.open_epoch)
+    JournalStore(storage, "w").append(journal.open_epoch)
     signals = Signals(board, "i")
     save = participants(storage, board, save_timeout_s=60).begin(3, UserData({}, {}, 0.0), None)
     signals.post_saving(AttemptId(2, FIRST))

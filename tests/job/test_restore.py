@@ -70,6 +70,24 @@ def test_a_host_with_damage_of_its_own_raises_the_fault_that_stops_all(root: Pat
         restore_together(catalog_of(root), job, LIKE, OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        (OPTIONS, []),
+        (RestoreOptions(timeout_s=1.0, load_once=True), []),  # of arrays that are not exchanged
+        (RestoreOptions(timeout_s=1.0, read=ReadOptions(attest=True)), ["restore: step 2 fingerprints"]),
+    ],
+    ids=["plain", "load_once", "attest"],
+)
+def test_a_restore_meets_the_other_hosts_three_times_and_once_to_attest(
+    root: Path, options: RestoreOptions, more: list[str]
+) -> None:
+    fill(root, 1, 2)
+    job = OfTwo(same)
+    assert restore_together(catalog_of(root), job, LIKE, options)
+    assert job.met == ["restore: which step", "restore: step 2 fits", "restore: step 2", *more]
+
+
 def as_process_1(root: Path, theirs: dict[str, Any]) -> OfTwo:
     """The rendezvous of process 1, beside a process 0 that chooses what it would choose here, answers `theirs`, and
     else as process 1 does."""

@@ -8,19 +8,34 @@ import pytest
 
 import orchestrator as oc
 from orchestrator.job import restore_rounds as rounds
-from orchestrator.job.restore_rounds import Chosen, Done, Exchange, Failure, Sums
-from orchestrator.job.rounds import Round, agree, as_error, gather
+from orchestrator.job import startup_rounds
+from orchestrator.job.restore_rounds import Chosen, Done, Exchange, ReadFailure, Sums
+from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
+from orchestrator.job.startup_rounds import Arrival, FirstRestore, FirstSave, Opened, Sighting
 from tests.support.peers import OfTwo, same
 
 MESSAGES: list[tuple[Round[Any], list[Any]]] = [
     (rounds.CHOICE, [None, Chosen(100, "{}\n")]),
     (rounds.QUARANTINE, [None]),
-    (rounds.fits(3), [Done(), Failure("Mismatch", "w: \u00fc"), Failure("Damaged", "w", ("state/d/1",), ("w/c/0",))]),
-    (rounds.outcome(3), [Done(), Exchange("00ff00ff"), Failure("UnsafeKey", "")]),
+    (
+        rounds.fits(3),
+        [Done(), ReadFailure("Mismatch", "w: \u00fc"), ReadFailure("Damaged", "w", ("state/d/1",), ("w/c/0",))],
+    ),
+    (rounds.outcome(3), [Done(), Exchange("00ff00ff"), ReadFailure("UnsafeKey", "")]),
     (rounds.fingerprints(3), [Sums({}), Sums({0: "aa", 11: "bb"}, (("w", "w: is not"),))]),
     (rounds.all_fingerprints(3), [{}, {0: {"w": "aa"}, 11: {}}]),
     (rounds.stored_fingerprints(3), ["w: its stored elements"]),
     (rounds.damage(3), [True, False]),
+    (
+        startup_rounds.arrival("open the run"),
+        [Arrival(""), Arrival("aa", "bb", (7, "cc")), Arrival("aa", rejected=Raised("Damaged", "why"))],
+    ),
+    (startup_rounds.configurations("open the run"), [{}, {"save": "every(1)"}]),
+    (startup_rounds.one_root("open the run"), [Sighting("file:///r"), Sighting("file:///r", sees=False)]),
+    (startup_rounds.FIRST_SAVE, [FirstSave(3), FirstSave(3, described=True, mark="steps/.probe-1")]),
+    (startup_rounds.FIRST_RESTORE, [FirstRestore("steps/.probe-1"), FirstRestore(rejected=Raised("Damaged", ""))]),
+    (startup_rounds.ONE_ROOT, [Sighting("file:///r", rejected=Raised("StorageError", "EIO"))]),
+    (startup_rounds.OPENED, [Opened(3, 42)]),
 ]
 NAMES = [round_.name for round_, _ in MESSAGES]
 GARBAGE: dict[str, list[Any]] = {  # of each round: what a process of another version might send
@@ -32,6 +47,13 @@ GARBAGE: dict[str, list[Any]] = {  # of each round: what a process of another ve
     rounds.all_fingerprints(3).name: [None, {"0": "aa"}, {"0": {"w": 1}}],
     rounds.stored_fingerprints(3).name: [None, 1],
     rounds.damage(3).name: [None, 1, "yes"],
+    "open the run": [{}, {"is": "aa"}, {"configuration": "aa", "head": [7]}],
+    "open the run: configurations": [[], {"save": 1}],
+    "open the run: one root": [{}, {"url": "file:///r", "sees": "yes"}],
+    startup_rounds.FIRST_SAVE.name: [{}, {"step": "3"}, {"step": 3, "rejected": ["Damaged", "why"]}],
+    startup_rounds.FIRST_RESTORE.name: [{"opens": []}, {"mark": None}],
+    startup_rounds.ONE_ROOT.name: [{"sees": True}],
+    startup_rounds.OPENED.name: [None, {"epoch": 3}],
 }
 
 
@@ -97,5 +119,5 @@ def test_a_decision_that_cannot_be_sent_is_raised_on_process_0_and_not_waited_fo
 def test_another_processs_error_is_of_its_kind_if_it_is_one_of_ours(
     kind: str, raised: type[Exception], text: str
 ) -> None:
-    error = as_error(3, kind, "why")
+    error = as_error(3, Raised(kind, "why"))
     assert (type(error), str(error)) == (raised, text)

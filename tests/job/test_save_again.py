@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import orchestrator as oc
-from orchestrator import compat, failpoints
+from orchestrator import compat, environment, failpoints
 from orchestrator.observe import events
 from tests.support.runs import state
 
@@ -78,7 +78,7 @@ def manager(root: Path) -> Saver:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     def configure(text: str) -> None:
-        monkeypatch.setenv(failpoints.VARIABLE, text)
+        monkeypatch.setenv(environment.FAILPOINTS, text)
 
     yield configure
     monkeypatch.undo()

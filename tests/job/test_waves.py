@@ -17,7 +17,7 @@ from orchestrator.errors import Fenced, JournalLost, StorageError
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Stamp
-from orchestrator.run.journal_store import EARLY_S, Catalog
+from orchestrator.run.journal_store import EARLY_S, JournalStore
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage, overlap
 from tests.support.fakes import HookedStorage
 from tests.support.gcs import emulator, new_root
@@ -76,8 +76,8 @@ def test_no_request_waits_for_an_answer_that_it_does_not_need(tmp_path: Path) ->
 # A head that was read ahead.
 
 
-def a_run(store: MemoryStorage) -> Catalog:
-    catalog = Catalog(store, "a")
+def a_run(store: MemoryStorage) -> JournalStore:
+    catalog = JournalStore(store, "a")
     catalog.append(journal.open_epoch)
     return catalog
 
@@ -92,14 +92,14 @@ def test_a_head_that_was_read_ahead_is_built_on_by_one_create() -> None:
 
 
 def overtake(store: MemoryStorage) -> None:
-    Catalog(store, "b").append(journal.open_epoch)
+    JournalStore(store, "b").append(journal.open_epoch)
 
 
 def replace(store: MemoryStorage) -> None:
     """Somebody deletes the run, and begins another one there."""
     for entry in list(store.list("")):
         store.delete(entry.key)
-    Catalog(store, "b").append(journal.open_epoch)
+    JournalStore(store, "b").append(journal.open_epoch)
 
 
 def empty(store: MemoryStorage) -> None:

@@ -16,6 +16,7 @@ from launch import plainfile, supervise
 from launch.command import LaunchError
 from launch.engines import gke, local
 from launch.heartbeats import Heartbeats
+from orchestrator import environment
 from orchestrator.observe import heartbeat
 
 pytestmark = pytest.mark.timeout(60)
@@ -108,7 +109,7 @@ def test_other_names_are_left_out_and_a_lost_directory_makes_nobody_silent() -> 
 
 def test_a_heartbeat_that_finds_no_room_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "beat"
-    monkeypatch.setenv(heartbeat.VARIABLE, str(file))
+    monkeypatch.setenv(environment.HEARTBEAT_FILE, str(file))
     monkeypatch.setattr(heartbeat, "_last", {})
     heartbeat.record("training", 1)
     os.utime(file, (0, 0))

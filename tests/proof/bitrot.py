@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 import orchestrator as oc
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.tools.verify import read_back
 from tests.support.processes import job
@@ -193,7 +193,7 @@ def play(root: Path, reference: dict[int, dict[str, Any]], seed: int, scratch: P
     target.unlink()
     if fault.body is not None:
         target.write_bytes(fault.body)
-    catalog = Catalog(PosixStorage(str(copy)), "bitrot")
+    catalog = JournalStore(PosixStorage(str(copy)), "bitrot")
     live = catalog.find(NEWEST)
     assert live is not None
     verified = bool(read_back(catalog, live).damaged)

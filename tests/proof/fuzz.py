@@ -42,7 +42,7 @@ from absl import logging
 import orchestrator as oc
 from orchestrator.cli.main import main as command
 from orchestrator.compat.adopt import adopt
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.tools.verify import read_back
 from tests.support.images import DIRECTORY, NEWEST, Image, accident, forgery
@@ -120,7 +120,7 @@ def make_runs(base: Path) -> None:
             for step in range(1, NEWEST + 1):
                 kept = {key: value for key, value in state(step).items() if key not in ("raw", "none", "e")}
                 manager.save(step, args=ocp.args.PyTreeSave(kept), metrics={"loss": 1 / step})
-        adopt(Catalog(PosixStorage(str(base / name)), "fuzz"), str(source))
+        adopt(JournalStore(PosixStorage(str(base / name)), "fuzz"), str(source))
 
 
 def image_of(root: Path) -> dict[str, bytes]:
@@ -209,7 +209,7 @@ class Judge:
         return "WRONG VALUE", f"step {restored.step}: {strange or found}", newest
 
     def _verified(self) -> str:
-        catalog = Catalog(PosixStorage(str(self._root)), "fuzz")
+        catalog = JournalStore(PosixStorage(str(self._root)), "fuzz")
         live = catalog.find(None)
         if live is None or live.step != NEWEST:
             return "not the newest"

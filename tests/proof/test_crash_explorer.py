@@ -18,10 +18,11 @@ import pytest
 import orchestrator as oc
 from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import name_of
-from orchestrator.rules.journal import Found
+from orchestrator.rules.journal import StoredAttempt
 from orchestrator.rules.records import Head, LiveStep
+from orchestrator.run import checked_reads, survey
 from orchestrator.run.deletion import collect
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.tools.recover import plan, write
 from orchestrator.tools.verify import read_back
@@ -74,7 +75,7 @@ def points(
 def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[str]:
     """What is not as promised when the run is taken up from `image`."""
     lay_out(image, root)
-    catalog = Catalog(PosixStorage(str(root)), "explorer")
+    catalog = JournalStore(PosixStorage(str(root)), "explorer")
     heads = list(catalog.entries())
     left = heads[-1] if heads else None
     problems = invariants.linear(heads) + invariants.journalled(heads, saved)
@@ -102,7 +103,7 @@ def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[
     )
 
 
-def untouched(root: Path, catalog: Catalog, left: Head | None) -> list[str]:
+def untouched(root: Path, catalog: JournalStore, left: Head | None) -> list[str]:
     """9 and 13: an agent that is made, and one of another job, open no epoch and write nothing."""
     before = {entry.key for entry in catalog.storage.list("")}
     problems = []
@@ -118,24 +119,24 @@ def untouched(root: Path, catalog: Catalog, left: Head | None) -> list[str]:
     return problems
 
 
-def collected(catalog: Catalog) -> list[str]:
+def collected(catalog: JournalStore) -> list[str]:
     """5 and 8: what a collector deletes once a new incarnation is open, and before it has saved anything."""
-    heads, before = list(catalog.entries()), catalog.stored()
-    collect(Catalog(catalog.storage, "gc"))
-    after = catalog.stored()
+    heads, before = list(catalog.entries()), survey.attempts(catalog.storage)
+    collect(JournalStore(catalog.storage, "gc"))
+    after = survey.attempts(catalog.storage)
     stored = {key: (one.whole, -1) for key, one in before.items()}
-    gone = [key for key, one in before.items() if after.get(key, Found()).bytes < one.bytes]
+    gone = [key for key, one in before.items() if after.get(key, StoredAttempt()).bytes < one.bytes]
     return [line for key in gone for line in invariants.deleted(heads, *key, stored)]
 
 
-def damage(catalog: Catalog, live: LiveStep) -> str:
+def damage(catalog: JournalStore, live: LiveStep) -> str:
     return "; ".join(read_back(catalog, live).damaged)
 
 
-def receipts(catalog: Catalog) -> Iterator[tuple[int, str, int, str]]:
-    for attempt in catalog.attempts():
+def receipts(catalog: JournalStore) -> Iterator[tuple[int, str, int, str]]:
+    for attempt in survey.attempts(catalog.storage):
         try:
-            found = catalog.receipt(attempt, 0)
+            found = checked_reads.receipt(catalog.storage, attempt, 0)
         except oc.Damaged as error:
             yield *attempt, 0, str(error)
             continue
@@ -179,15 +180,15 @@ def test_a_copy_that_lacks_the_journals_newest_entries_loses_no_step(
     for kept in range(len(versions)):
         here = tmp_path / f"copy-{kept}"
         lay_out({name: body for name, body in image.items() if name not in versions[kept:]}, here)
-        catalog = Catalog(PosixStorage(str(here)), "explorer")
-        before = {key for key, one in catalog.stored().items() if one.whole}
+        catalog = JournalStore(PosixStorage(str(here)), "explorer")
+        before = {key for key, one in survey.attempts(catalog.storage).items() if one.whole}
         try:
             with oc.Agent(here, options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
                 agent.restore(LIKE)
                 assert collected(catalog) == []
         except oc.JournalLost:
             told += 1
-            assert {key for key, one in catalog.stored().items() if one.whole} == before
+            assert {key for key, one in survey.attempts(catalog.storage).items() if one.whole} == before
         found = plan(catalog)
         if found.required or found.choice.added:
             write(catalog, found)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import orchestrator as oc
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from tests.proof import unreadable_child as child
 from tests.proof.unreadable import Bench, play_all
@@ -160,7 +160,7 @@ def test_a_job_loses_no_step_to_what_a_process_beside_it_cannot_read(bench: Benc
     for _ in range(2):
         told = bench.probe(way, run, ("restore",))
         assert "StorageError" in told["restore"]["kinds"], told["restore"]
-    catalog = Catalog(open_storage(run.url), "test")
+    catalog = JournalStore(open_storage(run.url), "test")
     kept: list[int] = []
     for head in catalog.entries():
         assert all(live.restorable for live in head.live)

@@ -33,7 +33,7 @@ from absl import logging
 
 import orchestrator as oc
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from tests.proof import unreadable_child as child
 from tests.proof.unreadable_judge import LIMIT_S, ORDER, Outcome, judge, report, said, summary, verdict
@@ -233,7 +233,7 @@ class Bench:
         return told, code, met
 
     def _look(self, run: Any, outcome: Outcome) -> None:
-        catalog = Catalog(open_storage(run.url), "unreadable")
+        catalog = JournalStore(open_storage(run.url), "unreadable")
         heads: list[Head] = list(catalog.entries())
         new = [head.event for head in heads if f"journal/{head.version:020d}.json" not in self._template]
         outcome.events = [event.kind for event in new]

@@ -15,7 +15,7 @@ from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, Us
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId, name_of, parse_name
 from orchestrator.rules.codec import decode, encode
-from orchestrator.rules.journal import Compared, FencedBy, Found, Next, Overtaken, Rejected
+from orchestrator.rules.journal import Compared, FencedBy, Next, Overtaken, Rejected, StoredAttempt
 from orchestrator.rules.records import Cause, Failure, Head, LiveStep, Quarantine, RetiredAttempt, crc32c
 from tests.support.builders import head, live, stamp
 
@@ -286,7 +286,7 @@ def test_a_quarantined_step_that_is_saved_again_is_put_aside_and_its_data_never_
     )
     assert attempts(following.live) == [(1, "e0001-a02")]
     assert attempts(following.aside) == [(1, "e0001-a01")]
-    found = {AttemptId(1, "e0001-a01"): Found(True), AttemptId(2, "e0001-a01"): Found(True)}
+    found = {AttemptId(1, "e0001-a01"): StoredAttempt(True), AttemptId(2, "e0001-a01"): StoredAttempt(True)}
     assert [gone.id for gone in journal.collectable(following, found)] == [(2, "e0001-a01")]
     opened = changed(journal.open_epoch(following, stamp()))
     assert [gone.id for gone in journal.collectable(opened, found)] == [(2, "e0001-a01")]
@@ -389,10 +389,12 @@ def test_a_whole_attempt_that_a_crash_kept_from_its_commit_waits_until_a_newer_s
     steps_now: list[LiveStep], kept: bool
 ) -> None:
     name = "e0002-a01" if steps_now[-1:] != [live(20, "e0002-a01")] else "e0002-a02"
-    found = {AttemptId(20, name): Found(whole=True)}
+    found = {AttemptId(20, name): StoredAttempt(whole=True)}
     now = head(*steps_now, epoch=4)
     assert (journal.collectable(now, found) == ()) == kept
-    assert journal.collectable(now, {key: Found() for key in found}) != ()  # without a manifest it never was a step
+    assert (
+        journal.collectable(now, {key: StoredAttempt() for key in found}) != ()
+    )  # without a manifest it never was a step
 
 
 def test_collectable_are_the_retired_and_uncommitted_leftovers_of_older_epochs_and_nothing_else() -> None:
@@ -406,7 +408,7 @@ def test_collectable_are_the_retired_and_uncommitted_leftovers_of_older_epochs_a
         (9, "e0003-a01"),  # being written now
         (9, "e0004-a01"),  # of an epoch that opened after this head was read
     ]
-    found = {AttemptId(*name): Found() for name in names}
+    found = {AttemptId(*name): StoredAttempt() for name in names}
     assert [(each.step, each.attempt, each.reason) for each in journal.collectable(now, found)] == [
         (1, "e0001-a01", "retention"),
         (2, "e0001-a02", "orphan"),
@@ -649,7 +651,7 @@ def decide(world: World, now: Head, name: str, attempt: Attempt, keep: Any) -> N
 def collect(world: World, staleness: int, how_many: int) -> None:
     """Invariant 5, by a collector that read its head some versions ago and is killed after `how_many` deletions."""
     stale = world.heads[max(0, len(world.heads) - 1 - staleness)]
-    found = {AttemptId(*one): Found(whole=one[0] % 2 == 0) for one in sorted(world.data)}
+    found = {AttemptId(*one): StoredAttempt(whole=one[0] % 2 == 0) for one in sorted(world.data)}
     doomed = journal.collectable(stale, found)[:how_many]
     now = world.head
     assert now is not None

@@ -87,7 +87,7 @@ def test_bytes_and_requests_of_a_restore_are_foretold_exactly(run: Path, axes: d
     reader = oc.open_run(run)
     live = reader._catalog.find(5)
     assert live is not None
-    tree = reader._catalog.intent(live, reader._catalog.manifest(live)).tree
+    tree = reader._catalog.step(live).intent.tree
     reads = ArrayReads()
     restored = read_step(reader._catalog, live, like, ReadOptions(), reads)
     (cost,) = restore_cost.forecast(tree, Target(axes, 1)).costs
@@ -155,7 +155,7 @@ def test_an_array_that_the_mesh_cannot_hold_is_named_with_its_dimension(run: Pat
     reader = oc.open_run(run)
     live = reader._catalog.find(5)
     assert live is not None
-    tree = reader._catalog.intent(live, reader._catalog.manifest(live)).tree
+    tree = reader._catalog.step(live).intent.tree
     problems = restore_cost.forecast(tree, Target({"data": 3, "model": 1}, 1)).problems
     assert any(line.startswith("both[64, 128]: dimension 0 of 64 is not divisible by 3 (data)") for line in problems)
     assert not any("bf16" in line for line in problems)

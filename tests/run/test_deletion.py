@@ -9,14 +9,14 @@ import pytest
 
 from orchestrator.rules import journal, keys
 from orchestrator.run.deletion import BackgroundDeletion, collect
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from tests.support.fakes import FailOnce, HookedStorage
 from tests.support.runs import journal_of, two_steps
 
 
 def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_path: Path) -> None:
     storage = HookedStorage(two_steps(tmp_path).storage)
-    assert collect(Catalog(storage, "gc")).files == 1
+    assert collect(JournalStore(storage, "gc")).files == 1
     operations = [call for call in storage.calls if call[0] in ("make_durable", "delete")]
     assert operations[0] == ("make_durable", keys.journal_key(2))
     assert [operation for operation, _ in operations[1:]] == ["delete"]
@@ -24,7 +24,7 @@ def test_a_collector_makes_the_entry_that_retires_durable_before_it_deletes(tmp_
 
 def test_a_dry_run_of_a_collector_needs_no_right_to_write(tmp_path: Path) -> None:
     storage = HookedStorage(two_steps(tmp_path).storage)
-    assert collect(Catalog(storage, "gc"), dry_run=True).files == 1
+    assert collect(JournalStore(storage, "gc"), dry_run=True).files == 1
     assert {operation for operation, _ in storage.calls} <= {"get", "list"}
 
 
@@ -46,7 +46,7 @@ class Held:
 def test_in_the_background_one_deletion_runs_at_a_time_and_is_waited_for_only_so_long(tmp_path: Path) -> None:
     held = Held()
     storage = HookedStorage(two_steps(tmp_path).storage, before=held)
-    deletion = BackgroundDeletion(Catalog(storage, "gc"))
+    deletion = BackgroundDeletion(JournalStore(storage, "gc"))
     deletion.start(1)
     assert held.reached.wait(30)
     deletion.start(1)  # nothing: one is under way
@@ -59,7 +59,7 @@ def test_in_the_background_one_deletion_runs_at_a_time_and_is_waited_for_only_so
 
 def test_in_the_background_none_is_begun_once_it_is_stopped(tmp_path: Path) -> None:
     storage = HookedStorage(two_steps(tmp_path).storage)
-    deletion = BackgroundDeletion(Catalog(storage, "gc"))
+    deletion = BackgroundDeletion(JournalStore(storage, "gc"))
     deletion.stop()
     deletion.start(1)
     deletion.wait(30)
@@ -70,7 +70,7 @@ def test_in_the_background_what_failed_is_logged_and_done_the_next_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = HookedStorage(two_steps(tmp_path).storage, before=FailOnce("delete", ""))
-    deletion = BackgroundDeletion(Catalog(storage, "gc"))
+    deletion = BackgroundDeletion(JournalStore(storage, "gc"))
     for _ in range(2):
         deletion.start(1)
         deletion.wait(30)

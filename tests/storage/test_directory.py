@@ -26,9 +26,9 @@ from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import RetiredAttempt
-from orchestrator.run import journal_store as catalog_module
+from orchestrator.run import stored_step
 from orchestrator.run.deletion import collect
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage, directory
 from orchestrator.storage import posix as posix_module
 from orchestrator.storage.directory import DEPTH_MAX
@@ -335,7 +335,7 @@ def test_what_stands_at_the_newest_entry_is_never_an_older_journal(obstacle: str
 # Deleting.
 
 
-def retired(root: Path, *steps: int) -> Catalog:
+def retired(root: Path, *steps: int) -> JournalStore:
     """A run that has retired these steps; each of their attempts holds one file and a manifest."""
     catalog = catalog_of(root)
     gone = tuple(RetiredAttempt(step=step, attempt="e0001-a01", reason="aborted") for step in steps)
@@ -350,7 +350,7 @@ def attempt(root: Path, step: int) -> Path:
     return root / f"steps/{step:08d}/e0001-a01"
 
 
-def left(catalog: Catalog) -> list[int]:
+def left(catalog: JournalStore) -> list[int]:
     return [gone.step for gone in catalog.require_head().retired]
 
 
@@ -400,7 +400,7 @@ def test_a_folder_swapped_for_a_link_between_listing_and_deleting_deletes_nothin
             folder.rename(root / "aside")
             folder.symlink_to(outside)
 
-    catalog = Catalog(HookedStorage(PosixStorage(str(root)), swap), "test")
+    catalog = JournalStore(HookedStorage(PosixStorage(str(root)), swap), "test")
     result = collect(catalog)
     assert (outside / "data").read_text() == "precious"
     assert {**snapshot(outside)}.items() >= theirs.items()
@@ -502,7 +502,7 @@ def test_what_a_library_opens_by_its_path_is_looked_at_before(
     catalog = catalog_of(root)
     live = catalog.find(1)
     assert live is not None
-    stored = chunk_index.stored(catalog.manifest(live))
+    stored = chunk_index.stored(catalog.step(live).manifest)
     folder = root / "steps/00000001/e0001-a01/state"
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).unlink(missing_ok=True)
@@ -573,7 +573,7 @@ def test_a_record_with_a_hole_of_200_gb_is_an_error_and_not_damage(which: str, r
 
 
 def test_a_process_may_have_a_state_of_any_size(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (catalog_module, posix_module):
+    for module in (stored_step, posix_module):
         monkeypatch.setattr(module, "RECORD_BYTES_MAX", 100_000)
     with oc.Agent(root, options=now()) as agent:
         agent.save(1, state(1), process_state=bytes(200_000))

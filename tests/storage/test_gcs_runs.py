@@ -28,7 +28,7 @@ from orchestrator.observe.events import Event, Retried, subscribe
 from orchestrator.rules import chunk_index, journal, keys
 from orchestrator.rules.codec import encode
 from orchestrator.run.deletion import collect
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_http import Client
@@ -140,7 +140,7 @@ def test_a_store_that_is_down_while_restoring_is_no_damage(
             run.restore()
         restored = agent.restore(state(0))
         assert restored and is_state(restored, 2)
-    assert all(live.restorable for live in Catalog(open_storage(root), "test").require_head().live)
+    assert all(live.restorable for live in JournalStore(open_storage(root), "test").require_head().live)
 
 
 def test_a_credential_that_may_only_read_is_enough_for_readers(
@@ -169,7 +169,7 @@ def test_a_credential_that_may_only_read_is_enough_for_readers(
 def test_opening_a_run_takes_a_few_requests_whatever_its_age(gcs: EmulatorProcess) -> None:
     root = new_root()
     storage = open_storage(root)
-    catalog = Catalog(storage, "test")
+    catalog = JournalStore(storage, "test")
 
     def grow(first: int, last: int) -> None:
         """Entries as years of saving would leave them; the last one is appended as an agent would."""
@@ -182,28 +182,28 @@ def test_opening_a_run_takes_a_few_requests_whatever_its_age(gcs: EmulatorProces
     for first, last in ((0, 499), (500, 500), (501, 1000), (1001, 1400)):
         grow(first, last)
         gcs.counts(reset=True)
-        assert Catalog(open_storage(root), "reader").require_head().version == last
+        assert JournalStore(open_storage(root), "reader").require_head().version == last
         told.append(gcs.counts()["operations"])
     assert told == [{"list": 2, "media": 1}] * 4
     markers = list(storage.list(keys.JOURNAL_INDEX))
     assert [keys.indexed_version(entry.key) for entry in markers] == [1000, 500]
     for entry in markers:  # hints, and no more
         storage.delete(entry.key)
-    assert Catalog(open_storage(root), "reader").require_head().version == 1400
+    assert JournalStore(open_storage(root), "reader").require_head().version == 1400
 
 
 @pytest.mark.parametrize("make", [MemoryStorage, lambda: open_storage(new_root())])
 def test_markers_never_hide_an_entry(make: Any) -> None:
     storage = make()
-    catalog = Catalog(storage, "test")
+    catalog = JournalStore(storage, "test")
     for _ in range(4):
         catalog.append(journal.open_epoch)
     storage.create(keys.index_key(2), b"")
-    assert Catalog(storage, "test").require_head().version == 3
+    assert JournalStore(storage, "test").require_head().version == 3
     storage.create(keys.index_key(77), b"")  # it says more than there is
     storage.create(keys.JOURNAL_INDEX + "0stray", b"")
-    assert Catalog(storage, "test").require_head().version == 3
-    assert [head.version for head in Catalog(storage, "test").entries()] == [0, 1, 2, 3]
+    assert JournalStore(storage, "test").require_head().version == 3
+    assert [head.version for head in JournalStore(storage, "test").entries()] == [0, 1, 2, 3]
 
 
 def test_a_retired_attempt_is_deleted_a_hundred_files_to_a_request_and_an_interrupted_one_is_finished(
@@ -214,7 +214,7 @@ def test_a_retired_attempt_is_deleted_a_hundred_files_to_a_request_and_an_interr
     storage = open_storage(root)
     for index in range(230):
         storage.create(f"steps/00000001/e0001-a01/state/d/{index:03}", b"x")
-    catalog = Catalog(storage, "test")
+    catalog = JournalStore(storage, "test")
     catalog.append(partial(journal.retire, keep=oc.last(1)))
     listed = iter(storage.delete_many([entry.key for entry in storage.list("steps/00000001/")]))  # type: ignore[attr-defined]
     next(listed)  # a collector that dies after its first request
@@ -231,10 +231,10 @@ def test_a_retired_attempt_is_deleted_a_hundred_files_to_a_request_and_an_interr
 def test_a_tree_in_a_bucket_that_would_have_to_be_decompressed_is_decoded_by_nobody(gcs: EmulatorProcess) -> None:
     root = new_root()
     fill(root, 1)
-    catalog = Catalog(open_storage(root), "test")
+    catalog = JournalStore(open_storage(root), "test")
     live = catalog.find(1)
     assert live is not None
-    manifest = catalog.manifest(live)
+    manifest = catalog.step(live).manifest
     state = f"steps/00000001/{live.attempt}/state/"
     stored = chunk_index.stored(manifest)
     node = next(path for path in stored.files if path.startswith("d/"))
@@ -243,7 +243,7 @@ def test_a_tree_in_a_bucket_that_would_have_to_be_decompressed_is_decoded_by_nob
     body[-4:] = crc32c.crc32c(bytes(body[:-4])).to_bytes(4, "little")
     catalog.storage.delete(state + node)
     catalog.storage.create(state + node, bytes(body))
-    loads = [arrays.ReadRequest(leaf) for leaf in catalog.intent(live, manifest).tree.leaves]
+    loads = [arrays.ReadRequest(leaf) for leaf in catalog.step(live).intent.tree.leaves]
     with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
         arrays.load(f"{root}/{state}", loads, None, stored)
     with pytest.raises(oc.NothingToRestore, match=f"{node}: .*the manifest says"):

@@ -30,7 +30,7 @@ from orchestrator.errors import StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.rules import journal
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FileEntry, crc32c
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
 from tests.support.builders import head, live
 from tests.support.gcs import new_root
@@ -175,17 +175,17 @@ def test_a_key_that_could_leave_the_root_is_rejected_by_the_store_itself(store: 
 
 def test_a_journal_with_two_writers_is_one_linear_log(store: Storage) -> None:
     """What all of the rest stands on: racing appends through the catalog lose nothing and skip nothing."""
-    Catalog(store, "first").append(journal.open_epoch)
+    JournalStore(store, "first").append(journal.open_epoch)
 
     def pin_steps(writer: int) -> None:
-        catalog = Catalog(store, f"writer {writer}")
+        catalog = JournalStore(store, f"writer {writer}")
         for number in range(5):
             entry = live(10 * writer + number, f"e0001-a{writer + 1:02d}")
             catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=None))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(pin_steps, range(4)))
-    entries = list(Catalog(store, "reader").entries())
+    entries = list(JournalStore(store, "reader").entries())
     assert [entry.version for entry in entries] == list(range(21))
     assert {entry.step for entry in entries[-1].live} == {
         10 * writer + number for writer in range(4) for number in range(5)
@@ -243,7 +243,7 @@ def test_an_object_is_a_plain_file_that_is_linked_once(posix: PosixStorage, root
 
 
 def test_stray_files_links_and_unfinished_temporaries_are_not_objects(posix: PosixStorage, root: Path) -> None:
-    Catalog(posix, "test").storage.create("journal/00000000000000000000.json", encode(head(version=0)))
+    JournalStore(posix, "test").storage.create("journal/00000000000000000000.json", encode(head(version=0)))
     (root / ".tmp" / "crashed").write_bytes(b"half")
     (root / "journal" / "link").symlink_to("/etc/passwd")
     (root / "journal" / "folder").mkdir()
@@ -256,7 +256,7 @@ def test_stray_files_links_and_unfinished_temporaries_are_not_objects(posix: Pos
         "away": "is a symbolic link",
         "journal/link": "is a symbolic link",
     }
-    found = Catalog(posix, "test").head()
+    found = JournalStore(posix, "test").head()
     assert found is not None and found.version == 0
 
 

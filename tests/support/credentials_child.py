@@ -372,7 +372,7 @@ def _job(key: str, meanwhile: Callable[..., dict[str, Callable[[], Any]]]) -> di
     import numpy as np
 
     import orchestrator as oc
-    from orchestrator.run.journal_store import Catalog
+    from orchestrator.run.journal_store import JournalStore
     from orchestrator.storage import gcs_http
 
     def state(step: int) -> dict[str, Any]:
@@ -392,7 +392,7 @@ def _job(key: str, meanwhile: Callable[..., dict[str, Callable[[], Any]]]) -> di
         run = oc.open_run(root)
         told["steps"] = run.all_steps()
         told["right"] = bool(np.array_equal(run.restore().state["w"], np.asarray(state(9)["w"])))
-        heads = list(Catalog(GcsStorage(root), "test").entries())
+        heads = list(JournalStore(GcsStorage(root), "test").entries())
     told["events"] = sorted({head.event.kind for head in heads})
     return told
 
@@ -441,15 +441,15 @@ def _write_answered(agent: Any, root: str, state: Any, **rule: Any) -> dict[str,
 
 def _read_for_longer_than_a_token(agent: Any, root: str, state: Any) -> dict[str, Callable[[], Any]]:
     """A reader is in the middle when the token is replaced, and the bucket accepts no older one."""
-    from orchestrator.run.journal_store import Catalog
-    from orchestrator.run.stored_step import StoredStep
+    from orchestrator.run.journal_store import JournalStore
+    from orchestrator.run.stored_arrays import slabs
     from orchestrator.storage import gcs_http
 
     def read() -> int:
-        catalog = Catalog(GcsStorage(root), "test")
-        step = StoredStep(catalog, catalog.durable_head().live[-1])
+        catalog = JournalStore(GcsStorage(root), "test")
+        step = catalog.step(catalog.durable_head().live[-1])
         leaves = [leaf for leaf in step.intent.tree.leaves if leaf.name == "w"]
-        pieces = step.slabs(leaves, 512)
+        pieces = slabs(step, leaves, 512)
         found = [next(pieces)]
         TOKENS.word = "good-new"
         gcs_http.client().credentials.reject(gcs_http.client().token())

@@ -15,7 +15,7 @@ from orchestrator.policy import last
 from orchestrator.rules import chunk_index, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from tests.support import builders
 
@@ -26,8 +26,8 @@ def state(step: int) -> dict[str, Any]:
     return {"w": jnp.full(512, float(step)), "count": step}
 
 
-def catalog_of(root: Path) -> Catalog:
-    return Catalog(PosixStorage(str(root)), "test")
+def catalog_of(root: Path) -> JournalStore:
+    return JournalStore(PosixStorage(str(root)), "test")
 
 
 def journal_of(root: Path) -> list[Head]:
@@ -56,9 +56,9 @@ def merge_alone(pending: PendingWrite) -> None:
     pending.merge(chunk_index.entries([receipt]))
 
 
-def two_steps(root: Path) -> Catalog:
+def two_steps(root: Path) -> JournalStore:
     """Step 1 committed and retired, step 2 committed; step 1's data is there."""
-    catalog = Catalog(PosixStorage(str(root)), "test")
+    catalog = JournalStore(PosixStorage(str(root)), "test")
     catalog.append(journal.open_epoch)
     for step in (1, 2):
         catalog.storage.create(AttemptId(step, builders.FIRST).manifest_key, b"{}")

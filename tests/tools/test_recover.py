@@ -19,10 +19,11 @@ from orchestrator.job import pacing
 from orchestrator.rules import evidence, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.evidence import Whole
-from orchestrator.rules.journal import Found
+from orchestrator.rules.journal import StoredAttempt
 from orchestrator.rules.records import Event
+from orchestrator.run import checked_reads
 from orchestrator.run.deletion import collect
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from tests.support import builders
 from tests.support.builders import head, live
@@ -269,21 +270,21 @@ def test_two_lost_journals_in_a_row_lose_no_step(run: Path) -> None:
     ("version", "epoch", "found", "marker", "proves"),
     [
         (7, 2, {}, -1, False),
-        (7, 2, {(1, "e0001-a01"): Found(True, 3)}, 0, False),
-        (7, 2, {(1, "e0002-a01"): Found(True, 7)}, 7, False),
-        (7, 2, {(1, "e0002-a01"): Found(False, 7)}, -1, False),
-        (7, 2, {(1, "e0001-a01"): Found(True, -1)}, -1, False),  # written before there was the field
-        (7, 2, {(1, "e0003-a01"): Found()}, -1, True),
-        (7, 2, {(1, "e0001-a01"): Found(False, 8)}, -1, True),
+        (7, 2, {(1, "e0001-a01"): StoredAttempt(True, 3)}, 0, False),
+        (7, 2, {(1, "e0002-a01"): StoredAttempt(True, 7)}, 7, False),
+        (7, 2, {(1, "e0002-a01"): StoredAttempt(False, 7)}, -1, False),
+        (7, 2, {(1, "e0001-a01"): StoredAttempt(True, -1)}, -1, False),  # written before there was the field
+        (7, 2, {(1, "e0003-a01"): StoredAttempt()}, -1, True),
+        (7, 2, {(1, "e0001-a01"): StoredAttempt(False, 8)}, -1, True),
         (7, 2, {}, 8, True),
-        (7, 2, {(5, "e0001-a01"): Found(True, 9)}, -1, False),  # live: the journal knows it
+        (7, 2, {(5, "e0001-a01"): StoredAttempt(True, 9)}, -1, False),  # live: the journal knows it
         (-1, 0, {}, -1, False),
-        (-1, 0, {(1, "e0001-a01"): Found()}, -1, True),
+        (-1, 0, {(1, "e0001-a01"): StoredAttempt()}, -1, True),
         (-1, 0, {}, 0, True),
     ],
 )
 def test_what_proves_that_entries_are_missing(
-    version: int, epoch: int, found: dict[tuple[int, str], Found], marker: int, proves: bool
+    version: int, epoch: int, found: dict[tuple[int, str], StoredAttempt], marker: int, proves: bool
 ) -> None:
     now_ = head(live(5), version=version, epoch=epoch) if version >= 0 else None
     attempts = {AttemptId(*name): one for name, one in found.items()}
@@ -350,7 +351,7 @@ def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durabl
             (keys.MANIFEST, Manifest),
             (keys.receipt_name(0), Receipt),
         ):
-            record: Any = catalog.record(AttemptId(step, "e0001-a01"), name, kind)
+            record: Any = checked_reads.record(catalog.storage, AttemptId(step, "e0001-a01").key(name), kind)
             assert record.built_on == version, (step, name)
 
 
@@ -368,7 +369,7 @@ def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfi
             (orphan / "manifest.json").write_bytes(b"{}")
 
     storage = HookedStorage(PosixStorage(str(root)), before=finish)
-    assert collect(Catalog(storage, "gc")).files == 0 and (orphan / "state" / "x").exists()
+    assert collect(JournalStore(storage, "gc")).files == 0 and (orphan / "state" / "x").exists()
     (orphan / "manifest.json").unlink()
     assert collect(catalog_of(root)).files == 1 and not orphan.exists()
 
@@ -389,5 +390,5 @@ def test_a_job_that_saves_while_somebody_looks_is_no_proof_of_a_loss(root: Path)
             (attempt / "intent.json").write_bytes(encode(intent))
 
     storage = HookedStorage(PosixStorage(str(root)), before=save_on)
-    found = Catalog(storage, "looker").look()
+    found = JournalStore(storage, "looker").look()
     assert found[0] is not None and found[1][2, "e0001-a01"].built_on == 2

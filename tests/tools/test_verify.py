@@ -12,7 +12,7 @@ import pytest
 
 import orchestrator as oc
 from orchestrator.errors import StorageError
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.tools import verify
 from orchestrator.tools.diff import Side, compare
@@ -113,7 +113,7 @@ def test_a_store_that_fails_says_nothing_about_the_data(run: Path) -> None:
         if operation == "get" and key.endswith("extra.json"):
             raise StorageError(f"{operation} {key}: EIO (Input/output error)")
 
-    catalog = Catalog(HookedStorage(PosixStorage(str(run)), before=reject), "test")
+    catalog = JournalStore(HookedStorage(PosixStorage(str(run)), before=reject), "test")
     step = catalog.find(1)
     assert step is not None
     verdict = verify.read_back(catalog, step)

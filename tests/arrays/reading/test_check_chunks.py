@@ -21,7 +21,7 @@ def test_checking_a_step_leaves_no_file_open(root: Path) -> None:
     live = catalog.find(1)
     assert live is not None
     directory = f"{catalog.url}/{live.id.prefix}{keys.STATE}"
-    stored = chunk_index.stored(catalog.manifest(live))
+    stored = chunk_index.stored(catalog.step(live).manifest)
     for _ in range(2):  # what the first one keeps is of the library
         assert arrays.check(directory, stored) == {}
         links = [os.readlink(path) for path in DESCRIPTORS.iterdir() if path.is_symlink()]

@@ -41,8 +41,8 @@ def attempt(root: Path, request: pytest.FixtureRequest) -> tuple[str, Stored, li
     catalog = catalog_of(root)
     live = catalog.find(1)
     assert live is not None
-    manifest = catalog.manifest(live)
-    leaves = list(catalog.intent(live, manifest).tree.leaves)
+    manifest = catalog.step(live).manifest
+    leaves = list(catalog.step(live).intent.tree.leaves)
     return f"{catalog.url}/{live.id.prefix}{keys.STATE}", chunk_index.stored(manifest), leaves
 
 

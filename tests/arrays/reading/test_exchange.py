@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import failpoints
+from orchestrator import environment
 from orchestrator.arrays.reading.local_store import LocalStore
 from tests.support.processes import Job, job
 
@@ -75,13 +75,13 @@ def test_each_chunk_is_read_once_on_any_mesh_and_what_one_process_finds_stops_al
     for process in range(2):
         assert "the processes ask for different arrays" in differing.said(process, "error")[0]["text"]
 
-    environ = {failpoints.VARIABLE: "restore.read=stop@process=1"}
+    environ = {environment.FAILPOINTS: "restore.read=stop@process=1"}
     with job(2, 2, root, tmp_path / "stopped", environ=environ, meet=4, **once) as stopped:
         (error,) = stopped.wait_for(0, "error", 60)
         assert "processes [1 (host-1)] did not arrive within 4 s" in error["text"], "before the first exchange"
 
     # One process cannot even begin to read: all stop, and none begins at an older step.
-    environ = {failpoints.VARIABLE: "restore.read=error@process=1@nth=1"}
+    environ = {environment.FAILPOINTS: "restore.read=error@process=1@nth=1"}
     with job(2, 2, root, tmp_path / "unread", environ=environ, **once) as unread:
         assert unread.wait(120) == [1, 1], unread.story()
     for process in range(2):

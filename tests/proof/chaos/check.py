@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.run.journal_store import Catalog
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from tests.proof.model import invariants
 
@@ -43,7 +43,7 @@ def violations(root: Path, said: Iterable[dict[str, Any]], damaged: bool = False
         return ["the run is gone"] if told else []  # killed before the first entry
     if code:
         return [f"ls: exit code {code}: {error}"]
-    catalog = Catalog(open_storage(str(root)), writer="campaign")
+    catalog = JournalStore(open_storage(str(root)), writer="campaign")
     heads = list(catalog.entries())
     problems = invariants.linear(heads)
     good = [step["step"] for step in listed["steps"] if step["trust"] != "quarantined"]

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from orchestrator.rules import attempt as protocol
 from orchestrator.rules.attempt import Phase
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.journal import Found, tree_of
+from orchestrator.rules.journal import StoredAttempt, tree_of
 from orchestrator.rules.records import Failure
 
 from .rules import Engine, receipt
@@ -93,11 +93,11 @@ def stored(objects: frozenset[Object]) -> dict[tuple[int, str], tuple[bool, int]
     return found
 
 
-def as_found(objects: frozenset[Object]) -> dict[tuple[int, str], Found]:
+def as_found(objects: frozenset[Object]) -> dict[tuple[int, str], StoredAttempt]:
     """As a listing has it, which cannot tell a zombie's manifest."""
     late = {(step, attempt) for step, attempt, name in objects if name == LATE}
     found = sorted(stored(objects).items())
-    return {key: Found(whole=whole or key in late, built_on=built_on) for key, (whole, built_on) in found}
+    return {key: StoredAttempt(whole=whole or key in late, built_on=built_on) for key, (whole, built_on) in found}
 
 
 NOTHING = Effect()
