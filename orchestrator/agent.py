@@ -28,7 +28,7 @@ from orchestrator.job.restore import RestoreOptions, restore_together
 from orchestrator.job.save_sequence import Given, SaveSequence
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.job.signals import Signals
-from orchestrator.job.startup import meet
+from orchestrator.job.startup import agree_at_start
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Closed, EpochOpened, emit
 from orchestrator.observe.telemetry import Telemetry
@@ -76,11 +76,11 @@ class Agent:
         failpoints.configure(os.environ, me.process)
         self._catalog = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
         given = configuration.of_agent(policy, keep, self.options)
-        run = meet(self._catalog, me, "open the run", given, timeout_s)
+        incarnation_id = agree_at_start(self._catalog, me, "open the run", given, timeout_s)
         self._opening = Opening(self._catalog, me, timeout_s, self._opened, other_tree=self.options.other_tree)
         self._schedule = SaveSchedule(policy, me, timeout_s)
         self._deletion = BackgroundDeletion(self._catalog)
-        signals = Signals(me, run)
+        signals = Signals(me, incarnation_id)
         self._participants = Participants(
             self._catalog,
             _array_writer(self.options, me.process),

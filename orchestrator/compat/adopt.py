@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from orchestrator.compat import orbax_steps
 from orchestrator.errors import Damaged, UsageError
-from orchestrator.job import startup
+from orchestrator.job import one_root
 from orchestrator.rules import journal, json_numbers, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
@@ -84,7 +84,7 @@ def adopt(
         _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
-    startup.unmark(catalog, startup.mark(catalog))
+    one_root.delete_mark(catalog, one_root.create_mark(catalog))
     opened = catalog.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0

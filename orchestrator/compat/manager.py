@@ -25,7 +25,7 @@ from orchestrator.compat.stored_steps import ManagedRootMetadata, StoredSteps
 from orchestrator.errors import UsageError
 from orchestrator.job.rendezvous import connect
 from orchestrator.job.rounds import Round, agree
-from orchestrator.job.startup import meet
+from orchestrator.job.startup import agree_at_start
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json
 from orchestrator.run.journal_store import JournalStore
@@ -78,7 +78,7 @@ class CheckpointManager:
         own_policy = self._orbax.save_decision_policy is not None
         self._known = KnownSteps(self._stored, self._rendezvous, timeout_s, all_metrics=own_policy)
         given = configuration.of_orbax(self._orbax)
-        meet(self._catalog, self._rendezvous, "open the directory", given, timeout_s, self._admit)
+        agree_at_start(self._catalog, self._rendezvous, "open the directory", given, timeout_s, self._admit)
         self.reload()
 
     def _admit(self, head: Head | None) -> None:

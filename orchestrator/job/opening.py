@@ -18,11 +18,11 @@ from functools import partial
 from orchestrator import failpoints
 from orchestrator.arrays import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
-from orchestrator.job import startup
+from orchestrator.job import one_root
 from orchestrator.job import startup_rounds as rounds
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import agree, as_error, gather, raised
-from orchestrator.job.startup_rounds import FirstRestore, FirstSave, Opened, Sighting
+from orchestrator.job.startup_rounds import FirstRestore, FirstSave, Opened
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
@@ -54,7 +54,7 @@ class Opening:
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
         self._head: Begun[Head | None] | None = None  # as it was then
         self._mark = ""  # this process's probe of the right to write, while it is there
-        self._unmarked: Begun[None] | None = None  # it is being deleted
+        self._deleting: Begun[None] | None = None  # it is being deleted
 
     def by_save(self, step: int, describe: Callable[[], Flat]) -> str:
         """Open the epoch for the first save. `describe` checks what this process was given. Returns '' once it is open;
@@ -77,7 +77,7 @@ class Opening:
             try:
                 described.append(describe())
                 mine = FirstSave(step, described=True, mark=self._admit(compare))
-            except Exception as failure:  # the others must hear of it before it is raised here
+            except Exception as failure:  # the others must know of it before it is raised here
                 error = failure
                 mine = FirstSave(step, described=bool(described), rejected=raised(failure))
             answers = gather(self._rendezvous, rounds.FIRST_SAVE, mine, self._timeout_s)
@@ -120,7 +120,7 @@ class Opening:
         with self._marked():
             try:
                 mine = FirstRestore(mark=self._admit(compare))
-            except Exception as failure:  # the others must hear of it before it is raised here
+            except Exception as failure:  # the others must know of it before it is raised here
                 error = failure
                 mine = FirstRestore(rejected=raised(failure))
             answers = gather(self._rendezvous, rounds.FIRST_RESTORE, mine, self._timeout_s)
@@ -133,7 +133,7 @@ class Opening:
 
     def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
         self._prove(mark)
-        self._begin_unmark()
+        self._begin_deleting()
         opened = agree(self._rendezvous, rounds.OPENED, self._timeout_s, partial(self._append, compare))
         self.epoch = opened.epoch
         # All processes' records build on it: it is durable.
@@ -146,25 +146,25 @@ class Opening:
         try:
             yield
         finally:
-            self._unmark()
+            self._delete_mark()
 
-    def _unmark(self) -> None:
-        self._begin_unmark()
-        unmarked, self._unmarked = self._unmarked, None
-        if unmarked:
-            unmarked.result()
+    def _delete_mark(self) -> None:
+        self._begin_deleting()
+        deleting, self._deleting = self._deleting, None
+        if deleting:
+            deleting.result()
 
-    def _begin_unmark(self) -> None:
+    def _begin_deleting(self) -> None:
         """The epoch is opened meanwhile."""
         if self._mark:
-            self._unmarked, self._mark = overlap.begin(partial(startup.unmark, self._catalog, self._mark)), ""
+            self._deleting, self._mark = overlap.begin(partial(one_root.delete_mark, self._catalog, self._mark)), ""
 
     def _admit(self, compare: Callable[[Head | None], None]) -> str:
-        """Whatever speaks against opening the run is raised. Process 0 looks, for all, and makes the mark whose key it
-        returns; of the others nothing is known yet."""
+        """Whatever speaks against opening the run is raised. Process 0 inspects it, for all, and makes the mark whose
+        key it returns; of the others nothing is known yet."""
         if self._rendezvous.process == 0:
-            self._look(compare)
-            self._mark = startup.mark(self._catalog)
+            self._inspect(compare)
+            self._mark = one_root.create_mark(self._catalog)
         return self._mark
 
     def _prove(self, mark: str) -> None:
@@ -172,22 +172,25 @@ class Opening:
         root is another place, and StorageError."""
         if self._rendezvous.count == 1:
             return
-        mine = Sighting(self._catalog.url)
-        failure: Exception | None = None
-        if self._rendezvous.process != 0:
-            try:
-                sees = startup.awaited(partial(startup.has, self._catalog, mark), self._timeout_s)
-                mine = Sighting(self._catalog.url, sees=sees)
-                if sees:
-                    self._mark = startup.mark(self._catalog)
-            except Exception as error:
-                failure = error
-                mine = Sighting(self._catalog.url, rejected=raised(error))
-        there = gather(self._rendezvous, rounds.ONE_ROOT, mine, self._timeout_s)
-        what = f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})"
-        startup.raise_unless_seen(self._rendezvous, there, failure, 0, what, self._timeout_s)
 
-    def _look(self, compare: Callable[[Head | None], None]) -> None:
+        def look() -> bool:
+            seen = one_root.sees_in_time(partial(one_root.sees, self._catalog, mark), self._timeout_s)
+            if seen:
+                self._mark = one_root.create_mark(self._catalog)
+            return seen
+
+        one_root.check_all_see(
+            self._catalog,
+            self._rendezvous,
+            rounds.ONE_ROOT,
+            None if self._rendezvous.process == 0 else look,
+            f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})",
+            source=0,
+            timeout_s=self._timeout_s,
+        )
+
+    def _inspect(self, compare: Callable[[Head | None], None]) -> None:
+        """Process 0 reads the run. Whatever speaks against opening it is raised."""
         began_s = time.monotonic()
         head, _ = self._catalog.look()
         self._head = overlap.known(head, began_s)
@@ -202,7 +205,7 @@ class Opening:
             try:
                 opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared), self._head)
             except Overtaken:
-                self._look(compare)
+                self._inspect(compare)
                 continue
             failpoints.hit("epoch.after")
             assert opened is not None

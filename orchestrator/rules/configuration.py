@@ -1,6 +1,6 @@
 """One job, one configuration: what each host was given, in words that can be compared, and what its hosts differ in.
 
-`RULES` says of every setting whether hosts may differ in it. Pure: `meeting` collects the settings and exchanges them.
+`RULES` says of every setting whether hosts may differ in it. Pure: `startup` collects the settings and exchanges them.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from orchestrator import failpoints
 from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeKey
 from orchestrator.observe.events import AttemptsDeleted, emit
 from orchestrator.rules import journal
-from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.keys import MANIFEST
 from orchestrator.rules.records import RetiredAttempt
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.port import DeletesMany, Storage
@@ -92,8 +92,8 @@ def _delete(
     except StorageError as unreadable:  # the others can still be deleted
         result.failed.append(str(unreadable))
         return False
-    first = [key for key in sizes if key.endswith(layout.MANIFEST)]
-    rest = [key for key in sizes if not key.endswith(layout.MANIFEST)]
+    first = [key for key in sizes if key.endswith(MANIFEST)]
+    rest = [key for key in sizes if not key.endswith(MANIFEST)]
     failures = len(result.failed)
     for key, error in chain(_deleted(catalog.storage, first, dry_run), _deleted(catalog.storage, rest, dry_run)):
         if on_file:

@@ -350,6 +350,16 @@ def test_a_job_with_another_tree_is_rejected_before_it_writes_and_told_what_diff
         assert other.save(2, {"w": jnp.zeros(5), "count": 2})
 
 
+def test_a_job_that_has_restored_the_run_cannot_save_another_tree_to_it(root: Path) -> None:
+    fill(root, 1)
+    with oc.Agent(root, options=now()) as agent:
+        assert agent.restore(LIKE) is not None  # opens the epoch
+        for _ in range(2):
+            with pytest.raises(oc.OtherJob, match=r"holds another job's state \(step 1\)"):
+                agent.save(2, {"w": jnp.zeros(5), "count": 2})
+        assert agent.save(2, state(2)) and agent.all_steps() == [1, 2]
+
+
 # Retention and deletion.
 
 

@@ -239,7 +239,7 @@ def test_two_agents_that_open_at_once_get_two_epochs_and_the_later_one_stays(roo
 # Several processes: the verdicts of all are gathered first.
 
 
-class Meeting(SingleProcess):
+class TwoProcesses(SingleProcess):
     """Process 0 of two, which are configured alike. `other`: what process 1 says at each later gathering."""
 
     def __init__(self, other: dict[str, Any]) -> None:
@@ -253,7 +253,7 @@ class Meeting(SingleProcess):
 
 
 def an_opening(root: Path, other: dict[str, Any]) -> Opening:
-    return Opening(JournalStore(PosixStorage(str(root)), "me"), Meeting(other), 1.0, lambda epoch: None)
+    return Opening(JournalStore(PosixStorage(str(root)), "me"), TwoProcesses(other), 1.0, lambda epoch: None)
 
 
 @pytest.mark.parametrize(
@@ -308,9 +308,9 @@ def test_garbage_of_another_host_opens_nothing_and_names_it(root: Path) -> None:
 
 def test_a_first_save_that_another_process_cannot_take_part_in_is_a_failed_save(root: Path) -> None:
     other = {"step": 1, "rejected": {"kind": "UsageError", "text": "metrics=3"}}
-    agent = oc.Agent(root, rendezvous=Meeting(other), options=oc.Options(rendezvous_timeout_s=1))
+    agent = oc.Agent(root, rendezvous=TwoProcesses(other), options=oc.Options(rendezvous_timeout_s=1))
     assert agent.save(1, state(1)) is False and agent.failures == 1
-    agent = oc.Agent(root, rendezvous=Meeting(other), options=now(rendezvous_timeout_s=1))
+    agent = oc.Agent(root, rendezvous=TwoProcesses(other), options=now(rendezvous_timeout_s=1))
     with pytest.raises(oc.SaveFailed, match=r"step 1 was not saved: process 1 \(host-1\): UsageError"):
         agent.save(1, state(1))
     assert not (root / "journal").exists()

@@ -9,38 +9,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import orchestrator as oc
-from orchestrator.cli.main import main
-from orchestrator.job import startup
-from orchestrator.rules import configuration
-from orchestrator.rules.configuration import (
-    OPTIONS,
-    ORBAX,
-    RULES,
-    Strictness,
-    described,
-    differences,
-    digest,
-    of_agent,
-    who,
-)
-from orchestrator.run.journal_store import JournalStore
-from orchestrator.storage import PosixStorage
-from orchestrator.storage.read_only import ReadOnlyStorage
+from orchestrator.rules.configuration import ORBAX
 from tests.support import gcs
-from tests.support.fakes import HookedStorage
 from tests.support.processes import free_port
-from tests.support.runs import catalog_of, fill, journal_of, now, state
+from tests.support.runs import fill
 
-JOB = Path(__file__).parents[1] / "support" / "jobs" / "meeting_job.py"
+JOB = Path(__file__).parents[1] / "support" / "jobs" / "startup_job.py"
 HOSTS = 3
 
 
@@ -54,7 +35,7 @@ class Met:
 
 @pytest.fixture(scope="module")
 def met(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Met]:
-    folder = tmp_path_factory.mktemp("meeting")
+    folder = tmp_path_factory.mktemp("startup")
     namespaces = bool(shutil.which("unshare")) and not subprocess.run(["unshare", "-m", "true"], check=False).returncode
     fill(folder / "seed", 1, 2, 3)
     shim = folder / "shim" / "tensorstore-9.9.9.dist-info"
@@ -180,174 +161,3 @@ def test_who_is_rejected_leaves_no_file_at_any_root_and_who_is_not_saves(met: Me
         probed = {"save", "restore"} if process == 0 else set()
         assert set(met.rows["in the end"][process]["roots"]) - {"events", "metrics"} == {*names, *probed}
     assert not (met.folder / "cwd-1" / "run").exists()
-
-
-# What a network file system's cache shows late.
-
-
-class Late(HookedStorage):
-    """A store whose objects are seen only when it has been asked to look again `after` times."""
-
-    def __init__(self, root: Path, after: int, error: bool = False) -> None:
-        super().__init__(PosixStorage(str(root)))
-        self.after, self.error = after, error
-
-    def get(self, key: str, *most_bytes: int) -> bytes | None:
-        if self.after <= 0:
-            return super().get(key, *most_bytes)
-        if self.error:
-            self.after -= 1
-            raise oc.Unavailable(f"read {key}: ESTALE")
-        return None
-
-    def refresh(self, key: str) -> None:
-        self.after -= 1
-
-
-@pytest.mark.parametrize("error", [False, True])
-def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> None:
-    fill(root, 1)
-    writer = catalog_of(root)
-    key, head = startup.mark(writer), writer.require_head()
-    looks: list[Callable[[JournalStore], bool]] = [
-        partial(startup.has, key=key),
-        partial(startup._has_entry, version=head.version, write_id=head.write_id),
-    ]
-    for look in looks:
-        assert startup.awaited(partial(look, JournalStore(Late(root, after=3, error=error), "other")), timeout_s=60)
-        never = partial(look, JournalStore(Late(root, after=10**6, error=error), "other"))
-        if error:
-            with pytest.raises(oc.Unavailable, match="ESTALE"):
-                startup.awaited(never, timeout_s=0.4)
-        else:
-            assert not startup.awaited(never, timeout_s=0.4)
-    assert not startup._has_entry(writer, head.version, "of another journal")
-    startup.unmark(writer, key)
-    assert not startup.has(writer, key)
-
-
-def test_whoever_looks_again_opens_all_directories_from_the_top_and_makes_none(tmp_path: Path) -> None:
-    """As NFS asks its server when a directory is opened. What is not there yet is no error."""
-    root = tmp_path / "above" / "run"
-    down = ["/", *(f"{path}/" for path in reversed([root, *[*root.parents][:-1]]))]
-    opened: list[str] | None = None
-    sys.addaudithook(
-        lambda event, args: opened.append(str(args[0])) if opened is not None and event == "open" else None
-    )
-    there: list[Path] = []
-    for made in (None, root.parent, root, root / "steps"):
-        if made:
-            made.mkdir()
-            there.append(made)
-        opened = []
-        ReadOnlyStorage(PosixStorage(str(root))).refresh("steps/.probe-x")
-        found, opened = opened, None
-        assert [path for path in found if path.endswith("/")] == down[: len(down) - 1 + min(len(there), 1)]
-        assert found.count(".") == max(0, len(there) - 1)
-        assert sorted(tmp_path.rglob("*")) == there
-
-
-def test_a_mark_that_a_crash_has_left_is_no_part_of_the_run(root: Path) -> None:
-    left = startup.mark(catalog_of(root))
-    assert oc.Agent(root).latest_step() is None  # still a new run
-    fill(root, 1, 2, keep=oc.last(1))
-    assert (root / left).is_file() and oc.open_run(root).all_steps() == [2]
-    for command in ("ls", "doctor", "verify", "gc", "recover"):
-        assert main(["orchestrator", command, str(root)]) == 0, command
-    assert (root / left).is_file()
-    with oc.Agent(root, options=now()) as agent:
-        assert agent.save(3, state(3)) and journal_of(root)[-1].epoch == 2
-
-
-# The rules, pure.
-
-
-def test_every_option_has_a_rule_and_nothing_else_has() -> None:
-    assert [field.name for field in fields(oc.Options)] == list(OPTIONS)
-    own = {name for name, rule in OPTIONS.items() if rule is Strictness.OWN}
-    assert of_agent(None, None, oc.Options()).keys() == {"save", "keep"} | {
-        f"Options.{n}" for n in OPTIONS.keys() - own
-    }
-    assert startup.surroundings().keys() <= RULES.keys()
-    assert {*configuration.PACKAGES, *configuration.JAX_SETTINGS, *configuration.ENVIRONMENT} <= RULES.keys()
-
-
-class Own:
-    """A policy of the user's own; `made` differs from host to host."""
-
-    def __init__(self, made: object) -> None:
-        self.made = made
-
-    def keep(self, steps: Any, now: float) -> frozenset[int]:
-        return frozenset()
-
-
-@dataclass(frozen=True)
-class OwnValue(Own):
-    made: object
-    score: Callable[[Any], float] = len
-
-    def __or__(self, other: Any) -> Any: ...
-
-
-ONE_AND_THE_SAME: dict[str, Callable[[], object]] = {
-    "None": lambda: None,
-    "every": lambda: oc.every(3),
-    "at": lambda: oc.at([*range(100, 0, -1), 10**6]),
-    "at, too long": lambda: oc.at(range(1000)),
-    "combined": lambda: oc.every(3) | oc.every_seconds(2) | oc.auto(60),
-    "kept": lambda: oc.last(2) | oc.best("loss", 2) | oc.within(3) | oc.every_nth(4),
-    "own": lambda: Own(object()),
-    "own, combined": lambda: oc.last(1) | Own(object()),
-    "own value": lambda: OwnValue(3, lambda found: 0.0),
-    "function": lambda: lambda step: True,
-    "partial": lambda: partial(print, object()),
-    "nested": lambda: {"b": {2, "x", None}, "a": [object(), (1, 2.5)]},
-}
-
-
-@pytest.mark.parametrize("what", ONE_AND_THE_SAME)
-def test_what_was_made_alike_is_described_alike_and_shortly(what: str) -> None:
-    one, other = (described(ONE_AND_THE_SAME[what]()) for _ in range(2))
-    assert one == other and len(one) <= configuration.TEXT_CHARS and "0x" not in one
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (oc.every(3), oc.every(4)),
-        (oc.every(3), oc.every_seconds(3)),
-        (oc.every(3), None),
-        (oc.at(range(1000)), oc.at(range(1001))),
-        (oc.at(range(1000)), oc.at([*range(998), 5000, 5001])),
-        (oc.every(3) | oc.at([1]), oc.every(3) | oc.at([2])),
-        (oc.best("loss"), oc.best("loss", mode="max")),
-        (oc.last(2) | oc.best("loss"), oc.last(2) | oc.best("val_loss")),
-        (OwnValue(3), OwnValue(4)),
-        (Own(1), OwnValue(1)),
-        (60.0, None),
-        (True, "True"),
-    ],
-)
-def test_what_was_made_otherwise_is_described_otherwise(one: object, other: object) -> None:
-    assert described(one) != described(other)
-    assert digest({"save": described(one)}) != digest({"save": described(other)})
-
-
-def test_differences_are_listed_by_rule_with_process_0_first_and_the_first_of_many() -> None:
-    told = [{"save": "a", "jax": "1", "numpy": "2", "Options.attest": "'off'"} for _ in range(40)]
-    assert differences(told, partial(who, {})) == ([], [])
-    for process in range(1, 40):
-        told[process]["save"] = "b"
-    told[7] |= {"jax": "2", "Options.attest": "'full'", "of a later version": "1"}
-    errors, notes = differences(told, partial(who, {process: f"h{process}" for process in range(40)}))
-    some = "1 (h1), 2 (h2), 3 (h3), 4 (h4), 5 (h5), 6 (h6), 7 (h7), 8 (h8) and 31 more"
-    assert errors[0] == f"save: a on process 0 (h0); b on processes {some}"
-    assert errors[1].endswith("; 'full' on process 7 (h7)") and len(errors) == 2
-    assert [note.partition(":")[0] for note in notes] == ["jax", "of a later version"]
-    assert notes[1].startswith("of a later version: not known on processes 0 (h0), 1 (h1)")
-
-
-def test_options_that_are_each_hosts_own_are_not_compared() -> None:
-    mine = oc.Options(events_dir="a", metrics_port=1, metrics_address="::1", metrics_file="m", traces=True)
-    assert of_agent(None, None, mine) == of_agent(None, None, oc.Options())

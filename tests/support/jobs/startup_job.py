@@ -1,7 +1,7 @@
-"""Three processes that meet in many rows, one after the other: at roots that are one place and at roots that are not,
+"""Three processes that start in many rows, one after the other: at roots that are one place and at roots that are not,
 configured alike and not.
 
-python meeting_job.py INDEX COUNT PORT FOLDER OWN BUCKET
+python startup_job.py INDEX COUNT PORT FOLDER OWN BUCKET
     FOLDER    the same directory for all; FOLDER/seed is a run, FOLDER/cwd-0 to -2 are there
     OWN       a directory that is another one for each process, whatever it is called
     BUCKET    gs:// prefix that all reach
@@ -36,11 +36,11 @@ from absl import logging as absl_logging
 
 import orchestrator as oc
 from orchestrator import compat
-from orchestrator.job import startup
+from orchestrator.job import one_root
 from orchestrator.storage import PosixStorage
 from tests.support.fakes import HookedStorage
 
-startup.SEEN_WITHIN_S = 0.3
+one_root.SEEN_WITHIN_S = 0.3
 STATE = {"w": jnp.zeros(512), "count": 0}  # as in FOLDER/seed
 said: list[str] = []
 
