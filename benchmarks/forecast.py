@@ -87,11 +87,11 @@ def job(root: str, mesh: str, processes: int, mib: int) -> list[dict[str, Any]]:
 
 def measure(root: str, mesh: str, processes: int, mib: int) -> dict[str, Any]:
     from orchestrator.observe.event_log import read
-    from orchestrator.observe.events import Restored
+    from orchestrator.observe.events import StepRestored
 
     figures = job(root, mesh, processes, mib)
     events = Path(root) / "events"
-    lines = [line for line in read(str(events)) if isinstance(line.event, Restored)]
+    lines = [line for line in read(str(events)) if isinstance(line.event, StepRestored)]
     newest = [line.event for line in lines if line.epoch == max(line.epoch for line in lines)]
     return {
         "bytes": sum(event.read_bytes for event in newest),

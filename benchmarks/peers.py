@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from benchmarks.shapes import is_replicated, own_arrays
-from orchestrator.observe.events import Event, Restored, subscribe
+from orchestrator.observe.events import Event, StepRestored, subscribe
 
 
 class Peer(Protocol):
@@ -38,7 +38,7 @@ class Ours:
         self._unsubscribe = subscribe(self._hear)
 
     def _hear(self, event: Event) -> None:
-        if isinstance(event, Restored):
+        if isinstance(event, StepRestored):
             self.reported_bytes = event.read_bytes
 
     def save(self, state: dict[str, Any]) -> None:

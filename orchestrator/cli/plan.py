@@ -8,7 +8,7 @@ from orchestrator.cli import render
 from orchestrator.cli.command import EVENTS, STEP, Command, Flag, Flags, Result, live_step, open_store
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.observe.event_log import directory_of, read
-from orchestrator.observe.timeline import Story
+from orchestrator.observe.timeline import Timeline
 from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
@@ -56,7 +56,7 @@ def run(root: str, flags: Flags) -> RestorePlan:
         arguments.whole("--processes", flags["processes"], least=1)
     target = Target(axes, flags["processes"] or intent.process_count)
     memory, reserve = _memory(flags)
-    restores = Story().tell(read(directory_of(store.url, flags["events_dir"]))).restores
+    restores = Timeline().add(read(directory_of(store.url, flags["events_dir"]))).restores
     measured = [
         Measured((each.epoch, each.step), each.machine, each.seconds, each.array_s, each.read_bytes)
         for each in restores

@@ -17,7 +17,7 @@ from orchestrator.cli.command import EVENTS, Command, Flag, Flags, open_store
 from orchestrator.cli.run_report import RunReport, build
 from orchestrator.errors import StorageError
 from orchestrator.observe.event_log import directory_of, read
-from orchestrator.observe.timeline import Story
+from orchestrator.observe.timeline import Timeline
 from orchestrator.texts import printable
 
 _PLACE = "/*REPORT*/null"
@@ -25,7 +25,7 @@ _PLACE = "/*REPORT*/null"
 
 def run(root: str, flags: Flags) -> RunReport:
     store = open_store(root)
-    return build(store, Story().tell(read(directory_of(store.url, flags["events_dir"]))), time.time())
+    return build(store, Timeline().add(read(directory_of(store.url, flags["events_dir"]))), time.time())
 
 
 def show(made: RunReport, flags: Flags) -> Iterator[render.Shown]:

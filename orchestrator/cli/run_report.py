@@ -13,7 +13,7 @@ from orchestrator.cli import render
 from orchestrator.cli.command import Result
 from orchestrator.cli.log import reason_and_causes
 from orchestrator.errors import OrchestratorError
-from orchestrator.observe.timeline import Story
+from orchestrator.observe.timeline import Timeline
 from orchestrator.rules import journal, save_interval
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.json_numbers import Stored
@@ -133,8 +133,8 @@ class RunReport(Result, frozen=True):
     intervals: tuple[IntervalGoodput, ...] = ()
 
 
-def build(store: JournalStore, story: Story, now: float) -> RunReport:
-    """The report that `story` and the run's journal make at `now` (seconds since 1970)."""
+def build(store: JournalStore, timeline: Timeline, now: float) -> RunReport:
+    """The report that `timeline` and the run's journal make at `now` (seconds since 1970)."""
     head = store.require_head()
     entries = []
     with render.progress() as display:
@@ -142,8 +142,8 @@ def build(store: JournalStore, story: Story, now: float) -> RunReport:
         for each in store.entries():
             entries.append(_Entry.of(each))
             bar.add(1)
-    saves = _saves(entries, head, story)
-    epochs = _epochs(entries, story)
+    saves = _saves(entries, head, timeline)
+    epochs = _epochs(entries, timeline)
     newest = journal.newest(head)
     return RunReport(
         root=store.url,
@@ -152,11 +152,11 @@ def build(store: JournalStore, story: Story, now: float) -> RunReport:
         version=head.version,
         newest=newest.step if newest else None,
         newest_time=newest.time if newest else None,
-        hosts={str(save.process): save.host for save in story.saves.values()},
+        hosts={str(save.process): save.host for save in timeline.saves.values()},
         saves=saves,
         epochs=epochs,
-        incidents=_incidents(entries, story),
-        goodput=_goodput(entries, saves, epochs, story),
+        incidents=_incidents(entries, timeline),
+        goodput=_goodput(entries, saves, epochs, timeline),
         mesh=_mesh(store, newest),
         intervals=_intervals(entries, saves),
     )
@@ -175,8 +175,8 @@ class _Entry(msgspec.Struct):
         return cls(msgspec.structs.replace(head, live=(), retired=(), aside=()), about, journal.newest(head))
 
 
-def _saves(entries: Iterable[_Entry], head: Head, story: Story) -> tuple[ReportedSave, ...]:
-    parts = _parts(story)
+def _saves(entries: Iterable[_Entry], head: Head, timeline: Timeline) -> tuple[ReportedSave, ...]:
+    parts = _parts(timeline)
     states = {one.id: "retired" for one in head.retired}
     states |= {one.id: "live" for one in (*head.live, *head.aside)}
     saves: dict[AttemptId, ReportedSave] = {}
@@ -198,9 +198,9 @@ def _saves(entries: Iterable[_Entry], head: Head, story: Story) -> tuple[Reporte
     return tuple(sorted(saves.values(), key=lambda save: save.began))
 
 
-def _parts(story: Story) -> dict[AttemptId, list[SavePart]]:
+def _parts(timeline: Timeline) -> dict[AttemptId, list[SavePart]]:
     parts: dict[AttemptId, list[SavePart]] = {}
-    for save in story.saves.values():
+    for save in timeline.saves.values():
         part = SavePart(
             process=save.process,
             began=save.began,
@@ -229,14 +229,14 @@ def _decided(entry: _Entry, key: AttemptId, began: float, state: str) -> Reporte
     )
 
 
-def _epochs(entries: Iterable[_Entry], story: Story) -> tuple[ReportedEpoch, ...]:
-    restored = {(each.epoch, each.process): each for each in story.restores}
+def _epochs(entries: Iterable[_Entry], timeline: Timeline) -> tuple[ReportedEpoch, ...]:
+    restored = {(each.epoch, each.process): each for each in timeline.restores}
     epochs: list[ReportedEpoch] = []
     for entry in entries:
         if entry.head.event.kind == "opened-epoch":
             epoch = entry.head.epoch
             mine = restored.get((epoch, 0))
-            _, processes = story.opened.get(epoch, (0.0, None))
+            _, processes = timeline.opened.get(epoch, (0.0, None))
             since = entry.head.time - entry.newest.time if entry.newest else 0.0
             if epoch > 1 and not entry.newest and epochs:  # nothing was durable: all since the first start is lost
                 since = entry.head.time - epochs[-1].opened
@@ -248,7 +248,7 @@ def _epochs(entries: Iterable[_Entry], story: Story) -> tuple[ReportedEpoch, ...
     return tuple(epochs)
 
 
-def _incidents(entries: Iterable[_Entry], story: Story) -> tuple[Incident, ...]:
+def _incidents(entries: Iterable[_Entry], timeline: Timeline) -> tuple[Incident, ...]:
     found = []
     epochs = 0
     for entry in entries:
@@ -266,7 +266,7 @@ def _incidents(entries: Iterable[_Entry], story: Story) -> tuple[Incident, ...]:
             if epochs > 1:
                 text = f"incarnation {head.epoch} took over from {head.epoch - 1}"
                 found.append(Incident(head.time, "restart", None, None, text, head.writer))
-    fenced = [save for save in story.saves.values() if save.outcome == "fenced"]
+    fenced = [save for save in timeline.saves.values() if save.outcome == "fenced"]
     for save in fenced:
         at, by = save.began + (save.ended_s or 0.0), f"process {save.process} ({save.host})"
         found.append(Incident(at, "fenced", save.step, save.attempt, save.reason, by))
@@ -274,11 +274,11 @@ def _incidents(entries: Iterable[_Entry], story: Story) -> tuple[Incident, ...]:
 
 
 def _goodput(
-    entries: list[_Entry], saves: Sequence[ReportedSave], epochs: Sequence[ReportedEpoch], story: Story
+    entries: list[_Entry], saves: Sequence[ReportedSave], epochs: Sequence[ReportedEpoch], timeline: Timeline
 ) -> Goodput:
     """Training waits for the slowest host of a save, and starts again from the newest durable state after a restart."""
-    heard = max((host.heard for host in story.hosts.values()), default=0.0)
-    wall_s = max(entries[-1].head.time, heard) - entries[0].head.time if entries else 0.0
+    last_seen = max((host.last_seen for host in timeline.hosts.values()), default=0.0)
+    wall_s = max(entries[-1].head.time, last_seen) - entries[0].head.time if entries else 0.0
     blocked_s = sum(max((part.blocked for part in save.parts), default=0.0) for save in saves)
     restarts_s = sum(epoch.lost_s for epoch in epochs)
     share = max(0.0, 1 - (blocked_s + restarts_s) / wall_s) if wall_s > 0 else None

@@ -11,7 +11,7 @@ from orchestrator.cli.command import EVENTS, Command, Flag, Flags, Result, open_
 from orchestrator.observe.event_log import Tail, directory_of
 from orchestrator.observe.events import PHASES
 from orchestrator.observe.heartbeat import EVENT_INTERVAL_S
-from orchestrator.observe.timeline import HostSave, Story
+from orchestrator.observe.timeline import HostSave, Timeline
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
@@ -78,17 +78,17 @@ def follow(root: str, flags: Flags) -> Iterator[RunNow]:
     arguments.seconds("--interval_s", flags["interval_s"])
     store = open_store(root)
     tail = Tail(directory_of(store.url, flags["events_dir"]))
-    story = Story()
+    timeline = Timeline()
     while True:
         head = store.require_head()
-        yield summarize(store.url, head, story.tell(tail.more()), time.time())
+        yield summarize(store.url, head, timeline.add(tail.more()), time.time())
         time.sleep(flags["interval_s"])
 
 
-def summarize(url: str, head: Head, story: Story, now: float) -> RunNow:
-    """The run as `story` and `head` have it at `now` (seconds since 1970)."""
+def summarize(url: str, head: Head, timeline: Timeline, now: float) -> RunNow:
+    """The run as `timeline` and `head` have it at `now` (seconds since 1970)."""
     newest = journal.newest(head)
-    current = story.epoch == head.epoch  # events of an older incarnation say nothing about this one's hosts
+    current = timeline.epoch == head.epoch  # events of an older incarnation say nothing about this one's hosts
     hosts = tuple(
         HostNow(
             process=host.process,
@@ -96,15 +96,15 @@ def summarize(url: str, head: Head, story: Story, now: float) -> RunNow:
             state=host.doing,
             step=host.step if host.step >= 0 else None,
             since_s=max(0.0, now - host.since),
-            heard_s=max(0.0, now - host.heard),
-            silent=not host.left and now - host.heard > SILENT_S,
+            heard_s=max(0.0, now - host.last_seen),
+            silent=not host.left and now - host.last_seen > SILENT_S,
             written_bytes=host.written_bytes if host.doing in PHASES else 0,
             bytes_per_s=host.rate if host.doing in PHASES else None,
         )
-        for host in sorted(story.hosts.values(), key=lambda host: host.process)
+        for host in sorted(timeline.hosts.values(), key=lambda host: host.process)
         if current
     )
-    seconds = {save.id: save.ended_s for save in story.saves.values() if save.process == 0}
+    seconds = {save.id: save.ended_s for save in timeline.saves.values() if save.process == 0}
     commits = tuple(
         CommitNow(live.step, live.attempt, live.time, live.bytes, seconds.get(live.id))
         for live in head.live[-_COMMITS:]
@@ -114,19 +114,19 @@ def summarize(url: str, head: Head, story: Story, now: float) -> RunNow:
         time=now,
         epoch=head.epoch,
         version=head.version,
-        processes=story.opened[head.epoch][1] if head.epoch in story.opened else None,
+        processes=timeline.opened[head.epoch][1] if head.epoch in timeline.opened else None,
         newest=newest.step if newest else None,
         loss_s=max(0.0, now - newest.time) if newest else None,
         hosts=hosts,
         commits=commits,
-        slowest=slowest(story),
+        slowest=slowest(timeline),
     )
 
 
-def slowest(story: Story) -> SlowestHost | None:
+def slowest(timeline: Timeline) -> SlowestHost | None:
     """The host that took longest, until its part was durable, in the newest save that two or more have finished."""
     together: dict[AttemptId, list[HostSave]] = {}
-    for save in story.saves.values():
+    for save in timeline.saves.values():
         if "waiting" in save.phases:
             together.setdefault(save.id, []).append(save)
     for attempt, saves in reversed(together.items()):

@@ -104,7 +104,7 @@ class Agreement:
 
         late = timed_out(
             f"{attempt.label}: {who} did not say within {self._timeout_s:g} s who holds the leaves of the "
-            "state; look at that host"
+            "state; check that host"
         )
         return poll(signalled, self._timeout_s, late, pause=_PAUSE, storage=stored)
 

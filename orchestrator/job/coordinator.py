@@ -73,7 +73,7 @@ class Coordinator:
         post the decision. `all_in` is called when all are in and the commit begins.
 
         Raises StorageError if the outcome could not be journalled: then the attempt is either not committed (and a
-        later epoch collects it) or committed without anybody being told.
+        later epoch collects it) or committed, and nobody knows.
         """
         attempt = own.intent.id
         try:

@@ -29,8 +29,7 @@ from orchestrator.job.finalize import OwnPart, UserData
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals
-from orchestrator.observe import events
-from orchestrator.observe.events import SaveNotCommitted, SavePhase, SaveStarted, emit
+from orchestrator.observe.events import SaveCommitted, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FORMAT, Cause, FileEntry, Intent, Receipt
@@ -46,7 +45,7 @@ GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait
 
 @dataclass(frozen=True)
 class Incarnation:
-    """What all saves of this process have in common. coordinator: on process 0 only. committed: called after each
+    """What all saves of this process share. coordinator: on process 0 only. committed: called after each
     commit, on the save's own thread."""
 
     catalog: JournalStore
@@ -114,7 +113,7 @@ class Participant:
         self.outcome: Outcome | None = None
         self.error: OrchestratorError | None = None
         self.blocked_s = self.durable_s = 0.0
-        self._in, self._user = incarnation, user
+        self._shared, self._user = incarnation, user
         self._own = Contribution(incarnation.catalog, incarnation.rendezvous, attempt, process_state)
         self._phase = "stage"  # what fails next fails in it
         self._problem: BaseException | None = None  # why this process votes to abort
@@ -155,9 +154,9 @@ class Participant:
     def reject(self, phase: str, cause: BaseException, kind: Cause = Cause.REJECTED) -> None:
         """Instead of `start`: tell the other processes, without touching storage, that this one takes no part. kind:
         what all of them count it as."""
-        self._in.signals.vote_abort(self._own.abort_vote(phase, cause, kind))
-        if self._in.coordinator:  # nobody else could decide it
-            self._in.signals.post_decision(self.id, Aborted(f"process 0 in {phase}: {cause}", kind))
+        self._shared.signals.vote_abort(self._own.abort_vote(phase, cause, kind))
+        if self._shared.coordinator:  # nobody else could decide it
+            self._shared.signals.post_decision(self.id, Aborted(f"process 0 in {phase}: {cause}", kind))
 
     def start(self, flat: Flat) -> None:
         """Stage `flat` and go on in the background. Whatever fails from here on is this process's abort vote."""
@@ -169,7 +168,7 @@ class Participant:
             except Exception as error:  # the other processes must hear of it
                 self.fail("stage", error)
         self._own.seconds["stage"] = time.monotonic() - began
-        if self._in.coordinator:  # here, not in the thread: that one must not keep the state's device buffers alive
+        if self._shared.coordinator:  # here, not in the thread: that one must not keep the state's device buffers alive
             self._intent = self._make_intent(flat)
         returned = threading.Event()
         thread = threading.Thread(target=self._run, args=(returned,), name=f"save-{self.step}", daemon=True)
@@ -181,10 +180,10 @@ class Participant:
             returned.set()
 
     def _stage(self, flat: Flat) -> None:
-        check_root(self._in.catalog.storage)
+        check_root(self._shared.catalog.storage)
         failpoints.hit("save.stage")
-        held = self._in.agreement.settle(flat, self.id, self._saves_other_step)
-        self._own.stage(self._in.writer, flat, held, attest=self._in.options.attest != "off")
+        held = self._shared.agreement.settle(flat, self.id, self._saves_other_step)
+        self._own.stage(self._shared.writer, flat, held, attest=self._shared.options.attest != "off")
 
     def _make_intent(self, flat: Flat) -> Intent:
         return Intent(
@@ -192,15 +191,15 @@ class Participant:
             write_id=uuid.uuid4().hex,
             step=self.step,
             attempt=self.id.name,
-            epoch=self._in.epoch,
-            opened_by=self._in.catalog.writer,
+            epoch=self._shared.epoch,
+            opened_by=self._shared.catalog.writer,
             time=self._user.timestamp,
-            process_count=self._in.rendezvous.count,
+            process_count=self._shared.rendezvous.count,
             device_count=jax.device_count(),
             mesh=flat.form.mesh,
-            tree=self._in.writer.recorded(flat.spec),
-            built_on=self._in.catalog.durable_version,
-            held=self._in.agreement.account(flat),
+            tree=self._shared.writer.recorded(flat.spec),
+            built_on=self._shared.catalog.durable_version,
+            held=self._shared.agreement.account(flat),
         )
 
     # From here on in the background: vote, decision, outcome.
@@ -209,7 +208,7 @@ class Participant:
         """Leaves what has come of the save in `outcome` and `error`."""
         returned.wait()  # the interpreter's lock, once lost, comes back after 5 ms: training goes first
         try:
-            self.outcome = self._coordinate(self._in.coordinator) if self._in.coordinator else self._follow()
+            self.outcome = self._coordinate(self._shared.coordinator) if self._shared.coordinator else self._follow()
             self.error = self._error(self.outcome)
         except FATAL as error:
             self.error = error
@@ -218,21 +217,21 @@ class Participant:
         finally:
             self._own.release()
         if self.error:
-            self._in.agreement.doubt()
+            self._shared.agreement.doubt()
             cause = self.outcome.cause if isinstance(self.outcome, Aborted) else Cause.FAILED
             cause = Cause.FENCED if isinstance(self.error, errors.Fenced) else cause
             emit(SaveNotCommitted(self.step, self.id.name, str(self.error), cause))
         else:
             self.durable_s = time.monotonic() - self.started_s
             saved_bytes = self.outcome.state_bytes if isinstance(self.outcome, Committed) else 0
-            emit(events.Committed(self.step, self.id.name, self.durable_s, saved_bytes))
-            self._in.committed()
+            emit(SaveCommitted(self.step, self.id.name, self.durable_s, saved_bytes))
+            self._shared.committed()
 
     def _coordinate(self, coordinator: Coordinator) -> Outcome:
         """Process 0: open the attempt while it writes its own part, then decide."""
         assert self._intent is not None
         opening = overlap.begin(partial(coordinator.open, self._intent, self._user))
-        self._in.signals.post_saving(self.id)
+        self._shared.signals.post_saving(self.id)
         receipt = self._vote(opening)
         opening.wait(GRACE_S)  # nothing of this process should appear in an attempt that is decided
         opened: tuple[FileEntry, ...] = ()
@@ -247,16 +246,16 @@ class Participant:
         if self._other_step:  # before it staged anything; what process 0 does next is no business of this one
             return self._other_step
         decision = DecisionReader(
-            self.id, self._in.epoch, self._in.catalog, self._in.signals, self._in.rendezvous.hosts
+            self.id, self._shared.epoch, self._shared.catalog, self._shared.signals, self._shared.rendezvous.hosts
         )
-        return decision.wait(self._in.options.save_timeout_s + GRACE_S, self._saves_other_step)
+        return decision.wait(self._shared.options.save_timeout_s + GRACE_S, self._saves_other_step)
 
     @property
     def _left_s(self) -> float:
-        return max(0.0, self.started_s + self._in.options.save_timeout_s - time.monotonic())
+        return max(0.0, self.started_s + self._shared.options.save_timeout_s - time.monotonic())
 
     def _saves_other_step(self) -> Aborted | None:
-        self._other_step = self._in.order.other_step(self.id, self._in.catalog.durable_version)
+        self._other_step = self._shared.order.other_step(self.id, self._shared.catalog.durable_version)
         return self._other_step
 
     def _error(self, outcome: Outcome) -> OrchestratorError | None:
@@ -285,7 +284,7 @@ class Participant:
             self._phase = "write"
             self._report("writing")
             failpoints.hit("save.write")
-            self._own.write(self._in.options.save_timeout_s, self._another_aborts)
+            self._own.write(self._shared.options.save_timeout_s, self._another_aborts)
             self._phase = "seal"
             self._report("sealing")
             self._own.make_durable()
@@ -296,7 +295,7 @@ class Participant:
             failpoints.hit("receipt.write")
             receipt = self._own.store_receipt()
             failpoints.hit("receipt.after")
-            self._in.signals.vote(self.id)
+            self._shared.signals.vote(self.id)
             self._report("waiting")
             return receipt
         except arrays.WriteStopped:  # another's abort vote has decided: none of ours, so that theirs is the cause
@@ -309,10 +308,10 @@ class Participant:
         return None
 
     def _vote_abort(self, vote: Receipt) -> None:
-        self._in.signals.vote_abort(vote)
+        self._shared.signals.vote_abort(vote)
         try:
             self._own.store_abort_vote(vote)
-        except Exception as error:  # the signal has told already; a full disk cannot hold the receipt
+        except Exception as error:  # the signal carries it already; a full disk cannot hold the receipt
             text = "%s: the abort vote of process %d could not be stored: %s"
             logging.warning(text, self.label, vote.process, error)
 
@@ -320,15 +319,15 @@ class Participant:
         try:
             opening.result(self._left_s)
         except TimeoutError as error:
-            where = f"{self._in.catalog.url}/{self.id.intent_key}"
-            timeout_s = self._in.options.save_timeout_s
+            where = f"{self._shared.catalog.url}/{self.id.intent_key}"
+            timeout_s = self._shared.options.save_timeout_s
             raise WaitTimeout(f"{where} was not written within {timeout_s:g} s") from error
 
     def _another_aborts(self) -> bool:
         """Asked again and again while this process writes, so it reports the progress, too."""
         if time.monotonic() - self._reported_s >= PROGRESS_S:
             self._report("writing")
-        return any(self._in.signals.votes(self.id).values())
+        return any(self._shared.signals.votes(self.id).values())
 
     def _report(self, phase: str) -> None:
         self._reported_s = time.monotonic()

@@ -1,6 +1,6 @@
-"""The one way in which the processes of a job wait for each other: look, pause, look again, and stop at a deadline.
+"""The one way in which the processes of a job wait for each other: ask, pause, ask again, and stop at a deadline.
 
-A signal makes a wait short, storage decides it: `look` is asked often and costs little, `storage` once a second. Any
+A signal makes a wait short, storage decides it: `signal` is asked often and costs little, `storage` once a second. Any
 thread; nothing here is a collective.
 """
 
@@ -27,7 +27,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Pause:
-    """Between two looks: first_s, and `growth` of the time waited so far on top, but at most longest_s."""
+    """Between two questions: first_s, and `growth` of the time waited so far on top, but at most longest_s."""
 
     first_s: float
     longest_s: float
@@ -42,7 +42,7 @@ REAL = Clock()
 
 
 def poll(
-    look: Callable[[], Value | None],
+    signal: Callable[[], Value | None],
     timeout_s: float,
     late: Callable[[], Value],
     *,
@@ -50,15 +50,15 @@ def poll(
     storage: Callable[[], Value | None] = lambda: None,
     clock: Clock = REAL,
 ) -> Value:
-    """The first answer of `look` or `storage` that is not None; after `timeout_s`, what `late` returns or raises.
+    """The first answer of `signal` or `storage` that is not None; after `timeout_s`, what `late` returns or raises.
 
-    `look` is asked at once, even with no time left, and once more at the deadline; `storage` every STORAGE_S. Raises
+    `signal` is asked at once, even with no time left, and once more at the deadline; `storage` every STORAGE_S. Raises
     what any of them raises.
     """
     started = clock.now()
     ask_at = started + STORAGE_S
     while True:
-        answer = look()
+        answer = signal()
         if answer is None and clock.now() >= ask_at:
             answer = storage()
             ask_at = clock.now() + STORAGE_S

@@ -52,8 +52,7 @@ from orchestrator.job.restore_rounds import (
 )
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.observe import heartbeat
-from orchestrator.observe.events import Restored as RestoredEvent
-from orchestrator.observe.events import SteppedDown, emit
+from orchestrator.observe.events import SteppedDown, StepRestored, emit
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
@@ -182,7 +181,7 @@ class _Restore:
         failpoints.hit("restore.after")
         heartbeat.record("restored", live.step, restored_step=live.step)
         elapsed_s = time.monotonic() - self._started_s
-        emit(RestoredEvent(live.step, live.attempt, elapsed_s, reads.read_bytes, reads.array_s))
+        emit(StepRestored(live.step, live.attempt, elapsed_s, reads.read_bytes, reads.array_s))
 
 
 def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan: ReadPlan) -> Outcome[list[Any]]:

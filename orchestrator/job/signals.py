@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 _STORED = "yes"
 _PROCESS = re.compile("0|[1-9][0-9]{0,8}")
 _WARN_S = 10.0
-_LEAVES_MAX = 100_000_000
+_LEAVES_MAX = 10_000_000
 # Made by the thread that imports: see `rules.codec`.
 _SAVING = msgspec.json.Decoder(tuple[int, str])
 _HELD = msgspec.json.Decoder(tuple[Held, ...])
@@ -90,7 +90,7 @@ class Signals:
         self._board.post(f"{self._of(attempt)}receipt/{self._board.process}", text)
 
     def votes(self, attempt: AttemptId) -> Votes:
-        """Of whoever has voted, as far as this process has heard."""
+        """The votes that this process knows of."""
         votes: Votes = {}
         for name, text in self._board.poll(f"{self._of(attempt)}receipt/").items():
             if _PROCESS.fullmatch(name) and int(name) < self._board.count:
@@ -106,7 +106,7 @@ class Signals:
             receipt = decode(
                 text.encode(errors="replace"), Receipt, where, step=attempt.step, attempt=attempt.name, process=process
             )
-            problem = "" if receipt.failure else f"{where}: a receipt that says of no failure; those are stored"
+            problem = "" if receipt.failure else f"{where}: a receipt without a failure, expected in storage"
         except StorageError:
             raise
         except OrchestratorError as error:
@@ -142,14 +142,14 @@ class Signals:
 
     def post_decision(self, attempt: AttemptId, outcome: Outcome) -> None:
         """How the attempt ended, so that the others need not ask the journal."""
-        told = Committed() if isinstance(outcome, Committed) else outcome  # what process 0 measured is its own
-        self._board.post(f"{self._of(attempt)}decision/0", msgspec.json.encode(told).decode())
+        posted = Committed() if isinstance(outcome, Committed) else outcome  # what process 0 measured is its own
+        self._board.post(f"{self._of(attempt)}decision/0", msgspec.json.encode(posted).decode())
 
     def decision(self, attempt: AttemptId) -> Outcome | None:
         return self._of_process_0(self._of(attempt), "decision", _OUTCOME.decode)
 
     def forget_previous(self, attempt: AttemptId) -> None:
-        """`attempt` is being decided: whoever has not heard by now how the one before ended finds it in the journal."""
+        """`attempt` is being decided: whoever does not know by now how the one before ended finds it in the journal."""
         if self._decided is not None:
             self._board.forget(self._of(self._decided))
         self._decided = attempt

@@ -25,13 +25,13 @@ import msgspec
 from absl import logging
 
 from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey
-from orchestrator.observe.events import KINDS, EpochOpened, Event
+from orchestrator.observe.events import KINDS, EpochOpened, Event, name_of
 from orchestrator.rules.attempt_id import parse_name
 from orchestrator.storage import local_path
 from orchestrator.storage.directory import Root, find
 
 VERSION = 1
-_FORMER = {"StoreRetried": {"event": "Retried", "what": "store"}}  # events of older logs, as they are told now
+_FORMER = {"StoreRetried": {"event": "Retried", "what": "store"}}  # events of older logs, as they are read now
 FILE_BYTES = 8 << 20
 DIRECTORY = "events"  # below a run's root, where that is a directory
 _QUEUE_MAX = 10_000
@@ -45,7 +45,7 @@ _FILE = re.compile(r"\d{5,}(\.old)?\.jsonl")
 
 
 @dataclass(frozen=True)
-class Line:
+class LoggedEvent:
     """One event with where and when it happened. `time`: seconds since the epoch, by the clock of `machine`."""
 
     time: float
@@ -56,30 +56,30 @@ class Line:
     event: Event
 
 
-def encode(line: Line) -> bytes:
-    where = {field.name: getattr(line, field.name) for field in fields(Line) if field.name != "event"}
+def encode(line: LoggedEvent) -> bytes:
+    where = {field.name: getattr(line, field.name) for field in fields(LoggedEvent) if field.name != "event"}
     own = {field.name: getattr(line.event, field.name) for field in fields(line.event)}
-    return msgspec.json.encode({"v": VERSION, "event": type(line.event).__name__, **where, **own}) + b"\n"
+    return msgspec.json.encode({"v": VERSION, "event": name_of(line.event), **where, **own}) + b"\n"
 
 
-def decode(text: bytes) -> Line | None:
-    """The line that `encode` wrote; None for one that is cut off, foreign, of an event unknown to this version, or with
-    values that mean nothing."""
+def decode(text: bytes) -> LoggedEvent | None:
+    """The line that `encode` wrote; None for one that is cut off, of another program, of an event unknown to this
+    version, or with values that mean nothing."""
     try:
-        said: dict[str, Any] = msgspec.json.decode(text, type=dict)
-        said |= _FORMER.get(str(said.get("event")), {})
-        kind = KINDS.get(str(said.get("event")))
-        if kind is None or said.get("v") != VERSION or not all(map(_sensible, said, said.values())):
+        parsed: dict[str, Any] = msgspec.json.decode(text, type=dict)
+        parsed |= _FORMER.get(str(parsed.get("event")), {})
+        kind = KINDS.get(str(parsed.get("event")))
+        if kind is None or parsed.get("v") != VERSION or not all(map(_is_plausible, parsed, parsed.values())):
             return None
-        # `epoch` of EpochOpened is the line's own, said once.
-        event = msgspec.convert(said, type=kind)
-        return Line(**msgspec.convert(said, type=_Where).asdict(), event=event)
+        # The `epoch` of EpochOpened is that of its line, which holds it once.
+        event = msgspec.convert(parsed, type=kind)
+        return LoggedEvent(**msgspec.convert(parsed, type=_Where).asdict(), event=event)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
 
 
-def _sensible(name: str, value: object) -> bool:
-    """Whether readers can reckon with it. Numbers are counts, sizes, times and durations, -1 for none."""
+def _is_plausible(name: str, value: object) -> bool:
+    """Whether readers can compute with it. Numbers are counts, sizes, times and durations, -1 for none."""
     if isinstance(value, int | float):
         return -1 <= value <= _MOST.get(name, _NUMBER_MAX)
     if name == "attempt":
@@ -124,7 +124,7 @@ class EventLog:
         self._process, self._host, self._epoch = process, host, epoch
         self._machine = os.uname().nodename
         self._file_bytes, self._clock = file_bytes, clock
-        self._waiting: queue.Queue[Line | None] = queue.Queue(_QUEUE_MAX)
+        self._waiting: queue.Queue[LoggedEvent | None] = queue.Queue(_QUEUE_MAX)
         self._failed = False
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
@@ -132,7 +132,9 @@ class EventLog:
 
     def write(self, event: Event, at: float | None = None) -> None:
         """`at`: when it happened, if not now."""
-        line = Line(self._clock() if at is None else at, self._process, self._host, self._machine, self._epoch, event)
+        line = LoggedEvent(
+            self._clock() if at is None else at, self._process, self._host, self._machine, self._epoch, event
+        )
         try:
             self._waiting.put_nowait(line)
         except queue.Full:
@@ -158,7 +160,7 @@ class EventLog:
         self._root.ready()
         folder, _, name = self._key.rpartition("/")
         with self._root.directory(folder, make=True, durable=False) as directory:
-            # Opened anew each time: another incarnation may have put a new file in its place, and a network file system
+            # Opened each time: another incarnation may have put a new file in its place, and a network file system
             # shows others only what was closed.
             descriptor = self._opened(directory, name)
             try:
@@ -185,7 +187,7 @@ def directory_of(url: str, chosen: str | None) -> str | None:
     return None if root is None else os.path.join(root, DIRECTORY)
 
 
-def read(directory: str | None) -> list[Line]:
+def read(directory: str | None) -> list[LoggedEvent]:
     """All events in `directory`, by time; [] if there are none. Lines that cannot be read are left out."""
     return Tail(directory).more(whole=False)
 
@@ -204,12 +206,12 @@ class Tail:
         self.problems: dict[str, str] = {}
         self.newest: dict[int, float] = {}
 
-    def more(self, whole: bool = True) -> list[Line]:
+    def more(self, whole: bool = True) -> list[LoggedEvent]:
         """By time. `whole`: a last line without its end is being written, and left for the next call."""
         if self._directory is None:
             return []
         root, base = find(os.path.abspath(self._directory))
-        lines: list[Line] = []
+        lines: list[LoggedEvent] = []
         try:
             with root.directory(base) as directory:
                 for name in sorted(filter(_FILE.fullmatch, os.listdir(directory))):
@@ -258,6 +260,6 @@ def _read(descriptor: int, first: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def epochs(lines: Iterable[Line]) -> dict[int, EpochOpened]:
+def epochs(lines: Iterable[LoggedEvent]) -> dict[int, EpochOpened]:
     """Epoch -> how process 0 opened it."""
     return {line.epoch: line.event for line in lines if isinstance(line.event, EpochOpened) and line.process == 0}

@@ -1,7 +1,7 @@
-"""What happened, as typed values, written in one place. Log events, not sentences.
+"""What happened, as typed values, logged in one place. Log events, not sentences.
 
 `emit` may be called from any thread. The line goes to absl logging; `subscribe` adds further readers: the event log
-(`eventlog`), metrics, traces, tests. The schema is in docs/reference/events.md, which a test compares with this file.
+(`event_log`), metrics, traces, tests. The schema is in docs/reference/events.md, which a test compares with this file.
 Names, fields and units are a contract: fields may be added, never renamed or given another meaning.
 """
 
@@ -57,7 +57,7 @@ class SaveStarted:
 
 
 @dataclass(frozen=True)
-class Committed:
+class SaveCommitted:
     """`elapsed_s`: from the call of `save` to the commit, as this process saw it. `state_bytes`: of all files of the
     step, on process 0; 0 elsewhere."""
 
@@ -89,7 +89,7 @@ class HostLocalDiffers:
 
 
 @dataclass(frozen=True)
-class Restored:
+class StepRestored:
     """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`: this process's reading of arrays."""
 
     step: int
@@ -129,7 +129,7 @@ class CadenceChosen:
 
 
 @dataclass(frozen=True)
-class Collected:
+class AttemptsDeleted:
     attempts: int
     deleted_bytes: int
     failed: int
@@ -147,17 +147,24 @@ Event = (
     | Alive
     | SavePhase
     | SaveStarted
-    | Committed
+    | SaveCommitted
     | SaveNotCommitted
     | HostLocalDiffers
-    | Restored
+    | StepRestored
     | SteppedDown
     | Retried
-    | Collected
+    | AttemptsDeleted
     | CadenceChosen
     | Closed
 )
-KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
+# What logs call them, where the class has a name of its own here: names in logs are a contract.
+_LOGGED_AS: dict[type[Event], str] = {
+    SaveCommitted: "Committed",
+    StepRestored: "Restored",
+    AttemptsDeleted: "Collected",
+}
+KINDS: dict[str, type[Event]] = {_LOGGED_AS.get(kind, kind.__name__): kind for kind in get_args(Event)}
+_NAMES = {kind: name for name, kind in KINDS.items()}
 _WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers)
 _DETAILS = (Alive, SavePhase)  # for programs; people would drown in them
 _readers: list[Callable[[Event], None]] = []
@@ -167,9 +174,14 @@ def emit(event: Event) -> None:
     """Log `event` as `name key=value ...` and hand it to every subscriber."""
     text = " ".join(f"{field.name}={_text(getattr(event, field.name))}" for field in fields(event))
     level = logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO
-    logging.log(logging.DEBUG if isinstance(event, _DETAILS) else level, "%s %s", type(event).__name__, text)
+    logging.log(logging.DEBUG if isinstance(event, _DETAILS) else level, "%s %s", name_of(event), text)
     for reader in tuple(_readers):
         reader(event)
+
+
+def name_of(event: Event) -> str:
+    """What an event is called in logs."""
+    return _NAMES[type(event)]
 
 
 def subscribe(reader: Callable[[Event], None]) -> Callable[[], None]:

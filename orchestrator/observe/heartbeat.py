@@ -2,7 +2,7 @@
 watches; and in a small local file, for a supervisor outside.
 
 The file is written only where the launcher asks for it (`ORCHESTRATOR_HEARTBEAT_FILE`). Both come from the main
-thread's own calls, so that a training loop that hangs stops beating. Best effort: a heartbeat never hurts the job.
+thread's own calls, so that a training loop that hangs records nothing. Best effort: a heartbeat never hurts the job.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def record(doing: str, step: int | None, **more: object) -> None:
     EVENT_INTERVAL_S. Main thread."""
     path = os.environ.get(HEARTBEAT_FILE)
     now = time.monotonic()
-    told_s = _last.get("told_s", -EVENT_INTERVAL_S)
-    assert isinstance(told_s, float)
-    if now - told_s >= EVENT_INTERVAL_S:
-        _last["told_s"] = now
+    reported_s = _last.get("reported_s", -EVENT_INTERVAL_S)
+    assert isinstance(reported_s, float)
+    if now - reported_s >= EVENT_INTERVAL_S:
+        _last["reported_s"] = now
         emit(Alive(doing, -1 if step is None else step))
     written_s = _last.get("written_s", 0.0)
     assert isinstance(written_s, float)
@@ -38,12 +38,12 @@ def record(doing: str, step: int | None, **more: object) -> None:
     if step is not None:
         _last["step"] = step
     _last.update(more, doing=doing, written_s=now)
-    told = {name: value for name, value in _last.items() if name not in ("written_s", "told_s")}
+    content = {name: value for name, value in _last.items() if name not in ("written_s", "reported_s")}
     temporary = f"{path}.{os.getpid()}"
     try:
         with open(temporary, "w") as file:
-            json.dump({**told, "pid": os.getpid()}, file)
+            json.dump({**content, "pid": os.getpid()}, file)
         os.replace(temporary, path)  # a reader sees the old one or the new one, never half
-    except OSError:  # a full disk has still room for a time stamp; without a beat a supervisor would kill us
+    except OSError:  # a full disk has still room for a time stamp; a supervisor kills a process whose file is old
         with contextlib.suppress(OSError):
             os.utime(path)

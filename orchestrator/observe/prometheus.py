@@ -33,7 +33,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 class Metrics:
-    """`hear` may be called from any thread. `registry` is this agent's own: two agents do not mix."""
+    """`on_event` may be called from any thread. `registry` is this agent's own: two agents do not mix."""
 
     def __init__(self, process: int, host: str, clock: Callable[[], float] = time.monotonic) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
@@ -78,11 +78,11 @@ class Metrics:
         interval = gauge("commit_interval_seconds", "Median of the last intervals between commits, 0 before two")
         interval.set_function(lambda: statistics.median(self._intervals or [0.0]))
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         with self._lock:
-            self._hear(event)
+            self._count(event)
 
-    def _hear(self, event: Event) -> None:
+    def _count(self, event: Event) -> None:
         match event:
             case events.EpochOpened():
                 self._epoch.set(event.epoch)
@@ -94,23 +94,23 @@ class Metrics:
                 self._written = max(self._written, event.written_bytes)
             case events.SaveStarted():
                 self._blocked.observe(event.blocked_s)
-            case events.Committed():
+            case events.SaveCommitted():
                 self._commit(event)
             case events.SaveNotCommitted():
                 self._failures.labels(event.cause).inc()
                 self._fenced.inc(event.cause == "fenced")
-            case events.Restored():
+            case events.StepRestored():
                 self._restore.observe(event.elapsed_s)
                 self._read.inc(event.read_bytes)
             case events.SteppedDown():
                 self._down.inc()
             case events.Retried():
                 self._retries.labels(f"{event.what} {event.reason}".strip()).inc()
-            case events.Collected():
+            case events.AttemptsDeleted():
                 self._deleted.inc(event.deleted_bytes)
                 self._undeleted.inc(event.failed)
 
-    def _commit(self, event: events.Committed) -> None:
+    def _commit(self, event: events.SaveCommitted) -> None:
         now = self._clock()
         if self._any:  # the first one's interval is the start of the job
             self._intervals.append(now - self._committed)

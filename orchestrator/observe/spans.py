@@ -19,7 +19,7 @@ _NS = 1_000_000_000
 
 
 class Traces:
-    """`hear` may be called from any thread; one save at a time, as an agent has them."""
+    """`on_event` may be called from any thread; one save at a time, as an agent has them."""
 
     def __init__(
         self, process: int, host: str, tracer: Tracer | None = None, clock: Callable[[], float] = time.time
@@ -30,17 +30,17 @@ class Traces:
         self._began = 0.0
         self._phases: dict[str, float] = {}
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         match event:
             case events.SavePhase():
                 if event.phase == PHASES[0]:
                     self._began, self._phases = self._clock() - event.elapsed_s, {}
                 self._phases.setdefault(event.phase, self._began + event.elapsed_s)
-            case events.Committed():
+            case events.SaveCommitted():
                 self._save(event.step, event.attempt, "")
             case events.SaveNotCommitted():
                 self._save(event.step, event.attempt, event.reason)
-            case events.Restored():
+            case events.StepRestored():
                 end = self._clock()
                 span = self._start("restore", end - event.elapsed_s, event.step, event.attempt)
                 span.set_attribute("orchestrator.read_bytes", event.read_bytes)

@@ -1,4 +1,4 @@
-"""What an agent tells the outside about itself: the event log, metrics, traces. One object, opened and closed by it.
+"""What an agent reports about itself: the event log, metrics, traces. One object, opened and closed by the agent.
 
 None of it may hurt the job: what cannot be opened is one warning. The agent's thread never waits for a disk or a port.
 """
@@ -18,8 +18,8 @@ _EARLY_MAX = 1000  # events that are kept until the epoch is open
 
 
 class Telemetry:
-    """Hears every event of this process until `close`. The event log, which may be below the run's root, is written
-    once the incarnation's epoch is `opened`, with what was told before: until then the job may still be rejected."""
+    """Receives every event of this process until `close`. The event log, which may be below the run's root, is written
+    once the incarnation's epoch is `opened`, earlier events included: until then the job may still be rejected."""
 
     def __init__(self, options: Options, url: str, *, process: int, host: str) -> None:
         self._closers: list[Callable[[], None]] = []
@@ -30,30 +30,31 @@ class Telemetry:
         if options.metrics_port is not None or options.metrics_file:
             from orchestrator.observe import prometheus
 
-            told = prometheus.Metrics(process, host)
-            self._hear(told.hear, lambda: None)
+            metrics = prometheus.Metrics(process, host)
+            self._subscribe(metrics.on_event, lambda: None)
             if options.metrics_port is not None:
-                self._closers.append(prometheus.serve(told, options.metrics_port, options.metrics_address))
+                self._closers.append(prometheus.serve(metrics, options.metrics_port, options.metrics_address))
             if options.metrics_file:
-                self._closers.append(prometheus.keep_textfile(told, options.metrics_file))
+                self._closers.append(prometheus.keep_textfile(metrics, options.metrics_file))
         if options.traces:
             try:
                 from orchestrator.observe.spans import Traces
             except ImportError as error:
                 raise UsageError("Options(traces=True) needs opentelemetry-api: install the `traces` extra") from error
-            self._hear(Traces(process, host).hear, lambda: None)
+            self._subscribe(Traces(process, host).on_event, lambda: None)
 
     def opened(self, epoch: int) -> None:
+        """The incarnation's epoch is open: write the event log from here on. Main thread, once."""
         self._closers.remove(self._stop_early)
         self._stop_early()
         if self._directory is not None:
             log = EventLog(self._directory, process=self._process, host=self._host, epoch=epoch)
             for at, event in self._early:
                 log.write(event, at)
-            self._hear(log.write, log.close)
+            self._subscribe(log.write, log.close)
         self._early.clear()
 
-    def _hear(self, reader: Callable[[events.Event], None], close: Callable[[], None]) -> None:
+    def _subscribe(self, reader: Callable[[events.Event], None], close: Callable[[], None]) -> None:
         self._closers += [events.subscribe(reader), close]
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
-"""What the events of a run add up to: each host's state now, each save on each host, restores, incarnations.
+"""What happened in a run, out of its event log: each host's state now, each save on each host, restores, incarnations.
 
-Folded line by line, so that a live view and a report of the whole run share the rules. Does no I/O and reads no clock.
+Events are added one by one, so that a live view and a report of the whole run share the rules. Does no I/O and reads
+no clock.
 """
 
 from __future__ import annotations
@@ -8,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from orchestrator.observe.event_log import Line
+from orchestrator.observe.event_log import LoggedEvent
 from orchestrator.observe.events import (
     PHASES,
     Alive,
     Closed,
-    Committed,
     EpochOpened,
-    Restored,
+    SaveCommitted,
     SaveNotCommitted,
     SavePhase,
     SaveStarted,
     SteppedDown,
+    StepRestored,
 )
 from orchestrator.rules.attempt_id import AttemptId
 
@@ -63,15 +64,15 @@ class HostSave:
 
 
 @dataclass
-class Host:
-    """One process of the newest incarnation, as last heard of. `heard`, `since`: by its own clock."""
+class HostState:
+    """One process of the newest incarnation, as its events last showed it. `last_seen`, `since`: by its own clock."""
 
     process: int
     host: str
     machine: str
     doing: str
     since: float
-    heard: float
+    last_seen: float
     step: int = -1
     written_bytes: int = 0
     rate: float | None = None
@@ -93,24 +94,24 @@ class HostRestore:
 
 
 @dataclass
-class Story:
-    """`epoch`: the newest heard of. `hosts`: of that one, by process. `saves`: by (step, attempt, process), in order.
-    `opened`: epoch -> (time, process count)."""
+class Timeline:
+    """`epoch`: the newest of any event. `hosts`: of that one, by process. `saves`: by (step, attempt, process), in
+    order. `opened`: epoch -> (time, process count)."""
 
     epoch: int = 0
-    hosts: dict[int, Host] = field(default_factory=dict)
+    hosts: dict[int, HostState] = field(default_factory=dict)
     saves: dict[tuple[int, str, int], HostSave] = field(default_factory=dict)
     restores: list[HostRestore] = field(default_factory=list)
     opened: dict[int, tuple[float, int]] = field(default_factory=dict)
-    stepped_down: list[Line] = field(default_factory=list)
+    stepped_down: list[LoggedEvent] = field(default_factory=list)
 
-    def tell(self, lines: Iterable[Line]) -> Story:
+    def add(self, lines: Iterable[LoggedEvent]) -> Timeline:
         """Add lines, in the order of their times. Returns itself."""
         for line in lines:
-            self._add(line)
+            self._add_one(line)
         return self
 
-    def _add(self, line: Line) -> None:
+    def _add_one(self, line: LoggedEvent) -> None:
         host = self._host(line)
         event = line.event
         match event:
@@ -126,11 +127,11 @@ class Story:
             case SaveStarted():
                 if save := self.saves.get((event.step, event.attempt, line.process)):
                     save.blocked_s = event.blocked_s
-            case Committed():
+            case SaveCommitted():
                 self._end(line, event.step, event.attempt, "committed", "", event.elapsed_s, host)
             case SaveNotCommitted():
                 self._end(line, event.step, event.attempt, event.cause, event.reason, None, host)
-            case Restored():
+            case StepRestored():
                 measured = (event.elapsed_s, event.array_s, event.read_bytes)
                 where = (line.time, line.epoch, line.process, line.machine, event.step)
                 self.restores.append(HostRestore(*where, *measured))
@@ -143,7 +144,7 @@ class Story:
                     _now(host, "left", line.time, host.step)
                     host.left = True
 
-    def _host(self, line: Line) -> Host | None:
+    def _host(self, line: LoggedEvent) -> HostState | None:
         """The host of a line of the newest incarnation; None for one of an older: it has no state any more."""
         if line.epoch < self.epoch:
             return None
@@ -151,12 +152,12 @@ class Story:
             self.epoch, self.hosts = line.epoch, {}
         host = self.hosts.get(line.process)
         if host is None:
-            host = Host(line.process, line.host, line.machine, "starting", line.time, line.time)
+            host = HostState(line.process, line.host, line.machine, "starting", line.time, line.time)
             self.hosts[line.process] = host
-        host.heard = max(host.heard, line.time)
+        host.last_seen = max(host.last_seen, line.time)
         return host
 
-    def _phase(self, line: Line, event: SavePhase, host: Host | None) -> None:
+    def _phase(self, line: LoggedEvent, event: SavePhase, host: HostState | None) -> None:
         key = (event.step, event.attempt, line.process)
         save = self.saves.get(key)
         if save is None:
@@ -175,13 +176,13 @@ class Story:
 
     def _end(
         self,
-        line: Line,
+        line: LoggedEvent,
         step: int,
         attempt: str,
         outcome: str,
         reason: str,
         elapsed_s: float | None,
-        host: Host | None,
+        host: HostState | None,
     ) -> None:
         save = self.saves.get((step, attempt, line.process))
         if save is not None:
@@ -191,7 +192,7 @@ class Story:
             _now(host, "training" if outcome == "committed" else f"training; {outcome}", line.time, step)
 
 
-def _now(host: Host, doing: str, time: float, step: int) -> None:
+def _now(host: HostState, doing: str, time: float, step: int) -> None:
     if host.doing != doing:
         host.doing, host.since = doing, time
     if step >= 0:

@@ -17,7 +17,7 @@ from absl import logging
 
 from orchestrator import failpoints
 from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeKey
-from orchestrator.observe.events import Collected, emit
+from orchestrator.observe.events import AttemptsDeleted, emit
 from orchestrator.rules import journal
 from orchestrator.rules import keys as layout
 from orchestrator.rules.attempt_id import AttemptId
@@ -70,7 +70,7 @@ def collect(
         failpoints.hit("collect.deleted")
         catalog.append(partial(journal.collected, attempts=done))
         failpoints.hit("collect.after")
-        emit(Collected(len(done), result.bytes, len(result.failed)))
+        emit(AttemptsDeleted(len(done), result.bytes, len(result.failed)))
     return result
 
 

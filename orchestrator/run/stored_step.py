@@ -138,10 +138,11 @@ class StoredStep:
     def check_sizes(self) -> None:
         """Every file of the manifest is there with its size. Raises Damaged naming the first that is not, Unavailable
         where a listing and the object itself tell different things."""
+        files = self.manifest.files  # before the listing is waited for: both are read at the same time
         early, self._listing = self._listing, None
         for _ in range(READS):
             there, early = early.result() if early else self._sizes(), None
-            wrong = [expected for expected in self.manifest.files if there.get(expected.path) != expected.bytes]
+            wrong = [expected for expected in files if there.get(expected.path) != expected.bytes]
             if not wrong:
                 return
             self.check_measured(wrong[:1])

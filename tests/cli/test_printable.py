@@ -257,7 +257,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "run"
     fill(root, 1, STEP, keep=oc.last(9))
     (path,) = (root / "events").glob("*.jsonl")
-    alive = event_log.Line(
+    alive = event_log.LoggedEvent(
         time.time(), 0, "host", "machine", 1, events.Alive("training", STEP)
     )  # seconds apart in a job
     path.write_bytes(path.read_bytes() + event_log.encode(alive))

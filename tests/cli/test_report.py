@@ -21,9 +21,9 @@ import orchestrator as oc
 from orchestrator.cli.main import main
 from orchestrator.cli.report import page
 from orchestrator.cli.run_report import ReportedSave, RunReport, build
-from orchestrator.observe.event_log import Line
-from orchestrator.observe.events import Committed, EpochOpened, Event, SavePhase, SaveStarted
-from orchestrator.observe.timeline import Story
+from orchestrator.observe.event_log import LoggedEvent
+from orchestrator.observe.events import EpochOpened, Event, SaveCommitted, SavePhase, SaveStarted
+from orchestrator.observe.timeline import Timeline
 from orchestrator.policy import last
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
@@ -131,10 +131,10 @@ def test_a_run_without_events_and_a_damaged_one_are_reported_too(
 
 
 def test_a_save_whose_process_died_is_reported_as_unknown() -> None:
-    line = Line(50.0, 0, "h", "m", 1, SavePhase(3, "e0001-a01", "writing", 1.0, 5))
+    line = LoggedEvent(50.0, 0, "h", "m", 1, SavePhase(3, "e0001-a01", "writing", 1.0, 5))
     catalog = JournalStore(MemoryStorage(), "test")
     catalog.append(journal.open_epoch)
-    (save,) = build(catalog, Story().tell([line]), 60.0).saves
+    (save,) = build(catalog, Timeline().add([line]), 60.0).saves
     assert (save.step, save.outcome, save.began, save.parts[0].ended) == (3, "unknown", 49.0, -1.0)
 
 
@@ -198,7 +198,7 @@ def test_an_error_in_the_page_would_be_seen(tmp_path: Path) -> None:
     assert "TypeError" in opened(html, tmp_path / "profile")[1]
 
 
-def phases(save: Committed, at: float, epoch: int, process: int) -> list[Line]:
+def phases(save: SaveCommitted, at: float, epoch: int, process: int) -> list[LoggedEvent]:
     """One process's events of a save that began at `at`; process 2 is a straggler."""
     slow = 1 + (process == 2) + (save.step * 7919 + process) % 13 / 13
     begun = {"staging": 0.0, "writing": 0.1, "sealing": slow, "waiting": slow + 0.2}
@@ -207,7 +207,7 @@ def phases(save: Committed, at: float, epoch: int, process: int) -> list[Line]:
         for name, after in begun.items()
     ]
     told += [(0.1, SaveStarted(save.step, save.attempt, 0.1)), (save.elapsed_s, save)]
-    return [Line(at + after, process, f"host-{process}", "m", epoch, event) for after, event in told]
+    return [LoggedEvent(at + after, process, f"host-{process}", "m", epoch, event) for after, event in told]
 
 
 def long_run(steps: int, hosts: int) -> RunReport:
@@ -222,14 +222,14 @@ def long_run(steps: int, hosts: int) -> RunReport:
         head = following
         storage.create(journal_key(head.version), encode(head))
 
-    lines: list[Line] = []
+    lines: list[LoggedEvent] = []
     at, epoch = 1_790_000_000.0, 0
     for step in range(steps):
         if step % (steps // 4) == 0:
             epoch += 1
             append(journal.open_epoch)
             opened = EpochOpened(epoch, "r", hosts)
-            lines += [Line(at, process, f"host-{process}", "m", epoch, opened) for process in range(hosts)]
+            lines += [LoggedEvent(at, process, f"host-{process}", "m", epoch, opened) for process in range(hosts)]
         attempt = f"e{epoch:04d}-a01"
         if step % 97 == 5:
             more: dict[str, Any] = {"failures": (), "reason": "process 2 voted to abort"}
@@ -242,9 +242,9 @@ def long_run(steps: int, hosts: int) -> RunReport:
                 gone = [old.id for old in head.retired]
                 append(partial(journal.collected, attempts=gone))
         for process in range(hosts):
-            lines += phases(Committed(step, attempt, 4.0, 1 << 30), at, epoch, process)
+            lines += phases(SaveCommitted(step, attempt, 4.0, 1 << 30), at, epoch, process)
         at += 60 + step % 11
-    return build(JournalStore(storage, "test"), Story().tell(lines), at)
+    return build(JournalStore(storage, "test"), Timeline().add(lines), at)
 
 
 @needs_chromium

@@ -15,8 +15,8 @@ from rich.console import Console
 from orchestrator.cli.main import main
 from orchestrator.cli.watch import SILENT_S, RunNow, show, summarize
 from orchestrator.observe import events
-from orchestrator.observe.event_log import Line
-from orchestrator.observe.timeline import Story
+from orchestrator.observe.event_log import LoggedEvent
+from orchestrator.observe.timeline import Timeline
 from tests.support.builders import head, live
 from tests.support.processes import job
 from tests.support.runs import fill
@@ -24,11 +24,11 @@ from tests.support.runs import fill
 pytestmark = pytest.mark.jobs
 
 
-def line(event: events.Event, time: float, process: int = 0, epoch: int = 3) -> Line:
-    return Line(time, process, f"host-{process}", "node", epoch, event)
+def line(event: events.Event, time: float, process: int = 0, epoch: int = 3) -> LoggedEvent:
+    return LoggedEvent(time, process, f"host-{process}", "node", epoch, event)
 
 
-def phase(name: str, elapsed_s: float, process: int, written: int = 0) -> Line:
+def phase(name: str, elapsed_s: float, process: int, written: int = 0) -> LoggedEvent:
     return line(events.SavePhase(40, "e0003-a01", name, elapsed_s, written), 1000.0 + elapsed_s, process)
 
 
@@ -50,7 +50,7 @@ STORY = [
 
 def test_states_rates_silence_the_slowest_and_the_loss_are_shown() -> None:
     at = 1006.0 + SILENT_S
-    now = summarize("run", head(live(30, time=900.0), epoch=3), Story().tell(STORY), at)
+    now = summarize("run", head(live(30, time=900.0), epoch=3), Timeline().add(STORY), at)
     assert [(host.state, host.silent, host.step) for host in now.hosts] == [
         ("waiting", True, 40),
         ("waiting", False, 40),
@@ -67,14 +67,14 @@ def test_states_rates_silence_the_slowest_and_the_loss_are_shown() -> None:
 
 
 def test_events_of_an_older_incarnation_say_nothing_of_this_ones_hosts() -> None:
-    now = summarize("run", head(epoch=4), Story().tell(STORY), 1010.0)
+    now = summarize("run", head(epoch=4), Timeline().add(STORY), 1010.0)
     assert now.hosts == () and now.newest is None and now.loss_s is None
     assert "all is lost" in shown(now) and "no events of this incarnation" in shown(now)
 
 
 def test_more_hosts_than_fit_show_those_in_trouble_first() -> None:
     lines = [line(events.EpochOpened(3, "r", 60), 990.0 if process == 55 else 1009.0, process) for process in range(60)]
-    text = shown(summarize("run", head(epoch=3), Story().tell(sorted(lines, key=lambda each: each.time)), 1010.0))
+    text = shown(summarize("run", head(epoch=3), Timeline().add(sorted(lines, key=lambda each: each.time)), 1010.0))
     assert "host-55" in text and "host-40" not in text and "... and 20 more" in text
 
 

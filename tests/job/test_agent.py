@@ -185,7 +185,7 @@ def test_saved_is_reported_only_after_the_journal_holds_it(root: Path) -> None:
     seen: list[bool] = []
 
     def look(event: events.Event) -> None:
-        if isinstance(event, events.Committed):
+        if isinstance(event, events.SaveCommitted):
             seen.append(oc.open_run(root).latest_step() == event.step)
 
     unsubscribe = events.subscribe(look)
@@ -198,7 +198,7 @@ def test_saved_is_reported_only_after_the_journal_holds_it(root: Path) -> None:
 
 def test_the_bytes_reported_are_the_bytes_on_disk(root: Path, told: list[events.Event]) -> None:
     fill(root, 1)
-    (committed,) = [event for event in told if isinstance(event, events.Committed)]
+    (committed,) = [event for event in told if isinstance(event, events.SaveCommitted)]
     (attempt,) = root.glob("steps/*/*")
     assert committed.state_bytes == sum(file.stat().st_size for file in attempt.rglob("*") if file.is_file())
 

@@ -21,7 +21,7 @@ from tests.support.fakes import FakeBoard, HookedStorage, StepClock
 from tests.support.runs import two_steps
 
 
-def test_a_worker_believes_a_commit_that_it_finds_in_the_journal_only_once_it_is_durable(tmp_path: Path) -> None:
+def test_a_commit_found_in_the_journal_counts_only_once_it_is_durable(tmp_path: Path) -> None:
     storage = HookedStorage(two_steps(tmp_path).storage)
     board = FakeBoard(1, 2)
     reader = DecisionReader(AttemptId(2, FIRST), 1, JournalStore(storage, "w"), Signals(board, "i"), board.hosts)

@@ -35,7 +35,7 @@ print("equal at step", step)
 """
 
 
-def test_a_run_saved_by_4_hosts_comes_back_bit_for_bit_on_any_mesh_and_in_plain_orbax(tmp_path: Path) -> None:
+def test_a_run_of_4_hosts_comes_back_bit_for_bit_on_any_mesh_and_in_plain_orbax(tmp_path: Path) -> None:
     root = tmp_path / "run"
     with job(4, 2, root, tmp_path / "save", mesh="4x2", steps=5) as first:
         assert first.wait(250) == [0] * 4, first.story()
@@ -158,7 +158,7 @@ def test_kill_9_at_random_moments_never_loses_a_committed_step(tmp_path: Path) -
     assert committed >= rounds, f"{rounds} rounds hardly saved anything"
 
 
-def test_a_stopped_coordinator_is_named_within_the_deadline_though_its_service_hangs(tmp_path: Path) -> None:
+def test_a_stopped_coordinator_is_named_in_time_though_its_service_hangs(tmp_path: Path) -> None:
     with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=1000, delay=0.05, timeout=2) as running:
         running.wait_for(1, "trained", 150, at_least=3)
         running.processes[0].send_signal(signal.SIGSTOP)  # JAX's coordination service stops with it
@@ -179,7 +179,7 @@ def test_a_coordinator_that_fails_first_does_not_keep_the_others_waiting(tmp_pat
             assert running.said(process, "done")[0] | {"steps": [1], "failures": 1} == running.said(process, "done")[0]
 
 
-def test_a_first_save_that_one_process_cannot_take_part_in_opens_no_epoch_and_keeps_nobody_waiting(
+def test_a_first_save_without_one_process_opens_no_epoch_and_delays_nobody(
     tmp_path: Path,
 ) -> None:
     with job(2, 1, tmp_path / "run", tmp_path / "logs", steps=2, odd=1, timeout=400) as running:

@@ -47,7 +47,7 @@ def test_an_address_is_listened_on_only_if_it_is_ours(host: str, address: str | 
     assert found == address or (host == "localhost" and found == "::1")
 
 
-def test_a_machines_own_name_that_means_loopback_here_means_another_address_to_others() -> None:
+def test_a_name_that_means_loopback_here_means_another_address_to_others() -> None:
     found = listening.own_address(MACHINE)
     assert found is None or not ipaddress.ip_address(found).is_loopback
 

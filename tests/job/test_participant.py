@@ -64,13 +64,13 @@ def test_a_save_ends_as_process_0_decides(
     assert save.outcome == outcome and signals.votes(save.id) == {1: None}
     if error is None:
         assert save.error is None and save.durable_s > 0
-        assert seen[-1] == events.Committed(1, save.id.name, save.durable_s, 0)
+        assert seen[-1] == events.SaveCommitted(1, save.id.name, save.durable_s, 0)
     else:
         assert type(save.error) is error and outcome.reason in str(save.error)  # type: ignore[union-attr]
         assert seen[-1] == events.SaveNotCommitted(1, save.id.name, str(save.error), cause)
 
 
-def test_a_process_gives_up_writing_once_another_votes_to_abort_and_leaves_the_cause_to_it(tmp_path: Path) -> None:
+def test_a_process_stops_writing_once_another_votes_to_abort_and_leaves_it_the_cause(tmp_path: Path) -> None:
     board, storage = FakeBoard(1, 2), PosixStorage(str(tmp_path))
     save = participants(storage, board).begin(1, UserData({}, {}, 0.0), None)
     attempt, signals = save.id, Signals(board, "i")

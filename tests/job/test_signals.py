@@ -52,7 +52,7 @@ def test_votes_come_back_as_they_were_posted() -> None:
         (text_of(ABORT).replace("disk full", "disk fuII"), "edited or damaged"),
         (text_of(abort_vote(OTHER, FAILURE)), "says it is attempt e0001-a02, expected e0001-a01"),
         (text_of(abort_vote(AttemptId(8, builders.FIRST), FAILURE)), "says it is step 8, expected 7"),
-        (text_of(builders.receipt(1, step=7)), "a receipt that says of no failure"),
+        (text_of(builders.receipt(1, step=7)), "a receipt without a failure"),
         (encode(builders.intent(step=7)).decode(), "not a Receipt"),
         ("\ud800", "truncated or not a record"),
     ],

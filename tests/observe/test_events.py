@@ -23,8 +23,8 @@ from rich.console import Console
 import orchestrator as oc
 from orchestrator.cli import main, report, run_report, watch
 from orchestrator.observe import event_log, events
-from orchestrator.observe.event_log import EventLog, Line, Tail, decode, encode, read
-from orchestrator.observe.timeline import Story
+from orchestrator.observe.event_log import EventLog, LoggedEvent, Tail, decode, encode, read
+from orchestrator.observe.timeline import Timeline
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Cause
@@ -39,8 +39,8 @@ def sample(kind: type[events.Event]) -> events.Event:
     return kind(**(values | {"attempt": "e0001-a01"} if "attempt" in values else values))
 
 
-def line(event: events.Event, time: float = 1.0, process: int = 0, epoch: int = 1) -> Line:
-    return Line(time, process, f"host-{process}", "node", epoch, event)
+def line(event: events.Event, time: float = 1.0, process: int = 0, epoch: int = 1) -> LoggedEvent:
+    return LoggedEvent(time, process, f"host-{process}", "node", epoch, event)
 
 
 @pytest.mark.parametrize("kind", events.KINDS.values(), ids=lambda kind: kind.__name__)
@@ -60,7 +60,7 @@ def test_the_page_names_every_event_with_its_fields_and_every_phase_and_cause() 
     "text",
     [
         *(b"", b'{"v":1,"event":"Com', b"[1]", b'{"v":2,"event":"Closed"}', b'{"v":1,"event":"Later","time":1}'),
-        encode(line(sample(events.Committed))).replace(b'"step":7', b'"step":"7"'),
+        encode(line(sample(events.SaveCommitted))).replace(b'"step":7', b'"step":"7"'),
     ],
 )
 def test_a_line_that_cannot_be_read_is_left_out(text: bytes) -> None:
@@ -70,9 +70,9 @@ def test_a_line_that_cannot_be_read_is_left_out(text: bytes) -> None:
 def test_a_field_added_by_a_later_version_is_ignored_and_a_missing_one_has_its_default() -> None:
     newer = encode(line(events.Closed(2))).replace(b'"failures":2', b'"failures":2,"more":[1]')
     assert decode(newer) == line(events.Closed(2))
-    assert all(field.default is MISSING for field in fields(events.Committed))
-    older = encode(line(events.Restored(1, "e0001-a01", 2.0, 3))).replace(b',"array_s":0.0', b"")
-    assert decode(older) == line(events.Restored(1, "e0001-a01", 2.0, 3))
+    assert all(field.default is MISSING for field in fields(events.SaveCommitted))
+    older = encode(line(events.StepRestored(1, "e0001-a01", 2.0, 3))).replace(b',"array_s":0.0', b"")
+    assert decode(older) == line(events.StepRestored(1, "e0001-a01", 2.0, 3))
 
 
 def test_the_former_name_of_a_request_made_again_is_still_read() -> None:
@@ -87,7 +87,7 @@ def test_an_agent_writes_its_saves_and_restores_beside_the_run(root: Path) -> No
     with oc.Agent(root, options=now()) as agent:
         agent.restore({"w": jnp.zeros(512), "count": 0})
     lines = read(str(root / "events"))
-    names = [type(line.event).__name__ for line in lines]
+    names = [events.name_of(line.event) for line in lines]
     assert names.count("SaveStarted") == 2  # anywhere among the phases, which come from another thread
     assert [name for name in names if name not in ("Alive", "SaveStarted")] == [
         "EpochOpened",
@@ -96,7 +96,7 @@ def test_an_agent_writes_its_saves_and_restores_beside_the_run(root: Path) -> No
     ]
     phases = [line.event.phase for line in lines if isinstance(line.event, events.SavePhase)]
     assert phases == [*events.PHASES] * 2
-    (restored,) = [line.event for line in lines if isinstance(line.event, events.Restored)]
+    (restored,) = [line.event for line in lines if isinstance(line.event, events.StepRestored)]
     assert restored.read_bytes == 2048 and 0 < restored.array_s <= restored.elapsed_s
     assert {(line.process, line.epoch) for line in lines} == {(0, 1), (0, 2)}
 
@@ -266,36 +266,38 @@ def test_events_with_any_values_break_no_reader(root: Path, capsys: pytest.Captu
             texts.append(json.dumps({**msgspec.json.decode(text), name: value}).encode())
     for _ in range(40):
         lines = [decode(text) for text in [*real, *random.sample(texts, 10)]]
-        story = Story().tell(sorted((each for each in lines if each), key=lambda each: each.time))
-        Console(file=io.StringIO()).print(*watch.show(watch.summarize("run", head, story, time.time()), {}))
-        report.page(run_report.build(catalog, story, time.time()))
+        timeline = Timeline().add(sorted((each for each in lines if each), key=lambda each: each.time))
+        Console(file=io.StringIO()).print(*watch.show(watch.summarize("run", head, timeline, time.time()), {}))
+        report.page(run_report.build(catalog, timeline, time.time()))
     (root / "events/00007.jsonl").write_bytes(b"\n".join(texts))
     for words in (["watch", "--once"], ["report", f"--output={root}.html"], ["plan", "--mesh=d=1"], ["doctor"]):
         assert main.main(["orchestrator", words[0], str(root), *words[1:]]) in (0, 1), words
 
 
-def phase(name: str, elapsed_s: float, written: int = 0, process: int = 0, epoch: int = 1) -> Line:
+def phase(name: str, elapsed_s: float, written: int = 0, process: int = 0, epoch: int = 1) -> LoggedEvent:
     event = events.SavePhase(5, f"e{epoch:04d}-a01", name, elapsed_s, written)
     return line(event, time=100.0 + elapsed_s, process=process, epoch=epoch)
 
 
 def test_a_story_tells_each_hosts_state_bytes_and_rate() -> None:
-    story = Story().tell([line(events.EpochOpened(1, "r", 2), 99.0), line(events.EpochOpened(1, "r", 2), 99.0, 1)])
-    story.tell([phase("staging", 0.0), phase("writing", 1.0), phase("writing", 3.0, 400), phase("staging", 0.0, 0, 1)])
-    first, second = story.hosts[0], story.hosts[1]
+    timeline = Timeline().add([line(events.EpochOpened(1, "r", 2), 99.0), line(events.EpochOpened(1, "r", 2), 99.0, 1)])
+    timeline.add(
+        [phase("staging", 0.0), phase("writing", 1.0), phase("writing", 3.0, 400), phase("staging", 0.0, 0, 1)]
+    )
+    first, second = timeline.hosts[0], timeline.hosts[1]
     assert (first.doing, first.step, first.written_bytes, first.rate) == ("writing", 5, 400, 200.0)
-    assert (first.since, first.heard, second.doing) == (101.0, 103.0, "staging")
-    story.tell([phase("sealing", 4.0, 600), phase("waiting", 5.0, 600)])
-    story.tell([line(events.Committed(5, "e0001-a01", 9.0, 1), 109.0)])
-    save = story.saves[5, "e0001-a01", 0]
+    assert (first.since, first.last_seen, second.doing) == (101.0, 103.0, "staging")
+    timeline.add([phase("sealing", 4.0, 600), phase("waiting", 5.0, 600)])
+    timeline.add([line(events.SaveCommitted(5, "e0001-a01", 9.0, 1), 109.0)])
+    save = timeline.saves[5, "e0001-a01", 0]
     assert [save.seconds(name) for name in events.PHASES] == [1.0, 3.0, 1.0, 4.0, 0.0]
     assert (save.began, save.ended_s, save.outcome, save.write_rate) == (100.0, 9.0, "committed", 150.0)
-    assert first.doing == "training" and story.saves[5, "e0001-a01", 1].ended_s is None
+    assert first.doing == "training" and timeline.saves[5, "e0001-a01", 1].ended_s is None
 
 
 def test_a_newer_incarnation_takes_the_place_of_the_old_ones_hosts_and_a_zombie_changes_nothing() -> None:
-    story = Story().tell([phase("writing", 1.0), phase("writing", 1.0, process=1)])
-    story.tell([line(events.EpochOpened(2, "r", 1), 200.0, epoch=2), phase("waiting", 150.0)])
-    assert story.epoch == 2 and set(story.hosts) == {0} and story.hosts[0].doing == "starting"
-    story.tell([line(events.Closed(0), 300.0, epoch=2)])
-    assert story.hosts[0].left and story.hosts[0].doing == "left"
+    timeline = Timeline().add([phase("writing", 1.0), phase("writing", 1.0, process=1)])
+    timeline.add([line(events.EpochOpened(2, "r", 1), 200.0, epoch=2), phase("waiting", 150.0)])
+    assert timeline.epoch == 2 and set(timeline.hosts) == {0} and timeline.hosts[0].doing == "starting"
+    timeline.add([line(events.Closed(0), 300.0, epoch=2)])
+    assert timeline.hosts[0].left and timeline.hosts[0].doing == "left"

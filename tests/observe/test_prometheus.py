@@ -166,13 +166,13 @@ def test_counting_is_by_cause_and_intervals_are_medians_of_the_last_ones() -> No
     metrics = Metrics(0, "h", clock=lambda: at[0])
     for seconds in (100.0, 110.0, 120.0, 220.0):
         at[0] = seconds
-        metrics.hear(events.Committed(int(seconds), "a", 1.0, 1))
+        metrics.on_event(events.SaveCommitted(int(seconds), "a", 1.0, 1))
     at[0] = 250.0
     for cause in ("silent", "silent", "fenced"):
-        metrics.hear(events.SaveNotCommitted(1, "a", "r", cause))
-    metrics.hear(events.Retried("store", 1, "get", "a/b", "http 503", 0.1))
-    for kind in (events.Retried("journal", 1), events.SteppedDown(1, "a", "r"), events.Collected(1, 7, 2)):
-        metrics.hear(kind)
+        metrics.on_event(events.SaveNotCommitted(1, "a", "r", cause))
+    metrics.on_event(events.Retried("store", 1, "get", "a/b", "http 503", 0.1))
+    for kind in (events.Retried("journal", 1), events.SteppedDown(1, "a", "r"), events.AttemptsDeleted(1, 7, 2)):
+        metrics.on_event(kind)
     got = collected(metrics)
     assert got["orchestrator_commit_interval_seconds"] == 10.0 and got["orchestrator_seconds_since_commit"] == 30.0
     assert got["orchestrator_saves_not_committed_total|silent"] == 2 and got["orchestrator_fenced_total"] == 1
@@ -190,12 +190,12 @@ def test_spans_have_the_times_of_the_phases_and_the_reason_of_a_failure() -> Non
     provider.add_span_processor(exporting.SimpleSpanProcessor(exporter))
     at = [100.0]
     traces = Traces(3, "host-3", provider.get_tracer("test"), clock=lambda: at[0])
-    traces.hear(events.SavePhase(5, "a", "staging", 0.0, 0))
-    traces.hear(events.SavePhase(5, "a", "writing", 1.0, 0))
-    traces.hear(events.SavePhase(5, "a", "writing", 2.0, 10))
-    traces.hear(events.SavePhase(5, "a", "waiting", 4.0, 20))
+    traces.on_event(events.SavePhase(5, "a", "staging", 0.0, 0))
+    traces.on_event(events.SavePhase(5, "a", "writing", 1.0, 0))
+    traces.on_event(events.SavePhase(5, "a", "writing", 2.0, 10))
+    traces.on_event(events.SavePhase(5, "a", "waiting", 4.0, 20))
     at[0] = 106.0
-    traces.hear(events.SaveNotCommitted(5, "a", "process 1 voted to abort", "refused"))
+    traces.on_event(events.SaveNotCommitted(5, "a", "process 1 voted to abort", "refused"))
     spans = {span.name: span for span in exporter.get_finished_spans()}
     seconds = {name: (span.start_time / 1e9, span.end_time / 1e9) for name, span in spans.items()}
     assert seconds == {
