@@ -233,7 +233,7 @@ class JournalStore:
             raise NothingToRestore(
                 f"{self.url}: all {len(head.live)} steps are quarantined (newest: step {head.live[-1].step}); "
                 f"`orchestrator log {where}` says why, `orchestrator verify --all {where}` and `orchestrator release "
-                f"{where} --step=N` bring back what is good; to begin anew, use another root"
+                f"{where} --step=N` bring back what is good; to begin again at step 0, use another root"
             )
         return found
 

@@ -132,7 +132,7 @@ def in_store(storage: Reads, newest: int) -> tuple[str, ...]:
 
 def unadopted(catalog: JournalStore, head: Head | None) -> str | None:
     """What is to be said to whoever opens a root that holds steps of Orbax's which the run does not know: `head` would
-    be taken for all there is, and training would begin anew or go on from an older step. None if there are none.
+    be taken for all there is, and training would begin at step 0 or go on from an older step. None if there are none.
 
     Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
     and retired since, or were left behind. Changes nothing. Raises StorageError, UsageError where names are in doubt.

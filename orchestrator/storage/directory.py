@@ -186,8 +186,8 @@ class Root:
             return self.open_in(parent, name, key, os.O_RDONLY)
 
     def create(self, key: str) -> int:
-        """A descriptor of a new file at `key`, for writing, for the caller to close. Its directories are made. Whoever
-        seals it makes all of it durable."""
+        """A descriptor of a new file at `key`, for writing, for the caller to close. Its directories are made, and
+        become durable with the file."""
         folder, _, name = key.rpartition("/")
 
         def attempt() -> int:

@@ -26,7 +26,7 @@ from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import FileEntry
 from orchestrator.storage.gcs_http import Client, client
-from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, rejection, said
+from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, parse_error, rejection
 from orchestrator.storage.port import Created, Entry, Exists
 
 Value = TypeVar("Value")
@@ -95,7 +95,7 @@ class GcsStorage:
                 return there
             gone += 1
             if gone == _GONE_TRIES:
-                text = f"answered HTTP 412 {said(reply.body).message!r}, though no such object is there"
+                text = f"answered HTTP 412 {parse_error(reply.body).message!r}, though no such object is there"
                 raise StorageError(f"create {where}: {text}, {gone} times")
 
     def _compare(self, key: str, body: bytes) -> Created | Exists | None:
@@ -131,8 +131,8 @@ class GcsStorage:
                 return None
             if reply.status != 200:
                 raise self._rejection("get", where, reply)
-            told = re.search(r"crc32c=([^,\s]+)", reply.headers.get("x-goog-hash", ""))
-            if told is None or told[1] == _base64(crc32c.crc32c(reply.body)):
+            hashed = re.search(r"crc32c=([^,\s]+)", reply.headers.get("x-goog-hash", ""))
+            if hashed is None or hashed[1] == _base64(crc32c.crc32c(reply.body)):
                 return reply.body
             self._client.retries["checksum"] += 1
         raise StorageError(f"get {where}: arrived with a wrong crc32c {_DAMAGED_TRIES} times; the network damages data")
@@ -224,17 +224,17 @@ class GcsStorage:
         return key, None
 
     def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
-        wanted = list(keys)
-        sealed = _at_once(self._make_durable, wanted)
-        for entry in sealed:
-            told = (known or {}).get(entry.path)
-            if told is not None and (told.bytes, told.crc32c) != (entry.bytes, entry.crc32c):
+        listed = list(keys)
+        durable = _at_once(self._make_durable, listed)
+        for entry in durable:
+            counted = (known or {}).get(entry.path)
+            if counted is not None and (counted.bytes, counted.crc32c) != (entry.bytes, entry.crc32c):
                 raise StorageError(
                     f"make durable {self.url}/{entry.path}: the store has {entry.bytes} bytes "
-                    f"with crc32c {entry.crc32c}, {told.bytes} with {told.crc32c} were written; it is not used"
+                    f"with crc32c {entry.crc32c}, {counted.bytes} with {counted.crc32c} were written; it is not used"
                 )
         # The store knows no CRC-32; who wrote the object may.
-        return tuple(replace((known or {}).get(entry.path, entry), path=entry.path) for entry in sealed)
+        return tuple(replace((known or {}).get(entry.path, entry), path=entry.path) for entry in durable)
 
     def _make_durable(self, key: str) -> FileEntry:
         found = self.measure(key)

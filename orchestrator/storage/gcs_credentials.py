@@ -2,7 +2,7 @@
 
 A token is used for as long as it is valid. It is renewed early, by a thread beside those who use it; whoever has none
 waits for that thread no longer than the deadline of its own operation, and no lock is held meanwhile. What may pass (no
-answer, 5xx, 429) is tried again as long as anybody waits; what will not (revoked, no such account) is said at once.
+answer, 5xx, 429) is tried again as long as anybody waits; what will not (revoked, no such account) is raised at once.
 """
 
 from __future__ import annotations

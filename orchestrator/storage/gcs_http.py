@@ -33,7 +33,7 @@ from orchestrator.errors import Unavailable
 from orchestrator.observe.events import Retried, emit
 from orchestrator.storage import gcs_identity
 from orchestrator.storage.gcs_credentials import Credentials, NoToken, Token
-from orchestrator.storage.gcs_replies import REJECTED_FOR_SURE, Reply, line, may_pass, retry_after_s, said
+from orchestrator.storage.gcs_replies import REJECTED_FOR_SURE, Reply, line, may_pass, parse_error, retry_after_s
 from orchestrator.storage.port import TooLarge
 
 CONCURRENCY = 32  # requests in flight per process
@@ -230,7 +230,7 @@ class Client:
             text = line(str(error) if isinstance(error, _Interrupted) else f"{type(error).__name__}: {error}")
             raise _NoAnswer("connection", text, landed=not rejected) from error
         if may_pass(reply):
-            cause = said(reply.body)
+            cause = parse_error(reply.body)
             reason = f" {cause.reason}" * (reply.status == 403)
             text = f"HTTP {reply.status} {cause.message}"
             landed = reply.status not in REJECTED_FOR_SURE

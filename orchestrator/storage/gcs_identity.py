@@ -63,9 +63,9 @@ def find() -> Callable[[], Identity]:
         if token not in (None, "google_default", "cloud"):
             return _configured(token)
         if token != "cloud":
-            for path, said in ((os.environ.get(_KEY), _KEY), (_gclouds_file(), "gcloud's own")):
-                if path and (said == _KEY or os.path.isfile(path)):
-                    return _from_file(path, said)
+            for path, source in ((os.environ.get(_KEY), _KEY), (_gclouds_file(), "gcloud's own")):
+                if path and (source == _KEY or os.path.isfile(path)):
+                    return _from_file(path, source)
         return _machines(began)
 
     return found
@@ -86,8 +86,8 @@ def _configured(token: Any) -> Identity:
     return _identity(where, found)
 
 
-def _from_file(path: str, said: str) -> Identity:
-    where = f"{said} file {path}"
+def _from_file(path: str, source: str) -> Identity:
+    where = f"{source} file {path}"
     try:
         info = json.loads(Path(path).read_bytes())
         kind = str(info.get("type")) if isinstance(info, dict) else ""

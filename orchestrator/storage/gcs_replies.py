@@ -34,7 +34,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Said:
+class ErrorBody:
     """What the service gives as the cause. `reason`: its word for it, '' if it has none; `message`: one short line."""
 
     reason: str
@@ -53,37 +53,37 @@ def line(text: str, most: int = LINE_MAX) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def said(body: bytes) -> Said:
+def parse_error(body: bytes) -> ErrorBody:
     """From a body of JSON (the service's own, or OAuth's), XML or anything."""
     text = body[:_READ_MAX].decode("utf-8", "replace")
     try:
         error = json.loads(text)["error"]
         if isinstance(error, str):  # OAuth's
-            return Said(line(error, 60), line(str(json.loads(text).get("error_description", error))))
+            return ErrorBody(line(error, 60), line(str(json.loads(text).get("error_description", error))))
         reasons = [str(one.get("reason", "")) for one in (*error.get("errors", ()), *error.get("details", ()))]
-        return Said(line(" ".join(filter(None, reasons)), 60), line(str(error["message"])))
+        return ErrorBody(line(" ".join(filter(None, reasons)), 60), line(str(error["message"])))
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     if cut := re.search(r'"message"\s*:\s*"((?:[^"\\]|\\.)*)', text):  # JSON of which somebody has kept the beginning
         reason = re.search(r'"reason"\s*:\s*"(\w+)"', text)
-        return Said(reason[1] if reason else "", line(cut[1]))
+        return ErrorBody(reason[1] if reason else "", line(cut[1]))
     code, message = (re.search(rf"(?is)<{tag}>(.*?)</{tag}>", text) for tag in ("Code", "Message"))
     if code and message:
         details = re.search(r"(?is)<Details>(.*?)</Details>", text)
-        return Said(line(code[1], 60), line(f"{message[1]} {details[1] if details else ''}"))
+        return ErrorBody(line(code[1], 60), line(f"{message[1]} {details[1] if details else ''}"))
     if title := re.search(r"(?is)<title>(.*?)</title>", text):
-        return Said("", line(title[1]))
-    return Said("", line(re.sub(r"(?s)<[^>]*>", " ", text)))
+        return ErrorBody("", line(title[1]))
+    return ErrorBody("", line(re.sub(r"(?s)<[^>]*>", " ", text)))
 
 
 def may_pass(reply: Reply) -> bool:
     """Whether the same request can have another answer a moment later."""
-    return reply.status in TRANSIENT or (reply.status == 403 and bool(_RATE.search(said(reply.body).text)))
+    return reply.status in TRANSIENT or (reply.status == 403 and bool(_RATE.search(parse_error(reply.body).text)))
 
 
 def is_checksum(reply: Reply) -> bool:
     """Whether an upload was rejected as what arrived is not what its checksum says. Servers say so with 400 or 412."""
-    text = said(reply.body).text
+    text = parse_error(reply.body).text
     return reply.status in (400, 412) and bool(_CHECKSUM.search(text)) and not _CONDITION.search(text)
 
 
@@ -91,10 +91,10 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float:
     """For how long the server asks to be left alone, 0 if it does not. `now`: in seconds since 1970, for dates of
     servers that do not tell their own time."""
     named = {name.lower(): value for name, value in headers.items()}
-    told = named.get("retry-after", "").strip()
-    if told.isdecimal():
-        return float(told)
-    until = _time(told)
+    after = named.get("retry-after", "").strip()
+    if after.isdecimal():
+        return float(after)
+    until = _time(after)
     if until is None:
         return 0.0
     there = _time(named.get("date", ""))
@@ -173,7 +173,7 @@ _HINTS: tuple[tuple[tuple[int, ...], str, str], ...] = (
 )
 
 
-def hint(operation: str, status: int, cause: Said) -> str:
+def hint(operation: str, status: int, cause: ErrorBody) -> str:
     """What it means and what to do; '' for what has no explanation."""
     for statuses, pattern, text in _HINTS:
         if status in statuses and re.search(pattern, cause.text, re.IGNORECASE):
@@ -181,7 +181,7 @@ def hint(operation: str, status: int, cause: Said) -> str:
     return ""
 
 
-def _role(operation: str, cause: Said) -> str:
+def _role(operation: str, cause: ErrorBody) -> str:
     for found in re.finditer(r"[a-z]+\.[a-zA-Z]+\.[a-z]+", cause.message):
         if found[0] in _ROLES:
             return f"{_ROLES[found[0]]} has {found[0]}"
@@ -190,7 +190,7 @@ def _role(operation: str, cause: Said) -> str:
 
 def rejection(operation: str, name: str, reply: Reply, who: str = "") -> StorageError:
     """The error for a final answer that is not the one expected. `who`: whose credentials were used."""
-    cause = said(reply.body)
+    cause = parse_error(reply.body)
     means = hint(operation, reply.status, cause)
     if who and (reply.status == 401 or (reply.status == 403 and "lack" in means)):  # not of a hold: it is nobody's
         means = f"{means} ({who})"

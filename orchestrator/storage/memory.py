@@ -52,11 +52,11 @@ class MemoryStorage:
             found = [(key, self._objects.get(key)) for key in keys]
         for key, body in found:
             if body is None:
-                raise StorageError(f"sync {self.url}{key}: no such object")
-        told = known or {}
+                raise StorageError(f"make_durable {self.url}{key}: no such object")
+        counted = known or {}
         return tuple(
-            checked_size(self.url, key, len(body), told[key])
-            if key in told
+            checked_size(self.url, key, len(body), counted[key])
+            if key in counted
             else FileEntry(path=key, bytes=len(body), crc32c=crc32c(body), crc32=crc32(body))
             for key, body in found
             if body is not None

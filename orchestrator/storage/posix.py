@@ -108,7 +108,7 @@ class PosixStorage:
 
     def link(self, source: str, key: str) -> Created | Exists:
         """Give the file at `source`, which must never change, a second name in the run: no byte is copied. Durable once
-        sealed. Raises StorageError; a file system cannot link to another one's files."""
+        `make_durable` has returned. Raises StorageError; a file system cannot link to another one's files."""
         path = self._path(key)
         try:
             self.root.ready()
@@ -199,19 +199,19 @@ class PosixStorage:
         return True
 
     def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
-        wanted, told = list(keys), known or {}
-        for key in wanted:
+        listed, counted = list(keys), known or {}
+        for key in listed:
             self._path(key)
         self.root.check()
-        directories = _above({key.rpartition("/")[0] for key in wanted})
+        directories = _above({key.rpartition("/")[0] for key in listed})
         # All at once: file systems with a journal commit once for many. Durable is what is named when all are done.
         with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync") as pool:
-            sealing = [pool.submit(self._make_durable, key, told.get(key)) for key in wanted]
-            syncing = [pool.submit(self._sync_named, directory) for directory in directories]
-            sealed = tuple(future.result() for future in sealing)
-            for future in syncing:
+            files = [pool.submit(self._make_durable, key, counted.get(key)) for key in listed]
+            directory_syncs = [pool.submit(self._sync_named, directory) for directory in directories]
+            durable = tuple(future.result() for future in files)
+            for future in directory_syncs:
                 future.result()
-        return sealed
+        return durable
 
     def _make_durable(self, key: str, known: FileEntry | None) -> FileEntry:
         try:

@@ -20,7 +20,7 @@ from orchestrator.errors import StorageError, Unavailable
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_credentials import Token
 from orchestrator.storage.gcs_http import client
-from orchestrator.storage.gcs_replies import hint, line, said
+from orchestrator.storage.gcs_replies import hint, line, parse_error
 from orchestrator.storage.port import Exists
 
 BACKEND = "TENSORSTORE_GCS_BACKEND"  # as Orbax knows it: gcs (the JSON API) or gcs_grpc
@@ -66,7 +66,7 @@ def described(error: Exception, operation: str = "read") -> str:
         return line(text)
     if status[1] == "401" and (token := stamp()):
         client().credentials.reject(token)
-    cause = said(body[1].encode().replace(b"\\n", b"\n").replace(b'\\"', b'"')) if body else said(b"")
+    cause = parse_error(body[1].encode().replace(b"\\n", b"\n").replace(b'\\"', b'"')) if body else parse_error(b"")
     means = hint(operation, int(status[1]), cause) if int(status[1]) in (401, 403) else ""
     return f"{line(_BODY.sub('', text))} {cause.message}".rstrip() + "; " * bool(means) + means
 
