@@ -241,7 +241,7 @@ def opening(root: str) -> Figures:
     reader = time.perf_counter() - started
     started = time.perf_counter()
     agent = oc.Agent(root)
-    agent._opening.by_restore(journal.tree_of(agent._catalog.head()))
+    agent._opening.by_restore(journal.tree_of(agent._store.head()))
     opened = time.perf_counter() - started
     agent.close()
     return {"reader": reader, "agent": opened}

@@ -74,34 +74,34 @@ class Agent:
         me = self._rendezvous = rendezvous or connect(timeout_s)
         peer_failure.register(self, self.options.failure_grace_s)
         failpoints.configure(os.environ, me.process)
-        self._catalog = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
+        self._store = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
         given = configuration.of_agent(policy, keep, self.options)
-        incarnation_id = agree_at_start(self._catalog, me, "open the run", given, timeout_s)
-        self._opening = Opening(self._catalog, me, timeout_s, self._opened, other_tree=self.options.other_tree)
+        incarnation_id = agree_at_start(self._store, me, "open the run", given, timeout_s)
+        self._opening = Opening(self._store, me, timeout_s, self._opened, other_tree=self.options.other_tree)
         self._schedule = SaveSchedule(policy, me, timeout_s)
-        self._deletion = BackgroundDeletion(self._catalog)
+        self._deletion = BackgroundDeletion(self._store)
         signals = Signals(me, incarnation_id)
         self._participants = Participants(
-            self._catalog,
+            self._store,
             _array_writer(self.options, me.process),
             me,
             signals,
-            _coordinator(self._catalog, me, signals, keep, self.options) if me.process == 0 else None,
+            _coordinator(self._store, me, signals, keep, self.options) if me.process == 0 else None,
             self.options,
             committed=self._committed,
         )
         self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
-        self._telemetry = Telemetry(self.options, self._catalog.url, process=me.process, host=me.hosts[me.process])
+        self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
-        self._lifetime = leaving.Lifetime(self, self._catalog.url, self._listening.stop, self._telemetry.close)
+        self._lifetime = leaving.Lifetime(self, self._store.url, self._listening.stop, self._telemetry.close)
         heartbeat.record("opened", None)
 
     def _opened(self, epoch: int) -> None:
         failpoints.note(epoch=epoch)
         self._participants.opened(epoch)
-        self._schedule.opened(self._catalog)
+        self._schedule.opened(self._store)
         self._telemetry.opened(epoch)
-        emit(EpochOpened(epoch, self._catalog.url, self._rendezvous.count))
+        emit(EpochOpened(epoch, self._store.url, self._rendezvous.count))
 
     def _committed(self) -> None:
         # A method of the agent: so the thread of a save in flight keeps an agent that the program has dropped, and the
@@ -139,12 +139,12 @@ class Agent:
     def latest_step(self) -> int | None:
         """The step that `restore` would choose: the newest restorable one. None in a new run. Raises NothingToRestore
         where all steps are quarantined."""
-        live = self._catalog.find(None)
+        live = self._store.find(None)
         return live.step if live else None
 
     def all_steps(self) -> list[int]:
         """All restorable steps, ascending."""
-        head = self._catalog.head()
+        head = self._store.head()
         return sorted(live.step for live in head.live if live.restorable) if head else []
 
     @property
@@ -216,7 +216,7 @@ class Agent:
                 load_once=self.options.load_once,
                 read=ReadOptions(partial=partial, cast=cast, attest=self.options.attest == "full"),
             )
-            return restore_together(self._catalog, self._rendezvous, like, options, self._opening.by_restore)
+            return restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
 
     # Waiting and leaving.
 
@@ -289,10 +289,10 @@ def _array_writer(options: Options, process: int) -> ArrayWriter:
 
 
 def _coordinator(
-    catalog: JournalStore, me: Rendezvous, signals: Signals, keep: KeepPolicy | None, options: Options
+    journal_store: JournalStore, me: Rendezvous, signals: Signals, keep: KeepPolicy | None, options: Options
 ) -> Coordinator:
     return Coordinator(
-        catalog,
+        journal_store,
         me,
         signals,
         keep=keep,

@@ -31,19 +31,19 @@ def open_run(root: str | os.PathLike[str]) -> Run:
 class Run:
     """A run opened for reading (evaluators, notebooks): no epoch is opened and nothing is ever written."""
 
-    def __init__(self, catalog: JournalStore) -> None:
-        self._catalog = catalog
+    def __init__(self, store: JournalStore) -> None:
+        self._store = store
         self._reported: set[int] = set()  # steps that this object has told the user of
-        catalog.require_head()
+        store.require_head()
 
     def latest_step(self) -> int | None:
         """The newest restorable step; None in a new run. Raises NothingToRestore where all steps are quarantined."""
-        live = self._catalog.find(None)
+        live = self._store.find(None)
         self._reported.update([live.step] if live else [])
         return live.step if live else None
 
     def all_steps(self) -> list[int]:
-        steps = sorted(live.step for live in self._catalog.require_head().live if live.restorable)
+        steps = sorted(live.step for live in self._store.require_head().live if live.restorable)
         self._reported.update(steps)
         return steps
 
@@ -66,13 +66,13 @@ class Run:
         options = ReadOptions(partial=partial, cast=cast, attest=attest)
         step = arguments.saved_step(step)
         if step is not None:
-            return read_step(self._catalog, self._find(step), like, options)
+            return read_step(self._store, self._find(step), like, options)
         damaged: dict[AttemptId, str] = {}
         retired = 0
         while True:
             live = self._newest(damaged)
             try:
-                return read_step(self._catalog, live, like, options)
+                return read_step(self._store, live, like, options)
             except StepRetired:
                 retired += 1
                 if retired > _RETIRED_MAX:
@@ -83,7 +83,7 @@ class Run:
 
     def _find(self, step: int) -> LiveStep:
         try:
-            live = self._catalog.find(step)
+            live = self._store.find(step)
         except StepNotFound as error:
             if step in self._reported:
                 raise StepRetired(f"{error}; it was retired") from error
@@ -92,12 +92,12 @@ class Run:
         return live
 
     def _newest(self, damaged: dict[AttemptId, str]) -> LiveStep:
-        head = self._catalog.require_head()
-        if self._catalog.newest(head) is None:
-            raise NothingToRestore(f"{self._catalog.url}: nothing to restore: no step has been committed yet")
+        head = self._store.require_head()
+        if self._store.newest(head) is None:
+            raise NothingToRestore(f"{self._store.url}: nothing to restore: no step has been committed yet")
         good = candidates(head, damaged)
         if not good:
-            raise NothingToRestore(f"{self._catalog.url}: nothing to restore" + listed(damaged))
+            raise NothingToRestore(f"{self._store.url}: nothing to restore" + listed(damaged))
         return good[-1]
 
     def watch(self, *, poll_s: float = 1.0, timeout_s: float | None = None) -> Iterator[int]:
@@ -109,13 +109,13 @@ class Run:
         arguments.seconds("poll_s", poll_s)
         if timeout_s is not None:
             arguments.seconds("timeout_s", timeout_s)
-        seen = {live.id for live in self._catalog.require_head().live}
+        seen = {live.id for live in self._store.require_head().live}
         return self._watch(seen, poll_s, timeout_s)
 
     def _watch(self, seen: set[AttemptId], poll_s: float, timeout_s: float | None) -> Iterator[int]:
         quiet_since = time.monotonic()
         while timeout_s is None or time.monotonic() - quiet_since < timeout_s:
-            fresh = [live for live in self._catalog.require_head().live if live.id not in seen]
+            fresh = [live for live in self._store.require_head().live if live.id not in seen]
             for live in fresh:
                 seen.add(live.id)
                 self._reported.add(live.step)

@@ -52,7 +52,7 @@ class Adopted:
 
 
 def adopt(
-    catalog: JournalStore,
+    store: JournalStore,
     source: str,
     *,
     skip: frozenset[str] = frozenset(),
@@ -65,10 +65,10 @@ def adopt(
     adopted, and for roots that are not on a file system; Damaged naming what is not as Orbax leaves it; StorageError.
     """
     base = local_path(source)
-    if not isinstance(catalog.storage, PosixStorage) or base is None:
-        raise UsageError(f"{catalog.url}: adopting needs a local or shared file system, as it links to Orbax's files")
+    if not isinstance(store.storage, PosixStorage) or base is None:
+        raise UsageError(f"{store.url}: adopting needs a local or shared file system, as it links to Orbax's files")
     there = orbax_directory.survey(Path(base))
-    head, _ = catalog.look()  # rejected before an epoch is opened, as a job is
+    head, _ = store.look()  # rejected before an epoch is opened, as a job is
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if there.strange:
         raise UsageError(orbax_directory.elsewhere(source, [path.name for path in there.strange]))
@@ -81,15 +81,15 @@ def adopt(
     # Everything is looked at before anything is written: a step that cannot be adopted leaves the run as it was.
     described = {step: orbax_steps.read_step(found[step], skip) for step in steps}
     for step in steps:
-        _Writer(catalog, catalog.storage, 1, step, on_file).check(described[step], str(found[step]))
+        _Writer(store, store.storage, 1, step, on_file).check(described[step], str(found[step]))
     if not steps:
         return Adopted((), older, 0)
-    one_root.delete_mark(catalog, one_root.create_mark(catalog))
-    opened = catalog.append(journal.open_epoch)
+    one_root.delete_mark(store, one_root.create_mark(store))
+    opened = store.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0
     for step in steps:
-        writer = _Writer(catalog, catalog.storage, opened.epoch, step, on_file)
+        writer = _Writer(store, store.storage, opened.epoch, step, on_file)
         adopted_bytes += writer.write(described[step], f"adopted from {found[step]}")
     return Adopted(tuple(steps), older, adopted_bytes)
 
@@ -98,9 +98,9 @@ class _Writer:
     """Writes one attempt out of an Orbax step, and commits it."""
 
     def __init__(
-        self, catalog: JournalStore, storage: PosixStorage, epoch: int, step: int, on_file: Callable[[str], None] | None
+        self, store: JournalStore, storage: PosixStorage, epoch: int, step: int, on_file: Callable[[str], None] | None
     ) -> None:
-        self._catalog, self._storage, self._epoch = catalog, storage, epoch
+        self._store, self._storage, self._epoch = store, storage, epoch
         self._id = AttemptId.of(step, epoch, 1)
         self._on_file = on_file or (lambda path: None)
 
@@ -129,7 +129,7 @@ class _Writer:
             files=tuple(self._sealed()),
             hosts=(socket.gethostname(),),
             seconds=({},),
-            built_on=self._catalog.durable_version,
+            built_on=self._store.durable_version,
         )
         body = self._create(keys.MANIFEST, manifest)
         entry = LiveStep(
@@ -141,7 +141,7 @@ class _Writer:
             stored_metrics=json_numbers.stored_all(found.metrics),
             time=found.time,
         )
-        self._catalog.append(partial(journal.commit, epoch=self._epoch, entry=entry, keep=None, reason=reason))
+        self._store.append(partial(journal.commit, epoch=self._epoch, entry=entry, keep=None, reason=reason))
         return entry.bytes
 
     def _sealed(self) -> Iterator[FileEntry]:
@@ -151,7 +151,7 @@ class _Writer:
             yield replace(sealed, path=sealed.path.removeprefix(self._id.prefix))
 
     def _signed(self) -> dict[str, Any]:
-        return {"format": FORMAT, "write_id": self._catalog.stamp().write_id}
+        return {"format": FORMAT, "write_id": self._store.stamp().write_id}
 
     def _extra(self, found: orbax_steps.OrbaxStep) -> Extra:
         extra = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
@@ -169,13 +169,13 @@ class _Writer:
             step=self._id.step,
             attempt=self._id.name,
             epoch=self._epoch,
-            opened_by=self._catalog.writer,
+            opened_by=self._store.writer,
             time=time.time(),
             process_count=1,
             device_count=0,
             mesh={},
             tree=tree,
-            built_on=self._catalog.durable_version,
+            built_on=self._store.durable_version,
         )
 
     def _create(self, name: str, record: Record) -> bytes:

@@ -65,7 +65,7 @@ class CheckpointManager:
         self._url = os.fspath(directory)
         store = open_storage(self._url)
         self._storage: Storage = ReadOnlyStorage(store) if self._orbax.read_only else store
-        self._catalog = JournalStore(self._storage, writer="compat")
+        self._store = JournalStore(self._storage, writer="compat")
         timeout_s = self._options.rendezvous_timeout_s
         self._rendezvous = connect(timeout_s)
         self._root_metadata = {
@@ -73,16 +73,16 @@ class CheckpointManager:
         }
         self._kept_root_metadata: dict[str, Json] | None = None
         self._agent: Agent | None = None
-        self._stored = StoredSteps(self._catalog)
+        self._stored = StoredSteps(self._store)
         # Only a policy of the user's own may look at the metrics of the steps before.
         own_policy = self._orbax.save_decision_policy is not None
         self._known = KnownSteps(self._stored, self._rendezvous, timeout_s, all_metrics=own_policy)
         given = configuration.of_orbax(self._orbax)
-        agree_at_start(self._catalog, self._rendezvous, "open the directory", given, timeout_s, self._admit)
+        agree_at_start(self._store, self._rendezvous, "open the directory", given, timeout_s, self._admit)
         self.reload()
 
     def _admit(self, head: Head | None) -> None:
-        if rejection := unadopted(self._catalog, head):
+        if rejection := unadopted(self._store, head):
             raise UsageError(rejection)
 
     # Questions.
@@ -208,7 +208,7 @@ class CheckpointManager:
         rule = partial(journal.retire, keep=orbax_options.KeepAllBut(step))
 
         def retire() -> bool:
-            head = self._catalog.append(rule)
+            head = self._store.append(rule)
             return head is None or journal.find(head, step) is None
 
         retired = Round[bool](f"delete step {step}", bool)
@@ -253,7 +253,7 @@ class CheckpointManager:
         args = orbax_items.from_legacy(items, restore_kwargs, args, self._handlers, "Restore")
         stored = self._stored.newest_readable() if step is None else self._stored.items(self._stored.find(step))
         restored = restore_items(
-            self._catalog,
+            self._store,
             self._rendezvous,
             step,
             stored.named(args, self._url),

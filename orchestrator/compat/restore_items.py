@@ -18,7 +18,7 @@ from orchestrator.run.journal_store import JournalStore
 
 
 def restore_items(
-    catalog: JournalStore,
+    store: JournalStore,
     rendezvous: Rendezvous,
     step: int | None,
     named: Mapping[str, Any],
@@ -32,7 +32,7 @@ def restore_items(
 
     Raises NoSuchStep for an item that the step does not hold, and as `restore_together`.
     """
-    where = f"{catalog.url} step {stored.step}"
+    where = f"{store.url} step {stored.step}"
     trees: dict[str, Any] = {}
     for name, args in named.items():
         if name in stored.trees:
@@ -44,9 +44,9 @@ def restore_items(
         like = trees[DEFAULT] if stored.whole else trees
         read = ReadOptions(partial=True, cast=True)  # partial: each item has been matched above
         options = RestoreOptions(timeout_s, step=step, record=record, read=read)
-        restored = restore_together(catalog, rendezvous, like, options)
+        restored = restore_together(store, rendezvous, like, options)
         if restored is None:
-            raise NoSuchStep(f"{catalog.url}: no steps")
+            raise NoSuchStep(f"{store.url}: no steps")
         states, extra = restored.process_states, restored.extra.get(EXTRA, {})
         trees = {DEFAULT: restored.state} if stored.whole else restored.state
     result = {}

@@ -45,34 +45,34 @@ PlainInfo = tuple[int, float, dict[str, float]]  # step, time of the commit, met
 
 
 class StoredSteps:
-    """Of the run that `catalog` reads. Any thread."""
+    """Of the run that `store` reads. Any thread."""
 
-    def __init__(self, catalog: JournalStore) -> None:
-        self._catalog = catalog
+    def __init__(self, store: JournalStore) -> None:
+        self._store = store
         self._omitted_metrics: dict[AttemptId, dict[str, float]] = {}
 
     def restorable(self) -> list[LiveStep]:
         """In the order of their commits; [] in a new run."""
-        head = self._catalog.head()
+        head = self._store.head()
         return [live for live in head.live if live.restorable] if head else []
 
     def latest(self) -> int | None:
         """None in a new run. Raises NothingToRestore where all steps are quarantined: a loop that asks this would take
         None for a new run."""
-        head = self._catalog.head()
-        newest = self._catalog.newest(head) if head else None
+        head = self._store.head()
+        newest = self._store.newest(head) if head else None
         return newest.step if newest else None
 
     def find(self, step: int | None) -> LiveStep:
         """`step`, or the newest one. Raises NoSuchStep, and NothingToRestore as `latest`."""
-        head = self._catalog.head()
+        head = self._store.head()
         live = None
         if head:
-            live = self._catalog.newest(head) if step is None else journal.find(head, step)
+            live = self._store.newest(head) if step is None else journal.find(head, step)
         if live is None or not live.restorable:
             name = "no step" if step is None else f"no step {step}"
             steps = ", ".join(str(each.step) for each in self.restorable()) or "none"
-            raise NoSuchStep(f"{self._catalog.url}: {name} to restore; choose from: {steps}")
+            raise NoSuchStep(f"{self._store.url}: {name} to restore; choose from: {steps}")
         return live
 
     def infos(self, *, all_metrics: bool) -> list[PlainInfo]:
@@ -86,12 +86,12 @@ class StoredSteps:
         if not live.metrics_omitted:
             return live.metrics
         if live.id not in self._omitted_metrics:
-            self._omitted_metrics[live.id] = self._catalog.step(live).extra.metrics
+            self._omitted_metrics[live.id] = self._store.step(live).extra.metrics
         return self._omitted_metrics[live.id]
 
     def items(self, live: LiveStep) -> StoredItems:
         """What the step holds. Raises Damaged, StorageError."""
-        step = self._catalog.step(live)
+        step = self._store.step(live)
         extra = step.extra.extra.get(EXTRA)
         single = extra is None or bool(extra["single"])
         spec = step.intent.tree
@@ -105,7 +105,7 @@ class StoredSteps:
     def newest_readable(self) -> StoredItems:
         """Of the newest step whose records can be read: a restore deals with the damaged ones above it."""
         newest = self.find(None)
-        for live in reversed(self._catalog.require_head().live):
+        for live in reversed(self._store.require_head().live):
             with contextlib.suppress(Damaged):  # what merely cannot be read raises: an older step would be no answer
                 if live.restorable:
                     return self.items(live)
@@ -121,9 +121,9 @@ class StoredSteps:
     def root_metadata(self, given: Mapping[str, Json]) -> dict[str, Json]:
         """As in Orbax, what the directory was given first, by whichever manager, stays: each step carries it on.
         `given`: for a run in which no step has any."""
-        head = self._catalog.head()
+        head = self._store.head()
         for live in reversed(head.live if head else ()):
             with contextlib.suppress(Damaged):
-                extra = self._catalog.step(live).extra.extra
+                extra = self._store.step(live).extra.extra
                 return extra.get(EXTRA, {}).get("root_metadata") or dict(given)
         return dict(given)

@@ -42,9 +42,9 @@ class Agreement:
     thread; `doubt` may be called from any."""
 
     def __init__(
-        self, catalog: JournalStore, rendezvous: Rendezvous, signals: Signals, timeout_s: float, *, together: bool
+        self, store: JournalStore, rendezvous: Rendezvous, signals: Signals, timeout_s: float, *, together: bool
     ) -> None:
-        self._catalog, self._rendezvous, self._signals, self._timeout_s = catalog, rendezvous, signals, timeout_s
+        self._store, self._rendezvous, self._signals, self._timeout_s = store, rendezvous, signals, timeout_s
         self._known: OrderedDict[Form, tuple[Held, ...]] = OrderedDict()
         self._together = together
 
@@ -112,7 +112,7 @@ class Agreement:
         """From the attempt's intent, if a signal is lost."""
         key = attempt.intent_key
         try:
-            body = self._catalog.storage.get(key)
+            body = self._store.storage.get(key)
             return decode(body, Intent, key, step=attempt.step, attempt=attempt.name).held if body else ()
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s cannot be read yet: %s", key, error)

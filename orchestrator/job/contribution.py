@@ -29,9 +29,9 @@ class Contribution:
     each part took, for the receipt. pending: the staged arrays; None before, and once they are released."""
 
     def __init__(
-        self, catalog: JournalStore, rendezvous: Rendezvous, attempt: AttemptId, own_state: bytes | None
+        self, store: JournalStore, rendezvous: Rendezvous, attempt: AttemptId, own_state: bytes | None
     ) -> None:
-        self._catalog, self._attempt = catalog, attempt
+        self._store, self._attempt = store, attempt
         self._process, self._host = rendezvous.process, rendezvous.hosts[rendezvous.process]
         self._own_state = own_state
         self._beside: Begun[None] | None = None
@@ -41,7 +41,7 @@ class Contribution:
 
     def stage(self, writer: ArrayWriter, flat: Flat, held: tuple[Held, ...], *, attest: bool) -> None:
         """Take `flat` from the devices. Raises what the writer raises."""
-        self.pending = writer.stage(f"{self._catalog.url}/{self._attempt.state_prefix}", flat, attest, held)
+        self.pending = writer.stage(f"{self._store.url}/{self._attempt.state_prefix}", flat, attest, held)
 
     def write(self, timeout_s: float, given_up: Callable[[], bool]) -> None:
         """Write the arrays, and the process's own state beside them: a store far away takes as long for both as for
@@ -66,7 +66,7 @@ class Contribution:
             self._beside.result()
             own = [self._attempt.process_state_key(self._process)]
         known = {self._attempt.state_prefix + file.path: file for file in self.pending.files}
-        durable = self._catalog.storage.make_durable([*own, *known], known)
+        durable = self._store.storage.make_durable([*own, *known], known)
         self._files = tuple(replace(entry, path=entry.path.removeprefix(self._attempt.prefix)) for entry in durable)
         self.seconds["seal"] = time.monotonic() - began
 
@@ -91,7 +91,7 @@ class Contribution:
             small=self.pending.small,
             prints=self.pending.fingerprints(),
             seconds=self.seconds,
-            built_on=self._catalog.durable_version,
+            built_on=self._store.durable_version,
             went_by=self.pending.went_by,
             own=self.pending.own,
         )
@@ -103,11 +103,11 @@ class Contribution:
         # A file's name may be no UTF-8, and this record must not fail, too.
         text = f"{type(cause).__name__}: {cause}"[:_CAUSE_CHARS].encode(errors="backslashreplace").decode()
         failure = Failure(process=self._process, host=self._host, phase=phase, cause=text, kind=kind)
-        return abort_vote(self._attempt, failure, seconds=self.seconds, built_on=self._catalog.durable_version)
+        return abort_vote(self._attempt, failure, seconds=self.seconds, built_on=self._store.durable_version)
 
     def store_abort_vote(self, vote: Receipt) -> None:
         """For whoever misses the signal. Raises what the store does."""
-        self._catalog.storage.create(self._attempt.receipt_key(self._process), encode(vote))
+        self._store.storage.create(self._attempt.receipt_key(self._process), encode(vote))
 
     def settle(self, grace_s: float) -> None:
         """Nothing of this process should appear in an attempt that is decided: wait for what is under way."""
@@ -119,5 +119,5 @@ class Contribution:
         self.pending = None
 
     def _create(self, key: str, body: bytes) -> None:
-        if isinstance(self._catalog.storage.create(key, body), Exists):
-            raise StorageError(f"{self._catalog.url}/{key}: another writer was here; attempts are never reused")
+        if isinstance(self._store.storage.create(key, body), Exists):
+            raise StorageError(f"{self._store.url}/{key}: another writer was here; attempts are never reused")

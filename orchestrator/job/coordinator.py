@@ -34,7 +34,7 @@ class Coordinator:
 
     def __init__(
         self,
-        catalog: JournalStore,
+        store: JournalStore,
         rendezvous: Rendezvous,
         signals: Signals,
         *,
@@ -42,7 +42,7 @@ class Coordinator:
         quarantine_keep_s: float | None = None,
         host_local: str = "warn",
     ) -> None:
-        self._catalog, self._rendezvous, self._signals = catalog, rendezvous, signals
+        self._store, self._rendezvous, self._signals = store, rendezvous, signals
         self._keep, self._quarantine_keep_s, self._host_local = keep, quarantine_keep_s, host_local
         self._notices = Notices()
 
@@ -52,7 +52,7 @@ class Coordinator:
         self._notices.missing_metric(intent.step, self._keep, user.metrics)
         extra = Extra(
             format=FORMAT,
-            write_id=self._catalog.stamp().write_id,
+            write_id=self._store.stamp().write_id,
             step=intent.step,
             timestamp=user.timestamp,
             stored_metrics=json_numbers.stored_all(user.metrics),
@@ -61,11 +61,11 @@ class Coordinator:
 
         def create_intent() -> FileEntry:
             failpoints.hit("intent.before")
-            written = create(self._catalog, intent, keys.INTENT, encode(intent))
+            written = create(self._store, intent, keys.INTENT, encode(intent))
             failpoints.hit("intent.after")
             return written
 
-        create_extra = partial(create, self._catalog, intent, keys.EXTRA, encode(extra))
+        create_extra = partial(create, self._store, intent, keys.EXTRA, encode(extra))
         return tuple(overlap.together(create_intent, create_extra))
 
     def decide(self, own: OwnPart, timeout_s: float, all_in: Callable[[], None] = lambda: None) -> Outcome:
@@ -88,14 +88,14 @@ class Coordinator:
 
     def _decided(self, own: OwnPart, timeout_s: float, all_in: Callable[[], None]) -> Outcome:
         state = Attempt(own.intent, own_must_agree=self._host_local == "error")
-        receipts = ReceiptReader(self._catalog, self._signals, self._rendezvous.hosts, state, own.receipt)
+        receipts = ReceiptReader(self._store, self._signals, self._rendezvous.hosts, state, own.receipt)
         state, effect = receipts.collect(timeout_s)
         self._signals.forget_previous(own.intent.id)
         if state.phase is Phase.FINALIZING:
             all_in()
             if self._host_local == "warn":
                 self._notices.host_local(state)
-        commit = _Commit(self._catalog, own, receipts.files, self._keep, self._quarantine_keep_s)
+        commit = _Commit(self._store, own, receipts.files, self._keep, self._quarantine_keep_s)
         while effect is not None:
             state, effect = protocol.advance(state, self._perform(effect, state, commit))
         return _outcome(state, commit.line)
@@ -123,12 +123,12 @@ class Coordinator:
         except RootChanged:  # there is no head to ask any more
             raise
         except Fenced:
-            head = self._catalog.require_head()
+            head = self._store.require_head()
             return protocol.FencedOff(head.epoch, head.writer)
 
     def _append_abort(self, state: Attempt) -> None:
         failpoints.hit("abort.before")
-        self._catalog.append(
+        self._store.append(
             partial(
                 journal.abort,
                 epoch=state.intent.epoch,
@@ -146,21 +146,21 @@ class _Commit:
 
     def __init__(
         self,
-        catalog: JournalStore,
+        store: JournalStore,
         own: OwnPart,
         receipt_files: dict[str, FileEntry],
         keep: KeepPolicy | None,
         quarantine_keep_s: float | None,
     ) -> None:
-        self._catalog, self._own, self._receipt_files = catalog, own, receipt_files
+        self._store, self._own, self._receipt_files = store, own, receipt_files
         self._keep, self._quarantine_keep_s = keep, quarantine_keep_s
         self._head: Begun[Head | None] | None = None
         self.line: LiveStep | None = None
 
     def finalize(self, state: Attempt) -> None:
         failpoints.hit("finalize.before")
-        self._head = overlap.begin(self._catalog.head)  # it takes as long as what comes next
-        self.line = finalize(self._catalog, self._own, state, self._receipt_files)
+        self._head = overlap.begin(self._store.head)  # it takes as long as what comes next
+        self.line = finalize(self._store, self._own, state, self._receipt_files)
 
     def append(self) -> None:
         assert self.line is not None
@@ -172,7 +172,7 @@ class _Commit:
             keep=self._keep,
             quarantine_keep_s=self._quarantine_keep_s,
         )
-        self._catalog.append(rule, self._head)
+        self._store.append(rule, self._head)
         failpoints.hit("commit.after")
 
 

@@ -22,12 +22,12 @@ class DecisionReader:
         self,
         attempt: AttemptId,
         epoch: int,
-        catalog: JournalStore,
+        store: JournalStore,
         signals: Signals,
         hosts: Mapping[int, str],
         clock: Clock = REAL,
     ) -> None:
-        self._attempt, self._epoch, self._catalog, self._signals = attempt, epoch, catalog, signals
+        self._attempt, self._epoch, self._store, self._signals = attempt, epoch, store, signals
         self._hosts, self._clock = hosts, clock
 
     def wait(self, timeout_s: float, other_step: Callable[[], Aborted | None]) -> Outcome:
@@ -46,7 +46,7 @@ class DecisionReader:
     def journalled(self) -> Outcome | None:
         """What the journal says, once that is durable; None if it does not say (yet)."""
         try:
-            head = self._catalog.durable_head()
+            head = self._store.durable_head()
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s: the journal cannot be read yet: %s", self._attempt.label, error)
             return None

@@ -40,7 +40,7 @@ class OwnPart:
     receipt: bytes | None = None
 
 
-def finalize(catalog: JournalStore, own: OwnPart, state: Attempt, receipt_files: Mapping[str, FileEntry]) -> LiveStep:
+def finalize(store: JournalStore, own: OwnPart, state: Attempt, receipt_files: Mapping[str, FileEntry]) -> LiveStep:
     """Write the tree of all chunks and the manifest, durable. Returns the journal's line for the attempt. Call it once
     all receipts are in; `receipt_files` are theirs, by path in the attempt. Raises whatever goes wrong."""
     assert own.pending is not None  # its process's receipt is in
@@ -52,13 +52,13 @@ def finalize(catalog: JournalStore, own: OwnPart, state: Attempt, receipt_files:
     own_receipt = keys.receipt_name(0)
     known = {**tree, prefix + own_receipt: receipt_files[own_receipt]}
     durable = [
-        replace(entry, path=entry.path.removeprefix(prefix)) for entry in catalog.storage.make_durable(known, known)
+        replace(entry, path=entry.path.removeprefix(prefix)) for entry in store.storage.make_durable(known, known)
     ]
     received = [entry for receipt in receipts for entry in receipt.files]
     files = (*received, *durable[:-1], *own.opened, *receipt_files.values())
     manifest = Manifest(
         format=FORMAT,
-        write_id=catalog.stamp().write_id,
+        write_id=store.stamp().write_id,
         step=intent.step,
         attempt=intent.attempt,
         process_count=intent.process_count,
@@ -67,11 +67,11 @@ def finalize(catalog: JournalStore, own: OwnPart, state: Attempt, receipt_files:
         seconds=tuple(receipt.seconds for receipt in receipts),
         chunks=chunk_index.checksums(receipts),
         fingerprints=fingerprints(intent, state.receipts),
-        built_on=catalog.durable_version,
+        built_on=store.durable_version,
     )
     body = encode(manifest)
     failpoints.hit("manifest.before")
-    create(catalog, intent, keys.MANIFEST, body)
+    create(store, intent, keys.MANIFEST, body)
     failpoints.hit("manifest.after")
     return LiveStep(
         step=intent.step,
@@ -84,10 +84,10 @@ def finalize(catalog: JournalStore, own: OwnPart, state: Attempt, receipt_files:
     )
 
 
-def create(catalog: JournalStore, intent: Intent, name: str, body: bytes) -> FileEntry:
+def create(store: JournalStore, intent: Intent, name: str, body: bytes) -> FileEntry:
     """A record of the attempt, at `name` in it, created once and durable. Raises OrchestratorError if another writer
     uses this attempt's name."""
     key = intent.id.key(name)
-    if isinstance(catalog.storage.create(key, body), Exists):
-        raise OrchestratorError(f"{catalog.url}/{key}: another writer uses this attempt; it is never reused")
+    if isinstance(store.storage.create(key, body), Exists):
+        raise OrchestratorError(f"{store.url}/{key}: another writer uses this attempt; it is never reused")
     return file_entry(name, body)

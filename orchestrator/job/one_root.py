@@ -25,34 +25,34 @@ SEEN_WITHIN_S = 10.0  # what another host has written; a network file system's c
 _PAUSE = Pause(0.05, 1.0, growth=1.0)
 
 
-def create_mark(catalog: JournalStore) -> str:
+def create_mark(store: JournalStore) -> str:
     """Create an object among the attempts: whether this process may save here at all. The journal needs no probe, as
     opening an epoch is one create in it. Returns its key, for other hosts to look for; what a crash leaves of it is an
     object of a few bytes that nobody takes for part of a run. Raises StorageError; nothing is left behind then."""
     key = f"{keys.STEPS}.probe-{uuid.uuid4().hex}"
-    catalog.storage.create(key, catalog.writer.encode(errors="replace"))
+    store.storage.create(key, store.writer.encode(errors="replace"))
     return key
 
 
-def delete_mark(catalog: JournalStore, key: str) -> None:
+def delete_mark(store: JournalStore, key: str) -> None:
     """A mark that cannot be deleted is logged, and harmless."""
     try:
-        catalog.storage.delete(key)
+        store.storage.delete(key)
     except StorageError as error:  # saving needs no right to delete, retention does
-        logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", catalog.url, key, error)
+        logging.warning("%s/%s: cannot be deleted, nor will old steps be: %s", store.url, key, error)
 
 
-def sees(catalog: JournalStore, key: str) -> bool:
+def sees(store: JournalStore, key: str) -> bool:
     """Whether this host sees the object at `key`, which another one has made."""
-    if catalog.storage.get(key) is not None:
+    if store.storage.get(key) is not None:
         return True
-    refresh(catalog.storage, key)
-    return catalog.storage.get(key) is not None
+    refresh(store.storage, key)
+    return store.storage.get(key) is not None
 
 
-def sees_entry(catalog: JournalStore, version: int, write_id: str) -> bool:
+def sees_entry(store: JournalStore, version: int, write_id: str) -> bool:
     """Whether this host sees the journal entry that another one has read."""
-    return sees(catalog, keys.journal_key(version)) and catalog.entry(version).write_id == write_id
+    return sees(store, keys.journal_key(version)) and store.entry(version).write_id == write_id
 
 
 def sees_in_time(look: Callable[[], bool], timeout_s: float) -> bool:
@@ -82,7 +82,7 @@ def _bound_s(timeout_s: float) -> float:
 
 
 def check_all_see(
-    catalog: JournalStore,
+    store: JournalStore,
     rendezvous: Rendezvous,
     round_: Round[Sighting],
     look: Callable[[], bool] | None,
@@ -94,14 +94,14 @@ def check_all_see(
 ) -> None:
     """Raises, the same on all, unless each host sees `what`, which host `source` wrote or has read. `look`: whether
     this one does; None if it need not look. `failure`: what it has failed with already."""
-    mine = Sighting(catalog.url)
+    mine = Sighting(store.url)
     if look:
         try:
-            mine = Sighting(catalog.url, sees=look())
+            mine = Sighting(store.url, sees=look())
         except Exception as error:  # the others must know of it before it is raised here
             failure = error
     if failure:
-        mine = Sighting(catalog.url, rejected=raised(failure))
+        mine = Sighting(store.url, rejected=raised(failure))
     sightings = gather(rendezvous, round_, mine, timeout_s)
     for process, sighting in enumerate(sightings):
         if sighting.rejected:

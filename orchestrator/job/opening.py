@@ -41,14 +41,14 @@ class Opening:
 
     def __init__(
         self,
-        catalog: JournalStore,
+        store: JournalStore,
         rendezvous: Rendezvous,
         timeout_s: float,
         opened: Callable[[int], None],
         *,
         other_tree: bool = False,
     ) -> None:
-        self._catalog, self._rendezvous, self._timeout_s, self._opened = catalog, rendezvous, timeout_s, opened
+        self._store, self._rendezvous, self._timeout_s, self._opened = store, rendezvous, timeout_s, opened
         self.epoch: int | None = None
         self._tree_checked = other_tree  # of the state that this incarnation saves
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
@@ -71,7 +71,7 @@ class Opening:
 
         def compare(head: Head | None) -> None:
             if not self._tree_checked:
-                check_tree(self._catalog, head, described[0])
+                check_tree(self._store, head, described[0])
 
         with self._marked():
             try:
@@ -96,7 +96,7 @@ class Opening:
         """Where a restore has opened the epoch, the first save must be of the run's own job, too. Raises OtherJob,
         StorageError, Damaged."""
         if not self._tree_checked:
-            check_tree(self._catalog, self._catalog.require_head(), flat)
+            check_tree(self._store, self._store.require_head(), flat)
             self._tree_checked = True
 
     def _rejected(self, answers: Sequence[FirstSave]) -> str:
@@ -137,7 +137,7 @@ class Opening:
         opened = agree(self._rendezvous, rounds.OPENED, self._timeout_s, partial(self._append, compare))
         self.epoch = opened.epoch
         # All processes' records build on it: it is durable.
-        self._catalog.durable_version = max(self._catalog.durable_version, opened.version)
+        self._store.durable_version = max(self._store.durable_version, opened.version)
         self._opened(self.epoch)
 
     @contextmanager
@@ -157,14 +157,14 @@ class Opening:
     def _begin_deleting(self) -> None:
         """The epoch is opened meanwhile."""
         if self._mark:
-            self._deleting, self._mark = overlap.begin(partial(one_root.delete_mark, self._catalog, self._mark)), ""
+            self._deleting, self._mark = overlap.begin(partial(one_root.delete_mark, self._store, self._mark)), ""
 
     def _admit(self, compare: Callable[[Head | None], None]) -> str:
         """Whatever speaks against opening the run is raised. Process 0 inspects it, for all, and makes the mark whose
         key it returns; of the others nothing is known yet."""
         if self._rendezvous.process == 0:
             self._inspect(compare)
-            self._mark = one_root.create_mark(self._catalog)
+            self._mark = one_root.create_mark(self._store)
         return self._mark
 
     def _prove(self, mark: str) -> None:
@@ -174,13 +174,13 @@ class Opening:
             return
 
         def look() -> bool:
-            seen = one_root.sees_in_time(partial(one_root.sees, self._catalog, mark), self._timeout_s)
+            seen = one_root.sees_in_time(partial(one_root.sees, self._store, mark), self._timeout_s)
             if seen:
-                self._mark = one_root.create_mark(self._catalog)
+                self._mark = one_root.create_mark(self._store)
             return seen
 
         one_root.check_all_see(
-            self._catalog,
+            self._store,
             self._rendezvous,
             rounds.ONE_ROOT,
             None if self._rendezvous.process == 0 else look,
@@ -192,9 +192,9 @@ class Opening:
     def _inspect(self, compare: Callable[[Head | None], None]) -> None:
         """Process 0 reads the run. Whatever speaks against opening it is raised."""
         began_s = time.monotonic()
-        head, _ = self._catalog.look()
+        head, _ = self._store.look()
         self._head = overlap.known(head, began_s)
-        if rejection := unadopted(self._catalog, head):
+        if rejection := unadopted(self._store, head):
             raise UsageError(rejection)
         compare(head)
         self._compared = Compared(journal.tree_of(head))
@@ -203,29 +203,29 @@ class Opening:
         failpoints.hit("epoch.before")
         for _ in range(_TRIES):
             try:
-                opened = self._catalog.append(partial(journal.open_epoch, compared=self._compared), self._head)
+                opened = self._store.append(partial(journal.open_epoch, compared=self._compared), self._head)
             except Overtaken:
                 self._inspect(compare)
                 continue
             failpoints.hit("epoch.after")
             assert opened is not None
             return Opened(opened.epoch, opened.version)
-        raise Overtaken(f"{self._catalog.url}: other jobs keep committing to this run; nothing was opened")
+        raise Overtaken(f"{self._store.url}: other jobs keep committing to this run; nothing was opened")
 
 
-def check_tree(catalog: JournalStore, head: Head | None, flat: Flat) -> None:
+def check_tree(store: JournalStore, head: Head | None, flat: Flat) -> None:
     """The run's newest step must be of the same job as `flat`. Raises OtherJob saying how they differ."""
     newest = journal.newest(head) if head else None
     if newest is None or newest.tree == flat.spec.fingerprint():
         return
     lines: list[str] = []
     try:
-        lines = matching.tree_differences(catalog.step(newest).intent.tree, flat.spec)
+        lines = matching.tree_differences(store.step(newest).intent.tree, flat.spec)
     except (StorageError, Damaged, Suspect, NewerFormat) as error:  # that they differ, the journal says
         lines = [f"how they differ cannot be read: {error}"]
     detail = "\n".join(f"  {line}" for line in lines or ["their trees differ"])
     raise OtherJob(
-        f"{catalog.url} holds another job's state (step {newest.step}); use another root, or "
+        f"{store.url} holds another job's state (step {newest.step}); use another root, or "
         f"Options(other_tree=True):\n{detail}"
     )
 

@@ -24,9 +24,9 @@ _CHANGE = 0.1  # a new interval is reported if it differs by so much
 class Pacing:
     """Main thread of process 0. `informed` gives a policy what has been measured so far."""
 
-    def __init__(self, catalog: JournalStore, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: JournalStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._started_s = clock, clock()
-        self._history = _history(catalog)
+        self._history = _history(store)
         self._blocked_s: deque[float] = deque(maxlen=_SAVES)
         self._durable_s: deque[float] = deque(maxlen=_SAVES)
         self.chosen: Cadence | None = None
@@ -57,15 +57,15 @@ class Pacing:
         return policy
 
 
-def _history(catalog: JournalStore) -> save_interval.History:
+def _history(store: JournalStore) -> save_interval.History:
     def entry(version: int) -> Head:
         try:
-            return catalog.entry(version)
+            return store.entry(version)
         except Damaged:  # missing, below a `recovered` entry: of no epoch
             return replace(head, version=version, epoch=0, live=(), retired=(), aside=())
 
     try:
-        head = catalog.require_head()
+        head = store.require_head()
         return save_interval.history(save_interval.borders(head, entry))
     except OrchestratorError as error:  # a cadence is no reason not to train
         logging.warning("the run's history cannot be read, taken to be new: %s", error)

@@ -48,7 +48,7 @@ class Incarnation:
     """What all saves of this process share. coordinator: on process 0 only. committed: called after each
     commit, on the save's own thread."""
 
-    catalog: JournalStore
+    store: JournalStore
     writer: ArrayWriter
     rendezvous: Rendezvous
     signals: Signals
@@ -65,7 +65,7 @@ class Participants:
 
     def __init__(
         self,
-        catalog: JournalStore,
+        store: JournalStore,
         writer: ArrayWriter,
         rendezvous: Rendezvous,
         signals: Signals,
@@ -76,10 +76,10 @@ class Participants:
         committed: Callable[[], None] = lambda: None,
     ) -> None:
         bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
-        agreement = Agreement(catalog, rendezvous, signals, bound_s, together=jax.process_count() > 1)
+        agreement = Agreement(store, rendezvous, signals, bound_s, together=jax.process_count() > 1)
         order = StepOrder(rendezvous, signals)
         self.incarnation = Incarnation(
-            catalog, writer, rendezvous, signals, coordinator, options, committed, agreement, order, epoch
+            store, writer, rendezvous, signals, coordinator, options, committed, agreement, order, epoch
         )
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 
@@ -114,7 +114,7 @@ class Participant:
         self.error: OrchestratorError | None = None
         self.blocked_s = self.durable_s = 0.0
         self._shared, self._user = incarnation, user
-        self._own = Contribution(incarnation.catalog, incarnation.rendezvous, attempt, process_state)
+        self._own = Contribution(incarnation.store, incarnation.rendezvous, attempt, process_state)
         self._phase = "stage"  # what fails next fails in it
         self._problem: BaseException | None = None  # why this process votes to abort
         self._other_step: Aborted | None = None  # how it ends, as process 0 saves another step instead
@@ -180,7 +180,7 @@ class Participant:
             returned.set()
 
     def _stage(self, flat: Flat) -> None:
-        check_root(self._shared.catalog.storage)
+        check_root(self._shared.store.storage)
         failpoints.hit("save.stage")
         held = self._shared.agreement.settle(flat, self.id, self._saves_other_step)
         self._own.stage(self._shared.writer, flat, held, attest=self._shared.options.attest != "off")
@@ -192,13 +192,13 @@ class Participant:
             step=self.step,
             attempt=self.id.name,
             epoch=self._shared.epoch,
-            opened_by=self._shared.catalog.writer,
+            opened_by=self._shared.store.writer,
             time=self._user.timestamp,
             process_count=self._shared.rendezvous.count,
             device_count=jax.device_count(),
             mesh=flat.form.mesh,
             tree=self._shared.writer.recorded(flat.spec),
-            built_on=self._shared.catalog.durable_version,
+            built_on=self._shared.store.durable_version,
             held=self._shared.agreement.account(flat),
         )
 
@@ -246,7 +246,7 @@ class Participant:
         if self._other_step:  # before it staged anything; what process 0 does next is no business of this one
             return self._other_step
         decision = DecisionReader(
-            self.id, self._shared.epoch, self._shared.catalog, self._shared.signals, self._shared.rendezvous.hosts
+            self.id, self._shared.epoch, self._shared.store, self._shared.signals, self._shared.rendezvous.hosts
         )
         return decision.wait(self._shared.options.save_timeout_s + GRACE_S, self._saves_other_step)
 
@@ -255,7 +255,7 @@ class Participant:
         return max(0.0, self.started_s + self._shared.options.save_timeout_s - time.monotonic())
 
     def _saves_other_step(self) -> Aborted | None:
-        self._other_step = self._shared.order.other_step(self.id, self._shared.catalog.durable_version)
+        self._other_step = self._shared.order.other_step(self.id, self._shared.store.durable_version)
         return self._other_step
 
     def _error(self, outcome: Outcome) -> OrchestratorError | None:
@@ -319,7 +319,7 @@ class Participant:
         try:
             opening.result(self._left_s)
         except TimeoutError as error:
-            where = f"{self._shared.catalog.url}/{self.id.intent_key}"
+            where = f"{self._shared.store.url}/{self.id.intent_key}"
             timeout_s = self._shared.options.save_timeout_s
             raise WaitTimeout(f"{where} was not written within {timeout_s:g} s") from error
 

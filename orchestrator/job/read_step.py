@@ -147,13 +147,13 @@ def match_target(stored: StoredStep, like: Any, options: ReadOptions) -> ReadPla
 
 
 def read_step(
-    catalog: JournalStore, live: LiveStep, like: Any, options: ReadOptions, reads: ArrayReads | None = None
+    store: JournalStore, live: LiveStep, like: Any, options: ReadOptions, reads: ArrayReads | None = None
 ) -> Restored:
     """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings: see `match_target`.
 
     Raises Mismatch before any array is read, Damaged, StepRetired, Unavailable.
     """
-    stored = catalog.step(live)
+    stored = store.step(live)
     plan = match_target(stored, like, options)
     process_states = plan.begin()
     values = (reads or ArrayReads(options.reader)).load(stored, plan.requests)

@@ -27,9 +27,9 @@ class ReceiptReader:
     acknowledged it; it need not be read then. `files` are the stored receipts read so far, by their path in it."""
 
     def __init__(
-        self, catalog: JournalStore, signals: Signals, hosts: Mapping[int, str], state: Attempt, own: bytes | None
+        self, store: JournalStore, signals: Signals, hosts: Mapping[int, str], state: Attempt, own: bytes | None
     ) -> None:
-        self._catalog, self._signals, self._hosts, self._own = catalog, signals, hosts, own
+        self._store, self._signals, self._hosts, self._own = store, signals, hosts, own
         self._state = state
         self._attempt = state.intent.id
         self.files: dict[str, FileEntry] = {}
@@ -57,7 +57,7 @@ class ReceiptReader:
         """The votes of the processes whose receipts are in storage. One listing, however many there are."""
         prefix = self._attempt.receipts_prefix
         try:
-            names = [entry.key for entry in self._catalog.storage.list(prefix)]
+            names = [entry.key for entry in self._store.storage.list(prefix)]
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("%s cannot be listed yet: %s", prefix, error)
             return {}
@@ -77,7 +77,7 @@ class ReceiptReader:
         """A receipt from storage, None if it is not there (yet). One that is damaged counts as an abort vote."""
         try:
             found = checked_reads.receipt(
-                self._catalog.storage, self._attempt, process, self._own if process == 0 else None
+                self._store.storage, self._attempt, process, self._own if process == 0 else None
             )
         except StorageError as error:  # perhaps it passes: the deadline decides
             logging.warning("receipt of process %d cannot be read yet: %s", process, error)

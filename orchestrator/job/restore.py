@@ -94,7 +94,7 @@ class RestoreOptions:
 
 
 def restore_together(
-    catalog: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None = None
+    store: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None = None
 ) -> Restored | None:
     """The newest good step (or the one asked for) on every process of the job; None in a new run, which has never had
     one. Main thread.
@@ -108,23 +108,23 @@ def restore_together(
     """
     share = (rendezvous.process, rendezvous.count)
     asked = replace(options, step=arguments.saved_step(options.step), read=replace(options.read, share=share))
-    return _Restore(catalog, rendezvous, like, asked, opening).run()
+    return _Restore(store, rendezvous, like, asked, opening).run()
 
 
 class _Restore:
     """One call of `restore_together`, on this process."""
 
     def __init__(
-        self, catalog: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None
+        self, store: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None
     ) -> None:
-        self._catalog, self._rendezvous, self._like, self._options = catalog, rendezvous, like, options
+        self._store, self._rendezvous, self._like, self._options = store, rendezvous, like, options
         self._opening = opening
-        self._judgement = _Judgement(catalog, rendezvous, options)
+        self._judgement = _Judgement(store, rendezvous, options)
         self._started_s = time.monotonic()
 
     def run(self) -> Restored | None:
         while True:
-            decide = partial(_choose, self._catalog, self._options, self._judgement.damaged)
+            decide = partial(_choose, self._store, self._options, self._judgement.damaged)
             chosen = agree(self._rendezvous, rounds.CHOICE, self._options.timeout_s, decide)
             if chosen is None:
                 self._open(None)
@@ -135,10 +135,10 @@ class _Restore:
 
     def _try(self, chosen: Chosen) -> Restored | None:
         """The step that process 0 has chosen; None if another is to be tried."""
-        head = decode(chosen.head.encode(), Head, f"{self._catalog.url}: what process 0 has read")
+        head = decode(chosen.head.encode(), Head, f"{self._store.url}: what process 0 has read")
         live = journal.find(head, chosen.step)
         assert live is not None  # process 0 found it in that very entry
-        stored = self._catalog.step(live)
+        stored = self._store.step(live)
         matched = attempt(partial(match_target, stored, self._like, self._options.read))
         plan = self._judgement.settle(stored, rounds.fits(live.step), matched)
         if plan is None:
@@ -146,7 +146,7 @@ class _Restore:
         self._open(journal.tree_of(head))
         self._judgement.quarantine()
         record = self._rendezvous.process == 0 and self._options.record and live.trust != "restored"
-        early = overlap.begin(self._catalog.head) if record else None  # it takes no longer than the arrays
+        early = overlap.begin(self._store.head) if record else None  # it takes no longer than the arrays
         reads = ArrayReads(self._options.read.reader, lambda read_bytes: heartbeat.record("restoring", None))
         read = self._judgement.settle(stored, rounds.outcome(live.step), self._read(plan, reads))
         if read is None or not self._proves(stored, read[1]):
@@ -154,7 +154,7 @@ class _Restore:
             return None
         self._report(live, reads)
         if record:
-            _record_restored(self._catalog, live, early)
+            _record_restored(self._store, live, early)
         return read[0]
 
     def _open(self, tree: str | None) -> None:
@@ -220,8 +220,8 @@ class _Judgement:
     """What the processes of a job find out about steps, the same on all of them. damaged: attempts that are proven to
     be so, and how. Each method is a collective."""
 
-    def __init__(self, catalog: JournalStore, rendezvous: Rendezvous, options: RestoreOptions) -> None:
-        self._catalog, self._rendezvous, self._options = catalog, rendezvous, options
+    def __init__(self, store: JournalStore, rendezvous: Rendezvous, options: RestoreOptions) -> None:
+        self._store, self._rendezvous, self._options = store, rendezvous, options
         self.damaged: dict[AttemptId, str] = {}
         self._not_journalled: list[LiveStep] = []
         self._retired = 0
@@ -276,7 +276,7 @@ class _Judgement:
             live = self._not_journalled.pop(0)
             reason = self.damaged[live.id][:_REASON_MAX]
             rule = partial(journal.quarantine, attempt=live.id, reason=reason)
-            agree(self._rendezvous, rounds.QUARANTINE, self._options.timeout_s, partial(_append, self._catalog, rule))
+            agree(self._rendezvous, rounds.QUARANTINE, self._options.timeout_s, partial(_append, self._store, rule))
 
     def _choose_again(self, process: int, failure: ReadFailure) -> None:
         self._retired += 1
@@ -295,7 +295,7 @@ class _Judgement:
     def _pass(self, live: LiveStep, reason: str) -> None:
         """Go on without this step, which is damaged."""
         if not self._options.steps_down:
-            raise Damaged(f"{self._catalog.url} {live.id.label} cannot be restored: {reason}")
+            raise Damaged(f"{self._store.url} {live.id.label} cannot be restored: {reason}")
         emit(SteppedDown(live.step, live.attempt, reason))
         self.damaged[live.id] = reason
         self._not_journalled.append(live)
@@ -307,22 +307,22 @@ class _Judgement:
 # On process 0.
 
 
-def _choose(catalog: JournalStore, options: RestoreOptions, damaged: DamagedSteps) -> Chosen | None:
+def _choose(store: JournalStore, options: RestoreOptions, damaged: DamagedSteps) -> Chosen | None:
     """What to restore; None in a new run. Raises NothingToRestore, StepNotFound."""
-    head = catalog.head()
+    head = store.head()
     if options.step is not None:
-        return _chosen(head, catalog.found(head, options.step))
+        return _chosen(head, store.found(head, options.step))
     if head is None:
         return None
     good = candidates(head, damaged)
     if len(good) > options.back:
         return _chosen(head, good[-1 - options.back])
     if damaged:
-        catalog.look()  # what is damaged may be a newer entry's to judge: the journal itself may have lost its tail
-        raise NothingToRestore(f"{catalog.url}: nothing to restore, and nothing was changed" + listed(damaged))
-    if catalog.newest(head) or options.back:
+        store.look()  # what is damaged may be a newer entry's to judge: the journal itself may have lost its tail
+        raise NothingToRestore(f"{store.url}: nothing to restore, and nothing was changed" + listed(damaged))
+    if store.newest(head) or options.back:
         raise NothingToRestore(
-            f"{catalog.url}: asked to leave out the newest {options.back} of {len(good)} restorable steps"
+            f"{store.url}: asked to leave out the newest {options.back} of {len(good)} restorable steps"
         )
     return None
 
@@ -351,14 +351,14 @@ def _damage_in_store(stored: StoredStep, wrong: Sequence[tuple[str, str]]) -> st
         return str(damage)
 
 
-def _append(catalog: JournalStore, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
-    catalog.append(rule)
+def _append(store: JournalStore, rule: Callable[[Head | None, journal.Stamp], journal.Next]) -> None:
+    store.append(rule)
 
 
-def _record_restored(catalog: JournalStore, live: LiveStep, early: Begun[Head | None] | None) -> None:
+def _record_restored(store: JournalStore, live: LiveStep, early: Begun[Head | None] | None) -> None:
     """Journal that a run has come up on this attempt: retention keeps the newest of those. Not worth failing for, but
     done before the restore returns: the next save's retention must know of it."""
     try:
-        catalog.append(partial(journal.trusted, attempt=live.id, trust="restored"), early)
+        store.append(partial(journal.trusted, attempt=live.id, trust="restored"), early)
     except OrchestratorError as error:
         logging.warning("%s: could not be journalled as restored: %s", live.id.label, error)

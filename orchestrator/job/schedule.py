@@ -83,10 +83,10 @@ class SaveSchedule:
 
     # What became of saves.
 
-    def opened(self, catalog: JournalStore) -> None:
+    def opened(self, store: JournalStore) -> None:
         """The epoch is open: process 0 measures from now on what an adaptive policy goes by."""
         if self._rendezvous.process == 0 and isinstance(self._policy, Adaptive):
-            self._pacing = Pacing(catalog, self._clock)
+            self._pacing = Pacing(store, self._clock)
 
     def begin(self, started_s: float) -> None:
         """A save begins, at `started_s` on the clock. Policies in seconds count from here, whatever becomes of it."""

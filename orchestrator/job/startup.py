@@ -34,7 +34,7 @@ from orchestrator.texts import printable
 
 
 def agree_at_start(
-    catalog: JournalStore,
+    store: JournalStore,
     rendezvous: Rendezvous,
     name: str,
     given: Settings,
@@ -55,7 +55,7 @@ def agree_at_start(
     incarnation_id = uuid.uuid4().hex if rendezvous.process == 0 else ""
     failure: Exception | None = None
     try:
-        head = catalog.head()  # whether it can be trusted
+        head = store.head()  # whether it can be trusted
         if rendezvous.process == 0:
             admit(head)
         mine = Arrival(digest, incarnation_id, None if head is None else (head.version, head.write_id))
@@ -69,7 +69,7 @@ def agree_at_start(
     if len({arrival.configuration for arrival in arrivals}) > 1:
         _check_settings(rendezvous, name, settings, timeout_s)
     if any(arrival.rejected or arrival.head != first.head for arrival in arrivals):
-        _check_root(catalog, rendezvous, name, arrivals, failure, timeout_s)
+        _check_root(store, rendezvous, name, arrivals, failure, timeout_s)
     return first.incarnation_id
 
 
@@ -96,7 +96,7 @@ def _check_settings(rendezvous: Rendezvous, name: str, settings: Mapping[str, st
 
 
 def _check_root(
-    catalog: JournalStore,
+    store: JournalStore,
     rendezvous: Rendezvous,
     name: str,
     arrivals: Sequence[Arrival],
@@ -115,7 +115,7 @@ def _check_root(
         what = f"version {sought[0]} of the journal that {who(rendezvous.hosts, [source])} sees there"
         if heads[rendezvous.process] != sought:
             failure = None  # what could not be read before may be read by now
-            look = partial(one_root.sees_in_time, partial(one_root.sees_entry, catalog, *sought), timeout_s)
+            look = partial(one_root.sees_in_time, partial(one_root.sees_entry, store, *sought), timeout_s)
     one_root.check_all_see(
-        catalog, rendezvous, rounds.one_root(name), look, what, source=source, timeout_s=timeout_s, failure=failure
+        store, rendezvous, rounds.one_root(name), look, what, source=source, timeout_s=timeout_s, failure=failure
     )

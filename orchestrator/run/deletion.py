@@ -38,7 +38,7 @@ class Collection:
 
 
 def collect(
-    catalog: JournalStore,
+    store: JournalStore,
     *,
     epoch: int | None = None,
     dry_run: bool = False,
@@ -52,30 +52,30 @@ def collect(
     what is there proves that the journal has lost entries.
     """
     failpoints.hit("collect.before")
-    found = catalog.look()[1] if orphans else {}
-    head = catalog.require_head() if dry_run else catalog.durable_head()
+    found = store.look()[1] if orphans else {}
+    head = store.require_head() if dry_run else store.durable_head()
     if epoch is not None and head.epoch > epoch:
-        raise Fenced(f"{catalog.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
+        raise Fenced(f"{store.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
     result = Collection()
     done: list[AttemptId] = []
     for gone in journal.collectable(head, found):
         # It was listed before the head was read: it may have been finished before the head's epoch was opened.
         unfinished = gone.reason == "orphan" and not found[gone.id].whole
-        if unfinished and catalog.storage.get(gone.id.manifest_key) is not None:
+        if unfinished and store.storage.get(gone.id.manifest_key) is not None:
             continue
         result.attempts.append(gone)
-        if _delete(catalog, gone, result, dry_run, on_file):
+        if _delete(store, gone, result, dry_run, on_file):
             done.append(gone.id)
     if done and not dry_run:
         failpoints.hit("collect.deleted")
-        catalog.append(partial(journal.collected, attempts=done))
+        store.append(partial(journal.collected, attempts=done))
         failpoints.hit("collect.after")
         emit(AttemptsDeleted(len(done), result.bytes, len(result.failed)))
     return result
 
 
 def _delete(
-    catalog: JournalStore,
+    store: JournalStore,
     gone: RetiredAttempt,
     result: Collection,
     dry_run: bool,
@@ -88,14 +88,14 @@ def _delete(
     """
     prefix = gone.id.prefix
     try:
-        sizes = {entry.key: entry.bytes for entry in catalog.storage.list(prefix)}
+        sizes = {entry.key: entry.bytes for entry in store.storage.list(prefix)}
     except StorageError as unreadable:  # the others can still be deleted
         result.failed.append(str(unreadable))
         return False
     first = [key for key in sizes if key.endswith(MANIFEST)]
     rest = [key for key in sizes if not key.endswith(MANIFEST)]
     failures = len(result.failed)
-    for key, error in chain(_deleted(catalog.storage, first, dry_run), _deleted(catalog.storage, rest, dry_run)):
+    for key, error in chain(_deleted(store.storage, first, dry_run), _deleted(store.storage, rest, dry_run)):
         if on_file:
             on_file(key)
         if error is None:
@@ -127,8 +127,8 @@ def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[t
 class BackgroundDeletion:
     """Deletes in the background, for one incarnation, without anybody waiting for it; once at a time. Any thread."""
 
-    def __init__(self, catalog: JournalStore) -> None:
-        self._catalog = catalog
+    def __init__(self, store: JournalStore) -> None:
+        self._store = store
         self._thread: threading.Thread | None = None
         self._swept = self._stopped = False
 
@@ -152,7 +152,7 @@ class BackgroundDeletion:
     def _run(self, epoch: int | None) -> None:
         try:
             # Leftovers of older epochs need a listing of all steps: once per incarnation is enough.
-            result = collect(self._catalog, epoch=epoch, orphans=not self._swept)
+            result = collect(self._store, epoch=epoch, orphans=not self._swept)
             self._swept = True
             for line in result.failed:
                 logging.warning("collect: %s", printable(line))

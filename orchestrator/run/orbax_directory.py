@@ -130,18 +130,18 @@ def in_store(storage: Reads, newest: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def unadopted(catalog: JournalStore, head: Head | None) -> str | None:
+def unadopted(store: JournalStore, head: Head | None) -> str | None:
     """What is to be said to whoever opens a root that holds steps of Orbax's which the run does not know: `head` would
     be taken for all there is, and training would begin at step 0 or go on from an older step. None if there are none.
 
     Where the run has steps, those of Orbax's count that were finished after its newest: the others have been adopted
     and retired since, or were left behind. Changes nothing. Raises StorageError, UsageError where names are in doubt.
     """
-    root = local_path(catalog.url)
+    root = local_path(store.url)
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if root is None:
-        found = in_store(catalog.storage, newest)
-        return elsewhere(catalog.url, found) if found else None
+        found = in_store(store.storage, newest)
+        return elsewhere(store.url, found) if found else None
     known = frozenset(live.step for live in head.live) if head else frozenset()
     there = survey(Path(root), known)
     newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0

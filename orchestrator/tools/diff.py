@@ -44,8 +44,8 @@ class LeafComparison:
 class Side:
     """One committed step, opened for comparing. Raises Damaged."""
 
-    def __init__(self, catalog: JournalStore, live: LiveStep) -> None:
-        self._stored = catalog.step(live)
+    def __init__(self, store: JournalStore, live: LiveStep) -> None:
+        self._stored = store.step(live)
         self._stored.check_sizes()
         self.leaves: dict[Path, LeafSpec] = {leaf.path: leaf for leaf in self._stored.intent.tree.leaves}
         self.fingerprints = self._stored.manifest.fingerprints

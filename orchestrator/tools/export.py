@@ -73,10 +73,10 @@ class Source:
 
 
 def open_source(
-    catalog: JournalStore, live: LiveStep, on_bytes: Callable[[int], None] = lambda read_bytes: None
+    store: JournalStore, live: LiveStep, on_bytes: Callable[[int], None] = lambda read_bytes: None
 ) -> Source:
     """Raises Damaged, StorageError if the step's records cannot be read or a file is missing."""
-    step = catalog.step(live)
+    step = store.step(live)
     step.check_sizes()
     extra = step.extra
     about = {"step": live.step, "attempt": live.attempt, "metrics": extra.stored_metrics, "extra": extra.stored_extra}

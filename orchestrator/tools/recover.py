@@ -63,17 +63,17 @@ class _Journal:
     ended: Set[AttemptId]
 
 
-def plan(catalog: JournalStore, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> RecoveryPlan:
+def plan(store: JournalStore, on_attempt: Callable[[AttemptId], None] = lambda attempt: None) -> RecoveryPlan:
     """Read every entry of the journal and the records of every attempt in storage. Raises StorageError: what cannot be
     read must not be taken for lost."""
-    stored, marker = dict(sorted(survey.attempts(catalog.storage).items())), catalog.marked_version()
-    attempts = _inspect_all(catalog, stored, on_attempt)
-    journalled = _read_journal(catalog)  # last: whatever a record or marker names has its entry by then
+    stored, marker = dict(sorted(survey.attempts(store.storage).items())), store.marked_version()
+    attempts = _inspect_all(store, stored, on_attempt)
+    journalled = _read_journal(store)  # last: whatever a record or marker names has its entry by then
     head = journalled.head
     built = {attempt: journal.StoredAttempt(one.whole, attempts[attempt].built_on) for attempt, one in stored.items()}
     lost = evidence.lost(head, built, marker)
     if not lost and not _is_cut(head, journalled.unreadable):
-        lost = survey.missing(catalog, head, marker)
+        lost = survey.missing(store, head, marker)
     whole = [Whole(one.entry, one.built_on) for one in attempts.values() if one.entry and not one.problem]
     named = [marker, *(one.built_on for one in attempts.values())]
     return RecoveryPlan(
@@ -93,14 +93,14 @@ def _is_cut(head: Head | None, unreadable: Mapping[str, str]) -> bool:
     return any((keys.journal_version(key) or 0) > newest for key in unreadable)
 
 
-def _read_journal(catalog: JournalStore) -> _Journal:
+def _read_journal(store: JournalStore) -> _Journal:
     head: Head | None = None
-    versions = catalog.versions()
+    versions = store.versions()
     unreadable: dict[str, str] = {}
     ended: set[AttemptId] = set()
     for version in versions:
         try:
-            head = catalog.entry(version)
+            head = store.entry(version)
         except (Damaged, Suspect) as error:
             unreadable[keys.journal_key(version)] = str(error)
             continue
@@ -109,14 +109,14 @@ def _read_journal(catalog: JournalStore) -> _Journal:
 
 
 def _inspect_all(
-    catalog: JournalStore, stored: Mapping[AttemptId, journal.StoredAttempt], on_attempt: Callable[[AttemptId], None]
+    store: JournalStore, stored: Mapping[AttemptId, journal.StoredAttempt], on_attempt: Callable[[AttemptId], None]
 ) -> dict[AttemptId, InspectedAttempt]:
     attempts: dict[AttemptId, InspectedAttempt] = {}
     for attempt, one in stored.items():
         on_attempt(attempt)
-        found = _inspect(catalog.storage, attempt) if one.whole else _UNFINISHED
+        found = _inspect(store.storage, attempt) if one.whole else _UNFINISHED
         if found.entry is None:
-            found = replace(found, built_on=survey.built_on(catalog, attempt, False))
+            found = replace(found, built_on=survey.built_on(store, attempt, False))
         attempts[attempt] = found
     return attempts
 
@@ -160,24 +160,22 @@ def _inspect(storage: Reads, attempt: AttemptId) -> InspectedAttempt:
     return InspectedAttempt(journal.carried(known, None), "", max(manifest.built_on, intent.built_on))
 
 
-def write(catalog: JournalStore, found: RecoveryPlan) -> Head:
+def write(store: JournalStore, found: RecoveryPlan) -> Head:
     """Create the `recovered` entry that `found` describes. Raises UsageError where there is nothing to recover,
     StorageError, and OrchestratorError if somebody writes to the run meanwhile."""
     if not found.required and not found.choice.added:
-        raise UsageError(f"{catalog.url}: nothing to recover: the journal knows every whole attempt")
+        raise UsageError(f"{store.url}: nothing to recover: the journal knows every whole attempt")
     if found.version > keys.VERSION_MAX:
         highest = ", ".join(found.unreadable) or keys.journal_key(keys.VERSION_MAX)
-        raise Damaged(
-            f"{catalog.url}: no version comes after {highest}; no job has written that: move it out of the run"
-        )
+        raise Damaged(f"{store.url}: no version comes after {highest}; no job has written that: move it out of the run")
     head = evidence.recovered(
         found.head,
-        catalog.stamp(),
+        store.stamp(),
         version=found.version,
         epoch=found.epoch,
         live=found.choice.live,
         reason=found.lost or "; ".join(found.unreadable) or "attempts that were never committed",
     )
-    if not catalog.put(head):
-        raise OrchestratorError(f"{catalog.url}: version {head.version} was written meanwhile; stop the job first")
+    if not store.put(head):
+        raise OrchestratorError(f"{store.url}: version {head.version} was written meanwhile; stop the job first")
     return head

@@ -47,7 +47,7 @@ class Verdict:
 
 
 def read_back(
-    catalog: JournalStore,
+    store: JournalStore,
     live: LiveStep,
     *,
     sample: float | None = None,
@@ -58,7 +58,7 @@ def read_back(
     """Compare what is stored with what was saved. `sample`: of the arrays, only this fraction of the chunks (at least
     one), chosen by `seed`; records, sizes and process states are always read. `by_store`: the size and checksum that
     the store itself reports of each file are compared, and no chunk is read. Any thread."""
-    reading = _ReadBack(catalog, live, on_bytes)
+    reading = _ReadBack(store, live, on_bytes)
     whole = sample is None and not by_store
     manifest = reading.manifest(with_sizes=not whole)
     if manifest is None:
@@ -85,26 +85,26 @@ def total_bytes(manifest: Manifest, sample: float | None = None) -> int:
     return manifest.total_bytes + data if sample is None else manifest.total_bytes - data + math.ceil(data * sample)
 
 
-def record(catalog: JournalStore, live: LiveStep, verdict: Verdict) -> None:
+def record(store: JournalStore, live: LiveStep, verdict: Verdict) -> None:
     """Journal the verdict: a good attempt read whole is `verified`, and released if it was quarantined as damaged (not
     if by hand); a damaged one is quarantined. One that was retired while it was read stays as it is. Raises
     StorageError."""
     if verdict.damaged:
         reason = f"verify: {verdict.damaged[0]}"[:_REASON_MAX]
-        catalog.append(partial(journal.quarantine, attempt=live.id, reason=reason))
+        store.append(partial(journal.quarantine, attempt=live.id, reason=reason))
     elif verdict.good and verdict.whole:
         if not live.restorable:
             why = "verify: read whole, and as it was saved"
             release = partial(journal.release, step=live.step, attempt=live.attempt, reason=why, disproved=True)
-            catalog.append(release)
-        catalog.append(partial(journal.trusted, attempt=live.id, trust="verified"))
+            store.append(release)
+        store.append(partial(journal.trusted, attempt=live.id, trust="verified"))
 
 
 class _ReadBack:
     """One attempt being read back. What is found is collected, not raised: each method goes as far as it can."""
 
-    def __init__(self, catalog: JournalStore, live: LiveStep, on_bytes: OnBytes) -> None:
-        self.stored, self._on_bytes = catalog.step(live), on_bytes
+    def __init__(self, store: JournalStore, live: LiveStep, on_bytes: OnBytes) -> None:
+        self.stored, self._on_bytes = store.step(live), on_bytes
         self._damaged: list[str] = []
         self._unread: list[str] = []
         self._retired = ""

@@ -21,7 +21,7 @@ import orchestrator as oc
 from orchestrator.arrays.reading import read
 from tests.support.leaf_values import DTYPES, every_pattern, same
 from tests.support.platforms import accelerators
-from tests.support.runs import catalog_of, now
+from tests.support.runs import now, store_of
 
 ACCELERATORS = accelerators()
 pytestmark = pytest.mark.skipif(not ACCELERATORS, reason="no accelerator on this machine")
@@ -52,10 +52,10 @@ def mixed(devices: list[Any]) -> dict[str, Any]:
 
 
 def chunks_of(root: Path) -> dict[str, str]:
-    catalog = catalog_of(root)
-    live = catalog.find(None)
+    store = store_of(root)
+    live = store.find(None)
     assert live is not None
-    return dict(catalog.step(live).manifest.chunks)
+    return dict(store.step(live).manifest.chunks)
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["to_accelerators", "to_cpus"])

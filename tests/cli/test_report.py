@@ -132,9 +132,9 @@ def test_a_run_without_events_and_a_damaged_one_are_reported_too(
 
 def test_a_save_whose_process_died_is_reported_as_unknown() -> None:
     line = LoggedEvent(50.0, 0, "h", "m", 1, SavePhase(3, "e0001-a01", "writing", 1.0, 5))
-    catalog = JournalStore(MemoryStorage(), "test")
-    catalog.append(journal.open_epoch)
-    (save,) = build(catalog, Timeline().add([line]), 60.0).saves
+    store = JournalStore(MemoryStorage(), "test")
+    store.append(journal.open_epoch)
+    (save,) = build(store, Timeline().add([line]), 60.0).saves
     assert (save.step, save.outcome, save.began, save.parts[0].ended) == (3, "unknown", 49.0, -1.0)
 
 

@@ -68,8 +68,8 @@ def run_adopt(*arguments: object) -> int:
 
 
 def rejection(root: Path) -> str | None:
-    catalog = JournalStore(open_storage(root), writer="test")
-    return unadopted(catalog, catalog.head())
+    store = JournalStore(open_storage(root), writer="test")
+    return unadopted(store, store.head())
 
 
 def rejected_unchanged(root: Path, *said: str) -> None:
@@ -241,17 +241,17 @@ def test_two_directories_of_one_step_and_numbers_beyond_what_a_step_may_be(root:
 
 def test_steps_in_an_object_store_are_not_taken_for_an_empty_run() -> None:
     storage = MemoryStorage()
-    catalog = JournalStore(storage, writer="test")
+    store = JournalStore(storage, writer="test")
     storage.create("00logs.txt", b"")
-    assert unadopted(catalog, None) is None
+    assert unadopted(store, None) is None
     for key in ("events/0.jsonl", "journal/x", "seed_3/journal/x", "steps/00000001/x", "x_1/a"):
         storage.create(key, b"")
-    assert unadopted(catalog, None) is None
+    assert unadopted(store, None) is None
     for key in ("10/default/_METADATA", "10/default/d/x", "9/commit_success.txt", "ckpt_8/_CHECKPOINT_METADATA"):
         storage.create(key, b"")
-    assert "holds 10, 9, ckpt_8, named like steps of Orbax's" in (unadopted(catalog, None) or "")
-    assert "holds 10, named like" in (unadopted(catalog, head(live(9))) or "")
-    assert unadopted(catalog, head(live(10))) is None
+    assert "holds 10, 9, ckpt_8, named like steps of Orbax's" in (unadopted(store, None) or "")
+    assert "holds 10, named like" in (unadopted(store, head(live(9))) or "")
+    assert unadopted(store, head(live(10))) is None
 
 
 # Malformed.

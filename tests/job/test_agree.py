@@ -26,8 +26,8 @@ ATTEMPT = AttemptId(1, builders.FIRST)
 
 
 def agreement(board: FakeBoard, timeout_s: float = 20.0, together: bool = True) -> tuple[Agreement, JournalStore]:
-    catalog = JournalStore(MemoryStorage(), "test")
-    return Agreement(catalog, board, Signals(board, "i"), timeout_s, together=together), catalog
+    store = JournalStore(MemoryStorage(), "test")
+    return Agreement(store, board, Signals(board, "i"), timeout_s, together=together), store
 
 
 def settle(agreed: Agreement, other_step: str = "") -> tuple[Held, ...]:
@@ -59,10 +59,10 @@ def test_a_job_of_one_process_needs_none() -> None:
 
 
 def test_a_signal_that_is_lost_is_found_in_the_intent() -> None:
-    agreed, catalog = agreement(FakeBoard(1, 2))
+    agreed, store = agreement(FakeBoard(1, 2))
     intent = builders.intent(builders.leaf("a"), builders.leaf("b"), processes=2, step=1)
     body = encode(structs.replace(intent, held=HELD))
-    catalog.storage.create(ATTEMPT.intent_key, body)
+    store.storage.create(ATTEMPT.intent_key, body)
     assert settle(agreed) == HELD
 
 

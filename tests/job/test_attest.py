@@ -19,7 +19,7 @@ import orchestrator as oc
 from orchestrator import arrays
 from orchestrator.job.read_step import ReadOptions, read_step
 from tests.support.processes import job
-from tests.support.runs import catalog_of, journal_of, kinds, now
+from tests.support.runs import journal_of, kinds, now, store_of
 from tests.support.snapshots import snapshot
 
 pytestmark = pytest.mark.jobs
@@ -28,10 +28,10 @@ SPECS = [PartitionSpec(), PartitionSpec("data"), PartitionSpec("model", "data"),
 
 
 def fingerprints(root: Path, step: int) -> dict[str, str]:
-    catalog = catalog_of(root)
-    live = catalog.find(step)
+    store = store_of(root)
+    live = store.find(step)
     assert live is not None
-    return catalog.step(live).manifest.fingerprints
+    return store.step(live).manifest.fingerprints
 
 
 def sharded(mesh: jax.sharding.Mesh, spec: PartitionSpec) -> Any:
@@ -76,14 +76,14 @@ def test_an_axis_swapped_while_reading_is_caught_though_every_checksum_is_right(
         loaded = arrays.load(*arguments)
         return [value.T if getattr(value, "shape", ()) == (8, 8) else value for value in loaded]
 
-    catalog = catalog_of(root)
-    live = catalog.find(1)
+    store = store_of(root)
+    live = store.find(1)
     assert live is not None
     before = snapshot(root)
-    read_step(catalog, live, state, ReadOptions(reader=swapped))  # what plain checksums let through
+    read_step(store, live, state, ReadOptions(reader=swapped))  # what plain checksums let through
     said = r"numpy: its fingerprint after restoring .* at the save it was .* the step is not damaged"
     with pytest.raises(oc.Unavailable, match=said):
-        read_step(catalog, live, state, ReadOptions(reader=swapped, attest=True))
+        read_step(store, live, state, ReadOptions(reader=swapped, attest=True))
     assert snapshot(root) == before
 
 
@@ -126,10 +126,10 @@ def test_a_restored_step_is_trusted_most_and_stays(root: Path) -> None:
             agent.save(step, {"w": jnp.zeros(4)})
         assert agent.all_steps() == [1, 3]
     assert kinds(root).count("restored") == 1
-    trust = {live.step: live.trust for live in catalog_of(root).require_head().live}
+    trust = {live.step: live.trust for live in store_of(root).require_head().live}
     assert trust == {1: "restored", 3: "committed"}
     assert subprocess.run([sys.executable, "-m", "orchestrator.cli", "verify", root, "--all"]).returncode == 0
-    trust = {live.step: live.trust for live in catalog_of(root).require_head().live}
+    trust = {live.step: live.trust for live in store_of(root).require_head().live}
     assert trust == {1: "restored", 3: "verified"}  # it never goes back
 
 

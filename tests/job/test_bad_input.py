@@ -192,16 +192,16 @@ def test_a_journal_that_retires_something_outside_the_run_deletes_nothing(run: P
     victim.mkdir()
     (victim / "file").write_text("precious")
     rewrite(entries(run)[-1], retired=[{"step": 1, "attempt": attempt, "reason": "gotcha"}])
-    catalog = JournalStore(PosixStorage(str(run)), "test")
-    rejected(run, lambda: collect(catalog), oc.UnsafeKey)
+    store = JournalStore(PosixStorage(str(run)), "test")
+    rejected(run, lambda: collect(store), oc.UnsafeKey)
 
 
 def test_a_receipt_that_names_a_file_outside_its_attempt_never_gets_into_a_commit(run: Path) -> None:
-    catalog = JournalStore(PosixStorage(str(run)), "test")
+    store = JournalStore(PosixStorage(str(run)), "test")
     with pytest.raises(oc.UnsafeKey):
         AttemptId(2, "e0001-a01").key("../x")
     with pytest.raises(oc.UnsafeKey):
-        catalog.storage.create("steps/../../x", b"")
+        store.storage.create("steps/../../x", b"")
 
 
 # Targets.
@@ -291,8 +291,8 @@ def test_a_head_that_promises_more_bytes_than_there_are(run: Path) -> None:
     """Sizes are compared before anything is read."""
     newest = entries(run)[-1]
     head = decode(newest.read_bytes(), Head, "here")
-    catalog = JournalStore(PosixStorage(str(run)), "test")
-    step = catalog.step(head.live[-1])
+    store = JournalStore(PosixStorage(str(run)), "test")
+    step = store.step(head.live[-1])
     manifest = step.manifest
     grown = [FileEntry(path=entry.path, bytes=entry.bytes + 1, crc32c=entry.crc32c) for entry in manifest.files]
     larger = type(manifest)(

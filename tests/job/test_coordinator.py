@@ -50,11 +50,11 @@ class Job:
 
     def __init__(self) -> None:
         self.storage = HookedStorage(MemoryStorage())
-        self.catalog = JournalStore(self.storage, "w")
-        self.catalog.append(journal.open_epoch)
+        self.store = JournalStore(self.storage, "w")
+        self.store.append(journal.open_epoch)
         self.board = FakeBoard(0, 2)
         self.signals = Signals(self.board, "i")
-        self.coordinator = Coordinator(self.catalog, self.board, self.signals, keep=None)
+        self.coordinator = Coordinator(self.store, self.board, self.signals, keep=None)
         self.merge_error: Exception | None = None
         self.opened = self.coordinator.open(INTENT, USER)
         self.store_receipt(0)
@@ -146,7 +146,7 @@ def test_a_step_whose_receipts_are_all_in_is_committed(happens: Callable[[Job], 
     job = Job()
     happens(job)
     outcome = job.decide()
-    head = job.catalog.require_head()
+    head = job.store.require_head()
     assert [live.step for live in head.live] == [1] and head.live[0].metrics == {"loss": 1.0}
     assert outcome == Committed(state_bytes=head.live[0].bytes, stage_s=2.0)
     assert job.signals.decision(ATTEMPT) == Committed()
@@ -161,9 +161,9 @@ def test_an_abort_is_journalled_posted_and_names_its_cause(
     outcome = job.decide(0.05 if happens is silence else 20.0)
     assert isinstance(outcome, Aborted) and outcome.cause is Cause(cause) and reason in outcome.reason
     assert job.signals.decision(ATTEMPT) == outcome
-    head = job.catalog.require_head()
+    head = job.store.require_head()
     assert head.live == () and head.event.kind == "aborted" and journal.is_retired(head, ATTEMPT)
-    late = DecisionReader(ATTEMPT, 1, job.catalog, job.signals, job.board.hosts).journalled()
+    late = DecisionReader(ATTEMPT, 1, job.store, job.signals, job.board.hosts).journalled()
     assert isinstance(late, Aborted) and late.cause is outcome.cause, "a process that missed the signal counts another"
 
 
@@ -171,10 +171,10 @@ def test_an_abort_is_journalled_posted_and_names_its_cause(
 def test_a_coordinator_of_an_older_epoch_changes_nothing(happens: Callable[[Job], None]) -> None:
     job = Job()
     happens(job)
-    before = job.catalog.versions()
+    before = job.store.versions()
     outcome = job.decide()
     assert isinstance(outcome, Fenced) and "fenced by epoch 2 (newer)" in outcome.reason
-    assert job.signals.decision(ATTEMPT) == outcome and job.catalog.versions() == before
+    assert job.signals.decision(ATTEMPT) == outcome and job.store.versions() == before
 
 
 def test_the_others_hear_of_an_outcome_that_could_not_be_journalled() -> None:

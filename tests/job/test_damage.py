@@ -244,9 +244,9 @@ def test_a_flipped_bit_anywhere_in_the_data_is_never_loaded_silently(root: Path,
 
 def test_verify_reads_the_chunks_too(root: Path) -> None:
     fill(root, 1)
-    catalog = JournalStore(PosixStorage(str(root)), "test")
-    step = catalog.find(1)
+    journal_store = JournalStore(PosixStorage(str(root)), "test")
+    step = journal_store.find(1)
     assert step is not None
-    verdict = read_back(catalog, step)
-    assert verdict.good and (verdict.files, verdict.chunks) == (len(catalog.step(step).manifest.files), 2)
-    assert catalog.step(step).manifest.chunks.keys() == {"w/c/0", "count/c"}
+    verdict = read_back(journal_store, step)
+    assert verdict.good and (verdict.files, verdict.chunks) == (len(journal_store.step(step).manifest.files), 2)
+    assert journal_store.step(step).manifest.chunks.keys() == {"w/c/0", "count/c"}

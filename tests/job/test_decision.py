@@ -56,11 +56,11 @@ def test_a_decision_that_does_not_come_is_waited_for_until_the_deadline(tmp_path
 
 
 def test_the_journal_keeps_the_cause_of_an_abort_beyond_its_entry(tmp_path: Path) -> None:
-    catalog, board = two_steps(tmp_path), FakeBoard(1, 2)
+    store, board = two_steps(tmp_path), FakeBoard(1, 2)
     for step, cause in ((3, Cause.SILENT), (4, Cause.INCOMPLETE)):
         why: dict[str, Any] = {"failures": (), "reason": f"it was {cause}", "cause": cause}
-        catalog.append(partial(journal.abort, epoch=1, attempt=AttemptId(step, FIRST), **why))
-    readers = [DecisionReader(AttemptId(step, FIRST), 1, catalog, Signals(board, "i"), board.hosts) for step in (3, 4)]
+        store.append(partial(journal.abort, epoch=1, attempt=AttemptId(step, FIRST), **why))
+    readers = [DecisionReader(AttemptId(step, FIRST), 1, store, Signals(board, "i"), board.hosts) for step in (3, 4)]
     assert [reader.journalled() for reader in readers] == [
         Aborted("journal version 4: aborted", Cause.SILENT),  # its words went with its entry
         Aborted("journal version 4: it was incomplete", Cause.INCOMPLETE),

@@ -80,10 +80,10 @@ def test_a_stopped_host_is_named_after_the_users_deadline_and_the_attempt_aborts
         running.wait_for(0, "trained", 150, at_least=3)
         running.processes[1].send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + 120
-        catalog = JournalStore(open_storage(str(tmp_path / "run")), writer="test")
+        store = JournalStore(open_storage(str(tmp_path / "run")), writer="test")
         aborted = None
         while aborted is None and time.monotonic() < deadline:
-            events = [head.event for head in catalog.entries()]
+            events = [head.event for head in store.entries()]
             aborted = next((event for event in events if event.kind == "aborted"), None)
             time.sleep(0.1)
         assert aborted is not None, running.story()
@@ -110,15 +110,15 @@ class Listener(threading.Thread):
         self.listed: set[int] = set()
 
     def run(self) -> None:
-        catalog = JournalStore(open_storage(str(self.root)), writer="listener")
+        store = JournalStore(open_storage(str(self.root)), writer="listener")
         while not self.stopping.wait(0.05):
-            head = catalog.head()
+            head = store.head()
             for live in head.live if head else ():
                 try:
-                    catalog.step(live).check_sizes()
+                    store.step(live).check_sizes()
                     self.listed.add(live.step)
                 except oc.OrchestratorError as error:
-                    now = catalog.head()
+                    now = store.head()
                     if now and any(entry.attempt == live.attempt and entry.step == live.step for entry in now.live):
                         self.wrong.append(str(error))
 

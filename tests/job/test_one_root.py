@@ -16,7 +16,7 @@ from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.read_only import ReadOnlyStorage
 from tests.support.fakes import HookedStorage
-from tests.support.runs import catalog_of, fill, journal_of, now, state
+from tests.support.runs import fill, journal_of, now, state, store_of
 
 
 class Late(HookedStorage):
@@ -41,7 +41,7 @@ class Late(HookedStorage):
 @pytest.mark.parametrize("error", [False, True])
 def test_what_another_host_wrote_may_be_seen_late(root: Path, error: bool) -> None:
     fill(root, 1)
-    writer = catalog_of(root)
+    writer = store_of(root)
     key, head = one_root.create_mark(writer), writer.require_head()
     looks: list[Callable[[JournalStore], bool]] = [
         partial(one_root.sees, key=key),
@@ -84,7 +84,7 @@ def test_whoever_looks_again_opens_all_directories_from_the_top_and_makes_none(t
 
 
 def test_a_mark_that_a_crash_has_left_is_no_part_of_the_run(root: Path) -> None:
-    left = one_root.create_mark(catalog_of(root))
+    left = one_root.create_mark(store_of(root))
     assert oc.Agent(root).latest_step() is None  # still a new run
     fill(root, 1, 2, keep=oc.last(1))
     assert (root / left).is_file() and oc.open_run(root).all_steps() == [2]

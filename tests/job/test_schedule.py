@@ -216,7 +216,7 @@ def test_an_agent_measures_chooses_and_says_why_once(root: Path) -> None:
         end()
     assert chosen.costs.interruptions == 2
     assert len(told) == 3 and "2 interruptions in" in told[-1].because
-    fresh = Pacing(agent._catalog)
+    fresh = Pacing(agent._store)
     assert fresh.costs is None  # of the saves; the history is there
 
 

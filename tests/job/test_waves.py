@@ -77,17 +77,17 @@ def test_no_request_waits_for_an_answer_that_it_does_not_need(tmp_path: Path) ->
 
 
 def a_run(store: MemoryStorage) -> JournalStore:
-    catalog = JournalStore(store, "a")
-    catalog.append(journal.open_epoch)
-    return catalog
+    journal_store = JournalStore(store, "a")
+    journal_store.append(journal.open_epoch)
+    return journal_store
 
 
 def test_a_head_that_was_read_ahead_is_built_on_by_one_create() -> None:
     store = HookedStorage(MemoryStorage())
-    catalog = a_run(store)
-    early = overlap.known(catalog.head(), began_s=overlap.begin(lambda: None).began_s)
+    journal_store = a_run(store)
+    early = overlap.known(journal_store.head(), began_s=overlap.begin(lambda: None).began_s)
     store.calls.clear()
-    made = catalog.append(journal.open_epoch, early)
+    made = journal_store.append(journal.open_epoch, early)
     assert made and made.epoch == 2 and [operation for operation, _ in store.calls] == ["create"]
 
 
@@ -121,16 +121,16 @@ COMMIT = partial(journal.abort, epoch=3, attempt=AttemptId(1, "e0003-a01"), fail
 )
 def test_no_decision_rests_on_a_head_that_is_no_more(happens: object, age_s: float, raises: type[Exception]) -> None:
     store = MemoryStorage()
-    catalog = a_run(store)
+    journal_store = a_run(store)
     for _ in range(2):
-        catalog.append(journal.open_epoch)
-    head = catalog.head()
+        journal_store.append(journal.open_epoch)
+    head = journal_store.head()
     assert head and head.epoch == 3
     now_s = overlap.begin(lambda: None).began_s
     happens(store)  # type: ignore[operator]
     before = {entry.key: store.get(entry.key) for entry in store.list("")}
     with pytest.raises(raises):
-        catalog.append(COMMIT, overlap.known(head, now_s - age_s))
+        journal_store.append(COMMIT, overlap.known(head, now_s - age_s))
     assert {entry.key: store.get(entry.key) for entry in store.list("")} == before
 
 
@@ -138,10 +138,10 @@ def test_no_decision_rests_on_a_head_that_is_no_more(happens: object, age_s: flo
 def test_nobody_is_rejected_for_what_was_read_ahead(early: str) -> None:
     """What is not a create is decided by a head that is read now."""
     store = MemoryStorage()
-    catalog = a_run(store)
-    older = catalog.head()
+    journal_store = a_run(store)
+    older = journal_store.head()
     assert older
-    head = catalog.append(journal.open_epoch)
+    head = journal_store.append(journal.open_epoch)
     assert head
     now_s = overlap.begin(lambda: None).began_s
 
@@ -155,7 +155,7 @@ def test_nobody_is_rejected_for_what_was_read_ahead(early: str) -> None:
     }
     given = overlap.begin(fails) if early == "unread" else overlap.known(heads[early], now_s)
     rule = partial(journal.abort, epoch=2, attempt=AttemptId(1, "e0002-a01"), failures=(), reason="no")
-    made = catalog.append(rule, given)  # type: ignore[arg-type]
+    made = journal_store.append(rule, given)  # type: ignore[arg-type]
     assert made and made.version == head.version + 1 and made.retired[0].attempt == "e0002-a01"
 
 

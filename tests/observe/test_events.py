@@ -28,7 +28,7 @@ from orchestrator.observe.timeline import Timeline
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Cause
-from tests.support.runs import catalog_of, fill, now
+from tests.support.runs import fill, now, store_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "events.md"
 VALUES: dict[str, Any] = {"int": 7, "float": 0.25, "str": "x"}
@@ -197,7 +197,7 @@ def test_what_is_no_event_is_skipped_and_counted_and_breaks_no_command(
     kind: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(root, 0, 1)
-    catalog_of(root).append(partial(journal.trusted, attempt=AttemptId(1, "e0001-a01"), trust="verified"))
+    store_of(root).append(partial(journal.trusted, attempt=AttemptId(1, "e0001-a01"), trust="verified"))
     whole = len(read(str(root / "events")))
     put(kind, root / "events/00009.jsonl")
     (root / "events/00008.jsonl").mkdir()
@@ -257,8 +257,8 @@ def test_events_with_any_values_break_no_reader(root: Path, capsys: pytest.Captu
     real = [each for path in (root / "events").iterdir() for each in path.read_bytes().splitlines()]
     made = [encode(line(sample(kind))).rstrip() for kind in events.KINDS.values()]
     random = Random(16)
-    catalog = catalog_of(root)
-    head = catalog.require_head()
+    store = store_of(root)
+    head = store.require_head()
     texts: list[bytes] = []
     for text in [*real, *made]:
         for name in msgspec.json.decode(text):
@@ -268,7 +268,7 @@ def test_events_with_any_values_break_no_reader(root: Path, capsys: pytest.Captu
         lines = [decode(text) for text in [*real, *random.sample(texts, 10)]]
         timeline = Timeline().add(sorted((each for each in lines if each), key=lambda each: each.time))
         Console(file=io.StringIO()).print(*watch.show(watch.summarize("run", head, timeline, time.time()), {}))
-        report.page(run_report.build(catalog, timeline, time.time()))
+        report.page(run_report.build(store, timeline, time.time()))
     (root / "events/00007.jsonl").write_bytes(b"\n".join(texts))
     for words in (["watch", "--once"], ["report", f"--output={root}.html"], ["plan", "--mesh=d=1"], ["doctor"]):
         assert main.main(["orchestrator", words[0], str(root), *words[1:]]) in (0, 1), words

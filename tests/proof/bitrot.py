@@ -193,10 +193,10 @@ def play(root: Path, reference: dict[int, dict[str, Any]], seed: int, scratch: P
     target.unlink()
     if fault.body is not None:
         target.write_bytes(fault.body)
-    catalog = JournalStore(PosixStorage(str(copy)), "bitrot")
-    live = catalog.find(NEWEST)
+    store = JournalStore(PosixStorage(str(copy)), "bitrot")
+    live = store.find(NEWEST)
     assert live is not None
-    verified = bool(read_back(catalog, live).damaged)
+    verified = bool(read_back(store, live).damaged)
     by_orbax = plain_orbax(attempt(copy, NEWEST) / "state", reference[NEWEST]) if orbax else ""
     try:
         with oc.Agent(copy) as agent:
@@ -208,7 +208,7 @@ def play(root: Path, reference: dict[int, dict[str, Any]], seed: int, scratch: P
         restore = "WRONG" if not right else "not needed, right bits" if unharmed else "stepped down, right bits"
     except oc.OrchestratorError as error:
         restore = f"raised {type(error).__name__}"
-    events = [head.event for head in catalog.entries() if head.event.kind == "quarantined"]
+    events = [head.event for head in store.entries() if head.event.kind == "quarantined"]
     told = found_by(events[0].reason) if events else ""
     shutil.rmtree(copy)
     return Outcome(fault, restore, told, verified, by_orbax)

@@ -209,11 +209,11 @@ class Judge:
         return "WRONG VALUE", f"step {restored.step}: {strange or found}", newest
 
     def _verified(self) -> str:
-        catalog = JournalStore(PosixStorage(str(self._root)), "fuzz")
-        live = catalog.find(None)
+        store = JournalStore(PosixStorage(str(self._root)), "fuzz")
+        live = store.find(None)
         if live is None or live.step != NEWEST:
             return "not the newest"
-        verdict = read_back(catalog, live)
+        verdict = read_back(store, live)
         return "good" if verdict.good else "; ".join([*verdict.damaged, *verdict.unread])
 
 

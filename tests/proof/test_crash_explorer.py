@@ -75,14 +75,14 @@ def points(
 def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[str]:
     """What is not as promised when the run is taken up from `image`."""
     lay_out(image, root)
-    catalog = JournalStore(PosixStorage(str(root)), "explorer")
-    heads = list(catalog.entries())
+    store = JournalStore(PosixStorage(str(root)), "explorer")
+    heads = list(store.entries())
     left = heads[-1] if heads else None
     problems = invariants.linear(heads) + invariants.journalled(heads, saved)
-    problems += invariants.whole(left, partial(damage, catalog))
-    problems += invariants.promises(heads, receipts(catalog))
+    problems += invariants.whole(left, partial(damage, store))
+    problems += invariants.promises(heads, receipts(store))
     newest = invariants.restorable(left)[-1].step if invariants.restorable(left) else None
-    problems += untouched(root, catalog, left)
+    problems += untouched(root, store, left)
     with oc.Agent(root, keep=oc.last(2), options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
         problems += invariants.listing(left, agent.all_steps(), agent.latest_step())
         restored = agent.restore(LIKE)
@@ -92,20 +92,16 @@ def broken(image: Image, saved: frozenset[tuple[int, str]], root: Path) -> list[
             problems.append(f"wrong values at step {restored.step}")
         if restored and restored.process_states != {0: b"at %d" % restored.step}:
             problems.append(f"wrong process state at step {restored.step}")
-        problems += collected(catalog)
+        problems += collected(store)
         agent.save(9, {"w": jnp.full(512, 9.0), "count": 9}, process_state=b"at 9")
         if agent.latest_step() != 9:
             problems.append("the next save was not committed")
-    return (
-        problems
-        + invariants.linear(list(catalog.entries()))
-        + invariants.whole(catalog.head(), partial(damage, catalog))
-    )
+    return problems + invariants.linear(list(store.entries())) + invariants.whole(store.head(), partial(damage, store))
 
 
-def untouched(root: Path, catalog: JournalStore, left: Head | None) -> list[str]:
+def untouched(root: Path, store: JournalStore, left: Head | None) -> list[str]:
     """9 and 13: an agent that is made, and one of another job, open no epoch and write nothing."""
-    before = {entry.key for entry in catalog.storage.list("")}
+    before = {entry.key for entry in store.storage.list("")}
     problems = []
     with oc.Agent(root, options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
         asked = agent.all_steps(), agent.epoch
@@ -114,35 +110,35 @@ def untouched(root: Path, catalog: JournalStore, left: Head | None) -> list[str]
         if invariants.restorable(left):
             with pytest.raises(oc.OtherJob):
                 agent.save(9, {"other": jnp.zeros(3)})
-    if more := {entry.key for entry in catalog.storage.list("")} - before:
+    if more := {entry.key for entry in store.storage.list("")} - before:
         problems.append(f"9: {sorted(more)} was left by a job that was rejected")
     return problems
 
 
-def collected(catalog: JournalStore) -> list[str]:
+def collected(store: JournalStore) -> list[str]:
     """5 and 8: what a collector deletes once a new incarnation is open, and before it has saved anything."""
-    heads, before = list(catalog.entries()), survey.attempts(catalog.storage)
-    collect(JournalStore(catalog.storage, "gc"))
-    after = survey.attempts(catalog.storage)
+    heads, before = list(store.entries()), survey.attempts(store.storage)
+    collect(JournalStore(store.storage, "gc"))
+    after = survey.attempts(store.storage)
     stored = {key: (one.whole, -1) for key, one in before.items()}
     gone = [key for key, one in before.items() if after.get(key, StoredAttempt()).bytes < one.bytes]
     return [line for key in gone for line in invariants.deleted(heads, *key, stored)]
 
 
-def damage(catalog: JournalStore, live: LiveStep) -> str:
-    return "; ".join(read_back(catalog, live).damaged)
+def damage(store: JournalStore, live: LiveStep) -> str:
+    return "; ".join(read_back(store, live).damaged)
 
 
-def receipts(catalog: JournalStore) -> Iterator[tuple[int, str, int, str]]:
-    for attempt in survey.attempts(catalog.storage):
+def receipts(store: JournalStore) -> Iterator[tuple[int, str, int, str]]:
+    for attempt in survey.attempts(store.storage):
         try:
-            found = checked_reads.receipt(catalog.storage, attempt, 0)
+            found = checked_reads.receipt(store.storage, attempt, 0)
         except oc.Damaged as error:
             yield *attempt, 0, str(error)
             continue
         receipt = found[0] if found else None
         if receipt and receipt.failure is None:
-            there = {entry.key: entry.bytes for entry in catalog.storage.list(attempt.prefix)}
+            there = {entry.key: entry.bytes for entry in store.storage.list(attempt.prefix)}
             gone = [entry.path for entry in receipt.files if there.get(attempt.prefix + entry.path) != entry.bytes]
             yield *attempt, 0, f"{gone} is not there" if gone else ""
 
@@ -180,19 +176,19 @@ def test_a_copy_that_lacks_the_journals_newest_entries_loses_no_step(
     for kept in range(len(versions)):
         here = tmp_path / f"copy-{kept}"
         lay_out({name: body for name, body in image.items() if name not in versions[kept:]}, here)
-        catalog = JournalStore(PosixStorage(str(here)), "explorer")
-        before = {key for key, one in survey.attempts(catalog.storage).items() if one.whole}
+        store = JournalStore(PosixStorage(str(here)), "explorer")
+        before = {key for key, one in survey.attempts(store.storage).items() if one.whole}
         try:
             with oc.Agent(here, options=oc.Options(async_save=False, on_save_failure="raise")) as agent:
                 agent.restore(LIKE)
-                assert collected(catalog) == []
+                assert collected(store) == []
         except oc.JournalLost:
             told += 1
-            assert {key for key, one in survey.attempts(catalog.storage).items() if one.whole} == before
-        found = plan(catalog)
+            assert {key for key, one in survey.attempts(store.storage).items() if one.whole} == before
+        found = plan(store)
         if found.required or found.choice.added:
-            write(catalog, found)
-        known = {live.id for live in catalog.require_head().live}
+            write(store, found)
+        known = {live.id for live in store.require_head().live}
         assert {(5, "e0002-a01"), (4, "e0002-a01"), (2, "e0001-a01")} <= known, kept
         reader = oc.open_run(here).restore(LIKE)
         assert reader.step == 5 and float(reader.state["w"][0]) == 5.0, kept

@@ -160,9 +160,9 @@ def test_a_job_loses_no_step_to_what_a_process_beside_it_cannot_read(bench: Benc
     for _ in range(2):
         told = bench.probe(way, run, ("restore",))
         assert "StorageError" in told["restore"]["kinds"], told["restore"]
-    catalog = JournalStore(open_storage(run.url), "test")
+    store = JournalStore(open_storage(run.url), "test")
     kept: list[int] = []
-    for head in catalog.entries():
+    for head in store.entries():
         assert all(live.restorable for live in head.live)
         assert head.event.kind in ("opened-epoch", "committed", "retired", "collected", "verified", "restored")
         if head.event.kind == "committed":

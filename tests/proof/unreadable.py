@@ -233,8 +233,8 @@ class Bench:
         return told, code, met
 
     def _look(self, run: Any, outcome: Outcome) -> None:
-        catalog = JournalStore(open_storage(run.url), "unreadable")
-        heads: list[Head] = list(catalog.entries())
+        journal_store = JournalStore(open_storage(run.url), "unreadable")
+        heads: list[Head] = list(journal_store.entries())
         new = [head.event for head in heads if f"journal/{head.version:020d}.json" not in self._template]
         outcome.events = [event.kind for event in new]
         outcome.reasons = [event.reason for event in new if event.kind == "quarantined"]

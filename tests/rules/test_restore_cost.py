@@ -85,11 +85,11 @@ def test_bytes_and_requests_of_a_restore_are_foretold_exactly(run: Path, axes: d
         for name, value in saved.items()
     }
     reader = oc.open_run(run)
-    live = reader._catalog.find(5)
+    live = reader._store.find(5)
     assert live is not None
-    tree = reader._catalog.step(live).intent.tree
+    tree = reader._store.step(live).intent.tree
     reads = ArrayReads()
-    restored = read_step(reader._catalog, live, like, ReadOptions(), reads)
+    restored = read_step(reader._store, live, like, ReadOptions(), reads)
     (cost,) = restore_cost.forecast(tree, Target(axes, 1)).costs
     assert reads.read_bytes == cost.read_bytes
     targets = {"/".join(leaf.path): like["/".join(leaf.path)] for leaf in tree.leaves if leaf.in_store}
@@ -153,9 +153,9 @@ def test_an_elements_size_is_numpys(dtype: str) -> None:
 
 def test_an_array_that_the_mesh_cannot_hold_is_named_with_its_dimension(run: Path) -> None:
     reader = oc.open_run(run)
-    live = reader._catalog.find(5)
+    live = reader._store.find(5)
     assert live is not None
-    tree = reader._catalog.step(live).intent.tree
+    tree = reader._store.step(live).intent.tree
     problems = restore_cost.forecast(tree, Target({"data": 3, "model": 1}, 1)).problems
     assert any(line.startswith("both[64, 128]: dimension 0 of 64 is not divisible by 3 (data)") for line in problems)
     assert not any("bf16" in line for line in problems)

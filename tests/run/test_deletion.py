@@ -80,9 +80,9 @@ def test_in_the_background_what_failed_is_logged_and_done_the_next_time(
 def test_in_the_background_a_fenced_incarnation_deletes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    catalog = two_steps(tmp_path)
-    catalog.append(journal.open_epoch)
-    deletion = BackgroundDeletion(catalog)
+    store = two_steps(tmp_path)
+    store.append(journal.open_epoch)
+    deletion = BackgroundDeletion(store)
     deletion.start(1)
     deletion.wait(30)
     assert "epoch 1 is fenced by epoch 2" in caplog.text and len(journal_of(tmp_path)[-1].retired) == 1

@@ -28,7 +28,7 @@ from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import Entry, PosixStorage
 from orchestrator.tools import verify
 from tests.support.fakes import HookedStorage
-from tests.support.runs import LIKE, catalog_of, fill, journal_of, kinds, now, state
+from tests.support.runs import LIKE, fill, journal_of, kinds, now, state, store_of
 from tests.support.snapshots import snapshot
 
 
@@ -125,11 +125,11 @@ def test_what_is_always_read_wrongly_but_stored_right_is_unavailable_and_no_olde
         agent.restore(LIKE)
     with pytest.raises(oc.Unavailable, match=r"the store's own account is"):
         Run(JournalStore(lying(root, lie), "reader")).restore(LIKE)
-    catalog = JournalStore(lying(root, lie), "verify")
-    step = catalog_of(root).find(2)
+    journal_store = JournalStore(lying(root, lie), "verify")
+    step = store_of(root).find(2)
     assert step is not None
     if lie.operation == "get":  # a listing is none of verify's business when it reads each file
-        verdict = verify.read_back(catalog, step)
+        verdict = verify.read_back(journal_store, step)
         assert verdict.unread and not verdict.damaged and not verdict.good
     assert "quarantined" not in kinds(root)
     with oc.Agent(root, options=now()) as agent:
@@ -140,10 +140,10 @@ def test_what_is_always_read_wrongly_but_stored_right_is_unavailable_and_no_olde
 def test_a_file_of_another_save_with_the_same_crc32c_is_damaged_when_it_is_read_twice(root: Path) -> None:
     """The store's own account cannot tell them apart (an object store knows one CRC): the bytes decide."""
     fill(root, 1, 2)
-    catalog = catalog_of(root)
-    live = catalog.find(2)
+    journal_store = store_of(root)
+    live = journal_store.find(2)
     assert live is not None
-    manifest = catalog.step(live).manifest
+    manifest = journal_store.step(live).manifest
     entry = next(entry for entry in manifest.files if entry.path.startswith("process/"))
     other = FileEntry(path=entry.path, bytes=entry.bytes, crc32c=entry.crc32c, crc32="00000001")
 
@@ -182,26 +182,26 @@ SUSPICIONS: dict[str, Exception] = {
 @pytest.mark.parametrize("how", SUSPICIONS)
 def test_a_suspicion_against_a_whole_step_is_read_again_and_in_the_end_unavailable(root: Path, how: str) -> None:
     fill(root, 1, 2)
-    catalog = catalog_of(root)
-    live = catalog.find(2)
+    journal_store = store_of(root)
+    live = journal_store.find(2)
     assert live is not None
     before = snapshot(root)
     again = ReadOptions(reader=Suspicious(SUSPICIONS[how], READS - 1))
-    assert read_step(catalog, live, LIKE, again).state["count"] == 2
+    assert read_step(journal_store, live, LIKE, again).state["count"] == 2
     for_good = Suspicious(SUSPICIONS[how], READS)
     with pytest.raises(oc.StorageError, match=r"w: |count: "):
-        read_step(catalog, live, LIKE, ReadOptions(reader=for_good))
+        read_step(journal_store, live, LIKE, ReadOptions(reader=for_good))
     assert (for_good.left, snapshot(root)) == (0, before)
 
 
 def test_an_answer_that_was_waited_for_as_long_as_may_be_is_not_waited_for_again(root: Path) -> None:
     fill(root, 1)
-    catalog = catalog_of(root)
-    live = catalog.find(1)
+    journal_store = store_of(root)
+    live = journal_store.find(1)
     assert live is not None
     reader = Suspicious(oc.Unavailable("no answer within 120 s", waited=True), 2)
     with pytest.raises(oc.Unavailable, match="no answer within"):
-        read_step(catalog, live, LIKE, ReadOptions(reader=reader))
+        read_step(journal_store, live, LIKE, ReadOptions(reader=reader))
     assert reader.left == 1
 
 
@@ -213,7 +213,7 @@ class OfANewerFormat(StoredStep):
 
 def test_a_step_of_a_newer_format_is_not_damaged(root: Path) -> None:
     fill(root, 1, 2)
-    newer = catalog_of(root)
+    newer = store_of(root)
     newer.step = lambda live: OfANewerFormat(newer.storage, live, newer.check_live)  # type: ignore[method-assign]
     with pytest.raises(oc.NewerFormat):  # and does not step down
         Run(newer).restore(LIKE)
@@ -224,7 +224,7 @@ def test_a_step_of_a_newer_format_is_not_damaged(root: Path) -> None:
 
 
 def retire(root: Path, keep: int = 1) -> None:
-    catalog_of(root).append(lambda head, stamp: journal.retire(head, stamp, keep=oc.last(keep)))
+    store_of(root).append(lambda head, stamp: journal.retire(head, stamp, keep=oc.last(keep)))
 
 
 def test_a_reader_whom_retention_overtakes_gets_the_newest_step(root: Path) -> None:
@@ -289,16 +289,16 @@ def test_a_step_that_a_reader_was_told_of_is_retired_and_not_unknown(root: Path,
 
 def test_verify_says_that_a_step_was_retired_and_calls_nothing_damaged(root: Path) -> None:
     fill(root, 1, 2)
-    catalog = catalog_of(root)
-    live = catalog.find(1)
+    journal_store = store_of(root)
+    live = journal_store.find(1)
     assert live is not None
     retire(root)
     for path in sorted(root.glob("steps/00000001/*/state/**/d/*")):
         path.unlink()
-    verdict = verify.read_back(catalog, live)
+    verdict = verify.read_back(journal_store, live)
     assert (verdict.damaged, verdict.unread, verdict.good) == ((), (), False) and "was retired" in verdict.retired
     before = snapshot(root)
-    verify.record(catalog, live, verdict)
+    verify.record(journal_store, live, verdict)
     assert snapshot(root) == before
 
 
@@ -344,7 +344,7 @@ def test_a_python_number_that_an_array_cannot_hold_is_a_mismatch(root: Path, dty
 
 def test_the_state_of_a_run_is_not_confused_by_all_this(root: Path) -> None:
     fill(root, 1, 2)
-    stored = catalog_of(root).step(journal_of(root)[-1].live[-1])
+    stored = store_of(root).step(journal_of(root)[-1].live[-1])
     assert stored.manifest.step == 2 and stored.intent.step == 2 and stored.extra.extra == {"at": 2}
     assert stored_arrays.bad_chunks(stored, dict.fromkeys(stored.manifest.chunks)) == {}
     stored.judge([], list(stored.manifest.chunks))

@@ -34,7 +34,7 @@ from orchestrator.storage import posix as posix_module
 from orchestrator.storage.directory import DEPTH_MAX
 from tests.support.builders import head
 from tests.support.fakes import HookedStorage
-from tests.support.runs import LIKE, catalog_of, fill, kinds, now, state
+from tests.support.runs import LIKE, fill, kinds, now, state, store_of
 from tests.support.snapshots import snapshot
 
 SOON_S = 20.0
@@ -271,7 +271,7 @@ def test_a_name_that_no_key_can_have_is_listed_as_such_and_can_be_deleted(
 def test_a_folder_that_cannot_be_listed_is_not_empty_and_stops_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    catalog = retired(root, 8, 9, 10)
+    journal_store = retired(root, 8, 9, 10)
     opened = os.open
 
     def failing(path: str, flags: int, *more: int, dir_fd: int | None = None) -> int:
@@ -281,10 +281,10 @@ def test_a_folder_that_cannot_be_listed_is_not_empty_and_stops_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", failing)
-        problems = {entry.key: entry.problem for entry in catalog.storage.list("steps/") if entry.problem}
+        problems = {entry.key: entry.problem for entry in journal_store.storage.list("steps/") if entry.problem}
         assert problems == {"steps/00000009/e0001-a01/state": "cannot be listed: EIO (Input/output error)"}
-        assert len(collect(catalog).failed) == 1 and left(catalog) == [9]
-    assert collect(catalog).failed == [] and left(catalog) == []
+        assert len(collect(journal_store).failed) == 1 and left(journal_store) == [9]
+    assert collect(journal_store).failed == [] and left(journal_store) == []
 
 
 def test_a_deep_hole_ends_a_listing_soon(store: PosixStorage, root: Path) -> None:
@@ -325,7 +325,7 @@ def test_what_stands_at_the_newest_entry_is_never_an_older_journal(obstacle: str
     path = root / "journal" / f"{len(kinds(root)):020d}.json"
     put(path, outside)
     with pytest.raises(Unavailable, match=f"{path}: is {kind}"):
-        soon(lambda: catalog_of(root).head())
+        soon(lambda: store_of(root).head())
     before = snapshot(root / "journal") if path.is_dir() else sorted(os.listdir(root / "journal"))
     with pytest.raises(Unavailable, match=f"{path}: is {kind}"):
         soon(lambda: oc.Agent(root, options=now()).restore(LIKE))
@@ -337,21 +337,21 @@ def test_what_stands_at_the_newest_entry_is_never_an_older_journal(obstacle: str
 
 def retired(root: Path, *steps: int) -> JournalStore:
     """A run that has retired these steps; each of their attempts holds one file and a manifest."""
-    catalog = catalog_of(root)
+    journal_store = store_of(root)
     gone = tuple(RetiredAttempt(step=step, attempt="e0001-a01", reason="aborted") for step in steps)
-    catalog.storage.create(keys.journal_key(0), encode(head(epoch=1, version=0, retired=gone)))
+    journal_store.storage.create(keys.journal_key(0), encode(head(epoch=1, version=0, retired=gone)))
     for step in steps:
         for name in ("manifest.json", "state/d/data"):
-            catalog.storage.create(AttemptId(step, "e0001-a01").key(name), b"1234")
-    return catalog
+            journal_store.storage.create(AttemptId(step, "e0001-a01").key(name), b"1234")
+    return journal_store
 
 
 def attempt(root: Path, step: int) -> Path:
     return root / f"steps/{step:08d}/e0001-a01"
 
 
-def left(catalog: JournalStore) -> list[int]:
-    return [gone.step for gone in catalog.require_head().retired]
+def left(journal_store: JournalStore) -> list[int]:
+    return [gone.step for gone in journal_store.require_head().retired]
 
 
 LINKED = {
@@ -368,23 +368,25 @@ LINKED = {
 def test_what_somebody_moved_to_another_disk_and_linked_is_not_deleted_and_all_the_rest_is(
     linked: str, root: Path, tmp_path: Path
 ) -> None:
-    catalog = retired(root, 8, 9, 10)
+    journal_store = retired(root, 8, 9, 10)
     path, cold = LINKED[linked](root), tmp_path / "cold"
     shutil.move(path, cold)
     path.symlink_to(cold)
     theirs = snapshot(cold) if cold.is_dir() else {"": cold.read_text()}
     for _ in range(2):  # and again, each time
-        result = collect(catalog)
+        result = collect(journal_store)
         (failed,) = result.failed
         assert f"{path}: is a symbolic link" in failed
         assert (snapshot(cold) if cold.is_dir() else {"": cold.read_text()}) == theirs and path.is_symlink()
-        assert left(catalog) == [9]
+        assert left(journal_store) == [9]
     assert sorted(os.listdir(root / "steps")) == ["00000009"]
-    plain = [entry.key for entry in catalog.storage.list("") if not entry.problem and entry.key.startswith("steps/")]
+    plain = [
+        entry.key for entry in journal_store.storage.list("") if not entry.problem and entry.key.startswith("steps/")
+    ]
     assert plain == []  # whatever of it could go has gone
     path.unlink()
-    collect(catalog)
-    assert left(catalog) == []
+    collect(journal_store)
+    assert left(journal_store) == []
 
 
 def test_a_folder_swapped_for_a_link_between_listing_and_deleting_deletes_nothing_elsewhere(
@@ -400,22 +402,22 @@ def test_a_folder_swapped_for_a_link_between_listing_and_deleting_deletes_nothin
             folder.rename(root / "aside")
             folder.symlink_to(outside)
 
-    catalog = JournalStore(HookedStorage(PosixStorage(str(root)), swap), "test")
-    result = collect(catalog)
+    journal_store = JournalStore(HookedStorage(PosixStorage(str(root)), swap), "test")
+    result = collect(journal_store)
     assert (outside / "data").read_text() == "precious"
     assert {**snapshot(outside)}.items() >= theirs.items()
     assert len(result.failed) == 1 and "is a symbolic link" in result.failed[0]
-    assert left(catalog) == [9]
+    assert left(journal_store) == [9]
 
 
 @pytest.mark.parametrize("name", [*ODD_NAMES, "x/a\\b/c", "...", " ", "-rf", "e0001-a01"])
 def test_a_plain_file_of_any_name_goes_with_the_attempt_that_it_is_in(name: str, root: Path) -> None:
-    catalog = retired(root, 8, 9, 10)
+    journal_store = retired(root, 8, 9, 10)
     path = attempt(root, 9) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("x")
-    result = collect(catalog)
-    assert result.failed == [] and result.files == 7 and left(catalog) == []
+    result = collect(journal_store)
+    assert result.failed == [] and result.files == 7 and left(journal_store) == []
     assert [path for path in (root / "steps").glob("**/*") if not path.is_dir()] == []
 
 
@@ -423,20 +425,20 @@ def test_a_plain_file_of_any_name_goes_with_the_attempt_that_it_is_in(name: str,
 def test_a_special_file_in_an_attempt_stays_and_is_reported_and_all_the_rest_goes(
     obstacle: str, root: Path, outside: Path
 ) -> None:
-    catalog = retired(root, 8, 9, 10)
+    journal_store = retired(root, 8, 9, 10)
     kind, put = OBSTACLES[obstacle]
     put(attempt(root, 9) / "odd", outside)
-    result = soon(lambda: collect(catalog))
-    assert f"is {kind}" in result.failed[0] and left(catalog) == [9]  # type: ignore[attr-defined]
+    result = soon(lambda: collect(journal_store))
+    assert f"is {kind}" in result.failed[0] and left(journal_store) == [9]  # type: ignore[attr-defined]
     assert [path for path in root.glob("steps/**/*") if not path.is_dir()] == [attempt(root, 9) / "odd"]
 
 
 @pytest.mark.parametrize("name", ["e00001-a01", "e0001-a1", "e0001-a001", "e1-a01", "tmp", "e0000-a00\\x"])
 def test_a_folder_that_no_attempt_is_called_stops_no_collection_and_stays(name: str, root: Path) -> None:
-    catalog = retired(root, 8)
+    journal_store = retired(root, 8)
     (root / "steps/00000009" / name).mkdir(parents=True)
     (root / "steps/00000009" / name / "x").write_text("x")
-    assert collect(catalog).failed == [] and left(catalog) == []
+    assert collect(journal_store).failed == [] and left(journal_store) == []
     assert (root / "steps/00000009" / name / "x").exists()
 
 
@@ -499,10 +501,10 @@ def test_what_a_library_opens_by_its_path_is_looked_at_before(
     kind, put = OBSTACLES[obstacle]
     with oc.Agent(root, options=now(compression=True)) as agent:
         agent.save(1, state(1))
-    catalog = catalog_of(root)
-    live = catalog.find(1)
+    journal_store = store_of(root)
+    live = journal_store.find(1)
     assert live is not None
-    stored = chunk_index.stored(catalog.step(live).manifest)
+    stored = chunk_index.stored(journal_store.step(live).manifest)
     folder = root / "steps/00000001/e0001-a01/state"
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).unlink(missing_ok=True)

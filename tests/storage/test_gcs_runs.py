@@ -169,14 +169,14 @@ def test_a_credential_that_may_only_read_is_enough_for_readers(
 def test_opening_a_run_takes_a_few_requests_whatever_its_age(gcs: EmulatorProcess) -> None:
     root = new_root()
     storage = open_storage(root)
-    catalog = JournalStore(storage, "test")
+    store = JournalStore(storage, "test")
 
     def grow(first: int, last: int) -> None:
         """Entries as years of saving would leave them; the last one is appended as an agent would."""
         with ThreadPoolExecutor(16) as pool:
             entries = ((keys.journal_key(version), encode(head(version=version))) for version in range(first, last))
             list(pool.map(lambda entry: storage.create(*entry), entries))
-        assert (appended := catalog.append(journal.open_epoch)) and appended.version == last
+        assert (appended := store.append(journal.open_epoch)) and appended.version == last
 
     told = []
     for first, last in ((0, 499), (500, 500), (501, 1000), (1001, 1400)):
@@ -195,9 +195,9 @@ def test_opening_a_run_takes_a_few_requests_whatever_its_age(gcs: EmulatorProces
 @pytest.mark.parametrize("make", [MemoryStorage, lambda: open_storage(new_root())])
 def test_markers_never_hide_an_entry(make: Any) -> None:
     storage = make()
-    catalog = JournalStore(storage, "test")
+    store = JournalStore(storage, "test")
     for _ in range(4):
-        catalog.append(journal.open_epoch)
+        store.append(journal.open_epoch)
     storage.create(keys.index_key(2), b"")
     assert JournalStore(storage, "test").require_head().version == 3
     storage.create(keys.index_key(77), b"")  # it says more than there is
@@ -214,36 +214,36 @@ def test_a_retired_attempt_is_deleted_a_hundred_files_to_a_request_and_an_interr
     storage = open_storage(root)
     for index in range(230):
         storage.create(f"steps/00000001/e0001-a01/state/d/{index:03}", b"x")
-    catalog = JournalStore(storage, "test")
-    catalog.append(partial(journal.retire, keep=oc.last(1)))
+    store = JournalStore(storage, "test")
+    store.append(partial(journal.retire, keep=oc.last(1)))
     listed = iter(storage.delete_many([entry.key for entry in storage.list("steps/00000001/")]))  # type: ignore[attr-defined]
     next(listed)  # a collector that dies after its first request
     gcs.counts(reset=True)
     seen: list[str] = []
-    result = collect(catalog, on_file=seen.append)
+    result = collect(store, on_file=seen.append)
     assert result.failed == [] and len(seen) == result.files > 130
     assert gcs.counts()["operations"]["batch"] <= 3
     assert list(storage.list("steps/00000001/")) == []
-    assert catalog.require_head().retired == ()
+    assert store.require_head().retired == ()
     assert is_state(oc.open_run(root).restore(), 2)
 
 
 def test_a_tree_in_a_bucket_that_would_have_to_be_decompressed_is_decoded_by_nobody(gcs: EmulatorProcess) -> None:
     root = new_root()
     fill(root, 1)
-    catalog = JournalStore(open_storage(root), "test")
-    live = catalog.find(1)
+    store = JournalStore(open_storage(root), "test")
+    live = store.find(1)
     assert live is not None
-    manifest = catalog.step(live).manifest
+    manifest = store.step(live).manifest
     state = f"steps/00000001/{live.attempt}/state/"
     stored = chunk_index.stored(manifest)
     node = next(path for path in stored.files if path.startswith("d/"))
-    body = bytearray(catalog.storage.get(state + node) or b"")
+    body = bytearray(store.storage.get(state + node) or b"")
     body[13] = 1  # says that it is compressed
     body[-4:] = crc32c.crc32c(bytes(body[:-4])).to_bytes(4, "little")
-    catalog.storage.delete(state + node)
-    catalog.storage.create(state + node, bytes(body))
-    loads = [arrays.ReadRequest(leaf) for leaf in catalog.step(live).intent.tree.leaves]
+    store.storage.delete(state + node)
+    store.storage.create(state + node, bytes(body))
+    loads = [arrays.ReadRequest(leaf) for leaf in store.step(live).intent.tree.leaves]
     with pytest.raises(Suspect, match="tree is compressed or in parts; none of ours is"):
         arrays.load(f"{root}/{state}", loads, None, stored)
     with pytest.raises(oc.NothingToRestore, match=f"{node}: .*the manifest says"):

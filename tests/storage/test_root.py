@@ -32,7 +32,7 @@ from orchestrator.storage import Created, PosixStorage, open_storage
 from orchestrator.storage.directory import find
 from tests.storage.test_directory import KEY, OPERATIONS
 from tests.support.fakes import FakeBoard, HookedStorage
-from tests.support.runs import catalog_of, fill, now, state
+from tests.support.runs import fill, now, state, store_of
 
 
 @pytest.fixture
@@ -143,10 +143,10 @@ def test_a_save_looks_at_the_root_before_it_takes_anything_from_the_devices(
 
 
 def test_a_host_that_alone_has_lost_the_root_says_so_to_the_others_and_ends(root: Path) -> None:
-    catalog, board = catalog_of(root), FakeBoard(1, 2)
-    catalog.storage.create("journal/0", b"x")
+    journal_store, board = store_of(root), FakeBoard(1, 2)
+    journal_store.storage.create("journal/0", b"x")
     signals = Signals(board, "i")
-    participants = Participants(catalog, ArrayWriter(ArrayOptions(), 1), board, signals, None, now(), epoch=1)
+    participants = Participants(journal_store, ArrayWriter(ArrayOptions(), 1), board, signals, None, now(), epoch=1)
     shutil.rmtree(root)
     save = participants.begin(1, UserData({}, {}, 0.0), None)
     signals.post_decision(save.id, Aborted("process 1 voted to abort"))
@@ -292,7 +292,7 @@ def run_of(kind: str, root: str, number: int, aside: Path) -> None:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=kind == "adopted")
         with ocp.CheckpointManager(source, item_handlers=handler) as manager:
             manager.save(1, args=ocp.args.PyTreeSave(values(number)))
-        adopt(catalog_of(Path(root)), str(source))
+        adopt(store_of(Path(root)), str(source))
         return
     with oc.Agent(root, options=now(compression=kind == "compressed")) as agent:
         agent.save(1, values(number))
@@ -331,7 +331,7 @@ def test_a_root_of_any_name_holds_its_own_run_and_touches_no_neighbour(
     code, told = command(capsys, "diff", root, "1", "1", f"--other={other}")
     assert code != 0 and told is not None
     assert sorted(os.listdir(tmp_path / "runs")) == sorted({name, NAMES[name].split("/")[0]})
-    assert [step.trust for step in catalog_of(Path(root)).require_head().live] == ["verified"]
+    assert [step.trust for step in store_of(Path(root)).require_head().live] == ["verified"]
 
 
 @pytest.mark.parametrize(

@@ -174,14 +174,14 @@ def test_a_key_that_could_leave_the_root_is_rejected_by_the_store_itself(store: 
 
 
 def test_a_journal_with_two_writers_is_one_linear_log(store: Storage) -> None:
-    """What all of the rest stands on: racing appends through the catalog lose nothing and skip nothing."""
+    """What all of the rest stands on: racing appends through the journal_store lose nothing and skip nothing."""
     JournalStore(store, "first").append(journal.open_epoch)
 
     def pin_steps(writer: int) -> None:
-        catalog = JournalStore(store, f"writer {writer}")
+        journal_store = JournalStore(store, f"writer {writer}")
         for number in range(5):
             entry = live(10 * writer + number, f"e0001-a{writer + 1:02d}")
-            catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=None))
+            journal_store.append(partial(journal.commit, epoch=1, entry=entry, keep=None))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(pin_steps, range(4)))

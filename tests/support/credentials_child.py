@@ -446,8 +446,8 @@ def _read_for_longer_than_a_token(agent: Any, root: str, state: Any) -> dict[str
     from orchestrator.storage import gcs_http
 
     def read() -> int:
-        catalog = JournalStore(GcsStorage(root), "test")
-        step = catalog.step(catalog.durable_head().live[-1])
+        journal_store = JournalStore(GcsStorage(root), "test")
+        step = journal_store.step(journal_store.durable_head().live[-1])
         leaves = [leaf for leaf in step.intent.tree.leaves if leaf.name == "w"]
         pieces = slabs(step, leaves, 512)
         found = [next(pieces)]

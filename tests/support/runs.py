@@ -26,12 +26,12 @@ def state(step: int) -> dict[str, Any]:
     return {"w": jnp.full(512, float(step)), "count": step}
 
 
-def catalog_of(root: Path) -> JournalStore:
+def store_of(root: Path) -> JournalStore:
     return JournalStore(PosixStorage(str(root)), "test")
 
 
 def journal_of(root: Path) -> list[Head]:
-    return list(catalog_of(root).entries())
+    return list(store_of(root).entries())
 
 
 def kinds(root: Path) -> list[str]:
@@ -58,10 +58,10 @@ def merge_alone(pending: PendingWrite) -> None:
 
 def two_steps(root: Path) -> JournalStore:
     """Step 1 committed and retired, step 2 committed; step 1's data is there."""
-    catalog = JournalStore(PosixStorage(str(root)), "test")
-    catalog.append(journal.open_epoch)
+    store = JournalStore(PosixStorage(str(root)), "test")
+    store.append(journal.open_epoch)
     for step in (1, 2):
-        catalog.storage.create(AttemptId(step, builders.FIRST).manifest_key, b"{}")
+        store.storage.create(AttemptId(step, builders.FIRST).manifest_key, b"{}")
         entry = builders.live(step)
-        catalog.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
-    return catalog
+        store.append(partial(journal.commit, epoch=1, entry=entry, keep=last(1)))
+    return store

@@ -28,7 +28,7 @@ from orchestrator.storage import PosixStorage
 from tests.support import builders
 from tests.support.builders import head, live
 from tests.support.fakes import HookedStorage
-from tests.support.runs import LIKE, catalog_of, fill, journal_of, now, state
+from tests.support.runs import LIKE, fill, journal_of, now, state, store_of
 from tests.support.snapshots import snapshot
 
 
@@ -98,14 +98,14 @@ def test_nothing_is_opened_collected_or_overwritten_and_the_way_out_is_named(run
     acts: list[Callable[[], object]] = [
         lambda: oc.Agent(run, options=now()).save(7, state(7)),
         lambda: oc.Agent(run, options=now()).restore(LIKE),
-        lambda: catalog_of(run).append(journal.open_epoch),
-        lambda: catalog_of(run).append(partial(journal.pin, step=4, name="x")),
-        lambda: collect(catalog_of(run)),
-        lambda: collect(catalog_of(run), dry_run=True),
-        lambda: catalog_of(run).look(),
+        lambda: store_of(run).append(journal.open_epoch),
+        lambda: store_of(run).append(partial(journal.pin, step=4, name="x")),
+        lambda: collect(store_of(run)),
+        lambda: collect(store_of(run), dry_run=True),
+        lambda: store_of(run).look(),
     ]
     if how not in HURTS_NO_READER:
-        acts += [lambda: oc.open_run(run), lambda: oc.Agent(run), lambda: catalog_of(run).head()]
+        acts += [lambda: oc.open_run(run), lambda: oc.Agent(run), lambda: store_of(run).head()]
     for act in acts:
         with pytest.raises((oc.JournalLost, oc.Damaged)) as caught:
             act()
@@ -127,7 +127,7 @@ def test_recover_lists_what_is_whole_and_on_request_the_run_goes_on_from_it(
     assert snapshot(run) == before and told["written"] is None and (told["lost"] or told["unreadable"])
     assert main(["orchestrator", "recover", str(run), "--write"]) == 0
     assert f"orchestrator verify {run} --all" in capsys.readouterr().out
-    after = journal_of(run)[-1] if "cut off" not in how and "junk" not in how else catalog_of(run).require_head()
+    after = journal_of(run)[-1] if "cut off" not in how and "junk" not in how else store_of(run).require_head()
     assert after.event.kind == "recovered" and after.epoch == 3 and after.version >= 2
     assert [one.step for one in after.live] == [1, 2, 3, 4, 5, 6]
     assert next(one for one in after.live if one.step == 2).pins == (("paper",) if pinned else ())
@@ -149,7 +149,7 @@ def test_the_history_of_a_recovered_run_is_read_past_the_hole(run: Path) -> None
     for step in (7, 8):
         fill(run, step)
     # Epochs 1 and 2, of before; 3 of the recovery; 4 and 5.
-    assert 2 <= pacing._history(catalog_of(run)).interruptions <= 4
+    assert 2 <= pacing._history(store_of(run)).interruptions <= 4
 
 
 def test_a_junk_object_at_the_highest_key_is_named_with_what_to_do(
@@ -181,7 +181,7 @@ def test_a_valid_entry_at_the_highest_key_is_no_end_without_a_recipe(
         said = capsys.readouterr()
         assert "no version comes after" in said.out + said.err and "move it out of the run" in said.out + said.err
     with pytest.raises(oc.Damaged, match="no version comes after it; no job has written it: move it out of the run"):
-        catalog_of(run).put(replace(top, version=top.version + 1))
+        store_of(run).put(replace(top, version=top.version + 1))
 
 
 def test_recover_never_brings_back_what_the_journal_retired_or_quarantined(root: Path) -> None:
@@ -197,14 +197,14 @@ def test_recover_never_brings_back_what_the_journal_retired_or_quarantined(root:
     head_now = journal_of(root)[-1]
     without(root, head_now.version)
     assert main(["orchestrator", "recover", str(root), "--write"]) == 0
-    after = catalog_of(root).require_head()
+    after = store_of(root).require_head()
     assert {one.step: one.restorable for one in after.live} == {2: False, 3: True, 4: False, 5: True, 6: True}
 
 
 def test_recover_takes_a_whole_attempt_that_a_crash_kept_from_its_commit(root: Path) -> None:
     fill(root, 1, 2)
     without(root, 2)  # the commit of step 2: as if killed before it
-    assert catalog_of(root).look()[0] is not None  # no evidence of a loss
+    assert store_of(root).look()[0] is not None  # no evidence of a loss
     assert main(["orchestrator", "recover", str(root), "--write"]) == 0
     assert oc.open_run(root).restore(LIKE).step == 2
 
@@ -344,14 +344,14 @@ def test_intent_receipts_and_manifest_name_the_version_that_this_job_made_durabl
         for step in (1, 2):
             agent.save(step, state(step))
             assert main(["orchestrator", "pin", str(root), f"--step={step}"]) == 0  # another's entry: not named
-    catalog = catalog_of(root)
+    store = store_of(root)
     for step, version in ((1, 0), (2, 1)):
         for name, kind in (
             (keys.INTENT, Intent),
             (keys.MANIFEST, Manifest),
             (keys.receipt_name(0), Receipt),
         ):
-            record: Any = checked_reads.record(catalog.storage, AttemptId(step, "e0001-a01").key(name), kind)
+            record: Any = checked_reads.record(store.storage, AttemptId(step, "e0001-a01").key(name), kind)
             assert record.built_on == version, (step, name)
 
 
@@ -371,7 +371,7 @@ def test_an_attempt_that_was_finished_after_the_listing_is_not_collected_as_unfi
     storage = HookedStorage(PosixStorage(str(root)), before=finish)
     assert collect(JournalStore(storage, "gc")).files == 0 and (orphan / "state" / "x").exists()
     (orphan / "manifest.json").unlink()
-    assert collect(catalog_of(root)).files == 1 and not orphan.exists()
+    assert collect(store_of(root)).files == 1 and not orphan.exists()
 
 
 def test_a_job_that_saves_while_somebody_looks_is_no_proof_of_a_loss(root: Path) -> None:
@@ -384,7 +384,7 @@ def test_a_job_that_saves_while_somebody_looks_is_no_proof_of_a_loss(root: Path)
 
     def save_on(operation: str, key: str) -> None:
         if (operation, key) == ("get", f"{AttemptId(2, 'e0001-a01').prefix}{keys.INTENT}"):
-            head_now = catalog_of(root).append(partial(journal.pin, step=1, name="x"))
+            head_now = store_of(root).append(partial(journal.pin, step=1, name="x"))
             assert head_now is not None
             intent = a_record(builders.intent(step=2), built_on=head_now.version)
             (attempt / "intent.json").write_bytes(encode(intent))

@@ -18,7 +18,7 @@ from orchestrator.tools import verify
 from orchestrator.tools.diff import Side, compare
 from tests.support.commands import orchestrator
 from tests.support.fakes import HookedStorage
-from tests.support.runs import catalog_of, journal_of, now
+from tests.support.runs import journal_of, now, store_of
 from tests.support.snapshots import snapshot
 
 
@@ -89,16 +89,16 @@ def test_a_sample_reads_its_share_and_marks_nothing(run: Path, capsys: pytest.Ca
     assert (one["chunks"], one["sample"]) == (6, 0.25)  # of 22, rounded up
     assert snapshot(run) == before
     read: list[int] = []
-    catalog = catalog_of(run)
-    step = catalog.find(1)
+    store = store_of(run)
+    step = store.find(1)
     assert step is not None
-    verify.read_back(catalog, step, sample=0.25, on_bytes=read.append)
+    verify.read_back(store, step, sample=0.25, on_bytes=read.append)
     assert sum(read) < 0.4 * step.bytes
     flip(data_file(run))
-    found = [verify.read_back(catalog, step, sample=0.5, seed=seed).damaged for seed in range(8)]
+    found = [verify.read_back(store, step, sample=0.5, seed=seed).damaged for seed in range(8)]
     assert any(found) and not all(found)  # one of 22 chunks: some samples hold it
     (run / "steps/00000001/e0001-a01/extra.json").write_text("{}")
-    assert verify.read_back(catalog, step, sample=0.01).damaged  # records and sizes are no matter of chance
+    assert verify.read_back(store, step, sample=0.01).damaged  # records and sizes are no matter of chance
 
 
 @pytest.mark.parametrize("text", ["0%", "101%", "x", "-1", ""])
@@ -113,13 +113,13 @@ def test_a_store_that_fails_says_nothing_about_the_data(run: Path) -> None:
         if operation == "get" and key.endswith("extra.json"):
             raise StorageError(f"{operation} {key}: EIO (Input/output error)")
 
-    catalog = JournalStore(HookedStorage(PosixStorage(str(run)), before=reject), "test")
-    step = catalog.find(1)
+    store = JournalStore(HookedStorage(PosixStorage(str(run)), before=reject), "test")
+    step = store.find(1)
     assert step is not None
-    verdict = verify.read_back(catalog, step)
+    verdict = verify.read_back(store, step)
     assert not verdict.good and not verdict.damaged and "EIO" in verdict.unread[0]
     before = snapshot(run)
-    verify.record(catalog, step, verdict)
+    verify.record(store, step, verdict)
     assert snapshot(run) == before
 
 
@@ -160,16 +160,16 @@ def test_a_quarantine_that_reading_disproves_is_lifted_by_verify_but_no_decision
 
 
 def test_a_step_retired_while_it_was_read_is_not_quarantined(run: Path) -> None:
-    catalog = catalog_of(run)
-    step = catalog.find(1)
+    store = store_of(run)
+    step = store.find(1)
     assert step is not None
     with oc.Agent(run, options=now(), keep=oc.last(1)) as agent:
         agent.save(2, big(2))
-    verdict = verify.read_back(catalog, step)
+    verdict = verify.read_back(store, step)
     assert "was retired while it was read; the newest is step 2" in verdict.retired
     assert not verdict.good and not verdict.damaged and not verdict.unread
     before = snapshot(run)
-    verify.record(catalog, step, verdict)
+    verify.record(store, step, verdict)
     assert snapshot(run) == before
 
 
@@ -180,9 +180,9 @@ def pair(root: Path, *, attest: tuple[str, str], states: tuple[Any, Any]) -> lis
     for step, (kind, state) in enumerate(zip(attest, states, strict=True), 1):
         with oc.Agent(root, options=now(attest=kind, other_tree=True)) as agent:
             agent.save(step, state)
-    catalog = catalog_of(root)
-    lives = [catalog.find(step) for step in (1, 2)]
-    return [Side(catalog, live) for live in lives if live is not None]
+    store = store_of(root)
+    lives = [store.find(step) for step in (1, 2)]
+    return [Side(store, live) for live in lives if live is not None]
 
 
 ONE = {

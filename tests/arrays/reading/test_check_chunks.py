@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator import arrays
 from orchestrator.rules import chunk_index, keys
-from tests.support.runs import catalog_of, fill
+from tests.support.runs import fill, store_of
 
 DESCRIPTORS = Path("/proc/self/fd")
 
@@ -17,11 +17,11 @@ DESCRIPTORS = Path("/proc/self/fd")
 @pytest.mark.skipif(not DESCRIPTORS.exists(), reason="Linux")
 def test_checking_a_step_leaves_no_file_open(root: Path) -> None:
     fill(root, 1)
-    catalog = catalog_of(root)
-    live = catalog.find(1)
+    store = store_of(root)
+    live = store.find(1)
     assert live is not None
-    directory = f"{catalog.url}/{live.id.prefix}{keys.STATE}"
-    stored = chunk_index.stored(catalog.step(live).manifest)
+    directory = f"{store.url}/{live.id.prefix}{keys.STATE}"
+    stored = chunk_index.stored(store.step(live).manifest)
     for _ in range(2):  # what the first one keeps is of the library
         assert arrays.check(directory, stored) == {}
         links = [os.readlink(path) for path in DESCRIPTORS.iterdir() if path.is_symlink()]

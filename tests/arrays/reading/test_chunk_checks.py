@@ -76,16 +76,16 @@ def test_another_saves_chunks_are_noticed_though_every_checksum_in_them_is_right
     with oc.Agent(root, options=now()) as agent:
         for step in (1, 2):
             agent.save(step, {"w": jnp.asarray(values.integers(0, 256, (1024, 1024), np.uint8))})
-    catalog = JournalStore(PosixStorage(str(root)), "test")
-    one, two = catalog.find(1), catalog.find(2)
+    store = JournalStore(PosixStorage(str(root)), "test")
+    one, two = store.find(1), store.find(2)
     assert one is not None and two is not None
-    directory = f"{catalog.url}/{one.id.prefix}{keys.STATE}"
-    own, other = catalog.step(one).manifest, catalog.step(two).manifest
+    directory = f"{store.url}/{one.id.prefix}{keys.STATE}"
+    own, other = store.step(one).manifest, store.step(two).manifest
     assert arrays.check(directory, chunk_index.stored(own)) == {}
     others = StoredFiles(other.chunks, chunk_index.stored(own).files)
     (said,) = arrays.check(directory, others).values()
     assert "belongs to another save" in said
-    leaves = [arrays.ReadRequest(leaf) for leaf in catalog.step(one).intent.tree.leaves]
+    leaves = [arrays.ReadRequest(leaf) for leaf in store.step(one).intent.tree.leaves]
     assert len(arrays.load(directory, leaves, None, chunk_index.stored(own))) == 1
     with pytest.raises(errors.Suspect, match=r"w: chunk w/c/0/0 .* belongs to another save"):
         arrays.load(directory, leaves, None, others)

@@ -21,7 +21,7 @@ from orchestrator.errors import Damaged, Suspect
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.chunk_index import StoredFiles
 from orchestrator.rules.records import LeafSpec
-from tests.support.runs import catalog_of, now
+from tests.support.runs import now, store_of
 
 STATE: dict[str, Any] = {
     "large": np.arange(3 << 20, dtype=np.float32).reshape(3, -1),
@@ -38,12 +38,12 @@ def attempt(root: Path, request: pytest.FixtureRequest) -> tuple[str, StoredFile
     """Of a saved step: URL of its `state/`, what its manifest lists, its leaves."""
     with oc.Agent(root, options=now(compression=request.param)) as agent:
         agent.save(1, STATE)
-    catalog = catalog_of(root)
-    live = catalog.find(1)
+    store = store_of(root)
+    live = store.find(1)
     assert live is not None
-    manifest = catalog.step(live).manifest
-    leaves = list(catalog.step(live).intent.tree.leaves)
-    return f"{catalog.url}/{live.id.prefix}{keys.STATE}", chunk_index.stored(manifest), leaves
+    manifest = store.step(live).manifest
+    leaves = list(store.step(live).intent.tree.leaves)
+    return f"{store.url}/{live.id.prefix}{keys.STATE}", chunk_index.stored(manifest), leaves
 
 
 def filled(source: ChunkSource, leaves: list[LeafSpec]) -> tuple[list[BufferGroup], int]:

@@ -43,8 +43,8 @@ def violations(root: Path, said: Iterable[dict[str, Any]], damaged: bool = False
         return ["the run is gone"] if told else []  # killed before the first entry
     if code:
         return [f"ls: exit code {code}: {error}"]
-    catalog = JournalStore(open_storage(str(root)), writer="campaign")
-    heads = list(catalog.entries())
+    store = JournalStore(open_storage(str(root)), writer="campaign")
+    heads = list(store.entries())
     problems = invariants.linear(heads)
     good = [step["step"] for step in listed["steps"] if step["trust"] != "quarantined"]
     problems += invariants.listing(heads[-1], good, listed["newest"])

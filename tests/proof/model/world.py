@@ -1,6 +1,6 @@
 """The state of the model, and what an incarnation's own processes can do next in it.
 
-An actor mirrors one shell: `Coordinator` an incarnation's process 0 (catalog.append, coordinator, saving), `Worker`
+An actor mirrors one shell: `Coordinator` an incarnation's process 0 (store.append, coordinator, saving), `Worker`
 its process 1; the others are in `others`. Each move is one effect on the store. A crash needs no move: an actor may
 stop for ever in any state, as nothing is fair here.
 """
@@ -118,7 +118,7 @@ def needed(step: int, attempt: str, processes: int) -> frozenset[Object]:
 
 @dataclass(frozen=True)
 class Appender:
-    """catalog.append and the adapter's `create`, one effect at a time: read, create, (read back), make durable."""
+    """store.append and the adapter's `create`, one effect at a time: read, create, (read back), make durable."""
 
     name: str
 

@@ -171,7 +171,7 @@ try:
         if args.get("swap"):
             read = ReadOptions(attest=True, reader=swapped)
             wrong = RestoreOptions(30, strict=True, load_once=bool(args.get("once")), read=read)
-            restored = restore_together(agent._catalog, agent._rendezvous, target, wrong)
+            restored = restore_together(agent._store, agent._rendezvous, target, wrong)
         else:
             restored = None if "odd" in args else agent.restore(like=target)
         start = 0
