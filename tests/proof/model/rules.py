@@ -32,8 +32,8 @@ def put(there: bytes | None, body: bytes) -> tuple[bytes, bool]:
 
 @dataclass(frozen=True)
 class Rules:
-    """The functions are the shipped ones. The flags are what `journal_store`, `coordinator`, `contribution`, `deletion` and
-    `posix` do."""
+    """The functions are the shipped ones. The flags are what `journal_store`, `coordinator`, `contribution`, `deletion`
+    and `posix` do."""
 
     advance: Callable[..., attempt.Step] = attempt.advance
     open_epoch: Callable[..., journal.Next] = journal.open_epoch
