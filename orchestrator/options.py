@@ -10,8 +10,8 @@ from orchestrator.rules import arguments
 
 @dataclass(frozen=True)
 class Options:
-    """How an agent behaves. All hosts of a job must be given the same, or they are rejected, with UsageError, when they
-    meet. Only events_dir, the metrics and traces are each host's own; and host_bytes_max may differ.
+    """How an agent behaves. All hosts of a job must be given the same, or they are rejected, with UsageError, at the
+    start. Only events_dir, the metrics and traces are each host's own; and host_bytes_max may differ.
 
     async_save: False makes `save` return only when the step is committed (or has failed).
     on_save_failure: "warn" logs and counts a failed save; "raise" raises SaveFailed at the next call.
@@ -33,7 +33,7 @@ class Options:
     for stores that are slower than the interconnect.
     events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
     object store; "": nowhere.
-    metrics_port: answer Prometheus on this port of `metrics_address` (0: any free one, told in the log); None: do not.
+    metrics_port: answer Prometheus on this port of `metrics_address` (0: any free one, which is logged); None: do not.
     metrics_file: keep Prometheus' text format in this file, for node_exporter's textfile collector.
     quarantine_keep_s: how long the data of a quarantined attempt is kept; None: until somebody deletes it by name
     (`orchestrator gc --quarantined=STEP`) or releases it.

@@ -22,7 +22,7 @@ class SavePolicy(Protocol):
 
 
 @runtime_checkable
-class Patient(SavePolicy, Protocol):
+class PredictablePolicy(SavePolicy, Protocol):
     """A timed policy that knows how long it will not be due by time alone; so that hosts need not ask at each step."""
 
     def quiet_s(self, elapsed_s: float | None) -> float: ...
@@ -219,7 +219,7 @@ class _AnySave:
 
     def quiet_s(self, elapsed_s: float | None) -> float:
         timed = [policy for policy in self.policies if policy.timed]
-        return min(policy.quiet_s(elapsed_s) if isinstance(policy, Patient) else 0.0 for policy in timed)
+        return min(policy.quiet_s(elapsed_s) if isinstance(policy, PredictablePolicy) else 0.0 for policy in timed)
 
     def informed(self, costs: Costs) -> _AnySave:
         told = (policy.informed(costs) if isinstance(policy, Adaptive) else policy for policy in self.policies)

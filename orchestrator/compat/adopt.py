@@ -154,13 +154,13 @@ class _Writer:
         return {"format": FORMAT, "write_id": self._catalog.stamp().write_id}
 
     def _extra(self, found: orbax_steps.OrbaxStep) -> Extra:
-        told = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
+        extra = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
         return Extra(
             **self._signed(),
             step=self._id.step,
             timestamp=found.time,
             stored_metrics=json_numbers.stored_all(found.metrics),
-            stored_extra={EXTRA: json_numbers.pack(told)},
+            stored_extra={EXTRA: json_numbers.pack(extra)},
         )
 
     def _intent(self, tree: TreeSpec) -> Intent:

@@ -63,8 +63,8 @@ class SaveContents:
             name: arguments.plain_json(f"custom_metadata[{name!r}]", value)
             for name, value in (custom_metadata or {}).items()
         }
-        told = {"single": self.single, "json": self.json, "custom_metadata": custom}
-        return {EXTRA: {**told, "root_metadata": dict(root_metadata)}}
+        extra = {"single": self.single, "json": self.json, "custom_metadata": custom}
+        return {EXTRA: {**extra, "root_metadata": dict(root_metadata)}}
 
     @property
     def process_state(self) -> bytes | None:

@@ -146,7 +146,7 @@ class SaveSequence:
 
     def finish(self) -> OrchestratorError | None:
         """`wait`, for a program that ends. Returns why the save in flight is lost, or an earlier one of which nobody
-        has been told yet."""
+        knows yet."""
         save, raised = self._current, self._raised
         try:
             self.wait()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from orchestrator.job.pacing import Pacing
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.policy import Adaptive, Patient, SavePolicy
+from orchestrator.policy import Adaptive, PredictablePolicy, SavePolicy
 from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
 from orchestrator.run.journal_store import JournalStore
@@ -65,7 +65,7 @@ class SaveSchedule:
         if self._pacing and isinstance(policy, Adaptive):
             policy = self._pacing.informed(policy)
         due = policy.due(step, elapsed_s)
-        quiet_s = policy.quiet_s(elapsed_s) if isinstance(policy, Patient) and not due else 0.0
+        quiet_s = policy.quiet_s(elapsed_s) if isinstance(policy, PredictablePolicy) and not due else 0.0
         return {"due": due, "next": self._spacing.plan(step, quiet_s)}
 
     def reached_preemption(self, step: int) -> bool:

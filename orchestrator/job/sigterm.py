@@ -1,9 +1,9 @@
 """SIGTERM in this process: one owner, for all agents in it.
 
-The rule. While an agent that can save is open, SIGTERM means "save, and leave": every open agent hears of it at its
+The rule. While an agent that can save is open, SIGTERM means "save, and leave": every open agent notices it at its
 next step, and a second SIGTERM ends the process at once. Before and after, in readers, and in children that the process
 forks, SIGTERM does what it did without us. A handler of the program's own stays in force: it is called after ours, each
-time. Once SIGTERM has come, an agent that is opened later hears of it, too: the machine goes away all the same.
+time. Once SIGTERM has come, an agent that is opened later notices it, too: the machine goes away all the same.
 
 In a job of several processes JAX's preemption service listens, from C++, and all hosts agree on a step. Its handler is
 left in place while an agent is open, put aside when the last one is closed (nobody would act on it), and never left to
