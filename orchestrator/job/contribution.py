@@ -109,7 +109,7 @@ class Contribution:
         """For whoever misses the signal. Raises what the store does."""
         self._store.storage.create(self._attempt.receipt_key(self._process), encode(vote))
 
-    def settle(self, grace_s: float) -> None:
+    def wait_for_own_state(self, grace_s: float) -> None:
         """Nothing of this process should appear in an attempt that is decided: wait for what is under way."""
         if self._beside:
             self._beside.wait(grace_s)
