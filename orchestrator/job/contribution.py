@@ -50,7 +50,7 @@ class Contribution:
         began = time.monotonic()
         if self._own_state is not None:
             self._beside = overlap.begin(self._put_own_state)
-        self.pending.wait(timeout_s, given_up)
+        self.pending.finish(timeout_s, given_up)
         self.seconds["write"] = time.monotonic() - began
 
     def _put_own_state(self) -> None:
