@@ -2,7 +2,7 @@
 
 *Who holds the leaves*: all go by process 0's account (`holders`). It posts that with each attempt, and has it in the
 attempt's intent. Another process needs it before it stages a state of a form that is new to it, and waits for it then,
-on the main thread and bounded; nobody waits for that process. A state whose form is known costs no message: the receipt
+on the main thread and bounded; process 0 never waits for it. A state whose form is known costs no message: the receipt
 names the account that its process went by, and the coordinator rejects one that is out of date. No collective: a form
 may be new to some processes only.
 

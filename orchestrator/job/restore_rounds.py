@@ -1,5 +1,5 @@
 """What the processes of a job send one another during a restore: each round with its name and the type of its messages,
-and what follows from the answers. Decides only; `restore` does the sending and what was decided.
+and what follows from the answers. Decides only; `restore` sends the messages and carries out the decision.
 
 A step is tried in rounds of its own: `fits` once each has matched it with its target, `outcome` once each has read it.
 Before an exchange of arrays (`load_once`) all meet in the `outcome` round, too, so that nobody begins an exchange that
@@ -173,8 +173,9 @@ def ruling(report: Report) -> Ruling:
 
 
 def judge(reports: Sequence[Report]) -> tuple[Ruling, int]:
-    """What comes first of what the processes have reported, and the first process that has reported it. Nothing is
-    damaged as long as a process has not been able to read it; nothing is unreadable that retention has deleted."""
+    """The ruling for all, and the first process whose report calls for it. Precedence: FAULT, RETIRED, UNREADABLE,
+    DAMAGED, OTHER_ARRAYS, DONE. A step that retention has deleted is not unreadable, and one that a process could not
+    read is not damaged."""
     rulings = [ruling(report) for report in reports]
     for first in (Ruling.FAULT, Ruling.RETIRED, Ruling.UNREADABLE, Ruling.DAMAGED, Ruling.OTHER_ARRAYS):
         if first in rulings:
