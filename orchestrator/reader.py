@@ -1,6 +1,6 @@
 """A run for those who only read it, as evaluators and notebooks do: `open_run`, and the `Run` that it returns.
 
-Imports nothing of what several hosts do together: a reader meets nobody and writes nothing.
+A reader meets no other process and writes nothing. Of `job/` it imports only `read_step`, which is about one process.
 """
 
 from __future__ import annotations

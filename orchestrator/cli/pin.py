@@ -1,4 +1,4 @@
-"""`orchestrator pin` and `orchestrator unpin`: whether retention may have a step."""
+"""`orchestrator pin` and `orchestrator unpin`: protect a step from retention, or no longer."""
 
 from __future__ import annotations
 

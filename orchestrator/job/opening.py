@@ -1,4 +1,4 @@
-"""Opening an incarnation's epoch, which fences every older one: last of all, once nothing can be objected any more.
+"""Opening an incarnation's epoch, which fences every older one: last of all, after all checks have passed.
 
 The first `save` or `restore` opens it. Before that the tree (or the target), the right to write and the run itself have
 been looked at on every process, and nothing has been written: a job that is going to be rejected never fences the job

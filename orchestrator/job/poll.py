@@ -1,7 +1,7 @@
 """The one way in which the processes of a job wait for each other: ask, pause, ask again, and stop at a deadline.
 
-A signal makes a wait short, storage decides it: `signal` is asked often and costs little, `storage` once a second. Any
-thread; nothing here is a collective.
+Signals are a fast path and may be lost; storage is authoritative. `signal` is asked often and costs little, `storage`
+once a second. Any thread; nothing here is a collective.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one codec of stored records: bytes that say what they are worth, and nothing else is let in or out.
+"""The one codec of stored records: bytes that carry their own checksum, and nothing else is let in or out.
 
 Each record is one JSON object whose last field is the CRC-32C of the bytes before it, so a truncated or hand-edited
 record is noticed by whoever reads it. Decoding is typed (msgspec: https://jcristharif.com/msgspec/structs.html), never

@@ -276,7 +276,7 @@ class Manifest(Record, _OfAttempt, frozen=True):
 
 class Extra(Record, frozen=True):
     """The user's JSON beside a step. `timestamp`: seconds since the epoch, coordinator's clock. The stored forms are
-    those of `json_words`; `metrics` and `extra` are what the user gave."""
+    those of `json_numbers`; `metrics` and `extra` are what the user gave."""
 
     format: int
     write_id: str

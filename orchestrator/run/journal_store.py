@@ -163,7 +163,7 @@ class JournalStore:
         """Apply a journal rule: read the head, compute the next, create it; if somebody was first, do it again.
 
         `early`: a reading of the head that was begun a moment ago. The first try may build on it, as if this process
-        had paused before it creates; what else the rule says is asked again of a head read now (decision 0024).
+        had paused before it creates; what else the rule says is asked again of a head read now (decision 18).
         Returns the head that holds the change (the current one where the rule found nothing to do). Raises Fenced if
         a newer epoch has been opened, what the rule rejects with, JournalLost if there was a journal and it is not
         (whole), and StorageError after 100 lost races.

@@ -1,5 +1,6 @@
-"""The storage port: what the rest of the package asks of a store, and no more. A new store (S3, say) is one adapter
-that has these methods, and a line in `open_storage`.
+"""The storage port: what the rest of the package asks of a store, and no more. Records and receipts need one adapter
+that has these methods, and a branch in `open_storage`; array data of a new store (S3, say) needs more: ARCHITECTURE.md,
+"Where to add".
 
 No overwrite and no rename: an object is created once, whole, or not at all. `create` is the one atomic operation that
 the protocol rests on. Every adapter passes tests/storage/test_storage.py; `memory` is the executable specification.
@@ -66,8 +67,8 @@ class Reads(Protocol):
 
 
 class Storage(Reads, Protocol):
-    """The whole port: three methods more, for those who write. Two sets of three, as a reader must not need what only
-    a writer may; what just some stores can do stands beside the port (`Rooted`, `Cached`, `DeletesMany`)."""
+    """The whole port: three methods more, for those who write. It is split so that read-only credentials suffice for
+    `Reads`. What only some stores can do stands beside the port (`Rooted`, `Cached`, `DeletesMany`)."""
 
     def create(self, key: str, body: bytes) -> Created | Exists:
         """Put `body` under `key` if nothing is there. On `Created` it survives power loss."""

@@ -1,7 +1,8 @@
 """Objects of a bucket, for and beside TensorStore: as whom they are read and written.
 
-TensorStore has an identity of its own for Cloud Storage. It knows fewer kinds of credentials than google-auth, is
-nobody for ever if the metadata server does not answer its first question, and gives up at the first 401. So it reads
+TensorStore has an identity of its own for Cloud Storage. It knows fewer kinds of credentials than google-auth, stays
+anonymous for the process's lifetime if the metadata server does not answer its first question, and gives up at the
+first 401. So it reads
 buckets as plain objects over HTTP, with the token of this process's own client. It writes by itself, several times
 faster than the client, where it surely finds the same identity; what is then rejected is written by the client after
 all. At an emulator, and by gRPC where somebody has chosen that, it goes its own way.

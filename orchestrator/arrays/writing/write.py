@@ -4,7 +4,7 @@ Each process writes its chunks, with their checksums, to data files of its own, 
 metadata. Chunks too small to be worth a place in a file stay in memory: they go with the receipt. From all receipts one
 process then makes the tree that names every chunk (`merged_tree`). Orbax's own handlers would do the same through one
 TensorStore per leaf, with a copy of every chunk on the way: see docs/decisions/0004-write-ocdbt-directly.md and
-0007-receipts-carry-the-tree.md.
+docs/decisions/0007-receipts-carry-the-tree.md.
 """
 
 from __future__ import annotations
