@@ -150,7 +150,7 @@ def test_where_both_went_on_the_user_chooses(root: Path, tmp_path: Path) -> None
         assert manager.latest_step() == 50
 
 
-def test_orbaxs_directories_of_steps_that_were_adopted_and_retired_since_are_in_nobodys_way(root: Path) -> None:
+def test_orbaxs_directories_of_adopted_and_retired_steps_reject_nobody(root: Path) -> None:
     orbax(root, 1, 2, 3)
     assert run_adopt(root) == 0
     with oc.Agent(root, keep=oc.last(1), options=oc.Options(other_tree=True)) as agent:

@@ -159,7 +159,7 @@ class Gate:
             assert self.opened.wait(30)
 
 
-def test_save_returns_while_the_step_is_still_being_written_and_nobody_sees_it_before_it_is_committed(
+def test_save_returns_before_the_step_is_written_and_only_a_committed_one_is_seen(
     root: Path,
 ) -> None:
     gate = Gate("manifest.json")
@@ -243,7 +243,7 @@ def test_closing_twice_is_harmless(root: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["intent.json", "receipts/", "extra.json", "manifest.json"])
-def test_a_failed_save_does_not_stop_training_is_counted_aborted_and_the_next_due_step_is_saved(
+def test_a_failed_save_does_not_stop_training_and_the_next_due_step_is_saved(
     root: Path, part: str, told: list[events.Event]
 ) -> None:
     hook = FailOnce("create", part)
@@ -399,7 +399,7 @@ def test_without_a_policy_everything_is_kept(root: Path) -> None:
     assert oc.open_run(root).all_steps() == [0, 1, 2, 3]
 
 
-def test_leftovers_of_a_killed_incarnation_are_deleted_after_the_first_commit_and_nothing_else(root: Path) -> None:
+def test_only_leftovers_of_a_killed_incarnation_are_deleted_after_the_first_commit(root: Path) -> None:
     fill(root, 1)
     leftover = root / "steps" / "00000002" / "e0001-a01" / "state" / "ocdbt.process_0" / "d" / "x"
     running = root / "steps" / "00000009" / "e0002-a01" / "state" / "x"
@@ -428,7 +428,7 @@ def test_after_a_return_to_an_older_step_the_next_commit_is_the_newest(root: Pat
 # SIGTERM.
 
 
-def test_after_sigterm_the_next_step_is_saved_whatever_the_policy_and_the_loop_is_told_to_leave(root: Path) -> None:
+def test_after_sigterm_the_next_step_is_saved_whatever_the_policy_and_the_loop_ends(root: Path) -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with oc.Agent(root, save=oc.every(1000)) as agent:

@@ -73,7 +73,7 @@ def test_the_first_save_or_restore_opens_one_and_the_next_ones_none(
     assert kinds(root).count("opened-epoch") == 2 and [event.epoch for event in heard] == [2]
 
 
-def test_a_restore_in_a_new_run_opens_it_so_that_an_older_incarnation_cannot_begin_after_it(root: Path) -> None:
+def test_a_restore_in_a_new_run_opens_its_epoch_and_fences_older_incarnations(root: Path) -> None:
     zombie = oc.Agent(root, options=now())
     assert zombie.restore(LIKE) is None and zombie.epoch == 1
     with oc.Agent(root, options=now()) as agent:

@@ -295,7 +295,7 @@ def test_a_story_tells_each_hosts_state_bytes_and_rate() -> None:
     assert first.doing == "training" and timeline.saves[5, "e0001-a01", 1].ended_s is None
 
 
-def test_a_newer_incarnation_takes_the_place_of_the_old_ones_hosts_and_a_zombie_changes_nothing() -> None:
+def test_a_newer_incarnation_replaces_the_hosts_of_the_old_one_and_a_zombie_none() -> None:
     timeline = Timeline().add([phase("writing", 1.0), phase("writing", 1.0, process=1)])
     timeline.add([line(events.EpochOpened(2, "r", 1), 200.0, epoch=2), phase("waiting", 150.0)])
     assert timeline.epoch == 2 and set(timeline.hosts) == {0} and timeline.hosts[0].doing == "starting"

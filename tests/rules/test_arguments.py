@@ -235,7 +235,7 @@ def test_a_policy_of_the_wrong_kind_is_rejected_when_it_is_made(make: Callable[[
         ({"options": {"async_save": False}}, "options={'async_save': False}: expected orchestrator.Options(...)"),
     ],
 )
-def test_an_agent_is_rejected_policies_and_options_of_the_wrong_kind_before_it_opens_the_run(
+def test_policies_and_options_of_the_wrong_kind_are_rejected_before_a_run_is_opened(
     root: Path, given: Any, said: str
 ) -> None:
     rejected(lambda: oc.Agent(root, **given), said)

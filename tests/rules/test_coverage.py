@@ -50,7 +50,7 @@ def test_a_box_whose_corners_have_different_ranks_is_an_objection_not_a_crash() 
     assert problems((4,), [crooked]) == ["w[4]: process 0 wrote [0]..[2, 2], outside the array"]
 
 
-def test_only_arrays_that_the_store_holds_need_a_cover_and_keys_are_covered_in_stored_shape() -> None:
+def test_only_stored_arrays_are_to_be_covered_and_keys_in_their_stored_shape() -> None:
     key = leaf("rng", (3,), "key", "key<fry>")
     key = type(key)(path=key.path, kind="key", shape=(3,), dtype=key.dtype, stored_shape=(3, 2), stored_dtype="uint32")
     tree = intent(leaf("lr", (), "float"), leaf("empty", (0, 4)), key, processes=1)

@@ -54,14 +54,14 @@ def test_a_new_incarnation_raises_the_epoch_and_keeps_every_step() -> None:
     assert (following.live, following.retired) == (old.live, old.retired)
 
 
-def test_a_zombie_of_an_older_epoch_can_neither_commit_nor_abort_and_is_told_who_fenced_it() -> None:
+def test_a_zombie_can_neither_commit_nor_abort_and_learns_who_fenced_it() -> None:
     now = head(live(1), epoch=3, writer="the successor")
     fenced = FencedBy(3, "the successor")
     assert journal.commit(now, stamp(), epoch=2, entry=live(2, "e0002-a01"), keep=None) == fenced
     assert journal.abort(now, stamp(), epoch=2, attempt=AttemptId(2, "e0002-a01"), failures=(), reason="") == fenced
 
 
-def test_a_decision_where_the_journal_has_vanished_or_gone_back_is_rejected_not_reported_as_done() -> None:
+def test_a_decision_on_a_journal_that_vanished_or_went_back_is_rejected() -> None:
     entry = live(2, "e0002-a01")
     assert isinstance(rejection(journal.commit(None, stamp(), epoch=2, entry=entry, keep=None)), JournalLost)
     gone_back = rejection(journal.commit(head(live(1), epoch=1), stamp(), epoch=2, entry=entry, keep=None))
@@ -280,7 +280,7 @@ def attempts(entries: tuple[LiveStep, ...]) -> list[tuple[int, str]]:
     return [entry.id for entry in entries]
 
 
-def test_a_quarantined_step_that_is_saved_again_is_put_aside_and_its_data_never_becomes_collectable() -> None:
+def test_a_quarantined_step_that_is_saved_again_is_put_aside_and_never_collected() -> None:
     following = changed(
         journal.commit(head(quarantined(1), live(2)), stamp(), epoch=1, entry=live(1, "e0001-a02"), keep=policy.last(1))
     )
@@ -385,7 +385,7 @@ def test_only_somebody_who_names_a_quarantined_step_deletes_it() -> None:
         ([live(30, "e0003-a01")], False),
     ],
 )
-def test_a_whole_attempt_that_a_crash_kept_from_its_commit_waits_until_a_newer_step_is_committed(
+def test_a_whole_attempt_that_was_never_committed_is_kept_until_a_newer_commit(
     steps_now: list[LiveStep], kept: bool
 ) -> None:
     name = "e0002-a01" if steps_now[-1:] != [live(20, "e0002-a01")] else "e0002-a02"
@@ -397,7 +397,7 @@ def test_a_whole_attempt_that_a_crash_kept_from_its_commit_waits_until_a_newer_s
     )  # without a manifest it never was a step
 
 
-def test_collectable_are_the_retired_and_uncommitted_leftovers_of_older_epochs_and_nothing_else() -> None:
+def test_only_retired_attempts_and_leftovers_of_older_epochs_are_collectable() -> None:
     gone = RetiredAttempt(step=1, attempt="e0001-a01", reason="retention")
     now = head(live(2, "e0001-a01"), live(3, "e0002-a01"), epoch=3, retired=(gone,))
     names = [

@@ -114,9 +114,7 @@ def test_one_wrong_answer_is_asked_for_again_and_the_newest_step_restored(root: 
 
 
 @pytest.mark.parametrize("lie", [*ALWAYS, *LISTED], ids=named)
-def test_what_is_always_read_wrongly_but_stored_right_is_unavailable_and_no_older_step_is_taken(
-    root: Path, lie: Lie
-) -> None:
+def test_what_is_stored_right_but_always_read_wrongly_is_unavailable(root: Path, lie: Lie) -> None:
     fill(root, 1, 2)
     with (
         oc.Agent(root, options=now(), storage=lying(root, lie)) as agent,

@@ -365,7 +365,7 @@ LINKED = {
 
 
 @pytest.mark.parametrize("linked", LINKED)
-def test_what_somebody_moved_to_another_disk_and_linked_is_not_deleted_and_all_the_rest_is(
+def test_what_was_moved_to_another_disk_and_linked_is_not_deleted_but_the_rest_is(
     linked: str, root: Path, tmp_path: Path
 ) -> None:
     journal_store = retired(root, 8, 9, 10)
@@ -389,9 +389,7 @@ def test_what_somebody_moved_to_another_disk_and_linked_is_not_deleted_and_all_t
     assert left(journal_store) == []
 
 
-def test_a_folder_swapped_for_a_link_between_listing_and_deleting_deletes_nothing_elsewhere(
-    root: Path, outside: Path
-) -> None:
+def test_a_folder_swapped_for_a_link_after_listing_deletes_nothing_elsewhere(root: Path, outside: Path) -> None:
     theirs = snapshot(outside)
     (outside / "data").write_text("precious")
     folder = attempt(root, 9) / "state/d"

@@ -110,7 +110,7 @@ def test_what_was_rejected_for_sure_is_an_error_and_not_an_unknown_outcome(gcs: 
     assert not isinstance(caught.value, OutcomeUnknown) or "cannot be read back" in str(caught.value)
 
 
-def test_an_error_at_the_deadline_tells_what_the_store_said_and_not_that_the_last_try_was_cut_short() -> None:
+def test_an_error_at_the_deadline_gives_the_stores_answer_not_the_cut_of_the_last_try() -> None:
     """A store that rejects at once, and then is as slow as the deadline."""
 
     class Store(BaseHTTPRequestHandler):
@@ -194,7 +194,7 @@ def test_every_operation_rides_out_five_percent_of_each_fault_and_counts_its_ret
     assert retried["http 429"] + retried["http 503"] >= 20 and retried["connection"] >= 10
 
 
-def test_a_store_that_is_down_is_an_error_within_the_deadline_and_works_again_when_it_is_back(
+def test_a_store_that_is_down_is_an_error_within_the_deadline_until_it_is_back(
     gcs: EmulatorProcess,
 ) -> None:
     store = patient(gcs, deadline_s=1.0)

@@ -64,7 +64,7 @@ def fill(root: str, *steps: int, **arguments: Any) -> None:
 
 
 @pytest.mark.slow
-def test_50_saves_with_restarts_under_five_percent_of_each_fault_lose_nothing_and_are_never_wrong(
+def test_50_saves_with_restarts_and_five_percent_of_each_fault_lose_nothing(
     gcs: EmulatorProcess,
 ) -> None:
     root, told = new_root(), []
@@ -206,7 +206,7 @@ def test_markers_never_hide_an_entry(make: Any) -> None:
     assert [head.version for head in JournalStore(storage, "test").entries()] == [0, 1, 2, 3]
 
 
-def test_a_retired_attempt_is_deleted_a_hundred_files_to_a_request_and_an_interrupted_one_is_finished(
+def test_a_retired_attempt_is_deleted_in_batches_and_finished_after_an_interruption(
     gcs: EmulatorProcess,
 ) -> None:
     root = new_root()

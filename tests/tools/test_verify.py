@@ -142,7 +142,7 @@ def test_a_verdict_that_cannot_be_journalled_is_said_all_the_same(
     assert snapshot(run) == before
 
 
-def test_a_quarantine_that_reading_disproves_is_lifted_by_verify_but_no_decision_of_a_person(run: Path) -> None:
+def test_verify_lifts_a_quarantine_that_it_disproves_but_not_a_persons(run: Path) -> None:
     broken = data_file(run)
     whole = broken.read_bytes()
     flip(broken)
