@@ -21,7 +21,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.job import leaving, peer_failure
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
-from orchestrator.job.participant import GRACE_S, Participants
+from orchestrator.job.participant import GRACE_S, ParticipantFactory
 from orchestrator.job.read_step import ReadOptions, Restored
 from orchestrator.job.rendezvous import Rendezvous, connect, listen
 from orchestrator.job.restore import RestoreOptions, restore_together
@@ -81,7 +81,7 @@ class Agent:
         self._schedule = SaveSchedule(policy, me, timeout_s)
         self._deletion = BackgroundDeletion(self._store)
         signals = Signals(me, incarnation_id)
-        self._participants = Participants(
+        self._participants = ParticipantFactory(
             self._store,
             _array_writer(self.options, me.process),
             me,
@@ -155,13 +155,13 @@ class Agent:
     @property
     def saved_step(self) -> int | None:
         """The step that was saved last, or is being saved; None once that save has failed."""
-        self._saves.settle(raise_now=False)
+        self._saves.note_outcome(raise_now=False)
         return self._schedule.saved_step
 
     @property
     def failed_step(self) -> int | None:
         """The step whose save has failed last; None once it was begun again."""
-        self._saves.settle(raise_now=False)
+        self._saves.note_outcome(raise_now=False)
         return self._schedule.failed_step
 
     @property
@@ -190,7 +190,7 @@ class Agent:
         job from that (StorageError without the right to write, JournalLost) is raised, whatever on_save_failure says.
         """
         with self._lifetime.used_by_one("save"):
-            self._saves.settle(raise_now=True)
+            self._saves.note_outcome(raise_now=True)
             if not (self.should_save(step) or force):
                 return False
             return self._saves.save(arguments.step(step), state, Given(metrics, extra, process_state))

@@ -50,7 +50,7 @@ class Contribution:
         began = time.monotonic()
         if self._own_state is not None:
             self._beside = overlap.begin(self._put_own_state)
-        self.pending.wait(timeout_s, given_up)
+        self.pending.finish(timeout_s, given_up)
         self.seconds["write"] = time.monotonic() - began
 
     def _put_own_state(self) -> None:
@@ -109,7 +109,7 @@ class Contribution:
         """For whoever misses the signal. Raises what the store does."""
         self._store.storage.create(self._attempt.receipt_key(self._process), encode(vote))
 
-    def settle(self, grace_s: float) -> None:
+    def wait_for_own_state(self, grace_s: float) -> None:
         """Nothing of this process should appear in an attempt that is decided: wait for what is under way."""
         if self._beside:
             self._beside.wait(grace_s)

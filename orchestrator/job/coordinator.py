@@ -19,9 +19,21 @@ from orchestrator.job.receipts import ReceiptReader
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals
 from orchestrator.policy import KeepPolicy
-from orchestrator.rules import attempt as protocol
 from orchestrator.rules import journal, json_numbers, keys
-from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Effect, Finalize, Phase
+from orchestrator.rules.attempt import (
+    AppendAbort,
+    AppendCommit,
+    Appended,
+    Attempt,
+    Effect,
+    Event,
+    FencedOff,
+    Finalize,
+    FinalizeDone,
+    FinalizeFailed,
+    Phase,
+    advance,
+)
 from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FORMAT, Cause, Extra, Failure, FileEntry, Head, Intent, LiveStep
 from orchestrator.run.journal_store import JournalStore
@@ -97,10 +109,10 @@ class Coordinator:
                 self._notices.host_local(state)
         commit = _Commit(self._store, own, receipts.files, self._keep, self._quarantine_keep_s)
         while effect is not None:
-            state, effect = protocol.advance(state, self._perform(effect, state, commit))
-        return _outcome(state, commit.line)
+            state, effect = advance(state, self._perform(effect, state, commit))
+        return _ended_as(state, commit.line)
 
-    def _perform(self, effect: Effect, state: Attempt, commit: _Commit) -> protocol.Event:
+    def _perform(self, effect: Effect, state: Attempt, commit: _Commit) -> Event:
         try:
             match effect:
                 case Finalize():
@@ -110,21 +122,21 @@ class Coordinator:
                         cause = f"{type(error).__name__}: {error}"
                         host = self._rendezvous.hosts[0]
                         failure = Failure(process=0, host=host, phase="finalize", cause=cause, kind=Cause.FINALIZE)
-                        return protocol.FinalizeFailed(failure)
-                    return protocol.FinalizeDone()
+                        return FinalizeFailed(failure)
+                    return FinalizeDone()
                 case AppendCommit():
                     commit.append()
-                    return protocol.Appended()
+                    return Appended()
                 case AppendAbort():
                     self._append_abort(state)
-                    return protocol.Appended()
+                    return Appended()
                 case _:
                     assert_never(effect)
         except RootChanged:  # there is no head to ask any more
             raise
         except Fenced:
             head = self._store.require_head()
-            return protocol.FencedOff(head.epoch, head.writer)
+            return FencedOff(head.epoch, head.writer)
 
     def _append_abort(self, state: Attempt) -> None:
         failpoints.hit("abort.before")
@@ -176,7 +188,7 @@ class _Commit:
         failpoints.hit("commit.after")
 
 
-def _outcome(state: Attempt, line: LiveStep | None) -> Outcome:
+def _ended_as(state: Attempt, line: LiveStep | None) -> Outcome:
     if state.phase is Phase.COMMITTED:
         assert line is not None
         stage_s = max(receipt.seconds.get("stage", 0.0) for receipt in state.receipts.values())

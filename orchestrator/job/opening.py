@@ -18,8 +18,7 @@ from functools import partial
 from orchestrator import failpoints
 from orchestrator.arrays import Flat
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
-from orchestrator.job import one_root
-from orchestrator.job import startup_rounds as rounds
+from orchestrator.job import one_root, startup_rounds
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import agree, as_error, gather, raised
 from orchestrator.job.startup_rounds import FirstRestore, FirstSave, Opened
@@ -80,7 +79,7 @@ class Opening:
             except Exception as failure:  # the others must know of it before it is raised here
                 error = failure
                 mine = FirstSave(step, described=bool(described), rejected=raised(failure))
-            answers = gather(self._rendezvous, rounds.FIRST_SAVE, mine, self._timeout_s)
+            answers = gather(self._rendezvous, startup_rounds.FIRST_SAVE, mine, self._timeout_s)
             if error:
                 raise error
             first = answers[0]
@@ -123,7 +122,7 @@ class Opening:
             except Exception as failure:  # the others must know of it before it is raised here
                 error = failure
                 mine = FirstRestore(rejected=raised(failure))
-            answers = gather(self._rendezvous, rounds.FIRST_RESTORE, mine, self._timeout_s)
+            answers = gather(self._rendezvous, startup_rounds.FIRST_RESTORE, mine, self._timeout_s)
             if error:
                 raise error
             for index, answer in enumerate(answers):
@@ -134,7 +133,7 @@ class Opening:
     def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
         self._prove(mark)
         self._begin_deleting()
-        opened = agree(self._rendezvous, rounds.OPENED, self._timeout_s, partial(self._append, compare))
+        opened = agree(self._rendezvous, startup_rounds.OPENED, self._timeout_s, partial(self._append, compare))
         self.epoch = opened.epoch
         # All processes' records build on it: it is durable.
         self._store.durable_version = max(self._store.durable_version, opened.version)
@@ -182,7 +181,7 @@ class Opening:
         one_root.check_all_see(
             self._store,
             self._rendezvous,
-            rounds.ONE_ROOT,
+            startup_rounds.ONE_ROOT,
             None if self._rendezvous.process == 0 else look,
             f"what {who(self._rendezvous.hosts, [0])} wrote there just now ({mark})",
             source=0,

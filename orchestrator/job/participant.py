@@ -21,14 +21,15 @@ from absl import logging
 from orchestrator import arrays, errors, failpoints
 from orchestrator.arrays import ArrayWriter, Flat
 from orchestrator.errors import JournalLost, OrchestratorError, SaveFailed, WaitTimeout
-from orchestrator.job.agree import Agreement, StepOrder
 from orchestrator.job.contribution import Contribution
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.decision import DecisionReader
 from orchestrator.job.finalize import OwnPart, UserData
+from orchestrator.job.leaf_accounts import LeafAccounts
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals
+from orchestrator.job.step_order import StepOrder
 from orchestrator.observe.events import SaveCommitted, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.rules.attempt_id import AttemptId
@@ -44,7 +45,7 @@ GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait
 
 
 @dataclass(frozen=True)
-class Incarnation:
+class SaveContext:
     """What all saves of this process share. coordinator: on process 0 only. committed: called after each
     commit, on the save's own thread."""
 
@@ -55,12 +56,12 @@ class Incarnation:
     coordinator: Coordinator | None
     options: Options
     committed: Callable[[], None]
-    agreement: Agreement
+    accounts: LeafAccounts
     order: StepOrder
     epoch: int
 
 
-class Participants:
+class ParticipantFactory:
     """Begins this process's saves, one at a time, in epoch `epoch` (or the one that is `opened`). Main thread."""
 
     def __init__(
@@ -76,25 +77,25 @@ class Participants:
         committed: Callable[[], None] = lambda: None,
     ) -> None:
         bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
-        agreement = Agreement(store, rendezvous, signals, bound_s, together=jax.process_count() > 1)
+        accounts = LeafAccounts(store, rendezvous, signals, bound_s, together=jax.process_count() > 1)
         order = StepOrder(rendezvous, signals)
-        self.incarnation = Incarnation(
-            store, writer, rendezvous, signals, coordinator, options, committed, agreement, order, epoch
+        self.context = SaveContext(
+            store, writer, rendezvous, signals, coordinator, options, committed, accounts, order, epoch
         )
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 
     def opened(self, epoch: int) -> None:
         """Before the first save: the incarnation's epoch is open."""
-        self.incarnation = replace(self.incarnation, epoch=epoch)
+        self.context = replace(self.context, epoch=epoch)
 
     def begin(self, step: int, user: UserData, process_state: bytes | None) -> Participant:
         """Name the next attempt at `step`. Computed, not communicated: every process comes to the same name."""
         number = self._numbers[step] = self._numbers.get(step, 0) + 1
-        epoch = self.incarnation.epoch
+        epoch = self.context.epoch
         failpoints.note(step=step, epoch=epoch)
         attempt = AttemptId.of(step, epoch, number)
-        self.incarnation.order.begin(attempt)
-        return Participant(self.incarnation, attempt, user, process_state)
+        self.context.order.begin(attempt)
+        return Participant(self.context, attempt, user, process_state)
 
 
 class Participant:
@@ -105,16 +106,14 @@ class Participant:
     thread. durable_s: from start to commit, once committed.
     """
 
-    def __init__(
-        self, incarnation: Incarnation, attempt: AttemptId, user: UserData, process_state: bytes | None
-    ) -> None:
+    def __init__(self, context: SaveContext, attempt: AttemptId, user: UserData, process_state: bytes | None) -> None:
         self.id, self.step = attempt, attempt.step
         self.started_s = time.monotonic()
         self.outcome: Outcome | None = None
         self.error: OrchestratorError | None = None
         self.blocked_s = self.durable_s = 0.0
-        self._shared, self._user = incarnation, user
-        self._own = Contribution(incarnation.store, incarnation.rendezvous, attempt, process_state)
+        self._shared, self._user = context, user
+        self._own = Contribution(context.store, context.rendezvous, attempt, process_state)
         self._phase = "stage"  # what fails next fails in it
         self._problem: BaseException | None = None  # why this process votes to abort
         self._other_step: Aborted | None = None  # how it ends, as process 0 saves another step instead
@@ -182,7 +181,7 @@ class Participant:
     def _stage(self, flat: Flat) -> None:
         check_root(self._shared.store.storage)
         failpoints.hit("save.stage")
-        held = self._shared.agreement.settle(flat, self.id, self._saves_other_step)
+        held = self._shared.accounts.obtain(flat, self.id, self._saves_other_step)
         self._own.stage(self._shared.writer, flat, held, attest=self._shared.options.attest != "off")
 
     def _make_intent(self, flat: Flat) -> Intent:
@@ -199,7 +198,7 @@ class Participant:
             mesh=flat.form.mesh,
             tree=self._shared.writer.recorded(flat.spec),
             built_on=self._shared.store.durable_version,
-            held=self._shared.agreement.account(flat),
+            held=self._shared.accounts.account(flat),
         )
 
     # From here on in the background: vote, decision, outcome.
@@ -217,7 +216,7 @@ class Participant:
         finally:
             self._own.release()
         if self.error:
-            self._shared.agreement.doubt()
+            self._shared.accounts.forget()
             cause = self.outcome.cause if isinstance(self.outcome, Aborted) else Cause.FAILED
             cause = Cause.FENCED if isinstance(self.error, errors.Fenced) else cause
             emit(SaveNotCommitted(self.step, self.id.name, str(self.error), cause))
@@ -304,7 +303,7 @@ class Participant:
             self._problem = error
             self._vote_abort(self._own.abort_vote(self._phase, error))
         finally:
-            self._own.settle(GRACE_S)
+            self._own.wait_for_own_state(GRACE_S)
         return None
 
     def _vote_abort(self, vote: Receipt) -> None:

@@ -11,8 +11,7 @@ from absl import logging
 from orchestrator.errors import Damaged, StorageError
 from orchestrator.job.poll import poll
 from orchestrator.job.signals import Signals, Votes, abort_vote
-from orchestrator.rules import attempt as protocol
-from orchestrator.rules.attempt import Attempt, Step
+from orchestrator.rules.attempt import Attempt, DeadlinePassed, ReceiptsRead, Step, advance
 from orchestrator.rules.attempt_id import receipt_process
 from orchestrator.rules.records import Failure, FileEntry, Receipt
 from orchestrator.run import checked_reads
@@ -39,7 +38,7 @@ class ReceiptReader:
         now."""
 
         def late() -> Step:
-            return protocol.advance(self._state, protocol.DeadlinePassed(timeout_s, self._hosts))
+            return advance(self._state, DeadlinePassed(timeout_s, self._hosts))
 
         signalled = lambda: self._take(self._signals.votes(self._attempt))  # noqa: E731
         return poll(signalled, timeout_s, late, storage=lambda: self._take(self._listed()))
@@ -48,7 +47,7 @@ class ReceiptReader:
         """Go by votes that have not been counted yet; None while others are missing."""
         ready = [(process, votes[process]) for process in self._state.missing if process in votes]
         for receipts in self._read(ready):
-            self._state, effect = protocol.advance(self._state, protocol.ReceiptsRead(receipts))
+            self._state, effect = advance(self._state, ReceiptsRead(receipts))
             if effect is not None:
                 return self._state, effect
         return None

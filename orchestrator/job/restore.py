@@ -1,8 +1,8 @@
 """Restoring on all processes of a job: process 0 chooses a committed step, all match and read it, and agree on what to
 make of what they have found.
 
-Each process's part is an `Outcome`, a value. It is reported to the others before anything is raised, so that all take
-the same decision, and raise the same error, at the same point. The rounds are in `restore_rounds`. Main thread.
+Each process's part is a `ReadOutcome`, a value. It is reported to the others before anything is raised, so that all
+take the same decision, and raise the same error, at the same point. The rounds are in `restore_rounds`. Main thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchestrator.errors import (
     Unavailable,
     UsageError,
 )
-from orchestrator.job import restore_rounds as rounds
+from orchestrator.job import restore_rounds
 from orchestrator.job.read_step import (
     ArrayReads,
     DamagedSteps,
@@ -40,15 +40,15 @@ from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import (
     Chosen,
-    Failed,
-    Outcome,
+    NotRead,
     PeersFailed,
     Read,
     ReadFailure,
+    ReadOutcome,
     Report,
     Ruling,
     Sums,
-    attempt,
+    result_of,
 )
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.observe import heartbeat
@@ -125,7 +125,7 @@ class _Restore:
     def run(self) -> Restored | None:
         while True:
             decide = partial(_choose, self._store, self._options, self._judgement.damaged)
-            chosen = agree(self._rendezvous, rounds.CHOICE, self._options.timeout_s, decide)
+            chosen = agree(self._rendezvous, restore_rounds.CHOICE, self._options.timeout_s, decide)
             if chosen is None:
                 self._open(None)
                 return None
@@ -139,8 +139,8 @@ class _Restore:
         live = journal.find(head, chosen.step)
         assert live is not None  # process 0 found it in that very entry
         stored = self._store.step(live)
-        matched = attempt(partial(match_target, stored, self._like, self._options.read))
-        plan = self._judgement.settle(stored, rounds.fits(live.step), matched)
+        matched = result_of(partial(match_target, stored, self._like, self._options.read))
+        plan = self._judgement.value_of_all(stored, restore_rounds.fits(live.step), matched)
         if plan is None:
             return None
         self._open(journal.tree_of(head))
@@ -148,7 +148,7 @@ class _Restore:
         record = self._rendezvous.process == 0 and self._options.record and live.trust != "restored"
         early = overlap.begin(self._store.head) if record else None  # it takes no longer than the arrays
         reads = ArrayReads(self._options.read.reader, lambda read_bytes: heartbeat.record("restoring", None))
-        read = self._judgement.settle(stored, rounds.outcome(live.step), self._read(plan, reads))
+        read = self._judgement.value_of_all(stored, restore_rounds.was_read(live.step), self._read(plan, reads))
         if read is None or not self._proves(stored, read[1]):
             self._judgement.quarantine()
             return None
@@ -161,18 +161,18 @@ class _Restore:
         if self._opening:
             self._opening(tree)
 
-    def _read(self, plan: ReadPlan, reads: ArrayReads) -> Outcome[tuple[Restored, Proof]]:
-        begun = attempt(plan.begin)
-        if isinstance(begun, Failed):
+    def _read(self, plan: ReadPlan, reads: ArrayReads) -> ReadOutcome[tuple[Restored, Proof]]:
+        begun = result_of(plan.begin)
+        if isinstance(begun, NotRead):
             return begun
-        values: Outcome[list[Any]]
+        values: ReadOutcome[list[Any]]
         if self._options.load_once:
             values = _load_once(self._rendezvous, self._options.timeout_s, reads, plan)
         else:
-            values = attempt(partial(reads.load, plan.stored, plan.requests))
+            values = result_of(partial(reads.load, plan.stored, plan.requests))
         if not isinstance(values, Read):
             return values
-        return attempt(partial(plan.finish, values.value, begun.value))
+        return result_of(partial(plan.finish, values.value, begun.value))
 
     def _proves(self, stored: StoredStep, proof: Proof) -> bool:
         return not self._options.read.attest or self._judgement.proves(stored, proof)
@@ -184,7 +184,7 @@ class _Restore:
         emit(StepRestored(live.step, live.attempt, elapsed_s, reads.read_bytes, reads.array_s))
 
 
-def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan: ReadPlan) -> Outcome[list[Any]]:
+def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan: ReadPlan) -> ReadOutcome[list[Any]]:
     """The values of `plan.requests`, in order: what several processes need is read by one of them and exchanged.
 
     An exchange begins only when all have read their part. Whoever has failed reports so in the very round in which the
@@ -192,20 +192,20 @@ def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan
     values: list[Any] = [None] * len(plan.requests)
     groups = arrays.exchange_groups(plan.requests)
     for group in groups:
-        parts = attempt(partial(reads.load, plan.stored, group.slab_requests))
-        if isinstance(parts, Failed):
+        parts = result_of(partial(reads.load, plan.stored, group.slab_requests))
+        if isinstance(parts, NotRead):
             return parts
-        mine = rounds.Exchange(group.signature)
-        reports = gather(rendezvous, rounds.outcome(plan.stored.live.step), mine, timeout_s)
+        mine = restore_rounds.Exchange(group.signature)
+        reports = gather(rendezvous, restore_rounds.was_read(plan.stored.live.step), mine, timeout_s)
         if any(theirs != mine for theirs in reports):
             return PeersFailed(reports)
-        exchanged = attempt(partial(group.exchanged, parts.value))
-        if isinstance(exchanged, Failed):
+        exchanged = result_of(partial(group.exchanged, parts.value))
+        if isinstance(exchanged, NotRead):
             return exchanged
         _put(values, group.positions, exchanged.value)
     alone = sorted(set(range(len(values))).difference(*(group.positions for group in groups)))
-    rest = attempt(partial(reads.load, plan.stored, [plan.requests[place] for place in alone]))
-    if isinstance(rest, Failed):
+    rest = result_of(partial(reads.load, plan.stored, [plan.requests[place] for place in alone]))
+    if isinstance(rest, NotRead):
         return rest
     _put(values, alone, rest.value)
     return Read(values)
@@ -226,20 +226,23 @@ class _Judgement:
         self._not_journalled: list[LiveStep] = []
         self._retired = 0
 
-    def settle(self, stored: StoredStep, round_: Round[Report], outcome: Outcome[Value]) -> Value | None:
+    def value_of_all(self, stored: StoredStep, round_: Round[Report], outcome: ReadOutcome[Value]) -> Value | None:
         """What this process has read, if all processes have. None if another step is to be tried: this one is damaged,
-        or retired since. Raises, on all, what no other step would help against."""
+        or retired since. Raises, on all, where no other step would help."""
         if isinstance(outcome, PeersFailed):
             reports = outcome.reports
         else:
-            reports = gather(self._rendezvous, round_, rounds.report(outcome), self._options.timeout_s)
-        ruling, process = rounds.judge(reports)
+            reports = gather(self._rendezvous, round_, restore_rounds.report(outcome), self._options.timeout_s)
+        ruling, process = restore_rounds.rule_on(reports)
         match ruling, reports[process]:
             case Ruling.DONE, _:
                 assert isinstance(outcome, Read)  # its report is among them
                 return outcome.value
             case Ruling.FAULT, ReadFailure() as failure:
-                if isinstance(outcome, Failed) and rounds.ruling(rounds.report(outcome)) is Ruling.FAULT:
+                if (
+                    isinstance(outcome, NotRead)
+                    and restore_rounds.ruling(restore_rounds.report(outcome)) is Ruling.FAULT
+                ):
                     raise outcome.error
                 raise as_error(process, Raised(failure.kind, failure.text))
             case Ruling.RETIRED, ReadFailure() as failure:
@@ -259,15 +262,15 @@ class _Judgement:
         Unavailable on all if what is stored has the right ones."""
         timeout_s, step = self._options.timeout_s, stored.live.step
         sums = Sums(proof.sums(), tuple(proof.wrong_here[:_WRONG_MAX]))
-        answers = gather(self._rendezvous, rounds.fingerprints(step), sums, timeout_s)
+        answers = gather(self._rendezvous, restore_rounds.fingerprints(step), sums, timeout_s)
         wrong = [leaf for answer in answers for leaf in answer.wrong]
         if not proof.holds([answer.by_replica for answer in answers]):
-            details = gather(self._rendezvous, rounds.all_fingerprints(step), proof.details(), timeout_s)
+            details = gather(self._rendezvous, restore_rounds.all_fingerprints(step), proof.details(), timeout_s)
             wrong += proof.wrong(details)
         if not wrong:
             return True
         judge = partial(_damage_in_store, stored, wrong)
-        self._pass(stored.live, agree(self._rendezvous, rounds.stored_fingerprints(step), timeout_s, judge))
+        self._pass(stored.live, agree(self._rendezvous, restore_rounds.stored_fingerprints(step), timeout_s, judge))
         return False
 
     def quarantine(self) -> None:
@@ -276,7 +279,12 @@ class _Judgement:
             live = self._not_journalled.pop(0)
             reason = self.damaged[live.id][:_REASON_MAX]
             rule = partial(journal.quarantine, attempt=live.id, reason=reason)
-            agree(self._rendezvous, rounds.QUARANTINE, self._options.timeout_s, partial(_append, self._store, rule))
+            agree(
+                self._rendezvous,
+                restore_rounds.QUARANTINE,
+                self._options.timeout_s,
+                partial(_append, self._store, rule),
+            )
 
     def _choose_again(self, process: int, failure: ReadFailure) -> None:
         self._retired += 1
@@ -288,7 +296,7 @@ class _Judgement:
         memory may prove anything."""
         line = self._line(process, failure)
         sees = partial(_is_damaged, stored, failure) if process else lambda: True
-        if not agree(self._rendezvous, rounds.damage(stored.live.step), self._options.timeout_s, sees):
+        if not agree(self._rendezvous, restore_rounds.damage(stored.live.step), self._options.timeout_s, sees):
             raise Unavailable(f"{stored.where}: {line}; process 0 finds it as it was saved: look at that host")
         self._pass(stored.live, line)
 

@@ -1,8 +1,8 @@
 """What the processes of a job send one another during a restore: each round with its name and the type of its messages,
-and what follows from the answers. Decides only; `restore` sends the messages and carries out the decision.
+and what follows from the answers. Decides only: `restore` sends the messages and carries out the decision.
 
-A step is tried in rounds of its own: `fits` once each has matched it with its target, `outcome` once each has read it.
-Before an exchange of arrays (`load_once`) all meet in the `outcome` round, too, so that nobody begins an exchange that
+A step is tried in rounds of its own: `fits` once each has matched it with its target, `was_read` once each has read it.
+Before an exchange of arrays (`load_once`) all meet in the `was_read` round, too, so that nobody begins an exchange that
 another process will not join.
 """
 
@@ -27,7 +27,7 @@ Other = TypeVar("Other")
 
 class Chosen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The step to restore. head: the journal's newest entry as process 0 has read it, as a record, cut to what a
-    restore looks at."""
+    restore needs."""
 
     step: int
     head: str
@@ -73,7 +73,7 @@ def fits(step: int) -> Round[Report]:
     return Round(f"restore: step {step} fits", Report)
 
 
-def outcome(step: int) -> Round[Report]:
+def was_read(step: int) -> Round[Report]:
     return Round(f"restore: step {step}", Report)
 
 
@@ -96,42 +96,42 @@ def damage(step: int) -> Round[bool]:
     return Round(f"restore: step {step} damage", bool)
 
 
-# What one process has made of a step.
+# What one process reports of a step.
 
 
 @dataclass(frozen=True)
 class Read(Generic[Value]):
-    """This process has read it."""
+    """This process has read the step."""
 
     value: Value
 
 
 @dataclass(frozen=True)
-class Failed:
-    """This process could not, and the others do not know yet."""
+class NotRead:
+    """This process could not read it; the others do not know yet."""
 
     error: Exception
 
 
 @dataclass(frozen=True)
 class PeersFailed:
-    """Not all processes came to the same exchange: these are the answers of the round in which all have met."""
+    """Not all processes reached the same exchange. reports: of the round in which all have met."""
 
     reports: Sequence[Report]
 
 
-Outcome: TypeAlias = Read[Value] | Failed | PeersFailed
+ReadOutcome: TypeAlias = Read[Value] | NotRead | PeersFailed
 
 
-def attempt(read: Callable[[], Value]) -> Read[Value] | Failed:
+def result_of(read: Callable[[], Value]) -> Read[Value] | NotRead:
     """What `read` returns or raises, as a value: the other processes must know of it before it is raised here."""
     try:
         return Read(read())
     except Exception as error:
-        return Failed(error)
+        return NotRead(error)
 
 
-def report(done: Read[Value] | Failed) -> Report:
+def report(done: Read[Value] | NotRead) -> Report:
     if isinstance(done, Read):
         return Done()
     error = done.error
@@ -143,7 +143,7 @@ def report(done: Read[Value] | Failed) -> Report:
 
 
 class Ruling(enum.Enum):
-    """The same on all processes. FAULT: what another step would not help against, as a target that does not fit."""
+    """The same on all processes. FAULT: no other step would help, as with a target that does not fit."""
 
     DONE = enum.auto()
     OTHER_ARRAYS = enum.auto()
@@ -153,7 +153,7 @@ class Ruling(enum.Enum):
     DAMAGED = enum.auto()
 
 
-# Named, as they come from other processes. A newer format is none: this version cannot judge it.
+# Named, as they come from other processes. A newer format is a fault: this version cannot judge it.
 _RULINGS = {
     **dict.fromkeys((kind.__name__ for kind in (Damaged, UnsafeKey)), Ruling.DAMAGED),
     **dict.fromkeys((kind.__name__ for kind in (StorageError, Unavailable, OutcomeUnknown)), Ruling.UNREADABLE),
@@ -172,10 +172,10 @@ def ruling(report: Report) -> Ruling:
             return _RULINGS.get(kind, Ruling.FAULT)
 
 
-def judge(reports: Sequence[Report]) -> tuple[Ruling, int]:
-    """The ruling for all, and the first process whose report calls for it. Precedence: FAULT, RETIRED, UNREADABLE,
-    DAMAGED, OTHER_ARRAYS, DONE. A step that retention has deleted is not unreadable, and one that a process could not
-    read is not damaged."""
+def rule_on(reports: Sequence[Report]) -> tuple[Ruling, int]:
+    """The ruling that all processes follow, and the first process whose report is the reason. Precedence: FAULT,
+    RETIRED, UNREADABLE, DAMAGED, OTHER_ARRAYS. A step that one process could not read is not called damaged; one that
+    retention has deleted is not called unreadable."""
     rulings = [ruling(report) for report in reports]
     for first in (Ruling.FAULT, Ruling.RETIRED, Ruling.UNREADABLE, Ruling.DAMAGED, Ruling.OTHER_ARRAYS):
         if first in rulings:

@@ -16,7 +16,7 @@ from orchestrator.arrays import Flat, flatten
 from orchestrator.errors import Damaged, OrchestratorError, SaveFailed, StorageError, UsageError, WaitTimeout
 from orchestrator.job.finalize import UserData
 from orchestrator.job.opening import Opening
-from orchestrator.job.participant import FATAL, GRACE_S, Participant, Participants
+from orchestrator.job.participant import FATAL, GRACE_S, Participant, ParticipantFactory
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import SaveNotCommitted, emit
@@ -42,7 +42,9 @@ class Given:
 class SaveSequence:
     """failures: how many saves have failed, or could not even begin."""
 
-    def __init__(self, participants: Participants, schedule: SaveSchedule, opening: Opening, options: Options) -> None:
+    def __init__(
+        self, participants: ParticipantFactory, schedule: SaveSchedule, opening: Opening, options: Options
+    ) -> None:
         self._participants, self._schedule, self._opening, self._options = participants, schedule, opening, options
         self.failures = 0
         self._current: Participant | None = None
@@ -136,7 +138,7 @@ class SaveSequence:
     # Waiting for its end.
 
     def wait(self) -> None:
-        """Return when none is in flight. Raises WaitTimeout if one hangs beyond its bounds, and as `settle`."""
+        """Return when none is in flight. Raises WaitTimeout if one hangs beyond its bounds, and as `note_outcome`."""
         if not self.finished():
             assert self._current is not None
             raise WaitTimeout(
@@ -155,7 +157,7 @@ class SaveSequence:
         return save.error if save else None
 
     def finished(self) -> bool:
-        """Wait until none is in flight; False if one hangs beyond its bounds. Raises as `settle`."""
+        """Wait until none is in flight; False if one hangs beyond its bounds. Raises as `note_outcome`."""
         save = self._current
         while save and save.running:
             left_s = self._wait_from_s(save) + self._bound_s() - time.monotonic()
@@ -163,14 +165,14 @@ class SaveSequence:
                 return False
             heartbeat.record("waiting for a save", save.step)
             save.join(min(1.0, left_s))
-        self.settle(raise_now=True)
+        self.note_outcome(raise_now=True)
         return True
 
     def hurry(self) -> None:
         """The program is failing: from now on a save in flight has `failure_grace_s` at most."""
         self._hurry_s = time.monotonic()
 
-    def settle(self, *, raise_now: bool) -> None:
+    def note_outcome(self, *, raise_now: bool) -> None:
         """Note how a save that has ended went, without waiting. With `raise_now` raises what is to be raised: Fenced
         and JournalLost each time; SaveFailed once, where failed saves are to be raised."""
         save = self._current

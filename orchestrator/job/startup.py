@@ -21,8 +21,7 @@ import jax
 from absl import logging
 
 from orchestrator.errors import UsageError
-from orchestrator.job import one_root
-from orchestrator.job import startup_rounds as rounds
+from orchestrator.job import one_root, startup_rounds
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import as_error, gather, raised
 from orchestrator.job.startup_rounds import Arrival
@@ -62,7 +61,7 @@ def agree_at_start(
     except Exception as error:  # the others must know of it before it is raised here
         failure = error
         mine = Arrival(digest, incarnation_id, rejected=raised(error))
-    arrivals = gather(rendezvous, rounds.arrival(name), mine, timeout_s)
+    arrivals = gather(rendezvous, startup_rounds.arrival(name), mine, timeout_s)
     first = arrivals[0]
     if first.rejected:
         raise failure or as_error(0, first.rejected)
@@ -85,7 +84,7 @@ def surroundings() -> dict[str, str]:
 
 
 def _check_settings(rendezvous: Rendezvous, name: str, settings: Mapping[str, str], timeout_s: float) -> None:
-    given = gather(rendezvous, rounds.configurations(name), dict(settings), timeout_s)
+    given = gather(rendezvous, startup_rounds.configurations(name), dict(settings), timeout_s)
     errors, notes = configuration.differences(given, partial(who, rendezvous.hosts))
     if rendezvous.process == 0 or given[rendezvous.process] != given[0]:  # not each of a thousand alike
         for note in notes:
@@ -117,5 +116,12 @@ def _check_root(
             failure = None  # what could not be read before may be read by now
             look = partial(one_root.sees_in_time, partial(one_root.sees_entry, store, *sought), timeout_s)
     one_root.check_all_see(
-        store, rendezvous, rounds.one_root(name), look, what, source=source, timeout_s=timeout_s, failure=failure
+        store,
+        rendezvous,
+        startup_rounds.one_root(name),
+        look,
+        what,
+        source=source,
+        timeout_s=timeout_s,
+        failure=failure,
     )

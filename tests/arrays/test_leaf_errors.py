@@ -66,7 +66,7 @@ def test_a_leaf_that_cannot_be_taken_from_its_devices_is_named(
     tree = {"model": {"w": jnp.ones(shape, dtype), "b": jnp.ones(2)}}
     writer, flat = ArrayWriter(ArrayOptions(), 0), flatten(tree)
     if planned:
-        writer.stage(f"file://{tmp_path}", flat, attest).abandon()
+        writer.stage(f"file://{tmp_path}", flat, attest).stop()
     tree["model"]["w"].delete()  # by another thread, say, once the tree was looked at
     with pytest.raises(oc.OrchestratorError, match=r"^model/w: \w+Error: "):
         writer.stage(f"file://{tmp_path}", flat, attest)

@@ -335,7 +335,7 @@ def test_our_metadata_is_what_orbaxs_own_handler_writes_for_the_same_tree(
     saved_by_orbax(tree, tmp_path / "theirs")
     writer = ArrayWriter(ArrayOptions(), 0)
     pending = writer.stage(f"file://{tmp_path}/ours", flatten(tree))
-    pending.wait(60)
+    pending.finish(60)
     merge_alone(pending)
     for name in ("_METADATA", "_sharding", "_strings.json", "array_metadatas/process_0"):
         theirs, ours = (json.loads((tmp_path / who / name).read_text()) for who in ("theirs", "ours"))

@@ -16,7 +16,7 @@ from orchestrator.arrays.tree import flatten
 from orchestrator.errors import SaveFailed
 from orchestrator.job.finalize import UserData
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
-from orchestrator.job.participant import Participants
+from orchestrator.job.participant import ParticipantFactory
 from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.job.signals import Signals, abort_vote
 from orchestrator.observe import events
@@ -33,10 +33,10 @@ from tests.support.fakes import FakeBoard, HookedStorage
 from tests.support.runs import now
 
 
-def participants(storage: Storage, board: FakeBoard, **options: Any) -> Participants:
+def participants(storage: Storage, board: FakeBoard, **options: Any) -> ParticipantFactory:
     """Process 1 of two, in epoch 1."""
     writer, signals = ArrayWriter(ArrayOptions(), 1), Signals(board, "i")
-    return Participants(JournalStore(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
+    return ParticipantFactory(JournalStore(storage, "w"), writer, board, signals, None, Options(**options), epoch=1)
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ from orchestrator import errors
 from orchestrator.job.restore_rounds import (
     Done,
     Exchange,
-    Failed,
+    NotRead,
     Read,
     ReadFailure,
     Report,
     Ruling,
-    attempt,
-    judge,
     report,
+    result_of,
+    rule_on,
     ruling,
 )
 
@@ -49,19 +49,19 @@ TABLE: list[tuple[list[Report], Ruling, int]] = [
 
 
 @pytest.mark.parametrize(("reports", "expected", "process"), TABLE)
-def test_the_reports_of_all_are_judged_by_one_table(reports: list[Report], expected: Ruling, process: int) -> None:
-    assert judge(reports) == (expected, process)
+def test_the_reports_of_all_are_ruled_on_by_one_table(reports: list[Report], expected: Ruling, process: int) -> None:
+    assert rule_on(reports) == (expected, process)
 
 
 def test_nothing_is_damaged_or_done_as_long_as_another_process_says_otherwise() -> None:
     kinds = [DONE, MINE, OTHER, DAMAGED, UNSAFE, RETIRED, MISMATCH, UNAVAILABLE, NEWER]
     for reports in itertools.product(kinds, repeat=3):
-        found, process = judge(reports)
+        found, process = rule_on(reports)
         rulings = {ruling(one) for one in reports}
         assert ruling(reports[process]) is found, reports
         assert found is not Ruling.DONE or rulings == {Ruling.DONE}
         assert found is not Ruling.DAMAGED or not rulings & {Ruling.UNREADABLE, Ruling.RETIRED, Ruling.FAULT}
-        assert {judge(order)[0] for order in itertools.permutations(reports)} == {found}, "whoever comes first"
+        assert {rule_on(order)[0] for order in itertools.permutations(reports)} == {found}, "whoever comes first"
 
 
 def test_every_error_of_ours_is_either_about_the_step_or_a_fault() -> None:
@@ -101,11 +101,11 @@ def raises(error: Exception) -> Callable[[], Any]:
     ids=["read", "damaged", "suspect", "mismatch", "bug"],
 )
 def test_what_one_process_has_made_of_a_step_is_a_value_first(read: Callable[[], Any], reported: Report) -> None:
-    outcome = attempt(read)
-    assert isinstance(outcome, Read if reported == DONE else Failed)
+    outcome = result_of(read)
+    assert isinstance(outcome, Read if reported == DONE else NotRead)
     assert report(outcome) == reported
 
 
 def test_ctrl_c_is_no_outcome() -> None:
     with pytest.raises(KeyboardInterrupt):
-        attempt(raises(KeyboardInterrupt()))  # type: ignore[arg-type]
+        result_of(raises(KeyboardInterrupt()))  # type: ignore[arg-type]

@@ -7,25 +7,24 @@ from typing import Any
 import pytest
 
 import orchestrator as oc
-from orchestrator.job import restore_rounds as rounds
-from orchestrator.job import startup_rounds
+from orchestrator.job import restore_rounds, startup_rounds
 from orchestrator.job.restore_rounds import Chosen, Done, Exchange, ReadFailure, Sums
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.job.startup_rounds import Arrival, FirstRestore, FirstSave, Opened, Sighting
 from tests.support.peers import OfTwo, same
 
 MESSAGES: list[tuple[Round[Any], list[Any]]] = [
-    (rounds.CHOICE, [None, Chosen(100, "{}\n")]),
-    (rounds.QUARANTINE, [None]),
+    (restore_rounds.CHOICE, [None, Chosen(100, "{}\n")]),
+    (restore_rounds.QUARANTINE, [None]),
     (
-        rounds.fits(3),
+        restore_rounds.fits(3),
         [Done(), ReadFailure("Mismatch", "w: \u00fc"), ReadFailure("Damaged", "w", ("state/d/1",), ("w/c/0",))],
     ),
-    (rounds.outcome(3), [Done(), Exchange("00ff00ff"), ReadFailure("UnsafeKey", "")]),
-    (rounds.fingerprints(3), [Sums({}), Sums({0: "aa", 11: "bb"}, (("w", "w: is not"),))]),
-    (rounds.all_fingerprints(3), [{}, {0: {"w": "aa"}, 11: {}}]),
-    (rounds.stored_fingerprints(3), ["w: its stored elements"]),
-    (rounds.damage(3), [True, False]),
+    (restore_rounds.was_read(3), [Done(), Exchange("00ff00ff"), ReadFailure("UnsafeKey", "")]),
+    (restore_rounds.fingerprints(3), [Sums({}), Sums({0: "aa", 11: "bb"}, (("w", "w: is not"),))]),
+    (restore_rounds.all_fingerprints(3), [{}, {0: {"w": "aa"}, 11: {}}]),
+    (restore_rounds.stored_fingerprints(3), ["w: its stored elements"]),
+    (restore_rounds.damage(3), [True, False]),
     (
         startup_rounds.arrival("open the run"),
         [Arrival(""), Arrival("aa", "bb", (7, "cc")), Arrival("aa", rejected=Raised("Damaged", "why"))],
@@ -39,14 +38,18 @@ MESSAGES: list[tuple[Round[Any], list[Any]]] = [
 ]
 NAMES = [round_.name for round_, _ in MESSAGES]
 GARBAGE: dict[str, list[Any]] = {  # of each round: what a process of another version might send
-    rounds.CHOICE.name: [3, {"step": "3", "head": ""}, {"step": 3}, {"step": 3, "head": "", "more": 1}],
-    rounds.QUARANTINE.name: [0, {}],
-    rounds.fits(3).name: [None, {}, {"read": True}, {"type": "begun"}, {"type": "failure", "kind": "Damaged"}],
-    rounds.outcome(3).name: [[], {"type": "exchange"}, {"type": "failure", "kind": "", "text": "", "files": "d"}],
-    rounds.fingerprints(3).name: [{}, {"by_replica": {"x": "aa"}}, {"by_replica": {}, "wrong": [["w"]]}],
-    rounds.all_fingerprints(3).name: [None, {"0": "aa"}, {"0": {"w": 1}}],
-    rounds.stored_fingerprints(3).name: [None, 1],
-    rounds.damage(3).name: [None, 1, "yes"],
+    restore_rounds.CHOICE.name: [3, {"step": "3", "head": ""}, {"step": 3}, {"step": 3, "head": "", "more": 1}],
+    restore_rounds.QUARANTINE.name: [0, {}],
+    restore_rounds.fits(3).name: [None, {}, {"read": True}, {"type": "begun"}, {"type": "failure", "kind": "Damaged"}],
+    restore_rounds.was_read(3).name: [
+        [],
+        {"type": "exchange"},
+        {"type": "failure", "kind": "", "text": "", "files": "d"},
+    ],
+    restore_rounds.fingerprints(3).name: [{}, {"by_replica": {"x": "aa"}}, {"by_replica": {}, "wrong": [["w"]]}],
+    restore_rounds.all_fingerprints(3).name: [None, {"0": "aa"}, {"0": {"w": 1}}],
+    restore_rounds.stored_fingerprints(3).name: [None, 1],
+    restore_rounds.damage(3).name: [None, 1, "yes"],
     "open the run": [{}, {"is": "aa"}, {"configuration": "aa", "head": [7]}],
     "open the run: configurations": [[], {"save": 1}],
     "open the run: one root": [{}, {"url": "file:///r", "sees": "yes"}],
@@ -80,7 +83,7 @@ def test_garbage_of_a_peer_is_an_error_that_names_it(round_: Round[Any], message
 @pytest.mark.parametrize("garbage", [None, 3, {"values": 1}, {"raised": {"kind": "Damaged"}}])
 def test_a_decision_that_is_none_is_an_error_that_names_process_0(garbage: Any) -> None:
     with pytest.raises(oc.OrchestratorError, match=r"damage: process 0 \(host-0\) answered"):
-        agree(OfTwo(lambda name, value: garbage, process=1), rounds.damage(3), 1.0, lambda: True)
+        agree(OfTwo(lambda name, value: garbage, process=1), restore_rounds.damage(3), 1.0, lambda: True)
 
 
 def fails() -> bool:
@@ -90,11 +93,11 @@ def fails() -> bool:
 def test_what_process_0_raises_all_raise_and_nobody_else_decides() -> None:
     decides = OfTwo(same)
     with pytest.raises(oc.Damaged, match=r"^w: is gone$") as caught:
-        agree(decides, rounds.damage(3), 1.0, fails)
+        agree(decides, restore_rounds.damage(3), 1.0, fails)
     assert caught.value.files == ("state/d/1",) and decides.met == ["restore: step 3 damage"]
     follows = OfTwo(lambda name, value: {"raised": {"kind": "Damaged", "text": "w: is gone"}}, process=1)
     with pytest.raises(oc.Damaged, match=r"^process 0: w: is gone$"):
-        agree(follows, rounds.damage(3), 1.0, lambda: pytest.fail("only process 0 decides"))
+        agree(follows, restore_rounds.damage(3), 1.0, lambda: pytest.fail("only process 0 decides"))
 
 
 def test_a_decision_that_cannot_be_sent_is_raised_on_process_0_and_not_waited_for() -> None:

@@ -131,7 +131,7 @@ def test_the_other_hosts_hear_at_once_that_this_one_was_given_nonsense(root: Pat
             rejecting: Any = {"state": state(1), **given}
             with pytest.raises(oc.UsageError):
                 agent.save(1, **rejecting)
-            vote = agent._participants.incarnation.signals.votes(AttemptId.of(1, 1, number))[0]
+            vote = agent._participants.context.signals.votes(AttemptId.of(1, 1, number))[0]
             assert vote and vote.failure and vote.failure.cause.startswith(("UsageError: ", "UnsupportedLeaf: "))
 
 
@@ -357,7 +357,7 @@ def test_a_ctrl_c_in_the_middle_of_a_save_leaves_it_whole_or_not_at_all(
             raise KeyboardInterrupt
 
     if moment == "stage":
-        monkeypatch.setattr(agent._participants.incarnation.writer, "stage", rude)
+        monkeypatch.setattr(agent._participants.context.writer, "stage", rude)
     else:
         monkeypatch.setattr("orchestrator.job.participant.emit", rude)
     with pytest.raises(KeyboardInterrupt):

@@ -57,7 +57,7 @@ def test_a_tree_is_written_of_exactly_the_arrays_chunks_or_not_at_all(tmp_path: 
     pending = ArrayWriter(ArrayOptions(), 0).stage(
         f"file://{tmp_path}/state", flatten({"w": jnp.ones(3), "b": jnp.ones(2)})
     )
-    pending.wait(30)
+    pending.finish(30)
     entries: dict[str, chunk_index.Entry] = {key: body for key, body in pending.small.items() if key not in lost}
     entries |= {} if lost else {"other/c/0": b"12345"}
     said = rf"missing \['{lost[0]}'\]" if lost else r"1 of no array: missing \[\], unknown \['other/c/0'\]"

@@ -6,8 +6,8 @@ import pytest
 from msgspec import structs
 
 from orchestrator.errors import UsageError
-from orchestrator.rules import attempt as protocol
 from orchestrator.rules import holders
+from orchestrator.rules.attempt import Attempt, Phase, ReceiptsRead, advance
 from orchestrator.rules.holders import View
 from orchestrator.rules.records import Box, Cause, Held, Receipt
 from tests.support import builders
@@ -99,10 +99,10 @@ def test_a_stored_account_is_checked_before_it_is_used(held: tuple[Held, ...], s
         holders.check(intent)
 
 
-def decided(receipts: list[Receipt], *, held: tuple[Held, ...], must_agree: bool = False) -> protocol.Attempt:
+def decided(receipts: list[Receipt], *, held: tuple[Held, ...], must_agree: bool = False) -> Attempt:
     intent = structs.replace(builders.intent(leaf("stage/w"), processes=2), held=held)
-    attempt = protocol.Attempt(intent, own_must_agree=must_agree)
-    return protocol.advance(attempt, protocol.ReceiptsRead(tuple(receipts)))[0]
+    attempt = Attempt(intent, own_must_agree=must_agree)
+    return advance(attempt, ReceiptsRead(tuple(receipts)))[0]
 
 
 WHOLE = {"stage.w": (Box((0,), (4,)),)}
@@ -112,13 +112,13 @@ def test_a_leaf_that_is_not_covered_is_named_with_those_who_should_have_written_
     held = (Held(1, P1),)
     name = holders.name(held)
     state = decided([builders.receipt(0, went_by=name), builders.receipt(1, went_by=name)], held=held)
-    assert state.phase is protocol.Phase.ABORTING
+    assert state.phase is Phase.ABORTING
     assert state.reason.startswith("stage/w[4]: 0 of 4 elements written; it is on devices of process 1; ")
     assert state.reason.endswith("nothing of it came from process 1 (host-1)")
 
 
-@pytest.mark.parametrize(("went_by", "phase"), [("right", protocol.Phase.FINALIZING), ("", protocol.Phase.ABORTING)])
-def test_a_receipt_by_another_account_than_the_intents_aborts(went_by: str, phase: protocol.Phase) -> None:
+@pytest.mark.parametrize(("went_by", "phase"), [("right", Phase.FINALIZING), ("", Phase.ABORTING)])
+def test_a_receipt_by_another_account_than_the_intents_aborts(went_by: str, phase: Phase) -> None:
     held = (Held(1, P1),)
     name = holders.name(held)
     receipts = [
@@ -131,14 +131,14 @@ def test_a_receipt_by_another_account_than_the_intents_aborts(went_by: str, phas
 @pytest.mark.parametrize(
     ("own", "must_agree", "phase"),
     [
-        ("same", True, protocol.Phase.FINALIZING),
-        ("other", True, protocol.Phase.ABORTING),
-        ("other", False, protocol.Phase.FINALIZING),
-        ("none of its own", True, protocol.Phase.FINALIZING),
+        ("same", True, Phase.FINALIZING),
+        ("other", True, Phase.ABORTING),
+        ("other", False, Phase.FINALIZING),
+        ("none of its own", True, Phase.FINALIZING),
     ],
 )
 def test_what_every_process_has_its_own_of_must_agree_where_that_is_asked_for(
-    own: str, must_agree: bool, phase: protocol.Phase
+    own: str, must_agree: bool, phase: Phase
 ) -> None:
     held = (Held(1, None),)
     name = holders.name(held)
@@ -155,7 +155,7 @@ def test_what_every_process_has_its_own_of_must_agree_where_that_is_asked_for(
     ]
     state = decided(receipts, held=held, must_agree=must_agree)
     assert state.phase is phase
-    if phase is protocol.Phase.ABORTING:
+    if phase is Phase.ABORTING:
         assert state.reason.startswith("stage/w: hosts disagree: process 1 (host-1) has other values than process 0")
         assert state.cause is Cause.DISAGREE
 

@@ -24,7 +24,7 @@ from orchestrator.compat.adopt import adopt
 from orchestrator.errors import Fenced, RootChanged, Unavailable, UsageError
 from orchestrator.job.finalize import UserData
 from orchestrator.job.outcome import Aborted
-from orchestrator.job.participant import Participants
+from orchestrator.job.participant import ParticipantFactory
 from orchestrator.job.signals import Signals
 from orchestrator.observe.event_log import EventLog
 from orchestrator.observe.events import Alive
@@ -146,7 +146,9 @@ def test_a_host_that_alone_has_lost_the_root_says_so_to_the_others_and_ends(root
     journal_store, board = store_of(root), FakeBoard(1, 2)
     journal_store.storage.create("journal/0", b"x")
     signals = Signals(board, "i")
-    participants = Participants(journal_store, ArrayWriter(ArrayOptions(), 1), board, signals, None, now(), epoch=1)
+    participants = ParticipantFactory(
+        journal_store, ArrayWriter(ArrayOptions(), 1), board, signals, None, now(), epoch=1
+    )
     shutil.rmtree(root)
     save = participants.begin(1, UserData({}, {}, 0.0), None)
     signals.post_decision(save.id, Aborted("process 1 voted to abort"))

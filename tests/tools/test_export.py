@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import orchestrator as oc
 from orchestrator.cli.export import Exported
 from orchestrator.cli.main import main
-from orchestrator.tools import export as rules
+from orchestrator.tools import export as export_tool
 from tests.support.runs import now
 from tests.support.snapshots import snapshot
 
@@ -147,7 +147,7 @@ def test_what_verify_calls_damaged_no_format_exports(root: Path, tmp_path: Path,
         whole = mine.read_bytes()
         mine.write_bytes(other.read_bytes())
         assert main(["orchestrator", "verify", str(root), "--step=7", "--repair_journal=never"]) == 4
-        for form in rules.FORMATS:
+        for form in export_tool.FORMATS:
             code = export(root, tmp_path / "to" / f"{form}-{number}", form, "7")
             # What a format does not read cannot hurt it; what it writes is then what was saved.
             assert code == 4 if form == "orbax" else code in (0, 4), (mine, form)
@@ -179,7 +179,7 @@ SCHEMES = [
 @pytest.mark.parametrize(
     "words",
     [
-        *(["export", "newest", "DEST", f"--format={form}"] for form in rules.FORMATS),
+        *(["export", "newest", "DEST", f"--format={form}"] for form in export_tool.FORMATS),
         ["report", "--output=DEST"],
         ["report", "-o", "DEST"],
         *([name, "--events_dir=DEST"] for name in ("watch", "doctor", "report", "plan")),
@@ -259,7 +259,7 @@ def exported(out: Path, form: str, name: str) -> np.ndarray:
 def test_two_leaves_of_one_name_are_rejected() -> None:
     for form, reserved in (("numpy", frozenset[str]()), ("safetensors", frozenset({"__metadata__"}))):
         with pytest.raises(oc.UsageError, match=rf"a.b: {form} would hold two leaves of this name; use"):
-            rules._distinct(["a", "a.b", "a.b"], form, reserved)
+            export_tool._distinct(["a", "a.b", "a.b"], form, reserved)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_dtype_that_safetensors_lacks_is_named(root: Path, tmp_path: Path, cap
 
 
 def test_slabs_laid_end_to_end_are_the_array(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "SLAB_BYTES", 300)  # less than two rows of `w`
+    monkeypatch.setattr(export_tool, "SLAB_BYTES", 300)  # less than two rows of `w`
     assert export(run, tmp_path / "out", "numpy") == 0
     assert np.array_equal(np.load(tmp_path / "out" / "params.w.npy"), arrays()["w"])
 

@@ -19,7 +19,7 @@ from orchestrator.arrays.inline_values import inline_text
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import Damaged, UsageError
 from orchestrator.rules import arguments
-from orchestrator.rules import keys as layout
+from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import ExternalArray, LeafSpec
 
 _TIMEOUT_S = 600.0
@@ -66,7 +66,7 @@ def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
                     f"{base}: {name} is in the file `checkpoint`, where older versions of Orbax kept small arrays; "
                     "restore the step with Orbax and save it here"
                 )
-            layout.check_key(name, f"{base}/_METADATA")
+            check_key(name, f"{base}/_METADATA")
             external = ExternalArray(item=item, driver=driver, ocdbt=ocdbt, name=name)
             future = ts.open(external_spec(f"file://{base.absolute()}", external), open=True, read=True, context=shared)
             opened.append((path, external, kind, future))

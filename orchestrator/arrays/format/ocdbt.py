@@ -18,10 +18,10 @@ import crc32c
 import numpy as np
 
 from orchestrator.errors import Damaged
-from orchestrator.rules import keys as layout
 from orchestrator.rules.chunk_index import Chunk, Location
+from orchestrator.rules.keys import STORE
 
-MANIFEST = layout.STORE
+MANIFEST = STORE
 NOT_OURS = "the store's tree is compressed or in parts; none of ours is"
 INLINE_BYTES = 1024  # values up to this are in the tree itself
 NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore rejects larger ones

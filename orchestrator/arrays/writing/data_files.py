@@ -55,7 +55,7 @@ def opener(url: str) -> Callable[[str], DataFile]:
     path = local_path(base)
     if path is not None:
         return functools.partial(_LocalFile, *directory.find(path))
-    return functools.partial(_Object, base)
+    return functools.partial(_BucketObject, base)
 
 
 def write_files(opened: Callable[[str], DataFile], bodies: Mapping[str, bytes]) -> dict[str, DataFile]:
@@ -143,7 +143,7 @@ def _sync_file_range() -> Any:
     return call
 
 
-class _Object:
+class _BucketObject:
     def __init__(self, base: str, path: str) -> None:
         self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
         self._base = base

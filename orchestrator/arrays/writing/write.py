@@ -102,7 +102,7 @@ class ArrayWriter:
         try:
             pending.stage(flat.values, None if small else time.monotonic() + self._options.timeout_s)
         except BaseException:
-            pending.abandon()
+            pending.stop()
             raise
         return pending
 
@@ -175,8 +175,8 @@ class PendingWrite:
         work = functools.partial(_work, self._queue, opened, self._progress, self._plan.compression)
         self._running = [self._pool.submit(work) for _ in range(threads)]
 
-    def abandon(self) -> None:
-        """End the threads, if any: it will not be waited for."""
+    def stop(self) -> None:
+        """No more is written: its threads end soon. Also once all is written."""
         self._progress.stop.set()
         self._queue.end()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -191,11 +191,11 @@ class PendingWrite:
     @property
     def small(self) -> dict[str, bytes]:
         """Key -> chunk, elements and CRC-32C, of those that are in no file: the receipt is to carry them. After
-        `wait`."""
+        `finish`."""
         return self._progress.small
 
     def places(self, files: Sequence[FileEntry]) -> dict[str, Place]:
-        """Key -> where in `files` (this process's, in the attempt) each other chunk is. After `wait`."""
+        """Key -> where in `files` (this process's, in the attempt) each other chunk is. After `finish`."""
         numbers = {entry.path.rpartition("/")[2]: number for number, entry in enumerate(files)}
         return {
             key: Place(file=numbers[file.path.rpartition("/")[2]], offset=offset, bytes=size, crc32c=f"{checksum:08x}")
@@ -225,12 +225,12 @@ class PendingWrite:
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """The files that this process has written below `state/`, not durable yet on a file system. After `wait`."""
+        """The files that this process has written below `state/`, not durable yet on a file system. After `finish`."""
         return tuple(data_files.entry(path, file) for path, file in self._files.items())
 
     # Writing.
 
-    def wait(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
+    def finish(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
         """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after
         `given_up` (asked at once and now and then) has said yes, or what the write raised."""
         deadline = time.monotonic() + timeout_s
@@ -241,7 +241,7 @@ class PendingWrite:
             rest = self._pool.submit(self._write_rest)
             _watch([*self._running, rest], deadline, given_up, stop, timeout_s)
         finally:
-            self.abandon()
+            self.stop()
             report_retries(self._directory)
         self._files |= {f"{self._store}/{file.path}": file for file in self._progress.files}
         written = len(self._progress.places) + len(self._progress.small)

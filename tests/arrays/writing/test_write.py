@@ -58,8 +58,8 @@ def test_a_state_larger_than_the_memory_budget_is_written_while_it_is_staged(tmp
     state = {f"w{index}": jnp.full((1 << 20,), index, jnp.uint8) for index in range(32)}
     writer = ArrayWriter(ArrayOptions(host_bytes_max=4 << 20), process=0)
     pending = writer.stage(f"file://{tmp_path}/state", flatten(state))
-    assert 0 < pending._feed.peak_bytes <= 4 << 20
-    pending.wait(60)
+    assert 0 < pending._queue.peak_bytes <= 4 << 20
+    pending.finish(60)
     merge_alone(pending)
     saved = ocp.PyTreeCheckpointer().restore(tmp_path / "state")
     assert all((saved[name] == value).all() for name, value in state.items())
@@ -95,7 +95,7 @@ def test_the_boxes_of_a_receipt_are_each_shard_once_whatever_is_replicated(
     }
     writer = ArrayWriter(ArrayOptions(), 0)
     pending = writer.stage(f"file://{tmp_path}/state", flatten(state))
-    pending.wait(60)
+    pending.finish(60)
     counts = {name: len(boxes) for name, boxes in pending.boxes.items()}
     assert counts == {"split": 8, "replicated over model": 4, "replicated": 1, "numpy": 1}
     assert {(box.start, box.stop) for box in pending.boxes["replicated over model"]} == {
@@ -107,16 +107,16 @@ def test_waiting_for_a_write_is_bounded(tmp_path: Path) -> None:
     writer = ArrayWriter(ArrayOptions(), process=0)
     pending = writer.stage(f"file://{tmp_path}/state", flatten({"w": jnp.zeros((256, 1 << 20), jnp.uint8)}))
     with pytest.raises(oc.WaitTimeout, match=r"did not finish within 0\.001 s"):
-        pending.wait(0.001)
+        pending.finish(0.001)
 
 
 def test_a_write_that_nobody_wants_any_more_is_given_up_and_the_next_one_is_whole(tmp_path: Path) -> None:
     writer = ArrayWriter(ArrayOptions(), process=0)
     flat = flatten({"w": jnp.zeros((64, 1 << 20), jnp.uint8)})
     with pytest.raises(WriteStopped):
-        writer.stage(f"file://{tmp_path}/given-up", flat).wait(30, given_up=lambda: True)
+        writer.stage(f"file://{tmp_path}/given-up", flat).finish(30, given_up=lambda: True)
     pending = writer.stage(f"file://{tmp_path}/whole", flat)
-    pending.wait(30)
+    pending.finish(30)
     merge_alone(pending)
     saved = ocp.PyTreeCheckpointer().restore(tmp_path / "whole")
     assert saved["w"].shape == (64, 1 << 20)

@@ -1,7 +1,7 @@
 """The invariants of the on-disk contract, stated once as pure functions of what is stored and what was promised.
 
 Each returns one line per violation, beginning with the invariant's number ("fence": the epoch rule that all rest on);
-[] means that it holds. They are written against the contract and use nothing of `journal` or `protocol`.
+[] means that it holds. They are written against the contract and use nothing of `journal` or `attempt`.
 `heads`: all journal entries in order; versions have no gaps but below a `recovered` entry. `acked`: (step, attempt) of
 every save that was reported as saved. `stored`: (step, attempt) -> (whether it has a manifest, the version that its
 records build on, -1 if they do not tell) of every attempt in storage.

@@ -13,8 +13,16 @@ from typing import Any, NamedTuple, Protocol
 
 from msgspec.structs import replace
 
-from orchestrator.rules import attempt as protocol
-from orchestrator.rules.attempt import Phase
+from orchestrator.rules.attempt import (
+    Appended,
+    DeadlinePassed,
+    Event,
+    FencedOff,
+    FinalizeDone,
+    FinalizeFailed,
+    Phase,
+    ReceiptsRead,
+)
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import StoredAttempt, tree_of
 from orchestrator.rules.records import Failure
@@ -284,7 +292,7 @@ class Coordinator(Appender):
                 # Its own receipt is read with those of others that are there by then, or before them.
                 own = (0, kind)
                 for batch in dict.fromkeys([(own,), (own, *self._stored_receipts(engine, opened, following))]):
-                    event = protocol.ReceiptsRead(tuple(receipt(step, attempt, *each) for each in batch))
+                    event = ReceiptsRead(tuple(receipt(step, attempt, *each) for each in batch))
                     moved = self._advance(engine, following.local(index, opened), index, event, batch)
                     yield f"{here}: seals, promises and reads receipts {batch}", moved, NOTHING
             case "receipts":
@@ -293,9 +301,9 @@ class Coordinator(Appender):
                 read = world.local(index, local._replace(early=world.top))
                 yield f"{here}: reads v{len(world.journal) - 1} ahead", read, NOTHING
             case "finalize":
-                event: protocol.Event = protocol.FinalizeDone()
+                event: Event = FinalizeDone()
                 if (step, attempt, "manifest") in world.objects:
-                    event = protocol.FinalizeFailed(Failure(process=0, host="h", phase="finalize", cause="exists"))
+                    event = FinalizeFailed(Failure(process=0, host="h", phase="finalize", cause="exists"))
                 head = engine.head(world.top)
                 name = LATE if head and head.epoch > local.epoch else "manifest"
                 following = world.add((step, attempt, name))
@@ -316,13 +324,13 @@ class Coordinator(Appender):
         local = world.actors[index]
         step, attempt = self.current(engine, local)
         for process, kind in self._stored_receipts(engine, local, world):
-            event = protocol.ReceiptsRead((receipt(step, attempt, process, kind),))
+            event = ReceiptsRead((receipt(step, attempt, process, kind),))
             moved = self._advance(engine, world, index, event, (process, kind))
             yield f"{here}: reads receipt {process}, {kind}", moved, NOTHING
-        late = protocol.DeadlinePassed(1.0, {})
+        late = DeadlinePassed(1.0, {})
         yield f"{here}: deadline", self._advance(engine, world, index, late, "late"), NOTHING
 
-    def _advance(self, engine: Engine, world: World, index: int, event: protocol.Event, key: object) -> World:
+    def _advance(self, engine: Engine, world: World, index: int, event: Event, key: object) -> World:
         local = world.actors[index]
         number, what = engine.advance(local.attempt, event, key)
         pc = {"": "receipts", "finalize": "finalize", "commit": "read", "abort": "read"}[what]
@@ -336,7 +344,7 @@ class Coordinator(Appender):
         if outcome == "fenced":
             if local.task in ("commit", "abort"):
                 head = engine.heads[world.top]
-                event = protocol.FencedOff(head.epoch, head.writer)
+                event = FencedOff(head.epoch, head.writer)
                 number, _ = engine.advance(local.attempt, event, ("fenced", head.epoch, head.writer))
                 assert engine.phase(number) is Phase.FENCED
             return world.local(index, clean._replace(pc="fenced"))
@@ -349,7 +357,7 @@ class Coordinator(Appender):
             return world.local(index, clean._replace(pc="stage", epoch=engine.heads[local.want].epoch))
         saved = False
         if outcome in ("done", "none"):
-            number, _ = engine.advance(local.attempt, protocol.Appended(), "appended")
+            number, _ = engine.advance(local.attempt, Appended(), "appended")
             saved = engine.phase(number) is Phase.COMMITTED
         if saved:
             world = world._replace(acked=world.acked | {self.current(engine, local)})

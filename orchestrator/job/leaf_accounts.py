@@ -1,45 +1,39 @@
-"""What all processes of a save must agree on: who holds the leaves of the state, and which step is saved.
+"""Who holds the leaves of a state, as all processes of a save must see it: they go by process 0's account (`holders`).
 
-*Who holds the leaves*: all go by process 0's account (`holders`). It posts that with each attempt, and has it in the
-attempt's intent. Another process needs it before it stages a state of a form that is new to it, and waits for it then,
-on the main thread and bounded; process 0 never waits for it. A state whose form is known costs no message: the receipt
-names the account that its process went by, and the coordinator rejects one that is out of date. No collective: a form
-may be new to some processes only.
-
-*Which step*: all save the same steps in the same order. A process that finds process 0 at another step than its own
-votes to abort both attempts, so that nobody waits for a deadline.
+Process 0 posts its account with each attempt, and stores it in the attempt's intent. Another process needs it before it
+stages a state of a form that is new to it, and waits for it then, on the main thread and bounded; process 0 never waits
+for it. A state whose form is known costs no message: the receipt names the account that its process went by, and the
+coordinator rejects one that is out of date. No collective: a form may be new to some processes only.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 
 from absl import logging
-from msgspec.structs import replace
 
 from orchestrator.arrays import Flat, Form, views
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.job.outcome import Aborted
 from orchestrator.job.poll import Pause, poll, timed_out
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.signals import Signals, abort_vote
+from orchestrator.job.signals import Signals
 from orchestrator.observe import heartbeat
 from orchestrator.rules import holders
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode
-from orchestrator.rules.records import Cause, Failure, Held, Intent
+from orchestrator.rules.records import Held, Intent
 from orchestrator.run.journal_store import JournalStore
 
 _FORMS = 4  # remembered, as in `tree` and `write_plan`
 _PAUSE = Pause(0.002, 0.05, growth=0.5)
-_ATTEMPTS = 64  # begun by this process, remembered
 
 
-class Agreement:
-    """Of one incarnation. `together`: whether JAX's processes are several. `account` and `settle` belong to the main
-    thread; `doubt` may be called from any."""
+class LeafAccounts:
+    """Of one incarnation. `together`: whether JAX's processes are several. `account` and `obtain` belong to the main
+    thread; `forget` may be called from any."""
 
     def __init__(
         self, store: JournalStore, rendezvous: Rendezvous, signals: Signals, timeout_s: float, *, together: bool
@@ -54,7 +48,7 @@ class Agreement:
             return ()
         return self._known.get(flat.form) or self._remember(flat.form, holders.held(flat.spec.leaves, views(flat)))
 
-    def settle(self, flat: Flat, attempt: AttemptId, other_step: Callable[[], Aborted | None]) -> tuple[Held, ...]:
+    def obtain(self, flat: Flat, attempt: AttemptId, other_step: Callable[[], Aborted | None]) -> tuple[Held, ...]:
         """The account that this process goes by in an attempt.
 
         `other_step`: the outcome if process 0 saves another step instead; asked about once a second.
@@ -73,7 +67,7 @@ class Agreement:
             return held
         return self._known.get(flat.form) or self._remember(flat.form, self._wait(attempt, other_step))
 
-    def doubt(self) -> None:
+    def forget(self) -> None:
         """After a save that failed: ask again, whatever the form."""
         self._known = OrderedDict()
 
@@ -119,33 +113,3 @@ class Agreement:
         except OrchestratorError as error:
             logging.warning("%s: %s", key, error)
         return ()
-
-
-class StepOrder:
-    """The attempts that this process has begun, and whether process 0 is at one of them. Any thread."""
-
-    def __init__(self, rendezvous: Rendezvous, signals: Signals) -> None:
-        self._rendezvous, self._signals = rendezvous, signals
-        self._begun: deque[AttemptId] = deque(maxlen=_ATTEMPTS)
-
-    def begin(self, attempt: AttemptId) -> None:
-        self._begun.append(attempt)
-
-    def other_step(self, attempt: AttemptId, built_on: int) -> Aborted | None:
-        """How `attempt` ends if process 0 saves another step instead: one that this process has not begun. Neither
-        could be committed; both hear of it now, and not at their deadlines. built_on: as in a receipt."""
-        theirs = self._signals.saving()
-        if theirs is None or theirs in self._begun:
-            return None
-        if self._signals.decision(attempt):
-            return None  # it has just decided this one, and gone on: a decision is posted before the next save is
-        process, hosts = self._rendezvous.process, self._rendezvous.hosts
-        reason = (
-            f"process 0 ({hosts[0]}) saves step {theirs.step} where process {process} ({hosts[process]}) saves step "
-            f"{attempt.step}; all must save the same steps in the same order"
-        )
-        failure = Failure(process=process, host=hosts[process], phase="agree", cause=f"UsageError: {reason}")
-        vote = abort_vote(attempt, failure, built_on=built_on)
-        for each in (theirs, attempt):
-            self._signals.vote_abort(replace(vote, step=each.step, attempt=each.name))
-        return Aborted(reason, Cause.REJECTED)
