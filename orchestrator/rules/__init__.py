@@ -3,8 +3,7 @@
 Pure: a rule is given all that it goes by, time and random ids included (`journal.Stamp`), and returns a value. So every
 rule can be asked again, tested in tables, and run by the model checker under every interleaving.
 
-A module here may import Python's pure modules (`dataclasses`, `math`, `re`, `json`, ...), msgspec, crc32c, numpy for
-arithmetic, the leaves of the package (`errors`, `texts`, `environment`), `options`, `policy`, and other rules. It may
-not import os, time, threading, random, absl, jax, TensorStore or Orbax, nor any other folder.
-tests/test_layout_rules.py holds that.
+A module here may import Python's pure modules (`dataclasses`, `math`, `re`, `json`, ...), msgspec, crc32c, `options`,
+`policy`, other rules and the leaves of the package (of `environment` only variables' names). It may not import os,
+time, threading, random, absl, numpy, jax, TensorStore or Orbax, nor any other folder: tests/test_layout_rules.py.
 """
