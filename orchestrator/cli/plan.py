@@ -112,7 +112,7 @@ def _basis(pace: Speed | None) -> str:
 
 
 def show(made: RestorePlan, flags: Flags) -> Iterator[render.Shown]:
-    mesh = Target(made.mesh, len(made.hosts)).shown
+    mesh = Target(made.mesh, len(made.hosts)).label
     where = AttemptId(made.step, made.attempt).label
     yield f"{made.root} {where} on {mesh}: {made.devices} devices, {len(made.hosts)} processes"
     rows = [

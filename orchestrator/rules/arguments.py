@@ -1,5 +1,5 @@
 """What people hand in, checked: each rule gives the plain value back, or raises UsageError with the argument's name,
-what was got and what was wanted. Pure; changes nothing.
+what was got and what was expected. Pure; changes nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
-def rejection(name: str, value: object, wanted: str) -> UsageError:
+def rejection(name: str, value: object, expected: str) -> UsageError:
     more = "; it is being traced: call this outside of jax.jit" if "Tracer" in type(value).__name__ else ""
-    return UsageError(f"{name}={_short.repr(value)}: expected {wanted}{more}")
+    return UsageError(f"{name}={_short.repr(value)}: expected {expected}{more}")
 
 
 def whole(name: str, value: object, least: int = 0, most: int | None = None) -> int:
@@ -63,8 +63,8 @@ def flag(name: str, value: object) -> None:
 
 def choice(name: str, value: object, *choices: str) -> None:
     if not (isinstance(value, str) and value in choices):
-        shown = ", ".join(map(repr, choices[:-1]))
-        raise rejection(name, value, f"{shown} or {choices[-1]!r}")
+        others = ", ".join(map(repr, choices[:-1]))
+        raise rejection(name, value, f"{others} or {choices[-1]!r}")
 
 
 def path(name: str, value: object) -> None:
@@ -85,10 +85,10 @@ def is_utf8(text: str) -> bool:
     return text == text.encode(errors="replace").decode()
 
 
-def can(name: str, value: object, method: str, wanted: str) -> None:
+def can(name: str, value: object, method: str, expected: str) -> None:
     """`value` is an object with this method, and not the class or function that would make one."""
     if isinstance(value, type) or not callable(getattr(value, method, None)):
-        raise rejection(name, value, wanted)
+        raise rejection(name, value, expected)
 
 
 def metrics(given: object) -> dict[str, float]:

@@ -77,10 +77,10 @@ def decode(data: bytes, kind: type[AnyRecord], where: str, **expected: object) -
     """
     body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
     signed = tail.startswith(_TAIL) and tail.endswith(_END)
-    wanted, got = tail[len(_TAIL) : -len(_END)].decode(errors="replace"), crc32c(body)
+    stated, got = tail[len(_TAIL) : -len(_END)].decode(errors="replace"), crc32c(body)
     # The checksum first: a format that a flipped bit has raised is damage. A newer one may be signed in another way.
-    if signed and wanted != got:
-        raise Damaged(f"{where}: crc32c is {got}, the record says {wanted}; it was edited or damaged, not used")
+    if signed and stated != got:
+        raise Damaged(f"{where}: crc32c is {got}, the record says {stated}; it was edited or damaged, not used")
     if not signed:
         _check_format(data, where)
         raise Damaged(f"{where}: {len(data)} bytes that do not end in a checksum; truncated or not a record of a run")
@@ -95,8 +95,8 @@ def decode(data: bytes, kind: type[AnyRecord], where: str, **expected: object) -
         raise Damaged(f"{where}: not a {kind.__name__}: {error}; not used") from error
     _check_format(data, where, getattr(record, "format", 0))
     for name, value in expected.items():
-        if (said := getattr(record, name)) != value:
-            raise Damaged(f"{where}: says it is {name} {said}, expected {value}; it was copied or renamed, not used")
+        if (found := getattr(record, name)) != value:
+            raise Damaged(f"{where}: says it is {name} {found}, expected {value}; it was copied or renamed, not used")
     return record
 
 
@@ -108,12 +108,12 @@ def _decoded(data: bytes, kind: type[AnyRecord]) -> AnyRecord:
     return record
 
 
-def _check_format(data: bytes, where: str, said: int | None = None) -> None:
+def _check_format(data: bytes, where: str, version: int | None = None) -> None:
     """Raises NewerFormat if a record is of one, as far as that can be read."""
-    if said is None:
+    if version is None:
         try:
-            said = _DECODERS[_Format].decode(data).format
+            version = _DECODERS[_Format].decode(data).format
         except (*_UNREADABLE, MemoryError):
             return
-    if said > FORMAT:
-        raise NewerFormat(f"{where}: format {said}, this version reads up to {FORMAT}; use a newer orchestrator")
+    if version > FORMAT:
+        raise NewerFormat(f"{where}: format {version}, this version reads up to {FORMAT}; use a newer orchestrator")

@@ -16,12 +16,12 @@ from orchestrator import environment
 from orchestrator.options import Options
 
 TEXT_CHARS = 200  # of a value, as hosts exchange it
-_SHOWN_MAX = 8  # processes named for one value
+_NAMED_MAX = 8  # processes named for one value
 
 
 class Strictness(Enum):
     """SAME: hosts that differ in it are rejected, as their saves would fail, hang or differ. NOTED: it may work, and is
-    said. OWN: each host's own business."""
+    logged. OWN: each host may choose."""
 
     SAME = 1
     NOTED = 2
@@ -120,12 +120,12 @@ def _described(value: object) -> str:
         case Enum():
             return str(value)
     if is_dataclass(value) and not isinstance(value, type) and _is_frozen(type(value)):
-        told = ", ".join(
+        given = ", ".join(
             f"{field.name}={_described(getattr(value, field.name))}"
             for field in fields(value)
             if field.default is MISSING or getattr(value, field.name) != field.default
         )
-        return f"{type(value).__name__.removeprefix('_')}({told})"
+        return f"{type(value).__name__.removeprefix('_')}({given})"
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     plain = type(value).__module__ in ("builtins", "datetime", "pathlib") and type(value) is not object
@@ -149,17 +149,17 @@ def digest(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(told: Sequence[Settings], named: Callable[[Sequence[int]], str]) -> tuple[list[str], list[str]]:
-    """(in what hosts must not differ, in what they had better not): a line for each setting, with its values and whose
-    they are, process 0's first. `told`: by process. `named`: processes in words."""
+def differences(reported: Sequence[Settings], named: Callable[[Sequence[int]], str]) -> tuple[list[str], list[str]]:
+    """(differences that are rejected, differences that are only logged): a line for each setting, with its values and
+    whose they are, process 0's first. `reported`: by process. `named`: processes in words."""
     lines: dict[Strictness, list[str]] = {rule: [] for rule in Strictness}
-    for name in sorted({name for settings in told for name in settings}, key=_place):
+    for name in sorted({name for settings in reported for name in settings}, key=_place):
         holders: dict[str, list[int]] = {}
-        for process, settings in enumerate(told):
+        for process, settings in enumerate(reported):
             holders.setdefault(settings.get(name, "not known"), []).append(process)
         if len(holders) > 1:
-            shown = "; ".join(f"{value} on {named(processes)}" for value, processes in holders.items())
-            lines[rule_of(name)].append(f"{name}: {shown}")
+            values = "; ".join(f"{value} on {named(processes)}" for value, processes in holders.items())
+            lines[rule_of(name)].append(f"{name}: {values}")
     return lines[Strictness.SAME], lines[Strictness.NOTED]
 
 
@@ -172,6 +172,6 @@ def _place(name: str) -> tuple[int, str]:
 
 def who(hosts: Mapping[int, str], processes: Sequence[int]) -> str:
     """Processes by index and host: `process 1 (host-b)`, `processes 0 (host-a), 2 (host-c)`; of many the first."""
-    shown = ", ".join(f"{process} ({hosts.get(process, '?')})" for process in processes[:_SHOWN_MAX])
-    more = f" and {len(processes) - _SHOWN_MAX} more" if len(processes) > _SHOWN_MAX else ""
-    return f"process{'es' if len(processes) > 1 else ''} {shown}{more}"
+    named = ", ".join(f"{process} ({hosts.get(process, '?')})" for process in processes[:_NAMED_MAX])
+    more = f" and {len(processes) - _NAMED_MAX} more" if len(processes) > _NAMED_MAX else ""
+    return f"process{'es' if len(processes) > 1 else ''} {named}{more}"

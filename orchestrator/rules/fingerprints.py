@@ -25,17 +25,17 @@ def as_text(lanes: Iterable[int]) -> str:
     return "".join(f"{int(lane) & _MASK:08x}" for lane in lanes)
 
 
-def _lanes(told: str) -> list[int]:
-    if len(told) != len(NOTHING):
-        raise Damaged(f"fingerprint {told!r}: expected {len(NOTHING)} hex digits")
-    return [int(told[at : at + _DIGITS], 16) for at in range(0, len(told), _DIGITS)]
+def _lanes(digits: str) -> list[int]:
+    if len(digits) != len(NOTHING):
+        raise Damaged(f"fingerprint {digits!r}: expected {len(NOTHING)} hex digits")
+    return [int(digits[at : at + _DIGITS], 16) for at in range(0, len(digits), _DIGITS)]
 
 
 def total(prints: Iterable[str]) -> str:
     """The fingerprint of an array from those of its shards, each once."""
     sums = [0] * _LANES
-    for told in prints:
-        sums = [(old + more) & _MASK for old, more in zip(sums, _lanes(told), strict=True)]
+    for digits in prints:
+        sums = [(old + more) & _MASK for old, more in zip(sums, _lanes(digits), strict=True)]
     return as_text(sums)
 
 
@@ -43,9 +43,9 @@ def condensed(prints: Mapping[str, str]) -> str:
     """One number for the fingerprints of many leaves, linear in each: the processes' own add up to that of the whole
     state. A wrong fingerprint of one leaf always changes it, as each counts with an odd weight."""
     sums = [0] * _LANES
-    for name, told in prints.items():
+    for name, digits in prints.items():
         weight = zlib.crc32(name.encode()) | 1
-        sums = [(old + weight * more) & _MASK for old, more in zip(sums, _lanes(told), strict=True)]
+        sums = [(old + weight * more) & _MASK for old, more in zip(sums, _lanes(digits), strict=True)]
     return as_text(sums)
 
 
@@ -60,13 +60,13 @@ def disagreements(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
     for leaf in _attested(intent, receipts):
         seen: dict[Box, dict[str, list[str]]] = {}
         for process, receipt in sorted(receipts.items()):
-            for told in receipt.prints.get(leaf.name, ()):
-                devices = ", ".join(map(str, told.devices))
-                holder = f"process {process} ({receipt.host}) device{'s'[: len(told.devices) > 1]} {devices}"
-                seen.setdefault(told.box, {}).setdefault(told.print, []).append(holder)
+            for shard in receipt.prints.get(leaf.name, ()):
+                devices = ", ".join(map(str, shard.devices))
+                holder = f"process {process} ({receipt.host}) device{'s'[: len(shard.devices) > 1]} {devices}"
+                seen.setdefault(shard.box, {}).setdefault(shard.print, []).append(holder)
         for box, by_print in seen.items():
             if len(by_print) > 1:
-                sides = " but ".join(f"{', '.join(who)}: {told}" for told, who in by_print.items())
+                sides = " but ".join(f"{', '.join(who)}: {digits}" for digits, who in by_print.items())
                 problems.append(f"{leaf.label}{box_label(box)}: replicas disagree: {sides}")
     return problems
 
@@ -76,9 +76,9 @@ def fingerprints(intent: Intent, receipts: Mapping[int, Receipt]) -> dict[str, s
     found = {}
     for leaf in _attested(intent, receipts):
         once: dict[Box, ShardFingerprint] = {
-            told.box: told for receipt in receipts.values() for told in receipt.prints.get(leaf.name, ())
+            shard.box: shard for receipt in receipts.values() for shard in receipt.prints.get(leaf.name, ())
         }
         covered = sum(volume(box) for box in once)
         if once and covered == math.prod(leaf.file_shape):
-            found[leaf.name] = total(told.print for told in once.values())
+            found[leaf.name] = total(shard.print for shard in once.values())
     return found

@@ -1,10 +1,10 @@
 """Who holds which leaf of a state that several processes save together. Pure.
 
-A leaf is either on the devices of certain processes (all of them, or those of a pipeline stage), who write it; or every
-process has its own: Python values, numpy arrays, arrays and keys on its own devices. Of those process 0's is stored.
-A process that has an array on its own devices alone cannot tell which of the two it is; how process 0 sees it counts
-for all. It is in the intent (`Held`); each process compares it with how it sees its own leaves, and rejects the save
-where the two do not go together.
+A leaf is either on the devices of certain processes (all of them, or those of a pipeline stage), which write it; or
+every process has its own copy: Python values, numpy arrays, arrays and keys on its own devices. Of those, process 0's
+is stored. A process that has an array on its own devices only cannot tell which of the two it is, so all go by process
+0's account. That is in the intent (`Held`); each process compares it with how it sees its own leaves, and rejects the
+save where the two contradict.
 
     on process 0                          on process p                                 it is
     no array, or on devices of 0 alone    no array, or on devices of p alone           each one's own: 0's is stored
@@ -32,7 +32,7 @@ from orchestrator.rules.records import Box, Held, Intent, LeafSpec, Receipt, crc
 
 Ranges = tuple[tuple[int, int], ...]  # half-open, ascending
 View = Ranges | None  # how a process sees a leaf: on whose devices it is; None: it is no array of JAX
-_SHOWN = 5  # leaves, hosts
+_NAMED = 5  # leaves or hosts that a message names
 _COMPARED_BYTES = 4
 _NOT_COMPARED = bytes(_COMPARED_BYTES)
 
@@ -57,7 +57,7 @@ def includes(by: Ranges, process: int) -> bool:
 
 
 def held(leaves: Sequence[LeafSpec], views: Sequence[View]) -> tuple[Held, ...]:
-    """What process 0 makes known, of how it sees its leaves."""
+    """Process 0's account: how it sees its leaves, in runs of equal ones."""
     each = [
         (None, _unusual(leaf)) if view in (None, alone(0)) else (view, None)
         for leaf, view in zip(leaves, views, strict=True)
@@ -72,18 +72,18 @@ def _unusual(leaf: LeafSpec) -> tuple[int, ...] | None:
 
 
 def each_of(held: Iterable[Held]) -> list[Held]:
-    """Leaf by leaf."""
+    """One for each leaf."""
     return [run for run in held for _ in range(run.leaves)]
 
 
 @functools.lru_cache(maxsize=16)
 def name(held: tuple[Held, ...]) -> str:
-    """What a receipt calls it; '' for a job of one process."""
+    """The account's name in receipts; '' for a job of one process."""
     return crc32c(msgspec.json.encode(held)) if held else ""
 
 
 def check_views(held: Sequence[Held], leaves: Sequence[LeafSpec], views: Sequence[View], process: int) -> None:
-    """Raises UsageError naming the leaves that `process` sees in a way that does not go with process 0's."""
+    """Raises UsageError naming the leaves that `process` sees in a way that contradicts process 0's account."""
     runs = each_of(held)
     if len(runs) != len(leaves):
         raise UsageError(f"process 0 saves a state of {len(runs)} leaves, process {process} one of {len(leaves)}")
@@ -91,29 +91,29 @@ def check_views(held: Sequence[Held], leaves: Sequence[LeafSpec], views: Sequenc
     for leaf, view, run in zip(leaves, views, runs, strict=True):
         fits = view in (None, alone(process), alone(0)) if run.by is None else view == run.by
         if not fits:
-            lines.append(f"{leaf.label}: {_told(run.by, 0)}, {_told(view, process)}")
+            lines.append(f"{leaf.label}: {_seen(run.by, 0)}, {_seen(view, process)}")
     if lines:
-        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
         raise UsageError(
-            f"{'; '.join(lines[:_SHOWN])}{more}. All processes must give a leaf on the same devices, or each its own"
+            f"{'; '.join(lines[:_NAMED])}{more}. All processes must give a leaf on the same devices, or each its own"
         )
 
 
-def _told(by: View, process: int) -> str:
-    where = "as its own" if by in (None, alone(process)) else f"on devices of {shown(by or ())}"
+def _seen(by: View, process: int) -> str:
+    where = "as its own" if by in (None, alone(process)) else f"on devices of {label_of(by or ())}"
     return f"process {process} has it {where}"
 
 
-def shown(by: Ranges) -> str:
+def label_of(by: Ranges) -> str:
     """`process 1`, `processes 0, 2-5`."""
     parts = [f"{first}" if end == first + 1 else f"{first}-{end - 1}" for first, end in by]
-    more = ", ..." if len(parts) > _SHOWN else ""
+    more = ", ..." if len(parts) > _NAMED else ""
     one = len(by) == 1 and by[0][1] == by[0][0] + 1
-    return f"process{'' if one else 'es'} {', '.join(parts[:_SHOWN])}{more}"
+    return f"process{'' if one else 'es'} {', '.join(parts[:_NAMED])}{more}"
 
 
 def check(intent: Intent) -> None:
-    """Whether an intent's `held` may be used. Raises ValueError."""
+    """Check that an intent's `held` may be used. Raises ValueError."""
     if not intent.held:
         return
     check_runs(intent.held, intent.process_count)
@@ -122,7 +122,7 @@ def check(intent: Intent) -> None:
 
 
 def check_runs(held: Sequence[Held], process_count: int) -> None:
-    """Whether an account makes sense, of however many leaves it is. Raises ValueError."""
+    """Check an account by itself, whatever its number of leaves. Raises ValueError."""
     for run in held:
         if run.leaves < 1:
             raise ValueError(f"held: a run of {run.leaves} leaves, expected one or more")
@@ -144,21 +144,21 @@ def why_missing(run: Held | None, receipts: Mapping[int, Receipt], leaf: LeafSpe
         if includes(by, process) and leaf.name not in receipt.boxes
     ]
     silent = f"; nothing of it came from {_few(idle)}" if idle else ""
-    return f"; it is on devices of {shown(by)}{silent}"
+    return f"; it is on devices of {label_of(by)}{silent}"
 
 
 def _few(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return ", ".join(texts[:_SHOWN]) + more
+    more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
+    return ", ".join(texts[:_NAMED]) + more
 
 
-# What each process has its own of: is it the same?
+# Leaves of which each process has its own copy: are the copies equal?
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How process 0 stores its own copy of leaves of one form: what a digest says of the form, the chunks in order, and
-    the ends of their keys. whole: it is one chunk."""
+    """How process 0 stores its own copy of leaves of one form. form: what a digest covers of it. boxes: the chunks, in
+    order. suffixes: the ends of their keys. whole: it is one chunk."""
 
     form: bytes
     chunk_bytes: int
@@ -171,7 +171,7 @@ class Cut:
 
 
 def cut(leaf: LeafSpec, run: Held) -> Cut:
-    """Of a leaf that the array store holds. Quick for leaves of few forms."""
+    """For a leaf that the array store holds. Cached by form."""
     return _cut(leaf.shape, leaf.file_shape, leaf.dtype, leaf.stored_dtype, run.chunk)
 
 
@@ -189,35 +189,35 @@ def _cut(
 
 
 def usual_chunk(stored: tuple[int, ...], dtype: str) -> tuple[int, ...]:
-    """As an array on the host is cut."""
+    """The chunk shape of an array on the host."""
     return zarr_chunks.chunk_shape(stored, ITEM_BYTES[dtype])
 
 
 def digest(leaf: LeafSpec) -> bytes:
-    """Of a value that no file holds: it is in the spec."""
+    """For a value that is in the tree spec, and in no file."""
     return _digest((leaf.dtype + str(leaf.shape) if leaf.kind_stored else f"{leaf.kind} {leaf.value}").encode())
 
 
 def digest_of_chunks(form: bytes, checksums: Iterable[str]) -> bytes:
-    """Of a leaf's value, from `Cut.form` and the CRC-32C of each chunk's stored bytes, in hex."""
+    """For a leaf's value, from `Cut.form` and the CRC-32C of each chunk's stored bytes, in hex."""
     return _digest(form + "".join(checksums).encode())
 
 
-def _digest(told: bytes) -> bytes:
-    found: bytes = crc32c_library.crc32c(told).to_bytes(_COMPARED_BYTES, "big")
+def _digest(parts: bytes) -> bytes:
+    found: bytes = crc32c_library.crc32c(parts).to_bytes(_COMPARED_BYTES, "big")
     return found if found != _NOT_COMPARED else b"\1" * _COMPARED_BYTES
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A leaf that these processes have other values of than process 0."""
+    """A leaf whose value on these processes differs from process 0's."""
 
     leaf: LeafSpec
     processes: tuple[int, ...]
 
 
 def differences(intent: Intent, receipts: Mapping[int, Receipt]) -> list[Difference]:
-    """The leaves of which every process has its own, and not all have the same. All receipts are in."""
+    """The leaves of which every process has its own copy, and not all are equal. All receipts are in."""
     compared = {process: receipt.own for process, receipt in sorted(receipts.items()) if receipt.own}
     if not compared or 0 not in receipts:
         return []
@@ -243,23 +243,23 @@ def _of_stored(leaf: LeafSpec, run: Held, stored: Mapping[str, str]) -> bytes:
 
 
 def not_compared() -> bytes:
-    """In the place of a digest: this process has no value of its own."""
+    """In place of a digest: this process has no copy of its own, or has not compared it in this save."""
     return _NOT_COMPARED
 
 
 def lines(found: Sequence[Difference], receipts: Mapping[int, Receipt]) -> list[str]:
-    """What to say about leaves that differ, those of the same hosts together: the first few, and how many more."""
+    """Messages about leaves that differ, grouped by their hosts; the first few groups."""
     together: dict[tuple[int, ...], list[str]] = {}
     for one in found:
         together.setdefault(one.processes, []).append(one.leaf.label)
-    told = []
-    for processes, labels in list(together.items())[:_SHOWN]:
+    texts = []
+    for processes, labels in list(together.items())[:_NAMED]:
         others = _few([f"process {process} ({receipts[process].host})" for process in processes])
         have = "has other values" if len(processes) == 1 else "have other values"
         stored = f"process 0 ({receipts[0].host}), whose are stored"
-        told.append(f"{_few(labels)}: hosts disagree: {others} {have} than {stored}")
-    if len(together) > _SHOWN:
-        told.append("and more leaves on other hosts")
-    if told:
-        told[-1] += "; keep what belongs to one host in process_state (docs/concepts.md)"
-    return told
+        texts.append(f"{_few(labels)}: hosts disagree: {others} {have} than {stored}")
+    if len(together) > _NAMED:
+        texts.append("and more leaves on other hosts")
+    if texts:
+        texts[-1] += "; keep what belongs to one host in process_state (docs/concepts.md)"
+    return texts

@@ -1,8 +1,8 @@
 """The journal's rules: heads, events, and how version v+1 is made out of v.
 
 Every function takes a head and returns the next one, a `Rejected`, or None where there is nothing to change. The
-caller creates the next version with put-if-absent, and if somebody else was first, re-reads and asks again. Pure:
-`Stamp` brings time and ids in. An entry is complete: a reader needs only the highest version.
+caller creates the next version with put-if-absent; if another writer was first, it reads the head and applies the rule
+again. Pure: time and ids come with `Stamp`. An entry is complete: a reader needs only the highest version.
 
 Order: `live` is in commit order, so the newest step is the one committed last. After a deliberate return to an older
 step (`restore(step=50)` in a run that had reached 100), the next commit is the newest, whatever its number.
@@ -47,8 +47,8 @@ class Rejected:
     error: OrchestratorError
 
 
-# Whatever people and machines are called and say, an entry stays small: it is read whole, again and again. `pins` are
-# in all later entries, as long as their step is live; the others in one.
+# Bounds on texts keep an entry small: it is read whole, often. `pins` are in all later entries while their step is
+# live; the other texts are in one entry.
 PINS_MAX = 100
 PIN_CHARS = 200
 REASON_CHARS = 4000
@@ -58,7 +58,7 @@ NAME_CHARS = 300
 
 
 class Overtaken(OrchestratorError):
-    """The run is not what an incarnation was compared with any more: compare again, then open the epoch."""
+    """The run has changed since an incarnation was compared with it: compare again, then open the epoch."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def commit(
     if head is None or head.epoch != epoch:
         return _not_our_epoch(head, epoch)
     if is_live(head, entry.id) or is_aside(head, entry.id):
-        return None  # our own reply was lost, and somebody has written after us
+        return None  # the reply to our create was lost, and another writer has appended since
     if is_retired(head, entry.id):
         where = entry.id.label
         return Rejected(
@@ -176,7 +176,7 @@ def retired_as(old: LiveStep, reason: str) -> RetiredAttempt:
 
 
 def _expired(old: LiveStep, now: float, keep_s: float | None) -> bool:
-    """Whether evidence has been kept for long enough. Not where nobody noted since when, nor of a pinned step."""
+    """Whether evidence may be released. Never if its time is not recorded, nor for a pinned step."""
     return bool(keep_s is not None and old.quarantine and not old.pins and now - old.quarantine.time > keep_s)
 
 
@@ -276,8 +276,8 @@ def unpin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
 
 
 def quarantine(head: Head | None, stamp: Stamp, *, attempt: AttemptId, reason: str, by_hand: bool = False) -> Next:
-    """Take an attempt out of the restorable ones. It is evidence from now on: retention and later saves leave its data
-    alone, and `release` brings it back. by_hand: somebody's decision, not what reading the data has proven."""
+    """Make an attempt not restorable. It is evidence from now on: retention and later saves keep its data, and
+    `release` makes it restorable again. by_hand: a person's decision, not proof from reading the data."""
     if head is None or not is_live(head, attempt):
         return None
 
@@ -351,13 +351,13 @@ def _change(
     kind: str,
     change: Callable[[LiveStep], LiveStep],
     reason: str,
-    want_pin: bool | None,
+    pinned: bool | None,
 ) -> Next:
     found = next((live for live in head.live if live.step == step), None) if head else None
     if head is None or found is None:
         have = ", ".join(str(live.step) for live in head.live) if head else ""
         return Rejected(StepNotFound(f"step {step} is not in this run; it has: {have or 'no steps'}"))
-    if want_pin is not None and (reason in found.pins) == want_pin:
+    if pinned is not None and (reason in found.pins) == pinned:
         return None
     changed = change(found)
     if changed == found:
@@ -380,22 +380,22 @@ def _not_our_epoch(head: Head | None, epoch: int) -> FencedBy | Rejected:
 
 def _dropped(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozenset[int]:
     """Steps that retention releases. Never the newest restorable, nor the newest proven one, nor a pinned one, nor
-    one that is quarantined: evidence goes only when somebody asks."""
+    one that is quarantined: evidence is deleted only on request."""
     good = [entry for entry in live if entry.restorable]
     if not good:
         return frozenset()
-    wanted = set(_kept(good, keep, now)) | {good[-1].step}
+    kept = set(_kept(good, keep, now)) | {good[-1].step}
     proven = [entry.step for entry in good if entry.trust in ("verified", "restored")]
-    wanted.update(proven[-1:])
-    wanted.update(entry.step for entry in live if entry.pins)
-    return frozenset(entry.step for entry in good if entry.step not in wanted)
+    kept.update(proven[-1:])
+    kept.update(entry.step for entry in live if entry.pins)
+    return frozenset(entry.step for entry in good if entry.step not in kept)
 
 
 def _kept(good: list[LiveStep], keep: KeepPolicy, now: float) -> frozenset[int]:
-    """What `keep` keeps. No step is judged without the metric that decides: where only extra.json has it, it stays."""
-    untold = frozenset(entry.step for entry in good if not _tells(entry, keep))
-    judged = [entry for entry in good if entry.step not in untold] if untold else good
-    return untold | keep.keep(judged, now) if judged else untold
+    """What `keep` keeps. A step is kept if the head lacks the metric that decides: only extra.json may have it."""
+    undecided = frozenset(entry.step for entry in good if not _has_metrics(entry, keep))
+    judged = [entry for entry in good if entry.step not in undecided] if undecided else good
+    return undecided | keep.keep(judged, now) if judged else undecided
 
 
 def carried(entry: LiveStep, keep: KeepPolicy | None) -> LiveStep:
@@ -408,8 +408,8 @@ def carried(entry: LiveStep, keep: KeepPolicy | None) -> LiveStep:
     return replace(entry, stored_metrics=stored_all(chosen), metrics_omitted=omitted, metrics_absent=absent)
 
 
-def _tells(entry: LiveStep, keep: KeepPolicy) -> bool:
-    """Whether the head has every metric of the step that `keep` looks at."""
+def _has_metrics(entry: LiveStep, keep: KeepPolicy) -> bool:
+    """Whether the head has every metric of the step that `keep` uses."""
     if not entry.metrics_omitted:
         return True
     names = policy.needed(keep, entry.metrics)
@@ -451,8 +451,8 @@ def is_known(head: Head, attempt: AttemptId) -> bool:
 
 def collectable(head: Head, found: Mapping[AttemptId, StoredAttempt] | None = None) -> tuple[RetiredAttempt, ...]:
     """Attempts whose data may be deleted: retired or aborted ones, and, out of those `found` in storage, uncommitted
-    ones of an epoch below the head's (they can never commit any more). A whole one of those, which a crash has kept
-    from its commit, may be all that is left of its steps: it waits until a later save has replaced it.
+    ones of an epoch below the head's (they can never commit any more). A whole one that a crash kept from its
+    commit may be all that is left of its steps: it stays until a later save has replaced it.
 
     The caller has made sure that the journal has lost nothing (`evidence`)."""
     orphans = [

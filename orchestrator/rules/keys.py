@@ -1,8 +1,8 @@
 """The keys of a run and the names of an attempt's files, built and parsed in one place (the on-disk contract);
 `attempt_id` puts the two together.
 
-Keys are relative to the run's root, `/`-separated on every store. Pure: no I/O. Keys that come *from* storage go
-through `check_key` before anything is done with them.
+Keys are relative to the run's root, `/`-separated on every store. Pure: no I/O. Keys that come *from* storage must pass
+`check_key` before they are used.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ JOURNAL = "journal/"
 JOURNAL_INDEX = "journal-index/"
 STEPS = "steps/"
 STEP_DIGITS = 8
-VERSION_MAX = 10**20 - 1  # of a journal entry: what its key can say
-# ASCII digits only, and each name in one spelling: what is parsed must be what would be built.
+VERSION_MAX = 10**20 - 1  # of a journal entry: the largest that fits its key
+# ASCII digits only, and one spelling of each name: what is parsed must equal what would be built.
 _JOURNAL_KEY = re.compile(r"journal/([0-9]{20})\.json")
 _INDEX_KEY = re.compile(r"journal-index/([0-9]{20})")
 
@@ -32,8 +32,8 @@ def journal_version(key: str) -> int | None:
 
 
 def index_key(version: int) -> str:
-    """Key of the marker that says that this version exists. Later versions come first in key order, so that the first
-    page of a listing tells where the journal's end is, however long it has become."""
+    """Key of the marker of an existing version. Later versions come first in key order, so that the first
+    page of a listing finds the journal's end, however long it is."""
     return f"{JOURNAL_INDEX}{VERSION_MAX - version:020d}"
 
 

@@ -11,8 +11,8 @@ from orchestrator.rules.records import STORED_KINDS, LeafSpec, TreeSpec
 
 
 class TargetLeaf(msgspec.Struct, frozen=True, gc=False):
-    """What the caller wants at a path: kind as in LeafSpec, and for stored kinds the shape and dtype. `held`: the dtype
-    that JAX would really give it in this process, where that is another one (64 bits without x64)."""
+    """What the caller expects at a path: kind as in LeafSpec, and for stored kinds the shape and dtype. held: the dtype
+    that JAX would use instead in this process (64 bits without x64); '' where it is the same."""
 
     path: tuple[str, ...]
     kind: str
@@ -50,8 +50,8 @@ def match(
 ) -> list[LeafSpec | None]:
     """The saved leaf for each target leaf, in the target's order (None for an empty node that needs none).
 
-    `partial` lets the target leave saved leaves out; `cast` allows another dtype of the same class of number or wider
-    conversion that the caller asked for. Raises Mismatch with every problem, each with path, expected and got.
+    `partial` lets the target leave saved leaves out; `cast` allows any other dtype, except to or from PRNG keys. Raises
+    Mismatch with every problem, each with path, expected and got.
     """
     by_path = {leaf.path: leaf for leaf in saved.leaves}
     problems: list[str] = []
@@ -63,12 +63,12 @@ def match(
             problems.append(f"{leaf.label}: {problem}")
         chosen.append(found)
     if not partial:
-        wanted = {leaf.path for leaf in target}
+        expected = {leaf.path for leaf in target}
         problems += [
             f"{leaf.label}: checkpoint {brief(leaf.kind, leaf.shape, leaf.dtype)}, not in the target; "
             "add it, or restore with partial=True"
             for leaf in saved.leaves
-            if leaf.path not in wanted and leaf.kind not in ("none", "empty")
+            if leaf.path not in expected and leaf.kind not in ("none", "empty")
         ]
     if problems:
         raise Mismatch(where, problems)
@@ -85,33 +85,35 @@ def _problem(
             "(jax.config.update('jax_enable_x64', True)), or ask for numpy, or for that dtype with cast=True"
         )
     if found is not None and (leaf.kind, leaf.shape, leaf.dtype) == (found.kind, found.shape, found.dtype):
-        return None  # nearly all are like this
-    want = brief(leaf.kind, leaf.shape, leaf.dtype)
+        return None  # the common case first
+    expected = brief(leaf.kind, leaf.shape, leaf.dtype)
     if found is None:
         if leaf.kind in ("none", "empty"):
             below = sum(path[: len(leaf.path)] == leaf.path for path in by_path)
-            return f"checkpoint has {below} leaves below, target {want}; give them a target" if below else None
-        return f"not in the checkpoint, target {want}; it holds {_nearest(leaf.path, by_path)}"
+            return f"checkpoint has {below} leaves below, target {expected}; give them a target" if below else None
+        return f"not in the checkpoint, target {expected}; it holds {_nearest(leaf.path, by_path)}"
     got = brief(found.kind, found.shape, found.dtype)
     both_stored = leaf.kind in STORED_KINDS and found.kind in STORED_KINDS
     if not both_stored:
         same_number = found.number != "" and found.number == leaf.number
         if same_number and not found.in_store and not _holds(leaf.dtype, found):
-            return f"checkpoint {found.kind} {found.value}, target {want}, which cannot hold it; ask for a wider dtype"
+            return (
+                f"checkpoint {found.kind} {found.value}, target {expected}, which cannot hold it; ask for a wider dtype"
+            )
         both_empty = {leaf.kind, found.kind} <= {"none", "empty"}
-        return None if same_number or both_empty or leaf.kind == found.kind else f"checkpoint {got}, target {want}"
+        return None if same_number or both_empty or leaf.kind == found.kind else f"checkpoint {got}, target {expected}"
     if leaf.shape != found.shape:
-        return f"checkpoint {got}, target {want}; shapes must be equal"
+        return f"checkpoint {got}, target {expected}; shapes must be equal"
     if leaf.dtype == found.dtype:
         return None
     if "key<" in leaf.dtype + found.dtype:
-        return f"checkpoint {got}, target {want}; PRNG keys cannot be cast"
+        return f"checkpoint {got}, target {expected}; PRNG keys cannot be cast"
     short = brief(found.kind, (), found.dtype).removesuffix("[]")
-    return None if cast else f"checkpoint {got}, target {want}; restore as {short} and cast, or pass cast=True"
+    return None if cast else f"checkpoint {got}, target {expected}; restore as {short} and cast, or pass cast=True"
 
 
 def _holds(dtype: str, number: LeafSpec) -> bool:
-    """Whether an array of `dtype` can hold this Python number, rounded where it is no integer."""
+    """Whether an array of `dtype` can hold this Python number, rounded where it is not an integer."""
     if number.kind != "int" or not number.value or not dtype:
         return True
     bits = int(dtype.lstrip("uint"))
@@ -124,8 +126,8 @@ def _nearest(path: tuple[str, ...], by_path: dict[tuple[str, ...], LeafSpec]) ->
     for depth in range(len(path) - 1, -1, -1):
         names = sorted({other[depth] for other in by_path if len(other) > depth and other[:depth] == path[:depth]})
         if names:
-            shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-            return f"under {'/'.join(path[:depth]) or '(root)'}: {shown}"
+            label = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            return f"under {'/'.join(path[:depth]) or '(root)'}: {label}"
     return "no leaves"
 
 

@@ -2,8 +2,8 @@
 
 Devices stand in the mesh in row-major order and belong to processes in equal runs, as `jax.make_mesh` lays them out on
 CPUs and GPUs. Arrays keep the partition specs they were saved with; an axis that the new mesh lacks splits nothing.
-What is not a sharded array (numpy, arrays on one device) is read whole by every process. The same chunk arithmetic
-as in `arrays.reading`: tests compare the two.
+What is not a sharded array (numpy, arrays on one device) is read whole by every process. The chunk arithmetic is that
+of `arrays.reading`: tests compare the two.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Target:
     def __post_init__(self) -> None:
         if self.processes < 1 or self.devices % self.processes:
             raise UsageError(
-                f"{self.devices} devices ({self.shown}) over {self.processes} processes: expected the same on each"
+                f"{self.devices} devices ({self.label}) over {self.processes} processes: expected the same on each"
             )
 
     @property
@@ -51,14 +51,14 @@ class Target:
         return math.prod(self.axes.values())
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         return " x ".join(f"{name}={size}" for name, size in self.axes.items()) or "no mesh"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process. `array_bytes`: host buffers, which become the device arrays. `device_bytes`: on each of its
-    devices."""
+    """What a restore costs one process. `array_bytes`: host buffers, which become the device arrays. `device_bytes`: on
+    each of its devices."""
 
     read_bytes: int = 0
     reads: int = 0
@@ -118,7 +118,7 @@ class Speed:
     restores: int
 
     def seconds(self, costs: Sequence[Cost]) -> float:
-        """Until the last process is done."""
+        """Expected seconds until the last process has restored."""
         run = self.processes_per_machine or len(costs)
         per_machine = [sum(cost.read_bytes for cost in costs[at : at + run]) for at in range(0, len(costs), run)]
         return self.fixed_s + max(per_machine, default=0) / self.machine_bytes_per_s
@@ -231,9 +231,9 @@ def _cost(leaf: LeafSpec, boxes: Iterable[Box]) -> Cost:
     array_bytes = [volume(box) * size for box in boxes]
     if leaf.chunk is None:  # read through TensorStore's zarr3 driver, box by box
         return Cost(sum(array_bytes), len(boxes), sum(array_bytes), max(array_bytes))
-    wanted = {chunk for box in boxes for chunk in zarr_chunks.touching(box, leaf.chunk)}
-    read_bytes = len(wanted) * math.prod(leaf.chunk) * size
-    return Cost(read_bytes, len(wanted), sum(array_bytes), max(array_bytes))
+    chunks = {chunk for box in boxes for chunk in zarr_chunks.touching(box, leaf.chunk)}
+    read_bytes = len(chunks) * math.prod(leaf.chunk) * size
+    return Cost(read_bytes, len(chunks), sum(array_bytes), max(array_bytes))
 
 
 def speed(restores: Iterable[Measured], processes: int) -> Speed | None:

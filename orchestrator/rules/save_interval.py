@@ -17,7 +17,7 @@ from orchestrator.rules.records import Head
 
 PRIOR_S = 24 * 3600.0  # before it has failed, a job is taken to run for a day; the weight of one interruption
 _EPOCHS_MAX = 16  # how far back the journal is read
-_LEAST_S = 1e-3  # of any cost: what was not noticed is not taken to be free
+_LEAST_S = 1e-3  # of any cost: one too small to be measured is not free
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Costs:
 
     @property
     def mtbf_s(self) -> float:
-        """Expected time between interruptions: what was seen, and PRIOR_S with one interruption more."""
+        """Expected time between interruptions: the observed ones, plus one in PRIOR_S."""
         return (self.running_s + PRIOR_S) / (self.interruptions + 1)
 
 
@@ -76,7 +76,7 @@ def goodput(interval_s: float, costs: Costs) -> float:
 
 
 def goodputs(costs: Costs, intervals_s: Iterable[float]) -> list[tuple[float, float]]:
-    """(interval, goodput) for each interval: what a report shows beside the chosen one."""
+    """(interval, goodput) for each interval: for a report to compare with the chosen one."""
     return [(interval_s, goodput(interval_s, costs)) for interval_s in intervals_s]
 
 
@@ -101,7 +101,7 @@ def choose(costs: Costs, max_loss_s: float) -> Cadence:
 
 
 def costs(history: History, blocked_s: Sequence[float], durable_s: Sequence[float], running_s: float = 0.0) -> Costs:
-    """Medians of the saves seen, with the run's history. `running_s`: of this epoch, since the history was read."""
+    """Medians of the measured saves, with the run's history. `running_s`: of this epoch, since the history was read."""
     return Costs(
         blocked_s=statistics.median(blocked_s) if blocked_s else _LEAST_S,
         durable_s=statistics.median(durable_s) if durable_s else 0.0,

@@ -1,8 +1,8 @@
 """What may be in a stored record, field by field, with bounds. Pure; does not know where a record was found.
 
-A checksum says that a record is as somebody wrote it, not who, nor with what in mind. Whoever uses a record relies on
-this instead: numbers fit in 64 bits and in memory that the stored bytes account for, names are unique and plain, and
-what two records say of one another agrees. `codec` calls `check` for whatever is decoded, and again before anything is
+A checksum proves that a record is unchanged, not that its writer was honest. Users of a record rely on these checks:
+numbers fit in 64 bits, sizes are no larger than the stored bytes allow, names are unique and plain, and records that
+describe one another agree. `codec` calls `check` for whatever is decoded, and again before anything is
 written. Bounds are far above what a job can have; docs/reference/on-disk-format.md lists them.
 """
 
@@ -43,10 +43,10 @@ DEPTH_MAX = 512  # of a path in a tree, and of JSON in JSON
 NAME_BYTES_MAX = 1 << 13
 TEXT_CHARS_MAX = SHARDING_CHARS_MAX = 1 << 12
 REASON_CHARS_MAX = 1 << 20
-INT_DIGITS_MAX = 4300  # what Python reads unless it is told otherwise
+INT_DIGITS_MAX = 4300  # Python's default limit
 TIME_MAX_S = 250_000_000_000  # the year 9892: what dates can be made of
 SECONDS_MAX = 1e12
-ZSTD_RATIO_MAX = 1 << 16  # of bytes decoded to stored ones, and some; a block of 128 KiB takes 4 bytes at least
+ZSTD_RATIO_MAX = 1 << 16  # decoded over stored bytes, rounded up: a block of 128 KiB takes at least 4 bytes
 NOT_FINITE = frozenset(("NaN", "Infinity", "-Infinity"))  # a metric that JSON has no number for
 TRUSTS = frozenset(("committed", "verified", "restored", "quarantined"))
 _DRIVERS = frozenset(("zarr", "zarr3"))
@@ -57,7 +57,7 @@ _KEY_DTYPE = re.compile(r"key<[^<>]+>")
 
 
 class Invalid(ValueError):
-    """A record holds what no writer of ours puts there."""
+    """A record holds what our writers never write."""
 
 
 def check(record: Record) -> None:
@@ -75,7 +75,7 @@ def fits(intent: Intent, manifest: Manifest) -> None:
     count = raw_bytes = values = 0
     for leaf in intent.tree.leaves:
         if not leaf.in_store:
-            values += leaf.number != ""  # of which Orbax's readers find a chunk in the store, too
+            values += leaf.number != ""  # the store has a chunk of it, for Orbax's readers
             continue
         elements = math.prod(leaf.file_shape)
         size = elements * ITEM_BYTES[leaf.stored_dtype or leaf.dtype]
@@ -90,7 +90,7 @@ def fits(intent: Intent, manifest: Manifest) -> None:
             raise Invalid(f"{leaf.label}: is in an array store, and the manifest lists none")
     if raw_bytes > stored_bytes:
         raise Invalid(f"arrays of {raw_bytes} bytes, of {stored_bytes} that the manifest lists below state/")
-    ours = all(leaf.chunk is not None for leaf in intent.tree.leaves if leaf.in_store)  # else their count is not known
+    ours = all(leaf.chunk is not None for leaf in intent.tree.leaves if leaf.in_store)  # else their number is not known
     if manifest.chunks and not count <= len(manifest.chunks) <= (count + values if ours else INT64_MAX):
         raise Invalid(f"arrays of {count} chunks, and {values} numbers; the manifest has {len(manifest.chunks)} chunks")
 
@@ -98,12 +98,12 @@ def fits(intent: Intent, manifest: Manifest) -> None:
 def name_problem(leaf: LeafSpec) -> str:
     """'' if a leaf's name can be a key in an array store, else what is wrong."""
     if len(leaf.path) > DEPTH_MAX:
-        return f"{_shown(leaf.path[:3])}...: a path of {len(leaf.path)} names, expected at most {DEPTH_MAX}"
+        return f"{_brief(leaf.path[:3])}...: a path of {len(leaf.path)} names, expected at most {DEPTH_MAX}"
     try:
         size = len(leaf.name.encode())
     except UnicodeEncodeError as error:
         return f"{leaf.name!r:.200}: {error.reason}; rename it"
-    return "" if size <= NAME_BYTES_MAX else f"{_shown(leaf.name)}: {size} bytes, expected at most {NAME_BYTES_MAX}"
+    return "" if size <= NAME_BYTES_MAX else f"{_brief(leaf.name)}: {size} bytes, expected at most {NAME_BYTES_MAX}"
 
 
 def name_clash(leaves: Sequence[LeafSpec]) -> str:
@@ -167,13 +167,13 @@ def _live(live: LiveStep) -> None:
     _time("time", live.time)
     _metrics(live.stored_metrics)
     if live.trust not in TRUSTS:
-        raise Invalid(f"step {live.step}: trust is {_shown(live.trust)}, expected one of {sorted(TRUSTS)}")
+        raise Invalid(f"step {live.step}: trust is {_brief(live.trust)}, expected one of {sorted(TRUSTS)}")
 
     if live.quarantine:
         _time("quarantine.time", live.quarantine.time)
         _text("quarantine.reason", live.quarantine.reason, REASON_CHARS_MAX)
         if live.quarantine.trust not in TRUSTS:
-            raise Invalid(f"step {live.step}: quarantine.trust is {_shown(live.quarantine.trust)}")
+            raise Invalid(f"step {live.step}: quarantine.trust is {_brief(live.quarantine.trust)}")
 
 
 def _intent(intent: Intent) -> None:
@@ -285,22 +285,22 @@ def _leaves(leaves: Sequence[LeafSpec]) -> None:
 
 
 def _name(leaf: LeafSpec) -> str:
-    return "tree: " + _shown(leaf.label)
+    return "tree: " + _brief(leaf.label)
 
 
 def _array(leaf: LeafSpec) -> None:
-    """The form of an array: shapes, types and how they go together."""
+    """Check the form of an array: its shapes, dtypes, and that they are consistent."""
     where = _name(leaf)
     stored = leaf.stored_dtype or leaf.dtype
     if stored not in ITEM_BYTES:
-        raise Invalid(f"{where}: dtype {_shown(stored)}, which no array store holds")
+        raise Invalid(f"{where}: dtype {_brief(stored)}, which no array store holds")
     if leaf.kind == "key":
         known = _KEY_DTYPE.fullmatch(leaf.dtype) is not None
         prefix = leaf.stored_shape is not None and leaf.stored_shape[: len(leaf.shape)] == leaf.shape
         if not known or not prefix or not leaf.value or stored != "uint32":
-            raise Invalid(f"{where}: a PRNG key of {_shown(leaf.dtype)}{leaf.shape}, stored as {leaf.stored_shape}")
+            raise Invalid(f"{where}: a PRNG key of {_brief(leaf.dtype)}{leaf.shape}, stored as {leaf.stored_shape}")
     elif stored not in (leaf.dtype, STORED_AS.get(leaf.dtype)) or leaf.stored_shape not in (None, leaf.shape):
-        raise Invalid(f"{where}: {_shown(leaf.dtype)}{leaf.shape}, stored as {stored}{leaf.stored_shape or leaf.shape}")
+        raise Invalid(f"{where}: {_brief(leaf.dtype)}{leaf.shape}, stored as {stored}{leaf.stored_shape or leaf.shape}")
     shape = leaf.file_shape
     if len(shape) > RANK_MAX:
         raise Invalid(f"{where}: {len(shape)} dimensions, expected at most {RANK_MAX}")
@@ -311,20 +311,20 @@ def _array(leaf: LeafSpec) -> None:
         len(leaf.chunk) != len(shape)
         or not all(1 <= size <= whole and whole % size == 0 for size, whole in zip(leaf.chunk, shape, strict=True))
     ):
-        raise Invalid(f"{where}: chunks of {_shown(leaf.chunk)}, which do not tile {list(shape)}")
+        raise Invalid(f"{where}: chunks of {_brief(leaf.chunk)}, which do not tile {list(shape)}")
 
 
 def _value(leaf: LeafSpec) -> None:
     """A value that is kept in the tree spec."""
     readable = _READABLE.get(leaf.kind)
     if readable is None:
-        raise Invalid(f"{_name(leaf)}: kind {_shown(leaf.kind)} is unknown")
+        raise Invalid(f"{_name(leaf)}: kind {_brief(leaf.kind)} is unknown")
     try:
         good = readable(leaf.value)
     except (ValueError, OverflowError):
         good = False
     if not good:
-        raise Invalid(f"{_name(leaf)}: {_shown(leaf.value)} is no {leaf.kind}")
+        raise Invalid(f"{_name(leaf)}: {_brief(leaf.value)} is no {leaf.kind}")
     if leaf.shape or leaf.chunk is not None or leaf.external or leaf.stored_shape is not None:
         raise Invalid(f"{_name(leaf)}: has a shape, expected a value of kind {leaf.kind}")
 
@@ -354,31 +354,31 @@ _READABLE: Mapping[str, Callable[[str], bool]] = {
 def _external(leaf: LeafSpec, external: ExternalArray) -> None:
     where = f"{_name(leaf)}: foreign"
     if external.driver not in _DRIVERS:
-        raise Invalid(f"{where}: driver {_shown(external.driver)}, expected zarr or zarr3")
+        raise Invalid(f"{where}: driver {_brief(external.driver)}, expected zarr or zarr3")
     if leaf.chunk is not None:
         raise Invalid(f"{where}: has a chunk shape of ours, expected none")
     for part in (external.item, external.name):
         if part:
             keys.check_key(part, where)
         if "|" in part:
-            raise Invalid(f"{where}: {_shown(part)} has a `|`, which begins another store in a URL")
+            raise Invalid(f"{where}: {_brief(part)} has a `|`, which begins another store in a URL")
 
 
 def _has_files(leaf: LeafSpec, external: ExternalArray, names: set[str]) -> None:
-    """An array of another writer lies where the manifest has files, so that it is this step's."""
+    """Check that an external array is in files that the manifest lists, so that it belongs to this step."""
     item = keys.STATE + (f"{external.item}/" if external.item else "")
     if external.ocdbt:
         found = item + keys.STORE in names
     else:
         found = any(name.startswith(f"{item}{external.name}/") for name in names)
     if not found:
-        raise Invalid(f"{leaf.label}: the manifest lists no files of {_shown(external.name)} in {_shown(item)}")
+        raise Invalid(f"{leaf.label}: the manifest lists no files of {_brief(external.name)} in {_brief(item)}")
 
 
 # Fields.
 
 
-def _shown(value: object) -> str:
+def _brief(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
@@ -397,7 +397,7 @@ def _failure(name: str, failure: Failure) -> None:
 
 def _whole(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
-        raise Invalid(f"{name} is {_shown(value)}, expected {least} to {most}")
+        raise Invalid(f"{name} is {_brief(value)}, expected {least} to {most}")
 
 
 def _same(name: str, got: int, expected: int) -> None:
@@ -406,7 +406,7 @@ def _same(name: str, got: int, expected: int) -> None:
 
 
 def _time(name: str, value: float) -> None:
-    if not 0 <= value <= TIME_MAX_S:  # NaN is not, either
+    if not 0 <= value <= TIME_MAX_S:  # also rejects NaN
         raise Invalid(f"{name} is {value}, expected seconds since 1970")
 
 
@@ -418,10 +418,10 @@ def _seconds(name: str, values: Mapping[str, float]) -> None:
 
 def _metrics(metrics: Mapping[str, float | str | None]) -> None:
     for name, value in metrics.items():
-        if value is None:  # what earlier versions wrote of adopted ones
+        if value is None:  # earlier versions wrote it for adopted steps
             continue
         if not (value in NOT_FINITE if isinstance(value, str) else math.isfinite(value)):
-            raise Invalid(f"metrics.{name:.100} is {_shown(value)}, expected a number or one of {sorted(NOT_FINITE)}")
+            raise Invalid(f"metrics.{name:.100} is {_brief(value)}, expected a number or one of {sorted(NOT_FINITE)}")
 
 
 def _step_and_attempt(record: LiveStep | RetiredAttempt | Intent | Receipt | Manifest) -> None:
@@ -438,15 +438,15 @@ def _crc(name: str, value: str) -> None:
 
 
 def _all_hex(name: str, values: list[str], digits: int) -> None:
-    """Many at once: a manifest has as many as there are chunks."""
+    """Checks many at once, for speed: a manifest has one for each chunk."""
     if set(map(len, values)) - {digits} or not _HEX.issuperset("".join(values)):
         wrong = next(value for value in values if len(value) != digits or not _HEX.issuperset(value))
-        raise Invalid(f"{name}: {_shown(wrong)} is not {digits} hex digits")
+        raise Invalid(f"{name}: {_brief(wrong)} is not {digits} hex digits")
 
 
 def _unique(name: str, field: str, values: list[Any]) -> None:
     if len(set(values)) != len(values):
-        raise Invalid(f"{name}: {field} {_shown(Counter(values).most_common(1)[0][0])} twice")
+        raise Invalid(f"{name}: {field} {_brief(Counter(values).most_common(1)[0][0])} twice")
 
 
 def _files(files: Sequence[FileEntry]) -> None:
@@ -454,7 +454,7 @@ def _files(files: Sequence[FileEntry]) -> None:
     for entry in files:
         keys.check_key(entry.path, "files")
         if not 0 <= entry.bytes <= INT64_MAX:
-            raise Invalid(f"files: {_shown(entry.path)}: {_shown(entry.bytes)} bytes")
+            raise Invalid(f"files: {_brief(entry.path)}: {_brief(entry.bytes)} bytes")
     _all_hex("files: crc32c", [entry.crc32c for entry in files], 8)
     _all_hex("files: crc32", [entry.crc32 for entry in files if entry.crc32], 8)
 
@@ -464,4 +464,4 @@ def _box(name: str, box: Box) -> None:
         raise Invalid(f"{name}: a region from {len(box.start)} to {len(box.stop)} indices")
     for start, stop in zip(box.start, box.stop, strict=True):
         if not 0 <= start <= stop <= INT64_MAX:
-            raise Invalid(f"{name}: a region from {_shown(start)} to {_shown(stop)}")
+            raise Invalid(f"{name}: a region from {_brief(start)} to {_brief(stop)}")

@@ -18,7 +18,7 @@ ALL, LATER = ((0, 3),), ((1, 3),)
 
 
 @pytest.mark.parametrize(
-    ("processes", "as_ranges", "shown"),
+    ("processes", "as_ranges", "label"),
     [
         ([0], ((0, 1),), "process 0"),
         ([2, 0, 1], ((0, 3),), "processes 0-2"),
@@ -26,9 +26,9 @@ ALL, LATER = ((0, 3),), ((1, 3),)
         (range(0, 20, 2), tuple((at, at + 1) for at in range(0, 20, 2)), "processes 0, 2, 4, 6, 8, ..."),
     ],
 )
-def test_processes_are_told_as_ranges(processes: list[int], as_ranges: holders.Ranges, shown: str) -> None:
+def test_processes_are_named_as_ranges(processes: list[int], as_ranges: holders.Ranges, label: str) -> None:
     assert holders.ranges(processes) == as_ranges
-    assert holders.shown(as_ranges) == shown
+    assert holders.label_of(as_ranges) == label
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_process_accepts_an_account_only_if_its_own_view_of_the_leaf_goes_with
         holders.check_views(account, leaves, [ALL, on_process_1], 1)
 
 
-def test_states_of_different_sizes_are_rejected_and_many_leaves_are_told_briefly() -> None:
+def test_states_of_different_sizes_are_rejected_and_many_leaves_are_named_briefly() -> None:
     leaves = [leaf(f"w{number}") for number in range(1000)]
     account = holders.held(leaves, [ALL] * 1000)
     assert account == (Held(1000, ALL),), "equal leaves in a row are one entry"

@@ -1,7 +1,7 @@
 """Where a process's chunks go: the data files of its own store, written in order, with size and CRC-32C of each.
 
 On a file system the chunks go straight from the arrays to the file, and the kernel is told to begin writing back at
-once, so that the disk works while the next chunk's checksum is computed; whoever seals the files makes them durable.
+once, so that the disk works while the next chunk's checksum is computed; `Storage.make_durable` syncs the files later.
 In an object store a data file is one object, durable when the write has returned.
 """
 
@@ -27,7 +27,7 @@ from orchestrator.storage.overlap import Begun
 Buffer = bytes | memoryview
 
 _WRITE_BACK_BYTES = 8 << 20
-_WRITE_BACK_BYTES_MIN = 1 << 20  # for less, sealing is as quick
+_WRITE_BACK_BYTES_MIN = 1 << 20  # for less, a sync is as quick
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -37,20 +37,20 @@ class DataFile(Protocol):
     path: str
     bytes: int
     crc32c: int
-    crc32: str  # as FileEntry has it; '' while nobody has seen the whole file
+    crc32: str  # as in FileEntry; '' if the file was written in parts
 
     def append(self, parts: Sequence[Buffer], checksum: int) -> int:
         """Write `parts`, whose bytes together have CRC-32C `checksum`. Returns the offset of the first."""
 
     def begin_close(self) -> None:
-        """All has been appended: what an object store needs its time for may begin."""
+        """Everything has been appended: start the upload to an object store, without waiting for it."""
 
     def close(self, *, whole: bool = True) -> None:
-        """All of it is in the file system's hands, or in the object store. Not `whole`: it is given up."""
+        """All of it has been handed to the file system, or is in the object store. Not `whole`: give the file up."""
 
 
 def opener(url: str) -> Callable[[str], DataFile]:
-    """How files below the directory at `url` are made, by relative path. Directories come by themselves."""
+    """Returns what makes a file below the directory at `url`, given its relative path. Makes missing directories."""
     base = url.rstrip("/")
     path = local_path(base)
     if path is not None:
@@ -59,7 +59,7 @@ def opener(url: str) -> Callable[[str], DataFile]:
 
 
 def write_files(opened: Callable[[str], DataFile], bodies: Mapping[str, bytes]) -> dict[str, DataFile]:
-    """A few whole small files, by path: of an object store all are under way at the same time."""
+    """A few whole small files, by path: in an object store all are written at the same time."""
     files = {}
     for path, body in bodies.items():
         file = files[path] = opened(path)
@@ -85,14 +85,14 @@ def data_file_path() -> str:
 
 
 class _LocalFile:
-    """`root`: what the store is in, at key `base`."""
+    """A file of the store that is at key `base` below `root`."""
 
     def __init__(self, root: directory.Root, base: str, path: str) -> None:
         self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
         key = f"{base}/{path}" if base else path
         self._full = root.shown(key)
         try:
-            root.ready()  # data does not go where the run is no more
+            root.ready()  # no data goes to a root that was moved or replaced
             self._descriptor = root.create(key)
         except OSError as error:
             raise storage_error("create", self._full, error) from error
@@ -114,7 +114,7 @@ class _LocalFile:
         return offset
 
     def _begin_write_back(self) -> None:
-        """Best effort: without it, the disk would only begin to work when the file is sealed."""
+        """Best effort: without it, the disk would start only when the file is made durable."""
         call = _sync_file_range()
         if call is not None:
             call(self._descriptor, self._handed_over, self.bytes - self._handed_over, _SYNC_FILE_RANGE_WRITE)
@@ -144,6 +144,8 @@ def _sync_file_range() -> Any:
 
 
 class _BucketObject:
+    """One object in a bucket, uploaded in one request when it is closed."""
+
     def __init__(self, base: str, path: str) -> None:
         self.path, self.bytes, self.crc32c, self.crc32 = path, 0, 0, ""
         self._base = base

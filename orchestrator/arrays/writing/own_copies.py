@@ -1,9 +1,10 @@
-"""What this process has its own of, while process 0's is stored: its digests, for the coordinator to compare.
+"""Digests of the leaves of which every process has its own copy. Only process 0's copy is stored; the coordinator
+compares the others with it, by these digests.
 
-Nothing of it is written. Arrays of the host are looked at when they are taken, as the caller may overwrite them; what
-is on CPU devices is held, and looked at in the background; accelerators copy theirs to the host first. The first save
-of a form compares everything, each later one at most EACH_SAVE_BYTES, in turn: a state of which every host has a whole
-copy of its own would hold up training where nothing is written.
+This process writes none of them. Host arrays are read when they are taken, as the caller may overwrite them. Arrays on
+CPU devices are held, and read in the background. Accelerators copy theirs to the host first. The first save of a form
+(tree, shapes, dtypes, shardings) compares everything, each later one at most EACH_SAVE_BYTES, in turn: if every host
+had a whole copy of the state, comparing all of it would hold up training, although nothing is written.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _SMALL_BYTES = 64 << 10
 
 
 class Turns:
-    """Which own copies a save compares, of states of the forms that one writer has."""
+    """Which own copies the next save compares, for each form of state that one writer has."""
 
     def __init__(self) -> None:
-        self._next = WeakKeyDictionary[Plan, int]()  # the first one that the next save compares; of a new form: all
+        self._next = WeakKeyDictionary[Plan, int]()  # where the next save's comparison starts; absent: compare all
 
     def chosen(self, plan: Plan) -> tuple[tuple[int, Held], ...]:
-        """Of `plan.own`, those that are to be compared now."""
+        """The leaves of `plan.own` to compare in this save."""
         own, start = plan.own, self._next.get(plan)
         if start is None or sum(plan.own_bytes) <= EACH_SAVE_BYTES:
             return own
@@ -54,8 +55,8 @@ class Turns:
 
 @dataclass
 class OwnCopies:
-    """By number of the leaf: digests, and the arrays that one is still to be made of. small: the elements of those that
-    are one chunk, one after the other."""
+    """digests: by number of the leaf. waiting: arrays still to be digested. small: leaves of one small chunk each,
+    whose elements are one after the other in `elements`."""
 
     plan: Plan
     turns: Turns
@@ -65,7 +66,7 @@ class OwnCopies:
     elements: bytes = b""
 
     def result(self) -> bytes:
-        """As the receipt has it. Any thread, once; lets go of the arrays."""
+        """The digests, as the receipt has them. Any thread, once; releases the arrays."""
         left = memoryview(self.elements)
         for number, how, size in self.small:
             self.digests[number] = self._digest(how, left[:size])
@@ -79,7 +80,7 @@ class OwnCopies:
         return b"".join(self.digests.get(number, holders.not_compared()) for number in shared)
 
     def _digest(self, how: Cut, *parts: memoryview) -> bytes:
-        """As process 0's receipt has it of its own copy."""
+        """Equal to what the coordinator computes from process 0's receipt, if the values are."""
         stored = (deflated(part) if self.plan.compression else part for part in parts)
         return holders.digest_of_chunks(how.form, [f"{crc32c.crc32c(part):08x}" for part in stored])
 
@@ -110,7 +111,7 @@ class OwnCopies:
 
 
 def take(flat: Flat, plan: Plan, turns: Turns) -> OwnCopies:
-    """Of a state that the caller may donate or overwrite when this returns. Main thread."""
+    """Returns what `result` needs: the caller may then donate or overwrite the state. Main thread."""
     found = OwnCopies(plan, turns)
     found.take(flat)
     return found

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from orchestrator.arrays.writing.staging import StagedPart
 from orchestrator.errors import WaitTimeout
 
-_WAKE_S = 0.5  # how often whoever waits looks by itself
+_WAKE_S = 0.5  # a waiting thread polls this often, even if nothing wakes it
 
 
 class PartQueue:
     """One thread adds, several take; everything is read and changed under one lock.
 
-    limit_bytes: of what is staged and not yet written. None: no limit, and all parts are added before any is taken.
+    limit_bytes: how much may be staged and not yet written. None: no limit, and all parts are added before any is
+    taken.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
@@ -28,8 +29,8 @@ class PartQueue:
         self._held_bytes = self._peak_bytes = 0
 
     def wait_for_room(self, size: int, deadline: float) -> None:
-        """Until `size` bytes fit, or nothing is held any more (then the largest leaf goes alone). Raises WaitTimeout at
-        `deadline` (monotonic), and what a writing thread failed with."""
+        """Wait until `size` bytes fit, or nothing is held (so that a leaf above the limit goes alone). Raises
+        WaitTimeout at `deadline` (monotonic), and what a writing thread failed with."""
         assert self._limit is not None
         with self._changed:
             while self._held_bytes and self._held_bytes + size > self._limit:
@@ -43,7 +44,7 @@ class PartQueue:
                 self._changed.wait(_WAKE_S)
 
     def add(self, parts: Sequence[StagedPart]) -> None:
-        """The parts of a leaf; from now on they are held here alone."""
+        """Add the parts of a leaf; the caller keeps no reference to them."""
         with self._changed:
             self._parts.extend(parts)
             if self._limit is not None:
@@ -52,7 +53,7 @@ class PartQueue:
             self._changed.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Nothing more is coming. With `error`: a writing thread has failed."""
+        """No more parts will be added. error: why a writing thread has failed."""
         with self._changed:
             self._open, self._error = False, self._error or error
             self._changed.notify_all()
@@ -73,18 +74,18 @@ class PartQueue:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of what nobody has taken yet."""
+        """Bytes that no thread has taken yet."""
         with self._changed:
             return sum(data.nbytes for data, _ in self._parts)
 
     @property
     def held_bytes(self) -> int:
-        """Of what is not written yet; 0 without a limit."""
+        """Bytes that are not written yet; 0 without a limit."""
         with self._changed:
             return self._held_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was held at once; 0 without a limit."""
+        """The largest `held_bytes` so far; 0 without a limit."""
         with self._changed:
             return self._peak_bytes

@@ -1,8 +1,8 @@
-"""Taking from the devices what a plan says that this process writes: buffers on the host, and the chunks in them.
+"""Takes from the devices what this process writes, by its plan: host buffers, and which chunks are in each.
 
-CPU arrays are held, not copied. Accelerators copy theirs to page-locked memory of the host by themselves, while
-training goes on: an H100 at 50 GiB/s, where ordinary memory takes 25 times as long (docs/benchmarks.md). JAX keeps such
-memory for the next save.
+CPU arrays are held, not copied. Accelerators copy theirs to page-locked host memory while training goes on:
+an H100 at 50 GiB/s, 25 times as fast as to ordinary memory (docs/benchmarks.md). JAX keeps that memory for the next
+save.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from orchestrator.arrays.leaf_errors import named
 from orchestrator.arrays.memory_kinds import PINNED_HOST
 from orchestrator.arrays.writing.write_plan import LeafPlan, Pieces, as_stored
 
-StagedPart = tuple[Any, Pieces]  # a shard's elements, for np.asarray to find on the host, and the chunks to write of it
+StagedPart = tuple[Any, Pieces]  # a shard's elements, which np.asarray gives on the host, and its chunks to write
 
 
 def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
-    """Copies of what is to be written of leaves on accelerators (`off_host`), each leaf's shards: on their way to the
-    host, all of them at once, in this order. JAX runs what donates the leaves after the copies. Shards for which the
-    platform has no page-locked memory (XLA takes 64 GB at most, or XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB) are numpy arrays,
-    and this has waited for them.
+    """Start copying leaves on accelerators (`off_host`) to the host: all at once, in this order. Returns, for each
+    leaf, copies of the shards that this process writes. JAX runs a program that donates the leaves only after the
+    copies.
+
+    Where page-locked memory has run out (XLA uses 64 GB at most, or XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB), the copies are
+    numpy arrays, and this call waits for them.
     """
     if not leaves:
         return []
@@ -36,7 +38,7 @@ def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
         return [[_copy(shard) for shard in of_leaf] for of_leaf in shards]
 
 
-_NO_ROOM = (ValueError, jax.errors.JaxRuntimeError)  # no such memory; no more of it
+_NO_ROOM = (ValueError, jax.errors.JaxRuntimeError)  # the platform has no page-locked memory; it has run out
 
 
 def _pinned(shards: list[list[Any]]) -> list[list[Any]]:
@@ -53,19 +55,19 @@ def _copy(shard: Any) -> Any:
 
 
 def take(plan: LeafPlan, value: Any) -> list[StagedPart]:
-    """The parts of one leaf of the host's. Copies out of its own arrays, in native byte order: the caller may overwrite
-    them as soon as all are taken. CPU arrays are held, not copied.
+    """The parts of one leaf on the host. numpy arrays are copied, in native byte order: the caller may overwrite them
+    once this returns. CPU arrays of JAX are held, not copied.
     """
     if plan.whole is not None:
         return [(np.array(value, dtype=plan.whole, order="C"), pieces) for _, pieces in plan.shards]
     held = shards_of(as_stored(plan.leaf, value))
-    from_host: Any = np.array if plan.offloaded else np.asarray  # the owner may donate what is offloaded
+    from_host: Any = np.array if plan.offloaded else np.asarray  # offloaded arrays may be donated: copy them
     return [(from_host(held[index]), pieces) for index, pieces in plan.shards]
 
 
 def take_small(leaves: Iterable[tuple[LeafPlan, Any]]) -> bytes:
-    """The elements of all chunks of small leaves of the host's, one after the other. A copy: quicker than to hold the
-    buffers, and thousands of them quickest in one go."""
+    """The elements of all chunks of small leaves on the host, one after the other. One copy of thousands of leaves is
+    quicker than holding their buffers."""
     buffers: list[Any] = []
     for plan, value in leaves:
         try:

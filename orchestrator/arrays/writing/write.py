@@ -45,11 +45,11 @@ from orchestrator.rules.records import Box, FileEntry, Held, LeafSpec, Place, Sh
 _FILE_BYTES = 64 << 20  # of one data file; several are written, and later fsynced, at the same time
 _THREADS = 4
 _THREAD_BYTES = 16 << 20  # a further thread for each of these
-_LOOK_S = 0.5  # how often a write looks whether it is still wanted
+_POLL_S = 0.5  # how often a write polls whether it has been given up
 
 
 class WriteStopped(Exception):
-    """A write was given up before its end, as it was asked to."""
+    """A write was given up before its end, as `given_up` asked for."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ArrayOptions:
     """compression: zstd for each chunk (smaller, several times slower on a fast disk). host_bytes_max: how much of a
     state this process may hold that is not written yet; None: all of it. A larger one is rejected (`skip_when_full`),
     or written while it is staged, for at most timeout_s.
-    compare_own: note digests of what every process has its own of.
+    compare_own: compute digests of leaves of which every process has its own copy.
     """
 
     compression: bool = False
@@ -68,7 +68,7 @@ class ArrayOptions:
 
 
 class ArrayWriter:
-    """Stages attempts' `state/` directories, on the main thread; what it returns belongs to any one thread."""
+    """Stages attempts' `state/` directories, on the main thread. What it returns may be used by one other thread."""
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
         self._process, self._options, self._turns = process, options, Turns()
@@ -82,8 +82,8 @@ class ArrayWriter:
     @in_own_context
     def stage(self, directory: str, flat: Flat, attest: bool = False, held: tuple[Held, ...] = ()) -> PendingWrite:
         """Take what is needed from the devices, for the attempt's `state/` at URL `directory`. `attest`: have the
-        devices compute the fingerprints of their shards, too. `held`: who holds the leaves, as process 0 makes it
-        known; () in a job of one process. Raises UsageError naming the leaves that this process has elsewhere.
+        devices compute the fingerprints of their shards, too. `held`: who holds the leaves, by process 0's
+        account; () in a job of one process. Raises UsageError naming the leaves that are on other devices here.
 
         When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
         checkpoint. Copies out of numpy arrays; CPU arrays are held, not copied (JAX does not reuse a donated buffer
@@ -107,7 +107,8 @@ class ArrayWriter:
         return pending
 
     def _attested(self, flat: Flat, plan: Plan) -> Iterator[tuple[LeafSpec, Any]]:
-        """The stored leaves, as far as this process answers for them: of what every host has its own of, process 0."""
+        """The stored leaves that this process fingerprints. Leaves of which every process has its own copy: process 0
+        only."""
         runs: list[Held | None] = [*holders.each_of(plan.held)] or [None] * len(flat.values)
         for leaf, value, run in zip(flat.spec.leaves, flat.values, runs, strict=True):
             shared = isinstance(value, jax.Array) and (run is None or run.by is not None)
@@ -141,7 +142,8 @@ class PendingWrite:
         own: OwnCopies | None = None,
     ) -> None:
         self._directory, self._plan, self._prints, self._own = directory.rstrip("/"), plan, prints, own
-        self._small, self._coming = b"", list[Any]()  # of small leaves: the host's, and what accelerators still copy
+        # Elements of small leaves: those on the host, and those that accelerators still copy.
+        self._small, self._coming = b"", list[Any]()
         self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
         self._queue, self._progress = queue, _Progress()
         self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
@@ -150,8 +152,8 @@ class PendingWrite:
         self._store = f"ocdbt.process_{plan.process}"
 
     def stage(self, values: Sequence[Any], deadline: float | None) -> None:
-        """For the writer: take all leaves. `deadline` (monotonic): there are more than may be held, so it is written
-        while it is taken."""
+        """For the writer: take all leaves. deadline (monotonic): given where the state exceeds the memory budget; then
+        it is written while it is taken."""
         at_once = self._plan.off_host if deadline is None else self._plan.small_off_host
         started = iter(start([(plan, values[number]) for number, plan in at_once]))
         self._coming = [copy for _ in self._plan.small_off_host for copy in next(started)]
@@ -176,7 +178,7 @@ class PendingWrite:
         self._running = [self._pool.submit(work) for _ in range(threads)]
 
     def stop(self) -> None:
-        """No more is written: its threads end soon. Also once all is written."""
+        """Stop writing and end the threads, whether or not everything has been written. Does not wait for them."""
         self._progress.stop.set()
         self._queue.end()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -190,7 +192,7 @@ class PendingWrite:
 
     @property
     def small(self) -> dict[str, bytes]:
-        """Key -> chunk, elements and CRC-32C, of those that are in no file: the receipt is to carry them. After
+        """Key -> chunk (elements and CRC-32C) of the chunks that are in no file: the receipt carries them. After
         `finish`."""
         return self._progress.small
 
@@ -208,31 +210,32 @@ class PendingWrite:
 
     @property
     def went_by(self) -> str:
-        """The name of what this process goes by of who holds the leaves."""
+        """The name of the account of who holds the leaves that this process has used."""
         return holders.name(self._plan.held)
 
     @functools.cached_property
     def own(self) -> bytes:
-        """Digests of what every process has its own of, for the receipt; b"" where nothing is compared."""
+        """For the receipt: digests of leaves of which every process has its own copy; b"" where nothing is compared."""
         own, self._own = self._own, None
         return own.result() if own else b""
 
     @property
     def written_bytes(self) -> int:
-        """How much of this process's arrays has been written by now, or waits for the receipt. Any thread."""
+        """Bytes of this process's arrays that have been written so far, or wait for the receipt. Any thread."""
         small = sum(map(len, list(self._progress.small.values())))
         return small + sum(file.bytes for file in list(self._progress.files))
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """The files that this process has written below `state/`, not durable yet on a file system. After `finish`."""
+        """The files that this process has written below `state/`, not yet durable on a file system. After `finish`."""
         return tuple(data_files.entry(path, file) for path, file in self._files.items())
 
     # Writing.
 
     def finish(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> None:
-        """Write; return when this process's bytes are in the store. Raises WaitTimeout, WriteStopped soon after
-        `given_up` (asked at once and now and then) has said yes, or what the write raised."""
+        """Run the write to its end, starting the threads if `stage` has not: then this process's bytes are in the
+        store. Raises WaitTimeout; WriteStopped soon after `given_up` (polled) returns True; or what the write
+        raised."""
         deadline = time.monotonic() + timeout_s
         stop = self._progress.stop
         try:
@@ -282,7 +285,7 @@ def _watch(
             stop.set()
             raise WriteStopped
         left_s = deadline - time.monotonic()
-        done, waiting = wait(running, timeout=max(0.0, min(_LOOK_S, left_s)), return_when=FIRST_EXCEPTION)
+        done, waiting = wait(running, timeout=max(0.0, min(_POLL_S, left_s)), return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
         if not waiting:
@@ -303,7 +306,7 @@ def _work(
             try:
                 data = np.asarray(copy)  # what an accelerator copies is waited for here
             except RuntimeError as error:
-                raise StorageError(f"{pieces[0][0]}: cannot be had from its device: {error}") from error
+                raise StorageError(f"{pieces[0][0]}: cannot be copied from its device: {error}") from error
             del taken, copy
             for key, where in pieces:
                 raw = data[where].reshape(-1).view(np.uint8).data
@@ -354,7 +357,7 @@ def _put(files: _Rotation, progress: _Progress, key: str, raw: bytes | memoryvie
 
 
 def _host_bytes(leaf: LeafSpec, value: Any) -> int:
-    """At most so much of a leaf is staged by this process."""
+    """Upper bound of what this process stages of a leaf."""
     if not isinstance(value, jax.Array):
         return int(getattr(value, "nbytes", 0))
     shard = value.sharding.shard_shape(leaf.shape)

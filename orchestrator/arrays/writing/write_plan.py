@@ -1,7 +1,7 @@
-"""What a process writes of the states of one form: which chunks of which shards, under which keys. Worked out once.
+"""What a process writes of each state of one form: which chunks of which shards, under which keys. Planned once.
 
-All of it follows from shapes, dtypes and shardings, so that every save of a job has the same plan; a state of thousands
-of small leaves is saved in a fraction of the time that planning takes.
+A *form* is a state's tree, shapes, dtypes and shardings. The plan follows from it alone, so every later save reuses it:
+for thousands of small leaves, planning takes several times as long as saving.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from orchestrator.rules.records import Box, Held, LeafSpec
 _CHECKSUM = {"name": "crc32c"}
 _TIMEOUT_S = 60.0  # of TensorStore, in memory
 
-# Of one shard on the host: the chunks to write of it, each with its key and where it is in the shard.
+# The chunks to write of one shard on the host: each one's key, and where it is in the shard.
 Pieces = tuple[tuple[str, tuple[slice, ...]], ...]
 
 
@@ -41,8 +41,8 @@ Pieces = tuple[tuple[str, tuple[slice, ...]], ...]
 class LeafPlan:
     """What this process writes of one leaf.
 
-    leaf: as the array store holds it. type: Orbax's name for what it is. shards: (number among the addressable ones,
-    pieces). whole: the dtype to copy a leaf of the host's memory as, None if it is an array of JAX. small: each shard
+    leaf: as the array store holds it. type: Orbax's name for its type. shards: (number among the addressable ones,
+    pieces). whole: the dtype to copy a numpy value as, None for an array of JAX. small: each shard
     is one chunk that, with its CRC, is small enough for the store's tree.
     """
 
@@ -71,11 +71,11 @@ class LeafPlan:
 
     @functools.cached_property
     def chunk_bytes(self) -> int:
-        """Of the elements of one chunk."""
+        """Size of one chunk's elements."""
         return math.prod(self.leaf.chunk or ()) * _stored(self.leaf).itemsize
 
 
-# What the buffer protocol knows of JAX's types; of the others numpy must be asked.
+# The dtypes whose elements the buffer protocol gives; the others go through numpy.
 _VIEWED = frozenset(
     ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
 )
@@ -87,8 +87,9 @@ def _stored(leaf: LeafSpec) -> np.dtype[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a process writes of states of one form. held: who holds the leaves, which all processes go by; () in a job
-    of one process. own: the leaves that it has its own of, and only compares with process 0's."""
+    """What a process writes of states of one form. held: who holds the leaves, by process 0's account; () in a job of
+    one process. own: leaves of which it has its own copy; it writes none of them, and compares them with process
+    0's."""
 
     form: Form
     leaves: tuple[LeafPlan, ...]
@@ -99,18 +100,19 @@ class Plan:
 
     @functools.cached_property
     def own_bytes(self) -> tuple[int, ...]:
-        """Of each leaf of `own`, as it would be stored."""
+        """Stored size of each leaf of `own`."""
         leaves = [self.form.leaves[number] for number, _ in self.own]
         return tuple(math.prod(leaf.file_shape) * _stored(leaf).itemsize if leaf.in_store else 0 for leaf in leaves)
 
     @functools.cached_property
     def mine(self) -> tuple[tuple[int, LeafPlan], ...]:
-        """The leaves that this process writes anything of, each with its number."""
+        """The leaves of which this process writes at least one chunk, each with its number."""
         return tuple((number, plan) for number, plan in enumerate(self.leaves) if plan.shards)
 
     @functools.cached_property
     def small(self) -> tuple[tuple[int, LeafPlan], ...]:
-        """Those of them whose chunks go with the receipt; compressed chunks are not known to."""
+        """The leaves of `mine` whose chunks go with the receipt. None with compression: its sizes are not known in
+        advance."""
         return (*self.small_on_host, *self.small_off_host)
 
     @functools.cached_property
@@ -130,7 +132,7 @@ class Plan:
 
     @functools.cached_property
     def off_host(self) -> tuple[tuple[int, LeafPlan], ...]:
-        """What accelerators copy of both, in the order in which it is wanted."""
+        """The leaves of `small` and `large` that accelerators copy, in the order in which they are written."""
         return (*self.small_off_host, *((number, plan) for number, plan in self.large if plan.off_host))
 
     @functools.cached_property
@@ -140,7 +142,7 @@ class Plan:
 
     @functools.cached_property
     def chunk_count(self) -> int:
-        """Of all chunks that this process writes."""
+        """How many chunks this process writes."""
         return sum(len(pieces) for plan in self.leaves for _, pieces in plan.shards)
 
     @functools.cached_property
@@ -160,7 +162,7 @@ class Plan:
 
     @functools.cached_property
     def keys(self) -> frozenset[str]:
-        """Of every chunk of every array, whoever writes it."""
+        """The key of every chunk of every array, whichever process writes it."""
         return frozenset(key for plan in self.leaves if plan.leaf.chunk is not None for key in _keys(plan.leaf))
 
     @functools.cached_property
@@ -170,8 +172,8 @@ class Plan:
 
     @functools.cached_property
     def orbax_files(self) -> Mapping[str, bytes]:
-        """Orbax's own files, by path. All processes would say the same, so process 0 writes them. (With Orbax each one
-        describes the arrays; its reader takes the first description that it finds.)"""
+        """Orbax's own files, by path. They are the same on all processes, so process 0 writes them. (In Orbax each
+        process describes the arrays; its reader takes the first description that it finds.)"""
         if self.process != 0:
             return {}
         arrays = [plan for plan in self.leaves if plan.type == "jax.Array"]
@@ -190,7 +192,7 @@ _plans: OrderedDict[tuple[Form, int, bool, tuple[Held, ...]], Plan] = OrderedDic
 
 def plan_of(flat: Flat, process: int, compression: bool, held: tuple[Held, ...] = ()) -> Plan:
     """The plan of `process` for states of this form; kept for the last few forms. Main thread. Raises UsageError naming
-    the leaves that this process has elsewhere than `held` says."""
+    the leaves that are on other devices on this process than by `held`."""
     key = (flat.form, process, compression, held)
     known = _plans.get(key)
     if known is None:
@@ -219,7 +221,7 @@ def _new_plan(flat: Flat, process: int, compression: bool, held: tuple[Held, ...
 
 
 def views(flat: Flat) -> list[holders.View]:
-    """How this process sees each leaf: on the devices of which processes it is, None where it is no array of JAX."""
+    """How this process sees each leaf: the processes on whose devices it is; None where it is not an array of JAX."""
     return [_holders(value.sharding) if isinstance(value, jax.Array) else None for value in flat.values]
 
 
@@ -230,7 +232,7 @@ def _holders(sharding: jax.sharding.Sharding) -> holders.Ranges:
 
 
 class _Layouts(dict[Any, tuple["_Layout", dict[int, Any]]]):
-    """(sharding, shapes, chunk shape) -> its layout, and of it, by turn, what this process writes."""
+    """(sharding, shapes, chunk shape) -> its layout, and what this process writes of it, by turn."""
 
 
 def _plan(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _Layouts) -> LeafPlan:
@@ -239,7 +241,7 @@ def _plan(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _
 
 
 def _plan_of_leaf(leaf: LeafSpec, value: Any, run: Held | None, process: int, layouts: _Layouts) -> LeafPlan:
-    """`run`: who holds it; None in a job of one process."""
+    """run: who holds the leaf; None in a job of one process."""
     if leaf.kind in ("bool", "int", "float"):
         if leaf.kind == "int" and not fits_int64(value):
             return LeafPlan(leaf, orbax_files.value_type(leaf, value, stored=False))
@@ -250,7 +252,7 @@ def _plan_of_leaf(leaf: LeafSpec, value: Any, run: Held | None, process: int, la
     if not leaf.in_store:
         return LeafPlan(leaf, type_name)
     if run is not None and run.by is None:
-        # An array that each process has for itself is numpy to Orbax: it has no sharding that others would know.
+        # An array of which each process has its own copy is stored as numpy: Orbax could not restore its sharding.
         type_name = "np.ndarray"
     if not isinstance(value, jax.Array):
         return _whole(leaf, "np.ndarray", numpy_dtype(leaf.dtype), process)
@@ -260,7 +262,7 @@ def _plan_of_leaf(leaf: LeafSpec, value: Any, run: Held | None, process: int, la
 
 
 def joinable(leaf: LeafSpec, value: jax.Array) -> bool:
-    """Whether Python's buffer protocol gives the elements of the whole array, as they are on the host."""
+    """Whether Python's buffer protocol gives the elements of the whole array on the host."""
     return leaf.dtype in _VIEWED and _on_one_cpu(value.sharding)
 
 
@@ -270,7 +272,7 @@ def _on_one_cpu(sharding: jax.sharding.Sharding) -> bool:
 
 
 def as_stored(leaf: LeafSpec, value: Any) -> Any:
-    """A leaf on devices as the integers or numbers that are stored."""
+    """The array to store: of a PRNG key, its key data."""
     return jax.random.key_data(value) if leaf.kind == "key" else value
 
 
@@ -291,7 +293,7 @@ def _small(leaf: LeafSpec, shard: Box) -> bool:
 
 
 def _pieces(box: Box, chunk: tuple[int, ...]) -> Pieces:
-    """With keys that still want the leaf's name."""
+    """Their keys are suffixes: the leaf's name goes before each."""
     return tuple((zarr_chunks.suffix(one, chunk), slices_in(one, box)) for one in zarr_chunks.cut(box, chunk))
 
 
@@ -301,7 +303,8 @@ def _named(name: str, pieces: Pieces) -> Pieces:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the shards of an array are cut, and which of it this process writes: (shard index, chunks of it, boxes)."""
+    """How this process's shards of an array are cut into chunks: (shard index, its box, number of the replica,
+    chunks)."""
 
     replicas: int
     shards: tuple[tuple[int, Box, int, tuple[Box, ...]], ...]
@@ -315,7 +318,7 @@ def _of_shards(leaf: LeafSpec, value: jax.Array, type_name: str, layouts: _Layou
     if known is None:
         known = layouts[key] = (_layout(leaf, value), {})
     layout, by_turn = known
-    # Where there are replicas, the turn depends on the leaf: many small ones are spread, too.
+    # With replicas, the turn depends on the leaf's name, so that many small leaves are spread, too.
     turn = zlib.crc32(leaf.name.encode()) % layout.replicas if layout.replicas > 1 else 0
     mine = by_turn.get(turn)
     if mine is None:
