@@ -6,7 +6,8 @@ import orchestrator.arrays
 from tests.test_layout_rules import imports, is_below, sources
 
 WHOLE = tuple(
-    f"orchestrator.arrays.{name}" for name in ("fingerprint", "jax_context", "format.orbax_api", "format.orbax_json")
+    f"orchestrator.arrays.{name}"
+    for name in ("fingerprint", "jax_context", "jax_internals", "format.orbax_api", "format.orbax_json")
 )
 
 

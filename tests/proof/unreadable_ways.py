@@ -85,7 +85,7 @@ _KEYS = {
 }
 _LINES: dict[str, tuple[str, dict[str, str]]] = {
     "self-signed certificate": ("{selfsigned}", {}),
-    "connection refused": ("{refusing}", {}),
+    "connection refused": ("{rejecting}", {}),
     "name does not resolve": ("{unknown}", {}),
     "proxy answers 407": ("http://store.example", {"http_proxy": "{proxy}"}),
     "proxy answers 407 to CONNECT": ("https://store.example", {"https_proxy": "{proxy}"}),

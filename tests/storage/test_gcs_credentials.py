@@ -228,7 +228,7 @@ TABLE: dict[str, tuple[str, range, str]] = {
     "external": (GOT, range(1, 2), ""),
     "external_impersonating": (GOT, range(2, 3), ""),
     "impersonating": (GOT, range(2, 3), ""),
-    "impersonated": (rf"i@p.iam.* \({FILE}\): iamcredentials.* ECONNREJECTED", range(1, 2), "credentials"),
+    "impersonated": (rf"i@p.iam.* \({FILE}\): iamcredentials.* ECONNREFUSED", range(1, 2), "credentials"),
     "broken_key": (f"{FILE} cannot be used: .*PEM", range(1), ""),
     "list": (f"{FILE} cannot be used: .*type ''; expected service_account", range(1), ""),
     "unknown_type": (f"{FILE} cannot be used: .*type 'of_tomorrow'", range(1), ""),
