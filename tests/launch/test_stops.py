@@ -143,6 +143,7 @@ def test_a_job_saves_when_its_terminal_closes_though_nobody_can_read_it(tmp_path
     pid, terminal = pty.fork()
     if pid == 0:
         with contextlib.suppress(OSError):
+            as_in_the_foreground()
             os.chdir(REPOSITORY)
             argv = local(["--processes", "1"], script)
             os.execvp("bash", ["bash", "-c", f'"$@"; echo $? > {tmp_path}/code', "bash", *argv])
@@ -164,6 +165,7 @@ def test_a_terminal_that_stops_background_writers_spares_the_supervisor(tmp_path
     if pid == 0:
         with contextlib.suppress(OSError):
             os.chdir(REPOSITORY)
+            as_in_the_foreground()
             os.execvp("bash", ["bash", "-c", shell, "bash", *local(["--processes", "1"], "print('shown')")])
         os._exit(1)
     try:

@@ -31,8 +31,8 @@ def launch(flags: list[str], script: str) -> subprocess.CompletedProcess[str]:
 
 
 def as_in_the_foreground(ignored: Collection[int] = ()) -> None:
-    """In a launcher that a test starts, before its program: a shell's background job, as the tests may be, would not
-    hear SIGINT, nor would what it starts."""
+    """In a launcher that a test starts, before its program: a shell's background job, as the tests may be,
+    ignores SIGINT, and under nohup SIGHUP; what it starts inherits that."""
     for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
 
