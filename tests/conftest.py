@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,12 @@ jax.config.update("jax_platforms", ",".join(["cpu", *OTHERS]))  # CPUs first: wh
 jax.config.update("jax_num_cpu_devices", 8)
 os.environ |= COMPILING
 jax.config.update("jax_disable_most_optimizations", not OTHERS)  # JAX here has read its environment
+# Under nohup, or in the background of a script, SIGHUP or SIGINT is ignored, and what a test starts would inherit that.
+# A handler that does nothing keeps it so for this process only: programs are started with the default.
+if threading.current_thread() is threading.main_thread():
+    for _signum in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(_signum) == signal.SIG_IGN:
+            signal.signal(_signum, lambda *_: None)
 # A shared machine is no place for time limits on single examples; --hypothesis-profile=default has more examples.
 settings.register_profile("quick", deadline=None, max_examples=60)
 settings.load_profile("quick")
