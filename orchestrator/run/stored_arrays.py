@@ -68,9 +68,10 @@ def bad_chunks(
 def wrong_fingerprints(step: StoredStep, names: Iterable[str]) -> list[str]:
     """Of these leaves, those whose stored elements do not have the fingerprint of the save, one line each."""
     known = step.manifest.fingerprints
+    chosen = known.keys() & set(names)
     found = []
     for leaf in step.intent.tree.leaves:
-        if leaf.name in set(names) & known.keys():
+        if leaf.name in chosen:
             pieces = ((box, data) for _, box, data in slabs(step, [leaf], _SLAB_BYTES))
             got = fingerprint.of_pieces(leaf, pieces)
             if got != known[leaf.name]:
