@@ -10,10 +10,10 @@ from absl import logging
 
 from orchestrator.errors import Damaged, StorageError
 from orchestrator.job.poll import poll
-from orchestrator.job.signals import Signals, Votes, abort_vote
+from orchestrator.job.signals import Signals, Votes, unusable_receipt
 from orchestrator.rules.attempt import Attempt, DeadlinePassed, ReceiptsRead, Step, advance
 from orchestrator.rules.attempt_id import receipt_process
-from orchestrator.rules.records import Failure, FileEntry, Receipt
+from orchestrator.rules.records import FileEntry, Receipt
 from orchestrator.run import checked_reads
 from orchestrator.run.journal_store import JournalStore
 
@@ -82,8 +82,7 @@ class ReceiptReader:
             logging.warning("receipt of process %d cannot be read yet: %s", process, error)
             return None
         except Damaged as error:
-            host = self._hosts.get(process, "?")
-            return abort_vote(self._attempt, Failure(process=process, host=host, phase="receipt", cause=str(error)))
+            return unusable_receipt(self._attempt, process, self._hosts, str(error))
         if found is None:
             return None
         receipt, entry = found

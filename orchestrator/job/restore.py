@@ -239,10 +239,8 @@ class _Judgement:
                 assert isinstance(outcome, Read)  # its report is among them
                 return outcome.value
             case Ruling.FAULT, ReadFailure() as failure:
-                if (
-                    isinstance(outcome, NotRead)
-                    and restore_rounds.ruling(restore_rounds.report(outcome)) is Ruling.FAULT
-                ):
+                own = reports[self._rendezvous.process]
+                if isinstance(outcome, NotRead) and restore_rounds.ruling(own) is Ruling.FAULT:
                     raise outcome.error
                 raise as_error(process, Raised(failure.kind, failure.text))
             case Ruling.RETIRED, ReadFailure() as failure:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -68,6 +68,12 @@ def abort_vote(attempt: AttemptId, failure: Failure, **more: Any) -> Receipt:
     )
 
 
+def unusable_receipt(attempt: AttemptId, process: int, hosts: Mapping[int, str], cause: str) -> Receipt:
+    """What `process` has posted or stored is no receipt of this attempt: it counts as its vote to abort."""
+    host = hosts.get(process, "?")
+    return abort_vote(attempt, Failure(process=process, host=host, phase="receipt", cause=cause))
+
+
 class Signals:
     """Of the incarnation with this random id: what an older one has posted is never taken for this one's."""
 
@@ -113,8 +119,7 @@ class Signals:
             problem = str(error)
         if not problem:
             return receipt
-        host = self._board.hosts.get(process, "?")
-        return abort_vote(attempt, Failure(process=process, host=host, phase="receipt", cause=problem))
+        return unusable_receipt(attempt, process, self._board.hosts, problem)
 
     # Process 0.
 
