@@ -10,13 +10,13 @@ from orchestrator.cli import render
 from orchestrator.cli.command import EVENTS, Command, Flag, Flags, Result, open_store
 from orchestrator.observe.event_log import Tail, directory_of
 from orchestrator.observe.events import PHASES
-from orchestrator.observe.heartbeat import EVENT_INTERVAL_S
 from orchestrator.observe.timeline import HostSave, Timeline
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
+from orchestrator.rules.stalls import NO_PULSE_S
 
-SILENT_S = 3 * EVENT_INTERVAL_S
+SILENT_S = NO_PULSE_S
 _COMMITS = 5
 _HOSTS_SHOWN = 40
 

@@ -15,6 +15,7 @@ from orchestrator.observe.events import (
     Alive,
     Closed,
     EpochOpened,
+    Pulse,
     SaveCommitted,
     SaveNotCommitted,
     SavePhase,
@@ -23,6 +24,7 @@ from orchestrator.observe.events import (
     StepRestored,
 )
 from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.stalls import Sign
 
 
 @dataclass
@@ -65,7 +67,8 @@ class HostSave:
 
 @dataclass
 class HostState:
-    """One process of the newest incarnation, as its events last showed it. `last_seen`, `since`: by its own clock."""
+    """One process of the newest incarnation, as its events last showed it. `last_seen`, `since`, `moved`: by its own
+    clock. `moved`: when its main thread last reported anything. `pulse`: the newest; None from an older version."""
 
     process: int
     host: str
@@ -77,6 +80,20 @@ class HostState:
     written_bytes: int = 0
     rate: float | None = None
     left: bool = False
+    moved: float = 0.0
+    training_step: int = -1
+    pulse: Pulse | None = None
+
+    def sign(self, age_s: float) -> Sign:
+        """Its sign of life, where `age_s` have passed since its newest event."""
+        pulse = self.pulse
+        idle_s = self.last_seen - self.moved + age_s
+        step = self.training_step if self.training_step >= 0 else None
+        if pulse is None:
+            return Sign(idle_s, None, step, left=self.left)
+        # A barrier that it has left since is one that it moved in.
+        barrier = pulse.barrier if self.last_seen - self.moved >= pulse.idle_s else ""
+        return Sign(idle_s, age_s, step, pulse.steps, pulse.step_s, barrier, self.left)
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,14 @@ class Timeline:
                 # Who waits in a collective while a save goes on is not training; the save's own events say more.
                 if host and host.doing not in PHASES:
                     _now(host, event.doing, line.time, event.step)
+                if host:
+                    _moved(host, line.time, event.step)
+            case Pulse():
+                if host and not host.left:
+                    if host.doing not in PHASES:
+                        _now(host, event.doing, line.time - event.since_s, event.step)
+                    host.pulse = event
+                    _moved(host, line.time - event.idle_s, event.step if event.steps else -1)
             case SavePhase():
                 self._phase(line, event, host)
             case SaveStarted():
@@ -152,7 +177,7 @@ class Timeline:
             self.epoch, self.hosts = line.epoch, {}
         host = self.hosts.get(line.process)
         if host is None:
-            host = HostState(line.process, line.host, line.machine, "starting", line.time, line.time)
+            host = HostState(line.process, line.host, line.machine, "starting", line.time, line.time, moved=line.time)
             self.hosts[line.process] = host
         host.last_seen = max(host.last_seen, line.time)
         return host
@@ -197,3 +222,7 @@ def _now(host: HostState, doing: str, time: float, step: int) -> None:
         host.doing, host.since = doing, time
     if step >= 0:
         host.step = step
+
+
+def _moved(host: HostState, time: float, step: int) -> None:
+    host.moved, host.training_step = max(host.moved, time), max(host.training_step, step)
