@@ -83,6 +83,10 @@ class Metrics:
         self._quarantined.set(math.nan)
         self._phases = gauge("save_phase_seconds", "Time in each phase of the last save", "phase")
         self._phase: tuple[str, float] | None = None  # of the save in flight, and when it began
+        self._idle = gauge(
+            "main_thread_idle_seconds", "Since the main thread last reported anything, at the last pulse"
+        )
+        self._step_s = gauge("step_seconds", "Median time of training's last steps, 0 if not known")
         self._ended = gauge("run_ended", "1 once the agent was closed in order, 0 before")
         updated = gauge("updated_timestamp_seconds", "When these values were collected, in seconds since 1970")
         updated.set_function(time.time)
@@ -113,6 +117,9 @@ class Metrics:
                 self._blocked.observe(event.blocked_s)
             case events.SaveCommitted():
                 self._commit(event)
+            case events.Pulse():
+                self._idle.set(event.idle_s)
+                self._step_s.set(event.step_s if event.steps > 1 else 0.0)  # the first one compiles
             case events.Closed():
                 self._ended.set(1)
             case events.SaveNotCommitted():

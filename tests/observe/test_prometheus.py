@@ -156,6 +156,12 @@ def test_phases_of_the_last_save_quarantine_and_an_orderly_end_are_exported() ->
     assert spent == {"staging": 1.0, "writing": 3.0, "sealing": 0.5}
     assert got["orchestrator_save_phase_seconds|waiting"] == 5.5 and got["orchestrator_quarantined_steps"] == 2
     assert before["orchestrator_run_ended"] == got["orchestrator_run_ended"] == 0
+    metrics.on_event(events.Pulse("training", 6, 1.0, 42.0, steps=1, step_s=9.0))
+    compiling = collected(metrics)
+    metrics.on_event(events.Pulse("training", 7, 1.0, 3.0, steps=2, step_s=2.0))
+    training = collected(metrics)
+    names = ("orchestrator_main_thread_idle_seconds", "orchestrator_step_seconds")
+    assert [[one[name] for name in names] for one in (compiling, training)] == [[42.0, 0.0], [3.0, 2.0]]
     metrics.on_event(events.Closed(0))
     assert collected(metrics)["orchestrator_run_ended"] == 1
 
