@@ -113,7 +113,7 @@ class HostRestore:
 @dataclass
 class Timeline:
     """`epoch`: the newest of any event. `hosts`: of that one, by process. `saves`: by (step, attempt, process), in
-    order. `opened`: epoch -> (time, process count)."""
+    order. `opened`: epoch -> (time, process count). `startup_s`: how long the newest known start took."""
 
     epoch: int = 0
     hosts: dict[int, HostState] = field(default_factory=dict)
@@ -121,6 +121,7 @@ class Timeline:
     restores: list[HostRestore] = field(default_factory=list)
     opened: dict[int, tuple[float, int]] = field(default_factory=dict)
     stepped_down: list[LoggedEvent] = field(default_factory=list)
+    startup_s: float = 0.0
 
     def add(self, lines: Iterable[LoggedEvent]) -> Timeline:
         """Add lines, in the order of their times. Returns itself."""
@@ -142,6 +143,7 @@ class Timeline:
                 if host:
                     _moved(host, line.time, event.step)
             case Pulse():
+                self.startup_s = event.startup_s or self.startup_s
                 if host and not host.left:
                     if host.doing not in PHASES:
                         _now(host, event.doing, line.time - event.since_s, event.step)
@@ -177,7 +179,9 @@ class Timeline:
             self.epoch, self.hosts = line.epoch, {}
         host = self.hosts.get(line.process)
         if host is None:
-            host = HostState(line.process, line.host, line.machine, "starting", line.time, line.time, moved=line.time)
+            host = HostState(line.process, line.host, line.machine, "starting", line.time, line.time)
+            if not isinstance(line.event, Pulse):
+                host.moved = line.time
             self.hosts[line.process] = host
         host.last_seen = max(host.last_seen, line.time)
         return host
