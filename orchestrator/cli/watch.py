@@ -204,7 +204,7 @@ def _notes(now: RunNow) -> Iterator[render.Shown]:
 COMMAND = Command(
     run,
     show,
-    "what a run does now: hosts and their phases, the last commits, what would be lost if it died",
+    "what a run does now, and what would be lost if it died",
     flags=(
         Flag("once", bool, False, "one look; the same where the output is no terminal"),
         Flag("interval_s", float, 1.0, "seconds from one look to the next"),
