@@ -34,8 +34,8 @@ _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
-Cell = str | Text
 Shown = str | Text | Table  # what people are shown of a result, one piece: a line, one with a style, a table
+Cell = str | Text  # of a table
 Tone = Literal["bad", "warn", "good", "dim", "plain"]
 _STYLES: dict[Tone, str] = {"bad": "bold red", "warn": "yellow", "good": "green", "dim": "dim", "plain": ""}
 # Colour only repeats what a word says. These words have one, in whatever table they are.
@@ -112,11 +112,15 @@ def document(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=False)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], right: Sequence[str] = ()) -> Table:
-    """A plain table; cells are text, or `toned` text. `right`: columns of numbers."""
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Cell]], right: Sequence[str] = (), cut: bool = False
+) -> Table:
+    """A plain table; cells are text, or `toned` text. `right`: columns of numbers. `cut`: each
+    row is one line, however narrow the screen."""
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        drawn.add_column(column, justify=justify, overflow="ellipsis" if cut else "fold", no_wrap=cut)
     for row in rows:
         drawn.add_row(*(words(cell) if isinstance(cell, str) else cell for cell in row))
     return drawn
