@@ -22,6 +22,7 @@ from orchestrator.observe.events import (
     SteppedDown,
     StepRestored,
 )
+from orchestrator.observe.progress import Progress
 from orchestrator.rules.attempt_id import AttemptId
 
 
@@ -104,6 +105,7 @@ class Timeline:
     restores: list[HostRestore] = field(default_factory=list)
     opened: dict[int, tuple[float, int]] = field(default_factory=dict)
     stepped_down: list[LoggedEvent] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
 
     def add(self, lines: Iterable[LoggedEvent]) -> Timeline:
         """Add lines, in the order of their times. Returns itself."""
@@ -113,6 +115,7 @@ class Timeline:
 
     def _add_one(self, line: LoggedEvent) -> None:
         host = self._host(line)
+        self.progress.add(line)
         event = line.event
         match event:
             case EpochOpened():
