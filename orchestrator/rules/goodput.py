@@ -118,11 +118,15 @@ def _stalls(
     gaps = [b.time - a.time for a, b in judged[:-1] if b.time > a.time] or [0.0]
     rates = [(b.time - a.time) / (b.step - a.step) for a, b in judged[:-1] if b.step > a.step] or [0.0]
     usual_s, step_s = statistics.median(gaps), statistics.median(rates)
-    starts = sorted(blocked)
+    saves = sorted(blocked)
+    first = 0  # of the saves that may lie in this gap or a later one
     for a, b in judged:
         if b.time - a.time <= FLOOR_S:
             continue
-        saving_s = sum(max(0.0, min(end, b.time) - max(begin, a.time)) for begin, end in starts)
+        while first < len(saves) and saves[first][1] <= a.time:
+            first += 1
+        inside = itertools.takewhile(lambda save, b=b: save[0] < b.time, itertools.islice(saves, first, None))  # type: ignore[misc]
+        saving_s = sum(max(0.0, min(end, b.time) - max(begin, a.time)) for begin, end in inside)
         expected_s = max(usual_s, step_s * max(0, b.step - a.step))
         if b.time - a.time - saving_s - expected_s > max(FLOOR_S - usual_s, (MEDIANS - 1) * expected_s):
             yield a.time + expected_s, b.time

@@ -4,7 +4,7 @@ $("title").textContent = R.root; document.title = "Checkpoints of " + R.root;
 $("subtitle").textContent = `incarnation ${R.epoch}, journal version ${R.version}; made ${moment(R.made)}`;
 function tile(value, about, kind) { const t = el("div", null, "tile"); t.append(el("b", value, kind), el("span", about)); $("tiles").append(t); }
 tile(R.newest == null ? "none" : R.newest, "newest restorable step", R.newest == null ? "bad" : "");
-tile(R.newest_time == null ? "all" : secs(R.made - R.newest_time), "its age when this page was made: what a death then would have cost");
+tile(R.newest_time == null ? "all" : secs(R.made - R.newest_time), "its age when this page was made" + (R.epochs.some(e => e.epoch === R.epoch && e.closed) ? "; the job had ended in order" : ": what a death then would have cost"));
 const held = R.saves.filter(s => s.trust === "quarantined").length;
 tile(held, held === 1 ? "step quarantined: kept, not restored" : "steps quarantined: kept, not restored", held ? "bad" : "good");
 tile(committed.length, "saves committed");

@@ -100,7 +100,7 @@ function curve() { if (!metricNames.length) return; const [c, width, height] = p
   if (!near.length) { c.textAlign = "left"; c.fillText("no value in this range", LABEL, 20); return; }
   let low = near.reduce((a, b) => Math.min(a, b)), high = near.reduce((a, b) => Math.max(a, b)); if (low === high) { low -= Math.abs(low) / 10 || 1; high += Math.abs(high) / 10 || 1; }
   const y = v => bottom - 6 - (v - low) / (high - low) * (bottom - 16), step = nice(high - low, 3); c.textAlign = "right"; c.textBaseline = "middle"; c.fillStyle = css("--soft");
-  for (let v = Math.ceil(low / step) * step; v <= high; v += step) c.fillText(String(+v.toPrecision(6)), LABEL - 6, y(v));
+  c.fillText(name.slice(0, 14), LABEL - 6, 8); for (let v = Math.ceil(low / step) * step; v <= high; v += step) c.fillText(String(+v.toPrecision(6)), LABEL - 6, y(v));
   c.save(); c.beginPath(); c.rect(LABEL, 0, width - LABEL - 8, height); c.clip(); c.strokeStyle = c.fillStyle = css("--accent"); c.lineWidth = 1.5; let epoch = null, last = -9; c.beginPath();
   for (const s of points) { const at = x(s.began); if (at < LABEL - 400 || at > width + 400) { epoch = null; continue; } if (s.epoch === epoch && at - last < 0.7 && at >= last) continue; last = at;
     if (s.epoch === epoch) c.lineTo(at, y(s.metrics[name])); else c.moveTo(at, y(s.metrics[name])); epoch = s.epoch; dots.push([at, y(s.metrics[name]), s]); }
