@@ -136,8 +136,15 @@ def size(count: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Seconds since 1970 as local time, to the second, with its zone: logs of several machines are compared."""
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+    """Seconds since 1970 as local time, to the second, with its zone: who reads it may be elsewhere."""
+    local = time.localtime(seconds)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', local)} {zone(local.tm_gmtoff)}"
+
+
+def zone(offset_s: int) -> str:
+    """0 -> `UTC`, 19800 -> `+05:30`."""
+    minutes = abs(offset_s) // 60
+    return "UTC" if offset_s == 0 else f"{'-' if offset_s < 0 else '+'}{minutes // 60:02d}:{minutes % 60:02d}"
 
 
 def age(seconds: float) -> str:

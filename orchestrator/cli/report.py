@@ -14,18 +14,22 @@ import msgspec
 
 from orchestrator.cli import render
 from orchestrator.cli.command import EVENTS, Command, Flag, Flags, open_store
-from orchestrator.cli.run_report import RunReport, build
+from orchestrator.cli.report_parts import RunReport
+from orchestrator.cli.run_report import build
 from orchestrator.errors import StorageError
-from orchestrator.observe.event_log import directory_of, read
+from orchestrator.observe.event_log import directory_of
+from orchestrator.observe.event_log import read as read_events
 from orchestrator.observe.timeline import Timeline
 from orchestrator.texts import printable
 
 _PLACE = "/*REPORT*/null"
+# One script, in this order: later ones use what earlier ones define.
+_SCRIPTS = ("base.js", "timeline.js", "summary.js", "plots.js", "tables.js", "shardings.js", "start.js")
 
 
 def run(root: str, flags: Flags) -> RunReport:
     store = open_store(root)
-    return build(store, Timeline().add(read(directory_of(store.url, flags["events_dir"]))), time.time())
+    return build(store, Timeline().add(read_events(directory_of(store.url, flags["events_dir"]))), time.time())
 
 
 def show(made: RunReport, flags: Flags) -> Iterator[render.Shown]:
@@ -38,10 +42,12 @@ def show(made: RunReport, flags: Flags) -> Iterator[render.Shown]:
 
 def page(made: RunReport) -> str:
     """The page, with everything in it."""
-    template = resources.files("orchestrator.cli").joinpath("report.html").read_text("utf-8")
-    # `<` is escaped, so that no text of a run can end the script.
-    body = msgspec.json.encode(_printable(msgspec.to_builtins(made))).decode()
-    return template.replace(_PLACE, body.replace("<", "\\u003c"))
+    parts = resources.files("orchestrator.cli").joinpath("page")
+    read = {name: parts.joinpath(name).read_text("utf-8") for name in ("page.html", "page.css", *_SCRIPTS)}
+    # `<` is escaped, so that no text of a run can end the script. The data goes in last: it may contain any marker.
+    body = msgspec.json.encode(_printable(msgspec.to_builtins(made))).decode().replace("<", "\\u003c")
+    html = read["page.html"].replace("/*STYLE*/", read["page.css"])
+    return html.replace("/*SCRIPT*/", "".join(read[name] for name in _SCRIPTS)).replace(_PLACE, body, 1)
 
 
 def _printable(value: Any) -> Any:

@@ -4,133 +4,32 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 
-import msgspec
 from msgspec.structs import replace
 
-from orchestrator.cli import render
-from orchestrator.cli.command import Result
+from orchestrator.cli import render, report_findings, report_time
 from orchestrator.cli.log import reason_and_causes
+from orchestrator.cli.report_parts import (
+    IntervalGoodput,
+    LeafSharding,
+    ReportedMesh,
+    ReportedSave,
+    RunReport,
+    SavePart,
+)
+from orchestrator.cli.report_time import Entry
 from orchestrator.errors import OrchestratorError
 from orchestrator.observe.timeline import Timeline
 from orchestrator.rules import journal, save_interval
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.json_numbers import StoredNumber
 from orchestrator.rules.records import Head, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes, partition
 from orchestrator.run.journal_store import JournalStore
 
 _LEAVES = 12  # of which the sharding is drawn: the largest
 _RECENT = 200  # saves that what-if figures go by
-
-
-class SavePart(Result, frozen=True, array_like=True, forbid_unknown_fields=False):
-    """One process's part of a save. Each phase's beginning, and the end, in seconds after the save began; -1: not."""
-
-    process: int
-    began: float
-    writing: float
-    sealing: float
-    waiting: float
-    committing: float
-    ended: float
-    blocked: float
-    bytes: int
-
-
-class ReportedSave(Result, frozen=True):
-    """`outcome`: committed, aborted, or unknown (the job died). `state`: live, retired or gone, of a committed one."""
-
-    step: int
-    attempt: str
-    epoch: int
-    began: float
-    outcome: str
-    decided: float | None
-    bytes: int
-    reason: str = ""
-    state: str = ""
-    trust: str = ""
-    pins: tuple[str, ...] = ()
-    metrics: dict[str, StoredNumber] = msgspec.field(default_factory=dict)
-    parts: tuple[SavePart, ...] = ()
-
-
-class ReportedEpoch(Result, frozen=True):
-    """An incarnation. `lost_s`: from the newest durable state to this start, and the restore: what the restart cost."""
-
-    epoch: int
-    opened: float
-    by: str
-    processes: int | None
-    from_step: int | None
-    restore_s: float | None
-    lost_s: float
-
-
-class Incident(Result, frozen=True):
-    time: float
-    kind: str
-    step: int | None
-    attempt: str | None
-    text: str
-    by: str
-
-
-class Goodput(Result, frozen=True):
-    """Seconds of the run's `wall_s` that were not training. `share`: of the rest; None where the run is empty."""
-
-    wall_s: float
-    blocked_s: float
-    restarts_s: float
-    share: float | None
-
-
-class IntervalGoodput(Result, frozen=True):
-    """What saving every `interval_s` would have as goodput, by Daly's model and what this run has measured. `mark`:
-    `optimum`, or `this run` (the median between its saves)."""
-
-    interval_s: float
-    share: float
-    mark: str
-
-
-class LeafSharding(Result, frozen=True):
-    """`split`: mesh axes that split each dimension; None if it is not a sharded array."""
-
-    label: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    split: tuple[tuple[str, ...], ...] | None
-
-
-class ReportedMesh(Result, frozen=True):
-    step: int
-    axes: dict[str, int]
-    devices: int
-    processes: int
-    leaves: tuple[LeafSharding, ...]
-    leaf_count: int
-
-
-class RunReport(Result, frozen=True):
-    """`report`: all that the page shows. Times are seconds since 1970."""
-
-    root: str
-    made: float
-    epoch: int
-    version: int
-    newest: int | None
-    newest_time: float | None
-    hosts: dict[str, str]
-    saves: tuple[ReportedSave, ...]
-    epochs: tuple[ReportedEpoch, ...]
-    incidents: tuple[Incident, ...]
-    goodput: Goodput
-    mesh: ReportedMesh | None
-    intervals: tuple[IntervalGoodput, ...] = ()
 
 
 def build(store: JournalStore, timeline: Timeline, now: float) -> RunReport:
@@ -140,12 +39,13 @@ def build(store: JournalStore, timeline: Timeline, now: float) -> RunReport:
     with render.progress() as display:
         bar = render.Bar(display, "journal", head.version + 1)
         for each in store.entries():
-            entries.append(_Entry.of(each))
+            entries.append(Entry.of(each))
             bar.add(1)
     saves = _saves(entries, head, timeline)
-    epochs = _epochs(entries, timeline)
+    stretches = report_time.stretches(entries, timeline)
+    epochs = report_time.epochs(entries, timeline, stretches)
     newest = journal.newest(head)
-    return RunReport(
+    made = RunReport(
         root=store.url,
         made=now,
         epoch=head.epoch,
@@ -155,27 +55,19 @@ def build(store: JournalStore, timeline: Timeline, now: float) -> RunReport:
         hosts={str(save.process): save.host for save in timeline.saves.values()},
         saves=saves,
         epochs=epochs,
-        incidents=_incidents(entries, timeline),
-        goodput=_goodput(entries, saves, epochs, timeline),
+        incidents=report_time.incidents(entries, timeline, stretches, now),
+        goodput=report_time.goodput(stretches, epochs),
         mesh=_mesh(store, newest),
         intervals=_intervals(entries, saves),
+        spans=report_time.spans(stretches),
+        utc_offset_s=(offset_s := time.localtime(now).tm_gmtoff),
+        zone=render.zone(offset_s),
     )
+    verdict, findings = report_findings.of(made, head, timeline)
+    return replace(made, verdict=verdict, findings=findings)
 
 
-class _Entry(msgspec.Struct):
-    """What a report keeps of a journal entry: a long run has many, and each is complete. `about`: the step it is of."""
-
-    head: Head
-    about: LiveStep | None
-    newest: LiveStep | None
-
-    @classmethod
-    def of(cls, head: Head) -> _Entry:
-        about = journal.find(head, head.event.step) if head.event.step is not None else None
-        return cls(msgspec.structs.replace(head, live=(), retired=(), aside=()), about, journal.newest(head))
-
-
-def _saves(entries: Iterable[_Entry], head: Head, timeline: Timeline) -> tuple[ReportedSave, ...]:
+def _saves(entries: Iterable[Entry], head: Head, timeline: Timeline) -> tuple[ReportedSave, ...]:
     parts = _parts(timeline)
     states = {one.id: "retired" for one in head.retired}
     states |= {one.id: "live" for one in (*head.live, *head.aside)}
@@ -216,7 +108,7 @@ def _parts(timeline: Timeline) -> dict[AttemptId, list[SavePart]]:
     return parts
 
 
-def _decided(entry: _Entry, key: AttemptId, began: float, state: str) -> ReportedSave:
+def _decided(entry: Entry, key: AttemptId, began: float, state: str) -> ReportedSave:
     """A save that the journal calls committed or aborted."""
     head, about = entry.head, entry.about
     save = ReportedSave(*key, head.epoch, began, head.event.kind, head.time, 0)
@@ -229,63 +121,7 @@ def _decided(entry: _Entry, key: AttemptId, began: float, state: str) -> Reporte
     )
 
 
-def _epochs(entries: Iterable[_Entry], timeline: Timeline) -> tuple[ReportedEpoch, ...]:
-    restored = {(each.epoch, each.process): each for each in timeline.restores}
-    epochs: list[ReportedEpoch] = []
-    for entry in entries:
-        if entry.head.event.kind == "opened-epoch":
-            epoch = entry.head.epoch
-            mine = restored.get((epoch, 0))
-            _, processes = timeline.opened.get(epoch, (0.0, None))
-            since = entry.head.time - entry.newest.time if entry.newest else 0.0
-            if epoch > 1 and not entry.newest and epochs:  # nothing was durable: all since the first start is lost
-                since = entry.head.time - epochs[-1].opened
-            lost_s = max(0.0, since) + (mine.seconds if mine else 0.0) if epoch > 1 else 0.0
-            from_step = mine.step if mine else None
-            restore_s = mine.seconds if mine else None
-            opened, by = entry.head.time, entry.head.writer
-            epochs.append(ReportedEpoch(epoch, opened, by, processes, from_step, restore_s, lost_s))
-    return tuple(epochs)
-
-
-def _incidents(entries: Iterable[_Entry], timeline: Timeline) -> tuple[Incident, ...]:
-    found = []
-    epochs = 0
-    for entry in entries:
-        head, event = entry.head, entry.head.event
-        if event.kind == "aborted":
-            found.append(
-                Incident(
-                    head.time, "save aborted", event.step, event.attempt, reason_and_causes(head.event), head.writer
-                )
-            )
-        elif event.kind in ("quarantined", "released", "recovered"):
-            found.append(Incident(head.time, event.kind, event.step, event.attempt, event.reason, head.writer))
-        elif event.kind == "opened-epoch":
-            epochs += 1
-            if epochs > 1:
-                text = f"incarnation {head.epoch} took over from {head.epoch - 1}"
-                found.append(Incident(head.time, "restart", None, None, text, head.writer))
-    fenced = [save for save in timeline.saves.values() if save.outcome == "fenced"]
-    for save in fenced:
-        at, by = save.began + (save.ended_s or 0.0), f"process {save.process} ({save.host})"
-        found.append(Incident(at, "fenced", save.step, save.attempt, save.reason, by))
-    return tuple(sorted(found, key=lambda incident: incident.time))
-
-
-def _goodput(
-    entries: list[_Entry], saves: Sequence[ReportedSave], epochs: Sequence[ReportedEpoch], timeline: Timeline
-) -> Goodput:
-    """Training waits for the slowest host of a save, and starts again from the newest durable state after a restart."""
-    last_seen = max((host.last_seen for host in timeline.hosts.values()), default=0.0)
-    wall_s = max(entries[-1].head.time, last_seen) - entries[0].head.time if entries else 0.0
-    blocked_s = sum(max((part.blocked for part in save.parts), default=0.0) for save in saves)
-    restarts_s = sum(epoch.lost_s for epoch in epochs)
-    share = max(0.0, 1 - (blocked_s + restarts_s) / wall_s) if wall_s > 0 else None
-    return Goodput(wall_s, blocked_s, restarts_s, share)
-
-
-def _intervals(entries: list[_Entry], saves: Sequence[ReportedSave]) -> tuple[IntervalGoodput, ...]:
+def _intervals(entries: list[Entry], saves: Sequence[ReportedSave]) -> tuple[IntervalGoodput, ...]:
     """Expected goodput at the interval of this run, at the optimum and around it; () before anything was measured."""
     measured = [save for save in saves if save.outcome == "committed" and save.parts][-_RECENT:]
     if not measured:

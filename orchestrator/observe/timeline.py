@@ -23,6 +23,7 @@ from orchestrator.observe.events import (
     SteppedDown,
     StepRestored,
 )
+from orchestrator.observe.progress import Progress
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.stalls import Sign
 
@@ -121,6 +122,7 @@ class Timeline:
     restores: list[HostRestore] = field(default_factory=list)
     opened: dict[int, tuple[float, int]] = field(default_factory=dict)
     stepped_down: list[LoggedEvent] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
     startup_s: float = 0.0
 
     def add(self, lines: Iterable[LoggedEvent]) -> Timeline:
@@ -131,6 +133,7 @@ class Timeline:
 
     def _add_one(self, line: LoggedEvent) -> None:
         host = self._host(line)
+        self.progress.add(line)
         event = line.event
         match event:
             case EpochOpened():
