@@ -7,7 +7,6 @@ orchestrator launch local --processes 1 -- python -m examples.grain_input --root
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 
 import grain
@@ -17,7 +16,6 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from launch import contract
 
 BATCH = 24  # of all processes together
 
@@ -68,9 +66,7 @@ def main(root: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
-    if job:
-        contract.initialize(job)
+    oc.initialize()  # joins the other processes under a launcher; does nothing when alone
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--steps", type=int, default=10)

@@ -4,7 +4,6 @@ python -m examples.linen_optax --root=/tmp/run --steps=20     # again with more 
 """
 
 import argparse
-import os
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from flax.training import train_state
 from jax.sharding import AxisType
 
 import orchestrator as oc
-from launch import contract
 
 
 class TrainState(train_state.TrainState):
@@ -75,9 +73,7 @@ def main(root: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
-    if job:
-        contract.initialize(job)
+    oc.initialize()  # joins the other processes under a launcher; does nothing when alone
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--steps", type=int, default=20)

@@ -4,7 +4,6 @@ python -m examples.nnx_optax --root=/tmp/run --steps=20     # again with more st
 """
 
 import argparse
-import os
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from launch import contract
 
 
 class Model(nnx.Module):
@@ -62,9 +60,7 @@ def main(root: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
-    if job:
-        contract.initialize(job)
+    oc.initialize()  # joins the other processes under a launcher; does nothing when alone
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--steps", type=int, default=20)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import orchestrator as oc
 import orchestrator.compat as ocp
-from launch import contract
 
 
 def main(root: str, steps: int, ocp: ModuleType = ocp) -> dict[str, object]:
@@ -39,9 +39,7 @@ def main(root: str, steps: int, ocp: ModuleType = ocp) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
-    if job:
-        contract.initialize(job)
+    oc.initialize()  # joins the other processes under a launcher; does nothing when alone
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--steps", type=int, default=20)

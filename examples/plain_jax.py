@@ -5,14 +5,12 @@ python -m examples.plain_jax --root=/tmp/run --steps=20     # again with more st
 
 import argparse
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from launch import contract
 
 
 def main(root: str, steps: int) -> dict[str, object]:
@@ -48,9 +46,7 @@ def main(root: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
-    if job:
-        contract.initialize(job)
+    oc.initialize()  # joins the other processes under a launcher; does nothing when alone
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--steps", type=int, default=20)

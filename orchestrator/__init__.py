@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         UsageError as UsageError,
         WaitTimeout as WaitTimeout,
     )
+    from orchestrator.job.joining import initialize as initialize
     from orchestrator.job.read_step import Restored as Restored
     from orchestrator.options import Options as Options
     from orchestrator.policy import (

@@ -1,5 +1,5 @@
 """Environment variables that this package reads: each name once, with its meaning, and the checks of those that several
-parts read. What only launchers and their processes exchange is in `launch.contract`."""
+parts read. What only launchers and their processes exchange is in `rules/contract`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The same line on every host: alone (`orchestrator launch train --root=/tmp/run`), on simulated hosts (`orchestrator
 launch local --processes 4 --devices_per_process 2 -- orchestrator launch train --root=/tmp/run`), or under any launcher
-that sets the variables of `launch.contract`. `orchestrator example train > train.py` prints it, to be changed. Starting
+that `oc.initialize()` knows. `orchestrator example train > train.py` prints it, to be changed. Starting
 it again with the same root goes on where it was.
 
 Exit codes: 0 trained to the end, 2 wrong usage, 75 stopped by SIGTERM (the state is saved; start it again), and
@@ -43,7 +43,7 @@ flags.DEFINE_integer("steps", 100, "train up to this step", lower_bound=0)
 flags.DEFINE_bool("save", True, "save checkpoints; --nosave trains without")
 flags.DEFINE_bool("restore", True, "go on from the newest checkpoint; --norestore starts from nothing")
 flags.DEFINE_bool("async", True, "write checkpoints while training goes on")
-flags.DEFINE_bool("distributed", True, "join the job a launcher describes; --nodistributed ignores it")
+flags.DEFINE_bool("distributed", True, "join the job a launcher describes; --nodistributed: be a job of one")
 flags.DEFINE_integer("save_every", 20, "steps from one checkpoint to the next", lower_bound=1)
 flags.DEFINE_integer("keep_last", 3, "checkpoints that stay", lower_bound=1)
 flags.DEFINE_string("mesh", "data=-1,model=1", "devices along each axis; one -1 stands for the rest")
@@ -207,27 +207,25 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
     summary.latest_step, summary.interrupted_saves = agent.latest_step(), agent.failures
 
 
-def make_options(job: contract.Contract | None) -> oc.Options:
+def make_options(grace_s: float | None) -> oc.Options:
     """The agent's, in step with the time the launcher leaves for a last save."""
     # `async` is a word of the language
     options = oc.Options(async_save=bool(FLAGS["async"].value), attest=FLAGS.attest, load_once=FLAGS.load_once)
-    if job is None or job.grace_period_s is None:
-        return options
-    return replace(options, preemption_grace_s=job.grace_period_s)
+    return options if grace_s is None else replace(options, preemption_grace_s=grace_s)
 
 
 def run() -> int:
-    """Train as the flags say and return the exit code. Raises OrchestratorError, ContractError."""
-    job = contract.from_environment(os.environ) if FLAGS.distributed else None
-    root = FLAGS.root or (job.run_root if job else None)
+    """Train as the flags say and return the exit code. Raises OrchestratorError."""
+    root = FLAGS.root or os.environ.get(contract.RUN_ROOT)
     if not root:
         raise oc.UsageError("--root is required: where the checkpoints are")
     parse_mesh(FLAGS.mesh)  # a typing error need not wait for the other hosts
     sizes = Sizes(FLAGS.layers, FLAGS.width, FLAGS.heads, FLAGS.length)
     if sizes.width % sizes.heads:
         raise oc.UsageError(f"--width={sizes.width}: expected a multiple of --heads={sizes.heads}")
-    if job:
-        contract.initialize(job)
+    if not FLAGS.distributed:
+        os.environ[contract.PROCESS_COUNT] = "1"
+    job = oc.initialize()
     mesh = make_mesh(FLAGS.mesh, sizes, FLAGS.batch_size)
     if FLAGS.summary:
         local_path("--summary", FLAGS.summary)  # before the training, not after it
@@ -238,7 +236,7 @@ def run() -> int:
         root,
         save=oc.every(FLAGS.save_every),
         keep=oc.last(FLAGS.keep_last),
-        options=make_options(job),
+        options=make_options(job.grace_period_s),
     ) as agent:
         train(agent, mesh, Transformer(sizes), loader, summary)
     if FLAGS.summary and jax.process_index() == 0:
@@ -261,9 +259,6 @@ def main(argv: Sequence[str]) -> None:
     except oc.OrchestratorError as error:
         print(f"train: {error}", file=sys.stderr)
         code = error.exit_code
-    except contract.ContractError as error:
-        print(f"train: {error}", file=sys.stderr)
-        code = oc.UsageError.exit_code
     except Exception:
         logging.exception("train: failed")
         code = 1

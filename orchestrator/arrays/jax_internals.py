@@ -16,6 +16,7 @@ from jax._src import api as _api
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
+from jax._src import xla_bridge as _xla_bridge
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 
@@ -58,6 +59,11 @@ def process_of_job() -> tuple[int, int] | None:
     backend is made for it, as `jax.process_index` would."""
     state = _distributed.global_state
     return None if state.client is None else (state.process_id, state.num_processes)
+
+
+def has_backend() -> bool:
+    """Whether JAX has its devices already, so that it is too late to join a job. Every public name would make them."""
+    return bool(_xla_bridge.backends_are_initialized())
 
 
 def coordination_client() -> Any:

@@ -69,7 +69,10 @@ def install_excepthook() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         try:
-            before(kind, error, trace)
+            if _shown_elsewhere(error):
+                print(kind.__name__, file=sys.stderr, flush=True)
+            else:
+                before(kind, error, trace)
         finally:
             _uncaught(error)
 
@@ -86,6 +89,12 @@ def _uncaught(error: BaseException) -> None:
         _job.failed(error)
     elif isinstance(error, OrchestratorError) and error.exit_code != EXIT_FAILED:
         raise SystemExit(error.exit_code)  # by Python's rules: from here, and silently
+
+
+def _shown_elsewhere(error: BaseException) -> bool:
+    """Ctrl-C reaches all processes of a job at once: process 0's traceback is enough, and one line of each other."""
+    others = _job is not None and joined() and _job.board.process != 0
+    return others and isinstance(error, KeyboardInterrupt) and not _interactive()
 
 
 def _interactive() -> bool:

@@ -25,9 +25,10 @@ from jax.experimental import multihost_utils
 from orchestrator import environment
 from orchestrator.arrays import jax_internals
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.errors import WaitTimeout
+from orchestrator.errors import UsageError, WaitTimeout
 from orchestrator.job import bounded_calls, peer_failure, sigterm
 from orchestrator.observe import heartbeat
+from orchestrator.rules import contract
 from orchestrator.rules.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
@@ -62,11 +63,33 @@ class Rendezvous(Protocol):
 
 
 def connect(timeout_s: float) -> Rendezvous:
-    """The rendezvous of this job: of all its processes if `jax.distributed` is initialized, else of this one alone."""
+    """The rendezvous of this job: of all its processes if `jax.distributed` is initialized, else of this one alone.
+
+    Raises UsageError where this process is one of several that have not joined: before anything is read or written.
+    """
+    if jax_internals.process_of_job() is None:
+        _check_alone()
     if jax.process_count() == 1:
         return SingleProcess()
     join_failure_reports()
     return ManyProcesses(timeout_s)
+
+
+def _check_alone() -> None:
+    """One of several that takes itself for a job of one would fence the others, and be fenced by them."""
+    evidence = contract.several(os.environ)
+    if not evidence:
+        if jax.process_count() == 1:  # on TPU hosts JAX may know more
+            return
+        evidence = f"jax.process_count() is {jax.process_count()}"
+    raise UsageError(
+        f"this process is one of several of a job ({evidence}), but has not joined them: jax.distributed is not "
+        "initialized.\n  Put this before anything else of JAX:\n"
+        "    import orchestrator as oc\n"
+        "    oc.initialize()\n"
+        "  If each of the processes is a job of its own, with a root of its own (a sweep), set "
+        f"{contract.PROCESS_COUNT}=1 in its environment"
+    )
 
 
 def collectives_listen_on(address: str) -> None:

@@ -46,6 +46,7 @@ WATCHED = {  # private names that the package may import: each has a test below
     "jax._src.distributed",
     "jax._src.lib._jax",
     "jax._src.lib.xla_client",
+    "jax._src.xla_bridge",
     "orbax.checkpoint._src.metadata.sharding",
 }
 
@@ -66,6 +67,21 @@ def test_every_private_import_of_the_package_is_watched_here() -> None:
                 found |= {alias.name for alias in node.names if "._src" in alias.name}
     assert "jax._src.distributed" in found
     assert found <= WATCHED
+
+
+# The job.
+
+
+def test_jax_knows_whether_it_has_its_devices_already() -> None:
+    program = """if True:
+        import jax
+        from orchestrator.arrays import jax_internals
+        before = jax_internals.has_backend()
+        jax.devices()
+        print(before, jax_internals.has_backend())
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "False True\n"
 
 
 # The coordination service.

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import contract, listening
+from launch import contract
 from launch.contract import DetectedContract, Detection
+from orchestrator.job import joining, listening
 from tests.proof.chaos.network import ip, why_not
 from tests.support.processes import free_port
 
@@ -92,7 +93,7 @@ def test_a_job_that_jax_finds_listens_where_its_first_process_knows_its_name(
     detection: Detection, environ: dict[str, str], bound: str | None
 ) -> None:
     found = dict(environ)
-    assert contract._detected_bind_address(DetectedContract(detection, None, 0), found) == bound
+    assert joining._detected_bind_address(DetectedContract(detection, None, 0), found) == bound
     if detection is Detection.SLURM:
         jax = pytest.importorskip("jax._src.clusters.slurm_cluster").SlurmCluster
         with pytest.MonkeyPatch.context() as patch:
@@ -271,7 +272,8 @@ def test_the_hosts_of_a_job_reach_each_other_and_another_network_does_not(
 
 
 def test_a_name_of_ones_own_that_means_loopback_only_here_is_not_listened_on(namespaces: dict[str, str]) -> None:
-    program = "from launch import listening; print([listening.own_address(n) for n in ('debian', 'inside', 'other')])"
+    names = "('debian', 'inside', 'other')"
+    program = f"from orchestrator.job import listening; print([listening.own_address(n) for n in {names}])"
     done = subprocess.run(
         within(namespaces[INSIDE], [sys.executable, "-c", program]),
         cwd=REPOSITORY,

@@ -147,7 +147,9 @@ def test_all_processes_end_with_the_right_code_and_say_who_failed_and_why(
         else:
             assert len(told) == 1 and told[0].startswith(line), process.err
         if how in TRACEBACKS:
-            assert TRACEBACKS[how] in process.err and "Traceback" in process.err
+            assert TRACEBACKS[how] in process.err
+            # Ctrl-C reaches all: process 0's traceback is enough.
+            assert ("Traceback" in process.err) == (how != "interrupted" or index == 0), process.err
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "an exit handler that does not end"])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
+import orchestrator as oc
 from launch import contract
 from launch.contract import DetectedContract, Detection, JobContract
-from tests.support.places import DEADLINE_S, reports, start
+from orchestrator.rules.contract import several
+from tests.support.places import DEADLINE_S, REPOSITORY, reports, start
 from tests.support.processes import free_port
+from tests.support.runs import fill
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -59,7 +66,10 @@ def test_a_broken_contract_names_the_variable(change: dict[str, str], message: s
 
 def test_a_slurm_step_is_left_to_jax_and_has_its_whole_node_when_it_is_alone_there() -> None:
     found = contract.from_environment(SLURM | {"SLURM_RESTART_COUNT": "2"})
-    assert found == DetectedContract(Detection.SLURM, None, 2, "n4", all_devices=True)
+    evidence = "SLURM_NTASKS=4"
+    assert found == DetectedContract(
+        Detection.SLURM, None, 2, "n4", all_devices=True, process_count=4, evidence=evidence
+    )
     crowded = contract.from_environment(SLURM | {"SLURM_NTASKS": "8"})
     assert isinstance(crowded, DetectedContract) and not crowded.all_devices
     batch_shell = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
@@ -102,6 +112,121 @@ def test_tpu_machines_and_foreign_pods_are_left_to_jax(environ: dict[str, str], 
     assert isinstance(found, DetectedContract) and found.detection is detection
 
 
+TPU = {"TPU_ML_PLATFORM": "JAX"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:1",
+}
+INDEXED = {"KUBERNETES_SERVICE_HOST": "x", contract.COMPLETION_INDEX: "1"}
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
+ALONE = {contract.PROCESS_COUNT: "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "evidence", "detection"),
+    [
+        pytest.param({}, "", None, id="a shell"),
+        pytest.param(TORCHRUN, "", None, id="torchrun, which JAX does not know"),
+        pytest.param({contract.PROCESS_COUNT: "2"}, "ORCHESTRATOR_PROCESS_COUNT=2", "error", id="our launcher"),
+        pytest.param(ALONE, "", "in full", id="our launcher, one host"),
+        pytest.param(POD, "ORCHESTRATOR_PROCESS_COUNT=6", "in full", id="our manifest"),
+        pytest.param(SLURM, "SLURM_NTASKS=4", Detection.SLURM, id="srun"),
+        pytest.param(SLURM | ALONE, "", "in full", id="a sweep under srun"),
+        pytest.param(SLURM | {"SLURM_NTASKS": "1"}, "", Detection.SLURM, id="srun of one, a task of an array"),
+        pytest.param(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, "", Detection.SLURM, id="the shell of salloc -n 4"),
+        pytest.param({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "", None, id="a batch script"),
+        pytest.param(SLURM | {"SLURM_NTASKS": "four"}, "", Detection.SLURM, id="srun, no number"),
+        pytest.param(OPEN_MPI, "OMPI_COMM_WORLD_SIZE=4", Detection.OPEN_MPI, id="mpirun"),
+        pytest.param(SLURM | OPEN_MPI, "OMPI_COMM_WORLD_SIZE=4", Detection.OPEN_MPI, id="mpirun under Slurm"),
+        pytest.param({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4", Detection.MPI, id="mpirun of Open MPI 5"),
+        pytest.param({"OMPI_COMM_WORLD_SIZE": "1"}, "", Detection.MPI, id="mpirun of one"),
+        pytest.param({"PMI_SIZE": "3"}, "PMI_SIZE=3", Detection.MPI, id="mpiexec of MPICH"),
+        pytest.param(
+            SLURM | {"SLURM_NTASKS": "1", "PMI_SIZE": "3"}, "PMI_SIZE=3", Detection.MPI, id="its proxy by srun"
+        ),
+        pytest.param({"TPU_WORKER_HOSTNAMES": "a,b"}, "", None, id="TPU names without chips"),
+        pytest.param(TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b", Detection.GKE_TPU, id="slice"),
+        pytest.param(TPU | {"TPU_WORKER_HOSTNAMES": "localhost"}, "", Detection.GKE_TPU, id="one TPU host"),
+        pytest.param(
+            TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
+            "MEGASCALE_NUM_SLICES=2",
+            Detection.GKE_TPU,
+            id="two slices of one host",
+        ),
+        pytest.param(TPU, "", Detection.TPU_VM, id="a TPU VM, whose metadata JAX asks"),
+        pytest.param(INDEXED, "JOB_COMPLETION_INDEX=1", Detection.KUBERNETES, id="a pod of an Indexed Job"),
+        pytest.param(INDEXED | {contract.COMPLETION_INDEX: "0"}, "", Detection.KUBERNETES, id="perhaps its only pod"),
+        pytest.param(INDEXED | ALONE, "", "in full", id="a sweep as an Indexed Job"),
+        pytest.param({"KUBERNETES_SERVICE_HOST": "x"}, "", None, id="any other pod"),
+    ],
+)
+def test_who_is_one_of_several_and_by_which_variable(
+    environ: dict[str, str], evidence: str, detection: Detection | str | None
+) -> None:
+    assert several(environ) == evidence
+    if detection == "error":  # the launcher would have set more
+        with pytest.raises(oc.UsageError, match="ORCHESTRATOR_PROCESS_INDEX is not set"):
+            contract.from_environment(environ)
+        return
+    found = contract.from_environment(environ)
+    assert {JobContract: "in full", type(None): None}.get(type(found), getattr(found, "detection", "")) == detection
+
+
+LONE = """if True:
+    import sys, jax, jax.numpy as jnp
+    import orchestrator as oc
+    if "late" in sys.argv:
+        jax.devices(), oc.initialize()
+    print(oc.open_run(sys.argv[2]).latest_step(), flush=True)  # readers are nobody's rivals
+    if "evaluator" not in sys.argv:
+        with oc.Agent(sys.argv[1], save=oc.every(1)) as agent:
+            agent.save(0, {"w": jnp.ones(3)})
+"""
+JOINED = """if True:
+    import sys, jax, jax.numpy as jnp
+    import orchestrator as oc
+    first, again = oc.initialize(), oc.initialize()
+    assert first == again and first.run_root == sys.argv[1], (first, again)
+    assert (first.process_index, first.process_count) == (jax.process_index(), jax.process_count())
+    with oc.Agent(first.run_root, save=oc.every(1)) as agent:
+        agent.save(0, {"w": jnp.ones(3)})
+    print(first)
+"""
+
+
+def launched(program: str, *arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
+    flags = ["--processes", "2", "--run_root", str(root), "--end_grace_s", "20", "--"]
+    command = [sys.executable, "-m", "launch", "local", *flags, sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+
+
+@pytest.mark.jobs
+def test_processes_that_have_not_joined_are_rejected_before_anything_is_written(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    fill(tmp_path / "other", 5)
+    lone = launched(LONE, str(root), str(tmp_path / "other"), root=root)
+    assert lone.returncode == 2 and not root.exists(), lone.stdout
+    assert lone.stdout.count("    oc.initialize()\n") >= 1 and "set ORCHESTRATOR_PROCESS_COUNT=1" in lone.stdout
+    assert "one of several of a job (ORCHESTRATOR_PROCESS_COUNT=2), but has not joined them" in lone.stdout
+    late = launched(LONE, str(root), str(tmp_path / "other"), "late", root=root)
+    assert late.returncode == 2 and not root.exists(), late.stdout
+    assert "oc.initialize() comes too late: JAX has its devices already" in late.stdout
+    evaluators = launched(LONE, str(root), str(tmp_path / "other"), "evaluator", root=root)
+    assert (evaluators.returncode, evaluators.stdout.count("] 5\n")) == (0, 2), evaluators.stdout
+    joined = launched(JOINED, str(root), root=root)
+    assert joined.returncode == 0, joined.stdout
+    assert "Place(process_index=1, process_count=2, host_name='host-1'" in joined.stdout
+    assert oc.open_run(root).all_steps() == [0]
+
+
+def test_a_sweep_under_srun_has_each_task_a_job_of_its_own(tmp_path: Path) -> None:
+    program = JOINED.replace("first.run_root == sys.argv[1]", "first.process_count == 1")
+    program = program.replace("oc.initialize(), oc.initialize()", "oc.initialize(), oc.initialize(); jax.devices()")
+    environ = {**os.environ, **SLURM, **ALONE, contract.RUN_ROOT: str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environ, cwd=REPOSITORY, timeout=DEADLINE_S, check=True)
+
+
 # JAX itself, in processes of their own. It decides at its import whether this is a machine with TPU chips.
 
 
@@ -135,24 +260,17 @@ def test_jax_joins_the_workers_of_a_tpu_slice(where: str) -> None:
 
 
 def test_one_task_a_node_keeps_all_devices_of_its_node() -> None:
-    alone = {
-        **SLURM,
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "1",
-        "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_PROCID": "0",
-        "SLURM_RESTART_COUNT": "3",
-    }
-    whole, shared = reports(
-        {**alone, "JAX_COORDINATOR_PORT": str(free_port())},
-        {**alone, "JAX_COORDINATOR_PORT": str(free_port()), "SLURM_STEP_NUM_NODES": "2"},
-    )
-    assert (whole["gpus"], whole["restarts"]) == ("all", "3")
-    assert shared["gpus"] == "0", "this is what JAX does by itself with a task of several"
+    """Two tasks on this machine, though their step says that each has a node; and two that share one."""
+    step = {**SLURM, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": "3"}
+    for nodes, gpus in (("2", ["all", "all"]), ("1", ["0", "1"])):
+        shared = {**step, "SLURM_STEP_NUM_NODES": nodes, "JAX_COORDINATOR_PORT": str(free_port())}
+        found = reports(*({**shared, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)))
+        assert [one["gpus"] for one in found] == gpus, "the latter is what JAX does by itself with a task of several"
+        assert [(one["index"], one["count"], one["restarts"]) for one in found] == [(0, 2, "3"), (1, 2, "3")]
 
 
 def test_a_pod_that_nothing_can_place_is_told_what_is_missing() -> None:
     process = start({"KUBERNETES_SERVICE_HOST": "10.0.0.1", contract.COMPLETION_INDEX: "0"})
     _, error = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
-    assert "rejected: JOB_COMPLETION_INDEX is set, but ORCHESTRATOR_PROCESS_COUNT is not" in error
+    assert "rejected: JOB_COMPLETION_INDEX=0 is set, but ORCHESTRATOR_PROCESS_COUNT is not" in error

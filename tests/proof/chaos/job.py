@@ -1,6 +1,6 @@
 """A campaign's job: its state at each step is a known function of the step, so that restored bits can be checked.
 
-python -m tests.proof.chaos.job ROOT STORY [key=value ...]      under a launcher (launch/contract.py)
+python -m tests.proof.chaos.job ROOT STORY [key=value ...]      under a launcher (orchestrator/rules/contract.py)
     steps=N     go on to step N
     kib=K       size of the state
     delay=S     seconds per step
