@@ -48,7 +48,7 @@ def main(root: str, steps: int) -> dict[str, object]:
         if restored:
             state, start = restored.state, restored.step + 1
         else:
-            state, start = jax.device_put(nnx.state(make()), everywhere), 0
+            state, start = jax.jit(lambda: nnx.state(make()), out_shardings=everywhere)(), 0
         loss = jnp.float32(0)
         for step in range(start, steps):
             x = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (16, 8))
@@ -62,7 +62,7 @@ def main(root: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `python -m launch local`; elsewhere: jax.distributed.initialize()
+    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
     if job:
         contract.initialize(job)
     parser = argparse.ArgumentParser(description=__doc__)

@@ -4,6 +4,7 @@ python -m examples.plain_jax --root=/tmp/run --steps=20     # again with more st
 """
 
 import argparse
+import functools
 import os
 
 import jax
@@ -23,8 +24,9 @@ def main(root: str, steps: int) -> dict[str, object]:
         "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole),
     }
 
+    @functools.partial(jax.jit, out_shardings={"w": rows, "key": whole})  # on the devices of all hosts
     def init():
-        return {"w": jnp.zeros((16, 4), device=rows), "key": jax.device_put(jax.random.key(0), whole)}
+        return {"w": jnp.zeros((16, 4)), "key": jax.random.key(0)}
 
     @jax.jit
     def train_step(state):
@@ -46,7 +48,7 @@ def main(root: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `python -m launch local`; elsewhere: jax.distributed.initialize()
+    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
     if job:
         contract.initialize(job)
     parser = argparse.ArgumentParser(description=__doc__)

@@ -46,7 +46,14 @@ from orchestrator.versions import warn_of_newer
 
 class Agent:
     """Saves and restores the state of one job in the run at `root`. Making it writes nothing: the first `save` or
-    `restore` opens a new epoch (incarnation), once nothing speaks against it.
+    `restore` opens a new epoch (incarnation), once nothing speaks against it. All processes of the job make one alike.
+
+    root: a directory, or gs://bucket/path; one place for all hosts. Made when something is saved.
+    save: when `save` saves: every(n), every_seconds(s), at([steps]), auto(max_loss_s), combined by |; None: each call.
+    keep: which steps stay: last(n), every_nth(n), best("metric", n), within(s), combined by |; None: all of them.
+    options: how it behaves, see Options; None: Options().
+    rendezvous: how the processes meet; None: by jax.distributed, if it is initialised, else this process is alone.
+    storage: where records are stored; None: what `root` names. This and `rendezvous` are for tests and embedding.
 
     Raises Damaged or NewerFormat if the root holds a journal that cannot be trusted, JournalLost if it holds steps and
     no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come. UsageError, the
@@ -110,6 +117,13 @@ class Agent:
         # end of the program waits for that save.
         if self._rendezvous.process == 0:
             self._deletion.start(self.epoch)
+
+    def __repr__(self) -> str:
+        me = self._rendezvous
+        epoch = "not opened yet" if self.epoch is None else f"epoch {self.epoch}"
+        saving = "" if self.in_flight is None else f", saving step {self.in_flight}"
+        failed = f", {self.failures} failed saves" if self.failures else ""
+        return f"<Agent {self._store.url}: process {me.process} of {me.count}, {epoch}{saving}{failed}>"
 
     # Questions.
 

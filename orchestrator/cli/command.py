@@ -9,19 +9,23 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from orchestrator import environment
+from orchestrator.cli import render
 from orchestrator.cli.render import Shown
 from orchestrator.errors import EXIT_OK, StepNotFound, UsageError
 from orchestrator.rules import journal
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.storage import open_storage
+from orchestrator.storage import Patience, open_storage
 
+STORE_DEADLINE_S = 20.0  # for one operation of a command; a job has more patience
 Flags = dict[str, Any]
 R = TypeVar("R")
 
@@ -92,12 +96,18 @@ class Command(Generic[R]):
 
 
 def open_store(root: str) -> JournalStore:
-    """The run at `root`, to which whoever runs the command signs what they write."""
+    """The run at `root`, to which whoever runs the command signs what they write. A store that does not answer is tried
+    for STORE_DEADLINE_S, not for as long as a job tries, and whoever waits at a terminal is told."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without a passwd entry
         user = str(os.getuid())
-    return JournalStore(open_storage(root), writer=f"cli/{user}@{socket.gethostname()}")
+    patience = Patience(environment.store_deadline_s(STORE_DEADLINE_S), _notify if sys.stderr.isatty() else None)
+    return JournalStore(open_storage(root, patience), writer=f"cli/{user}@{socket.gethostname()}")
+
+
+def _notify(text: str) -> None:
+    render.write_error(f"orchestrator: {text}")
 
 
 def live_step(store: JournalStore, step: int | None) -> LiveStep:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
-from orchestrator.cli import machine_checks, record_checks, render
+from orchestrator.cli import host_checks, machine_checks, record_checks, render
 from orchestrator.cli.command import EVENTS, Command, Flag, Flags, Result, open_store
 from orchestrator.cli.finding import LEVELS, RECOVER, ExaminedRun, Finding, Level
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError
@@ -32,6 +32,7 @@ CHECKS: dict[str, Check] = {
     "store": machine_checks.store,
     "durability": machine_checks.disk,
     "clocks": machine_checks.clocks,
+    "hosts": host_checks.hosts,
     "versions": machine_checks.versions,
 }
 # What can be checked where the journal's newest entry cannot be read.

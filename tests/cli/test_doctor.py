@@ -103,8 +103,8 @@ def quarantined(root: Path) -> None:
 
 
 def skewed_host(root: Path) -> None:
-    path = root / "events" / "00000.jsonl"
-    os.utime(path, (time.time() - 500,) * 2)
+    for path in (root / "events").glob("00000.*"):
+        os.utime(path, (time.time() - 500,) * 2)
 
 
 @pytest.mark.parametrize(
