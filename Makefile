@@ -1,8 +1,10 @@
-# Everything runs from .venv, which `make setup` builds from requirements.lock; each target calls it by itself.
+# Everything runs from .venv, which `make setup` builds from the lock for its Python; each target calls it by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+# JAX ended its releases for Python 3.11 at 0.10.2: later Pythons have a lock of their own.
+LOCK = requirements-$$($(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').lock
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock check test test-gcs-servers test-slurm test-image demo bitrot unreadable bench chaos docs format clean
@@ -11,26 +13,28 @@ help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # A content key, not file times: a fresh checkout, a branch switch or a restored cache must not be mistaken for a change.
-setup: ## make .venv from requirements.lock (needs only Python 3.11+ and make)
+setup: ## make .venv from the lock for PYTHON (needs only Python 3.11+ and make)
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: $(PYTHON) not found; say which: make setup PYTHON=python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make setup: Python 3.11 or newer is needed, $(PYTHON) is older; say which: make setup PYTHON=python3.11" >&2; exit 2; }
-	@set -e; key=$$(cat requirements.lock pyproject.toml | cksum); \
+	@set -e; lock=$(LOCK); key=$$({ cat $$lock pyproject.toml; $(PYTHON) -V; } | cksum); \
 	if [ -x $(BIN)/python ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$key" ]; then exit 0; fi; \
-	echo "make setup: building $(VENV) from requirements.lock"; \
+	echo "make setup: building $(VENV) from $$lock"; \
 	rm -f $(STAMP); \
-	$(PYTHON) -m venv $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
+	$(PYTHON) -m venv --clear $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $$lock; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	echo "$$key" > $(STAMP)
 
 # uv keeps the pins that are there and still fit pyproject.toml: a new version is an edit of its line, or of the bounds.
-lock: setup ## make requirements.lock again from pyproject.toml: pins stay, hashes are the index's
+lock: setup ## make both locks again from pyproject.toml: pins stay, hashes are the index's
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
-	  $(BIN)/uv pip compile pyproject.toml - --extra=train --extra=grain --extra=dev --extra=traces --extra=safetensors --python-version=3.11 --generate-hashes \
-	    --no-annotate --no-header --quiet --output-file=requirements.lock
-	@sed -i '1i # Every package of `make setup`, pinned with all it needs, and the hashes of all its files on the index, whatever their\n# platform and Python; setuptools builds the editable install. `make lock` makes it.' requirements.lock
+	@set -e; for version in 3.11 3.12; do lock=requirements-$$version.lock; \
+	  $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
+	    $(BIN)/uv pip compile pyproject.toml - --extra=train --extra=grain --extra=dev --extra=traces --extra=safetensors \
+	      --python-version=$$version --generate-hashes --no-annotate --no-header --quiet --output-file=$$lock; \
+	  sed -i '1i # Every package of `make setup`, pinned with all it needs, and the hashes of all its files on the index, whatever their\n# platform and Python; setuptools builds the editable install. `make lock` makes it.' $$lock; \
+	done
 
 check: setup ## ruff, format, mypy --strict, import directions
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ from orchestrator.run.deletion import BackgroundDeletion
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from orchestrator.storage.port import Storage
+from orchestrator.versions import warn_of_newer
 
 
 class Agent:
@@ -77,6 +78,7 @@ class Agent:
         if keep is not None:
             keeps("keep", keep)
         store = storage or open_storage(root)  # before any barrier: what is no root is rejected at once
+        warn_of_newer()
         timeout_s = self.options.rendezvous_timeout_s
         me = self._rendezvous = rendezvous or connect(timeout_s)
         peer_failure.register(self, self.options.failure_grace_s)

@@ -19,7 +19,7 @@ CLASS_LINES_MAX = 250
 
 # The rooms, lowest first.
 ROOMS = (
-    ("leaves", "errors texts environment failpoints gc_pause"),
+    ("leaves", "errors texts environment failpoints gc_pause versions"),
     ("rules", "rules options policy"),  # options and policy are pure values that users make
     ("storage and observe", "storage observe"),
     ("run and arrays", "run arrays"),

@@ -1,4 +1,4 @@
-"""requirements.lock: all that `make setup` installs, each at one version, with hashes, within pyproject's bounds."""
+"""The locks of Python 3.11 and of later ones: what `make setup` installs, with hashes, within pyproject's bounds."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCKS = ("requirements-3.11.lock", "requirements-3.12.lock")
 EXTRAS = ("train", "grain", "dev", "gke", "traces", "safetensors")
 
 
-def pins() -> dict[str, tuple[str, list[str]]]:
+def pins(lock: str) -> dict[str, tuple[str, list[str]]]:
     """Name -> (version, hashes)."""
-    text = re.sub(r"^#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^#.*\n", "", (ROOT / lock).read_text(), flags=re.MULTILINE)
     found = {}
     for entry in text.replace("\\\n", " ").splitlines():
         pin, *hashes = entry.split()
@@ -26,14 +28,16 @@ def pins() -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def test_every_pin_has_the_hashes_of_its_files() -> None:
-    assert len(pins()) > 90
-    for name, (_, hashes) in pins().items():
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_pin_has_the_hashes_of_its_files(lock: str) -> None:
+    assert len(pins(lock)) > 90
+    for name, (_, hashes) in pins(lock).items():
         assert hashes and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes), name
 
 
-def test_what_the_project_needs_is_pinned_within_its_bounds() -> None:
-    locked = pins()
+@pytest.mark.parametrize("lock", LOCKS)
+def test_what_the_project_needs_is_pinned_within_its_bounds(lock: str) -> None:
+    locked = pins(lock)
     project = PROJECT["project"]
     needed = [*PROJECT["build-system"]["requires"], *project["dependencies"]]
     needed += [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
@@ -45,7 +49,6 @@ def test_what_the_project_needs_is_pinned_within_its_bounds() -> None:
 
 def test_the_lock_is_installed_by_its_hashes_only() -> None:
     for file, command in (("Makefile", "pip install"), ("docker/Dockerfile", "pip download")):
-        (line,) = [
-            line for line in (ROOT / file).read_text().splitlines() if command in line and "requirements.lock" in line
-        ]
+        lines = (ROOT / file).read_text().splitlines()
+        (line,) = [line for line in lines if command in line and re.search("-r |--requirement=", line)]
         assert "--require-hashes" in line, line

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from orchestrator.errors import UsageError
 
@@ -26,8 +28,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _entered = threading.local()
 _TRACING = "called while JAX traces a function; save and restore outside of jax.jit and the like"
 
+_NO_MESH = Mesh(np.empty((), object), ())  # what JAX has before a mesh is set; `set_mesh(None)` says so from 0.10 only
+
 _SETTINGS: tuple[Callable[[], Any], ...] = (
-    lambda: jax.set_mesh(None),
+    lambda: jax.set_mesh(_NO_MESH),
     lambda: jax.transfer_guard("allow"),
     lambda: jax.disable_jit(False),
     lambda: jax.default_device(None),

@@ -1,4 +1,4 @@
-"""All that this package uses of JAX's internals (jax 0.10.2), each with why no public name will do. Nothing else
+"""All that this package uses of JAX's internals (jax 0.8 to 0.12), each with why no public name will do. Nothing else
 imports `jax._src` or reads a private attribute of JAX's objects. tests/arrays/test_private_apis.py watches every one.
 """
 

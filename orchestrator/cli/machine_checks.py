@@ -14,6 +14,7 @@ from orchestrator.cli import render
 from orchestrator.cli.finding import CLOCK_S, ExaminedRun, Finding
 from orchestrator.observe.event_log import Tail
 from orchestrator.storage import Exists
+from orchestrator.versions import newer
 
 _LOST_FSYNC_S = 20e-6  # no disk is faster; a file system in memory is
 _VOLATILE = {"tmpfs": "is in memory", "ramfs": "is in memory", "overlay": "may belong to a container"}
@@ -140,7 +141,7 @@ def clocks(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def versions(run: ExaminedRun) -> Iterator[Finding]:
-    """The installed libraries against the bounds that this package was tested with."""
+    """The installed libraries against the oldest that this package works with, and the newest it was tested with."""
     from packaging.requirements import Requirement
 
     try:
@@ -158,10 +159,12 @@ def versions(run: ExaminedRun) -> Iterator[Finding]:
             yield Finding("versions", "bad", f"{requirement.name} is missing", f"pip install '{requirement}'")
             continue
         if have not in requirement.specifier:
-            text = f"{requirement.name} {have}, tested with {requirement.specifier}"
+            text = f"{requirement.name} {have}, expected {requirement.specifier}"
             yield Finding("versions", "warn", text, f"pip install '{requirement}'")
         elif requirement.name in ("jax", "orbax-checkpoint", "tensorstore"):
             installed.append(f"{requirement.name} {have}")
+    for line in newer():
+        yield Finding("versions", "warn", line, f"if something is amiss: pip install --upgrade {_PACKAGE}")
     yield Finding("versions", "ok", f"{_PACKAGE} {metadata.version(_PACKAGE)}, {', '.join(installed)}")
 
 

@@ -44,8 +44,9 @@ def info(step: int, time_s: float, metrics: dict[str, float] | None) -> StepInfo
 def check(options: Any, defaults: Any) -> None:
     """Raises UsageError naming the first option that cannot be honoured here."""
     for name, instead in REJECTED.items():
-        if getattr(options, name) != getattr(defaults, name):
-            raise UsageError(f"CheckpointManagerOptions({name}={getattr(options, name)!r}): not supported; {instead}")
+        given = getattr(options, name, None)  # older versions of Orbax lack some
+        if given != getattr(defaults, name, None):
+            raise UsageError(f"CheckpointManagerOptions({name}={given!r}): not supported; {instead}")
     if type(options.save_decision_policy).__name__ == "ContinuousCheckpointingPolicy":
         raise UsageError(
             "CheckpointManagerOptions(save_decision_policy=ContinuousCheckpointingPolicy): it goes by each "

@@ -122,7 +122,7 @@ def test_the_coordination_client_is_where_we_look_for_it() -> None:
 def test_python_runs_our_end_before_pools_take_no_more_work() -> None:
     """Without it the last save of a program that does not close its agent is lost: test_leaving has the cases."""
     assert leaving._before_threads_end is threading._register_atexit  # type: ignore[attr-defined]
-    hooks = [hook.func.__module__ for hook in threading._threading_atexits]  # type: ignore[attr-defined]
+    hooks = [getattr(hook, "func", hook).__module__ for hook in threading._threading_atexits]  # type: ignore[attr-defined]
     assert "concurrent.futures.thread" in hooks
 
 

@@ -94,10 +94,8 @@ class Keeps:
 def _scores(policy: Any) -> Iterator[Callable[[Any], float] | None]:
     """The scores that a policy of Orbax's goes by; None for a policy that is not Orbax's."""
     managers = ocp.checkpoint_managers
-    by_step_or_time = (
-        *(managers.LatestN, managers.LatestDuration, managers.EveryNSeconds, managers.EveryNSteps),
-        *(managers.EveryNStepsClosest, managers.CustomSteps),
-    )
+    names = ("LatestN", "LatestDuration", "EveryNSeconds", "EveryNSteps", "EveryNStepsClosest", "CustomSteps")
+    by_step_or_time = [getattr(managers, name) for name in names if hasattr(managers, name)]  # each came with a version
     if type(policy) is managers.AnyPreservationPolicy:
         for each in policy.policies:
             yield from _scores(each)

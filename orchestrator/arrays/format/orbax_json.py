@@ -90,7 +90,7 @@ def parse(body: bytes, kind: type[Kind], where: str) -> Kind:
         return msgspec.convert(value, kind)
     except RecursionError as error:
         raise Damaged(f"{where}: nested too deeply to be Orbax's") from error
-    except ValueError as error:  # not UTF-8, not JSON, or (msgspec's own) not of the kind
+    except (ValueError, msgspec.ValidationError) as error:  # not UTF-8, not JSON, or not of the kind
         raise Damaged(f"{where}: not what Orbax writes: {error}") from error
 
 
