@@ -29,6 +29,7 @@ from orchestrator.job.save_sequence import Given, SaveSequence
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.job.signals import Signals
 from orchestrator.job.startup import agree_at_start
+from orchestrator.job.takeover import Holder, Takeover
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Closed, EpochOpened, emit
 from orchestrator.observe.telemetry import Telemetry
@@ -45,7 +46,8 @@ from orchestrator.storage.port import Storage
 
 class Agent:
     """Saves and restores the state of one job in the run at `root`. Making it writes nothing: the first `save` or
-    `restore` opens a new epoch (incarnation), once nothing speaks against it.
+    `restore` opens a new epoch (incarnation), once nothing speaks against it. It then takes over from an older agent of
+    this process on the same root, for whose save in flight it waits when it is made.
 
     Raises Damaged or NewerFormat if the root holds a journal that cannot be trusted, JournalLost if it holds steps and
     no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come. UsageError, the
@@ -76,8 +78,17 @@ class Agent:
         failpoints.configure(os.environ, me.process)
         self._store = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
         given = configuration.of_agent(policy, keep, self.options)
+        self._takeover = Takeover(store, me)
+        self._takeover.wait()
         incarnation_id = agree_at_start(self._store, me, "open the run", given, timeout_s)
-        self._opening = Opening(self._store, me, timeout_s, self._opened, other_tree=self.options.other_tree)
+        self._opening = Opening(
+            self._store,
+            me,
+            timeout_s,
+            self._opened,
+            other_tree=self.options.other_tree,
+            take_over=self._takeover.take_over,
+        )
         self._schedule = SaveSchedule(policy, me, timeout_s)
         self._deletion = BackgroundDeletion(self._store)
         signals = Signals(me, incarnation_id)
@@ -94,6 +105,7 @@ class Agent:
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._lifetime = leaving.Lifetime(self, self._store.url, self._listening.stop, self._telemetry.close)
+        self._holder = Holder(self._lifetime, self._saves, self._finish, timeout_s)
         heartbeat.record("opened", None)
 
     def _opened(self, epoch: int) -> None:
@@ -101,6 +113,7 @@ class Agent:
         self._participants.opened(epoch)
         self._schedule.opened(self._store)
         self._telemetry.opened(epoch)
+        self._takeover.opened(self._holder)
         emit(EpochOpened(epoch, self._store.url, self._rendezvous.count))
 
     def _committed(self) -> None:
@@ -193,6 +206,8 @@ class Agent:
             self._saves.note_outcome(raise_now=True)
             if not (self.should_save(step) or force):
                 return False
+            if self.epoch is None:
+                self._takeover.wait()
             return self._saves.save(arguments.step(step), state, Given(metrics, extra, process_state))
 
     def restore(
@@ -208,6 +223,8 @@ class Agent:
         """
         with self._lifetime.used_by_one("restore"):
             self.wait_until_finished()
+            if self.epoch is None:
+                self._takeover.wait()
             options = RestoreOptions(
                 self.options.rendezvous_timeout_s,
                 step=step,
@@ -230,9 +247,11 @@ class Agent:
     def close(self) -> None:
         """Wait for the save in flight, leave together with the other processes, end background work. Idempotent.
 
-        Raises what the last save raised, as `wait_until_finished`.
+        Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again.
         """
         if not self._lifetime.close():
+            if self.in_flight is not None:
+                self._saves.wait()
             return
         try:
             self._saves.wait()
@@ -245,8 +264,9 @@ class Agent:
     def finish(self) -> OrchestratorError | None:
         """`close`, for a program that is failing or ends: finishes this process's save, but waits at no barrier for
         others, who may not come. Returns why that save, or an earlier one of which nobody has heard yet, is lost."""
-        if not self._lifetime.close():
-            return None
+        return self._finish() if self._lifetime.close() else None
+
+    def _finish(self) -> OrchestratorError | None:
         self._deletion.stop()
         try:
             return self._saves.finish()
