@@ -35,7 +35,7 @@ def command_line() -> str:
     parts = ["# Command line, from the code", "What `--help` says. [With outputs](cli.md)."]
     for program, main, commands in (
         ("orchestrator", cli.main, cli.COMMANDS),
-        ("python -m launch", launch.main, launch.COMMANDS),
+        ("orchestrator launch", launch.main, launch.COMMANDS),
     ):
         parts += [f"```text\n{_said(main, ['--help'])}```"]
         for name in commands:

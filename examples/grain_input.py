@@ -1,8 +1,8 @@
 """Grain: each process reads its share of the data and saves its iterator's position beside the state; a job that comes
 back on another number of processes goes on with exactly the examples that it had not seen.
 
-python -m launch local --processes 2 -- python -m examples.grain_input --root=/tmp/run --steps=10
-python -m launch local --processes 1 -- python -m examples.grain_input --root=/tmp/run --steps=20
+orchestrator launch local --processes 2 -- python -m examples.grain_input --root=/tmp/run --steps=10
+orchestrator launch local --processes 1 -- python -m examples.grain_input --root=/tmp/run --steps=20
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main(root: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `python -m launch local`; elsewhere: jax.distributed.initialize()
+    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
     if job:
         contract.initialize(job)
     parser = argparse.ArgumentParser(description=__doc__)

@@ -62,7 +62,7 @@ def main(root: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `python -m launch local`; elsewhere: jax.distributed.initialize()
+    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
     if job:
         contract.initialize(job)
     parser = argparse.ArgumentParser(description=__doc__)

@@ -1,6 +1,6 @@
 """A loop written for Orbax, moved over by its one import; `--with_orbax` runs it with the real one, for comparison.
 
-python -m launch local --processes 2 -- python -m examples.orbax_loop --root=/tmp/run --steps=20
+orchestrator launch local --processes 2 -- python -m examples.orbax_loop --root=/tmp/run --steps=20
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(root: str, steps: int, ocp: ModuleType = ocp) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    job = contract.from_environment(os.environ)  # `python -m launch local`; elsewhere: jax.distributed.initialize()
+    job = contract.from_environment(os.environ)  # `orchestrator launch local`; elsewhere: jax.distributed.initialize()
     if job:
         contract.initialize(job)
     parser = argparse.ArgumentParser(description=__doc__)

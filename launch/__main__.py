@@ -1,4 +1,5 @@
-"""`python -m launch COMMAND`: starts jobs. Each command reads its own flags; everything after `--` is the job's."""
+"""`orchestrator launch COMMAND`, or `python -m launch COMMAND`: starts jobs. Each command reads its own
+flags; everything after `--` is the job's."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import command
+from launch import command, programs
 from launch.command import EXIT_USAGE, LaunchError
 from launch.engines import gke, local, slurm, tpu_vm
 from launch.supervise import RestartPolicy
@@ -18,7 +19,7 @@ from orchestrator.environment import FAILPOINTS
 from orchestrator.errors import UsageError
 
 LOCAL_HELP = """\
-usage: python -m launch local --processes N [flags] -- PROGRAM [ARGUMENT...]
+usage: orchestrator launch local --processes N [flags] -- PROGRAM [ARGUMENT...]
 
 Starts N JAX processes on this machine, puts each one's name before its output, and ends with the job's exit code
 (128 + signal for a signal). When one process fails or hangs the others are ended; --max_restarts starts the job again,
@@ -28,8 +29,8 @@ second one kills them all. A closed terminal stops the job as SIGTERM does, unle
 the output.
 
 examples:
-  python -m launch local --processes 4 --devices_per_process 2 -- python -m launch.train --root=/tmp/run --steps=200
-  python -m launch local --processes 2 --max_restarts 3 --log_dir /tmp/logs -- python train.py
+  orchestrator launch local --processes 4 --devices_per_process 2 -- orchestrator launch train --root=/tmp/run
+  orchestrator launch local --processes 2 --max_restarts 3 --log_dir /tmp/logs -- python train.py
 """
 
 # Flags of its own, not absl's global set: there `log_dir` means something else, and the job's flags are not ours.
@@ -127,8 +128,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code: 2 for wrong usage, otherwise the job's."""
-    usage = "usage: python -m launch COMMAND ...\n\ncommands (each has --help):\n" + "\n".join(
-        f"  {name:<8} {about}" for name, (_, about) in COMMANDS.items()
+    rows = {name: about for name, (_, about) in (COMMANDS | programs.PROGRAMS).items()}
+    usage = "usage: orchestrator launch COMMAND ...\n\ncommands (each has --help):\n" + "\n".join(
+        f"  {name:<12} {about}" for name, about in rows.items()
     )
     if len(argv) < 2:
         print(usage, file=sys.stderr)
@@ -136,8 +138,10 @@ def main(argv: Sequence[str]) -> int:
     if argv[1] in ("-h", "-help", "--help", "help"):
         print(usage)
         return 0
+    if argv[1] in programs.PROGRAMS:
+        return programs.run(argv[1:])
     if argv[1] not in COMMANDS:
-        print(f"launch: no command {argv[1]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"launch: no command {argv[1]!r}; choose from {', '.join(rows)}", file=sys.stderr)
         return EXIT_USAGE
     return COMMANDS[argv[1]][0](argv[2:])
 

@@ -287,7 +287,7 @@ def _detect(contract: DetectedContract, environ: MutableMapping[str, str]) -> No
     if contract.detection is Detection.KUBERNETES and importlib.util.find_spec("kubernetes") is None:
         raise ContractError(
             f"{COMPLETION_INDEX} is set, but {PROCESS_COUNT} is not, and JAX's own Kubernetes detection needs the "
-            "package `kubernetes`: set the variables (`python -m launch gke` writes them), or install jax[k8s]"
+            "package `kubernetes`: set the variables (`orchestrator launch gke` writes them), or install jax[k8s]"
         )
     jax.distributed.initialize(
         coordinator_bind_address=_detected_bind_address(contract, environ),

@@ -1,4 +1,4 @@
-"""`python -m launch.health`: is the job in this container alive? Exit code 0 or 1, for probes and health checks.
+"""`orchestrator launch health`: is the job in this container alive? Exit code 0 or 1, for probes and health checks.
 
 Judged by the heartbeat file that the agent's own calls write (`orchestrator.observe.heartbeat`): alive while there is
 none yet (it is starting) or while it is younger than `--max_age_s`; `--started` asks whether there is one. Imports
@@ -14,7 +14,7 @@ VARIABLE = "ORCHESTRATOR_HEARTBEAT_FILE"  # as in `orchestrator.environment`, wh
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.health")
+    parser = argparse.ArgumentParser(prog="orchestrator launch health")
     parser.add_argument("--max_age_s", type=float, default=900.0, help="older than this is hung (default 900)")
     parser.add_argument("--started", action="store_true", help="no heartbeat yet is a failure")
     flags = parser.parse_args()

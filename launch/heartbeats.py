@@ -1,4 +1,5 @@
-"""What a supervisor reads of its hosts: the heartbeat files of the agents (`orchestrator.observe.heartbeat`)."""
+"""What a supervisor reads of its hosts: the heartbeat files of the agents (`orchestrator.observe.heartbeat`), of their
+main threads and, beside those, of their pulses."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from launch import plainfile
+from orchestrator.rules.stalls import Sign
 
 _MOST_BYTES = 1 << 16
 _DOING_CHARS = 200
+_PULSE = ".pulse"  # as in `orchestrator.observe.heartbeat`
 
 
 class Heartbeats:
@@ -24,6 +27,7 @@ class Heartbeats:
         self.steps: dict[int, int] = {}
         self.doing: dict[int, str] = {}
         self.pids: dict[int, int] = {}
+        self._pulses: dict[int, tuple[int, float, dict[str, Any]]] = {}  # as `_seen`, with what it said
 
     def path(self, index: int) -> Path:
         return self.directory / str(index)
@@ -37,23 +41,50 @@ class Heartbeats:
         except OSError:
             return {}
         for name in names:
-            if not (name.isascii() and name.isdecimal()):
+            main = name.removesuffix(_PULSE)
+            if not (main.isascii() and main.isdecimal()):
                 continue  # a file about to be moved into place
-            index = int(name)
+            index = int(main)
+            seen: tuple[Any, ...] | None = (self._seen if main == name else self._pulses).get(index)
             try:
                 stamp = os.stat(self.directory / name).st_mtime_ns
-                if self._seen.get(index, (0, 0.0))[0] == stamp:
+                if seen and seen[0] == stamp:
                     continue
                 fields = _fields(plainfile.read_text(self.directory / name, _MOST_BYTES))
             except (OSError, ValueError, RecursionError):
                 continue
-            self._seen[index] = (stamp, now_s)
-            if type(step := fields.get("step")) is int:  # True is an int, too
-                self.steps[index] = step
-            if type(pid := fields.get("pid")) is int:
-                self.pids[index] = pid
-            self.doing[index] = f"{fields.get('doing')} at step {fields.get('step')}"[:_DOING_CHARS]
+            if main == name:
+                self._note(index, fields)
+                self._seen[index] = (stamp, now_s)
+            else:
+                self._pulses[index] = (stamp, now_s, fields)
         return {index: now_s - seen_s for index, (_, seen_s) in self._seen.items()}
+
+    def _note(self, index: int, fields: dict[str, Any]) -> None:
+        if type(step := fields.get("step")) is int:  # True is an int, too
+            self.steps[index] = step
+        if type(pid := fields.get("pid")) is int:
+            self.pids[index] = pid
+        self.doing[index] = f"{fields.get('doing')} at step {fields.get('step')}"[:_DOING_CHARS]
+
+    def signs(self, now_s: float) -> dict[int, Sign]:
+        """`poll`, with what the pulses say: a sign of life of each host that ever recorded a heartbeat."""
+        silent_s = self.poll(now_s)
+        return {index: self._sign(index, idle_s, now_s) for index, idle_s in silent_s.items()}
+
+    def _sign(self, index: int, idle_s: float, now_s: float) -> Sign:
+        step = self.steps.get(index)
+        if index not in self._pulses:
+            return Sign(idle_s, None, step)
+        _, seen_s, said = self._pulses[index]
+        steps, barrier = said.get("steps"), said.get("barrier")
+        return Sign(
+            idle_s,
+            now_s - seen_s,
+            step,
+            steps if type(steps) is int else None,
+            barrier=barrier[:_DOING_CHARS] if isinstance(barrier, str) else "",
+        )
 
     def close(self) -> None:
         for _ in range(3):  # whatever is ending may write once more

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from launch.contract import EXIT_PREEMPTED
+from orchestrator.rules import stalls
 
 # A second start cannot fix these: wrong usage stays wrong, what was found damaged or lost stays so, a fenced job would
 # fence its own successor in turn, and where nothing can be restored nothing will be.
@@ -53,8 +54,9 @@ class Exit:
 class RestartPolicy:
     """What the user chose. `end_grace_s` is between SIGTERM and SIGKILL for the others of a failed process;
     `stop_grace_s` between an operator's signal and SIGKILL, long enough for a last save. `hang_after_s`: a process
-    whose newest heartbeat is so old is taken for hung (0: never). `backoff_s` before the
-    first restart, doubled up to `backoff_max_s` for each further one that came no further than one before it.
+    whose newest heartbeat is so old is taken for hung, if it is the one that holds the others up (0: never).
+    `backoff_s` before the first restart, doubled up to `backoff_max_s` for each further one that came no further than
+    one before it.
     `step_back_after`: after so many deaths at the same step the job resumes one step earlier. Preemptions count
     against `max_preemptions`, not against `max_restarts`. `elastic` (least, most): hosts of a restart, as many as are
     there."""
@@ -221,13 +223,13 @@ def stopped_between(history: JobHistory) -> Finish:
     return Finish(code, f"stopped before the restart; the job ends with {code}: {_named(history.last)}")
 
 
-def on_silence(state: State, silent_s: Mapping[int, float]) -> tuple[State, tuple[Effect, ...]]:
-    """`silent_s`: seconds since the newest heartbeat, where there was one. Kills the hung; their end ends the job."""
+def on_silence(state: State, signs: Mapping[int, stalls.Sign]) -> tuple[State, tuple[Effect, ...]]:
+    """`signs`: of the hosts that recorded a heartbeat. Kills the hung, and not those that wait for them; their end ends
+    the job."""
     limit_s = state.policy.hang_after_s
     if not limit_s or state.cause is not None or state.stop_signal is not None:
         return state, ()
-    hung = frozenset(index for index in state.running if silent_s.get(index, 0.0) > limit_s)
-    # Where all are silent, one of them holds the others up: which one cannot be seen from outside.
+    hung = stalls.hung({index: sign for index, sign in signs.items() if index in state.running}, limit_s)
     if not hung:
         return state, ()
     return replace(state, hung=hung), (SendSignal(hung, signal.SIGKILL, 0.0),)

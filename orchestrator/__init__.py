@@ -1,15 +1,22 @@
 """Checkpoint orchestrator for multi-process JAX jobs. Start with `Agent`; read-only users with `open_run`.
 
-Names are imported when they are first used: reading a run's journal needs no JAX, and `orchestrator ls` starts at once.
+    import orchestrator as oc
+
+    with oc.Agent("my-run", save=oc.every(100) | oc.every_seconds(600), keep=oc.last(5) | oc.best("loss")) as agent:
+        restored = agent.restore(like)     # None in a new run
+        agent.save(step, state, metrics={"loss": loss})
+
+When to save: every, every_seconds, at, auto. What to keep: last, every_nth, best, within. Each is combined by `|`.
 """
 
-from __future__ import annotations
+# Names are imported when they are first used: reading a run's journal needs no JAX, and `orchestrator ls` starts at
+# once. What this file needs itself begins with _: whoever presses Tab after `oc.` sees the public names only.
+import ast as _ast
+import importlib as _importlib
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
-import ast
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from orchestrator.job.peer_failure import install_excepthook
+from orchestrator.job.peer_failure import install_excepthook as _install_excepthook
 
 # The one list of what is imported on first use: type checkers follow it, and `_homes` reads it out of this file.
 if TYPE_CHECKING:
@@ -52,15 +59,17 @@ if TYPE_CHECKING:
     )
     from orchestrator.reader import Run as Run, open_run as open_run
     from orchestrator.rules.save_interval import Cadence as Cadence
+
     # isort: on
+    __version__: str
 
 
 def _homes() -> dict[str, str]:
     """The module of each name that is imported on first use."""
     with open(__file__, encoding="utf-8") as file:
-        body = ast.parse(file.read()).body
-    (listed,) = (node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    imports = (node for node in listed.body if isinstance(node, ast.ImportFrom))
+        body = _ast.parse(file.read()).body
+    (listed,) = (node for node in body if isinstance(node, _ast.If) and _ast.unparse(node.test) == "TYPE_CHECKING")
+    imports = (node for node in listed.body if isinstance(node, _ast.ImportFrom))
     return {alias.name: node.module or "" for node in imports for alias in node.names}
 
 
@@ -69,13 +78,24 @@ __all__ = sorted(_HOME_OF)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, "__version__", *(name for name in globals() if name.startswith("__"))})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("checkpoint-orchestrator")
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
+        return "0+not-installed"
 
 
 if not TYPE_CHECKING:  # to a type checker, any name at all would be one of ours
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> _Any:
+        if name == "__version__":
+            return _version()
         if name not in _HOME_OF:
             raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")
-        install_excepthook()
-        return getattr(importlib.import_module(_HOME_OF[name]), name)
+        _install_excepthook()
+        return getattr(_importlib.import_module(_HOME_OF[name]), name)

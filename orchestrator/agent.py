@@ -46,8 +46,15 @@ from orchestrator.storage.port import Storage
 
 class Agent:
     """Saves and restores the state of one job in the run at `root`. Making it writes nothing: the first `save` or
-    `restore` opens a new epoch (incarnation), once nothing speaks against it. It then takes over from an older agent of
-    this process on the same root, for whose save in flight it waits when it is made.
+    `restore` opens a new epoch (incarnation), if nothing speaks against it, and takes over from an older agent of this
+    process, whose save in flight is waited for before. All processes of the job make one alike.
+
+    root: a directory, or gs://bucket/path; one place for all hosts. Made when something is saved.
+    save: when `save` saves: every(n), every_seconds(s), at([steps]), auto(max_loss_s), combined by |; None: each call.
+    keep: which steps stay: last(n), every_nth(n), best("metric", n), within(s), combined by |; None: all of them.
+    options: how it behaves, see Options; None: Options().
+    rendezvous: how the processes meet; None: by jax.distributed, if it is initialised, else this process is alone.
+    storage: where records are stored; None: what `root` names. This and `rendezvous` are for tests and embedding.
 
     Raises Damaged or NewerFormat if the root holds a journal that cannot be trusted, JournalLost if it holds steps and
     no journal, StorageError if it cannot be read, WaitTimeout naming the processes that did not come. UsageError, the
@@ -67,8 +74,7 @@ class Agent:
         self.options = Options() if options is None else options
         if not isinstance(self.options, Options):
             raise arguments.rejection("options", options, "orchestrator.Options(...)")
-        policy = every(1) if save is None else save
-        saves("save", policy)
+        saves("save", policy := every(1) if save is None else save)
         if keep is not None:
             keeps("keep", keep)
         store = storage or open_storage(root)  # before any barrier: what is no root is rejected at once
@@ -78,17 +84,10 @@ class Agent:
         failpoints.configure(os.environ, me.process)
         self._store = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
         given = configuration.of_agent(policy, keep, self.options)
-        self._takeover = Takeover(store, me)
-        self._takeover.wait()
+        self._takeover = Takeover(store, me).wait()
         incarnation_id = agree_at_start(self._store, me, "open the run", given, timeout_s)
-        self._opening = Opening(
-            self._store,
-            me,
-            timeout_s,
-            self._opened,
-            other_tree=self.options.other_tree,
-            take_over=self._takeover.take_over,
-        )
+        take_over, other_tree = self._takeover.take_over, self.options.other_tree
+        self._opening = Opening(self._store, me, timeout_s, self._opened, other_tree=other_tree, take_over=take_over)
         self._schedule = SaveSchedule(policy, me, timeout_s)
         self._deletion = BackgroundDeletion(self._store)
         signals = Signals(me, incarnation_id)
@@ -105,7 +104,6 @@ class Agent:
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._lifetime = leaving.Lifetime(self, self._store.url, self._listening.stop, self._telemetry.close)
-        self._holder = Holder(self._lifetime, self._saves, self._finish, timeout_s)
         heartbeat.record("opened", None)
 
     def _opened(self, epoch: int) -> None:
@@ -113,7 +111,7 @@ class Agent:
         self._participants.opened(epoch)
         self._schedule.opened(self._store)
         self._telemetry.opened(epoch)
-        self._takeover.opened(self._holder)
+        self._takeover.opened(Holder(self._lifetime, self._saves, self.finish))
         emit(EpochOpened(epoch, self._store.url, self._rendezvous.count))
 
     def _committed(self) -> None:
@@ -121,6 +119,13 @@ class Agent:
         # end of the program waits for that save.
         if self._rendezvous.process == 0:
             self._deletion.start(self.epoch)
+
+    def __repr__(self) -> str:
+        me = self._rendezvous
+        epoch = "not opened yet" if self.epoch is None else f"epoch {self.epoch}"
+        saving = "" if self.in_flight is None else f", saving step {self.in_flight}"
+        failed = f", {self.failures} failed saves" if self.failures else ""
+        return f"<Agent {self._store.url}: process {me.process} of {me.count}, {epoch}{saving}{failed}>"
 
     # Questions.
 
@@ -206,8 +211,7 @@ class Agent:
             self._saves.note_outcome(raise_now=True)
             if not (self.should_save(step) or force):
                 return False
-            if self.epoch is None:
-                self._takeover.wait()
+            self._takeover.wait()
             return self._saves.save(arguments.step(step), state, Given(metrics, extra, process_state))
 
     def restore(
@@ -223,8 +227,7 @@ class Agent:
         """
         with self._lifetime.used_by_one("restore"):
             self.wait_until_finished()
-            if self.epoch is None:
-                self._takeover.wait()
+            self._takeover.wait()
             options = RestoreOptions(
                 self.options.rendezvous_timeout_s,
                 step=step,
@@ -246,12 +249,10 @@ class Agent:
 
     def close(self) -> None:
         """Wait for the save in flight, leave together with the other processes, end background work. Idempotent.
-
         Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again.
         """
         if not self._lifetime.close():
-            if self.in_flight is not None:
-                self._saves.wait()
+            self._saves.settle()
             return
         try:
             self._saves.wait()
@@ -261,12 +262,11 @@ class Agent:
             emit(Closed(self.failures))
             self._leave()
 
-    def finish(self) -> OrchestratorError | None:
+    def finish(self, state: str = leaving.CLOSED) -> OrchestratorError | None:
         """`close`, for a program that is failing or ends: finishes this process's save, but waits at no barrier for
         others, who may not come. Returns why that save, or an earlier one of which nobody has heard yet, is lost."""
-        return self._finish() if self._lifetime.close() else None
-
-    def _finish(self) -> OrchestratorError | None:
+        if not self._lifetime.close(state):
+            return None
         self._deletion.stop()
         try:
             return self._saves.finish()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from orchestrator.rules import arguments
@@ -59,6 +59,10 @@ class Options:
     metrics_address: str = "127.0.0.1"
     metrics_file: str | None = None
     traces: bool = False
+
+    def __repr__(self) -> str:
+        changed = (field for field in fields(self) if getattr(self, field.name) != field.default)
+        return f"Options({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in changed)})"
 
     def __post_init__(self) -> None:
         for name in ("async_save", "compression", "other_tree", "load_once", "traces"):

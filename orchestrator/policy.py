@@ -148,6 +148,9 @@ class _Every:
     def due(self, step: int, elapsed_s: float | None) -> bool:
         return step % self.n == 0
 
+    def __repr__(self) -> str:
+        return f"every({self.n})"
+
     def __or__(self, other: SavePolicy) -> SavePolicy:
         return _AnySave((self, other))
 
@@ -162,6 +165,9 @@ class _EverySeconds:
 
     def quiet_s(self, elapsed_s: float | None) -> float:
         return 0.0 if elapsed_s is None else max(0.0, self.seconds - elapsed_s)
+
+    def __repr__(self) -> str:
+        return f"every_seconds({self.seconds:g})"
 
     def __or__(self, other: SavePolicy) -> SavePolicy:
         return _AnySave((self, other))
@@ -186,6 +192,9 @@ class _Auto:
     def informed(self, costs: Costs) -> _Auto:
         return replace(self, cadence=choose(costs, self.max_loss_s))
 
+    def __repr__(self) -> str:
+        return f"auto(max_loss_s={self.max_loss_s:g})"
+
     def __or__(self, other: SavePolicy) -> SavePolicy:
         return _AnySave((self, other))
 
@@ -197,6 +206,9 @@ class _At:
 
     def due(self, step: int, elapsed_s: float | None) -> bool:
         return step in self.steps
+
+    def __repr__(self) -> str:
+        return f"at({sorted(self.steps)})"
 
     def __or__(self, other: SavePolicy) -> SavePolicy:
         return _AnySave((self, other))
@@ -229,6 +241,9 @@ class _AnySave:
     def cadence(self) -> Cadence | None:
         found = [policy.cadence for policy in self.policies if isinstance(policy, Adaptive) and policy.cadence]
         return min(found, key=lambda each: each.interval_s, default=None)
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.policies))
 
     def __or__(self, other: SavePolicy) -> SavePolicy:
         return _AnySave((*self.policies, other))
@@ -264,6 +279,9 @@ class _Last:
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         return frozenset(entry.step for entry in steps[-self.n :])
 
+    def __repr__(self) -> str:
+        return f"last({self.n})"
+
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
         return _AnyKeep((self, other))
 
@@ -274,6 +292,9 @@ class _EveryNth:
 
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         return frozenset(entry.step for entry in steps if entry.step % self.n == 0)
+
+    def __repr__(self) -> str:
+        return f"every_nth({self.n})"
 
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
         return _AnyKeep((self, other))
@@ -295,6 +316,9 @@ class _Best:
         scored.sort(key=lambda entry: entry.metrics[self.metric], reverse=self.mode == "max")
         return frozenset(entry.step for entry in scored[: self.n])
 
+    def __repr__(self) -> str:
+        return f"best({self.metric!r}, {self.n}, mode={self.mode!r})"
+
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
         return _AnyKeep((self, other))
 
@@ -305,6 +329,9 @@ class _Within:
 
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         return frozenset(entry.step for entry in steps if now - entry.time <= self.seconds)
+
+    def __repr__(self) -> str:
+        return f"within({self.seconds:g})"
 
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
         return _AnyKeep((self, other))
@@ -320,6 +347,9 @@ class _AnyKeep:
 
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         return frozenset().union(*(policy.keep(steps, now) for policy in self.policies))
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.policies))
 
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
         return _AnyKeep((*self.policies, other))

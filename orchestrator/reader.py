@@ -36,6 +36,9 @@ class Run:
         self._reported: set[int] = set()  # steps that this object has told the user of
         store.require_head()
 
+    def __repr__(self) -> str:
+        return f"<Run {self._store.url}, read-only>"
+
     def latest_step(self) -> int | None:
         """The newest restorable step; None in a new run. Raises NothingToRestore where all steps are quarantined."""
         live = self._store.find(None)

@@ -26,7 +26,7 @@ ROOMS = (
     ("job and tools", "job tools"),
     ("what users import", "agent reader"),
     ("compat", "compat"),
-    ("cli", "cli"),
+    ("cli", "cli __main__"),
 )
 RANKS = {name: rank for rank, (_, names) in enumerate(ROOMS) for name in names.split()}
 LAUNCH = len(ROOMS)

@@ -1,4 +1,4 @@
-"""`python -m launch gke`: writes a job's manifests for GKE. `manifests` makes them."""
+"""`orchestrator launch gke`: writes a job's manifests for GKE. `manifests` makes them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from launch.engines import manifests
 from launch.engines.manifests import Manifest, PodJob, Pool
 
 HELP = """\
-usage: python -m launch gke --name NAME --image IMAGE [pool] [flags] -- PROGRAM [ARGUMENT...]
-       python -m launch gke --check PATH
+usage: orchestrator launch gke --name NAME --image IMAGE [pool] [flags] -- PROGRAM [ARGUMENT...]
+       orchestrator launch gke --check PATH
 
 Prints the manifests of a job for `kubectl apply -f -`, or writes them as a kustomize base (--output). --check finds
 what is wrong with manifests, yours or ours, without a cluster: a file, or a directory of .yaml files.
@@ -27,8 +27,8 @@ pools:
   --devices_per_process 2 --hosts 4                      simulated CPU devices
 
 examples:
-  python -m launch gke --name run7 --image IMAGE --tpu_type tpu-v5-lite-podslice --tpu_topology 4x4 -- python train.py
-  python -m launch gke --check deploy/
+  orchestrator launch gke --name=run7 --image=IMAGE --tpu_type=tpu-v5-lite-podslice --tpu_topology=4x4 -- python job.py
+  orchestrator launch gke --check deploy/
 """
 
 FLAGS = flags.FlagValues()
@@ -122,7 +122,7 @@ def _check(path: Path) -> int:
 
         problems = manifest_check.problems(documents)
     except ImportError as error:
-        raise LaunchError("--check needs kubernetes-validate: pip install checkpoint-orchestrator[gke]") from error
+        raise LaunchError("--check needs kubernetes-validate: pip install 'kubernetes-validate>=1.37,<1.38'") from error
     for problem in problems:
         command.complain(problem)
     if not problems:

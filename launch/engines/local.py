@@ -23,6 +23,7 @@ from launch.contract import STEP_BACK, JobContract
 from launch.host_processes import HostProcesses
 from launch.hosts import REAP_S, Orphans, Warden
 from launch.interrupts import OperatorSignals
+from orchestrator.rules.stalls import Sign
 
 DRAIN_S = 1.0  # for output still in the pipes after the last process has ended
 PATIENCE_S = 2.0  # for whoever reads our output, after the job's end
@@ -199,6 +200,7 @@ class _Incarnation:
         self._history = history
         self._state = supervise.State(job.policy, frozenset(range(history.hosts)), history)
         self._kill_at: float | None = None
+        self._frozen: set[int] = set()  # hosts that were named as such
         self._give_up_at: float | None = None
         self._end: supervise.Restart | supervise.Finish | None = None
 
@@ -260,22 +262,34 @@ class _Incarnation:
             self._observer.note(f"host-{cause.index} {cause.describe()}{others}")
         self._carry_out(transition)
 
-    def _poll_heartbeats(self) -> dict[int, float]:
-        """Seconds of silence of each host; and from now on the supervisor knows how far each one is."""
+    def _poll_heartbeats(self) -> dict[int, Sign]:
+        """The hosts' signs of life; and from now on the supervisor knows how far each one is."""
         heartbeats = self._processes.heartbeats
-        silent_s = heartbeats.poll(time.monotonic())
+        signs = heartbeats.signs(time.monotonic())
         self._state = replace(self._state, steps=dict(heartbeats.steps))
-        return silent_s
+        return signs
 
     def _check_heartbeats(self) -> None:
         """Whether a host has fallen silent."""
-        silent_s = self._poll_heartbeats()
+        signs = self._poll_heartbeats()
+        self._name_frozen({index for index, sign in signs.items() if sign.frozen and index in self._processes.running})
         hung_before = self._state.hung
-        transition = supervise.on_silence(self._state, silent_s)
-        for index in transition[0].hung - hung_before:
+        transition = supervise.on_silence(self._state, signs)
+        for index in sorted(transition[0].hung - hung_before):
             doing = self._processes.heartbeats.doing.get(index, "?")
-            self._observer.note(f"host-{index} hangs: silent for {silent_s[index]:.0f} s, last heard {doing}: SIGKILL")
+            pulse = ", without a pulse" if signs[index].frozen else ""
+            idle_s = signs[index].idle_s
+            self._observer.note(f"host-{index} hangs{pulse}: silent for {idle_s:.0f} s, last heard {doing}: SIGKILL")
         self._carry_out(transition)
+
+    def _name_frozen(self, frozen: set[int]) -> None:
+        for index in sorted(frozen - self._frozen):
+            limit_s = self._state.policy.hang_after_s
+            then = f"; it is ended after {limit_s:.0f} s" if limit_s else ""
+            self._observer.note(f"host-{index} has no pulse: the process is frozen{then}")
+        for index in sorted((self._frozen - frozen) & self._processes.running.keys()):
+            self._observer.note(f"host-{index} has a pulse again")
+        self._frozen = frozen
 
     def _carry_out(self, transition: tuple[supervise.State, tuple[supervise.Effect, ...]]) -> None:
         self._state, effects = transition

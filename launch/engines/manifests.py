@@ -24,7 +24,8 @@ Manifest = dict[str, Any]
 JOBS = "workers"  # the JobSet's one replicatedJob
 SCRATCH = "/scratch"
 USER_ID = 10001  # of docker/Dockerfile
-HEALTH = ("python", "-m", "launch.health")
+# Not `python -m launch.health`: the image's working directory, or its PYTHONPATH, may hold a `launch` of the user's.
+HEALTH = ("python", "-P", "-m", "orchestrator", "launch", "health")
 HANG_AFTER_S = 900
 NODE_POOL = "cloud.google.com/gke-nodepool"
 _SPOT = "cloud.google.com/gke-spot"

@@ -31,15 +31,15 @@ NODE_LOST_S = 900  # Slurm's own SlurmdTimeout, 300 s unless the site chose anot
 NODES = ("srun", '--nodes="$SLURM_JOB_NUM_NODES"', '--ntasks="$SLURM_JOB_NUM_NODES"', "--ntasks-per-node=1")
 
 HELP = """\
-usage: python -m launch slurm --nodes N [flags] -- PROGRAM [ARGUMENT...]
+usage: orchestrator launch slurm --nodes N [flags] -- PROGRAM [ARGUMENT...]
 
 Prints an sbatch script that runs PROGRAM once on each node, or submits it (--submit). A process that leaves with 75
 (preempted: saved, and to be started again) sends the job back into the queue; so does a lost node. 0 is done, anything
 else failed. --min_nodes lets the job come back on fewer nodes than --nodes.
 
 examples:
-  python -m launch slurm --nodes 4 --gpus_per_node 8 --time 04:00:00 --submit -- python train.py
-  python -m launch slurm --nodes 4 --min_nodes 2 --partition spot -- python train.py > job.sbatch
+  orchestrator launch slurm --nodes 4 --gpus_per_node 8 --time 04:00:00 --submit -- python train.py
+  orchestrator launch slurm --nodes 4 --min_nodes 2 --partition spot -- python train.py > job.sbatch
 """
 
 FLAGS = flags.FlagValues()
@@ -99,7 +99,7 @@ def script(job: SlurmJob) -> str:
     job.validate()
     lines = [
         "#!/bin/bash",
-        "# Written by `python -m launch slurm`; sbatch it from the directory where the program is to run.",
+        "# Written by `orchestrator launch slurm`; sbatch it from the directory where the program is to run.",
         *(f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in _options(job).items()),
         "",
         "restart=${SLURM_RESTART_COUNT:-0}",

@@ -1,4 +1,4 @@
-"""`python -m launch tpu-vm`: runs a job on Cloud TPU VMs through gcloud. Without --run it only prints the commands.
+"""`orchestrator launch tpu-vm`: runs a job on Cloud TPU VMs through gcloud. Without --run it only prints the commands.
 
 The commands are lists of words made by pure functions. `run` carries them out: it waits for the machines, starts the
 program on every worker, and starts it again by the rules of `launch.supervise`. What ssh ends with says little, so
@@ -29,15 +29,15 @@ from launch import command, contract, supervise
 from launch.command import LaunchError
 
 HELP = """\
-usage: python -m launch tpu-vm --name NAME --zone ZONE [flags] -- PROGRAM [ARGUMENT...]
+usage: orchestrator launch tpu-vm --name NAME --zone ZONE [flags] -- PROGRAM [ARGUMENT...]
 
 Prints the gcloud commands that run PROGRAM on every worker of a TPU slice, or of several; --run carries them out, and
 starts the job again when it was preempted or has failed. --create makes a queued resource first; without it the
 machines are there already.
 
 examples:
-  python -m launch tpu-vm --name run7 --zone us-east5-a --create --type v6e-16 -- python train.py
-  python -m launch tpu-vm --name run7 --zone us-east5-a --image IMAGE --run -- python train.py
+  orchestrator launch tpu-vm --name run7 --zone us-east5-a --create --type v6e-16 -- python train.py
+  orchestrator launch tpu-vm --name run7 --zone us-east5-a --image IMAGE --run -- python train.py
 """
 
 FLAGS = flags.FlagValues()

@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import orchestrator as oc
+from launch import programs
 from launch.engines import local
 from launch.example.report import ProgressLine, Summary
 from launch.gcs_emulator.process import EmulatorProcess
@@ -74,7 +75,8 @@ def prepare(root: Path) -> None:
 
 def train_command(root: Path, run: str, mesh: str, steps: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "launch.train", f"--root={run}", f"--steps={steps}", f"--mesh={mesh}"),
+        *programs.command("train"),
+        *(f"--root={run}", f"--steps={steps}", f"--mesh={mesh}"),
         *(f"--save_every={SAVE_EVERY}", "--keep_last=3", "--log_every=1", "--digests"),
         f"--summary={root / 'summary.json'}",
     ]

@@ -1,8 +1,9 @@
-"""`python -m launch.train`: trains a small transformer and keeps its checkpoints. Made to be copied from.
+"""`orchestrator launch train`: trains a small transformer and keeps its checkpoints. Made to be copied from.
 
-One line per host, or none of them: alone (`python -m launch.train --root=/tmp/run`), on simulated hosts
-(`python -m launch local --processes 4 --devices_per_process 2 -- python -m launch.train --root=/tmp/run`), or under any
-launcher that sets the variables of `launch.contract`. Starting it again with the same root goes on where it was.
+The same line on every host: alone (`orchestrator launch train --root=/tmp/run`), on simulated hosts (`orchestrator
+launch local --processes 4 --devices_per_process 2 -- orchestrator launch train --root=/tmp/run`), or under any launcher
+that sets the variables of `launch.contract`. `orchestrator example train > train.py` prints it, to be changed. Starting
+it again with the same root goes on where it was.
 
 Exit codes: 0 trained to the end, 2 wrong usage, 75 stopped by SIGTERM (the state is saved; start it again), and
 those of the checkpoint errors (5 fenced, 6 nothing to restore, ...).
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from absl import flags, logging
+from absl import app, flags, logging
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
@@ -277,3 +278,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         print(f"train: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(oc.UsageError.exit_code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""`python -m launch.gcs_emulator [flags] [-- command ...]`: serve, or run a command that finds the emulator.
+"""`orchestrator launch gcs-emulator [flags] [-- command ...]`: serve, or run a command that finds the emulator.
 
 For tests and laptops only: objects are kept in memory, there is no authentication, and it listens on loopback unless
 it is asked for more. With a command, it ends with the command and with its exit code.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
+
+from launch import programs
 
 
 def environ(url: str) -> dict[str, str]:
@@ -46,8 +47,8 @@ class EmulatorProcess(Server):
     """A running emulator on a free port of this machine. It ends with `end`, or when this process ends."""
 
     def __init__(self, buckets: Sequence[str], *flags: str) -> None:
-        module = [sys.executable, "-m", "launch.gcs_emulator"]
-        command = [*module, "--port=0", "--until_stdin_closes", f"--buckets={','.join(buckets)}", *flags]
+        flags = ("--port=0", "--until_stdin_closes", f"--buckets={','.join(buckets)}", *flags)
+        command = [*programs.command("gcs-emulator"), *flags]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         words = self._process.stdout.readline().split()

@@ -14,14 +14,17 @@ from typing import Any
 
 import msgspec
 
+import orchestrator
 from orchestrator.cli import (
     adopt,
     completion,
     diff,
     doctor,
+    example,
     export,
     gc,
     inspect,
+    launching,
     log,
     ls,
     pin,
@@ -74,6 +77,7 @@ def _completion(shell: str) -> str:
 
 # Commands without a run: what they print for the word after them.
 _PRINTED: dict[str, tuple[str, Callable[[str], str]]] = {
+    "example": (example.ABOUT, example.source),
     "schema": ("JSON Schema of a command's --json: orchestrator schema ls", _schema),
     "completion": ("completion for bash, zsh or fish: source <(orchestrator completion bash)", _completion),
 }
@@ -81,7 +85,7 @@ _PRINTED: dict[str, tuple[str, Callable[[str], str]]] = {
 
 def _abouts() -> dict[str, str]:
     printed = {name: about for name, (about, _) in _PRINTED.items()}
-    return {name: command.about for name, command in COMMANDS.items()} | printed
+    return {name: command.about for name, command in COMMANDS.items()} | {launching.NAME: launching.ABOUT} | printed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,10 +94,15 @@ def main(argv: Sequence[str]) -> int:
         print(usage.overview(_abouts()), file=sys.stderr)
         return EXIT_USAGE
     name, words = argv[1], argv[2:]
+    if name in ("--version", "-V", "version"):
+        print(f"checkpoint-orchestrator {orchestrator.__version__}")
+        return EXIT_OK
     if name in (*_HELP, "help"):
         about = words[0] if words else ""
         print(usage.help_text(about, COMMANDS[about]) if about in COMMANDS else usage.overview(_abouts()))
         return EXIT_OK
+    if name == launching.NAME:
+        return launching.run(words)
     if name in _PRINTED:
         return _print(name, words)
     command = COMMANDS.get(name)
@@ -138,6 +147,9 @@ def _write(command: Command[Any], result: Any, flags: Flags) -> None:
 
 def _print(name: str, words: Sequence[str]) -> int:
     about, text = _PRINTED[name]
+    if name == "example" and not [word for word in words if word not in _HELP]:
+        print(example.listing())
+        return EXIT_OK
     if len(words) != 1 or words[0] in _HELP:
         asked = len(words) == 1
         print(about, file=sys.stdout if asked else sys.stderr)

@@ -7,6 +7,7 @@ may not speak to the terminal.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +34,15 @@ _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 
 
 Shown = str | Text | Table  # what people are shown of a result, one piece: a line, one with a style, a table
+Cell = str | Text  # of a table
+Tone = Literal["bad", "warn", "good", "dim", "plain"]
+_STYLES: dict[Tone, str] = {"bad": "bold red", "warn": "yellow", "good": "green", "dim": "dim", "plain": ""}
+# Colour only repeats what a word says. These words have one, in whatever table they are.
+_TONES: dict[str, Tone] = {
+    **dict.fromkeys(("damage", "damaged", "quarantined", "bad", "frozen", "aborted", "unreadable", "lost"), "bad"),
+    **dict.fromkeys(("warn", "warning", "slow", "late", "stuck"), "warn"),
+    **dict.fromkeys(("ok", "good", "verified", "restored", "committed", "restorable", "healthy"), "good"),
+}
 
 
 class _Console(Console):
@@ -42,12 +52,28 @@ class _Console(Console):
 
 def _console() -> Console:
     """Standard output: as wide as the terminal, or wide enough for programs. Styles show on terminals only."""
-    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    terminal = sys.stdout.isatty()  # rich itself leaves out colours, but not words, where NO_COLOR is set
+    width = None if terminal else _PIPE_WIDTH
+    return _Console(file=sys.stdout, width=width, force_terminal=terminal, highlight=False)
+
+
+def screen() -> tuple[int, int] | None:
+    """Columns and lines of the terminal that standard output is; None if it is none."""
+    size = shutil.get_terminal_size()
+    return (size.columns, size.lines) if sys.stdout.isatty() else None
 
 
 def words(text: str, style: str = "") -> Text:
     """One line of text, whatever is in it."""
     return Text(printable(text), style=style)
+
+
+def toned(text: str, tone: Tone | None = None) -> Text:
+    """`text` in the colour of `tone`; None: of the word that it is, or begins with (`ok`, `BAD`, `quarantined: ...`).
+    For lines and for cells of tables. Shows on terminals only."""
+    if tone is None:
+        tone = _TONES.get(text.lower()) or _TONES.get(text.lower().split(":")[0].split(" ")[0], "plain")
+    return words(text, style=_STYLES[tone])
 
 
 def write(pieces: Iterable[Shown]) -> None:
@@ -85,13 +111,17 @@ def document(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=False)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
-    """A plain table. `right`: columns of numbers."""
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Cell]], right: Sequence[str] = (), cut: bool = False
+) -> Table:
+    """A plain table; cells are text, or `toned` text. `right`: columns of numbers. `cut`: each
+    row is one line, however narrow the screen."""
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        drawn.add_column(column, justify=justify, overflow="ellipsis" if cut else "fold", no_wrap=cut)
     for row in rows:
-        drawn.add_row(*map(words, row))
+        drawn.add_row(*(words(cell) if isinstance(cell, str) else cell for cell in row))
     return drawn
 
 

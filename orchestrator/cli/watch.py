@@ -2,75 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from orchestrator.cli import render
-from orchestrator.cli.command import EVENTS, Command, Flag, Flags, Result, open_store
+from orchestrator.cli.command import EVENTS, Command, Flag, Flags, open_store
+from orchestrator.cli.watch_page import page
+from orchestrator.cli.watch_verdict import FINE, Facts, judge
+from orchestrator.cli.watch_view import CommitNow, HostNow, Quarantined, RunNow, SlowestHost
+from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.observe.event_log import Tail, directory_of
 from orchestrator.observe.events import PHASES
-from orchestrator.observe.heartbeat import EVENT_INTERVAL_S
-from orchestrator.observe.timeline import HostSave, Timeline
+from orchestrator.observe.heartbeat import PULSE_S
+from orchestrator.observe.timeline import HostSave, HostState, Timeline
 from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
+from orchestrator.rules.stalls import NO_PULSE_S, Diagnosis, Sign, diagnose
 
-SILENT_S = 3 * EVENT_INTERVAL_S
+SILENT_S = NO_PULSE_S
 _COMMITS = 5
-_HOSTS_SHOWN = 40
+_SURE_S = 3600.0  # a job that has been silent for longer is not looked at twice
+_SAVES = 6  # whose distances say when the next one is due
 
 
-class HostNow(Result, frozen=True):
-    """`state`: a save's phase, training, restored, starting or left; `silent`: its newest event is
-    more than SILENT_S old, which `heard_s` says."""
+class Heard:
+    """How long ago each process was last heard, on this machine's clock: from the moment that its file was seen to
+    change. For the first look the file system's time stamp has to do; the hosts' own clocks are never asked."""
 
-    process: int
-    host: str
-    state: str
-    step: int | None
-    since_s: float
-    heard_s: float
-    silent: bool
-    written_bytes: int
-    bytes_per_s: float | None
+    def __init__(self) -> None:
+        self._at: dict[int, tuple[float, float]] = {}
 
-
-class CommitNow(Result, frozen=True):
-    step: int
-    attempt: str
-    time: float
-    bytes: int
-    save_s: float | None
-
-
-class SlowestHost(Result, frozen=True):
-    """Of the newest save in which hosts can be compared: `seconds` of this host, and of the median one."""
-
-    process: int
-    host: str
-    step: int
-    seconds: float
-    median_s: float
-
-
-class RunNow(Result, frozen=True):
-    """`watch`: a run at one moment. `loss_s`: age of the newest restorable state: what is lost if the job dies now."""
-
-    root: str
-    time: float
-    epoch: int
-    version: int
-    processes: int | None
-    newest: int | None
-    loss_s: float | None
-    hosts: tuple[HostNow, ...]
-    commits: tuple[CommitNow, ...]
-    slowest: SlowestHost | None
+    def ages(self, stamps: Mapping[int, float], now: float, monotonic_s: float) -> dict[int, float]:
+        for process, stamp in stamps.items():
+            if process not in self._at:
+                self._at[process] = (stamp, monotonic_s - max(0.0, now - stamp))
+            elif self._at[process][0] != stamp:
+                self._at[process] = (stamp, monotonic_s)
+        return {process: max(0.0, monotonic_s - at_s) for process, (_, at_s) in self._at.items()}
 
 
 def run(root: str, flags: Flags) -> RunNow:
-    return next(follow(root, flags))
+    arguments.seconds("--interval_s", flags["interval_s"])
+    looks = follow(root, {**flags, "interval_s": PULSE_S + 1})
+    now = next(looks)
+    here = [host for host in now.hosts if host.condition != "left"]
+    if here and all(host.silent and host.heard_s < _SURE_S for host in here):
+        now = next(looks)  # the job is gone, or the clocks differ: who writes meanwhile lives
+    return now
 
 
 def follow(root: str, flags: Flags) -> Iterator[RunNow]:
@@ -78,59 +59,134 @@ def follow(root: str, flags: Flags) -> Iterator[RunNow]:
     arguments.seconds("--interval_s", flags["interval_s"])
     store = open_store(root)
     tail = Tail(directory_of(store.url, flags["events_dir"]))
-    timeline = Timeline()
+    timeline, heard = Timeline(), Heard()
     while True:
         head = store.require_head()
-        yield summarize(store.url, head, timeline.add(tail.more()), time.time())
+        timeline.add(tail.more())
+        now = time.time()
+        yield summarize(store.url, head, timeline, now, heard.ages(tail.newest, now, time.monotonic()))
         time.sleep(flags["interval_s"])
 
 
-def summarize(url: str, head: Head, timeline: Timeline, now: float) -> RunNow:
-    """The run as `timeline` and `head` have it at `now` (seconds since 1970)."""
+def summarize(url: str, head: Head, timeline: Timeline, now: float, ages: Mapping[int, float] | None = None) -> RunNow:
+    """The run as `timeline` and `head` have it at `now` (seconds since 1970). `ages`: since each process was heard; by
+    the hosts' own clocks, where it is not known."""
     newest = journal.newest(head)
-    current = timeline.epoch == head.epoch  # events of an older incarnation say nothing about this one's hosts
-    hosts = tuple(
-        HostNow(
-            process=host.process,
-            host=host.host,
-            state=host.doing,
-            step=host.step if host.step >= 0 else None,
-            since_s=max(0.0, now - host.since),
-            heard_s=max(0.0, now - host.last_seen),
-            silent=not host.left and now - host.last_seen > SILENT_S,
-            written_bytes=host.written_bytes if host.doing in PHASES else 0,
-            bytes_per_s=host.rate if host.doing in PHASES else None,
-        )
-        for host in sorted(timeline.hosts.values(), key=lambda host: host.process)
-        if current
-    )
+    # Events of an older incarnation say nothing about this one's hosts.
+    states = timeline.hosts if timeline.epoch == head.epoch else {}
+    heard = {process: (ages or {}).get(process, max(0.0, now - host.last_seen)) for process, host in states.items()}
+    signs = {process: host.sign(heard[process]) for process, host in sorted(states.items())}
+    found = diagnose(signs)
+    hosts = tuple(_host(states[process], signs[process], found[process], heard[process]) for process in signs)
+    facts = _facts(head, timeline, states, found, now)
+    verdict, why = judge(facts)
     seconds = {save.id: save.ended_s for save in timeline.saves.values() if save.process == 0}
-    commits = tuple(
-        CommitNow(live.step, live.attempt, live.time, live.bytes, seconds.get(live.id))
-        for live in head.live[-_COMMITS:]
-    )
+    good = [live for live in head.live if live.restorable]
+    step = facts.step
+    next_step, next_s = _next_save(timeline, head.epoch, step, facts.step_s)
     return RunNow(
         root=url,
         time=now,
         epoch=head.epoch,
         version=head.version,
-        processes=timeline.opened[head.epoch][1] if head.epoch in timeline.opened else None,
+        processes=facts.processes,
         newest=newest.step if newest else None,
         loss_s=max(0.0, now - newest.time) if newest else None,
         hosts=hosts,
-        commits=commits,
+        commits=tuple(
+            CommitNow(live.step, live.attempt, live.time, live.bytes, seconds.get(live.id)) for live in good[-_COMMITS:]
+        ),
         slowest=slowest(timeline),
+        verdict=verdict,
+        why=why,
+        step=step,
+        step_s=facts.step_s or None,
+        next_save_step=next_step,
+        next_save_s=next_s,
+        loss_steps=max(0, step - newest.step) if newest and step is not None else None,
+        restart_s=timeline.startup_s or None,
+        quarantined=tuple(
+            Quarantined(live.step, live.attempt, live.quarantine.reason if live.quarantine else "")
+            for live in head.quarantined
+        ),
     )
 
 
+def _host(host: HostState, sign: Sign, found: Diagnosis, heard_s: float) -> HostNow:
+    saving = host.doing in PHASES
+    return HostNow(
+        process=host.process,
+        host=host.host,
+        state=host.doing,
+        step=host.step if host.step >= 0 else None,
+        since_s=max(0.0, host.last_seen - host.since) + heard_s,
+        heard_s=heard_s,
+        silent=not host.left and heard_s > SILENT_S,
+        written_bytes=host.written_bytes if saving else 0,
+        bytes_per_s=host.rate if saving else None,
+        condition=found.condition.value,
+        waits_for=found.waits_for,
+        idle_s=sign.idle_s,
+        barrier=sign.barrier,
+        late_s=host.pulse.late_s if host.pulse else 0.0,
+    )
+
+
+def _facts(
+    head: Head, timeline: Timeline, states: Mapping[int, HostState], found: Mapping[int, Diagnosis], now: float
+) -> Facts:
+    newest = journal.newest(head)
+    steps = [host.training_step for host in states.values() if host.training_step >= 0]
+    saving = [host.step for host in states.values() if host.doing in PHASES]
+    rates = [host.pulse.step_s for host in states.values() if host.pulse and host.pulse.step_s]
+    began = sorted({save.began for save in _saves(timeline, head.epoch)})[-_SAVES:]
+    failed = list(itertools.takewhile(lambda save: save.outcome != "committed", reversed(_ended(timeline, head.epoch))))
+    opened = timeline.opened.get(head.epoch)
+    return Facts(
+        conditions=found,
+        hosts={process: host.host for process, host in states.items()},
+        waits_at=next((host.pulse.barrier for host in states.values() if host.pulse and host.pulse.barrier), ""),
+        processes=opened[1] if opened else None,
+        saving=max(saving, default=None),
+        step=max(steps, default=None),
+        step_s=statistics.median(rates) if rates else 0.0,
+        # A new incarnation has its own time for its first commit.
+        commit_age_s=max(0.0, now - max(newest.time, opened[0] if opened else 0.0)) if newest else None,
+        interval_s=statistics.median(after - before for before, after in itertools.pairwise(began))
+        if len(began) > 1
+        else None,
+        failed=len(failed),
+        why_failed=failed[0].reason if failed else "",
+    )
+
+
+def _saves(timeline: Timeline, epoch: int) -> list[HostSave]:
+    """Process 0's, of this incarnation, in order."""
+    mark = f"e{epoch:04d}-"
+    return [save for save in timeline.saves.values() if save.process == 0 and save.attempt.startswith(mark)]
+
+
+def _ended(timeline: Timeline, epoch: int) -> list[HostSave]:
+    return [save for save in _saves(timeline, epoch) if save.outcome]
+
+
+def _next_save(timeline: Timeline, epoch: int, step: int | None, step_s: float) -> tuple[int | None, float | None]:
+    """At which step, and in how many seconds, by the distance of the last saves. None where that is not known."""
+    steps = sorted({save.step for save in _saves(timeline, epoch)})[-_SAVES:]
+    if len(steps) < 2 or step is None:
+        return None, None
+    due = steps[-1] + round(statistics.median(after - before for before, after in itertools.pairwise(steps)))
+    return due, max(0.0, (due - step) * step_s) if step_s else None
+
+
 def slowest(timeline: Timeline) -> SlowestHost | None:
-    """The host that took longest, until its part was durable, in the newest save that two or more have finished."""
+    """The host that took longest, until its part was durable, in the newest save that all who began it have finished:
+    in one that hangs, whoever is not done would be missing."""
     together: dict[AttemptId, list[HostSave]] = {}
     for save in timeline.saves.values():
-        if "waiting" in save.phases:
-            together.setdefault(save.id, []).append(save)
+        together.setdefault(save.id, []).append(save)
     for attempt, saves in reversed(together.items()):
-        if len(saves) > 1:
+        if len(saves) > 1 and all("waiting" in save.phases for save in saves):
             worst = max(saves, key=lambda save: save.phases["waiting"])
             median_s = statistics.median(save.phases["waiting"] for save in saves)
             return SlowestHost(worst.process, worst.host, attempt.step, worst.phases["waiting"], median_s)
@@ -138,78 +194,24 @@ def slowest(timeline: Timeline) -> SlowestHost | None:
 
 
 def show(now: RunNow, flags: Flags) -> Iterator[render.Shown]:
-    yield f"{now.root}  epoch {now.epoch}, journal version {now.version}, {render.moment(now.time)}"
-    yield render.words(_loss(now), style="bold")
-    yield ""
-    if now.hosts:
-        yield _hosts(now)
-        yield from _notes(now)
-    else:
-        yield "no events of this incarnation: see --events_dir, or the job runs without them"
-    yield ""
-    rows = [
-        [
-            str(commit.step),
-            commit.attempt,
-            render.size(commit.bytes),
-            render.moment(commit.time),
-            "" if commit.save_s is None else render.duration(commit.save_s),
-        ]
-        for commit in reversed(now.commits)
-    ]
-    if rows:
-        columns = ["step", "attempt", "size", "state of", "save took"]
-        yield render.table(columns, rows, right=["step", "size", "save took"])
+    yield from page(now, render.screen())
 
 
-def _loss(now: RunNow) -> str:
-    if now.loss_s is None:
-        return "no step is durable yet: if the job dies now, all is lost"
-    return f"if the job dies now, you lose {render.duration(now.loss_s)} (back to step {now.newest})"
-
-
-def _hosts(now: RunNow) -> render.Shown:
-    # Those in trouble first, where there are more than fit on a screen.
-    order = sorted(now.hosts, key=lambda host: (not host.silent, host.process))[:_HOSTS_SHOWN]
-    rows = [
-        [
-            str(host.process),
-            host.host,
-            f"SILENT; was {host.state}" if host.silent else host.state,
-            "" if host.step is None else str(host.step),
-            render.duration(host.since_s),
-            render.size(host.written_bytes) if host.written_bytes else "",
-            f"{render.size(host.bytes_per_s)}/s" if host.bytes_per_s else "",
-            render.duration(host.heard_s),
-        ]
-        for host in sorted(order, key=lambda host: host.process)
-    ]
-    columns = ["process", "host", "state", "step", "for", "written", "rate", "heard"]
-    return render.table(columns, rows, right=["process", "step", "for", "written", "rate", "heard"])
-
-
-def _notes(now: RunNow) -> Iterator[render.Shown]:
-    if len(now.hosts) > _HOSTS_SHOWN:
-        yield f"... and {len(now.hosts) - _HOSTS_SHOWN} more"
-    missing = sorted(set(range(now.processes or 0)) - {host.process for host in now.hosts})
-    if missing:
-        yield render.words(f"not heard of: processes {', '.join(map(str, missing[:20]))}", style="bold")
-    if slow := now.slowest:
-        yield (
-            f"slowest in step {slow.step}: process {slow.process} ({slow.host}), {render.duration(slow.seconds)} until "
-            f"its part was durable; median {render.duration(slow.median_s)}"
-        )
+def exit_code(now: RunNow) -> int:
+    """1 unless the run is well, or has ended in order."""
+    return EXIT_OK if now.verdict in FINE else EXIT_FAILED
 
 
 COMMAND = Command(
     run,
     show,
-    "what a run does now: hosts and their phases, the last commits, what would be lost if it died",
+    "what a run does now: a verdict, who holds it up, what would be lost if it died; 1 unless healthy or ended",
     flags=(
         Flag("once", bool, False, "one look; the same where the output is no terminal"),
         Flag("interval_s", float, 1.0, "seconds from one look to the next"),
         EVENTS,
     ),
-    examples=("orchestrator watch /data/run", "orchestrator watch /data/run --json | jq .loss_s"),
+    examples=("orchestrator watch /data/run", "orchestrator watch /data/run --json | jq -r .verdict"),
+    exit_code=exit_code,
     follow=follow,
 )

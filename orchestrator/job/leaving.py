@@ -30,6 +30,7 @@ from absl import logging
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.texts import printable
 
+CLOSED = "is closed; open another one"
 INTERRUPTED = 130  # as a shell has it for SIGINT
 
 # Private: CPython has no public hook that comes before `concurrent.futures` stops to take work, which a save in flight
@@ -93,7 +94,7 @@ class Lifetime:
     def closed(self) -> bool:
         return bool(self._closed)
 
-    def close(self, state: str = "is closed; open another one") -> bool:
+    def close(self, state: str = CLOSED) -> bool:
         """From now on nobody may use the agent, and is told its `state`. False if it was closed before, or is not this
         process's to close."""
         if self._closed or self._forked:
@@ -102,7 +103,7 @@ class Lifetime:
         return True
 
     def let_finish(self, timeout_s: float) -> None:
-        """Once it is closed: wait until no other thread is in it any more."""
+        """Wait until no other thread is in a call of it."""
         if self._using.acquire(timeout=timeout_s):
             self._using.release()
 

@@ -6,6 +6,7 @@ of a job. It is here, and not in `run/` or `arrays/`, because it joins the two: 
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ class Restored:
     extra: dict[str, Json]
     metrics: dict[str, float]
     process_states: dict[int, bytes]
+
+    def __repr__(self) -> str:
+        # Never the arrays: to show them, they would be fetched from the devices.
+        leaves = jax.tree.leaves(self.state)
+        state_bytes = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+        own = ", ".join(f"{process}: {len(body)} B" for process, body in self.process_states.items())
+        return (
+            f"Restored(step={self.step}, state=<{len(leaves)} leaves, {state_bytes / 2**20:.1f} MiB>, "
+            f"metrics={reprlib.repr(self.metrics)}, extra={reprlib.repr(self.extra)}, process_states={{{own}}})"
+        )
 
 
 @dataclass(frozen=True)

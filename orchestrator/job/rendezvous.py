@@ -28,6 +28,7 @@ from orchestrator.arrays import jax_internals
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import WaitTimeout
 from orchestrator.job import peer_failure, sigterm
+from orchestrator.observe import heartbeat
 from orchestrator.rules.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
@@ -141,7 +142,8 @@ class ManyProcesses:
         self._barriers += 1
         barrier = f"orchestrator/{self._barriers}/{name}"
         try:
-            self._client.wait_at_barrier(barrier, timeout_in_ms=max(1, int(timeout_s * 1000)))
+            with heartbeat.waiting(name):
+                self._client.wait_at_barrier(barrier, timeout_in_ms=max(1, int(timeout_s * 1000)))
         except Exception as error:  # jaxlib raises JaxRuntimeError for every status; the text tells them apart
             raise WaitTimeout(f"{name}: {self._who(str(error))} did not arrive within {timeout_s:g} s") from error
         peer_failure.passed_barrier()

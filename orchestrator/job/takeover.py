@@ -24,23 +24,22 @@ from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.save_sequence import SaveSequence
 from orchestrator.storage.port import Storage, local_path
 
+_CALL_S = 60.0  # for another thread to return from the agent that is to be closed
+
 
 @dataclass(eq=False)
 class Holder:
-    """An agent that has opened its epoch, and may be closed since; only the agent keeps it. finish: ends the agent,
-    without a barrier; returns why a save is lost that nobody knows of yet."""
+    """An agent that has opened its epoch, and may be closed since; only its Takeover keeps it. finish: ends the agent,
+    without a barrier, in the state given; returns why a save is lost that nobody knows of yet."""
 
     lifetime: Lifetime
     saves: SaveSequence
-    finish: Callable[[], OrchestratorError | None]
-    timeout_s: float
+    finish: Callable[[str], OrchestratorError | None]
 
     def close(self) -> OrchestratorError | None:
         """Another agent takes over: the next use of this one says so. Returns what `finish` does."""
-        if not self.lifetime.close("was closed when a newer agent of this process took over its root; use that one"):
-            return None
-        self.lifetime.let_finish(self.timeout_s)
-        return self.finish()
+        self.lifetime.let_finish(_CALL_S)
+        return self.finish("was closed when a newer agent of this process took over its root; use that one")
 
 
 _holders: weakref.WeakKeyDictionary[Holder, Hashable] = weakref.WeakKeyDictionary()
@@ -52,16 +51,19 @@ class Takeover:
 
     def __init__(self, storage: Storage, rendezvous: Rendezvous) -> None:
         self._storage = storage
+        self._own: Holder | None = None
         self._process = (rendezvous.hosts[rendezvous.process], rendezvous.process)
 
-    def wait(self) -> None:
-        """Until no agent before this one is saving: what it saves is what this one restores. Bounded by that save."""
-        for holder in self._before():
+    def wait(self) -> Takeover:
+        """Until this one has opened its epoch: until no agent before it is saving, whose step it is to restore. Bounded
+        by that save."""
+        for holder in [] if self._own else self._before():
             step = holder.saves.in_flight
             if step is not None:
                 text = "%s: another agent of this process is saving step %d there: waiting for it"
                 logging.warning(text, self._storage.url, step)
                 holder.saves.settle()
+        return self
 
     def take_over(self) -> None:
         """Close the agents before this one: its epoch is about to be opened."""
@@ -77,6 +79,7 @@ class Takeover:
 
     def opened(self, holder: Holder) -> None:
         """The epoch of the agent that keeps `holder` is open: whoever comes next takes over from it."""
+        self._own = holder
         if (place := self._place()) is not None:
             _holders[holder] = place
 

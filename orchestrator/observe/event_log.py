@@ -2,11 +2,12 @@
 
 The log is for people and dashboards: nothing that decides about data reads it. So it may lose lines (a full queue, a
 full disk, a crash in mid-line), but it never blocks, never fails the job, and never grows beyond two files of
-FILE_BYTES for each process: a full file replaces the one before it.
+FILE_BYTES, and two of PULSE_BYTES, for each process: a full file replaces the one before it.
 
-`00003.jsonl` is process 3's, `00003.old.jsonl` what it wrote before. A line is one JSON object: `v` (1), `time`
-(seconds since the epoch, that host's clock), `event` (a name of `events.KINDS`), `process`, `host`, `machine`, `epoch`,
-and the event's own fields.
+`00003.jsonl` is process 3's, `00003.old.jsonl` what it wrote before. Its pulses, of which there are many and the newest
+count, have files of their own (`00003.pulse.jsonl`), so that they do not push out what happened. A line is one JSON
+object: `v` (1), `time` (seconds since the epoch, that host's clock), `event` (a name of `events.KINDS`), `process`,
+`host`, `machine`, `epoch`, and the event's own fields.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import msgspec
 from absl import logging
 
 from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey
-from orchestrator.observe.events import KINDS, EpochOpened, Event, name_of
+from orchestrator.observe.events import KINDS, EpochOpened, Event, Pulse, name_of
 from orchestrator.rules.attempt_id import parse_name
 from orchestrator.storage import local_path
 from orchestrator.storage.directory import Root, find
@@ -33,6 +34,7 @@ from orchestrator.storage.directory import Root, find
 VERSION = 1
 _FORMER = {"StoreRetried": {"event": "Retried", "what": "store"}}  # events of older logs, as they are read now
 FILE_BYTES = 8 << 20
+PULSE_BYTES = 1 << 20  # of pulses: half a day in two files
 DIRECTORY = "events"  # below a run's root, where that is a directory
 _QUEUE_MAX = 10_000
 _READ_BYTES_MAX = 2 * FILE_BYTES  # of one file, from its end
@@ -41,7 +43,7 @@ _MOST = {"time": 1e11, "process": 1e6, "process_count": 1e6}
 _NUMBER_MAX = 1 << 60
 _TEXT_MAX = 1 << 20
 _CLOSE_S = 2.0
-_FILE = re.compile(r"\d{5,}(\.old)?\.jsonl")
+_FILE = re.compile(r"(\d{5,})(\.pulse)?(\.old)?\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class EventLog:
     ) -> None:
         self._root, base = find(os.path.abspath(directory))
         self._key = f"{base}/{process:05d}.jsonl".lstrip("/")
+        self._pulse_key = f"{base}/{process:05d}.pulse.jsonl".lstrip("/")
         self._process, self._host, self._epoch = process, host, epoch
         self._machine = os.uname().nodename
         self._file_bytes, self._clock = file_bytes, clock
@@ -149,33 +152,36 @@ class EventLog:
     def _run(self) -> None:
         while (line := self._waiting.get()) is not None:
             try:
-                self._append(encode(line))
+                if isinstance(line.event, Pulse):
+                    self._append(encode(line), self._pulse_key, min(self._file_bytes, PULSE_BYTES))
+                else:
+                    self._append(encode(line), self._key, self._file_bytes)
             except (OSError, OrchestratorError) as error:  # a full disk must not end a training job
                 self.dropped += 1
                 if not self._failed:
                     logging.warning("%s: events are not written: %s", self._root.shown(self._key), error)
                 self._failed = True
 
-    def _append(self, body: bytes) -> None:
+    def _append(self, body: bytes, key: str, file_bytes: int) -> None:
         self._root.ready()
-        folder, _, name = self._key.rpartition("/")
+        folder, _, name = key.rpartition("/")
         with self._root.directory(folder, make=True, durable=False) as directory:
             # Opened each time: another incarnation may have put a new file in its place, and a network file system
             # shows others only what was closed.
-            descriptor = self._opened(directory, name)
+            descriptor = self._opened(directory, name, key)
             try:
                 size = os.fstat(descriptor).st_size
-                if size and size + len(body) > self._file_bytes:
+                if size and size + len(body) > file_bytes:
                     former = name.removesuffix(".jsonl") + ".old.jsonl"
                     os.replace(name, former, src_dir_fd=directory, dst_dir_fd=directory)
                     os.close(descriptor)
-                    descriptor = self._opened(directory, name)
+                    descriptor = self._opened(directory, name, key)
                 os.write(descriptor, body)
             finally:
                 os.close(descriptor)
 
-    def _opened(self, directory: int, name: str) -> int:
-        return self._root.open_in(directory, name, self._key, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def _opened(self, directory: int, name: str, key: str) -> int:
+        return self._root.open_in(directory, name, key, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
 def directory_of(url: str, chosen: str | None) -> str | None:
@@ -244,8 +250,9 @@ class Tail:
             body = _read(descriptor, first, status.st_size - first)
         finally:
             os.close(descriptor)
-        if name.count(".") == 1:
-            self.newest[int(name.partition(".")[0])] = status.st_mtime
+        if (found := _FILE.fullmatch(name)) and not found[3]:
+            process = int(found[1])
+            self.newest[process] = max(status.st_mtime, self.newest.get(process, 0.0))
         if whole:
             body = body[: body.rfind(b"\n") + 1]
         self._seen[inode] = first + len(body)

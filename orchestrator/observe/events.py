@@ -29,10 +29,28 @@ class EpochOpened:
 
 @dataclass(frozen=True)
 class Alive:
-    """A sign of life between saves, every few seconds: what the main thread does. `step`: -1 if it is at none."""
+    """The main thread's own sign of life, now and then, and when it goes on after standing still. `step`: -1 if it is
+    at none. `idle_s`: how long it had reported nothing before."""
 
     doing: str
     step: int
+    idle_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """This process lives: every few seconds, from a thread of its own. Where the main thread is meanwhile, as
+    `heartbeat.Position` has it; `step`: -1 if it is at none. `late_s`: how much too late the thread woke, at most."""
+
+    doing: str
+    step: int
+    since_s: float
+    idle_s: float
+    barrier: str = ""
+    steps: int = 0
+    step_s: float = 0.0
+    startup_s: float = 0.0
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,7 @@ class Closed:
 Event = (
     EpochOpened
     | Alive
+    | Pulse
     | SavePhase
     | SaveStarted
     | SaveCommitted
@@ -166,7 +185,7 @@ _LOGGED_AS: dict[type[Event], str] = {
 KINDS: dict[str, type[Event]] = {_LOGGED_AS.get(kind, kind.__name__): kind for kind in get_args(Event)}
 _NAMES = {kind: name for name, kind in KINDS.items()}
 _WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers)
-_DETAILS = (Alive, SavePhase)  # for programs; people would drown in them
+_DETAILS = (Alive, Pulse, SavePhase)  # for programs; people would drown in them
 _readers: list[Callable[[Event], None]] = []
 
 

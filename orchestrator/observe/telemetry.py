@@ -1,4 +1,4 @@
-"""What an agent reports about itself: the event log, metrics, traces. One object, opened and closed by the agent.
+"""What an agent reports about itself: pulse, event log, metrics, traces. One object, opened and closed by the agent.
 
 None of it may hurt the job: what cannot be opened is one warning. The agent's thread never waits for a disk or a port.
 """
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from orchestrator.errors import UsageError
-from orchestrator.observe import events
+from orchestrator.observe import events, heartbeat
 from orchestrator.observe.event_log import EventLog, directory_of
 from orchestrator.options import Options
 
@@ -42,6 +42,7 @@ class Telemetry:
             except ImportError as error:
                 raise UsageError("Options(traces=True) needs opentelemetry-api: install the `traces` extra") from error
             self._subscribe(Traces(process, host).on_event, lambda: None)
+        self._closers.insert(0, heartbeat.Heart().close)
 
     def opened(self, epoch: int) -> None:
         """The incarnation's epoch is open: write the event log from here on. Main thread, once."""

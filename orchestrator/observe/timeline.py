@@ -15,6 +15,7 @@ from orchestrator.observe.events import (
     Alive,
     Closed,
     EpochOpened,
+    Pulse,
     SaveCommitted,
     SaveNotCommitted,
     SavePhase,
@@ -23,6 +24,7 @@ from orchestrator.observe.events import (
     StepRestored,
 )
 from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.stalls import Sign
 
 
 @dataclass
@@ -65,7 +67,8 @@ class HostSave:
 
 @dataclass
 class HostState:
-    """One process of the newest incarnation, as its events last showed it. `last_seen`, `since`: by its own clock."""
+    """One process of the newest incarnation, as its events last showed it. `last_seen`, `since`, `moved`: by its own
+    clock. `moved`: when its main thread last reported anything. `pulse`: the newest; None from an older version."""
 
     process: int
     host: str
@@ -77,6 +80,20 @@ class HostState:
     written_bytes: int = 0
     rate: float | None = None
     left: bool = False
+    moved: float = 0.0
+    training_step: int = -1
+    pulse: Pulse | None = None
+
+    def sign(self, age_s: float) -> Sign:
+        """Its sign of life, where `age_s` have passed since its newest event."""
+        pulse = self.pulse
+        idle_s = self.last_seen - self.moved + age_s
+        step = self.training_step if self.training_step >= 0 else None
+        if pulse is None:
+            return Sign(idle_s, None, step, left=self.left)
+        # A barrier that it has left since is one that it moved in.
+        barrier = pulse.barrier if self.last_seen - self.moved >= pulse.idle_s else ""
+        return Sign(idle_s, age_s, step, pulse.steps, pulse.step_s, barrier, self.left)
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ class HostRestore:
 @dataclass
 class Timeline:
     """`epoch`: the newest of any event. `hosts`: of that one, by process. `saves`: by (step, attempt, process), in
-    order. `opened`: epoch -> (time, process count)."""
+    order. `opened`: epoch -> (time, process count). `startup_s`: how long the newest known start took."""
 
     epoch: int = 0
     hosts: dict[int, HostState] = field(default_factory=dict)
@@ -104,6 +121,7 @@ class Timeline:
     restores: list[HostRestore] = field(default_factory=list)
     opened: dict[int, tuple[float, int]] = field(default_factory=dict)
     stepped_down: list[LoggedEvent] = field(default_factory=list)
+    startup_s: float = 0.0
 
     def add(self, lines: Iterable[LoggedEvent]) -> Timeline:
         """Add lines, in the order of their times. Returns itself."""
@@ -122,6 +140,15 @@ class Timeline:
                 # Who waits in a collective while a save goes on is not training; the save's own events say more.
                 if host and host.doing not in PHASES:
                     _now(host, event.doing, line.time, event.step)
+                if host:
+                    _moved(host, line.time, event.step)
+            case Pulse():
+                self.startup_s = event.startup_s or self.startup_s
+                if host and not host.left:
+                    if host.doing not in PHASES:
+                        _now(host, event.doing, line.time - event.since_s, event.step)
+                    host.pulse = event
+                    _moved(host, line.time - event.idle_s, event.step if event.steps else -1)
             case SavePhase():
                 self._phase(line, event, host)
             case SaveStarted():
@@ -153,6 +180,8 @@ class Timeline:
         host = self.hosts.get(line.process)
         if host is None:
             host = HostState(line.process, line.host, line.machine, "starting", line.time, line.time)
+            if not isinstance(line.event, Pulse):
+                host.moved = line.time
             self.hosts[line.process] = host
         host.last_seen = max(host.last_seen, line.time)
         return host
@@ -197,3 +226,7 @@ def _now(host: HostState, doing: str, time: float, step: int) -> None:
         host.doing, host.since = doing, time
     if step >= 0:
         host.step = step
+
+
+def _moved(host: HostState, time: float, step: int) -> None:
+    host.moved, host.training_step = max(host.moved, time), max(host.training_step, step)

@@ -56,6 +56,9 @@ class Cadence:
     because: str
     costs: Costs
 
+    def __repr__(self) -> str:
+        return f"<Cadence: every {self.interval_s:.3g} s, goodput {self.goodput:.1%}; {self.because}>"
+
 
 def optimal_interval_s(blocked_s: float, mtbf_s: float) -> float:
     """Daly's interval between saves."""

@@ -13,10 +13,14 @@ import pytest
 from rich.console import Console
 
 from orchestrator.cli.main import main
-from orchestrator.cli.watch import SILENT_S, RunNow, show, summarize
+from orchestrator.cli.watch import SILENT_S, Heard, summarize
+from orchestrator.cli.watch_page import page
+from orchestrator.cli.watch_verdict import Facts, judge
+from orchestrator.cli.watch_view import RunNow
 from orchestrator.observe import events
 from orchestrator.observe.event_log import LoggedEvent
 from orchestrator.observe.timeline import Timeline
+from orchestrator.rules.stalls import Condition, Diagnosis
 from tests.support.builders import head, live
 from tests.support.processes import job
 from tests.support.runs import fill
@@ -32,15 +36,16 @@ def phase(name: str, elapsed_s: float, process: int, written: int = 0) -> Logged
     return line(events.SavePhase(40, "e0003-a01", name, elapsed_s, written), 1000.0 + elapsed_s, process)
 
 
-def shown(now: RunNow, width: int = 80) -> str:
+def shown(now: RunNow, width: int = 80, height: int = 60) -> str:
     screen = Console(file=io.StringIO(), width=width, highlight=False)
-    screen.print(*show(now, {}), sep="\n")
+    screen.print(*page(now, (width, height)), sep="\n")
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
 
 
 STORY = [
     *(line(events.EpochOpened(3, "r", 4), 990.0, process) for process in range(3)),
+    *(line(events.Pulse("training", 40, 1.0, 0.1, "", 30, 1.0), 990.0, process) for process in range(3)),
     *(phase("staging", 0.0, process) for process in range(3)),
     *(phase("writing", 0.5, process) for process in range(3)),
     *(phase("sealing", 4.5, process, 4 << 20) for process in (0, 1)),
@@ -58,11 +63,14 @@ def test_states_rates_silence_the_slowest_and_the_loss_are_shown() -> None:
     ]
     assert now.hosts[0].bytes_per_s == (4 << 20) / 4.0 and now.hosts[0].written_bytes == 4 << 20
     assert (now.newest, now.loss_s, now.processes) == (30, at - 900.0, 4)
-    assert now.slowest and (now.slowest.process, now.slowest.seconds, now.slowest.median_s) == (1, 6.0, 5.5)
+    assert now.slowest is None, "of those that are done; whoever is not may be the slowest"
     text = shown(now)
-    assert "if the job dies now, you lose 2 min 1 s (back to step 30)" in text
-    assert "SILENT; was writing" in text and "1.0 MiB/s" in text and "not heard of: processes 3" in text
-    assert "slowest in step 40: process 1 (host-1)" in text
+    assert "if the job dies now, you lose 2 min 1 s and 10 steps (back to step 30)" in text
+    assert "frozen; was writing" in text and "1.0 MiB/s" in text and "not heard of: processes 3" in text
+    assert now.verdict == "STALLED" and "host-0 (process 0), host-2 (process 2) have no pulse" in now.why
+    done = [phase("sealing", 6.0, 2), phase("waiting", 9.0, 2)]
+    slow = summarize("run", head(epoch=3), Timeline().add([*STORY, *done]), at).slowest
+    assert slow and (slow.process, slow.seconds, slow.median_s) == (2, 9.0, 6.0)
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -72,10 +80,100 @@ def test_events_of_an_older_incarnation_say_nothing_of_this_ones_hosts() -> None
     assert "all is lost" in shown(now) and "no events of this incarnation" in shown(now)
 
 
-def test_more_hosts_than_fit_show_those_in_trouble_first() -> None:
-    lines = [line(events.EpochOpened(3, "r", 60), 990.0 if process == 55 else 1009.0, process) for process in range(60)]
-    text = shown(summarize("run", head(epoch=3), Timeline().add(sorted(lines, key=lambda each: each.time)), 1010.0))
-    assert "host-55" in text and "host-40" not in text and "... and 20 more" in text
+def pulse(time: float, process: int = 0, idle_s: float = 0.1, barrier: str = "", **more: float) -> LoggedEvent:
+    told = {"steps": 40, "step_s": 0.5, "startup_s": 42.0, **more}
+    return line(events.Pulse("training", 41, 60.0, idle_s, barrier, **told), time, process)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("height", [10, 24, 40, 200])
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("count", [4, 60, 4000])
+def test_any_number_of_hosts_fits_any_screen_those_in_trouble_first(count: int, width: int, height: int) -> None:
+    lines = [line(events.EpochOpened(3, "r", count), 900.0, process) for process in range(count)]
+    lines += [pulse(901.0, process) for process in range(count)]
+    lines += [pulse(1000.0, process, 20.0) for process in range(count) if process != count - 2]
+    kept = head(*(live(step, time=900.0 + step) for step in (10, 20, 30)), epoch=3)
+    now = summarize("run", kept, Timeline().add(lines), 1000.5)
+    assert now.verdict == "STALLED" and f"host-{count - 2} (process {count - 2}) has no pulse" in now.why
+    assert [host.process for host in now.hosts if host.condition == "frozen"] == [count - 2]
+    text = shown(now, width, height)
+    assert len(text.splitlines()) <= height - 1 and max(map(len, text.splitlines())) <= width
+    assert text.startswith("STALLED") and "you lose" in text
+    rows = [row for row in text.splitlines() if f"host-{count - 2}" in row]
+    assert any("frozen; was training" in row for row in rows[1:]), "the one in trouble is among those that fit"
+    assert "more: " in text or count < height
+    if height >= 24:
+        assert "save took" in text
+
+
+def test_training_has_a_step_a_rate_the_next_save_and_what_would_be_lost() -> None:
+    saves = [
+        line(event, 900.0 + step, 0)
+        for step in (10, 20, 30)
+        for event in (
+            events.SavePhase(step, "e0003-a01", "staging", 0.0, 0),
+            events.SaveCommitted(step, "e0003-a01", 1.0, 9),
+        )
+    ]
+    story = [line(events.EpochOpened(3, "r", 1), 890.0), *saves, pulse(942.0)]
+    now = summarize("run", head(live(20, time=920.0), live(30, time=930.0), epoch=3), Timeline().add(story), 943.0)
+    assert (now.verdict, now.step, now.step_s) == ("NO COMMITS", 41, 0.5) or now.verdict == "HEALTHY"
+    assert (now.next_save_step, now.loss_steps, now.restart_s) == (40, 11, 42.0)
+    assert "you lose 13 s and 11 steps (back to step 30); a restart takes 42 s" in shown(now, 140)
+
+
+def test_the_hosts_own_clocks_do_not_make_them_silent() -> None:
+    ahead = [line(events.EpochOpened(3, "r", 2), 5.0), pulse(5000.0, 0), pulse(10.0, 1)]
+    now = summarize("run", head(epoch=3), Timeline().add(ahead), 1000.0, {0: 1.0, 1: 2.0})
+    assert not any(host.silent for host in now.hosts) and [round(host.idle_s, 3) for host in now.hosts] == [1.1, 2.1]
+    heard = Heard()
+    assert heard.ages({0: 940.0, 1: 1060.0}, 1000.0, 5.0) == {0: 60.0, 1: 0.0}
+    assert heard.ages({0: 945.0, 1: 1060.0}, 1010.0, 15.0) == {0: 0.0, 1: 10.0}, "who writes lives"
+
+
+def test_a_quarantined_step_is_named_and_not_among_the_good_ones() -> None:
+    bad = live(20, time=920.0, trust="quarantined")
+    now = summarize("run", head(live(10, time=910.0), bad, epoch=3), Timeline(), 943.0)
+    assert [commit.step for commit in now.commits] == [10] and [one.step for one in now.quarantined] == [20]
+    assert "quarantined: step 20" in shown(now)
+
+
+MOVES, STARTS, FROZEN, STUCK, LEFT = (
+    Diagnosis(each)
+    for each in (Condition.MOVING, Condition.STARTING, Condition.FROZEN, Condition.STUCK, Condition.LEFT)
+)
+WAITS = Diagnosis(Condition.WAITING, (1,))
+VERDICTS: dict[str, tuple[Facts, str, str]] = {
+    "moves": (Facts({0: MOVES, 1: MOVES}, step=4), "HEALTHY", "training, step 4"),
+    "saves": (Facts({0: MOVES}, saving=4), "SAVING", "step 4"),
+    "compiles": (Facts({0: STARTS, 1: STARTS}), "STARTING", "on 2 hosts: it compiles"),
+    "one is not there yet": (Facts({0: MOVES}, processes=2), "STARTING", "process 1"),
+    "one is frozen": (Facts({0: WAITS, 1: FROZEN}), "STALLED", "(process 1) has no pulse: frozen or dead; 1 more"),
+    "one is frozen while it saves": (Facts({0: MOVES, 1: FROZEN}, saving=4), "STALLED", "no pulse"),
+    "the job is gone": (Facts({0: FROZEN, 1: FROZEN}), "STALLED", "the job is gone"),
+    "one is stuck": (Facts({0: WAITS, 1: STUCK}, waits_at="b"), "STALLED", "does not go on; 1 more wait for it at `b`"),
+    "all are stuck": (Facts({0: STUCK, 1: STUCK}), "STALLED", "none is behind"),
+    "one waits for who still starts": (Facts({0: WAITS, 1: STARTS}), "STARTING", "compiles"),
+    "closed in order": (Facts({0: LEFT, 1: LEFT}, processes=2), "ENDED", "all 2 processes closed in order"),
+    "closed long ago": (Facts({0: LEFT}, commit_age_s=1e6, interval_s=1.0), "ENDED", "closed"),
+    "half of it closed": (Facts({0: LEFT}, processes=2), "STALLED", "1 of 2 processes have left"),
+    "one left, one frozen": (Facts({0: LEFT, 1: FROZEN}), "STALLED", "is gone"),
+    "late": (Facts({0: MOVES}, commit_age_s=31.0, interval_s=10.0), "NO COMMITS", "31 s ago"),
+    "not late yet": (Facts({0: MOVES}, commit_age_s=29.0, interval_s=10.0), "HEALTHY", ""),
+    "saves fail": (Facts({0: MOVES}, failed=2, why_failed="disk full"), "NO COMMITS", "disk full"),
+    "one save failed": (Facts({0: MOVES}, failed=1, commit_age_s=5.0), "HEALTHY", ""),
+    "the first save failed": (Facts({0: MOVES}, failed=1, why_failed="disk full"), "NO COMMITS", "disk full"),
+    "no events, commits": (Facts(commit_age_s=5.0), "HEALTHY", "no events"),
+    "no events, no commits for long": (Facts(commit_age_s=1e6), "NO COMMITS", "no events"),
+    "nothing yet": (Facts(), "STARTING", "no step"),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_the_verdict_is_the_worst_that_is_true(case: str) -> None:
+    facts, verdict, why = VERDICTS[case]
+    said, because = judge(facts)
+    assert said == verdict and why in because, (said, because)
 
 
 def test_json_keeps_its_schema_and_once_is_a_page_of_text(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +184,8 @@ def test_json_keeps_its_schema_and_once_is_a_page_of_text(root: Path, capsys: py
     assert now.commits[1].save_s is not None
     assert main(["orchestrator", "watch", str(root), "--once"]) == 0
     out = capsys.readouterr().out
-    assert "back to step 1" in out and "left" in out and "\x1b" not in out
+    assert out.startswith("ENDED  the process closed in order\n") and "step 1 is the newest" in out
+    assert "\x1b" not in out
     assert main(["orchestrator", "watch", str(root), "--interval_s=0"]) == 2
 
 

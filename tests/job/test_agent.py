@@ -22,8 +22,8 @@ import orchestrator as oc
 from orchestrator.job import sigterm
 from orchestrator.observe import events
 from orchestrator.storage import PosixStorage
-from tests.support.fakes import FailOnce, HookedStorage
-from tests.support.runs import LIKE, another_host, fill, journal_of, now, state
+from tests.support.fakes import FailOnce, HookedStorage, another_host
+from tests.support.runs import LIKE, fill, journal_of, now, state
 from tests.support.snapshots import snapshot
 
 # The loop of the README.

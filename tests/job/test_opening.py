@@ -24,8 +24,8 @@ from orchestrator.observe.events import EpochOpened, subscribe
 from orchestrator.rules import journal
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
-from tests.support.fakes import HookedStorage
-from tests.support.runs import LIKE, another_host, fill, journal_of, kinds, now, state
+from tests.support.fakes import HookedStorage, another_host
+from tests.support.runs import LIKE, fill, journal_of, kinds, now, state
 from tests.support.snapshots import snapshot
 
 OTHER = {"layers": [jnp.zeros(2)]}

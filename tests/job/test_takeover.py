@@ -19,8 +19,8 @@ import pytest
 import orchestrator as oc
 from orchestrator import compat
 from orchestrator.storage import PosixStorage
-from tests.support.fakes import HookedStorage
-from tests.support.runs import LIKE, another_host, fill, kinds, now, state
+from tests.support.fakes import HookedStorage, another_host
+from tests.support.runs import LIKE, fill, kinds, now, state
 
 
 def link(root: Path) -> Any:

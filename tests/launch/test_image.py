@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.engines import manifests
 from tests.support.reporting import put
 
 REPOSITORY = Path(__file__).parents[2]
@@ -91,12 +92,12 @@ def test_the_image_is_small_runs_as_nobody_special_and_shows_the_demo(built: tup
     builder, took_s = built
     (image,) = json.loads(builder.podman("inspect", IMAGE))
     assert image["User"] == "10001"
-    assert image["Healthcheck"]["Test"] == ["CMD", "python", "-m", "launch.health"]
+    assert image["Healthcheck"]["Test"] == ["CMD", *manifests.HEALTH]
     (base,) = json.loads(builder.podman("inspect", BASE))
     assert image["Size"] < SIZE_LIMIT_BYTES
     container = builder.buildah("from", IMAGE)
     assert builder.inside(container, "id", "-u") == "10001"
-    assert builder.inside(container, "python", "-m", "launch.health") == "health: no heartbeat yet"
+    assert builder.inside(container, *manifests.HEALTH) == "health: no heartbeat yet"
     assert "usage: orchestrator" in builder.inside(container, "orchestrator", "--help")
     no_tools = "import importlib.util as u; print([n for n in ('pip', 'pytest', 'mypy') if u.find_spec(n)])"
     assert builder.inside(container, "python", "-c", no_tools) == "[]"

@@ -110,7 +110,7 @@ def test_other_names_are_left_out_and_a_lost_directory_makes_nobody_silent() -> 
 def test_a_heartbeat_that_finds_no_room_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "beat"
     monkeypatch.setenv(environment.HEARTBEAT_FILE, str(file))
-    monkeypatch.setattr(heartbeat, "_last", {})
+    monkeypatch.setattr(heartbeat, "_last", heartbeat._Last())
     heartbeat.record("training", 1)
     os.utime(file, (0, 0))
     (tmp_path / f"beat.{os.getpid()}").mkdir()  # in the way of the new one, as a full disk is

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from launch import supervise
 from launch.supervise import Exit, Finish, JobHistory, Restart, RestartPolicy, SendSignal, State
+from orchestrator.rules.stalls import Sign
 
 
 def running(count: int, **rules: Any) -> State:
@@ -170,10 +172,22 @@ def test_when_the_operator_stops_the_job_preempted_is_its_code() -> None:
 
 def test_only_a_host_whose_heartbeats_have_stopped_is_killed() -> None:
     state = running(3, hang_after_s=10.0)
-    assert supervise.on_silence(state, {0: 9.0, 1: 10.0})[1] == ()
-    state, effects = supervise.on_silence(state, {0: 9.0, 1: 10.1})
+    assert supervise.on_silence(state, {0: Sign(9.0), 1: Sign(10.0)})[1] == ()
+    state, effects = supervise.on_silence(state, {0: Sign(9.0), 1: Sign(10.1), 7: Sign(99.0)})
     assert (state.hung, effects) == (frozenset({1}), (SendSignal(frozenset({1}), signal.SIGKILL, 0.0),))
-    assert supervise.on_silence(running(1, hang_after_s=0.0), {0: 1e9})[1] == ()
+    assert supervise.on_silence(running(1, hang_after_s=0.0), {0: Sign(1e9)})[1] == ()
+
+
+def test_those_that_wait_for_a_frozen_host_are_not_ended_and_an_elastic_job_loses_only_that_one() -> None:
+    state = running(3, hang_after_s=10.0, elastic=(1, 3), max_restarts=1)
+    waiting = Sign(10.5, pulse_age_s=1.0, step=9, steps=9)
+    frozen = replace(waiting, pulse_age_s=16.0)
+    assert supervise.on_silence(state, {0: waiting, 1: waiting, 2: replace(frozen, idle_s=9.9)})[1] == ()
+    state, effects = supervise.on_silence(state, {0: waiting, 1: waiting, 2: frozen})
+    assert effects == (SendSignal(frozenset({2}), signal.SIGKILL, 0.0),)
+    state, _ = supervise.on_exits(state, [Exit(2, -9)])
+    (effect,) = supervise.on_exits(state, [Exit(0, -6), Exit(1, -6)])[1]
+    assert isinstance(effect, Restart) and effect.history.hosts == 2
 
 
 def test_a_crash_loop_at_one_step_is_named_and_stepped_back_from() -> None:

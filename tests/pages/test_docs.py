@@ -156,7 +156,7 @@ def test_the_references_made_from_the_code_leave_nothing_out() -> None:
         assert f"## orchestrator {command}\n" in made["reference/generated-cli.md"]
         assert all(f"--{flag.name}" in made["reference/generated-cli.md"] for flag in about.flags)
     for engine, flags in (("local", FLAGS), ("slurm", slurm.FLAGS), ("gke", gke.FLAGS), ("tpu-vm", tpu_vm.FLAGS)):
-        _, _, rest = made["reference/generated-cli.md"].partition(f"## python -m launch {engine}\n")
+        _, _, rest = made["reference/generated-cli.md"].partition(f"## orchestrator launch {engine}\n")
         section = rest.partition("\n## ")[0]
         assert [flag for flag in flags if f"  --{flag} " not in section] == []
     for option in dataclasses.fields(oc.Options):

@@ -1,6 +1,6 @@
 """The guides' commands, run as they stand by a real shell, as far as this machine can.
 
-`python -m launch ...` is real; only paths and the number of steps are made small, and what would submit or start
+`orchestrator launch ...` is real; only paths and the number of steps are made small, and what would submit or start
 something elsewhere is left to print it. Programs of other engines are stand-ins that say that they were called.
 """
 
@@ -37,7 +37,7 @@ SMALLER = [
 def blocks(page: str) -> list[str]:
     """The page's blocks with commands of a launcher, or of an engine."""
     found = [block for language, block in FENCE.findall((ROOT / page).read_text()) if not language]
-    wanted = re.compile(r"^python -m launch (slurm|gke|tpu-vm)|^(" + "|".join(NOT_HERE) + ")", re.MULTILINE)
+    wanted = re.compile(r"^orchestrator launch (slurm|gke|tpu-vm)|^(" + "|".join(NOT_HERE) + ")", re.MULTILINE)
     return [block for block in found if wanted.search(block)]
 
 
@@ -47,7 +47,7 @@ def shell(tmp_path: Path, block: str) -> str:
     bin_.mkdir()
     programs = {
         "python": f'exec {sys.executable} "$@"',
-        "orchestrator": f'exec {sys.executable} -m orchestrator.cli "$@"',
+        "orchestrator": f'exec {sys.executable} -m orchestrator "$@"',
     }
     programs |= {name: f'echo "{name} is not here"' for name in NOT_HERE}
     for name, line in programs.items():
@@ -71,8 +71,8 @@ def shell(tmp_path: Path, block: str) -> str:
 @pytest.mark.slow
 def test_one_program_runs_here_and_is_written_for_every_engine(tmp_path: Path) -> None:
     (block,) = blocks("docs/launching.md")
-    launches = [line for line in block.splitlines() if line.startswith("python -m launch ")]
-    assert [line.split()[3] for line in launches] == ["local", "slurm", "gke", "tpu-vm"]
+    launches = [line for line in block.splitlines() if line.startswith("orchestrator launch ")]
+    assert [line.split()[2] for line in launches] == ["local", "slurm", "gke", "tpu-vm"]
     assert all(line.endswith(" -- $TRAIN") for line in launches), "the same command line, word for word"
     out = shell(tmp_path, block)
     assert "[host-0] step 2     saving" in out
@@ -85,7 +85,7 @@ def test_the_commands_of_a_guide_run(page: str, tmp_path: Path) -> None:
     assert found
     for number, block in enumerate(found):
         # The local launcher's line is that of launching.md, which has run above.
-        elsewhere = re.sub(r"^python -m launch local (?:.*\\\n)*.*\n", "", block, flags=re.MULTILINE)
+        elsewhere = re.sub(r"^orchestrator launch local (?:.*\\\n)*.*\n", "", block, flags=re.MULTILINE)
         if "orchestrator ls" in elsewhere:
             elsewhere = re.sub(r"^orchestrator ls.*\n", "", elsewhere, flags=re.MULTILINE)
         (at := tmp_path / str(number)).mkdir()
@@ -99,6 +99,6 @@ def test_the_commands_of_a_guide_run(page: str, tmp_path: Path) -> None:
 def test_help_shows_every_flag(command: str, values: flags.FlagValues, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch_main.main(["launch", command, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"usage: python -m launch {command} ")
+    assert shown.startswith(f"usage: orchestrator launch {command} ")
     explained = [name for name in values if re.search(rf"^  --{name} +\S.{{10,}}$", shown, re.MULTILINE)]
     assert explained == list(values)

@@ -11,7 +11,6 @@ from msgspec import structs
 
 import orchestrator as oc
 from orchestrator.arrays import PendingWrite
-from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.policy import last
 from orchestrator.rules import chunk_index, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
@@ -41,13 +40,6 @@ def kinds(root: Path) -> list[str]:
 
 def now(**more: Any) -> oc.Options:
     return oc.Options(**{"async_save": False, "on_save_failure": "raise", **more})
-
-
-def another_host() -> SingleProcess:
-    """For an agent that is to be another process's incarnation, though it is in this one."""
-    me = SingleProcess()
-    me.hosts = {0: "another-host"}
-    return me
 
 
 def fill(root: Path, *steps: int, **arguments: Any) -> None:

@@ -3,7 +3,7 @@
 python -m tests.proof.chaos.faulty_fs BACKING MOUNT CONTROL
 
 While the file CONTROL holds `OPERATION ERROR N` (say `write EIO 5`), every Nth call of that operation fails with ERROR.
-Needs fusepy and libfuse 2 (`pip install checkpoint-orchestrator[chaos]`, `apt install libfuse2`).
+Needs fusepy and libfuse 2 (`pip install '.[chaos]'` in a checkout, `apt install libfuse2`).
 """
 
 from __future__ import annotations

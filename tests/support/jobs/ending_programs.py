@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 import orchestrator as oc
 from orchestrator import compat
 from orchestrator.job import rendezvous, sigaction
-from tests.support.runs import another_host
+from tests.support.fakes import another_host
 
 STEPS = 400  # of a loop that is to be stopped: half a minute
 QUICK = oc.Options(save_timeout_s=30, rendezvous_timeout_s=30)

@@ -1,0 +1,30 @@
+"""Programs of ours that `orchestrator launch` and `python -m launch` run, beside the engines.
+
+Imports little: a health probe runs every few seconds beside the job.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+
+# Name -> (module, about). Each is `python -m MODULE`, too.
+PROGRAMS = {
+    "train": ("launch.train", "the example job, to go after the --: a transformer, its data and checkpoints"),
+    "demo": ("launch.demo", "four simulated hosts, one killed in the middle of a save, resumed on two"),
+    "health": ("launch.health", "for probes: does the job in this container still make progress?"),
+    "gcs-emulator": ("launch.gcs_emulator", "an emulated Cloud Storage, for tests"),
+}
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one of PROGRAMS with its arguments. Most end the process themselves, with their own exit code."""
+    sys.argv = [f"orchestrator launch {words[0]}", *words[1:]]
+    runpy.run_module(PROGRAMS[words[0]][0], run_name="__main__", alter_sys=True)
+    return 0
+
+
+def command(name: str) -> list[str]:
+    """The command line of one of PROGRAMS, for a child process. -P: the working directory may hold another `launch`."""
+    return [sys.executable, "-P", "-m", "orchestrator", "launch", name]

@@ -1,0 +1,20 @@
+"""What pyproject.toml cannot say: where the examples are installed, and what an index shows of README.md."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# An index has the page alone: links and pictures that lead to other files of the checkout become plain words there.
+_RELATIVE = re.compile(r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)")
+
+setup(
+    long_description=_RELATIVE.sub(r"\1", Path("README.md").read_text("utf-8")),
+    long_description_content_type="text/markdown",
+    # Inside our own package: a package `examples` in site-packages could be anyone's.
+    packages=[
+        *find_packages(include=["orchestrator", "orchestrator.*", "launch", "launch.*"]),
+        "orchestrator.examples",
+    ],
+    package_dir={"orchestrator.examples": "examples"},
+)

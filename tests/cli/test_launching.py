@@ -1,0 +1,86 @@
+"""What an installed package offers from any directory: `orchestrator launch`, `orchestrator example`, `--version`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import orchestrator as oc
+from launch.engines import manifests
+from orchestrator.cli import example, launching
+from orchestrator.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+THEIRS = "raise SystemExit('the user\\'s own launch was run')\n"
+
+
+@pytest.mark.parametrize("shadow", ["launch.py", "launch/__init__.py"])
+@pytest.mark.parametrize("on_path", [False, True], ids=["in the working directory", "on PYTHONPATH"])
+@pytest.mark.parametrize("words", [["health"], ["local", "--help"]], ids=" ".join)
+def test_a_users_own_launch_is_never_taken_for_ours(
+    shadow: str, on_path: bool, words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / shadow).parent.mkdir(exist_ok=True)
+    (tmp_path / shadow).write_text(THEIRS)
+    path = [str(tmp_path)] * on_path + [str(ROOT)]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, *manifests.HEALTH[1:-1], *words]  # as generated manifests call us
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(("health: ", "usage: orchestrator launch local")), done
+
+
+def test_a_launch_that_is_not_installed_is_an_error_that_says_where_it_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(oc.UsageError, match=re.escape(str(tmp_path / "launch"))):
+        launching.load(tmp_path)
+
+
+def test_an_example_is_printed_as_it_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
+    files = {path.stem: path for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__"}
+    assert example.names() == [*sorted(files), "train"]
+    for name, path in files.items():
+        assert main(["orchestrator", "example", name]) == 0
+        assert capsys.readouterr().out == path.read_text()
+    assert main(["orchestrator", "example"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in example.names())
+    assert main(["orchestrator", "example", "nope"]) == 2
+    assert "choose from grain_input" in capsys.readouterr().err
+
+
+def test_the_example_job_is_printed_as_one_file_that_lacks_nothing(tmp_path: Path) -> None:
+    program = tmp_path / "train.py"
+    program.write_text(example.source("train") + "\n")
+    assert "launch.example" not in re.sub(r"`[^`]*`", "", program.read_text())
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F,E9", str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_the_command_says_its_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["orchestrator", word]) == 0
+    assert capsys.readouterr().out == f"checkpoint-orchestrator {oc.__version__}\n"
+
+
+BY_NAME = re.compile(r"""pip3?\s+(?:install|download)[^\n`|]*["'\s]checkpoint[-_]orchestrator(?![-_]\d|\S*\.whl)""")
+UNSAFE = ['pip install "checkpoint-orchestrator[train]" "jax[tpu]"', "pip install -U checkpoint_orchestrator"]
+SAFE = ["pip install .", "pip install checkpoint_orchestrator-0.2.0-py3-none-any.whl", "checkpoint-orchestrator 0.2.0"]
+
+
+def test_nobody_is_sent_to_an_index_for_a_name_that_is_not_registered() -> None:
+    """Whoever registers it first would run their code on our users' machines."""
+    assert all(BY_NAME.search(text) for text in UNSAFE) and not any(BY_NAME.search(text) for text in SAFE)
+    folders = ("docs", "orchestrator", "launch", "docker", "examples", "tests/proof", "benchmarks")
+    pages = [*ROOT.glob("*.md"), ROOT / "Makefile"]
+    pages += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    texts = {path: path.read_text(errors="replace").replace("\\\n", " ") for path in pages if path.suffix != ".pyc"}
+    assert [f"{path}: {found[0]}" for path, text in texts.items() if (found := BY_NAME.search(text))] == []
