@@ -48,7 +48,7 @@ def main(root: str, steps: int) -> dict[str, object]:
         if restored:
             state, start = restored.state, restored.step + 1
         else:
-            state, start = jax.device_put(nnx.state(make()), everywhere), 0
+            state, start = jax.jit(lambda: nnx.state(make()), out_shardings=everywhere)(), 0
         loss = jnp.float32(0)
         for step in range(start, steps):
             x = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (16, 8))

@@ -4,6 +4,7 @@ python -m examples.plain_jax --root=/tmp/run --steps=20     # again with more st
 """
 
 import argparse
+import functools
 import os
 
 import jax
@@ -23,8 +24,9 @@ def main(root: str, steps: int) -> dict[str, object]:
         "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole),
     }
 
+    @functools.partial(jax.jit, out_shardings={"w": rows, "key": whole})  # on the devices of all hosts
     def init():
-        return {"w": jnp.zeros((16, 4), device=rows), "key": jax.device_put(jax.random.key(0), whole)}
+        return {"w": jnp.zeros((16, 4)), "key": jax.random.key(0)}
 
     @jax.jit
     def train_step(state):

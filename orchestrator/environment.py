@@ -29,9 +29,9 @@ def step_back() -> int:
     return int(text)
 
 
-def store_deadline_s() -> float:
-    """Raises UsageError for a deadline that is no number."""
-    text = os.environ.get(STORE_DEADLINE, str(_STORE_DEADLINE_S))
+def store_deadline_s(default_s: float = _STORE_DEADLINE_S) -> float:
+    """`default_s` unless the variable is set. Raises UsageError for a deadline that is no number."""
+    text = os.environ.get(STORE_DEADLINE, str(default_s))
     try:
         deadline_s = float(text)
         if not 0 < deadline_s < float("inf"):

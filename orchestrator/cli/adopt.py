@@ -38,7 +38,7 @@ def show(done: AdoptedSteps, flags: Flags) -> Iterator[render.Shown]:
 COMMAND = Command(
     run,
     show,
-    "take over a directory of Orbax's CheckpointManager; nothing is copied",
+    "take over a directory of Orbax's CheckpointManager, without a copy",
     flags=(
         Flag("from", str, None, "where Orbax's steps are; the run's own ROOT if unset"),
         Flag("skip", str, "", "items to leave out, separated by commas"),

@@ -9,19 +9,23 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from orchestrator import environment
+from orchestrator.cli import render
 from orchestrator.cli.render import Shown
 from orchestrator.errors import EXIT_OK, StepNotFound, UsageError
 from orchestrator.rules import journal
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.storage import open_storage
+from orchestrator.storage import Patience, open_storage
 
+STORE_DEADLINE_S = 20.0  # for one operation of a command; a job has more patience
 Flags = dict[str, Any]
 R = TypeVar("R")
 
@@ -33,7 +37,7 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @dataclass(frozen=True)
 class Flag:
     """A flag of one command. `kind`: bool, int, float or str. `short`: one letter that stands for it. `path`: a file or
-    directory of this machine."""
+    directory of this machine. `required`: must be given. `choices`: the values that it takes, any if empty."""
 
     name: str
     kind: type
@@ -41,10 +45,14 @@ class Flag:
     about: str
     short: str | None = None
     path: bool = False
+    required: bool = False
+    choices: tuple[str, ...] = ()
 
 
 JSON = Flag("json", bool, False, "one JSON document instead of a table")  # of every command
-STEP = Flag("step", int, None, "which step")
+# A command with this flag takes the step after ROOT, too: `orchestrator inspect ROOT 100`.
+STEP = Flag("step", int, None, "which step; the newest without it")
+REQUIRED_STEP = Flag("step", int, None, "which step", required=True)
 EVENTS = Flag("events_dir", str, None, "where the job's events are; ROOT/events without it", path=True)
 
 
@@ -61,7 +69,7 @@ class Command(Generic[R]):
     show: a result for people. exit_code: of a result.
     encode: what --json prints of a result that holds more than that; None: the result as it is.
     follow: the result again and again, for a terminal, until the user has enough; such a command has a flag `once`.
-    arguments: words after ROOT; `run` gets them among its flags.
+    arguments: words after ROOT; `run` gets them among its flags. about: one short line; detail: more, for --help.
     """
 
     run: Callable[[str, Flags], R | Iterator[R]]
@@ -70,6 +78,7 @@ class Command(Generic[R]):
     flags: tuple[Flag, ...]
     examples: tuple[str, ...]
     arguments: tuple[str, ...] = ()
+    detail: str = ""
     exit_code: Callable[[R], int] = _ok
     encode: Callable[[R], Result] | None = None
     follow: Callable[[str, Flags], Iterator[R]] | None = None
@@ -81,10 +90,10 @@ class Command(Generic[R]):
     @property
     def json_type(self) -> Any:
         """The type of what --json prints, as the functions that make it are annotated."""
-        if self.encode:
-            return get_type_hints(self.encode)["return"]
         made = get_type_hints(self.run)["return"]
-        return list[get_args(made)[0]] if get_origin(made) is Iterator else made  # type: ignore[misc]
+        several = get_origin(made) is Iterator
+        one = get_type_hints(self.encode)["return"] if self.encode else get_args(made)[0] if several else made
+        return list[one] if several else one  # type: ignore[valid-type]
 
     def to_json(self, result: R) -> Any:
         """A result in the types that JSON has."""
@@ -92,12 +101,18 @@ class Command(Generic[R]):
 
 
 def open_store(root: str) -> JournalStore:
-    """The run at `root`, to which whoever runs the command signs what they write."""
+    """The run at `root`, to which whoever runs the command signs what they write. A store that does not answer is tried
+    for STORE_DEADLINE_S, not for as long as a job tries, and whoever waits at a terminal is told."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without a passwd entry
         user = str(os.getuid())
-    return JournalStore(open_storage(root), writer=f"cli/{user}@{socket.gethostname()}")
+    patience = Patience(environment.store_deadline_s(STORE_DEADLINE_S), _notify if sys.stderr.isatty() else None)
+    return JournalStore(open_storage(root, patience), writer=f"cli/{user}@{socket.gethostname()}")
+
+
+def _notify(text: str) -> None:
+    render.write_error(f"orchestrator: {text}")
 
 
 def live_step(store: JournalStore, step: int | None) -> LiveStep:
@@ -105,13 +120,17 @@ def live_step(store: JournalStore, step: int | None) -> LiveStep:
     head = store.require_head()
     live = journal.newest(head) if step is None else journal.find(head, step)
     if live is None:
-        have = ", ".join(str(one.step) for one in head.live) or "no steps"
-        raise StepNotFound(f"{store.url}: step {'(newest)' if step is None else step} is not there; it has: {have}")
+        if step is None:
+            have = ", ".join(str(one.step) for one in head.live[-journal.STEPS_NAMED :]) or "none at all"
+            raise StepNotFound(f"{store.url}: no step can be restored; quarantined or never committed: {have}")
+        raise StepNotFound(f"{store.url}: {journal.not_here(head, step)}")
     return live
 
 
-def required_step(flags: Flags) -> int:
-    """Raises UsageError if --step was not given."""
-    if flags["step"] is None:
-        raise UsageError("--step is required: which step")
-    return int(flags["step"])
+def step_of(text: str, where: str = "STEP") -> int | None:
+    """The step that a word stands for; None for `newest`. Raises UsageError."""
+    if text == "newest":
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"{where} {text!r}: expected the number of a step, or newest")
+    return int(text)

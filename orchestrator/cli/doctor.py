@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
-from orchestrator.cli import machine_checks, record_checks, render
+from orchestrator.cli import host_checks, machine_checks, record_checks, render
 from orchestrator.cli.command import EVENTS, Command, Flag, Flags, Result, open_store
 from orchestrator.cli.finding import LEVELS, RECOVER, ExaminedRun, Finding, Level
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError
@@ -32,8 +32,10 @@ CHECKS: dict[str, Check] = {
     "store": machine_checks.store,
     "durability": machine_checks.disk,
     "clocks": machine_checks.clocks,
+    "hosts": host_checks.hosts,
     "versions": machine_checks.versions,
 }
+_TONES: dict[Level, render.Tone] = {"ok": "good", "warn": "warn", "bad": "bad", "damage": "bad"}
 # What can be checked where the journal's newest entry cannot be read.
 WITHOUT_HEAD = ("permissions", "store", "durability", "versions")
 _NO_HEAD = Head(format=0, version=-1, epoch=0, writer="", write_id="", time=0.0, event=JournalEvent(kind=""))
@@ -79,11 +81,18 @@ def _for_shell(finding: Finding, root: str) -> Finding:
 
 
 def show(diagnosis: Diagnosis, flags: Flags) -> Iterator[render.Shown]:
-    for finding in diagnosis.findings:
-        level = finding.level if finding.level == "ok" else finding.level.upper()
-        yield f"{level:<6}  {finding.check:<11}  {finding.text}"
+    """The worst first; of what is good only how much."""
+    words = {level: level if level == "ok" else level.upper() for level in LEVELS}
+    for finding in sorted(diagnosis.findings, key=lambda one: -LEVELS.index(one.level)):
+        if finding.level != "ok" or flags["all"]:
+            line = f"{words[finding.level]:<6}  {finding.check:<11}  {finding.text}"
+            yield render.toned(line, _TONES[finding.level])
         if finding.do:
-            yield f"{'':<21}do: {finding.do}"
+            yield f"{'':<8}do: {finding.do}"
+    counts = {level: sum(one.level == level for one in diagnosis.findings) for level in reversed(LEVELS)}
+    found = ", ".join(f"{count} {words[level]}" for level, count in counts.items() if count)
+    more = "" if flags["all"] or not counts["ok"] else " (--all shows them)"
+    yield render.toned(f"{diagnosis.root}: {found}{more}", _TONES[diagnosis.worst])
 
 
 def exit_code(diagnosis: Diagnosis) -> int:
@@ -94,8 +103,13 @@ def exit_code(diagnosis: Diagnosis) -> int:
 COMMAND = Command(
     run,
     show,
-    "what could hurt this run next, and what to do about it; 1 if it will, 4 if something is damaged",
-    flags=(Flag("read_only", bool, False, "do not try out the store with a file of its own"), EVENTS),
+    "what could hurt this run next, and what to do about it",
+    flags=(
+        Flag("all", bool, False, "show what is good, too"),
+        Flag("read_only", bool, False, "do not try out the store with a file of its own"),
+        EVENTS,
+    ),
+    detail="Exit code 1 if something will hurt the next save or restore, 4 if something is damaged.",
     examples=("orchestrator doctor /data/run", "orchestrator doctor /data/run --json | jq -r .worst"),
     exit_code=exit_code,
 )

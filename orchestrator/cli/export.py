@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator
 
 from orchestrator.cli import render
-from orchestrator.cli.command import Command, Flag, Flags, Result, live_step, open_store
-from orchestrator.errors import UsageError
+from orchestrator.cli.command import Command, Flag, Flags, Result, live_step, open_store, step_of
 
 
 class Exported(Result, frozen=True):
@@ -22,25 +21,15 @@ class Exported(Result, frozen=True):
 
 
 def run(root: str, flags: Flags) -> Exported:
-    from orchestrator.tools.export import FORMATS, export, open_source  # JAX takes a second to import: only here
+    from orchestrator.tools.export import export, open_source  # JAX takes a second to import: only here
 
-    if flags["format"] not in FORMATS:
-        raise UsageError(f"--format={flags['format']}: choose from {', '.join(FORMATS)}")
     store = open_store(root)
-    live = live_step(store, _step(flags["step"]))
+    live = live_step(store, step_of(flags["step"]))
     with render.progress("bytes") as display:
         bar = render.Bar(display, f"step {live.step}", live.bytes)
         written_bytes = export(open_source(store, live, bar.add), flags["dest"], flags["format"])
     destination = os.path.abspath(os.path.expanduser(flags["dest"]))
     return Exported(store.url, live.step, live.attempt, destination, flags["format"], written_bytes)
-
-
-def _step(text: str) -> int | None:
-    if text == "newest":
-        return None
-    if not text.isdecimal():
-        raise UsageError(f"STEP {text!r}: expected the number of a step, or newest")
-    return int(text)
 
 
 def show(done: Exported, flags: Flags) -> Iterator[render.Shown]:
@@ -50,11 +39,12 @@ def show(done: Exported, flags: Flags) -> Iterator[render.Shown]:
 COMMAND = Command(
     run,
     show,
-    "a step, gathered from all shards, as files that other programs read; STEP is a number or newest",
-    flags=(Flag("format", str, "orbax", "orbax, safetensors or numpy"),),
+    "a step as files of orbax, safetensors or numpy",
+    flags=(Flag("format", str, "orbax", "orbax, safetensors or numpy", choices=("orbax", "safetensors", "numpy")),),
     examples=(
         "orchestrator export /data/run newest /data/model.safetensors --format=safetensors",
         "orchestrator export /data/run 100 /data/step-100 --format=numpy",
     ),
     arguments=("STEP", "DEST"),
+    detail="Gathered whole from all shards. STEP is a number, or newest. DEST must not exist yet.",
 )

@@ -79,7 +79,7 @@ def exit_code(done: DeletedData) -> int:
 COMMAND = Command(
     run,
     show,
-    "delete the data of retired and aborted attempts, and what crashes have left behind",
+    "delete what is retired or aborted, and what crashes have left",
     flags=(
         Flag("dry_run", bool, False, "say what would be deleted, and delete nothing"),
         Flag("keep_last", int, None, "first retire all but the last N steps; pinned and quarantined ones stay"),

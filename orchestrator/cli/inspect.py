@@ -120,7 +120,7 @@ def show(found: Inspection, flags: Flags) -> Iterator[render.Shown]:
 COMMAND = Command(
     run,
     show,
-    "one step: its arrays, shardings and sizes, who wrote what and how long it took",
+    "one step: arrays, shardings, sizes, and who wrote what",
     flags=(STEP,),
-    examples=("orchestrator inspect /data/run", "orchestrator inspect /data/run --step=100"),
+    examples=("orchestrator inspect /data/run", "orchestrator inspect /data/run 100"),
 )

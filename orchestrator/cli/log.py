@@ -12,6 +12,9 @@ from orchestrator.rules.records import JournalEvent
 # What an event's `steps` are, before their numbers. Events that are not here name none, or ones that say nothing more.
 _STEPS_ARE = {"committed": "retired ", "retired": "", "collected": "", "recovered": "steps "}
 
+_TONED = ("aborted", "quarantined")
+_LAST = 20
+
 
 class LogEntry(Result, frozen=True):
     """`log` prints a list of these: journal entries without the steps."""
@@ -25,31 +28,57 @@ class LogEntry(Result, frozen=True):
 
 def run(root: str, flags: Flags) -> list[LogEntry]:
     store = open_store(root)
-    arguments.whole("--last", flags["last"])
+    if flags["last"] is not None:
+        arguments.whole("--last", flags["last"])
     store.require_head()
-    entries = [LogEntry(head.version, head.epoch, head.writer, head.time, head.event) for head in store.entries()]
-    return entries[-flags["last"] :] if flags["last"] else entries
+    most = flags["last"] if flags["last"] is not None else 0 if flags["json"] or flags["all"] else _LAST
+    entries: list[LogEntry] = []
+    for version in reversed(store.versions()):
+        head = store.entry(version)
+        if _is_shown(head.event, flags):
+            entries.append(LogEntry(head.version, head.epoch, head.writer, head.time, head.event))
+        if most and len(entries) == most:  # a journal grows for years: of what is not asked for nothing is read
+            break
+    return entries[::-1]
+
+
+def _is_shown(event: JournalEvent, flags: Flags) -> bool:
+    """Programs get all. For people, what deletion has come to is of no interest, unless they ask for it."""
+    if flags["step"] is not None and flags["step"] not in (event.step, *event.steps):
+        return False
+    return flags["json"] or flags["all"] or event.kind != "collected"
 
 
 def show(entries: list[LogEntry], flags: Flags) -> Iterator[render.Shown]:
-    rows = [
+    wide = flags["wide"]
+    rows: list[list[render.Cell]] = [
         [
             str(entry.version),
             render.moment(entry.time),
-            str(entry.epoch),
-            entry.event.kind,
+            *([str(entry.epoch)] if wide else []),
+            render.toned(entry.event.kind, None if entry.event.kind in _TONED else "plain"),
             "" if entry.event.step is None else str(entry.event.step),
-            _what(entry.event),
-            entry.writer,
+            _what(entry, wide),
+            *([entry.writer] if wide else []),
         ]
         for entry in entries
     ]
-    columns = ["version", "time", "epoch", "event", "step", "what", "by"]
+    columns = ["version", "time", *(["epoch"] if wide else []), "event", "step", "what", *(["by"] if wide else [])]
+    if not rows:
+        yield "no such entries"
+        return
     yield render.table(columns, rows, right=["version", "epoch", "step"])
+    if entries[0].version and not flags["all"] and flags["step"] is None:
+        yield render.toned(f"the newest {len(entries)}, without `collected`; --all shows all, --wide who wrote", "dim")
 
 
-def _what(event: JournalEvent) -> str:
-    parts = [event.attempt or "", reason_and_causes(event)]
+def _what(entry: LogEntry, wide: bool) -> str:
+    event = entry.event
+    parts = [event.attempt or "" if wide else "", reason_and_causes(event)]
+    if event.kind == "opened-epoch" and not wide:
+        parts.append(f"epoch {entry.epoch}")
+    if not wide and entry.writer.startswith("cli/"):  # a person did it
+        parts.append(f"by {entry.writer.removeprefix('cli/')}")
     if event.steps and event.kind in _STEPS_ARE:
         parts.append(_STEPS_ARE[event.kind] + ", ".join(map(str, event.steps)))
     return "; ".join(part for part in parts if part)
@@ -65,6 +94,11 @@ COMMAND = Command(
     run,
     show,
     "the journal: every change to the run, by whom and why",
-    flags=(Flag("last", int, 0, "only the last N entries; 0: all"),),
-    examples=("orchestrator log /data/run --last=20",),
+    flags=(
+        Flag("last", int, None, "the last N entries, 0: all; without it the last 20, with --json all"),
+        Flag("all", bool, False, "every entry, `collected` included"),
+        Flag("wide", bool, False, "epoch, attempt and writer, too"),
+        Flag("step", int, None, "only entries about this step"),
+    ),
+    examples=("orchestrator log /data/run", "orchestrator log /data/run 100 --wide"),
 )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from orchestrator.cli import render
-from orchestrator.cli.command import Command, Flags, Result, open_store
+from orchestrator.cli.command import Command, Flag, Flags, Result, open_store
 from orchestrator.rules import journal
 from orchestrator.rules.records import LiveStep, RetiredAttempt
 from orchestrator.run import survey
 
 METRICS_SHOWN = 8  # of each step
+_REASON_CHARS = 200
+_ROOMY_COLUMNS = 110  # a narrower terminal has no room for the time beside the age
 
 
 class UncommittedAttempt(Result, frozen=True):
@@ -19,7 +22,8 @@ class UncommittedAttempt(Result, frozen=True):
 
 
 class Listing(Result, frozen=True):
-    """`ls`. newest: the step that a restore takes. aside: quarantined attempts whose step was saved again."""
+    """`ls`. newest: the step that a restore takes. steps: in the order of their commits. aside: quarantined attempts
+    whose step was saved again."""
 
     root: str
     version: int
@@ -49,12 +53,28 @@ def run(root: str, flags: Flags) -> Listing:
 
 
 def show(listing: Listing, flags: Flags) -> Iterator[render.Shown]:
-    rows = [_row(live, listing.newest) for live in sorted(listing.steps, key=lambda live: live.step)]
+    wide, now = flags["wide"], time.time()
+    screen = render.screen()
+    roomy = wide or screen is None or screen[0] >= _ROOMY_COLUMNS
+    rows = [_row(live, listing.newest, now) for live in reversed(listing.steps)]
     if rows:
-        columns = ["", "step", "attempt", "trust", "size", "saved", "metrics", "pins"]
-        yield render.table(columns, rows, right=["step", "size"])
+        columns = ["", "step", "attempt", "status", "age", "saved", "size", "metrics", "pins"]
+        hidden = {name for name, shown in {"attempt": wide, "saved": roomy}.items() if not shown}
+        if not any(live.pins for live in listing.steps):  # a column of nothing takes room
+            hidden.add("pins")
+        kept = [index for index, name in enumerate(columns) if name not in hidden]
+        shown = [[row[index] for index in kept] for row in rows]
+        yield render.table([columns[index] for index in kept], shown, right=["step", "age", "size"])
     else:
         yield "no committed steps"
+    if listing.newest is None:
+        yield render.toned("no step can be restored", "bad")
+    for live in reversed((*listing.aside, *listing.steps)):
+        if why := live.quarantine:
+            by = "by hand, " if why.by_hand else ""
+            name = live.id.label if wide or live in listing.aside else f"step {live.step}"
+            text = f"{name} quarantined {by}{render.age(now - why.time)}: {why.reason[:_REASON_CHARS]}"
+            yield render.toned(text, "bad")
     size = render.size(sum(live.bytes for live in listing.steps))
     counts = [f"{len(listing.steps)} steps, {size}; epoch {listing.epoch}, journal version {listing.version}"]
     if listing.uncommitted:
@@ -66,16 +86,17 @@ def show(listing: Listing, flags: Flags) -> Iterator[render.Shown]:
     yield "; ".join(counts)
 
 
-def _row(live: LiveStep, newest: int | None) -> list[str]:
+def _row(live: LiveStep, newest: int | None, now: float) -> list[render.Cell]:
     few = dict(list(live.metrics.items())[:METRICS_SHOWN])
     more = len(live.stored_metrics) - len(few) + live.metrics_omitted
     return [
         "*" if live.step == newest else "",
         str(live.step),
         live.attempt,
-        live.trust,
-        render.size(live.bytes),
+        render.toned(live.trust),
+        render.age(now - live.time),
         render.moment(live.time),
+        render.size(live.bytes),
         render.metrics(few) + (f" and {more} more" if more else ""),
         " ".join(live.pins),
     ]
@@ -84,7 +105,7 @@ def _row(live: LiveStep, newest: int | None) -> list[str]:
 COMMAND = Command(
     run,
     show,
-    "the steps of a run; * marks the one that a restore takes",
-    flags=(),
+    "the steps of a run, newest first; * is what a restore takes",
+    flags=(Flag("wide", bool, False, "attempts and times, too, however narrow the terminal is"),),
     examples=("orchestrator ls /data/run", "orchestrator ls /data/run --json | jq .newest"),
 )

@@ -135,7 +135,7 @@ def clocks(run: ExaminedRun) -> Iterator[Finding]:
     for problem in tail.problems.values():
         yield Finding("events", "warn", problem, "watch and report do without it; take away what is no event log")
     if tail.skipped:
-        text = f"{tail.skipped} lines among the events in {run.events_dir} are none"
+        text = f"{tail.skipped} lines among the events in {run.events_dir} are not events"
         yield Finding("events", "warn", text, "watch and report do without them; a crash in mid-line leaves one")
 
 

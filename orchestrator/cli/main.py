@@ -43,30 +43,31 @@ from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, OrchestratorEr
 _BROKEN_PIPE = 128 + 13
 _HELP = ("-h", "-help", "--help")
 
-COMMANDS: dict[str, Command[Any]] = {
-    "ls": ls.COMMAND,
-    "inspect": inspect.COMMAND,
-    "log": log.COMMAND,
-    "watch": watch.COMMAND,
-    "doctor": doctor.COMMAND,
-    "report": report.COMMAND,
-    "export": export.COMMAND,
-    "plan": plan.COMMAND,
-    "verify": verify.COMMAND,
-    "diff": diff.COMMAND,
-    "adopt": adopt.COMMAND,
-    "gc": gc.COMMAND,
-    "pin": pin.PIN,
-    "unpin": pin.UNPIN,
-    "quarantine": quarantine.QUARANTINE,
-    "release": quarantine.RELEASE,
-    "recover": recover.COMMAND,
+GROUPS: dict[str, dict[str, Command[Any]]] = {
+    "look": {
+        "ls": ls.COMMAND,
+        "inspect": inspect.COMMAND,
+        "log": log.COMMAND,
+        "watch": watch.COMMAND,
+        "report": report.COMMAND,
+    },
+    "check": {"doctor": doctor.COMMAND, "verify": verify.COMMAND, "diff": diff.COMMAND, "plan": plan.COMMAND},
+    "change": {
+        "pin": pin.PIN,
+        "unpin": pin.UNPIN,
+        "quarantine": quarantine.QUARANTINE,
+        "release": quarantine.RELEASE,
+        "gc": gc.COMMAND,
+        "recover": recover.COMMAND,
+    },
+    "move": {"export": export.COMMAND, "adopt": adopt.COMMAND},
 }
+COMMANDS: dict[str, Command[Any]] = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 def _schema(name: str) -> str:
     if name not in COMMANDS:
-        raise UsageError(f"schema {name}: choose from {', '.join(COMMANDS)}")
+        raise UsageError(f"schema {name}: {usage.choose_from(name, COMMANDS)}")
     return render.document(msgspec.json.schema(COMMANDS[name].json_type))
 
 
@@ -79,19 +80,26 @@ def _completion(shell: str) -> str:
 _PRINTED: dict[str, tuple[str, Callable[[str], str]]] = {
     "example": (example.ABOUT, example.source),
     "schema": ("JSON Schema of a command's --json: orchestrator schema ls", _schema),
-    "completion": ("completion for bash, zsh or fish: source <(orchestrator completion bash)", _completion),
+    "completion": ("for bash, zsh, fish: source <(orchestrator completion bash)", _completion),
 }
 
 
 def _abouts() -> dict[str, str]:
-    printed = {name: about for name, (about, _) in _PRINTED.items()}
-    return {name: command.about for name, command in COMMANDS.items()} | {launching.NAME: launching.ABOUT} | printed
+    """Every command's one line."""
+    return {name: about for rows in _overview().values() for name, about in rows.items()}
+
+
+def _overview() -> dict[str, dict[str, str]]:
+    """The same by what one wants to do."""
+    groups = {group: {name: one.about for name, one in commands.items()} for group, commands in GROUPS.items()}
+    groups["start"] = {launching.NAME: launching.ABOUT}
+    return {**groups, "other": {name: about for name, (about, _) in _PRINTED.items()}}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command. Returns the exit code; users' mistakes and damage are one line on standard error."""
     if len(argv) < 2:
-        print(usage.overview(_abouts()), file=sys.stderr)
+        print(usage.overview(_overview()), file=sys.stderr)
         return EXIT_USAGE
     name, words = argv[1], argv[2:]
     if name in ("--version", "-V", "version"):
@@ -99,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     if name in (*_HELP, "help"):
         about = words[0] if words else ""
-        print(usage.help_text(about, COMMANDS[about]) if about in COMMANDS else usage.overview(_abouts()))
+        print(usage.help_text(about, COMMANDS[about]) if about in COMMANDS else usage.overview(_overview()))
         return EXIT_OK
     if name == launching.NAME:
         return launching.run(words)
@@ -107,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         return _print(name, words)
     command = COMMANDS.get(name)
     if command is None:
-        render.write_error(f"orchestrator: no command {name!r}; choose from {', '.join(COMMANDS)}")
+        render.write_error(f"orchestrator: no command {name!r}; {usage.choose_from(name, _abouts())}")
         return EXIT_USAGE
     if any(word in _HELP for word in words):
         print(usage.help_text(name, command))
@@ -128,14 +136,16 @@ def _run(command: Command[Any], root: str, flags: Flags) -> int:
     if not isinstance(made, Iterator):
         _write(command, made, flags)
         return command.exit_code(made)
-    results = []
+    documents, codes = [], [EXIT_OK]
     for result in made:
-        if not flags["json"]:
+        if flags["json"]:
+            documents.append(command.to_json(result))
+        else:
             render.write(command.show(result, flags))  # at once: the next one may take hours, or fail
-        results.append(result)
+        codes.append(command.exit_code(result))
     if flags["json"]:
-        render.write_json([command.to_json(result) for result in results])
-    return max(map(command.exit_code, results), default=EXIT_OK)
+        render.write_json(documents)
+    return max(codes)
 
 
 def _write(command: Command[Any], result: Any, flags: Flags) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from msgspec.structs import replace
+
 from orchestrator.cli.changes import Changed, change, show_as
-from orchestrator.cli.command import STEP, Command, Flag, Flags, required_step
+from orchestrator.cli.command import REQUIRED_STEP, Command, Flag, Flags
 from orchestrator.errors import UsageError
 from orchestrator.rules import journal
 
@@ -13,11 +15,16 @@ _NAME = Flag("name", str, "pin", "name of the pin; a step may have several")
 
 
 def pin(root: str, flags: Flags) -> Changed:
-    return change(root, flags, partial(journal.pin, step=required_step(flags), name=_name(flags)))
+    made = change(root, flags, partial(journal.pin, step=flags["step"], name=_name(flags)))
+    if made.step is None or made.step.restorable:
+        return made
+    step = flags["step"]
+    text = f"step {step} is quarantined: the pin keeps its data, but no restore takes it (orchestrator release)"
+    return replace(made, warning=text)
 
 
 def unpin(root: str, flags: Flags) -> Changed:
-    return change(root, flags, partial(journal.unpin, step=required_step(flags), name=_name(flags)))
+    return change(root, flags, partial(journal.unpin, step=flags["step"], name=_name(flags)))
 
 
 def _name(flags: Flags) -> str:
@@ -30,13 +37,13 @@ PIN = Command(
     pin,
     show_as("pinned"),
     "keep a step whatever the retention policy says",
-    flags=(STEP, _NAME),
-    examples=("orchestrator pin /data/run --step=100 --name=release",),
+    flags=(REQUIRED_STEP, _NAME),
+    examples=("orchestrator pin /data/run 100 --name=release",),
 )
 UNPIN = Command(
     unpin,
     show_as("unpinned"),
     "take a pin off a step",
-    flags=(STEP, _NAME),
-    examples=("orchestrator unpin /data/run --step=100 --name=release",),
+    flags=(REQUIRED_STEP, _NAME),
+    examples=("orchestrator unpin /data/run 100 --name=release",),
 )

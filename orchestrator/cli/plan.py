@@ -149,7 +149,7 @@ def exit_code(made: RestorePlan) -> int:
 COMMAND = Command(
     run,
     show,
-    "what restoring a step on another mesh would read, hold and take; 1 if it does not fit",
+    "what a restore on another mesh would read, hold and take",
     flags=(
         STEP,
         Flag("mesh", str, None, "axes of the new mesh, as data=4,model=2; as saved without it"),

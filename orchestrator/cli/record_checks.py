@@ -89,7 +89,7 @@ def steps(run: ExaminedRun) -> Iterator[Finding]:
         text = f"newest step {newest.step} has never been read back"
         yield Finding("steps", "warn", text, f"orchestrator verify ROOT --step={newest.step}")
     size = render.size(sum(live.bytes for live in head.live))
-    yield Finding("steps", "ok", f"{len(head.live)} steps, {size}; proven: {_proven(head)}")
+    yield Finding("steps", "ok", f"{len(head.live)} steps, {size}; read back or restored: {_proven(head)}")
 
 
 def quarantined(run: ExaminedRun) -> Iterator[Finding]:

@@ -123,7 +123,7 @@ def exit_code(done: Recovered) -> int:
 COMMAND = Command(
     run,
     show,
-    "a run whose journal is lost or cut short: what is whole; 4 if entries are missing",
+    "a run whose journal is lost: what is whole, and going on from it",
     flags=(Flag("write", bool, False, "create the entry that the run goes on from; no job may be using the run"),),
     examples=("orchestrator recover /data/run", "orchestrator recover /data/run --write"),
     exit_code=exit_code,

@@ -18,12 +18,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +31,7 @@ from rich.text import Text
 from orchestrator.texts import printable
 
 _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
+_AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 Shown = str | Text | Table  # what people are shown of a result, one piece: a line, one with a style, a table
@@ -135,8 +136,15 @@ def size(count: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Seconds since 1970 as local time, to the second."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    """Seconds since 1970 as local time, to the second, with its zone: logs of several machines are compared."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+
+
+def age(seconds: float) -> str:
+    """0.25 -> `now`, 200 -> `3 min ago`, 90000 -> `1 d ago`: one unit, for tables."""
+    if seconds < 1:
+        return "now"
+    return next(f"{seconds / unit_s:.0f} {unit} ago" for unit_s, unit in _AGES if seconds >= unit_s)
 
 
 def duration(seconds: float) -> str:
@@ -153,6 +161,19 @@ def duration(seconds: float) -> str:
 
 def metrics(values: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.5g}" for name, value in values.items())
+
+
+class _SizeColumn(ProgressColumn):
+    """How much of how much, in the units of all other sizes that we show."""
+
+    def render(self, task: Task) -> Text:
+        return words(size(task.completed) + ("" if task.total is None else f" of {size(task.total)}"))
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return words("" if rate is None else f"{size(rate)}/s")
 
 
 class Bar:
@@ -174,6 +195,6 @@ def progress(unit: Literal["files", "bytes"] = "files") -> AbstractContextManage
     """A progress display on standard error where that is a terminal; for bytes with the rate."""
     if not sys.stderr.isatty():
         return nullcontext(None)
-    counts = (MofNCompleteColumn(),) if unit == "files" else (DownloadColumn(), TransferSpeedColumn())
+    counts = (MofNCompleteColumn(),) if unit == "files" else (_SizeColumn(), _RateColumn())
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
     return Progress(*columns, console=Console(file=sys.stderr), transient=True)

@@ -72,7 +72,7 @@ def write_whole(path: str, text: str) -> None:
 COMMAND = Command(
     run,
     show,
-    "one self-contained page: saves on each host, stragglers, incidents, retention, goodput, shardings",
+    "one page to look at: saves, stragglers, incidents, goodput",
     flags=(Flag("output", str, "report.html", "the file to write", short="o", path=True), EVENTS),
     examples=("orchestrator report /data/run -o report.html",),
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from msgspec.structs import replace
 
 from orchestrator.cli import render
 from orchestrator.cli.command import STEP, Command, Flag, Flags, Result, live_step, open_store
@@ -10,6 +13,8 @@ from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Orchestrator
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import JournalStore
+
+_TONES: dict[str, render.Tone] = {"damaged": "bad", "not read": "warn", "good": "good"}
 
 
 class VerifiedStep(Result, frozen=True):
@@ -29,9 +34,26 @@ class VerifiedStep(Result, frozen=True):
     not_recorded: str
 
 
-def run(root: str, flags: Flags) -> Iterator[VerifiedStep]:
-    if flags["repair_journal"] not in ("auto", "never"):
-        raise UsageError(f"--repair_journal={flags['repair_journal']}: choose from auto, never")
+class JudgedStep:
+    """A step that was read back. What was found is there before anything is written: a reader's right to know depends
+    neither on the right to write nor on a store that lets a write hang."""
+
+    def __init__(self, found: VerifiedStep, record: Callable[[], None] | None) -> None:
+        self.found = found
+        self._record = record
+
+    def recorded(self) -> VerifiedStep:
+        """After an attempt to journal the verdict, the first time; with what kept it from the journal."""
+        record, self._record = self._record, None
+        try:
+            if record:
+                record()
+        except OrchestratorError as error:
+            self.found = replace(self.found, not_recorded=str(error))
+        return self.found
+
+
+def run(root: str, flags: Flags) -> Iterator[JudgedStep]:
     sample = _fraction(flags["sample"])
     if flags["by_store"] and sample is not None:
         raise UsageError("--by_store looks at every file and reads no chunk: it goes without --sample")
@@ -53,7 +75,7 @@ def _fraction(text: str | None) -> float | None:
     return number
 
 
-def _verify(store: JournalStore, live: LiveStep, sample: float | None, flags: Flags) -> VerifiedStep:
+def _verify(store: JournalStore, live: LiveStep, sample: float | None, flags: Flags) -> JudgedStep:
     from orchestrator.tools import verify  # JAX takes a second to import: only here
 
     try:
@@ -65,13 +87,7 @@ def _verify(store: JournalStore, live: LiveStep, sample: float | None, flags: Fl
         verdict = verify.read_back(
             store, live, sample=sample, seed=flags["seed"], by_store=flags["by_store"], on_bytes=bar.add
         )
-    not_recorded = ""
-    if flags["repair_journal"] == "auto":
-        try:
-            verify.record(store, live, verdict)
-        except OrchestratorError as error:  # a reader's right to know does not depend on the right to write
-            not_recorded = str(error)
-    return VerifiedStep(
+    found = VerifiedStep(
         step=live.step,
         attempt=live.attempt,
         bytes=live.bytes,
@@ -82,11 +98,18 @@ def _verify(store: JournalStore, live: LiveStep, sample: float | None, flags: Fl
         problems=tuple(verdict.damaged),
         unread=tuple(verdict.unread),
         retired=verdict.retired,
-        not_recorded=not_recorded,
+        not_recorded="",
     )
+    auto = flags["repair_journal"] == "auto"
+    return JudgedStep(found, partial(verify.record, store, live, verdict) if auto else None)
 
 
-def show(one: VerifiedStep, flags: Flags) -> Iterator[render.Shown]:
+def encode(judged: JudgedStep) -> VerifiedStep:
+    return judged.recorded()
+
+
+def show(judged: JudgedStep, flags: Flags) -> Iterator[render.Shown]:
+    one = judged.found
     name = AttemptId(one.step, one.attempt).label
     if one.retired:
         yield f"{name}: retired while it was read; a job has newer steps"
@@ -96,14 +119,15 @@ def show(one: VerifiedStep, flags: Flags) -> Iterator[render.Shown]:
     read = f"{one.files} files and {one.chunks} chunks of {render.size(one.bytes)} read back{share}"
     if one.by_store:
         read = f"{one.files} files of {render.size(one.bytes)} compared by the store's checksums"
-    yield f"{name}: {state}, {read}"
+    yield render.toned(f"{name}: {state}, {read}", _TONES[state])
     for line in (*one.problems, *one.unread):
         yield f"  {line}"
-    if one.not_recorded:
-        yield f"  not recorded in the journal: {one.not_recorded}"
+    if why := judged.recorded().not_recorded:  # only now is anything written
+        yield render.toned(f"{name}: {state}, but not recorded in the journal: {why}", "warn")
 
 
-def exit_code(one: VerifiedStep) -> int:
+def exit_code(judged: JudgedStep) -> int:
+    one = judged.recorded()
     if one.problems:
         return EXIT_DAMAGED
     return EXIT_FAILED if one.unread or one.not_recorded else EXIT_OK
@@ -112,20 +136,28 @@ def exit_code(one: VerifiedStep) -> int:
 COMMAND = Command(
     run,
     show,
-    "read a step back, compare every file and chunk with the manifest; 4 if something is damaged",
+    "read steps back and compare every byte; 4 if one is damaged",
     flags=(
         STEP,
         Flag("all", bool, False, "every step"),
         Flag("sample", str, None, "of the arrays' chunks, only this share, such as 10%; marks nothing as verified"),
         Flag("seed", int, 0, "chooses the sample"),
         Flag("by_store", bool, False, "compare the store's own checksums: gs:// downloads nothing; nothing verified"),
-        Flag("repair_journal", str, "auto", "auto: mark the good as verified, quarantine the damaged; or never"),
+        Flag(
+            "repair_journal",
+            str,
+            "auto",
+            "auto: mark the good as verified, quarantine the damaged; or never",
+            choices=("auto", "never"),
+        ),
     ),
     examples=(
         "orchestrator verify /data/run",
         "orchestrator verify /data/run --all --repair_journal=never",
-        "orchestrator verify /data/run --step=100 --sample=10%",
+        "orchestrator verify /data/run 100 --sample=10%",
         "orchestrator verify /data/run --all --by_store",
     ),
     exit_code=exit_code,
+    encode=encode,
+    detail="Each file and chunk is compared with the manifest. A verdict is printed before it is journalled.",
 )

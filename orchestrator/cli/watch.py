@@ -205,7 +205,7 @@ def exit_code(now: RunNow) -> int:
 COMMAND = Command(
     run,
     show,
-    "what a run does now: a verdict, who holds it up, what would be lost if it died; 1 unless healthy or ended",
+    "what a run does now, what would be lost; 1 unless healthy or ended",
     flags=(
         Flag("once", bool, False, "one look; the same where the output is no terminal"),
         Flag("interval_s", float, 1.0, "seconds from one look to the next"),

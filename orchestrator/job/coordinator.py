@@ -110,7 +110,7 @@ class Coordinator:
         commit = _Commit(self._store, own, receipts.files, self._keep, self._quarantine_keep_s)
         while effect is not None:
             state, effect = advance(state, self._perform(effect, state, commit))
-        return _ended_as(state, commit.line)
+        return _ended_as(state, commit)
 
     def _perform(self, effect: Effect, state: Attempt, commit: _Commit) -> Event:
         try:
@@ -168,6 +168,7 @@ class _Commit:
         self._keep, self._quarantine_keep_s = keep, quarantine_keep_s
         self._head: Begun[Head | None] | None = None
         self.line: LiveStep | None = None
+        self.quarantined = -1  # in the head that holds the commit
 
     def finalize(self, state: Attempt) -> None:
         failpoints.hit("finalize.before")
@@ -184,15 +185,16 @@ class _Commit:
             keep=self._keep,
             quarantine_keep_s=self._quarantine_keep_s,
         )
-        self._store.append(rule, self._head)
+        head = self._store.append(rule, self._head)
+        self.quarantined = len(head.quarantined) if head else 0
         failpoints.hit("commit.after")
 
 
-def _ended_as(state: Attempt, line: LiveStep | None) -> Outcome:
+def _ended_as(state: Attempt, commit: _Commit) -> Outcome:
     if state.phase is Phase.COMMITTED:
-        assert line is not None
+        assert commit.line is not None
         stage_s = max(receipt.seconds.get("stage", 0.0) for receipt in state.receipts.values())
-        return outcome.Committed(line.bytes, stage_s)
+        return outcome.Committed(commit.line.bytes, stage_s, commit.quarantined)
     causes = [f"process {f.process} ({f.host}) in {f.phase}: {f.cause}" for f in state.failures]
     reason = "; ".join([state.reason, *causes])
     if state.phase is Phase.FENCED:

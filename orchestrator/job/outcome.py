@@ -9,10 +9,11 @@ from orchestrator.rules.records import Cause
 
 class Committed(msgspec.Struct, frozen=True, tag="committed", tag_field="outcome"):
     """The step is in the journal. Known on process 0, 0 elsewhere: state_bytes, of all its files; stage_s, of the
-    process that took longest to stage."""
+    process that took longest to stage; quarantined, attempts of the run, whoever set them aside (-1 elsewhere)."""
 
     state_bytes: int = 0
     stage_s: float = 0.0
+    quarantined: int = -1
 
 
 class Aborted(msgspec.Struct, frozen=True, tag="aborted", tag_field="outcome"):

@@ -232,8 +232,8 @@ class Participant:
             emit(SaveNotCommitted(self.step, self.id.name, str(self.error), cause))
         else:
             self.durable_s = time.monotonic() - self.started_s
-            saved_bytes = self.outcome.state_bytes if isinstance(self.outcome, Committed) else 0
-            emit(SaveCommitted(self.step, self.id.name, self.durable_s, saved_bytes))
+            known = self.outcome if isinstance(self.outcome, Committed) else Committed()
+            emit(SaveCommitted(self.step, self.id.name, self.durable_s, known.state_bytes, known.quarantined))
             self._shared.committed()
 
     def _coordinate(self, coordinator: Coordinator) -> Outcome:

@@ -29,12 +29,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from orchestrator.errors import EXIT_FAILED, EXIT_PREEMPTED, OrchestratorError
+from orchestrator.job import bounded_calls
 from orchestrator.job.exit_codes import describe, exit_code
 from orchestrator.job.failure_board import Board, FailureBoard, ProcessFailure
 from orchestrator.job.poll import Pause, poll
@@ -151,6 +151,7 @@ class _Job:
         self._exit = sys.exit
         sys.exit = self._noting_exit
         atexit.register(self.leave)
+        bounded_calls.prepare()  # `leave` runs when Python 3.12 starts no thread any more
         threading.Thread(target=self._watch, name="peer-failure", daemon=True).start()
 
     def mine(self) -> bool:
@@ -248,8 +249,8 @@ class _Job:
         with contextlib.suppress(BaseException):
             atexit.unregister(self.leave)
             self.board.skip_exit_barrier()
-            _within(GRACE_S if self.grace_s is None else self.grace_s, atexit._run_exitfuncs)
-            _within(1.0, _flush)
+            bounded_calls.within(GRACE_S if self.grace_s is None else self.grace_s, atexit._run_exitfuncs)
+            bounded_calls.within(1.0, _flush)
             self._linger()
             self.board.go()
             if failure.signum and threading.current_thread() is threading.main_thread():
@@ -317,19 +318,7 @@ class _Job:
         saving = [agent.in_flight for agent in list(self.agents) if agent.in_flight is not None]
         if saving and self.grace_s and not leaves:
             line += f", once step {max(saving)} is saved, in {self.grace_s:g} s at most"
-        _within(1.0, lambda: print(printable(line), file=sys.stderr, flush=True))
-
-
-def _within(bound_s: float, call: Callable[[], Any]) -> None:
-    """Run `call`, and wait for it no longer than `bound_s`: a pipe that nobody reads blocks whoever writes to it."""
-
-    def run() -> None:
-        with contextlib.suppress(BaseException):
-            call()
-
-    thread = threading.Thread(target=run, name="peer-failure-call", daemon=True)
-    thread.start()
-    thread.join(bound_s)
+        bounded_calls.within(1.0, lambda: print(printable(line), file=sys.stderr, flush=True))
 
 
 def _flush() -> None:

@@ -9,7 +9,6 @@ always in storage: a lost signal only makes things slower.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from orchestrator import environment
 from orchestrator.arrays import jax_internals
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import WaitTimeout
-from orchestrator.job import peer_failure, sigterm
+from orchestrator.job import bounded_calls, peer_failure, sigterm
 from orchestrator.observe import heartbeat
 from orchestrator.rules.records import Json
 
@@ -200,6 +199,7 @@ class ServiceBoard:
         self.process, self.count = process, count
         self._client: Any = jax_internals.coordination_client()
         self._one_call = threading.Lock()
+        bounded_calls.prepare()
 
     @property
     def connected(self) -> bool:
@@ -225,18 +225,14 @@ class ServiceBoard:
         At most one is under way."""
         if not self._one_call.acquire(timeout=QUICK_S):
             return None
-        result: list[Any] = []
-        done = threading.Event()
 
-        def run() -> None:
-            with contextlib.suppress(Exception):  # best effort by contract; no such directory is an error too
-                result.append(call())
-            self._one_call.release()
-            done.set()
+        def run() -> Any:
+            try:
+                return call()  # best effort by contract; no such directory is an error too
+            finally:
+                self._one_call.release()
 
-        threading.Thread(target=run, name="signal", daemon=True).start()
-        done.wait(QUICK_S)
-        return result[0] if result else None
+        return bounded_calls.within(QUICK_S, run)
 
 
 def _exchanged(body: bytes, collective: Callable[[np.ndarray[Any, Any]], Any]) -> list[bytes]:

@@ -77,12 +77,13 @@ class SaveStarted:
 @dataclass(frozen=True)
 class SaveCommitted:
     """`elapsed_s`: from the call of `save` to the commit, as this process saw it. `state_bytes`: of all files of the
-    step, on process 0; 0 elsewhere."""
+    step, on process 0; 0 elsewhere. `quarantined`: attempts of the run that are, on process 0; -1 elsewhere."""
 
     step: int
     attempt: str
     elapsed_s: float
     state_bytes: int
+    quarantined: int = -1
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ compares the two. Nothing here may hurt the job: a port or a file that cannot be
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
 import threading
 import time
@@ -35,7 +37,10 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 class Metrics:
     """`on_event` may be called from any thread. `registry` is this agent's own: two agents do not mix."""
 
-    def __init__(self, process: int, host: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, process: int, host: str, clock: Callable[[], float] = time.monotonic, directory: str | None = None
+    ) -> None:
+        """directory: of a run on a disk, whose free space is exported."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
         self._clock = clock
         self._committed = clock()
@@ -48,8 +53,8 @@ class Metrics:
         def counter(name: str, about: str, *labels: str) -> Counter:
             return Counter(f"orchestrator_{name}", about, labels, registry=registry)
 
-        def gauge(name: str, about: str) -> Gauge:
-            return Gauge(f"orchestrator_{name}", about, registry=registry)
+        def gauge(name: str, about: str, *labels: str) -> Gauge:
+            return Gauge(f"orchestrator_{name}", about, labels, registry=registry)
 
         def histogram(name: str, about: str) -> Histogram:
             return Histogram(f"orchestrator_{name}", about, buckets=_SECONDS, registry=registry)
@@ -73,6 +78,20 @@ class Metrics:
         self._undeleted = counter("delete_failures", "Files that could not be deleted")
         self._step = gauge("last_committed_step", "The step committed last, -1 before the first")
         self._step.set(-1)
+        self._state = gauge("step_bytes", "All files of the step committed last, on process 0; 0 elsewhere")
+        self._quarantined = gauge("quarantined_steps", "Quarantined attempts at the last commit; NaN if not known")
+        self._quarantined.set(math.nan)
+        self._phases = gauge("save_phase_seconds", "Time in each phase of the last save", "phase")
+        self._phase: tuple[str, float] | None = None  # of the save in flight, and when it began
+        self._idle = gauge(
+            "main_thread_idle_seconds", "Since the main thread last reported anything, at the last pulse"
+        )
+        self._step_s = gauge("step_seconds", "Median time of training's last steps, 0 if not known")
+        self._ended = gauge("run_ended", "1 once the agent was closed in order, 0 before")
+        updated = gauge("updated_timestamp_seconds", "When these values were collected, in seconds since 1970")
+        updated.set_function(time.time)
+        free = gauge("free_bytes", "Free space where the run is; NaN in a bucket, or where it cannot be asked")
+        free.set_function(lambda: _free_bytes(directory))
         since = gauge("seconds_since_commit", "Since the last commit; before the first, since the agent was opened")
         since.set_function(lambda: self._clock() - self._committed)
         interval = gauge("commit_interval_seconds", "Median of the last intervals between commits, 0 before two")
@@ -89,14 +108,22 @@ class Metrics:
             case events.SavePhase(phase="staging"):
                 self._started.inc()
                 self._written = 0
+                self._phase = ("staging", 0.0)
             case events.SavePhase():
+                self._enter(event.phase, event.elapsed_s)
                 self._bytes.inc(max(0, event.written_bytes - self._written))
                 self._written = max(self._written, event.written_bytes)
             case events.SaveStarted():
                 self._blocked.observe(event.blocked_s)
             case events.SaveCommitted():
                 self._commit(event)
+            case events.Pulse():
+                self._idle.set(event.idle_s)
+                self._step_s.set(event.step_s if event.steps > 1 else 0.0)  # the first one compiles
+            case events.Closed():
+                self._ended.set(1)
             case events.SaveNotCommitted():
+                self._phase = None
                 self._failures.labels(event.cause).inc()
                 self._fenced.inc(event.cause == "fenced")
             case events.StepRestored():
@@ -104,11 +131,21 @@ class Metrics:
                 self._read.inc(event.read_bytes)
             case events.SteppedDown():
                 self._down.inc()
+            case events.Retried(operation="credentials"):
+                self._retries.labels("credentials").inc()  # the reason is free text: no label
             case events.Retried():
                 self._retries.labels(f"{event.what} {event.reason}".strip()).inc()
             case events.AttemptsDeleted():
                 self._deleted.inc(event.deleted_bytes)
                 self._undeleted.inc(event.failed)
+
+    def _enter(self, phase: str, at_s: float) -> None:
+        """A phase of the save begins, or goes on."""
+        before, self._phase = self._phase, (phase, at_s)
+        if before and before[0] == phase:
+            self._phase = before
+        elif before:
+            self._phases.labels(before[0]).set(max(0.0, at_s - before[1]))
 
     def _commit(self, event: events.SaveCommitted) -> None:
         now = self._clock()
@@ -119,6 +156,19 @@ class Metrics:
         self._commits.inc()
         self._durable.observe(event.elapsed_s)
         self._step.set(event.step)
+        self._state.set(event.state_bytes)
+        if event.quarantined >= 0:
+            self._quarantined.set(event.quarantined)
+        self._enter("", event.elapsed_s)
+        self._phase = None
+
+
+def _free_bytes(directory: str | None) -> float:
+    try:
+        found = os.statvfs(directory or "")
+    except OSError:
+        return math.nan
+    return float(found.f_bavail * found.f_frsize)
 
 
 def serve(metrics: Metrics, port: int, address: str) -> Callable[[], None]:

@@ -30,7 +30,8 @@ class Telemetry:
         if options.metrics_port is not None or options.metrics_file:
             from orchestrator.observe import prometheus
 
-            metrics = prometheus.Metrics(process, host)
+            on_disk = url.removeprefix("file://")
+            metrics = prometheus.Metrics(process, host, directory=None if "://" in on_disk else on_disk)
             self._subscribe(metrics.on_event, lambda: None)
             if options.metrics_port is not None:
                 self._closers.append(prometheus.serve(metrics, options.metrics_port, options.metrics_address))

@@ -55,6 +55,7 @@ REASON_CHARS = 4000
 FAILURES_MAX = 64
 CAUSE_CHARS = 2000
 NAME_CHARS = 300
+STEPS_NAMED = 12  # in a message
 
 
 class Overtaken(OrchestratorError):
@@ -275,11 +276,23 @@ def unpin(head: Head | None, stamp: Stamp, *, step: int, name: str) -> Next:
     return _change(head, stamp, step, "unpinned", without, name, False)
 
 
-def quarantine(head: Head | None, stamp: Stamp, *, attempt: AttemptId, reason: str, by_hand: bool = False) -> Next:
+def quarantine(
+    head: Head | None,
+    stamp: Stamp,
+    *,
+    attempt: AttemptId,
+    reason: str,
+    by_hand: bool = False,
+    spare_last: bool = False,
+) -> Next:
     """Make an attempt not restorable. It is evidence from now on: retention and later saves keep its data, and
-    `release` makes it restorable again. by_hand: a person's decision, not proof from reading the data."""
+    `release` makes it restorable again. by_hand: a person's decision, not proof from reading the data. spare_last:
+    reject it for the only step that can be restored."""
     if head is None or not is_live(head, attempt):
         return None
+    if spare_last and [live.id for live in head.live if live.restorable] == [attempt]:
+        text = "is the only step that can be restored: without it no job comes back"
+        return Rejected(UsageError(f"step {attempt.step} {text}; add --force to quarantine it all the same"))
 
     def taken(live: LiveStep) -> LiveStep:
         if not live.restorable:
@@ -355,8 +368,7 @@ def _change(
 ) -> Next:
     found = next((live for live in head.live if live.step == step), None) if head else None
     if head is None or found is None:
-        have = ", ".join(str(live.step) for live in head.live) if head else ""
-        return Rejected(StepNotFound(f"step {step} is not in this run; it has: {have or 'no steps'}"))
+        return Rejected(StepNotFound(not_here(head, step)))
     if pinned is not None and (reason in found.pins) == pinned:
         return None
     changed = change(found)
@@ -423,6 +435,15 @@ def newest(head: Head) -> LiveStep | None:
 
 def find(head: Head, step: int) -> LiveStep | None:
     return next((entry for entry in head.live if entry.step == step), None)
+
+
+def not_here(head: Head | None, step: int) -> str:
+    """For people who have asked for a step that the run has not: those that it has, or the nearest if they are many."""
+    steps = sorted(entry.step for entry in head.live) if head else []
+    if len(steps) <= STEPS_NAMED:
+        return f"step {step} is not in this run; it has: {', '.join(map(str, steps)) or 'no steps'}"
+    near = sorted(sorted(steps, key=lambda one: abs(one - step))[:4])
+    return f"step {step} is not in this run; nearest of its {len(steps)}: {', '.join(map(str, near))}"
 
 
 def is_live(head: Head, attempt: AttemptId) -> bool:

@@ -30,7 +30,7 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.journal import FencedBy, Next, Rejected, Stamp, StoredAttempt
 from orchestrator.rules.records import Head, LiveStep
-from orchestrator.run import survey
+from orchestrator.run import not_a_run, survey
 from orchestrator.run.checked_reads import journal_entry
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import overlap
@@ -117,7 +117,7 @@ class JournalStore:
         """As `head`. Raises NotARun in a new run."""
         head = self.head()
         if head is None:
-            raise NotARun(f"{self.url}: not a run (no journal/ in it); check the path")
+            raise NotARun(not_a_run.explanation(self.storage, self.url))
         return head
 
     def durable_head(self) -> Head:

@@ -8,14 +8,25 @@ import re
 from orchestrator.errors import UsageError
 from orchestrator.rules import arguments
 from orchestrator.storage.memory import MemoryStorage
-from orchestrator.storage.port import Created, Entry, Exists, Storage, local_path
+from orchestrator.storage.port import Created, Entry, Exists, Patience, Storage, local_path
 from orchestrator.storage.posix import PosixStorage
 
-__all__ = ["Created", "Entry", "Exists", "MemoryStorage", "PosixStorage", "Storage", "local_path", "open_storage"]
+__all__ = [
+    "Created",
+    "Entry",
+    "Exists",
+    "MemoryStorage",
+    "Patience",
+    "PosixStorage",
+    "Storage",
+    "local_path",
+    "open_storage",
+]
 
 
-def open_storage(root: str | os.PathLike[str]) -> Storage:
-    """The store at `root`: a local path or `file://` URL. Touches nothing.
+def open_storage(root: str | os.PathLike[str], patience: Patience | None = None) -> Storage:
+    """The store at `root`: a local path, `file://` or `gs://`. Touches nothing. patience: with a store that does not
+    answer; None: a job's, of `ORCHESTRATOR_STORE_DEADLINE_S`.
 
     Raises UsageError for what is no root, an empty one, or a scheme without an adapter.
     """
@@ -30,7 +41,7 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
     if scheme == "gs":
         from orchestrator.storage.gcs import GcsStorage  # gcsfs takes half a second to import: only where it is used
 
-        return GcsStorage(where)
+        return GcsStorage(where, patience=patience)
     plain = scheme.lower().replace("gcs", "gs")
     if plain in ("file", "gs"):
         raise UsageError(f"root={where!r}: no storage for {scheme}://; expected '{plain}://{rest}'")

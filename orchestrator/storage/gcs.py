@@ -27,7 +27,7 @@ from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import FileEntry
 from orchestrator.storage.gcs_http import Client, client
 from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, parse_error, rejection
-from orchestrator.storage.port import Created, Entry, Exists
+from orchestrator.storage.port import Created, Entry, Exists, Patience
 
 Value = TypeVar("Value")
 
@@ -42,7 +42,7 @@ _NO_BATCHES = frozenset({404, 405, 501})  # what servers answer that have none
 class GcsStorage:
     """A run's prefix in a bucket. Creating the object touches nothing. Methods may be called from any thread."""
 
-    def __init__(self, url: str, sender: Client | None = None) -> None:
+    def __init__(self, url: str, sender: Client | None = None, patience: Patience | None = None) -> None:
         """Raises UsageError for anything but `gs://bucket/prefix`."""
         found = re.fullmatch(r"gs://([^/]+)/(.+?)/*", url)
         if not found or not _BUCKET.fullmatch(found[1]):
@@ -53,7 +53,7 @@ class GcsStorage:
             raise UsageError(f"{url}: the prefix has empty, '.' or '..' parts") from None
         self._bucket = found[1]
         self.url = f"gs://{self._bucket}/{found[2]}"
-        self._client = sender or client()
+        self._client = sender or client(patience)
         self._objects = f"/storage/v1/b/{self._bucket}/o"
         self._batches = True  # until a server says that it has none
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,14 +26,22 @@ _EARLY_S = 300.0  # before its end a token is renewed; a metadata server has no 
 _MARGIN_S = 10.0  # before its end it is not used any more: a request takes a while
 _AGAIN_S = 30.0  # between early renewals
 _FIRST_WAIT_S, _WAIT_MAX_S = 0.25, 4.0  # between tries while somebody waits
+_ABSENT_SHARE = 8  # a server whose name does not exist is tried for this part of the time that somebody waits
+_ABSENT = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 
 
 class NoToken(Exception):
-    """There is no token. Its text is one line for people, without secrets. `passing`: trying again may help."""
+    """There is no token. Its text is one line for people, without secrets. `passing`: trying again may help. `absent`:
+    hardly, as the server's name does not exist."""
 
-    def __init__(self, text: str, *, passing: bool) -> None:
+    def __init__(self, text: str, *, passing: bool, absent: bool = False) -> None:
         super().__init__(text)
-        self.passing = passing
+        self.passing, self.absent = passing, absent
+
+
+def is_absent(error: BaseException) -> bool:
+    """Whether a resolver says that there is no such name. One that is late, or has no network, says EAI_AGAIN."""
+    return isinstance(error, socket.gaierror) and error.errno in _ABSENT
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,9 @@ class Credentials:
             wait_s = random.uniform(0.5, 1.0) * min(_WAIT_MAX_S, self._first_wait_s * 2 ** min(tries - 1, 10))
             with self._lock:
                 self._looked, self._failed = time.monotonic(), str(failed or "")
-                if token or not failed.passing or self._looked + wait_s > self._until:  # type: ignore[union-attr]
+                share = _ABSENT_SHARE if failed and failed.absent else 1
+                late = self._looked + wait_s > began + (self._until - began) / share
+                if token or not failed.passing or late:  # type: ignore[union-attr]
                     self._token = token or self._token
                     self._renewal = None
                     break

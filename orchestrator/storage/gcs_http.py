@@ -5,24 +5,31 @@ different answers into the same exception. Nor are its credentials (see `gcs_cre
 again only if that cannot do harm: what it asks for is idempotent or carries a precondition. Retries wait with full
 jitter, count against a deadline and against a budget that all requests of the process share, so that a store that is
 down is not hammered and every caller hears of it soon. Waiting for a token counts against the deadline only: it asks
-another server.
+another server. What hardly ever passes, a host name that does not exist or a certificate that nobody trusts, is tried a
+few times in a part of the deadline. A resolver that is late, as in a pod that has just started, says "temporary
+failure" and is waited for like any other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import functools
 import io
 import itertools
 import os
 import random
+import socket
+import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from urllib.parse import urlencode
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 from fsspec.asyn import get_loop
@@ -32,16 +39,19 @@ from orchestrator import environment
 from orchestrator.errors import Unavailable
 from orchestrator.observe.events import Retried, emit
 from orchestrator.storage import gcs_identity
-from orchestrator.storage.gcs_credentials import Credentials, NoToken, Token
+from orchestrator.storage.gcs_credentials import Credentials, NoToken, Token, is_absent
 from orchestrator.storage.gcs_replies import REJECTED_FOR_SURE, Reply, line, may_pass, parse_error, retry_after_s
-from orchestrator.storage.port import TooLarge
+from orchestrator.storage.port import Patience, TooLarge
 
 CONCURRENCY = 32  # requests in flight per process
 _DEADLINE_S = 120.0  # for one operation with all its retries
+_CONNECT_S = 10.0  # for one connection: a network that drops packets says nothing
 _REQUEST_S = 30.0  # for one try, and a second more for each MiB that it carries
 _FIRST_WAIT_S, _WAIT_MAX_S = 0.25, 16.0
 _LAST_S = 1.0  # that a last try is left where the store asks for a longer wait than the deadline allows
 _DOWN_SHARE = 8  # while the store answers nothing, an operation waits only this part of the deadline
+_HOPELESS_SHARE = 8  # so does one that meets what hardly ever passes,
+_HOPELESS_TRIES = 4  # in so many tries, evenly spread
 _BUDGET = 200.0  # retries that may be spent before answers have to earn them
 _PIECE_BYTES = 1 << 20
 _EARNED = 1.0  # by each request that is answered
@@ -71,9 +81,32 @@ class Budget:
 class _NoAnswer(Exception):
     """One try brought no usable answer. `kind` is what retries are counted by."""
 
-    def __init__(self, kind: str, cause: str, *, landed: bool, wait_s: float = 0.0) -> None:
+    def __init__(self, kind: str, cause: str, *, landed: bool, wait_s: float = 0.0, hopeless: bool = False) -> None:
         super().__init__(cause)
-        self.kind, self.landed, self.wait_s = kind, landed, wait_s
+        self.kind, self.landed, self.wait_s, self.hopeless = kind, landed, wait_s, hopeless
+
+
+@dataclass
+class _Operation:
+    """One operation with all its tries. whom, before: who is being waited for, and what the last try brought."""
+
+    operation: str
+    name: str
+    deadline_s: float
+    whom: str
+    before: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_s(self) -> float:
+        return self.started + self.deadline_s - time.monotonic()
+
+    @property
+    def notice(self) -> str:
+        """For people who wait."""
+        so_far = f" ({self.before})" if self.before else ""
+        left = f"trying for {max(1.0, self.left_s):.0f} s more ({environment.STORE_DEADLINE})"
+        return f"no answer from {self.whom} yet{so_far}: {self.operation} {self.name}; {left}"
 
 
 class Client:
@@ -83,7 +116,11 @@ class Client:
     """
 
     def __init__(
-        self, deadline_s: float = _DEADLINE_S, budget: Budget | None = None, first_wait_s: float = _FIRST_WAIT_S
+        self,
+        deadline_s: float = _DEADLINE_S,
+        budget: Budget | None = None,
+        first_wait_s: float = _FIRST_WAIT_S,
+        patience: Patience | None = None,
     ) -> None:
         try:
             # Its own credentials are nobody's; only where the endpoint is, is asked of it.
@@ -97,13 +134,16 @@ class Client:
         # Calls in a batch have URLs of their own.
         self.query = f"?{urlencode(self._more)}" if self._more else ""
         self.endpoint = str(self._files.base).removesuffix("/storage/v1/")
-        self.deadline_s = deadline_s
+        self._patience = patience or Patience(deadline_s)
+        self.deadline_s = self._patience.deadline_s
+        self._host = urlsplit(self.endpoint).netloc
         self.requests: Counter[str] = Counter()
         self.retries: Counter[str] = Counter()
         self._budget, self._first_wait_s = budget or Budget(), first_wait_s
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(CONCURRENCY)
         self._down = False  # an operation has waited for its whole deadline, and nothing has been answered since
+        self._notified = False  # people know that nothing is answered
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -136,18 +176,28 @@ class Client:
         Raises Unavailable where there is none within the deadline or the retry budget, or one of more than `most_bytes`
         bytes.
         """
-        work = self._persist(operation, name, method, path, params or {}, headers or {}, body, most_bytes)
+        # A save makes several requests in a row: each with the whole patience would outlast the save's own deadline.
+        deadline_s = self.deadline_s / _DOWN_SHARE if self._down else self.deadline_s
+        waiting = _Operation(operation, name, deadline_s, self._host)
+        work = self._persist(waiting, method, path, params or {}, headers or {}, body, most_bytes)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
+            self._notify_late(waiting, future)
             return future.result(self.deadline_s + _REQUEST_S)
         except TimeoutError:
             future.cancel()
             raise Unavailable(f"{operation} {name}: no answer within {self.deadline_s:g} s", landed=True) from None
 
+    def _notify_late(self, waiting: _Operation, future: Future[Reply]) -> None:
+        """Wait a moment for the answer; if it does not come, tell people whom they wait for, once."""
+        notify = self._patience.notify
+        if notify and not self._notified and not concurrent.futures.wait([future], self._patience.notify_after_s).done:
+            self._notified = True
+            notify(waiting.notice)
+
     async def _persist(
         self,
-        operation: str,
-        name: str,
+        waiting: _Operation,
         method: str,
         path: str,
         params: Mapping[str, str],
@@ -155,20 +205,18 @@ class Client:
         body: bytes | None,
         most_bytes: int,
     ) -> Reply:
-        started = time.monotonic()
-        # A save makes several requests in a row: each with the whole patience would outlast the save's own deadline.
-        deadline_s = self.deadline_s / _DOWN_SHARE if self._down else self.deadline_s
+        operation, name, deadline_s = waiting.operation, waiting.name, waiting.deadline_s
         landed, before, accepted = False, None, True
         for tries in itertools.count(1):
             self.requests[operation] += 1
-            left_s = started + deadline_s - time.monotonic()
+            left_s = waiting.left_s
             try:
-                token = await self._token(operation, name, max(0.001, left_s), landed)
-                left_s = started + deadline_s - time.monotonic()
+                token = await self._token(waiting, landed)
+                left_s = waiting.left_s
                 signed = {**headers, **token.headers}
                 reply = await self._once(method, path, params, signed, body, max(0.001, left_s), most_bytes)
                 self._budget.earn()
-                self._down = False
+                self._down = self._notified = False
                 if reply.status == 401 and accepted and token.headers:  # perhaps the token was revoked early
                     accepted = False
                     self.credentials.reject(token)
@@ -180,23 +228,32 @@ class Client:
                 raise TooLarge(name, error.bytes, most_bytes) from error
             except _NoAnswer as error:
                 landed |= error.landed
-                wait_s = random.uniform(0, min(_WAIT_MAX_S, self._first_wait_s * 2 ** (tries - 1)))
-                spent_s = time.monotonic() - started
-                if error.wait_s:  # what the store asks for, but one last try before the deadline
-                    wait_s = max(wait_s, min(error.wait_s, deadline_s - spent_s - _LAST_S))
+                spent_s = deadline_s - waiting.left_s
+                wait_s = self._wait_s(error, tries, waiting)
                 late = spent_s + wait_s > deadline_s
-                self._down = self._down or late
-                if late or not self._budget.spend():
+                hopeless = error.hopeless and spent_s + wait_s > self.deadline_s / _HOPELESS_SHARE
+                self._down = self._down or late or hopeless
+                if late or hopeless or not self._budget.spend():
                     why = f"deadline of {deadline_s:g} s" if late else "the process's retry budget is spent"
+                    why = "it hardly ever passes" if hopeless else why
                     # A last try that the deadline cut short says nothing of the store; the one before did.
                     cause = before if before and error.kind == "timeout" and left_s < _REQUEST_S else error
                     text = f"{operation} {name}: {cause}; gave up after {tries} tries in {spent_s:.1f} s ({why})"
                     raise Unavailable(text, landed=landed) from error
                 self.retries[error.kind] += 1
-                before = error
+                before, waiting.before = error, str(error)
                 emit(Retried("store", tries, operation, name, error.kind, wait_s))
                 await asyncio.sleep(wait_s)
         raise AssertionError("unreachable")
+
+    def _wait_s(self, error: _NoAnswer, tries: int, waiting: _Operation) -> float:
+        """How long until the next try."""
+        wait_s = random.uniform(0, min(_WAIT_MAX_S, self._first_wait_s * 2 ** (tries - 1)))
+        if error.hopeless:
+            return max(wait_s, self.deadline_s / _HOPELESS_SHARE / _HOPELESS_TRIES)
+        if error.wait_s:  # what the store asks for, but one last try before the deadline
+            return max(wait_s, min(error.wait_s, waiting.left_s - _LAST_S))
+        return wait_s
 
     async def _once(
         self,
@@ -213,22 +270,29 @@ class Client:
             connector = aiohttp.TCPConnector(limit=CONCURRENCY)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=True, middlewares=(_once_only,))
         limit_s = min(left_s, _REQUEST_S + len(body or b"") / (1 << 20))
-        params = {**params, **self._more}
+        connect_s = min(_CONNECT_S, limit_s / 2)
+        sent = functools.partial(self._session.request, params={**params, **self._more}, headers=headers)
         try:
             async with (
                 self._slots,
                 asyncio.timeout(limit_s),
-                self._session.request(
-                    method, self.endpoint + path, params=params, headers=headers, data=_sent(body)
+                sent(
+                    method,
+                    self.endpoint + path,
+                    data=_sent(body),
+                    timeout=aiohttp.ClientTimeout(sock_connect=connect_s),
                 ) as response,
             ):
                 reply = Reply(response.status, dict(response.headers), await _body(response, most_bytes))
+        except aiohttp.ConnectionTimeoutError as error:
+            text = f"{self._host}: no connection within {connect_s:.1f} s"
+            raise _NoAnswer("timeout", text, landed=False) from error
         except TimeoutError as error:
             raise _NoAnswer("timeout", f"no answer within {limit_s:.1f} s", landed=True) from error
         except (aiohttp.ClientError, OSError) as error:
             rejected = isinstance(error, aiohttp.ClientConnectorError)  # never connected: never carried out
-            text = line(str(error) if isinstance(error, _Interrupted) else f"{type(error).__name__}: {error}")
-            raise _NoAnswer("connection", text, landed=not rejected) from error
+            text, hopeless = _connection_failure(error)
+            raise _NoAnswer("connection", text, landed=not rejected, hopeless=hopeless) from error
         if may_pass(reply):
             cause = parse_error(reply.body)
             reason = f" {cause.reason}" * (reply.status == 403)
@@ -238,14 +302,32 @@ class Client:
             raise _NoAnswer(f"http {reply.status}{reason}", text, landed=landed, wait_s=wait_s)
         return reply
 
-    async def _token(self, operation: str, name: str, left_s: float, landed: bool) -> Token:
+    async def _token(self, waiting: _Operation, landed: bool) -> Token:
         """Whom the request is made as. Raises Unavailable."""
+        waiting.whom = f"whoever gives tokens for Cloud Storage: {self.credentials.name}"
         try:
-            return await self.credentials.waited(left_s)
+            token = await self.credentials.waited(max(0.001, waiting.left_s))
+            waiting.whom = self._host
+            return token
         except NoToken as error:
             self._down = self._down or error.passing  # it was waited for as long as the operation may take
-            text = f"{operation} {name}: the credentials for Cloud Storage cannot be used: {error}"
+            text = f"{waiting.operation} {waiting.name}: the credentials for Cloud Storage cannot be used: {error}"
             raise Unavailable(text, landed=landed, waited=True) from error
+
+
+def _connection_failure(error: aiohttp.ClientError | OSError) -> tuple[str, bool]:
+    """What kept a connection from being made, in one line; and whether that hardly ever passes."""
+    if isinstance(error, _Interrupted):
+        return line(str(error)), False
+    if isinstance(error, aiohttp.ClientConnectorError):
+        cause = error.os_error
+        if isinstance(cause, socket.gaierror):
+            absent = is_absent(cause)
+            text = "the name does not exist" if absent else "the name cannot be resolved yet"
+            return line(f"{error.host}: {text} ({cause.strerror})"), absent
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return line(f"{error.host}:{error.port}: its certificate is not trusted: {cause.verify_message}"), True
+    return line(f"{type(error).__name__}: {error}"), False
 
 
 def _sent(body: bytes | None) -> io.BytesIO | bytes | None:
@@ -296,11 +378,12 @@ _IDENTITY = (environment.EMULATOR, environment.ANONYMOUS, environment.USER_PROJE
 
 
 @functools.lru_cache(maxsize=8)
-def _client(identity: tuple[str | None, ...], deadline_s: float) -> Client:
-    return Client(deadline_s)
+def _client(identity: tuple[str | None, ...], patience: Patience) -> Client:
+    return Client(patience=patience)
 
 
-def client() -> Client:
-    """This process's client. Raises UsageError for environment variables of ours that make no sense."""
+def client(patience: Patience | None = None) -> Client:
+    """This process's client of that patience; None: a job's. Raises UsageError for environment variables of ours that
+    make no sense."""
     environment.gcs_anonymous()
-    return _client(tuple(map(os.environ.get, _IDENTITY)), environment.store_deadline_s())
+    return _client(tuple(map(os.environ.get, _IDENTITY)), patience or Patience(environment.store_deadline_s()))

@@ -13,8 +13,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ from google.oauth2 import gdch_credentials as gdch
 from google.oauth2 import service_account
 
 from orchestrator import environment
-from orchestrator.storage.gcs_credentials import ANONYMOUS, Identity, NoToken, Token
+from orchestrator.storage.gcs_credentials import ANONYMOUS, Identity, NoToken, Token, is_absent
 from orchestrator.storage.gcs_replies import TRANSIENT, line
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _TRY_S = 10.0  # for one try at a token, all its requests together
 _UNSURE_S = 10.0  # so long a metadata server is waited for where nothing says that there is one
+_NAMELESS_S = 1.0  # and so long if there is not even its name
 _KEY = "GOOGLE_APPLICATION_CREDENTIALS"
 _METADATA = "metadata.google.internal"
 _GOOGLES_ENDPOINTS = ("", "https://oauth2.googleapis.com/token", "https://accounts.google.com/o/oauth2/token")
@@ -154,7 +156,9 @@ def _machines(began: float) -> Identity:
         except NoToken as error:
             if answered:
                 raise
-            if _on_google() or time.monotonic() - began <= _UNSURE_S:
+            if _on_google():  # the server answers for its own name, too: it is late
+                raise NoToken(str(error), passing=error.passing) from error
+            if time.monotonic() - began <= (_UNSURE_S if not error.absent else _NAMELESS_S):
                 raise
             raise NoToken(f"{nothing}, no metadata server answers: {error}; {options}", passing=False) from error
         answered = True
@@ -230,19 +234,29 @@ class _Bounded(Request):
         try:
             reply: Response = self._send(url, method, body, headers, min(left_s, timeout or left_s), **more)
         except TransportError as error:
-            raise NoToken(f"{host}: {_why(error)}", passing=True) from error
+            absent = any(map(is_absent, _causes(error)))
+            raise NoToken(f"{host}: {_why(error)}", passing=True, absent=absent) from error
         if reply.status in TRANSIENT:
             raise NoToken(f"{host}: HTTP {reply.status}", passing=True)
         return reply
 
 
-def _why(error: BaseException) -> str:
-    """One line, without what libraries put around it. Never a token: those are in no error."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from, outermost first."""
     cause: BaseException | None = error
     while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _why(error: BaseException) -> str:
+    """One line, without what libraries put around it. Never a token: those are in no error."""
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror):
+            text = "the name does not exist" if is_absent(cause) else "the name cannot be resolved yet"
+            return f"{text} ({cause.strerror})"
         if isinstance(cause, OSError) and cause.strerror:
             return f"{errno.errorcode.get(cause.errno or 0, 'error')} ({cause.strerror})"
-        cause = cause.__cause__ or cause.__context__
     if isinstance(error, TransportError) and isinstance(error.__cause__, requests.Timeout):
         return "no answer in time"
     if isinstance(error, TransportError) and type(error.__cause__) is requests.ConnectionError:

@@ -14,7 +14,7 @@ landed and cannot be read back. Methods may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -64,6 +64,16 @@ class Reads(Protocol):
         """Size and CRC-32C of the object as the store itself has it now, past every cache; None if the store says that
         there is no such object. What damage is proven by. The CRC-32C may be left out, '', for one of another size than
         `expected_bytes`: it is the wrong one already, and may have any size. Raises StorageError."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long one operation on a store is tried, retries included. notify: gets one line for people, on the thread
+    that waits, when the store has not answered for `notify_after_s`; once until it answers again."""
+
+    deadline_s: float
+    notify: Callable[[str], None] | None = None
+    notify_after_s: float = 2.0
 
 
 class Storage(Reads, Protocol):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from orchestrator.arrays import ReadRequest
+from orchestrator.errors import OrchestratorError, StepRetired, Unavailable
 from orchestrator.rules.matching import brief
 from orchestrator.rules.records import LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes
@@ -22,7 +23,8 @@ _BATCH_BYTES = 256 << 20
 _BLOCK = 1 << 20  # elements compared at once
 
 Path = tuple[str, ...]
-State = Literal["equal", "differs", "other type", "only in a", "only in b"]
+State = Literal["equal", "differs", "other type", "only in a", "only in b", "unreadable"]
+Pair = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | OrchestratorError
 Means = Literal["fingerprint", "reading", "tree spec"]
 
 
@@ -30,7 +32,7 @@ Means = Literal["fingerprint", "reading", "tree spec"]
 class LeafComparison:
     """One leaf. `a`, `b`: its type on either side, '' where it is not. `by`: what was compared. `elements`: how many
     differ, and `largest`: the greatest absolute difference (NaN where one side has no number); None where nobody has
-    read them."""
+    read them. problem: what kept it from being compared, where it is `unreadable`."""
 
     leaf: str
     a: str
@@ -39,14 +41,14 @@ class LeafComparison:
     by: Means
     elements: int | None = None
     largest: float | None = None
+    problem: OrchestratorError | None = None
 
 
 class Side:
-    """One committed step, opened for comparing. Raises Damaged."""
+    """One committed step, opened for comparing. Raises Damaged if its records are: without them there is no leaf."""
 
     def __init__(self, store: JournalStore, live: LiveStep) -> None:
         self._stored = store.step(live)
-        self._stored.check_sizes()
         self.leaves: dict[Path, LeafSpec] = {leaf.path: leaf for leaf in self._stored.intent.tree.leaves}
         self.fingerprints = self._stored.manifest.fingerprints
 
@@ -59,7 +61,8 @@ def compare(
     a: Side, b: Side, *, measure: bool = False, on_bytes: Callable[[int], None] = lambda read_bytes: None
 ) -> list[LeafComparison]:
     """Every leaf of either side, in a's order. `measure`: read the arrays that differ, for how many elements and how
-    much. Raises Damaged, StepRetired, StorageError."""
+    much. A leaf that cannot be read does not keep the others from being compared. Raises StepRetired,
+    Unavailable where the store does not answer at all."""
     paths = [*a.leaves, *(path for path in b.leaves if path not in a.leaves)]
     found = {path: _by_record(a, b, path) for path in paths}
     to_read = [
@@ -68,15 +71,39 @@ def compare(
         if leaf is None or (measure and leaf.by == "fingerprint" and leaf.state == "differs")
     ]
     for batch in _batches(a, to_read):
-        for path, left, right in zip(batch, a.read(batch, on_bytes), b.read(batch, on_bytes), strict=True):
-            found[path] = _by_reading(a.leaves[path], b.leaves[path], left, right, measure, found[path])
+        for path, sides in _read(a, b, batch, on_bytes):
+            known = found[path] or LeafComparison(a.leaves[path].label, *_types(a, b, path), "unreadable", "reading")
+            if isinstance(sides, OrchestratorError):  # fingerprints know that it differs, just not how much
+                found[path] = replace(known, problem=sides, state="unreadable")
+            else:
+                found[path] = _by_reading(a.leaves[path], b.leaves[path], *sides, measure, found[path])
     return [leaf for leaf in found.values() if leaf is not None]
+
+
+def _read(a: Side, b: Side, paths: list[Path], on_bytes: Callable[[int], None]) -> Iterator[tuple[Path, Pair]]:
+    """Both sides of each leaf, or what keeps it from being read. If one of a batch fails, each is read alone."""
+    try:
+        yield from zip(paths, zip(a.read(paths, on_bytes), b.read(paths, on_bytes), strict=True), strict=True)
+    except StepRetired:
+        raise
+    except OrchestratorError as error:
+        if isinstance(error, Unavailable) and error.waited:  # nobody answers: each leaf would wait as long again
+            raise
+        if len(paths) == 1:
+            yield paths[0], error
+            return
+        for path in paths:
+            yield from _read(a, b, [path], on_bytes)
+
+
+def _types(a: Side, b: Side, path: Path) -> tuple[str, str]:
+    return _type(a.leaves.get(path)), _type(b.leaves.get(path))
 
 
 def _by_record(a: Side, b: Side, path: Path) -> LeafComparison | None:
     """What follows from the records alone; None if the arrays must be read."""
     one, other = a.leaves.get(path), b.leaves.get(path)
-    compared = LeafComparison("/".join(path) or "(root)", _type(one), _type(other), "equal", "tree spec")
+    compared = LeafComparison("/".join(path) or "(root)", *_types(a, b, path), "equal", "tree spec")
     if one is None or other is None:
         return replace(compared, state="only in a" if one else "only in b")
     if (one.kind, one.shape, one.dtype) != (other.kind, other.shape, other.dtype):

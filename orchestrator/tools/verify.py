@@ -58,8 +58,8 @@ def read_back(
     """Compare what is stored with what was saved. `sample`: of the arrays, only this fraction of the chunks (at least
     one), chosen by `seed`; records, sizes and process states are always read. `by_store`: the size and checksum that
     the store itself reports of each file are compared, and no chunk is read. Any thread."""
-    reading = _ReadBack(store, live, on_bytes)
     whole = sample is None and not by_store
+    reading = _ReadBack(store, live, on_bytes, twice=whole)
     manifest = reading.manifest(with_sizes=not whole)
     if manifest is None:
         return reading.verdict(whole)
@@ -80,9 +80,10 @@ def read_back(
 
 
 def total_bytes(manifest: Manifest, sample: float | None = None) -> int:
-    """About how much `read_back` will read: each data file once as a file and once as chunks."""
+    """About how much `on_bytes` of `read_back` adds up to: what the step holds, though its data is read twice, as files
+    and as chunks. Each reading counts half."""
     data = sum(entry.bytes for entry in manifest.files if _DATA in entry.path)
-    return manifest.total_bytes + data if sample is None else manifest.total_bytes - data + math.ceil(data * sample)
+    return manifest.total_bytes if sample is None else manifest.total_bytes - data + math.ceil(data * sample)
 
 
 def record(store: JournalStore, live: LiveStep, verdict: Verdict) -> None:
@@ -103,8 +104,8 @@ def record(store: JournalStore, live: LiveStep, verdict: Verdict) -> None:
 class _ReadBack:
     """One attempt being read back. What is found is collected, not raised: each method goes as far as it can."""
 
-    def __init__(self, store: JournalStore, live: LiveStep, on_bytes: OnBytes) -> None:
-        self.stored, self._on_bytes = store.step(live), on_bytes
+    def __init__(self, store: JournalStore, live: LiveStep, on_bytes: OnBytes, *, twice: bool) -> None:
+        self.stored, self._on_bytes, self._twice = store.step(live), on_bytes, twice
         self._damaged: list[str] = []
         self._unread: list[str] = []
         self._retired = ""
@@ -142,7 +143,7 @@ class _ReadBack:
                 check(entry)
             except OrchestratorError as error:
                 return error
-            self._on_bytes(entry.bytes)
+            self._on_bytes(entry.bytes // 2 if self._twice and _DATA in entry.path else entry.bytes)
             return None
 
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
@@ -181,7 +182,8 @@ class _ReadBack:
         """Compare these chunks, of these sizes where they are known, with the manifest."""
         try:
             self.stored.check_sizes()
-            bad = stored_arrays.bad_chunks(self.stored, sizes, self._on_bytes)
+            count = (lambda read_bytes: self._on_bytes(read_bytes // 2)) if self._twice else self._on_bytes
+            bad = stored_arrays.bad_chunks(self.stored, sizes, count)
         except OrchestratorError as error:
             self._collect(error)
             return

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import jax.numpy as jnp
 import pytest
 
 import orchestrator as oc
+from orchestrator.cli import usage, verify
+from orchestrator.cli.command import live_step, open_store
 from orchestrator.cli.main import COMMANDS
 from orchestrator.rules.keys import journal_key
+from orchestrator.tools.verify import read_back, total_bytes
 from tests.support.commands import orchestrator
 from tests.support.snapshots import snapshot
 
@@ -36,9 +41,151 @@ def printed_json(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_ls_shows_every_step_and_marks_the_one_a_restore_takes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert orchestrator("ls", run) == 0
     header, *rows, counts = capsys.readouterr().out.splitlines()
-    assert header.split() == ["step", "attempt", "trust", "size", "saved", "metrics", "pins"]
-    assert [row.split()[0] for row in rows] == ["0", "10", "*"]
-    assert "loss=0.047619" in rows[2] and counts.startswith("3 steps, ")
+    assert header.split() == ["step", "status", "age", "saved", "size", "metrics"]
+    assert [row.split()[0] for row in rows] == ["*", "10", "0"]
+    assert "loss=0.047619" in rows[0] and counts.startswith("3 steps, ") and time.strftime("%Z") in rows[0]
+    orchestrator("pin", run, 0, "--name=release")
+    capsys.readouterr()
+    assert orchestrator("ls", run, "--wide") == 0
+    header, *rows, counts = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "attempt", "status", "age", "saved", "size", "metrics", "pins"]
+    assert rows[2].rstrip().endswith("release") and "e0001-a01" in rows[2]
+
+
+def test_ls_says_why_a_step_is_quarantined_and_when_none_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (0, 10, 20):
+        orchestrator("quarantine", run, step, "--reason=loss spike", "--force")
+    capsys.readouterr()
+    assert orchestrator("ls", run) == 0
+    out = capsys.readouterr().out
+    assert "no step can be restored" in out and out.count("quarantined by hand, ") == 3 and "loss spike" in out
+
+
+def test_the_last_restorable_step_is_quarantined_only_by_force(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert orchestrator("quarantine", run, 10, "--reason=x") == orchestrator("quarantine", run, 0, "--reason=x") == 0
+    before = snapshot(run)
+    capsys.readouterr()
+    assert orchestrator("quarantine", run, 20, "--reason=x") == 2
+    assert "step 20 is the only step that can be restored" in (said := capsys.readouterr().err) and "--force" in said
+    assert snapshot(run) == before
+    assert orchestrator("quarantine", run, 10, "--reason=x") == 0  # it is quarantined already
+    assert orchestrator("quarantine", run, 20, "--reason=x", "--force") == 0
+    assert oc.open_run(run).all_steps() == []
+
+
+def test_a_pin_on_a_quarantined_step_warns(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    orchestrator("quarantine", run, 10, "--reason=x")
+    capsys.readouterr()
+    assert orchestrator("pin", run, 20) == 0 and "warning" not in capsys.readouterr().out
+    assert orchestrator("pin", run, 10) == 0
+    assert "warning: step 10 is quarantined: the pin keeps its data" in capsys.readouterr().out
+    assert orchestrator("pin", run, 10, "--json") == 0 and "quarantined" in printed_json(capsys)["warning"]
+
+
+@pytest.mark.parametrize("name", ["inspect", "plan", "verify", "pin", "unpin", "log"])
+def test_the_step_is_a_word_after_the_root_or_a_flag(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert orchestrator(name, run, 10, "--json") == 0
+    by_word = capsys.readouterr().out
+    assert orchestrator(name, run, "--step=10", "--json") == 0
+    changing = ("pin", "verify")  # the second time there is nothing to change
+    assert name in changing or json.loads(capsys.readouterr().out) == json.loads(by_word)
+    assert orchestrator(name, run, 10, "--step=10") == 0
+    assert orchestrator(name, run, 10, "--step=20") == 2
+    assert "two steps, 10 and --step=20: give one" in capsys.readouterr().err
+
+
+def test_newest_is_a_step_where_one_is_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert orchestrator("inspect", run, "newest") == 0 and "step 20 e0001" in capsys.readouterr().out
+    assert orchestrator("diff", run, 10, "newest") == 1 and "step 10 and step 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("{run}/steps", "it is inside the run {run}; give that instead"),
+        ("{run}/steps/00000010", "it is inside the run {run}; give that instead"),
+        ("{run}/journal", "it is inside the run {run}; give that instead"),
+        ("{run}/nothing/here", "it is inside the run {run}; give that instead"),
+        ("{above}/empty", "the directory is empty"),
+        ("{above}/other", "the directory has no journal/ in it"),
+        ("{above}/file", "it is a file, and a run is a directory"),
+        ("{above}", "it is a directory of runs, of which one must be given: run"),
+        ("{above}/runn", "there is no such directory; did you mean {run}?"),
+        ("{above}/zzz", "there is no such directory"),
+    ],
+)
+def test_what_is_not_a_run_is_called_by_what_it_is(
+    run: Path, tmp_path: Path, place: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    above = tmp_path / "above"
+    (above / "empty").mkdir(parents=True)
+    (above / "other" / "things").mkdir(parents=True)
+    (above / "file").write_text("x")
+    run = run.rename(above / "run")
+    assert orchestrator("ls", place.format(run=run, above=above)) == 3
+    assert f"not a run: {said.format(run=run, above=above)}\n" in capsys.readouterr().err
+
+
+def test_a_verdict_is_shown_before_anything_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    versions = list((run / "journal").iterdir())
+    judged = next(verify.run(str(run), usage.parse("verify", COMMANDS["verify"], [str(run)])[1]))
+    lines = iter(verify.show(judged, {}))
+    assert "step 20 e0001-a01: good" in str(next(lines)) and list((run / "journal").iterdir()) == versions
+    assert list(lines) == [] and len(list((run / "journal").iterdir())) == len(versions) + 1
+
+
+def test_a_verdict_that_cannot_be_recorded_is_a_second_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "steps" / "00000000")  # nothing may be appended to a run that has lost entries
+    (run / journal_key(2)).unlink()
+    assert orchestrator("verify", run, 20) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 20 e0001-a01: good, ")
+    assert second.startswith("step 20 e0001-a01: good, but not recorded in the journal: ")
+
+
+def test_the_bytes_of_a_verify_add_up_to_what_the_step_holds(run: Path) -> None:
+    store = open_store(str(run))
+    live = live_step(store, None)
+    counted: list[int] = []
+    read_back(store, live, on_bytes=counted.append)
+    total = total_bytes(store.step(live).manifest)
+    assert total <= live.bytes and 0.8 * total < sum(counted) <= total
+
+
+def test_diff_goes_on_past_a_leaf_that_cannot_be_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with oc.Agent(root, options=oc.Options(async_save=False)) as agent:
+        for step in (1, 2):
+            state = {"a": jnp.full(9, step), "b": jnp.full((64, 64), step), "c": jnp.zeros(3)}
+            agent.save(step, state)
+    data = max((root / "steps" / "00000002").rglob("d/*"), key=lambda path: path.stat().st_size)
+    body = bytearray(data.read_bytes())
+    body[len(body) // 2] ^= 4
+    data.write_bytes(body)
+    assert orchestrator("diff", root, 1, 2) == 4
+    out = capsys.readouterr().out
+    assert "1 of 3 leaves differ" in out and "1 leaves could not be read" in out and "b: " in out
+    assert orchestrator("diff", root, 1, 2, "--json") == 4
+    told = printed_json(capsys)
+    assert (told["equal"], [one["leaf"] for one in told["differing"]]) == (1, ["a"])
+    assert [(one["leaf"], one["state"]) for one in told["unreadable"]] == [("b", "unreadable")]
+
+
+def test_log_is_short_for_people_and_whole_for_programs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(15):
+        orchestrator("pin", run, 0)
+        orchestrator("unpin", run, 0)
+    orchestrator("gc", run, "--keep_last=1")
+    capsys.readouterr()
+
+    def versions(*flags: str) -> list[str]:
+        assert orchestrator("log", run, *flags) == 0
+        return [row.split()[0] for row in capsys.readouterr().out.splitlines() if row.split()[0].isdecimal()]
+
+    assert versions() == [str(version) for version in range(15, 35)]  # 35: what was collected
+    assert versions("--all") == [str(version) for version in range(36)]
+    assert versions("--last=2") == ["33", "34"] and versions("--last=2", "--all") == ["34", "35"]
+    assert versions("20") == ["3"]
+    assert orchestrator("log", run, "--json") == 0 and len(printed_json(capsys)) == 36
 
 
 def test_ls_json_is_what_a_program_needs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +224,8 @@ def test_log_lists_the_events_in_order(run: Path, capsys: pytest.CaptureFixture[
     assert kinds == ["opened-epoch", "committed", "committed", "committed", "quarantined"]
     assert orchestrator("log", run, "--last=1") == 0
     out = capsys.readouterr().out
-    assert "loss spike" in out and "cli/" in out and len(out.splitlines()) == 2
+    assert "loss spike" in out and "; by " in out and len(out.splitlines()) == 3
+    assert orchestrator("log", run, "--last=1", "--wide") == 0 and "cli/" in capsys.readouterr().out
 
 
 def test_a_pin_keeps_a_step_through_gc_until_it_is_taken_off(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +270,7 @@ def test_quarantine_is_lifted_by_release_and_its_data_goes_only_by_name(
     assert orchestrator("release", run, "--step=10") == 0 and "nothing to change" in capsys.readouterr().out
     orchestrator("log", run)
     assert "it was the data" in capsys.readouterr().out
-    orchestrator("quarantine", run, "--step=10")
+    orchestrator("quarantine", run, "--step=10", "--reason=again")
     assert orchestrator("gc", run, "--quarantined=10", "--dry_run", "--json") == 0
     assert attempt.exists()
     assert orchestrator("gc", run, "--quarantined=10") == 0
@@ -133,7 +281,7 @@ def test_quarantine_is_lifted_by_release_and_its_data_goes_only_by_name(
 
 
 def test_a_quarantined_step_is_not_restored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert orchestrator("quarantine", run, "--step=20") == 0
+    assert orchestrator("quarantine", run, "--step=20", "--reason=x") == 0
     assert oc.open_run(run).latest_step() == 10
     capsys.readouterr()
     orchestrator("ls", run, "--json")
@@ -194,7 +342,7 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
 ) -> None:
     damage(run)
     before = snapshot(run)
-    flags = ["--step=10"] if command in ("pin", "quarantine") else []
+    flags = {"pin": ["--step=10"], "quarantine": ["10", "--reason=x"]}.get(command, [])
     assert orchestrator(command, run, *flags) == code
     said = capsys.readouterr()
     assert message in said.err and said.err.startswith(f"orchestrator {command}: ") and said.err.count("\n") == 1
@@ -204,10 +352,18 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["inspect", "{run}", "--step=7"], 6, "step 7 is not there; it has: 0, 10, 20"),
+        (["inspect", "{run}", "--step=7"], 6, "step 7 is not in this run; it has: 0, 10, 20"),
         (["pin", "{run}", "--step=7"], 6, "step 7 is not in this run; it has: 0, 10, 20"),
-        (["quarantine", "{run}", "--step=7"], 6, "step 7 is not in this run"),
-        (["pin", "{run}"], 2, "--step is required"),
+        (["quarantine", "{run}", "--step=7", "--reason=x"], 6, "step 7 is not in this run"),
+        (["pin", "{run}"], 2, "the STEP is missing"),
+        (["pin", "{run}", "newest"], 2, "STEP 'newest': expected the number of a step"),
+        (["quarantine", "{run}", "10"], 2, "--reason is missing"),
+        (["quarantine", "{run}", "10", "--reason= "], 2, "--reason=: expected why"),
+        (["inspect", "{run}", "1O"], 2, "STEP '1O': expected the number of a step, or newest"),
+        (["verify", "{run}", "--smaple=10%"], 2, "no flag --smaple; did you mean --sample? choose from --step, "),
+        (["verify", "{run}", "--repair_journal=nver"], 2, "did you mean never? choose from auto, never"),
+        (["export", "{run}", "10", "x", "--format=safetensor"], 2, "did you mean safetensors? choose from orbax, "),
+        (["frobnicate"], 2, "no command 'frobnicate'; choose from ls, "),
         (["ls"], 2, "the run's ROOT is missing"),
         (["ls", "{run}", "more"], 2, "unexpected 'more'"),
         (["ls", "{run}", "--nope"], 2, "nope"),
@@ -222,10 +378,10 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
         (["plan", "{run}", "--processes=0"], 2, "--processes=0: expected a whole number of at least 1"),
         (["pin", "{run}", "--step=10", "--name="], 2, "--name=: expected the pin's name"),
         (["ls", "a\udcff"], 2, "expected a name in UTF-8"),
-        (["inspect", "{run}", "--step=7", "--json"], 6, "step 7 is not there; it has: 0, 10, 20"),
+        (["inspect", "{run}", "--step=7", "--json"], 6, "step 7 is not in this run; it has: 0, 10, 20"),
         (["report", "{run}", "-o", "{run}/journal"], 1, "journal cannot be written: Is a directory"),
         (["ls", "s3://bucket/run"], 2, "no storage for s3://"),
-        (["unlink", "{run}"], 2, "no command 'unlink'; choose from ls, "),
+        (["unlink", "{run}"], 2, "no command 'unlink'; did you mean unpin? choose from ls, "),
         (["ls", "/dev/null/run"], 3, "not a run"),
     ],
 )

@@ -99,12 +99,12 @@ def from_the_future(root: Path) -> None:
 
 def quarantined(root: Path) -> None:
     for step in (0, 1):
-        main(["orchestrator", "quarantine", str(root), f"--step={step}"])
+        main(["orchestrator", "quarantine", str(root), f"--step={step}", "--reason=x", "--force"])
 
 
 def skewed_host(root: Path) -> None:
-    path = root / "events" / "00000.jsonl"
-    os.utime(path, (time.time() - 500,) * 2)
+    for path in (root / "events").glob("00000.*"):
+        os.utime(path, (time.time() - 500,) * 2)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,18 @@ def test_for_people_each_finding_is_a_line_and_names_the_root_in_what_to_do(
     assert main(["orchestrator", "doctor", str(root)]) == 0
     out = capsys.readouterr().out
     assert f"do: orchestrator verify {root} --step=0" in out and "WARN" in out and "ROOT" not in out
+    assert "\nok " not in out and " 1 WARN, 11 ok (--all shows them)" in out
+    assert main(["orchestrator", "doctor", str(root), "--all"]) == 0
+    assert capsys.readouterr().out.count("\nok ") == 11
+
+
+def test_for_people_the_worst_comes_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(root, 0, 1)
+    missing_file(root)
+    orphan(root)
+    assert main(["orchestrator", "doctor", str(root)]) == 4
+    levels = [row.split()[0] for row in capsys.readouterr().out.splitlines() if row[0] in "DBW"]
+    assert levels == ["DAMAGE", "WARN", "WARN"]
 
 
 def test_what_to_do_can_be_pasted_into_a_shell_whatever_the_roots_name(

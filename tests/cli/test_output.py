@@ -27,6 +27,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
+from orchestrator.cli import render
 from orchestrator.cli.command import Result
 from orchestrator.cli.main import COMMANDS, main
 
@@ -55,7 +56,8 @@ def arguments(run: Path, tmp_path: Path) -> dict[str, list[str]]:
         "diff": ["1000", "2000"],
         "report": ["-o", str(tmp_path / "report.html")],
         "adopt": ["--from", str(tmp_path / "orbax")],
-        **{name: ["--step=1000"] for name in ("pin", "unpin", "quarantine", "release")},
+        **{name: ["--step=1000"] for name in ("pin", "unpin", "release")},
+        "quarantine": ["1000", "--reason=x"],
     }
 
 
@@ -92,6 +94,28 @@ def test_help_fits_80_columns(name: str, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["orchestrator", *([name] if name else []), "--help"]) == 0
     text = capsys.readouterr().out.partition("examples:")[0]
     assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_help_has_one_line_for_each_command_and_is_as_wide_as_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["orchestrator", "--help"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert set(rows) >= set(COMMANDS) and len(rows) == len(set(rows))
+    widths = []
+    for columns in ("60", "140"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["orchestrator", "gc", "--help"]) == 0
+        text = capsys.readouterr().out.partition("examples:")[0]
+        widths.append(max(map(len, text.splitlines())))
+    assert widths[0] <= 60 and 80 < widths[1] <= 140
+
+
+def test_sizes_have_one_unit_system() -> None:
+    """Bars, too: a bar that counts 805 MB for 384 MiB is asked about."""
+    sources = "".join(path.read_text() for path in Path(render.__file__).parent.glob("*.py"))
+    assert "DownloadColumn" not in sources and "TransferSpeedColumn" not in sources
+    assert (render.size(384 << 20), render.age(59), render.age(7200)) == ("384.0 MiB", "59 s ago", "2 h ago")
 
 
 def on_a_terminal(columns: int, *words: str, until: str | None = None) -> str:

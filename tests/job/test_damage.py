@@ -149,7 +149,7 @@ def test_when_every_step_is_damaged_there_is_nothing_to_restore(root: Path) -> N
 def test_a_run_whose_steps_were_all_quarantined_before_is_no_new_run(root: Path) -> None:
     fill(root, 1, 2)
     for step in (1, 2):
-        assert main(["orchestrator", "quarantine", str(root), f"--step={step}", "--reason=loss spike"]) == 0
+        assert main(["orchestrator", "quarantine", str(root), f"--step={step}", "--reason=loss spike", "--force"]) == 0
     before = snapshot(root)
     reader = oc.open_run(root)
     manager = compat.CheckpointManager(root)

@@ -188,7 +188,7 @@ def test_a_damaged_or_foreign_root_is_one_line_with_the_errors_own_code(tmp_path
     assert "Traceback" not in other_model.stderr
 
     for step in oc.open_run(root).all_steps():
-        assert main(["orchestrator", "quarantine", str(root), f"--step={step}"]) == 0
+        assert main(["orchestrator", "quarantine", str(root), f"--step={step}", "--reason=x", "--force"]) == 0
     none_left = train_alone(f"--root={root}", "--steps=4", *small)
     assert none_left.returncode == NothingToRestore.exit_code
     assert "are quarantined (newest: step " in none_left.stderr

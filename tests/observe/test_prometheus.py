@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import socket
@@ -16,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import orchestrator as oc
+from orchestrator.cli.main import main
 from orchestrator.observe import events
 from orchestrator.observe.prometheus import Metrics
 from orchestrator.observe.spans import Traces
@@ -108,8 +110,10 @@ def test_alerts_and_dashboard_use_only_metrics_that_there_are() -> None:
 def test_the_dashboard_is_whole() -> None:
     board = json.loads((OPS / "dashboard.json").read_text())
     panels = board["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels) == 12
-    assert all(panel["title"] and panel["targets"] for panel in panels)
+    assert len({panel["id"] for panel in panels}) == len(panels) == 14
+    assert all(panel["title"] and panel["description"] and panel["targets"] for panel in panels)
+    assert not re.search("{{instance}}", json.dumps(board))  # people know hosts
+    assert {one["name"] for one in board["annotations"]["list"]} >= {"Restarts", "Incidents"}
     taken: set[tuple[int, int]] = set()
     for panel in panels:
         at = panel["gridPos"]
@@ -118,15 +122,58 @@ def test_the_dashboard_is_whole() -> None:
         taken |= cells
 
 
+def test_each_alert_has_cases_in_which_it_fires_and_in_which_it_does_not() -> None:
+    cases = (OPS / "alerts.test.yml").read_text()
+    alerts = re.findall(r"alert: (\w+)", (OPS / "alerts.yml").read_text())
+    for alert in alerts:
+        kept_still = re.search(rf"alertname: {alert}\n +exp_alerts: \[\]", cases)
+        fired = re.search(rf"alertname: {alert}\n +exp_alerts:\n", cases)
+        assert kept_still and fired, alert
+
+
 @needs_promtool
 def test_prometheus_can_parse_every_query_of_the_dashboard(tmp_path: Path) -> None:
     board = json.loads((OPS / "dashboard.json").read_text())
-    queries = [target["expr"].replace("$job", ".*") for panel in board["panels"] for target in panel["targets"]]
+    shown = [target for panel in board["panels"] for target in panel["targets"]]
+    queries = [one["expr"].replace("$job", ".*") for one in (*shown, *board["annotations"]["list"])]
     rules = [{"record": f"panel:{index}", "expr": query} for index, query in enumerate(queries)]
     (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
     command = ["promtool", "check", "rules", str(tmp_path / "rules.yml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_phases_of_the_last_save_quarantine_and_an_orderly_end_are_exported() -> None:
+    metrics = Metrics(0, "h")
+    before = collected(metrics)
+    assert math.isnan(before["orchestrator_quarantined_steps"]) and math.isnan(before["orchestrator_free_bytes"])
+    for name, at_s in (("staging", 0.0), ("writing", 1.0), ("writing", 3.0), ("sealing", 4.0), ("waiting", 4.5)):
+        metrics.on_event(events.SavePhase(5, "a", name, at_s, 0))
+    metrics.on_event(events.SaveCommitted(5, "a", 10.0, 77, 2))
+    metrics.on_event(events.SaveCommitted(6, "b", 10.0, 0))  # of whom it is not known
+    got = collected(metrics)
+    spent = {name: got[f"orchestrator_save_phase_seconds|{name}"] for name in ("staging", "writing", "sealing")}
+    assert spent == {"staging": 1.0, "writing": 3.0, "sealing": 0.5}
+    assert got["orchestrator_save_phase_seconds|waiting"] == 5.5 and got["orchestrator_quarantined_steps"] == 2
+    assert before["orchestrator_run_ended"] == got["orchestrator_run_ended"] == 0
+    metrics.on_event(events.Pulse("training", 6, 1.0, 42.0, steps=1, step_s=9.0))
+    compiling = collected(metrics)
+    metrics.on_event(events.Pulse("training", 7, 1.0, 3.0, steps=2, step_s=2.0))
+    training = collected(metrics)
+    names = ("orchestrator_main_thread_idle_seconds", "orchestrator_step_seconds")
+    assert [[one[name] for name in names] for one in (compiling, training)] == [[42.0, 0.0], [3.0, 2.0]]
+    metrics.on_event(events.Closed(0))
+    assert collected(metrics)["orchestrator_run_ended"] == 1
+
+
+def test_a_quarantine_by_another_process_is_seen_at_the_next_commit(root: Path, tmp_path: Path) -> None:
+    with oc.Agent(root, options=now(metrics_file=str(tmp_path / "job.prom"))) as agent:
+        agent.save(0, state(0))
+        assert main(["orchestrator", "quarantine", str(root), "--step=0"]) == 0
+        agent.save(1, state(1))
+    got = values((tmp_path / "job.prom").read_text())
+    assert got["orchestrator_quarantined_steps"] == 1 and got["orchestrator_run_ended"] == 1
+    assert got["orchestrator_step_bytes"] > 2048 and got["orchestrator_free_bytes"] > 0
 
 
 def test_a_textfile_is_whole_and_final(root: Path, tmp_path: Path) -> None:
@@ -173,7 +220,9 @@ def test_counting_is_by_cause_and_intervals_are_medians_of_the_last_ones() -> No
     metrics.on_event(events.Retried("store", 1, "get", "a/b", "http 503", 0.1))
     for kind in (events.Retried("journal", 1), events.SteppedDown(1, "a", "r"), events.AttemptsDeleted(1, 7, 2)):
         metrics.on_event(kind)
+    metrics.on_event(events.Retried("store", 1, "credentials", "me", "any text at all", 0.1))
     got = collected(metrics)
+    assert got["orchestrator_retries_total|credentials"] == 1
     assert got["orchestrator_commit_interval_seconds"] == 10.0 and got["orchestrator_seconds_since_commit"] == 30.0
     assert got["orchestrator_saves_not_committed_total|silent"] == 2 and got["orchestrator_fenced_total"] == 1
     assert got["orchestrator_retries_total|store http 503"] == 1

@@ -47,6 +47,13 @@ def launched(name: str, root: Path, processes: int, steps: int, *more: str) -> l
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain_jax", "nnx_optax"])
+def test_an_example_starts_on_two_hosts_as_it_does_on_one(name: str, tmp_path: Path) -> None:
+    both = launched(name, tmp_path / "run", 2, 3)
+    assert both[0] == both[1] and both[0]["start"] == 0
+
+
+@pytest.mark.slow
 def test_grain_goes_on_with_what_was_not_seen_on_another_number_of_processes(tmp_path: Path) -> None:
     pytest.importorskip("grain", reason="the `grain` extra is not installed")
     from examples.grain_input import reader

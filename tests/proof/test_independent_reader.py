@@ -85,7 +85,7 @@ def test_it_notices_damage_and_skips_what_is_quarantined(root: Path, mesh8: jax.
     with oc.Agent(root, options=now()) as agent:
         for step in (1, 2):
             agent.save(step, {"w": jnp.full(4, step)})
-    assert main(["orchestrator", "quarantine", str(root), "--step=2"]) == 0
+    assert main(["orchestrator", "quarantine", str(root), "--step=2", "--reason=x"]) == 0
     assert assert_reads_the_same(root).live["step"] == 1
     (intent,) = root.glob("steps/00000001/*/intent.json")
     intent.write_bytes(intent.read_bytes().replace(b'"kind":"array"', b'"kind":"numpy"'))

@@ -190,7 +190,7 @@ def test_recover_never_brings_back_what_the_journal_retired_or_quarantined(root:
     copies = root.parent / "copies"
     shutil.copytree(root / "steps", copies)
     for step in (2, 4):
-        assert main(["orchestrator", "quarantine", str(root), f"--step={step}"]) == 0
+        assert main(["orchestrator", "quarantine", str(root), f"--step={step}", "--reason=x", "--force"]) == 0
     assert main(["orchestrator", "gc", str(root), "--keep_last=1"]) == 0  # retires and deletes 1
     fill(root, 5, 6)
     shutil.copytree(copies, root / "steps", dirs_exist_ok=True)  # a restored backup of the data: step 1 is back

@@ -152,7 +152,7 @@ def test_verify_lifts_a_quarantine_that_it_disproves_but_not_a_persons(run: Path
     assert orchestrator("verify", run, "--all") == 0
     assert oc.open_run(run).all_steps() == [1]
     assert [head.event.kind for head in journal_of(run)[-2:]] == ["released", "verified"]
-    assert orchestrator("quarantine", run, "--step=1", "--reason=loss spike") == 0
+    assert orchestrator("quarantine", run, "--step=1", "--reason=loss spike", "--force") == 0
     assert orchestrator("verify", run, "--all") == 0
     assert oc.open_run(run).all_steps() == [], "somebody has decided it"
     assert orchestrator("release", run, "--step=1", "--reason=it was the data") == 0

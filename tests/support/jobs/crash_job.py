@@ -30,5 +30,5 @@ def run(steps: range) -> None:
 
 run(range(3))
 command(["orchestrator", "pin", root, "--step=2", "--json"])
-command(["orchestrator", "quarantine", root, "--step=1", "--json"])  # evidence: retention leaves it alone
+command(["orchestrator", "quarantine", root, "--step=1", "--reason=evidence", "--json"])  # retention leaves it alone
 run(range(3, 6))
