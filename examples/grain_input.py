@@ -1,8 +1,8 @@
 """Grain: each process reads its share of the data and saves its iterator's position beside the state; a job that comes
-back on another number of processes goes on with exactly the examples that it had not seen.
+back on another number of processes goes on with exactly the examples that it had not seen. Needs the package `grain`.
 
-orchestrator launch local --processes 2 -- python -m examples.grain_input --root=/tmp/run --steps=10
-orchestrator launch local --processes 1 -- python -m examples.grain_input --root=/tmp/run --steps=20
+orchestrator launch local --processes 2 -- python train.py --root=/tmp/run --steps=10
+orchestrator launch local --processes 1 -- python train.py --root=/tmp/run --steps=20
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Flax Linen and Optax: a TrainState with dropout keys, sharded by the model's own annotations.
 
-python -m examples.linen_optax --root=/tmp/run --steps=20     # again with more steps: it goes on
+python train.py --root=/tmp/run --steps=20     # again with more steps: it resumes
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Flax NNX and Optax: modules and optimizer are objects; what is saved is their state.
 
-python -m examples.nnx_optax --root=/tmp/run --steps=20     # again with more steps: it goes on
+python train.py --root=/tmp/run --steps=20     # again with more steps: it resumes
 """
 
 import argparse

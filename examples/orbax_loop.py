@@ -1,6 +1,6 @@
 """A loop written for Orbax, moved over by its one import; `--with_orbax` runs it with the real one, for comparison.
 
-orchestrator launch local --processes 2 -- python -m examples.orbax_loop --root=/tmp/run --steps=20
+orchestrator launch local --processes 2 -- python train.py --root=/tmp/run --steps=20
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Plain JAX: a state that is a dict of arrays, on all devices of the job.
 
-python -m examples.plain_jax --root=/tmp/run --steps=20     # again with more steps: it goes on
+python train.py --root=/tmp/run --steps=20     # again with more steps: it resumes
 """
 
 import argparse

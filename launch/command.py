@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from launch import contract
+from orchestrator.cli import usage
 from orchestrator.errors import UsageError
 from orchestrator.rules.arguments import is_utf8
 from orchestrator.rules.arguments import path as local_path
@@ -30,13 +31,17 @@ def complain(text: str) -> None:
     print(printable(text, details=True), file=sys.stderr, flush=True)
 
 
-def flags_help(values: flags.FlagValues) -> str:
+def help_text(text: str, values: flags.FlagValues) -> str:
+    """A launcher's own words and its flags, as wide as the terminal."""
     rows = []
     for name in values:
         flag = values[name]
+        about = flag.help.splitlines()[0].removesuffix(
+            ";"
+        )  # absl adds a line of its own to those that may be given again
         default = "" if flag.default in (None, []) else f" (default {flag.default})"
-        rows.append(f"  --{name:<24} {flag.help}{default}")
-    return "\nflags:\n" + "\n".join(rows)
+        rows.append(usage.row(f"--{name}", f"{about}{default}", 25))
+    return f"{usage.rewrapped(text)}\n\nflags:\n" + "\n".join(rows)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -65,17 +70,18 @@ def parse(name: str, values: flags.FlagValues, arguments: Sequence[str]) -> dict
 
 def run(
     name: str,
-    help_text: str,
+    about: str,
     values: flags.FlagValues,
     arguments: Sequence[str],
     body: Callable[[dict[str, Any], list[str]], int],
 ) -> int:
-    """Carry out a launcher's command line: `body(flags, program)`, or its help. A user's mistake is one line and 2."""
+    """Carry out a launcher's command line: `body(flags, program)`, or its help, which begins with `about`. A user's
+    mistake is one line and 2."""
     ours, program = split(arguments)
-    if any(word in ("-h", "-help", "--help") for word in ours):
-        print(help_text + flags_help(values))
-        return 0
     try:
+        if any(word in ("-h", "-help", "--help") for word in ours):
+            print(help_text(about, values), flush=True)
+            return 0
         return body(parse(name, values, ours), program)
     except LaunchError as error:
         complain(f"launch {name}: {error}")

@@ -1,12 +1,8 @@
-"""What launchers and programs use of the contract: the variables, this process's place by them, and how a process that
-has failed ends. The rules are in `orchestrator.rules.contract`; programs call `orchestrator.initialize()`.
+"""What launchers and programs use of the contract: the variables, and this process's place by them. The rules are in
+`orchestrator.rules.contract`; programs call `orchestrator.initialize()`.
 """
 
 from __future__ import annotations
-
-import os
-import sys
-from typing import NoReturn
 
 # What the agent reads itself is part of the contract, too.
 from orchestrator.environment import HEARTBEAT_FILE as HEARTBEAT_FILE
@@ -40,19 +36,3 @@ def initialize(contract: Contract) -> None:
     from orchestrator.job import joining  # it imports JAX, which launchers do without
 
     joining.join(contract)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with `code`, at once if it failed.
-
-    After 0 and EXIT_PREEMPTED all processes leave together, and JAX may wait for them. One that fails must not: JAX's
-    exit handler would wait minutes for the others, who wait for this one, and no launcher would learn of the failure.
-    Where the others can learn of it, `orchestrator.job.peer_failure` does all that at `sys.exit`.
-    """
-    from orchestrator.job import peer_failure
-
-    if code in (0, EXIT_PREEMPTED) or peer_failure.joined():
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

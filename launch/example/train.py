@@ -29,11 +29,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 import orchestrator as oc
-from launch import contract
 from launch.example.data import Loader, read_text
 from launch.example.model import Sizes, Transformer
 from launch.example.report import ProgressLine, Summary, state_digest
+from orchestrator.errors import EXIT_PREEMPTED
+from orchestrator.job.peer_failure import leave
 from orchestrator.rules.arguments import path as local_path
+from orchestrator.rules.contract import PROCESS_COUNT, RUN_ROOT
 
 AXES = ("data", "model")
 FLAGS = flags.FLAGS
@@ -216,7 +218,7 @@ def make_options(grace_s: float | None) -> oc.Options:
 
 def run() -> int:
     """Train as the flags say and return the exit code. Raises OrchestratorError."""
-    root = FLAGS.root or os.environ.get(contract.RUN_ROOT)
+    root = FLAGS.root or os.environ.get(RUN_ROOT)
     if not root:
         raise oc.UsageError("--root is required: where the checkpoints are")
     parse_mesh(FLAGS.mesh)  # a typing error need not wait for the other hosts
@@ -224,7 +226,7 @@ def run() -> int:
     if sizes.width % sizes.heads:
         raise oc.UsageError(f"--width={sizes.width}: expected a multiple of --heads={sizes.heads}")
     if not FLAGS.distributed:
-        os.environ[contract.PROCESS_COUNT] = "1"
+        os.environ[PROCESS_COUNT] = "1"
     job = oc.initialize()
     mesh = make_mesh(FLAGS.mesh, sizes, FLAGS.batch_size)
     if FLAGS.summary:
@@ -247,7 +249,7 @@ def run() -> int:
         raise oc.OrchestratorError(
             f"told to stop, but step {summary.final_step} was not saved; the newest checkpoint is {summary.latest_step}"
         )
-    return contract.EXIT_PREEMPTED
+    return EXIT_PREEMPTED
 
 
 def main(argv: Sequence[str]) -> None:
@@ -262,7 +264,7 @@ def main(argv: Sequence[str]) -> None:
     except Exception:
         logging.exception("train: failed")
         code = 1
-    contract.leave(code)
+    leave(code)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import textwrap
 from pathlib import Path
 
 import orchestrator
+from orchestrator.cli.usage import row
 from orchestrator.errors import UsageError
 
 ABOUT = "print a program to start from: orchestrator example plain_jax > train.py"
@@ -20,7 +20,7 @@ _PARTS = ("data", "model", "report", "train")
 
 def listing() -> str:
     """All examples, each with the first line of what it says of itself, and how to start."""
-    rows = "\n".join(f"  {name:<14} {_about(_read(name))}" for name in names())
+    rows = "\n".join(row(name, _about(_read(name)), 11) for name in names())
     return (
         f"examples, to print and change:\n{rows}\n\n"
         "  orchestrator example plain_jax > train.py\n"
@@ -50,7 +50,7 @@ def _read(name: str) -> str:
 
 def _about(text: str) -> str:
     words = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0]
-    return textwrap.shorten(words.removeprefix("`orchestrator launch train`: "), 60, placeholder=" ...")
+    return " ".join(words.removeprefix("`orchestrator launch train`: ").split())
 
 
 def _joined(modules: list[str]) -> str:

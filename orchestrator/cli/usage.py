@@ -17,7 +17,7 @@ from orchestrator.rules.arguments import path as local_path
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def _columns() -> int:
+def columns() -> int:
     """Of the terminal; 80 where there is none, or it does not say."""
     return max(40, shutil.get_terminal_size().columns)
 
@@ -25,7 +25,7 @@ def _columns() -> int:
 def overview(groups: Mapping[str, Mapping[str, str]]) -> str:
     """All commands, by group, each with its one line."""
     blocks = [
-        f"{group}:\n" + "\n".join(_row(name, about, 11) for name, about in rows.items())
+        f"{group}:\n" + "\n".join(row(name, about, 11) for name, about in rows.items())
         for group, rows in groups.items()
     ]
     return "\n\n".join(["usage: orchestrator COMMAND ROOT [flags]; each has --help", *blocks])
@@ -49,23 +49,33 @@ def help_text(name: str, command: Command[Any]) -> str:
         default = "" if flag.default in (None, False) else f" (default {flag.default})"
         default = " (required)" if flag.required else default
         short = f"-{flag.short}, " if flag.short else ""
-        rows.append(_row(f"{short}--{flag.name}", f"{flag.about}{default}", 16))
+        rows.append(row(f"{short}--{flag.name}", f"{flag.about}{default}", 16))
     examples = "\n".join(f"  {line}" for line in command.examples)
     return (
         f"usage: orchestrator {_usage(name, command)}\n\n"
-        + "\n".join(textwrap.fill(text, _columns()) for text in (command.about, command.detail) if text)
+        + "\n".join(textwrap.fill(text, columns()) for text in (command.about, command.detail) if text)
         + "\n\nflags:\n"
         + "\n".join(rows)
         + f"\n\nexamples:\n{examples}"
     )
 
 
-def _row(term: str, about: str, width: int) -> str:
+def row(term: str, about: str, width: int) -> str:
     """A term and what it means, in lines as wide as the terminal."""
     indents = f"  {term:<{width}} ", " " * (width + 3)
     return textwrap.fill(
-        about, _columns(), initial_indent=indents[0], subsequent_indent=indents[1], break_on_hyphens=False
+        about, columns(), initial_indent=indents[0], subsequent_indent=indents[1], break_on_hyphens=False
     )
+
+
+def rewrapped(text: str) -> str:
+    """`text` with its paragraphs as wide as the terminal. Usage and whatever is indented stay as they are."""
+    blocks = text.strip("\n").split("\n\n")
+    return "\n\n".join(block if _is_fixed(block) else textwrap.fill(block, columns()) for block in blocks)
+
+
+def _is_fixed(block: str) -> bool:
+    return block.startswith("usage:") or any(line.startswith(" ") for line in block.splitlines())
 
 
 def parse(name: str, command: Command[Any], words: Sequence[str]) -> tuple[str, Flags]:

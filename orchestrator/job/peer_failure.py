@@ -121,6 +121,20 @@ def joined() -> bool:
     return _job is not None and _job.mine() and _job.board.connected
 
 
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, at once if it failed.
+
+    After 0 and EXIT_PREEMPTED all processes leave together, and JAX may wait for them. One that fails must not: JAX's
+    exit handler would wait minutes for the others, who wait for this one, and no launcher would learn of the failure.
+    Where the others can learn of it, this module does all that at `sys.exit`.
+    """
+    if code in (0, EXIT_PREEMPTED) or joined():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def register(agent: SavingAgent, grace_s: float | None) -> None:
     """Once another process has failed, let `agent`'s save in flight take `grace_s` at most; None: stay, whoever fails.
     Errors of this package that nothing catches end the program with their own exit codes from now on."""

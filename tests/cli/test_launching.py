@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -55,7 +56,11 @@ def test_an_example_is_printed_as_it_is_tested(capsys: pytest.CaptureFixture[str
 def test_the_example_job_is_printed_as_one_file_that_lacks_nothing(tmp_path: Path) -> None:
     program = tmp_path / "train.py"
     program.write_text(example.source("train") + "\n")
-    assert "launch.example" not in re.sub(r"`[^`]*`", "", program.read_text())
+    imported = [
+        node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    # A user's own launch.py lies beside it.
+    assert not [line for line in map(ast.unparse, imported) if re.search(r"\blaunch\b", line)]
     found = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F,E9", str(program)],
         capture_output=True,
@@ -63,6 +68,19 @@ def test_the_example_job_is_printed_as_one_file_that_lacks_nothing(tmp_path: Pat
         check=False,
     )
     assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+@pytest.mark.parametrize("engine", ["local", "slurm", "gke", "tpu-vm"])
+def test_the_help_of_a_launcher_is_as_wide_as_the_terminal(
+    engine: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["orchestrator", "launch", engine, "--help"]) == 0
+    said, _, flags = capsys.readouterr().out.partition("\nflags:\n")
+    words = [block for block in said.split("\n\n") if not re.search("^(usage:|  )", block, re.M)]
+    lines = [line for block in words for line in block.splitlines()] + flags.splitlines()
+    assert len(lines) > 10 and [line for line in lines if len(line) > columns] == []
 
 
 @pytest.mark.parametrize("word", ["--version", "-V", "version"])
