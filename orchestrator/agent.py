@@ -117,8 +117,7 @@ class Agent:
         emit(EpochOpened(epoch, self._store.url, self._rendezvous.count))
 
     def _committed(self) -> None:
-        # A method of the agent: so the thread of a save in flight keeps an agent that the program has dropped, and the
-        # end of the program waits for that save.
+        # A method: so the thread of a save in flight keeps a dropped agent, and the program's end waits for that save.
         if self._rendezvous.process == 0:
             self._deletion.start(self.epoch)
 

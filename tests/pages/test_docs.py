@@ -136,7 +136,7 @@ def test_decisions_are_numbered_without_gaps_and_say_why() -> None:
 
 def test_the_version_is_the_changelogs_newest_and_the_readmes() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    assert re.findall(r"^## (\d\S*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
     assert f"Version {version}." in (ROOT / "README.md").read_text()
 
 
