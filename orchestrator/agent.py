@@ -250,8 +250,7 @@ class Agent:
 
     def close(self) -> None:
         """Wait for the save in flight, leave together with the other processes, end background work. Idempotent.
-        Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again.
-        """
+        Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again."""
         if not self._lifetime.close():
             self._saves.settle()
             return
@@ -260,7 +259,7 @@ class Agent:
             self._deletion.wait(self.options.rendezvous_timeout_s)
             self._rendezvous.gather("leave together", None, self.options.rendezvous_timeout_s)
         finally:
-            emit(Closed(self.failures))
+            emit(Closed(self.failures, self._schedule.asked_step))
             self._leave()
 
     def finish(self, state: str = leaving.CLOSED) -> OrchestratorError | None:

@@ -11,7 +11,7 @@ from orchestrator.rules import arguments
 @dataclass(frozen=True)
 class Options:
     """How an agent behaves. All hosts of a job must be given the same, or they are rejected, with UsageError, at the
-    start. Only events_dir, the metrics and traces are each host's own; and host_bytes_max may differ.
+    start. Only events_dir, the metrics, traces and progress are each host's own; and host_bytes_max may differ.
 
     async_save: False makes `save` return only when the step is committed (or has failed).
     on_save_failure: "warn" logs and counts a failed save; "raise" raises SaveFailed at the next call.
@@ -38,6 +38,8 @@ class Options:
     quarantine_keep_s: how long the data of a quarantined attempt is kept; None: until somebody deletes it by name
     (`orchestrator gc --quarantined=STEP`) or releases it.
     traces: OpenTelemetry spans of saves and restores, to the program's own tracer provider.
+    progress: process 0 says on standard error which steps are saved, and at the end which are not, unless absl's log
+    shows it there; at most a line a second. None: on a terminal and in IPython.
     """
 
     async_save: bool = True
@@ -59,6 +61,7 @@ class Options:
     metrics_address: str = "127.0.0.1"
     metrics_file: str | None = None
     traces: bool = False
+    progress: bool | None = None
 
     def __repr__(self) -> str:
         changed = (field for field in fields(self) if getattr(self, field.name) != field.default)
@@ -67,6 +70,8 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("async_save", "compression", "other_tree", "load_once", "traces"):
             arguments.flag(name, getattr(self, name))
+        if self.progress is not None:
+            arguments.flag("progress", self.progress)
         arguments.choice("on_save_failure", self.on_save_failure, "warn", "raise")
         arguments.choice("when_full", self.when_full, "wait", "skip")
         arguments.choice("attest", self.attest, "off", "save", "full")

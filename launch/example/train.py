@@ -212,7 +212,9 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
 def make_options(grace_s: float | None) -> oc.Options:
     """The agent's, in step with the time the launcher leaves for a last save."""
     # `async` is a word of the language
-    options = oc.Options(async_save=bool(FLAGS["async"].value), attest=FLAGS.attest, load_once=FLAGS.load_once)
+    asynchronous = bool(FLAGS["async"].value)
+    # Under a launcher standard error is no terminal; what is saved is told all the same.
+    options = oc.Options(async_save=asynchronous, attest=FLAGS.attest, load_once=FLAGS.load_once, progress=True)
     return options if grace_s is None else replace(options, preemption_grace_s=grace_s)
 
 

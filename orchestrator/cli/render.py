@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.texts import printable
+from orchestrator.texts import size as size
 
 _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -124,15 +125,6 @@ def table(
     for row in rows:
         drawn.add_row(*(words(cell) if isinstance(cell, str) else cell for cell in row))
     return drawn
-
-
-def size(count: float) -> str:
-    """1536 -> `1.5 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def moment(seconds: float) -> str:

@@ -156,9 +156,11 @@ class AttemptsDeleted:
 
 @dataclass(frozen=True)
 class Closed:
-    """This process's agent was closed in order. `failures`: saves of this incarnation that did not commit."""
+    """This process's agent was closed in order. `failures`: saves of this incarnation that did not commit.
+    `last_step`: the newest one that it was asked to save, or whether to; -1 if none."""
 
     failures: int
+    last_step: int = -1
 
 
 Event = (

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from orchestrator.errors import UsageError
-from orchestrator.observe import events, heartbeat
+from orchestrator.observe import events, heartbeat, progress_lines
 from orchestrator.observe.event_log import EventLog, directory_of
 from orchestrator.options import Options
 
@@ -27,6 +27,9 @@ class Telemetry:
         self._early: deque[tuple[float, events.Event]] = deque(maxlen=_EARLY_MAX)
         self._stop_early = events.subscribe(lambda event: self._early.append((time.time(), event)))
         self._closers.append(self._stop_early)
+        if progress_lines.wanted(options.progress, process):
+            lines = progress_lines.ProgressLines(progress_lines.say)
+            self._subscribe(lines.on_event, lines.close)
         if options.metrics_port is not None or options.metrics_file:
             from orchestrator.observe import prometheus
 

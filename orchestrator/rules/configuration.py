@@ -49,6 +49,7 @@ OPTIONS: Mapping[str, Strictness] = {
     "metrics_address": Strictness.OWN,
     "metrics_file": Strictness.OWN,
     "traces": Strictness.OWN,
+    "progress": Strictness.OWN,
 }
 RULES: Mapping[str, Strictness] = {
     "save": Strictness.SAME,

@@ -30,6 +30,7 @@ class TargetLeaf(msgspec.Struct, frozen=True, gc=False):
         return LeafSpec(path=self.path, kind=self.kind, shape=self.shape, dtype=self.dtype).number
 
 
+_KINDS = {"array": "jax.Array", "numpy": "numpy array", "numpy_scalar": "numpy scalar", "key": "PRNG key"}
 _SHORT = {"bfloat16": "bf16", "bool": "bool"}
 
 
@@ -140,6 +141,8 @@ def tree_differences(saved: TreeSpec, new: TreeSpec, limit: int = 5) -> list[str
         old, fresh = old_leaves.get(path), new_leaves.get(path)
         was = brief(old.kind, old.shape, old.dtype) if old else "nothing"
         now = brief(fresh.kind, fresh.shape, fresh.dtype) if fresh else "nothing"
+        if old and fresh and old.kind != fresh.kind and old.kind_stored and fresh.kind_stored:  # f32[8], both of them
+            was, now = f"{was} ({_KINDS.get(old.kind, old.kind)})", f"{now} ({_KINDS.get(fresh.kind, fresh.kind)})"
         same_number = old and fresh and old.number and old.number == fresh.number
         no_data = old and fresh and {old.kind, fresh.kind} <= {"none", "empty"}
         if not same_number and not no_data and (old and old.kind, was) != (fresh and fresh.kind, now):

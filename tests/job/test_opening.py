@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
@@ -326,3 +328,45 @@ def test_what_was_told_before_the_epoch_was_open_is_in_the_event_log_after_it(ro
     lines = [json.loads(line) for line in (root / "events" / "00000.jsonl").read_text().splitlines()]
     told = [(line["event"], line["epoch"]) for line in lines if line["event"] in ("SteppedDown", "EpochOpened")]
     assert told == [("SteppedDown", 2), ("EpochOpened", 2)]
+
+
+OTHER_TREES: dict[str, tuple[Callable[[int], Any], str]] = {
+    "a leaf added": (lambda step: {**state(step), "new": jnp.zeros(2)}, "new: the run has nothing, this job f32[2]"),
+    "a leaf gone": (lambda step: {"w": state(step)["w"]}, "count: the run has int, this job nothing"),
+    "another shape": (lambda step: {**state(step), "w": jnp.zeros(5)}, "w: the run has f32[512], this job f32[5]"),
+    "another dtype": (
+        lambda step: {**state(step), "w": jnp.zeros(512, jnp.bfloat16)},
+        "w: the run has f32[512], this job bf16[512]",
+    ),
+    "numpy for jax": (
+        lambda step: {**state(step), "w": np.zeros(512, np.float32)},
+        "w: the run has f32[512] (jax.Array), this job f32[512] (numpy array)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TREES)
+def test_a_later_save_of_another_tree_is_rejected_at_that_save_and_the_next_good_one_goes_on(
+    root: Path, kind: str
+) -> None:
+    other, said = OTHER_TREES[kind]
+    with oc.Agent(root, options=now()) as agent:
+        assert agent.save(1, state(1))
+        for _ in range(2):
+            with pytest.raises(oc.OtherJob, match=re.escape(said)):
+                agent.save(2, other(2))
+        assert agent.save(2, state(2)) and agent.all_steps() == [1, 2]
+
+
+def test_a_later_save_of_other_values_is_no_other_tree(root: Path) -> None:
+    with oc.Agent(root, options=now()) as agent:
+        for step, count in enumerate((7, 70000, jnp.int32(9), np.int32(9), 0)):
+            assert agent.save(step, {**state(step), "count": count})
+        assert agent.all_steps() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", OTHER_TREES)
+def test_a_later_save_of_another_tree_is_accepted_where_that_is_wanted(root: Path, kind: str) -> None:
+    with oc.Agent(root, options=now(other_tree=True)) as agent:
+        assert agent.save(1, state(1)) and agent.save(2, OTHER_TREES[kind][0](2)) and agent.save(3, state(3))
+        assert agent.all_steps() == [1, 2, 3]

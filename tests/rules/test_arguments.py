@@ -229,7 +229,7 @@ def test_a_policy_of_the_wrong_kind_is_rejected_when_it_is_made(make: Callable[[
     [
         ({"save": 100}, "save=100: expected a policy that says when to save, such as oc.every(100)"),
         ({"save": oc.every}, "expected a policy that says when to save"),
-        ({"save": oc.last(3)}, "save=_Last(n=3): expected a policy that says when to save"),
+        ({"save": oc.last(3)}, "save=last(3): expected a policy that says when to save"),
         ({"keep": 3}, "keep=3: expected a policy that says what to keep, such as oc.last(5)"),
         ({"keep": oc.every(3)}, "expected a policy that says what to keep"),
         ({"options": {"async_save": False}}, "options={'async_save': False}: expected orchestrator.Options(...)"),
@@ -319,7 +319,7 @@ def test_two_threads_cannot_save_at_once(root: Path) -> None:
             rejected(act, "another thread is using the agent of")
         go_on.set()
         first.join(10)
-        assert agent.save(2, {"w": jnp.zeros(3)}) and agent.all_steps() == [1, 2]
+        assert agent.save(2, Slow(w=jnp.zeros(3))) and agent.all_steps() == [1, 2]
 
 
 # Ctrl-C.

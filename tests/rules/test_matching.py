@@ -147,4 +147,6 @@ def test_tree_differences_name_what_changed_and_nothing_for_the_same_job() -> No
 
 
 def test_a_tree_of_the_same_shapes_but_another_kind_of_array_is_a_difference() -> None:
-    assert tree_differences(TreeSpec(leaves=(leaf(),)), TreeSpec(leaves=(leaf(kind="numpy"),))) != []
+    (line,) = tree_differences(TreeSpec(leaves=(leaf("w"),)), TreeSpec(leaves=(leaf("w", kind="numpy"),)))
+    of_jax, of_numpy = line.removeprefix("w: the run has ").split(", this job ")
+    assert of_jax.removesuffix(" (jax.Array)") == of_numpy.removesuffix(" (numpy array)") != of_jax
