@@ -25,7 +25,7 @@ from orchestrator.job.startup_rounds import FirstRestore, FirstSave, Opened
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
-from orchestrator.rules.records import Head, TreeSpec
+from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import overlap
@@ -53,7 +53,7 @@ class Opening:
         self.epoch: int | None = None
         self._take_over = take_over
         self._any_tree = other_tree
-        self._tree: TreeSpec | None = None  # of the states that this incarnation saves
+        self._tree: str | None = None  # of the states that this incarnation saves
         self._form: Form | None = None  # of the state that was last found to be of it
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
         self._head: Begun[Head | None] | None = None  # as it was then
@@ -98,21 +98,15 @@ class Opening:
 
     def check_tree(self, flat: Flat) -> None:
         """Each save must be of the run's own job: the first one, where a restore has opened the epoch, and all later
-        ones. Costs nothing for a state of the form of the one before. Raises OtherJob, StorageError, Damaged."""
-        if self._any_tree or flat.form is self._form:
-            return
-        if self._tree is None:
-            check_tree(self._store, self._store.require_head(), flat)
-        elif self._tree.fingerprint() != flat.spec.fingerprint():
-            detail = "\n".join(f"  {line}" for line in matching.tree_differences(self._tree, flat.spec))
-            raise OtherJob(
-                f"{self._store.url}: the state's tree is not that of the saves before; give all saves of a run the "
-                f"same, or Options(other_tree=True):\n{detail}"
-            )
-        self._found_fit(flat)
+        ones; no save is in flight. Costs nothing for a state of the form of the one before. What was not committed
+        binds nobody: a new tree is compared with the journal's. Raises OtherJob, StorageError, Damaged."""
+        if not self._any_tree and flat.form is not self._form:
+            if flat.spec.fingerprint() != self._tree:
+                check_tree(self._store, self._store.require_head(), flat)
+            self._found_fit(flat)
 
     def _found_fit(self, flat: Flat) -> None:
-        self._tree, self._form = self._tree or flat.spec, flat.form
+        self._tree, self._form = flat.spec.fingerprint(), flat.form
 
     def _rejected(self, answers: Sequence[FirstSave]) -> str:
         labels = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]

@@ -225,7 +225,7 @@ def test_a_restore_that_found_a_new_run_opens_none_once_another_job_has_committe
 
 def test_two_agents_that_open_at_once_get_two_epochs_and_the_later_one_stays(root: Path) -> None:
     fill(root, 1)
-    agents = [oc.Agent(root, options=now()) for _ in range(2)]
+    agents = [oc.Agent(root, options=now(), rendezvous=host) for host in (None, another_host())]
     threads = [threading.Thread(target=agent.restore, args=(LIKE,)) for agent in agents]
     for thread in threads:
         thread.start()

@@ -63,9 +63,10 @@ def start(service: Mapping[str, Any], here: Mapping[str, str], *more: str) -> su
 
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ORCHESTRATOR_")}
     told = {name: replaced(value) for name, value in service.get("environment", {}).items()}
-    _, *words = map(replaced, service["command"])
+    program, *words = map(replaced, service["command"])
+    here_is = {"python": [sys.executable], "orchestrator": [sys.executable, "-m", "orchestrator"]}
     return subprocess.Popen(
-        [sys.executable, *words, *more],
+        [*here_is[program], *words, *more],
         cwd=REPOSITORY,
         env={**inherited, **told},
         stdout=subprocess.PIPE,

@@ -157,7 +157,7 @@ with agent("moved") as saver:
     )
 
 # A state that is new to process 1, which waits for a step that process 0 does not save.
-with agent("steps") as saver:
+with agent("steps", other_tree=True) as saver:
     saved(saver, {"n": np.arange(3)})
     first = saved(saver, {"n": np.arange(4 + index)}, since=10 + index)
     say("steps", **saved(saver, {"n": np.arange(3)}, since=20), before=first["failed"])
