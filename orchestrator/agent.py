@@ -29,6 +29,7 @@ from orchestrator.job.save_sequence import Given, SaveSequence
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.job.signals import Signals
 from orchestrator.job.startup import agree_at_start
+from orchestrator.job.takeover import Holder, Takeover
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Closed, EpochOpened, emit
 from orchestrator.observe.telemetry import Telemetry
@@ -46,7 +47,8 @@ from orchestrator.versions import warn_of_newer
 
 class Agent:
     """Saves and restores the state of one job in the run at `root`. Making it writes nothing: the first `save` or
-    `restore` opens a new epoch (incarnation), once nothing speaks against it. All processes of the job make one alike.
+    `restore` opens a new epoch (incarnation), if nothing speaks against it, and takes over from an older agent of this
+    process, whose save in flight is waited for before. All processes of the job make one alike.
 
     root: a directory, or gs://bucket/path; one place for all hosts. Made when something is saved.
     save: when `save` saves: every(n), every_seconds(s), at([steps]), auto(max_loss_s), combined by |; None: each call.
@@ -73,8 +75,7 @@ class Agent:
         self.options = Options() if options is None else options
         if not isinstance(self.options, Options):
             raise arguments.rejection("options", options, "orchestrator.Options(...)")
-        policy = every(1) if save is None else save
-        saves("save", policy)
+        saves("save", policy := every(1) if save is None else save)
         if keep is not None:
             keeps("keep", keep)
         store = storage or open_storage(root)  # before any barrier: what is no root is rejected at once
@@ -85,8 +86,10 @@ class Agent:
         failpoints.configure(os.environ, me.process)
         self._store = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
         given = configuration.of_agent(policy, keep, self.options)
+        self._takeover = Takeover(store, me).wait()
         incarnation_id = agree_at_start(self._store, me, "open the run", given, timeout_s)
-        self._opening = Opening(self._store, me, timeout_s, self._opened, other_tree=self.options.other_tree)
+        take_over, other_tree = self._takeover.take_over, self.options.other_tree
+        self._opening = Opening(self._store, me, timeout_s, self._opened, other_tree=other_tree, take_over=take_over)
         self._schedule = SaveSchedule(policy, me, timeout_s)
         self._deletion = BackgroundDeletion(self._store)
         signals = Signals(me, incarnation_id)
@@ -110,6 +113,7 @@ class Agent:
         self._participants.opened(epoch)
         self._schedule.opened(self._store)
         self._telemetry.opened(epoch)
+        self._takeover.opened(Holder(self._lifetime, self._saves, self.finish))
         emit(EpochOpened(epoch, self._store.url, self._rendezvous.count))
 
     def _committed(self) -> None:
@@ -209,6 +213,7 @@ class Agent:
             self._saves.note_outcome(raise_now=True)
             if not (self.should_save(step) or force):
                 return False
+            self._takeover.wait()
             return self._saves.save(arguments.step(step), state, Given(metrics, extra, process_state))
 
     def restore(
@@ -224,6 +229,7 @@ class Agent:
         """
         with self._lifetime.used_by_one("restore"):
             self.wait_until_finished()
+            self._takeover.wait()
             options = RestoreOptions(
                 self.options.rendezvous_timeout_s,
                 step=step,
@@ -245,10 +251,10 @@ class Agent:
 
     def close(self) -> None:
         """Wait for the save in flight, leave together with the other processes, end background work. Idempotent.
-
-        Raises what the last save raised, as `wait_until_finished`.
+        Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again.
         """
         if not self._lifetime.close():
+            self._saves.settle()
             return
         try:
             self._saves.wait()
@@ -258,10 +264,10 @@ class Agent:
             emit(Closed(self.failures))
             self._leave()
 
-    def finish(self) -> OrchestratorError | None:
+    def finish(self, state: str = leaving.CLOSED) -> OrchestratorError | None:
         """`close`, for a program that is failing or ends: finishes this process's save, but waits at no barrier for
         others, who may not come. Returns why that save, or an earlier one of which nobody has heard yet, is lost."""
-        if not self._lifetime.close():
+        if not self._lifetime.close(state):
             return None
         self._deletion.stop()
         try:

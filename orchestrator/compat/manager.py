@@ -26,6 +26,7 @@ from orchestrator.errors import UsageError
 from orchestrator.job.rendezvous import connect
 from orchestrator.job.rounds import Round, agree
 from orchestrator.job.startup import agree_at_start
+from orchestrator.job.takeover import Takeover
 from orchestrator.rules import arguments, configuration, journal
 from orchestrator.rules.records import Head, Json
 from orchestrator.run.journal_store import JournalStore
@@ -77,6 +78,8 @@ class CheckpointManager:
         # Only a policy of the user's own may look at the metrics of the steps before.
         own_policy = self._orbax.save_decision_policy is not None
         self._known = KnownSteps(self._stored, self._rendezvous, timeout_s, all_metrics=own_policy)
+        if not self._orbax.read_only:
+            Takeover(self._storage, self._rendezvous).wait()
         given = configuration.of_orbax(self._orbax)
         agree_at_start(self._store, self._rendezvous, "open the directory", given, timeout_s, self._admit)
         self.reload()

@@ -30,6 +30,7 @@ from absl import logging
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.texts import printable
 
+CLOSED = "is closed; open another one"
 INTERRUPTED = 130  # as a shell has it for SIGINT
 
 # Private: CPython has no public hook that comes before `concurrent.futures` stops to take work, which a save in flight
@@ -64,7 +65,7 @@ class Lifetime:
             os.register_at_fork(after_in_child=_open.clear)
             with contextlib.suppress(RuntimeError):  # an agent that is opened while the program ends
                 _before_threads_end(_end)
-        self._url, self._closed, self._using = url, False, threading.RLock()
+        self._url, self._closed, self._using = url, "", threading.RLock()
         self._pid, self._number = os.getpid(), next(_numbers)
         _open[self._number] = agent
         self._drop = weakref.finalize(agent, _dropped, self._pid, url, ends)
@@ -75,7 +76,7 @@ class Lifetime:
         """One thread at a time: two saves at once would take each other's place, and hosts must call in one order.
         Raises UsageError, also once the agent is closed, and in a forked child, where it is the parent's."""
         if self._closed:
-            raise UsageError(f"{what}: the agent of {self._url} is closed; open another one")
+            raise UsageError(f"{what}: the agent of {self._url} {self._closed}")
         if self._forked:
             raise UsageError(f"{what}: the agent of {self._url} was opened before the fork; open another one here")
         if not self._using.acquire(blocking=False):
@@ -89,12 +90,22 @@ class Lifetime:
     def _forked(self) -> bool:
         return os.getpid() != self._pid
 
-    def close(self) -> bool:
-        """From now on nobody may use the agent. False if it was closed before, or is not this process's to close."""
+    @property
+    def closed(self) -> bool:
+        return bool(self._closed)
+
+    def close(self, state: str = CLOSED) -> bool:
+        """From now on nobody may use the agent, and is told its `state`. False if it was closed before, or is not this
+        process's to close."""
         if self._closed or self._forked:
             return False
-        self._closed = True
+        self._closed = state
         return True
+
+    def let_finish(self, timeout_s: float) -> None:
+        """Wait until no other thread is in a call of it."""
+        if self._using.acquire(timeout=timeout_s):
+            self._using.release()
 
     def over(self, in_flight: int | None) -> None:
         """The agent is closed. `in_flight`: what was not waited for, as it took too long, or Ctrl-C came."""

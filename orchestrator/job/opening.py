@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from orchestrator import failpoints
-from orchestrator.arrays import Flat
+from orchestrator.arrays import Flat, Form
 from orchestrator.errors import Damaged, NewerFormat, OtherJob, StorageError, Suspect, UsageError
 from orchestrator.job import one_root, startup_rounds
 from orchestrator.job.rendezvous import Rendezvous
@@ -25,7 +25,7 @@ from orchestrator.job.startup_rounds import FirstRestore, FirstSave, Opened
 from orchestrator.rules import journal, matching
 from orchestrator.rules.configuration import who
 from orchestrator.rules.journal import Compared, Overtaken
-from orchestrator.rules.records import Head
+from orchestrator.rules.records import Head, TreeSpec
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import unadopted
 from orchestrator.storage import overlap
@@ -36,7 +36,8 @@ _TRIES = 10  # somebody else commits to the run between comparing and opening
 
 class Opening:
     """epoch: this incarnation's; None until it is open. `opened` is then called with it, on every process.
-    `other_tree`: the state may be of another tree than the run's."""
+    `other_tree`: the state may be of another tree than the run's. `take_over`: called just before, when nothing speaks
+    against opening it."""
 
     def __init__(
         self,
@@ -46,10 +47,14 @@ class Opening:
         opened: Callable[[int], None],
         *,
         other_tree: bool = False,
+        take_over: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._rendezvous, self._timeout_s, self._opened = store, rendezvous, timeout_s, opened
         self.epoch: int | None = None
-        self._tree_checked = other_tree  # of the state that this incarnation saves
+        self._take_over = take_over
+        self._any_tree = other_tree
+        self._tree: TreeSpec | None = None  # of the states that this incarnation saves
+        self._form: Form | None = None  # of the state that was last found to be of it
         self._compared: Compared | None = None  # on process 0, once the run has been looked at
         self._head: Begun[Head | None] | None = None  # as it was then
         self._mark = ""  # this process's probe of the right to write, while it is there
@@ -69,7 +74,7 @@ class Opening:
         mine = FirstSave(step)
 
         def compare(head: Head | None) -> None:
-            if not self._tree_checked:
+            if not self._any_tree:
                 check_tree(self._store, head, described[0])
 
         with self._marked():
@@ -88,15 +93,26 @@ class Opening:
             if rejected := self._rejected(answers):
                 return rejected
             self._open(compare, first.mark)
-        self._tree_checked = True
+        self._found_fit(described[0])
         return ""
 
     def check_tree(self, flat: Flat) -> None:
-        """Where a restore has opened the epoch, the first save must be of the run's own job, too. Raises OtherJob,
-        StorageError, Damaged."""
-        if not self._tree_checked:
+        """Each save must be of the run's own job: the first one, where a restore has opened the epoch, and all later
+        ones. Costs nothing for a state of the form of the one before. Raises OtherJob, StorageError, Damaged."""
+        if self._any_tree or flat.form is self._form:
+            return
+        if self._tree is None:
             check_tree(self._store, self._store.require_head(), flat)
-            self._tree_checked = True
+        elif self._tree.fingerprint() != flat.spec.fingerprint():
+            detail = "\n".join(f"  {line}" for line in matching.tree_differences(self._tree, flat.spec))
+            raise OtherJob(
+                f"{self._store.url}: the state's tree is not that of the saves before; give all saves of a run the "
+                f"same, or Options(other_tree=True):\n{detail}"
+            )
+        self._found_fit(flat)
+
+    def _found_fit(self, flat: Flat) -> None:
+        self._tree, self._form = self._tree or flat.spec, flat.form
 
     def _rejected(self, answers: Sequence[FirstSave]) -> str:
         labels = [f"process {index} ({self._rendezvous.hosts.get(index, '?')})" for index in range(len(answers))]
@@ -133,6 +149,7 @@ class Opening:
     def _open(self, compare: Callable[[Head | None], None], mark: str) -> None:
         self._prove(mark)
         self._begin_deleting()
+        self._take_over()
         opened = agree(self._rendezvous, startup_rounds.OPENED, self._timeout_s, partial(self._append, compare))
         self.epoch = opened.epoch
         # All processes' records build on it: it is durable.

@@ -7,6 +7,7 @@ On process 0 that thread also runs the coordinator. It never runs a collective. 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import uuid
@@ -120,6 +121,8 @@ class Participant:
         self._intent: Intent | None = None
         self._reported_s = 0.0  # when progress was last reported, on the monotonic clock
         self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._pid = os.getpid()
 
     @property
     def label(self) -> str:
@@ -132,7 +135,8 @@ class Participant:
 
     @property
     def running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        # Not Thread.is_alive: up to Python 3.12 a Ctrl-C during `join` makes a running thread count as ended.
+        return self.begun and not self._ended.is_set() and os.getpid() == self._pid  # a fork has no threads
 
     @property
     def stage_s(self) -> float:
@@ -141,8 +145,8 @@ class Participant:
 
     def join(self, timeout_s: float) -> None:
         """Return once it has ended, or after `timeout_s`."""
-        if self._thread:
-            self._thread.join(timeout_s)
+        if self.begun:
+            self._ended.wait(timeout_s)
 
     # Open and stage: main thread.
 
@@ -206,6 +210,12 @@ class Participant:
     def _run(self, returned: threading.Event) -> None:
         """Leaves what has come of the save in `outcome` and `error`."""
         returned.wait()  # the interpreter's lock, once lost, comes back after 5 ms: training goes first
+        try:
+            self._save()
+        finally:
+            self._ended.set()
+
+    def _save(self) -> None:
         try:
             self.outcome = self._coordinate(self._shared.coordinator) if self._shared.coordinator else self._follow()
             self.error = self._error(self.outcome)

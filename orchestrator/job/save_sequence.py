@@ -158,6 +158,13 @@ class SaveSequence:
 
     def finished(self) -> bool:
         """Wait until none is in flight; False if one hangs beyond its bounds. Raises as `note_outcome`."""
+        settled = self.settle()
+        if settled:
+            self.note_outcome(raise_now=True)
+        return settled
+
+    def settle(self) -> bool:
+        """Wait as `finished`, and raise nothing. Any thread."""
         save = self._current
         while save and save.running:
             left_s = self._wait_from_s(save) + self._bound_s() - time.monotonic()
@@ -165,7 +172,6 @@ class SaveSequence:
                 return False
             heartbeat.record("waiting for a save", save.step)
             save.join(min(1.0, left_s))
-        self.note_outcome(raise_now=True)
         return True
 
     def hurry(self) -> None:

@@ -182,7 +182,7 @@ class Forger:
         self.record(Intent, keys.INTENT, change)
 
     def events(self, old: str, new: str) -> None:
-        (path,) = (self.root / "events").glob("*.jsonl")
+        (path,) = (self.root / "events").glob("0000?.jsonl")
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
 
@@ -256,7 +256,7 @@ def words(name: str, root: Path, to: Path) -> list[str]:
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "run"
     fill(root, 1, STEP, keep=oc.last(9))
-    (path,) = (root / "events").glob("*.jsonl")
+    (path,) = (root / "events").glob("0000?.jsonl")
     alive = event_log.LoggedEvent(
         time.time(), 0, "host", "machine", 1, events.Alive("training", STEP)
     )  # seconds apart in a job

@@ -22,7 +22,7 @@ import orchestrator as oc
 from orchestrator.job import sigterm
 from orchestrator.observe import events
 from orchestrator.storage import PosixStorage
-from tests.support.fakes import FailOnce, HookedStorage
+from tests.support.fakes import FailOnce, HookedStorage, another_host
 from tests.support.runs import LIKE, fill, journal_of, now, state
 from tests.support.snapshots import snapshot
 
@@ -318,7 +318,7 @@ def test_an_older_agent_cannot_commit_after_a_newer_one_has_opened_the_run(root:
     zombie = oc.Agent(root)
     zombie.save(1, state(1))
     zombie.wait_until_finished()
-    with oc.Agent(root, options=now()) as successor:
+    with oc.Agent(root, options=now(), rendezvous=another_host()) as successor:
         assert successor.epoch is None and zombie.epoch == 1
         successor.restore(LIKE)
         assert (zombie.epoch, successor.epoch) == (1, 2)

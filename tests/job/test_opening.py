@@ -24,7 +24,7 @@ from orchestrator.observe.events import EpochOpened, subscribe
 from orchestrator.rules import journal
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
-from tests.support.fakes import HookedStorage
+from tests.support.fakes import HookedStorage, another_host
 from tests.support.runs import LIKE, fill, journal_of, kinds, now, state
 from tests.support.snapshots import snapshot
 
@@ -76,7 +76,7 @@ def test_the_first_save_or_restore_opens_one_and_the_next_ones_none(
 def test_a_restore_in_a_new_run_opens_its_epoch_and_fences_older_incarnations(root: Path) -> None:
     zombie = oc.Agent(root, options=now())
     assert zombie.restore(LIKE) is None and zombie.epoch == 1
-    with oc.Agent(root, options=now()) as agent:
+    with oc.Agent(root, options=now(), rendezvous=another_host()) as agent:
         assert agent.restore(LIKE) is None and agent.epoch == 2
         with pytest.raises(oc.Fenced):
             zombie.save(1, state(1))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from orchestrator.errors import StorageError
 from orchestrator.job.poll import Clock
+from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.rules.records import FileEntry, Json
 from orchestrator.storage import Created, Entry, Exists, Storage
 
@@ -113,3 +114,10 @@ class StepClock:
         """A look that answers `seconds` after now."""
         until = self.now_s + seconds
         return lambda: value if self.now_s >= until else None
+
+
+def another_host() -> SingleProcess:
+    """For an agent that is to be another process's incarnation, though it is in this one."""
+    me = SingleProcess()
+    me.hosts = {0: "another-host"}
+    return me

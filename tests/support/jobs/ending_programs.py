@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import orchestrator as oc
 from orchestrator import compat
 from orchestrator.job import rendezvous, sigaction
+from tests.support.fakes import another_host
 
 STEPS = 400  # of a loop that is to be stopped: half a minute
 QUICK = oc.Options(save_timeout_s=30, rendezvous_timeout_s=30)
@@ -112,7 +113,7 @@ def unclosed_fenced(root: str) -> None:
     agent = oc.Agent(root, options=QUICK)
     agent.save(1, state())
     agent.wait_until_finished()
-    with oc.Agent(root, options=QUICK) as other:
+    with oc.Agent(root, options=QUICK, rendezvous=another_host()) as other:
         other.save(2, state(), force=True)
     agent.save(3, state())
 
@@ -122,7 +123,7 @@ def unclosed_told(root: str) -> None:
     agent = oc.Agent(root, options=QUICK)
     agent.save(1, state())
     agent.wait_until_finished()
-    with oc.Agent(root, options=QUICK) as other:
+    with oc.Agent(root, options=QUICK, rendezvous=another_host()) as other:
         other.save(2, state())
     agent.save(3, state())
     with contextlib.suppress(oc.Fenced):
