@@ -32,16 +32,16 @@ def test_an_environment_is_built_again_when_what_it_is_made_from_has_changed() -
     assert len({versions.key_of(row, FILES) for row in ROWS.values()}) == len(ROWS)
 
 
-LINES = ["host-0 | step 2     saving  digest abc", "host-0 | step 4     saving  digest def"]
+LINES = ["[host-0] step 2     saving  digest abc", "[host-0] step 4     saving  digest def"]
 
 
 @pytest.mark.parametrize(
     ("code", "lines", "summary", "says"),
     [
-        (0, LINES, Summary(2, 2, {}, restored_step=2, restored_digest="abc", latest_step=6), ""),
-        (0, LINES, Summary(2, 2, {}, restored_step=2, restored_digest="xyz", latest_step=6), "restored xyz"),
-        (0, LINES[1:], Summary(2, 2, {}, restored_step=2, restored_digest="abc", latest_step=6), "restored abc"),
-        (0, LINES, Summary(2, 2, {}, latest_step=6), "restored step None"),
+        (0, LINES, Summary(2, 2, {}, restored_step=2, restored_digest="abc", latest_step=5), ""),
+        (0, LINES, Summary(2, 2, {}, restored_step=2, restored_digest="xyz", latest_step=5), "restored xyz"),
+        (0, LINES[1:], Summary(2, 2, {}, restored_step=2, restored_digest="abc", latest_step=5), "restored abc"),
+        (0, LINES, Summary(2, 2, {}, latest_step=5), "restored step None"),
         (0, LINES, Summary(2, 2, {}, restored_step=2, restored_digest="abc", latest_step=2), "ended with 2"),
         (124, LINES, None, "exit code 124"),
         (0, LINES, None, "exit code 0"),

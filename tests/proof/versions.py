@@ -91,12 +91,12 @@ def counts(junit: str) -> tuple[int, list[str]]:
 
 def job_problem(code: int, lines: list[str], summary: Summary | None) -> str:
     """What is wrong with a job that was to lose a host as it saved step 4, and to go on from step 2; "" if nothing."""
-    said = [ProgressLine.parse(line.partition("| ")[2] or line.partition(" ")[2]) for line in lines]
+    said = [ProgressLine.parse(line.partition(" ")[2]) for line in lines]
     digests = {one.digest for one in said if one and one.step == 2 and one.digest}
     if code or summary is None:
         return f"exit code {code}"
-    if (summary.restored_step, summary.latest_step) != (2, 6):
-        return f"restored step {summary.restored_step} and ended with {summary.latest_step}, not 2 and 6"
+    if (summary.restored_step, summary.latest_step) != (2, 5):
+        return f"restored step {summary.restored_step} and ended with {summary.latest_step}, not 2 and 5"
     return "" if digests == {summary.restored_digest} else f"restored {summary.restored_digest}, saved {digests}"
 
 
