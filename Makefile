@@ -1,13 +1,14 @@
 # Everything runs from .venv, which `make setup` builds from the lock for its Python; each target calls it by itself.
-PYTHON ?= python3
+# Without PYTHON= an environment that is there keeps its Python: `make check` must not undo `make setup PYTHON=python3.13`.
 VENV := .venv
+PYTHON ?= $(or $(shell sed -n 's/^executable = //p' $(VENV)/pyvenv.cfg 2>/dev/null | xargs -r ls 2>/dev/null),python3)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 # JAX ended its releases for Python 3.11 at 0.10.2: later Pythons have a lock of their own.
 LOCK = requirements-$$($(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gcs-servers test-slurm test-image demo bitrot unreadable bench chaos docs format clean
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions demo bitrot unreadable bench chaos docs format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,10 @@ test-image: setup ## build the image here and run the demo in it; writes docs/co
 	@{ command -v podman && command -v buildah && command -v debootstrap && command -v docker-compose; } >/dev/null || \
 	  { apt-get update -q && apt-get install -qy --no-install-recommends podman buildah debootstrap docker-compose; }
 	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest tests/launch/test_image.py tests/launch/test_compose.py
+
+test-versions: setup ## the package beside older and newer JAX, Orbax and Pythons; into docs/versions.md (ROWS=, ONLY=; a row: 10 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/python -m tests.proof.versions --rows=$(ROWS) --only=$(ONLY) --write=docs/versions.md
 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)

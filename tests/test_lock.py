@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -52,3 +54,23 @@ def test_the_lock_is_installed_by_its_hashes_only() -> None:
         lines = (ROOT / file).read_text().splitlines()
         (line,) = [line for line in lines if command in line and re.search("-r |--requirement=", line)]
         assert "--require-hashes" in line, line
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "chosen"),
+    [
+        (None, [], "python3"),
+        (f"home = /x\nexecutable = {sys.executable}\n", [], sys.executable),
+        ("executable = /no/such/python\n", [], "python3"),  # it was taken away since
+        ("home = /x\n", [], "python3"),
+        (f"executable = {sys.executable}\n", ["PYTHON=python3.13"], "python3.13"),
+    ],
+)
+def test_make_goes_on_with_the_python_of_the_environment_that_is_there(
+    tmp_path: Path, environment: str | None, given: list[str], chosen: str
+) -> None:
+    if environment is not None:
+        (tmp_path / ".venv").mkdir()
+        (tmp_path / ".venv" / "pyvenv.cfg").write_text(environment)
+    ask = ["make", "-s", "-f", str(ROOT / "Makefile"), "--eval=chosen:;@echo $(PYTHON)", "chosen", *given]
+    assert subprocess.run(ask, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip() == chosen

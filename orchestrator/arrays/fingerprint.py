@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.leaf_errors import named
+from orchestrator.arrays.leaf_errors import about
 from orchestrator.arrays.memory_kinds import in_default_memory
 from orchestrator.rules import fingerprints
 from orchestrator.rules.boxes import box_of, whole_box
@@ -100,7 +100,7 @@ class _Kind:
 class _Item:
     """One leaf: its parts and their data, by device; the position of each part's first word, the strides in words."""
 
-    name: str
+    leaf: LeafSpec
     parts: list[LocalShard]
     data: list[Any]
     bases: list[int]
@@ -120,16 +120,14 @@ def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Fingerprints:
     by_kind: dict[_Kind, list[_Item]] = {}
     places: _Places = {}
     for leaf, value in leaves:
-        try:
+        with about(leaf):
             for kind, item in _take(leaf, value, places):
                 by_kind.setdefault(kind, []).append(item)
-        except Exception as error:
-            raise named(leaf, error) from error
     prints = Fingerprints()
     for kind, items in by_kind.items():
         small = math.prod(kind.shape) * kind.dtype.itemsize < _SMALL_BYTES
         for group in _groups(items, _TOGETHER if small else 1):
-            parts = [(item.name, item.parts[at]) for at in range(len(kind.devices)) for item in group]
+            parts = [(item.leaf.name, item.parts[at]) for at in range(len(kind.devices)) for item in group]
             prints.waiting.append((parts, _launch(kind, group)))
     return prints
 
@@ -179,7 +177,7 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
     else:
         data = [value.addressable_data(index) for index in range(len(parts))]
     if in_default_memory(value.sharding):
-        yield _plan(leaf.name, value.shape, parts, data, devices, _words(value.dtype))
+        yield _plan(leaf, value.shape, parts, data, devices, _words(value.dtype))
     else:  # an accelerator's host memory
         for part, shard in zip(parts, data, strict=True):
             yield _from_host(leaf, value.shape, part, np.asarray(shard))
@@ -197,11 +195,16 @@ def _from_host(leaf: LeafSpec, shape: tuple[int, ...], part: LocalShard, value: 
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # jax_platforms names an accelerator only
         device = jax.local_devices()[0]
-    return _plan(leaf.name, shape, [part], [jax.device_put(value, device)], (device,), words)
+    return _plan(leaf, shape, [part], [jax.device_put(value, device)], (device,), words)
 
 
 def _plan(
-    name: str, shape: tuple[int, ...], parts: list[LocalShard], data: list[Any], devices: tuple[Any, ...], words: int
+    leaf: LeafSpec,
+    shape: tuple[int, ...],
+    parts: list[LocalShard],
+    data: list[Any],
+    devices: tuple[Any, ...],
+    words: int,
 ) -> tuple[_Kind, _Item]:
     strides = [words * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     bases = [sum(map(int.__mul__, part.box.start, strides)) for part in parts]
@@ -209,7 +212,7 @@ def _plan(
     whole = len(parts) == 1 or all(part.box == parts[0].box for part in parts)
     large = words * math.prod(shape) > _WORD
     kind = _Kind(devices, tuple(data[0].shape), data[0].dtype, large, whole)
-    return kind, _Item(name, parts, data, bases, [*strides, *inner])
+    return kind, _Item(leaf, parts, data, bases, [*strides, *inner])
 
 
 def _words(dtype: Any) -> int:
@@ -231,7 +234,10 @@ def _launch(kind: _Kind, group: list[_Item]) -> Any:
     else:  # as if the devices' parts lay one after another; nothing is moved
         shape, spec = (count * kind.shape[0], *kind.shape[1:]), PartitionSpec("shard")
     sharding = NamedSharding(mesh, spec)
-    arrays = [jax.make_array_from_single_device_arrays(shape, sharding, item.data) for item in group]
+    arrays = []
+    for item in group:
+        with about(item.leaf):  # JAX before 0.9 looks here first whether it was deleted
+            arrays.append(jax.make_array_from_single_device_arrays(shape, sharding, item.data))
     bases = _halves([[item.bases[at] for item in group] for at in range(count)])
     strides = _halves([item.strides for item in group])
     return _program(kind.devices, kind.large, kind.whole)(arrays, bases, strides)
