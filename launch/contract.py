@@ -10,6 +10,7 @@ from orchestrator.environment import HOST_NAME as HOST_NAME
 from orchestrator.environment import RESTART_COUNT as RESTART_COUNT
 from orchestrator.environment import STEP_BACK as STEP_BACK
 from orchestrator.errors import EXIT_PREEMPTED as EXIT_PREEMPTED
+from orchestrator.job.peer_failure import leave as leave
 from orchestrator.rules.contract import COMPLETION_INDEX as COMPLETION_INDEX
 from orchestrator.rules.contract import COORDINATOR_ADDRESS as COORDINATOR_ADDRESS
 from orchestrator.rules.contract import COORDINATOR_PORT as COORDINATOR_PORT

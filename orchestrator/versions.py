@@ -20,7 +20,7 @@ def newer(installed: Callable[[str], str] = metadata.version) -> Iterator[str]:
     for name, tested in TESTED.items():
         try:
             have = installed(name)
-        except metadata.PackageNotFoundError:
+        except (metadata.PackageNotFoundError, OSError):  # a word of advice, which nothing may fail at
             continue
         if _series(have) > _series(tested):
             yield f"{name} {have} is newer than any that this package was tested with ({tested})"

@@ -12,5 +12,5 @@ import orchestrator as oc
 
 @pytest.fixture
 def agent(root: Path) -> Iterator[oc.Agent]:
-    with oc.Agent(root, options=oc.Options(async_save=False, on_save_failure="raise")) as made:
+    with oc.Agent(root, options=oc.Options(async_save=False, on_save_failure="raise", other_tree=True)) as made:
         yield made

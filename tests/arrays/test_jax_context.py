@@ -234,7 +234,11 @@ CALLED_INSIDE = {
     "arrays.writing.write_plan": "as_stored",
 }
 # Functions that read the settings of the program itself.
-OUTSIDE_ON_PURPOSE = {"job.startup": "surroundings", "job.rendezvous": "join_failure_reports"}
+OUTSIDE_ON_PURPOSE = {
+    "job.startup": "surroundings",
+    "job.rendezvous": "join_failure_reports",
+    "job.joining": "join _connect initialize _detect",
+}
 
 
 def operations(node: ast.AST) -> set[str]:

@@ -68,7 +68,16 @@ def everything_that_opens(root: Path) -> dict[str, Callable[[], Any]]:
 # Not a run.
 
 
-@pytest.mark.parametrize("what", ["nothing there", "empty directory", "other files", "a file", "empty journal"])
+NOT_RUNS = {
+    "nothing there": "there is no such directory",
+    "empty directory": "the directory is empty",
+    "other files": "the directory has no journal/ in it",
+    "a file": "it is a file, and a run is a directory",
+    "empty journal": "the directory has no journal/ in it",
+}
+
+
+@pytest.mark.parametrize("what", NOT_RUNS)
 def test_what_is_not_a_run_cannot_be_opened_for_reading(root: Path, what: str) -> None:
     if what == "a file":
         root.write_text("text")
@@ -81,7 +90,7 @@ def test_what_is_not_a_run_cannot_be_opened_for_reading(root: Path, what: str) -
         (root / "journal").mkdir()
         (root / "journal" / "README").write_text("hand-made")
     text = rejected(root, lambda: oc.open_run(root), oc.NotARun)
-    assert text == f"file://{root}: not a run (no journal/ in it); check the path"
+    assert text == f"file://{root}: not a run: {NOT_RUNS[what]}"
     assert oc.NotARun.exit_code == 3
 
 

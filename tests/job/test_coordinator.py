@@ -148,7 +148,7 @@ def test_a_step_whose_receipts_are_all_in_is_committed(happens: Callable[[Job], 
     outcome = job.decide()
     head = job.store.require_head()
     assert [live.step for live in head.live] == [1] and head.live[0].metrics == {"loss": 1.0}
-    assert outcome == Committed(state_bytes=head.live[0].bytes, stage_s=2.0)
+    assert outcome == Committed(state_bytes=head.live[0].bytes, stage_s=2.0, quarantined=0)
     assert job.signals.decision(ATTEMPT) == Committed()
 
 

@@ -169,7 +169,7 @@ def test_phases_of_the_last_save_quarantine_and_an_orderly_end_are_exported() ->
 def test_a_quarantine_by_another_process_is_seen_at_the_next_commit(root: Path, tmp_path: Path) -> None:
     with oc.Agent(root, options=now(metrics_file=str(tmp_path / "job.prom"))) as agent:
         agent.save(0, state(0))
-        assert main(["orchestrator", "quarantine", str(root), "--step=0"]) == 0
+        assert main(["orchestrator", "quarantine", str(root), "0", "--reason=spike", "--force"]) == 0
         agent.save(1, state(1))
     got = values((tmp_path / "job.prom").read_text())
     assert got["orchestrator_quarantined_steps"] == 1 and got["orchestrator_run_ended"] == 1

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
 from orchestrator.cli.main import main as cli
+from tests.support.fakes import another_host
 from tests.support.gcs import BUCKET, new_root, server
 
 
@@ -39,7 +40,7 @@ def test_a_run_saves_comes_back_retires_and_fences(compression: bool, capsys: py
     four, two = (jax.make_mesh((count,), ("data",), devices=jax.devices()[:count]) for count in (4, 2))
     options = oc.Options(async_save=False, on_save_failure="raise", compression=compression)
     root = new_root()
-    older = oc.Agent(root, keep=oc.last(2), options=options)
+    older = oc.Agent(root, keep=oc.last(2), options=options, rendezvous=another_host())
     for step in (1, 2, 3):
         assert older.save(step, state(four, step), process_state=b"", extra={"step": step})
     with oc.Agent(root, keep=oc.last(2), options=options) as agent:

@@ -267,7 +267,7 @@ def test_two_leaves_of_one_name_are_rejected() -> None:
     [
         ("newest", "numpy", "taken", 2, "exists; export to a new name"),
         ("newest", "zip", "out", 2, "--format=zip: choose from orbax, safetensors, numpy"),
-        ("8", "numpy", "out", 6, "step 8 is not there"),
+        ("8", "numpy", "out", 6, "step 8 is not in this run"),
         ("x", "numpy", "out", 2, "expected the number of a step, or newest"),
         ("7", "numpy", "taken/below", 1, "File exists"),
     ],
