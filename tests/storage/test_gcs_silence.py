@@ -21,8 +21,6 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.command import STORE_DEADLINE_S, open_store
-
-SLOW_S = 15.0  # what a busy machine may add; without the bound it was minutes
 from orchestrator.errors import StorageError, Unavailable
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_http import Client
@@ -30,6 +28,7 @@ from orchestrator.storage.port import Patience
 from tests.support.endpoints import Endpoints
 
 DEADLINE_S, NOTICE_S = 2.4, 0.2
+SLOW_S = 15.0  # what a busy machine may add; without the bound it was minutes
 LIST = b'{"items": []}'
 FOUND_ABSENT = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 LATE = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
