@@ -207,7 +207,8 @@ def test_a_metadata_server_that_does_not_answer_is_named_and_waited_for_no_longe
         monkeypatch.setattr("orchestrator.storage.gcs_identity._PRODUCT", tmp_path / "of-nobody")
     error, took_s, notices = listed(monkeypatch, None)
     assert isinstance(error, Unavailable) and f"metadata server {host}" in str(error), error
-    assert took_s < DEADLINE_S + SLOW_S and len(notices) == 1 and "gives tokens for Cloud Storage" in notices[0]
+    assert took_s < DEADLINE_S + SLOW_S and all("gives tokens for Cloud Storage" in notice for notice in notices)
+    assert len(notices) == 1 or (machine == "absent" and took_s < DEADLINE_S)  # over before a notice was due, perhaps
 
 
 def test_a_command_has_20_seconds_and_a_job_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
