@@ -246,16 +246,17 @@ class ServiceBoard:
         """What `call` returns, None if it fails or takes longer than QUICK_S. These calls have no timeout of their own,
         and the service lives in process 0: when that one is stopped they hang, and the caller has a deadline to keep.
         At most one is under way."""
-        if not self._one_call.acquire(timeout=QUICK_S):
-            return None
 
-        def run() -> Any:
+        def alone() -> Any:
+            # Taken where it is released: a call that finds no thread to run on must not keep it.
+            if not self._one_call.acquire(timeout=QUICK_S):
+                return None
             try:
                 return call()  # best effort by contract; no such directory is an error too
             finally:
                 self._one_call.release()
 
-        return bounded_calls.within(QUICK_S, run)
+        return bounded_calls.within(QUICK_S, alone)
 
 
 def _exchanged(body: bytes, collective: Callable[[np.ndarray[Any, Any]], Any]) -> list[bytes]:

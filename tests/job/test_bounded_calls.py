@@ -46,3 +46,31 @@ def test_a_call_that_raises_gives_nothing() -> None:
 def test_calls_are_made_while_the_interpreter_starts_no_thread_any_more() -> None:
     done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr, done.returncode) == ("None 1 2\nNone\n", "", 0)
+
+
+BOARD = """
+import threading, types
+from orchestrator.job import bounded_calls, rendezvous
+
+board = rendezvous.ServiceBoard(0, 2)
+posted = []
+board._client = types.SimpleNamespace(key_value_set=lambda key, value, allow_overwrite: posted.append(key))
+go_on, start = threading.Event(), threading.Thread.start
+for _ in range(bounded_calls.SPARE):
+    bounded_calls.within(0.05, go_on.wait)
+
+def no_thread(thread):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+
+threading.Thread.start = no_thread
+board.post("without a thread", "")
+threading.Thread.start = start
+go_on.set()
+board.post("with one", "")
+print(posted)
+"""
+
+
+def test_a_board_that_had_no_thread_for_a_call_makes_the_next_one() -> None:
+    done = subprocess.run([sys.executable, "-c", BOARD], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("['with one']\n", "", 0)
