@@ -38,18 +38,29 @@ class Alive:
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """This process lives: every few seconds, from a thread of its own. Where the main thread is meanwhile, as
-    `heartbeat.Position` has it; `step`: -1 if it is at none. `late_s`: how much too late the thread woke, at most."""
+class Position:
+    """Where a main thread is. `doing`: training, restoring, ...; `step`: None if it is at none. `barrier`: the one it
+    waits in, or ''. `since_s`: for how long it has been doing this; `idle_s`: since it last reported anything.
+    `steps`: different steps of training since the agent was opened; below 2 the first one may still be compiling.
+    `step_s`: median time of the last steps; 0 if not known. `startup_s`: from the start of the process until training
+    went on, 0 before that."""
 
     doing: str
-    step: int
+    step: int | None
     since_s: float
     idle_s: float
     barrier: str = ""
     steps: int = 0
     step_s: float = 0.0
     startup_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pulse(Position):
+    """This process lives: every few seconds, from a thread of its own. Where the main thread is meanwhile; `step`: -1
+    if it is at none. `late_s`: how much too late the thread woke, at most."""
+
+    step: int
     late_s: float = 0.0
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.environment import HEARTBEAT_FILE
-from orchestrator.observe.events import Alive, Pulse, emit
+from orchestrator.observe.events import Alive, Position, Pulse, emit
 
 INTERVAL_S = 0.2  # between two writings of the main thread's file
 PULSE_S = 5.0
@@ -33,24 +33,6 @@ PULSE_SUFFIX = ".pulse"
 _TICK_S = 1.0
 _STEPS = 33  # whose times say how long a step takes
 _CLOSE_S = 2.0
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a main thread is. `doing`: training, restoring, ...; `step`: None if it is at none. `barrier`: the one it
-    waits in, or ''. `since_s`: for how long it has been doing this; `idle_s`: since it last reported anything.
-    `steps`: different steps of training since the agent was opened; below 2 the first one may still be compiling.
-    `step_s`: median time of the last steps; 0 if not known. `startup_s`: from the start of the process until training
-    went on, 0 before that."""
-
-    doing: str
-    step: int | None
-    since_s: float
-    idle_s: float
-    barrier: str = ""
-    steps: int = 0
-    step_s: float = 0.0
-    startup_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,9 +135,7 @@ class Heart:
                     {"idle_s": now.idle_s, "barrier": now.barrier, "steps": now.steps, "step": now.step},
                 )
             if woke - told >= PULSE_S:
-                step = -1 if now.step is None else now.step
-                durations = (now.since_s, now.idle_s, now.barrier, now.steps, now.step_s, now.startup_s)
-                emit(Pulse(now.doing, step, *durations, late_s))
+                emit(Pulse(**{**vars(now), "step": -1 if now.step is None else now.step}, late_s=late_s))
                 told, late_s = woke, 0.0
             if self._ended.wait(_TICK_S):
                 return

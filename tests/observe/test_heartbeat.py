@@ -25,6 +25,15 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[events.Event]]:
     stop()
 
 
+@pytest.fixture
+def clock(heard: list[events.Event], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic clock, to be set; an agent has just been opened."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    heartbeat.record("opened", None)
+    return now
+
+
 def wait_until(there: object, deadline_s: float = 10.0) -> None:
     assert callable(there)
     end = time.monotonic() + deadline_s
@@ -60,14 +69,9 @@ def test_the_pulse_goes_on_while_the_main_thread_stands_and_says_where(
     assert len(heard) == count, "closed is closed"
 
 
-def test_steps_their_time_and_the_start_are_counted_once_a_step(
-    heard: list[events.Event], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    heartbeat.record("opened", None)
+def test_steps_their_time_and_the_start_are_counted_once_a_step(clock: list[float]) -> None:
     for step, took_s in ((10, 40.0), (11, 2.0), (11, 0.1), (12, 1.9), (14, 4.0)):
-        now[0] += took_s
+        clock[0] += took_s
         heartbeat.record("training", step)
     where = heartbeat.position()
     assert (where.step, where.steps, where.step_s) == (14, 4, 2.0) and where.startup_s > 0
@@ -76,13 +80,10 @@ def test_steps_their_time_and_the_start_are_counted_once_a_step(
 
 
 def test_a_main_thread_that_goes_on_says_how_long_it_stood_but_not_each_step(
-    heard: list[events.Event], monkeypatch: pytest.MonkeyPatch
+    heard: list[events.Event], clock: list[float]
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    heartbeat.record("opened", None)
     for step in range(50):
-        now[0] += 40.0 if step == 30 else 1.0
+        clock[0] += 40.0 if step == 30 else 1.0
         heartbeat.record("training", step)
     alive = [(event.step, event.idle_s) for event in heard if isinstance(event, events.Alive)]
     assert alive[0][0] == -1 and alive[1:] == [(30, 40.0)]
