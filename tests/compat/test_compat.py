@@ -63,7 +63,11 @@ def manager(root: Path, **options: Any) -> compat.CheckpointManager:
     [
         ({"step_prefix": "ckpt"}, r"step_prefix='ckpt'\): not supported; steps are found by their number"),
         ({"todelete_subdir": "trash"}, "todelete_subdir"),
-        ({"atomicity_options": orbax.checkpoint.options.AtomicityOptions()}, "atomicity_options"),
+        *(
+            ({"atomicity_options": option()}, "atomicity_options")
+            for option in [getattr(orbax.checkpoint.options, "AtomicityOptions", None)]
+            if option  # not in Orbax 0.11.34
+        ),
         (
             {"multiprocessing_options": orbax.checkpoint.options.MultiprocessingOptions(primary_host=None)},
             "multiprocessing_options",

@@ -54,7 +54,10 @@ def deep(levels: int) -> Any:
         (lambda: {"a.b": W, "a": {"b": W}}, "a.b and a/b would both be stored as 'a.b'; rename one"),
         (lambda: deep(2000), "the state (dict) contains itself, or is nested too deeply for JAX"),
         (lambda: {"w": W, "f": print}, "f: builtins.builtin_function_or_method is neither an array nor a plain value"),
-        (lambda: {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}, "w: jax.ShapeDtypeStruct is neither an array"),
+        (
+            lambda: {"w": jax.ShapeDtypeStruct((3,), jnp.float32)},
+            f"w: {jax.ShapeDtypeStruct.__module__}.ShapeDtypeStruct is neither an array",
+        ),
         (lambda: {}, "the state has no leaves"),
         (lambda: None, "the state has no leaves"),
     ],

@@ -21,7 +21,7 @@ import time
 import tomllib
 import xml.etree.ElementTree as xml
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from launch.example.report import ProgressLine, Summary
@@ -189,46 +189,61 @@ def environment_key(row: Row) -> str:
     return key_of(row, {path.name: path.read_bytes() for path in (PROJECT_FILE, *REPO.glob("requirements-*.lock"))})
 
 
+def stored(name: str) -> Result | None:
+    """What was found out in the row's environment, whatever that was made from."""
+    kept = HOME / name / "result.json"
+    return Result(**json.loads(kept.read_text())) if kept.exists() else None
+
+
 def found_before(name: str) -> Result | None:
     """What is known of the row's environment as it is to be now."""
-    kept = HOME / name / "result.json"
-    if not kept.exists():
-        return None
-    result = Result(**json.loads(kept.read_text()))
-    return result if result.key == environment_key(ROWS[name]) and not result.missing else None
+    result = stored(name)
+    return result if result and result.key == environment_key(ROWS[name]) and not result.missing else None
 
 
 def prepared(name: str, row: Row) -> Result:
-    """The row's environment, built if need be, and what was found out in it before."""
+    """The row's environment, built if need be, and what was found out in it before, or in one of the same packages."""
     if before := found_before(name):
         return before
     key, where = environment_key(row), HOME / name
-    shutil.rmtree(where, ignore_errors=True)
-    where.mkdir(parents=True)
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "uv"
+    older = stored(name), installed(where)
+    where.mkdir(parents=True, exist_ok=True)
     pythons = [*Path.home().glob(f".pyenv/versions/{row.python}.*/bin/python")]
     python = shutil.which(f"python{row.python}") if not pythons else str(pythons[0])
     if python is None:
         return Result(key, missing=f"no Python {row.python} on this machine")
-    venv = where / "venv"
     for command in (
-        [uv, "venv", "--quiet", f"--python={python}", str(venv)],
-        [uv, "pip", "install", "--quiet", f"--python={venv}/bin/python", *row.install],
+        [uv(), "venv", "--quiet", "--clear", f"--python={python}", str(where / "venv")],
+        [uv(), "pip", "install", "--quiet", f"--python={where}/venv/bin/python", *row.install],
     ):
         step = done(command, INSTALL_S)
         if step.returncode:
             return Result(key, missing=f"cannot be installed: {last_line(step.stderr)}")
+    if older[0] and older[1] == installed(where) and not older[0].missing:
+        return replace(older[0], key=key)
     ask = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {SHOWN}}}))"
-    return Result(key, versions=json.loads(done([f"{venv}/bin/python", "-c", ask], 60).stdout))
+    return Result(key, versions=json.loads(done([f"{where}/venv/bin/python", "-c", ask], 60).stdout))
+
+
+def uv() -> str:
+    return shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "uv"
+
+
+def installed(where: Path) -> str:
+    """Every package of the environment with its version; "" where there is none."""
+    python = where / "venv" / "bin" / "python"
+    return done([uv(), "pip", "freeze", f"--python={python}"], 60).stdout if python.exists() else ""
 
 
 def keep(name: str, result: Result) -> None:
     (HOME / name / "result.json").write_text(json.dumps(asdict(result), indent=1))
 
 
-def finish(name: str, part: str, result: Result) -> None:
-    result.sources[part] = source_here()
-    keep(name, result)
+def finish(name: str, part: str, result: Result, source: str) -> None:
+    """Keep what a part has found, beside what others have found meanwhile."""
+    found = {"job": ("job",), "checkpoints": ("restored",), "tests": ("passed", "failed")}[part]
+    now = found_before(name) or result
+    keep(name, replace(now, sources={**now.sources, part: source}, **{each: getattr(result, each) for each in found}))
     print(f"{time.strftime('%H:%M:%S')} {name}: {part}: {told(part, result)}", flush=True)
 
 
@@ -257,7 +272,7 @@ def child(name: str, what: str, roots: list[Path]) -> dict[str, str]:
     return {root.parent.name: found.get(root.parent.name, last_line(end.stderr)) for root in roots}
 
 
-def run_checkpoints(results: dict[str, Result]) -> None:
+def run_checkpoints(results: dict[str, Result], source: str) -> None:
     """Each environment writes one, and restores those of all."""
     roots = {name: HOME / name / "checkpoint" for name, result in results.items() if not result.missing}
     written = {}
@@ -270,7 +285,7 @@ def run_checkpoints(results: dict[str, Result]) -> None:
     for name in roots:
         unwritten = {writer: f"not written: {problem}" for writer, problem in written.items() if problem}
         results[name].restored = {**unwritten, **child(name, "restore", there)}
-        finish(name, "checkpoints", results[name])
+        finish(name, "checkpoints", results[name], source)
 
 
 def run_tests(name: str, result: Result) -> None:
@@ -297,6 +312,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="the page that has the table, between its marks")
     given = parser.parse_args()
     chosen, parts = names(tuple(ROWS), given.rows), names(PARTS, given.only)
+    source = source_here()
     results = {name: prepared(name, ROWS[name]) for name in chosen}
     there = {name: result for name, result in results.items() if not result.missing}
     for name, result in results.items():
@@ -304,11 +320,12 @@ def main() -> int:
         print(f"{name}: {result.missing or result.versions}", flush=True)
     for part, run in (("job", run_job), ("tests", run_tests)):
         if part == "tests" and "checkpoints" in parts:
-            run_checkpoints(there)
+            run_checkpoints(there, source)
         for name, result in there.items() if part in parts else ():
             run(name, result)
-            finish(name, part, result)
-    all_of = {**{name: found for name in ROWS if (found := found_before(name))}, **results}
+            finish(name, part, result, source)
+    missing = {name: result for name, result in results.items() if result.missing}
+    all_of = {name: found for name in ROWS if (found := found_before(name))} | missing
     made = table(all_of, source_here())
     print(made)
     if given.write:
