@@ -242,7 +242,7 @@ SENTENCE = "WARN  step 80 is quarantined: file:///data/run/steps/00000080/e0001-
             60,
             [
                 "WARN  step 80 is quarantined:",
-                "    file:///data/run/steps/00000080/e0001-a01/state/d/0123456789:",  # longer than the screen, but whole
+                "    file:///data/run/steps/00000080/e0001-a01/state/d/0123456789:",
                 "    is missing",
             ],
         ),
