@@ -57,8 +57,10 @@ def test_the_site_is_searched_from_a_disk_and_loads_nothing_from_other_hosts(sit
     assert {"quickstart.html", "reference/generated-cli.html"} <= found
     for page in site.rglob("*.html"):
         text = page.read_text()
-        assert re.findall(r'<(?:script|link rel="stylesheet|img)[^>]+(?:src|href)="https?:[^"]*"', text) == [], page
+        assert re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://[^"]*"', text) == [], page
         assert "assets/iframe-worker.js" in text, page
+    api = (site / "reference" / "generated-api.html").read_text()
+    assert "the newest good step, or" in api.lower() and "max_loss_s" in api, "the docstrings are there"
 
 
 @needs_mkdocs
