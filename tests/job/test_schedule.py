@@ -80,6 +80,7 @@ class Job:
         for schedule, clock in zip(self.schedules, self.clocks, strict=True):
             schedule.begin(clock())
             schedule.started(step)
+            schedule.committed(0.0, 0.0)
             if fails:
                 schedule.failed(step)
 
