@@ -8,6 +8,7 @@ main thread; background threads never run a collective.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import environment, failpoints
+from orchestrator import arrays, environment, failpoints
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import leaving, peer_failure
@@ -51,7 +52,7 @@ class Agent:
     process, whose save in flight is waited for before. All processes of the job make one alike.
 
     root: a directory, or gs://bucket/path; one place for all hosts. Made when something is saved.
-    save: when `save` saves: every(n), every_seconds(s), at([steps]), auto(max_loss_s), combined by |; None: each call.
+    save: when `save` saves: every(n), every_seconds(s), at([..]), auto(s), continuous(s), combined by |; None: always.
     keep: which steps stay: last(n), every_nth(n), best("metric", n), within(s), combined by |; None: all of them.
     options: how it behaves, see Options; None: Options().
     rendezvous: how the processes meet; None: by jax.distributed, if it is initialised, else this process is alone.
@@ -147,6 +148,7 @@ class Agent:
         """
         step = arguments.step(step)
         heartbeat.record("training", step)
+        self._saves.note_outcome(raise_now=False)
         return self._schedule.due(step)
 
     def reached_preemption(self, step: int) -> bool:
@@ -156,8 +158,7 @@ class Agent:
         return self._schedule.reached_preemption(step)
 
     def latest_step(self) -> int | None:
-        """The step that `restore` would choose: the newest restorable one. None in a new run. Raises NothingToRestore
-        where all steps are quarantined."""
+        """The step that `restore` would choose; None in a new run. Raises NothingToRestore if all are quarantined."""
         live = self._store.find(None)
         return live.step if live else None
 
@@ -235,7 +236,7 @@ class Agent:
                 back=environment.step_back(),
                 strict=strict,
                 load_once=self.options.load_once,
-                read=ReadOptions(partial=partial, cast=cast, attest=self.options.attest == "full"),
+                read=_read_options(self.options, partial, cast),
             )
             return restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
 
@@ -253,7 +254,7 @@ class Agent:
         Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again."""
         if not self._lifetime.close():
             self._saves.settle()
-            return
+            return self._leave()
         try:
             self._saves.wait()
             self._deletion.wait(self.options.rendezvous_timeout_s)
@@ -267,17 +268,18 @@ class Agent:
         others, who may not come. Returns why that save, or an earlier one of which nobody has heard yet, is lost."""
         if not self._lifetime.close(state):
             return None
-        self._deletion.stop()
         try:
-            return self._saves.finish()
-        finally:
+            self._deletion.stop()
+            error = self._saves.finish()
             self._deletion.wait(GRACE_S)  # what it leaves is deleted by the next incarnation
+            return error
+        finally:
             self._leave()
 
     def _leave(self) -> None:
-        self._lifetime.over(self.in_flight)
         self._listening.stop(leaving=self._schedule.preempted)
         self._telemetry.close()
+        self._lifetime.over(self.in_flight)
 
     def __enter__(self) -> Agent:
         return self
@@ -319,3 +321,8 @@ def _coordinator(
         quarantine_keep_s=options.quarantine_keep_s,
         host_local=options.host_local,
     )
+
+
+def _read_options(options: Options, partial: bool, cast: bool) -> ReadOptions:
+    reader = functools.partial(arrays.load, host_bytes_max=options.restore_bytes_max)
+    return ReadOptions(partial=partial, cast=cast, attest=options.attest == "full", reader=reader)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.external_items import describe, is_tree
 from orchestrator.arrays.inline_values import inline_value
+from orchestrator.arrays.reading.buffers import bytes_to_read
 from orchestrator.arrays.reading.check_chunks import check
 from orchestrator.arrays.reading.device_arrays import as_array
 from orchestrator.arrays.reading.exchange import ExchangeGroup, exchange_groups
@@ -16,6 +17,7 @@ from orchestrator.arrays.reading.read import load, slabs
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.arrays.reading.target_shardings import shardings_of
 from orchestrator.arrays.tree import Flat, Form, flatten, targets, tree_path
+from orchestrator.arrays.writing.item_directories import link_files, write_items
 from orchestrator.arrays.writing.write import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 from orchestrator.arrays.writing.write_plan import views
 
@@ -29,12 +31,14 @@ __all__ = [
     "ReadRequest",
     "WriteStopped",
     "as_array",
+    "bytes_to_read",
     "check",
     "describe",
     "exchange_groups",
     "flatten",
     "inline_value",
     "is_tree",
+    "link_files",
     "load",
     "numpy_dtype",
     "shardings_of",
@@ -42,4 +46,5 @@ __all__ = [
     "targets",
     "tree_path",
     "views",
+    "write_items",
 ]

@@ -37,7 +37,7 @@ def show(made: RunReport, flags: Flags) -> Iterator[render.Shown]:
     body = page(made)
     write_whole(flags["output"], body)
     where = os.path.abspath(flags["output"])
-    yield f"{where}: {len(made.saves)} saves, {len(made.epochs)} incarnations, {render.size(len(body))}"
+    yield f"{where}: {len(made.saves)} saves, {len(made.epochs)} epochs, {render.size(len(body))}"
 
 
 def page(made: RunReport) -> str:
@@ -78,7 +78,7 @@ def write_whole(path: str, text: str) -> None:
 COMMAND = Command(
     run,
     show,
-    "one page to look at: saves, stragglers, incidents, goodput",
+    "one page: verdict, saves, stragglers, incidents, goodput",
     flags=(Flag("output", str, "report.html", "the file to write", short="o", path=True), EVENTS),
     examples=("orchestrator report /data/run -o report.html",),
 )
