@@ -55,7 +55,7 @@ def deep(levels: int) -> Any:
         # Too deep for some Pythons: what JAX of others takes, is a path that is too long.
         (
             lambda: deep(2000),
-            ("the state (dict) contains itself, or is nested too deeply for JAX", "('d', 'd', 'd')...: a p"),
+            ("the state (dict) contains itself, or is nested too deeply", "('d', 'd', 'd')...: a path"),
         ),
         (lambda: {"w": W, "f": print}, "f: builtins.builtin_function_or_method is neither an array nor a plain value"),
         (

@@ -308,10 +308,12 @@ def names(all_of: tuple[str, ...], text: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help=f"of {', '.join(ROWS)}; all if not given")
-    parser.add_argument("--only", default="", help=f"of {', '.join(PARTS)}; all if not given")
+    parser.add_argument(
+        "--only", default="", help=f"of {', '.join(PARTS)}; all if not given; table: none, what is known"
+    )
     parser.add_argument("--write", type=Path, help="the page that has the table, between its marks")
     given = parser.parse_args()
-    chosen, parts = names(tuple(ROWS), given.rows), names(PARTS, given.only)
+    chosen, parts = names(tuple(ROWS), given.rows), names((*PARTS, "table"), given.only)
     source = source_here()
     results = {name: prepared(name, ROWS[name]) for name in chosen}
     there = {name: result for name, result in results.items() if not result.missing}
