@@ -309,7 +309,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help=f"of {', '.join(ROWS)}; all if not given")
     parser.add_argument(
-        "--only", default="", help=f"of {', '.join(PARTS)}; all if not given; table: none, what is known"
+        "--only", default="", help=f"of {', '.join(PARTS)}; all if not given; table: only that"
     )
     parser.add_argument("--write", type=Path, help="the page that has the table, between its marks")
     given = parser.parse_args()
