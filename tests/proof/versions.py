@@ -308,9 +308,7 @@ def names(all_of: tuple[str, ...], text: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help=f"of {', '.join(ROWS)}; all if not given")
-    parser.add_argument(
-        "--only", default="", help=f"of {', '.join(PARTS)}; all if not given; table: only that"
-    )
+    parser.add_argument("--only", default="", help=f"of {', '.join(PARTS)}; all if not given; table: only that")
     parser.add_argument("--write", type=Path, help="the page that has the table, between its marks")
     given = parser.parse_args()
     chosen, parts = names(tuple(ROWS), given.rows), names((*PARTS, "table"), given.only)
