@@ -17,6 +17,7 @@ from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 
 Location = tuple[str, int, int]  # file below `state/`, offset, bytes
 Chunk = bytes | Location  # itself, or where it is
+_NO_FILE = ("", 0)
 
 
 def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
@@ -24,17 +25,19 @@ def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
     found: dict[str, Chunk] = {}
     for receipt in receipts:
         own: dict[str, Chunk] = dict(receipt.small)
+        files = {
+            number: (file.path.removeprefix(keys.STATE), file.bytes)
+            for number, file in enumerate(receipt.files)
+            if file.path.startswith(keys.STATE)
+        }
         for key, place in receipt.places.items():
-            file = receipt.files[place.file] if 0 <= place.file < len(receipt.files) else None
-            within = file and file.path.startswith(keys.STATE)
-            if not (
-                file and within and place.offset >= 0 and CHECKSUM_BYTES < place.bytes <= file.bytes - place.offset
-            ):
+            path, size = files.get(place.file, _NO_FILE)
+            if not (place.offset >= 0 and CHECKSUM_BYTES < place.bytes <= size - place.offset):
                 raise Damaged(
                     f"receipt of process {receipt.process} ({receipt.host}): chunk {key} is at {place.offset} "
                     f"({place.bytes} bytes) of file {place.file}, which is none of its files or shorter"
                 )
-            own[key] = (file.path.removeprefix(keys.STATE), place.offset, place.bytes)
+            own[key] = (path, place.offset, place.bytes)
         twice = next(iter(found.keys() & own.keys()), None)
         if twice is not None:
             raise Damaged(f"chunk {twice}: process {receipt.process} ({receipt.host}) and another one have written it")

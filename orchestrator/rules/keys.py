@@ -78,14 +78,13 @@ def process_of(name: str) -> int:
 
 
 # Control characters, a backslash, and halves of surrogates (what Python makes of names that are not UTF-8).
+_NEVER_A_PART = frozenset(("", ".", ".."))
 _NEVER_IN_KEYS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 def check_key(key: str, where: str) -> str:
     """`key` itself if it is safe to join to a prefix. Raises UnsafeKey naming the record `where` it was found."""
-    parts = key.split("/")
-    bad = not key or _NEVER_IN_KEYS.search(key) or any(part in ("", ".", "..") for part in parts)
-    if bad:
+    if _NEVER_IN_KEYS.search(key) or not _NEVER_A_PART.isdisjoint(key.split("/")):
         raise UnsafeKey(
             f"{where}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used"
         )
