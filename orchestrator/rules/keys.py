@@ -56,10 +56,22 @@ STORE = "manifest.ocdbt"  # below `state/`, or below an item of it: what makes a
 RECEIPTS = "receipts/"
 PROCESS = "process/"
 _OF_A_PROCESS = re.compile(rf"(?:{RECEIPTS}([0-9]+)\.json|{PROCESS}([0-9]+)\.bin)")
+_OF_A_GROUP = re.compile(rf"{RECEIPTS}group-([0-9]{{5,18}})-([0-9]{{2,18}})\.json")
 
 
 def receipt_name(process: int) -> str:
     return f"{RECEIPTS}{process:05d}.json"
+
+
+def group_receipt_name(leader: int, number: int) -> str:
+    return f"{RECEIPTS}group-{leader:05d}-{number:02d}.json"
+
+
+def group_of(name: str) -> tuple[int, int] | None:
+    """(leader, number) in the name of receipts that were stored as one; None for any other name."""
+    found = _OF_A_GROUP.fullmatch(name)
+    group = (int(found[1]), int(found[2])) if found else None
+    return group if group and name == group_receipt_name(*group) else None
 
 
 def process_state_name(process: int) -> str:

@@ -63,15 +63,15 @@ class _Summary:
 
 
 def encode(
-    entries: Sequence[tuple[bytes, Chunk]], path: str, offset: int, uuid: bytes, time_ns: int
+    keys: Sequence[bytes], values: Sequence[Chunk], path: str, offset: int, uuid: bytes, time_ns: int
 ) -> tuple[bytes, bytes]:
-    """The tree's nodes, to be put at `offset` of the data file `path`, and the manifest. `entries` in key order."""
+    """The tree's nodes, to be put at `offset` of the data file `path`, and the manifest. `keys` in order."""
     nodes: list[bytes] = []
     leaves: list[_Summary] = []
-    for first in range(0, len(entries), _NODE_ENTRIES):
-        part = entries[first : first + _NODE_ENTRIES]
-        body, indirect = _leaf(part)
-        leaves.append(_Summary(part[0][0], (path, offset, len(body)), len(part), len(body), indirect))
+    for first in range(0, len(keys), _NODE_ENTRIES):
+        part = keys[first : first + _NODE_ENTRIES]
+        body, indirect = _leaf(part, values[first : first + _NODE_ENTRIES])
+        leaves.append(_Summary(part[0], (path, offset, len(body)), len(part), len(body), indirect))
         nodes.append(body)
         offset += len(body)
     root, height = leaves[0], 0
@@ -97,14 +97,14 @@ def _manifest(root: _Summary, height: int, uuid: bytes, time_ns: int) -> bytes:
     return _framed(_MANIFEST_MAGIC, config + _file_table([path]) + version + time_ns.to_bytes(8, "little") + b"\0")
 
 
-def _leaf(entries: Sequence[tuple[bytes, Chunk]]) -> tuple[bytes, int]:
+def _leaf(keys: Sequence[bytes], values: Sequence[Chunk]) -> tuple[bytes, int]:
     """A node, and the bytes of the values that it has the places of."""
-    paths, kinds, lengths, files, offsets, inline = _columns([value for _, value in entries])
+    paths, kinds, lengths, files, offsets, inline = _columns(values)
     parts = [
         b"\0",
         _file_table(paths),
-        _varints([len(entries)]),
-        *_keys([key for key, _ in entries]),
+        _varints([len(keys)]),
+        *_keys(keys),
         _varints(lengths),
         kinds,
         _varints(files),
