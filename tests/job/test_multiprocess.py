@@ -16,6 +16,7 @@ import orchestrator as oc
 from orchestrator import environment
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
+from orchestrator.tools.verify import read_back
 from tests.support.processes import job
 
 pytestmark = pytest.mark.jobs
@@ -231,3 +232,4 @@ def test_hosts_that_sign_in_groups_name_the_one_that_dies_and_no_other(fault: st
     expected = ["receipts/00000.json", "receipts/group-00001-01.json", "receipts/group-00003-01.json"]
     assert sorted(names) == expected
     assert [receipt.host for receipt in step.receipts()] == [f"host-{index}" for index in range(5)]
+    assert read_back(store, head.live[-1]).damaged == ()
