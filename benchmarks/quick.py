@@ -68,7 +68,7 @@ def main() -> None:
 
 def in_turn(args: argparse.Namespace, other: Path | None) -> tuple[Turns, Turns]:
     """This checkout's turns, and the other's. Who begins changes from turn to turn."""
-    found: dict[Path, Turns] = {HERE: []} | ({other: []} if other else {})
+    found: dict[Path, Turns] = {checkout: [] for checkout in (HERE, other) if checkout}
     started = time.monotonic()
     for number in range(args.turns):
         if number > 1 and time.monotonic() - started > BUDGET_S:
@@ -229,7 +229,7 @@ def _raw(root: Path, state: dict[str, Any], timed: Any) -> None:
     def write() -> None:
         with path.open("wb", buffering=1 << 20) as file:
             for part in parts:
-                file.write(part)
+                file.write(part.data)
             file.flush()
             os.fsync(file.fileno())
 
