@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 
 from orchestrator.cli.finding import ExaminedRun, Finding, Level
-from orchestrator.cli.watch import Heard, summarize
+from orchestrator.cli.watch import Heard, free_bytes, summarize
+from orchestrator.cli.watch_page import is_slow, straggler
 from orchestrator.cli.watch_verdict import Verdict
 from orchestrator.observe.event_log import Tail
 from orchestrator.observe.timeline import Timeline
@@ -26,8 +27,12 @@ def hosts(run: ExaminedRun) -> Iterator[Finding]:
     tail = Tail(run.events_dir)
     timeline = Timeline().add(tail.more(whole=False))
     now = time.time()
-    seen = summarize(run.store.url, run.head, timeline, now, Heard().ages(tail.newest, now, time.monotonic()))
+    ages = Heard().ages(tail.newest, now, time.monotonic())
+    seen = summarize(run.store.url, run.head, timeline, now, ages, free_bytes(run.store.url))
     if not seen.hosts:
         return
     level, do = _DO.get(seen.verdict, ("ok", ""))
     yield Finding("hosts", level, f"{seen.verdict}: {seen.why}", do)
+    if seen.slowest and is_slow(seen.slowest):
+        do = "look at that host's disk and network; the phases of each save are in orchestrator report ROOT"
+        yield Finding("hosts", "warn", straggler(seen.slowest), do)

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 
 from orchestrator.cli import render
 from orchestrator.cli.watch_verdict import TONES
-from orchestrator.cli.watch_view import HostNow, RunNow
+from orchestrator.cli.watch_view import HostNow, RunNow, SlowestHost
 
 _PIPE = (200, 60)  # where the output is no terminal
 _COMMITS_LEAST = 4  # lines: a heading and three of them
 _LATE_S = 2.0
-_ORDER = ("frozen", "stuck", "waiting", "starting", "moving", "left")
-_TONES: dict[str, render.Tone] = {"frozen": "bad", "stuck": "warn", "waiting": "warn", "left": "dim"}
+_ORDER = ("dead", "frozen", "stuck", "waiting", "starting", "moving", "left")
+_TONES: dict[str, render.Tone] = {"dead": "bad", "frozen": "bad", "stuck": "warn", "waiting": "warn", "left": "dim"}
 
 
 def page(now: RunNow, screen: tuple[int, int] | None = None) -> Iterator[render.Shown]:
@@ -67,11 +67,21 @@ def _notes(now: RunNow) -> Iterator[render.Shown]:
         took = render.duration(late.late_s)
         yield render.toned(f"slow: process {late.process} ({late.host}) was stopped or starved for {took}", "warn")
     if (slow := now.slowest) and slow.seconds > 0:
-        text = f"process {slow.process} ({slow.host}), {render.duration(slow.seconds)} until its part was durable"
-        line = f"slowest in step {slow.step}: {text}; median {render.duration(slow.median_s)}"
-        yield render.toned(line, "warn" if slow.seconds > 2 * slow.median_s + 1 else "dim")
+        yield render.toned(straggler(slow), "warn" if is_slow(slow) else "dim")
+    if now.free_bytes is not None and now.free_bytes < now.next_bytes:
+        text = f"{render.size(now.free_bytes)} free, and the next save needs about {render.size(now.next_bytes)}"
+        yield render.toned(text, "bad")
     for one in now.quarantined[-2:]:
         yield render.toned(f"quarantined: step {one.step} {one.attempt}: {one.reason}"[:150], "bad")
+
+
+def straggler(slow: SlowestHost) -> str:
+    text = f"process {slow.process} ({slow.host}), {render.duration(slow.seconds)} until its part was durable"
+    return f"slowest in step {slow.step}: {text}; the others' median {render.duration(slow.median_s)}"
+
+
+def is_slow(slow: SlowestHost) -> bool:
+    return slow.seconds > 2 * slow.median_s + 1
 
 
 def _hosts(now: RunNow, lines: int) -> tuple[int, list[render.Shown]]:
@@ -96,7 +106,7 @@ def _table(hosts: Sequence[HostNow]) -> render.Shown:
     writing = any(host.written_bytes for host in hosts)
     rows: list[list[render.Cell]] = []
     for host in hosts:
-        stands = host.condition in ("frozen", "stuck", "waiting")
+        stands = host.condition in ("dead", "frozen", "stuck", "waiting")
         row: list[render.Cell] = [
             str(host.process),
             host.host,
@@ -116,8 +126,8 @@ def _table(hosts: Sequence[HostNow]) -> render.Shown:
 
 def _state(host: HostNow) -> str:
     match host.condition:
-        case "frozen":
-            return f"frozen; was {host.state}"
+        case "frozen" | "dead":
+            return f"{host.condition}; was {host.state}"
         case "stuck":
             return f"stuck; {host.state}"
         case "waiting":

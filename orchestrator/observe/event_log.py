@@ -1,8 +1,10 @@
 """Events as JSON lines, one file per process, in a directory beside the run's data; writing and reading them.
 
 The log is for people and dashboards: nothing that decides about data reads it. So it may lose lines (a full queue, a
-full disk, a crash in mid-line), but it never blocks, never fails the job, and never grows beyond two files of
-FILE_BYTES, and two of PULSE_BYTES, for each process: a full file replaces the one before it.
+crash in mid-line), but it never blocks, never fails the job, and never grows beyond two files of
+FILE_BYTES, and two of PULSE_BYTES, for each process: a full file replaces the one before it. What finds no room on a
+full disk is kept and written when there is room again; meanwhile the file's time stamp alone shows that the process
+lives.
 
 `00003.jsonl` is process 3's, `00003.old.jsonl` what it wrote before. Its pulses, of which there are many and the newest
 count, have files of their own (`00003.pulse.jsonl`), so that they do not push out what happened. A line is one JSON
@@ -13,11 +15,13 @@ object: `v` (1), `time` (seconds since the epoch, that host's clock), `event` (a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -37,6 +41,7 @@ FILE_BYTES = 8 << 20
 PULSE_BYTES = 1 << 20  # of pulses: half a day in two files
 DIRECTORY = "events"  # below a run's root, where that is a directory
 _QUEUE_MAX = 10_000
+_UNWRITTEN_MAX = 1000  # kept while the disk is full, the newest
 _READ_BYTES_MAX = 2 * FILE_BYTES  # of one file, from its end
 # Beyond these a number says nothing: the year 5138, a million processes.
 _MOST = {"time": 1e11, "process": 1e6, "process_count": 1e6}
@@ -129,6 +134,7 @@ class EventLog:
         self._file_bytes, self._clock = file_bytes, clock
         self._waiting: queue.Queue[LoggedEvent | None] = queue.Queue(_QUEUE_MAX)
         self._failed = False
+        self._unwritten: deque[bytes] = deque()
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
         self._thread.start()
@@ -151,16 +157,33 @@ class EventLog:
 
     def _run(self) -> None:
         while (line := self._waiting.get()) is not None:
+            pulse = isinstance(line.event, Pulse)
+            if not pulse:
+                self._unwritten.append(encode(line))
             try:
-                if isinstance(line.event, Pulse):
+                while self._unwritten:
+                    self._append(self._unwritten[0], self._key, self._file_bytes)
+                    self._unwritten.popleft()
+                if pulse:
                     self._append(encode(line), self._pulse_key, min(self._file_bytes, PULSE_BYTES))
-                else:
-                    self._append(encode(line), self._key, self._file_bytes)
+                self._failed = False
             except (OSError, OrchestratorError) as error:  # a full disk must not end a training job
-                self.dropped += 1
-                if not self._failed:
-                    logging.warning("%s: events are not written: %s", self._root.shown(self._key), error)
-                self._failed = True
+                self._keep(error, pulse)
+        self.dropped += len(self._unwritten)
+
+    def _keep(self, error: Exception, pulse: bool) -> None:
+        """Something could not be written. A pulse is worth nothing later, but it is a sign of life now."""
+        if not self._failed:
+            logging.warning("%s: events are not written: %s", self._root.shown(self._key), error)
+        self._failed = True
+        if len(self._unwritten) > _UNWRITTEN_MAX:
+            self._unwritten.popleft()
+            self.dropped += 1
+        if pulse:
+            self.dropped += 1
+            folder, _, name = self._pulse_key.rpartition("/")
+            with contextlib.suppress(OSError, OrchestratorError), self._root.directory(folder) as directory:
+                os.utime(name, dir_fd=directory, follow_symlinks=False)  # takes no room
 
     def _append(self, body: bytes, key: str, file_bytes: int) -> None:
         self._root.ready()
@@ -175,8 +198,10 @@ class EventLog:
                     former = name.removesuffix(".jsonl") + ".old.jsonl"
                     os.replace(name, former, src_dir_fd=directory, dst_dir_fd=directory)
                     os.close(descriptor)
-                    descriptor = self._opened(directory, name, key)
-                os.write(descriptor, body)
+                    descriptor, size = self._opened(directory, name, key), 0
+                if os.write(descriptor, body) < len(body):
+                    os.ftruncate(descriptor, size)  # half a line would spoil the next one, too
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
 
