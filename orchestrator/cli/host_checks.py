@@ -9,7 +9,7 @@ from orchestrator.cli.finding import ExaminedRun, Finding, Level
 from orchestrator.cli.watch import Heard, free_bytes, summarize
 from orchestrator.cli.watch_page import is_slow, straggler
 from orchestrator.cli.watch_verdict import Verdict
-from orchestrator.observe.event_log import Tail
+from orchestrator.observe.event_log import RECENT_BYTES, Tail
 from orchestrator.observe.timeline import Timeline
 
 _DO: dict[Verdict, tuple[Level, str]] = {
@@ -24,7 +24,7 @@ _DO: dict[Verdict, tuple[Level, str]] = {
 
 def hosts(run: ExaminedRun) -> Iterator[Finding]:
     """Who holds the job up, if it runs. A run without events has no hosts to look at."""
-    tail = Tail(run.events_dir)
+    tail = Tail(run.events_dir, RECENT_BYTES)
     timeline = Timeline().add(tail.more(whole=False))
     now = time.time()
     ages = Heard().ages(tail.newest, now, time.monotonic())

@@ -64,7 +64,7 @@ def show(listing: Listing, flags: Flags) -> Iterator[render.Shown]:
             hidden.add("pins")
         kept = [index for index, name in enumerate(columns) if name not in hidden]
         shown = [[row[index] for index in kept] for row in rows]
-        yield render.table([columns[index] for index in kept], shown, right=["step", "age", "size"])
+        yield render.table([columns[index] for index in kept], shown, right=["step", "age", "size"], wide=wide)
     else:
         yield "no committed steps"
     if listing.newest is None:

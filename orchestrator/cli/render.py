@@ -32,6 +32,7 @@ from orchestrator.texts import printable
 from orchestrator.texts import size as size
 
 _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
+_WIDE_MOST = 10_000
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -45,6 +46,10 @@ _TONES: dict[str, Tone] = {
     **dict.fromkeys(("warn", "warning", "slow", "late", "stuck"), "warn"),
     **dict.fromkeys(("ok", "good", "verified", "restored", "committed", "restorable", "healthy"), "good"),
 }
+
+
+class Wide(Table):
+    """A table that is as wide as what is in it, however narrow the terminal is."""
 
 
 class _Console(Console):
@@ -81,7 +86,11 @@ def toned(text: str, tone: Tone | None = None) -> Text:
 def write(pieces: Iterable[Shown]) -> None:
     """What people are to see, on standard output, each piece as soon as it is there."""
     for piece in pieces:
-        if isinstance(piece, Table):
+        if isinstance(piece, Wide):
+            console = _console()
+            console.width = _WIDE_MOST  # it takes what it needs of that
+            console.print(piece, soft_wrap=True)
+        elif isinstance(piece, Table):
             _console().print(piece)
         else:
             _console().print(_line(piece), soft_wrap=True)
@@ -114,11 +123,15 @@ def document(value: Any) -> str:
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[Cell]], right: Sequence[str] = (), cut: bool = False
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    right: Sequence[str] = (),
+    cut: bool = False,
+    wide: bool = False,
 ) -> Table:
     """A plain table; cells are text, or `toned` text. `right`: columns of numbers. `cut`: each
-    row is one line, however narrow the screen."""
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    row is one line, however narrow the screen. `wide`: a line of the terminal may not be enough."""
+    drawn = (Wide if wide else Table)(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         justify: Literal["left", "right"] = "right" if column in right else "left"
         drawn.add_column(column, justify=justify, overflow="ellipsis" if cut else "fold", no_wrap=cut)

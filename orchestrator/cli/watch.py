@@ -15,7 +15,7 @@ from orchestrator.cli.watch_page import page
 from orchestrator.cli.watch_verdict import FINE, Facts, judge
 from orchestrator.cli.watch_view import CommitNow, HostNow, Quarantined, RunNow, SlowestHost
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
-from orchestrator.observe.event_log import Tail, directory_of
+from orchestrator.observe.event_log import RECENT_BYTES, Tail, directory_of
 from orchestrator.observe.events import PHASES
 from orchestrator.observe.heartbeat import PULSE_S
 from orchestrator.observe.timeline import HostSave, HostState, Timeline
@@ -61,7 +61,7 @@ def follow(root: str, flags: Flags) -> Iterator[RunNow]:
     """The run again and again, `interval_s` apart, for as long as somebody asks for more."""
     arguments.seconds("--interval_s", flags["interval_s"])
     store = open_store(root)
-    tail = Tail(directory_of(store.url, flags["events_dir"]))
+    tail = Tail(directory_of(store.url, flags["events_dir"]), RECENT_BYTES)
     timeline, heard = Timeline(), Heard()
     while True:
         head = store.require_head()

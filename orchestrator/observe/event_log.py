@@ -43,6 +43,8 @@ DIRECTORY = "events"  # below a run's root, where that is a directory
 _QUEUE_MAX = 10_000
 _UNWRITTEN_MAX = 1000  # kept while the disk is full, the newest
 _READ_BYTES_MAX = 2 * FILE_BYTES  # of one file, from its end
+RECENT_BYTES = 256 << 10  # of one file: the last few hundred saves, the pulses of half an hour
+_OPENED = b'"event":"EpochOpened"'
 # Beyond these a number says nothing: the year 5138, a million processes.
 _MOST = {"time": 1e11, "process": 1e6, "process_count": 1e6}
 _NUMBER_MAX = 1 << 60
@@ -225,13 +227,15 @@ def read(directory: str | None) -> list[LoggedEvent]:
 
 class Tail:
     """The events of `directory` as they come: `more` returns those since the last call. Reads each byte once.
+    `recent_bytes`: the first call reads only so much of each file, from its end, for whoever asks what is going on now;
+    of what is before it, only how process 0 opened its last incarnation.
 
     `skipped`: lines so far that are no events. `problems`: by name of a file, why it, or the beginning of it, is not
     read. `newest`: process -> when the file that it writes was last changed, by the file system's clock.
     """
 
-    def __init__(self, directory: str | None) -> None:
-        self._directory = directory
+    def __init__(self, directory: str | None, recent_bytes: int = 0) -> None:
+        self._directory, self._recent_bytes = directory, recent_bytes
         self._seen: dict[tuple[int, int], int] = {}  # (device, inode) -> bytes read; a full file changes its name
         self.skipped = 0
         self.problems: dict[str, str] = {}
@@ -269,10 +273,15 @@ class Tail:
             status = os.fstat(descriptor)
             inode = (status.st_dev, status.st_ino)
             first = self._seen.get(inode, 0)
-            if status.st_size - first > _READ_BYTES_MAX:
+            before = b""
+            if self._recent_bytes and inode not in self._seen and status.st_size > self._recent_bytes:
+                first = status.st_size - self._recent_bytes
+                before = _last_opened(descriptor, first) if name.startswith("00000.") and "pulse" not in name else b""
+            elif status.st_size - first > _READ_BYTES_MAX:
                 first = status.st_size - _READ_BYTES_MAX
                 self.problems[name] = f"{root.shown(key)}: only the last {_READ_BYTES_MAX} of its bytes are read"
             body = _read(descriptor, first, status.st_size - first)
+            cut = first > 0 and inode not in self._seen  # in the middle of a line
         finally:
             os.close(descriptor)
         if (found := _FILE.fullmatch(name)) and not found[3]:
@@ -281,7 +290,16 @@ class Tail:
         if whole:
             body = body[: body.rfind(b"\n") + 1]
         self._seen[inode] = first + len(body)
-        return body
+        return before + (body[body.find(b"\n") + 1 :] if cut else body)
+
+
+def _last_opened(descriptor: int, end: int) -> bytes:
+    """The last line before `end` that says how an incarnation began; b'' if there is none."""
+    first = max(0, end - _READ_BYTES_MAX)
+    text = _read(descriptor, first, end - first)
+    at = text.rfind(_OPENED)
+    stop = text.find(b"\n", at) + 1
+    return text[text.rfind(b"\n", 0, at) + 1 : stop] if at >= 0 and stop else b""
 
 
 def _read(descriptor: int, first: int, size: int) -> bytes:

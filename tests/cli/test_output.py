@@ -164,6 +164,16 @@ def test_tables_fit_80_columns_and_use_more_where_there_is_more(run: Path, words
     assert len(wide.splitlines()) <= len(rows)
 
 
+def test_ls_wide_is_as_wide_as_what_is_in_it(run: Path) -> None:
+    def rows(columns: int) -> list[str]:
+        shown = ESCAPE.sub("", on_a_terminal(columns, "ls", str(run), "--wide"))
+        return [
+            re.sub(r" +", " ", re.sub(r"\d+ s ago|now", "", line)) for line in shown.splitlines() if "e0001" in line
+        ]
+
+    assert rows(80) == rows(200) and max(map(len, rows(80))) > 80
+
+
 def test_watch_on_a_terminal_says_that_a_run_has_ended_in_order(run: Path) -> None:
     shown = on_a_terminal(80, "watch", str(run), "--interval_s=0.01")
     assert "ENDED  the process closed in order" in ESCAPE.sub("", shown)

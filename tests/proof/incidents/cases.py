@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.proof.incidents.scene import Scene
 
 DISK_MIB = 64
-CODE = "orchestrator"
 
 
 @dataclass(frozen=True)
@@ -77,18 +74,7 @@ def flip_and_restart(scene: Scene) -> None:
         (byte,) = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-    scene.notes.append(f"verify: {_verify(scene.url)}")
     os.kill(scene.pid(1), signal.SIGKILL)
-
-
-def _verify(url: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", CODE, "verify", url, "--repair_journal=never"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return f"exit code {done.returncode}: {done.stdout.strip()}"
 
 
 def kill_all(scene: Scene) -> None:
@@ -118,13 +104,15 @@ CASES = (
         "frozen host", "SIGSTOP to host-1", freeze,
         r"^STALLED  host-1 \(process 1\) is frozen", r"host-1 \(process 1\) is frozen",
         r"(?s)no step for.*host-1 (gave|has given) no sign of life",
-        alerts=of("HostSilent"), may=of("NoCommit"), flags=("--hang_after_s=90", "--max_restarts=1"), look_s=45,
+        alerts=of("endpoint HostSilent"), may=of("NoCommit"),
+        flags=("--hang_after_s=90", "--max_restarts=1"), look_s=30,
     ),
     Case(
         "dead host", "SIGKILL to host-1; nobody restarts the job", kill_host,
         r"^STALLED  host-1 \(process 1\) is dead", r"host-1 \(process 1\) is dead",
         r"(?s)no step for.*host-1 (gave|has given) no sign of life",
-        alerts=of("HostSilent"), may=of("NoCommit", "JobGone", "TrainingStalled"), look_s=45,
+        # A file is old after a minute, when JAX has ended the other host, too.
+        alerts=of("endpoint HostSilent"), may=of("NoCommit", "JobGone"), look_s=30,
     ),
     Case(
         "slow host", "on host-1 a file takes 2 s to become durable", slow_down,

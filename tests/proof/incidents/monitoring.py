@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ from typing import Any
 from tests.support.processes import free_port
 
 RULES = Path(__file__).parents[3] / "docs" / "ops" / "alerts.yml"
+BOARD = RULES.with_name("dashboard.json")
 SCRAPE_S = 5
 _READY_S = 30.0
 
@@ -118,6 +120,16 @@ class Prometheus:
         for alert in self.ask("/api/v1/alerts")["alerts"]:
             if alert["state"] == "firing":
                 self.firing.setdefault((alert["labels"]["job"], alert["labels"]["alertname"]), time.monotonic())
+
+    def silent_panels(self) -> list[str]:
+        """Queries of the dashboard that return nothing, over all jobs together."""
+        found = []
+        for panel in json.loads(BOARD.read_text())["panels"]:
+            for target in panel["targets"]:
+                query = urllib.parse.urlencode({"query": target["expr"].replace("$job", ".*")})
+                if not self.ask(f"/api/v1/query?{query}")["result"]:
+                    found.append(f"{panel['title']}: {target['expr']}")
+        return found
 
     def close(self) -> None:
         self._process.terminate()

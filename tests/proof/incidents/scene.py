@@ -82,7 +82,6 @@ class Scene:
     ports: tuple[int, int]
     bucket: GuardedBucket | None = None
     struck: float = 0.0
-    notes: list[str] = field(default_factory=list)
     said: dict[str, str] = field(default_factory=dict)  # tool -> what it says
     verdicts: list[Look] = field(default_factory=list)  # of watch, each change of it
     first: float | None = None  # seconds from the strike until watch said what is expected
