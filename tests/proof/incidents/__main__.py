@@ -31,6 +31,7 @@ START_S = 240.0
 WARM_S = 60.0  # of scrapes before the strike
 LAST_S = 480.0  # after it
 COMMITS = 3
+_SHOWN = 230  # characters of what a tool says
 
 
 def main() -> int:
@@ -168,16 +169,7 @@ def judge(scenes: dict[Case, Scene], prometheus: Prometheus) -> tuple[list[str],
         for tool, pattern in (("doctor", case.doctor), ("report", case.report)):
             if not re.search(pattern, scene.said.get(tool, "")):
                 wrong.append(f"{case.name}: {tool} did not say {pattern}: {scene.said.get(tool)}")
-        verdict = scene.said.get("watch", "").splitlines()[0] if scene.first is not None else "-"
-        alerts = (
-            "; ".join(f"`{name.split()[1]}` {at:.0f} s ({name.split()[0]})" for name, at in fired.items()) or "none"
-        )
-        said = [
-            _first(scene.said.get(tool, ""), pattern)
-            for tool, pattern in (("doctor", case.doctor), ("report", case.report))
-        ]
-        after = f"{scene.first:.0f} s: {verdict}" if scene.first is not None else "-"
-        rows.append(f"| **{case.name}**: {case.what} | {after} | {said[0]} | {alerts} | {said[1]} |")
+        rows.append(f"| **{case.name}**: {case.what} | {' | '.join(_cells(case, scene, fired))} |")
         (scene.base / "said.txt").write_text(
             "\n\n".join(
                 [
@@ -188,6 +180,22 @@ def judge(scenes: dict[Case, Scene], prometheus: Prometheus) -> tuple[list[str],
             )
         )
     return rows, wrong
+
+
+def _cells(case: Case, scene: Scene, fired: dict[str, float]) -> list[str]:
+    """What each tool says, in few words and without this machine's paths."""
+    patterns = {"watch": case.watch, "doctor": case.doctor, "report": case.report}
+    said = {tool: _first(scene.said.get(tool, ""), pattern) for tool, pattern in patterns.items()}
+    for tool, text in said.items():
+        shown = re.sub(r"(file://)?\S*/(disk|keys)/\S*?(run|key\.json)\b", r"/data/\3", text)
+        said[tool] = re.sub(r" +", " ", shown).replace("|", "/")[:_SHOWN] + (" ..." if len(shown) > _SHOWN else "")
+    again = next(
+        (one for one in scene.verdicts if one.seconds > (scene.first or 0) and one.text.startswith("HEALTHY")), None
+    )
+    later = f"; {again.seconds:.0f} s: HEALTHY again" if again and case.flags != Case.flags else ""
+    watch = f"{scene.first:.0f} s: {said['watch']}{later}" if scene.first is not None else "-"
+    alerts = "; ".join("`{1}` {2:.0f} s ({0})".format(*name.split(), at) for name, at in fired.items()) or "none"
+    return [watch, said["doctor"], alerts, said["report"]]
 
 
 def both_ways(alerts: frozenset[str]) -> frozenset[str]:

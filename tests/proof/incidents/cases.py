@@ -104,15 +104,15 @@ CASES = (
         "frozen host", "SIGSTOP to host-1", freeze,
         r"^STALLED  host-1 \(process 1\) is frozen", r"host-1 \(process 1\) is frozen",
         r"(?s)no step for.*host-1 (gave|has given) no sign of life",
-        alerts=of("endpoint HostSilent"), may=of("NoCommit"),
+        alerts=of("endpoint HostSilent"), may=of("NoCommit", "file HostSilent"),
         flags=("--hang_after_s=90", "--max_restarts=1"), look_s=30,
     ),
     Case(
         "dead host", "SIGKILL to host-1; nobody restarts the job", kill_host,
         r"^STALLED  host-1 \(process 1\) is dead", r"host-1 \(process 1\) is dead",
         r"(?s)no step for.*host-1 (gave|has given) no sign of life",
-        # A file is old after a minute, when JAX has ended the other host, too.
-        alerts=of("endpoint HostSilent"), may=of("NoCommit", "JobGone"), look_s=30,
+        # A file is old after a minute, when JAX ends the other host, too.
+        alerts=of("endpoint HostSilent"), may=of("NoCommit", "JobGone", "file HostSilent"), look_s=30,
     ),
     Case(
         "slow host", "on host-1 a file takes 2 s to become durable", slow_down,
