@@ -62,8 +62,7 @@ def run(root: str, flags: Flags) -> ComparedSteps:
     first, second = open_store(root), open_store(flags["other"] or root)
     a, b = live_step(first, step_of(flags["a"], "A")), live_step(second, step_of(flags["b"], "B"))
     sides = Side(first, a), Side(second, b)
-    with render.progress("bytes") as display:
-        bar = render.Bar(display, "reading", None)
+    with render.bar("reading", None, "bytes") as bar:
         found = compare(*sides, measure=flags["max_difference"], on_bytes=bar.add)
     leaves = [
         ComparedLeaf(one.leaf, one.a, one.b, one.state, one.by, one.elements, one.largest, str(one.problem or ""))

@@ -31,8 +31,7 @@ def journal_entries(run: ExaminedRun) -> Iterator[Finding]:
         yield Finding("journal", "damage", str(error), RECOVER)
     versions = store.versions()
     heads: list[Head] = []
-    with render.progress() as display:
-        bar = render.Bar(display, "journal", min(len(versions), _ENTRIES_MAX))
+    with render.bar("journal", min(len(versions), _ENTRIES_MAX)) as bar:
         for version in versions[-_ENTRIES_MAX:]:
             try:
                 heads.append(store.entry(version))

@@ -50,8 +50,7 @@ class Recovered:
 
 def run(root: str, flags: Flags) -> Recovered:
     store = open_store(root)
-    with render.progress() as display:
-        bar = render.Bar(display, "reading attempts", None)
+    with render.bar("reading attempts", None) as bar:
         found = recover.plan(store, on_attempt=lambda attempt: bar.add(1))
     if not found.attempts and found.head is None and not found.required:
         store.require_head()  # not a run

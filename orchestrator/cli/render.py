@@ -11,23 +11,15 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.observe.bar import Bar, Unit
+from orchestrator.texts import duration as duration
 from orchestrator.texts import printable
 from orchestrator.texts import size as size
 
@@ -159,54 +151,10 @@ def age(seconds: float) -> str:
     return next(f"{seconds / unit_s:.0f} {unit} ago" for unit_s, unit in _AGES if seconds >= unit_s)
 
 
-def duration(seconds: float) -> str:
-    """0.25 -> `0.25 s`, 200 -> `3 min 20 s`, 90000 -> `1 d 1 h`."""
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest_s, "s")]
-    first = next(index for index, (count, _) in enumerate(parts) if count)
-    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count)
-
-
 def metrics(values: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.5g}" for name, value in values.items())
 
 
-class _SizeColumn(ProgressColumn):
-    """How much of how much, in the units of all other sizes that we show."""
-
-    def render(self, task: Task) -> Text:
-        return words(size(task.completed) + ("" if task.total is None else f" of {size(task.total)}"))
-
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        rate = task.finished_speed or task.speed
-        return words("" if rate is None else f"{size(rate)}/s")
-
-
-class Bar:
-    """Shows how far a work has come, on a terminal only: in files, or in bytes. Any thread."""
-
-    def __init__(self, progress: Progress | None, about: str, total: int | None) -> None:
-        self._progress = progress
-        self._task = progress.add_task(printable(about), total=total) if progress else None
-
-    def file(self, key: str) -> None:
-        self.add(1)
-
-    def add(self, count: int) -> None:
-        if self._progress and self._task is not None:
-            self._progress.advance(self._task, count)
-
-
-def progress(unit: Literal["files", "bytes"] = "files") -> AbstractContextManager[Progress | None]:
-    """A progress display on standard error where that is a terminal; for bytes with the rate."""
-    if not sys.stderr.isatty():
-        return nullcontext(None)
-    counts = (MofNCompleteColumn(),) if unit == "files" else (_SizeColumn(), _RateColumn())
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr), transient=True)
+def bar(about: str, total: int | None, unit: Unit = "items") -> Bar:
+    """How far a work has come, on standard error where that is a terminal. A context: afterwards it is gone."""
+    return Bar(about, total, unit, shown=sys.stderr is not None and sys.stderr.isatty())

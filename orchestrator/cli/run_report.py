@@ -37,8 +37,7 @@ def build(store: JournalStore, timeline: Timeline, now: float, heard: float = 0.
     changed its events' file, which it does even where there is no room for an event."""
     head = store.require_head()
     entries = []
-    with render.progress() as display:
-        bar = render.Bar(display, "journal", head.version + 1)
+    with render.bar("journal", head.version + 1) as bar:
         for each in store.entries():
             entries.append(Entry.of(each))
             bar.add(1)

@@ -82,8 +82,7 @@ def _verify(store: JournalStore, live: LiveStep, sample: float | None, flags: Fl
         total = verify.total_bytes(store.step(live).manifest, sample)
     except OrchestratorError:  # it will be among the findings
         total = live.bytes
-    with render.progress("bytes") as display:
-        bar = render.Bar(display, f"step {live.step}", total)
+    with render.bar(f"step {live.step}", total, "bytes") as bar:
         verdict = verify.read_back(
             store, live, sample=sample, seed=flags["seed"], by_store=flags["by_store"], on_bytes=bar.add
         )
