@@ -25,7 +25,7 @@ from tests.support.processes import free_port
 from tests.support.token_server import Tokens, service_account
 
 BUCKET = "rehearsal"
-TOOL_S = 60.0
+TOOL_S = 120.0
 
 
 class GuardedBucket:
@@ -132,7 +132,10 @@ class Scene:
         command = [sys.executable, "-m", "orchestrator", tool, self.url, *more]
         command += [f"--events_dir={self.events}"] if self.events else []
         environ = {**os.environ, "COLUMNS": "120"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_S, env=environ)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_S, env=environ)
+        except subprocess.TimeoutExpired:
+            return f"no answer within {TOOL_S:g} s"
         return f"{done.stdout.strip()}\n{done.stderr.strip()}\nexit code {done.returncode}"
 
     def report(self) -> str:
