@@ -35,4 +35,4 @@ def hosts(run: ExaminedRun) -> Iterator[Finding]:
     yield Finding("hosts", level, f"{seen.verdict}: {seen.why}", do)
     if seen.slowest and is_slow(seen.slowest):
         do = "look at that host's disk and network; the phases of each save are in orchestrator report ROOT"
-        yield Finding("hosts", "warn", straggler(seen.slowest), do)
+        yield Finding("hosts", "warn", "; ".join(straggler(seen.slowest)), do)

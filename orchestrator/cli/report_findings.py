@@ -46,7 +46,7 @@ def _verdict(made: RunReport, timeline: Timeline, found: list[Finding], heard: f
 def _state(made: RunReport, timeline: Timeline, heard: float) -> tuple[str, str]:
     newest = timeline.progress.epochs.get(made.epoch)
     if newest is None:
-        return "There are no events of the newest incarnation: whether the job runs is not known.", "plain"
+        return "There are no events of the newest epoch: whether the job runs is not known.", "plain"
     if newest.in_order:
         return f"The job ended in order at {render.moment(newest.last)}.", "good"
     if (silent_s := made.made - max(newest.last, heard)) > GONE_S:

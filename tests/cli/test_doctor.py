@@ -274,7 +274,4 @@ def test_a_slow_host_is_named(root: Path, capsys: pytest.CaptureFixture[str]) ->
     ]
     (root / "events/00007.jsonl").write_bytes(b"".join(map(encode_event, story)))
     (text,) = [text for text in ill(examine(root, capsys)[1])["hosts"] if "slowest" in text]
-    assert (
-        text
-        == "warn: slowest in step 2: process 1 (host-1), 8.00 s until its part was durable; the others' median 0.20 s"
-    )
+    assert text == "warn: slowest in step 2: process 1 (host-1), durable after 8.00 s; the others' median is 0.20 s"
