@@ -268,7 +268,7 @@ def quarantine(
     if head is None or not is_live(head, attempt):
         return None
     if spare_last and [live.id for live in head.live if live.restorable] == [attempt]:
-        text = "is the only step that can be restored: without it no job comes back"
+        text = "is the only step that can be restored: without it no job can resume"
         return Rejected(UsageError(f"step {attempt.step} {text}; add --force to quarantine it all the same"))
 
     def taken(live: LiveStep) -> LiveStep:
