@@ -40,7 +40,8 @@ def test_a_step_directory_is_no_step_of_orbax_to_be_adopted(root: Path) -> None:
     store_of(root).append(partial(removal.remove, step=3))
     assert shown(root) == ["1", "2", "3"]
     with oc.Agent(root, options=now()) as agent:  # which would be rejected beside Orbax's own steps
-        assert agent.all_steps() == [1, 2]
+        assert agent.save(4, {"w": jnp.zeros(4)})
+        assert agent.all_steps() == [1, 2, 4]
     assert main(["orchestrator", "verify", str(root)]) == 0
 
 
