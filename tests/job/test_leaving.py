@@ -197,6 +197,19 @@ ALONE = {
         *("unclosed", ("return",), 130, (INT,), (LOST, "step 2: interrupted while it was"), (), {"": (1,)}),
         *("save.write=delay:20@step=2", FLYING),
     ),
+    **{
+        f"INT, {act}, caught": Row(
+            *("interrupted", (act,), 0, (INT,), (f"left {act}", "restored 3 0", "threads []", *says)),
+            *(("survived", "lost: "), {"": saved}, failpoints),
+        )
+        for act, failpoints, says, saved in (
+            ("stage", "save.stage=delay:20@step=2", (), (1, 3)),
+            ("restore", "restore.read=delay:20@nth=1", (), (1, 3)),
+            ("wait", SLOW.format(2), (), (1, 2, 3)),
+            ("close", SLOW.format(2), ("is closed; open another one",), (1, 2, 3)),
+            ("open", "", (), (1, 3)),
+        )
+    },
     "HUP": Row("does_not_look", (), -HUP, (HUP,), (), ("survived",), {"": ()}, "save.write=delay:20@step=1"),
     "HUP, reader": Row("reads", (), -HUP, (HUP,), (), ("survived",)),
 }
@@ -219,6 +232,19 @@ TOGETHER = {
     "INT": Row(
         *("two_wait", ("open",), -INT, (INT,), (), ("survived",), {"": (1,)}, SLOW.format(1)), to_all=True, or_code=130
     ),
+    **{
+        f"INT, {act}": Row(
+            *("two_interrupted", (act,), -INT, (INT,), (), ("survived", "cannot schedule new futures"), {"": saved}),
+            *(failpoints,),
+            to_all=True,
+            or_code=130,
+        )
+        for act, failpoints, saved in (
+            ("stage", "save.stage=delay:20@step=2", (1,)),
+            ("restore", "restore.read=delay:20@nth=1", (1,)),
+            ("wait", SLOW.format(2), (1, 2)),
+        )
+    },
     "HUP": Row("two_wait", ("open",), -HUP, (HUP,), (), ("survived",), to_all=True),
     "no service": Row("two_without_service", (), 0, (), ("JAX's preemption service is off",), (), {"": (1,)}),
     "save again": Row(

@@ -236,6 +236,43 @@ def does_not_look(root: str) -> None:
         waiting(root)
 
 
+def interrupted(root: str, act: str) -> None:
+    """Ctrl-C at a prompt: `act` is left, and the agent is used again, or says that it is closed."""
+    agent = oc.Agent(root, options=QUICK)
+    agent.save(1, state())
+    agent.wait_until_finished()
+    if act == "open":
+        os.environ["ORCHESTRATOR_FAILPOINTS"] = "epoch.before=delay:20@nth=1"  # the next agent looks it up
+        agent = oc.Agent(root, options=QUICK)
+    try:
+        threading.Timer(0.5, say, ("ready",)).start()
+        acts(agent, act)
+        say("survived")
+    except KeyboardInterrupt:
+        say("left", act)
+    if act == "close":
+        agent.close()  # waits again
+        try:
+            agent.save(3, state())
+        except oc.UsageError as error:
+            say(error)
+        agent = oc.Agent(root, options=QUICK)
+    agent.save(3, state())
+    agent.wait_until_finished()
+    restored = agent.restore(state())
+    say("restored", restored and restored.step, agent.failures)
+    agent.close()
+    say("threads", sorted({thread.name for thread in threading.enumerate()} & {"pulse", "events"}))
+
+
+def acts(agent: oc.Agent, act: str) -> None:
+    if act == "restore":
+        agent.restore(state())
+        return
+    agent.save(2, state())
+    agent.close() if act == "close" else agent.wait_until_finished()
+
+
 def reads(root: str) -> None:
     oc.open_run(root).restore()
     waiting(root)
@@ -314,6 +351,17 @@ def two_wait(root: str, index: int, port: int, program: str) -> None:
         os._exit(0)  # JAX, who has heard SIGTERM, may wait at the end for the others to agree on a step
     else:
         does_not_look(root)
+
+
+def two_interrupted(root: str, index: int, port: int, act: str) -> None:
+    """Ctrl-C comes to both, and nothing catches it."""
+    joined(index, port)
+    with oc.Agent(root, options=QUICK) as agent:
+        agent.save(1, state())
+        agent.wait_until_finished()
+        threading.Timer(0.5, say, ("ready",)).start()
+        acts(agent, act)
+        say("survived")
 
 
 def two_train(root: str, index: int, port: int) -> None:
