@@ -163,6 +163,18 @@ ALONE = {
     "lost, and told": Row("unclosed_told", (), 0, (), ("fenced by epoch 2",), ("orchestrator: lost",), KEPT),
     "closed": Row("closed", ("return",), 0, (), (), ("lost", "being saved"), {"": (1,)}, SLOW.format(1)),
     "closed, sys.exit": Row("closed", ("exit",), 3, (), (), ("lost", "being saved"), {"": (1,)}, SLOW.format(1)),
+    **{
+        f"mistake, {how}": Row("mistaken", (how,), code, (), ("in mistaken\n", error), ("orchestrator/", *says_not), {})
+        for how, code, error, says_not in (
+            ("argument", 2, "errors.UsageError: save", ()),
+            ("no run", 3, "errors.NotARun: ", ()),
+            ("leaf", 2, "errors.UnsupportedLeaf: ", ()),
+            ("like", 1, "errors.Mismatch: ", ()),
+            ("step", 6, "errors.StepNotFound: ", ()),
+            ("closed", 2, "errors.UsageError: save", ("KeyError",)),
+            ("after another", 2, 'KeyError: "a key of the program\'s own"', ()),
+        )
+    },
     "forked children": Row(
         *("unclosed_in_fork", (), 0, ()),
         ("raise child: 1", "exit child: 3", "return child: 0", "opened before the fork"),

@@ -236,6 +236,30 @@ def does_not_look(root: str) -> None:
         waiting(root)
 
 
+def mistaken(root: str, how: str) -> None:
+    """Mistakes that nothing catches."""
+    if how == "argument":
+        oc.Agent(root, save=3)  # type: ignore[arg-type]
+    if how == "no run":
+        oc.open_run(root)
+    agent = oc.Agent(root, options=QUICK)
+    agent.save(1, state())
+    agent.wait_until_finished()
+    if how == "leaf":
+        agent.save(2, {"w": object()})
+    if how == "like":
+        agent.restore({"other": jnp.ones(3)})
+    if how == "step":
+        agent.restore(state(), step=9)
+    agent.close()
+    if how == "closed":
+        agent.save(2, state())
+    try:
+        raise KeyError("a key of the program's own")
+    except KeyError:
+        agent.save(3, state())
+
+
 def interrupted(root: str, act: str) -> None:
     """Ctrl-C at a prompt: `act` is left, and the agent is used again, or says that it is closed."""
     agent = oc.Agent(root, options=QUICK)
