@@ -106,7 +106,7 @@ def exit_code(found: ComparedSteps) -> int:
 COMMAND = Command(
     run,
     show,
-    "which leaves differ between steps A and B; 1 if any does",
+    "which leaves differ between steps A and B",
     flags=(
         Flag("other", str, None, "B is a step of this run instead of ROOT"),
         Flag("max_difference", bool, False, "read what differs: how many elements, and the greatest difference"),
@@ -116,6 +116,7 @@ COMMAND = Command(
         "orchestrator diff /data/run 100 200",
         "orchestrator diff /data/run 100 100 --other=/data/second --max_difference",
     ),
+    detail="Exit code 1 if a leaf differs or could not be read, 4 if one is damaged.",
     arguments=("A", "B"),
     exit_code=exit_code,
     encode=encode,

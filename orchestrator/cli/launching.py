@@ -17,7 +17,7 @@ import orchestrator
 from orchestrator.errors import UsageError
 
 NAME = "launch"
-ABOUT = "start a job: local, slurm, gke, tpu-vm (orchestrator launch --help)"
+ABOUT = "start a job: local, slurm, gke, tpu-vm (launch --help)"
 
 
 def run(words: Sequence[str]) -> int:

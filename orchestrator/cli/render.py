@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.cli.layout import Hanging, Rows, wrapped
 from orchestrator.observe.bar import Bar, Unit
 from orchestrator.texts import duration as duration
 from orchestrator.texts import printable
@@ -27,7 +28,7 @@ _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
-Shown = str | Text | Table  # what people are shown of a result, one piece: a line, one with a style, a table
+Shown = str | Text | Hanging | Rows | Table  # what people are shown of a result, one piece: a line or a table
 Cell = str | Text  # of a table
 Tone = Literal["bad", "warn", "good", "dim", "plain"]
 _STYLES: dict[Tone, str] = {"bad": "bold red", "warn": "yellow", "good": "green", "dim": "dim", "plain": ""}
@@ -73,26 +74,32 @@ def toned(text: str, tone: Tone | None = None) -> Text:
 def write(pieces: Iterable[Shown]) -> None:
     """What people are to see, on standard output, each piece as soon as it is there."""
     for piece in pieces:
-        if isinstance(piece, Table):
-            _console().print(piece)
-        else:
-            _console().print(_line(piece), soft_wrap=True)
+        # Soft: rich itself cuts no word of a sentence in two.
+        _console().print(_drawn(piece), soft_wrap=not isinstance(piece, Table))
 
 
 def follow(pages: Iterable[Iterable[Shown]]) -> None:
     """One page after another, each in the place of the one before, on a terminal."""
     with Live(console=_console(), auto_refresh=False) as live:
         for page in pages:
-            live.update(Group(*map(_line, page)), refresh=True)
+            live.update(Group(*map(_drawn, page)), refresh=True)
 
 
-def _line(piece: Shown) -> Text | Table:
-    return words(piece) if isinstance(piece, str) else piece
+def _drawn(piece: Shown) -> Hanging | Rows | Table:
+    if isinstance(piece, str):
+        piece = words(piece)
+    return Hanging.of(piece) if isinstance(piece, Text) else piece
 
 
 def write_error(text: str) -> None:
-    """What went wrong, for people, on standard error: one line, and one for each detail."""
-    print(printable(text, details=True), file=sys.stderr)
+    """What went wrong, for people, on standard error: one line, and one for each detail. A terminal gets as many as
+    they take."""
+    for line in printable(text, details=True).split("\n"):
+        shown = [line]
+        if sys.stderr.isatty():
+            indent = len(line) - len(line.lstrip(" ")) + 2
+            shown = [part.plain for part in wrapped(Text(line), shutil.get_terminal_size().columns, indent)]
+        print(*shown, sep="\n", file=sys.stderr)
 
 
 def write_json(value: Any) -> None:
@@ -119,6 +126,16 @@ def table(
     return drawn
 
 
+def hanging(text: str, indent: int, tone: Tone = "plain") -> Hanging:
+    """A sentence in the colour of `tone`, whose later lines, if it takes any, begin after `indent` blanks."""
+    return Hanging(toned(text, tone), indent)
+
+
+def rows(columns: Sequence[str], cells: Iterable[Sequence[Cell]], right: Sequence[str] = ()) -> Rows:
+    """A table whose last column is text of any length, such as a reason."""
+    return Rows(columns, [[words(cell) if isinstance(cell, str) else cell for cell in row] for row in cells], right)
+
+
 def moment(seconds: float) -> str:
     """Seconds since 1970 as local time, to the second, with its zone: who reads it may be elsewhere."""
     local = time.localtime(seconds)
@@ -136,6 +153,11 @@ def age(seconds: float) -> str:
     if seconds < 1:
         return "now"
     return next(f"{seconds / unit_s:.0f} {unit} ago" for unit_s, unit in _AGES if seconds >= unit_s)
+
+
+def rough(seconds: float) -> str:
+    """0.25 -> `<1 s`, 3.68 -> `4 s`, 200 -> `3 min 20 s`: for a screen that changes every second."""
+    return "<1 s" if seconds < 1 else f"{seconds:.0f} s" if seconds < 10 else duration(seconds)
 
 
 def metrics(values: Mapping[str, float]) -> str:

@@ -135,7 +135,7 @@ def exit_code(judged: JudgedStep) -> int:
 COMMAND = Command(
     run,
     show,
-    "read steps back and compare every byte; 4 if one is damaged",
+    "read steps back and compare every byte",
     flags=(
         STEP,
         Flag("all", bool, False, "every step"),
@@ -158,5 +158,6 @@ COMMAND = Command(
     ),
     exit_code=exit_code,
     encode=encode,
-    detail="Each file and chunk is compared with the manifest. A verdict is printed before it is journalled.",
+    detail="Each file and chunk is compared with the manifest. A verdict is printed before it is journalled. "
+    "Exit code 4 if a step is damaged, 1 if one could not be read.",
 )
