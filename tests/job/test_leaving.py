@@ -180,6 +180,9 @@ ALONE = {
         ("raise child: 1", "exit child: 3", "return child: 0", "opened before the fork"),
         *(("lost",), {"": (1,)}, "save.write=delay:1@step=1"),
     ),
+    "again in a forked child": Row(
+        *("again_in_fork", (), 5, (), ("child's epoch 2", "child: 0", "fenced by epoch 2"), ("takes over",), KEPT)
+    ),
     "workers": Row("workers", (), 0, (), ("fork worker: -15", "spawn worker: -15"), ("lost",), KEPT),
     # Signals.
     "TERM": Row("trains", (), 0, (TERM,), ("left at",), (), {"": 1}),
@@ -262,6 +265,11 @@ TOGETHER = {
     "save again": Row(
         *("two_save_again", (), 0, (), ("asked alike: True",), (), {"": (10, 20)}),
         "save.write=error@process=0@step=20@nth=1;save.write=delay:1@process=1@step=20@nth=1",
+    ),
+    "again": Row(
+        *("two_again", (), 0, ()),
+        *(("saving step 1 there: waiting", "saving step 2 there: waiting", "takes over", "epoch 3"), ("lost",)),
+        *({"": (1, 2, 3)}, "save.write=delay:0.5"),
     ),
     "whose handler": Row("jaxs_handler", (), 0, (), ("JAX's: True\nJAX's: False\n",)),
 }

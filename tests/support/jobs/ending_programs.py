@@ -163,6 +163,24 @@ def unclosed_in_fork(root: str) -> None:
         say(how, "child:", process.exitcode)
 
 
+def again_in_fork(root: str) -> None:
+    """An agent of a forked child is another incarnation, as one of any other process, and waits for none."""
+    agent = oc.Agent(root, options=QUICK)
+    agent.save(1, state())
+    agent.wait_until_finished()
+
+    def child() -> None:
+        with oc.Agent(root, options=QUICK) as other:
+            other.save(2, state())
+            say("child's epoch", other.epoch)
+
+    process = mp.get_context("fork").Process(target=child)
+    process.start()
+    process.join(30)
+    say("child:", process.exitcode)
+    agent.save(3, state())
+
+
 def workers(root: str) -> None:
     """Data workers beside an open agent are ended by SIGTERM, at any moment, as `multiprocessing` does it."""
     with oc.Agent(root, options=QUICK) as agent:
@@ -386,6 +404,18 @@ def two_interrupted(root: str, index: int, port: int, act: str) -> None:
         threading.Timer(0.5, say, ("ready",)).start()
         acts(agent, act)
         say("survived")
+
+
+def two_again(root: str, index: int, port: int) -> None:
+    """Every process runs the cell again that makes its agent, while the first one saves."""
+    joined(index, port)
+    for step in (1, 2, 3):
+        agent = oc.Agent(root, options=QUICK)
+        restored = agent.restore(state())
+        assert (restored.step if restored else 0) == step - 1
+        agent.save(step, state())
+    agent.close()
+    say("epoch", agent.epoch)
 
 
 def two_train(root: str, index: int, port: int) -> None:
