@@ -1,4 +1,4 @@
-"""All that this package uses of JAX's internals (jax 0.8 to 0.12), each with why no public name will do. Nothing else
+"""All that this package uses of JAX's internals (jax 0.7 to 0.12), each with why no public name will do. Nothing else
 imports `jax._src` or reads a private attribute of JAX's objects. tests/arrays/test_private_apis.py watches every one.
 """
 
@@ -7,15 +7,17 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.experimental
 import numpy as np
 from jax._src import api as _api
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
+from jax._src import mesh as _mesh
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
@@ -23,7 +25,32 @@ from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 _make_gloo = _jax.make_gloo_tcp_collectives
 
 
+# Settings. Public from jax 0.8 on, taken from there where it is.
+
+
+def enable_x64() -> Any:
+    """A context with 64-bit types."""
+    where: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+    return where.enable_x64(True)
+
+
+def mesh_that_is_set() -> jax.sharding.Mesh:
+    """By `jax.set_mesh`; an empty one if none is. Raises ValueError where JAX traces."""
+    if hasattr(jax.sharding, "get_mesh"):
+        return jax.sharding.get_mesh()
+    if not _core.trace_state_clean():
+        raise ValueError("JAX traces a function")
+    found: jax.sharding.Mesh = _mesh.get_concrete_mesh()
+    return found
+
+
 # Arrays.
+
+
+def programs_know(dtype: Any) -> bool:
+    """Whether XLA's programs see such elements as they are: those of jaxlib 0.7 for CPUs take four elements of two bits
+    for one. Copies to devices and back are right."""
+    return jax.__version_info__ >= (0, 8) or np.dtype(dtype).name not in ("int2", "uint2")
 
 
 def shards_of(array: Any) -> Sequence[Any]:
@@ -33,22 +60,22 @@ def shards_of(array: Any) -> Sequence[Any]:
     return shards
 
 
-def array_of_shards(
+def arrays_of_shards(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     sharding: jax.sharding.Sharding,
-    shards: Sequence[Any],
+    shards: Iterable[list[Any]],
     devices: Sequence[jax.Device],
     *,
     copied: bool,
-) -> jax.Array:
-    """An array out of its shards on the host, one for each of `devices`. copied: it has memory of its own; else a CPU
-    device takes the shards' over. One call for all shards: `device_put` takes ten times as long for small ones."""
+) -> list[jax.Array]:
+    """Arrays of one form, each out of its shards on the host, one for each of `devices`. copied: they have memory of
+    their own; else CPU devices take the shards' over. One call for all shards of an array: `device_put` takes ten times
+    as long for small ones."""
     semantics = _xla.HostBufferSemantics
     how = semantics.IMMUTABLE_ONLY_DURING_CALL if copied else semantics.ZERO_COPY
-    aval = _core.ShapedArray(shape, dtype)
-    array: jax.Array = _xla.batched_device_put(aval, sharding, list(shards), list(devices), True, False, how)
-    return array
+    aval, on = _core.ShapedArray(shape, dtype), list(devices)
+    return [_xla.batched_device_put(aval, sharding, of_array, on, True, False, how) for of_array in shards]
 
 
 # The job.
