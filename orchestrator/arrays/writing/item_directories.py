@@ -66,7 +66,8 @@ def _write_tree(state: Path, directory: Path, entries: dict[str, Chunk]) -> None
         return
     ordered = sorted((key.encode(), chunk) for key, chunk in entries.items())
     path = data_files.data_file_path()
-    nodes, manifest = ocdbt.encode(ordered, path, 0, uuid.uuid4().bytes, time.time_ns())
+    keys, chunks = zip(*ordered, strict=True)
+    nodes, manifest = ocdbt.encode(keys, chunks, path, 0, uuid.uuid4().bytes, time.time_ns())
     for name, body in ((path, nodes), (ocdbt.MANIFEST, manifest)):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(body)
