@@ -36,6 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.jax_internals import programs_know
 from orchestrator.arrays.leaf_errors import about
 from orchestrator.arrays.memory_kinds import in_default_memory
 from orchestrator.rules import fingerprints
@@ -176,9 +177,9 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         data = [shard.data for shard in value.addressable_shards]
     else:
         data = [value.addressable_data(index) for index in range(len(parts))]
-    if in_default_memory(value.sharding):
+    if in_default_memory(value.sharding) and programs_know(value.dtype):
         yield _plan(leaf, value.shape, parts, data, devices, _words(value.dtype))
-    else:  # an accelerator's host memory
+    else:  # in an accelerator's host memory, for one
         for part, shard in zip(parts, data, strict=True):
             yield _from_host(leaf, value.shape, part, np.asarray(shard))
 
