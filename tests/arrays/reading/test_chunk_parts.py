@@ -146,6 +146,18 @@ def test_damage_in_what_is_needed_is_found_and_checksums_that_are_lost_cost_only
         assert np.array_equal(first_rows(saved, 100)[0], layers()[:, :100])
 
 
+def test_checksums_of_parts_count_only_if_they_make_the_chunks(saved: Path) -> None:
+    path, place = places(saved)["w/c/3/0/0"]
+    changed(path, place.offset)
+    body = bytearray(path.read_bytes())
+    end = place.offset + place.bytes
+    wrong = crc32c.crc32c(body[place.offset : place.offset + PART_BYTES])
+    body[end : end + CHECKSUM_BYTES] = wrong.to_bytes(CHECKSUM_BYTES, "little")
+    path.write_bytes(body)
+    with pytest.raises(Suspect, match=r"w: chunk w/c/3/0/0 .*crc32c"):
+        first_rows(saved, 1)
+
+
 def test_a_step_without_checksums_of_parts_is_read_whole(saved: Path) -> None:
     """As earlier versions wrote it: what follows a chunk is the next one."""
     for path, place in places(saved).values():
