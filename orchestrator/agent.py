@@ -94,14 +94,9 @@ class Agent:
         self._deletion = BackgroundDeletion(self._store)
         signals = Signals(me, incarnation_id)
         self._writer = _array_writer(self.options, me.process)
+        coordinator = _coordinator(self._store, me, signals, keep, self.options) if me.process == 0 else None
         self._participants = ParticipantFactory(
-            self._store,
-            self._writer,
-            me,
-            signals,
-            _coordinator(self._store, me, signals, keep, self.options) if me.process == 0 else None,
-            self.options,
-            committed=self._committed,
+            self._store, self._writer, me, signals, coordinator, self.options, committed=self._committed
         )
         self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
