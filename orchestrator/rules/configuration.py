@@ -40,6 +40,7 @@ OPTIONS: Mapping[str, Strictness] = {
     "other_tree": Strictness.SAME,
     "host_bytes_max": Strictness.NOTED,  # hosts may have more and less memory
     "when_full": Strictness.SAME,
+    "restore_bytes_max": Strictness.NOTED,
     "attest": Strictness.SAME,  # fingerprints of some prove nothing, and a collective of some hangs
     "host_local": Strictness.SAME,
     "load_once": Strictness.SAME,

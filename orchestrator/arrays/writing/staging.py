@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from orchestrator.arrays import page_locked
 from orchestrator.arrays.jax_internals import shards_of
 from orchestrator.arrays.leaf_errors import named
-from orchestrator.arrays.memory_kinds import PINNED_HOST
 from orchestrator.arrays.writing.write_plan import LeafPlan, Pieces, as_stored
 
 StagedPart = tuple[Any, Pieces]  # a shard's elements, which np.asarray gives on the host, and its chunks to write
@@ -33,24 +32,15 @@ def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
         return []
     shards = [[shards_of(as_stored(plan.leaf, value))[index] for index, _ in plan.shards] for plan, value in leaves]
     try:
-        return _pinned(shards)
-    except _NO_ROOM:
+        return page_locked.copies(shards)
+    except page_locked.NO_ROOM:
         return [[_copy(shard) for shard in of_leaf] for of_leaf in shards]
-
-
-_NO_ROOM = (ValueError, jax.errors.JaxRuntimeError)  # the platform has no page-locked memory; it has run out
-
-
-def _pinned(shards: list[list[Any]]) -> list[list[Any]]:
-    targets = [[shard.sharding.with_memory_kind(PINNED_HOST) for shard in of_leaf] for of_leaf in shards]
-    copies: list[list[Any]] = jax.device_put(shards, targets)
-    return copies
 
 
 def _copy(shard: Any) -> Any:
     try:
-        return _pinned([[shard]])[0][0]
-    except _NO_ROOM:
+        return page_locked.copies([[shard]])[0][0]
+    except page_locked.NO_ROOM:
         return np.asarray(shard)
 
 
