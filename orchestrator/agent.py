@@ -94,9 +94,10 @@ class Agent:
         self._schedule = SaveSchedule(policy, me, timeout_s)
         self._deletion = BackgroundDeletion(self._store)
         signals = Signals(me, incarnation_id)
+        self._writer = _array_writer(self.options, me.process)
         self._participants = ParticipantFactory(
             self._store,
-            _array_writer(self.options, me.process),
+            self._writer,
             me,
             signals,
             _coordinator(self._store, me, signals, keep, self.options) if me.process == 0 else None,
@@ -236,14 +237,11 @@ class Agent:
                 back=environment.step_back(),
                 strict=strict,
                 load_once=self.options.load_once,
-                read=ReadOptions(
-                    partial=partial,
-                    cast=cast,
-                    attest=self.options.attest == "full",
-                    reader=functools.partial(arrays.load, host_bytes_max=self.options.restore_bytes_max),
-                ),
+                read=_read_options(self.options, partial, cast),
             )
-            return restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
+            restored = restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
+            self._writer.prepare(like)
+            return restored
 
     # Waiting and leaving.
 
@@ -281,6 +279,7 @@ class Agent:
             self._leave()
 
     def _leave(self) -> None:
+        self._writer.close(GRACE_S)
         self._lifetime.over(self.in_flight)
         self._listening.stop(leaving=self._schedule.preempted)
         self._telemetry.close()
@@ -309,6 +308,8 @@ def _array_writer(options: Options, process: int) -> ArrayWriter:
             skip_when_full=options.when_full == "skip",
             timeout_s=options.save_timeout_s,
             compare_own=options.host_local != "ignore",
+            stage=options.stage,
+            stage_margin=options.stage_margin,
         ),
         process,
     )
@@ -325,3 +326,8 @@ def _coordinator(
         quarantine_keep_s=options.quarantine_keep_s,
         host_local=options.host_local,
     )
+
+
+def _read_options(options: Options, partial: bool, cast: bool) -> ReadOptions:
+    reader = functools.partial(arrays.load, host_bytes_max=options.restore_bytes_max)
+    return ReadOptions(partial=partial, cast=cast, attest=options.attest == "full", reader=reader)

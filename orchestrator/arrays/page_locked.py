@@ -25,10 +25,11 @@ Array = np.ndarray[Any, Any]
 Form = tuple[Any, tuple[int, ...], np.dtype[Any]]  # device, shape, dtype
 
 
-def copies(shards: list[list[Any]]) -> list[list[Any]]:
-    """Begin to copy arrays on accelerators to page-locked memory. Raises one of NO_ROOM."""
-    targets = [[shard.sharding.with_memory_kind(PINNED_HOST) for shard in of_leaf] for of_leaf in shards]
-    begun: list[list[Any]] = jax.device_put(shards, targets)
+@in_own_context
+def copies(shards: list[Any]) -> list[Any]:
+    """Begin to copy arrays, of one accelerator each, to page-locked memory. Raises one of NO_ROOM."""
+    targets = [shard.sharding.with_memory_kind(PINNED_HOST) for shard in shards]
+    begun: list[Any] = jax.device_put(shards, targets)
     return begun
 
 

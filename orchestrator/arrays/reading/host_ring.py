@@ -56,7 +56,7 @@ class HostRing:
     def __init__(self, most_bytes: int | None = None) -> None:
         self._most_bytes = most_bytes or BYTES
         self._held_bytes = 0
-        self._arrays, self._slabs = ReusedArrays(self._most_bytes), list[Slab]()
+        self._locked, self._slabs = ReusedArrays(self._most_bytes), list[Slab]()
         self._reading, self._copying = deque[_Part](), deque[_Part]()
 
     def load(self, reader: Reader, groups: Sequence[BufferGroup], values: list[Any]) -> None:
@@ -88,7 +88,7 @@ class HostRing:
         shapes = group.layout.shapes
         of_buffer = dict(zip(group.layout.buffer_of, group.layout.devices, strict=True))
         forms = [(of_buffer[number], shape, group.restored_dtype) for number, shape in enumerate(shapes)]
-        if locked := self._arrays.take(forms):
+        if locked := self._locked.take(forms):
             group.locked = locked
             group.buffers = [memory(array).view(group.dtype).reshape(1, *array.shape) for array in locked]
 
@@ -121,7 +121,7 @@ class HostRing:
     @in_own_context
     def _reuse(self, part: _Part) -> None:
         jax.block_until_ready(part.copied)
-        self._arrays.give_back(part.locked)
+        self._locked.give_back(part.locked)
         self._slabs.append(part.slab)
         self._held_bytes -= part.bytes
 
