@@ -8,6 +8,7 @@ main thread; background threads never run a collective.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from orchestrator import environment, failpoints
+from orchestrator import arrays, environment, failpoints
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import leaving, peer_failure
@@ -231,7 +232,7 @@ class Agent:
                 back=environment.step_back(),
                 strict=strict,
                 load_once=self.options.load_once,
-                read=ReadOptions(partial=partial, cast=cast, attest=self.options.attest == "full"),
+                read=_read_options(self.options, partial, cast),
             )
             restored = restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
             self._writer.prepare(like)
@@ -320,3 +321,8 @@ def _coordinator(
         quarantine_keep_s=options.quarantine_keep_s,
         host_local=options.host_local,
     )
+
+
+def _read_options(options: Options, partial: bool, cast: bool) -> ReadOptions:
+    reader = functools.partial(arrays.load, host_bytes_max=options.restore_bytes_max)
+    return ReadOptions(partial=partial, cast=cast, attest=options.attest == "full", reader=reader)

@@ -11,7 +11,7 @@ from orchestrator.rules import arguments
 @dataclass(frozen=True)
 class Options:
     """How an agent behaves. All hosts of a job must be given the same, or they are rejected, with UsageError, at the
-    start. Only events_dir, the metrics, traces and progress are each host's own; and host_bytes_max may differ.
+    start. Only events_dir, the metrics, traces and progress are each host's own; both bounds of host memory may differ.
 
     async_save: False makes `save` return only when the step is committed (or has failed).
     on_save_failure: "warn" logs and counts a failed save; "raise" raises SaveFailed at the next call.
@@ -24,6 +24,8 @@ class Options:
     compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
     host_bytes_max: how much of a state one process may hold for a save and not have written yet; None: all of it, which
     blocks the least. A larger state makes `save` wait for the store ("wait"), or is not saved ("skip"): when_full.
+    restore_bytes_max: how much of a state that goes to accelerators one process may hold on the host while it restores;
+    None: 256 MiB, as fast as with more. What one leaf has on this process goes alone if it is more.
     stage: how a state on accelerators leaves them. "device": `save` copies it there, which training hardly notices, and
     it goes to the host afterwards; "host": straight to page-locked host memory, for which a step that donates the state
     waits; "auto": "device" where there is room for the copy. stage_margin: the share of a device's memory that must
@@ -56,6 +58,7 @@ class Options:
     other_tree: bool = False
     host_bytes_max: int | None = None
     when_full: Literal["wait", "skip"] = "wait"
+    restore_bytes_max: int | None = None
     stage: Literal["auto", "device", "host"] = "auto"
     stage_margin: float = 0.1
     attest: Literal["off", "save", "full"] = "off"
@@ -84,8 +87,9 @@ class Options:
         arguments.share("stage_margin", self.stage_margin)
         arguments.choice("attest", self.attest, "off", "save", "full")
         arguments.choice("host_local", self.host_local, "warn", "error", "ignore")
-        if self.host_bytes_max is not None:
-            arguments.whole("host_bytes_max", self.host_bytes_max, least=1)
+        for name in ("host_bytes_max", "restore_bytes_max"):
+            if getattr(self, name) is not None:
+                arguments.whole(name, getattr(self, name), least=1)
         if self.metrics_port is not None:
             arguments.whole("metrics_port", self.metrics_port, most=65535)
         if not isinstance(self.metrics_address, str):

@@ -40,6 +40,7 @@ OPTIONS: Mapping[str, Strictness] = {
     "other_tree": Strictness.SAME,
     "host_bytes_max": Strictness.NOTED,  # hosts may have more and less memory
     "when_full": Strictness.SAME,
+    "restore_bytes_max": Strictness.NOTED,
     "stage": Strictness.OWN,  # hosts may have more and less memory
     "stage_margin": Strictness.OWN,
     "attest": Strictness.SAME,  # fingerprints of some prove nothing, and a collective of some hangs

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from orchestrator.arrays.reading import read
+from orchestrator.arrays.reading import host_ring
 from tests.support.leaf_values import DTYPES, every_pattern, same
 from tests.support.platforms import accelerators
 from tests.support.runs import now, store_of
@@ -126,7 +126,7 @@ def test_a_snapshot_leaves_no_memory_of_the_devices_taken(root: Path) -> None:
 def test_what_is_restored_in_many_parts_through_the_same_host_memory_is_not_mixed_up(
     root: Path, monkeypatch: pytest.MonkeyPatch, memory: str
 ) -> None:
-    monkeypatch.setattr(read, "_PART_BYTES", 3 * MIB)
+    monkeypatch.setattr(host_ring, "BYTES", 12 * MIB)
     sharding = on(ACCELERATORS, PartitionSpec("data"), memory_kind=memory)
     rng = np.random.default_rng(0)
     state = {str(at): jax.device_put(rng.random((256, 1024 + at), np.float32), sharding) for at in range(40)}
@@ -189,9 +189,9 @@ def test_an_offloaded_state_donated_right_after_save_returns_cannot_leak_either(
 
 A_GIGABYTE_AND_A_HALF = """
 import sys, jax, numpy as np, orchestrator as oc
-from orchestrator.arrays.writing import staging
+from orchestrator.arrays import page_locked
 if sys.argv[2] == "none":
-    staging._PINNED = "no such memory"
+    page_locked.PINNED_HOST = "no such memory"
 state = {str(at): jax.device_put(np.full((64, 1024, 1024), at, np.float32), jax.devices()[0]) for at in range(6)}
 with oc.Agent(sys.argv[1], options=oc.Options(on_save_failure="raise")) as agent:
     agent.save(1, state)

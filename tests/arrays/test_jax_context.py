@@ -229,7 +229,6 @@ CALLED_INSIDE = {
     "arrays.reading.exchange": "_moved _from_carrier _on_others",
     "arrays.reading.owned_memory": "_program",
     "arrays.writing.own_copies": "take",
-    "arrays.writing.staging": "_pinned",
     "arrays.writing.write": "_host_bytes",
     "arrays.writing.write_plan": "as_stored",
 }

@@ -180,7 +180,7 @@ def test_metrics_and_steps_that_are_traced_say_so(root: Path) -> None:
         *(("preemption_grace_s", value) for value in ("5", math.inf)),
         *(("compression", value) for value in ("zstd", 1)),
         *(("quarantine_keep_s", value) for value in ("5", math.inf, 0, True)),
-        *(("host_bytes_max", value) for value in ("1", 1.5, math.nan, True, 0)),
+        *((name, value) for name in ("host_bytes_max", "restore_bytes_max") for value in ("1", 1.5, math.nan, True, 0)),
         *(("attest", value) for value in (True, None)),
         *(("metrics_port", value) for value in ("80", 1.5, True, 70000)),
         *((name, 3) for name in ("metrics_address", "events_dir", "metrics_file")),

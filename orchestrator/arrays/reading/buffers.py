@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.arrays.memory_kinds import on_host
+from orchestrator.arrays.element_types import bit_count
+from orchestrator.arrays.memory_kinds import in_default_memory, on_host
 from orchestrator.arrays.reading.buffer_layout import BufferLayout, layout_of, region_layout
 from orchestrator.arrays.reading.host_memory import SMALL_BYTES, Arena, Array, aligned_bytes
 from orchestrator.arrays.reading.requests import ReadRequest
@@ -22,7 +23,8 @@ class BufferGroup:
     dimension is the leaf.
 
     positions: of the leaves among all that were requested. owned: where the buffers are memory of XLA's own, the array
-    on each device that they belong to; replicas: then, (to, from) of devices that get the same elements.
+    on each device that they belong to; replicas: then, (to, from) of devices that get the same elements. locked: where
+    they are page-locked, the array that each of them is.
     """
 
     requests: Sequence[ReadRequest]
@@ -31,6 +33,7 @@ class BufferGroup:
     buffers: list[Array] = field(default_factory=list)
     owned: list[Any] = field(default_factory=list)
     replicas: list[tuple[Array, Array]] = field(default_factory=list)
+    locked: list[Any] = field(default_factory=list)
 
     @property
     def leaf(self) -> LeafSpec:
@@ -64,6 +67,17 @@ class BufferGroup:
         return math.prod(self.leaf.chunk or ()) * self.dtype.itemsize
 
     @property
+    def is_unchanged(self) -> bool:
+        """Whether the elements of its one leaf become arrays of the devices as they are read, all of one shape."""
+        request, layout = self.requests[0], self.layout
+        if request.sharding is None or request.frame or not layout.devices or len(self.requests) > 1:
+            return False
+        uncast = ReadRequest(self.leaf).converted(np.empty(0, self.dtype)).dtype
+        whole_bytes = bit_count(self.restored_dtype) >= 8  # XLA may pack others
+        alike = len(set(layout.shapes)) == 1 and in_default_memory(request.sharding)
+        return alike and whole_bytes and self.restored_dtype == uncast
+
+    @property
     def for_accelerator(self) -> bool:
         """Whether the buffers are copied to an accelerator's memory."""
         sharding = self.requests[0].sharding
@@ -77,7 +91,7 @@ class BufferGroup:
 
     def release(self) -> None:
         """Hold no buffer any more; device arrays may."""
-        self.buffers, self.owned, self.replicas = [], [], []
+        self.buffers, self.owned, self.replicas, self.locked = [], [], [], []
 
 
 def grouped(requests: Sequence[ReadRequest]) -> list[BufferGroup]:

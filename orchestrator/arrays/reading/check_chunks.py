@@ -49,7 +49,7 @@ def _opened(
     if local_path(directory) is not None:
         return LocalSource(directory, stored).index(), kvstore.begin
     source = KvStoreSource(directory, kvstore, stored)
-    return source.index(), source.begin
+    return source.index(), source.begin_read
 
 
 def _check_keys(directory: str, found: Iterable[str], stored: StoredFiles) -> None:

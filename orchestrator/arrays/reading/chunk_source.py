@@ -39,6 +39,17 @@ class ChunkRead:
         return self.group.buffers[destination.buffer][(slice(self.row, self.row + 1), *destination.inside)]
 
 
+class Reading(Protocol):
+    """Chunks that are being read."""
+
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+
+    def result(self) -> None:
+        """Wait until each of the chunks is checked (`chunk_checks`) and at its destinations. Raises Suspect naming leaf
+        and chunk, Unavailable."""
+
+
 class ChunkSource(Protocol):
     """Reads chunks of one attempt. Main thread."""
 
@@ -51,9 +62,12 @@ class ChunkSource(Protocol):
     def value(self, key: str, label: str) -> bytes:
         """A small value that is no chunk. Raises Damaged naming the leaf `label` if there is none, and as `index`."""
 
-    def fill(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> None:
-        """Read each of the chunks, check it (`chunk_checks`) and put it at its destinations. Any order; holds a bounded
-        number of bytes beside the buffers. Raises Suspect naming leaf and chunk, Unavailable."""
+    def begin(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> Reading:
+        """Begin to read each of the chunks, in any order; holds a bounded number of bytes beside the buffers. May be
+        called again before the result of what was begun earlier."""
+
+    def close(self) -> None:
+        """Nothing is read any more, whatever has been begun, and no file is open. It may be used again."""
 
 
 def chunk_reads(groups: Iterable[BufferGroup], source: ChunkSource) -> Iterator[ChunkRead]:

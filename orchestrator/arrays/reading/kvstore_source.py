@@ -28,6 +28,9 @@ class KvStoreSource:
         self.directory = directory
         self._kvstore, self._stored = kvstore, stored
         self._checks = ChunkChecks(directory, stored.chunks if stored else {})
+        # Reads under way, the oldest first, with the future of each.
+        self._waiting: deque[tuple[ChunkRead, Any, OnBytes, _Waiting]] = deque()
+        self._in_flight = 0
 
     def index(self) -> Mapping[str, Chunk] | None:
         return self._index
@@ -50,29 +53,49 @@ class KvStoreSource:
         result = self._kvstore.result(label, self._kvstore.begin(key))
         return bytes(result.value) if result.state == "value" else None
 
-    def begin(self, key: str) -> Any:
+    def begin_read(self, key: str) -> Any:
         """A chunk, being read: a future for `KvStore.result`."""
         place = self._index.get(key) if self._index is not None else None
         return self._kvstore.begin_place(place) if isinstance(place, tuple) else self._kvstore.begin(key)
 
-    def fill(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> None:
-        waiting: deque[tuple[ChunkRead, Any]] = deque()
-        in_flight = 0
+    def begin(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> _Waiting:
+        begun = _Waiting(self)
         for read in reads:
-            while waiting and (in_flight + read.bytes > _WINDOW_BYTES or len(waiting) >= _WINDOW_READS):
-                in_flight -= self._take(waiting, on_bytes)
-            waiting.append((read, self.begin(read.key)))
-            in_flight += read.bytes
-        while waiting:
-            self._take(waiting, on_bytes)
+            while self._waiting and (
+                self._in_flight + read.bytes > _WINDOW_BYTES or len(self._waiting) >= _WINDOW_READS
+            ):
+                self.take()
+            self._waiting.append((read, self.begin_read(read.key), on_bytes, begun))
+            self._in_flight += read.bytes
+            begun.left += 1
+        return begun
 
-    def _take(self, waiting: deque[tuple[ChunkRead, Any]], on_bytes: OnBytes) -> int:
-        """Wait for the oldest read and put its bytes where they belong. Returns how many."""
-        read, future = waiting.popleft()
+    def close(self) -> None:
+        self._waiting.clear()
+        self._in_flight = 0
+
+    def take(self) -> None:
+        """Wait for the oldest read and put its bytes where they belong."""
+        read, future, on_bytes, begun = self._waiting.popleft()
         result = self._kvstore.result(read.label, future, [read.key])
         if result.state != "value":
             raise self._checks.missing(read)
         self._checks.check_size(read, len(result.value))
         self._checks.deliver(read, result.value)
         on_bytes(read.bytes)
-        return read.bytes
+        self._in_flight -= read.bytes
+        begun.left -= 1
+
+
+class _Waiting:
+    """A Reading. left: how many reads the source has not taken yet."""
+
+    def __init__(self, source: KvStoreSource) -> None:
+        self._source, self.left = source, 0
+
+    def is_done(self) -> bool:
+        return not self.left
+
+    def result(self) -> None:
+        while self.left:
+            self._source.take()

@@ -6,8 +6,7 @@ import functools
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -36,6 +35,7 @@ class LocalSource:
         self.directory = directory
         self._store = LocalStore(path, stored)
         self._checks = ChunkChecks(directory, stored.chunks if stored else {}, self._files_of)
+        self._pool: ThreadPoolExecutor | None = None
 
     def index(self) -> Mapping[str, Chunk]:
         return self._index
@@ -56,23 +56,24 @@ class LocalSource:
             raise Damaged(f"{label}: {key} is missing in {self.directory}")
         return found
 
-    def fill(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> None:
-        threads = min(_THREADS, max(2, os.cpu_count() or 1))
-        try:
-            with ThreadPoolExecutor(threads, thread_name_prefix="restore") as pool:
-                running: deque[tuple[Any, int]] = deque()
-                for batch in batches(reads, _BATCH_BYTES, _BATCH_READS):
-                    size = sum(read.bytes for read in batch)
-                    if batch[0].bytes * len(batch) > _INLINE_BYTES:
-                        running.append((pool.submit(self._read, batch), size))
-                    else:
-                        self._read(batch)
-                        on_bytes(size)
-                for done, size in running:
-                    done.result()
-                    on_bytes(size)
-        finally:
-            self._store.close()
+    def begin(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> _Batches:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(_THREADS, max(2, os.cpu_count() or 1)), thread_name_prefix="restore")
+        begun = _Batches(on_bytes)
+        for batch in batches(reads, _BATCH_BYTES, _BATCH_READS):
+            size = sum(read.bytes for read in batch)
+            if batch[0].bytes * len(batch) > _INLINE_BYTES:
+                begun.running.append((self._pool.submit(self._read, batch), size))
+            else:
+                self._read(batch)
+                on_bytes(size)
+        return begun
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+        self._store.close()
 
     def _read(self, batch: Sequence[ChunkRead]) -> None:
         """Any thread."""
@@ -93,3 +94,20 @@ class LocalSource:
                 split = size - CHECKSUM_BYTES
                 self._store.read_into(scratch.data[:split], place, read.label, tail=scratch.data[split:])
                 self._checks.deliver(read, scratch.data)
+
+
+class _Batches:
+    """A Reading. running: what threads do, and of how many bytes."""
+
+    def __init__(self, on_bytes: OnBytes) -> None:
+        self.running: deque[tuple[Future[None], int]] = deque()
+        self._on_bytes = on_bytes
+
+    def is_done(self) -> bool:
+        return all(done.done() for done, _ in self.running)
+
+    def result(self) -> None:
+        while self.running:
+            done, size = self.running.popleft()
+            done.result()
+            self._on_bytes(size)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,12 +25,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from orchestrator.arrays import page_locked
 from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.memory_kinds import in_default_memory, on_host
+from orchestrator.arrays.memory_kinds import on_host
 from orchestrator.arrays.reading.buffers import BufferGroup
 from orchestrator.arrays.reading.host_memory import LARGE_PAGE_BYTES, LARGE_PAGES, reserve
-from orchestrator.arrays.reading.requests import ReadRequest
 
 try:
     from jax.experimental import buffer_callback as _callbacks
@@ -63,15 +62,9 @@ def use_owned_memory(groups: Sequence[BufferGroup]) -> None:
 
 
 def _is_ownable(group: BufferGroup) -> bool:
-    """Whether the elements need no change on their way to the arrays, and are enough to be worth it."""
-    request, layout = group.requests[0], group.layout
-    if request.sharding is None or request.frame or not layout.devices or group.leaf_bytes < ARRAY_BYTES:
-        return False
-    here = on_host(request.sharding) and in_default_memory(request.sharding)
-    uncast = ReadRequest(group.leaf).converted(np.empty(0, group.dtype)).dtype
-    whole_bytes = bit_count(group.restored_dtype) >= 8  # XLA may pack others
-    alike = len(group.requests) == 1 and len(set(layout.shapes)) == 1
-    return here and group.restored_dtype == uncast and whole_bytes and alike
+    """Whether it is worth it, of arrays on CPU devices."""
+    sharding = group.requests[0].sharding
+    return sharding is not None and group.leaf_bytes >= ARRAY_BYTES and on_host(sharding) and group.is_unchanged
 
 
 def _use_memory_of(arrays: list[Any], group: BufferGroup) -> None:
@@ -127,15 +120,16 @@ def _leave_untouched(context: Any, results: Any) -> None:
 
 
 def memory(array: Any) -> Array:
-    """The bytes of an array on one CPU device, to write to; valid as long as the array lives."""
-    address, size = array.unsafe_buffer_pointer(), math.prod(array.shape) * array.dtype.itemsize
+    """The bytes of an array on one CPU device, to write to."""
+    raw = page_locked.memory(array)
     assert bit_count(array.dtype) >= 8
-    first = -address % LARGE_PAGE_BYTES
-    if LARGE_PAGES is not None and size - first >= LARGE_PAGE_BYTES:
+    first = -raw.ctypes.data % LARGE_PAGE_BYTES
+    if LARGE_PAGES is not None and raw.nbytes - first >= LARGE_PAGE_BYTES:
         # Nothing has touched it yet: in small pages every 4 KiB would be a page fault.
         with contextlib.suppress(OSError, AttributeError):
-            _madvise()(address + first, (size - first) // LARGE_PAGE_BYTES * LARGE_PAGE_BYTES, LARGE_PAGES)
-    return np.frombuffer((ctypes.c_ubyte * size).from_address(address), np.uint8)
+            size = (raw.nbytes - first) // LARGE_PAGE_BYTES * LARGE_PAGE_BYTES
+            _madvise()(raw.ctypes.data + first, size, LARGE_PAGES)
+    return raw
 
 
 @functools.lru_cache(maxsize=1)

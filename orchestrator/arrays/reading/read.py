@@ -2,7 +2,7 @@
 
 On a file system each chunk is read from its data file straight into the buffer that becomes the device array, on a few
 threads, and its CRC-32C is checked there; nothing of full size lies between. What accelerators are to have goes through
-two buffers of bounded size instead, one of them read into while the other is copied. Small leaves of one form are read,
+a ring of bounded size instead (`host_ring`). Small leaves of one form are read,
 checked and made into arrays together, from the store's index that holds them. From an object store, the others are read
 as objects of the OCDBT store in one bounded window. Compressed chunks take the same ways and are decoded last. An array
 that another writer has stored is read through TensorStore's zarr drivers.
@@ -15,20 +15,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from orchestrator import gc_pause
 from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.tensorstore_specs import report_retries
-from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.reading.batches import batches
 from orchestrator.arrays.reading.buffers import BufferGroup, grouped, region_of
 from orchestrator.arrays.reading.chunk_checks import ChunkChecks, suspecting
-from orchestrator.arrays.reading.chunk_source import ChunkSource, OnBytes, chunk_reads
+from orchestrator.arrays.reading.chunk_source import ChunkSource, OnBytes, Reading, chunk_reads
 from orchestrator.arrays.reading.device_arrays import make_arrays, value_without_file
 from orchestrator.arrays.reading.external import ExternalArrays
-from orchestrator.arrays.reading.host_memory import Arena, Slab
+from orchestrator.arrays.reading.host_memory import Arena
+from orchestrator.arrays.reading.host_ring import HostRing
 from orchestrator.arrays.reading.kvstore import KvStore
 from orchestrator.arrays.reading.kvstore_source import KvStoreSource
 from orchestrator.arrays.reading.local_source import LocalSource
@@ -40,20 +38,21 @@ from orchestrator.rules.chunk_index import Chunk, StoredFiles
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.storage import local_path
 
-_PART_BYTES = 128 << 20  # that goes to accelerators while as much is read
-
 
 def load(
     directory: str,
     requests: Sequence[ReadRequest],
     on_bytes: OnBytes | None = None,
     stored: StoredFiles | None = None,
+    *,
+    host_bytes_max: int | None = None,
 ) -> list[Any]:
     """The values of the requested leaves of the `state/` at URL `directory`, in order. Each process reads what it needs
     itself: this waits for no other process. Main thread.
 
     on_bytes: called with the number of bytes as they arrive, for progress displays. stored: what the manifest lists;
-    without it another save's chunk cannot be distinguished from this one's.
+    without it another save's chunk cannot be distinguished from this one's. host_bytes_max: of what goes to
+    accelerators, how much is held on the host (`HostRing`).
     Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
     cannot be read.
     """
@@ -69,8 +68,10 @@ def load(
                 reader.fill(on_cpus, Arena())
                 with gc_pause.paused():
                     make_arrays(on_cpus, values)
-            _load_onto_accelerators(reader, [group for group in groups if group.for_accelerator], values)
+            ring = HostRing(host_bytes_max)
+            ring.load(reader, [group for group in groups if group.for_accelerator], values)
     finally:
+        reader.close()
         report_retries(directory)
     return values
 
@@ -110,16 +111,28 @@ class _Reader:
 
     def fill(self, groups: Sequence[BufferGroup], arena: Arena) -> None:
         """Read everything that belongs into the groups' buffers, which are `arena`'s unless they have some already.
-        Raises what ChunkSource raises, Damaged, MemoryError."""
+        Raises what Reading raises, Damaged, MemoryError."""
+        try:
+            self.begin(groups, arena).result()
+        finally:
+            self.close()
+
+    def begin(self, groups: Sequence[BufferGroup], arena: Arena) -> Reading:
+        """As `fill`, without waiting for chunks that are in files of their own store."""
         for group in groups:
             group.allocate(arena)
-        if own := [group for group in groups if group.leaf.external is None]:
-            index = self._source.index()
-            rest = [group for group in own if index is None or not self._fill_from(index, group)]
-            self._source.fill(chunk_reads(rest, self._source), self._on_bytes)
+        own = [group for group in groups if group.leaf.external is None]
+        index = self._source.index() if own else None
+        rest = [group for group in own if index is None or not self._fill_from(index, group)]
+        begun = self._source.begin(chunk_reads(rest, self._source), self._on_bytes)
         for group in groups:
             if group.leaf.external is not None:
                 self._external.fill(group, self._on_bytes)
+        return begun
+
+    def close(self) -> None:
+        """Nothing is read any more, whatever was begun."""
+        self._source.close()
 
     def _fill_from(self, index: Mapping[str, Chunk], group: BufferGroup) -> bool:
         if not self._checks.fill_from_index(group, index):
@@ -133,16 +146,3 @@ def _chunk_source(directory: str, kvstore: KvStore, stored: StoredFiles | None) 
     if local_path(directory) is not None:
         return LocalSource(directory, stored)
     return KvStoreSource(directory, kvstore, stored)
-
-
-@in_own_context
-def _load_onto_accelerators(reader: _Reader, groups: Sequence[BufferGroup], values: list[Any]) -> None:
-    """A part at a time: while one is copied to the devices, the next is read into other memory."""
-    memory = [(Slab(), list[Any]()) for _ in range(2)]
-    for number, part in enumerate(batches(groups, _PART_BYTES)):
-        slab, copied = memory[number % len(memory)]
-        jax.block_until_ready(copied)
-        slab.reset(sum(group.bytes for group in part))
-        reader.fill(part, slab)
-        with gc_pause.paused():
-            copied[:] = make_arrays(part, values)

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from orchestrator.arrays import page_locked
 from orchestrator.arrays.jax_internals import shards_of
 from orchestrator.arrays.leaf_errors import named
-from orchestrator.arrays.memory_kinds import PINNED_HOST
 from orchestrator.arrays.writing.write_plan import LeafPlan, Pieces, as_stored
 
 StagedPart = tuple[Any, Pieces]  # a shard's elements, which np.asarray gives on the host, and its chunks to write
@@ -39,23 +38,15 @@ def shards_to_write(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[Any]:
 def to_host(shards: list[Any]) -> list[Any]:
     """As `start`: copies of arrays of one device each."""
     try:
-        return _pinned(shards)
-    except _NO_ROOM:
+        return page_locked.copies(shards)
+    except page_locked.NO_ROOM:
         return [_copy(shard) for shard in shards]
-
-
-_NO_ROOM = (ValueError, jax.errors.JaxRuntimeError)  # the platform has no page-locked memory; it has run out
-
-
-def _pinned(shards: list[Any]) -> list[Any]:
-    copies: list[Any] = jax.device_put(shards, [shard.sharding.with_memory_kind(PINNED_HOST) for shard in shards])
-    return copies
 
 
 def _copy(shard: Any) -> Any:
     try:
-        return _pinned([shard])[0]
-    except _NO_ROOM:
+        return page_locked.copies([shard])[0]
+    except page_locked.NO_ROOM:
         return np.asarray(shard)
 
 

@@ -52,7 +52,10 @@ def filled(source: ChunkSource, leaves: list[LeafSpec]) -> tuple[list[BufferGrou
     for group in groups:
         group.allocate(Arena())
     read: list[int] = []
-    source.fill(chunk_reads(groups, source), read.append)
+    try:
+        source.begin(chunk_reads(groups, source), read.append).result()
+    finally:
+        source.close()
     return groups, sum(read)
 
 

@@ -11,8 +11,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from orchestrator.arrays.reading import buffers, read
-from orchestrator.arrays.reading.host_memory import Slab
 from tests.support.leaf_values import bits, came_back, same
 
 
@@ -78,24 +76,3 @@ def test_a_target_that_does_not_fit_is_rejected_before_any_array_is_read(agent: 
         agent.restore({"w": jnp.ones(32)})
     with pytest.raises(oc.Damaged):
         agent.restore({"w": jnp.ones((64, 64))}, step=1)
-
-
-def test_what_goes_to_accelerators_in_parts_is_not_mixed_up(
-    agent: oc.Agent, monkeypatch: pytest.MonkeyPatch, mesh8: jax.sharding.Mesh
-) -> None:
-    """CPU devices taken for accelerators: all parts go through the same two pieces of host memory."""
-    monkeypatch.setattr(buffers, "on_host", lambda sharding: False)
-    monkeypatch.setattr(read, "_PART_BYTES", 1 << 20)
-    sizes: list[int] = []
-
-    class CountedSlab(Slab):
-        def reset(self, size: int) -> None:
-            sizes.append(size)
-            super().reset(size)
-
-    monkeypatch.setattr(read, "Slab", CountedSlab)
-    rows = NamedSharding(mesh8, PartitionSpec("data"))
-    state = {f"w{at}": jax.device_put(np.full((512, 256 + at), at, np.float32), rows) for at in range(8)}
-    state |= {f"small{at}": jax.device_put(np.full(16, at), rows) for at in range(300)}
-    same(came_back(agent, state), state)
-    assert len(sizes) > 4 and max(sizes) <= 1 << 20

@@ -1,0 +1,105 @@
+"""Page-locked memory of the host, which accelerators copy to and from at the rate of the link (an H100: 50 GiB/s; to
+ordinary memory 2, from it 29). JAX has it as the memory kind `pinned_host`, takes half a second to lock a gigabyte, and
+keeps what is released for whoever asks next: saves and restores share it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from orchestrator.arrays.jax_context import in_own_context
+from orchestrator.arrays.jax_internals import array_of_shards
+from orchestrator.arrays.memory_kinds import PINNED_HOST
+
+NO_ROOM = (ValueError, jax.errors.JaxRuntimeError)  # the platform has no page-locked memory; it has run out
+
+Array = np.ndarray[Any, Any]
+Form = tuple[Any, tuple[int, ...], np.dtype[Any]]  # device, shape, dtype
+
+
+@in_own_context
+def copies(shards: list[Any]) -> list[Any]:
+    """Begin to copy arrays, of one accelerator each, to page-locked memory. Raises one of NO_ROOM."""
+    targets = [shard.sharding.with_memory_kind(PINNED_HOST) for shard in shards]
+    begun: list[Any] = jax.device_put(shards, targets)
+    return begun
+
+
+def memory(array: Any) -> Array:
+    """The bytes of an array on one device whose memory is the host's, to write to. The array lives as long as they."""
+    size = math.prod(array.shape) * array.dtype.itemsize
+    raw = (ctypes.c_ubyte * size).from_address(array.unsafe_buffer_pointer())
+    raw.array = array
+    return np.frombuffer(raw, np.uint8)
+
+
+class ReusedArrays:
+    """Page-locked arrays that are filled on the host and copied to a device, again and again. Those of one form are
+    given out again once they are returned; at most `most_bytes` are kept for that. Main thread."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._free: dict[Form, list[Any]] = {}
+        self._free_bytes = 0
+
+    @in_own_context
+    def take(self, forms: Sequence[Form]) -> list[Any] | None:
+        """An array of each form, with whatever is in it; None where there is no such memory, or no more of it."""
+        taken: list[Any] = []
+        try:
+            for form in forms:
+                free = self._taken(form)
+                taken.append(_made(form) if free is None else free)
+            jax.block_until_ready(taken)  # nothing of JAX writes to them any more
+        except NO_ROOM:
+            self.give_back(taken)
+            return None
+        if all(map(_is_on_host, taken)):
+            return taken
+        return None
+
+    def _taken(self, form: Form) -> Any:
+        free = self._free.get(form)
+        if not free:
+            return None
+        self._free_bytes -= free[-1].nbytes
+        return free.pop()
+
+    def give_back(self, arrays: Sequence[Any]) -> None:
+        """Arrays that were taken, and that nothing reads or writes any more."""
+        for array in arrays:
+            while self._free and self._free_bytes + array.nbytes > self._most_bytes:
+                form = next(iter(self._free))  # the one that has been here the longest
+                if self._taken(form) is None:
+                    del self._free[form]
+            form = (*array.sharding.device_set, array.shape, array.dtype)
+            self._free.setdefault(form, []).append(array)
+            self._free_bytes += array.nbytes
+
+
+def _is_on_host(array: Any) -> bool:
+    """Whether numpy sees the very memory that the array has (else its address is a device's), its own."""
+    address, zeros = array.unsafe_buffer_pointer(), _zeros(array.nbytes).ctypes.data
+    return bool(np.asarray(array).ctypes.data == address and address != zeros)
+
+
+def _made(form: Form) -> Any:
+    device, shape, dtype = form
+    size = math.prod(shape) * dtype.itemsize
+    target = SingleDeviceSharding(device, memory_kind=PINNED_HOST)
+    # `device_put` may take the zeros over as they are, whatever `may_alias` says.
+    return array_of_shards(shape, dtype, target, [_zeros(size).view(dtype).reshape(shape)], [device], copied=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _zeros(size: int) -> Array:
+    """To make arrays of, without a compiler: never written to, so that they are one page."""
+    return np.zeros(size, np.uint8)
