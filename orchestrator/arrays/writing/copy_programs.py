@@ -111,6 +111,9 @@ class Programs:
         return program
 
 
+PROGRAMS = Programs()  # of this process: every agent's
+
+
 def _copied(groups: list[list[Any]]) -> list[Any]:
     return [jnp.copy(shard) for (shard,) in groups]
 

@@ -2,7 +2,9 @@
 page-lock the host memory that the state goes to (half a second per gigabyte), which JAX keeps for later saves.
 
 XLA takes page-locked memory in regions that are powers of two, each twice as large as the one before: for 3 GiB, in
-pieces, it would take 4. Asked for a few regions of growing size it takes just those.
+pieces, it would take 4. Asked for a few regions of growing size it takes just those. While the memory is being locked
+nothing can be launched on an NVIDIA GPU, by any thread (an H100: 2 s for 4 GiB): all the better if the training step is
+still being compiled.
 """
 
 from __future__ import annotations
@@ -16,26 +18,29 @@ import numpy as np
 from absl import logging
 from jax.sharding import SingleDeviceSharding
 
+from orchestrator.arrays import page_locked
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.memory_kinds import PINNED_HOST
-from orchestrator.arrays.writing.copy_programs import Layout, Programs, layout_of
+from orchestrator.arrays.writing.copy_programs import PROGRAMS, Layout, layout_of
 from orchestrator.arrays.writing.write_plan import shards_expected
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
 _REGION_BYTES = 2 << 20  # the smallest that XLA takes
 _BITS = 5  # regions at most: what is taken is at most 1/16 more than what is needed
+_SLACK_SHARE = 1 / 32  # of the state, at most, for what is left of each region
+
+_locking = threading.Lock()
+_locked_bytes = 0  # of this process, as JAX's memory is; guarded by `_locking`
 
 
 class WarmUp:
     """One at a time. Main thread, but for what it begins. most_bytes: how much of the host is page-locked at most."""
 
     def __init__(self, most_bytes: int | None) -> None:
-        self.programs = Programs()
+        self.programs = PROGRAMS
         self._most_bytes = most_bytes
         self._under_way: Begun[None] | None = None
-        self._lock = threading.Lock()
-        self._locked_bytes = 0  # page-locked so far
 
     def expect(self, like: Any) -> None:
         """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings."""
@@ -57,22 +62,25 @@ class WarmUp:
     def _run(self, layout: Layout) -> None:
         for call in layout.calls:
             self.programs.compiled(call)
-        self.page_lock(layout.shards[0].device, sum(layout.sizes.values()))
+        largest = max(shard.nbytes for shard in layout.shards)
+        size = sum(layout.sizes.values())
+        size += min(_BITS * largest, int(size * _SLACK_SHARE))
+        page_lock(layout.shards[0].device, size if self._most_bytes is None else min(size, self._most_bytes))
 
-    def page_lock(self, device: Any, size: int) -> None:
-        """Have JAX hold `size` bytes of page-locked memory. Once: what is more later, it takes as it needs it. Any
-        thread."""
-        with self._lock:
-            if self._locked_bytes:
-                return
-            self._locked_bytes = size if self._most_bytes is None else min(size, self._most_bytes)
-            try:
-                sharding = SingleDeviceSharding(device, memory_kind=PINNED_HOST)
-                jax.block_until_ready(
-                    [jax.device_put(np.zeros(one, np.uint8), sharding) for one in regions(self._locked_bytes)]
-                )
-            except (ValueError, jax.errors.JaxRuntimeError) as error:  # it has none, or not enough: staging copes
-                logging.info("no %d bytes of page-locked memory beforehand: %s", size, error)
+
+def page_lock(device: Any, size: int) -> None:
+    """Have JAX hold `size` bytes of page-locked memory, once in a process: more than that it takes as it needs it. In
+    `own_context`, any thread."""
+    global _locked_bytes
+    with _locking:
+        if _locked_bytes:
+            return
+        _locked_bytes = size
+        try:
+            sharding = SingleDeviceSharding(device, memory_kind=PINNED_HOST)
+            jax.block_until_ready([jax.device_put(np.zeros(one, np.uint8), sharding) for one in regions(size)])
+        except page_locked.NO_ROOM as error:  # it has none, or not enough: staging copes
+            logging.info("no %d bytes of page-locked memory beforehand: %s", size, error)
 
 
 def regions(size: int) -> Iterator[int]:
