@@ -86,24 +86,27 @@ class Training:
         self.state, width = state, 256 if smoke else 8192
         self._weights = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
         self._times = 1
+        took_s = min(self._products_s() for _ in range(4))
+        self._times = max(1, int(STEP_S / took_s)) if not smoke else 20
         self.compile()
-        for _ in range(2):  # how many products a step is made of
-            took_s = min(self.step() for _ in range(3))
-            self._times = max(1, int(self._times * STEP_S / max(1e-4, took_s)))
         self.usual_s = statistics.median(self.step() for _ in range(20))
 
-    def compile(self) -> float:
-        """Seconds. Again, as a program that has just started does."""
+    def _products_s(self) -> float:
         started = time.perf_counter()
-        self._compiled = jax.jit(lambda *given: _step(*given), donate_argnums=(0, 1))
+        float(_products(self._weights, 10)[0, 0])
+        return (time.perf_counter() - started) / 10
+
+    def compile(self) -> None:
+        """Again, as a program that has just started does."""
+        self._compiled = jax.jit(functools.partial(_step, times=self._times), donate_argnums=(0, 1))
         self.step()
-        return time.perf_counter() - started
+        self.step()
 
     def step(self) -> float:
         """Seconds until its result is there."""
         started = time.perf_counter()
-        self.state, self._weights, loss = self._compiled(self.state, self._weights, self._times)
-        loss.block_until_ready()
+        self.state, self._weights, loss = self._compiled(self.state, self._weights)
+        float(loss)
         return time.perf_counter() - started
 
     def lost_to(self, call: Callable[[], None], is_done: Callable[[], bool]) -> dict[str, Any]:
@@ -128,8 +131,14 @@ class Training:
         }
 
 
-def _step(state: Any, weights: Any, times: int) -> Any:
-    weights = jax.lax.fori_loop(0, times, lambda _, found: jnp.tanh(found @ found * 0.01), weights)
+@functools.partial(jax.jit, static_argnums=1)
+def _products(weights: Any, times: int) -> Any:
+    """How many is no variable: a loop that asks would fetch the answer each time."""
+    return jax.lax.fori_loop(0, times, lambda _, found: jnp.tanh(found @ found * 0.01), weights)
+
+
+def _step(state: Any, weights: Any, *, times: int) -> Any:
+    weights = _products(weights, times)
     return jax.tree.map(lambda leaf: leaf + 1, state), weights, weights[0, 0]
 
 

@@ -4,6 +4,7 @@ which arrays: small ones are packed with others of their dtype, as a transfer to
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ class Layout:
     shards: tuple[Shard, ...]
     calls: tuple[Call, ...]
 
-    @property
+    @functools.cached_property
     def sizes(self) -> Mapping[Any, int]:
         """Bytes by device."""
         sizes: dict[Any, int] = {}

@@ -18,7 +18,7 @@ from orchestrator.arrays.writing.staging import StagedPart, to_host
 from orchestrator.arrays.writing.write_plan import Pieces, Plan
 from orchestrator.errors import StorageError
 
-GROUP_BYTES = 256 << 20  # on their way to the host at once; two groups overlap
+GROUP_BYTES = 64 << 20  # on their way to the host at once, or one array; what training fetches waits for as much
 
 
 class SnapshotFeed:

@@ -66,7 +66,7 @@ def test_what_is_saved_from_a_snapshot_is_the_state_whatever_the_next_step_donat
     with oc.Agent(root, options=oc.Options(**{"stage": "device", "on_save_failure": "raise"} | options)) as agent:
         assert agent.restore(like=wanted) is None
         agent._writer.close(60)  # packing is compiled from here on
-        for step in (1, 2):
+        for step in (1, 2) if not options else (1,):
             assert agent.save(step, state)
             kept = overwritten(state)
             agent.wait_until_finished()
