@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 LOCK = requirements-$$($(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions demo bitrot unreadable bench chaos docs format clean
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions demo bitrot unreadable bench chaos docs pictures format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ chaos: setup ## 210 rounds of faults against real jobs, the run checked after ea
 docs: setup ## build the documentation's site into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8'  # the `docs` extra
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pictures: setup ## make the pictures of screens in docs/images again, from a run made for them
+	$(BIN)/python -m tests.pages.pictures
 
 format: setup ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .

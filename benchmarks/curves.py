@@ -25,6 +25,14 @@ def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
     return math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])
 
 
+# The sheet that a drawing is on, and its words: light, or dark where the page is.
+PAPER = """<style>
+:root{color-scheme:light dark} .paper{fill:#fff} text:not([fill]){fill:#1f2933}
+@media (prefers-color-scheme:dark){.paper{fill:#1e2129} text:not([fill]){fill:#e4e9ee} [stroke="#ddd"]{stroke:#3a424e}}
+</style>
+<rect class="paper" width="100%" height="100%"/>"""
+
+
 def draw(panels: Sequence[Panel]) -> str:
     height = HEIGHT * -(-len(panels) // ACROSS)
     body = "\n".join(
@@ -33,7 +41,7 @@ def draw(panels: Sequence[Panel]) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * ACROSS}" height="{height}" '
-        f'font-family="sans-serif" font-size="10">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+        f'font-family="sans-serif" font-size="10">\n{PAPER}\n{body}\n</svg>\n'
     )
 
 

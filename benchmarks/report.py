@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.curves import PAPER
 from benchmarks.peers import PEERS
 from benchmarks.shapes import SHAPES
 
@@ -201,5 +202,5 @@ def plot(results: Mapping[str, Results]) -> str:
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="770" height="{y}" font-family="sans-serif" font-size="11">'
-        f'\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+        f"\n{PAPER}\n{body}\n</svg>\n"
     )

@@ -27,12 +27,12 @@ def api() -> str:
     names = sorted(orchestrator.__all__, key=lambda name: (name != "Agent", name.lower()))
     entries = [f"::: {orchestrator._HOME_OF.get(name, 'orchestrator')}.{name}" for name in names]
     intro = "Made from the docstrings: every name of `import orchestrator as oc`. [By subject](api.md)."
-    return "\n\n".join(["# API, from the code", intro, *entries]) + "\n"
+    return "\n\n".join(["# Every public name", intro, *entries]) + "\n"
 
 
 def command_line() -> str:
     """What every command says for --help."""
-    parts = ["# Command line, from the code", "What `--help` says. [With outputs](cli.md)."]
+    parts = ["# Every --help", "What `--help` says. [With outputs](cli.md)."]
     for program, main, commands in (
         ("orchestrator", cli.main, cli.COMMANDS),
         ("orchestrator launch", launch.main, launch.COMMANDS),

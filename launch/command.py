@@ -18,6 +18,7 @@ from orchestrator.rules.arguments import path as local_path
 from orchestrator.texts import printable
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 128 + 2
 EXIT_BROKEN_PIPE = 128 + 13
 LOCAL_PATHS = ("log_dir", "hosts_file", "output", "check")  # flags of any launcher that name files of this machine
 
@@ -86,6 +87,8 @@ def run(
     except LaunchError as error:
         complain(f"launch {name}: {error}")
         return EXIT_USAGE
+    except KeyboardInterrupt:  # before, or after, a job takes the signal over
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; the job was ended on the way here. Not at exit once more:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,6 +22,7 @@ from launch.contract import HEARTBEAT_FILE, JobContract
 from launch.heartbeats import Heartbeats
 from launch.hosts import REAP_S, LocalHost, Orphans, Warden
 from launch.interrupts import OperatorSignals
+from launch.noise import Noise
 from launch.supervise import Exit
 
 READ_BYTES = 64 * 1024
@@ -30,8 +31,8 @@ SAME_MOMENT_S = 0.1  # exits so close together count as one moment's
 
 
 class HostProcesses:
-    """`running`: by process index. `on_line(host, text)` gets each line of output, `on_note(text)` what has to be said
-    about it. Leaving the context ends what still runs."""
+    """`running`: by process index. `on_line(host, text)` gets each line of output but `Noise`, `on_note(text)` what has
+    to be said about it. Leaving the context ends what still runs."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class HostProcesses:
         self._signals, self._orphans, self._warden = signals, orphans, warden
         self._on_line, self._on_note = on_line, on_note
         self.running: dict[int, LocalHost] = {}
+        self._noise = Noise()
         self.heartbeats = Heartbeats()
         warden.remove_afterwards(self.heartbeats.directory)
         self._ended: list[LocalHost] = []
@@ -105,10 +107,14 @@ class HostProcesses:
             self._selector.unregister(host.output)
             self._open.discard(host.index)
         self._show(host, host.lines.feed(chunk) if chunk else host.lines.end())
+        if not chunk:
+            for text in self._noise.rest(host.name):
+                self._on_line(host.name, text)
 
     def _show(self, host: LocalHost, lines: Sequence[bytes]) -> None:
         for line in lines:
-            self._on_line(host.name, line.decode("utf-8", "replace"))
+            for text in self._noise.without(host.name, line.decode("utf-8", "replace")):
+                self._on_line(host.name, text)
 
     def _write_log(self, host: LocalHost, chunk: bytes) -> None:
         if host.log is None:
@@ -146,6 +152,7 @@ class HostProcesses:
     def signal(self, processes: Collection[int], signum: int) -> None:
         """SIGKILL goes to all that a host has started, any other signal to the process that its agent runs in."""
         self.heartbeats.poll(time.monotonic())  # which processes the agents are in
+        self._noise.interrupted |= signum == signal.SIGINT
         for index in self.running.keys() & set(processes):
             host = self.running[index]
             if signum == signal.SIGKILL:

@@ -108,6 +108,7 @@ class State:
     preempted: frozenset[int] = frozenset()
     hung: frozenset[int] = frozenset()
     steps: Mapping[int, int] = field(default_factory=dict)  # process -> the step of its newest heartbeat
+    heard: frozenset[int] = frozenset()  # processes that ever recorded a heartbeat: they have an agent
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def on_exits(state: State, exits: Sequence[Exit]) -> tuple[State, tuple[Effect, 
     """Processes have ended, all seen at the same moment. Returns the new state and what to do now."""
     if not exits:
         return state, ()
-    ending = state.cause is not None or state.stop_signal is not None
+    ending, stopped_before = state.cause is not None or state.stop_signal is not None, state.cause is not None
     leaving = bool(state.preempted)
     finals = [exit_ for exit_ in exits if exit_.returncode in state.policy.final_codes]
     state = replace(
@@ -175,6 +176,10 @@ def on_exits(state: State, exits: Sequence[Exit]) -> tuple[State, tuple[Effect, 
     )
     if not state.running:
         return state, (_after_the_last(state),)
+    if state.stop_signal == signal.SIGINT and not stopped_before and not state.heard & state.running:
+        # They have nothing to save, and may never end by themselves: some wait for the one that has ended, and a
+        # Ctrl-C that comes while Python imports, or collects garbage, may be lost.
+        return state, (SendSignal(state.running, 0, state.policy.end_grace_s),)
     if ending:
         return state, ()
     if state.cause is not None:

@@ -6,6 +6,7 @@ probe, `orchestrator launch health`, waits for none of the other commands' impor
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from orchestrator.cli import launching
@@ -15,8 +16,10 @@ def entry() -> None:
     """The console script."""
     if sys.argv[1:2] == [launching.NAME]:
         sys.exit(launching.run(sys.argv[2:]))
-    from orchestrator.cli.main import entry as command_line
-
+    try:
+        from orchestrator.cli.main import entry as command_line
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     command_line()
 
 

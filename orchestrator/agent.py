@@ -252,7 +252,7 @@ class Agent:
         Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again."""
         if not self._lifetime.close():
             self._saves.settle()
-            return
+            return self._leave()
         try:
             self._saves.wait()
             self._deletion.wait(self.options.rendezvous_timeout_s)
@@ -266,18 +266,19 @@ class Agent:
         others, who may not come. Returns why that save, or an earlier one of which nobody has heard yet, is lost."""
         if not self._lifetime.close(state):
             return None
-        self._deletion.stop()
         try:
-            return self._saves.finish()
-        finally:
+            self._deletion.stop()
+            error = self._saves.finish()
             self._deletion.wait(GRACE_S)  # what it leaves is deleted by the next incarnation
+            return error
+        finally:
             self._leave()
 
     def _leave(self) -> None:
         self._writer.close(GRACE_S)
-        self._lifetime.over(self.in_flight)
         self._listening.stop(leaving=self._schedule.preempted)
         self._telemetry.close()
+        self._lifetime.over(self.in_flight)
 
     def __enter__(self) -> Agent:
         return self

@@ -44,8 +44,9 @@ class Options:
     quarantine_keep_s: how long the data of a quarantined attempt is kept; None: until somebody deletes it by name
     (`orchestrator gc --quarantined=STEP`) or releases it.
     traces: OpenTelemetry spans of saves and restores, to the program's own tracer provider.
-    progress: process 0 says on standard error which steps are saved, and at the end which are not, unless absl's log
-    shows it there; at most a line a second. None: on a terminal and in IPython.
+    progress: process 0 says on standard error which step is restored, with a bar if that takes long, which steps are
+    saved, and at the end which are not, unless absl's log shows it there; at most a line a second. None: on a terminal
+    and in IPython.
     """
 
     async_save: bool = True

@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRetired
 from orchestrator.job.read_step import ReadOptions, Restored, candidates, listed, read_step
 from orchestrator.observe.events import SteppedDown, emit
+from orchestrator.observe.progress_lines import telling
 from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
@@ -23,16 +24,19 @@ from orchestrator.storage.read_only import ReadOnlyStorage
 _RETIRED_MAX = 100  # times that retention may be quicker than a reader who wants the newest step
 
 
-def open_run(root: str | os.PathLike[str]) -> Run:
-    """Open a run for reading. Writes nothing. Raises NotARun, Damaged, NewerFormat."""
-    return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"))
+def open_run(root: str | os.PathLike[str], *, progress: bool | None = None) -> Run:
+    """Open a run for reading. Writes nothing. `progress`: of long restores, as `Options.progress`. Raises NotARun,
+    Damaged, NewerFormat."""
+    if progress is not None:
+        arguments.flag("progress", progress)
+    return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"), progress)
 
 
 class Run:
     """A run opened for reading (evaluators, notebooks): no epoch is opened and nothing is ever written."""
 
-    def __init__(self, store: JournalStore) -> None:
-        self._store = store
+    def __init__(self, store: JournalStore, progress: bool | None = None) -> None:
+        self._store, self._progress = store, progress
         self._reported: set[int] = set()  # steps that this object has told the user of
         store.require_head()
 
@@ -68,6 +72,10 @@ class Run:
         """
         options = ReadOptions(partial=partial, cast=cast, attest=attest)
         step = arguments.saved_step(step)
+        with telling(self._progress):
+            return self._restore(like, step, options)
+
+    def _restore(self, like: Any, step: int | None, options: ReadOptions) -> Restored:
         if step is not None:
             return read_step(self._store, self._find(step), like, options)
         damaged: dict[AttemptId, str] = {}

@@ -266,7 +266,7 @@ class _Incarnation:
         """The hosts' signs of life; and from now on the supervisor knows how far each one is."""
         heartbeats = self._processes.heartbeats
         signs = heartbeats.signs(time.monotonic())
-        self._state = replace(self._state, steps=dict(heartbeats.steps))
+        self._state = replace(self._state, steps=dict(heartbeats.steps), heard=frozenset(signs))
         return signs
 
     def _check_heartbeats(self) -> None:

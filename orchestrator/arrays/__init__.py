@@ -9,6 +9,7 @@ from __future__ import annotations
 from orchestrator.arrays.element_types import numpy_dtype
 from orchestrator.arrays.format.external_items import describe, is_tree
 from orchestrator.arrays.inline_values import inline_value
+from orchestrator.arrays.reading.buffers import bytes_to_read
 from orchestrator.arrays.reading.check_chunks import check
 from orchestrator.arrays.reading.device_arrays import as_array
 from orchestrator.arrays.reading.exchange import ExchangeGroup, exchange_groups
@@ -29,6 +30,7 @@ __all__ = [
     "ReadRequest",
     "WriteStopped",
     "as_array",
+    "bytes_to_read",
     "check",
     "describe",
     "exchange_groups",

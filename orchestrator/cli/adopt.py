@@ -22,8 +22,7 @@ def run(root: str, flags: Flags) -> AdoptedSteps:
 
     store = open_store(root)
     skip = frozenset(name for name in flags["skip"].split(",") if name)
-    with render.progress() as display:
-        bar = render.Bar(display, "reading", None)
+    with render.bar("reading", None) as bar:
         done = adopt(store, flags["from"] or root, skip=skip, on_file=bar.file)
     return AdoptedSteps(store.url, done.steps, done.older, done.bytes)
 

@@ -62,8 +62,7 @@ def run(root: str, flags: Flags) -> ComparedSteps:
     first, second = open_store(root), open_store(flags["other"] or root)
     a, b = live_step(first, step_of(flags["a"], "A")), live_step(second, step_of(flags["b"], "B"))
     sides = Side(first, a), Side(second, b)
-    with render.progress("bytes") as display:
-        bar = render.Bar(display, "reading", None)
+    with render.bar("reading", None, "bytes") as bar:
         found = compare(*sides, measure=flags["max_difference"], on_bytes=bar.add)
     leaves = [
         ComparedLeaf(one.leaf, one.a, one.b, one.state, one.by, one.elements, one.largest, str(one.problem or ""))
@@ -107,7 +106,7 @@ def exit_code(found: ComparedSteps) -> int:
 COMMAND = Command(
     run,
     show,
-    "which leaves differ between steps A and B; 1 if any does",
+    "which leaves differ between steps A and B",
     flags=(
         Flag("other", str, None, "B is a step of this run instead of ROOT"),
         Flag("max_difference", bool, False, "read what differs: how many elements, and the greatest difference"),
@@ -117,6 +116,7 @@ COMMAND = Command(
         "orchestrator diff /data/run 100 200",
         "orchestrator diff /data/run 100 100 --other=/data/second --max_difference",
     ),
+    detail="Exit code 1 if a leaf differs or could not be read, 4 if one is damaged.",
     arguments=("A", "B"),
     exit_code=exit_code,
     encode=encode,

@@ -36,6 +36,10 @@ CHECKS: dict[str, Check] = {
     "versions": machine_checks.versions,
 }
 _TONES: dict[Level, render.Tone] = {"ok": "good", "warn": "warn", "bad": "bad", "damage": "bad"}
+_CLAUSES = re.compile(
+    r"""(?:'[^']*'|"[^"]*"|[^;]|;(?! ))+"""
+)  # of what to do: `; ` is between them, but for quoted names
+_TEXT_AT = 21  # the column in which what was found begins
 # What can be checked where the journal's newest entry cannot be read.
 WITHOUT_HEAD = ("permissions", "store", "durability", "versions")
 _NO_HEAD = Head(format=0, version=-1, epoch=0, writer="", write_id="", time=0.0, event=JournalEvent(kind=""))
@@ -86,9 +90,9 @@ def show(diagnosis: Diagnosis, flags: Flags) -> Iterator[render.Shown]:
     for finding in sorted(diagnosis.findings, key=lambda one: -LEVELS.index(one.level)):
         if finding.level != "ok" or flags["all"]:
             line = f"{words[finding.level]:<6}  {finding.check:<11}  {finding.text}"
-            yield render.toned(line, _TONES[finding.level])
-        if finding.do:
-            yield f"{'':<8}do: {finding.do}"
+            yield render.hanging(line, _TEXT_AT, _TONES[finding.level])
+        for index, choice in enumerate(_CLAUSES.findall(finding.do)):
+            yield render.hanging(f"{'' if index else 'do: ':>{_TEXT_AT}}{choice.strip()}", _TEXT_AT + 2)
     counts = {level: sum(one.level == level for one in diagnosis.findings) for level in reversed(LEVELS)}
     found = ", ".join(f"{count} {words[level]}" for level, count in counts.items() if count)
     more = "" if flags["all"] or not counts["ok"] else " (--all shows them)"

@@ -9,7 +9,7 @@ import orchestrator
 from orchestrator.cli.usage import row
 from orchestrator.errors import UsageError
 
-ABOUT = "print a program to start from: orchestrator example plain_jax > train.py"
+ABOUT = "print a program to start from: orchestrator example plain_jax"
 _PACKAGE = Path(orchestrator.__file__).parent
 # Installed they lie in this package; in a checkout beside it.
 _FOLDERS = (_PACKAGE / "examples", _PACKAGE.parent / "examples")

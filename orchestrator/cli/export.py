@@ -25,8 +25,7 @@ def run(root: str, flags: Flags) -> Exported:
 
     store = open_store(root)
     live = live_step(store, step_of(flags["step"]))
-    with render.progress("bytes") as display:
-        bar = render.Bar(display, f"step {live.step}", live.bytes)
+    with render.bar(f"step {live.step}", live.bytes, "bytes") as bar:
         written_bytes = export(open_source(store, live, bar.add), flags["dest"], flags["format"])
     destination = os.path.abspath(os.path.expanduser(flags["dest"]))
     return Exported(store.url, live.step, live.attempt, destination, flags["format"], written_bytes)

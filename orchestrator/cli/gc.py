@@ -35,8 +35,7 @@ def run(root: str, flags: Flags) -> DeletedData:
     if not flags["dry_run"]:
         for rule in _rules(flags):
             store.append(rule)
-    with render.progress() as display:
-        bar = render.Bar(display, "deleting", None)
+    with render.bar("deleting", None) as bar:
         done = collect(store, dry_run=flags["dry_run"], on_file=bar.file)
     return DeletedData(flags["dry_run"], retired, tuple(done.attempts), done.files, done.bytes, tuple(done.failed))
 

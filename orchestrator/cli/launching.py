@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +17,21 @@ import orchestrator
 from orchestrator.errors import UsageError
 
 NAME = "launch"
-ABOUT = "start a job: local, slurm, gke, tpu-vm (orchestrator launch --help)"
+ABOUT = "start a job: local, slurm, gke, tpu-vm (launch --help)"
 
 
 def run(words: Sequence[str]) -> int:
     """Run what follows `orchestrator launch`, and return its exit code. Raises UsageError where it is not installed."""
-    load()
     # By name: nothing in this package may depend on `launch`, which stands above it.
-    programs = importlib.import_module("launch.programs")
-    if words and words[0] in programs.PROGRAMS:  # a probe needs no engine
-        code: int = programs.run(words)
-    else:
-        code = importlib.import_module("launch.__main__").main(["launch", *words])
+    try:
+        load()
+        programs = importlib.import_module("launch.programs")
+        engines = None
+        if not words or words[0] not in programs.PROGRAMS:  # a probe needs no engine
+            engines = importlib.import_module("launch.__main__")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    code: int = engines.main(["launch", *words]) if engines else programs.run(words)
     return code
 
 

@@ -59,15 +59,14 @@ def show(entries: list[LogEntry], flags: Flags) -> Iterator[render.Shown]:
             render.toned(entry.event.kind, None if entry.event.kind in _TONED else "plain"),
             "" if entry.event.step is None else str(entry.event.step),
             _what(entry, wide),
-            *([entry.writer] if wide else []),
         ]
         for entry in entries
     ]
-    columns = ["version", "time", *(["epoch"] if wide else []), "event", "step", "what", *(["by"] if wide else [])]
+    columns = ["version", "time", *(["epoch"] if wide else []), "event", "step", "what"]
     if not rows:
         yield "no such entries"
         return
-    yield render.table(columns, rows, right=["version", "epoch", "step"])
+    yield render.rows(columns, rows, right=["version", "epoch", "step"])
     if entries[0].version and not flags["all"] and flags["step"] is None:
         yield render.toned(f"the newest {len(entries)}, without `collected`; --all shows all, --wide who wrote", "dim")
 
@@ -77,10 +76,10 @@ def _what(entry: LogEntry, wide: bool) -> str:
     parts = [event.attempt or "" if wide else "", reason_and_causes(event)]
     if event.kind == "opened-epoch" and not wide:
         parts.append(f"epoch {entry.epoch}")
-    if not wide and entry.writer.startswith("cli/"):  # a person did it
-        parts.append(f"by {entry.writer.removeprefix('cli/')}")
     if event.steps and event.kind in _STEPS_ARE:
         parts.append(_STEPS_ARE[event.kind] + ", ".join(map(str, event.steps)))
+    if wide or entry.writer.startswith("cli/"):  # a person did it
+        parts.append(f"by {entry.writer if wide else entry.writer.removeprefix('cli/')}")
     return "; ".join(part for part in parts if part)
 
 

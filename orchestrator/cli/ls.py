@@ -55,16 +55,14 @@ def run(root: str, flags: Flags) -> Listing:
 def show(listing: Listing, flags: Flags) -> Iterator[render.Shown]:
     wide, now = flags["wide"], time.time()
     screen = render.screen()
-    roomy = wide or screen is None or screen[0] >= _ROOMY_COLUMNS
+    narrow = screen is not None and screen[0] < _ROOMY_COLUMNS
     rows = [_row(live, listing.newest, now) for live in reversed(listing.steps)]
     if rows:
-        columns = ["", "step", "attempt", "status", "age", "saved", "size", "metrics", "pins"]
-        hidden = {name for name, shown in {"attempt": wide, "saved": roomy}.items() if not shown}
-        if not any(live.pins for live in listing.steps):  # a column of nothing takes room
-            hidden.add("pins")
-        kept = [index for index, name in enumerate(columns) if name not in hidden]
+        columns = ["", "step", "attempt", "status", "age", "saved", "size", "metrics"]
+        hidden = {"attempt": not wide, "saved": narrow and not wide, "age": narrow and wide}
+        kept = [index for index, name in enumerate(columns) if not hidden.get(name)]
         shown = [[row[index] for index in kept] for row in rows]
-        yield render.table([columns[index] for index in kept], shown, right=["step", "age", "size"])
+        yield render.rows([columns[index] for index in kept], shown, right=["step", "age", "size"])
     else:
         yield "no committed steps"
     if listing.newest is None:
@@ -87,8 +85,6 @@ def show(listing: Listing, flags: Flags) -> Iterator[render.Shown]:
 
 
 def _row(live: LiveStep, newest: int | None, now: float) -> list[render.Cell]:
-    few = dict(list(live.metrics.items())[:METRICS_SHOWN])
-    more = len(live.stored_metrics) - len(few) + live.metrics_omitted
     return [
         "*" if live.step == newest else "",
         str(live.step),
@@ -97,9 +93,15 @@ def _row(live: LiveStep, newest: int | None, now: float) -> list[render.Cell]:
         render.age(now - live.time),
         render.moment(live.time),
         render.size(live.bytes),
-        render.metrics(few) + (f" and {more} more" if more else ""),
-        " ".join(live.pins),
+        _metrics_and_pins(live),
     ]
+
+
+def _metrics_and_pins(live: LiveStep) -> str:
+    few = dict(list(live.metrics.items())[:METRICS_SHOWN])
+    more = len(live.stored_metrics) - len(few) + live.metrics_omitted
+    metrics = render.metrics(few) + (f" and {more} more" if more else "")
+    return "  ".join(part for part in (metrics, f"pinned: {' '.join(live.pins)}" if live.pins else "") if part)
 
 
 COMMAND = Command(

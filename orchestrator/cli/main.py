@@ -79,7 +79,7 @@ def _completion(shell: str) -> str:
 # Commands without a run: what they print for the word after them.
 _PRINTED: dict[str, tuple[str, Callable[[str], str]]] = {
     "example": (example.ABOUT, example.source),
-    "schema": ("JSON Schema of a command's --json: orchestrator schema ls", _schema),
+    "schema": ("the JSON Schema of a command's --json: orchestrator schema ls", _schema),
     "completion": ("for bash, zsh, fish: source <(orchestrator completion bash)", _completion),
 }
 

@@ -31,8 +31,7 @@ def journal_entries(run: ExaminedRun) -> Iterator[Finding]:
         yield Finding("journal", "damage", str(error), RECOVER)
     versions = store.versions()
     heads: list[Head] = []
-    with render.progress() as display:
-        bar = render.Bar(display, "journal", min(len(versions), _ENTRIES_MAX))
+    with render.bar("journal", min(len(versions), _ENTRIES_MAX)) as bar:
         for version in versions[-_ENTRIES_MAX:]:
             try:
                 heads.append(store.entry(version))
@@ -99,8 +98,8 @@ def quarantined(run: ExaminedRun) -> Iterator[Finding]:
         why = f": {live.quarantine.reason}" if live.quarantine and live.quarantine.reason else ""
         text = f"{live.id.label} is quarantined and holds {render.size(live.bytes)}{why}"
         do = (
-            f"orchestrator verify ROOT --step={live.step}; orchestrator release ROOT --step={live.step} brings it "
-            f"back, and only this deletes it: orchestrator gc ROOT --quarantined={live.step}"
+            f"orchestrator verify ROOT --step={live.step}; to have it restored again: orchestrator release ROOT "
+            f"--step={live.step}; to delete it: orchestrator gc ROOT --quarantined={live.step}"
         )
         yield Finding("quarantine", "warn", text, do)
     if not evidence:

@@ -50,8 +50,7 @@ class Recovered:
 
 def run(root: str, flags: Flags) -> Recovered:
     store = open_store(root)
-    with render.progress() as display:
-        bar = render.Bar(display, "reading attempts", None)
+    with render.bar("reading attempts", None) as bar:
         found = recover.plan(store, on_attempt=lambda attempt: bar.add(1))
     if not found.attempts and found.head is None and not found.required:
         store.require_head()  # not a run
@@ -87,13 +86,13 @@ def show(done: Recovered, flags: Flags) -> Iterator[render.Shown]:
             one.attempt,
             render.size(one.bytes) if one.bytes else "",
             render.moment(one.saved) if one.saved else "",
-            one.problem or "whole",
             one.outcome,
+            one.problem or "whole",
         ]
         for one in _attempts(found)
     ]
     if rows:
-        yield render.table(["step", "attempt", "size", "saved", "state", "outcome"], rows, right=["step", "size"])
+        yield render.rows(["step", "attempt", "size", "saved", "outcome", "state"], rows, right=["step", "size"])
     else:
         yield "no attempts"
     head = f"version {found.head.version} of epoch {found.head.epoch}" if found.head else "none that can be read"

@@ -11,23 +11,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.cli.layout import Hanging, Rows, wrapped
+from orchestrator.observe.bar import Bar, Unit
+from orchestrator.texts import duration as duration
 from orchestrator.texts import printable
 from orchestrator.texts import size as size
 
@@ -35,7 +28,7 @@ _PIPE_WIDTH = 200  # a program reads it: nothing may be cut off
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
-Shown = str | Text | Table  # what people are shown of a result, one piece: a line, one with a style, a table
+Shown = str | Text | Hanging | Rows | Table  # what people are shown of a result, one piece: a line or a table
 Cell = str | Text  # of a table
 Tone = Literal["bad", "warn", "good", "dim", "plain"]
 _STYLES: dict[Tone, str] = {"bad": "bold red", "warn": "yellow", "good": "green", "dim": "dim", "plain": ""}
@@ -81,26 +74,32 @@ def toned(text: str, tone: Tone | None = None) -> Text:
 def write(pieces: Iterable[Shown]) -> None:
     """What people are to see, on standard output, each piece as soon as it is there."""
     for piece in pieces:
-        if isinstance(piece, Table):
-            _console().print(piece)
-        else:
-            _console().print(_line(piece), soft_wrap=True)
+        # Soft: rich itself cuts no word of a sentence in two.
+        _console().print(_drawn(piece), soft_wrap=not isinstance(piece, Table))
 
 
 def follow(pages: Iterable[Iterable[Shown]]) -> None:
     """One page after another, each in the place of the one before, on a terminal."""
     with Live(console=_console(), auto_refresh=False) as live:
         for page in pages:
-            live.update(Group(*map(_line, page)), refresh=True)
+            live.update(Group(*map(_drawn, page)), refresh=True)
 
 
-def _line(piece: Shown) -> Text | Table:
-    return words(piece) if isinstance(piece, str) else piece
+def _drawn(piece: Shown) -> Hanging | Rows | Table:
+    if isinstance(piece, str):
+        piece = words(piece)
+    return Hanging.of(piece) if isinstance(piece, Text) else piece
 
 
 def write_error(text: str) -> None:
-    """What went wrong, for people, on standard error: one line, and one for each detail."""
-    print(printable(text, details=True), file=sys.stderr)
+    """What went wrong, for people, on standard error: one line, and one for each detail. A terminal gets as many as
+    they take."""
+    for line in printable(text, details=True).split("\n"):
+        shown = [line]
+        if sys.stderr.isatty():
+            indent = len(line) - len(line.lstrip(" ")) + 2
+            shown = [part.plain for part in wrapped(Text(line), shutil.get_terminal_size().columns, indent)]
+        print(*shown, sep="\n", file=sys.stderr)
 
 
 def write_json(value: Any) -> None:
@@ -127,6 +126,16 @@ def table(
     return drawn
 
 
+def hanging(text: str, indent: int, tone: Tone = "plain") -> Hanging:
+    """A sentence in the colour of `tone`, whose later lines, if it takes any, begin after `indent` blanks."""
+    return Hanging(toned(text, tone), indent)
+
+
+def rows(columns: Sequence[str], cells: Iterable[Sequence[Cell]], right: Sequence[str] = ()) -> Rows:
+    """A table whose last column is text of any length, such as a reason."""
+    return Rows(columns, [[words(cell) if isinstance(cell, str) else cell for cell in row] for row in cells], right)
+
+
 def moment(seconds: float) -> str:
     """Seconds since 1970 as local time, to the second, with its zone: who reads it may be elsewhere."""
     local = time.localtime(seconds)
@@ -146,54 +155,15 @@ def age(seconds: float) -> str:
     return next(f"{seconds / unit_s:.0f} {unit} ago" for unit_s, unit in _AGES if seconds >= unit_s)
 
 
-def duration(seconds: float) -> str:
-    """0.25 -> `0.25 s`, 200 -> `3 min 20 s`, 90000 -> `1 d 1 h`."""
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest_s, "s")]
-    first = next(index for index, (count, _) in enumerate(parts) if count)
-    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count)
+def rough(seconds: float) -> str:
+    """0.25 -> `<1 s`, 3.68 -> `4 s`, 200 -> `3 min 20 s`: for a screen that changes every second."""
+    return "<1 s" if seconds < 1 else f"{seconds:.0f} s" if seconds < 10 else duration(seconds)
 
 
 def metrics(values: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.5g}" for name, value in values.items())
 
 
-class _SizeColumn(ProgressColumn):
-    """How much of how much, in the units of all other sizes that we show."""
-
-    def render(self, task: Task) -> Text:
-        return words(size(task.completed) + ("" if task.total is None else f" of {size(task.total)}"))
-
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        rate = task.finished_speed or task.speed
-        return words("" if rate is None else f"{size(rate)}/s")
-
-
-class Bar:
-    """Shows how far a work has come, on a terminal only: in files, or in bytes. Any thread."""
-
-    def __init__(self, progress: Progress | None, about: str, total: int | None) -> None:
-        self._progress = progress
-        self._task = progress.add_task(printable(about), total=total) if progress else None
-
-    def file(self, key: str) -> None:
-        self.add(1)
-
-    def add(self, count: int) -> None:
-        if self._progress and self._task is not None:
-            self._progress.advance(self._task, count)
-
-
-def progress(unit: Literal["files", "bytes"] = "files") -> AbstractContextManager[Progress | None]:
-    """A progress display on standard error where that is a terminal; for bytes with the rate."""
-    if not sys.stderr.isatty():
-        return nullcontext(None)
-    counts = (MofNCompleteColumn(),) if unit == "files" else (_SizeColumn(), _RateColumn())
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr), transient=True)
+def bar(about: str, total: int | None, unit: Unit = "items") -> Bar:
+    """How far a work has come, on standard error where that is a terminal. A context: afterwards it is gone."""
+    return Bar(about, total, unit, shown=sys.stderr is not None and sys.stderr.isatty())

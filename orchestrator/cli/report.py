@@ -37,7 +37,7 @@ def show(made: RunReport, flags: Flags) -> Iterator[render.Shown]:
     body = page(made)
     write_whole(flags["output"], body)
     where = os.path.abspath(flags["output"])
-    yield f"{where}: {len(made.saves)} saves, {len(made.epochs)} incarnations, {render.size(len(body))}"
+    yield f"{where}: {len(made.saves)} saves, {len(made.epochs)} epochs, {render.size(len(body))}"
 
 
 def page(made: RunReport) -> str:

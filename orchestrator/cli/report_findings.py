@@ -45,7 +45,7 @@ def _verdict(made: RunReport, timeline: Timeline, found: list[Finding]) -> Findi
 def _state(made: RunReport, timeline: Timeline) -> tuple[str, str]:
     newest = timeline.progress.epochs.get(made.epoch)
     if newest is None:
-        return "There are no events of the newest incarnation: whether the job runs is not known.", "plain"
+        return "There are no events of the newest epoch: whether the job runs is not known.", "plain"
     if newest.in_order:
         return f"The job ended in order at {render.moment(newest.last)}.", "good"
     if made.made - newest.last > GONE_S:

@@ -147,7 +147,7 @@ def _journalled(entries: Iterable[Entry]) -> Iterable[Incident]:
         elif event.kind == "opened-epoch":
             epochs += 1
             if epochs > 1:
-                text = f"incarnation {head.epoch} took over from {head.epoch - 1}"
+                text = f"epoch {head.epoch} took over from {head.epoch - 1}"
                 yield Incident(head.time, "restart", None, None, text, head.writer)
 
 
@@ -160,9 +160,11 @@ def _ends(progress: Progress, now: float) -> Iterable[Incident]:
         open_still = sorted((at, host) for process, (host, at) in one.last_seen.items() if process not in one.closed)
         if not open_still:
             continue
-        named = ", ".join(f"{host} {render.moment(at)}" for at, host in open_still[:_NAMED])
-        more = f" and {len(open_still) - _NAMED} later" if len(open_still) > _NAMED else ""
-        text = f"incarnation {number} ended without closing; last signs of life: {named}{more}"
+        named = ", ".join(host for _, host in open_still[:_NAMED])
+        more = f" and {len(open_still) - _NAMED} more" if len(open_still) > _NAMED else ""
+        first, last = render.moment(open_still[0][0]), render.moment(open_still[-1][0])
+        seen = first if first == last else f"from {first} on, the last at {last}"
+        text = f"epoch {number} ended without closing; last signs of life of {named}{more}: {seen}"
         yield Incident(one.last, "ended abruptly", None, None, text, "events")
 
 

@@ -36,8 +36,7 @@ def build(store: JournalStore, timeline: Timeline, now: float) -> RunReport:
     """The report that `timeline` and the run's journal make at `now` (seconds since 1970)."""
     head = store.require_head()
     entries = []
-    with render.progress() as display:
-        bar = render.Bar(display, "journal", head.version + 1)
+    with render.bar("journal", head.version + 1) as bar:
         for each in store.entries():
             entries.append(Entry.of(each))
             bar.add(1)

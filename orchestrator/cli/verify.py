@@ -82,8 +82,7 @@ def _verify(store: JournalStore, live: LiveStep, sample: float | None, flags: Fl
         total = verify.total_bytes(store.step(live).manifest, sample)
     except OrchestratorError:  # it will be among the findings
         total = live.bytes
-    with render.progress("bytes") as display:
-        bar = render.Bar(display, f"step {live.step}", total)
+    with render.bar(f"step {live.step}", total, "bytes") as bar:
         verdict = verify.read_back(
             store, live, sample=sample, seed=flags["seed"], by_store=flags["by_store"], on_bytes=bar.add
         )
@@ -136,7 +135,7 @@ def exit_code(judged: JudgedStep) -> int:
 COMMAND = Command(
     run,
     show,
-    "read steps back and compare every byte; 4 if one is damaged",
+    "read steps back and compare every byte",
     flags=(
         STEP,
         Flag("all", bool, False, "every step"),
@@ -159,5 +158,6 @@ COMMAND = Command(
     ),
     exit_code=exit_code,
     encode=encode,
-    detail="Each file and chunk is compared with the manifest. A verdict is printed before it is journalled.",
+    detail="Each file and chunk is compared with the manifest. A verdict is printed before it is journalled. "
+    "Exit code 4 if a step is damaged, 1 if one could not be read.",
 )

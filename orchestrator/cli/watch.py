@@ -136,7 +136,8 @@ def _facts(
     head: Head, timeline: Timeline, states: Mapping[int, HostState], found: Mapping[int, Diagnosis], now: float
 ) -> Facts:
     newest = journal.newest(head)
-    steps = [host.training_step for host in states.values() if host.training_step >= 0]
+    # A pulse says the step every few seconds, and a save that has begun since then says a later one.
+    steps = [step for host in states.values() if (step := max(host.training_step, host.step)) >= 0]
     saving = [host.step for host in states.values() if host.doing in PHASES]
     rates = [host.pulse.step_s for host in states.values() if host.pulse and host.pulse.step_s]
     began = sorted({save.began for save in _saves(timeline, head.epoch)})[-_SAVES:]
@@ -205,13 +206,14 @@ def exit_code(now: RunNow) -> int:
 COMMAND = Command(
     run,
     show,
-    "what a run does now, what would be lost; 1 unless healthy or ended",
+    "what a run does now, and what a crash would lose",
     flags=(
         Flag("once", bool, False, "one look; the same where the output is no terminal"),
         Flag("interval_s", float, 1.0, "seconds from one look to the next"),
         EVENTS,
     ),
     examples=("orchestrator watch /data/run", "orchestrator watch /data/run --json | jq -r .verdict"),
+    detail="Exit code 1 unless the run is healthy, saves, or has ended in order.",
     exit_code=exit_code,
     follow=follow,
 )

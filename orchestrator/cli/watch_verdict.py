@@ -51,7 +51,7 @@ def _without_events(facts: Facts) -> tuple[Verdict, str] | None:
     if facts.conditions:
         return None
     if facts.commit_age_s is None:
-        return "STARTING", "no step and no events of this incarnation yet"
+        return "STARTING", "no step and no events of this epoch yet"
     age = render.duration(facts.commit_age_s)
     if _late(facts):
         return "NO COMMITS", f"the last one was {age} ago, and there are no events that say why"

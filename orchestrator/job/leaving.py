@@ -108,7 +108,9 @@ class Lifetime:
             self._using.release()
 
     def over(self, in_flight: int | None) -> None:
-        """The agent is closed. `in_flight`: what was not waited for, as it took too long, or Ctrl-C came."""
+        """The agent is closed: its threads have ended. `in_flight`: what was not waited for, as it took too long, or
+        Ctrl-C came. Not reached if another Ctrl-C came: the next `close` ends the rest, or Python, when it collects it.
+        Idempotent."""
         if in_flight is not None:
             logging.warning("step %d: not waited for; it is lost unless it is saved before the process ends", in_flight)
         _open.pop(self._number, None)

@@ -34,7 +34,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from orchestrator.errors import EXIT_FAILED, EXIT_PREEMPTED, OrchestratorError
-from orchestrator.job import bounded_calls
+from orchestrator.job import bounded_calls, ignored_interrupts
 from orchestrator.job.exit_codes import describe, exit_code
 from orchestrator.job.failure_board import Board, FailureBoard, ProcessFailure
 from orchestrator.job.poll import Pause, poll
@@ -61,8 +61,10 @@ class SavingAgent(Protocol):
 
 
 def install_excepthook() -> None:
-    """From now on uncaught errors of this package end the program with their own exit codes. Idempotent; any hook that
-    is there, or comes later and calls the one before it, stays in use."""
+    """From now on uncaught errors of this package end the program with their own exit codes, and a Ctrl-C that Python
+    ignores comes again. Idempotent; any hook that is there, or comes later and calls the one before it, stays in
+    use."""
+    ignored_interrupts.install()
     if getattr(sys.excepthook, "reports_failures", False):
         return
     before = sys.excepthook

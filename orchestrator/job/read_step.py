@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import reprlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 from orchestrator import arrays, failpoints, gc_pause
 from orchestrator.arrays import ReadRequest, targets
 from orchestrator.job.restore_check import Proof, prove
+from orchestrator.observe.events import AGREEING, READING, RestorePhase, emit
 from orchestrator.rules import keys, matching
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
@@ -66,26 +67,45 @@ class ReadOptions:
     reader: Callable[..., list[Any]] = arrays.load
 
 
+REPORT_S = 1.0  # from one event about a restore that is reading to the next
+
+
 @dataclass
 class ArrayReads:
     """Reads arrays by `reader`, and counts what that has cost this process so far. `on_bytes`: called with the bytes of
-    each read, from the thread that has read them."""
+    each read, from the thread that has read them. `expected`: all that is going to be read, in however many calls."""
 
     reader: Callable[..., list[Any]] = arrays.load
     on_bytes: Callable[[int], None] = lambda read_bytes: None
+    expected: Sequence[ReadRequest] = ()
     read_bytes: int = 0
     array_s: float = 0.0
+    _started_s: float = field(default_factory=time.monotonic)
+    _reported_s: float = field(default_factory=time.monotonic)
+    _total_bytes: int | None = None
 
     def load(self, stored: StoredStep, requests: list[ReadRequest]) -> list[Any]:
-        """As `stored_arrays.load`."""
+        """As `stored_arrays.load`. What takes longer than REPORT_S is reported."""
         started = time.monotonic()
-        values = stored_arrays.load(stored, requests, self._count, self.reader)
-        self.array_s += time.monotonic() - started
-        return values
+        try:
+            return stored_arrays.load(stored, requests, partial(self._count, stored.live), self.reader)
+        finally:
+            self.array_s += time.monotonic() - started
+            if self._total_bytes is not None:
+                self._report(stored.live, AGREEING)
 
-    def _count(self, read_bytes: int) -> None:
+    def _count(self, live: LiveStep, read_bytes: int) -> None:
         self.read_bytes += read_bytes
         self.on_bytes(read_bytes)
+        if time.monotonic() - self._reported_s >= REPORT_S:
+            self._report(live, READING)
+
+    def _report(self, live: LiveStep, phase: str) -> None:
+        self._reported_s = time.monotonic()
+        if self._total_bytes is None:  # only now: short restores need not know
+            self._total_bytes = arrays.bytes_to_read(self.expected)
+        elapsed_s = self._reported_s - self._started_s
+        emit(RestorePhase(live.step, live.attempt, phase, elapsed_s, self.read_bytes, self._total_bytes))
 
 
 @dataclass(frozen=True)
@@ -167,7 +187,8 @@ def read_step(
     stored = store.step(live)
     plan = match_target(stored, like, options)
     process_states = plan.begin()
-    values = (reads or ArrayReads(options.reader)).load(stored, plan.requests)
+    reads = reads or ArrayReads(options.reader, expected=plan.requests)
+    values = reads.load(stored, plan.requests)
     restored, proof = plan.finish(values, process_states)
     if proof.wrong_here:
         names = [name for name, _ in proof.wrong_here]

@@ -147,7 +147,9 @@ class _Restore:
         self._judgement.quarantine()
         record = self._rendezvous.process == 0 and self._options.record and live.trust != "restored"
         early = overlap.begin(self._store.head) if record else None  # it takes no longer than the arrays
-        reads = ArrayReads(self._options.read.reader, lambda read_bytes: heartbeat.record("restoring", None))
+        reads = ArrayReads(
+            self._options.read.reader, lambda read_bytes: heartbeat.record("restoring", None), plan.requests
+        )
         read = self._judgement.value_of_all(stored, restore_rounds.was_read(live.step), self._read(plan, reads))
         if read is None or not self._proves(stored, read[1]):
             self._judgement.quarantine()
@@ -191,6 +193,9 @@ def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan
     others meet before the exchange. Raises WaitTimeout."""
     values: list[Any] = [None] * len(plan.requests)
     groups = arrays.exchange_groups(plan.requests)
+    alone = sorted(set(range(len(values))).difference(*(group.positions for group in groups)))
+    slabs = [request for group in groups for request in group.slab_requests]
+    reads.expected = [*slabs, *(plan.requests[place] for place in alone)]
     for group in groups:
         parts = result_of(partial(reads.load, plan.stored, group.slab_requests))
         if isinstance(parts, NotRead):
@@ -203,7 +208,6 @@ def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan
         if isinstance(exchanged, NotRead):
             return exchanged
         _put(values, group.positions, exchanged.value)
-    alone = sorted(set(range(len(values))).difference(*(group.positions for group in groups)))
     rest = result_of(partial(reads.load, plan.stored, [plan.requests[place] for place in alone]))
     if isinstance(rest, NotRead):
         return rest

@@ -16,6 +16,7 @@ from absl import logging
 from orchestrator.texts import printable
 
 PHASES = ("staging", "writing", "sealing", "waiting", "committing")  # of a save on one process, in this order
+READING, AGREEING = "reading", "agreeing"  # phases of a restore on one process; the second: its own arrays are there
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,19 @@ class HostLocalDiffers:
 
 
 @dataclass(frozen=True)
+class RestorePhase:
+    """A long restore enters `phase` on this process, or is still in it. `elapsed_s`: since it began to read arrays.
+    `read_bytes`: of this process's arrays, so far; `total_bytes`: of about how many, 0 if that is not known."""
+
+    step: int
+    attempt: str
+    phase: str
+    elapsed_s: float
+    read_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
 class StepRestored:
     """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`: this process's reading of arrays."""
 
@@ -183,6 +197,7 @@ Event = (
     | SaveCommitted
     | SaveNotCommitted
     | HostLocalDiffers
+    | RestorePhase
     | StepRestored
     | SteppedDown
     | Retried
@@ -199,7 +214,7 @@ _LOGGED_AS: dict[type[Event], str] = {
 KINDS: dict[str, type[Event]] = {_LOGGED_AS.get(kind, kind.__name__): kind for kind in get_args(Event)}
 _NAMES = {kind: name for name, kind in KINDS.items()}
 _WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers)
-_DETAILS = (Alive, Pulse, SavePhase)  # for programs; people would drown in them
+_DETAILS = (Alive, Pulse, SavePhase, RestorePhase)  # for programs; people would drown in them
 _readers: list[Callable[[Event], None]] = []
 
 

@@ -1,4 +1,5 @@
-"""What a person who sits at a terminal is told of a run: a line for each save that counts, and what is not saved.
+"""What a person who sits at a terminal is told of a run: a line for each save that counts, and for what was restored; a
+bar while a restore takes long; and what is not saved.
 
 Programs under absl's `app.run` log all events at INFO; others, as absl starts with warnings only, would show nothing of
 a save. Process 0 tells it there, on standard error. Where the log shows it already, nothing is said twice.
@@ -10,22 +11,28 @@ import contextlib
 import logging as python_logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import logging
 
 from orchestrator.observe import events
+from orchestrator.observe.bar import Bar, Pace
 from orchestrator.texts import size
 
 APART_S = 1.0  # between two lines of saves, at least
+RESTORING_S = 10.0  # between two lines of one restore, where no bar can be drawn
 _speaking: list[ProgressLines] = []  # of all agents of this process: events do not say whose they are
 
 
 class ProgressLines:
-    """Tells what `on_event` hears, any thread. `close` ends it. `clock`: in seconds."""
+    """Tells what `on_event` hears, any thread. `close` ends it. `clock`: in seconds. `bars`: whether a line can be
+    drawn over; else restores are told of in lines."""
 
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._say, self._clock = say, clock
+    def __init__(
+        self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic, *, bars: bool = False
+    ) -> None:
+        self._say, self._clock, self._bars = say, clock, bars
+        self._restoring: _Restoring | None = None
         self._said_s: float | None = None
         self._waiting: list[events.SaveCommitted] = []  # not told yet, as another was told just now
         self._blocked: tuple[int, float] | None = None  # the step being saved, and for how long training stood
@@ -38,8 +45,14 @@ class ProgressLines:
         match event:
             case events.SaveStarted():
                 self._blocked = event.step, event.blocked_s
+            case events.RestorePhase(phase=events.READING):
+                self._restoring = self._restoring or _Restoring(event, self._say, self._clock, bars=self._bars)
+                self._restoring.reach(event.read_bytes, event.total_bytes or None)
+            case events.RestorePhase():
+                self._end_restoring()
             case events.StepRestored():
                 self._newest = event.step
+                self._say(f"restored step {event.step}: {size(event.read_bytes)} in {event.elapsed_s:.1f} s")
             case events.SaveCommitted():
                 self._newest = event.step
                 self._waiting.append(event)
@@ -50,6 +63,11 @@ class ProgressLines:
                 if line := _not_saved(event, self._newest):
                     self._say(line)
 
+    def _end_restoring(self) -> None:
+        if self._restoring:
+            self._restoring.close()
+        self._restoring = None
+
     def _flush(self) -> None:
         if self._waiting:
             self._say(_saved(self._waiting[-1], len(self._waiting) - 1, self._blocked))
@@ -57,14 +75,55 @@ class ProgressLines:
 
     def close(self) -> None:
         """Idempotent."""
+        self._end_restoring()
         if self in _speaking:
             self._flush()
             _speaking.remove(self)
 
 
+class _Restoring:
+    """One reading of a step's arrays, as a bar or in lines."""
+
+    def __init__(
+        self, first: events.RestorePhase, say: Callable[[str], None], clock: Callable[[], float], *, bars: bool
+    ) -> None:
+        self._about, self._say, self._clock = f"restoring step {first.step}", say, clock
+        self._bar = Bar(self._about, None, since_s=first.elapsed_s) if bars else None
+        self._pace = Pace("bytes", None, clock, first.elapsed_s)
+        self._said_s = clock()
+
+    def reach(self, read_bytes: int, total_bytes: int | None) -> None:
+        if self._bar:
+            self._bar.reach(read_bytes, total_bytes)
+            return
+        self._pace.reach(read_bytes, total_bytes)
+        if self._clock() - self._said_s >= RESTORING_S:
+            self._said_s = self._clock()
+            self._say(f"{self._about}: {self._pace}")
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def telling(progress: bool | None) -> Iterator[None]:
+    """Tell, as long as this is open, where `wanted`: for a reader, who has no agent."""
+    if not wanted(progress, 0):
+        yield
+        return
+    lines = ProgressLines(say, bars=person_sits())
+    stop = events.subscribe(lines.on_event)
+    try:
+        yield
+    finally:
+        stop()
+        lines.close()
+
+
 def wanted(progress: bool | None, process: int) -> bool:
     """Whether this process tells it: as `Options.progress` says; if that is None, where a person sits."""
-    return process == 0 and (_person_sits() if progress is None else progress)
+    return process == 0 and (person_sits() if progress is None else progress)
 
 
 def say(line: str) -> None:
@@ -96,7 +155,7 @@ def _shows(handler: python_logging.Handler) -> bool:
     return getattr(console, "file", getattr(handler, "stream", None)) in (sys.stderr, sys.stdout)
 
 
-def _person_sits() -> bool:
+def person_sits() -> bool:
     """A terminal, or IPython, whose cells show standard error."""
     with contextlib.suppress(AttributeError, ValueError):  # none, or closed
         if sys.stderr.isatty():

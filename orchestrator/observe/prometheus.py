@@ -62,7 +62,7 @@ class Metrics:
         Gauge("orchestrator_process", "1; who this is", ("process", "host"), registry=registry).labels(
             str(process), host
         ).set(1)
-        self._epoch = gauge("epoch", "Incarnation of the job")
+        self._epoch = gauge("epoch", "The run's epoch: goes up at each start of the job")
         self._started = counter("saves_started", "Saves that this process took part in")
         self._commits = counter("saves_committed", "Saves that were committed")
         self._failures = counter("saves_not_committed", "Saves that ended without a commit", "cause")
@@ -70,7 +70,7 @@ class Metrics:
         self._durable = histogram("save_durable_seconds", "From the call of save to its commit")
         self._bytes = counter("written_bytes", "Array bytes that this process wrote")
         self._retries = counter("retries", "Operations that were tried again", "what")
-        self._fenced = counter("fenced", "Saves rejected because a newer incarnation has taken over")
+        self._fenced = counter("fenced", "Saves rejected because a newer epoch has taken over")
         self._down = counter("stepped_down", "Damaged steps that a restore stepped over")
         self._restore = histogram("restore_seconds", "Whole restores")
         self._read = counter("read_bytes", "Array bytes that restores read")

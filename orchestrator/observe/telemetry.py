@@ -28,7 +28,7 @@ class Telemetry:
         self._stop_early = events.subscribe(lambda event: self._early.append((time.time(), event)))
         self._closers.append(self._stop_early)
         if progress_lines.wanted(options.progress, process):
-            lines = progress_lines.ProgressLines(progress_lines.say)
+            lines = progress_lines.ProgressLines(progress_lines.say, bars=progress_lines.person_sits())
             self._subscribe(lines.on_event, lines.close)
         if options.metrics_port is not None or options.metrics_file:
             from orchestrator.observe import prometheus

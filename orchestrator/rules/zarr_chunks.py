@@ -2,7 +2,9 @@
 
 A chunk object is the chunk's elements in C order, little-endian, followed by their CRC-32C as four little-endian bytes:
 zarr3's `bytes` and `crc32c` codecs (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/index.html), which any
-zarr3 reader checks. Chunks are runs of whole rows of one shard, so that cutting and joining them is plain copying.
+zarr3 reader checks. In a data file the CRC-32Cs of a large chunk's parts follow it, so that a part can be read and
+checked alone; zarr3 readers do not see them. Chunks are runs of whole rows of one shard, so that cutting and joining
+them is plain copying.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from orchestrator.rules.records import Box
 
 CHECKSUM_BYTES = 4
 CHUNK_BYTES = 4 << 20
+PART_BYTES = 256 << 10  # of a chunk, checked by itself; part of the format
 _POLYNOMIAL = 0x82F63B78  # CRC-32C's, reflected
 
 
@@ -76,6 +79,35 @@ def combined_crc32c(first: int, second: int, second_bytes: int) -> int:
     As zlib's crc32_combine: appending n bytes multiplies a CRC by x^8n modulo the polynomial.
     """
     return _product(_power(8 * second_bytes), first) ^ second
+
+
+def parts(size: int) -> list[tuple[int, int]]:
+    """First byte and end of each part of a chunk of `size` bytes; [] of one so small that it has none."""
+    if size <= PART_BYTES:
+        return []
+    return [(first, min(first + PART_BYTES, size)) for first in range(0, size, PART_BYTES)]
+
+
+def joined_crc32c(checksums: Sequence[int], size: int) -> int:
+    """The CRC-32C of a chunk of `size` bytes, from those of its parts."""
+    low, second, third, high = _part_tables()
+    found = 0
+    for checksum in checksums[:-1]:
+        found = low[found & 255] ^ second[found >> 8 & 255] ^ third[found >> 16 & 255] ^ high[found >> 24] ^ checksum
+    return combined_crc32c(found, checksums[-1], size - PART_BYTES * (len(checksums) - 1))
+
+
+@functools.cache
+def _part_tables() -> tuple[list[int], ...]:
+    """What PART_BYTES more make of a CRC, for each value of each of its bytes, the lowest first."""
+    tables = []
+    for byte in range(4):
+        table = [0]
+        for bit in range(8):
+            moved = _product(_power(8 * PART_BYTES), 1 << 8 * byte + bit)
+            table += [moved ^ one for one in table]
+        tables.append(table)
+    return tuple(tables)
 
 
 @functools.lru_cache(maxsize=1024)

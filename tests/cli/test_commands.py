@@ -48,7 +48,7 @@ def test_ls_shows_every_step_and_marks_the_one_a_restore_takes(run: Path, capsys
     capsys.readouterr()
     assert orchestrator("ls", run, "--wide") == 0
     header, *rows, counts = capsys.readouterr().out.splitlines()
-    assert header.split() == ["step", "attempt", "status", "age", "saved", "size", "metrics", "pins"]
+    assert header.split() == ["step", "attempt", "status", "age", "saved", "size", "metrics"]
     assert rows[2].rstrip().endswith("release") and "e0001-a01" in rows[2]
 
 

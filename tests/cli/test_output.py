@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -25,10 +26,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.text import Text
 
 import orchestrator as oc
 from orchestrator.cli import render
 from orchestrator.cli.command import Result
+from orchestrator.cli.layout import fitted, wrapped
 from orchestrator.cli.main import COMMANDS, main
 
 
@@ -112,9 +116,9 @@ def test_help_has_one_line_for_each_command_and_is_as_wide_as_the_terminal(
 
 
 def test_sizes_have_one_unit_system() -> None:
-    """Bars, too: a bar that counts 805 MB for 384 MiB is asked about."""
+    """Bars, too (`Pace`): a bar that counts 805 MB for 384 MiB is asked about."""
     sources = "".join(path.read_text() for path in Path(render.__file__).parent.glob("*.py"))
-    assert "DownloadColumn" not in sources and "TransferSpeedColumn" not in sources
+    assert "rich.progress" not in sources
     assert (render.size(384 << 20), render.age(59), render.age(7200)) == ("384.0 MiB", "59 s ago", "2 h ago")
 
 
@@ -225,3 +229,44 @@ def test_mistakes_are_one_line(words: list[str], code: int, said: str, capsys: A
     assert main(["orchestrator", *words]) == code
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+SENTENCE = "WARN  step 80 is quarantined: file:///data/run/steps/00000080/e0001-a01/state/d/0123456789: is missing"
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (200, [SENTENCE]),
+        (
+            60,
+            [
+                "WARN  step 80 is quarantined:",
+                "    file:///data/run/steps/00000080/e0001-a01/state/d/0123456789:",
+                "    is missing",
+            ],
+        ),
+    ],
+)
+def test_a_sentence_is_cut_at_blanks_only(width: int, lines: list[str]) -> None:
+    assert [line.plain for line in wrapped(Text(SENTENCE), width, 4)] == lines
+
+
+def test_a_rows_text_is_beneath_it_where_it_has_no_room_beside() -> None:
+    table = render.rows(["step", "what"], [["5", "short"], ["10", "a reason " * 9]], right=["step"])
+    narrow, piped = (Console(file=io.StringIO(), width=40, force_terminal=tty, color_system=None) for tty in (1, 0))
+    for screen in (narrow, piped):
+        screen.print(table, soft_wrap=True)
+    rows = [line.rstrip() for line in typing.cast(io.StringIO, narrow.file).getvalue().splitlines()]
+    assert rows[:4] == ["step  what", "   5  short", "  10", "    a reason a reason a reason a reason"]
+    assert max(map(len, rows)) <= 40 and "".join(rows).count("reason") == 9
+    rows = [line.rstrip() for line in typing.cast(io.StringIO, piped.file).getvalue().splitlines()]
+    assert rows == ["step  what", "   5  short", f"  10  {'a reason ' * 9}".rstrip()], "one row, one line"
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [(40, ["one clause; another one; a third clause"]), (30, ["one clause; another one;", "  a third clause"])],
+)
+def test_clauses_stay_whole_while_they_fit(width: int, lines: list[str]) -> None:
+    assert list(fitted(["one clause", "another one", "a third clause"], width)) == lines

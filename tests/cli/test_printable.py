@@ -108,13 +108,13 @@ def test_log_lines_of_events_are_fit_to_be_shown(caplog: pytest.LogCaptureFixtur
 
 
 def test_only_render_builds_text_and_prints() -> None:
-    """The one place that escapes is the one place that shows: nobody else in the command line builds a rich Text,
-    opens a console, or prints; `main` prints help, which is our own."""
+    """The one place that escapes is the one place that shows: nobody else in the command line builds a rich Text, opens
+    a console, or prints; `layout` cuts what `render` has made, and `main` prints help, which is our own."""
     found = []
     for path in CLI.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if path.name != "render.py" and (
+            if path.name not in ("render.py", "layout.py") and (
                 called in ("Text", "Console", "Table", "Text.from_markup")
                 or (called == "print" and path.name != "main.py")
                 or called.startswith(("sys.stdout.write", "sys.stderr.write"))

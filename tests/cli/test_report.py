@@ -170,7 +170,7 @@ HAPPENED: dict[str, tuple[list[tuple[float, int, Event]], float, str, tuple[str,
     "running": (training(0, 100, 0, 1), 3.0, "good", ("was running",)),
     "the job is gone": (training(0, 100, 0, 1), 600.0, "bad", ("The job is gone", "ended without closing")),
     "one host dead, the other closed": (
-        [*training(0, 100, 0, 1), (101.0, 0, Closed(0))], 600.0, "bad", ("last signs of life: host-1",)),
+        [*training(0, 100, 0, 1), (101.0, 0, Closed(0))], 600.0, "bad", ("last signs of life of host-1",)),
     "one host frozen, the other waits": (
         [
             *training(0, 50, 0, 1),

@@ -106,6 +106,22 @@ def test_the_end_names_the_host_that_failed_first(
     assert isinstance(effect, Finish) and about in effect.about, effect
 
 
+@pytest.mark.parametrize(
+    ("signum", "heard", "shorter"),
+    [
+        (signal.SIGINT, {0}, True),  # the one that has an agent has ended
+        (signal.SIGINT, {0, 1}, False),  # it may be saving
+        (signal.SIGTERM, {0}, False),
+    ],
+)
+def test_after_a_ctrl_c_a_host_without_an_agent_that_stays_behind_has_a_short_grace(
+    signum: int, heard: set[int], shorter: bool
+) -> None:
+    state, _ = supervise.on_signal(replace(running(2, end_grace_s=3.0), heard=frozenset(heard)), signum)
+    state, effects = supervise.on_exits(state, [Exit(0, -signum)])
+    assert effects == ((SendSignal(frozenset({1}), 0, 3.0),) if shorter else ())
+
+
 def test_processes_that_end_well_leave_the_others_running() -> None:
     state, effects = supervise.on_exits(running(2), [Exit(0, 0)])
     assert (state.running, effects) == (frozenset({1}), ())

@@ -15,7 +15,7 @@ from absl import logging
 
 import orchestrator as oc
 from orchestrator.observe import progress_lines
-from orchestrator.observe.events import Closed, Event, SaveCommitted, SaveStarted, StepRestored
+from orchestrator.observe.events import Closed, Event, RestorePhase, SaveCommitted, SaveStarted, StepRestored
 from orchestrator.observe.progress_lines import ProgressLines
 from tests.support.runs import fill, now, state
 
@@ -30,6 +30,14 @@ def committed(step: int) -> Event:
 
 def line(step: int, more: str = "", blocked: str = ", blocked 0.01 s") -> str:
     return f"saved step {step}{more}: 1.2 GiB in 0.9 s{blocked}"
+
+
+def reading(mib: int, total: int) -> Event:
+    return RestorePhase(90, "e0001-a01", "reading", float(mib), mib << 20, total)
+
+
+def agreeing(total: int) -> Event:
+    return RestorePhase(90, "e0001-a01", "agreeing", 22.0, total, total)
 
 
 HINT = "save(..., force=True) saves the last"
@@ -55,8 +63,19 @@ TOLD: dict[str, tuple[list[tuple[float, Event]], list[str]]] = {
         [line(90), f"step 91 is not saved: the newest that is: 90; {HINT}"],
     ),
     "after a restore": (
-        [(0, StepRestored(90, "e0001-a01", 1.0, 1)), (2, Closed(0, 95))],
-        [f"steps 91 to 95 are not saved: the newest that is: 90; {HINT}"],
+        [(0, StepRestored(90, "e0001-a01", 1.0, 1 << 20)), (2, Closed(0, 95))],
+        ["restored step 90: 1.0 MiB in 1.0 s", f"steps 91 to 95 are not saved: the newest that is: 90; {HINT}"],
+    ),
+    "a long restore": (
+        [(at, reading(at, 1 << 30)) for at in (1, 5, 9, 11, 15, 21)] + [(22, agreeing(1 << 30)), (30, Closed(0))],
+        [
+            "restoring step 90: 11.0 MiB of 1.0 GiB, 1.0 MiB/s, 16 min 53 s left",
+            "restoring step 90: 21.0 MiB of 1.0 GiB, 1.0 MiB/s, 16 min 43 s left",
+        ],
+    ),
+    "a long restore of nobody knows how much": (
+        [(at, reading(at, 0)) for at in (1, 12)] + [(22, agreeing(0))],
+        ["restoring step 90: 12.0 MiB, 1.0 MiB/s"],
     ),
     "nothing at all": ([(2, Closed(0, 7))], [f"step 7 is not saved: no step is; {HINT}"]),
     "nothing to save": ([(2, Closed(0))], []),

@@ -72,6 +72,15 @@ def test_every_kind_of_leaf(compression: bool, root: Path, mesh8: jax.sharding.M
     assert step.extra == EXTRA
 
 
+def test_the_checksums_of_parts_of_large_chunks(root: Path) -> None:
+    large = {"w": jnp.arange(700_000.0), "small": jnp.ones(70_000), "both": np.ones((3, 90_000), np.int8)}
+    with oc.Agent(root, options=now()) as agent:
+        assert agent.save(1, large)
+    step = independent_reader.Step(root)  # type: ignore[no-untyped-call]
+    parts = step.parts()  # type: ignore[no-untyped-call]
+    assert parts == {"w/c/0": True, "small/c/0": True, "both/c/0/0": True}
+
+
 def test_an_adopted_run(root: Path, mesh8: jax.sharding.Mesh) -> None:
     plain = {name: value for name, value in state(mesh8).items() if name in ("w", "keys", "scalar")}
     items = {"state": ocp.args.StandardSave(plain), "ema": ocp.args.StandardSave({"w": plain["w"]})}

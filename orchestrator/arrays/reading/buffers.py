@@ -114,6 +114,17 @@ def grouped(requests: Sequence[ReadRequest]) -> list[BufferGroup]:
     return sorted(groups, key=lambda group: group.positions[0])  # about as the files have them
 
 
+def bytes_to_read(requests: Sequence[ReadRequest]) -> int:
+    """About how many bytes of arrays a restore of these reads on this process. Raises Damaged as `layout_of`."""
+    total = 0
+    for group in grouped(requests):
+        of_leaf = group.chunk_bytes * len(group.layout.reads)
+        if not of_leaf:  # compressed: how it is cut is not known yet
+            of_leaf = sum(map(math.prod, group.layout.shapes)) * group.dtype.itemsize
+        total += len(group.requests) * of_leaf
+    return total
+
+
 def region_of(leaf: LeafSpec, box: Box) -> BufferGroup:
     """A region of a leaf, as stored, for one buffer on the host. Raises Damaged as `layout_of`."""
     return BufferGroup((ReadRequest(leaf),), region_layout(leaf, box))

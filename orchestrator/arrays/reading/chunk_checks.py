@@ -74,6 +74,10 @@ class ChunkChecks:
         self.check_crc(read, crc32c.crc32c(raw), int.from_bytes(tail, "little"))
         if read.compressed:
             raw = inflated(raw, read.bytes, lambda: f"{read.label}: chunk {read.key} in {self._directory}")
+        self.place(read, raw)
+
+    def place(self, read: ChunkRead, raw: bytes | memoryview) -> None:
+        """Copy the parts of a chunk to their destinations. What lies beside them does not matter."""
         source = np.frombuffer(raw, read.group.dtype).reshape(read.shape)
         for destination in read.destinations:
             read.view(destination)[...] = source[destination.part]

@@ -13,6 +13,7 @@ import numpy as np
 from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.batches import batches
 from orchestrator.arrays.reading.chunk_checks import ChunkChecks
+from orchestrator.arrays.reading.chunk_parts import ChunkParts
 from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
 from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Damaged
@@ -35,6 +36,7 @@ class LocalSource:
         self.directory = directory
         self._store = LocalStore(path, stored)
         self._checks = ChunkChecks(directory, stored.chunks if stored else {}, self._files_of)
+        self._parts = ChunkParts(self._store, self._checks)
         self._pool: ThreadPoolExecutor | None = None
 
     def index(self) -> Mapping[str, Chunk]:
@@ -61,12 +63,10 @@ class LocalSource:
             self._pool = ThreadPoolExecutor(min(_THREADS, max(2, os.cpu_count() or 1)), thread_name_prefix="restore")
         begun = _Batches(on_bytes)
         for batch in batches(reads, _BATCH_BYTES, _BATCH_READS):
-            size = sum(read.bytes for read in batch)
             if batch[0].bytes * len(batch) > _INLINE_BYTES:
-                begun.running.append((self._pool.submit(self._read, batch), size))
+                begun.running.append(self._pool.submit(self._read, batch))
             else:
-                self._read(batch)
-                on_bytes(size)
+                on_bytes(self._read(batch))
         return begun
 
     def close(self) -> None:
@@ -75,8 +75,9 @@ class LocalSource:
             self._pool = None
         self._store.close()
 
-    def _read(self, batch: Sequence[ChunkRead]) -> None:
-        """Any thread."""
+    def _read(self, batch: Sequence[ChunkRead]) -> int:
+        """How many bytes of elements were read. Any thread."""
+        read_bytes = 0
         for read in batch:
             place = self._index.get(read.key)
             if place is None:
@@ -91,23 +92,27 @@ class LocalSource:
                 self._checks.check_crc(read, *self._store.read_into(view.data, place, read.label))
             else:
                 scratch = np.empty(size, np.uint8)  # one chunk
+                if few := self._parts.read(read, place, scratch):
+                    self._checks.place(read, scratch.data[:-CHECKSUM_BYTES])
+                    read_bytes += few
+                    continue
                 split = size - CHECKSUM_BYTES
                 self._store.read_into(scratch.data[:split], place, read.label, tail=scratch.data[split:])
                 self._checks.deliver(read, scratch.data)
+            read_bytes += read.bytes
+        return read_bytes
 
 
 class _Batches:
-    """A Reading. running: what threads do, and of how many bytes."""
+    """A Reading. running: what threads do; how many bytes each has read."""
 
     def __init__(self, on_bytes: OnBytes) -> None:
-        self.running: deque[tuple[Future[None], int]] = deque()
+        self.running: deque[Future[int]] = deque()
         self._on_bytes = on_bytes
 
     def is_done(self) -> bool:
-        return all(done.done() for done, _ in self.running)
+        return all(done.done() for done in self.running)
 
     def result(self) -> None:
         while self.running:
-            done, size = self.running.popleft()
-            done.result()
-            self._on_bytes(size)
+            self._on_bytes(self.running.popleft().result())

@@ -76,7 +76,7 @@ class LocalStore:
         if size > ocdbt.NODE_BYTES_MAX or offset + size > real:
             raise Damaged(f"{self._directory}/{path}: a node of {size} bytes at {offset}; the file has {real}")
         body = bytearray(size)
-        self._read(memoryview(body), place, "the tree")
+        self.read(memoryview(body), place, "the tree")
         return bytes(body)
 
     def read_into(
@@ -89,12 +89,13 @@ class LocalStore:
         checksum = 0
         for first in range(0, len(elements), _PIECE_BYTES):
             piece = elements[first : first + _PIECE_BYTES]
-            self._read(piece, (path, offset + first, len(piece)), label)
+            self.read(piece, (path, offset + first, len(piece)), label)
             checksum = crc32c.crc32c(piece, checksum)
-        self._read(memoryview(ending), (path, offset + len(elements), len(ending)), label)
+        self.read(memoryview(ending), (path, offset + len(elements), len(ending)), label)
         return checksum, int.from_bytes(ending, "little")
 
-    def _read(self, buffer: memoryview, place: Location, label: str) -> None:
+    def read(self, buffer: memoryview, place: Location, label: str) -> None:
+        """Read bytes at a place. Raises Suspect, Unavailable, both beginning with `label`."""
         path, offset, size = place
         if offset + size > INT64_MAX:
             raise Damaged(f"{label}: {self._directory}/{path}: {size} bytes at {offset} are in no file")
@@ -129,7 +130,7 @@ class LocalStore:
         if size > _MANIFEST_BYTES_MAX:
             raise Unavailable(f"{where}: has {size} bytes, at most {_MANIFEST_BYTES_MAX} were expected; it is not read")
         body = bytearray(size)
-        self._read(memoryview(body), (path, 0, size), "the tree")
+        self.read(memoryview(body), (path, 0, size), "the tree")
         return bytes(body)
 
     def close(self) -> None:

@@ -359,7 +359,7 @@ def _work(
             del taken, copy
             for key, where in pieces:
                 raw = data[where].reshape(-1).view(np.uint8).data
-                _put(files, progress, key, deflated(raw) if compression else raw)
+                _put(files, progress, key, deflated(raw) if compression else raw, compression)
                 if progress.stop.is_set():
                     break
             size = data.nbytes
@@ -392,15 +392,18 @@ class _Rotation:
             file.close(whole=whole)
 
 
-def _put(files: _Rotation, progress: _Progress, key: str, raw: bytes | memoryview) -> None:
-    """One chunk, with its checksum."""
-    checksum = crc32c.crc32c(raw)
+def _put(files: _Rotation, progress: _Progress, key: str, raw: bytes | memoryview, compressed: bool) -> None:
+    """One chunk, with its checksum and, of elements as they are, those of its parts."""
+    raw_view = memoryview(raw)
+    parts = [] if compressed else [crc32c.crc32c(raw_view[first:end]) for first, end in zarr_chunks.parts(len(raw))]
+    checksum = zarr_chunks.joined_crc32c(parts, len(raw)) if parts else crc32c.crc32c(raw)
     tail = checksum.to_bytes(zarr_chunks.CHECKSUM_BYTES, "little")
     size = len(raw) + len(tail)
     if size <= ocdbt.INLINE_BYTES:
         progress.small[key] = b"".join((raw, tail))
         return
     file = files.current()
+    tail += b"".join([part.to_bytes(zarr_chunks.CHECKSUM_BYTES, "little") for part in parts])
     whole = zarr_chunks.combined_crc32c(checksum, crc32c.crc32c(tail), len(tail))
     progress.places[key] = (file, file.append((raw, tail), whole), size, checksum)
 

@@ -3,6 +3,7 @@ const R = /*REPORT*/null;
 const $ = id => document.getElementById(id);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const PHASES = ["staging", "writing", "sealing", "waiting", "committing"];
+const WORD = { sealing: "making durable" };  // of a phase, where it is another than the events'
 const COLORS = ["--stage", "--write", "--seal", "--wait", "--commit"];
 const P = { process: 0, began: 1, writing: 2, sealing: 3, waiting: 4, committing: 5, ended: 6, blocked: 7, bytes: 8 };
 
@@ -55,6 +56,6 @@ function nice(span, parts) { const raw = span / Math.max(1, parts), power = 10 *
 function showTip(lines, event) { const tip = $("tip"); tip.textContent = lines.join("\n"); tip.style.display = "block";
   tip.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)) + "px"; tip.style.top = Math.max(4, Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8)) + "px"; }
 function hideTip() { $("tip").style.display = "none"; }
-const SPANS = { stalled: ["--stalled", "stalled: no step"], again: ["--again", "steps done again after a restart"], starting: ["--starting", "start-up, restore, first step"],
+const SPANS = { stalled: ["--stalled", "stalled (no step)"], again: ["--again", "steps done again after a restart"], starting: ["--starting", "start-up, restore, first step"],
   down: ["--down", "not running after a failure"], idle: ["--idle", "not running after a clean end"] };
 function numbers(save) { return Object.entries(save.metrics).filter(([, v]) => typeof v === "number"); }

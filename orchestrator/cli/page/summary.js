@@ -1,7 +1,7 @@
 // Summary.
 const committed = R.saves.filter(s => s.outcome === "committed"), aborted = R.saves.filter(s => s.outcome !== "committed");
 $("title").textContent = R.root; document.title = "Checkpoints of " + R.root;
-$("subtitle").textContent = `incarnation ${R.epoch}, journal version ${R.version}; made ${moment(R.made)}`;
+$("subtitle").textContent = `epoch ${R.epoch}, journal version ${R.version}; made ${moment(R.made)}`;
 function tile(value, about, kind) { const t = el("div", null, "tile"); t.append(el("b", value, kind), el("span", about)); $("tiles").append(t); }
 tile(R.newest == null ? "none" : R.newest, "newest restorable step", R.newest == null ? "bad" : "");
 tile(R.newest_time == null ? "all" : secs(R.made - R.newest_time), "its age when this page was made" + (R.epochs.some(e => e.epoch === R.epoch && e.closed) ? "; the job had ended in order" : ": what a death then would have cost"));

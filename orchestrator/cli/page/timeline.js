@@ -39,6 +39,7 @@ function draw() { const canvas = $("timeline"), [c, width, height] = prepare(can
   $("span").textContent = `${moment(view[0])}, ${secs(view[1] - view[0])} shown`; statistics(); curve(); strip(); }
 function axis(c, width, height, x) { const span = view[1] - view[0], steps = [0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 10800, 43200, 86400, 604800];
   const step = steps.find(s => span / s < width / 110) || 604800 * 4; c.fillStyle = css("--soft"); c.strokeStyle = css("--line"); c.textAlign = "center"; c.textBaseline = "alphabetic"; c.lineWidth = 1;
+  c.fillText(R.zone, LABEL / 2, height - 6);
   const off = R.utc_offset_s; for (let t = Math.ceil((view[0] + off) / step) * step - off; t <= view[1]; t += step) { const at = x(t); if (at < LABEL + 20 || at > width - 30) continue;
     c.beginPath(); c.moveTo(at, 0); c.lineTo(at, height - 18); c.stroke();
     const text = step < 1 ? "+" + secs(t - view[0]) : step < 86400 ? clock(t).slice(11) : clock(t).slice(0, 10); c.fillText(text, at, height - 6); } }
@@ -62,8 +63,8 @@ $("timeline").onpointermove = e => { const box = $("timeline").getBoundingClient
   if (!hit && py < BAND) { const t = timeAt(e), near = (view[1] - view[0]) / Math.max(1, box.width) * 6, s = R.spans.find(s => t >= s[1] && t <= s[2]), i = R.incidents.find(i => Math.abs(i.time - t) < near);
     if (s || i) return showTip([...(s ? [`${SPANS[s[0]][1]}: ${secs(s[2] - s[1])}`, `from ${moment(s[1])}`] : []), ...(i ? [`${i.kind}, ${moment(i.time)}`, i.text.slice(0, 140)] : [])], e); }
   if (!hit) { tip.style.display = "none"; return; } const [, , , s, p] = hit, begun = starts(p), lines = [`step ${s.step} ${s.attempt}: ${s.outcome}`, `${host(p[P.process])}, ${moment(p[P.began])}`];
-  begun.forEach((a, k) => { if (a < 0) return; const later = begun.slice(k + 1).filter(n => n >= 0); lines.push(`${PHASES[k].padEnd(11)} ${secs((later.length ? later[0] : end(p)) - a)}`); });
-  lines.push(`written     ${size(p[P.bytes])}`, `blocked     ${secs(p[P.blocked])}`); if (s.reason) lines.push(s.reason.slice(0, 120));
+  begun.forEach((a, k) => { if (a < 0) return; const later = begun.slice(k + 1).filter(n => n >= 0); lines.push(`${(WORD[PHASES[k]] || PHASES[k]).padEnd(14)} ${secs((later.length ? later[0] : end(p)) - a)}`); });
+  lines.push(`written        ${size(p[P.bytes])}`, `blocked        ${secs(p[P.blocked])}`); if (s.reason) lines.push(s.reason.slice(0, 120));
   showTip(lines, e); };
 $("timeline").onpointerleave = () => { $("tip").style.display = "none"; };
 // Drag on the strip: that range is shown, with its statistics. A click moves there.
@@ -86,7 +87,7 @@ function band(c, width, height, x) { c.fillStyle = css("--fg"); c.textAlign = "r
 function inside() { const found = []; for (let i = from(view[0]); i < saves.length && saves[i].began <= view[1]; i++) found.push(saves[i]); return found; }
 function statistics() { const mine = inside(), done = mine.filter(s => s.outcome === "committed"), parts = [`${done.length} committed, ${mine.length - done.length} not`];
   if (done.length) parts.push(`save to commit ${secs(median(done.map(duration)))} median, ${secs(peak(done.map(duration), 0))} longest`, `blocked ${secs(mine.reduce((n, s) => n + blocked(s), 0))}`);
-  for (const kind in SPANS) { const n = R.spans.reduce((n, s) => s[0] === kind ? n + Math.max(0, Math.min(s[2], view[1]) - Math.max(s[1], view[0])) : n, 0); if (n > 0.05) parts.push(`${kind} ${secs(n)}`); }
+  for (const kind in SPANS) { const n = R.spans.reduce((n, s) => s[0] === kind ? n + Math.max(0, Math.min(s[2], view[1]) - Math.max(s[1], view[0])) : n, 0); if (n > 0.05) parts.push(`${SPANS[kind][1]} ${secs(n)}`); }
   $("stats").textContent = "In this range: " + parts.join("; "); }
 
 // A metric under the saves, on the same axis of time.
@@ -99,7 +100,7 @@ function curve() { if (!metricNames.length) return; const [c, width, height] = p
   axis(c, width, height, x); const points = R.saves.filter(s => typeof s.metrics[name] === "number"), near = points.filter(s => s.began >= view[0] && s.began <= view[1]).map(s => s.metrics[name]); dots = [];
   if (!near.length) { c.textAlign = "left"; c.fillText("no value in this range", LABEL, 20); return; }
   let low = near.reduce((a, b) => Math.min(a, b)), high = near.reduce((a, b) => Math.max(a, b)); if (low === high) { low -= Math.abs(low) / 10 || 1; high += Math.abs(high) / 10 || 1; }
-  const y = v => bottom - 6 - (v - low) / (high - low) * (bottom - 16), step = nice(high - low, 3); c.textAlign = "right"; c.textBaseline = "middle"; c.fillStyle = css("--soft");
+  const y = v => bottom - 6 - (v - low) / (high - low) * (bottom - 16), step = nice(high - low, 4); c.textAlign = "right"; c.textBaseline = "middle"; c.fillStyle = css("--soft");
   c.fillText(name.slice(0, 14), LABEL - 6, 8); for (let v = Math.ceil(low / step) * step; v <= high; v += step) c.fillText(String(+v.toPrecision(6)), LABEL - 6, y(v));
   c.save(); c.beginPath(); c.rect(LABEL, 0, width - LABEL - 8, height); c.clip(); c.strokeStyle = c.fillStyle = css("--accent"); c.lineWidth = 1.5; let epoch = null, last = -9; c.beginPath();
   for (const s of points) { const at = x(s.began); if (at < LABEL - 400 || at > width + 400) { epoch = null; continue; } if (s.epoch === epoch && at - last < 0.7 && at >= last) continue; last = at;
