@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # JAX's default, which `benchmarks.accelerator` changes
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -27,9 +27,9 @@ from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 
 _REGION_BYTES = 2 << 20  # the smallest that XLA takes
-_BITS = 5  # regions at most: what is taken is at most 1/16 more than what is needed
+_BITS = 6  # regions at most: what is taken is at most 1/32 more than what is needed
 _TRIED_BYTES = 256 << 20  # of a device's memory, twice, for a moment
-_SLACK_SHARE = 1 / 32  # of the state, at most, for what is left of each region
+_SLACK_SHARE = 1 / 50  # of the state, at most, for what is left of each region
 
 _locking = threading.Lock()
 _locked_bytes = 0  # of this process, as JAX's memory is; guarded by `_locking`
@@ -88,17 +88,9 @@ def page_lock(device: Any, size: int) -> None:
         _locked_bytes = size
         try:
             sharding = SingleDeviceSharding(device, memory_kind=PINNED_HOST)
-            held = jax.block_until_ready([_zeros(one, sharding) for one in regions(size)])
-            del held
-            # JAX lets go of what it was given at its next call of the process. Let that be here and not in training's:
-            # unmapping as many pages takes 80 ms.
-            jax.block_until_ready(_zeros(1, sharding))
+            jax.block_until_ready([jax.device_put(np.zeros(one, np.uint8), sharding) for one in regions(size)])
         except page_locked.NO_ROOM as error:  # it has none, or not enough: staging copes
             logging.info("no %d bytes of page-locked memory beforehand: %s", size, error)
-
-
-def _zeros(size: int, sharding: SingleDeviceSharding) -> Any:
-    return jax.device_put(np.zeros(size, np.uint8), sharding)
 
 
 def regions(size: int) -> Iterator[int]:
