@@ -29,16 +29,15 @@ from jax.sharding import SingleDeviceSharding
 import orchestrator as oc
 from benchmarks import accelerator, jobs
 from orchestrator.arrays import page_locked
-from orchestrator.arrays.reading import buffers, host_ring, local_source
+from orchestrator.arrays.reading import buffers, host_ring, local_source, local_store
 
-PIECE = 256 << 10
 MIB = 1 << 20
 
 
 class Phases:
     """Seconds of the main thread in each method of a ring."""
 
-    NAMES = ("_allocated", "_place", "_reuse", "_lock")
+    NAMES = ("_prepare", "_allocated", "_place", "_reuse")
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
@@ -95,16 +94,17 @@ class Measured:
         rounded = {name: round(value, 1) if isinstance(value, float) else value for name, value in values.items()}
         print(json.dumps({"figure": figure, **rounded}), flush=True)
 
-    def ours(self, ring_bytes: int = 256 * MIB, locked: bool = True, threads: int = 8) -> Any:
-        kept = host_ring.BYTES, page_locked.PINNED_HOST, local_source._THREADS
-        host_ring.BYTES, local_source._THREADS = ring_bytes, threads
+    def ours(self, ring_bytes: int = 0, locked: bool = True, threads: int = 0, piece: int = 0) -> Any:
+        kept = host_ring.BYTES, page_locked.PINNED_HOST, local_source._THREADS, local_store._PIECE_BYTES
+        host_ring.BYTES, local_source._THREADS = ring_bytes or kept[0], threads or kept[2]
+        local_store._PIECE_BYTES = piece or kept[3]
         page_locked.PINNED_HOST = kept[1] if locked else "no such memory"
         try:
             restored = self.agent.restore(like=self.target)
             assert restored is not None
             return restored.state
         finally:
-            host_ring.BYTES, page_locked.PINNED_HOST, local_source._THREADS = kept
+            host_ring.BYTES, page_locked.PINNED_HOST, local_source._THREADS, local_store._PIECE_BYTES = kept
 
     def from_ordinary(self) -> Any:
         return jax.device_put(self.ordinary, [SingleDeviceSharding(self.device)] * len(self.ordinary))
@@ -112,7 +112,7 @@ class Measured:
     def from_locked(self) -> Any:
         return jax.device_put(self.locked, [SingleDeviceSharding(self.device)] * len(self.locked or ()))
 
-    def read(self, threads: int, checked: bool, into: list[Any]) -> None:
+    def read(self, threads: int, checked: bool, into: list[Any], piece: int = MIB) -> None:
         """The raw files, as ours reads its own: in pieces, each checked while it is in the cache."""
 
         def one(number: int) -> None:
@@ -120,10 +120,10 @@ class Measured:
             path = self.raw._paths[number % self.raw.FILES]
             descriptor = os.open(path, os.O_RDONLY)
             offset = number // self.raw.FILES * len(view)
-            for first in range(0, len(view), PIECE):
-                os.preadv(descriptor, [view[first : first + PIECE]], offset + first)
+            for first in range(0, len(view), piece):
+                os.preadv(descriptor, [view[first : first + piece]], offset + first)
                 if checked:
-                    crc32c.crc32c(view[first : first + PIECE])
+                    crc32c.crc32c(view[first : first + piece])
             os.close(descriptor)
 
         with ThreadPoolExecutor(threads) as pool:
@@ -139,13 +139,18 @@ def ways(measured: Measured) -> dict[str, Callable[[], Any]]:
         "ours": measured.ours,
         "ours, ring of 128 MiB": lambda: measured.ours(128 * MIB),
         "ours, ring of 512 MiB": lambda: measured.ours(512 * MIB),
-        "ours, 14 threads": lambda: measured.ours(threads=14),
+        "ours, 12 threads": lambda: measured.ours(threads=12),
+        "ours, pieces of 256 KiB": lambda: measured.ours(piece=256 << 10),
+        "ours, pieces of 4 MiB": lambda: measured.ours(piece=4 * MIB),
+        "ours, pieces of 4 MiB, 12 threads": lambda: measured.ours(piece=4 * MIB, threads=12),
         "ours, ordinary memory": lambda: measured.ours(locked=False),
         "raw, ordinary memory": lambda: measured.raw.restore(measured.target),
         "copy from ordinary memory": measured.from_ordinary,
         "read by 8": lambda: measured.read(8, False, measured.ordinary),
         "read and check by 8": lambda: measured.read(8, True, measured.ordinary),
-        "read and check by 14": lambda: measured.read(14, True, measured.ordinary),
+        "read and check by 12": lambda: measured.read(12, True, measured.ordinary),
+        "read and check by 8, pieces of 256 KiB": lambda: measured.read(8, True, measured.ordinary, 256 << 10),
+        "read and check by 8, pieces of 4 MiB": lambda: measured.read(8, True, measured.ordinary, 4 * MIB),
     }
     if measured.locked is not None:
         found["raw, page-locked"] = measured.raw_locked

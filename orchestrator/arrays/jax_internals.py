@@ -7,7 +7,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -33,22 +33,22 @@ def shards_of(array: Any) -> Sequence[Any]:
     return shards
 
 
-def array_of_shards(
+def arrays_of_shards(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     sharding: jax.sharding.Sharding,
-    shards: Sequence[Any],
+    shards: Iterable[list[Any]],
     devices: Sequence[jax.Device],
     *,
     copied: bool,
-) -> jax.Array:
-    """An array out of its shards on the host, one for each of `devices`. copied: it has memory of its own; else a CPU
-    device takes the shards' over. One call for all shards: `device_put` takes ten times as long for small ones."""
+) -> list[jax.Array]:
+    """Arrays of one form, each out of its shards on the host, one for each of `devices`. copied: they have memory of
+    their own; else CPU devices take the shards' over. One call for all shards of an array: `device_put` takes ten times
+    as long for small ones."""
     semantics = _xla.HostBufferSemantics
     how = semantics.IMMUTABLE_ONLY_DURING_CALL if copied else semantics.ZERO_COPY
-    aval = _core.ShapedArray(shape, dtype)
-    array: jax.Array = _xla.batched_device_put(aval, sharding, list(shards), list(devices), True, False, how)
-    return array
+    aval, on = _core.ShapedArray(shape, dtype), list(devices)
+    return [_xla.batched_device_put(aval, sharding, of_array, on, True, False, how) for of_array in shards]
 
 
 # The job.

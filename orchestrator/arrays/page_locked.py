@@ -5,10 +5,12 @@ keeps what is released for whoever asks next: saves and restores share it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,11 +18,12 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.jax_internals import array_of_shards
+from orchestrator.arrays.jax_internals import arrays_of_shards
 from orchestrator.arrays.memory_kinds import PINNED_HOST
 
 NO_ROOM = (ValueError, jax.errors.JaxRuntimeError)  # the platform has no page-locked memory; it has run out
 
+_THREADS = 4  # that make arrays
 Array = np.ndarray[Any, Any]
 Form = tuple[Any, tuple[int, ...], np.dtype[Any]]  # device, shape, dtype
 
@@ -49,6 +52,11 @@ class ReusedArrays:
         self._most_bytes = most_bytes
         self._free: dict[Form, list[Any]] = {}
         self._free_bytes = 0
+
+    def prepare(self, forms: Sequence[Form]) -> None:
+        """Make arrays of these forms, on several threads: until it is written to, memory is slow."""
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="page-lock") as pool, contextlib.suppress(*NO_ROOM):
+            self.give_back(list(pool.map(_made, forms)))
 
     @in_own_context
     def take(self, forms: Sequence[Form]) -> list[Any] | None:
@@ -91,12 +99,14 @@ def _is_on_host(array: Any) -> bool:
     return bool(np.asarray(array).ctypes.data == address and address != zeros)
 
 
+@in_own_context
 def _made(form: Form) -> Any:
     device, shape, dtype = form
     size = math.prod(shape) * dtype.itemsize
     target = SingleDeviceSharding(device, memory_kind=PINNED_HOST)
     # `device_put` may take the zeros over as they are, whatever `may_alias` says.
-    return array_of_shards(shape, dtype, target, [_zeros(size).view(dtype).reshape(shape)], [device], copied=True)
+    zeros = _zeros(size).view(dtype).reshape(shape)
+    return arrays_of_shards(shape, dtype, target, [[zeros]], [device], copied=True)[0]
 
 
 @functools.lru_cache(maxsize=1)

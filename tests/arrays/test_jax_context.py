@@ -223,7 +223,7 @@ PURE = (  # what moves nothing and runs nothing
 )
 # Functions that are not `in_own_context` themselves, as only functions that are call them (or programs, when traced).
 CALLED_INSIDE = {
-    "arrays.jax_internals": "array_of_shards",
+    "arrays.jax_internals": "arrays_of_shards",
     "arrays.fingerprint": "_take _from_host _launch _program _bits _sum _mix",
     "arrays.reading.device_arrays": "_values _key _empty_array _spread",
     "arrays.reading.exchange": "_moved _from_carrier _on_others",

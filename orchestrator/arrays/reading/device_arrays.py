@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator.arrays.element_types import carrier, numpy_dtype
 from orchestrator.arrays.inline_values import inline_value
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.jax_internals import array_of_shards
+from orchestrator.arrays.jax_internals import arrays_of_shards
 from orchestrator.arrays.leaf_errors import about
 from orchestrator.arrays.memory_kinds import on_host
 from orchestrator.arrays.reading.buffers import BufferGroup
@@ -66,13 +66,14 @@ def _values(group: BufferGroup) -> list[Any]:
         return [_key(value, leaf) if leaf.kind == "key" else value]
     # To a CPU device by a copy, so that the array can be donated. What is exchanged never is.
     copied = on_host(request.sharding) and not request.frame
-    values: list[Any] = []
-    for row in rows:
-        hosts = [data[row, ...] for data in converted]
-        shards = [hosts[number] for number in layout.buffer_of]
-        if copied and len(shards) > len(hosts) > 1:
-            shards = _unshared(shards)
-        values.append(array_of_shards(shape, dtype, request.sharding, shards, devices, copied=copied))
+    # Iterating over the first dimension is twice as quick as an index for each row; without others, it gives numbers.
+    hosts = [list(data) if data.ndim > 1 else [data[row, ...] for row in rows] for data in converted]
+    shards: Iterable[list[Any]] = map(list, zip(*(hosts[number] for number in layout.buffer_of), strict=True))
+    if copied and len(layout.buffer_of) > len(hosts) > 1:
+        shards = map(_unshared, shards)
+    values: list[Any] = arrays_of_shards(
+        shape, dtype, request.sharding, shards if hosts else ([] for _ in rows), devices, copied=copied
+    )
     return [_key(value, leaf) for value in values] if leaf.kind == "key" else values
 
 

@@ -10,11 +10,12 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -100,7 +101,9 @@ def exchange_groups(requests: Sequence[ReadRequest]) -> list[ExchangeGroup]:
             found.append(ExchangeGroup(devices))
             held_bytes = 0
         held_bytes += more_bytes
-        slab = replace(request, sharding=_slabs(division, devices), frame=Frame(division.shape, division.start))
+        slab = msgspec.structs.replace(
+            request, sharding=_slabs(division, devices), frame=Frame(division.shape, division.start)
+        )
         found[-1].positions.append(position)
         found[-1].requests.append(request)
         found[-1].slab_requests.append(slab)

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from orchestrator import gc_pause
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.page_locked import ReusedArrays, memory
+from orchestrator.arrays.page_locked import Form, ReusedArrays, memory
 from orchestrator.arrays.reading.batches import batches
 from orchestrator.arrays.reading.buffers import BufferGroup
 from orchestrator.arrays.reading.chunk_source import Reading
@@ -56,12 +56,13 @@ class HostRing:
     def __init__(self, most_bytes: int | None = None) -> None:
         self._most_bytes = most_bytes or BYTES
         self._held_bytes = 0
-        self._locked, self._slabs = ReusedArrays(self._most_bytes), list[Slab]()
+        self._page_locked, self._slabs = ReusedArrays(self._most_bytes), list[Slab]()
         self._reading, self._copying = deque[_Part](), deque[_Part]()
 
     def load(self, reader: Reader, groups: Sequence[BufferGroup], values: list[Any]) -> None:
         """Make the values of the groups' leaves, each at its position in `values`. The last copies may still be under
         way when it returns, as with any array of JAX. Raises what reading raises."""
+        self._prepare(groups)
         for some in batches(groups, max(1, self._most_bytes // _PARTS)):
             size = sum(group.bytes for group in some)
             while self._held_bytes and self._held_bytes + size > self._most_bytes:
@@ -73,24 +74,28 @@ class HostRing:
         while self._reading:
             self._place(values)
 
+    def _prepare(self, groups: Sequence[BufferGroup]) -> None:
+        """Have page-locked memory for those that are read first."""
+        forms: list[Form] = []
+        left = self._most_bytes
+        for group in groups:
+            left -= group.bytes
+            if left < 0:
+                break
+            forms += _forms(group)
+        if forms:
+            self._page_locked.prepare(forms)
+
     def _allocated(self, groups: Sequence[BufferGroup], size: int) -> _Part:
         self._held_bytes += size
         part = _Part(groups, size, self._slabs.pop() if self._slabs else Slab())
         for group in groups:
-            if group.leaf_bytes >= LOCKED_BYTES and group.is_unchanged and _is_one_a_device(group):
-                self._lock(group)
-                part.locked += group.locked
+            if (forms := _forms(group)) and (locked := self._page_locked.take(forms)):
+                group.locked = locked
+                group.buffers = [memory(array).view(group.dtype).reshape(1, *array.shape) for array in locked]
+                part.locked += locked
         part.slab.reset(sum(group.bytes for group in groups if not group.locked))
         return part
-
-    def _lock(self, group: BufferGroup) -> None:
-        """Give the group page-locked buffers, if there is such memory."""
-        shapes = group.layout.shapes
-        of_buffer = dict(zip(group.layout.buffer_of, group.layout.devices, strict=True))
-        forms = [(of_buffer[number], shape, group.restored_dtype) for number, shape in enumerate(shapes)]
-        if locked := self._locked.take(forms):
-            group.locked = locked
-            group.buffers = [memory(array).view(group.dtype).reshape(1, *array.shape) for array in locked]
 
     def _make_room(self, values: list[Any]) -> None:
         """Some of the memory can be used again afterwards. There is always something to copy, if possible."""
@@ -121,14 +126,18 @@ class HostRing:
     @in_own_context
     def _reuse(self, part: _Part) -> None:
         jax.block_until_ready(part.copied)
-        self._locked.give_back(part.locked)
+        self._page_locked.give_back(part.locked)
         self._slabs.append(part.slab)
         self._held_bytes -= part.bytes
 
 
-def _is_one_a_device(group: BufferGroup) -> bool:
-    """What several devices hold goes to each from the same ordinary memory."""
-    return len(set(group.layout.buffer_of)) == len(group.layout.buffer_of)
+def _forms(group: BufferGroup) -> list[Form]:
+    """Of page-locked arrays that can be the group's buffers; [] if it is too small for that, if its elements must be
+    changed, or if several devices get the same."""
+    devices = dict(zip(group.layout.buffer_of, group.layout.devices, strict=True))
+    if group.leaf_bytes < LOCKED_BYTES or not group.is_unchanged or len(devices) < len(group.layout.devices):
+        return []
+    return [(devices[number], shape, group.restored_dtype) for number, shape in enumerate(group.layout.shapes)]
 
 
 def _target(group: BufferGroup, array: Any) -> SingleDeviceSharding:

@@ -18,7 +18,7 @@ from orchestrator.rules.validate import INT64_MAX
 from orchestrator.storage.directory import find
 
 _MANIFEST_BYTES_MAX = 64 << 20
-_PIECE_BYTES = 256 << 10  # read, and checked while it is in the cache
+_PIECE_BYTES = 1 << 20  # read, and checked while it is in the cache; with less, threads wait for Python's lock
 
 
 # What seems to be gone is searched for again in another way. Anything else (no permission, no descriptors left, a disk

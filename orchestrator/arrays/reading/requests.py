@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
 from orchestrator.arrays.element_types import numpy_dtype
@@ -21,9 +22,8 @@ class Frame:
     start: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class ReadRequest:
-    """One leaf to read.
+class ReadRequest(msgspec.Struct, frozen=True):
+    """One leaf to read. A struct, which is made ten times as quickly: a state may have many thousands.
 
     sharding: of the restored array (of the frame, where there is one); None: a numpy array on the host. dtype: what to
     cast to; None: as saved.

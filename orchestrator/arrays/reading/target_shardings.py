@@ -21,11 +21,19 @@ def shardings_of(labels: Sequence[str], targets: Sequence[Any], where: str) -> l
     outside of `own_context`. Raises Mismatch naming every leaf whose sharding cannot be had, or does not fit it.
     """
     current = users_mesh()
+    # Few of many: by sharding, an object that is kept as long, and shape.
+    known: dict[tuple[int, tuple[int, ...]], tuple[Any, Sharding | None]] = {}
     found: list[Sharding | None] = []
     problems: list[str] = []
     for label, target in zip(labels, targets, strict=True):
         try:
-            found.append(_sharding_of(target, current))
+            if not isinstance(target, jax.ShapeDtypeStruct):
+                found.append(_sharding_of(target, current))
+                continue
+            form = (id(target.sharding), target.shape)
+            if form not in known:
+                known[form] = target.sharding, _sharding_of(target, current)
+            found.append(known[form][1])
         except ValueError as error:
             problems.append(f"{label}: {error}")
     if problems:
