@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.jax_internals import array_of_shards, shards_of
+from orchestrator.arrays.jax_internals import arrays_of_shards, shards_of
 from orchestrator.arrays.leaf_errors import about
 from orchestrator.arrays.memory_kinds import in_default_memory, on_host
 from orchestrator.rules import fingerprints
@@ -275,7 +275,7 @@ def _launch(kind: _Kind, group: list[_Item]) -> Any:
 
 def _together(shape: tuple[int, ...], sharding: NamedSharding, data: list[Any], devices: tuple[Any, ...]) -> jax.Array:
     if isinstance(data[0], np.ndarray):
-        return array_of_shards(shape, data[0].dtype, sharding, data, devices, copied=False)
+        return arrays_of_shards(shape, data[0].dtype, sharding, [data], devices, copied=False)[0]
     return jax.make_array_from_single_device_arrays(shape, sharding, data)
 
 
