@@ -1,11 +1,11 @@
 """What a save and a restore cost training on one accelerator, each figure beside its goal and peers.
 
-    python -m benchmarks.goals                          # 4 GiB in 64 arrays and 3000 leaves; about 5 minutes
-    python -m benchmarks.goals --write=docs             # into docs/benchmarks.md
+    python -m benchmarks.goals                          # 4 GiB in 64 arrays and 3000 leaves; about 6 minutes
     python -m benchmarks.goals --smoke                  # on CPU devices, small: only whether it runs
 
 *Lost* is what training loses to a save: the time from the call until the save is durable, less what the steps that ran
-meanwhile take when nothing else happens (their median before). The steps multiply matrices and donate the whole state.
+meanwhile take when nothing else happens (their median before). The steps multiply matrices, donate the whole state, and fetch
+their loss (`--no-fetch`: do not).
 Each section is a process of its own, and prints each figure as a line of JSON as soon as it is there.
 """
 
@@ -37,7 +37,6 @@ from benchmarks import accelerator, jobs
 from benchmarks.peers import OrbaxDefault, Ours
 from benchmarks.worker import give_back, resident
 
-COMMAND = "python -m benchmarks.goals --write=docs"
 STEP_S = 0.06  # about what a step takes
 SECTIONS = ("lost", "first", "first-cold", "first-ring", "leaves", "leaves-cold", "restore")
 LIMIT_S = 90  # of one section
@@ -84,8 +83,9 @@ def say(figure: str, **values: Any) -> None:
 class Training:
     """A state, and steps that donate it. usual_s: what a step takes undisturbed."""
 
-    def __init__(self, state: dict[str, Any], smoke: bool) -> None:
-        self.state, width = state, 256 if smoke else 8192
+    def __init__(self, state: dict[str, Any], args: argparse.Namespace) -> None:
+        smoke: bool = args.smoke
+        self.state, self._fetches, width = state, not args.no_fetch, 256 if smoke else 8192
         self._weights = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
         self._times = 1
         took_s = min(self._products_s() for _ in range(4))
@@ -108,7 +108,10 @@ class Training:
         """Seconds until its result is there."""
         started = time.perf_counter()
         self.state, self._weights, loss = self._compiled(self.state, self._weights)
-        float(loss)
+        if self._fetches:
+            float(loss)
+        else:
+            loss.block_until_ready()
         return time.perf_counter() - started
 
     def lost_to(self, call: Callable[[], None], is_done: Callable[[], bool]) -> dict[str, Any]:
@@ -164,7 +167,7 @@ def many_small(args: argparse.Namespace) -> dict[str, Any]:
 
 def lost(args: argparse.Namespace) -> None:
     """Rounds interleaved, after one that warms up."""
-    training = Training(few_large(args), args.smoke)
+    training = Training(few_large(args), args)
     say("step", median=round(1000 * training.usual_s, 2), spread=_spread(training))
     for number in range(args.rounds + 1):
         for name, peer in PEERS.items():
@@ -184,7 +187,7 @@ def _spread(training: Training) -> list[float]:
 
 def first(args: argparse.Namespace, told: bool = True, **options: Any) -> None:
     """A process's first saves. told: `restore(like=...)` has said what is going to be saved."""
-    training = Training(few_large(args), args.smoke)
+    training = Training(few_large(args), args)
     give_back(0)
     size, before = sum(leaf.nbytes for leaf in training.state.values()), resident()
     with fresh(args) as directory:
@@ -213,7 +216,7 @@ def _held(before: int, size: int) -> float:
 
 
 def leaves(args: argparse.Namespace, told: bool = True) -> None:
-    training = Training(many_small(args), args.smoke)
+    training = Training(many_small(args), args)
     target = target_of(training.state)
     with fresh(args) as directory:
         saver = Staged(directory / "run")
@@ -291,7 +294,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=jobs.directory, help="where to write")
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--write", metavar="DOCS", help="put the table into this directory's benchmarks.md")
+    parser.add_argument("--no-fetch", action="store_true", help="steps do not fetch their loss")
     parser.add_argument("--smoke", action="store_true", help="64 MiB and one round, on whatever device there is")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -18,8 +18,8 @@ from orchestrator.arrays.writing.staging import StagedPart, to_host
 from orchestrator.arrays.writing.write_plan import Pieces, Plan
 from orchestrator.errors import StorageError
 
-# On their way to the host at once; two groups overlap. Copies begin where a training step ends, and each time training
-# waits a little: with 64 MiB an H100 lost 40 ms to 4 GiB, with this much 10.
+# On their way to the host at once; two groups overlap. JAX begins copies where a step of training ends, and what that
+# fetches waits for those ahead of it: in all as long with smaller groups, a little in more steps (docs/benchmarks.md).
 GROUP_BYTES = 256 << 20
 
 
