@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 LOCK = requirements-$$($(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions demo bitrot unreadable bench chaos docs pictures format clean
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax demo bitrot unreadable bench chaos docs pictures format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ test-image: setup ## build the image here and run the demo in it; writes docs/co
 test-versions: setup ## the package beside older and newer JAX, Orbax and Pythons; into docs/versions.md (ROWS=, ONLY=; a row: 10 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/python -m tests.proof.versions --rows=$(ROWS) --only=$(ONLY) --write=docs/versions.md
+
+test-orbax: setup ## Orbax's own tests of its CheckpointManager with ours; into docs/from-orbax.md (ORBAX=checkout; 2 minutes)
+	@test -n "$(ORBAX)" || { echo "make test-orbax: say where Orbax's repository is: make test-orbax ORBAX=path" >&2; exit 2; }
+	$(BIN)/python -m tests.proof.orbax_suite $(ORBAX) --only='$(ONLY)' $(if $(ONLY),,--write=docs/from-orbax.md)
 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)

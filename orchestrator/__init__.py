@@ -6,7 +6,7 @@
         restored = agent.restore(like)     # None in a new run
         agent.save(step, state, metrics={"loss": loss})
 
-When to save: every, every_seconds, at, auto. What to keep: last, every_nth, best, within. Each is combined by `|`.
+When to save: every, every_seconds, at, auto, continuous. What to keep: last, every_nth, best, within. Combined by `|`.
 """
 
 # Names are imported when they are first used: reading a run's journal needs no JAX, and `orchestrator ls` starts at
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         at as at,
         auto as auto,
         best as best,
+        continuous as continuous,
         every as every,
         every_nth as every_nth,
         every_seconds as every_seconds,

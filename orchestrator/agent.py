@@ -52,7 +52,7 @@ class Agent:
     process, whose save in flight is waited for before. All processes of the job make one alike.
 
     root: a directory, or gs://bucket/path; one place for all hosts. Made when something is saved.
-    save: when `save` saves: every(n), every_seconds(s), at([steps]), auto(max_loss_s), combined by |; None: each call.
+    save: when `save` saves: every(n), every_seconds(s), at([..]), auto(s), continuous(s), combined by |; None: always.
     keep: which steps stay: last(n), every_nth(n), best("metric", n), within(s), combined by |; None: all of them.
     options: how it behaves, see Options; None: Options().
     rendezvous: how the processes meet; None: by jax.distributed, if it is initialised, else this process is alone.
@@ -144,6 +144,7 @@ class Agent:
         """
         step = arguments.step(step)
         heartbeat.record("training", step)
+        self._saves.note_outcome(raise_now=False)
         return self._schedule.due(step)
 
     def reached_preemption(self, step: int) -> bool:
@@ -153,8 +154,7 @@ class Agent:
         return self._schedule.reached_preemption(step)
 
     def latest_step(self) -> int | None:
-        """The step that `restore` would choose: the newest restorable one. None in a new run. Raises NothingToRestore
-        where all steps are quarantined."""
+        """The step that `restore` would choose; None in a new run. Raises NothingToRestore if all are quarantined."""
         live = self._store.find(None)
         return live.step if live else None
 

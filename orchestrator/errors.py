@@ -24,7 +24,7 @@ class OrchestratorError(Exception):
         return printable(super().__str__(), details=True)
 
 
-class UsageError(OrchestratorError):
+class UsageError(OrchestratorError, ValueError):
     """A flag, option or argument that cannot be used."""
 
     exit_code = EXIT_USAGE
@@ -145,7 +145,7 @@ class SaveFailed(OrchestratorError):
         self.step, self.attempt = step, attempt
 
 
-class Mismatch(OrchestratorError):
+class Mismatch(OrchestratorError, ValueError):
     """The target tree does not fit the checkpoint. `problems` has one line per leaf; nothing was read."""
 
     def __init__(self, where: str, problems: Sequence[str]) -> None:

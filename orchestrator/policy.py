@@ -40,6 +40,14 @@ class Adaptive(SavePolicy, Protocol):
         """What it has chosen, and why; None before it knows of any costs, or where it has no part that adapts."""
 
 
+@runtime_checkable
+class YieldsToSaves(SavePolicy, Protocol):
+    """A policy that wants no save while one is in flight."""
+
+    def while_saving(self) -> SavePolicy:
+        """What of it is due even then."""
+
+
 class Candidate(Protocol):
     """What a retention policy sees of a restorable step."""
 
@@ -200,6 +208,24 @@ class _Auto:
 
 
 @dataclass(frozen=True)
+class _Continuous:
+    min_interval_s: float
+    timed: bool = True
+
+    def due(self, step: int, elapsed_s: float | None) -> bool:
+        return elapsed_s is None or elapsed_s >= self.min_interval_s
+
+    def while_saving(self) -> SavePolicy:
+        return _At(frozenset())
+
+    def __repr__(self) -> str:
+        return f"continuous(min_interval_s={self.min_interval_s:g})"
+
+    def __or__(self, other: SavePolicy) -> SavePolicy:
+        return _AnySave((self, other))
+
+
+@dataclass(frozen=True)
 class _At:
     steps: frozenset[int]
     timed: bool = False
@@ -231,7 +257,11 @@ class _AnySave:
 
     def quiet_s(self, elapsed_s: float | None) -> float:
         timed = [policy for policy in self.policies if policy.timed]
-        return min(policy.quiet_s(elapsed_s) if isinstance(policy, PredictablePolicy) else 0.0 for policy in timed)
+        quiet = [policy.quiet_s(elapsed_s) if isinstance(policy, PredictablePolicy) else 0.0 for policy in timed]
+        return min(quiet, default=0.0)
+
+    def while_saving(self) -> SavePolicy:
+        return _AnySave(tuple(p.while_saving() if isinstance(p, YieldsToSaves) else p for p in self.policies))
 
     def informed(self, costs: Costs) -> _AnySave:
         told = (policy.informed(costs) if isinstance(policy, Adaptive) else policy for policy in self.policies)
@@ -264,6 +294,14 @@ def auto(max_loss_s: float = 600.0) -> _Auto:
     for how long a save blocks training and how often the job is interrupted, but at most `max_loss_s` of training can
     be lost. The first save of an incarnation is due at once; process 0 decides for all hosts."""
     return _Auto(arguments.seconds("auto: max_loss_s", max_loss_s))
+
+
+def continuous(min_interval_s: float = 0.0) -> _Continuous:
+    """Save whenever no save is in flight and `min_interval_s` have passed since the last one began; process 0 decides
+    for all hosts. The least work is lost, for the most writing: the store is busy all the time, and all hosts ask
+    process 0 at every step."""
+    least_s = min_interval_s if min_interval_s == 0 else arguments.seconds("continuous: min_interval_s", min_interval_s)
+    return _Continuous(float(least_s))
 
 
 def at(steps: Iterable[int]) -> _At:

@@ -20,6 +20,7 @@ from orchestrator.job.read_step import Restored
         "every_seconds(600)",
         "auto(max_loss_s=60)",
         "at([3, 100])",
+        "continuous(min_interval_s=30)",
         "every(10) | auto(max_loss_s=600) | at([7])",
         "last(3)",
         "every_nth(1000)",
@@ -66,6 +67,6 @@ def test_help_of_the_agent_explains_every_argument_and_names_the_policies() -> N
     text = inspect.getdoc(oc.Agent) or ""
     for argument in list(inspect.signature(oc.Agent).parameters):
         assert f"\n{argument}: " in text, argument
-    for policy in ("every", "every_seconds", "at", "auto", "last", "every_nth", "best", "within"):
+    for policy in ("every", "every_seconds", "at", "auto", "continuous", "last", "every_nth", "best", "within"):
         assert f"{policy}(" in text, policy
         assert policy in (oc.__doc__ or ""), policy

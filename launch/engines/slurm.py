@@ -35,7 +35,7 @@ usage: orchestrator launch slurm --nodes N [flags] -- PROGRAM [ARGUMENT...]
 
 Prints an sbatch script that runs PROGRAM once on each node, or submits it (--submit). A process that leaves with 75
 (preempted: saved, and to be started again) sends the job back into the queue; so does a lost node. 0 is done, anything
-else failed. --min_nodes lets the job come back on fewer nodes than --nodes.
+else failed. --min_nodes lets the job resume on fewer nodes than --nodes.
 
 examples:
   orchestrator launch slurm --nodes 4 --gpus_per_node 8 --time 04:00:00 --submit -- python train.py

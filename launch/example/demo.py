@@ -216,7 +216,7 @@ def demo(root: Path, run: str, steps: int, console: Console) -> None:
         raise DemoFailed(f"the resumed job ended with {second.code}; see {root}/demo.log")
     summary = Summary.read(root / "summary.json")
     restored = summary.restored_step
-    check(restored == max(steps_left), f"the job came back from step {restored}, the newest committed one", console)
+    check(restored == max(steps_left), f"the job resumed from step {restored}, the newest committed one", console)
     assert restored is not None
     digest = first.saved_digests[restored]
     check(summary.restored_digest == digest, f"its state is bit for bit what was saved ({digest[:16]}...)", console)

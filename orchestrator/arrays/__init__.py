@@ -17,6 +17,7 @@ from orchestrator.arrays.reading.read import load, slabs
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.arrays.reading.target_shardings import shardings_of
 from orchestrator.arrays.tree import Flat, Form, flatten, targets, tree_path
+from orchestrator.arrays.writing.item_directories import link_files, write_items
 from orchestrator.arrays.writing.write import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
 from orchestrator.arrays.writing.write_plan import views
 
@@ -37,6 +38,7 @@ __all__ = [
     "flatten",
     "inline_value",
     "is_tree",
+    "link_files",
     "load",
     "numpy_dtype",
     "shardings_of",
@@ -44,4 +46,5 @@ __all__ = [
     "targets",
     "tree_path",
     "views",
+    "write_items",
 ]

@@ -9,7 +9,7 @@ from orchestrator import policy
 from orchestrator.cli import render
 from orchestrator.cli.command import Command, Flag, Flags, Result, open_store
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
-from orchestrator.rules import arguments, journal
+from orchestrator.rules import arguments, journal, removal
 from orchestrator.rules.records import Head, RetiredAttempt
 from orchestrator.run.deletion import collect
 from orchestrator.run.journal_store import JournalStore
@@ -45,7 +45,7 @@ def _rules(flags: Flags) -> Iterator[journal.Rule]:
     if flags["keep_last"] is not None:
         yield partial(journal.retire, keep=policy.last(flags["keep_last"]))
     if flags["quarantined"] is not None:
-        yield partial(journal.discard, step=flags["quarantined"])
+        yield partial(removal.discard, step=flags["quarantined"])
 
 
 def _rehearse(store: JournalStore, head: Head, flags: Flags) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def write_whole(path: str, text: str) -> None:
 COMMAND = Command(
     run,
     show,
-    "one page to look at: saves, stragglers, incidents, goodput",
+    "one page: verdict, saves, stragglers, incidents, goodput",
     flags=(Flag("output", str, "report.html", "the file to write", short="o", path=True), EVENTS),
     examples=("orchestrator report /data/run -o report.html",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import partial
 
@@ -53,7 +54,7 @@ class KnownSteps:
     def begin(self, step: int, metrics: Mapping[str, float] | None) -> None:
         """A save of `step` has begun, and may still fail."""
         if step not in self:
-            self.infos.append(orbax_options.info(step, 0.0, dict(metrics) if metrics else None))
+            self.infos.append(orbax_options.info(step, time.time(), dict(metrics) if metrics else None))
             self._unsure = step
 
     def forget(self, step: int | None) -> None:

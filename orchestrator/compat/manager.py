@@ -1,39 +1,29 @@
 """A CheckpointManager with Orbax's (0.12.8) methods, arguments and results, kept by an agent. Its face: `compat`.
 
 A facade: what is stored is in `stored_steps`, what Orbax's policies are told in `known_steps`, options and items in
-`orbax_options` and `orbax_items`. What has no counterpart here is rejected by name, when the manager is made or the
-item is saved. Main thread, all processes in the same order, as with `Agent`.
+`orbax_options`, `orbax_items` and `item_handlers`, the directories that Orbax would have made in `step_views`. What has
+no counterpart here is rejected by name, when the manager is made or the item is saved. Main thread, all processes in
+the same order, as with `Agent`; but `wait_until_finished` may be called on any thread.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 
 from absl import logging
 
-from orchestrator import policy
-from orchestrator.agent import Agent
 from orchestrator.arrays.format import orbax_api
-from orchestrator.compat import orbax_items, orbax_options
+from orchestrator.compat import nested_metrics, orbax_items, orbax_options, root_metadata
+from orchestrator.compat.item_handlers import ItemHandlers
 from orchestrator.compat.known_steps import KnownSteps
+from orchestrator.compat.managed_run import ManagedRun
 from orchestrator.compat.restore_items import restore_items
-from orchestrator.compat.stored_steps import ManagedRootMetadata, StoredSteps
-from orchestrator.errors import UsageError
-from orchestrator.job.rendezvous import connect
-from orchestrator.job.rounds import Round, agree
-from orchestrator.job.startup import agree_at_start
-from orchestrator.job.takeover import Takeover
-from orchestrator.rules import arguments, configuration, journal
-from orchestrator.rules.records import Head, Json
-from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.orbax_directory import unadopted
-from orchestrator.storage import open_storage
-from orchestrator.storage.port import Storage
-from orchestrator.storage.read_only import ReadOnlyStorage
+from orchestrator.rules import arguments
+from orchestrator.rules.records import Json
 
 
 class CheckpointManager:
@@ -59,44 +49,27 @@ class CheckpointManager:
         handler_registry: Any = None,
     ) -> None:
         self._orbax = options or orbax_api.public("CheckpointManagerOptions")()
-        orbax_options.check(self._orbax, orbax_api.public("CheckpointManagerOptions")())
-        self._handlers = orbax_items.handler_kinds(checkpointers if item_handlers is None else item_handlers)
-        self._options = orbax_options.ours(self._orbax)
+        self._items = ItemHandlers.of(checkpointers, item_names, item_handlers, handler_registry)
         self._saves = orbax_api.Saves(self._orbax)
-        self._url = os.fspath(directory)
-        store = open_storage(self._url)
-        self._storage: Storage = ReadOnlyStorage(store) if self._orbax.read_only else store
-        self._store = JournalStore(self._storage, writer="compat")
-        timeout_s = self._options.rendezvous_timeout_s
-        self._rendezvous = connect(timeout_s)
-        self._root_metadata = {
-            name: arguments.plain_json(f"metadata[{name!r}]", value) for name, value in (metadata or {}).items()
-        }
-        self._kept_root_metadata: dict[str, Json] | None = None
-        self._agent: Agent | None = None
-        self._stored = StoredSteps(self._store)
+        given = root_metadata.checked(metadata)
+        run = self._run = ManagedRun(os.fspath(directory), self._orbax)
         # Only a policy of the user's own may look at the metrics of the steps before.
-        own_policy = self._orbax.save_decision_policy is not None
-        self._known = KnownSteps(self._stored, self._rendezvous, timeout_s, all_metrics=own_policy)
-        if not self._orbax.read_only:
-            Takeover(self._storage, self._rendezvous).wait()
-        given = configuration.of_orbax(self._orbax)
-        agree_at_start(self._store, self._rendezvous, "open the directory", given, timeout_s, self._admit)
+        self._known = KnownSteps(run.stored, run.rendezvous, run.timeout_s, all_metrics=self._saves.own_policy)
+        self._handler_error: Exception | None = None  # of a user's handler, in a save that was to be asynchronous
+        run.open(given)
         self.reload()
-
-    def _admit(self, head: Head | None) -> None:
-        if rejection := unadopted(self._store, head):
-            raise UsageError(rejection)
 
     # Questions.
 
     @property
     def directory(self) -> Any:
-        return orbax_api.path(self._url)
+        """The root. On a file system it has a directory for each step, as Orbax's has; in a store, where it has none, a
+        path of it that leads to one raises UsageError."""
+        return self._run.directory
 
     def all_steps(self, read: bool = False) -> list[int]:
-        """Steps that can be restored, and the one that is being saved."""
-        steps = {live.step for live in self._stored.restorable()}
+        """Steps that can be restored, and the one that is being saved. Read from storage each time."""
+        steps = {live.step for live in self._run.stored.restorable()}
         in_flight = self._in_flight
         return sorted(steps if in_flight is None else {*steps, in_flight})
 
@@ -104,12 +77,12 @@ class CheckpointManager:
         """The step committed last, or the one that is being saved; None in a new run. Raises NothingToRestore where
         all steps are quarantined: a loop that asks this would take None for a new run."""
         in_flight = self._in_flight
-        return self._stored.latest() if in_flight is None else in_flight
+        return self._run.stored.latest() if in_flight is None else in_flight
 
     def best_step(self) -> int | None:
         if self._orbax.best_fn is None:
             return self.latest_step()
-        infos = [orbax_options.info(*each) for each in self._stored.infos(all_metrics=True)]
+        infos = [orbax_options.info(*each) for each in self._run.stored.infos(all_metrics=True)]
         return orbax_options.best(infos, self._orbax.best_fn, self._orbax.best_mode)
 
     def reload(self) -> None:
@@ -118,31 +91,36 @@ class CheckpointManager:
 
     def reached_preemption(self, step: int) -> bool:
         if self._orbax.read_only:  # an agent is for saving
-            return self._rendezvous.preempted(arguments.step(step))
-        return self._writer().reached_preemption(step)
+            return self._run.rendezvous.preempted(arguments.step(step))
+        return self._run.agent().reached_preemption(step)
 
     def should_save(self, step: int) -> bool:
-        if self._orbax.read_only or not self._known.is_new(step, self._agent):
+        """By Orbax's rules. A `save_decision_policy` may go by the clock, or by whether a save is in progress: process
+        0 says for all, a broadcast for each step that is asked about."""
+        agent = self._run.writer
+        if self._orbax.read_only or not self._known.is_new(step, agent):
             return False
         preempted = self.reached_preemption(step)
-        candidate = orbax_options.info(step, 0.0, None)
-        saving = self.is_saving_in_progress()
-        return self._saves.due(candidate, self._known.infos, saving=saving, preempted=preempted)
+
+        def due() -> bool:
+            saving = self.is_saving_in_progress()
+            return self._saves.due(orbax_options.now(step), self._known.infos, saving=saving, preempted=preempted)
+
+        return self._run.agreed(f"save step {step}?", due) if self._saves.own_policy else due()
 
     def is_saving_in_progress(self) -> bool:
         return self._in_flight is not None
 
-    def metrics(self, step: int) -> dict[str, float] | None:
-        return self._stored.metrics(self._stored.find(step)) or None
+    def metrics(self, step: int) -> dict[str, Any] | None:
+        return self._run.stored.metrics_tree(self._run.stored.find(step)) or None
 
     def item_metadata(self, step: int) -> Any:
-        """Abstract arrays in the structure of what was saved; a Composite of them for several items."""
-        return self._stored.items(self._stored.find(step)).skeletons()
+        """Abstract arrays in the structure of what was saved (`.tree`); a Composite of them for several items."""
+        return self._run.stored.items(self._run.stored.find(step)).skeletons()
 
     def metadata(self, step: int | None = None) -> Any:
-        if step is not None:
-            return self._stored.metadata(step)
-        return ManagedRootMetadata(self._kept_root_metadata or self._stored.root_metadata(self._root_metadata))
+        """Orbax's StepMetadata of a step, or its RootMetadata."""
+        return self._run.root_metadata() if step is None else self._run.stored.metadata(step)
 
     # Saving.
 
@@ -161,69 +139,86 @@ class CheckpointManager:
         A failed save is logged and the next due step is tried; it does not end the loop. Raises UsageError naming the
         item that cannot be saved here, StepAlreadyExistsError, Fenced if a newer incarnation has taken over.
         """
-        args = orbax_items.from_legacy(items, save_kwargs, args, self._handlers, "Save")
-        if self._orbax.read_only or not (force or self.should_save(step)):
+        args = self._items.from_legacy(items, save_kwargs, args, "Save")
+        self.check_for_errors()
+        if self._orbax.read_only:
+            return False
+        self._items.check(args, f"step {step}")
+        if not (force or self.should_save(step)):
             return False
         if step in self._known:
             self.wait_until_finished()  # perhaps it has failed: then it may be tried again
             self.reload()
         if step in self._known:
-            raise orbax_api.step_exists(f"{self._url}: step {step} is there already; it is not overwritten")
-        if self._kept_root_metadata is None:  # what process 0 stores counts
-            found = self._stored.root_metadata(self._root_metadata) if self._rendezvous.process == 0 else {}
-            self._kept_root_metadata = found
-        contents = orbax_items.contents(args)
-        agent = self._writer()
+            raise orbax_api.step_exists(f"{self._run.url}: step {step} is there already; it is not overwritten")
+        numbers, all_metrics = nested_metrics.split(None if self._orbax.prevent_write_metrics else metrics)
+        try:
+            contents = orbax_items.contents(args, self._items.handler)
+        except orbax_items.HandlerFailed as failed:
+            return self._handler_failed(failed)
+        extra = contents.extra(custom_metadata, all_metrics)
+        self._items.single = contents.single
+        agent = self._run.agent()
         try:
             return agent.save(
                 step,
                 contents.state,
-                metrics=None if self._orbax.prevent_write_metrics else metrics,
-                extra=contents.extra(custom_metadata, self._kept_root_metadata),
+                metrics=numbers,
+                extra=extra,
                 process_state=contents.process_state,
                 force=True,
             )
         finally:  # it goes on, too, where a Ctrl-C has come in between
             self._known.forget(agent.failed_step)
             if agent.saved_step == step:
-                self._known.begin(int(step), metrics)
+                self._known.begin(int(step), numbers)
+
+    def _handler_failed(self, failed: orbax_items.HandlerFailed) -> bool:
+        """As in Orbax, what a handler raises in an asynchronous save comes at the next call."""
+        error = failed.error
+        if not self._orbax.enable_async_checkpointing:
+            raise error
+        self._handler_error = error
+        return True
 
     def wait_until_finished(self) -> None:
-        if self._agent:
+        self._raise_handler_error()
+        agent = self._run.writer
+        if agent:
             try:
-                self._agent.wait_until_finished()
+                agent.wait_until_finished()
             finally:
-                self._known.forget(self._agent.failed_step)
+                self._known.forget(agent.failed_step)
 
     def check_for_errors(self) -> None:
-        """Raises what an ended save has left to raise (Fenced). A failed save is logged instead."""
-        if self._agent and not self.is_saving_in_progress():
-            self._agent.wait_until_finished()
+        """Raises what an ended save has left to raise (Fenced, an error of a user's handler). A failed save is logged
+        instead."""
+        self._raise_handler_error()
+        agent = self._run.writer
+        if agent and not self.is_saving_in_progress():
+            agent.wait_until_finished()
+
+    def _raise_handler_error(self) -> None:
+        error = self._handler_error
+        if error is not None:
+            if threading.current_thread() is threading.main_thread():  # others may wait, too, and hear of it
+                self._handler_error = None
+            raise error
 
     def delete(self, step: int) -> None:
-        """Retire a step; its data is deleted in the background. Raises NoSuchStep, and UsageError for a step that is
-        never retired: the newest one, the newest one known to be good, a pinned one."""
+        """Retire a step; its data is deleted in the background. The newest one, too: the run is then rolled back to the
+        one before. Raises NoSuchStep, and UsageError for the only step and for a pinned one."""
         if self._orbax.read_only:
-            logging.warning("%s is read only: step %s is not deleted", self._url, step)
+            logging.warning("%s is read only: step %s is not deleted", self._run.url, step)
             return
         self.wait_until_finished()
-        self._stored.find(step)
-        rule = partial(journal.retire, keep=orbax_options.KeepAllBut(step))
-
-        def retire() -> bool:
-            head = self._store.append(rule)
-            return head is None or journal.find(head, step) is None
-
-        retired = Round[bool](f"delete step {step}", bool)
-        if not agree(self._rendezvous, retired, self._options.rendezvous_timeout_s, retire):
-            raise UsageError(
-                f"{self._url}: step {step} stays: it is the newest, the newest known to be good, or pinned"
-            )
+        self._run.delete(step)
         self._known.forget(step)
 
     def close(self) -> None:
-        if self._agent:
-            self._agent.close()
+        self._raise_handler_error()
+        if self._run.writer:
+            self._run.writer.close()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -231,8 +226,8 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._agent:
-            self._agent.__exit__(kind, value, trace)
+        if self._run.writer:
+            self._run.writer.__exit__(kind, value, trace)
 
     # Restoring.
 
@@ -250,35 +245,29 @@ class CheckpointManager:
         Raises NoSuchStep (a FileNotFoundError), NothingToRestore where all steps are quarantined, Mismatch naming each
         leaf that does not fit.
         """
-        if directory is not None and os.fspath(directory) != self._url:
-            raise UsageError(f"restore(directory={os.fspath(directory)!r}): make a CheckpointManager of that directory")
+        if directory is not None and os.fspath(directory) != self._run.url:
+            options = orbax_api.public("CheckpointManagerOptions")(read_only=True)
+            other = type(self)(directory, options=options)
+            other._items = self._items
+            return other.restore(step, items, restore_kwargs, args=args)
         self.wait_until_finished()
-        args = orbax_items.from_legacy(items, restore_kwargs, args, self._handlers, "Restore")
-        stored = self._stored.newest_readable() if step is None else self._stored.items(self._stored.find(step))
+        run = self._run
+        stored = run.stored.newest_readable() if step is None else run.stored.items(run.stored.find(step))
+        if self._items.single is None:
+            self._items.single = stored.single
+        args = self._items.from_legacy(items, restore_kwargs, args, "Restore")
         restored = restore_items(
-            self._store,
-            self._rendezvous,
+            run.store,
+            run.rendezvous,
             step,
-            stored.named(args, self._url),
+            stored.named(args, run.url),
             stored,
+            handlers=self._items,
             record=not self._orbax.read_only,
-            timeout_s=self._options.rendezvous_timeout_s,
+            timeout_s=run.timeout_s,
         )
         return stored.joined(restored)
 
     @property
     def _in_flight(self) -> int | None:
-        return self._agent.in_flight if self._agent else None
-
-    def _writer(self) -> Agent:
-        if self._agent is None:
-            keep = orbax_options.KeepAsOrbax(orbax_api.Keeps(self._orbax))
-            self._agent = Agent(
-                self._url,
-                save=policy.at(()),
-                keep=keep,
-                options=self._options,
-                rendezvous=self._rendezvous,
-                storage=self._storage,
-            )
-        return self._agent
+        return self._run.writer.in_flight if self._run.writer else None

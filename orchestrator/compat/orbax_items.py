@@ -7,15 +7,17 @@ items, custom metadata and the item mode go into the step's extra JSON; iterator
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from orchestrator.arrays.format import orbax_api
+from orchestrator.compat import custom_items
 from orchestrator.compat.adopt import EXTRA
 from orchestrator.compat.orbax_steps import DEFAULT
+from orchestrator.compat.save_args import saved_as
 from orchestrator.errors import UsageError
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Json
@@ -35,64 +37,104 @@ def is_composite(args: Any) -> bool:
     return type(args).__name__ == "CompositeArgs"
 
 
+def kind_of_handler(handler: type) -> str:
+    """tree, pytree, array, key, json, or custom: one that saves or restores in its own way."""
+    for kind in handler.__mro__:
+        if kind.__name__ in _KIND_OF and kind.__module__.partition(".")[0] == "orbax":
+            own = ("save", "restore", "async_save", "finalize")
+            changed = any(getattr(handler, name, None) is not getattr(kind, name, None) for name in own)
+            return "custom" if changed else _KIND_OF[kind.__name__]
+    return "custom"
+
+
 def kind_of(args: Any, name: str) -> str:
-    """tree, pytree, array, key, json or iterator. Raises UsageError naming the item and its args."""
+    """tree, pytree, array, key, json, iterator or custom. Raises UsageError naming the item and what is no args."""
+    if any(kind.__module__.partition(".")[0] == "grain" for kind in type(args).__mro__):
+        return "iterator"
+    handler = orbax_api.registered_handler(args)
+    if handler is not None:
+        return kind_of_handler(handler)
     for kind in type(args).__mro__:
         if kind.__name__ in _KIND_OF:
             return _KIND_OF[kind.__name__]
-        if kind.__module__.partition(".")[0] == "grain":
-            return "iterator"
-    raise UsageError(
-        f"item {name!r}: {type(args).__name__} has a handler of its own, whose files no receipt would cover; "
-        "save it with StandardSave, PyTreeSave, JsonSave or grain's CheckpointSave, or in Agent.save's process_state"
-    )
+        if kind.__name__ == "CheckpointArgs":
+            return "custom"
+    raise UsageError(f"item {name!r}: got {type(args).__name__}, expected args such as ocp.args.StandardSave(...)")
 
 
 @dataclass
 class SaveContents:
-    """What one save consists of. `single`: not a Composite."""
+    """What one save consists of. `single`: not a Composite. `items`: name -> type of its handler. `custom`: files of
+    handlers of the user's own, by item."""
 
     state: Any = None
     single: bool = True
+    items: dict[str, str] = field(default_factory=dict)
     json: dict[str, Json] = field(default_factory=dict)
     iterators: dict[str, str] = field(default_factory=dict)
+    custom: dict[str, custom_items.Files] = field(default_factory=dict)
 
-    def extra(self, custom_metadata: Mapping[str, Json] | None, root_metadata: Mapping[str, Json]) -> dict[str, Json]:
-        """Raises UsageError naming what is not plain JSON."""
+    def extra(self, custom_metadata: Mapping[str, Json] | None, metrics: Json) -> dict[str, Json]:
+        """`metrics`: all of them, where some are no numbers. Raises UsageError naming what is not plain JSON."""
         custom = {
             name: arguments.plain_json(f"custom_metadata[{name!r}]", value)
             for name, value in (custom_metadata or {}).items()
         }
-        extra = {"single": self.single, "json": self.json, "custom_metadata": custom}
-        return {EXTRA: {**extra, "root_metadata": dict(root_metadata)}}
+        extra: dict[str, Json] = {"single": self.single, "json": self.json, "custom_metadata": custom}
+        extra["items"] = dict(self.items)
+        if metrics is not None:
+            extra["metrics"] = metrics
+        return {EXTRA: extra}
 
     @property
     def process_state(self) -> bytes | None:
-        return json.dumps(self.iterators).encode() if self.iterators else None
+        own = {**self.iterators, **self.custom}
+        return json.dumps(own).encode() if own else None
 
 
-def contents(args: Any) -> SaveContents:
-    """A save's args taken apart. Raises UsageError for what has no place here."""
+class HandlerFailed(Exception):
+    """A handler of the user's own has raised `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def contents(args: Any, handler: Callable[[str, Any], Any]) -> SaveContents:
+    """A save's args taken apart. `handler`: of an item with a handler of the user's own, which saves here and now.
+    Raises UsageError for what has no place here, HandlerFailed."""
     single = not is_composite(args)
     named = {DEFAULT: args} if single else {name: each for name, each in args.items() if each is not None}
     result, trees = SaveContents(single=single), {}
     for name, each in named.items():
-        match kind_of(each, name):
+        kind = kind_of(each, name)
+        own = handler(name, each) if kind == "custom" else None
+        made = type(own) if own is not None else orbax_api.registered_handler(each)
+        result.items[name] = f"{made.__module__}.{made.__qualname__}" if made else ""
+        match kind:
             case "json":
                 result.json[name] = arguments.plain_json(f"item {name!r}", each.item)
             case "iterator":
                 result.iterators[name] = iterator_state(each.item)
+            case "custom":
+                result.custom[name] = _saved_by(own, name, each)
             case _:
-                reject(each, name, {"save_args": None, "custom_metadata": None, "ocdbt_target_data_file_size": None})
-                trees[name] = each.item
-    if not trees:
-        raise UsageError(
-            f"items {', '.join(named)}: none is a pytree of arrays, and a step without arrays cannot be saved; "
-            "add them to a save that has some"
-        )
+                trees[name] = saved_as(each.item, each)
+    if not trees:  # JSON or iterators alone; an agent saves no state without a leaf
+        result.state = {next(iter(named), DEFAULT): {}}
+        return result
     alone = trees.get(DEFAULT) if single else None
     result.state = trees if alone is None or jax.tree_util.all_leaves([alone]) else alone
     return result
+
+
+def _saved_by(handler: Any, name: str, args: Any) -> custom_items.Files:
+    try:
+        return custom_items.save(handler, name, args)
+    except UsageError:
+        raise
+    except Exception as error:  # the user's
+        raise HandlerFailed(error) from error
 
 
 def reject(args: Any, name: str, defaults: Mapping[str, Any]) -> None:
@@ -109,6 +151,15 @@ def iterator_state(iterator: Any) -> str:
     """A grain iterator's position as text: DataLoader iterators give bytes, Dataset iterators a JSON value."""
     state = iterator.get_state()
     return state.decode() if isinstance(state, bytes) else json.dumps(state)
+
+
+def custom_files(name: str, states: Mapping[int, bytes], process: int) -> custom_items.Files:
+    """The files that the handler of item `name` wrote, on all processes; where two wrote one, this process's."""
+    found: custom_items.Files = {}
+    for index in sorted(states, key=lambda index: index == process):
+        files = json.loads(states[index]).get(name)
+        found |= files if isinstance(files, dict) else {}
+    return found
 
 
 def set_iterator(iterator: Any, name: str, states: Mapping[int, bytes], process: int, count: int) -> Any:
@@ -129,37 +180,3 @@ def set_iterator(iterator: Any, name: str, states: Mapping[int, bytes], process:
         raise UsageError(f"item {name!r}: not in the checkpoint")
     iterator.set_state(text.encode() if isinstance(iterator.get_state(), bytes) else json.loads(text))
     return iterator
-
-
-# The older way: items without args, told apart by the handlers given to the manager.
-
-
-def handler_kinds(handlers: Any) -> dict[str, str]:
-    """Item name (DEFAULT for a single one) -> kind, of `item_handlers` or `checkpointers`. Raises UsageError for
-    handlers of the user's own."""
-    if handlers is None:
-        return {}
-    named = handlers if isinstance(handlers, Mapping) else {DEFAULT: handlers}
-    return {name: kind_of(getattr(each, "handler", each), name) for name, each in named.items()}
-
-
-def from_legacy(items: Any, kwargs: Any, args: Any, kinds: Mapping[str, str], direction: str) -> Any:
-    """`args`, made from the older `items` where those are given. `direction`: Save or Restore."""
-    if kwargs:
-        raise UsageError("save_kwargs and restore_kwargs are not supported; use args=")
-    if items is None:
-        return args
-    if args is not None or type(items).__name__.endswith("Args"):
-        raise UsageError("give the args by name: args=ocp.args.StandardSave(...)")
-    module = orbax_api.public("args")
-
-    def wrap(name: str, item: Any) -> Any:
-        kind = kinds.get(name, "tree")
-        if kind == "iterator":
-            raise UsageError(f"item {name!r}: give iterators as args=ocp.args.Composite({name}=grain...)")
-        family = {"tree": "Standard", "pytree": "PyTree", "array": "Array", "key": "JaxRandomKey", "json": "Json"}[kind]
-        return getattr(module, family + direction)(item)
-
-    if kinds.keys() - {DEFAULT}:
-        return module.Composite(**{name: wrap(name, item) for name, item in items.items()})
-    return wrap(DEFAULT, items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,21 +11,19 @@ from typing import Any
 from absl import logging
 
 from orchestrator.arrays.format.orbax_api import Keeps
+from orchestrator.compat import nested_metrics
+from orchestrator.compat.save_args import say_once
 from orchestrator.errors import UsageError
 from orchestrator.options import Options
 from orchestrator.policy import Candidate
 
-# Option -> what to do instead. Each is rejected where it has another value than Orbax's default.
-REJECTED = {
-    "step_prefix": "steps are found by their number; leave it out",
-    "step_format_fixed_length": "steps are found by their number; leave it out",
-    "step_name_format": "steps are found by their number; leave it out",
-    "todelete_subdir": "retired data is deleted in the background; leave it out",
-    "todelete_full_path": "retired data is deleted in the background; leave it out",
-    "atomicity_options": "a step is committed by one journal entry; leave it out",
-    "temporary_path_class": "a step is committed by one journal entry; leave it out",
-    "file_options": "set the umask of the process instead",
-    "multiprocessing_options": "all processes of jax.distributed take part; leave it out",
+# Option -> why it has no effect, which is said once where it has another value than Orbax's default.
+WITHOUT_EFFECT = {
+    "atomicity_options": "a step is committed by one journal entry",
+    "temporary_path_class": "a step is committed by one journal entry",
+    "file_options": "the files of a run have the permissions that the process's umask gives them",
+    "enable_per_process_directory_creation": "directories are made by whoever writes into them",
+    "enable_should_save_is_saving_in_progress_check": "policies are told whether a save is in progress",
 }
 
 
@@ -34,29 +33,48 @@ class StepInfo:
 
     step: int
     time: datetime.datetime
-    metrics: dict[str, float] | None
+    metrics: dict[str, Any] | None
 
 
-def info(step: int, time_s: float, metrics: dict[str, float] | None) -> StepInfo:
-    return StepInfo(step, datetime.datetime.fromtimestamp(time_s, tz=datetime.UTC), metrics or None)
+def info(step: int, time_s: float, metrics: Mapping[str, float] | None) -> StepInfo:
+    """`metrics`: by flat names, as they are stored."""
+    time = datetime.datetime.fromtimestamp(time_s, tz=datetime.UTC)
+    return StepInfo(step, time, nested_metrics.joined(metrics) if metrics else None)
 
 
-def check(options: Any, defaults: Any) -> None:
-    """Raises UsageError naming the first option that cannot be honoured here."""
-    for name, instead in REJECTED.items():
-        given = getattr(options, name, None)  # older versions of Orbax lack some
-        if given != getattr(defaults, name, None):
-            raise UsageError(f"CheckpointManagerOptions({name}={given!r}): not supported; {instead}")
-    if type(options.save_decision_policy).__name__ == "ContinuousCheckpointingPolicy":
+def now(step: int) -> StepInfo:
+    """A step that may be saved now."""
+    return info(step, time.time(), None)
+
+
+def check(options: Any, defaults: Any, process_count: int, *, in_store: bool) -> None:
+    """Raises UsageError naming the first option that cannot be honoured here. What has no effect is said once."""
+    for name, why in WITHOUT_EFFECT.items():
+        if getattr(options, name, None) != getattr(defaults, name, None):  # older versions of Orbax lack some
+            say_once(f"CheckpointManagerOptions.{name}", why)
+    if in_store and options.todelete_subdir:
+        say_once("CheckpointManagerOptions.todelete_subdir", "as in Orbax, it is for file systems")
+    if in_store and getattr(options, "todelete_full_path", None):
         raise UsageError(
-            "CheckpointManagerOptions(save_decision_policy=ContinuousCheckpointingPolicy): it goes by each "
-            "process's own clock; use orchestrator.Agent(save=oc.every_seconds(...)) or oc.auto()"
+            "CheckpointManagerOptions(todelete_full_path=...): retired data is deleted here, not moved; leave it out, "
+            "or keep more steps"
         )
-    for name in ("barrier_sync_fn", "post_finalization_callback"):
-        if getattr(options.async_options, name, None) is not None:
-            raise UsageError(
-                f"AsyncOptions({name}=...): not supported; leave it out (oc.open_run(root).watch() tells of commits)"
-            )
+    if getattr(options.async_options, "barrier_sync_fn", None) is not None:
+        say_once("AsyncOptions.barrier_sync_fn", "a save here waits at no barrier")
+    if options.preservation_policy and (options.keep_time_interval or options.max_to_keep or options.keep_period):
+        raise UsageError("CheckpointManagerOptions: preservation_policy excludes max_to_keep, keep_period and the like")
+    processes = options.multiprocessing_options
+    active = getattr(processes, "active_processes", None)
+    if active is not None and set(active) != set(range(process_count)):
+        raise UsageError(
+            f"MultiprocessingOptions(active_processes={sorted(active)}): all {process_count} processes of the job "
+            "take part in a save; leave it out"
+        )
+    if getattr(processes, "primary_host", 0) is None and process_count > 1:
+        raise UsageError(
+            "MultiprocessingOptions(primary_host=None): each process would save to a directory of its own; give all "
+            "the same directory, and leave it out"
+        )
 
 
 def ours(options: Any) -> Options:
@@ -101,24 +119,27 @@ class KeepAsOrbax:
         """Found by asking each score, as Orbax would, and watching what it looks at."""
         if self.keeps.scores is None:
             return None
-        asked = _Asked(metrics)
+        asked = _Asked(nested_metrics.joined(metrics))
         for score in self.keeps.scores if metrics else ():
             try:
                 score(asked)
             except Exception:  # whatever the user's function raises; retention will hear of it
                 return None
-        return None if asked.all else frozenset(asked.names)
+        if asked.all:
+            return None
+        below = {name for name in metrics if name.startswith("/") and nested_metrics.parts(name)[0] in asked.names}
+        return frozenset(below | {name for name in asked.names if name in metrics or not below})
 
 
-class _Asked(Mapping[str, float]):
+class _Asked(Mapping[str, Any]):
     """Metrics that note what is asked of them. `all`: more than single names."""
 
-    def __init__(self, metrics: Mapping[str, float]) -> None:
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
         self._metrics = metrics
         self.names: set[str] = set()
         self.all = False
 
-    def __getitem__(self, name: str) -> float:
+    def __getitem__(self, name: str) -> Any:
         self.names.add(name)
         return self._metrics[name]
 

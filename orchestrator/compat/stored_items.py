@@ -3,37 +3,36 @@ completed by what was saved."""
 
 from __future__ import annotations
 
+import base64
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import msgspec
-import numpy as np
 
-from orchestrator.arrays import inline_value, numpy_dtype, targets, tree_path
 from orchestrator.arrays.format import orbax_api, orbax_json
-from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.compat.orbax_items import is_composite, kind_of, reject
+from orchestrator.compat.orbax_items import is_composite
 from orchestrator.compat.orbax_steps import DEFAULT
-from orchestrator.errors import Mismatch, UsageError
-from orchestrator.rules import matching
-from orchestrator.rules.records import Json, LeafSpec, TreeSpec
+from orchestrator.compat.restore_targets import ItemTarget, SavedItem, item_target
+from orchestrator.errors import UsageError
+from orchestrator.rules.records import Json, LeafSpec
 
 
 @dataclass(frozen=True)
 class StoredItems:
     """What a step holds, in Orbax's terms. `lists`: paths of the tree's lists and tuples. `extra`: our member of its
-    extra JSON."""
+    extra JSON. `shardings`: by the leaf's name, of those that can be had in this process."""
 
     step: int
     leaves: tuple[LeafSpec, ...]
     lists: frozenset[tuple[str, ...]]
     single: bool
-    extra: dict[str, Json]
+    extra: dict[str, Any]
     process_states: dict[int, bytes]
+    shardings: Mapping[str, jax.sharding.Sharding] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -42,21 +41,56 @@ class StoredItems:
 
     @property
     def trees(self) -> tuple[str, ...]:
-        return (DEFAULT,) if self.whole else tuple(dict.fromkeys(leaf.path[0] for leaf in self.leaves))
+        """The items of arrays. A step without any holds an empty tree in the place of an item that is none."""
+        if self.whole:
+            return (DEFAULT,)
+        others = {*self.json, *self.own}
+        return tuple(name for name in dict.fromkeys(leaf.path[0] for leaf in self.leaves) if name not in others)
 
     @property
     def json(self) -> tuple[str, ...]:
         return tuple(self.extra.get("json", {}))
 
-    def _below(self, name: str) -> tuple[list[LeafSpec], frozenset[tuple[str, ...]]]:
-        if self.whole:
-            return list(self.leaves), self.lists
-        leaves = [msgspec.structs.replace(leaf, path=leaf.path[1:]) for leaf in self.leaves if leaf.path[0] == name]
-        return leaves, frozenset(path[1:] for path in self.lists if path[:1] == (name,))
+    @property
+    def json_values(self) -> dict[str, Json]:
+        found: dict[str, Json] = self.extra.get("json", {})
+        return found
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Items that each process has its own part of: iterators, and those with handlers of the user's own."""
+        return tuple(dict.fromkeys(name for body in self.process_states.values() for name in own_states(body)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.trees, *self.json, *self.own)
+
+    def is_custom(self, name: str) -> bool:
+        """Whether it was saved by a handler of the user's own."""
+        states = (own_states(body).get(name) for body in self.process_states.values())
+        return any(isinstance(state, dict) for state in states)
+
+    def _below(self, name: str) -> SavedItem:
+        found, lists = self.leaves, self.lists
+        if not self.whole:
+            found = tuple(leaf for leaf in self.leaves if leaf.path[0] == name)
+            lists = frozenset(path[1:] for path in self.lists if path[:1] == (name,))
+        leaves, shardings = [], {}
+        for leaf in found:
+            path = leaf.path if self.whole else leaf.path[1:]
+            leaves.append(msgspec.structs.replace(leaf, path=path))
+            if leaf.name in self.shardings:
+                shardings[path] = self.shardings[leaf.name]
+        return SavedItem(leaves, lists, shardings)
 
     def skeletons(self) -> Any:
-        """Abstract arrays in the structure of what was saved; a Composite of them for several items."""
-        return self.joined({name: skeleton(*self._below(name)) for name in self.trees})
+        """Abstract arrays in the structure of what was saved; a Composite of them for several items, None for those
+        that are no trees."""
+        described: dict[str, Any] = dict.fromkeys(self.names)
+        for name in self.trees:
+            tree = self._below(name).skeleton()
+            described[name] = ItemMetadata(tree) if isinstance(tree, dict | list | tuple) else tree
+        return self.joined(described)
 
     def joined(self, named: Mapping[str, Any]) -> Any:
         """Items by name, as Orbax gives them back: a single one, or a Composite."""
@@ -66,19 +100,61 @@ class StoredItems:
         """The args of a restore by item; of all items if there are none. Raises UsageError if they are those of a
         single item and the step holds several, or the reverse."""
         if args is None:
-            return dict.fromkeys([*self.trees, *self.json])
+            found = dict.fromkeys([*self.trees, *self.json])
+            if not found:
+                raise UsageError(
+                    f"{where}: of {', '.join(self.names) or 'no items'} only; say by args how to restore it"
+                )
+            return found
         if self.single == is_composite(args):
-            kind = "a single, unnamed item" if self.single else f"the items {', '.join([*self.trees, *self.json])}"
+            kind = "a single, unnamed item" if self.single else f"the items {', '.join(self.names)}"
             raise UsageError(f"{where}: the step holds {kind}; got {type(args).__name__}")
         return {DEFAULT: args} if self.single else dict(args.items())
 
-    def target(self, name: str, args: Any, where: str) -> Any:
+    def target(self, name: str, args: Any, where: str) -> ItemTarget:
         """What to restore item `name` into. Raises Mismatch if it does not fit what was saved."""
-        leaves, lists = self._below(name)
-        like = target(args, name, leaves, lists)
-        partial = bool(getattr(args, "partial_restore", False))
-        matching.match(TreeSpec(leaves=tuple(leaves)), targets(like)[0], partial=partial, cast=True, where=where)
-        return like
+        return item_target(args, name, self._below(name), where)
+
+
+def own_states(body: bytes) -> dict[str, Any]:
+    """One process's own part of a step: item -> an iterator's text, or the files of a handler of the user's own. Empty
+    for a native agent's."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class ItemMetadata(Mapping[Any, Any]):
+    """Abstract arrays in the structure of what was saved: `tree`, and the same by key. A pytree, as Orbax's is."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+        self.custom_metadata: Any = None
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tree[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tree)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def __repr__(self) -> str:
+        return f"ItemMetadata({self.tree!r})"
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
+        with_keys, structure = jax.tree_util.tree_flatten_with_path(
+            self.tree, is_leaf=lambda each: each is not self.tree
+        )
+        return [(path[0], value) for path, value in with_keys], structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, values: Any) -> ItemMetadata:
+        return cls(jax.tree_util.tree_unflatten(structure, values))
 
 
 _METADATA = re.compile(r"state/(?:([^/]+)/)?_METADATA")
@@ -101,103 +177,20 @@ def lists_in(body: bytes, name: str) -> set[tuple[str, ...]]:
     return lists
 
 
-def target(args: Any, name: str, leaves: Sequence[LeafSpec], sequences: frozenset[tuple[str, ...]]) -> Any:
-    """What to restore an item into: the args' own target, completed by what was saved. `leaves`: of this item, with
-    paths below it; `sequences`: the paths of its lists."""
-    if args is None:
-        return skeleton(leaves, sequences)
-    kind = kind_of(args, name)
-    reject(args, name, {"strict": True, "support_layout": False, "transforms": None, "legacy_transform_fn": None})
-    like = args.item if kind in ("tree", "pytree") else None
-    restore_args = getattr(args, "restore_args", None)
-    if like is None and restore_args is None:
-        return skeleton(leaves, sequences)
-    if like is None:
-        like = jax.tree_util.tree_map_with_path(_saved(leaves), restore_args)
-    if restore_args is not None:
-        like = jax.tree.map(_placed, like, restore_args)
-    fallback = getattr(args, "fallback_sharding", None)
-    host = {leaf.path for leaf in leaves if leaf.kind in ("numpy", "numpy_scalar")}
-
-    def complete(path: Any, leaf: Any) -> Any:
-        return _as_target(leaf, fallback, numpy=tree_path(path) in host)
-
-    return jax.tree_util.tree_map_with_path(complete, like, is_leaf=_is_metadata)
+_SHARDING = re.compile(r"state/(?:([^/]+)/)?_sharding")
 
 
-def _is_metadata(leaf: Any) -> bool:
-    return type(leaf).__module__.partition(".")[0] == "orbax"
+def sharding_files(paths: Iterable[str]) -> list[str]:
+    return [path for path in paths if _SHARDING.fullmatch(path)]
 
 
-def _as_target(leaf: Any, fallback: Any, *, numpy: bool) -> Any:
-    """Orbax's own metadata and abstract arrays stand for what they describe. `numpy`: it was saved from numpy; as in
-    Orbax it comes back so, unless a sharding is asked for."""
-    if isinstance(leaf, jax.Array | np.ndarray | np.generic) or not hasattr(leaf, "shape"):
-        return leaf
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.sharding.Sharding):
-        sharding = fallback
-    if sharding is None and numpy:
-        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _saved(leaves: Sequence[LeafSpec]) -> Any:
-    by_path = {leaf.path: leaf for leaf in leaves}
-
-    def find(path: Any, wanted: Any) -> Any:
-        names = tree_path(path)
-        leaf = by_path.get(names)
-        if leaf is None:
-            raise Mismatch("restore_args", [f"{'/'.join(names)}: not in the checkpoint"])
-        return _leaf(leaf)
-
-    return find
-
-
-def _placed(leaf: Any, wanted: Any) -> Any:
-    """A target leaf as Orbax's RestoreArgs or ArrayRestoreArgs ask for it."""
-    if not hasattr(leaf, "shape"):
-        return leaf
-    dtype = getattr(wanted, "dtype", None) or leaf.dtype
-    if getattr(wanted, "restore_type", None) is np.ndarray:
-        return np.broadcast_to(np.zeros((), dtype), leaf.shape)
-    sharding = getattr(wanted, "sharding", None)
-    if sharding is None and getattr(wanted, "mesh", None) is not None:
-        sharding = jax.sharding.NamedSharding(wanted.mesh, wanted.mesh_axes)
-    if isinstance(sharding, jax.sharding.Sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
-    return leaf if dtype == leaf.dtype else jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-
-def skeleton(leaves: Iterable[LeafSpec], sequences: frozenset[tuple[str, ...]]) -> Any:
-    """A target for everything that was saved: nested dicts and lists of abstract arrays, numpy and Python values."""
-    root: dict[str, Any] = {}
-    for leaf in leaves:
-        if not leaf.path:
-            return _leaf(leaf)
-        *above, last = leaf.path
-        node = root
-        for name in above:
-            node = node.setdefault(name, {})
-        node[last] = _leaf(leaf)
-    return _with_lists(root, (), sequences)
-
-
-def _with_lists(node: Any, path: tuple[str, ...], sequences: frozenset[tuple[str, ...]]) -> Any:
-    if not isinstance(node, dict) or not node:
-        return node
-    inner = {name: _with_lists(each, (*path, name), sequences) for name, each in node.items()}
-    return [inner[name] for name in sorted(inner, key=int)] if path in sequences else inner
-
-
-@in_own_context
-def _leaf(leaf: LeafSpec) -> Any:
-    match leaf.kind:
-        case "array":
-            return jax.ShapeDtypeStruct(leaf.shape, numpy_dtype(leaf.dtype))
-        case "key":
-            return jax.eval_shape(lambda: jnp.broadcast_to(jax.random.key(0, impl=leaf.value), leaf.shape))
-        case "numpy" | "numpy_scalar":
-            return np.broadcast_to(np.zeros((), numpy_dtype(leaf.dtype)), leaf.shape)
-    return inline_value(leaf)
+def shardings_in(body: bytes, name: str) -> dict[str, jax.sharding.Sharding]:
+    """By the leaf's name, below its item if the file is of one of several; those that this process's devices allow."""
+    found = _SHARDING.fullmatch(name)
+    above = f"{found[1]}." if found and found[1] else ""
+    texts = {
+        above + base64.b64decode(key).decode(): text
+        for key, text in orbax_json.parse(body, dict[str, str], name).items()
+    }
+    made = {text: orbax_api.sharding_of(text) for text in set(texts.values())}
+    return {key: sharding for key, text in texts.items() if (sharding := made[text]) is not None}

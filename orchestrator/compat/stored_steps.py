@@ -6,11 +6,10 @@ Reads only. Storage is asked each time; only the metrics that the journal leaves
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.compat import stored_items
+from orchestrator.arrays.format import orbax_api
+from orchestrator.compat import nested_metrics, stored_items
 from orchestrator.compat.adopt import EXTRA
 from orchestrator.compat.stored_items import StoredItems
 from orchestrator.errors import Damaged, StepNotFound
@@ -22,23 +21,6 @@ from orchestrator.run.journal_store import JournalStore
 
 class NoSuchStep(StepNotFound, FileNotFoundError):
     """There is no such step, or none at all. Orbax raises FileNotFoundError."""
-
-
-@dataclass(frozen=True)
-class ManagedStepMetadata:
-    """What Orbax's StepMetadata holds, of a step of ours. `item_metadata`: abstract arrays."""
-
-    item_metadata: Any
-    metrics: dict[str, float]
-    custom_metadata: dict[str, Json]
-    commit_timestamp_nsecs: int
-
-
-@dataclass(frozen=True)
-class ManagedRootMetadata:
-    """What Orbax's RootMetadata holds, of a run of ours."""
-
-    custom_metadata: dict[str, Json] = field(default_factory=dict)
 
 
 PlainInfo = tuple[int, float, dict[str, float]]  # step, time of the commit, metrics
@@ -99,8 +81,12 @@ class StoredSteps:
         for name in stored_items.metadata_files([entry.path for entry in step.manifest.files]):
             body = step.file(name)
             lists |= stored_items.lists_in(body, name) if body else set()
+        shardings: dict[str, Any] = {}
+        for name in stored_items.sharding_files([entry.path for entry in step.manifest.files]):
+            body = step.file(name)
+            shardings |= stored_items.shardings_in(body, name) if body else {}
         states = step.process_states()
-        return StoredItems(live.step, spec.leaves, frozenset(lists), single, extra or {}, states)
+        return StoredItems(live.step, spec.leaves, frozenset(lists), single, extra or {}, states, shardings)
 
     def newest_readable(self) -> StoredItems:
         """Of the newest step whose records can be read: a restore deals with the damaged ones above it."""
@@ -111,19 +97,38 @@ class StoredSteps:
                     return self.items(live)
         return self.items(newest)
 
-    def metadata(self, step: int) -> ManagedStepMetadata:
-        """Raises NoSuchStep, Damaged, StorageError."""
+    def metrics_tree(self, live: LiveStep) -> dict[str, Any]:
+        """A step's metrics as they were given; {} without any."""
+        stored = self._store.step(live).extra.extra.get(EXTRA)
+        given = stored.get("metrics") if isinstance(stored, dict) else None
+        return given if isinstance(given, dict) else nested_metrics.joined(self.metrics(live))
+
+    def step_metadata(self, live: LiveStep, items: StoredItems) -> dict[str, Any]:
+        """What Orbax's StepMetadata holds, of a step of ours, but what it says of items and metrics."""
+        commit_ns = int(live.time * 1e9)
+        handlers = items.extra.get("items") or dict.fromkeys(items.names, "")
+        return {
+            "item_handlers": handlers,
+            "performance_metrics": {},
+            "init_timestamp_nsecs": commit_ns,
+            "commit_timestamp_nsecs": commit_ns,
+            "custom_metadata": items.extra.get("custom_metadata", {}),
+        }
+
+    def metadata(self, step: int) -> Any:
+        """As Orbax's StepMetadata. Raises NoSuchStep, Damaged, StorageError."""
         live = self.find(step)
         items = self.items(live)
-        custom = items.extra.get("custom_metadata", {})
-        return ManagedStepMetadata(items.skeletons(), self.metrics(live), custom, int(live.time * 1e9))
+        about = self.step_metadata(live, items)
+        del about["performance_metrics"]
+        made = orbax_api.public("metadata").StepMetadata
+        return made(item_metadata=items.skeletons(), metrics=self.metrics_tree(live), **about)
 
-    def root_metadata(self, given: Mapping[str, Json]) -> dict[str, Json]:
-        """As in Orbax, what the directory was given first, by whichever manager, stays: each step carries it on.
-        `given`: for a run in which no step has any."""
+    def older_root_metadata(self) -> dict[str, Json]:
+        """What versions before 0.3 carried on from step to step."""
         head = self._store.head()
         for live in reversed(head.live if head else ()):
             with contextlib.suppress(Damaged):
-                extra = self._store.step(live).extra.extra
-                return extra.get(EXTRA, {}).get("root_metadata") or dict(given)
-        return dict(given)
+                extra = self._store.step(live).extra.extra.get(EXTRA)
+                return extra.get("root_metadata") or {} if isinstance(extra, dict) else {}
+        return {}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from orchestrator.job.pacing import Pacing
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.policy import Adaptive, PredictablePolicy, SavePolicy
+from orchestrator.policy import Adaptive, PredictablePolicy, SavePolicy, YieldsToSaves
 from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
 from orchestrator.run.journal_store import JournalStore
@@ -39,6 +39,7 @@ class SaveSchedule:
         self.preempted, self.preempted_s = False, 0.0
         self._preemption_step = -1  # for which the hosts have been asked; once a step is enough
         self._last_start_s: float | None = None
+        self._saving = False  # as far as this process has noted
         self._spacing = PollSpacing(clock)
         self._pacing: Pacing | None = None
 
@@ -67,6 +68,8 @@ class SaveSchedule:
         policy = self._policy
         if self._pacing and isinstance(policy, Adaptive):
             policy = self._pacing.informed(policy)
+        if self._saving and isinstance(policy, YieldsToSaves):
+            policy = policy.while_saving()
         due = policy.due(step, elapsed_s)
         quiet_s = policy.quiet_s(elapsed_s) if isinstance(policy, PredictablePolicy) and not due else 0.0
         return {"due": due, "next": self._spacing.plan(step, quiet_s)}
@@ -97,16 +100,22 @@ class SaveSchedule:
 
     def started(self, step: int) -> None:
         """`step` is being saved in the background: it is not due again unless that fails."""
-        self.saved_step = step
+        self.saved_step, self._saving = step, True
         if self.failed_step == step:
             self.failed_step = None
 
     def failed(self, step: int) -> None:
         """The save of `step` has failed: it is due again."""
-        self.saved_step, self.failed_step = None, step
+        self.saved_step, self.failed_step, self._saving = None, step, False
+
+    def forget(self, step: int) -> None:
+        """`step` is no longer in the run: it may be saved again."""
+        if self.saved_step == step:
+            self.saved_step = None
 
     def committed(self, blocked_s: float, durable_s: float) -> None:
         """A save let training go on after `blocked_s`, on the slowest host, and was committed after `durable_s`."""
+        self._saving = False
         if self._pacing:
             self._pacing.saved(blocked_s, durable_s)
 

@@ -83,7 +83,8 @@ Next = Head | FencedBy | Rejected | None
 Rule = Callable[[Head | None, Stamp], Next]
 
 
-def _next(head: Head | None, stamp: Stamp, event: JournalEvent, **changes: object) -> Head:
+def successor(head: Head | None, stamp: Stamp, event: JournalEvent, **changes: object) -> Head:
+    """The next entry: `head` with `changes`, by `event`."""
     base = head or Head(format=FORMAT, version=-1, epoch=0, writer="", write_id="", time=0.0, event=event)
     following = replace(
         base,
@@ -115,7 +116,7 @@ def open_epoch(head: Head | None, stamp: Stamp, *, compared: Compared | None = N
     step has another tree than that by now."""
     if compared is not None and tree_of(head) != compared.tree:
         return Rejected(Overtaken("another job has committed a step to this run meanwhile"))
-    return _next(head, stamp, JournalEvent(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
+    return successor(head, stamp, JournalEvent(kind="opened-epoch"), epoch=(head.epoch if head else 0) + 1)
 
 
 def tree_of(head: Head | None) -> str | None:
@@ -162,7 +163,7 @@ def commit(
     ]
     steps = tuple(sorted({*dropped, *(old.step for old in live if id(old) in expired)}))
     event = JournalEvent(kind="committed", step=entry.step, attempt=entry.attempt, reason=reason, steps=steps)
-    return _next(
+    return successor(
         head,
         stamp,
         event,
@@ -200,7 +201,7 @@ def abort(
         kind="aborted", step=attempt.step, attempt=attempt.name, failures=failures, reason=reason, cause=cause
     )
     gone = RetiredAttempt(step=attempt.step, attempt=attempt.name, reason="aborted", cause=cause)
-    return _next(head, stamp, event, retired=(*head.retired, gone))
+    return successor(head, stamp, event, retired=(*head.retired, gone))
 
 
 def retire(head: Head | None, stamp: Stamp, *, keep: KeepPolicy) -> Next:
@@ -212,36 +213,12 @@ def retire(head: Head | None, stamp: Stamp, *, keep: KeepPolicy) -> Next:
         return None
     gone = [retired_as(old, "retention") for old in head.live if old.step in dropped]
     kept = tuple(old for old in head.live if old.step not in dropped)
-    return _next(
+    return successor(
         head,
         stamp,
         JournalEvent(kind="retired", steps=tuple(sorted(dropped))),
         live=kept,
         retired=(*head.retired, *gone),
-    )
-
-
-def discard(head: Head | None, stamp: Stamp, *, step: int) -> Next:
-    """Retire the quarantined attempts of one step: only somebody who names it can (`gc --quarantined=STEP`)."""
-    evidence = head.quarantined if head else ()
-    gone = [old for old in evidence if old.step == step]
-    if head is None or not gone:
-        have = ", ".join(sorted({str(old.step) for old in evidence})) or "none"
-        return Rejected(StepNotFound(f"step {step} has no quarantined attempt; quarantined steps: {have}"))
-    if pins := [pin for old in gone for pin in old.pins]:
-        return Rejected(UsageError(f"step {step} is pinned ({', '.join(pins)}); unpin it first"))
-    names = {old.id for old in gone}
-    live = tuple(old for old in head.live if old.id not in names)
-    if not live:
-        text = f"step {step} is the only one that this run has: without it a job would begin at 0; use another root"
-        return Rejected(UsageError(text))
-    return _next(
-        head,
-        stamp,
-        JournalEvent(kind="retired", steps=(step,), reason="quarantined, deleted by name"),
-        live=live,
-        retired=(*head.retired, *(retired_as(old, "quarantined") for old in gone)),
-        aside=tuple(old for old in head.aside if old.id not in names),
     )
 
 
@@ -253,7 +230,7 @@ def collected(head: Head | None, stamp: Stamp, *, attempts: Iterable[AttemptId])
     left = tuple(gone for gone in head.retired if gone.id not in done)
     if len(left) == len(head.retired):
         return None
-    return _next(
+    return successor(
         head,
         stamp,
         JournalEvent(kind="collected", steps=tuple(sorted({attempt.step for attempt in done}))),
@@ -291,7 +268,7 @@ def quarantine(
     if head is None or not is_live(head, attempt):
         return None
     if spare_last and [live.id for live in head.live if live.restorable] == [attempt]:
-        text = "is the only step that can be restored: without it no job comes back"
+        text = "is the only step that can be restored: without it no job can resume"
         return Rejected(UsageError(f"step {attempt.step} {text}; add --force to quarantine it all the same"))
 
     def taken(live: LiveStep) -> LiveStep:
@@ -328,10 +305,10 @@ def release(
     event = JournalEvent(kind="released", step=step, attempt=found.attempt, reason=reason)
     aside = [old for old in head.aside if old is not found]
     if there is None:
-        return _next(head, stamp, event, live=_put_back(head.live, lifted), aside=tuple(aside))
+        return successor(head, stamp, event, live=_put_back(head.live, lifted), aside=tuple(aside))
     aside += [replace(there, pins=())] if there is not found else []
     live = tuple(lifted if old is there else old for old in head.live)
-    return _next(head, stamp, event, live=live, aside=tuple(aside))
+    return successor(head, stamp, event, live=live, aside=tuple(aside))
 
 
 def _put_back(live: tuple[LiveStep, ...], lifted: LiveStep) -> tuple[LiveStep, ...]:
@@ -375,7 +352,7 @@ def _change(
     if changed == found:
         return None
     live = tuple(changed if entry is found else entry for entry in head.live)
-    return _next(head, stamp, JournalEvent(kind=kind, step=step, attempt=found.attempt, reason=reason), live=live)
+    return successor(head, stamp, JournalEvent(kind=kind, step=step, attempt=found.attempt, reason=reason), live=live)
 
 
 def _not_our_epoch(head: Head | None, epoch: int) -> FencedBy | Rejected:

@@ -352,7 +352,7 @@ _READABLE: Mapping[str, Callable[[str], bool]] = {
 
 
 def _external(leaf: LeafSpec, external: ExternalArray) -> None:
-    where = f"{_name(leaf)}: foreign"
+    where = f"{_name(leaf)}: external"
     if external.driver not in _DRIVERS:
         raise Invalid(f"{where}: driver {_brief(external.driver)}, expected zarr or zarr3")
     if leaf.chunk is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 from absl import logging
 
@@ -21,8 +22,10 @@ from orchestrator.observe.events import AttemptsDeleted, emit
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.keys import MANIFEST
-from orchestrator.rules.records import RetiredAttempt
+from orchestrator.rules.records import Head, RetiredAttempt
+from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
+from orchestrator.storage import local_path
 from orchestrator.storage.port import DeletesMany, Storage
 from orchestrator.texts import printable
 
@@ -56,6 +59,8 @@ def collect(
     head = store.require_head() if dry_run else store.durable_head()
     if epoch is not None and head.epoch > epoch:
         raise Fenced(f"{store.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
+    if not dry_run and (root := local_path(store.url)) is not None:
+        _prune_views(Path(root), head)
     result = Collection()
     done: list[AttemptId] = []
     for gone in journal.collectable(head, found):
@@ -72,6 +77,14 @@ def collect(
         failpoints.hit("collect.after")
         emit(AttemptsDeleted(len(done), result.bytes, len(result.failed)))
     return result
+
+
+def _prune_views(root: Path, head: Head) -> None:
+    """Their links would keep the data of attempts that are to be deleted."""
+    try:
+        orbax_views.prune(root, head)
+    except (OSError, OrchestratorError) as error:
+        logging.warning("%s: directories of steps that are gone are left: %s", root, error)
 
 
 def _delete(

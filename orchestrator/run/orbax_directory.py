@@ -19,6 +19,7 @@ from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.orbax_views import is_view
 from orchestrator.storage import local_path
 from orchestrator.storage.port import Reads
 
@@ -51,7 +52,8 @@ def survey(base: Path, known: frozenset[int] = frozenset()) -> OrbaxDirectory:
     strange = []
     try:
         with os.scandir(base) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_dir())
+            there = [entry for entry in entries if entry.is_symlink() or entry.is_dir()]
+            names = sorted(entry.name for entry in there if not is_view(Path(entry.path)))
         for name in names:
             path, named = base / name, _STEP.fullmatch(name)
             if named and _is_step(path):

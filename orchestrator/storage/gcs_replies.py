@@ -167,7 +167,7 @@ _HINTS: tuple[tuple[tuple[int, ...], str, str], ...] = (
     ),
     ((403,), r"", "the credential lacks a role on the bucket, see docs/gcs.md: {role}"),
     ((401,), r"", "the credentials are not accepted"),
-    ((407,), r"", "the proxy on the way wants a password: see http_proxy and https_proxy"),
+    ((407,), r"", "the proxy on the way asks for a password: see http_proxy and https_proxy"),
     ((404,), r"", "check the bucket's name"),
     ((412,), r"", "a condition that was not asked for: is there a proxy or another server in between?"),
 )

@@ -74,10 +74,10 @@ def test_states_rates_silence_the_slowest_and_the_loss_are_shown() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_events_of_an_older_incarnation_say_nothing_of_this_ones_hosts() -> None:
+def test_events_of_an_older_epoch_say_nothing_of_this_ones_hosts() -> None:
     now = summarize("run", head(epoch=4), Timeline().add(STORY), 1010.0)
     assert now.hosts == () and now.newest is None and now.loss_s is None
-    assert "all is lost" in shown(now) and "no events of this incarnation" in shown(now)
+    assert "all is lost" in shown(now) and "no events of this epoch" in shown(now)
 
 
 def pulse(time: float, process: int = 0, idle_s: float = 0.1, barrier: str = "", **more: float) -> LoggedEvent:

@@ -210,4 +210,4 @@ def test_a_step_is_not_judged_without_the_metric_that_decides(root: Path) -> Non
             manager.wait_until_finished()
         assert manager.all_steps() == [0, 1, 3, 4]
         assert manager.best_step() == 1
-        assert journal.find(manager._store.require_head(), 0).metrics_omitted  # type: ignore[union-attr]
+        assert journal.find(manager._run.store.require_head(), 0).metrics_omitted  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ import pytest
 
 import orchestrator as oc
 from orchestrator.job.pacing import Pacing
-from orchestrator.job.rendezvous import connect
+from orchestrator.job.rendezvous import SingleProcess, connect
 from orchestrator.job.schedule import PollSpacing, SaveSchedule
 from orchestrator.observe.events import CadenceChosen, subscribe
 from orchestrator.policy import SavePolicy
@@ -80,6 +80,7 @@ class Job:
         for schedule, clock in zip(self.schedules, self.clocks, strict=True):
             schedule.begin(clock())
             schedule.started(step)
+            schedule.committed(0.0, 0.0)
             if fails:
                 schedule.failed(step)
 
@@ -119,6 +120,8 @@ ROWS = {
     "by time": Row(oc.every_seconds(5), [0, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
     "by time or by step": Row(oc.every_seconds(100) | oc.at([5]), [0, 5], [0, 1, 2, 4, 8]),
     "by time, then SIGTERM": Row(oc.every_seconds(100), [0, 7, 8, 9], [0, 1, 2, 4, 8], sigterm_at=7),
+    "continuously, of saves that take no time": Row(oc.continuous(), list(range(10)), list(range(10))),
+    "continuously, but not more often": Row(oc.continuous(4), [0, 4, 8], list(range(10))),
     "of the user's own": Row(OddSteps(), [0, 1, 3, 5, 7, 9], list(range(10))),
 }
 
@@ -258,3 +261,18 @@ def test_a_users_own_timed_policy_is_polled_at_each_step(root: Path) -> None:
     with oc.Agent(root, save=OddMinutes(), rendezvous=rendezvous, options=now()) as agent:
         assert [agent.save(step, state(step)) for step in range(4)] == [True, False, False, False]
     assert rendezvous.asked == [0, 1, 2, 3]
+
+
+def test_a_continuous_policy_wants_no_save_while_one_is_in_flight() -> None:
+    schedule = SaveSchedule(oc.continuous() | oc.at([7]), SingleProcess(), 1.0, clock=lambda: 0.0)
+    due = []
+    for step in range(10):
+        due.append(schedule.due(step))
+        if step in (0, 5):
+            schedule.begin(0.0)
+            schedule.started(step)
+        if step == 2:
+            schedule.committed(0.0, 0.0)
+        if step == 8:
+            schedule.failed(5)
+    assert [step for step, answer in enumerate(due) if answer] == [0, 3, 4, 5, 7, 9]

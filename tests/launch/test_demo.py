@@ -27,7 +27,7 @@ def test_the_demo_shows_a_kill_and_a_resume_on_another_mesh_bit_for_bit(tmp_path
     done = demo(f"--root={tmp_path / 'demo'}", "--steps=40", f"--storage={storage}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\nok  ") == 5 and "\nNO" not in done.stdout
-    texts = (r"host-2 was killed while step (\d+) was being saved", r"the job came back from step (\d+), the newest")
+    texts = (r"host-2 was killed while step (\d+) was being saved", r"the job resumed from step (\d+), the newest")
     cut, restored = (int(step) for text in texts for step in re.findall(text, done.stdout))
     assert 0 < restored < cut == 30 and "bit for bit" in done.stdout
     assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")

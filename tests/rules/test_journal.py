@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator import policy
 from orchestrator.errors import JournalLost, OrchestratorError, StepNotFound, UsageError
-from orchestrator.rules import journal
+from orchestrator.rules import journal, removal
 from orchestrator.rules.attempt_id import AttemptId, name_of, parse_name
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.journal import Compared, FencedBy, Next, Overtaken, Rejected, StoredAttempt
@@ -355,19 +355,32 @@ def test_what_was_put_aside_can_be_released_once_its_step_is_free_and_is_never_t
     assert attempts(back.live) == [(2, "e0001-a01"), (3, "e0002-a01")] and back.aside == ()
 
 
+def test_a_step_is_removed_by_name_even_the_newest_but_not_the_only_one() -> None:
+    run = head(live(1), live(2), live(3, pins=("p",)))
+    gone = changed(removal.remove(run, stamp(), step=2))
+    assert steps(gone) == [1, 3] and retired(gone) == [(2, "e0001-a01", "deleted")]
+    newest = changed(removal.remove(head(live(1), live(2)), stamp(), step=2))
+    assert steps(newest) == [1]
+    assert isinstance(rejection(removal.remove(run, stamp(), step=3)), UsageError)
+    for last in (head(live(1)), head(quarantined(1), live(2))):
+        only = last.live[-1].step
+        assert "the only one" in str(rejection(removal.remove(last, stamp(), step=only)))
+    assert removal.remove(run, stamp(), step=9) is None
+
+
 def test_only_somebody_who_names_a_quarantined_step_deletes_it() -> None:
     run = head(live(1), quarantined(2), quarantined(3), aside=(quarantined(1, "e0001-a09"),))
-    gone = changed(journal.discard(run, stamp(), step=2))
+    gone = changed(removal.discard(run, stamp(), step=2))
     assert steps(gone) == [1, 3] and retired(gone) == [(2, "e0001-a01", "quarantined")]
     assert (gone.event.kind, gone.event.steps) == ("retired", (2,))
-    both = changed(journal.discard(run, stamp(), step=1))
+    both = changed(removal.discard(run, stamp(), step=1))
     assert steps(both) == [1, 2, 3] and both.aside == ()
-    assert "quarantined steps: 1, 2, 3" in str(rejection(journal.discard(run, stamp(), step=7)))
-    assert isinstance(rejection(journal.discard(head(live(1)), stamp(), step=1)), StepNotFound)
+    assert "quarantined steps: 1, 2, 3" in str(rejection(removal.discard(run, stamp(), step=7)))
+    assert isinstance(rejection(removal.discard(head(live(1)), stamp(), step=1)), StepNotFound)
     pinned = head(live(1), live(2, trust="quarantined", pins=("p",)))
-    assert isinstance(rejection(journal.discard(pinned, stamp(), step=2)), UsageError)
+    assert isinstance(rejection(removal.discard(pinned, stamp(), step=2)), UsageError)
     # The last step of a run: without it the run would pass for a new one.
-    assert isinstance(rejection(journal.discard(head(quarantined(2)), stamp(), step=2)), UsageError)
+    assert isinstance(rejection(removal.discard(head(quarantined(2)), stamp(), step=2)), UsageError)
 
 
 # Collecting.
@@ -628,7 +641,7 @@ def perform(world: World, name: str, which: int, other: int, keep: Any) -> None:
     elif name == "quarantine" and which in entries:
         world.put(journal.quarantine(now, stamp(), attempt=AttemptId(which, entries[which]), reason="r"))
     elif name in ("release", "discard"):
-        world.put((journal.release if name == "release" else journal.discard)(now, stamp(), step=which))
+        world.put((journal.release if name == "release" else removal.discard)(now, stamp(), step=which))
     elif name == "trust" and which in entries:
         world.put(journal.trusted(now, stamp(), attempt=AttemptId(which, entries[which]), trust="verified"))
     elif name == "collect":

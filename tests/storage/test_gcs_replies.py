@@ -64,7 +64,7 @@ LINES: list[tuple[int, bytes, str]] = [
     (403, body("Permission denied on Cloud KMS key.", "forbidden"), "the bucket's encryption key: is it enabled"),
     (401, body("Invalid Credentials", "authError"), "the credentials are not accepted (somebody)"),
     (404, body("The specified bucket does not exist.", "notFound"), "check the bucket's name"),
-    (407, b"who are you", "the proxy on the way wants a password"),
+    (407, b"who are you", "the proxy on the way asks for a password"),
     (412, body("pre-conditions", "conditionNotMet"), "a condition that was not asked for"),
     (500, TRACEBACK.encode(), "HTTP 500 ValueError: no"),
     (500, body(TRACEBACK), "HTTP 500 ValueError: no"),

@@ -3,11 +3,14 @@ so that a loop written for Orbax saves and keeps the same steps here."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
+
+PLACEHOLDER = ocp.PLACEHOLDER  # in a target: this leaf is not to be restored
 
 
 def public(name: str) -> Any:
@@ -26,6 +29,45 @@ def step_exists(message: str) -> Exception:
     return error
 
 
+def step_names(options: Any) -> Any:
+    """How step directories are called, for given CheckpointManagerOptions: `build_name(step)`."""
+    return options.step_name_format or ocp.path.step.standard_name_format(
+        step_prefix=options.step_prefix, step_format_fixed_length=options.step_format_fixed_length
+    )
+
+
+def sharding_of(text: str) -> Any:
+    """The sharding that Orbax's text describes, as it restores onto it without a target; None where this process's
+    devices do not allow it, or the kind has no description."""
+    kinds = {
+        "NamedSharding": ocp.metadata.NamedShardingMetadata,
+        "SingleDeviceSharding": ocp.metadata.SingleDeviceShardingMetadata,
+    }
+    try:
+        described = json.loads(text)
+        return kinds[described["sharding_type"]].from_deserialized_dict(described).to_jax_sharding()
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError):
+        return None
+
+
+def registered_handler(args: Any) -> type | None:
+    """The class of the handler that args were registered with; None for args of nobody's."""
+    try:
+        found: type = ocp.checkpoint_args.get_registered_handler_cls(args)
+    except (TypeError, ValueError):
+        return None
+    return found
+
+
+def registered_args(handler: Any, direction: str) -> Any:
+    """The args class that a handler was registered with, for Save or Restore; None without any."""
+    try:
+        saving, restoring = ocp.checkpoint_args.get_registered_args_cls(handler)
+    except ValueError:
+        return None
+    return saving if direction == "Save" else restoring
+
+
 class Saves:
     """Orbax's decision whether to save a step, for given CheckpointManagerOptions."""
 
@@ -40,6 +82,8 @@ class Saves:
                 policies.append(managers.SpecificStepsPolicy(options.save_on_steps))
             self._policy = managers.AnySavePolicy(policies)
         self._function = None if options.save_decision_policy else options.should_save_fn
+        # Whether the answer depends on a clock, or on what goes on in this process: then process 0's counts.
+        self.own_policy = options.save_decision_policy is not None
 
     def due(self, step: Any, before: Sequence[Any], *, saving: bool, preempted: bool) -> bool:
         """`step` and `before`: objects with `step`, `time` (datetime) and `metrics`, oldest first."""

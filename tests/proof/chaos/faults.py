@@ -148,7 +148,7 @@ def zombie(place: str, process: int) -> Round:
         expect(code in (5, 134, 1), f"the zombie ended with {code}", arena)
         return "fenced, exit code 5" if code == 5 else "ended by its peer's end"
 
-    return Round("zombie: SIGSTOP, a new incarnation, SIGCONT", f"{place}, process {process}", run)
+    return Round("zombie: SIGSTOP, a newer epoch, SIGCONT", f"{place}, process {process}", run)
 
 
 def hang(place: str, process: int) -> Round:

@@ -1,0 +1,76 @@
+"""Items with handlers of the user's own: the handler writes files into a directory of this host, and they travel in
+each process's own bytes, so that receipt and manifest cover them like everything else.
+
+On the main thread, and whole in memory: for what is small beside the arrays. Barriers in a handler are its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.arrays.format import orbax_api
+from orchestrator.errors import UsageError
+from orchestrator.rules.keys import check_key
+
+BYTES_MAX = 256 << 20
+Files = dict[str, str]  # path below the item -> base64
+
+
+def save(handler: Any, name: str, args: Any) -> Files:
+    """Have `handler` save, and return its files. Raises whatever it raises, UsageError for more than BYTES_MAX."""
+    with tempfile.TemporaryDirectory(prefix="orchestrator-item-") as folder:
+        directory = orbax_api.path(os.path.join(folder, name))
+        directory.mkdir()
+        if hasattr(handler, "async_save"):
+            asyncio.run(_async_save(handler, directory, args))
+        else:
+            handler.save(directory, args=args)
+        if hasattr(handler, "finalize"):
+            handler.finalize(directory)
+        return _packed(os.fspath(directory), name)
+
+
+async def _async_save(handler: Any, directory: Any, args: Any) -> None:
+    for future in await handler.async_save(directory, args=args) or ():
+        future.result()
+
+
+def restore(handler: Any, name: str, args: Any, files: Mapping[str, str]) -> Any:
+    """What `handler` makes of an item's files. Raises whatever it raises."""
+    with tempfile.TemporaryDirectory(prefix="orchestrator-item-") as folder:
+        directory = os.path.join(folder, name)
+        unpack(files, directory)
+        accepts = inspect.signature(handler.restore).parameters
+        given = {"args": args} if args is not None and ("args" in accepts or "kwargs" in accepts) else {}
+        return handler.restore(orbax_api.path(directory), **given)
+
+
+def unpack(files: Mapping[str, str], directory: str) -> None:
+    os.makedirs(directory)
+    for path, text in files.items():
+        target = os.path.join(directory, check_key(path, directory))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "xb") as file:
+            file.write(base64.b64decode(text))
+
+
+def _packed(directory: str, name: str) -> Files:
+    found, total = {}, 0
+    for above, _, names in os.walk(directory):
+        for each in names:
+            path = os.path.join(above, each)
+            total += os.path.getsize(path)
+            if total > BYTES_MAX:
+                raise UsageError(
+                    f"item {name!r}: its handler wrote more than {BYTES_MAX >> 20} MiB; save arrays with StandardSave "
+                    "or PyTreeSave"
+                )
+            with open(path, "rb") as file:
+                found[os.path.relpath(path, directory)] = base64.b64encode(file.read()).decode()
+    return found

@@ -1,0 +1,143 @@
+"""The run behind a CheckpointManager: its stores, the agent that saves, and the directories beside it that Orbax would
+have made. Main thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from orchestrator import policy
+from orchestrator.agent import Agent
+from orchestrator.arrays.format import orbax_api
+from orchestrator.compat import orbax_options, root_metadata
+from orchestrator.compat.step_views import StepViews
+from orchestrator.compat.store_directory import StoreDirectory
+from orchestrator.compat.stored_steps import StoredSteps
+from orchestrator.errors import UsageError
+from orchestrator.job.rendezvous import connect
+from orchestrator.job.rounds import Round, agree
+from orchestrator.job.startup import agree_at_start
+from orchestrator.job.takeover import Takeover
+from orchestrator.rules import configuration, removal
+from orchestrator.rules.records import Head, Json
+from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.orbax_directory import unadopted
+from orchestrator.storage import local_path, open_storage
+from orchestrator.storage.port import Storage
+from orchestrator.storage.read_only import ReadOnlyStorage
+
+
+class ManagedRun:
+    """writer: the agent, once something was saved or asked of it. Raises UsageError for options without counterpart."""
+
+    def __init__(self, url: str, options: Any) -> None:
+        self.url, self._orbax = url, options
+        self._options = orbax_options.ours(options)
+        self.timeout_s = self._options.rendezvous_timeout_s
+        store = open_storage(url)
+        self._storage: Storage = ReadOnlyStorage(store) if options.read_only else store
+        self.store = JournalStore(self._storage, writer="compat")
+        self.rendezvous = connect(self.timeout_s)
+        defaults = orbax_api.public("CheckpointManagerOptions")()
+        in_store = local_path(url) is None
+        orbax_options.check(options, defaults, self.rendezvous.count, in_store=in_store)
+        self.stored = StoredSteps(self.store)
+        self._views = StepViews(self.store, self.stored, options)
+        self.directory = StoreDirectory(url) if in_store else orbax_api.path(url)
+        self.writer: _ManagedAgent | None = None
+        self._given: dict[str, Json] = {}
+
+    def open(self, given: dict[str, Json]) -> None:
+        """Compare with the other processes, and with what is there. A collective. `given`: root metadata."""
+        if not self._orbax.read_only:
+            Takeover(self._storage, self.rendezvous).wait()
+        about = configuration.of_orbax(self._orbax)
+        agree_at_start(self.store, self.rendezvous, "open the directory", about, self.timeout_s, self._admit)
+        self._given = given
+        if not self._orbax.read_only and self.rendezvous.process == 0:
+            self._prepare()
+
+    def _admit(self, head: Head | None) -> None:
+        if rejection := unadopted(self.store, head):
+            raise UsageError(rejection)
+
+    def _prepare(self) -> None:
+        if self._orbax.create and (root := local_path(self.url)) is not None:
+            os.makedirs(root, exist_ok=True)
+        kept = self._given and self._orbax.save_root_metadata and not self._older_root_metadata()
+        if kept and root_metadata.read(self._storage) is None:
+            root_metadata.keep(self._storage, self._given)
+        self._views.refresh()
+
+    def root_metadata(self) -> Any:
+        found = root_metadata.read(self._storage)
+        if found is None:
+            found = self._older_root_metadata()
+        if not found and self._orbax.read_only:
+            found = dict(self._given)
+        return orbax_api.public("metadata").RootMetadata(custom_metadata=found)
+
+    def _older_root_metadata(self) -> dict[str, Json]:
+        return self.stored.older_root_metadata()
+
+    def agreed(self, name: str, answer: Callable[[], bool]) -> bool:
+        """Process 0's answer. A collective."""
+        return agree(self.rendezvous, Round[bool](name, bool), self.timeout_s, answer)
+
+    def agent(self) -> _ManagedAgent:
+        if self.writer is None:
+            after_commit = self._after_commit
+            keep = orbax_options.KeepAsOrbax(orbax_api.Keeps(self._orbax))
+            self.writer = _ManagedAgent(
+                self.url,
+                save=policy.at(()),
+                keep=keep,
+                options=self._options,
+                rendezvous=self.rendezvous,
+                storage=self._storage,
+            )
+            self.writer.after_commit = after_commit
+        return self.writer
+
+    def _after_commit(self) -> None:
+        if self.rendezvous.process == 0:
+            self._views.refresh()
+        callback = getattr(self._orbax.async_options, "post_finalization_callback", None)
+        if callback is not None:
+            callback()
+
+    def delete(self, step: int) -> None:
+        """Retire `step`, whichever it is. A collective. Raises NoSuchStep, UsageError for one that has to stay."""
+        self.stored.find(step)
+        rule = partial(removal.remove, step=step)
+
+        def remove() -> str:
+            try:
+                self.store.append(rule)
+            except UsageError as error:
+                return str(error)
+            return ""
+
+        problem = agree(self.rendezvous, Round[str](f"delete step {step}", str), self.timeout_s, remove)
+        if problem:
+            raise UsageError(f"{self.url}: {problem}")
+        if self.writer:
+            self.writer.forget(step)
+        if self.rendezvous.process == 0:
+            self._views.refresh()
+
+
+class _ManagedAgent(Agent):
+    """Brings the directories beside the run up to date before the data of retired steps is deleted."""
+
+    after_commit: Callable[[], None] = staticmethod(lambda: None)
+
+    def _committed(self) -> None:
+        self.after_commit()
+        super()._committed()
+
+    def forget(self, step: int) -> None:
+        """`step` has been deleted from the run: it may be saved again. All processes."""
+        self._schedule.forget(step)

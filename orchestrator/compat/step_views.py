@@ -1,0 +1,106 @@
+"""The steps of a run as directories of Orbax's, beside the journal, for whatever looks into them: `ROOT/5/iter`,
+`checkpoint_utils.checkpoints_iterator`, `utils.checkpoint_steps`, plain Orbax in another program. On a file system.
+
+They are made when a step is committed, and again when a manager opens the directory, for steps of native agents and
+after a crash. What cannot be made is logged: no save is lost for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from orchestrator import arrays
+from orchestrator.arrays.format import orbax_api
+from orchestrator.compat import custom_items
+from orchestrator.compat.orbax_steps import DEFAULT
+from orchestrator.compat.stored_items import StoredItems, own_states
+from orchestrator.compat.stored_steps import StoredSteps
+from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.rules import chunk_index
+from orchestrator.rules.records import LiveStep
+from orchestrator.run import orbax_views
+from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.orbax_directory import STEP_METADATA
+from orchestrator.storage import local_path
+
+
+class StepViews:
+    """Process 0's. `options`: Orbax's, which say how step directories are called and whether there is a trash. Raises
+    UsageError for a trash that is not below the root."""
+
+    def __init__(self, store: JournalStore, stored: StoredSteps, options: Any) -> None:
+        self._store, self._stored = store, stored
+        root = local_path(store.url)
+        self._root = Path(root) if root is not None else None
+        self._format = orbax_api.step_names(options)
+        trash = str(options.todelete_subdir or getattr(options, "todelete_full_path", None) or "").strip("/")
+        if trash and (any(part in ("", ".", "..") for part in trash.split("/")) or trash.isdecimal()):
+            raise UsageError(f"CheckpointManagerOptions: {trash!r}: give a name below the run's root that is no step's")
+        self._trash = trash
+
+    def refresh(self) -> None:
+        """Make the views that are missing, and take away those of steps that are gone. Any thread."""
+        if self._root is None or not self._root.is_dir():
+            return
+        try:
+            head = self._store.head()
+            orbax_views.prune(self._root, head)
+            there = {view.attempt for view in orbax_views.views(self._root)}
+            for live in head.live if head else ():
+                if live.restorable and live.id.label not in there:
+                    self._build(self._root, live)
+        except (OrchestratorError, OSError, ValueError) as error:
+            logging.warning("%s: step directories for Orbax are not up to date: %s", self._store.url, error)
+
+    def _build(self, root: Path, live: LiveStep) -> None:
+        name = self._format.build_name(live.step)
+        if os.path.lexists(root / name):  # Orbax's own, adopted where it is
+            return
+        items = self._stored.items(live)
+
+        def fill(directory: Path) -> None:
+            self._fill(directory, live, items)
+
+        orbax_views.build(root, name, live.id.label, self._trash, fill)
+
+    def _fill(self, directory: Path, live: LiveStep, items: StoredItems) -> None:
+        assert self._root is not None
+        state = self._root / live.id.state_prefix
+        stored = chunk_index.stored(self._store.step(live).manifest)
+        external = {leaf.external.item for leaf in items.leaves if leaf.external}
+        if items.whole:
+            arrays.link_files(state, directory / DEFAULT, stored.files)
+        elif external:
+            arrays.link_files(state, directory, stored.files)
+        elif items.trees:
+            arrays.write_items(state, stored, {name: directory / name for name in items.trees})
+        for name, value in items.json_values.items():
+            _write(directory / name / "metadata", value)
+        metrics = self._stored.metrics_tree(live)
+        if metrics:
+            _write(directory / "metrics" / "metrics", metrics)
+        for index, body in sorted(items.process_states.items()):
+            self._own(directory, index, len(items.process_states), own_states(body))
+        _write(directory / STEP_METADATA, self._stored.step_metadata(live, items))
+
+    @staticmethod
+    def _own(directory: Path, index: int, count: int, own: dict[str, Any]) -> None:
+        for name, state in own.items():
+            if isinstance(state, dict):
+                for path, body in state.items():
+                    if not (directory / name / path).exists():
+                        custom_items.unpack({path: body}, os.fspath(directory / name))
+            else:
+                file = directory / name / f"process_{index}-of-{count}.json"
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(state)
+
+
+def _write(file: Path, value: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(value))
