@@ -1,12 +1,12 @@
 """What a save and a restore cost training on one accelerator, each figure beside its goal and peers.
 
-    python -m benchmarks.goals                          # 4 GiB in 64 arrays and 3000 leaves; about 6 minutes
+    python -m benchmarks.goals                          # 4 GiB in 64 arrays and 3000 leaves; about 4 minutes
     python -m benchmarks.goals --smoke                  # on CPU devices, small: only whether it runs
 
 *Lost* is what training loses to a save: the time from the call until the save is durable, less what the steps that ran
-meanwhile take when nothing else happens (their median before). The steps multiply matrices, donate the whole state, and fetch
-their loss (`--no-fetch`: do not).
-Each section is a process of its own, and prints each figure as a line of JSON as soon as it is there.
+meanwhile take when nothing else happens (their median before). The steps multiply matrices, donate the whole state, and
+fetch their loss (`--no-fetch`: do not). Each section is a process of its own, and prints each figure as a line of JSON
+as soon as it is there.
 """
 
 from __future__ import annotations
