@@ -60,7 +60,7 @@ def test_each_chunk_is_read_once_on_any_mesh_and_what_one_process_finds_stops_al
     with job(2, 2, root, tmp_path / "each", turned=1, **plain) as each:
         check_restored(each, 2)
     amount = [read_bytes(root, process) for process in range(2)]
-    assert all(SHARED_BYTES <= one < SHARED_BYTES + SMALL_BYTES for one in amount), f"each reads all: {amount}"
+    assert all(SHARED_BYTES / 2 < one < SHARED_BYTES for one in amount), f"each reads more than it needs: {amount}"
     once = {**plain, "once": 1}
     with job(4, 1, root, tmp_path / "once", turned=1, part=1, group=16 << 20, **once) as of_four:
         check_restored(of_four, 2)
