@@ -8,10 +8,10 @@ STAMP := $(VENV)/.stamp
 LOCK = requirements-$$($(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax demo bitrot unreadable bench chaos docs pictures format clean
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax demo bitrot unreadable bench chaos docs pictures format clean bench-quick incidents
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # A content key, not file times: a fresh checkout, a branch switch or a restored cache must not be mistaken for a change.
 setup: ## make .venv from the lock for PYTHON (needs only Python 3.11+ and make)
@@ -76,10 +76,17 @@ bitrot: setup ## 700 damaged files, each restored and compared bit for bit (abou
 unreadable: setup ## every way of not being able to read a run, and of it being damaged (about 3 minutes; needs a C compiler)
 	$(BIN)/python -m tests.proof.unreadable --report=unreadable-report.md --write=docs/integrity.md
 
+incidents: setup ## real jobs in trouble, and what watch, doctor, alerts and report say; into docs/failure-modes.md (10 minutes; needs root, Debian)
+	@command -v prometheus >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends prometheus; }
+	$(BIN)/python -m tests.proof.incidents --write=docs/failure-modes.md
+
 bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md and -tables.md (35 minutes to an hour and a half)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torchsnapshot==0.1.0  # the `bench` extra
 	$(BIN)/python -m benchmarks.compare --all --write=docs
 	$(BIN)/python -m benchmarks.growth --write=docs
+
+bench-quick: setup ## before and after a change: ratios in three minutes (AGAINST=another checkout; NEW=1: a new baseline)
+	$(BIN)/python -m benchmarks.quick $(if $(AGAINST),--against=$(AGAINST)) $(if $(NEW),--new)
 
 chaos: setup ## 210 rounds of faults against real jobs, the run checked after each, and 10,000 forged runs (about 35 minutes)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check fusepy==3.0.1  # the `chaos` extra

@@ -3,12 +3,12 @@
     python -m benchmarks.simulate                    # 100 to 50,000 hosts
     python -m benchmarks.simulate --hosts 1000 --read_ms 20
 
-Real: receipts, their bytes and their decoding, `attempt.advance` with its coverage check, the manifest, the journal's
-rules and their entry; what they take on this machine's CPU passes on the virtual clock. Modelled: a store that takes
---read_ms and --write_ms for a request, and serves --reads_per_s and --writes_per_s of them (defaults: what Cloud
-Storage says a bucket serves before it scales itself up, https://cloud.google.com/storage/docs/request-rate; the
-latencies are assumptions). The tree of chunks is made and encoded by the real code, too. Not modelled: the arrays' own
-bytes, the coordination service.
+Real: receipts, alone or in groups, their bytes and their decoding, `attempt.advance` with its coverage check, the tree
+of chunks, the manifest, the journal's rules and their entry; what they take on this machine's CPU passes on the virtual
+clock. Modelled: a store that takes --read_ms and --write_ms for a request, and serves --reads_per_s and --writes_per_s
+of them (defaults: what Cloud Storage says a bucket serves before it scales itself up,
+https://cloud.google.com/storage/docs/request-rate; the latencies are assumptions), and messages that take --signal_ms.
+Not modelled: the arrays' own bytes, how many messages the coordination service serves.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from orchestrator.arrays.format import ocdbt
 from orchestrator.job.receipts import RECEIPT_BATCH, RECEIPT_READS
-from orchestrator.rules import attempt, chunk_index, journal
+from orchestrator.rules import attempt, chunk_index, journal, receipt_groups
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import (
     FORMAT,
     Box,
     FileEntry,
+    GroupReceipt,
     Intent,
     LeafSpec,
     LiveStep,
@@ -40,6 +42,7 @@ from orchestrator.rules.records import (
     crc32c,
 )
 
+_EARLY_HEAD_S = 5.0
 HOSTS = (100, 1000, 5000, 10_000, 20_000, 50_000)
 
 
@@ -79,17 +82,120 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - started
 
 
-def simulate(hosts: int, leaves: int, store: Store, spread_s: float, seed: int) -> dict[str, float]:
-    """Seconds after the last host's data is durable, by what they went to."""
+def simulate(
+    hosts: int, leaves: int, store: Store, spread_s: float, seed: int, signal_s: float = 0.1, group: int | None = None
+) -> dict[str, float]:
+    """Seconds after the last host's data is durable, by what they went to. group: the size of groups, 0 for none, None
+    for the rule's."""
     rng = random.Random(seed)
-    shape = (hosts * 8, 128)
-    spec = TreeSpec(
+    spec = _spec(hosts, leaves)
+    sealed = [rng.uniform(0, spread_s) for _ in range(hosts)]
+    keys = [f"{leaf.name}/c/{process}/0" for leaf in spec.leaves for process in range(hosts)]
+    order = sorted((key.encode(), key) for key in keys)  # planned once for each form of state
+    objects, leader_s = _stored(sealed, spec, store, signal_s, group)
+    state, clock, cpu, receipts = _collected(objects, _intent(hosts, spec), store, signal_s)
+    collected = clock
+    tree_bytes, spent = timed(lambda: _tree_bytes(receipts, order))
+    head_read = store.request("read", clock)  # beside what comes next; good for 5 s
+    clock = store.many("write", clock + spent, 2, 2)
+    manifest_bytes, more = timed(lambda: len(encode(_manifest(receipts))))
+    cpu += spent + more
+    clock = max(store.request("write", clock + more), head_read)
+    clock = clock if clock - collected <= _EARLY_HEAD_S else store.request("read", clock)
+    clock = store.request("write", clock + timed(lambda: _entry(1))[1])
+    assert state.phase is attempt.Phase.FINALIZING
+    return {
+        "hosts": hosts,
+        "objects": len(objects),
+        "commit_s": clock - max(sealed),
+        "receipts_s": collected - max(sealed),
+        "tree_s": spent,
+        "cpu_s": cpu,
+        "leader_ms": leader_s * 1000,
+        "requests": store.requests,
+        "receipts_MB": sum(len(body) for _, body, _ in objects) / 1e6,
+        "tree_MB": tree_bytes / 1e6,
+        "manifest_MB": manifest_bytes / 1e6,
+    }
+
+
+Object = tuple[float, bytes, bool]  # when process 0 hears that it is stored, itself, and whether it is a group's
+
+
+def _stored(
+    sealed: list[float], spec: TreeSpec, store: Store, signal_s: float, size: int | None
+) -> tuple[list[Object], float]:
+    """The receipts as they are stored, in the order in which process 0 hears of them, and what a leader's own work for
+    its group takes. A member's receipt reaches its leader, and a vote process 0, after signal_s."""
+    hosts = len(sealed)
+    parts: list[tuple[float, Receipt | GroupReceipt]] = []
+    ready: dict[receipt_groups.Group, list[int]] = {}
+    groups = [receipt_groups.group_of(process, hosts, (), size) for process in range(min(hosts, 2))]
+    for process in range(hosts):
+        if groups[-1] is None or process == 0:
+            parts.append((sealed[process], _receipt(process, spec)))
+        else:
+            first = (process - 1) // len(groups[-1].members) * len(groups[-1].members) + 1
+            members = tuple(range(first, min(first + len(groups[-1].members), hosts)))
+            ready.setdefault(receipt_groups.Group(members), []).append(process)
+    for group in ready:
+        members_in = max(sealed[member] + (signal_s if member != group.leader else 0) for member in group.members)
+        parts.append((members_in, _group_receipt(group, spec)))
+    objects, leader_s = [], 0.0
+    for at, record in sorted(parts, key=lambda part: part[0]):
+        body, spent = timed(partial(encode, record))  # on its own host, beside all others
+        leader_s = max(leader_s, spent if isinstance(record, GroupReceipt) else 0.0)
+        heard = store.request("write", at + spent) + signal_s
+        objects.append((heard, body, isinstance(record, GroupReceipt)))
+    return sorted(objects, key=lambda one: one[0]), leader_s
+
+
+def _collected(
+    objects: list[Object], intent: Intent, store: Store, signal_s: float
+) -> tuple[attempt.Attempt, float, float, list[Receipt]]:
+    """As `ReceiptReader`: whatever has been heard of is read, many at once, and decoded as it arrives, one after the
+    other. The state, the time, what of it was processor time, and the receipts."""
+    state, clock, cpu, receipts = attempt.Attempt(intent), 0.0, 0.0, list[Receipt]()
+    done = 0
+    while done < len(objects):
+        clock = max(clock, objects[done][0])
+        batch = [one for one in objects[done : done + RECEIPT_BATCH] if one[0] <= clock]
+        done += len(batch)
+        under_way: list[float] = []
+        read: list[Receipt] = []
+        asked = busy = clock
+        for _, body, grouped in batch:
+            if len(under_way) >= RECEIPT_READS:
+                asked = max(asked, heapq.heappop(under_way))
+            arrived = store.request("read", asked)
+            heapq.heappush(under_way, arrived)
+            found, spent = timed(partial(_decoded, body, grouped))
+            busy, cpu = max(busy, arrived) + spent, cpu + spent
+            read += found
+        (state, effect), spent = timed(partial(attempt.advance, state, attempt.ReceiptsRead(tuple(read))))
+        receipts += read
+        clock, cpu = busy + spent, cpu + spent
+    assert effect == attempt.Finalize(), state.failures or state.reason
+    return state, clock, cpu, sorted(receipts, key=lambda receipt: receipt.process)
+
+
+def _decoded(body: bytes, grouped: bool) -> tuple[Receipt, ...]:
+    return decode(body, GroupReceipt, "simulated").receipts if grouped else (decode(body, Receipt, "simulated"),)
+
+
+def _spec(hosts: int, leaves: int) -> TreeSpec:
+    return TreeSpec(
         leaves=tuple(
-            LeafSpec(path=("layers", f"w{number}"), kind="array", shape=shape, dtype="float32", chunk=(8, 128))
+            LeafSpec(
+                path=("layers", f"w{number}"), kind="array", shape=(hosts * 8, 128), dtype="float32", chunk=(8, 128)
+            )
             for number in range(leaves)
         )
     )
-    intent = Intent(
+
+
+def _intent(hosts: int, spec: TreeSpec) -> Intent:
+    return Intent(
         format=FORMAT,
         write_id="0" * 32,
         step=1,
@@ -102,48 +208,18 @@ def simulate(hosts: int, leaves: int, store: Store, spread_s: float, seed: int) 
         mesh={"data": hosts},
         tree=spec,
     )
-    sealed = sorted(rng.uniform(0, spread_s) for _ in range(hosts))
-    written = [store.request("write", at) for at in sealed]
-    state, clock, cpu, receipt_bytes, receipts = attempt.Attempt(intent), 0.0, 0.0, 0, []
-    under_way: list[float] = []
-    effect: attempt.Effect | None = None
-    for first in range(0, hosts, RECEIPT_BATCH):
-        batch = range(first, min(first + RECEIPT_BATCH, hosts))
-        bodies = []
-        for index in batch:
-            at = max(written[index], clock)
-            if len(under_way) >= RECEIPT_READS:
-                at = max(at, heapq.heappop(under_way))
-            heapq.heappush(under_way, store.request("read", at))
-            bodies.append(encode(_receipt(index, spec)))
-        receipt_bytes += sum(map(len, bodies))
 
-        def take(bodies: list[bytes] = bodies, state: attempt.Attempt = state) -> Any:
-            read = tuple(decode(body, Receipt, "simulated") for body in bodies)
-            return read, attempt.advance(state, attempt.ReceiptsRead(read))
 
-        (read, (state, effect)), spent = timed(take)
-        receipts += read
-        clock, cpu = max(clock, *under_way) + spent, cpu + spent
-    assert effect == attempt.Finalize(), state.failures or state.reason
-    collected = clock
-    tree_bytes, spent = timed(lambda: _tree_bytes(receipts))
-    clock = store.many("write", clock + spent, 2, 2)
-    manifest_bytes, more = timed(lambda: len(encode(_manifest(receipts))))
-    clock, cpu = store.request("write", clock + more), cpu + spent + more
-    clock = store.request("read", clock)
-    clock = store.request("write", clock + timed(lambda: _entry(1))[1])
-    return {
-        "hosts": hosts,
-        "commit_s": clock - max(sealed),
-        "receipts_s": collected - max(sealed),
-        "tree_s": spent,
-        "cpu_s": cpu,
-        "requests": store.requests,
-        "receipts_MB": receipt_bytes / 1e6,
-        "tree_MB": tree_bytes / 1e6,
-        "manifest_MB": manifest_bytes / 1e6,
-    }
+def _group_receipt(group: receipt_groups.Group, spec: TreeSpec) -> GroupReceipt:
+    return GroupReceipt(
+        format=FORMAT,
+        write_id=f"{group.leader:032x}",
+        step=1,
+        attempt="e0001-a01",
+        process=group.leader,
+        number=1,
+        receipts=tuple(_receipt(member, spec) for member in group.members),
+    )
 
 
 def _receipt(process: int, spec: TreeSpec) -> Receipt:
@@ -179,10 +255,12 @@ def _manifest(receipts: list[Receipt]) -> Manifest:
     )
 
 
-def _tree_bytes(receipts: list[Receipt]) -> int:
+def _tree_bytes(receipts: list[Receipt], order: list[tuple[bytes, str]]) -> int:
+    """As `merged_tree.write_tree`."""
     entries = chunk_index.entries(receipts)
-    ordered = sorted((key.encode(), value) for key, value in entries.items())
-    return sum(map(len, ocdbt.encode(ordered, "d/0", 0, bytes(16), 0)))
+    assert len(entries) == len(order)
+    values = [entries[key] for _, key in order]
+    return sum(map(len, ocdbt.encode([raw for raw, _ in order], values, "d/0", 0, bytes(16), 0)))
 
 
 def _entry(step: int) -> int:
@@ -210,20 +288,24 @@ def main() -> None:
     parser.add_argument("--reads_per_s", type=float, default=5000)
     parser.add_argument("--writes_per_s", type=float, default=1000)
     parser.add_argument("--spread_s", type=float, default=2, help="the hosts' data becomes durable within so long")
+    parser.add_argument("--signal_ms", type=float, default=100, help="until a message is noticed by who waits for it")
+    parser.add_argument("--group", type=int, help="hosts that sign together; 0: none (default: the rule)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not args.json:
-        print("| hosts | commit s | receipts s | tree s | CPU s | requests | receipts MB | tree MB | manifest MB |")
+        print("| hosts | objects | commit s | receipts s | tree s | CPU s | a leader's ms | requests | receipts MB |")
         print("|---|---|---|---|---|---|---|---|---|")
     for hosts in args.hosts:
         store = Store(args.read_ms / 1000, args.write_ms / 1000, args.reads_per_s, args.writes_per_s)
-        found = simulate(hosts, args.leaves, store, args.spread_s, args.seed)
+        found = simulate(hosts, args.leaves, store, args.spread_s, args.seed, args.signal_ms / 1000, args.group)
         if args.json:
             print(json.dumps(found), flush=True)
         else:
             shown = [
-                f"{value:.0f}" if name in ("hosts", "requests") else f"{value:.1f}" for name, value in found.items()
+                f"{value:.0f}" if name in ("hosts", "objects", "requests") else f"{value:.1f}"
+                for name, value in found.items()
+                if name not in ("tree_MB", "manifest_MB")
             ]
             print("| " + " | ".join(shown) + " |", flush=True)
 

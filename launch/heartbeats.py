@@ -77,18 +77,35 @@ class Heartbeats:
         if index not in self._pulses:
             return Sign(idle_s, None, step)
         _, seen_s, said = self._pulses[index]
-        steps, barrier = said.get("steps"), said.get("barrier")
-        return Sign(
-            idle_s,
-            now_s - seen_s,
-            step,
-            steps if type(steps) is int else None,
-            barrier=barrier[:_DOING_CHARS] if isinstance(barrier, str) else "",
-        )
+        return _with_pulse(idle_s, now_s - seen_s, step, said)
 
     def close(self) -> None:
         for _ in range(3):  # whatever is ending may write once more
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def read_sign(path: str, now: float) -> Sign:
+    """The sign of life of the one process that writes the heartbeat file `path`; `now`: seconds since 1970.
+    Raises OSError if it cannot be read."""
+    idle_s = now - os.stat(path).st_mtime
+    try:
+        age_s = now - os.stat(path + _PULSE).st_mtime
+        said = _fields(plainfile.read_text(Path(path + _PULSE), _MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return Sign(idle_s)
+    return _with_pulse(idle_s, age_s, None, said)
+
+
+def _with_pulse(idle_s: float, age_s: float, step: int | None, said: dict[str, Any]) -> Sign:
+    """`said`: what the file of the pulse holds, which anybody may have written."""
+    steps, barrier = said.get("steps"), said.get("barrier")
+    return Sign(
+        idle_s,
+        age_s,
+        step,
+        steps if type(steps) is int else None,
+        barrier=barrier[:_DOING_CHARS] if isinstance(barrier, str) else "",
+    )
 
 
 def _fields(text: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ RESTART_COUNT = "ORCHESTRATOR_RESTART_COUNT"  # 0 in the first incarnation, one 
 HEARTBEAT_FILE = "ORCHESTRATOR_HEARTBEAT_FILE"  # where the agent shows that it lives
 FAILPOINTS = "ORCHESTRATOR_FAILPOINTS"  # faults on command: see `failpoints`
 STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # how many of the newest steps a restore leaves out: set in a crash loop
+RECEIPT_GROUP = "ORCHESTRATOR_RECEIPT_GROUP"  # how many processes sign one receipt together, 0: none; see its rule
 STORE_DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"  # for one operation on a store, with all its retries
 _STORE_DEADLINE_S = 120.0
 ANONYMOUS = "ORCHESTRATOR_GCS_ANONYMOUS"  # 1: no credentials are looked for, as for public buckets
@@ -27,6 +28,14 @@ def step_back() -> int:
     if not text.isdecimal():
         raise UsageError(f"{STEP_BACK}={text!r}: expected how many of the newest steps to leave out")
     return int(text)
+
+
+def receipt_group() -> int | None:
+    """None where it is left to the rule. Raises UsageError for what is no number of processes."""
+    text = os.environ.get(RECEIPT_GROUP, "")
+    if text and not text.isdecimal():
+        raise UsageError(f"{RECEIPT_GROUP}={text!r}: expected how many processes sign one receipt together")
+    return int(text) if text else None
 
 
 def store_deadline_s(default_s: float = _STORE_DEADLINE_S) -> float:

@@ -278,7 +278,7 @@ def _container(job: PodJob, env: Sequence[Manifest]) -> Manifest:
         ],
         "ports": [{"name": "coordinator", "containerPort": contract.COORDINATOR_PORT}],
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
-        # Alive: its heartbeat is not too old. Before the first one it is starting, which may take as long as it needs.
+        # Alive: heartbeat and pulse are not too old. Before the first one it is starting, as long as that takes.
         "livenessProbe": _probe([*HEALTH, f"--max_age_s={job.hang_after_s}"], period_s=60),
         "readinessProbe": _probe([*HEALTH, "--started"], period_s=10),
         "volumeMounts": [{"name": "scratch", "mountPath": SCRATCH}],

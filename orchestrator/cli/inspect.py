@@ -11,10 +11,9 @@ from orchestrator.cli import render
 from orchestrator.cli.command import STEP, Command, Flags, Result, live_step, open_store
 from orchestrator.rules import json_numbers
 from orchestrator.rules.matching import brief
-from orchestrator.rules.records import FileEntry, LeafSpec, LiveStep, Manifest
+from orchestrator.rules.records import FileEntry, LeafSpec, LiveStep
 from orchestrator.rules.restore_cost import leaf_bytes
-from orchestrator.run import checked_reads
-from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.stored_step import StoredStep
 
 _VALUE_CHARS = 40
 _PHASES = ("stage", "write", "seal")  # as receipts name them
@@ -71,15 +70,16 @@ def run(root: str, flags: Flags) -> Inspection:
         metrics=extra.stored_metrics,
         extra=extra.stored_extra,
         files=manifest.files,
-        processes=tuple(_writers(store, live, manifest)),
+        processes=tuple(_writers(step)),
     )
 
 
-def _writers(store: JournalStore, live: LiveStep, manifest: Manifest) -> Iterator[StepWriter]:
-    for index, (host, seconds) in enumerate(zip(manifest.hosts, manifest.seconds, strict=True)):
-        found = checked_reads.receipt(store.storage, live.id, index)
-        files = found[0].files if found else ()
-        small = found[0].small.values() if found else ()  # files whose bytes are in the receipt
+def _writers(step: StoredStep) -> Iterator[StepWriter]:
+    found = {receipt.process: receipt for receipt in step.receipts()}
+    for index, (host, seconds) in enumerate(zip(step.manifest.hosts, step.manifest.seconds, strict=True)):
+        receipt = found.get(index)
+        files = receipt.files if receipt else ()
+        small = receipt.small.values() if receipt else ()  # files whose bytes are in the receipt
         written_bytes = sum(entry.bytes for entry in files) + sum(map(len, small))
         yield StepWriter(index, host, len(files), written_bytes, seconds)
 

@@ -13,8 +13,9 @@ from orchestrator.rules.records import Head
 
 _ORDER = ("bad", "warn", "good", "plain")
 _FEW_MAX = 3  # of one kind are named one by one, the newest
-_RECENT_SAVES = 50  # by which a straggler is judged
-_SLOW = 1.5  # times the median host's seconds, in most saves: a straggler
+_RECENT_SAVES = 10  # by which a straggler is judged
+_SLOW = 1.5  # times the others' median, in most saves: a straggler
+_SLOW_S = 0.2  # less is nobody's trouble
 _GOODPUT = 0.9  # below it, where the time went is a finding
 _KINDS = (
     ("stalled_s", "stalls, in which no step was done"),
@@ -25,15 +26,15 @@ _KINDS = (
 )
 
 
-def of(made: RunReport, head: Head, timeline: Timeline) -> tuple[Finding, tuple[Finding, ...]]:
-    """(the verdict, what to look at)."""
+def of(made: RunReport, head: Head, timeline: Timeline, heard: float) -> tuple[Finding, tuple[Finding, ...]]:
+    """(the verdict, what to look at). `heard`: when a host last gave any sign of life."""
     found = [*_steps(made, head), *_events(made), *_aborts(made), *_stragglers(made), *_cost(made)]
     found.sort(key=lambda finding: _ORDER.index(finding.tone))
-    return _verdict(made, timeline, found), tuple(found)
+    return _verdict(made, timeline, found, heard), tuple(found)
 
 
-def _verdict(made: RunReport, timeline: Timeline, found: list[Finding]) -> Finding:
-    state, tone = _state(made, timeline)
+def _verdict(made: RunReport, timeline: Timeline, found: list[Finding], heard: float) -> Finding:
+    state, tone = _state(made, timeline, heard)
     if made.newest is None:
         return Finding("bad", f"{state} No step can be restored.", "steps")
     worst = min([tone, *(finding.tone for finding in found)], key=_ORDER.index)
@@ -42,15 +43,18 @@ def _verdict(made: RunReport, timeline: Timeline, found: list[Finding]) -> Findi
     return Finding(worst, f"{state} A restore takes step {made.newest}.{useful}", "steps")
 
 
-def _state(made: RunReport, timeline: Timeline) -> tuple[str, str]:
+def _state(made: RunReport, timeline: Timeline, heard: float) -> tuple[str, str]:
     newest = timeline.progress.epochs.get(made.epoch)
     if newest is None:
         return "There are no events of the newest epoch: whether the job runs is not known.", "plain"
     if newest.in_order:
         return f"The job ended in order at {render.moment(newest.last)}.", "good"
-    if made.made - newest.last > GONE_S:
-        ago = render.duration(made.made - newest.last)
+    if (silent_s := made.made - max(newest.last, heard)) > GONE_S:
+        ago = render.duration(silent_s)
         return f"The job is gone: no sign of life for {ago}, and it did not close.", "bad"
+    if made.made - newest.last > GONE_S:
+        text = f"The job was running when this page was made, but its events end at {render.moment(newest.last)}"
+        return f"{text}: they cannot be written, as where a disk is full.", "bad"
     return "The job was running when this page was made.", "good"
 
 
@@ -81,9 +85,10 @@ def _aborts(made: RunReport) -> Iterator[Finding]:
     aborted = [save for save in lost if save.outcome == "aborted"]
     if aborted:
         newest = aborted[-1]
+        ended = newest.began if newest.decided is None else newest.decided
         count = "One save was" if len(aborted) == 1 else f"{len(aborted)} saves were"
         text = f"{count} aborted, the newest at step {newest.step}: {newest.reason}"
-        yield Finding("warn", text, "timeline-part", newest.began, newest.decided)
+        yield Finding("warn", text, "timeline-part", newest.began, ended)
     if unknown := [save for save in lost if save.outcome == "unknown"]:
         steps = ", ".join(str(save.step) for save in unknown[-_FEW_MAX:])
         count = "One save has" if len(unknown) == 1 else f"{len(unknown)} saves have"
@@ -99,7 +104,7 @@ def _stragglers(made: RunReport) -> Iterator[Finding]:
         parts = [part for part in save.parts if part.waiting >= 0]
         worst = max(parts, key=lambda part: part.waiting)
         others = statistics.median(part.waiting for part in parts if part is not worst)
-        if worst.waiting > _SLOW * max(others, 1e-3):
+        if worst.waiting > max(_SLOW * others, others + _SLOW_S):
             last.setdefault(worst.process, []).append(worst.waiting / max(others, 1e-3))
     for process, factors in last.items():
         if len(saves) >= 5 and len(factors) > len(saves) / 2:

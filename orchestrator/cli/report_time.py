@@ -120,10 +120,10 @@ def epochs(entries: Iterable[Entry], timeline: Timeline, found: Sequence[Stretch
 
 
 def incidents(
-    entries: Iterable[Entry], timeline: Timeline, found: Sequence[Stretch], now: float
+    entries: Iterable[Entry], timeline: Timeline, found: Sequence[Stretch], now: float, heard: float = 0.0
 ) -> tuple[Incident, ...]:
-    """All that went wrong, and each restart, by time."""
-    made = [*_journalled(entries), *_ends(timeline.progress, now)]
+    """All that went wrong, and each restart, by time. `heard`: when a host last gave any sign of life."""
+    made = [*_journalled(entries), *_ends(timeline.progress, now, heard)]
     for save in timeline.saves.values():
         if save.outcome == "fenced":
             at, by = save.began + (save.ended_s or 0.0), f"process {save.process} ({save.host})"
@@ -151,11 +151,11 @@ def _journalled(entries: Iterable[Entry]) -> Iterable[Incident]:
                 yield Incident(head.time, "restart", None, None, text, head.writer)
 
 
-def _ends(progress: Progress, now: float) -> Iterable[Incident]:
+def _ends(progress: Progress, now: float, heard: float) -> Iterable[Incident]:
     """Incarnations that ended without closing: killed, crashed, or their machines gone."""
     newest = max(progress.epochs, default=0)
     for number, one in progress.epochs.items():
-        if one.in_order or (number == newest and now - one.last < GONE_S):
+        if one.in_order or (number == newest and now - max(one.last, heard) < GONE_S):
             continue
         open_still = sorted((at, host) for process, (host, at) in one.last_seen.items() if process not in one.closed)
         if not open_still:

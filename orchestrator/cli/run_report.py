@@ -32,8 +32,9 @@ _LEAVES = 12  # of which the sharding is drawn: the largest
 _RECENT = 200  # saves that what-if figures go by
 
 
-def build(store: JournalStore, timeline: Timeline, now: float) -> RunReport:
-    """The report that `timeline` and the run's journal make at `now` (seconds since 1970)."""
+def build(store: JournalStore, timeline: Timeline, now: float, heard: float = 0.0) -> RunReport:
+    """The report that `timeline` and the run's journal make at `now` (seconds since 1970). `heard`: when a host last
+    changed its events' file, which it does even where there is no room for an event."""
     head = store.require_head()
     entries = []
     with render.bar("journal", head.version + 1) as bar:
@@ -54,7 +55,7 @@ def build(store: JournalStore, timeline: Timeline, now: float) -> RunReport:
         hosts={str(save.process): save.host for save in timeline.saves.values()},
         saves=saves,
         epochs=epochs,
-        incidents=report_time.incidents(entries, timeline, stretches, now),
+        incidents=report_time.incidents(entries, timeline, stretches, now, heard),
         goodput=report_time.goodput(stretches, epochs),
         mesh=_mesh(store, newest),
         intervals=_intervals(entries, saves),
@@ -62,7 +63,7 @@ def build(store: JournalStore, timeline: Timeline, now: float) -> RunReport:
         utc_offset_s=(offset_s := time.localtime(now).tm_gmtoff),
         zone=render.zone(offset_s),
     )
-    verdict, findings = report_findings.of(made, head, timeline)
+    verdict, findings = report_findings.of(made, head, timeline, heard)
     return replace(made, verdict=verdict, findings=findings)
 
 
@@ -84,7 +85,7 @@ def _saves(entries: Iterable[Entry], head: Head, timeline: Timeline) -> tuple[Re
     for key, mine in parts.items():
         if key not in saves:
             began = min(part.began for part in mine)
-            saves[key] = ReportedSave(*key, key.epoch, began, "unknown", None, 0, "no decision was journalled")
+            saves[key] = _undecided(timeline, key, mine, began)
         saves[key] = replace(saves[key], parts=tuple(sorted(mine, key=lambda part: part.process)))
     return tuple(sorted(saves.values(), key=lambda save: save.began))
 
@@ -105,6 +106,17 @@ def _parts(timeline: Timeline) -> dict[AttemptId, list[SavePart]]:
         )
         parts.setdefault(save.id, []).append(part)
     return parts
+
+
+def _undecided(timeline: Timeline, key: AttemptId, parts: Iterable[SavePart], began: float) -> ReportedSave:
+    """A save that the journal says nothing of. Where it could not be written, the hosts themselves say what became of
+    the save."""
+    step, attempt = key
+    mine = [timeline.saves[step, attempt, process] for process in sorted(part.process for part in parts)]
+    failed = next((save for save in mine if save.outcome not in ("", "committed")), None)
+    if failed is None:
+        return ReportedSave(*key, key.epoch, began, "unknown", None, 0, "no decision was journalled")
+    return ReportedSave(*key, key.epoch, began, "aborted", None, 0, failed.reason)
 
 
 def _decided(entry: Entry, key: AttemptId, began: float, state: str) -> ReportedSave:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from orchestrator.cli import render
 from orchestrator.cli.command import EVENTS, Command, Flag, Flags, open_store
@@ -13,7 +15,7 @@ from orchestrator.cli.watch_page import page
 from orchestrator.cli.watch_verdict import FINE, Facts, judge
 from orchestrator.cli.watch_view import CommitNow, HostNow, Quarantined, RunNow, SlowestHost
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
-from orchestrator.observe.event_log import Tail, directory_of
+from orchestrator.observe.event_log import RECENT_BYTES, Tail, directory_of
 from orchestrator.observe.events import PHASES
 from orchestrator.observe.heartbeat import PULSE_S
 from orchestrator.observe.timeline import HostSave, HostState, Timeline
@@ -21,6 +23,7 @@ from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
 from orchestrator.rules.stalls import NO_PULSE_S, Diagnosis, Sign, diagnose
+from orchestrator.storage import local_path
 
 SILENT_S = NO_PULSE_S
 _COMMITS = 5
@@ -58,19 +61,36 @@ def follow(root: str, flags: Flags) -> Iterator[RunNow]:
     """The run again and again, `interval_s` apart, for as long as somebody asks for more."""
     arguments.seconds("--interval_s", flags["interval_s"])
     store = open_store(root)
-    tail = Tail(directory_of(store.url, flags["events_dir"]))
+    tail = Tail(directory_of(store.url, flags["events_dir"]), RECENT_BYTES)
     timeline, heard = Timeline(), Heard()
     while True:
         head = store.require_head()
         timeline.add(tail.more())
         now = time.time()
-        yield summarize(store.url, head, timeline, now, heard.ages(tail.newest, now, time.monotonic()))
+        ages = heard.ages(tail.newest, now, time.monotonic())
+        yield summarize(store.url, head, timeline, now, ages, free_bytes(store.url))
         time.sleep(flags["interval_s"])
 
 
-def summarize(url: str, head: Head, timeline: Timeline, now: float, ages: Mapping[int, float] | None = None) -> RunNow:
+def free_bytes(url: str) -> int | None:
+    """Of the file system that the run is on; None in a bucket, or where it cannot be asked."""
+    try:
+        found = os.statvfs(local_path(url) or "")
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def summarize(
+    url: str,
+    head: Head,
+    timeline: Timeline,
+    now: float,
+    ages: Mapping[int, float] | None = None,
+    free: int | None = None,
+) -> RunNow:
     """The run as `timeline` and `head` have it at `now` (seconds since 1970). `ages`: since each process was heard; by
-    the hosts' own clocks, where it is not known."""
+    the hosts' own clocks, where it is not known. `free`: bytes, where the run is on a file system."""
     newest = journal.newest(head)
     # Events of an older incarnation say nothing about this one's hosts.
     states = timeline.hosts if timeline.epoch == head.epoch else {}
@@ -78,7 +98,7 @@ def summarize(url: str, head: Head, timeline: Timeline, now: float, ages: Mappin
     signs = {process: host.sign(heard[process]) for process, host in sorted(states.items())}
     found = diagnose(signs)
     hosts = tuple(_host(states[process], signs[process], found[process], heard[process]) for process in signs)
-    facts = _facts(head, timeline, states, found, now)
+    facts = replace(_facts(head, timeline, states, found, now), free_bytes=free)
     verdict, why = judge(facts)
     seconds = {save.id: save.ended_s for save in timeline.saves.values() if save.process == 0}
     good = [live for live in head.live if live.restorable]
@@ -101,6 +121,8 @@ def summarize(url: str, head: Head, timeline: Timeline, now: float, ages: Mappin
         why=why,
         step=step,
         step_s=facts.step_s or None,
+        free_bytes=free,
+        next_bytes=max((live.bytes for live in head.live[-_COMMITS:]), default=0),
         next_save_step=next_step,
         next_save_s=next_s,
         loss_steps=max(0, step - newest.step) if newest and step is not None else None,
@@ -189,7 +211,7 @@ def slowest(timeline: Timeline) -> SlowestHost | None:
     for attempt, saves in reversed(together.items()):
         if len(saves) > 1 and all("waiting" in save.phases for save in saves):
             worst = max(saves, key=lambda save: save.phases["waiting"])
-            median_s = statistics.median(save.phases["waiting"] for save in saves)
+            median_s = statistics.median(save.phases["waiting"] for save in saves if save is not worst)
             return SlowestHost(worst.process, worst.host, attempt.step, worst.phases["waiting"], median_s)
     return None
 

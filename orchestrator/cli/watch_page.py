@@ -11,16 +11,16 @@ from rich.text import Text
 from orchestrator.cli import render
 from orchestrator.cli.layout import fitted, wrapped
 from orchestrator.cli.watch_verdict import TONES
-from orchestrator.cli.watch_view import HostNow, RunNow
+from orchestrator.cli.watch_view import HostNow, RunNow, SlowestHost
 from orchestrator.observe.events import PHASES
 
 _PIPE = (200, 60)  # where the output is no terminal
 _COMMITS_LEAST = 4  # lines: a heading and three of them
 _LATE_S = 2.0
-_ORDER = ("frozen", "stuck", "waiting", "starting", "moving", "left")
-_TROUBLED = ("frozen", "stuck")
+_ORDER = ("dead", "frozen", "stuck", "waiting", "starting", "moving", "left")
+_TROUBLED = ("dead", "frozen", "stuck")
 _WORDS = {"sealing": "making durable", "opened": "starting"}
-_TONES: dict[str, render.Tone] = {"frozen": "bad", "stuck": "warn", "waiting": "warn", "left": "dim"}
+_TONES: dict[str, render.Tone] = {"dead": "bad", "frozen": "bad", "stuck": "warn", "waiting": "warn", "left": "dim"}
 
 
 def page(now: RunNow, screen: tuple[int, int] | None = None) -> Iterator[render.Shown]:
@@ -78,11 +78,22 @@ def _notes(now: RunNow) -> Iterator[tuple[render.Tone, Sequence[str]]]:
     if late and late.late_s > _LATE_S and not late.silent and late.condition != "left":
         yield "warn", (f"slow: process {late.process} ({late.host}) stood still for {render.rough(late.late_s)}",)
     if (slow := now.slowest) and slow.seconds > 0:
-        host = f"slowest in step {slow.step}: process {slow.process} ({slow.host}), durable after"
-        parts = (f"{host} {render.duration(slow.seconds)}", f"the median host after {render.duration(slow.median_s)}")
-        yield "warn" if slow.seconds > 2 * slow.median_s + 1 else "dim", parts
+        yield "warn" if is_slow(slow) else "dim", straggler(slow)
+    if now.free_bytes is not None and now.free_bytes < now.next_bytes:
+        free, needed = render.size(now.free_bytes), render.size(now.next_bytes)
+        yield "bad", (f"{free} free, and the next save needs about {needed}",)
     for one in now.quarantined[-2:]:
         yield "bad", (f"quarantined: step {one.step} {one.attempt}: {one.reason}"[:150],)
+
+
+def straggler(slow: SlowestHost) -> tuple[str, str]:
+    """In two parts, the first of which says who."""
+    host = f"slowest in step {slow.step}: process {slow.process} ({slow.host}), durable after"
+    return f"{host} {render.duration(slow.seconds)}", f"the others' median is {render.duration(slow.median_s)}"
+
+
+def is_slow(slow: SlowestHost) -> bool:
+    return slow.seconds > 2 * slow.median_s + 1
 
 
 def _hosts(now: RunNow, lines: int) -> tuple[int, list[render.Shown]]:
@@ -148,7 +159,7 @@ def _table(hosts: Sequence[HostNow]) -> render.Shown:
 
 def _for(host: HostNow) -> str:
     """How long it has been where it is, if that says something: who trains has just done a step."""
-    if host.condition in ("frozen", "stuck", "waiting"):
+    if host.condition in ("dead", "frozen", "stuck", "waiting"):
         return render.rough(host.idle_s)
     return "" if host.state == "training" or host.condition == "left" else render.rough(host.since_s)
 
@@ -156,8 +167,8 @@ def _for(host: HostNow) -> str:
 def _state(host: HostNow) -> str:
     state = _word(host.state)
     match host.condition:
-        case "frozen":
-            return f"frozen; was {state}"
+        case "frozen" | "dead":
+            return f"{host.condition}; was {state}"
         case "stuck":
             return f"stuck; {state}"
         case "waiting":

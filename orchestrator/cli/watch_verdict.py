@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +20,7 @@ TONES: dict[Verdict, render.Tone] = {
 _LATE = 3  # intervals without a commit
 _LATE_S = 3600.0  # where no interval is known
 _NAMED = 4
+_ROOM_LEAST = 1 << 16  # bytes: less is no room for a record
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Facts:
     """What a verdict goes by. `conditions`, `hosts`: by process, of the newest incarnation; {} if there are no events.
     `waits_at`: a barrier that somebody waits in, or ''. `processes`: expected; None if not known. `commit_age_s`: since
     the newest commit or, before the first one, since the run was opened. `interval_s`: usual time between two.
-    `failed`: saves in a row without a commit, up to now; `why_failed`: the last one's reason."""
+    `failed`: saves in a row without a commit, up to now; `why_failed`: the last one's reason. `free_bytes`: where the
+    run is, None where that cannot be asked."""
 
     conditions: Mapping[int, Diagnosis] = field(default_factory=dict)
     hosts: Mapping[int, str] = field(default_factory=dict)
@@ -40,11 +42,20 @@ class Facts:
     interval_s: float | None = None
     failed: int = 0
     why_failed: str = ""
+    free_bytes: int | None = None
 
 
 def judge(facts: Facts) -> tuple[Verdict, str]:
     """The worst that is true."""
-    return _without_events(facts) or _at_rest(facts) or _starting(facts) or _working(facts)
+    return _without_events(facts) or _at_rest(facts) or _full(facts) or _starting(facts) or _working(facts)
+
+
+def _full(facts: Facts) -> tuple[Verdict, str] | None:
+    """Where nothing more can be written, events end, too: what they last said is no news."""
+    if facts.free_bytes is None or facts.free_bytes >= _ROOM_LEAST:
+        return None
+    age = "" if facts.commit_age_s is None else f"; the last commit was {render.duration(facts.commit_age_s)} ago"
+    return "NO COMMITS", f"the disk is full ({render.size(facts.free_bytes)} free): nothing can be saved{age}"
 
 
 def _without_events(facts: Facts) -> tuple[Verdict, str] | None:
@@ -65,13 +76,8 @@ def _at_rest(facts: Facts) -> tuple[Verdict, str] | None:
         if facts.processes is not None and left < facts.processes:
             return "STALLED", f"{left} of {facts.processes} processes have left, nothing was heard of the others"
         return "ENDED", f"all {left} processes closed in order" if left > 1 else "the process closed in order"
-    frozen = [process for process, each in here.items() if each.condition is Condition.FROZEN]
-    if len(frozen) == len(here):
-        whole = "the job" if len(frozen) > 1 else "the process"
-        return "STALLED", f"no host has a pulse: {whole} is gone, or frozen as a whole"
-    if frozen:
-        others = len(here) - len(frozen)
-        return "STALLED", f"{_names(facts, frozen)} no pulse: frozen or dead; {others} more wait"
+    if lost := _lost(facts, here):
+        return "STALLED", lost
     stuck = [process for process, each in here.items() if each.condition is Condition.STUCK]
     waiting = [each for each in here.values() if each.condition is Condition.WAITING]
     at = f" at `{facts.waits_at}`" if facts.waits_at else ""
@@ -83,6 +89,33 @@ def _at_rest(facts: Facts) -> tuple[Verdict, str] | None:
     if waiting and not all(here[process].condition is Condition.STARTING for process in causes & here.keys()):
         return "STALLED", f"{len(waiting)} hosts wait for {_named(facts, sorted(causes))}{at}"
     return None
+
+
+def _lost(facts: Facts, here: Mapping[int, Diagnosis]) -> str:
+    """Of those without a pulse, or without a process, what is known; '' if there is none."""
+    dead = [process for process, each in here.items() if each.condition is Condition.DEAD]
+    frozen = {process: each for process, each in here.items() if each.condition is Condition.FROZEN}
+    stopped = [process for process, each in frozen.items() if each.stopped]
+    silent = [process for process in frozen if process not in stopped]
+    count = len(dead) + len(frozen)
+    if count == len(here) > 0:
+        whole = "the job" if count > 1 else "the process"
+        if dead and not frozen:
+            return f"{whole} is gone: it did not close, and no process of it is left"
+        if not dead and not silent:
+            return f"{whole} is frozen: a signal has stopped every process of it"
+        return f"no host has a pulse: {whole} is gone, or frozen as a whole"
+    said = [
+        f"{_named(facts, dead)} {_is(dead)} dead: no such process any more" if dead else "",
+        f"{_named(facts, stopped)} {_is(stopped)} frozen: stopped by a signal" if stopped else "",
+        f"{_named(facts, silent)} {'has' if len(silent) == 1 else 'have'} no pulse: frozen or dead" if silent else "",
+        f"{len(here) - count} more wait" if count else "",
+    ]
+    return "; ".join(filter(None, said))
+
+
+def _is(processes: Sized) -> str:
+    return "is" if len(processes) == 1 else "are"
 
 
 def _starting(facts: Facts) -> tuple[Verdict, str] | None:
@@ -114,7 +147,3 @@ def _late(facts: Facts) -> bool:
 def _named(facts: Facts, processes: Iterable[int]) -> str:
     named = [f"{facts.hosts.get(process, '?')} (process {process})" for process in processes]
     return ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
-
-
-def _names(facts: Facts, processes: list[int]) -> str:
-    return f"{_named(facts, processes)} {'has' if len(processes) == 1 else 'have'}"

@@ -9,7 +9,8 @@ from orchestrator.cli.watch_verdict import Verdict
 class HostNow(Result, frozen=True):
     """`state`: a save's phase, training, restored, starting or left; `since_s`: for how long. `silent`: nothing was
     heard of its process for 15 s, which `heard_s` says. `condition`: moving, starting (the first step is not done),
-    waiting (for `waits_for`, perhaps in `barrier`), stuck, frozen (or dead) or left. `idle_s`: for how long its main
+    waiting (for `waits_for`, perhaps in `barrier`), stuck, frozen (or dead, where its machine cannot be asked), dead or
+    left. `idle_s`: for how long its main
     thread has reported nothing. `late_s`: by how much its newest pulse was late."""
 
     process: int
@@ -43,7 +44,8 @@ class Quarantined(Result, frozen=True):
 
 
 class SlowestHost(Result, frozen=True):
-    """Of the newest save in which hosts can be compared: `seconds` of this host, and of the median one."""
+    """Of the newest save in which hosts can be compared: `seconds` of this host, and the median of the
+    others'."""
 
     process: int
     host: str
@@ -56,7 +58,8 @@ class RunNow(Result, frozen=True):
     """`watch`: a run at one moment. `loss_s`: age of the newest restorable state: what is lost if the job dies now, and
     `loss_steps` of training; `restart_s`: how long the newest start took until training went on. `commits`: the newest
     restorable ones. `why`: of the verdict. `step`, `step_s`: training's own, and seconds for each. `next_save_step`,
-    `next_save_s`: when one is due, by the distance of the last ones."""
+    `next_save_s`: when one is due, by the distance of the last ones. `free_bytes`: where the run is, None in a bucket;
+    `next_bytes`: what the next save needs, by the last ones."""
 
     root: str
     time: float
@@ -76,4 +79,6 @@ class RunNow(Result, frozen=True):
     next_save_s: float | None
     loss_steps: int | None
     restart_s: float | None
+    free_bytes: int | None
+    next_bytes: int
     quarantined: tuple[Quarantined, ...]

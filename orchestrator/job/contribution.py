@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Callable
@@ -72,11 +73,17 @@ class Contribution:
 
     def store_receipt(self) -> bytes:
         """Returns it as the store has acknowledged it. After `make_durable`: a receipt survives power loss."""
-        receipt = encode(self._receipt())
-        self._create(self._attempt.receipt_key(self._process), receipt)
-        return receipt
+        self._create(self._attempt.receipt_key(self._process), self.signed)
+        return self.signed
 
-    def _receipt(self) -> Receipt:
+    @functools.cached_property
+    def signed(self) -> bytes:
+        """`receipt` as it is stored; kept when the arrays are released."""
+        return encode(self.receipt)
+
+    @functools.cached_property
+    def receipt(self) -> Receipt:
+        """This process's promise. After `make_durable`."""
         assert self.pending is not None
         return Receipt(
             format=FORMAT,

@@ -8,7 +8,7 @@ from absl import logging
 
 from orchestrator.errors import StorageError
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
-from orchestrator.job.poll import REAL, Clock, poll, timed_out
+from orchestrator.job.poll import REAL, Clock, among, poll, timed_out
 from orchestrator.job.signals import Signals
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
@@ -30,16 +30,31 @@ class DecisionReader:
         self._attempt, self._epoch, self._store, self._signals = attempt, epoch, store, signals
         self._hosts, self._clock = hosts, clock
 
-    def wait(self, timeout_s: float, other_step: Callable[[], Aborted | None]) -> Outcome:
+    def wait(
+        self,
+        timeout_s: float,
+        other_step: Callable[[], Aborted | None],
+        meanwhile: Callable[[], None] = lambda: None,
+        askers: int = 1,
+    ) -> Outcome:
         """How the attempt ended. `other_step`: the outcome if process 0 saves another step instead; asked once a
-        second, with the journal. Raises WaitTimeout naming process 0."""
+        second, with the journal. `meanwhile` is called while nothing is known. askers: how many processes wait like
+        this one. Raises WaitTimeout naming process 0."""
         text = f"no decision from the coordinator, process 0 ({self._hosts[0]}), after {timeout_s:g} s"
         late: Callable[[], Outcome] = timed_out(text)
+
+        def signalled() -> Outcome | None:
+            decided = self._signals.decision(self._attempt)
+            if decided is None:
+                meanwhile()
+            return decided
+
         return poll(
-            lambda: self._signals.decision(self._attempt),
+            signalled,
             timeout_s,
             late,
             storage=lambda: self.journalled() or other_step(),
+            pause=among(askers),
             clock=self._clock,
         )
 

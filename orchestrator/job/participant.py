@@ -26,6 +26,7 @@ from orchestrator.job.contribution import Contribution
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.decision import DecisionReader
 from orchestrator.job.finalize import OwnPart, UserData
+from orchestrator.job.group_receipts import ReceiptSigning, Work
 from orchestrator.job.leaf_accounts import LeafAccounts
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.rendezvous import Rendezvous
@@ -60,6 +61,7 @@ class SaveContext:
     accounts: LeafAccounts
     order: StepOrder
     epoch: int
+    signing: ReceiptSigning
 
 
 class ParticipantFactory:
@@ -80,8 +82,9 @@ class ParticipantFactory:
         bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
         accounts = LeafAccounts(store, rendezvous, signals, bound_s, together=jax.process_count() > 1)
         order = StepOrder(rendezvous, signals)
+        signing = ReceiptSigning.of(store, signals, rendezvous, options.save_timeout_s)
         self.context = SaveContext(
-            store, writer, rendezvous, signals, coordinator, options, committed, accounts, order, epoch
+            store, writer, rendezvous, signals, coordinator, options, committed, accounts, order, epoch, signing
         )
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 
@@ -119,10 +122,10 @@ class Participant:
         self._problem: BaseException | None = None  # why this process votes to abort
         self._other_step: Aborted | None = None  # how it ends, as process 0 saves another step instead
         self._intent: Intent | None = None
+        self._to_sign: Work = lambda: None
         self._reported_s = 0.0  # when progress was last reported, on the monotonic clock
         self._thread: threading.Thread | None = None
-        self._ended = threading.Event()
-        self._pid = os.getpid()
+        self._ended, self._pid = threading.Event(), os.getpid()
 
     @property
     def label(self) -> str:
@@ -257,7 +260,8 @@ class Participant:
         decision = DecisionReader(
             self.id, self._shared.epoch, self._shared.store, self._shared.signals, self._shared.rendezvous.hosts
         )
-        return decision.wait(self._shared.options.save_timeout_s + GRACE_S, self._saves_other_step)
+        within_s, alike = self._shared.options.save_timeout_s + GRACE_S, self._shared.signing.alike
+        return decision.wait(within_s, self._saves_other_step, self._finish_signing, alike)
 
     @property
     def _left_s(self) -> float:
@@ -286,7 +290,7 @@ class Participant:
 
     def _vote(self, opening: Begun[tuple[FileEntry, ...]] | None) -> bytes | None:
         """Make this process's part durable and vote that its receipt is stored, or vote to abort with the cause.
-        `opening`: what must have been written before. Returns the receipt if the store has acknowledged it."""
+        `opening`: what must have been written before. Returns the receipt; process 0's own is stored then."""
         try:
             if self._problem:
                 raise self._problem
@@ -302,11 +306,9 @@ class Participant:
                 self._await_opening(opening)
             self._phase = "receipt"
             failpoints.hit("receipt.write")
-            receipt = self._own.store_receipt()
-            failpoints.hit("receipt.after")
-            self._shared.signals.vote(self.id)
+            self._to_sign = self._shared.signing.sign(self.id, self._own)
             self._report("waiting")
-            return receipt
+            return self._own.signed
         except arrays.WriteStopped:  # another's abort vote has decided: none of ours, so that theirs is the cause
             logging.warning("%s: gave up writing, another process has voted to abort", self.label)
         except Exception as error:
@@ -315,6 +317,13 @@ class Participant:
         finally:
             self._own.wait_for_own_state(GRACE_S)
         return None
+
+    def _finish_signing(self) -> None:
+        try:
+            self._to_sign()
+        except Exception as error:
+            self._to_sign = lambda: None
+            self._vote_abort(self._own.abort_vote("receipt", error))
 
     def _vote_abort(self, vote: Receipt) -> None:
         self._shared.signals.vote_abort(vote)
@@ -336,7 +345,7 @@ class Participant:
         """Asked again and again while this process writes, so it reports the progress, too."""
         if time.monotonic() - self._reported_s >= PROGRESS_S:
             self._report("writing")
-        return any(self._shared.signals.votes(self.id).values())
+        return any(isinstance(vote, Receipt) for vote in self._shared.signals.votes(self.id).values())
 
     def _report(self, phase: str) -> None:
         self._reported_s = time.monotonic()

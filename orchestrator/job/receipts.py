@@ -3,22 +3,24 @@ once a second from a listing of storage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from absl import logging
 
 from orchestrator.errors import Damaged, StorageError
 from orchestrator.job.poll import poll
-from orchestrator.job.signals import Signals, Votes, unusable_receipt
+from orchestrator.job.signals import Signals, unusable_receipt
+from orchestrator.rules import keys
 from orchestrator.rules.attempt import Attempt, DeadlinePassed, ReceiptsRead, Step, advance
-from orchestrator.rules.attempt_id import receipt_process
+from orchestrator.rules.attempt_id import receipt_file
 from orchestrator.rules.records import FileEntry, Receipt
 from orchestrator.run import checked_reads
 from orchestrator.run.journal_store import JournalStore
 
 RECEIPT_READS = 64  # at once
 RECEIPT_BATCH = 16 * RECEIPT_READS
+Ready = tuple[int, str | Receipt]  # a process, and its abort vote or the name of a file that it has stored
 
 
 class ReceiptReader:
@@ -40,51 +42,67 @@ class ReceiptReader:
         def late() -> Step:
             return advance(self._state, DeadlinePassed(timeout_s, self._hosts))
 
-        signalled = lambda: self._take(self._signals.votes(self._attempt))  # noqa: E731
-        return poll(signalled, timeout_s, late, storage=lambda: self._take(self._listed()))
+        return poll(self._signalled, timeout_s, late, storage=self._listed)
 
-    def _take(self, votes: Votes) -> Step | None:
+    def _signalled(self) -> Step | None:
         """Go by votes that have not been counted yet; None while others are missing."""
-        ready = [(process, votes[process]) for process in self._state.missing if process in votes]
-        for receipts in self._read(ready):
+        ready: list[Ready] = []
+        for process, vote in self._signals.votes(self._attempt).items():
+            if isinstance(vote, int):
+                ready += [(process, keys.group_receipt_name(process, number + 1)) for number in range(vote)]
+            else:
+                ready.append((process, vote or keys.receipt_name(process)))
+        return self._take(ready)
+
+    def _listed(self) -> Step | None:
+        """Go by the receipts that are in storage. One listing, however many there are."""
+        prefix = self._attempt.receipts_prefix
+        try:
+            found = [receipt_file(entry.key) for entry in self._store.storage.list(prefix)]
+        except StorageError as error:  # perhaps it passes: the deadline decides
+            logging.warning("%s cannot be listed yet: %s", prefix, error)
+            return None
+        return self._take([one for one in found if one])
+
+    def _take(self, ready: Sequence[Ready]) -> Step | None:
+        count = self._state.intent.process_count
+        new = [one for one in ready if 0 <= one[0] < count and not self._is_in(*one)]
+        for receipts in self._read(new):
             self._state, effect = advance(self._state, ReceiptsRead(receipts))
             if effect is not None:
                 return self._state, effect
         return None
 
-    def _listed(self) -> Votes:
-        """The votes of the processes whose receipts are in storage. One listing, however many there are."""
-        prefix = self._attempt.receipts_prefix
-        try:
-            names = [entry.key for entry in self._store.storage.list(prefix)]
-        except StorageError as error:  # perhaps it passes: the deadline decides
-            logging.warning("%s cannot be listed yet: %s", prefix, error)
-            return {}
-        return {process: None for name in names if (process := receipt_process(name)) is not None}
+    def _is_in(self, process: int, vote: str | Receipt) -> bool:
+        if isinstance(vote, str) and keys.group_of(vote):
+            return vote in self.files
+        return process in self._state.receipts
 
-    def _read(self, ready: list[tuple[int, Receipt | None]]) -> Iterator[tuple[Receipt, ...]]:
+    def _read(self, ready: Sequence[Ready]) -> Iterator[tuple[Receipt, ...]]:
         """What can be read, in batches, many at once: an object store takes as long for each as for all."""
         if not ready:
             return
         with ThreadPoolExecutor(min(RECEIPT_READS, len(ready)), thread_name_prefix="receipts") as pool:
             for first in range(0, len(ready), RECEIPT_BATCH):
                 batch = ready[first : first + RECEIPT_BATCH]
-                read = pool.map(lambda each: each[1] or self._stored(each[0]), batch)
-                yield tuple(receipt for receipt in read if receipt)
+                read = pool.map(lambda one: self._stored(*one), batch)
+                yield tuple(receipt for found in read for receipt in found)
 
-    def _stored(self, process: int) -> Receipt | None:
-        """A receipt from storage, None if it is not there (yet). One that is damaged counts as an abort vote."""
+    def _stored(self, process: int, vote: str | Receipt) -> tuple[Receipt, ...]:
+        """An abort vote, or the receipts in a file, () if it is not there (yet). One that is damaged counts as an abort
+        vote of the process that stored it."""
+        if isinstance(vote, Receipt):
+            return (vote,)
         try:
-            found = checked_reads.receipt(
-                self._store.storage, self._attempt, process, self._own if process == 0 else None
-            )
+            created = self._own if vote == keys.receipt_name(0) else None
+            found = checked_reads.receipts(self._store.storage, self._attempt, vote, created)
         except StorageError as error:  # perhaps it passes: the deadline decides
-            logging.warning("receipt of process %d cannot be read yet: %s", process, error)
-            return None
+            logging.warning("%s of process %d cannot be read yet: %s", vote, process, error)
+            return ()
         except Damaged as error:
-            return unusable_receipt(self._attempt, process, self._hosts, str(error))
+            return (unusable_receipt(self._attempt, process, self._hosts, str(error)),)
         if found is None:
-            return None
-        receipt, entry = found
+            return ()
+        receipts, entry = found
         self.files[entry.path] = entry
-        return receipt
+        return receipts

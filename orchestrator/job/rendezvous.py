@@ -112,6 +112,13 @@ def host_name() -> str:
     return os.environ.get(environment.HOST_NAME) or socket.gethostname()
 
 
+def slices(count: int) -> tuple[int, ...]:
+    """The slice that each of `count` processes is in, as its devices have it; () where they have none."""
+    found = {device.process_index: getattr(device, "slice_index", None) for device in jax.devices()}
+    known = [found.get(process) for process in range(count)]
+    return tuple(index for index in known if index is not None) if None not in known else ()
+
+
 def listen(me: Rendezvous) -> sigterm.Listening:
     """Handle SIGTERM so that `me.preempted` reports it, from now until `stop`. For whoever can save."""
     several = isinstance(me, ManyProcesses)

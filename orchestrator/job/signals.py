@@ -2,7 +2,10 @@
 
     orchestrator/<incarnation>/saving/0                       the attempt that process 0 is saving
     orchestrator/<incarnation>/<step>/<attempt>/held/0        who holds the leaves, by process 0
-    orchestrator/<incarnation>/<step>/<attempt>/receipt/<i>   process i's vote: its receipt is stored, or an abort vote
+    orchestrator/<incarnation>/<step>/<attempt>/receipt/<i>   process i's vote: its receipt is stored, or how many
+                                                              receipts of its group it has stored, or an abort vote
+    orchestrator/<incarnation>/<step>/<attempt>/part/<i>/0    process i's receipt, handed to its group's leader
+    orchestrator/<incarnation>/<step>/<attempt>/signed/<i>/<n>  whose receipts are in leader i's n-th one
     orchestrator/<incarnation>/<step>/<attempt>/decision/0    how the attempt ended
 
 Posting is best effort and storage is the truth: a lost signal makes a save slower. What was posted is validated before
@@ -12,30 +15,38 @@ none counts as lost. Any thread.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import re
 import uuid
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from absl import logging
 
-from orchestrator.errors import OrchestratorError, StorageError, UnsafeKey, UsageError
+from orchestrator.errors import OrchestratorError, StorageError
 from orchestrator.job.outcome import Committed, Outcome
 from orchestrator.rules import arguments, holders
 from orchestrator.rules.attempt_id import AttemptId, parse_name
 from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.receipt_groups import PART_BYTES_MAX, posted_bytes_max
 from orchestrator.rules.records import FORMAT, Failure, Held, Receipt
 from orchestrator.texts import printable
 
-Votes = dict[int, Receipt | None]  # process -> its abort vote; None: it says that its receipt is stored
+# Process -> its abort vote; None: it says that its receipt is stored; a number: that so many of its group's are.
+Votes = dict[int, Receipt | int | None]
 Value = TypeVar("Value")
 _STORED = "yes"
+_GROUPED = re.compile("group ([1-9][0-9]{0,5})")
+_PACKED_LEVEL = 1  # of zlib: a receipt is mostly names and numbers that are much alike
 _PROCESS = re.compile("0|[1-9][0-9]{0,8}")
 _WARN_S = 10.0
 _LEAVES_MAX = 10_000_000
 # Made by the thread that imports: see `rules.codec`.
 _SAVING = msgspec.json.Decoder(tuple[int, str])
+_PROCESSES = msgspec.json.Decoder(tuple[int, ...])
 _HELD = msgspec.json.Decoder(tuple[Held, ...])
 _OUTCOME: msgspec.json.Decoder[Outcome] = msgspec.json.Decoder(Outcome)
 
@@ -101,10 +112,16 @@ class Signals:
         for name, text in self._board.poll(f"{self._of(attempt)}receipt/").items():
             if _PROCESS.fullmatch(name) and int(name) < self._board.count:
                 try:
-                    votes[int(name)] = None if text == _STORED else self._abort_vote(attempt, int(name), text)
+                    votes[int(name)] = self._vote(attempt, int(name), text)
                 except StorageError as error:  # no memory for it: asked again
                     logging.warning("the vote of process %s cannot be read yet: %s", name, error)
         return votes
+
+    def _vote(self, attempt: AttemptId, process: int, text: str) -> Receipt | int | None:
+        if text == _STORED:
+            return None
+        grouped = _GROUPED.fullmatch(text)
+        return int(grouped[1]) if grouped else self._abort_vote(attempt, process, text)
 
     def _abort_vote(self, attempt: AttemptId, process: int, text: str) -> Receipt:
         where = f"signal of process {process}"
@@ -120,6 +137,41 @@ class Signals:
         if not problem:
             return receipt
         return unusable_receipt(attempt, process, self._board.hosts, problem)
+
+    # Of a group: its members, and its leader.
+
+    def hand_over(self, attempt: AttemptId, receipt: bytes) -> bool:
+        """This process's receipt, for its leader to store. False if it is too large for a message."""
+        text = base64.b85encode(zlib.compress(receipt, _PACKED_LEVEL)).decode()
+        fits = len(receipt) <= PART_BYTES_MAX and len(text) <= posted_bytes_max(self._board.count)
+        if fits:
+            self._board.post(f"{self._of(attempt)}part/{self._board.process}/0", text)
+        return fits
+
+    def handed_over(self, attempt: AttemptId, member: int) -> Receipt | None:
+        """What `member` has handed over, None if nothing has come (yet)."""
+
+        def parse(text: str) -> Receipt:
+            packed = zlib.decompressobj()
+            body = packed.decompress(base64.b85decode(text), PART_BYTES_MAX)
+            where, step, name = f"receipt that process {member} has handed over", attempt.step, attempt.name
+            return decode(body, Receipt, where, step=step, attempt=name, process=member)
+
+        return self._posted(f"{self._of(attempt)}part/{member}/", parse)
+
+    def vote_for_group(self, attempt: AttemptId, number: int, processes: Sequence[int]) -> None:
+        """The leader: `number` receipts of its group are stored, the last one with the receipts of `processes`."""
+        leader = self._board.process
+        self._post_vote(attempt, f"group {number}")
+        self._board.post(f"{self._of(attempt)}signed/{leader}/{number}", msgspec.json.encode(processes).decode())
+
+    def signed(self, attempt: AttemptId, leader: int) -> set[int]:
+        """The processes whose receipts `leader` has stored."""
+        found: set[int] = set()
+        for text in self._board.poll(f"{self._of(attempt)}signed/{leader}/").values():
+            with contextlib.suppress(msgspec.MsgspecError, ValueError):  # taken as lost: they are stored once more
+                found.update(_PROCESSES.decode(text))
+        return found
 
     # Process 0.
 
@@ -165,13 +217,16 @@ class Signals:
         return f"{self._all}{attempt.step}/{attempt.name}/"
 
     def _of_process_0(self, prefix: str, kind: str, parse: Callable[[str], Value]) -> Value | None:
-        text = self._board.poll(f"{prefix}{kind}/").get("0")
+        return self._posted(f"{prefix}{kind}/", parse)
+
+    def _posted(self, prefix: str, parse: Callable[[str], Value]) -> Value | None:
+        text = self._board.poll(prefix).get("0")
         if text is None:
             return None
         try:
             return parse(text)
-        except (msgspec.MsgspecError, ValueError, RecursionError, UnsafeKey, UsageError) as error:
-            what = f"{prefix}{kind}/0: {error}; taken as lost"
+        except (msgspec.MsgspecError, ValueError, RecursionError, zlib.error, OrchestratorError) as error:
+            what = f"{prefix}0: {error}; taken as lost"
             logging.log_every_n_seconds(logging.WARNING, "%s", _WARN_S, printable(what))
             return None
 

@@ -1,8 +1,10 @@
 """Events as JSON lines, one file per process, in a directory beside the run's data; writing and reading them.
 
 The log is for people and dashboards: nothing that decides about data reads it. So it may lose lines (a full queue, a
-full disk, a crash in mid-line), but it never blocks, never fails the job, and never grows beyond two files of
-FILE_BYTES, and two of PULSE_BYTES, for each process: a full file replaces the one before it.
+crash in mid-line), but it never blocks, never fails the job, and never grows beyond two files of
+FILE_BYTES, and two of PULSE_BYTES, for each process: a full file replaces the one before it. What finds no room on a
+full disk is kept and written when there is room again; meanwhile the file's time stamp alone shows that the process
+lives.
 
 `00003.jsonl` is process 3's, `00003.old.jsonl` what it wrote before. Its pulses, of which there are many and the newest
 count, have files of their own (`00003.pulse.jsonl`), so that they do not push out what happened. A line is one JSON
@@ -13,11 +15,13 @@ object: `v` (1), `time` (seconds since the epoch, that host's clock), `event` (a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -37,7 +41,10 @@ FILE_BYTES = 8 << 20
 PULSE_BYTES = 1 << 20  # of pulses: half a day in two files
 DIRECTORY = "events"  # below a run's root, where that is a directory
 _QUEUE_MAX = 10_000
+_UNWRITTEN_MAX = 1000  # kept while the disk is full, the newest
 _READ_BYTES_MAX = 2 * FILE_BYTES  # of one file, from its end
+RECENT_BYTES = 256 << 10  # of one file: the last few hundred saves, the pulses of half an hour
+_OPENED = b'"event":"EpochOpened"'
 # Beyond these a number says nothing: the year 5138, a million processes.
 _MOST = {"time": 1e11, "process": 1e6, "process_count": 1e6}
 _NUMBER_MAX = 1 << 60
@@ -129,6 +136,7 @@ class EventLog:
         self._file_bytes, self._clock = file_bytes, clock
         self._waiting: queue.Queue[LoggedEvent | None] = queue.Queue(_QUEUE_MAX)
         self._failed = False
+        self._unwritten: deque[bytes] = deque()
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
         self._thread.start()
@@ -151,16 +159,33 @@ class EventLog:
 
     def _run(self) -> None:
         while (line := self._waiting.get()) is not None:
+            pulse = isinstance(line.event, Pulse)
+            if not pulse:
+                self._unwritten.append(encode(line))
             try:
-                if isinstance(line.event, Pulse):
+                while self._unwritten:
+                    self._append(self._unwritten[0], self._key, self._file_bytes)
+                    self._unwritten.popleft()
+                if pulse:
                     self._append(encode(line), self._pulse_key, min(self._file_bytes, PULSE_BYTES))
-                else:
-                    self._append(encode(line), self._key, self._file_bytes)
+                self._failed = False
             except (OSError, OrchestratorError) as error:  # a full disk must not end a training job
-                self.dropped += 1
-                if not self._failed:
-                    logging.warning("%s: events are not written: %s", self._root.shown(self._key), error)
-                self._failed = True
+                self._keep(error, pulse)
+        self.dropped += len(self._unwritten)
+
+    def _keep(self, error: Exception, pulse: bool) -> None:
+        """Something could not be written. A pulse is worth nothing later, but it is a sign of life now."""
+        if not self._failed:
+            logging.warning("%s: events are not written: %s", self._root.shown(self._key), error)
+        self._failed = True
+        if len(self._unwritten) > _UNWRITTEN_MAX:
+            self._unwritten.popleft()
+            self.dropped += 1
+        if pulse:
+            self.dropped += 1
+            folder, _, name = self._pulse_key.rpartition("/")
+            with contextlib.suppress(OSError, OrchestratorError), self._root.directory(folder) as directory:
+                os.utime(name, dir_fd=directory, follow_symlinks=False)  # takes no room
 
     def _append(self, body: bytes, key: str, file_bytes: int) -> None:
         self._root.ready()
@@ -175,8 +200,10 @@ class EventLog:
                     former = name.removesuffix(".jsonl") + ".old.jsonl"
                     os.replace(name, former, src_dir_fd=directory, dst_dir_fd=directory)
                     os.close(descriptor)
-                    descriptor = self._opened(directory, name, key)
-                os.write(descriptor, body)
+                    descriptor, size = self._opened(directory, name, key), 0
+                if os.write(descriptor, body) < len(body):
+                    os.ftruncate(descriptor, size)  # half a line would spoil the next one, too
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
 
@@ -200,13 +227,15 @@ def read(directory: str | None) -> list[LoggedEvent]:
 
 class Tail:
     """The events of `directory` as they come: `more` returns those since the last call. Reads each byte once.
+    `recent_bytes`: the first call reads only so much of each file, from its end, for whoever asks what is going on now;
+    of what is before it, only how process 0 opened its last incarnation.
 
     `skipped`: lines so far that are no events. `problems`: by name of a file, why it, or the beginning of it, is not
     read. `newest`: process -> when the file that it writes was last changed, by the file system's clock.
     """
 
-    def __init__(self, directory: str | None) -> None:
-        self._directory = directory
+    def __init__(self, directory: str | None, recent_bytes: int = 0) -> None:
+        self._directory, self._recent_bytes = directory, recent_bytes
         self._seen: dict[tuple[int, int], int] = {}  # (device, inode) -> bytes read; a full file changes its name
         self.skipped = 0
         self.problems: dict[str, str] = {}
@@ -244,10 +273,15 @@ class Tail:
             status = os.fstat(descriptor)
             inode = (status.st_dev, status.st_ino)
             first = self._seen.get(inode, 0)
-            if status.st_size - first > _READ_BYTES_MAX:
+            before = b""
+            if self._recent_bytes and inode not in self._seen and status.st_size > self._recent_bytes:
+                first = status.st_size - self._recent_bytes
+                before = _last_opened(descriptor, first) if name.startswith("00000.") and "pulse" not in name else b""
+            elif status.st_size - first > _READ_BYTES_MAX:
                 first = status.st_size - _READ_BYTES_MAX
                 self.problems[name] = f"{root.shown(key)}: only the last {_READ_BYTES_MAX} of its bytes are read"
             body = _read(descriptor, first, status.st_size - first)
+            cut = first > 0 and inode not in self._seen  # in the middle of a line
         finally:
             os.close(descriptor)
         if (found := _FILE.fullmatch(name)) and not found[3]:
@@ -256,7 +290,16 @@ class Tail:
         if whole:
             body = body[: body.rfind(b"\n") + 1]
         self._seen[inode] = first + len(body)
-        return body
+        return before + (body[body.find(b"\n") + 1 :] if cut else body)
+
+
+def _last_opened(descriptor: int, end: int) -> bytes:
+    """The last line before `end` that says how an incarnation began; b'' if there is none."""
+    first = max(0, end - _READ_BYTES_MAX)
+    text = _read(descriptor, first, end - first)
+    at = text.rfind(_OPENED)
+    stop = text.find(b"\n", at) + 1
+    return text[text.rfind(b"\n", 0, at) + 1 : stop] if at >= 0 and stop else b""
 
 
 def _read(descriptor: int, first: int, size: int) -> bytes:

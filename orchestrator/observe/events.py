@@ -59,10 +59,12 @@ class Position:
 @dataclass(frozen=True)
 class Pulse(Position):
     """This process lives: every few seconds, from a thread of its own. Where the main thread is meanwhile; `step`: -1
-    if it is at none. `late_s`: how much too late the thread woke, at most."""
+    if it is at none. `late_s`: how much too late the thread woke, at most. `process_id`: by which `own_process` finds
+    the process on its machine; '' where that is not known."""
 
     step: int
     late_s: float = 0.0
+    process_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,15 @@ class Retried:
 
 
 @dataclass(frozen=True)
+class CredentialsRejected:
+    """A store, or whoever gives tokens for it, does not accept who this process is (`name`), for a reason that does not
+    pass by itself. Once for each request that fails because of it."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class CadenceChosen:
     """`oc.auto` saves every `interval_s` from now on. `goodput`: expected share of useful time."""
 
@@ -201,6 +212,7 @@ Event = (
     | StepRestored
     | SteppedDown
     | Retried
+    | CredentialsRejected
     | AttemptsDeleted
     | CadenceChosen
     | Closed
@@ -213,7 +225,7 @@ _LOGGED_AS: dict[type[Event], str] = {
 }
 KINDS: dict[str, type[Event]] = {_LOGGED_AS.get(kind, kind.__name__): kind for kind in get_args(Event)}
 _NAMES = {kind: name for name, kind in KINDS.items()}
-_WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers)
+_WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers, CredentialsRejected)
 _DETAILS = (Alive, Pulse, SavePhase, RestorePhase)  # for programs; people would drown in them
 _readers: list[Callable[[Event], None]] = []
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.environment import HEARTBEAT_FILE
+from orchestrator.observe import own_process
 from orchestrator.observe.events import Alive, Position, Pulse, emit
 
 INTERVAL_S = 0.2  # between two writings of the main thread's file
@@ -135,7 +136,8 @@ class Heart:
                     {"idle_s": now.idle_s, "barrier": now.barrier, "steps": now.steps, "step": now.step},
                 )
             if woke - told >= PULSE_S:
-                emit(Pulse(**{**vars(now), "step": -1 if now.step is None else now.step}, late_s=late_s))
+                said = {**vars(now), "step": -1 if now.step is None else now.step}
+                emit(Pulse(**said, late_s=late_s, process_id=own_process.name_of(os.getpid())))
                 told, late_s = woke, 0.0
             if self._ended.wait(_TICK_S):
                 return
@@ -158,11 +160,8 @@ def _write(path: str | None, fields: Mapping[str, object]) -> None:
 
 def _process_started() -> float:
     """When this process was started, in seconds since 1970; when this module was loaded, where the kernel hides it."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        with open("/proc/self/stat", "rb") as file:
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    return _loaded
+    started_s = own_process.started(os.getpid())
+    return _loaded if started_s is None else time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
 
 
 _loaded = time.time()

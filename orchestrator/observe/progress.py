@@ -77,5 +77,9 @@ class Progress:
             if one.epoch == epoch
             and min(ended, one.began + one.seconds) - max(began, one.began) > 0.7 * (ended - began)
         }
-        everyone = self.epochs[epoch].last_seen if epoch in self.epochs else {}
+        one_epoch = self.epochs.get(epoch)
+        everyone = one_epoch.last_seen if one_epoch else {}
+        for process, (host, at) in everyone.items():  # a silence that has not ended lies between no two events
+            if one_epoch and process not in one_epoch.closed and ended - max(began, at) > 0.7 * (ended - began):
+                found.setdefault(process, Silence(ended - at, at, epoch, process, host))
         return [found[process] for process in sorted(found)] if len(found) < len(everyone) else []

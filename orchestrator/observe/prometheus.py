@@ -27,6 +27,7 @@ from prometheus_client import (
 
 from orchestrator.observe import events
 from orchestrator.observe.events import Event
+from orchestrator.rules.records import Cause
 
 LOOPBACK = "127.0.0.1"
 TEXTFILE_INTERVAL_S = 10.0
@@ -70,6 +71,7 @@ class Metrics:
         self._durable = histogram("save_durable_seconds", "From the call of save to its commit")
         self._bytes = counter("written_bytes", "Array bytes that this process wrote")
         self._retries = counter("retries", "Operations that were tried again", "what")
+        self._rejected = counter("credentials_rejected", "Requests that failed because of who this process is")
         self._fenced = counter("fenced", "Saves rejected because a newer epoch has taken over")
         self._down = counter("stepped_down", "Damaged steps that a restore stepped over")
         self._restore = histogram("restore_seconds", "Whole restores")
@@ -78,6 +80,7 @@ class Metrics:
         self._undeleted = counter("delete_failures", "Files that could not be deleted")
         self._step = gauge("last_committed_step", "The step committed last, -1 before the first")
         self._step.set(-1)
+        self._begin()
         self._state = gauge("step_bytes", "All files of the step committed last, on process 0; 0 elsewhere")
         self._quarantined = gauge("quarantined_steps", "Quarantined attempts at the last commit; NaN if not known")
         self._quarantined.set(math.nan)
@@ -88,6 +91,10 @@ class Metrics:
         )
         self._step_s = gauge("step_seconds", "Median time of training's last steps, 0 if not known")
         self._ended = gauge("run_ended", "1 once the agent was closed in order, 0 before")
+        self._watch_clock(gauge, directory)
+
+    def _watch_clock(self, gauge: Callable[..., Gauge], directory: str | None) -> None:
+        """Gauges that are computed when somebody asks."""
         updated = gauge("updated_timestamp_seconds", "When these values were collected, in seconds since 1970")
         updated.set_function(time.time)
         free = gauge("free_bytes", "Free space where the run is; NaN in a bucket, or where it cannot be asked")
@@ -96,6 +103,12 @@ class Metrics:
         since.set_function(lambda: self._clock() - self._committed)
         interval = gauge("commit_interval_seconds", "Median of the last intervals between commits, 0 before two")
         interval.set_function(lambda: statistics.median(self._intervals or [0.0]))
+
+    def _begin(self) -> None:
+        """Counters of each kind that alerts ask about begin at 0: the first of a kind would be no increase."""
+        for cause in Cause:
+            self._failures.labels(cause)
+        self._retries.labels("credentials")
 
     def on_event(self, event: Event) -> None:
         with self._lock:
@@ -133,6 +146,8 @@ class Metrics:
                 self._down.inc()
             case events.Retried(operation="credentials"):
                 self._retries.labels("credentials").inc()  # the reason is free text: no label
+            case events.CredentialsRejected():
+                self._rejected.inc()
             case events.Retried():
                 self._retries.labels(f"{event.what} {event.reason}".strip()).inc()
             case events.AttemptsDeleted():

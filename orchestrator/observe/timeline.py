@@ -1,7 +1,7 @@
 """What happened in a run, out of its event log: each host's state now, each save on each host, restores, incarnations.
 
-Events are added one by one, so that a live view and a report of the whole run share the rules. Does no I/O and reads
-no clock.
+Events are added one by one, so that a live view and a report of the whole run share the rules. Reads no files
+and no clock.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from orchestrator.observe import own_process
 from orchestrator.observe.event_log import LoggedEvent
 from orchestrator.observe.events import (
     PHASES,
@@ -86,15 +87,17 @@ class HostState:
     pulse: Pulse | None = None
 
     def sign(self, age_s: float) -> Sign:
-        """Its sign of life, where `age_s` have passed since its newest event."""
+        """Its sign of life, where `age_s` have passed since its newest event. Asks the kernel, if it is on this
+        machine."""
         pulse = self.pulse
         idle_s = self.last_seen - self.moved + age_s
         step = self.training_step if self.training_step >= 0 else None
         if pulse is None:
             return Sign(idle_s, None, step, left=self.left)
+        process = own_process.state_of(pulse.process_id)
         # A barrier that it has left since is one that it moved in.
         barrier = pulse.barrier if self.last_seen - self.moved >= pulse.idle_s else ""
-        return Sign(idle_s, age_s, step, pulse.steps, pulse.step_s, barrier, self.left)
+        return Sign(idle_s, age_s, step, pulse.steps, pulse.step_s, barrier, self.left, process)
 
 
 @dataclass(frozen=True)

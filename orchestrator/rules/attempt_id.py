@@ -99,12 +99,16 @@ def parse_name(name: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def receipt_process(key: str) -> int | None:
-    """The process whose receipt is at `key`; None for any other key, a stray file's too."""
+def receipt_file(key: str) -> tuple[int, str] | None:
+    """Who stored the receipt, or the receipts of a group, at `key`, and its name in the attempt; None for any other
+    key, a stray file's too."""
     found = AttemptId.in_key(key)
     if not found or not found[1].startswith(keys.RECEIPTS):
         return None
+    name = found[1]
+    if group := keys.group_of(name):
+        return group[0], name
     try:
-        return keys.process_of(found[1])
+        return keys.process_of(name), name
     except UnsafeKey:
         return None

@@ -6,7 +6,7 @@ A receipt comes from storage: where it says that a chunk is, is checked before i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.errors import Damaged
@@ -17,28 +17,36 @@ from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 
 Location = tuple[str, int, int]  # file below `state/`, offset, bytes
 Chunk = bytes | Location  # itself, or where it is
+_NO_FILE = ("", 0)
 
 
-def entries(receipts: Iterable[Receipt]) -> dict[str, Chunk]:
+def _writers(key: str, receipts: Iterable[Receipt]) -> int:
+    return sum(key in receipt.places or key in receipt.small for receipt in receipts)
+
+
+def entries(receipts: Sequence[Receipt]) -> dict[str, Chunk]:
     """Key -> chunk or place. Raises Damaged naming the process whose receipt cannot be right."""
     found: dict[str, Chunk] = {}
     for receipt in receipts:
         own: dict[str, Chunk] = dict(receipt.small)
+        files = {
+            number: (file.path.removeprefix(keys.STATE), file.bytes)
+            for number, file in enumerate(receipt.files)
+            if file.path.startswith(keys.STATE)
+        }
         for key, place in receipt.places.items():
-            file = receipt.files[place.file] if 0 <= place.file < len(receipt.files) else None
-            within = file and file.path.startswith(keys.STATE)
-            if not (
-                file and within and place.offset >= 0 and CHECKSUM_BYTES < place.bytes <= file.bytes - place.offset
-            ):
+            path, size = files.get(place.file, _NO_FILE)
+            if not (place.offset >= 0 and CHECKSUM_BYTES < place.bytes <= size - place.offset):
                 raise Damaged(
                     f"receipt of process {receipt.process} ({receipt.host}): chunk {key} is at {place.offset} "
                     f"({place.bytes} bytes) of file {place.file}, which is none of its files or shorter"
                 )
-            own[key] = (file.path.removeprefix(keys.STATE), place.offset, place.bytes)
-        twice = next(iter(found.keys() & own.keys()), None)
-        if twice is not None:
-            raise Damaged(f"chunk {twice}: process {receipt.process} ({receipt.host}) and another one have written it")
+            own[key] = (path, place.offset, place.bytes)
+        total = len(found) + len(own)
         found |= own
+        if len(found) != total:
+            twice = next(key for key in own if _writers(key, receipts) > 1)
+            raise Damaged(f"chunk {twice}: process {receipt.process} ({receipt.host}) and another one have written it")
     return found
 
 
@@ -78,6 +86,8 @@ def checksums(receipts: Iterable[Receipt]) -> dict[str, str]:
     """Key -> CRC-32C of each chunk's elements, in hex."""
     found: dict[str, str] = {}
     for receipt in receipts:
-        found |= {key: place.crc32c for key, place in receipt.places.items()}
-        found |= {key: body[: -CHECKSUM_BYTES - 1 : -1].hex() for key, body in receipt.small.items()}  # little-endian
+        for key, place in receipt.places.items():
+            found[key] = place.crc32c
+        for key, body in receipt.small.items():
+            found[key] = body[: -CHECKSUM_BYTES - 1 : -1].hex()  # little-endian
     return found

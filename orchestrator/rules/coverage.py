@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orchestrator.rules import holders
 from orchestrator.rules.boxes import are_disjoint, is_inside, volume
@@ -14,24 +14,42 @@ Written = tuple[tuple[int, tuple[Box, ...]], ...]  # of one array: (process, the
 
 def uncovered(intent: Intent, receipts: Mapping[int, Receipt]) -> list[str]:
     """The arrays that the receipts do not cover exactly, one line each; [] if every element is written once."""
-    written: dict[str, list[tuple[int, tuple[Box, ...]]]] = {}
-    for process, receipt in receipts.items():
-        for name, regions in receipt.boxes.items():
-            written.setdefault(name, []).append((process, regions))
+    found = {name: problem for names, problem in _judged(intent, receipts) if problem for name in names}
     problems = []
-    judged: dict[tuple[tuple[int, ...], Written], str] = {}  # many leaves of few layouts
     runs = iter(holders.each_of(intent.held))
     for leaf in intent.tree.leaves:
         run = next(runs, None)
-        if not leaf.in_store:
-            continue
-        layout = leaf.file_shape, tuple(written.get(leaf.name, []))
-        if layout not in judged:
-            judged[layout] = _cover_problem(*layout)
-        if problem := judged[layout]:
+        if leaf.in_store and (problem := found.get(leaf.name)):
             missing = holders.why_missing(run, receipts, leaf)
             problems.append(f"{leaf.label}{list(leaf.file_shape)}: {problem}{missing}")
     return problems
+
+
+def _judged(intent: Intent, receipts: Mapping[int, Receipt]) -> Iterator[tuple[list[str], str]]:
+    """Names of arrays that are written alike, and what is wrong with each of them: many arrays have few layouts."""
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for leaf in intent.tree.leaves:
+        if leaf.in_store:
+            by_shape.setdefault(leaf.file_shape, []).append(leaf.name)
+    alike = list(by_shape.items())
+    # Equal regions are told apart by comparing, which is many times quicker than hashing them: of 50,000 hosts and 20
+    # arrays there are a million.
+    for receipt in receipts.values():
+        alike = [(shape, names) for shape, together in alike for names in _split(receipt, together)]
+    for shape, names in alike:
+        regions = ((process, receipt.boxes.get(names[0], ())) for process, receipt in receipts.items())
+        yield names, _cover_problem(shape, tuple(regions))
+
+
+def _split(receipt: Receipt, names: list[str]) -> Iterable[list[str]]:
+    """`names` by the regions that this receipt has of them."""
+    regions = receipt.boxes.get(names[0])
+    if all(receipt.boxes.get(name) == regions for name in names):
+        return [names]
+    by_regions: dict[tuple[Box, ...] | None, list[str]] = {}
+    for name in names:
+        by_regions.setdefault(receipt.boxes.get(name), []).append(name)
+    return by_regions.values()
 
 
 def _cover_problem(shape: tuple[int, ...], written: Written) -> str:

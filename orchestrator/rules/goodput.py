@@ -15,8 +15,9 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-FLOOR_S = 10.0  # events that show training come every five seconds; a shorter gap is no stall
-MEDIANS = 5  # so many times the usual gap is a stall
+from orchestrator.rules.stalls import BEFORE, standstill_s
+
+FLOOR_S = standstill_s(0.0, BEFORE)  # no shorter gap is a stall
 
 Span = tuple[float, float]
 Kind = Literal["training", "blocked", "stalled", "again", "starting", "down", "idle"]
@@ -128,7 +129,7 @@ def _stalls(
         inside = itertools.takewhile(lambda save, b=b: save[0] < b.time, itertools.islice(saves, first, None))  # type: ignore[misc]
         saving_s = sum(max(0.0, min(end, b.time) - max(begin, a.time)) for begin, end in inside)
         expected_s = max(usual_s, step_s * max(0, b.step - a.step))
-        if b.time - a.time - saving_s - expected_s > max(FLOOR_S - usual_s, (MEDIANS - 1) * expected_s):
+        if b.time - a.time - saving_s > standstill_s(expected_s, BEFORE):
             yield a.time + expected_s, b.time
 
 

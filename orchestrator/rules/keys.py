@@ -56,10 +56,22 @@ STORE = "manifest.ocdbt"  # below `state/`, or below an item of it: what makes a
 RECEIPTS = "receipts/"
 PROCESS = "process/"
 _OF_A_PROCESS = re.compile(rf"(?:{RECEIPTS}([0-9]+)\.json|{PROCESS}([0-9]+)\.bin)")
+_OF_A_GROUP = re.compile(rf"{RECEIPTS}group-([0-9]{{5,18}})-([0-9]{{2,18}})\.json")
 
 
 def receipt_name(process: int) -> str:
     return f"{RECEIPTS}{process:05d}.json"
+
+
+def group_receipt_name(leader: int, number: int) -> str:
+    return f"{RECEIPTS}group-{leader:05d}-{number:02d}.json"
+
+
+def group_of(name: str) -> tuple[int, int] | None:
+    """(leader, number) in the name of receipts that were stored as one; None for any other name."""
+    found = _OF_A_GROUP.fullmatch(name)
+    group = (int(found[1]), int(found[2])) if found else None
+    return group if group and name == group_receipt_name(*group) else None
 
 
 def process_state_name(process: int) -> str:
@@ -78,14 +90,13 @@ def process_of(name: str) -> int:
 
 
 # Control characters, a backslash, and halves of surrogates (what Python makes of names that are not UTF-8).
+_NEVER_A_PART = frozenset(("", ".", ".."))
 _NEVER_IN_KEYS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 def check_key(key: str, where: str) -> str:
     """`key` itself if it is safe to join to a prefix. Raises UnsafeKey naming the record `where` it was found."""
-    parts = key.split("/")
-    bad = not key or _NEVER_IN_KEYS.search(key) or any(part in ("", ".", "..") for part in parts)
-    if bad:
+    if _NEVER_IN_KEYS.search(key) or not _NEVER_A_PART.isdisjoint(key.split("/")):
         raise UnsafeKey(
             f"{where}: key {key!r} is not a plain relative path; the record is damaged or hostile, not used"
         )

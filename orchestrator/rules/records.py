@@ -251,6 +251,20 @@ class Receipt(Record, _OfAttempt, frozen=True):
     own: bytes = b""
 
 
+class GroupReceipt(Record, _OfAttempt, frozen=True):
+    """Receipts of several processes as one object, none of them a failure. process: the group's leader, who stored it.
+    number: how many it has stored in this attempt, with this one."""
+
+    format: int
+    write_id: str
+    step: int
+    attempt: str
+    process: int
+    number: int
+    receipts: tuple[Receipt, ...]
+    built_on: int = -1  # as in Intent
+
+
 class Manifest(Record, _OfAttempt, frozen=True):
     """Every file of a committed attempt; its own CRC-32C is in the journal."""
 

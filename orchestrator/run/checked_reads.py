@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.errors import Damaged, Unavailable
+from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import RECORD_BYTES_MAX, AnyRecord, decode
-from orchestrator.rules.records import FileEntry, Head, Receipt, file_entry
+from orchestrator.rules.records import FileEntry, GroupReceipt, Head, Receipt, file_entry
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import Reads, TooLarge
 
@@ -36,17 +37,24 @@ def record(storage: Reads, key: str, kind: type[AnyRecord]) -> AnyRecord | None:
     return None if body is None else decoded(storage.url, key, body, kind)
 
 
-def receipt(
-    storage: Reads, attempt: AttemptId, process: int, created: bytes | None = None
-) -> tuple[Receipt, FileEntry] | None:
-    """The receipt of a process, and it as a file of the attempt; None if it is not written yet. `created`: what the
-    store has just acknowledged under its name; it is not read again then. Raises Damaged, StorageError."""
-    key = attempt.receipt_key(process)
-    body = storage.get(key) if created is None else created
-    if body is None:
-        return None
-    expected = {"step": attempt.step, "attempt": attempt.name, "process": process}
-    return decoded(storage.url, key, body, Receipt, **expected), file_entry(key.removeprefix(attempt.prefix), body)
+def receipts(
+    storage: Reads, attempt: AttemptId, name: str, created: bytes | None = None
+) -> tuple[tuple[Receipt, ...], FileEntry] | None:
+    """The receipts in the file `name` of an attempt, and it as one of its files; None if it is not written yet.
+    `created`: what the store has just acknowledged under its name; it is not read again then. Raises Damaged,
+    StorageError."""
+    body = storage.get(attempt.key(name)) if created is None else created
+    return None if body is None else (receipts_in(storage.url, attempt, name, body), file_entry(name, body))
+
+
+def receipts_in(url: str, attempt: AttemptId, name: str, body: bytes) -> tuple[Receipt, ...]:
+    """What `body`, the file `name` of an attempt, says: the receipt of one process, or those of a group. Raises
+    Damaged."""
+    key, expected = attempt.key(name), {"step": attempt.step, "attempt": attempt.name}
+    if group := keys.group_of(name):
+        leader, number = group
+        return decoded(url, key, body, GroupReceipt, process=leader, number=number, **expected).receipts
+    return (decoded(url, key, body, Receipt, process=keys.process_of(name), **expected),)
 
 
 def journal_entry(storage: Reads, key: str, version: int) -> Head:

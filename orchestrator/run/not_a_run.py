@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 
 from orchestrator.rules import keys
 from orchestrator.storage import local_path, open_storage
@@ -12,6 +13,7 @@ from orchestrator.storage.port import Reads
 _PARENTS_MAX = 8
 _NAMES_MAX = 1000
 _SHOWN = 3
+_FOLDERS_MAX = 20
 
 
 def explanation(storage: Reads, url: str) -> str:
@@ -34,9 +36,13 @@ def _directory(path: str) -> str:
         return "it is a file, and a run is a directory"
     names = _names(path)
     if runs := [name for name in names if _is_run(os.path.join(path, name))]:
-        more = f" and {len(runs) - _SHOWN} more" if len(runs) > _SHOWN else ""
-        return f"it is a directory of runs, of which one must be given: {', '.join(runs[:_SHOWN])}{more}"
+        return _of_runs(runs)
     return "the directory has no journal/ in it" if names else "the directory is empty"
+
+
+def _of_runs(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"it is a directory of runs, of which one must be given: {', '.join(names[:_SHOWN])}{more}"
 
 
 def _is_run(path: str) -> bool:
@@ -56,9 +62,30 @@ def _bucket(storage: Reads, url: str) -> str:
     parts = rest.strip("/").split("/")
     for end in range(len(parts) - 1, max(0, len(parts) - _PARENTS_MAX), -1):
         above = f"{scheme}://{'/'.join(parts[:end])}"
-        if _has(open_storage(above), keys.JOURNAL):
+        if end > 1 and _has(open_storage(above), keys.JOURNAL):
             return f"it is inside the run {above}; give that instead"
-    return "there are objects, but no journal/" if _has(storage, "") else "there are no objects below this name"
+    if _has(storage, ""):
+        runs = [name for name in _folders(storage) if _has(storage, f"{name}/{keys.JOURNAL}")]
+        return _of_runs(runs) if runs else "there are objects, but no journal/"
+    if len(parts) <= 2:  # beside it is the whole bucket
+        return "there are no objects below this name"
+    beside = open_storage(f"{scheme}://{'/'.join(parts[:-1])}")
+    if next((True for entry in beside.list(parts[-1]) if entry.key == parts[-1]), False):
+        return "it is an object, and a run is a name with objects below it"
+    near = difflib.get_close_matches(parts[-1], _folders(beside), 1)
+    hint = f"; did you mean {scheme}://{'/'.join([*parts[:-1], near[0]])}?" if near else ""
+    return f"there are no objects below this name{hint}"
+
+
+def _folders(storage: Reads) -> list[str]:
+    """The first few names that have objects below them; one request each."""
+    found: list[str] = []
+    start = ""
+    while len(found) < _FOLDERS_MAX and (entry := next(iter(storage.list("", start)), None)):
+        name, slash, _ = entry.key.partition("/")
+        found += [name] if slash else []
+        start = f"{name}0" if slash else f"{name}!"  # past all that begins with `name/`; past the object itself
+    return found
 
 
 def _has(storage: Reads, prefix: str) -> bool:

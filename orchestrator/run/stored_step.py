@@ -21,7 +21,15 @@ from orchestrator.rules.chunk_index import Chunk
 from orchestrator.rules.codec import RECORD_BYTES_MAX, AnyRecord
 from orchestrator.rules.records import Extra, FileEntry, Intent, LiveStep, Manifest, Receipt
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
-from orchestrator.run.checked_reads import READS, Early, attempt_file, decoded, file_problem, manifest_problem
+from orchestrator.run.checked_reads import (
+    READS,
+    Early,
+    attempt_file,
+    decoded,
+    file_problem,
+    manifest_problem,
+    receipts_in,
+)
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import Reads
@@ -94,12 +102,12 @@ class StoredStep:
         return self._decoded(keys.EXTRA, self.file(keys.EXTRA), Extra, step=self.id.step)
 
     def receipts(self) -> list[Receipt]:
-        """As far as the manifest lists any: an adopted step has none."""
-        named = {"step": self.id.step, "attempt": self.id.name}
-        return [
-            self._decoded(entry.path, self.checked(entry), Receipt, process=keys.process_of(entry.path), **named)
-            for entry in self._below(keys.RECEIPTS)
-        ]
+        """One of each process, as far as the manifest lists any: an adopted step has none."""
+        found: dict[int, Receipt] = {}
+        for entry in self._below(keys.RECEIPTS):
+            for receipt in receipts_in(self.storage.url, self.id, entry.path, self.checked(entry)):
+                found.setdefault(receipt.process, receipt)  # the same, where its group and it itself have stored it
+        return [found[process] for process in sorted(found)]
 
     def process_states(self) -> dict[int, bytes]:
         """What each process of the save gave, by its index then."""

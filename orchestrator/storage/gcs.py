@@ -22,11 +22,21 @@ import crc32c
 from msgspec.structs import replace
 
 from orchestrator.errors import OutcomeUnknown, StorageError, Unavailable, UnsafeKey, UsageError
+from orchestrator.observe.events import CredentialsRejected, emit
 from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import FileEntry
 from orchestrator.storage.gcs_http import Client, client
-from orchestrator.storage.gcs_replies import Reply, batch_replies, is_checksum, line, may_pass, parse_error, rejection
+from orchestrator.storage.gcs_replies import (
+    Reply,
+    batch_replies,
+    is_checksum,
+    line,
+    may_pass,
+    of_credentials,
+    parse_error,
+    rejection,
+)
 from orchestrator.storage.port import Created, Entry, Exists, Patience
 
 Value = TypeVar("Value")
@@ -143,7 +153,10 @@ class GcsStorage:
             raise self._rejection(operation, where, reply)
 
     def _rejection(self, operation: str, where: str, reply: Reply) -> StorageError:
-        return rejection(operation, where, reply, self._client.credentials.name)
+        rejected = rejection(operation, where, reply, self._client.credentials.name)
+        if of_credentials(operation, reply):
+            emit(CredentialsRejected(self._client.credentials.name, str(rejected)[:300]))
+        return rejected
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         where = f"{self.url}/{prefix}"

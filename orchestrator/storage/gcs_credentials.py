@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from absl import logging
 
-from orchestrator.observe.events import Retried, emit
+from orchestrator.observe.events import CredentialsRejected, Retried, emit
 from orchestrator.storage.gcs_replies import line
 
 _EARLY_S = 300.0  # before its end a token is renewed; a metadata server has no newer one much earlier
@@ -190,6 +190,8 @@ class Credentials:
             future.set_result(token)
             return
         assert failed is not None
+        if not failed.passing:
+            emit(CredentialsRejected(self.name, str(failed)[:300]))
         count = f"; tried {tries} times in {time.monotonic() - began:.1f} s" if tries > 1 else ""
         who = f"{self.name}: " if self._identity else ""
         future.set_exception(NoToken(f"{who}{failed}{count}{self._advice}", passing=failed.passing))

@@ -192,10 +192,16 @@ def rejection(operation: str, name: str, reply: Reply, who: str = "") -> Storage
     """The error for a final answer that is not the one expected. `who`: whose credentials were used."""
     cause = parse_error(reply.body)
     means = hint(operation, reply.status, cause)
-    if who and (reply.status == 401 or (reply.status == 403 and "lack" in means)):  # not of a hold: it is nobody's
+    if who and of_credentials(operation, reply):
         means = f"{means} ({who})"
     kind = Unavailable if reply.status in (401, 403, 407) else StorageError
     return kind(f"{operation} {name}: HTTP {reply.status} {cause.message}{'; ' * bool(means)}{means}")
+
+
+def of_credentials(operation: str, reply: Reply) -> bool:
+    """Whether it rejects who asks: another would be answered. Not of a hold, for one: that is nobody's."""
+    lacking = reply.status == 403 and "lack" in hint(operation, reply.status, parse_error(reply.body))
+    return reply.status == 401 or lacking
 
 
 def batch_replies(reply: Reply) -> dict[int, Reply]:

@@ -150,8 +150,7 @@ def _inspect(storage: Reads, attempt: AttemptId) -> InspectedAttempt:
         stored = StoredStep(storage, entry, check_live=lambda live: None)
         stored.check_sizes()
         intent, extra = stored.intent, stored.extra
-        for process in range(manifest.process_count):
-            stored.file(keys.receipt_name(process))
+        stored.check_files(keys.RECEIPTS, (0, 1))
     except (Damaged, Suspect, NewerFormat) as error:
         return InspectedAttempt(entry, str(error), manifest.built_on)
     known = structs.replace(

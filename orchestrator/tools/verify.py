@@ -160,10 +160,10 @@ class _ReadBack:
         try:
             _ = self.stored.extra
             for name in (entry.path for entry in manifest.files):
-                if name.startswith((keys.RECEIPTS, keys.PROCESS)):
-                    process = keys.process_of(name)
                 if name.startswith(keys.RECEIPTS):
-                    checked_reads.receipt(self.stored.storage, self.stored.id, process)
+                    checked_reads.receipts(self.stored.storage, self.stored.id, name)
+                elif name.startswith(keys.PROCESS):
+                    keys.process_of(name)
             leaves = self.stored.intent.tree.leaves
             for leaf in leaves if decode else ():
                 if leaf.in_store and leaf.chunk is None:
@@ -196,10 +196,9 @@ class _ReadBack:
         writers: dict[str, str] = {}
         regions: dict[str, str] = {}
         try:
-            for process in range(manifest.process_count):
-                found = checked_reads.receipt(self.stored.storage, self.stored.id, process)
-                for key in chunk_keys & ({*found[0].places, *found[0].small} if found else set()):
-                    writers[key] = f" of process {process} ({manifest.hosts[process]})"
+            for receipt in self.stored.receipts():
+                for key in chunk_keys & {*receipt.places, *receipt.small}:
+                    writers[key] = f" of process {receipt.process} ({receipt.host})"
             for leaf in self.stored.intent.tree.leaves:
                 regions |= _regions(leaf, chunk_keys)
         except OrchestratorError:

@@ -19,6 +19,9 @@ from orchestrator.cli import doctor, machine_checks
 from orchestrator.cli.doctor import Diagnosis
 from orchestrator.cli.finding import ExaminedRun, Finding
 from orchestrator.cli.main import main
+from orchestrator.observe.event_log import LoggedEvent
+from orchestrator.observe.event_log import encode as encode_event
+from orchestrator.observe.events import SavePhase
 from orchestrator.rules import keys
 from orchestrator.rules.codec import encode
 from orchestrator.run.journal_store import JournalStore
@@ -258,3 +261,17 @@ def test_evidence_is_named_with_its_reason_its_size_and_the_ways_out(
     assert "step 0 e0001-a01 is quarantined and holds " in finding.text and "loss spike" in finding.text
     for command in ("verify", "release", "gc"):
         assert f"orchestrator {command} {root} --" in finding.do
+
+
+def test_a_slow_host_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(root, 1)
+    story = [
+        LoggedEvent(
+            time.time() - 9 + after, process, f"host-{process}", "m", 1, SavePhase(2, "e0001-a01", name, after, 9)
+        )
+        for process, slow_s in ((0, 0.2), (1, 8.0))
+        for name, after in (("writing", 0.1), ("waiting", slow_s))
+    ]
+    (root / "events/00007.jsonl").write_bytes(b"".join(map(encode_event, story)))
+    (text,) = [text for text in ill(examine(root, capsys)[1])["hosts"] if "slowest" in text]
+    assert text == "warn: slowest in step 2: process 1 (host-1), durable after 8.00 s; the others' median is 0.20 s"

@@ -25,7 +25,17 @@ from orchestrator.cli.report import page
 from orchestrator.cli.report_parts import ReportedSave, RunReport
 from orchestrator.cli.run_report import build
 from orchestrator.observe.event_log import LoggedEvent
-from orchestrator.observe.events import Alive, Closed, EpochOpened, Event, SaveCommitted, SavePhase, SaveStarted
+from orchestrator.observe.events import (
+    Alive,
+    Closed,
+    EpochOpened,
+    Event,
+    Pulse,
+    SaveCommitted,
+    SaveNotCommitted,
+    SavePhase,
+    SaveStarted,
+)
 from orchestrator.observe.timeline import Timeline
 from orchestrator.policy import last
 from orchestrator.rules import journal
@@ -177,6 +187,15 @@ HAPPENED: dict[str, tuple[list[tuple[float, int, Event]], float, str, tuple[str,
             *((float(at), 0, Alive("waiting for process 1", 45)) for at in range(50, 90, 5)),
             *training(90, 150, 0, 1, lost=40),
         ], 3.0, "warn", ("no step for", "host-1 gave no sign of life for 45 s, the others did")),
+    "one host frozen until now": (
+        [*training(0, 50, 0, 1), *((float(at), 0, Pulse("training", 45, 9.0, at - 45.0)) for at in range(50, 90, 5))],
+        3.0, "warn", ("no step for", "host-1 gave no sign of life for 40 s, the others did")),
+    "saves that could not be journalled": (
+        [
+            *training(0, 50, 0, 1),
+            *((40.0, process, SavePhase(7, "e0001-a01", "writing", 0.1, 9)) for process in (0, 1)),
+            *((41.0, process, SaveNotCommitted(7, "e0001-a01", "ENOSPC (No space)")) for process in (0, 1)),
+        ], 3.0, "warn", ("One save was aborted, the newest at step 7: ENOSPC",)),
     "all silent": (
         [*training(0, 50, 0, 1), *training(90, 150, 0, 1, lost=40)], 3.0, "warn", ("every host was silent",)),
     "one host slow": (
@@ -209,6 +228,16 @@ def test_the_first_sentences_say_what_happened(
     assert [each for each in words if each not in text] == [], text
     if not words:
         assert "slowest" not in text
+
+
+def test_a_job_whose_events_find_no_room_is_not_gone() -> None:
+    """Its files' time stamps go on (tests/observe/test_heartbeat.py)."""
+    store = JournalStore(MemoryStorage(), "test")
+    store.append(journal.open_epoch)
+    timeline = Timeline().add(told(training(0, 100, 0, 1)))
+    gone, there = (build(store, timeline, 900.0, heard) for heard in (0.0, 899.0))
+    assert "ended without closing" in str(gone.findings) and "ended without closing" not in str(there.findings)
+    assert there.verdict and "was running when this page was made, but its events end at" in there.verdict.text
 
 
 class Outside(HTMLParser):

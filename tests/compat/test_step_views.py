@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import orchestrator as oc
 from orchestrator import compat
 from orchestrator.cli.main import main
 from orchestrator.compat.store_directory import StoreDirectory
+from orchestrator.rules import removal
 from orchestrator.run import orbax_views
-from tests.support.runs import now
+from tests.support.runs import now, store_of
 
 ARGS = orbax.checkpoint.args
 
@@ -32,10 +34,14 @@ def shown(root: Path) -> list[str]:
 
 def test_a_step_directory_is_no_step_of_orbax_to_be_adopted(root: Path) -> None:
     with compat.CheckpointManager(root) as manager:
-        save(manager, 1, 2)
-    assert shown(root) == ["1", "2"]
+        save(manager, 1, 2, 3)
+    assert shown(root) == ["1", "2", "3"]
+    # Retired by somebody who was killed before the directory was taken away: it is newer than the run's newest step.
+    store_of(root).append(partial(removal.remove, step=3))
+    assert shown(root) == ["1", "2", "3"]
     with oc.Agent(root, options=now()) as agent:  # which would be rejected beside Orbax's own steps
-        assert agent.all_steps() == [1, 2]
+        assert agent.save(4, {"w": jnp.zeros(4)})
+        assert agent.all_steps() == [1, 2, 4]
     assert main(["orchestrator", "verify", str(root)]) == 0
 
 

@@ -203,7 +203,7 @@ def test_a_store_whose_tree_points_out_of_its_directory_is_not_followed(tmp_path
     (tmp_path / "secret").write_bytes(b"not yours")
     state = tmp_path / "state"
     state.mkdir()
-    nodes, manifest = ocdbt.encode([(b"w/c/0", (path, 0, 9))], "nodes", 0, bytes(16), 1)
+    nodes, manifest = ocdbt.encode([b"w/c/0"], [(path, 0, 9)], "nodes", 0, bytes(16), 1)
     (state / "nodes").write_bytes(nodes)
     (state / ocdbt.MANIFEST).write_bytes(manifest)
     store = LocalStore(str(state))

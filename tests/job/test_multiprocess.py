@@ -16,6 +16,7 @@ import orchestrator as oc
 from orchestrator import environment
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
+from orchestrator.tools.verify import read_back
 from tests.support.processes import job
 
 pytestmark = pytest.mark.jobs
@@ -203,3 +204,32 @@ def test_a_job_of_another_tree_is_rejected_on_all_hosts_before_it_opens_an_epoch
             kinds = {stranger.said(process, "error")[0]["kind"] for process in range(2)}
             assert kinds == ({"OtherJob"} if "odd" in more else {"Mismatch"}), stranger.story()
     assert [head.version for head in JournalStore(open_storage(str(root)), writer="test").entries()] == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "silent"),
+    [("save.seal=kill@process=2@step=2", 2), ("group.sign=kill@process=1@step=2", 1)],
+    ids=["member", "leader"],
+)
+def test_hosts_that_sign_in_groups_name_the_one_that_dies_and_no_other(fault: str, silent: int, tmp_path: Path) -> None:
+    environ = {environment.RECEIPT_GROUP: "2", environment.FAILPOINTS: fault}
+    options = {"environ": environ, "steps": 400, "delay": 0.05, "timeout": 5, "mesh": "5x1", "spec": "r"}
+    store = JournalStore(open_storage(str(tmp_path / "run")), writer="test")
+    with job(5, 1, tmp_path / "run", tmp_path / "logs", **options) as running:
+        running.wait_for(0, "trained", 150, at_least=1)
+        deadline = time.monotonic() + 120
+        aborted = None
+        while aborted is None and time.monotonic() < deadline:
+            aborted = next((head.event for head in store.entries() if head.event.kind == "aborted"), None)
+            time.sleep(0.1)
+        assert aborted is not None, running.story()
+    assert aborted.step == 2 and f"no receipt from processes [{silent} (host-{silent})] after" in aborted.reason
+    # The steps before it are whole, and each group has stored one object for both of its hosts.
+    head = store.require_head()
+    assert [live.step for live in head.live] == [0, 1]
+    step = store.step(head.live[-1])
+    names = [entry.path for entry in step.manifest.files if entry.path.startswith("receipts/")]
+    expected = ["receipts/00000.json", "receipts/group-00001-01.json", "receipts/group-00003-01.json"]
+    assert sorted(names) == expected
+    assert [receipt.host for receipt in step.receipts()] == [f"host-{index}" for index in range(5)]
+    assert read_back(store, head.live[-1]).damaged == ()

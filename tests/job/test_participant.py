@@ -87,7 +87,7 @@ def test_a_process_stops_writing_once_another_votes_to_abort_and_leaves_it_the_c
     assert "process 0 voted to abort" in str(save.error)
     assert [event.cause for event in ended] == [Cause.DISAGREE]  # as the decision says, whatever its words
     assert signals.votes(attempt) == {0: other}
-    assert checked_reads.receipt(storage, attempt, 1) is None
+    assert checked_reads.receipts(storage, attempt, keys.receipt_name(1)) is None
 
 
 def test_a_process_that_saves_another_step_than_process_0_waits_no_longer(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 import yaml
 
 from launch import contract
+from launch import health as probe
 from launch.contract import JobContract
 from launch.engines import gke, manifest_check, manifests
 from launch.engines.manifests import Manifest, PodJob, Pool
@@ -331,15 +335,41 @@ def test_a_users_mistake_is_one_line_and_exit_2(arguments: list[str], message: s
     assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_health_is_the_heartbeats_age(tmp_path: Path) -> None:
-    beat = tmp_path / "beat"
+def test_health_is_judged_by_heartbeat_and_pulse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beat, pulse = tmp_path / "beat", tmp_path / "beat.pulse"
 
     def health(*flags: str) -> int:
-        command = [sys.executable, "-m", "launch.health", *flags]
-        return subprocess.run(command, cwd=REPOSITORY, env={contract.HEARTBEAT_FILE: str(beat)}, timeout=60).returncode
+        monkeypatch.setenv(contract.HEARTBEAT_FILE, str(beat))
+        monkeypatch.setattr(sys, "argv", ["health", *flags])
+        return probe.main()
+
+    def aged(path: Path, seconds: float, **said: object) -> None:
+        path.write_text(json.dumps(said))
+        os.utime(path, (0, time.time() - seconds))
 
     assert (health(), health("--started")) == (0, 1), "starting"
     beat.touch()
     assert (health(), health("--started"), health("--max_age_s=0")) == (0, 0, 1)
+    for idle_s, pulse_age_s, said, code in (
+        (899, None, {}, 0),
+        (901, None, {}, 1),
+        (901, 901, {"steps": 9, "barrier": ""}, 1),
+        (901, 2, {"steps": 9, "barrier": ""}, 0),  # it may wait for a frozen one, which its own probe ends first
+        (1351, 2, {"steps": 9, "barrier": "b"}, 1),
+        (3500, 2, {"steps": 0, "barrier": ""}, 0),  # it compiles
+        (3601, 2, {"steps": 0, "barrier": ""}, 1),
+        (901, 2, {"steps": "no number", "barrier": 7}, 0),
+    ):
+        aged(beat, idle_s)
+        pulse.unlink(missing_ok=True)
+        if pulse_age_s is not None:
+            aged(pulse, pulse_age_s, **said)
+        assert health() == code, (idle_s, pulse_age_s, said)
+    assert "last pulse 2 s ago" in capsys.readouterr().out
+    pulse.write_text("half a li")
+    aged(beat, 901)
+    assert health() == 1, "no pulse that can be read is none"
     beat = beat / "below a file"
     assert (health(), health("--started")) == (0, 1), "not known to be hung"

@@ -301,3 +301,21 @@ def test_a_newer_incarnation_replaces_the_hosts_of_the_old_one_and_a_zombie_none
     assert timeline.epoch == 2 and set(timeline.hosts) == {0} and timeline.hosts[0].doing == "starting"
     timeline.add([line(events.Closed(0), 300.0, epoch=2)])
     assert timeline.hosts[0].left and timeline.hosts[0].doing == "left"
+
+
+def test_a_look_at_what_goes_on_now_reads_the_end_of_each_file_and_how_the_job_was_opened(tmp_path: Path) -> None:
+    opened = [encode(line(events.EpochOpened(epoch, "r", 7), 10.0 * epoch, epoch=epoch)) for epoch in (1, 2)]
+    steps = [encode(line(events.Alive("training", step), 100.0 + step, epoch=2)) for step in range(20_000)]
+    (tmp_path / "00000.jsonl").write_bytes(b"".join([*opened, *steps]))
+    (tmp_path / "00001.jsonl").write_bytes(b"".join(steps))
+    tail = Tail(str(tmp_path), 4096)
+    lines = tail.more()
+    assert len(lines) < 100 and tail.skipped == 0 and tail.problems == {}
+    assert [each.event for each in lines if isinstance(each.event, events.EpochOpened)] == [
+        events.EpochOpened(2, "r", 7)
+    ]
+    assert {each.event.step for each in lines[-2:] if isinstance(each.event, events.Alive)} == {19_999}
+    with (tmp_path / "00001.jsonl").open("ab") as file:
+        file.write(steps[0] * 1000)  # more than a first look takes: what comes later is read whole
+    assert len(tail.more()) == 1000
+    assert len(read(str(tmp_path))) == 41_002

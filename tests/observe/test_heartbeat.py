@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import environment
-from orchestrator.observe import events, heartbeat
+from orchestrator.observe import events, heartbeat, own_process
 from orchestrator.observe.event_log import EventLog, Tail, read
 
 
@@ -106,3 +110,58 @@ def test_pulses_have_bounded_files_of_their_own_and_push_out_nothing(
     assert isinstance(lines[-1].event, events.Pulse) and lines[-1].event.step == 199
     assert tail.newest == {3: (tmp_path / "00003.pulse.jsonl").stat().st_mtime}
     assert len(read(str(tmp_path))) == len(lines) > 10
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    if os.geteuid() or not shutil.which("mount"):
+        pytest.skip("a file system that can be full needs root")
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "test", str(place)], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True, timeout=30)
+
+
+def test_on_a_full_disk_the_pulse_stays_seen_and_events_come_when_there_is_room(small_disk: Path) -> None:
+    log = EventLog(str(small_disk / "events"), process=0, host="h", epoch=1)
+    log.write(events.EpochOpened(1, "r", 1))
+    log.write(events.Pulse("training", 1, 1.0, 1.0))
+    pulses, story = small_disk / "events/00000.pulse.jsonl", small_disk / "events/00000.jsonl"
+    wait_until(lambda: pulses.exists() and pulses.stat().st_size)
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+    for path in (pulses, story):  # what is left of their last blocks, too
+        with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+            while True:
+                file.write(b"\n")
+    before = {path: path.stat().st_size for path in (pulses, story)}
+    os.utime(pulses, (0, 0))
+    for step in range(5):
+        log.write(events.SaveNotCommitted(step, "e0001-a01", "ENOSPC"))
+    log.write(events.Pulse("training", 2, 1.0, 1.0))
+    wait_until(lambda: time.time() - pulses.stat().st_mtime < 60)
+    assert {path: path.stat().st_size for path in (pulses, story)} == before
+    filler.unlink()
+    log.write(events.SaveCommitted(6, "e0001-a01", 1.0, 1))
+    log.close()
+    lines = [line.event for line in read(str(small_disk / "events"))]
+    failed = [event.step for event in lines if isinstance(event, events.SaveNotCommitted)]
+    assert failed == [0, 1, 2, 3, 4] and isinstance(lines[-1], events.SaveCommitted)
+    assert log.dropped == 1, "the pulse, which says nothing later"
+
+
+def test_a_pulse_says_which_process_it_is_of(heard: list[events.Event]) -> None:
+    heart = heartbeat.Heart()
+    try:
+        wait_until(lambda: any(isinstance(event, events.Pulse) for event in heard))
+    finally:
+        heart.close()
+    (pulse, *_) = [event for event in heard if isinstance(event, events.Pulse)]
+    assert pulse.process_id == own_process.name_of(os.getpid())

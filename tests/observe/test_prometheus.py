@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import orchestrator as oc
@@ -21,6 +22,7 @@ from orchestrator.cli.main import main
 from orchestrator.observe import events
 from orchestrator.observe.prometheus import Metrics
 from orchestrator.observe.spans import Traces
+from orchestrator.rules.records import Cause
 from tests.support.runs import LIKE, now, state
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +39,6 @@ def values(text: str) -> dict[str, float]:
 
 
 def collected(metrics: Metrics) -> dict[str, float]:
-    from prometheus_client import generate_latest
-
     return values(generate_latest(metrics.registry).decode())
 
 
@@ -81,6 +81,18 @@ def test_the_page_lists_exactly_the_metrics_that_there_are_with_their_types_and_
     for name, expected in labels.items():
         metric: Any = registry._names_to_collectors[name]
         assert list(metric._labelnames) == expected, name
+
+
+def test_each_kind_that_alerts_ask_about_is_0_from_the_start() -> None:
+    """`increase` does not see a series that begins at 1."""
+    made = Metrics(0, "h")
+    text = generate_latest(made.registry).decode()
+    for cause in Cause:
+        assert f'orchestrator_saves_not_committed_total{{cause="{cause}"}} 0.0' in text
+    assert 'orchestrator_retries_total{what="credentials"} 0.0' in text
+    assert "orchestrator_credentials_rejected_total 0.0" in text
+    made.on_event(events.CredentialsRejected("somebody", "401"))
+    assert "orchestrator_credentials_rejected_total 1.0" in generate_latest(made.registry).decode()
 
 
 @needs_promtool

@@ -56,6 +56,7 @@ REASONS = {
     "test_max_to_keep_zero_other_conditions": _CLOCK,
     "test_async_error_(subsequent|wait)": _TEMPORARY,
     "test_save_and_restore_(composite|standard)_logger": _LOG,
+    "test_lightweight": "asks for the private list `_checkpoints`",
     "test_init_telemetry": "asks for a counter of Orbax's telemetry",
     "test_save_on_preemption": "replaces `reached_preemption_sync_point`; one process asks for SIGTERM itself here",
     "test_single_host_load_and_broadcast": "replaces Orbax's broadcast; fails with this Orbax itself",
@@ -69,7 +70,6 @@ OTHERWISE = {
     "test_all_steps_reload": "`all_steps` is read from storage each time, and knows what others have saved",
     "test_item_metadata_access_no_handlers_and": "`item_metadata` needs no handler, where Orbax gives None",
     "test_default_item_metadata_with_new": "`item_metadata` needs no handler, where Orbax gives None",
-    "test_lightweight": "metrics cost nothing here: they come with the journal",
     "test_default_init_multi_item": "an item needs no configured handler to be restored",
 }
 

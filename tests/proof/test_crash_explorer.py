@@ -132,11 +132,11 @@ def damage(store: JournalStore, live: LiveStep) -> str:
 def receipts(store: JournalStore) -> Iterator[tuple[int, str, int, str]]:
     for attempt in survey.attempts(store.storage):
         try:
-            found = checked_reads.receipt(store.storage, attempt, 0)
+            found = checked_reads.receipts(store.storage, attempt, keys.receipt_name(0))
         except oc.Damaged as error:
             yield *attempt, 0, str(error)
             continue
-        receipt = found[0] if found else None
+        receipt = found[0][0] if found else None
         if receipt and receipt.failure is None:
             there = {entry.key: entry.bytes for entry in store.storage.list(attempt.prefix)}
             gone = [entry.path for entry in receipt.files if there.get(attempt.prefix + entry.path) != entry.bytes]

@@ -15,6 +15,7 @@ STATES_AT_LEAST = {
     "three rivals": 69_000,
     "processes": 85_000,
     "rival processes": 15_000,
+    "groups": 30_000,
     "commands": 27_000,
     "gc": 115_000,
     "strangers": 8_000,

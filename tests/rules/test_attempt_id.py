@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import UnsafeKey
 from orchestrator.rules import keys
-from orchestrator.rules.attempt_id import AttemptId, name_of, parse_name, receipt_process
+from orchestrator.rules.attempt_id import AttemptId, name_of, parse_name, receipt_file
 
 NUMBERS = st.integers(0, 10**9)
 ATTEMPT = AttemptId(100, "e0003-a02")
@@ -41,7 +41,9 @@ def test_what_is_built_is_parsed_back(step: int, epoch: int, number: int) -> Non
     attempt = AttemptId.of(step, epoch, number)
     assert (attempt.epoch, attempt.number) == parse_name(attempt.name) == (epoch, number)
     assert AttemptId.in_key(attempt.key("state/d/x")) == (attempt, "state/d/x")
-    assert receipt_process(attempt.receipt_key(number)) == number
+    assert receipt_file(attempt.receipt_key(number)) == (number, keys.receipt_name(number))
+    group = keys.group_receipt_name(number, epoch)
+    assert receipt_file(attempt.key(group)) == (number, group) and keys.group_of(group) == (number, epoch)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +98,14 @@ def test_a_file_that_could_leave_its_attempt_is_rejected_by_the_manifests_name(n
         ATTEMPT.key(name)
 
 
-@pytest.mark.parametrize("name", ["receipts/x", "receipts/3.json", "receipts/00003.json\n", "process/00003.bin", "x"])
+STRAY = ["receipts/x", "receipts/3.json", "receipts/00003.json\n", "process/00003.bin", "x", "receipts/group-3-1.json"]
+STRAY += ["receipts/group-00003-1.json", "receipts/group-000003-01.json", "receipts/group-00003.json"]
+
+
+@pytest.mark.parametrize("name", STRAY)
 def test_a_stray_file_is_nobodys_receipt(name: str) -> None:
-    assert receipt_process(ATTEMPT.prefix + name) is None
-    assert receipt_process(f"journal/{name}") is None
+    assert receipt_file(ATTEMPT.prefix + name) is None
+    assert receipt_file(f"journal/{name}") is None
 
 
 def test_attempts_are_in_order_of_step_then_epoch_then_number() -> None:

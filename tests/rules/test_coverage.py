@@ -58,6 +58,18 @@ def test_only_stored_arrays_are_to_be_covered_and_keys_in_their_stored_shape() -
     assert uncovered(tree, {0: receipt(boxes={"rng": (box((0, 3)),)})}) != []
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_arrays_of_one_shape_are_judged_apart_where_one_receipt_has_other_regions(process: int) -> None:
+    halves = [box((0, 2)), box((2, 4))]
+    boxes = [dict.fromkeys("abc", (half,)) for half in halves]
+    del boxes[process]["b"]
+    boxes[process]["c"] = (halves[1 - process],)
+    tree = intent(*(leaf(name) for name in "abcd"), processes=2)
+    found = uncovered(tree, {index: receipt(index, boxes=each) for index, each in enumerate(boxes)})
+    assert [line.partition(":")[0] for line in found] == ["b[4]", "c[4]", "d[4]"]
+    assert "2 of 4" in found[0] and "written twice, by processes 0 and 1" in found[1] and "0 of 4" in found[2]
+
+
 @st.composite
 def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
     """A shape, and boxes that tile it: made by cutting the whole again and again."""

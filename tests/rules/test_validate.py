@@ -17,6 +17,7 @@ from orchestrator.rules.records import (
     ExternalArray,
     Extra,
     FileEntry,
+    GroupReceipt,
     Head,
     Intent,
     LeafSpec,
@@ -53,6 +54,7 @@ GOOD: dict[str, Record] = {
         small={"k/c/0": b"12345678"},
         seconds={"write": 0.5},
     ),
+    "GroupReceipt": builders.group_receipt(builders.receipt(3), builders.receipt(4, files=(FILE,)), process=3),
     "Manifest": Manifest(
         format=1,
         write_id="m",
@@ -137,6 +139,13 @@ BAD: list[tuple[str, str, list[Any]]] = [
     ("Intent", "tree.leaves.8.value", ["!", "A", "AA=A", "Ä==="]),
     ("Intent", "tree.leaves.9.value", ["", "set"]),
     ("Receipt", "process", [-1, 2_000_000]),
+    ("GroupReceipt", "process", [-1, 2_000_000]),
+    ("GroupReceipt", "number", [0, -1, 2_000_000]),
+    ("GroupReceipt", "receipts.0.process", [4, -1]),
+    ("GroupReceipt", "receipts.0.step", [99]),
+    ("GroupReceipt", "receipts.1.attempt", ["e0001-a02"]),
+    ("GroupReceipt", "receipts.1.files.0.bytes", [-1, BIG]),
+    ("GroupReceipt", "receipts.1.failure", [{"process": 4, "host": "h", "phase": "p", "cause": "c"}]),
     ("Receipt", "host", ["x" * 5000]),
     ("Receipt", "files", [[{"path": "a", "bytes": 1, "crc32c": "00c0ffee"}] * 2]),
     ("Receipt", "files.0.bytes", [-1, BIG]),
@@ -239,6 +248,8 @@ def test_an_external_array_lies_in_its_step(external: ExternalArray, good: bool)
         ("Intent", {"step": 101}),
         ("Intent", {"attempt": "e0001-a02"}),
         ("Receipt", {"process": 2}),
+        ("GroupReceipt", {"process": 4}),
+        ("GroupReceipt", {"number": 2}),
         ("Manifest", {"step": 4}),
         ("Extra", {"step": 4}),
     ],
@@ -425,4 +436,4 @@ def test_each_leaf_has_a_place_of_its_own(paths: list[tuple[str, ...]], clash: s
 
 
 def test_every_kind_of_record_that_is_stored_has_a_rule() -> None:
-    assert set(validate._RULES) == {Head, Intent, Receipt, Manifest, Extra}
+    assert set(validate._RULES) == {Head, Intent, Receipt, GroupReceipt, Manifest, Extra}

@@ -246,6 +246,7 @@ TABLE: dict[str, tuple[str, range, str]] = {
     "requester_pays": (EVERYTHING, range(1, 99), ""),
 }
 
+PASSING_BY_ITSELF = ("never_starts", "impersonated")  # nobody rejects: nobody answers
 JOBS = ("job_revoked", "job_rejected_while_read", "job_external")
 WRITES = {  # is the step saved, and does TensorStore go on writing
     "job_write_limited": ("'3 False'", [1, 2, 3, 9]),
@@ -266,6 +267,7 @@ def test_credentials_are_waited_for_renewed_or_named(played: dict[str, dict[str,
     if "text" in row:
         assert row["kinds"][0] == "Unavailable" and "\n" not in got and len(got) < 900, row
         assert "the credentials" in got, row
+    assert (row["rejected"] > 0) is ("text" in row and name not in PASSING_BY_ITSELF), row
 
 
 @pytest.mark.jobs

@@ -7,7 +7,17 @@ from typing import Any
 from orchestrator.rules import json_numbers
 from orchestrator.rules.attempt_id import name_of
 from orchestrator.rules.journal import Stamp
-from orchestrator.rules.records import Box, Head, Intent, JournalEvent, LeafSpec, LiveStep, Receipt, TreeSpec
+from orchestrator.rules.records import (
+    Box,
+    GroupReceipt,
+    Head,
+    Intent,
+    JournalEvent,
+    LeafSpec,
+    LiveStep,
+    Receipt,
+    TreeSpec,
+)
 
 FIRST = name_of(1, 1)
 
@@ -54,6 +64,19 @@ def intent(*leaves: LeafSpec, processes: int = 1, step: int = 100, attempt: str 
 
 def receipt(process: int = 0, *, step: int = 100, attempt: str = FIRST, **more: Any) -> Receipt:
     return Receipt(format=1, write_id="r", step=step, attempt=attempt, process=process, host=f"host-{process}", **more)
+
+
+def group_receipt(*receipts: Receipt, process: int = 1, number: int = 1) -> GroupReceipt:
+    first = receipts[0]
+    return GroupReceipt(
+        format=1,
+        write_id="g",
+        step=first.step,
+        attempt=first.attempt,
+        process=process,
+        number=number,
+        receipts=receipts,
+    )
 
 
 def box(*bounds: tuple[int, int]) -> Box:

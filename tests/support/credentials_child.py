@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import ssl
 import subprocess
 import sys
 import threading
@@ -19,87 +18,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.support.token_server import Tokens, service_account
+
 BUCKET = "guarded-bucket"
-
-
-class Tokens:
-    """Metadata server and token endpoint. `mode`: ok, a status, hang, reset or invalid_grant. Every token that it gives
-    begins with `word`."""
-
-    def __init__(self) -> None:
-        tokens = self
-        self.mode, self.word, self.expires, self.asked = "ok", "good", 3600.0, 0
-
-        class Server(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self, status: int, value: Any) -> None:
-                body = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Metadata-Flavor", "Google")
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                if "recursive" in self.path and tokens.mode == "ok":
-                    return self.answer(200, {"email": "pod@p.iam.gserviceaccount.com", "scopes": ["x"]})
-                tokens.asked += 1
-                if tokens.mode == "hang":
-                    time.sleep(20)
-                if tokens.mode in ("reset", "hang"):
-                    self.close_connection = True
-                    return None
-                if tokens.mode == "invalid_grant":
-                    return self.answer(400, {"error": "invalid_grant", "error_description": "Invalid JWT Signature."})
-                if tokens.mode != "ok":
-                    return self.answer(int(tokens.mode), {"error": "no"})
-                source = "sts" if "/sts" in self.path else "other"
-                token, end = f"{tokens.word}-{source}-{tokens.asked}-secret", time.gmtime(time.time() + tokens.expires)
-                if "generateAccessToken" in self.path:
-                    return self.answer(
-                        200, {"accessToken": token, "expireTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", end)}
-                    )
-                return self.answer(200, {"access_token": token, "expires_in": tokens.expires, "token_type": "Bearer"})
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Proxy(BaseHTTPRequestHandler):
-            """Whatever it is asked to connect to, it is that itself."""
-
-            def do_CONNECT(self) -> None:
-                self.send_response(200)
-                self.end_headers()
-                tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                tls.load_cert_chain(FOLDER / "cert.pem", FOLDER / "key.pem")
-                with tls.wrap_socket(self.connection, server_side=True) as connection:
-                    Server(connection, self.client_address, self.server)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.host, self.proxy = _serving(Server), f"http://{_serving(Proxy)}"
-
-
-def _serving(handler: type[BaseHTTPRequestHandler]) -> str:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"127.0.0.1:{server.server_port}"
-
-
 EMULATOR, FOLDER = sys.argv[1], Path(sys.argv[2])
-TOKENS = Tokens()
+TOKENS = Tokens(FOLDER)
 for name in ("STORAGE_EMULATOR_HOST", "NO_GCE_CHECK", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT"):
     os.environ.pop(name, None)
 os.environ.update(
@@ -119,13 +45,15 @@ import urllib.request  # noqa: E402
 from absl import logging  # noqa: E402
 from fsspec import config  # noqa: E402
 
-from orchestrator.observe.events import Retried, subscribe  # noqa: E402
+from orchestrator.observe.events import CredentialsRejected, Retried, subscribe  # noqa: E402
 from orchestrator.storage.gcs import GcsStorage  # noqa: E402
 from orchestrator.storage.gcs_http import Budget, Client  # noqa: E402
 
 config.conf["gcs"] = config.conf["gs"] = {"endpoint_url": EMULATOR}
 RETRIED: list[Retried] = []
 subscribe(lambda event: RETRIED.append(event) if isinstance(event, Retried) else None)
+REJECTED: list[CredentialsRejected] = []
+subscribe(lambda event: REJECTED.append(event) if isinstance(event, CredentialsRejected) else None)
 
 
 def control(path: str, value: Any) -> None:
@@ -135,11 +63,7 @@ def control(path: str, value: Any) -> None:
 
 def _key_files() -> dict[str, str]:
     """What each kind of credentials is called -> a file of it, all of which lead to the token server."""
-    key = subprocess.run(["openssl", "genrsa", "2048"], check=True, capture_output=True, text=True, timeout=60).stdout
-    account = {
-        **{"type": "service_account", "project_id": "p", "client_id": "1", "private_key_id": "1", "private_key": key},
-        **{"client_email": "a@p.iam.gserviceaccount.com", "token_uri": f"http://{TOKENS.host}/token"},
-    }
+    account = service_account(TOKENS.host)
     (FOLDER / "subject").write_text("a token of another provider")
     external = {
         **{"type": "external_account", "subject_token_type": "urn:ietf:params:oauth:token-type:jwt"},
@@ -192,6 +116,7 @@ def store(deadline_s: float = 10.0) -> GcsStorage:
 
 def outcome(call: Callable[[], Any]) -> dict[str, Any]:
     RETRIED.clear()
+    REJECTED.clear()
     asked, started = TOKENS.asked, time.monotonic()
     told: dict[str, Any] = {}
     try:
@@ -200,6 +125,7 @@ def outcome(call: Callable[[], Any]) -> dict[str, Any]:
         told |= {"kinds": [kind.__name__ for kind in type(error).__mro__], "text": str(error)}
     told["seconds"] = time.monotonic() - started
     told["asked"] = TOKENS.asked - asked
+    told["rejected"] = len(REJECTED)
     told["retried"] = [f"{event.operation} {event.reason}" for event in RETRIED]
     return told
 

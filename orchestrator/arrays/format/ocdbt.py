@@ -63,16 +63,15 @@ class _Summary:
 
 
 def encode(
-    entries: Sequence[tuple[bytes, Chunk]], path: str, offset: int, uuid: bytes, time_ns: int
+    keys: Sequence[bytes], values: Sequence[Chunk], path: str, offset: int, uuid: bytes, time_ns: int
 ) -> tuple[bytes, bytes]:
-    """The tree's nodes, to be put at `offset` of the data file `path`, and the manifest. `entries` in key order."""
+    """The tree's nodes, to be put at `offset` of the data file `path`, and the manifest. `keys` in order."""
     nodes: list[bytes] = []
     leaves: list[_Summary] = []
-    for first in range(0, len(entries), _NODE_ENTRIES):
-        part = entries[first : first + _NODE_ENTRIES]
-        body = _leaf(part)
-        indirect = sum(value[2] for _, value in part if isinstance(value, tuple))
-        leaves.append(_Summary(part[0][0], (path, offset, len(body)), len(part), len(body), indirect))
+    for first in range(0, len(keys), _NODE_ENTRIES):
+        part = keys[first : first + _NODE_ENTRIES]
+        body, indirect = _leaf(part, values[first : first + _NODE_ENTRIES])
+        leaves.append(_Summary(part[0], (path, offset, len(body)), len(part), len(body), indirect))
         nodes.append(body)
         offset += len(body)
     root, height = leaves[0], 0
@@ -98,37 +97,37 @@ def _manifest(root: _Summary, height: int, uuid: bytes, time_ns: int) -> bytes:
     return _framed(_MANIFEST_MAGIC, config + _file_table([path]) + version + time_ns.to_bytes(8, "little") + b"\0")
 
 
-def _leaf(entries: Sequence[tuple[bytes, Chunk]]) -> bytes:
-    paths, kinds, lengths, files, offsets, inline = _columns([value for _, value in entries])
+def _leaf(keys: Sequence[bytes], values: Sequence[Chunk]) -> tuple[bytes, int]:
+    """A node, and the bytes of the values that it has the places of."""
+    paths, kinds, lengths, files, offsets, inline = _columns(values)
     parts = [
         b"\0",
         _file_table(paths),
-        _varints([len(entries)]),
-        *_keys([key for key, _ in entries]),
+        _varints([len(keys)]),
+        *_keys(keys),
         _varints(lengths),
-        bytes(kinds),
+        kinds,
         _varints(files),
         _varints(offsets),
         *inline,
     ]
-    return _framed(_NODE_MAGIC, b"".join(parts))
+    return _framed(_NODE_MAGIC, b"".join(parts)), sum(lengths) - sum(map(len, inline))
 
 
 def _columns(
     values: Sequence[Chunk],
-) -> tuple[list[str], list[int], list[int], list[int], list[int], list[bytes]]:
+) -> tuple[list[str], bytes, list[int], list[int], list[int], list[bytes]]:
     """Data files, and of each value: whether it is in one, and its length; of those that are, file and offset; the
     others themselves."""
     places = [value for value in values if not isinstance(value, bytes)]
-    numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _, _ in places))}
-    return (
-        list(numbers),
-        [0 if isinstance(value, bytes) else 1 for value in values],
-        [len(value) if isinstance(value, bytes) else value[2] for value in values],
-        [numbers[path] for path, _, _ in places],
-        [offset for _, offset, _ in places],
-        [value for value in values if isinstance(value, bytes)],
-    )
+    paths = [path for path, _, _ in places]
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(paths))}
+    files, offsets = [numbers[path] for path in paths], [offset for _, offset, _ in places]
+    if len(places) == len(values):  # the chunks of large arrays
+        return list(numbers), b"\1" * len(values), [size for _, _, size in places], files, offsets, []
+    kinds = bytes([not isinstance(value, bytes) for value in values])
+    lengths = [len(value) if isinstance(value, bytes) else value[2] for value in values]
+    return list(numbers), kinds, lengths, files, offsets, [value for value in values if isinstance(value, bytes)]
 
 
 def _interior(children: Sequence[_Summary]) -> bytes:
@@ -153,12 +152,14 @@ def _interior(children: Sequence[_Summary]) -> bytes:
 
 def _keys(keys: Sequence[bytes]) -> tuple[bytes, bytes, bytes]:
     """Sorted keys as columns: lengths of the prefixes shared with the key before, lengths of the rest, the rests."""
-    lengths = np.array([len(key) for key in keys], np.int64)
+    lengths = np.array(list(map(len, keys)), np.int64)
     padded = np.array(keys, f"S{lengths.max()}").view(np.uint8).reshape(len(keys), -1)
     differ = padded[1:] != padded[:-1]
     shared = np.minimum(differ.argmax(axis=1), np.minimum(lengths[1:], lengths[:-1]))
-    rests = b"".join([keys[0], *(key[count:] for key, count in zip(keys[1:], shared.tolist(), strict=True))])
-    return _varints(shared), _varints(lengths - np.concatenate(([0], shared))), rests
+    taken = np.concatenate(([0], shared))
+    column = np.arange(padded.shape[1])
+    rests = padded[(column >= taken[:, None]) & (column < lengths[:, None])].tobytes()
+    return _varints(shared), _varints(lengths - taken), rests
 
 
 def _file_table(paths: Sequence[str]) -> bytes:
@@ -180,7 +181,7 @@ def _varints(numbers: Sequence[int] | _Numbers) -> bytes:
     if not left.size:
         return b""
     lengths = np.ones(left.shape, np.int64)
-    for shift in range(7, 64, 7):
+    for shift in range(7, int(left.max()).bit_length(), 7):
         lengths += (left >> np.uint64(shift)) > 0
     out = np.empty(lengths.sum(), np.uint8)
     starts = np.cumsum(lengths) - lengths

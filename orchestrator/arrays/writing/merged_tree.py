@@ -30,7 +30,7 @@ def write_tree(directory: str, plan: Plan, entries: Mapping[str, Chunk]) -> tupl
     everything: dict[str, Chunk] = {**entries, **plan.metadata}
     opened = data_files.opener(directory)
     path = data_files.data_file_path()
-    ordered = [(raw, everything[key]) for key, raw in plan.order]
-    nodes, manifest = ocdbt.encode(ordered, path, 0, uuid.uuid4().bytes, time.time_ns())
+    keys, values = [raw for _, raw in plan.order], [everything[key] for key, _ in plan.order]
+    nodes, manifest = ocdbt.encode(keys, values, path, 0, uuid.uuid4().bytes, time.time_ns())
     written = {path: nodes, ocdbt.MANIFEST: manifest}
     return tuple(data_files.entry(path, file) for path, file in data_files.write_files(opened, written).items())

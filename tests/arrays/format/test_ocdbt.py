@@ -24,7 +24,14 @@ CONTEXT = ts.Context()  # stores copy ranges to each other only within one
 
 def put(directory: Path, entries: list[tuple[bytes, Chunk]]) -> None:
     """A store of ours: values in `d/data`, then the tree."""
-    nodes, manifest = ocdbt.encode(entries, "d/data", len(DATA), os.urandom(16), 1_700_000_000_000_000_000)
+    nodes, manifest = ocdbt.encode(
+        [key for key, _ in entries],
+        [value for _, value in entries],
+        "d/data",
+        len(DATA),
+        os.urandom(16),
+        1_700_000_000_000_000_000,
+    )
     (directory / "d").mkdir(parents=True, exist_ok=True)
     (directory / "d" / "data").write_bytes(DATA + nodes)
     (directory / ocdbt.MANIFEST).write_bytes(manifest)

@@ -40,7 +40,9 @@ def small_leaves(directory: Path, of_b: bytes | tuple[str, int, int] | None) -> 
     """Three leaves that are read together. `of_b`: what the store has in the place of b's chunk."""
     stored = {f"{name}/c/0": whole(elements) for name, elements in ELEMENTS.items()}
     entries = [(key.encode(), of_b if key == "b/c/0" else body) for key, body in stored.items()]
-    nodes, manifest = ocdbt.encode([(key, value) for key, value in entries if value], "nodes", 0, bytes(16), 1)
+    nodes, manifest = ocdbt.encode(
+        [key for key, value in entries if value], [value for _, value in entries if value], "nodes", 0, bytes(16), 1
+    )
     (directory / "nodes").write_bytes(nodes)
     (directory / ocdbt.MANIFEST).write_bytes(manifest)
     (directory / "data").write_bytes(stored["b/c/0"])

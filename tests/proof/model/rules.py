@@ -58,6 +58,8 @@ class Rules:
     ids_differ: bool = True  # every stored body carries a random id
     syncs_entries: bool = True  # an append is done when the entry is durable, not when it is visible
     seals_first: bool = True  # data is durable before its receipt is written
+    hands_what_is_durable: bool = True  # a member's receipt goes to its leader after its data is durable
+    signs_what_is_handed: bool = True  # a leader signs for nobody who has not handed over a receipt
     settles_before_report: bool = True  # an entry read from the journal is made durable before it is believed...
     settles_before_delete: bool = True  # ...also by a collector
     retires_first: bool = True  # gc journals what it lets go before it deletes it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .groups import Leader, Member
 from .others import Collector, Copy, Reader, Recover, Restore, Rot, Tool
 from .search import Scenario
 from .world import Coordinator, Worker
@@ -38,6 +39,17 @@ SCENARIOS = (
             Worker("B1", 2, (1,), ("yes",)),
         ),
         processes=2,
+    ),
+    # Two processes of three sign together; either may fail, be slow, lose a message or act after a newer incarnation.
+    Scenario(
+        "groups",
+        (
+            Coordinator("A", (1,), at_once=True),
+            Leader("A1", 0, (1,), ("yes", "no"), member=2),
+            Member("A2", 0, (1,), ("yes", "no")),
+            Coordinator("B", (2,), at_once=True),
+        ),
+        processes=3,
     ),
     # Commands at any time beside a saving run.
     Scenario(

@@ -380,12 +380,13 @@ def next_save(saves: tuple[int, ...], local: Local, saved: bool) -> Local:
 
 @dataclass(frozen=True)
 class Worker:
-    """Process 1 of the incarnation whose coordinator is actor `boss`. `kinds`: how its part of a save may go."""
+    """`process` of the incarnation whose coordinator is actor `boss`. `kinds`: how its part of a save may go."""
 
     name: str
     boss: int
     saves: tuple[int, ...]
     kinds: tuple[str, ...]
+    process: int = 1
 
     def moves(self, engine: Engine, world: World, index: int) -> Iterator[Move]:
         local = world.actors[index]
@@ -406,17 +407,19 @@ class Worker:
         match local.pc.partition("-")[0]:
             case "stage":
                 for kind in self.kinds:
-                    name = "data-1" if kind == "yes" else "part-1"
+                    name = f"data-{self.process}" if kind == "yes" else f"part-{self.process}"
                     following = world.add((step, attempt, name), volatile=True)
                     pc = f"seal-{kind}" if engine.rules.seals_first and kind != "no" else f"receipt-{kind}"
                     yield f"{here}: writes, {kind}", moved(following, pc), Effect("write", step, attempt)
             case "seal":
-                sealed = world.volatile - {(step, attempt, "data-1"), (step, attempt, "part-1")}
+                own = {(step, attempt, f"{name}-{self.process}") for name in ("data", "part")}
+                sealed = world.volatile - own
                 pc = f"receipt-{kind}" if engine.rules.seals_first else "await"
                 yield f"{here}: seals", moved(world._replace(volatile=sealed), pc), NOTHING
             case "receipt":
                 pc = "await" if engine.rules.seals_first or kind == "no" else f"seal-{kind}"
-                yield f"{here}: receipt, {kind}", moved(world.add((step, attempt, f"receipt-1-{kind}")), pc), NOTHING
+                signed = world.add((step, attempt, f"receipt-{self.process}-{kind}"))
+                yield f"{here}: receipt, {kind}", moved(signed, pc), NOTHING
             case "await":
                 yield from self._await(engine, world, index, step, attempt)
             case "report":
