@@ -64,9 +64,10 @@ def _below(index: dict[str, Chunk], item: str) -> dict[str, Chunk]:
 def _write_tree(state: Path, directory: Path, entries: dict[str, Chunk]) -> None:
     if not entries:
         return
-    ordered = sorted((key.encode(), chunk) for key, chunk in entries.items())
+    keys = sorted(entries, key=str.encode)
     path = data_files.data_file_path()
-    nodes, manifest = ocdbt.encode(ordered, path, 0, uuid.uuid4().bytes, time.time_ns())
+    raw, values = [key.encode() for key in keys], [entries[key] for key in keys]
+    nodes, manifest = ocdbt.encode(raw, values, path, 0, uuid.uuid4().bytes, time.time_ns())
     for name, body in ((path, nodes), (ocdbt.MANIFEST, manifest)):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(body)
