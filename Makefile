@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 LOCK = requirements-$$($(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax demo bitrot unreadable bench chaos docs pictures format clean bench-quick incidents
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax demo bitrot unreadable incidents bench bench-quick chaos docs pictures format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,7 +59,7 @@ test-image: setup ## build the image here and run the demo in it; writes docs/co
 	  { apt-get update -q && apt-get install -qy --no-install-recommends podman buildah debootstrap docker-compose; }
 	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest tests/launch/test_image.py tests/launch/test_compose.py
 
-test-versions: setup ## the package beside older and newer JAX, Orbax and Pythons; into docs/versions.md (ROWS=, ONLY=; a row: 10 minutes)
+test-versions: setup ## the package beside older and newer JAX, Orbax and Pythons; into docs/versions.md (ROWS=, ONLY=; a row: 6 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/python -m tests.proof.versions --rows=$(ROWS) --only=$(ONLY) --write=docs/versions.md
 

@@ -119,11 +119,7 @@ class Agent:
             self._deletion.start(self.epoch)
 
     def __repr__(self) -> str:
-        me = self._rendezvous
-        epoch = "not opened yet" if self.epoch is None else f"epoch {self.epoch}"
-        saving = "" if self.in_flight is None else f", saving step {self.in_flight}"
-        failed = f", {self.failures} failed saves" if self.failures else ""
-        return f"<Agent {self._store.url}: process {me.process} of {me.count}, {epoch}{saving}{failed}>"
+        return _described(self, self._rendezvous, closed=self._lifetime.closed)
 
     # Questions.
 
@@ -252,7 +248,8 @@ class Agent:
         Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again."""
         if not self._lifetime.close():
             self._saves.settle()
-            return self._leave()
+            self._leave()
+            return
         try:
             self._saves.wait()
             self._deletion.wait(self.options.rendezvous_timeout_s)
@@ -294,6 +291,14 @@ class Agent:
             peer_failure.block_left(value)
         if error := self.finish():
             logging.warning("while leaving: %s", error)
+
+
+def _described(agent: Agent, me: Rendezvous, *, closed: bool) -> str:
+    parts = ["not opened yet" if agent.epoch is None else f"epoch {agent.epoch}"]
+    parts += [] if agent.in_flight is None else [f"saving step {agent.in_flight}"]
+    parts += [f"{agent.failures} failed saves"] if agent.failures else []
+    parts += ["closed"] if closed else []
+    return f"<Agent {agent._store.url}: process {me.process} of {me.count}, {', '.join(parts)}>"
 
 
 def _array_writer(options: Options, process: int) -> ArrayWriter:

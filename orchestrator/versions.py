@@ -12,7 +12,7 @@ from importlib import metadata
 from absl import logging
 
 TESTED = {"jax": "0.12", "orbax-checkpoint": "0.12", "tensorstore": "0.1"}  # all releases of these series
-_warned: set[str] = set()
+_asked = False
 
 
 def newer(installed: Callable[[str], str] = metadata.version) -> Iterator[str]:
@@ -27,11 +27,13 @@ def newer(installed: Callable[[str], str] = metadata.version) -> Iterator[str]:
 
 
 def warn_of_newer(installed: Callable[[str], str] = metadata.version) -> None:
-    """Log `newer`, each line once in a process."""
+    """Log `newer`, once in a process: it reads files of the packages, a few milliseconds."""
+    global _asked
+    if _asked:
+        return
+    _asked = True
     for line in newer(installed):
-        if line not in _warned:
-            _warned.add(line)
-            logging.warning("%s; if something is amiss, look for a newer checkpoint-orchestrator", line)
+        logging.warning("%s; if something is amiss, look for a newer checkpoint-orchestrator", line)
 
 
 def _series(version: str) -> tuple[int, ...]:

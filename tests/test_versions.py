@@ -27,11 +27,20 @@ def test_a_jax_of_a_later_series_than_the_tested_ones_is_named(have: str, is_new
     assert [line.split(" is ")[0] for line in versions.newer(installed)] == [f"jax {have}"] * is_newer
 
 
-def test_it_is_warned_of_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_warned", set())
+def test_it_is_warned_of_once_and_asked_once_however_many_agents_there_are(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def installed(name: str) -> str:
+        asked.append(name)
+        return "0.99" if name == "jax" else "0.0"
+
+    monkeypatch.setattr(versions, "_asked", False)
     for _ in range(2):
-        versions.warn_of_newer(lambda name: "0.99" if name == "jax" else "0.0")
+        versions.warn_of_newer(installed)
     assert sum("jax 0.99 is newer" in record.getMessage() for record in caplog.records) == 1
+    assert asked == list(versions.TESTED)
 
 
 def test_what_is_installed_here_has_been_tested() -> None:

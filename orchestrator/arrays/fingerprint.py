@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.jax_internals import arrays_of_shards, shards_of
+from orchestrator.arrays.jax_internals import arrays_of_shards, programs_know, shards_of
 from orchestrator.arrays.leaf_errors import about
 from orchestrator.arrays.memory_kinds import in_default_memory, on_host
 from orchestrator.rules import fingerprints
@@ -198,13 +198,14 @@ def _take(leaf: LeafSpec, value: Any, copies: list[Any] | None, places: _Places)
         places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
     parts, devices = places[value.sharding, value.shape]
     held = shards_of(value)
-    if copies is not None:
+    computed = programs_know(value.dtype)
+    if computed and copies is not None:
         yield _plan(leaf, value.shape, parts, copies, devices, _words(value.dtype))
-    elif on_host(value.sharding):
+    elif computed and on_host(value.sharding):
         yield _plan(leaf, value.shape, parts, [np.asarray(one) for one in held], devices, _words(value.dtype))
-    elif in_default_memory(value.sharding):
+    elif computed and in_default_memory(value.sharding):
         yield _plan(leaf, value.shape, parts, list(held), devices, _words(value.dtype), lent=True)
-    else:  # an accelerator's host memory
+    else:  # in an accelerator's host memory, for one
         for part, shard in zip(parts, held, strict=True):
             yield _from_host(leaf, value.shape, part, np.asarray(shard))
 

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from orchestrator.arrays import jax_internals
 from orchestrator.errors import UsageError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -30,20 +31,24 @@ _TRACING = "called while JAX traces a function; save and restore outside of jax.
 
 _NO_MESH = Mesh(np.empty((), object), ())  # what JAX has before a mesh is set; `set_mesh(None)` says so from 0.10 only
 
-_SETTINGS: tuple[Callable[[], Any], ...] = (
+_SETTINGS = {
+    "transfer_guard": "allow",
+    "disable_jit": False,
+    "default_device": None,
+    "numpy_dtype_promotion": "standard",
+    "numpy_rank_promotion": "allow",
+    "debug_nans": False,
+    "debug_infs": False,
+    "debug_key_reuse": False,
+    "check_tracer_leaks": False,
+    "no_tracing": False,
+    "no_execution": False,  # from 0.7.2 on
+}
+_CONTEXTS: tuple[Callable[[], Any], ...] = (
     lambda: jax.set_mesh(_NO_MESH),
-    lambda: jax.transfer_guard("allow"),
-    lambda: jax.disable_jit(False),
-    lambda: jax.default_device(None),
-    lambda: jax.enable_x64(True),  # 64-bit arrays stay what they are, wherever they were made
-    lambda: jax.numpy_dtype_promotion("standard"),
-    lambda: jax.numpy_rank_promotion("allow"),
-    lambda: jax.debug_nans(False),
-    lambda: jax.debug_infs(False),
-    lambda: jax.debug_key_reuse(False),
-    lambda: jax.check_tracer_leaks(False),
-    lambda: jax.no_tracing(False),
-    lambda: jax.no_execution(False),
+    jax_internals.enable_x64,  # 64-bit arrays stay what they are, wherever they were made
+    # What this JAX does not have, nobody can have set.
+    *(functools.partial(getattr(jax, name), value) for name, value in _SETTINGS.items() if hasattr(jax, name)),
 )
 
 
@@ -56,8 +61,8 @@ def own_context() -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         try:
-            for setting in _SETTINGS:
-                stack.enter_context(setting())
+            for context in _CONTEXTS:
+                stack.enter_context(context())
         except ValueError as error:  # by set_mesh, the first
             raise UsageError(_TRACING) from error
         _entered.is_so = True
@@ -71,7 +76,7 @@ def users_mesh() -> jax.sharding.Mesh:
     """The mesh that `jax.set_mesh` has set, an empty one if none is: to be asked outside of `own_context`. Raises
     UsageError inside of `jax.jit` and the like."""
     try:
-        return jax.sharding.get_mesh()
+        return jax_internals.mesh_that_is_set()
     except ValueError as error:
         raise UsageError(_TRACING) from error
 

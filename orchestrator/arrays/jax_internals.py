@@ -1,4 +1,4 @@
-"""All that this package uses of JAX's internals (jax 0.8 to 0.12), each with why no public name will do. Nothing else
+"""All that this package uses of JAX's internals (jax 0.7 to 0.12), each with why no public name will do. Nothing else
 imports `jax._src` or reads a private attribute of JAX's objects. tests/arrays/test_private_apis.py watches every one.
 """
 
@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.experimental
 import numpy as np
 from jax._src import api as _api
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
+from jax._src import mesh as _mesh
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
@@ -23,7 +25,32 @@ from jax._src.lib import xla_client as _xla  # type: ignore[attr-defined]
 _make_gloo = _jax.make_gloo_tcp_collectives
 
 
+# Settings. Public from jax 0.8 on, taken from there where it is.
+
+
+def enable_x64() -> Any:
+    """A context with 64-bit types."""
+    where: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+    return where.enable_x64(True)
+
+
+def mesh_that_is_set() -> jax.sharding.Mesh:
+    """By `jax.set_mesh`; an empty one if none is. Raises ValueError where JAX traces."""
+    if hasattr(jax.sharding, "get_mesh"):
+        return jax.sharding.get_mesh()
+    if not _core.trace_state_clean():
+        raise ValueError("JAX traces a function")
+    found: jax.sharding.Mesh = _mesh.get_concrete_mesh()
+    return found
+
+
 # Arrays.
+
+
+def programs_know(dtype: Any) -> bool:
+    """Whether XLA's programs see such elements as they are: those of jaxlib 0.7 for CPUs take four elements of two bits
+    for one. Copies to devices and back are right."""
+    return jax.__version_info__ >= (0, 8) or np.dtype(dtype).name not in ("int2", "uint2")
 
 
 def shards_of(array: Any) -> Sequence[Any]:

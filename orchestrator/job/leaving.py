@@ -36,6 +36,9 @@ INTERRUPTED = 130  # as a shell has it for SIGINT
 # Private: CPython has no public hook that comes before `concurrent.futures` stops to take work, which a save in flight
 # needs; without it `atexit` is the next best. tests/arrays/test_private_apis.py watches it.
 _before_threads_end = getattr(threading, "_register_atexit", atexit.register)
+# The releases of CPython in which no thread starts from the end of the main module on, not even before that hook: what
+# a save in flight has yet to start, fails. It is lost, and said to be; nothing that Python runs comes earlier.
+_NO_THREADS_AT_THE_END = ((3, 12, 0), (3, 12, 1))
 _numbers = itertools.count()
 _open: weakref.WeakValueDictionary[int, Unfinished] = weakref.WeakValueDictionary()
 _hooked = False
@@ -162,6 +165,8 @@ _exit_code: _ExitCode | None = None
 def _end() -> None:
     global _exit_code
     code = finish()
+    if code and sys.version_info[:3] in _NO_THREADS_AT_THE_END:
+        _tell("this Python starts no thread once the program ends; close the agent, or take Python 3.12.2 or later")
     # An uncaught exception has a code already. Interactive, `last_value` is any exception that was shown.
     if code and (getattr(sys, "last_value", None) is None or hasattr(sys, "ps1")):
         _exit_code = _ExitCode(code)

@@ -37,6 +37,7 @@ from orchestrator.errors import EXIT_FAILED, EXIT_PREEMPTED, OrchestratorError
 from orchestrator.job import bounded_calls, ignored_interrupts
 from orchestrator.job.exit_codes import describe, exit_code
 from orchestrator.job.failure_board import Board, FailureBoard, ProcessFailure
+from orchestrator.job.mistakes import without_our_frames
 from orchestrator.job.poll import Pause, poll
 from orchestrator.texts import printable
 
@@ -74,7 +75,7 @@ def install_excepthook() -> None:
             if _shown_elsewhere(error):
                 print(kind.__name__, file=sys.stderr, flush=True)
             else:
-                before(kind, error, trace)
+                before(kind, error, without_our_frames(error, trace))
         finally:
             _uncaught(error)
 

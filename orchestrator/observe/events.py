@@ -124,7 +124,7 @@ class HostLocalDiffers:
 @dataclass(frozen=True)
 class RestorePhase:
     """A long restore enters `phase` on this process, or is still in it. `elapsed_s`: since it began to read arrays.
-    `read_bytes`: of this process's arrays, so far; `total_bytes`: of about how many, 0 if that is not known."""
+    `read_bytes`: of this process's arrays, so far; `total_bytes`: of how many at most, 0 if that is not known."""
 
     step: int
     attempt: str

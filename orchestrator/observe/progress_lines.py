@@ -36,6 +36,7 @@ class ProgressLines:
         self._said_s: float | None = None
         self._waiting: list[events.SaveCommitted] = []  # not told yet, as another was told just now
         self._blocked: tuple[int, float] | None = None  # the step being saved, and for how long training stood
+        self._in_flight: int | None = None  # whether it will be saved, nobody knows yet
         self._newest: int | None = None  # that counts
         _speaking.append(self)
 
@@ -44,7 +45,7 @@ class ProgressLines:
             return
         match event:
             case events.SaveStarted():
-                self._blocked = event.step, event.blocked_s
+                self._blocked, self._in_flight = (event.step, event.blocked_s), event.step
             case events.RestorePhase(phase=events.READING):
                 self._restoring = self._restoring or _Restoring(event, self._say, self._clock, bars=self._bars)
                 self._restoring.reach(event.read_bytes, event.total_bytes or None)
@@ -53,14 +54,16 @@ class ProgressLines:
             case events.StepRestored():
                 self._newest = event.step
                 self._say(f"restored step {event.step}: {size(event.read_bytes)} in {event.elapsed_s:.1f} s")
+            case events.SaveNotCommitted():
+                self._in_flight = None
             case events.SaveCommitted():
-                self._newest = event.step
+                self._newest, self._in_flight = event.step, None
                 self._waiting.append(event)
                 if self._said_s is None or self._clock() - self._said_s >= APART_S:
                     self._flush()
             case events.Closed():
                 self._flush()
-                if line := _not_saved(event, self._newest):
+                if self._in_flight is None and (line := _not_saved(event, self._newest)):
                     self._say(line)
 
     def _end_restoring(self) -> None:

@@ -142,9 +142,9 @@ def _mapping(name: str, given: object) -> dict[str, Any]:
 
 
 def _index(value: object) -> int | None:
-    if isinstance(value, bool):
-        return None
     try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool":  # an index to numpy 2.0
+            return None
         return operator.index(value)  # type: ignore[arg-type]
     except Exception:  # TypeError; of an array that is gone or not of this process, JAX's own
         return None

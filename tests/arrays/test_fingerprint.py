@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from orchestrator.arrays import fingerprint
+from orchestrator.arrays import fingerprint, jax_internals
 from orchestrator.errors import Damaged
 from orchestrator.rules import fingerprints
 from orchestrator.rules.records import LeafSpec, ShardFingerprint
@@ -71,7 +71,7 @@ def test_wide_dtypes_count_as_words_with_and_without_x64(name: str) -> None:
     value = every_pattern(name)
     wanted = by_the_book(words_of(value))
     assert of(value) == wanted
-    with jax.enable_x64(True):
+    with jax_internals.enable_x64():
         assert of(jnp.asarray(value)) == wanted
 
 

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, S
 
 import orchestrator as oc
 import orchestrator.compat as ocp
+from orchestrator.arrays import jax_internals
 from orchestrator.arrays.jax_context import in_own_context, own_context
 from tests.support.ambient import AMBIENT, MESHES, mesh_of, settings_now
 from tests.support.leaf_values import same
@@ -32,7 +33,7 @@ def every_leaf(kind: AxisType) -> dict[str, Any]:
         return jax.device_put(value, NamedSharding(mesh, spec, **more))
 
     table = np.arange(64, dtype=np.float32).reshape(8, 8)
-    with jax.enable_x64(True):
+    with jax_internals.enable_x64():
         wide = {"i64": jnp.arange(8) + 2**40, "f64": jnp.arange(8.0) / 3, "c128": jnp.ones(3, jnp.complex128)}
     return {
         **wide,
@@ -126,7 +127,7 @@ def test_the_own_context_is_of_one_thread_and_ends_with_an_error_too() -> None:
 
             @in_own_context
             def failing() -> None:
-                raise KeyError(str(jax.sharding.get_mesh().empty))
+                raise KeyError(str(jax_internals.mesh_that_is_set().empty))
 
             with pytest.raises(KeyError, match="True"):
                 failing()
@@ -162,9 +163,8 @@ def test_targets_over_abstract_meshes_are_restored_onto_the_mesh_that_is_set(roo
     table = np.arange(64, dtype=np.float32).reshape(8, 8)
     with jax.set_mesh(MESH[kind]):
         given = targets_of(kind)
-        whole = (
-            SingleDeviceSharding(jax.devices()[0]) if kind is AxisType.Auto else NamedSharding(MESH[kind], REPLICATED)
-        )
+        names_mesh = isinstance(given["eval_shape"][0].sharding, NamedSharding)  # not before 0.8
+        whole = NamedSharding(MESH[kind], REPLICATED) if names_mesh else SingleDeviceSharding(jax.devices()[0])
         given["eval_shape"] = (given["eval_shape"][0], whole)
         state = {name: jax.device_put(table, NamedSharding(MESH[kind], ROWS)) for name in given}
         like = {name: target for name, (target, _) in given.items()}
@@ -219,7 +219,7 @@ PURE = (  # what moves nothing and runs nothing
     *("jax.tree", "jax.tree_util", "jax.sharding", "jax.dtypes", "jax.errors", "jax.ShapeDtypeStruct", "jax.Array"),
     *("jax.process_index", "jax.process_count", "jax.device_count", "jax.local_devices", "jax.devices"),
     *("jax.core.Tracer", "jnp.issubdtype", "jnp.finfo", "jnp.iinfo", "jnp.integer", "jnp.floating"),
-    *("jnp.complexfloating", "_xla.HostBufferSemantics"),
+    *("jnp.complexfloating", "_xla.HostBufferSemantics", "jax.__version_info__"),
 )
 # Functions that are not `in_own_context` themselves, as only functions that are call them (or programs, when traced).
 CALLED_INSIDE = {
@@ -234,6 +234,7 @@ CALLED_INSIDE = {
 }
 # Functions that read the settings of the program itself.
 OUTSIDE_ON_PURPOSE = {
+    "arrays.jax_internals": "enable_x64 mesh_that_is_set",
     "job.startup": "surroundings",
     "job.rendezvous": "join_failure_reports",
     "job.joining": "join _connect initialize _detect",

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import orchestrator as oc
+from orchestrator.arrays import jax_internals
 from tests.support.leaf_values import DTYPES, REJECTED_DTYPES, X64_DTYPES, bits, came_back, every_pattern, same
 
 
@@ -31,7 +32,7 @@ def test_the_list_of_dtypes_is_all_that_jax_has() -> None:
 
 
 def test_64_bit_dtypes_come_back_under_x64(agent: oc.Agent) -> None:
-    with jax.enable_x64(True):
+    with jax_internals.enable_x64():
         state = {name: jnp.asarray(every_pattern(name)) for name in X64_DTYPES}
         assert [str(array.dtype) for array in state.values()] == X64_DTYPES
         same(came_back(agent, state), state)

@@ -42,6 +42,7 @@ from tests.support.runs import merge_alone
 
 ROOT = Path(__file__).parents[2]
 WATCHED = {  # private names that the package may import: each has a test below
+    "jax._src.mesh",
     "jax._src.api",
     "jax._src.core",
     "jax._src.dispatch",

@@ -163,10 +163,25 @@ ALONE = {
     "lost, and told": Row("unclosed_told", (), 0, (), ("fenced by epoch 2",), ("orchestrator: lost",), KEPT),
     "closed": Row("closed", ("return",), 0, (), (), ("lost", "being saved"), {"": (1,)}, SLOW.format(1)),
     "closed, sys.exit": Row("closed", ("exit",), 3, (), (), ("lost", "being saved"), {"": (1,)}, SLOW.format(1)),
+    **{
+        f"mistake, {how}": Row("mistaken", (how,), code, (), ("in mistaken\n", error), ("orchestrator/", *says_not), {})
+        for how, code, error, says_not in (
+            ("argument", 2, "errors.UsageError: save", ()),
+            ("no run", 3, "errors.NotARun: ", ()),
+            ("leaf", 2, "errors.UnsupportedLeaf: ", ()),
+            ("like", 1, "errors.Mismatch: ", ()),
+            ("step", 6, "errors.StepNotFound: ", ()),
+            ("closed", 2, "errors.UsageError: save", ("KeyError",)),
+            ("after another", 2, 'KeyError: "a key of the program\'s own"', ()),
+        )
+    },
     "forked children": Row(
         *("unclosed_in_fork", (), 0, ()),
         ("raise child: 1", "exit child: 3", "return child: 0", "opened before the fork"),
         *(("lost",), {"": (1,)}, "save.write=delay:1@step=1"),
+    ),
+    "again in a forked child": Row(
+        *("again_in_fork", (), 5, (), ("child's epoch 2", "child: 0", "fenced by epoch 2"), ("takes over",), KEPT)
     ),
     "workers": Row("workers", (), 0, (), ("fork worker: -15", "spawn worker: -15"), ("lost",), KEPT),
     # Signals.
@@ -197,6 +212,19 @@ ALONE = {
         *("unclosed", ("return",), 130, (INT,), (LOST, "step 2: interrupted while it was"), (), {"": (1,)}),
         *("save.write=delay:20@step=2", FLYING),
     ),
+    **{
+        f"INT, {act}, caught": Row(
+            *("interrupted", (act,), 0, (INT,), (f"left {act}", "restored 3 0", "threads []", *says)),
+            *(("survived", "lost: "), {"": saved}, failpoints),
+        )
+        for act, failpoints, says, saved in (
+            ("stage", "save.stage=delay:20@step=2", (), (1, 3)),
+            ("restore", "restore.read=delay:20@nth=1", (), (1, 3)),
+            ("wait", SLOW.format(2), (), (1, 2, 3)),
+            ("close", SLOW.format(2), ("is closed; open another one",), (1, 2, 3)),
+            ("open", "", (), (1, 3)),
+        )
+    },
     "HUP": Row("does_not_look", (), -HUP, (HUP,), (), ("survived",), {"": ()}, "save.write=delay:20@step=1"),
     "HUP, reader": Row("reads", (), -HUP, (HUP,), (), ("survived",)),
 }
@@ -219,11 +247,29 @@ TOGETHER = {
     "INT": Row(
         *("two_wait", ("open",), -INT, (INT,), (), ("survived",), {"": (1,)}, SLOW.format(1)), to_all=True, or_code=130
     ),
+    **{
+        f"INT, {act}": Row(
+            *("two_interrupted", (act,), -INT, (INT,), (), ("survived", "cannot schedule new futures"), {"": saved}),
+            *(failpoints,),
+            to_all=True,
+            or_code=130,
+        )
+        for act, failpoints, saved in (
+            ("stage", "save.stage=delay:20@step=2", (1,)),
+            ("restore", "restore.read=delay:20@nth=1", (1,)),
+            ("wait", SLOW.format(2), (1, 2)),
+        )
+    },
     "HUP": Row("two_wait", ("open",), -HUP, (HUP,), (), ("survived",), to_all=True),
     "no service": Row("two_without_service", (), 0, (), ("JAX's preemption service is off",), (), {"": (1,)}),
     "save again": Row(
         *("two_save_again", (), 0, (), ("asked alike: True",), (), {"": (10, 20)}),
         "save.write=error@process=0@step=20@nth=1;save.write=delay:1@process=1@step=20@nth=1",
+    ),
+    "again": Row(
+        *("two_again", (), 0, ()),
+        *(("saving step 1 there: waiting", "saving step 2 there: waiting", "takes over", "epoch 3"), ("lost",)),
+        *({"": (1, 2, 3)}, "save.write=delay:0.5"),
     ),
     "whose handler": Row("jaxs_handler", (), 0, (), ("JAX's: True\nJAX's: False\n",)),
 }

@@ -20,6 +20,7 @@ import orchestrator as oc
 from orchestrator import compat
 from orchestrator.storage import PosixStorage
 from tests.support.fakes import HookedStorage, another_host
+from tests.support.gcs import new_root
 from tests.support.runs import LIKE, fill, kinds, now, state
 
 
@@ -72,6 +73,23 @@ def test_a_cell_that_is_run_again_loses_nothing_and_the_older_agent_says_what_ha
     assert kinds(root) == ["opened-epoch", "committed", "opened-epoch", "restored", "committed"]
     assert "is saving step 1 there: waiting for it" in caplog.text
     assert caplog.text.count("takes over from another agent of this process, which is closed") == 1
+
+
+@pytest.mark.parametrize("end", ["", "/", "//"])
+def test_a_cell_that_is_run_again_on_a_bucket_loses_nothing(
+    end: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_FAILPOINTS", "save.write=delay:0.5@step=1")
+    url = new_root()
+    older = oc.Agent(url, options=oc.Options(events_dir=""))
+    assert older.save(1, state(1))
+    with caplog.at_level(logging.WARNING), oc.Agent(url + end, options=now(events_dir="")) as newer:
+        restored = newer.restore(LIKE)
+        assert restored is not None and restored.step == 1 and newer.save(2, state(2))
+        with pytest.raises(oc.UsageError, match="closed when a newer agent of this process took over"):
+            older.save(3, state(3))
+    assert oc.open_run(url).all_steps() == [1, 2]
+    assert "is saving step 1 there: waiting for it" in caplog.text and "takes over" in caplog.text
 
 
 def test_an_agent_that_the_program_has_dropped_is_waited_for_as_well(root: Path) -> None:

@@ -15,7 +15,15 @@ from absl import logging
 
 import orchestrator as oc
 from orchestrator.observe import progress_lines
-from orchestrator.observe.events import Closed, Event, RestorePhase, SaveCommitted, SaveStarted, StepRestored
+from orchestrator.observe.events import (
+    Closed,
+    Event,
+    RestorePhase,
+    SaveCommitted,
+    SaveNotCommitted,
+    SaveStarted,
+    StepRestored,
+)
 from orchestrator.observe.progress_lines import ProgressLines
 from tests.support.runs import fill, now, state
 
@@ -30,6 +38,10 @@ def committed(step: int) -> Event:
 
 def line(step: int, more: str = "", blocked: str = ", blocked 0.01 s") -> str:
     return f"saved step {step}{more}: 1.2 GiB in 0.9 s{blocked}"
+
+
+def failed(step: int) -> Event:
+    return SaveNotCommitted(step, "e0001-a01", "a reason")
 
 
 def reading(mib: int, total: int) -> Event:
@@ -65,6 +77,11 @@ TOLD: dict[str, tuple[list[tuple[float, Event]], list[str]]] = {
     "after a restore": (
         [(0, StepRestored(90, "e0001-a01", 1.0, 1 << 20)), (2, Closed(0, 95))],
         ["restored step 90: 1.0 MiB in 1.0 s", f"steps 91 to 95 are not saved: the newest that is: 90; {HINT}"],
+    ),
+    "left by Ctrl-C while one is in flight": ([(0, started(5)), (2, Closed(0, 7))], []),
+    "left by Ctrl-C after one that failed, which is a warning": (
+        [(0, started(5)), (1, committed(5)), (1, started(6)), (2, failed(6)), (3, Closed(0, 6))],
+        [line(5), f"step 6 is not saved: the newest that is: 5; {HINT}"],
     ),
     "a long restore": (
         [(at, reading(at, 1 << 30)) for at in (1, 5, 9, 11, 15, 21)] + [(22, agreeing(1 << 30)), (30, Closed(0))],

@@ -12,7 +12,8 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.a" name="good"/><testcase classname="tests.a" name="skipped"><skipped/></testcase>
 <testcase classname="tests.a" name="bad"><failure/></testcase><testcase classname="" name="tests.b"><error/></testcase>
 </testsuite></testsuites>"""
-FILES = {"pyproject.toml": b"a", "requirements-3.11.lock": b"b", "requirements-3.12.lock": b"c"}
+ASKS = b'[project]\ndependencies = ["jax>=%s"]\nversion = "%s"'
+FILES = {"pyproject.toml": ASKS % (b"1", b"1"), "requirements-3.11.lock": b"b", "requirements-3.12.lock": b"c"}
 
 
 def test_tests_that_failed_or_could_not_be_collected_are_named() -> None:
@@ -20,12 +21,13 @@ def test_tests_that_failed_or_could_not_be_collected_are_named() -> None:
 
 
 def test_an_environment_is_built_again_when_what_it_is_made_from_has_changed() -> None:
-    for file, rebuilt in (
-        ("pyproject.toml", set(ROWS)),
-        ("requirements-3.11.lock", {"lock"}),
-        ("requirements-3.12.lock", {"newest"}),
+    for file, text, rebuilt in (
+        ("pyproject.toml", ASKS % (b"2", b"1"), set(ROWS)),
+        ("pyproject.toml", ASKS % (b"1", b"2"), set()),
+        ("requirements-3.11.lock", b"other", {"lock"}),
+        ("requirements-3.12.lock", b"other", {"newest"}),
     ):
-        changed = {**FILES, file: b"other"}
+        changed = {**FILES, file: text}
         assert {name for name, row in ROWS.items() if versions.key_of(row, changed) != versions.key_of(row, FILES)} == (
             rebuilt
         )
@@ -57,7 +59,9 @@ def test_a_job_is_good_if_it_went_on_from_what_it_had_saved(
 
 def test_the_table_says_what_was_not_run_and_what_went_wrong() -> None:
     went_wrong = Result("", job="exit code 4", restored={"oldest": "", "lock": "w: other"}, passed=3, failed=["t"])
-    text = versions.table({"oldest": went_wrong, "newest": Result("", missing="no Python 3.13 on this machine")})
+    went_wrong.sources = dict.fromkeys(versions.PARTS, "now")
+    missing = Result("", missing="no Python 3.13 on this machine")
+    text = versions.table({"oldest": went_wrong, "newest": missing}, "now")
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert "| **no** | 1 of 2 | 3 passed, **1 failed** |" in rows["oldest"]
     assert "| not run | not run | not run |" in rows["lock"]
@@ -68,6 +72,12 @@ def test_the_table_says_what_was_not_run_and_what_went_wrong() -> None:
         "- oldest: the checkpoint of lock: w: other",
         "- newest: no Python 3.13 on this machine",
     ]
+
+
+def test_what_was_run_of_another_source_is_not_told_as_if_it_were_of_this_one() -> None:
+    result = Result("", job="", restored={"lock": ""}, passed=3, sources={"job": "now", "checkpoints": "then"})
+    (line,) = [line for line in versions.table({"lock": result}, "now").splitlines() if line.startswith("| lock ")]
+    assert line.endswith("| yes | 1 of 1 (of an older source) | 3 passed (of an older source) |")
 
 
 def test_the_page_is_as_before_but_for_what_is_between_the_marks() -> None:

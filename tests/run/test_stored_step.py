@@ -15,6 +15,7 @@ import pytest
 
 import orchestrator as oc
 from orchestrator import arrays
+from orchestrator.arrays import jax_internals
 from orchestrator.errors import Suspect
 from orchestrator.job.read_step import ReadOptions, read_step
 from orchestrator.reader import Run
@@ -311,7 +312,7 @@ WIDE = {"int64": 2**40 + 5, "uint64": 2**63, "float64": 1 + 2.0**-40, "complex12
 def test_64_bits_in_a_process_without_x64_are_a_mismatch_before_anything_is_read(
     root: Path, dtype: str, attest: Any, cast: bool
 ) -> None:
-    with jax.enable_x64(True), oc.Agent(root, options=now(attest=attest)) as agent:
+    with jax_internals.enable_x64(), oc.Agent(root, options=now(attest=attest)) as agent:
         agent.save(1, {"w": jnp.asarray(WIDE[dtype], dtype)})
     before = snapshot(root / "steps")
     with oc.Agent(root, options=now(attest=attest)) as agent:
@@ -320,7 +321,7 @@ def test_64_bits_in_a_process_without_x64_are_a_mismatch_before_anything_is_read
         assert (agent.all_steps(), snapshot(root / "steps")) == ([1], before)
         restored = agent.restore({"w": np.zeros((), dtype)})
         assert restored is not None and restored.state["w"] == np.asarray(WIDE[dtype], dtype)
-    with jax.enable_x64(True):
+    with jax_internals.enable_x64():
         again = oc.open_run(root).restore({"w": jax.ShapeDtypeStruct((), np.dtype(dtype))})
         assert np.asarray(again.state["w"]) == np.asarray(WIDE[dtype], dtype)
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from orchestrator.arrays import jax_internals
+
 Setting = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -52,7 +54,7 @@ AMBIENT: dict[str, Setting] = {
     "transfer_guard(disallow_explicit)": lambda: jax.transfer_guard("disallow_explicit"),
     "disable_jit": lambda: jax.disable_jit(),
     "default_device": lambda: jax.default_device(jax.devices()[2]),
-    "enable_x64": lambda: jax.enable_x64(True),
+    "enable_x64": jax_internals.enable_x64,
     "promotion strict": lambda: jax.numpy_dtype_promotion("strict"),
     "rank promotion raise": lambda: jax.numpy_rank_promotion("raise"),
     "debug_nans": lambda: jax.debug_nans(True),
@@ -61,7 +63,7 @@ AMBIENT: dict[str, Setting] = {
     "checking_leaks": lambda: jax.checking_leaks(),
     "enable_checks": lambda: jax.enable_checks(True),
     "no_tracing": lambda: jax.no_tracing(True),
-    "no_execution": lambda: jax.no_execution(True),
+    **({"no_execution": lambda: jax.no_execution(True)} if hasattr(jax, "no_execution") else {}),  # from 0.7.2 on
     "prng rbg": lambda: jax.default_prng_impl("rbg"),
     "legacy_prng_key": lambda: jax.legacy_prng_key("error"),
     "ensure_compile_time_eval": lambda: jax.ensure_compile_time_eval(),
@@ -83,4 +85,4 @@ MESHES = [name for name in AMBIENT if "mesh" in name]
 def settings_now() -> dict[str, Any]:
     """Everything that JAX is set to in this thread."""
     named = {name: getattr(jax.config, name, None) for name in jax.config.values}
-    return {**named, "mesh": jax.sharding.get_mesh(), "abstract mesh": jax.sharding.get_abstract_mesh()}
+    return {**named, "mesh": jax_internals.mesh_that_is_set(), "abstract mesh": jax.sharding.get_abstract_mesh()}

@@ -153,7 +153,7 @@ def _interior(children: Sequence[_Summary]) -> bytes:
 def _keys(keys: Sequence[bytes]) -> tuple[bytes, bytes, bytes]:
     """Sorted keys as columns: lengths of the prefixes shared with the key before, lengths of the rest, the rests."""
     lengths = np.array(list(map(len, keys)), np.int64)
-    padded = np.array(keys, f"S{lengths.max()}").view(np.uint8).reshape(len(keys), -1)
+    padded = np.array(keys, f"S{np.max(lengths)}").view(np.uint8).reshape(len(keys), -1)
     differ = padded[1:] != padded[:-1]
     shared = np.minimum(differ.argmax(axis=1), np.minimum(lengths[1:], lengths[:-1]))
     taken = np.concatenate(([0], shared))
@@ -185,7 +185,7 @@ def _varints(numbers: Sequence[int] | _Numbers) -> bytes:
         lengths += (left >> np.uint64(shift)) > 0
     out = np.empty(lengths.sum(), np.uint8)
     starts = np.cumsum(lengths) - lengths
-    for index in range(int(lengths.max())):
+    for index in range(int(np.max(lengths))):
         longer = lengths > index
         low = (left[longer] >> np.uint64(7 * index)) & np.uint64(0x7F)
         more = np.where(lengths[longer] > index + 1, np.uint64(0x80), np.uint64(0))
@@ -231,10 +231,10 @@ class _Cursor:
         ends = ends[:count]
         starts = np.concatenate(([0], ends[:-1] + 1))
         lengths = ends - starts + 1
-        if lengths.max() > _VARINT_BYTES_MAX:
+        if np.max(lengths) > _VARINT_BYTES_MAX:
             raise ValueError("a number of more than 64 bits")
         values = np.zeros(count, np.uint64)
-        for index in range(int(lengths.max())):
+        for index in range(int(np.max(lengths))):
             longer = lengths > index
             values[longer] |= (window[starts[longer] + index].astype(np.uint64) & np.uint64(0x7F)) << np.uint64(
                 7 * index

@@ -29,6 +29,7 @@ from orchestrator.arrays.memory_kinds import in_default_memory, on_host
 from orchestrator.arrays.tree import Flat, Form, tree_path
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.boxes import box_of, shape_of, slices_in, volume, whole_box
+from orchestrator.rules.dtypes import ITEM_BYTES
 from orchestrator.rules.records import Box, Held, LeafSpec
 
 _CHECKSUM = {"name": "crc32c"}
@@ -447,7 +448,11 @@ def _zarr_json(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...], compr
 
 @functools.lru_cache(maxsize=256)
 def _template(dtype: str, compression: bool) -> dict[str, object]:
-    """TensorStore's own `zarr.json` of an array of `dtype`, made in memory."""
+    """TensorStore's own `zarr.json` of an array of `dtype`, made in memory. Of a small float that came to it later
+    (`float8_e8m0fnu`, with 0.1.86) what a newer one makes: chunks are written and read without it."""
+    if not _has_type(dtype):
+        assert ITEM_BYTES[dtype] == 1, dtype
+        return {**_template("uint8", compression), "data_type": dtype, "fill_value": 0.0}
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *([ZSTD] if compression else []), _CHECKSUM]
     spec = {
         "driver": "zarr3",
@@ -456,3 +461,11 @@ def _template(dtype: str, compression: bool) -> dict[str, object]:
     }
     store: Any = ts.open(spec, create=True).result(timeout=_TIMEOUT_S).kvstore
     return dict(json.loads(store.read("zarr.json").result(timeout=_TIMEOUT_S).value))
+
+
+def _has_type(dtype: str) -> bool:
+    try:
+        ts.dtype(dtype)
+    except ValueError:
+        return False
+    return True

@@ -163,6 +163,24 @@ def unclosed_in_fork(root: str) -> None:
         say(how, "child:", process.exitcode)
 
 
+def again_in_fork(root: str) -> None:
+    """An agent of a forked child is another incarnation, as one of any other process, and waits for none."""
+    agent = oc.Agent(root, options=QUICK)
+    agent.save(1, state())
+    agent.wait_until_finished()
+
+    def child() -> None:
+        with oc.Agent(root, options=QUICK) as other:
+            other.save(2, state())
+            say("child's epoch", other.epoch)
+
+    process = mp.get_context("fork").Process(target=child)
+    process.start()
+    process.join(30)
+    say("child:", process.exitcode)
+    agent.save(3, state())
+
+
 def workers(root: str) -> None:
     """Data workers beside an open agent are ended by SIGTERM, at any moment, as `multiprocessing` does it."""
     with oc.Agent(root, options=QUICK) as agent:
@@ -234,6 +252,67 @@ def does_not_look(root: str) -> None:
     with oc.Agent(root, options=QUICK) as agent:
         agent.save(1, state())
         waiting(root)
+
+
+def mistaken(root: str, how: str) -> None:
+    """Mistakes that nothing catches."""
+    if how == "argument":
+        oc.Agent(root, save=3)  # type: ignore[arg-type]
+    if how == "no run":
+        oc.open_run(root)
+    agent = oc.Agent(root, options=QUICK)
+    agent.save(1, state())
+    agent.wait_until_finished()
+    if how == "leaf":
+        agent.save(2, {"w": object()})
+    if how == "like":
+        agent.restore({"other": jnp.ones(3)})
+    if how == "step":
+        agent.restore(state(), step=9)
+    agent.close()
+    if how == "closed":
+        agent.save(2, state())
+    try:
+        raise KeyError("a key of the program's own")
+    except KeyError:
+        agent.save(3, state())
+
+
+def interrupted(root: str, act: str) -> None:
+    """Ctrl-C at a prompt: `act` is left, and the agent is used again, or says that it is closed."""
+    agent = oc.Agent(root, options=QUICK)
+    agent.save(1, state())
+    agent.wait_until_finished()
+    if act == "open":
+        os.environ["ORCHESTRATOR_FAILPOINTS"] = "epoch.before=delay:20@nth=1"  # the next agent looks it up
+        agent = oc.Agent(root, options=QUICK)
+    try:
+        threading.Timer(0.5, say, ("ready",)).start()
+        acts(agent, act)
+        say("survived")
+    except KeyboardInterrupt:
+        say("left", act)
+    if act == "close":
+        agent.close()  # waits again
+        try:
+            agent.save(3, state())
+        except oc.UsageError as error:
+            say(error)
+        agent = oc.Agent(root, options=QUICK)
+    agent.save(3, state())
+    agent.wait_until_finished()
+    restored = agent.restore(state())
+    say("restored", restored and restored.step, agent.failures)
+    agent.close()
+    say("threads", sorted({thread.name for thread in threading.enumerate()} & {"pulse", "events"}))
+
+
+def acts(agent: oc.Agent, act: str) -> None:
+    if act == "restore":
+        agent.restore(state())
+        return
+    agent.save(2, state())
+    agent.close() if act == "close" else agent.wait_until_finished()
 
 
 def reads(root: str) -> None:
@@ -314,6 +393,29 @@ def two_wait(root: str, index: int, port: int, program: str) -> None:
         os._exit(0)  # JAX, who has heard SIGTERM, may wait at the end for the others to agree on a step
     else:
         does_not_look(root)
+
+
+def two_interrupted(root: str, index: int, port: int, act: str) -> None:
+    """Ctrl-C comes to both, and nothing catches it."""
+    joined(index, port)
+    with oc.Agent(root, options=QUICK) as agent:
+        agent.save(1, state())
+        agent.wait_until_finished()
+        threading.Timer(0.5, say, ("ready",)).start()
+        acts(agent, act)
+        say("survived")
+
+
+def two_again(root: str, index: int, port: int) -> None:
+    """Every process runs the cell again that makes its agent, while the first one saves."""
+    joined(index, port)
+    for step in (1, 2, 3):
+        agent = oc.Agent(root, options=QUICK)
+        restored = agent.restore(state())
+        assert (restored.step if restored else 0) == step - 1
+        agent.save(step, state())
+    agent.close()
+    say("epoch", agent.epoch)
 
 
 def two_train(root: str, index: int, port: int) -> None:
