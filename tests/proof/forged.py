@@ -266,7 +266,7 @@ def entries_of(image: Image) -> dict[bytes, Any]:
 
 def stored_as(image: Image, entries: dict[bytes, Any]) -> None:
     name = node_of(image)
-    nodes, tree = ocdbt.encode(sorted(entries.items()), name, 0, bytes(16), 1)
+    nodes, tree = ocdbt.encode(sorted(entries), [entries[key] for key in sorted(entries)], name, 0, bytes(16), 1)
     image.put("state/" + name, nodes)
     image.put("state/" + ocdbt.MANIFEST, tree)
 
@@ -346,7 +346,8 @@ def unlisted(image: Image) -> None:
 def keys_twice(image: Image) -> None:
     entries = sorted(entries_of(image).items())
     name = node_of(image)
-    nodes, tree = ocdbt.encode([entries[0], *entries], name, 0, bytes(16), 1)
+    twice = [entries[0], *entries]
+    nodes, tree = ocdbt.encode([key for key, _ in twice], [chunk for _, chunk in twice], name, 0, bytes(16), 1)
     image.put("state/" + name, nodes)
     image.put("state/" + ocdbt.MANIFEST, tree)
 

@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -149,7 +150,9 @@ def _load(checkout: Path, manager: str) -> Any:
 
     class MultiProcessTest(absltest.TestCase):
         def multiprocess_create_tempdir(self, name: str) -> str:
-            path = os.path.join(tempfile.mkdtemp(prefix="orbax-suite-"), name)
+            folder = tempfile.mkdtemp(prefix="orbax-suite-")
+            self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+            path = os.path.join(folder, name)
             os.mkdir(path)
             return path
 

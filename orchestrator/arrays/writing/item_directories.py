@@ -64,10 +64,10 @@ def _below(index: dict[str, Chunk], item: str) -> dict[str, Chunk]:
 def _write_tree(state: Path, directory: Path, entries: dict[str, Chunk]) -> None:
     if not entries:
         return
-    keys = sorted(entries, key=str.encode)
+    names = sorted(entries)  # as their bytes are: UTF-8 keeps the order of code points
     path = data_files.data_file_path()
-    raw, values = [key.encode() for key in keys], [entries[key] for key in keys]
-    nodes, manifest = ocdbt.encode(raw, values, path, 0, uuid.uuid4().bytes, time.time_ns())
+    encoded, chunks = [name.encode() for name in names], [entries[name] for name in names]
+    nodes, manifest = ocdbt.encode(encoded, chunks, path, 0, uuid.uuid4().bytes, time.time_ns())
     for name, body in ((path, nodes), (ocdbt.MANIFEST, manifest)):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(body)
