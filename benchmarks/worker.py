@@ -204,6 +204,11 @@ def peak() -> int:
     return _status("VmHWM")
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return _status("VmRSS")
+
+
 def _status(name: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024

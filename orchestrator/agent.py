@@ -94,14 +94,10 @@ class Agent:
         self._schedule = SaveSchedule(policy, me, timeout_s)
         self._deletion = BackgroundDeletion(self._store)
         signals = Signals(me, incarnation_id)
+        self._writer = _array_writer(self.options, me.process)
+        coordinator = _coordinator(self._store, me, signals, keep, self.options) if me.process == 0 else None
         self._participants = ParticipantFactory(
-            self._store,
-            _array_writer(self.options, me.process),
-            me,
-            signals,
-            _coordinator(self._store, me, signals, keep, self.options) if me.process == 0 else None,
-            self.options,
-            committed=self._committed,
+            self._store, self._writer, me, signals, coordinator, self.options, committed=self._committed
         )
         self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
@@ -234,7 +230,9 @@ class Agent:
                 load_once=self.options.load_once,
                 read=_read_options(self.options, partial, cast),
             )
-            return restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
+            restored = restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
+            self._writer.prepare(like)
+            return restored
 
     # Waiting and leaving.
 
@@ -274,6 +272,7 @@ class Agent:
             self._leave()
 
     def _leave(self) -> None:
+        self._writer.close(GRACE_S)
         self._listening.stop(leaving=self._schedule.preempted)
         self._telemetry.close()
         self._lifetime.over(self.in_flight)
@@ -310,6 +309,8 @@ def _array_writer(options: Options, process: int) -> ArrayWriter:
             skip_when_full=options.when_full == "skip",
             timeout_s=options.save_timeout_s,
             compare_own=options.host_local != "ignore",
+            stage=options.stage,
+            stage_margin=options.stage_margin,
         ),
         process,
     )

@@ -26,6 +26,10 @@ class Options:
     blocks the least. A larger state makes `save` wait for the store ("wait"), or is not saved ("skip"): when_full.
     restore_bytes_max: how much of a state that goes to accelerators one process may hold on the host while it restores;
     None: 256 MiB, as fast as with more. What one leaf has on this process goes alone if it is more.
+    stage: how a state on accelerators leaves them. "device": `save` copies it there, which training hardly notices, and
+    it goes to the host afterwards; "host": straight to page-locked host memory, for which a step that donates the state
+    waits; "auto": "device" where there is room for the copy. stage_margin: the share of a device's memory that must
+    stay free of it and of the most that training has used.
     attest: "save" has the devices compute a fingerprint of every array, independent of the sharding, records it and
     aborts the save if replicas of a shard differ; "full" also compares it after a restore.
     host_local: what happens where a leaf that every host has its own of (numpy, Python values, arrays and keys on one
@@ -56,6 +60,8 @@ class Options:
     host_bytes_max: int | None = None
     when_full: Literal["wait", "skip"] = "wait"
     restore_bytes_max: int | None = None
+    stage: Literal["auto", "device", "host"] = "auto"
+    stage_margin: float = 0.1
     attest: Literal["off", "save", "full"] = "off"
     host_local: Literal["warn", "error", "ignore"] = "warn"
     load_once: bool = False
@@ -78,6 +84,8 @@ class Options:
             arguments.flag("progress", self.progress)
         arguments.choice("on_save_failure", self.on_save_failure, "warn", "raise")
         arguments.choice("when_full", self.when_full, "wait", "skip")
+        arguments.choice("stage", self.stage, "auto", "device", "host")
+        arguments.share("stage_margin", self.stage_margin)
         arguments.choice("attest", self.attest, "off", "save", "full")
         arguments.choice("host_local", self.host_local, "warn", "error", "ignore")
         for name in ("host_bytes_max", "restore_bytes_max"):

@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -36,15 +37,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.jax_internals import programs_know
+from orchestrator.arrays.jax_internals import arrays_of_shards, programs_know, shards_of
 from orchestrator.arrays.leaf_errors import about
-from orchestrator.arrays.memory_kinds import in_default_memory
+from orchestrator.arrays.memory_kinds import in_default_memory, on_host
 from orchestrator.rules import fingerprints
 from orchestrator.rules.boxes import box_of, whole_box
 from orchestrator.rules.records import Box, LeafSpec, ShardFingerprint
 
 _SMALL_BYTES = 256 << 10  # shards below this are computed many at a time
 _TOGETHER = 64
+_LARGE_TOGETHER = 8
 _WORD = 1 << 32
 _HOST = -1
 
@@ -61,13 +63,24 @@ class LocalShard:
 
 @dataclass
 class Fingerprints:
-    """Fingerprints on their way from the devices."""
+    """Fingerprints on their way from the devices. held: what has not been begun yet, and may be in any thread."""
 
     waiting: list[tuple[list[tuple[str, LocalShard]], Any]] = field(default_factory=list)
+    held: dict[_Kind, list[_Item]] = field(default_factory=dict)
+
+    @in_own_context
+    def launch(self) -> None:
+        """Begin computing what is held, and release it. One thread."""
+        while self.held:
+            kind, items = self.held.popitem()
+            for group in _groups(items, _most(kind)):
+                parts = [(item.leaf.name, item.parts[at]) for at in range(len(kind.devices)) for item in group]
+                self.waiting.append((parts, _launch(kind, group)))
 
     @in_own_context
     def result(self) -> dict[str, list[tuple[LocalShard, str]]]:
         """Leaf name -> this process's shards and their fingerprints. Any thread; waits for the devices."""
+        self.launch()
         found: dict[str, list[tuple[LocalShard, str]]] = {}
         for parts, lanes in self.waiting:
             for (name, part), row in zip(parts, np.asarray(lanes).reshape(-1, 4).tolist(), strict=True):
@@ -99,13 +112,15 @@ class _Kind:
 
 @dataclass(frozen=True)
 class _Item:
-    """One leaf: its parts and their data, by device; the position of each part's first word, the strides in words."""
+    """One leaf: its parts and their data, by device (in numpy's memory, or there); the position of each part's first
+    word, the strides in words. lent: the data is of the caller's own arrays, who may donate them."""
 
     leaf: LeafSpec
     parts: list[LocalShard]
     data: list[Any]
     bases: list[int]
     strides: list[int]
+    lent: bool = False
 
 
 # (sharding, shape) -> the addressable shards and their devices: most leaves of a model share a few of them.
@@ -113,24 +128,33 @@ _Places = dict[Any, tuple[list[LocalShard], tuple[Any, ...]]]
 
 
 @in_own_context
-def start(leaves: Iterable[tuple[LeafSpec, Any]]) -> Fingerprints:
-    """Begin computing the fingerprints of these arrays (jax.Array or numpy), as far as this process holds them.
+def start(
+    leaves: Iterable[tuple[LeafSpec, Any]], copies: Mapping[str, list[Any]] = MappingProxyType({})
+) -> Fingerprints:
+    """Begin computing the fingerprints of these arrays (jax.Array or numpy), as far as this process holds them. Those
+    that need not be begun at once are `held`: arrays on CPU devices, which JAX does not reuse while they are, and those
+    of which there are `copies`: by the leaf's name, all shards that this process has.
 
     Main thread. When it returns, device arrays may be donated and numpy arrays overwritten.
     """
-    by_kind: dict[_Kind, list[_Item]] = {}
+    now, later = Fingerprints(), Fingerprints()
     places: _Places = {}
     for leaf, value in leaves:
         with about(leaf):
-            for kind, item in _take(leaf, value, places):
-                by_kind.setdefault(kind, []).append(item)
-    prints = Fingerprints()
-    for kind, items in by_kind.items():
-        small = math.prod(kind.shape) * kind.dtype.itemsize < _SMALL_BYTES
-        for group in _groups(items, _TOGETHER if small else 1):
-            parts = [(item.leaf.name, item.parts[at]) for at in range(len(kind.devices)) for item in group]
-            prints.waiting.append((parts, _launch(kind, group)))
-    return prints
+            for kind, item in _take(leaf, value, copies.get(leaf.name), places):
+                into = now if item.lent else later
+                into.held.setdefault(kind, []).append(item)
+    now.launch()
+    now.held = later.held
+    return now
+
+
+def _most(kind: _Kind) -> int:
+    """How many leaves one program takes. Launching one takes half a millisecond, and compiling longer the more of large
+    ones it takes; on CPUs nobody waits for the launch."""
+    if math.prod(kind.shape) * kind.dtype.itemsize < _SMALL_BYTES:
+        return _TOGETHER
+    return 1 if kind.devices[0].platform == "cpu" else _LARGE_TOGETHER
 
 
 def of(leaf: LeafSpec, value: Any) -> str:
@@ -159,7 +183,7 @@ def _groups(items: list[_Item], most: int) -> Iterator[list[_Item]]:
         first += size
 
 
-def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, _Item]]:
+def _take(leaf: LeafSpec, value: Any, copies: list[Any] | None, places: _Places) -> Iterator[tuple[_Kind, _Item]]:
     if not isinstance(value, jax.Array):
         whole = whole_box(value.shape)
         yield _from_host(leaf, value.shape, LocalShard(whole, 0, _HOST), value)
@@ -173,14 +197,16 @@ def _take(leaf: LeafSpec, value: Any, places: _Places) -> Iterator[tuple[_Kind, 
         found = [LocalShard(box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
         places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
     parts, devices = places[value.sharding, value.shape]
-    if value.is_fully_replicated:  # `addressable_data` would give the first device's copy for each
-        data = [shard.data for shard in value.addressable_shards]
-    else:
-        data = [value.addressable_data(index) for index in range(len(parts))]
-    if in_default_memory(value.sharding) and programs_know(value.dtype):
-        yield _plan(leaf, value.shape, parts, data, devices, _words(value.dtype))
+    held = shards_of(value)
+    computed = programs_know(value.dtype)
+    if computed and copies is not None:
+        yield _plan(leaf, value.shape, parts, copies, devices, _words(value.dtype))
+    elif computed and on_host(value.sharding):
+        yield _plan(leaf, value.shape, parts, [np.asarray(one) for one in held], devices, _words(value.dtype))
+    elif computed and in_default_memory(value.sharding):
+        yield _plan(leaf, value.shape, parts, list(held), devices, _words(value.dtype), lent=True)
     else:  # in an accelerator's host memory, for one
-        for part, shard in zip(parts, data, strict=True):
+        for part, shard in zip(parts, held, strict=True):
             yield _from_host(leaf, value.shape, part, np.asarray(shard))
 
 
@@ -191,12 +217,13 @@ def _from_host(leaf: LeafSpec, shape: tuple[int, ...], part: LocalShard, value: 
     if words > 1:
         value = value.reshape(*value.shape, 1).view(np.uint32)
     else:
-        value = value.view(f"u{value.dtype.itemsize}") & np.asarray(_mask(value.dtype), f"u{value.dtype.itemsize}")
+        unsigned = f"u{value.dtype.itemsize}"
+        value = np.asarray(value.view(unsigned) & np.asarray(_mask(value.dtype), unsigned))
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # jax_platforms names an accelerator only
         device = jax.local_devices()[0]
-    return _plan(leaf, shape, [part], [jax.device_put(value, device)], (device,), words)
+    return _plan(leaf, shape, [part], [value], (device,), words)
 
 
 def _plan(
@@ -206,6 +233,8 @@ def _plan(
     data: list[Any],
     devices: tuple[Any, ...],
     words: int,
+    *,
+    lent: bool = False,
 ) -> tuple[_Kind, _Item]:
     strides = [words * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     bases = [sum(map(int.__mul__, part.box.start, strides)) for part in parts]
@@ -213,7 +242,7 @@ def _plan(
     whole = len(parts) == 1 or all(part.box == parts[0].box for part in parts)
     large = words * math.prod(shape) > _WORD
     kind = _Kind(devices, tuple(data[0].shape), data[0].dtype, large, whole)
-    return kind, _Item(leaf, parts, data, bases, [*strides, *inner])
+    return kind, _Item(leaf, parts, data, bases, [*strides, *inner], lent)
 
 
 def _words(dtype: Any) -> int:
@@ -238,10 +267,17 @@ def _launch(kind: _Kind, group: list[_Item]) -> Any:
     arrays = []
     for item in group:
         with about(item.leaf):  # JAX before 0.9 looks here first whether it was deleted
-            arrays.append(jax.make_array_from_single_device_arrays(shape, sharding, item.data))
+            arrays.append(_together(shape, sharding, item.data, kind.devices))
     bases = _halves([[item.bases[at] for item in group] for at in range(count)])
     strides = _halves([item.strides for item in group])
-    return _program(kind.devices, kind.large, kind.whole)(arrays, bases, strides)
+    alike = math.prod(kind.shape) * kind.dtype.itemsize < _SMALL_BYTES
+    return _program(kind.devices, kind.large, kind.whole, alike)(arrays, bases, strides)
+
+
+def _together(shape: tuple[int, ...], sharding: NamedSharding, data: list[Any], devices: tuple[Any, ...]) -> jax.Array:
+    if isinstance(data[0], np.ndarray):
+        return arrays_of_shards(shape, data[0].dtype, sharding, [data], devices, copied=False)[0]
+    return jax.make_array_from_single_device_arrays(shape, sharding, data)
 
 
 def _halves(numbers: Any) -> np.ndarray[Any, Any]:
@@ -256,13 +292,16 @@ def _mesh(devices: tuple[Any, ...]) -> Mesh:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(devices: tuple[Any, ...], large: bool, whole: bool) -> Any:
+def _program(devices: tuple[Any, ...], large: bool, whole: bool, joined: bool) -> Any:
+    """joined: the arrays are small, and computed as one."""
     part, shard = PartitionSpec() if whole else PartitionSpec("shard"), PartitionSpec("shard")
 
     def lanes(arrays: list[Any], bases: Any, strides: Any) -> Any:
         bits = [_bits(array) for array in arrays]
-        together = jnp.stack(bits) if len(bits) > 1 else bits[0][None]
-        return jax.vmap(functools.partial(_sum, large=large))(together, bases[0], strides)[None]
+        if not joined:
+            sums = [_sum(one, bases[0, at], strides[at], large=large) for at, one in enumerate(bits)]
+            return jnp.stack(sums)[None]
+        return jax.vmap(functools.partial(_sum, large=large))(jnp.stack(bits), bases[0], strides)[None]
 
     mapped = jax.shard_map(
         lanes, mesh=_mesh(devices), in_specs=(part, shard, PartitionSpec()), out_specs=shard, check_vma=False

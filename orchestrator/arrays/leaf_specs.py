@@ -64,6 +64,11 @@ def check_live(label: str, value: jax.Array) -> None:
 def _describe_jax(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
     if is_key(value.dtype):
         return _describe_key(path, value)
+    return describe_array(path, value)
+
+
+def describe_array(path: tuple[str, ...], value: Any) -> LeafSpec:
+    """Of an array of numbers, or of what has its dtype, shape and sharding. Raises UnsupportedLeaf."""
     name, stored, sharding, chunk = _array_form(value.dtype, value.shape, value.sharding)
     if (stored or name) not in STORABLE:
         raise UnsupportedLeaf(f"{'/'.join(path)}: dtype {name} cannot be stored; cast it to one that TensorStore has")

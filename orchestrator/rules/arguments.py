@@ -56,6 +56,12 @@ def seconds(name: str, value: object, most: float = SECONDS_MAX) -> float:
     return number
 
 
+def share(name: str, value: object) -> None:
+    number = _number(value)
+    if number is None or not 0 <= number < 1:
+        raise rejection(name, value, "a share: at least 0, less than 1")
+
+
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):  # "no" would be true
         raise rejection(name, value, "True or False")

@@ -41,6 +41,8 @@ OPTIONS: Mapping[str, Strictness] = {
     "host_bytes_max": Strictness.NOTED,  # hosts may have more and less memory
     "when_full": Strictness.SAME,
     "restore_bytes_max": Strictness.NOTED,
+    "stage": Strictness.OWN,  # hosts may have more and less memory
+    "stage_margin": Strictness.OWN,
     "attest": Strictness.SAME,  # fingerprints of some prove nothing, and a collective of some hangs
     "host_local": Strictness.SAME,
     "load_once": Strictness.SAME,

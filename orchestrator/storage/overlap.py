@@ -27,6 +27,11 @@ class Begun(Generic[Value]):
     def age_s(self) -> float:
         return time.monotonic() - self.began_s
 
+    @property
+    def ended(self) -> bool:
+        """Whether the call has ended, well or not."""
+        return self._future.done()
+
     def result(self, timeout_s: float | None = None) -> Value:
         """What the call returns, when it does. Raises what it raises, TimeoutError after `timeout_s`."""
         return self._future.result(timeout_s)

@@ -76,24 +76,50 @@ def test_accelerators_and_cpus_restore_what_the_other_saved_with_the_same_chunks
     assert chunks_of(tmp_path / "other") == chunks_of(root)
 
 
-def spoiled_after_saving(root: Path, sharding: NamedSharding, count: int, spoil: Any) -> None:
+def spoiled_after_saving(root: Path, sharding: NamedSharding, count: int, spoil: Any, **options: Any) -> None:
     """`spoil` donates the state that it is given and makes another one."""
-    state = {str(number): jax.device_put(np.full((512, 4096), number, np.float32), sharding) for number in range(count)}
-    with oc.Agent(root, options=oc.Options(on_save_failure="raise")) as agent:
-        assert agent.save(1, state)
-        for _ in range(3):
-            state = spoil(state)
-        jax.block_until_ready(state)
-        agent.wait_until_finished()
-        restored = agent.restore(like=state)
-    assert restored is not None
-    for number in range(count):
-        assert (np.asarray(restored.state[str(number)]) == number).all()
+
+    def fresh() -> dict[str, Any]:
+        state = {str(at): jax.device_put(np.full((512, 4096), at, np.float32), sharding) for at in range(count)}
+        rows = len(ACCELERATORS)
+        return state | {
+            f"small{at}": jax.device_put(np.full((rows, 8 << at), at, np.float32), sharding) for at in range(12)
+        }
+
+    with oc.Agent(root, options=oc.Options(on_save_failure="raise", **options)) as agent:
+        assert agent.restore(like=fresh()) is None
+        for step in range(1, 4):  # the first before, the others after small arrays can be packed
+            state = fresh()
+            assert agent.save(step, state)
+            for _ in range(3):
+                state = spoil(state)
+            jax.block_until_ready(state)
+            agent.wait_until_finished()
+            agent._writer.close(60)
+            restored = agent.restore(like=state)
+            assert restored is not None and restored.step == step
+            same(restored.state, fresh())
 
 
-def test_a_state_donated_right_after_save_returns_cannot_leak_into_the_checkpoint(root: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"stage": "auto"}, {"stage": "device"}, {"stage": "host"}, {"attest": "full"}, {"host_bytes_max": 20 * MIB}],
+    ids=lambda given: "-".join(map(str, *given.items())),
+)
+def test_a_state_donated_right_after_save_returns_cannot_leak_into_the_checkpoint(
+    root: Path, options: dict[str, Any]
+) -> None:
     spoil = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
-    spoiled_after_saving(root, on(ACCELERATORS, PartitionSpec("data")), 16, spoil)
+    spoiled_after_saving(root, on(ACCELERATORS, PartitionSpec("data")), 16, spoil, **options)
+
+
+def test_a_snapshot_leaves_no_memory_of_the_devices_taken(root: Path) -> None:
+    state = {str(at): jax.device_put(np.full((512, 4096), at, np.float32), ACCELERATORS[0]) for at in range(32)}
+    with oc.Agent(root, options=now(stage="device")) as agent:
+        agent.save(1, state)
+        before = ACCELERATORS[0].memory_stats()["bytes_in_use"]
+        agent.save(2, state)
+        assert ACCELERATORS[0].memory_stats()["bytes_in_use"] == before
 
 
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])

@@ -131,13 +131,14 @@ def test_many_leaves_at_once_have_each_its_own(mesh8: jax.sharding.Mesh) -> None
         assert fingerprints.total(once.values()) == by_the_book(words_of(value))
 
 
-def test_positions_beyond_32_bits_count() -> None:
+@pytest.mark.parametrize("joined", [True, False])
+def test_positions_beyond_32_bits_count(joined: bool) -> None:
     """No machine here holds such an array: the shard's place in it is told, as the caller does."""
     value = np.arange(60, dtype=np.uint32).reshape(3, 20)
     columns, row, column = 3_000_000_000, 5_000_000_007, 2_999_999_980
     strides = np.array([columns, 1], np.uint64)
     first = row * columns + column
-    program = fingerprint._program((jax.devices()[0],), True, True)
+    program = fingerprint._program((jax.devices()[0],), True, True, joined)
     halves = fingerprint._halves
     lanes = program([jnp.asarray(value)], halves([[first]]), halves([strides]))
     wanted = [by_the_book(words.tolist(), first + index * columns, large=True) for index, words in enumerate(value)]

@@ -17,21 +17,27 @@ class PartQueue:
     """One thread adds, several take; everything is read and changed under one lock.
 
     limit_bytes: how much may be staged and not yet written. None: no limit, and all parts are added before any is
-    taken.
+    taken, unless it was said to `expect_more`.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
-        self._limit = limit_bytes
+        self.limit_bytes = self._limit = limit_bytes
         self._changed = threading.Condition()  # its lock guards all that follows
         self._parts: deque[StagedPart] = deque()
         self._open = limit_bytes is not None
         self._error: BaseException | None = None
         self._held_bytes = self._peak_bytes = 0
 
+    def expect_more(self) -> None:
+        """Parts are taken while others are still added."""
+        with self._changed:
+            self._open = True
+
     def wait_for_room(self, size: int, deadline: float) -> None:
         """Wait until `size` bytes fit, or nothing is held (so that a leaf above the limit goes alone). Raises
         WaitTimeout at `deadline` (monotonic), and what a writing thread failed with."""
-        assert self._limit is not None
+        if self._limit is None:
+            return
         with self._changed:
             while self._held_bytes and self._held_bytes + size > self._limit:
                 if self._error is not None:

@@ -20,22 +20,27 @@ from orchestrator.arrays.writing.write_plan import LeafPlan, Pieces, as_stored
 StagedPart = tuple[Any, Pieces]  # a shard's elements, which np.asarray gives on the host, and its chunks to write
 
 
-def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[list[Any]]:
-    """Start copying leaves on accelerators (`off_host`) to the host: all at once, in this order. Returns, for each
-    leaf, copies of the shards that this process writes. JAX runs a program that donates the leaves only after the
-    copies.
+def start(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[Any]:
+    """Start copying leaves on accelerators (`off_host`) to the host: all at once. Returns copies of their
+    `shards_to_write`. JAX runs a program that donates the leaves only after the copies.
 
     Where page-locked memory has run out (XLA uses 64 GB at most, or XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB), the copies are
     numpy arrays, and this call waits for them.
     """
-    if not leaves:
-        return []
-    shards = [[shards_of(as_stored(plan.leaf, value))[index] for index, _ in plan.shards] for plan, value in leaves]
+    return to_host(shards) if (shards := shards_to_write(leaves)) else []
+
+
+def shards_to_write(leaves: Sequence[tuple[LeafPlan, Any]]) -> list[Any]:
+    """Those shards of the leaves that this process writes, in order."""
+    return [shards_of(as_stored(plan.leaf, value))[index] for plan, value in leaves for index, _ in plan.shards]
+
+
+def to_host(shards: list[Any]) -> list[Any]:
+    """As `start`: copies of arrays of one device each."""
     try:
-        copies = iter(page_locked.copies([shard for of_leaf in shards for shard in of_leaf]))
-        return [[next(copies) for _ in of_leaf] for of_leaf in shards]
+        return page_locked.copies(shards)
     except page_locked.NO_ROOM:
-        return [[_copy(shard) for shard in of_leaf] for of_leaf in shards]
+        return [_copy(shard) for shard in shards]
 
 
 def _copy(shard: Any) -> Any:

@@ -13,7 +13,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +34,11 @@ from orchestrator.arrays.writing import data_files, merged_tree
 from orchestrator.arrays.writing.own_copies import OwnCopies, Turns
 from orchestrator.arrays.writing.own_copies import take as take_own
 from orchestrator.arrays.writing.part_queue import PartQueue
-from orchestrator.arrays.writing.staging import start, take, take_small
-from orchestrator.arrays.writing.write_plan import Plan, plan_of
+from orchestrator.arrays.writing.snapshot import Snapshots
+from orchestrator.arrays.writing.snapshot_feed import SnapshotFeed
+from orchestrator.arrays.writing.staging import shards_to_write, start, take, take_small, to_host
+from orchestrator.arrays.writing.warm_up import WarmUp
+from orchestrator.arrays.writing.write_plan import LeafPlan, Plan, plan_of
 from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.chunk_index import Chunk
@@ -57,7 +60,7 @@ class ArrayOptions:
     """compression: zstd for each chunk (smaller, several times slower on a fast disk). host_bytes_max: how much of a
     state this process may hold that is not written yet; None: all of it. A larger one is rejected (`skip_when_full`),
     or written while it is staged, for at most timeout_s.
-    compare_own: compute digests of leaves of which every process has its own copy.
+    compare_own: compute digests of leaves of which every process has its own copy. stage, stage_margin: as in Options.
     """
 
     compression: bool = False
@@ -65,6 +68,8 @@ class ArrayOptions:
     skip_when_full: bool = False
     timeout_s: float = 600.0
     compare_own: bool = True
+    stage: str = "auto"
+    stage_margin: float = 0.1
 
 
 class ArrayWriter:
@@ -72,6 +77,18 @@ class ArrayWriter:
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
         self._process, self._options, self._turns = process, options, Turns()
+        self._warm_up = WarmUp(options.host_bytes_max)
+        self._snapshots = Snapshots(options.stage, options.stage_margin, self._warm_up)
+
+    def prepare(self, like: Any) -> None:
+        """Get ready, on a thread of its own, to save states like this one: arrays, or jax.ShapeDtypeStruct with
+        shardings. Nothing to do on CPU devices. Main thread."""
+        if self._options.stage != "host" and not self._options.compression:
+            self._warm_up.expect(like)
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for what `prepare` has begun."""
+        self._warm_up.wait(timeout_s)
 
     def recorded(self, spec: TreeSpec) -> TreeSpec:
         """The tree spec as readers need it: compressed chunks are not raw elements."""
@@ -96,11 +113,12 @@ class ArrayWriter:
         if not small and self._options.skip_when_full:
             raise StorageError(f"{size} bytes of the state are on this process, host_bytes_max is {limit}: skipped")
         plan = plan_of(flat, self._process, self._options.compression, held)
-        prints = fingerprint.start(self._attested(flat, plan)) if attest else None
         own = take_own(flat, plan, self._turns) if plan.own and self._options.compare_own else None
-        pending = PendingWrite(directory, flat, plan, PartQueue(None if small else limit), prints, own)
+        pending = PendingWrite(directory, flat, plan, PartQueue(None if small else limit), own)
         try:
-            pending.stage(flat.values, None if small else time.monotonic() + self._options.timeout_s)
+            pending.stage(flat.values, self._snapshots, None if small else time.monotonic() + self._options.timeout_s)
+            if attest:
+                pending.attest(self._attested(flat, plan))
         except BaseException:
             pending.stop()
             raise
@@ -138,39 +156,61 @@ class PendingWrite:
         flat: Flat,
         plan: Plan,
         queue: PartQueue,
-        prints: fingerprint.Fingerprints | None,
         own: OwnCopies | None = None,
     ) -> None:
-        self._directory, self._plan, self._prints, self._own = directory.rstrip("/"), plan, prints, own
+        self._directory, self._plan, self._own = directory.rstrip("/"), plan, own
+        self._prints: fingerprint.Fingerprints | None = None
+        self._feed: SnapshotFeed | None = None
         # Elements of small leaves: those on the host, and those that accelerators still copy.
         self._small, self._coming = b"", list[Any]()
         self._strings = [(leaf.name, leaf.value) for leaf in flat.spec.leaves if leaf.kind == "str"]
         self._queue, self._progress = queue, _Progress()
-        self._pool = ThreadPoolExecutor(_THREADS + 1, thread_name_prefix="write")
+        self._pool = ThreadPoolExecutor(_THREADS + 2, thread_name_prefix="write")
         self._running: list[Future[None]] = []
         self._files: dict[str, data_files.DataFile] = {}
         self._store = f"ocdbt.process_{plan.process}"
 
-    def stage(self, values: Sequence[Any], deadline: float | None) -> None:
+    def stage(self, values: Sequence[Any], snapshots: Snapshots, deadline: float | None) -> None:
         """For the writer: take all leaves. deadline (monotonic): given where the state exceeds the memory budget; then
         it is written while it is taken."""
-        at_once = self._plan.off_host if deadline is None else self._plan.small_off_host
-        started = iter(start([(plan, values[number]) for number, plan in at_once]))
-        self._coming = [copy for _ in self._plan.small_off_host for copy in next(started)]
+        off_host = [(plan, values[number]) for number, plan in self._plan.off_host]
+        self._feed = self._from_snapshot(off_host, snapshots)
+        at_once = [] if self._feed else off_host[: None if deadline is None else len(self._plan.small_off_host)]
+        started = iter(start(at_once))
+        self._coming = [next(started) for _, plan in self._plan.small_off_host if not self._feed for _ in plan.shards]
         if deadline is not None:
             self._begin(_THREADS)
         for number, plan in self._plan.large:
+            if plan.off_host and self._feed:
+                continue
             if deadline is not None:
                 self._queue.wait_for_room(_host_bytes(plan.leaf, values[number]), deadline)
             with about(plan.leaf):
                 if plan.off_host:
-                    copies = next(started) if deadline is None else start([(plan, values[number])])[0]
-                    parts = [(copy, pieces) for copy, (_, pieces) in zip(copies, plan.shards, strict=True)]
+                    copies = iter(start([(plan, values[number])])) if deadline is not None else started
+                    parts = [(next(copies), pieces) for _, pieces in plan.shards]
                 else:
                     parts = take(plan, values[number])
             self._queue.add(parts)
         self._small = take_small((plan, values[number]) for number, plan in self._plan.small_on_host)
-        self._queue.end()
+        if not self._feed:
+            self._queue.end()
+
+    def _from_snapshot(self, leaves: Sequence[tuple[LeafPlan, Any]], snapshots: Snapshots) -> SnapshotFeed | None:
+        """What brings `leaves` to the host later, from a copy of them on their devices; None where none was made."""
+        shards = shards_to_write(leaves)
+        snapshot = snapshots.take(self._plan, shards)
+        if snapshot is None:
+            return None
+        direct = to_host([shards[number] for number in snapshot.uncopied]) if snapshot.uncopied else []
+        pieces = [pieces for plan, _ in leaves for _, pieces in plan.shards]
+        self._queue.expect_more()
+        return SnapshotFeed(snapshot, pieces, dict(zip(snapshot.uncopied, direct, strict=True)))
+
+    def attest(self, leaves: Iterable[tuple[LeafSpec, Any]]) -> None:
+        """For the writer, after `stage`: have fingerprints of these arrays computed, in the background if what is held
+        of them allows it."""
+        self._prints = fingerprint.start(leaves, self._feed.whole(self._plan) if self._feed else {})
 
     def _begin(self, threads: int) -> None:
         opened = data_files.opener(f"{self._directory}/{self._store}")
@@ -239,10 +279,12 @@ class PendingWrite:
         deadline = time.monotonic() + timeout_s
         stop = self._progress.stop
         try:
-            if not self._running and (size := self._queue.waiting_bytes):
+            size = self._queue.waiting_bytes + (self._feed.large_bytes if self._feed else 0)
+            beside = [self._pool.submit(self._beside, deadline)] if self._feed or self._prints else []
+            if not self._running and size:
                 self._begin(min(_THREADS, 1 + size // _THREAD_BYTES))
             rest = self._pool.submit(self._write_rest)
-            _watch([*self._running, rest], deadline, given_up, stop, timeout_s)
+            _watch([*beside, *self._running, rest], deadline, given_up, stop, timeout_s)
         finally:
             self.stop()
             report_retries(self._directory)
@@ -251,9 +293,16 @@ class PendingWrite:
         if written != self._plan.chunk_count:  # the receipt promises all of them
             raise StorageError(f"{written} of {self._plan.chunk_count} chunks were written")
 
+    def _beside(self, deadline: float) -> None:
+        if self._prints:  # first: the snapshot's arrays are deleted as they arrive on the host
+            self._prints.launch()
+        if self._feed:
+            self._feed.run(self._queue, self._progress.stop, deadline)
+
     @in_own_context
     def _write_rest(self) -> None:
-        small, first = self._small + b"".join(np.asarray(copy).tobytes() for copy in self._coming), 0
+        coming = self._feed.small() if self._feed else b"".join(np.asarray(copy).tobytes() for copy in self._coming)
+        small, first = self._small + coming, 0
         self._small, self._coming = b"", []
         for key, size in self._plan.small_chunks:
             raw = small[first : first + size]

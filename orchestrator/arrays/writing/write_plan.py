@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,14 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from orchestrator.arrays.element_types import numpy_dtype
+from orchestrator.arrays.element_types import bit_count, is_key, numpy_dtype
 from orchestrator.arrays.format import ocdbt, orbax_files
 from orchestrator.arrays.format.compressed import ZSTD
 from orchestrator.arrays.inline_values import fits_int64
 from orchestrator.arrays.leaf_errors import about
+from orchestrator.arrays.leaf_specs import describe_array
 from orchestrator.arrays.memory_kinds import in_default_memory, on_host
-from orchestrator.arrays.tree import Flat, Form
+from orchestrator.arrays.tree import Flat, Form, tree_path
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.boxes import box_of, shape_of, slices_in, volume, whole_box
 from orchestrator.rules.dtypes import ITEM_BYTES
@@ -221,6 +222,83 @@ def _new_plan(flat: Flat, process: int, compression: bool, held: tuple[Held, ...
     )
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A shard on a device before there is one. small: its chunk goes with the receipt. direct: no program of ours
+    copies it within the device: of PRNG keys' data, and of elements of less than a byte, whose layout depends on where
+    they come from."""
+
+    device: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    small: bool
+    direct: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+
+def shards_off_host(plan: Plan, shards: Sequence[Any]) -> list[Shard]:
+    """`shards`, arrays of one device each: those of `plan.off_host` that this process writes, in order."""
+    few, given, found = len(plan.small_off_host), iter(shards), []
+    for number, (_, leaf) in enumerate(plan.off_host):
+        for _ in leaf.shards:
+            shard = next(given)
+            direct = leaf.leaf.kind == "key" or bit_count(shard.dtype) < 8
+            device = next(iter(shard.sharding.device_set))
+            found.append(Shard(device, shard.shape, shard.dtype, number < few, direct))
+    return found
+
+
+def shards_expected(like: Any) -> list[Shard]:
+    """What this process will write of states like this one (arrays, or jax.ShapeDtypeStruct with shardings) from
+    accelerators, in the order of `Plan.off_host`. A forecast: leaves that each process has its own of are taken for
+    shared ones, and PRNG keys left out."""
+    small, large, layouts = list[Shard](), list[Shard](), _Layouts()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, jax.sharding.Sharding) or on_host(sharding) or not in_default_memory(sharding):
+            continue
+        if is_key(leaf.dtype) or 0 in leaf.shape or bit_count(leaf.dtype) < 8:
+            continue
+        form = _Expected(tuple(leaf.shape), leaf.dtype, sharding)
+        plan = _of_shards(describe_array(tree_path(path), form), form, "jax.Array", layouts)
+        devices = [shard.device for shard in form.addressable_shards]
+        shape = sharding.shard_shape(form.shape)
+        into = small if plan.small else large
+        into += [Shard(devices[index], shape, leaf.dtype, plan.small) for index, _ in plan.shards]
+    return [*small, *large]
+
+
+@dataclass(frozen=True)
+class _ExpectedShard:
+    index: tuple[slice, ...]
+    replica_id: int
+    device: Any
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """As much of an array as a plan asks for."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: jax.sharding.Sharding
+
+    @property
+    def addressable_shards(self) -> list[_ExpectedShard]:
+        seen: dict[Box, int] = {}
+        found = []
+        places: Any = self.sharding.devices_indices_map(self.shape)
+        for device, index in places.items():
+            box = box_of(index, self.shape)
+            seen[box] = seen.get(box, -1) + 1
+            if device.process_index == jax.process_index():
+                found.append(_ExpectedShard(index, seen[box], device))
+        return found
+
+
 def views(flat: Flat) -> list[holders.View]:
     """How this process sees each leaf: the processes on whose devices it is; None where it is not an array of JAX."""
     return [_holders(value.sharding) if isinstance(value, jax.Array) else None for value in flat.values]
@@ -311,7 +389,7 @@ class _Layout:
     shards: tuple[tuple[int, Box, int, tuple[Box, ...]], ...]
 
 
-def _of_shards(leaf: LeafSpec, value: jax.Array, type_name: str, layouts: _Layouts) -> LeafPlan:
+def _of_shards(leaf: LeafSpec, value: jax.Array | _Expected, type_name: str, layouts: _Layouts) -> LeafPlan:
     """Each chunk is written by one of the replicas that hold it, in turn, so that replicated arrays are spread evenly
     over their hosts."""
     key = (value.sharding, value.shape, leaf.file_shape, leaf.chunk)
@@ -330,7 +408,7 @@ def _of_shards(leaf: LeafSpec, value: jax.Array, type_name: str, layouts: _Layou
     return LeafPlan(leaf, type_name, named, boxes, value.sharding, small=small)
 
 
-def _layout(leaf: LeafSpec, value: jax.Array) -> _Layout:
+def _layout(leaf: LeafSpec, value: jax.Array | _Expected) -> _Layout:
     assert leaf.chunk is not None
     shape = leaf.file_shape
     shards = tuple(

@@ -37,12 +37,15 @@ def test_numpy_arrays_changed_right_after_save_do_not_leak_into_the_checkpoint(r
     same(restored.state, wanted)
 
 
-def test_jax_arrays_donated_right_after_save_do_not_leak_into_the_checkpoint(root: Path) -> None:
+@pytest.mark.parametrize("attest", ["off", "full"])
+def test_jax_arrays_donated_right_after_save_do_not_leak_into_the_checkpoint_or_its_fingerprints(
+    root: Path, attest: Any
+) -> None:
     wanted = slow_to_write()
     state = {name: jnp.asarray(array).copy() for name, array in wanted.items()}
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     jax.block_until_ready(overwrite({name: jnp.zeros_like(array) for name, array in state.items()}))  # compile first
-    with oc.Agent(root, options=oc.Options(on_save_failure="raise")) as agent:
+    with oc.Agent(root, options=oc.Options(on_save_failure="raise", attest=attest)) as agent:
         agent.save(1, state)
         after = jax.block_until_ready(overwrite(state))
         for array in state.values():
