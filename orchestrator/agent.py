@@ -231,7 +231,7 @@ class Agent:
                 read=_read_options(self.options, partial, cast),
             )
             restored = restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
-            self._writer.prepare(like)
+            self._writer.prepare(like if restored is None else restored.state)
             return restored
 
     # Waiting and leaving.

@@ -52,6 +52,7 @@ class ReusedArrays:
         self._most_bytes = most_bytes
         self._free: dict[Form, list[Any]] = {}
         self._free_bytes = 0
+        self._is_ours = True  # to write to, as far as anybody has tried
 
     def prepare(self, forms: Sequence[Form]) -> None:
         """Make arrays of these forms, on several threads: until it is written to, memory is slow."""
@@ -60,19 +61,27 @@ class ReusedArrays:
 
     @in_own_context
     def take(self, forms: Sequence[Form]) -> list[Any] | None:
-        """An array of each form, with whatever is in it; None where there is no such memory, or no more of it."""
+        """An array of each form, with whatever is in it; None where there is no such memory, no more of it, or none
+        that numpy sees."""
         taken: list[Any] = []
         try:
-            for form in forms:
+            for form in forms if self._is_ours else ():
                 free = self._taken(form)
-                taken.append(_made(form) if free is None else free)
+                taken.append(self._new(form) if free is None else free)
             jax.block_until_ready(taken)  # nothing of JAX writes to them any more
+            self._is_ours = self._is_ours and all(map(_is_on_host, taken))
         except NO_ROOM:
             self.give_back(taken)
             return None
-        if all(map(_is_on_host, taken)):
+        if self._is_ours:
             return taken
+        self._free.clear()
+        self._free_bytes = 0
         return None
+
+    def _new(self, form: Form) -> Any:
+        self._keep_at_most(self._most_bytes - _bytes(form))
+        return _made(form)
 
     def _taken(self, form: Form) -> Any:
         free = self._free.get(form)
@@ -84,13 +93,20 @@ class ReusedArrays:
     def give_back(self, arrays: Sequence[Any]) -> None:
         """Arrays that were taken, and that nothing reads or writes any more."""
         for array in arrays:
-            while self._free and self._free_bytes + array.nbytes > self._most_bytes:
-                form = next(iter(self._free))  # the one that has been here the longest
-                if self._taken(form) is None:
-                    del self._free[form]
+            self._keep_at_most(self._most_bytes - array.nbytes)
             form = (*array.sharding.device_set, array.shape, array.dtype)
             self._free.setdefault(form, []).append(array)
             self._free_bytes += array.nbytes
+
+    def _keep_at_most(self, size: int) -> None:
+        while self._free and self._free_bytes > size:
+            form = next(iter(self._free))  # the one that has been here the longest
+            if self._taken(form) is None:
+                del self._free[form]
+
+
+def _bytes(form: Form) -> int:
+    return math.prod(form[1]) * form[2].itemsize
 
 
 def _is_on_host(array: Any) -> bool:
@@ -102,7 +118,7 @@ def _is_on_host(array: Any) -> bool:
 @in_own_context
 def _made(form: Form) -> Any:
     device, shape, dtype = form
-    size = math.prod(shape) * dtype.itemsize
+    size = _bytes(form)
     target = SingleDeviceSharding(device, memory_kind=PINNED_HOST)
     # `device_put` may take the zeros over as they are, whatever `may_alias` says.
     zeros = _zeros(size).view(dtype).reshape(shape)

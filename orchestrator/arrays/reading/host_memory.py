@@ -49,6 +49,11 @@ class Slab(Arena):
     """Aligned buffers in one allocation that is used again, for arrays that are copied to accelerators: fresh memory
     for all of them would cost more time than the copies, and as much memory as the state has."""
 
+    @property
+    def bytes(self) -> int:
+        """That it has."""
+        return len(self._memory)
+
     def reset(self, size: int) -> None:
         """Hand out `size` bytes from now on; buffers handed out before lie in the same memory."""
         if size > len(self._memory):

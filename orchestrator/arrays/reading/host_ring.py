@@ -88,14 +88,26 @@ class HostRing:
 
     def _allocated(self, groups: Sequence[BufferGroup], size: int) -> _Part:
         self._held_bytes += size
-        part = _Part(groups, size, self._slabs.pop() if self._slabs else Slab())
+        part = _Part(groups, size, Slab())
         for group in groups:
             if (forms := _forms(group)) and (locked := self._page_locked.take(forms)):
                 group.locked = locked
                 group.buffers = [memory(array).view(group.dtype).reshape(1, *array.shape) for array in locked]
                 part.locked += locked
-        part.slab.reset(sum(group.bytes for group in groups if not group.locked))
+        part.slab = self._slab(sum(group.bytes for group in groups if not group.locked))
         return part
+
+    def _slab(self, size: int) -> Slab:
+        """One that has `size` bytes: the smallest that is free and large enough, else the largest, made larger. What it
+        has grown by, others that are free give up if all together have more than they may."""
+        self._slabs.sort(key=lambda slab: slab.bytes)
+        fits = (at for at, slab in enumerate(self._slabs) if slab.bytes >= size)
+        slab = self._slabs.pop(next(fits, -1)) if self._slabs else Slab()
+        in_use = sum(part.slab.bytes for part in (*self._reading, *self._copying)) + max(size, slab.bytes)
+        while self._slabs and in_use + sum(one.bytes for one in self._slabs) > self._most_bytes:
+            self._slabs.pop()
+        slab.reset(size)
+        return slab
 
     def _make_room(self, values: list[Any]) -> None:
         """Some of the memory can be used again afterwards. There is always something to copy, if possible."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import SingleDeviceSharding
 
+from orchestrator.arrays.element_types import carrier
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.arrays.writing.write_plan import Shard
 
@@ -120,7 +121,13 @@ def _copied(groups: list[list[Any]]) -> list[Any]:
 
 
 def _packed(groups: list[list[Any]]) -> list[Any]:
-    return [_joined([shard.reshape(-1) for shard in group]) for group in groups]
+    return [_joined([_as_bits(shard.reshape(-1)) for shard in group]) for group in groups]
+
+
+def _as_bits(elements: Any) -> Any:
+    """XLA joins small floats as larger ones where it has nothing better (CPUs: bfloat16), which changes NaNs."""
+    carried = carrier(elements.dtype)
+    return elements if carried is None else jax.lax.bitcast_convert_type(elements, carried)
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from orchestrator.arrays.writing.staging import StagedPart
-from orchestrator.errors import WaitTimeout
+from orchestrator.errors import StorageError, WaitTimeout
 
 _WAKE_S = 0.5  # a waiting thread polls this often, even if nothing wakes it
 
@@ -35,13 +35,16 @@ class PartQueue:
 
     def wait_for_room(self, size: int, deadline: float) -> None:
         """Wait until `size` bytes fit, or nothing is held (so that a leaf above the limit goes alone). Raises
-        WaitTimeout at `deadline` (monotonic), and what a writing thread failed with."""
+        WaitTimeout at `deadline` (monotonic), what a writing thread failed with, and StorageError once the write has
+        been given up: nobody makes room any more."""
         if self._limit is None:
             return
         with self._changed:
             while self._held_bytes and self._held_bytes + size > self._limit:
                 if self._error is not None:
                     raise self._error
+                if not self._open:
+                    raise StorageError("the write was given up while parts of the state waited for room")
                 if time.monotonic() > deadline:
                     raise WaitTimeout(
                         f"{self._held_bytes} bytes of the state are not written yet, host_bytes_max is {self._limit}; "

@@ -37,7 +37,10 @@ class Room:
         return all([self._fits(device, size) for device, size in sizes.items()])
 
     def _fits(self, device: Any, size: int) -> bool:
-        stats = device.memory_stats() or {}
+        try:
+            stats = device.memory_stats() or {}
+        except (ValueError, jax.errors.JaxRuntimeError):  # a device that is another machine's, behind a proxy
+            stats = {}
         limit, in_use = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
         peak = stats.get("peak_bytes_in_use", limit) - self._own.get(device, 0)
         self._needed[device] = max(self._needed.get(device, 0), peak, in_use)
@@ -58,6 +61,12 @@ class Snapshot:
     arrays: dict[int, Any] = field(default_factory=dict)
     groups: dict[int, tuple[int, ...]] = field(default_factory=dict)
     uncopied: list[int] = field(default_factory=list)
+
+    @property
+    def uncopied_bytes(self) -> int:
+        """Of those whose chunks go to files."""
+        shards = (self.layout.shards[number] for number in self.uncopied)
+        return sum(shard.nbytes for shard in shards if not shard.small)
 
 
 class Snapshots:

@@ -27,9 +27,12 @@ class SnapshotFeed:
     """pieces: by number of the shard, the chunks to write of it, whose keys go before the elements. direct: copies on
     the host, or on their way there, of shards that are not in the snapshot."""
 
-    def __init__(self, snapshot: Snapshot, pieces: Sequence[Pieces], direct: dict[int, Any]) -> None:
-        self._snapshot, self._pieces, self._direct = snapshot, pieces, direct
+    def __init__(self, snapshot: Snapshot, pieces: Sequence[Pieces], direct: Mapping[int, Any]) -> None:
+        self._snapshot, self._pieces = snapshot, pieces
         self._shards = snapshot.layout.shards
+        # Each is used by a thread of its own.
+        self._small = {number: copy for number, copy in direct.items() if self._shards[number].small}
+        self._direct = {number: copy for number, copy in direct.items() if not self._shards[number].small}
 
     @property
     def large_bytes(self) -> int:
@@ -45,22 +48,20 @@ class SnapshotFeed:
             numbers, first = range(first, first + len(leaf.shards)), first + len(leaf.shards)
             assert leaf.sharding is not None
             every = len(leaf.shards) == len(leaf.sharding.addressable_devices)
-            if every and all(
-                n in at and len(self._snapshot.arrays[at[n]].shape) == len(self._shards[n].shape) for n in numbers
-            ):
+            if every and all(self._is_copied(number, at) for number in numbers):
                 found[leaf.leaf.name] = [self._snapshot.arrays[at[number]] for number in numbers]
         return found
 
     def _is_copied(self, number: int, at: Mapping[int, int]) -> bool:
         """Whether a shard is an array of its own, not one that was packed alone."""
-        return number in at and self._snapshot.arrays[at[number]].shape == self._shards[number].shape
+        copy, shard = self._snapshot.arrays[at[number]] if number in at else None, self._shards[number]
+        return copy is not None and (copy.shape, copy.dtype) == (shard.shape, shard.dtype)
 
     @in_own_context
     def small(self) -> bytes:
         """The elements of all shards whose chunks go with the receipt, in order. Any thread, once."""
-        found = {
-            number: np.asarray(copy).tobytes() for number, copy in self._direct.items() if self._shards[number].small
-        }
+        found = {number: np.asarray(copy).tobytes() for number, copy in self._small.items()}
+        self._small.clear()
         arrays = self._numbers(small=True)
         for number, host in zip(arrays, to_host(self._taken(arrays)), strict=True):
             found |= {shard: part.tobytes() for shard, part in self._parts(number, host)}
@@ -71,10 +72,9 @@ class SnapshotFeed:
         """Add all other shards to `queue`, and end it. deadline (monotonic): to wait for room in it until then."""
         error: BaseException | None = None
         try:
-            for number, copy in self._direct.items():
-                if not self._shards[number].small:
-                    queue.wait_for_room(self._shards[number].nbytes, deadline)
-                    queue.add([(copy, self._pieces[number])])
+            for number in list(self._direct):
+                queue.wait_for_room(self._shards[number].nbytes, deadline)
+                queue.add([(self._direct.pop(number), self._pieces[number])])
             coming: list[tuple[int, Any]] = []
             limit = queue.limit_bytes
             for group in self._groups(GROUP_BYTES if limit is None else min(GROUP_BYTES, limit // 2)):

@@ -44,20 +44,31 @@ class WarmUp:
         self._under_way: Begun[None] | None = None
 
     def expect(self, like: Any) -> None:
-        """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings."""
-        layout = layout_of(shards_expected(like))
+        """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings. Where it cannot be foreseen
+        what a save will copy, the first one gets ready itself."""
+        try:
+            layout = layout_of(shards_expected(like))
+        except Exception as error:  # a forecast must not cost the restore that it comes after
+            logging.info("nothing is ready for the first save beforehand: %s", error)
+            return
         if layout.shards:
             self.begin(layout)
 
     def begin(self, layout: Layout) -> None:
         """Begin to get ready for such snapshots, unless something is under way."""
         if self._under_way is None or self._under_way.ended:
-            self._under_way = overlap.begin(lambda: self._run(layout))
+            self._under_way = overlap.begin(lambda: self._try_to_run(layout))
 
     def wait(self, timeout_s: float) -> None:
         """Until nothing is under way, or for `timeout_s`."""
         if self._under_way:
             self._under_way.wait(timeout_s)
+
+    def _try_to_run(self, layout: Layout) -> None:
+        try:
+            self._run(layout)
+        except Exception as error:  # no memory on the device, for one: nobody else would ever hear of it
+            logging.warning("not all is ready for the next save beforehand, which takes longer: %s", error)
 
     @in_own_context
     def _run(self, layout: Layout) -> None:

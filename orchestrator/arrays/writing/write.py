@@ -200,7 +200,9 @@ class PendingWrite:
         """What brings `leaves` to the host later, from a copy of them on their devices; None where none was made."""
         shards = shards_to_write(leaves)
         snapshot = snapshots.take(self._plan, shards)
-        if snapshot is None:
+        limit = self._queue.limit_bytes
+        # What goes straight to the host is all there at once.
+        if snapshot is None or (limit is not None and snapshot.uncopied_bytes > limit):
             return None
         direct = to_host([shards[number] for number in snapshot.uncopied]) if snapshot.uncopied else []
         pieces = [pieces for plan, _ in leaves for _, pieces in plan.shards]

@@ -205,6 +205,29 @@ def test_the_ring_holds_no_more_than_its_bytes_or_one_leaf(ring: Any, sizes: Any
     assert [value.nbytes for value in values] == sizes
 
 
+@pytest.mark.parametrize("kind", ["page-locked", "ordinary"])
+def test_memory_that_is_kept_for_later_parts_stays_within_bounds(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A leaf that is larger than the ring, again and again: of its memory there is one piece."""
+    if kind == "ordinary":
+        monkeypatch.setattr(host_ring, "_forms", lambda group: [])
+    sizes = [*([MIB] * 5), *([9 * MIB, MIB, MIB, MIB, 7 * MIB, MIB, MIB, 8 * MIB, MIB] * 3)]
+    noted, values, ring = Noted(True), [None] * len(sizes), HostRing(4 * MIB)
+    peak, allocated = 0, ring._allocated
+
+    def measured(groups: Any, size: int) -> Any:
+        nonlocal peak
+        part = allocated(groups, size)
+        parts = (*ring._reading, *ring._copying, part)
+        slabs = sum(one.slab.bytes for one in parts) + sum(slab.bytes for slab in ring._slabs)
+        locked = sum(array.nbytes for one in parts for array in one.locked) + ring._page_locked._free_bytes
+        peak = max(peak, slabs + locked)
+        return part
+
+    monkeypatch.setattr(ring, "_allocated", measured)
+    ring.load(noted, groups_of(sizes), values)
+    assert peak <= 9 * MIB + 4 * MIB
+
+
 def test_what_a_read_raises_is_raised_and_nothing_is_begun_after_it(ring: Any) -> None:
     noted = Noted(fails="1")
     with pytest.raises(Suspect, match=r"^1: chunk is missing"):
@@ -235,6 +258,14 @@ def test_page_locked_arrays_are_given_out_again_by_form_and_kept_within_bounds()
 
 def test_memory_that_is_not_the_hosts_or_is_used_up_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert page_locked.ReusedArrays(MIB).take([form(64)]) is not None
+
+    def no_address(array: Any) -> bool:
+        raise jax.errors.JaxRuntimeError(
+            "INVALID_ARGUMENT: unsafe_buffer_pointer() is for PjRt-compatible backends only"
+        )
+
+    monkeypatch.setattr(page_locked, "_is_on_host", no_address)
+    assert page_locked.ReusedArrays(MIB).take([form(64)]) is None
     monkeypatch.setattr(page_locked, "_is_on_host", lambda array: False)
     assert page_locked.ReusedArrays(MIB).take([form(64)]) is None
     monkeypatch.setattr(page_locked, "PINNED_HOST", "no such memory")

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.arrays.writing.part_queue import PartQueue
 from orchestrator.arrays.writing.staging import StagedPart
-from orchestrator.errors import WaitTimeout
+from orchestrator.errors import StorageError, WaitTimeout
 
 
 def staged(count: int = 1) -> list[StagedPart]:
@@ -62,6 +62,14 @@ def test_every_part_is_taken_once_and_the_budget_is_kept() -> None:
             thread.join(10)
         assert len(taken) == 600
         assert queue.held_bytes == 0 and queue.peak_bytes <= limit
+
+
+def test_waiting_for_room_ends_when_the_write_is_given_up() -> None:
+    queue = PartQueue(4)
+    queue.add(staged())
+    threading.Timer(0.1, queue.end).start()
+    with pytest.raises(StorageError, match="given up"):
+        queue.wait_for_room(4, deadline=time.monotonic() + 30)
 
 
 def test_waiting_for_room_ends_at_the_deadline_and_with_a_writers_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import orchestrator as oc
+from orchestrator.arrays import ArrayOptions, ArrayWriter, WriteStopped, page_locked
 from orchestrator.arrays.tree import flatten
-from orchestrator.arrays.writing import copy_programs, staging, write_plan
+from orchestrator.arrays.writing import copy_programs, data_files, staging, write_plan
 from orchestrator.arrays.writing.snapshot import Room, Snapshot
 from orchestrator.arrays.writing.warm_up import regions
 from tests.support.leaf_values import DTYPES, every_pattern, same
@@ -34,6 +37,7 @@ def mixed() -> dict[str, Any]:
     rows, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
     rng = np.random.default_rng(0)
     tree: dict[str, Any] = {name: jax.device_put(every_pattern(name), everywhere) for name in DTYPES}
+    tree |= {f"{name} again": jax.device_put(every_pattern(name)[::-1], everywhere) for name in DTYPES}  # to be joined
     tree |= {f"large{at}": jax.device_put(rng.random((256, 1024), np.float32), rows) for at in range(3)}
     tree |= {f"packed{at}": jax.device_put(rng.random((4, 512 + at), np.float32), rows) for at in range(9)}
     tree |= {f"tiny{at}": jax.device_put(np.float32(at), devices[at % 2]) for at in range(9)}
@@ -102,6 +106,59 @@ def test_a_snapshot_is_of_few_arrays_and_keeps_none_on_the_device_once_it_is_on_
     assert not second.arrays
 
 
+def test_what_cannot_be_copied_on_the_devices_stays_within_the_memory_budget(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elements of less than a byte go straight to the host, where they count."""
+    state = {
+        str(at): jax.device_put(np.full((8, 1 << 17), at - 8).astype(jnp.int4), jax.devices()[0]) for at in range(16)
+    }
+    begun: list[int] = []
+    copies = page_locked.copies
+
+    def counted(shards: list[Any]) -> list[Any]:
+        begun.append(sum(shard.nbytes for shard in shards))
+        return copies(shards)
+
+    monkeypatch.setattr(page_locked, "copies", counted)
+    options = oc.Options(stage="device", host_bytes_max=4 * MIB, on_save_failure="raise")
+    with oc.Agent(root, options=options) as agent:
+        agent.save(1, state)
+        same(agent.restore(like=state).state, state)  # type: ignore[union-attr]
+    assert sum(begun) == 16 * MIB and max(begun) <= 4 * MIB
+
+
+def test_a_write_that_is_given_up_while_it_waits_for_room_ends_its_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {str(at): jax.device_put(np.full((512, 512), at, np.float32), jax.devices()[0]) for at in range(8)}
+    disk_works = threading.Event()
+    append = data_files._LocalFile.append
+
+    def stuck(*given: Any) -> int:
+        disk_works.wait(60)
+        return append(*given)
+
+    monkeypatch.setattr(data_files._LocalFile, "append", stuck)
+    before = set(threading.enumerate())
+    writer = ArrayWriter(ArrayOptions(stage="device", host_bytes_max=2 * MIB), process=0)
+    pending = writer.stage(f"file://{tmp_path}/state", flatten(state))
+    feed, queue = pending._feed, pending._queue
+    assert feed is not None
+    try:
+        with pytest.raises(WriteStopped):
+            pending.finish(600, given_up=lambda: queue.held_bytes == 2 * MIB)
+        deadline = time.monotonic() + 10
+        while feed._snapshot.arrays and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not feed._snapshot.arrays  # the devices have their memory back
+    finally:
+        disk_works.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive(), thread.name
+
+
 class Device:
     """As much of a device as Room asks."""
 
@@ -110,6 +167,11 @@ class Device:
 
     def memory_stats(self) -> dict[str, int] | None:
         return self.stats
+
+
+class FarDevice(Device):
+    def memory_stats(self) -> dict[str, int] | None:
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: only supported for addressable PjRt devices")
 
 
 def test_a_snapshot_fits_beside_the_most_that_training_has_needed_and_the_margin() -> None:
@@ -127,6 +189,7 @@ def test_a_snapshot_fits_beside_the_most_that_training_has_needed_and_the_margin
     unknown = Device()
     unknown.stats = None
     assert not Room(0.1).fits({unknown: 1})
+    assert not Room(0.1).fits({FarDevice(): 1})
 
 
 @pytest.mark.parametrize("size", [1, 2 * MIB, 3 * MIB, 3 << 30, (3 << 30) + 1, 5_234_567_891, 4 << 30, 1023 * MIB])
@@ -163,3 +226,17 @@ def test_without_memory_for_a_snapshot_the_state_goes_through_the_host(
         kept = overwritten(state)
         same(agent.restore(like=wanted).state, wanted)  # type: ignore[union-attr]
     del kept
+
+
+def test_a_target_of_which_nothing_can_be_foreseen_is_restored_all_the_same(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"w": jax.device_put(np.arange(1 << 18, dtype=np.float32), jax.devices()[0])}
+    abstract = NamedSharding(AbstractMesh((2,), ("data",)), PartitionSpec("data"))
+    with oc.Agent(root, options=oc.Options(on_save_failure="raise")) as agent:
+        monkeypatch.setattr(write_plan, "on_host", lambda sharding: not sharding.device_set)
+        like = {"w": jax.ShapeDtypeStruct((1 << 18,), np.float32, sharding=abstract)}
+        assert agent.restore(like) is None
+        agent.save(1, state)
+        with jax.set_mesh(Mesh(np.array(jax.devices()[:2]), ("data",))):
+            same(agent.restore(like).state, state)  # type: ignore[union-attr]
