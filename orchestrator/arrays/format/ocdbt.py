@@ -181,7 +181,7 @@ def _varints(numbers: Sequence[int] | _Numbers) -> bytes:
     if not left.size:
         return b""
     lengths = np.ones(left.shape, np.int64)
-    for shift in range(7, int(left.max()).bit_length(), 7):
+    for shift in range(7, int(np.max(left)).bit_length(), 7):
         lengths += (left >> np.uint64(shift)) > 0
     out = np.empty(lengths.sum(), np.uint8)
     starts = np.cumsum(lengths) - lengths

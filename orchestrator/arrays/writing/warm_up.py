@@ -44,12 +44,12 @@ class WarmUp:
         self._under_way: Begun[None] | None = None
 
     def expect(self, like: Any) -> None:
-        """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings. Where it cannot be foreseen
-        what a save will copy, the first one gets ready itself."""
+        """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings. A target that cannot be
+        restored, or that only the mesh that is set completes, is left to whoever restores it."""
         try:
             layout = layout_of(shards_expected(like))
-        except Exception as error:  # a forecast must not cost the restore that it comes after
-            logging.info("nothing is ready for the first save beforehand: %s", error)
+        except Exception as error:  # an abstract mesh, a sharding that does not divide the shape, an odd dtype
+            logging.debug("nothing is made ready for saves: %s", error)
             return
         if layout.shards:
             self.begin(layout)
