@@ -119,30 +119,37 @@ def _planned(step: int, path: Path, skip: frozenset[str]) -> PlannedStep:
 
 def _steps(base: Path, root: str, choice: Choice) -> tuple[dict[int, Path], tuple[Path, ...]]:
     """The steps in a directory, or the one that it is; and what is called like one and is none that we know."""
+    same = os.path.realpath(base) == os.path.realpath(local_path(root) or "")
+    if orbax_directory.is_checkpoint(base):
+        return _alone(base, same, choice), ()
     there = orbax_directory.survey(base, prefix=choice.prefix)
     steps, strange = dict(there.steps), there.strange
     prefixes = sorted({orbax_directory.prefix_of(path.name) for path in steps.values()})
     if len(prefixes) > 1:
         named = ", ".join(repr(prefix) for prefix in prefixes)
         raise UsageError(f"{base}: holds steps with the prefixes {named}; say which: --prefix={prefixes[-1]}")
-    same = os.path.realpath(base) == os.path.realpath(local_path(root) or "")
     if steps and choice.prefix is not None and same and _others(base, set(steps.values())):
         raise UsageError(
             f"{base}: holds steps of other prefixes, beside which a run here would be rejected; give another ROOT, and "
             f"--from={base}"
         )
     if not steps and not strange and orbax_directory.is_step(base):
-        number = choice.as_step if choice.as_step is not None else orbax_directory.number_of(base.name)
-        if same:
-            raise UsageError(f"{base}: is one checkpoint; give another directory as ROOT, and --from={base}")
-        if number is None:
-            raise UsageError(f"{base}: is one checkpoint, with no number in its name; say which step: --as_step=0")
-        return {arguments.step(number): base}, ()
+        return _alone(base, same, choice), ()
     if not steps and not strange:
         raise UsageError(f"{base}: no steps of an Orbax CheckpointManager in it; check the path")
     if choice.as_step is not None:
         raise UsageError(f"{base}: holds {len(steps)} steps with numbers; --as_step is for one checkpoint alone")
     return steps, strange
+
+
+def _alone(base: Path, same: bool, choice: Choice) -> dict[int, Path]:
+    """A directory that is one checkpoint. same: it is the run's root."""
+    number = choice.as_step if choice.as_step is not None else orbax_directory.number_of(base.name)
+    if same:
+        raise UsageError(f"{base}: is one checkpoint; give another directory as ROOT, and --from={base}")
+    if number is None:
+        raise UsageError(f"{base}: is one checkpoint, with no number in its name; say which step: --as_step=0")
+    return {arguments.step(number): base}
 
 
 def _others(base: Path, mine: set[Path]) -> bool:

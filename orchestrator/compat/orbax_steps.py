@@ -12,7 +12,7 @@ from pathlib import Path
 
 from orchestrator import arrays
 from orchestrator.arrays.format import orbax_json
-from orchestrator.compat import random_keys
+from orchestrator.compat import array_items
 from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments, keys
 from orchestrator.rules.records import Json, LeafSpec
@@ -81,13 +81,12 @@ def _read(path: Path, skip: frozenset[str]) -> OrbaxStep:
 def _read_item(found: OrbaxStep, name: str, directory: Path, handler: str) -> None:
     files = orbax_json.files_below(directory)
     iterators = {int(named[1]): files[each] for each in files if (named := _ITERATOR.fullmatch(each))}
-    if arrays.is_tree(directory):
-        item = "" if found.single else name
-        found.leaves += arrays.describe(directory, item)
+    item = "" if found.single else name
+    if alone := array_items.describe(directory, handler, item, name):
+        found.leaves.append(alone)
         _take_files(found, files, item, directory)
-    elif key := random_keys.find(directory):
-        item = "" if found.single else name
-        found.leaves.append(random_keys.describe(directory, key, item, name))
+    elif arrays.is_tree(directory):
+        found.leaves += arrays.describe(directory, item)
         _take_files(found, files, item, directory)
     elif name == _METRICS and _METRICS in files:
         metrics = orbax_json.read(files[_METRICS], dict[str, Json])

@@ -22,10 +22,9 @@ def fill(
 ) -> None:
     """Fill `directory`, with hard links to the files below `state`, which are `stored`. `about`: what Orbax keeps of a
     step beside its items. Raises OSError, Damaged, Unavailable."""
-    if items.whole:
-        arrays.link_files(state, directory / DEFAULT, stored.files)
-    elif any(leaf.external for leaf in items.leaves):
-        arrays.link_files(state, directory, stored.files)
+    adopted = any(leaf.external for leaf in items.leaves)
+    if items.whole or adopted:
+        arrays.link_files(state, directory / DEFAULT if items.single else directory, stored.files)
     elif items.trees:
         arrays.write_items(state, stored, {name: directory / name for name in items.trees})
     for name, value in items.json_values.items():

@@ -110,6 +110,11 @@ def is_step(path: Path) -> bool:
     return False
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is one step, and holds none, by the files in it."""
+    return (path / STEP_METADATA).is_file() or _says_its_tree(path)
+
+
 def _is_json_item(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and [each.name for each in path.iterdir()] in _JSON_ITEMS
 

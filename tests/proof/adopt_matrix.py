@@ -95,7 +95,9 @@ def difference(root: Path, about: Mapping[str, Any]) -> str:
         restored = reader.restore(step=int(step))
         assert restored is not None
         known = restored.extra["orbax"]
-        trees = {"default": restored.state} if known["single"] else dict(restored.state)
+        trees = restored.state  # of an item that is no tree, or of several
+        if known["single"] and not (isinstance(trees, dict) and set(trees) == {"default"}):
+            trees = {"default": trees}
         found = {name: adopt_writer.leaves(tree) for name, tree in trees.items() if name not in known["json"]}
         for what, got, wanted in (
             ("arrays", found, saved["trees"]),

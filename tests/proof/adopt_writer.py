@@ -50,14 +50,14 @@ def dtypes(step: int) -> dict[str, Any]:
 
 def nested(step: int) -> dict[str, Any]:
     return {
-        "layers": [np.arange(step, step + 3), (jnp.float32(2.5), jnp.ones((2, 0)))],
+        "layers": [np.arange(step, step + 3), (jnp.float32(2.5), jnp.ones((2, 1)))],
         "none": None,
         "empty": {},
         "nothing": [],
         "count": step,
         "rate": 0.25,
         "scalar": jnp.int32(step),
-        "deep": {"a": {"b": {"c.d": jnp.ones(2)}}},
+        "deep": {"a": {"b": {"d": jnp.ones(2)}}},
     }
 
 
@@ -195,7 +195,7 @@ def checkpoint(kind: str, state: Callable[[int], Any]) -> Callable[[Path], Any]:
 def side_by_side(chosen: bool) -> Callable[[Path], Any]:
     def write(folder: Path) -> dict[str, Any]:
         items = alone("Standard", params)()
-        others = alone("Standard", nested)()
+        others = alone("Standard", dtypes)()
         for name, each in (("eval", others), ("train", items)):  # old managers take no other steps beside theirs
             manage(folder / name, each, single=True, step_prefix=name)
             for step in list((folder / name).iterdir()):
@@ -288,14 +288,23 @@ def v1() -> Any:
 def v1_pytree(folder: Path) -> dict[str, Any]:
     v1().save_pytree(folder.absolute(), params(7))
     return {
-        "steps": {"7": {"trees": {"pytree": leaves(params(7))}, "json": {}, "metrics": {}}},
+        "steps": {"7": {"trees": {v1_item(folder): leaves(params(7))}, "json": {}, "metrics": {}}},
         "flags": ["--as_step=7"],
     }
 
 
+def v1_item(step: Path) -> str:
+    """What this version calls the one tree of a checkpoint."""
+    (name,) = (path.name for path in step.iterdir() if (path / "_METADATA").exists())
+    return name
+
+
 def v1_json_items(folder: Path) -> dict[str, Any]:
     data = {"epoch": 3, "names": ["a", None]}
-    v1().save_checkpointables(folder.absolute(), {"state": params(7), "data": data})
+    ocp1 = v1()
+    options = ocp1.options.CheckpointablesOptions.create_with_handlers(data=ocp1.handlers.JsonHandler)
+    with ocp1.Context(checkpointables_options=options):
+        ocp1.save_checkpointables(folder.absolute(), {"state": params(7), "data": data})
     about = {"trees": {"state": leaves(params(7))}, "json": {"data": data}, "metrics": {}}
     return {"steps": {"7": about}, "flags": ["--as_step=7"]}
 
@@ -305,7 +314,11 @@ def v1_training(folder: Path) -> dict[str, Any]:
     with v1().training.Checkpointer(folder.absolute()) as checkpointer:
         for step in STEPS:
             checkpointer.save_pytree(step, params(step), metrics={"loss": 0.5})
-            steps[str(step)] = {"trees": {"pytree": leaves(params(step))}, "json": {}, "metrics": {"loss": 0.5}}
+            steps[str(step)] = {
+                "trees": {v1_item(folder / str(step)): leaves(params(step))},
+                "json": {},
+                "metrics": {"loss": 0.5},
+            }
     return {"steps": steps}
 
 
