@@ -302,8 +302,11 @@ def v1_item(step: Path) -> str:
 def v1_json_items(folder: Path) -> dict[str, Any]:
     data = {"epoch": 3, "names": ["a", None]}
     ocp1 = v1()
-    options = ocp1.options.CheckpointablesOptions.create_with_handlers(data=ocp1.handlers.JsonHandler)
-    with ocp1.Context(checkpointables_options=options):
+    registry = ocp1.handlers.local_registry()
+    registry.add(ocp1.handlers.JsonHandler, checkpointable_name="data")
+    context = ocp1.Context()
+    context.checkpointables.registry = registry
+    with context:
         ocp1.save_checkpointables(folder.absolute(), {"state": params(7), "data": data})
     about = {"trees": {"state": leaves(params(7))}, "json": {"data": data}, "metrics": {}}
     return {"steps": {"7": about}, "flags": ["--as_step=7"]}
