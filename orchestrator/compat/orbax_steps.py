@@ -21,6 +21,7 @@ from orchestrator.run import orbax_directory
 DEFAULT = "default"  # Orbax's name for a single, unnamed item
 _METRICS = "metrics"
 _JSON = "metadata"  # of a JsonSave
+_COMMITTED = "commit_success.txt"  # what Orbax leaves beside an item that it could not rename
 _JSON_FILES = (_JSON, "data.json")  # the latter is of the v1 API
 _ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
 _OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
@@ -121,6 +122,7 @@ def _take_files(found: OrbaxStep, files: dict[str, Path], item: str, directory: 
 def _json_file(files: dict[str, Path], handler: str) -> str | None:
     """The file of an item that is JSON. One of another name than Orbax's own counts where nothing else is there, it
     holds an object or a list, and the step names no handler that writes something else."""
+    files = {name: path for name, path in files.items() if name != _COMMITTED}
     named = next((name for name in _JSON_FILES if name in files), None)
     if named or len(files) != 1 or (handler and "Json" not in handler):
         return named

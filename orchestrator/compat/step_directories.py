@@ -11,7 +11,9 @@ from orchestrator import arrays
 from orchestrator.compat import custom_items
 from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.compat.stored_items import StoredItems, own_states
+from orchestrator.errors import UnsafeKey
 from orchestrator.rules.chunk_index import StoredFiles
+from orchestrator.rules.keys import check_key
 from orchestrator.run.orbax_directory import STEP_METADATA
 
 _METRICS = "metrics"
@@ -22,6 +24,9 @@ def fill(
 ) -> None:
     """Fill `directory`, with hard links to the files below `state`, which are `stored`. `about`: what Orbax keeps of a
     step beside its items. Raises OSError, Damaged, Unavailable."""
+    for name in items.names:  # of the run's records, and of a caller's Composite
+        if "/" in check_key(name, str(state)):
+            raise UnsafeKey(f"{state}: item {name!r}: no name for a directory")
     adopted = any(leaf.external for leaf in items.leaves)
     if items.whole or adopted:
         arrays.link_files(state, directory / DEFAULT if items.single else directory, stored.files)
@@ -43,9 +48,8 @@ def fill(
 def _own(directory: Path, index: int, count: int, own: dict[str, Any]) -> None:
     for name, state in own.items():
         if isinstance(state, dict):
-            for path, body in state.items():
-                if not (directory / name / path).exists():
-                    custom_items.unpack({path: body}, str(directory / name))
+            missing = {path: body for path, body in state.items() if not (directory / name / path).exists()}
+            custom_items.unpack(missing, str(directory / name))
         else:
             file = directory / name / f"process_{index}-of-{count}.json"
             file.parent.mkdir(exist_ok=True)

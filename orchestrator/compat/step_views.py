@@ -18,11 +18,14 @@ from orchestrator.compat import step_directories
 from orchestrator.compat.stored_items import StoredItems
 from orchestrator.compat.stored_steps import StoredSteps
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.rules import chunk_index
+from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.records import LiveStep
 from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import local_path
+from orchestrator.texts import printable
+
+_OURS = (keys.JOURNAL.strip("/"), keys.STEPS.strip("/"))  # folders that a run has at its root
 
 
 class StepViews:
@@ -35,7 +38,8 @@ class StepViews:
         self._root = Path(root) if root is not None else None
         self._format = orbax_api.step_names(options)
         trash = str(options.todelete_subdir or getattr(options, "todelete_full_path", None) or "").strip("/")
-        if trash and (any(part in ("", ".", "..") for part in trash.split("/")) or trash.isdecimal()):
+        first, *rest = trash.split("/")
+        if trash and (not {"", ".", ".."}.isdisjoint((first, *rest)) or first.isdecimal() or first in _OURS):
             raise UsageError(f"CheckpointManagerOptions: {trash!r}: give a name below the run's root that is no step's")
         self._trash = trash
 
@@ -44,25 +48,31 @@ class StepViews:
         if self._root is None or not self._root.is_dir():
             return
         try:
+            orbax_views.prune(self._root, self._store.head)
             head = self._store.head()
-            orbax_views.prune(self._root, head)
             there = {view.attempt for view in orbax_views.views(self._root)}
-            for live in head.live if head else ():
-                if live.restorable and live.id.label not in there:
-                    self._build(self._root, live)
-        except (OrchestratorError, OSError, ValueError) as error:
+        except (OrchestratorError, OSError) as error:
             logging.warning("%s: step directories for Orbax are not up to date: %s", self._store.url, error)
+            return
+        for live in head.live if head else ():
+            if live.restorable and orbax_views.attempt_of(live) not in there:
+                try:
+                    self._build(self._root, live)
+                except Exception as error:  # whatever a step holds: those of the others are made, and training goes on
+                    what = f"{type(error).__name__}: {error}"
+                    logging.warning("%s: no step directory for Orbax: %s", live.id.label, printable(what))
 
     def _build(self, root: Path, live: LiveStep) -> None:
-        name = self._format.build_name(live.step)
+        name, attempt = self._format.build_name(live.step), orbax_views.attempt_of(live)
         if os.path.lexists(root / name):  # Orbax's own, adopted where it is
+            orbax_views.claim(root, name, attempt, self._trash)
             return
         items = self._stored.items(live)
 
         def fill(directory: Path) -> None:
             self._fill(directory, live, items)
 
-        orbax_views.build(root, name, live.id.label, self._trash, fill)
+        orbax_views.build(root, name, attempt, self._trash, fill)
 
     def _fill(self, directory: Path, live: LiveStep, items: StoredItems) -> None:
         assert self._root is not None
