@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 LOCK = requirements-$$($(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax demo bitrot unreadable incidents bench bench-quick chaos docs pictures format clean
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax test-adopt demo bitrot unreadable incidents bench bench-quick chaos docs pictures format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,10 @@ test-versions: setup ## the package beside older and newer JAX, Orbax and Python
 test-orbax: setup ## Orbax's own tests of its CheckpointManager with ours; into docs/from-orbax.md (ORBAX=checkout; 2 minutes)
 	@test -n "$(ORBAX)" || { echo "make test-orbax: say where Orbax's repository is: make test-orbax ORBAX=path" >&2; exit 2; }
 	$(BIN)/python -m tests.proof.orbax_suite $(ORBAX) --only='$(ONLY)' $(if $(ONLY),,--write=docs/from-orbax.md)
+
+test-adopt: setup ## directories of Orbax 0.4.8 to 0.12, adopted and compared; into docs/from-orbax.md (ONLY=versions; 5 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/python -m tests.proof.adopt_matrix --only='$(ONLY)' $(if $(ONLY),,--write=docs/from-orbax.md)
 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)

@@ -7,7 +7,7 @@ reads Orbax's own files and names, `format.orbax_api` and `format.orbax_json`.
 from __future__ import annotations
 
 from orchestrator.arrays.element_types import numpy_dtype
-from orchestrator.arrays.format.external_items import describe, is_tree
+from orchestrator.arrays.format.external_items import describe, describe_array, is_array, is_tree
 from orchestrator.arrays.inline_values import inline_value
 from orchestrator.arrays.reading.buffers import bytes_to_read
 from orchestrator.arrays.reading.check_chunks import check
@@ -34,9 +34,11 @@ __all__ = [
     "bytes_to_read",
     "check",
     "describe",
+    "describe_array",
     "exchange_groups",
     "flatten",
     "inline_value",
+    "is_array",
     "is_tree",
     "link_files",
     "load",

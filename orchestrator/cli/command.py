@@ -69,7 +69,8 @@ class Command(Generic[R]):
     show: a result for people. exit_code: of a result.
     encode: what --json prints of a result that holds more than that; None: the result as it is.
     follow: the result again and again, for a terminal, until the user has enough; such a command has a flag `once`.
-    arguments: words after ROOT; `run` gets them among its flags. about: one short line; detail: more, for --help.
+    arguments: words after ROOT; `run` gets them among its flags, "" for the one in brackets if it is left out.
+    about: one short line; detail: more, for --help.
     """
 
     run: Callable[[str, Flags], R | Iterator[R]]

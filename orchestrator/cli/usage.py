@@ -101,17 +101,23 @@ def parse(name: str, command: Command[Any], words: Sequence[str]) -> tuple[str, 
     optional = _step_flag(command)
     if optional and len(given) == len(expected) + 1:
         _take_step(flags, given.pop(), optional)
+    if len(given) == len(expected) - 1 and any(map(_may_be_missing, expected)):
+        given.insert(next(at for at, word in enumerate(expected) if _may_be_missing(word)), "")
     if len(given) != len(expected):
         if len(given) > len(expected):
             wrong = f"unexpected {given[len(expected) + bool(optional)]!r}"
         else:
-            missing = expected[len(given)]
+            missing = [word for word in expected if not _may_be_missing(word)][len(given)]
             wrong = f"the run's {missing} is missing" if missing == "ROOT" else f"{missing} is missing"
         raise UsageError(f"{wrong}; usage: orchestrator {_usage(name, command)}")
     for flag in command.flags:
         _check(name, command, flag, flags[flag.name])
-    arguments = {word.lower(): value for word, value in zip(command.arguments, given[1:], strict=True)}
+    arguments = {word.strip("[]").lower(): value for word, value in zip(command.arguments, given[1:], strict=True)}
     return given[0], {**flags, **arguments}
+
+
+def _may_be_missing(word: str) -> bool:
+    return word.startswith("[")
 
 
 def _usage(name: str, command: Command[Any]) -> str:

@@ -1,8 +1,8 @@
 """Taking over a directory of Orbax's CheckpointManager: its steps become steps of a run, read where they are.
 
-Each file of an Orbax step gets a second name (hard link) in an attempt of ours, so nothing is copied and Orbax's
-directory is not changed; intent, manifest and journal entry are written as for any save. Every byte is read once, for
-its checksum: from then on damage is noticed, which Orbax's own format does not do.
+Each file of an Orbax step gets a second name (hard link) in an attempt of ours, so nothing is copied (but from another
+file system) and Orbax's directory is not changed; intent, manifest and journal entry are written as for any save. Every
+byte is read once, for its checksum: from then on damage is noticed, which Orbax's own format does not do.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from orchestrator.compat import orbax_steps
-from orchestrator.errors import Damaged, UsageError
+from orchestrator.compat import adopt_plan
+from orchestrator.compat.adopt_plan import Choice, Plan, PlannedStep
+from orchestrator.compat.orbax_steps import OrbaxStep
+from orchestrator.errors import Damaged, OrchestratorError, UsageError
 from orchestrator.job import one_root
 from orchestrator.rules import journal, json_numbers, keys
 from orchestrator.rules.attempt_id import AttemptId
@@ -35,92 +36,115 @@ from orchestrator.rules.records import (
     TreeSpec,
     crc32c,
 )
-from orchestrator.run import orbax_directory
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.storage import PosixStorage, local_path
+from orchestrator.storage import PosixStorage
 
 EXTRA = "orbax"  # our member of a step's extra JSON: what Orbax knew beside the arrays
+_ALL = Choice()
 
 
 @dataclass(frozen=True)
 class Adopted:
-    """steps: adopted now. older: left where they are, because the run has newer ones. bytes: of the adopted files."""
+    """plan: what was found, step by step. bytes: of the adopted files."""
 
-    steps: tuple[int, ...]
-    older: tuple[int, ...]
+    plan: Plan
     bytes: int
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Adopted now."""
+        return tuple(each.step for each in self.plan.having(adopt_plan.ADOPT))
+
+    @property
+    def older(self) -> tuple[int, ...]:
+        """Left where they are, because the run has newer ones."""
+        return tuple(each.step for each in self.plan.having(adopt_plan.OLDER))
+
+
+def plan(store: JournalStore, source: str, choice: Choice = _ALL, *, copy: bool = False) -> Plan:
+    """What `adopt` would do. Changes nothing; raises as it does, but not for a single step that cannot be adopted."""
+    if not isinstance(store.storage, PosixStorage):
+        raise UsageError(f"{store.url}: adopting needs a run on a local or shared file system")
+    head, _ = store.look()  # rejected before an epoch is opened, as a job is
+    made = adopt_plan.make(store.url, source, head, choice)
+    checked = tuple(_checked(store, store.storage, each) for each in made.steps)
+    return Plan(checked, made.copied or copy)
+
+
+def _checked(store: JournalStore, storage: PosixStorage, planned: PlannedStep) -> PlannedStep:
+    if planned.found is None:
+        return planned
+    try:
+        _Writer(store, storage, 1, planned, None).check(planned.found)
+    except OrchestratorError as error:
+        return PlannedStep(planned.step, planned.path, adopt_plan.CANNOT, str(error), error)
+    return planned
 
 
 def adopt(
-    store: JournalStore,
-    source: str,
-    *,
-    skip: frozenset[str] = frozenset(),
-    on_file: Callable[[str], None] | None = None,
+    store: JournalStore, source: str, made: Plan | None = None, on_bytes: Callable[[int], None] | None = None
 ) -> Adopted:
-    """Make every Orbax step in directory `source` that is newer than the run's newest a step of the run.
+    """Make every Orbax step in directory `source` that is newer than the run's newest a step of the run, or do as a
+    plan says. From another file system than the run's the files are copied.
 
     Opens an epoch, as the start of a job does: no job may be saving to the run. A crash leaves whole steps; calling it
-    again goes on. `skip`: items to leave out. Raises UsageError for a source that holds no steps, for what cannot be
-    adopted, and for roots that are not on a file system; Damaged naming what is not as Orbax leaves it; StorageError.
+    again goes on. Raises UsageError for a source that holds no steps, for what cannot be adopted, and for roots that
+    are not on a file system; Damaged naming what is not as Orbax leaves it; StorageError. If it raises for a step that
+    cannot be adopted, nothing was changed.
     """
-    base = local_path(source)
-    if not isinstance(store.storage, PosixStorage) or base is None:
-        raise UsageError(f"{store.url}: adopting needs a local or shared file system, as it links to Orbax's files")
-    there = orbax_directory.survey(Path(base))
-    head, _ = store.look()  # rejected before an epoch is opened, as a job is
-    newest = max((live.step for live in head.live), default=-1) if head else -1
-    if there.strange:
-        raise UsageError(orbax_directory.elsewhere(source, [path.name for path in there.strange]))
-    found = there.steps
-    if not found:
-        raise UsageError(f"{source}: no steps of an Orbax CheckpointManager in it; check the path")
-    steps = sorted(step for step in found if step > newest)
-    known = {live.step for live in head.live} if head else set()
-    older = tuple(sorted(step for step in found if step <= newest and step not in known))
-    # Everything is looked at before anything is written: a step that cannot be adopted leaves the run as it was.
-    described = {step: orbax_steps.read_step(found[step], skip) for step in steps}
-    for step in steps:
-        _Writer(store, store.storage, 1, step, on_file).check(described[step], str(found[step]))
+    made = made or plan(store, source)
+    made.check()  # everything was looked at before anything is written
+    steps = made.having(adopt_plan.ADOPT)
     if not steps:
-        return Adopted((), older, 0)
+        return Adopted(made, 0)
+    assert isinstance(store.storage, PosixStorage)
     one_root.delete_mark(store, one_root.create_mark(store))
     opened = store.append(journal.open_epoch)
     assert opened is not None
     adopted_bytes = 0
-    for step in steps:
-        writer = _Writer(store, store.storage, opened.epoch, step, on_file)
-        adopted_bytes += writer.write(described[step], f"adopted from {found[step]}")
-    return Adopted(tuple(steps), older, adopted_bytes)
+    for planned in steps:
+        writer = _Writer(store, store.storage, opened.epoch, planned, on_bytes, copied=made.copied)
+        adopted_bytes += writer.write(f"adopted from {planned.path}")
+    return Adopted(made, adopted_bytes)
 
 
 class _Writer:
     """Writes one attempt out of an Orbax step, and commits it."""
 
     def __init__(
-        self, store: JournalStore, storage: PosixStorage, epoch: int, step: int, on_file: Callable[[str], None] | None
+        self,
+        store: JournalStore,
+        storage: PosixStorage,
+        epoch: int,
+        planned: PlannedStep,
+        on_bytes: Callable[[int], None] | None,
+        *,
+        copied: bool = False,
     ) -> None:
         self._store, self._storage, self._epoch = store, storage, epoch
-        self._id = AttemptId.of(step, epoch, 1)
-        self._on_file = on_file or (lambda path: None)
+        self._id = AttemptId.of(planned.step, epoch, 1)
+        self._planned, self._copied = planned, copied
+        self._on_bytes = on_bytes or (lambda count: None)
 
-    def check(self, found: orbax_steps.OrbaxStep, where: str) -> None:
+    def check(self, found: OrbaxStep) -> None:
         """Nothing is written of a step whose records could not be read back. Raises Damaged."""
         try:
             for record in (self._intent(TreeSpec(leaves=tuple(found.leaves))), self._extra(found)):
-                decode(encode(record), type(record), where)
+                decode(encode(record), type(record), str(self._planned.path))
         except (UsageError, ValueError, TypeError, RecursionError) as error:  # a name that is not UTF-8, say
-            raise Damaged(f"{where}: cannot be described here: {error}") from error
+            raise Damaged(f"{self._planned.path}: cannot be described here: {error}") from error
 
-    def write(self, found: orbax_steps.OrbaxStep, reason: str) -> int:
+    def write(self, reason: str) -> int:
         """Returns the attempt's bytes."""
+        found = self._planned.found
+        assert found is not None
         tree = TreeSpec(leaves=tuple(found.leaves))
         self._create(keys.INTENT, self._intent(tree))
         self._create(keys.EXTRA, self._extra(found))
         for index, states in found.iterators.items():
             self._storage.create(self._id.process_state_key(index), json.dumps(states).encode())
         for name, source in found.files.items():
-            self._storage.link(str(source.absolute()), self._id.state_prefix + name)
+            self._take(str(source.absolute()), self._id.state_prefix + name)
         manifest = Manifest(
             **self._signed(),
             step=self._id.step,
@@ -144,17 +168,24 @@ class _Writer:
         self._store.append(partial(journal.commit, epoch=self._epoch, entry=entry, keep=None, reason=reason))
         return entry.bytes
 
+    def _take(self, source: str, key: str) -> None:
+        if self._copied:
+            self._storage.copy(source, key, self._on_bytes)
+        else:
+            self._storage.link(source, key)
+
     def _sealed(self) -> Iterator[FileEntry]:
         for there in list(self._storage.list(self._id.prefix)):
             (sealed,) = self._storage.make_durable([there.key])
-            self._on_file(there.key)
+            self._on_bytes(sealed.bytes)
             yield replace(sealed, path=sealed.path.removeprefix(self._id.prefix))
 
     def _signed(self) -> dict[str, Any]:
         return {"format": FORMAT, "write_id": self._store.stamp().write_id}
 
-    def _extra(self, found: orbax_steps.OrbaxStep) -> Extra:
-        extra = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
+    def _extra(self, found: OrbaxStep) -> Extra:
+        extra: dict[str, Any] = {"single": found.single, "json": found.json, "custom_metadata": found.custom_metadata}
+        extra |= {"json_files": found.json_files} if found.json_files else {}
         return Extra(
             **self._signed(),
             step=self._id.step,

@@ -33,4 +33,9 @@ def read(storage: Storage) -> dict[str, Json] | None:
 
 def keep(storage: Storage, metadata: dict[str, Json]) -> None:
     """For every manager of this directory from now on, unless there is some already."""
-    storage.create(FILE, json.dumps({"internal_metadata": {}, "custom_metadata": metadata}).encode())
+    storage.create(FILE, encoded(metadata))
+
+
+def encoded(metadata: dict[str, Json]) -> bytes:
+    """As Orbax writes it."""
+    return json.dumps({"internal_metadata": {}, "custom_metadata": metadata}).encode()

@@ -7,26 +7,21 @@ after a crash. What cannot be made is logged: no save is lost for it.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from orchestrator import arrays
 from orchestrator.arrays.format import orbax_api
-from orchestrator.compat import custom_items
-from orchestrator.compat.orbax_steps import DEFAULT
-from orchestrator.compat.stored_items import StoredItems, own_states
+from orchestrator.compat import step_directories
+from orchestrator.compat.stored_items import StoredItems
 from orchestrator.compat.stored_steps import StoredSteps
-from orchestrator.errors import OrchestratorError, UnsafeKey, UsageError
+from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.rules import chunk_index, keys
-from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import LiveStep
 from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.orbax_directory import STEP_METADATA
 from orchestrator.storage import local_path
 from orchestrator.texts import printable
 
@@ -81,39 +76,7 @@ class StepViews:
 
     def _fill(self, directory: Path, live: LiveStep, items: StoredItems) -> None:
         assert self._root is not None
-        for name in items.names:  # of the run's records, and of a caller's Composite
-            if "/" in check_key(name, live.id.label):
-                raise UnsafeKey(f"item {name!r}: no name for a directory")
-        state = self._root / live.id.state_prefix
         stored = chunk_index.stored(self._store.step(live).manifest)
-        external = {leaf.external.item for leaf in items.leaves if leaf.external}
-        if items.whole:
-            arrays.link_files(state, directory / DEFAULT, stored.files)
-        elif external:
-            arrays.link_files(state, directory, stored.files)
-        elif items.trees:
-            arrays.write_items(state, stored, {name: directory / name for name in items.trees})
-        for name, value in items.json_values.items():
-            _write(directory / name / "metadata", value)
-        metrics = self._stored.metrics_tree(live)
-        if metrics:
-            _write(directory / "metrics" / "metrics", metrics)
-        for index, body in sorted(items.process_states.items()):
-            self._own(directory, index, len(items.process_states), own_states(body))
-        _write(directory / STEP_METADATA, self._stored.step_metadata(live, items))
-
-    @staticmethod
-    def _own(directory: Path, index: int, count: int, own: dict[str, Any]) -> None:
-        for name, state in own.items():
-            if isinstance(state, dict):
-                missing = {path: body for path, body in state.items() if not (directory / name / path).exists()}
-                custom_items.unpack(missing, os.fspath(directory / name))
-            else:
-                file = directory / name / f"process_{index}-of-{count}.json"
-                file.parent.mkdir(exist_ok=True)
-                file.write_text(state)
-
-
-def _write(file: Path, value: Any) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(value))
+        about = self._stored.step_metadata(live, items)
+        state = self._root / live.id.state_prefix
+        step_directories.fill(directory, state, stored, items, self._stored.metrics_tree(live), about)

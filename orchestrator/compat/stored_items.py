@@ -56,6 +56,11 @@ class StoredItems:
         found: dict[str, Json] = self.extra.get("json", {})
         return found
 
+    def json_file(self, name: str) -> str:
+        """What the file of a JSON item is called in a directory of Orbax's."""
+        files: dict[str, str] = self.extra.get("json_files", {})
+        return files.get(name, "metadata")
+
     @property
     def own(self) -> tuple[str, ...]:
         """Items that each process has its own part of: iterators, and those with handlers of the user's own."""

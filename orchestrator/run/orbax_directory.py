@@ -30,6 +30,7 @@ _STEP = re.compile(r"(?:(.*)_)?([0-9]+)")
 # Files that only Orbax, or Flax by it, leaves in a step that does not say what its trees are made of.
 _MARKS = ("_sharding", "checkpoint", "default/checkpoint", "manifest.ocdbt", "commit_success.txt")
 _FIRST = (STEP_METADATA, "commit_success.txt", "checkpoint", "default/_METADATA")  # of a step's keys, in their order
+_JSON_ITEMS = (["metadata"], ["metrics"])
 _NAMES_MAX = 1000  # at the root of a store, looked at
 
 
@@ -41,8 +42,9 @@ class OrbaxDirectory:
     strange: tuple[Path, ...]
 
 
-def survey(base: Path, known: frozenset[int] = frozenset()) -> OrbaxDirectory:
-    """The finished steps in a directory of Orbax's, and what may be some. `known`: the run's steps.
+def survey(base: Path, known: frozenset[int] = frozenset(), prefix: str | None = None) -> OrbaxDirectory:
+    """The finished steps in a directory of Orbax's, and what may be some. `known`: the run's steps. `prefix`: only
+    those that are called so (`ckpt` of `ckpt_10`; "": without any); None: all.
 
     Trees that stand alone (Flax's steps, but also exports) are steps where there are no others; beside a run's own,
     only if it has one of them. Raises UsageError where two are of one number, or one of a number that no run here can
@@ -57,7 +59,9 @@ def survey(base: Path, known: frozenset[int] = frozenset()) -> OrbaxDirectory:
             names = sorted(entry.name for entry in there if not (of_run and is_view(Path(entry.path))))
         for name in names:
             path, named = base / name, _STEP.fullmatch(name)
-            if named and _is_step(path):
+            if named and prefix not in (None, named[1] or ""):
+                continue
+            if named and is_step(path):
                 found.append((int(named[2]), path))
             elif named and (named[1] is None or any((path / mark).exists() for mark in _MARKS)):
                 strange.append(path)
@@ -80,17 +84,46 @@ def _by_number(base: Path, found: Iterable[tuple[int, Path]]) -> dict[int, Path]
     steps: dict[int, Path] = {}
     for number, path in found:
         if number in steps:
-            raise UsageError(f"{base}: {steps[number].name} and {path.name} are both step {number}; move one elsewhere")
+            raise UsageError(
+                f"{base}: {steps[number].name} and {path.name} are both step {number}; adopt those of one prefix "
+                f"into another run (`orchestrator adopt OTHER_ROOT --from={shlex.quote(str(base))} --prefix=...`), or "
+                "move one elsewhere"
+            )
         if number > arguments.STEP_MAX:
             raise UsageError(f"{path}: steps are at most {arguments.STEP_MAX} here; move it elsewhere")
         steps[number] = path
     return steps
 
 
-def _is_step(path: Path) -> bool:
+def number_of(name: str) -> int | None:
+    """The number of the step that is called so; None for what is not called like a step."""
+    named = _STEP.fullmatch(name)
+    return int(named[2]) if named else None
+
+
+def prefix_of(name: str) -> str:
+    named = _STEP.fullmatch(name)
+    return (named[1] or "") if named else ""
+
+
+def is_step(path: Path) -> bool:
+    """Whether this is a step that says what it holds. Raises OSError."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return (path / STEP_METADATA).exists() or any(map(_says_its_tree, (path, *path.iterdir())))
+        below = list(path.iterdir())
+        if (path / STEP_METADATA).exists() or any(map(_says_its_tree, (path, *below))):
+            return True
+        # Of JSON alone, by a version that wrote nothing else: nothing but items that are one such file each.
+        return bool(below) and all(map(_is_json_item, below))
     return False
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is one step, and holds none, by the files in it."""
+    return (path / STEP_METADATA).is_file() or _says_its_tree(path)
+
+
+def _is_json_item(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and [each.name for each in path.iterdir()] in _JSON_ITEMS
 
 
 def _says_its_tree(path: Path) -> bool:

@@ -22,19 +22,22 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+import crc32c
 import numpy as np
 
 from orchestrator import arrays
 from orchestrator.arrays import numpy_dtype
-from orchestrator.errors import StorageError, UsageError
+from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments, chunk_index, keys
-from orchestrator.rules.records import Box, LeafSpec, LiveStep, TreeSpec
+from orchestrator.rules.records import Box, FileEntry, LeafSpec, LiveStep, TreeSpec
 from orchestrator.rules.restore_cost import leaf_bytes
 from orchestrator.run import stored_arrays
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
+from orchestrator.storage import local_path
 
 SLAB_BYTES = 64 << 20
+_PIECE_BYTES = 8 << 20  # of a file that is copied
 _NAME_MAX = 200  # longer ones are numbered: file systems allow 255 bytes
 # https://huggingface.co/docs/safetensors, as its library (0.6) names types; others have no name there.
 _SAFETENSORS = {
@@ -206,22 +209,49 @@ def _orbax(source: Source, folder: str) -> int:
     external = next((leaf for leaf in source.tree.leaves if leaf.external), None)
     if external:
         raise UsageError(f"step {source.step.live.step} was adopted: it is an Orbax checkpoint already, where it was")
+    return copy_state(source.step, folder, source.on_bytes)
+
+
+def copy_state(step: StoredStep, folder: str, on_bytes: Callable[[int], None]) -> int:
+    """Copy what is below a step's `state/` to `folder`, each file compared with the manifest, and then every chunk in
+    the copy. Returns the bytes. Raises Damaged, StorageError, OSError."""
     written = 0
-    for entry in source.step.manifest.files:
+    for entry in step.manifest.files:
         if entry.path.startswith(keys.STATE):
-            name = keys.check_key(entry.path, source.step.storage.url).removeprefix(keys.STATE)
+            name = keys.check_key(entry.path, step.storage.url).removeprefix(keys.STATE)
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            body = source.step.checked(entry)  # whole in memory: Orbax's files are of 64 MiB or so
-            source.on_bytes(len(body))
-            with open(target, "xb") as file:
-                written += file.write(body)
+            written += _copy_file(step, entry, target, on_bytes)
     # A large file's checksum does not tell it from another save's (records.FileEntry); those of its chunks do.
-    bad = arrays.check(f"file://{folder}/", chunk_index.stored(source.step.manifest))
+    # Of adopted steps there are none.
+    adopted = any(leaf.external for leaf in step.intent.tree.leaves)
+    bad = {} if adopted else arrays.check(f"file://{folder}/", chunk_index.stored(step.manifest))
     if bad:
-        source.step.judge([], sorted(bad))
+        step.judge([], sorted(bad))
         raise StorageError(f"{folder}: {len(bad)} chunks are not what was copied there: {min(bad.values())}")
     return written
+
+
+def _copy_file(step: StoredStep, entry: FileEntry, target: str, on_bytes: Callable[[int], None]) -> int:
+    """A large file of a file system goes through memory in pieces: those of adopted steps may be of any size."""
+    root = local_path(step.storage.url)
+    with open(target, "xb") as file:
+        if root is None or entry.bytes <= SLAB_BYTES:
+            body = step.checked(entry)
+            on_bytes(len(body))
+            return file.write(body)
+        path = os.path.join(os.path.realpath(root), step.id.key(entry.path))
+        if os.path.realpath(path) != path:
+            raise Damaged(f"{path}: behind a symbolic link; what is below a root may have none")
+        checksum, count = 0, 0
+        with open(path, "rb") as source:
+            while piece := source.read(_PIECE_BYTES):
+                checksum, count = crc32c.crc32c(piece, checksum), count + file.write(piece)
+                on_bytes(len(piece))
+    if (count, f"{checksum:08x}") != (entry.bytes, entry.crc32c):
+        step.check_measured([entry])
+        raise StorageError(f"{path}: read as something else than the store says that it is; try again")
+    return count
 
 
 FORMATS: dict[str, Callable[[Source, str], int]] = {"orbax": _orbax, "safetensors": _safetensors, "numpy": _numpy}

@@ -23,12 +23,26 @@ from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import ExternalArray, LeafSpec
 
 _TIMEOUT_S = 600.0
+_ARRAY = "checkpoint"  # Orbax's name for an array that is an item itself
 _EMPTY = {"Dict": "dict", "List": "list", "Tuple": "tuple", "NamedTuple": "tuple"}
 
 
 def is_tree(directory: str | os.PathLike[str]) -> bool:
     """Whether this is an item that holds a pytree of arrays."""
     return (Path(directory) / "_METADATA").is_file()
+
+
+def is_array(directory: str | os.PathLike[str]) -> bool:
+    """Whether this is an item that is one array, as versions before 0.12 wrote it: nothing but the array."""
+    base = Path(directory)
+    return (base / _ARRAY / ".zarray").is_file() and {path.name for path in base.iterdir()} <= {_ARRAY, "_sharding"}
+
+
+def describe_array(directory: str | os.PathLike[str], item: str) -> LeafSpec:
+    """The one leaf of such an item, without a path. As `describe`."""
+    base, external = Path(directory), ExternalArray(item=item, driver="zarr", ocdbt=False, name=_ARRAY)
+    future = ts.open(external_spec(f"file://{base.absolute()}", external), open=True, read=True, context=context())
+    return _array_leaf((), external, "jax.Array", _result(base, external, future), None, str(base))
 
 
 def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:

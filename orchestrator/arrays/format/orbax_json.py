@@ -25,6 +25,13 @@ class StepMetadata(_File, frozen=True):
 
     custom_metadata: dict[str, Any] | None = None
     commit_timestamp_nsecs: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
+    item_handlers: Any = None
+
+    def handler(self, item: str) -> str:
+        """The class of an item's handler, as far as the step says; else ""."""
+        given = self.item_handlers
+        found = given.get(item) if isinstance(given, dict) else given
+        return found if isinstance(found, str) else ""
 
 
 class Key(_File, frozen=True):
