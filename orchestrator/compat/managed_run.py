@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator import policy
 from orchestrator.agent import Agent
@@ -30,11 +31,12 @@ from orchestrator.storage.read_only import ReadOnlyStorage
 
 
 class ManagedRun:
-    """writer: the agent, once something was saved or asked of it. Raises UsageError for options without counterpart."""
+    """writer: the agent, once something was saved or asked of it. on_commit: by step, called on the save's thread once
+    it is committed. Raises UsageError for options without counterpart."""
 
-    def __init__(self, url: str, options: Any) -> None:
+    def __init__(self, url: str, options: Any, on_save_failure: Literal["warn", "raise"] = "warn") -> None:
         self.url, self._orbax = url, options
-        self._options = orbax_options.ours(options)
+        self._options = replace(orbax_options.ours(options), on_save_failure=on_save_failure)
         self.timeout_s = self._options.rendezvous_timeout_s
         store = open_storage(url)
         self._storage: Storage = ReadOnlyStorage(store) if options.read_only else store
@@ -47,6 +49,7 @@ class ManagedRun:
         self._views = StepViews(self.store, self.stored, options)
         self.directory = StoreDirectory(url) if in_store else orbax_api.path(url)
         self.writer: _ManagedAgent | None = None
+        self.on_commit: dict[int, Callable[[], None]] = {}
         self._given: dict[str, Json] = {}
 
     def open(self, given: dict[str, Json]) -> None:
@@ -107,6 +110,9 @@ class ManagedRun:
         callback = getattr(self._orbax.async_options, "post_finalization_callback", None)
         if callback is not None:
             callback()
+        step = self.writer.in_flight if self.writer else None
+        if step is not None and (listener := self.on_commit.pop(step, None)):
+            listener()
 
     def delete(self, step: int) -> None:
         """Retire `step`, whichever it is. A collective. Raises NoSuchStep, UsageError for one that has to stay."""

@@ -198,8 +198,10 @@ def _is_restore_args(value: Any) -> bool:
 def _converted(saved: Any, wanted: Any) -> tuple[Any, _Finish]:
     """A Python value of the checkpoint as RestoreArgs ask for it."""
     kind, dtype = getattr(wanted, "restore_type", None), getattr(wanted, "dtype", None)
-    if isinstance(saved, bool | int | float | complex) and kind in (np.ndarray, jax.Array):
-        return saved, lambda value: (np.asarray if kind is np.ndarray else jnp.asarray)(value, dtype)
+    if isinstance(saved, bool | int | float | complex) and kind is np.ndarray:
+        return saved, lambda value: np.asarray(value, dtype)
+    if isinstance(saved, bool | int | float | complex) and kind is jax.Array:
+        return saved, lambda value: jax.device_put(jnp.asarray(value, dtype), _sharding(wanted))
     return saved, kind if kind in (int, float, bool, str) and saved is not None else None
 
 
