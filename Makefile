@@ -63,9 +63,10 @@ test-versions: setup ## the package beside older and newer JAX, Orbax and Python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/python -m tests.proof.versions --rows=$(ROWS) --only=$(ONLY) --write=docs/versions.md
 
-test-orbax: setup ## Orbax's own tests of its CheckpointManager with ours; into docs/from-orbax.md (ORBAX=checkout; 2 minutes)
+test-orbax: setup ## Orbax's own tests of its CheckpointManager and v1 API with ours; into docs/from-orbax.md (ORBAX=checkout; 2 minutes)
 	@test -n "$(ORBAX)" || { echo "make test-orbax: say where Orbax's repository is: make test-orbax ORBAX=path" >&2; exit 2; }
 	$(BIN)/python -m tests.proof.orbax_suite $(ORBAX) --only='$(ONLY)' $(if $(ONLY),,--write=docs/from-orbax.md)
+	$(BIN)/python -m tests.proof.orbax_suite $(ORBAX) --api=v1 --only='$(ONLY)' $(if $(ONLY),,--write=docs/from-orbax.md)
 
 demo: setup ## train on 4 simulated hosts, kill one in mid-save, come back on 2 with another mesh; STORAGE=gcs: in a bucket
 	$(BIN)/python -m launch.demo --storage=$(or $(STORAGE),local)

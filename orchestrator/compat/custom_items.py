@@ -57,7 +57,7 @@ def with_files(name: str, files: Mapping[str, str], use: Callable[[Any], Any]) -
 
 
 def unpack(files: Mapping[str, str], directory: str) -> None:
-    os.makedirs(directory)
+    os.makedirs(directory, exist_ok=True)
     for path, text in files.items():
         target = os.path.join(directory, check_key(path, directory))
         os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator import policy
 from orchestrator.agent import Agent
@@ -32,11 +32,13 @@ from orchestrator.storage.read_only import ReadOnlyStorage
 
 class ManagedRun:
     """writer: the agent, once something was saved or asked of it. on_commit: by step, called on the save's thread once
-    it is committed. Raises UsageError for options without counterpart."""
+    it is committed. Raises UsageError for options without counterpart.
 
-    def __init__(self, url: str, options: Any, on_save_failure: Literal["warn", "raise"] = "warn") -> None:
+    `single`: the run is one checkpoint. A failed save raises then, and Orbax's directories are at the root itself."""
+
+    def __init__(self, url: str, options: Any, *, single: bool = False) -> None:
         self.url, self._orbax = url, options
-        self._options = replace(orbax_options.ours(options), on_save_failure=on_save_failure)
+        self._options = replace(orbax_options.ours(options), on_save_failure="raise" if single else "warn")
         self.timeout_s = self._options.rendezvous_timeout_s
         store = open_storage(url)
         self._storage: Storage = ReadOnlyStorage(store) if options.read_only else store
@@ -46,7 +48,7 @@ class ManagedRun:
         in_store = local_path(url) is None
         orbax_options.check(options, defaults, self.rendezvous.count, in_store=in_store)
         self.stored = StoredSteps(self.store)
-        self._views = StepViews(self.store, self.stored, options)
+        self._views = StepViews(self.store, self.stored, options, single=single)
         self.directory = StoreDirectory(url) if in_store else orbax_api.path(url)
         self.writer: _ManagedAgent | None = None
         self.on_commit: dict[int, Callable[[], None]] = {}

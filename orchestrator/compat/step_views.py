@@ -25,16 +25,17 @@ from orchestrator.rules import chunk_index
 from orchestrator.rules.records import LiveStep
 from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.orbax_directory import STEP_METADATA
+from orchestrator.run.orbax_directory import STEP_METADATA, V1_MARK
 from orchestrator.storage import local_path
 
 
 class StepViews:
-    """Process 0's. `options`: Orbax's, which say how step directories are called and whether there is a trash. Raises
-    UsageError for a trash that is not below the root."""
+    """Process 0's. `options`: Orbax's, which say how step directories are called and whether there is a trash.
+    `single`: the root is the directory of the only step, as `save` of Orbax's v1 makes one. Raises UsageError for a
+    trash that is not below the root."""
 
-    def __init__(self, store: JournalStore, stored: StoredSteps, options: Any) -> None:
-        self._store, self._stored = store, stored
+    def __init__(self, store: JournalStore, stored: StoredSteps, options: Any, *, single: bool = False) -> None:
+        self._store, self._stored, self._single = store, stored, single
         root = local_path(store.url)
         self._root = Path(root) if root is not None else None
         self._format = orbax_api.step_names(options)
@@ -59,13 +60,16 @@ class StepViews:
 
     def _build(self, root: Path, live: LiveStep) -> None:
         name = self._format.build_name(live.step)
-        if os.path.lexists(root / name):  # Orbax's own, adopted where it is
+        if os.path.lexists(root / name) and not self._single:  # Orbax's own, adopted where it is
             return
         items = self._stored.items(live)
 
         def fill(directory: Path) -> None:
             self._fill(directory, live, items)
 
+        if self._single:
+            orbax_views.build_items(root, live.id.label, fill)
+            return
         orbax_views.build(root, name, live.id.label, self._trash, fill)
 
     def _fill(self, directory: Path, live: LiveStep, items: StoredItems) -> None:
@@ -87,6 +91,7 @@ class StepViews:
         for index, body in sorted(items.process_states.items()):
             self._own(directory, index, len(items.process_states), own_states(body))
         _write(directory / STEP_METADATA, self._stored.step_metadata(live, items))
+        (directory / V1_MARK).touch()
 
     @staticmethod
     def _own(directory: Path, index: int, count: int, own: dict[str, Any]) -> None:

@@ -16,8 +16,10 @@ from orchestrator import compat, environment, failpoints
 from orchestrator.compat import v1
 from tests.compat.test_compat import assert_equal
 from tests.support.jobs import orbax_v1_loops
+from tests.support.processes import job
 
 SAFETENSORS = theirs.options.CheckpointLayout.SAFETENSORS
+JOB = Path(__file__).parents[1] / "support" / "jobs" / "orbax_v1_job.py"
 IMPORT = "from orbax.checkpoint import v1 as ocp\n"
 
 
@@ -76,15 +78,24 @@ def test_a_checkpoint_is_an_ordinary_run_and_steps_of_a_native_run_are_checkpoin
     with v1.training.Checkpointer(root) as checkpointer:
         assert checkpointer.latest.step == 4
         np.testing.assert_array_equal(checkpointer.load(4)["w"], [4.0, 4.0])
+    with pytest.raises(oc.UsageError, match=r"a run with steps \[4\]"):
+        v1.save(root, {"w": jnp.ones(2)}, overwrite=True)
     v1.save(root / "alone", {"w": jnp.ones(2)})
     assert oc.open_run(root / "alone").latest_step() == 0
     np.testing.assert_array_equal(v1.load(root)["w"], [4.0, 4.0])
 
 
-def test_plain_orbax_loads_a_step_of_ours_by_its_path(root: Path) -> None:
+def test_plain_orbax_loads_steps_and_checkpoints_of_ours_by_their_paths(root: Path) -> None:
     with v1.training.Checkpointer(root) as checkpointer:
         checkpointer.save(3, {"w": jnp.ones(2)})
     np.testing.assert_array_equal(theirs.load(root / "3")["w"], [1.0, 1.0])
+    for value in (2.0, 3.0):
+        v1.save_checkpointables(root / "one", {"state": {"w": jnp.full(2, value)}, "journal": {"a": 1}}, overwrite=True)
+        np.testing.assert_array_equal(theirs.load(root / "one")["w"], [value, value])
+        np.testing.assert_array_equal(v1.load(root / "one")["w"], [value, value])
+    assert v1.load_checkpointables(root / "one")["journal"] == {"a": 1}
+    with pytest.raises(v1.errors.InvalidLayoutError):
+        v1.load(root / "one" / "state")  # a part of a checkpoint is none
 
 
 def test_what_orbax_has_written_is_rejected_with_the_way_out(root: Path) -> None:
@@ -159,3 +170,14 @@ def test_load_of_no_step_steps_down_past_a_damaged_one(root: Path) -> None:
             checkpointer.load(2)
         np.testing.assert_array_equal(checkpointer.load()["w"], [1.0, 1.0])
         assert checkpointer.latest.step == 1
+
+
+def test_the_processes_of_a_job_save_together_and_hear_the_same_of_each_save(tmp_path: Path) -> None:
+    lost = {environment.FAILPOINTS: "save.write=error@step=1"}
+    with job(2, 2, tmp_path / "runs", tmp_path / "logs", environ=lost, program=JOB) as running:
+        (first,), (second,) = (running.wait_for(process, "done", 120) for process in (0, 1))
+        assert running.wait(60) == [0, 0], running.story()
+    assert (first.pop("position"), second.pop("position")) == (3, 103)
+    assert first == second
+    assert (first["results"], first["steps"], first["whole"]) == ([True, False, True, True], [0, 3], True)
+    assert (first["files"], first["replaced"], first["sharding"]) == (["position-0", "position-1"], True, True)

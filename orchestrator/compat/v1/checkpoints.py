@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.arrays.format import orbax_api, orbax_v1
 from orchestrator.compat.v1 import items, settings
@@ -21,6 +21,7 @@ from orchestrator.errors import StepNotFound, UsageError
 from orchestrator.rules.records import Json
 from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.orbax_directory import STEP_METADATA
 from orchestrator.storage import local_path, open_storage
 
 _STEP = 0  # of the only one in a checkpoint's run
@@ -31,7 +32,7 @@ class NoCheckpoint(StepNotFound, FileNotFoundError, orbax_v1.InvalidLayoutError)
 
 
 class _Single(Steps):
-    _on_save_failure: Literal["warn", "raise"] = "raise"
+    _single = True
 
 
 def save(path: str | os.PathLike[str], state: Any, **given: Any) -> None:
@@ -66,6 +67,9 @@ def save_checkpointables_async(
     args = items.to_save(checkpointables, about)
     _check_free(os.fspath(path))
     steps = _Single(path, options=options)
+    others = [step for step in steps.all_steps() if step != _STEP]
+    if others:
+        raise UsageError(f"{path}: is a run with steps {others[:3]}; save to it with training.Checkpointer")
     if _STEP in steps and not overwrite:
         raise UsageError(f"{path}: there is a checkpoint already; overwrite=True replaces it")
 
@@ -147,7 +151,8 @@ def is_orbax_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 def _open(path: str | os.PathLike[str], about: Any) -> tuple[Steps, int]:
     root, step = _find(os.fspath(path))
-    return Steps(root, options=settings.manager_options(about, read_only=True)), step
+    options = settings.manager_options(about, read_only=True, create=False, save_interval_steps=0)
+    return Steps(root, options=options), step
 
 
 def _find(path: str) -> tuple[str, int]:
@@ -176,7 +181,7 @@ def _find(path: str) -> tuple[str, int]:
 
 def _view(path: Path) -> str:
     """Which attempt the step directory at `path` shows; "" for what is none."""
-    if not orbax_views.is_view(path):
+    if not orbax_views.is_view(path) or not (path / STEP_METADATA).exists():
         return ""
     return next((view.attempt for view in orbax_views.views(path.parent) if view.path == path), "")
 

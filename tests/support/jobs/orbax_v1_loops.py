@@ -65,6 +65,7 @@ def objects_by_name(directory):
     except KeyError:
         missing = "KeyError"
     by_name = ocp.load(path, checkpointable_name="optimizer")
+    described["directories"] = [(path / name).is_dir() for name in ("model", "optimizer", "data")]
     return ocp.load_checkpointables(path), some, sorted(described), shapes, missing, by_name, ocp.load(path)
 
 
