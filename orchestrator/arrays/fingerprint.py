@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from orchestrator.arrays.element_types import bit_count
 from orchestrator.arrays.jax_context import in_own_context
@@ -275,9 +275,15 @@ def _launch(kind: _Kind, group: list[_Item]) -> Any:
 
 
 def _together(shape: tuple[int, ...], sharding: NamedSharding, data: list[Any], devices: tuple[Any, ...]) -> jax.Array:
-    if isinstance(data[0], np.ndarray):
+    if not isinstance(data[0], np.ndarray):
+        return jax.make_array_from_single_device_arrays(shape, sharding, data)
+    if len(devices) == 1 or not sharding.is_fully_replicated:
         return arrays_of_shards(shape, data[0].dtype, sharding, [data], devices, copied=False)[0]
-    return jax.make_array_from_single_device_arrays(shape, sharding, data)
+    copies = [  # each its own: whether they are equal is the question, and one call takes the first for all
+        arrays_of_shards(shape, copy.dtype, SingleDeviceSharding(device), [[copy]], [device], copied=False)[0]
+        for copy, device in zip(data, devices, strict=True)
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, copies)
 
 
 def _halves(numbers: Any) -> np.ndarray[Any, Any]:

@@ -71,7 +71,7 @@ def arrays_of_shards(
 ) -> list[jax.Array]:
     """Arrays of one form, each out of its shards on the host, one for each of `devices`. copied: they have memory of
     their own; else CPU devices take the shards' over. One call for all shards of an array: `device_put` takes ten times
-    as long for small ones."""
+    as long for small ones. If the sharding replicates the array, JAX takes the first shard for all."""
     semantics = _xla.HostBufferSemantics
     how = semantics.IMMUTABLE_ONLY_DURING_CALL if copied else semantics.ZERO_COPY
     aval, on = _core.ShapedArray(shape, dtype), list(devices)

@@ -201,7 +201,8 @@ def _converted(saved: Any, wanted: Any) -> tuple[Any, _Finish]:
     if isinstance(saved, bool | int | float | complex) and kind is np.ndarray:
         return saved, lambda value: np.asarray(value, dtype)
     if isinstance(saved, bool | int | float | complex) and kind is jax.Array:
-        return saved, lambda value: jax.device_put(jnp.asarray(value, dtype), _sharding(wanted))
+        sharding = _sharding(wanted)
+        return saved, lambda value: _as_array(value, dtype, sharding)
     return saved, kind if kind in (int, float, bool, str) and saved is not None else None
 
 
@@ -227,11 +228,21 @@ def _resizing(leaf: LeafSpec, like: Any) -> tuple[Any, _Finish]:
         result[common] = whole[common].astype(dtype)
         if isinstance(like, np.ndarray):
             return result
-        if sharding is None:
-            return jnp.asarray(result)
-        return jax.make_array_from_callback(shape, sharding, lambda index: result[index])
+        return _placed(result, sharding)
 
     return _leaf(leaf), resized
+
+
+def _as_array(value: Any, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Of the dtype that the caller's own settings give such a number, unless one is asked for."""
+    return _placed(np.asarray(value, dtype or jax.dtypes.canonicalize_dtype(np.asarray(value).dtype)), sharding)
+
+
+@in_own_context
+def _placed(value: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _as_target(leaf: Any, fallback: Any, *, numpy: bool) -> Any:

@@ -118,6 +118,21 @@ def test_every_sharding_has_the_fingerprint_of_the_whole(mesh8: jax.sharding.Mes
     assert of(jax.device_put(value, SingleDeviceSharding(jax.devices()[3]))) == wanted
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (300, 300)], ids=["small", "large"])
+def test_replicas_have_each_its_own(mesh8: jax.sharding.Mesh, shape: tuple[int, int]) -> None:
+    value = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    wrong = value.copy()
+    wrong[3, 1] += 1
+    everywhere = NamedSharding(mesh8, PartitionSpec())
+    devices = list(mesh8.devices.flat)
+    shards = [jax.device_put(wrong if device == devices[5] else value, device) for device in devices]
+    array = jax.make_array_from_single_device_arrays(shape, everywhere, shards)
+    (found,) = fingerprint.start([(array_leaf(array), array)]).result().values()
+    right = by_the_book(words_of(value))
+    assert [part.device for part, told in found if told != right] == [devices[5].id]
+    assert {told for part, told in found if part.device == devices[5].id} == {by_the_book(words_of(wrong))}
+
+
 def test_many_leaves_at_once_have_each_its_own(mesh8: jax.sharding.Mesh) -> None:
     """Batched by shape: no leaf may get another's, whatever the size of the batch."""
     rng = np.random.default_rng(1)

@@ -109,7 +109,7 @@ def test_a_step_whose_save_failed_is_due_again_and_is_saved(
     [
         (state(20) | {"w": Interrupting()}, {}, KeyboardInterrupt),
         (state(20) | {"w": np.array([object()])}, {}, oc.UsageError),
-        (state(20), {"metrics": {"loss": "low"}}, oc.UsageError),
+        (state(20), {"metrics": {"loss": {1, 2}}}, oc.UsageError),
     ],
     ids=["Ctrl-C", "leaf", "metrics"],
 )

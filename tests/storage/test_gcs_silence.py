@@ -240,7 +240,7 @@ def test_a_command_at_a_terminal_says_after_two_seconds_for_whom_it_waits(endpoi
         finally:
             running.kill()
             os.close(controller)
-    first, last = shown.replace("\r", "").strip().split("\n")
+    first, last = re.sub(r"\n +", " ", shown.replace("\r", "").strip()).split("\n")  # as wide as the terminal
     host = url.partition("://")[2]
     assert (
         first.startswith(f"orchestrator: no answer from {host} yet: list gs://typo/run/") and "trying for 2 s" in first

@@ -122,9 +122,10 @@ def test_a_read_only_manager_of_nothing_makes_nothing(root: Path) -> None:
 
 def test_whatever_method_is_added_the_store_of_a_read_only_manager_takes_nothing(root: Path, trainer: Any) -> None:
     with read_only(root) as manager:
-        assert isinstance(manager._storage, ReadOnlyStorage) and manager._store.storage is manager._storage
+        storage = manager._run.store.storage
+        assert isinstance(storage, ReadOnlyStorage) and manager._run._storage is storage
         with pytest.raises(oc.UsageError, match="read-only"):
-            manager._storage.create("journal/x", b"")
+            storage.create("journal/x", b"")
 
 
 READER = """

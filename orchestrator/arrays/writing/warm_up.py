@@ -44,8 +44,13 @@ class WarmUp:
         self._under_way: Begun[None] | None = None
 
     def expect(self, like: Any) -> None:
-        """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings."""
-        layout = layout_of(shards_expected(like))
+        """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings. A target that cannot be
+        restored, or that only the mesh that is set completes, is left to whoever restores it."""
+        try:
+            layout = layout_of(shards_expected(like))
+        except (TypeError, ValueError) as error:  # an abstract mesh, a sharding that does not divide the shape
+            logging.debug("nothing is made ready for saves: %s", error)
+            return
         if layout.shards:
             self.begin(layout)
 

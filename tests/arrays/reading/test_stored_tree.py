@@ -34,7 +34,8 @@ def store(directory: Path, nodes: bytes, root: ocdbt._Summary, height: int = 0) 
 
 
 def leaf_node(*entries: tuple[bytes, Any]) -> bytes:
-    return ocdbt._leaf(entries)
+    keys, values = zip(*entries, strict=True)
+    return ocdbt._leaf(keys, values)[0]
 
 
 def resigned(node: bytes, change: Callable[[bytearray], None]) -> bytes:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.policy import KeepPolicy, last
-from orchestrator.rules import attempt, evidence, journal
+from orchestrator.rules import attempt, evidence, journal, removal
 from orchestrator.rules.attempt import AppendAbort, AppendCommit, Attempt, Effect, Finalize, Phase
 from orchestrator.rules.attempt_id import AttemptId, name_of
 from orchestrator.rules.codec import encode
@@ -44,7 +44,7 @@ class Rules:
     pin: Callable[..., journal.Next] = journal.pin
     quarantine: Callable[..., journal.Next] = journal.quarantine
     release: Callable[..., journal.Next] = journal.release
-    discard: Callable[..., journal.Next] = journal.discard
+    discard: Callable[..., journal.Next] = removal.discard
     lost: Callable[..., str] = evidence.lost
     choose: Callable[..., evidence.Choice] = evidence.choose
     recovered: Callable[..., Head] = evidence.recovered
