@@ -141,6 +141,9 @@ def test_a_lost_save_is_told_and_ends_no_loop(root: Path, monkeypatch: pytest.Mo
         assert [each.step for each in checkpointer.checkpoints] == [2]
         assert lost.result() is False
     monkeypatch.setenv(environment.FAILPOINTS, "save.write=error")
+    with v1.training.Checkpointer(root.parent / "unlucky") as checkpointer:
+        asked_late = [checkpointer.save_async(step, state, force=True) for step in (1, 2)]
+        assert [each and each.result() for each in asked_late] == [False, False]
     with pytest.raises(oc.SaveFailed):
         v1.save(root.parent / "alone", state)
     monkeypatch.delenv(environment.FAILPOINTS)
