@@ -22,10 +22,11 @@ _HELD_MAX = 2000  # lines of one traceback
 @dataclass
 class _Host:
     """held: the lines of a traceback that has not ended. chained: whether the one before came of a Ctrl-C, and what
-    follows may still come of it."""
+    follows may still come of it. linked: Python has said that the next one does."""
 
     held: list[str] = field(default_factory=list)
     chained: bool = False
+    linked: bool = False
 
 
 class Noise:
@@ -49,9 +50,11 @@ class Noise:
                 return []
             return self._ended(known, line)
         if line == _BEGINS:
+            known.chained, known.linked = known.chained and known.linked, False
             known.held.append(line)
             return []
         if known.chained and (not line or line.startswith(_LINKS)):
+            known.linked |= bool(line)
             return []
         known.chained = known.chained and _ERROR.fullmatch(line) is not None
         return [line]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator.arrays.format import orbax_api
-from orchestrator.errors import UsageError
+from orchestrator.errors import UnsafeKey, UsageError
 from orchestrator.rules.keys import check_key
 
 BYTES_MAX = 256 << 20
@@ -77,5 +77,14 @@ def _packed(directory: str, name: str) -> Files:
                     "or PyTreeSave"
                 )
             with open(path, "rb") as file:
-                found[os.path.relpath(path, directory)] = base64.b64encode(file.read()).decode()
+                found[_name(path, directory, name)] = base64.b64encode(file.read()).decode()
     return found
+
+
+def _name(path: str, directory: str, item: str) -> str:
+    """Raises UsageError for a name that would not be read back."""
+    try:
+        return check_key(os.path.relpath(path, directory), f"item {item!r}")
+    except UnsafeKey:
+        text = f"item {item!r}: its handler wrote a file {os.path.basename(path)!r}; use printable names without \\"
+        raise UsageError(text) from None

@@ -15,7 +15,7 @@ from orchestrator.arrays.format import orbax_api
 from orchestrator.compat import orbax_options, root_metadata
 from orchestrator.compat.step_views import StepViews
 from orchestrator.compat.store_directory import StoreDirectory
-from orchestrator.compat.stored_steps import StoredSteps
+from orchestrator.compat.stored_steps import NoSuchStep, StoredSteps
 from orchestrator.errors import UsageError
 from orchestrator.job.rendezvous import connect
 from orchestrator.job.rounds import Round, agree
@@ -118,19 +118,26 @@ class ManagedRun:
 
     def delete(self, step: int) -> None:
         """Retire `step`, whichever it is. A collective. Raises NoSuchStep, UsageError for one that has to stay."""
-        self.stored.find(step)
-        rule = partial(removal.remove, step=step)
+        epoch = self.writer.epoch if self.writer else None
+        rule = partial(removal.remove, step=step, epoch=epoch)
 
-        def remove() -> str:
+        def remove() -> tuple[str, str]:
+            # Asked on process 0 alone: once it has removed the step, those behind it would not find it.
             try:
+                self.stored.find(step)
                 self.store.append(rule)
+            except NoSuchStep as error:
+                return str(error), ""
             except UsageError as error:
-                return str(error)
-            return ""
+                return "", str(error)
+            return "", ""
 
-        problem = agree(self.rendezvous, Round[str](f"delete step {step}", str), self.timeout_s, remove)
-        if problem:
-            raise UsageError(f"{self.url}: {problem}")
+        asked = Round[tuple[str, str]](f"delete step {step}", tuple[str, str])
+        missing, stays = agree(self.rendezvous, asked, self.timeout_s, remove)
+        if missing:
+            raise NoSuchStep(missing)
+        if stays:
+            raise UsageError(f"{self.url}: {stays}")
         if self.writer:
             self.writer.forget(step)
         if self.rendezvous.process == 0:
@@ -143,8 +150,10 @@ class _ManagedAgent(Agent):
     after_commit: Callable[[], None] = staticmethod(lambda: None)
 
     def _committed(self) -> None:
-        self.after_commit()
-        super()._committed()
+        try:
+            self.after_commit()
+        finally:  # a callback of the user's may fail
+            super()._committed()
 
     def forget(self, step: int) -> None:
         """`step` has been deleted from the run: it may be saved again. All processes."""

@@ -157,19 +157,6 @@ def is_nan(score: Callable[[Any], float], about: StepInfo) -> bool:
     return bool(value != value)
 
 
-@dataclass(frozen=True)
-class KeepAllBut:
-    """For `delete(step)`."""
-
-    step: int
-
-    def metrics_needed(self, metrics: Mapping[str, float]) -> frozenset[str]:
-        return frozenset()
-
-    def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
-        return frozenset(each.step for each in steps) - {self.step}
-
-
 def best(infos: Sequence[StepInfo], best_fn: Callable[[Any], float], mode: str) -> int | None:
     """The step with the best metric; on a tie the later, as in Orbax. NaN is the best only where all are NaN."""
     scored = [each for each in infos if each.metrics is not None]

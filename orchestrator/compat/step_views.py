@@ -20,13 +20,17 @@ from orchestrator.compat import custom_items
 from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.compat.stored_items import StoredItems, own_states
 from orchestrator.compat.stored_steps import StoredSteps
-from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.rules import chunk_index
+from orchestrator.errors import OrchestratorError, UnsafeKey, UsageError
+from orchestrator.rules import chunk_index, keys
+from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import LiveStep
 from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import STEP_METADATA, V1_MARK
 from orchestrator.storage import local_path
+from orchestrator.texts import printable
+
+_OURS = (keys.JOURNAL.strip("/"), keys.STEPS.strip("/"))  # folders that a run has at its root
 
 
 class StepViews:
@@ -40,7 +44,8 @@ class StepViews:
         self._root = Path(root) if root is not None else None
         self._format = orbax_api.step_names(options)
         trash = str(options.todelete_subdir or getattr(options, "todelete_full_path", None) or "").strip("/")
-        if trash and (any(part in ("", ".", "..") for part in trash.split("/")) or trash.isdecimal()):
+        first, *rest = trash.split("/")
+        if trash and (not {"", ".", ".."}.isdisjoint((first, *rest)) or first.isdecimal() or first in _OURS):
             raise UsageError(f"CheckpointManagerOptions: {trash!r}: give a name below the run's root that is no step's")
         self._trash = trash
 
@@ -49,18 +54,24 @@ class StepViews:
         if self._root is None or not self._root.is_dir():
             return
         try:
+            orbax_views.prune(self._root, self._store.head)
             head = self._store.head()
-            orbax_views.prune(self._root, head)
             there = {view.attempt for view in orbax_views.views(self._root)}
-            for live in head.live if head else ():
-                if live.restorable and live.id.label not in there:
-                    self._build(self._root, live)
-        except (OrchestratorError, OSError, ValueError) as error:
+        except (OrchestratorError, OSError) as error:
             logging.warning("%s: step directories for Orbax are not up to date: %s", self._store.url, error)
+            return
+        for live in head.live if head else ():
+            if live.restorable and orbax_views.attempt_of(live) not in there:
+                try:
+                    self._build(self._root, live)
+                except Exception as error:  # whatever a step holds: those of the others are made, and training goes on
+                    what = f"{type(error).__name__}: {error}"
+                    logging.warning("%s: no step directory for Orbax: %s", live.id.label, printable(what))
 
     def _build(self, root: Path, live: LiveStep) -> None:
-        name = self._format.build_name(live.step)
+        name, attempt = self._format.build_name(live.step), orbax_views.attempt_of(live)
         if os.path.lexists(root / name) and not self._single:  # Orbax's own, adopted where it is
+            orbax_views.claim(root, name, attempt, self._trash)
             return
         items = self._stored.items(live)
 
@@ -68,12 +79,15 @@ class StepViews:
             self._fill(directory, live, items)
 
         if self._single:
-            orbax_views.build_items(root, live.id.label, fill)
+            orbax_views.build_items(root, attempt, fill)
             return
-        orbax_views.build(root, name, live.id.label, self._trash, fill)
+        orbax_views.build(root, name, attempt, self._trash, fill)
 
     def _fill(self, directory: Path, live: LiveStep, items: StoredItems) -> None:
         assert self._root is not None
+        for name in items.names:  # of the run's records, and of a caller's Composite
+            if "/" in check_key(name, live.id.label):
+                raise UnsafeKey(f"item {name!r}: no name for a directory")
         state = self._root / live.id.state_prefix
         stored = chunk_index.stored(self._store.step(live).manifest)
         external = {leaf.external.item for leaf in items.leaves if leaf.external}
@@ -91,15 +105,15 @@ class StepViews:
         for index, body in sorted(items.process_states.items()):
             self._own(directory, index, len(items.process_states), own_states(body))
         _write(directory / STEP_METADATA, self._stored.step_metadata(live, items))
-        (directory / V1_MARK).touch()
+        if self._single:
+            (directory / V1_MARK).touch()
 
     @staticmethod
     def _own(directory: Path, index: int, count: int, own: dict[str, Any]) -> None:
         for name, state in own.items():
             if isinstance(state, dict):
-                for path, body in state.items():
-                    if not (directory / name / path).exists():
-                        custom_items.unpack({path: body}, os.fspath(directory / name))
+                missing = {path: body for path, body in state.items() if not (directory / name / path).exists()}
+                custom_items.unpack(missing, os.fspath(directory / name))
             else:
                 file = directory / name / f"process_{index}-of-{count}.json"
                 file.parent.mkdir(exist_ok=True)

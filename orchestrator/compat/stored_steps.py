@@ -85,7 +85,7 @@ class StoredSteps:
         for name in stored_items.sharding_files([entry.path for entry in step.manifest.files]):
             body = step.file(name)
             shardings |= stored_items.shardings_in(body, name) if body else {}
-        states = step.process_states()
+        states = {} if extra is None else step.process_states()  # of a native agent's, bytes that are nobody's items
         return StoredItems(live.step, spec.leaves, frozenset(lists), single, extra or {}, states, shardings)
 
     def newest_readable(self) -> StoredItems:

@@ -25,7 +25,10 @@ def install() -> None:
             before(ignored)
             return
         # Not by `threading`: whatever is interrupted may hold one of its locks.
-        _thread.start_new_thread(_interrupt_again, ())
+        try:
+            _thread.start_new_thread(_interrupt_again, ())
+        except RuntimeError:  # no more threads: the program ends
+            before(ignored)
 
     hook.interrupts_again = True  # type: ignore[attr-defined]
     sys.unraisablehook = hook

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from typing import Literal
 
 State = Literal["", "here", "stopped", "ended"]
+_PID = re.compile("[1-9][0-9]{0,8}")  # Linux has none above 4,194,304
 
 
 def name_of(pid: int) -> str:
@@ -26,7 +28,7 @@ def state_of(name: str) -> State:
     `stopped`: by a signal, or by a debugger. `ended`: there is no such process any more."""
     place, _, rest = name.rpartition("/")[0].rpartition("/")
     started = name.rpartition("/")[2]
-    if not place or place != _place() or not (rest.isascii() and rest.isdecimal()):
+    if not place or place != _place() or not _PID.fullmatch(rest):
         return ""
     pid = int(rest)
     found = _stat(pid)

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from orchestrator.errors import StepNotFound, UsageError
-from orchestrator.rules.journal import Next, Rejected, Stamp, find, retired_as, successor
+from orchestrator.rules.journal import FencedBy, Next, Rejected, Stamp, find, retired_as, successor
 from orchestrator.rules.records import Head, JournalEvent
 
 
-def remove(head: Head | None, stamp: Stamp, *, step: int) -> Next:
-    """Retire one step because somebody names it, the newest, too: that rolls the run back. The only one stays."""
+def remove(head: Head | None, stamp: Stamp, *, step: int, epoch: int | None = None) -> Next:
+    """Retire one step because somebody names it, the newest, too: that rolls the run back. The only one stays, and so
+    does a quarantined one: it is evidence. epoch: of the incarnation that asks; an older one than the head's is fenced,
+    and rolls back nothing of its successor's."""
+    if head is not None and epoch is not None and head.epoch > epoch:
+        return FencedBy(head.epoch, head.writer)
     found = find(head, step) if head else None
     if head is None or found is None:
         return None
+    if not found.restorable:
+        text = f"step {step} is quarantined; `orchestrator gc --quarantined={step}` deletes it"
+        return Rejected(UsageError(text))
     if found.pins:
         return _pinned(step, found.pins)
     live = tuple(old for old in head.live if old.step != step)

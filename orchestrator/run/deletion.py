@@ -22,7 +22,7 @@ from orchestrator.observe.events import AttemptsDeleted, emit
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.keys import MANIFEST
-from orchestrator.rules.records import Head, RetiredAttempt
+from orchestrator.rules.records import RetiredAttempt
 from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import local_path
@@ -60,7 +60,7 @@ def collect(
     if epoch is not None and head.epoch > epoch:
         raise Fenced(f"{store.url}: epoch {epoch} is fenced by epoch {head.epoch} ({head.writer}); nothing deleted")
     if not dry_run and (root := local_path(store.url)) is not None:
-        _prune_views(Path(root), head)
+        _prune_views(Path(root), store)
     result = Collection()
     done: list[AttemptId] = []
     for gone in journal.collectable(head, found):
@@ -79,10 +79,10 @@ def collect(
     return result
 
 
-def _prune_views(root: Path, head: Head) -> None:
+def _prune_views(root: Path, store: JournalStore) -> None:
     """Their links would keep the data of attempts that are to be deleted."""
     try:
-        orbax_views.prune(root, head)
+        orbax_views.prune(root, store.head)
     except (OSError, OrchestratorError) as error:
         logging.warning("%s: directories of steps that are gone are left: %s", root, error)
 

@@ -78,10 +78,13 @@ def _bucket(storage: Reads, url: str) -> str:
 
 
 def _folders(storage: Reads) -> list[str]:
-    """The first few names that have objects below them; one request each."""
+    """Those of the first few names that have objects below them; one request each, for plain objects, too."""
     found: list[str] = []
     start = ""
-    while len(found) < _FOLDERS_MAX and (entry := next(iter(storage.list("", start)), None)):
+    for _ in range(_FOLDERS_MAX):
+        entry = next(iter(storage.list("", start)), None)
+        if entry is None:
+            break
         name, slash, _ = entry.key.partition("/")
         found += [name] if slash else []
         start = f"{name}0" if slash else f"{name}!"  # past all that begins with `name/`; past the object itself

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from orchestrator.arrays.format import orbax_json
 from orchestrator.errors import Damaged, StorageError, UsageError
-from orchestrator.rules import arguments
+from orchestrator.rules import arguments, keys
 from orchestrator.rules.records import Head
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_views import is_view
@@ -54,7 +54,8 @@ def survey(base: Path, known: frozenset[int] = frozenset()) -> OrbaxDirectory:
     try:
         with os.scandir(base) as entries:
             there = [entry for entry in entries if entry.is_symlink() or entry.is_dir()]
-            names = sorted(entry.name for entry in there if not is_view(Path(entry.path)))
+            of_run = _has_journal(base)  # without it, views are all that is left of the steps
+            names = sorted(entry.name for entry in there if not (of_run and is_view(Path(entry.path))))
         for name in names:
             path, named = base / name, _STEP.fullmatch(name)
             if named and _is_step(path):
@@ -68,6 +69,12 @@ def survey(base: Path, known: frozenset[int] = frozenset()) -> OrbaxDirectory:
         raise StorageError(f"{base}: cannot be searched for steps: {error.strerror or error}") from error
     alone = found if not known or any(number in known for number, _ in found) else []
     return OrbaxDirectory(_by_number(base, managed or alone), tuple(strange))
+
+
+def _has_journal(base: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return any((base / keys.JOURNAL).iterdir())
+    return False
 
 
 def _by_number(base: Path, found: Iterable[tuple[int, Path]]) -> dict[int, Path]:

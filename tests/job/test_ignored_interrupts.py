@@ -34,6 +34,12 @@ except KeyboardInterrupt:
     print("interrupted", heard)
 """
 
+NO_MORE_THREADS = """
+import resource
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+"""
+
 
 @pytest.mark.parametrize(
     ("act", "handler", "said"),
@@ -43,6 +49,7 @@ except KeyboardInterrupt:
         ("Dropped(ValueError)", "", "went on ['ValueError']"),
         ("Dropped(KeyboardInterrupt)", "signal.signal(2, signal.SIG_IGN)", "went on []"),
         ("Dropped(KeyboardInterrupt)", "signal.signal(2, lambda *_: heard.append(2))", "went on [2]"),
+        ("Dropped(KeyboardInterrupt)", NO_MORE_THREADS, "went on ['KeyboardInterrupt']"),
     ],
 )
 def test_a_ctrl_c_in_a_callback_comes_again(act: str, handler: str, said: str) -> None:

@@ -48,6 +48,7 @@ INTERRUPTED: dict[str, tuple[Lines, Lines]] = {
         said((0, INT), (1, [*INT, "closing", *BUG])),
         said((0, INT), (1, [INT[-1], "closing", *BUG])),
     ),
+    "a bug right after": (said((0, INT), (1, INT + BUG)), said((0, INT), (1, INT[-1:] + BUG))),
     "a bug like it": (
         said((0, INT), (1, [BEGINS, CALL, "KeyboardInterruptLost: x"])),
         said((0, INT), (1, [BEGINS, CALL, "KeyboardInterruptLost: x"])),

@@ -55,6 +55,8 @@ def test_a_number_that_was_used_again_is_another_process() -> None:
         "a/b/c/d/e",
         "{place}/-1/5",
         "{place}/x/5",
+        "{place}/0/5",
+        "{place}/99999999999999999999/5",
         "{place}/٣/5",
     ],
 )

@@ -366,6 +366,13 @@ def test_a_step_is_removed_by_name_even_the_newest_but_not_the_only_one() -> Non
         only = last.live[-1].step
         assert "the only one" in str(rejection(removal.remove(last, stamp(), step=only)))
     assert removal.remove(run, stamp(), step=9) is None
+    assert "is quarantined" in str(rejection(removal.remove(head(quarantined(1), live(2)), stamp(), step=1)))
+
+
+def test_only_the_newest_incarnation_rolls_a_run_back() -> None:
+    run = head(live(1), live(2), epoch=2)
+    assert isinstance(removal.remove(run, stamp(), step=2, epoch=1), FencedBy)
+    assert steps(changed(removal.remove(run, stamp(), step=2, epoch=2))) == [1]
 
 
 def test_only_somebody_who_names_a_quarantined_step_deletes_it() -> None:

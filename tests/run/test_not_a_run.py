@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from orchestrator.cli.main import main
+from orchestrator.run import not_a_run
 from orchestrator.storage import open_storage
+from orchestrator.storage.port import Entry
 from tests.support.gcs import BUCKET, emulator
 
 
@@ -51,3 +55,21 @@ def test_a_name_right_below_the_bucket_asks_nothing_of_the_whole_bucket(capsys: 
     emulator()
     assert main(["orchestrator", "ls", f"gs://{BUCKET}/{uuid.uuid4().hex}"]) == 3
     assert capsys.readouterr().err.rstrip().endswith("not a run: there are no objects below this name")
+
+
+class ManyObjects:
+    """A store with a million objects and no folder."""
+
+    url = "gs://bucket/run"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        self.asked += 1
+        return iter([Entry(f"{start}x"[-40:], 1)])
+
+
+def test_however_many_objects_are_beside_it_few_are_asked_for() -> None:
+    store: Any = ManyObjects()
+    assert not_a_run._folders(store) == [] and store.asked <= 20

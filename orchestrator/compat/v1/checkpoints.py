@@ -169,7 +169,7 @@ def _find(path: str) -> tuple[str, int]:
         label = _view(Path(local)) if local is not None else ""
         within = JournalStore(open_storage(above), writer="compat").head() if label or local is None else None
         for live in within.live if within else ():
-            if live.restorable and (live.id.label == label or (not label and live.step == int(name))):
+            if live.restorable and (orbax_views.attempt_of(live) == label or (not label and live.step == int(name))):
                 return above, live.step
     if local is not None and os.path.isdir(local) and orbax_v1.public("is_orbax_checkpoint")(local):
         raise UsageError(
