@@ -63,9 +63,10 @@ test-versions: setup ## the package beside older and newer JAX, Orbax and Python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/python -m tests.proof.versions --rows=$(ROWS) --only=$(ONLY) --write=docs/versions.md
 
-test-orbax: setup ## Orbax's own tests of its CheckpointManager with ours; into docs/from-orbax.md (ORBAX=checkout; 2 minutes)
+test-orbax: setup ## Orbax's own tests of its CheckpointManager and v1 API with ours; into docs/from-orbax.md (ORBAX=checkout; 2 minutes)
 	@test -n "$(ORBAX)" || { echo "make test-orbax: say where Orbax's repository is: make test-orbax ORBAX=path" >&2; exit 2; }
 	$(BIN)/python -m tests.proof.orbax_suite $(ORBAX) --only='$(ONLY)' $(if $(ONLY),,--write=docs/from-orbax.md)
+	$(BIN)/python -m tests.proof.orbax_suite $(ORBAX) --api=v1 --only='$(ONLY)' $(if $(ONLY),,--write=docs/from-orbax.md)
 
 test-adopt: setup ## directories of Orbax 0.4.8 to 0.12, adopted and compared; into docs/from-orbax.md (ONLY=versions; 5 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9

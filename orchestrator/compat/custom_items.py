@@ -11,7 +11,7 @@ import base64
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator.arrays.format import orbax_api
@@ -43,12 +43,17 @@ async def _async_save(handler: Any, directory: Any, args: Any) -> None:
 
 def restore(handler: Any, name: str, args: Any, files: Mapping[str, str]) -> Any:
     """What `handler` makes of an item's files. Raises whatever it raises."""
+    accepts = inspect.signature(handler.restore).parameters
+    given = {"args": args} if args is not None and ("args" in accepts or "kwargs" in accepts) else {}
+    return with_files(name, files, lambda directory: handler.restore(directory, **given))
+
+
+def with_files(name: str, files: Mapping[str, str], use: Callable[[Any], Any]) -> Any:
+    """What `use` makes of a directory that holds an item's files for as long."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-item-") as folder:
         directory = os.path.join(folder, name)
         unpack(files, directory)
-        accepts = inspect.signature(handler.restore).parameters
-        given = {"args": args} if args is not None and ("args" in accepts or "kwargs" in accepts) else {}
-        return handler.restore(orbax_api.path(directory), **given)
+        return use(orbax_api.path(directory))
 
 
 def unpack(files: Mapping[str, str], directory: str) -> None:

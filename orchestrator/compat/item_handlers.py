@@ -69,7 +69,9 @@ class ItemHandlers:
                 raise UsageError(f"{where}: item {name!r}: {type(each).__name__} is not for {type(handler).__name__}")
 
     def handler(self, name: str, args: Any) -> Any:
-        """The handler that saves or restores an item of another kind than ours."""
+        """The handler that saves or restores an item of another kind than ours. Args may bring their `own_handler`."""
+        if getattr(args, "own_handler", None) is not None:
+            return args.own_handler
         if name in self.handlers:
             return self.handlers[name]
         for item in (name, None):

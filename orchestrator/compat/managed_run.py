@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,11 +31,14 @@ from orchestrator.storage.read_only import ReadOnlyStorage
 
 
 class ManagedRun:
-    """writer: the agent, once something was saved or asked of it. Raises UsageError for options without counterpart."""
+    """writer: the agent, once something was saved or asked of it. on_commit: by step, called on the save's thread once
+    it is committed. Raises UsageError for options without counterpart.
 
-    def __init__(self, url: str, options: Any) -> None:
+    `single`: the run is one checkpoint. A failed save raises then, and Orbax's directories are at the root itself."""
+
+    def __init__(self, url: str, options: Any, *, single: bool = False) -> None:
         self.url, self._orbax = url, options
-        self._options = orbax_options.ours(options)
+        self._options = replace(orbax_options.ours(options), on_save_failure="raise" if single else "warn")
         self.timeout_s = self._options.rendezvous_timeout_s
         store = open_storage(url)
         self._storage: Storage = ReadOnlyStorage(store) if options.read_only else store
@@ -44,9 +48,10 @@ class ManagedRun:
         in_store = local_path(url) is None
         orbax_options.check(options, defaults, self.rendezvous.count, in_store=in_store)
         self.stored = StoredSteps(self.store)
-        self._views = StepViews(self.store, self.stored, options)
+        self._views = StepViews(self.store, self.stored, options, single=single)
         self.directory = StoreDirectory(url) if in_store else orbax_api.path(url)
         self.writer: _ManagedAgent | None = None
+        self.on_commit: dict[int, Callable[[], None]] = {}
         self._given: dict[str, Json] = {}
 
     def open(self, given: dict[str, Json]) -> None:
@@ -107,6 +112,9 @@ class ManagedRun:
         callback = getattr(self._orbax.async_options, "post_finalization_callback", None)
         if callback is not None:
             callback()
+        step = self.writer.in_flight if self.writer else None
+        if step is not None and (listener := self.on_commit.pop(step, None)):
+            listener()
 
     def delete(self, step: int) -> None:
         """Retire `step`, whichever it is. A collective. Raises NoSuchStep, UsageError for one that has to stay."""

@@ -37,6 +37,8 @@ class CheckpointManager:
     steps and has not been adopted.
     """
 
+    _single = False  # as of ManagedRun
+
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -52,7 +54,7 @@ class CheckpointManager:
         self._items = ItemHandlers.of(checkpointers, item_names, item_handlers, handler_registry)
         self._saves = orbax_api.Saves(self._orbax)
         given = root_metadata.checked(metadata)
-        run = self._run = ManagedRun(os.fspath(directory), self._orbax)
+        run = self._run = ManagedRun(os.fspath(directory), self._orbax, single=self._single)
         # Only a policy of the user's own may look at the metrics of the steps before.
         self._known = KnownSteps(run.stored, run.rendezvous, run.timeout_s, all_metrics=self._saves.own_policy)
         self._handler_error: Exception | None = None  # of a user's handler, in a save that was to be asynchronous

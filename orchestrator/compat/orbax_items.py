@@ -109,7 +109,7 @@ def contents(args: Any, handler: Callable[[str, Any], Any]) -> SaveContents:
     for name, each in named.items():
         kind = kind_of(each, name)
         own = handler(name, each) if kind == "custom" else None
-        made = type(own) if own is not None else orbax_api.registered_handler(each)
+        made = getattr(own, "handler_type", type(own)) if own is not None else orbax_api.registered_handler(each)
         result.items[name] = f"{made.__module__}.{made.__qualname__}" if made else ""
         match kind:
             case "json":

@@ -198,8 +198,11 @@ def _is_restore_args(value: Any) -> bool:
 def _converted(saved: Any, wanted: Any) -> tuple[Any, _Finish]:
     """A Python value of the checkpoint as RestoreArgs ask for it."""
     kind, dtype = getattr(wanted, "restore_type", None), getattr(wanted, "dtype", None)
-    if isinstance(saved, bool | int | float | complex) and kind in (np.ndarray, jax.Array):
-        return saved, lambda value: np.asarray(value, dtype) if kind is np.ndarray else _as_array(value, dtype)
+    if isinstance(saved, bool | int | float | complex) and kind is np.ndarray:
+        return saved, lambda value: np.asarray(value, dtype)
+    if isinstance(saved, bool | int | float | complex) and kind is jax.Array:
+        sharding = _sharding(wanted)
+        return saved, lambda value: _as_array(value, dtype, sharding)
     return saved, kind if kind in (int, float, bool, str) and saved is not None else None
 
 
@@ -230,9 +233,9 @@ def _resizing(leaf: LeafSpec, like: Any) -> tuple[Any, _Finish]:
     return _leaf(leaf), resized
 
 
-def _as_array(value: Any, dtype: Any) -> jax.Array:
+def _as_array(value: Any, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Of the dtype that the caller's own settings give such a number, unless one is asked for."""
-    return _placed(np.asarray(value, dtype or jax.dtypes.canonicalize_dtype(np.asarray(value).dtype)), None)
+    return _placed(np.asarray(value, dtype or jax.dtypes.canonicalize_dtype(np.asarray(value).dtype)), sharding)
 
 
 @in_own_context

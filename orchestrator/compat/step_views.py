@@ -22,6 +22,7 @@ from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.records import LiveStep
 from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.orbax_directory import V1_MARK
 from orchestrator.storage import local_path
 from orchestrator.texts import printable
 
@@ -29,11 +30,12 @@ _OURS = (keys.JOURNAL.strip("/"), keys.STEPS.strip("/"))  # folders that a run h
 
 
 class StepViews:
-    """Process 0's. `options`: Orbax's, which say how step directories are called and whether there is a trash. Raises
-    UsageError for a trash that is not below the root."""
+    """Process 0's. `options`: Orbax's, which say how step directories are called and whether there is a trash.
+    `single`: the root is the directory of the only step, as `save` of Orbax's v1 makes one. Raises UsageError for a
+    trash that is not below the root."""
 
-    def __init__(self, store: JournalStore, stored: StoredSteps, options: Any) -> None:
-        self._store, self._stored = store, stored
+    def __init__(self, store: JournalStore, stored: StoredSteps, options: Any, *, single: bool = False) -> None:
+        self._store, self._stored, self._single = store, stored, single
         root = local_path(store.url)
         self._root = Path(root) if root is not None else None
         self._format = orbax_api.step_names(options)
@@ -64,7 +66,7 @@ class StepViews:
 
     def _build(self, root: Path, live: LiveStep) -> None:
         name, attempt = self._format.build_name(live.step), orbax_views.attempt_of(live)
-        if os.path.lexists(root / name):  # Orbax's own, adopted where it is
+        if os.path.lexists(root / name) and not self._single:  # Orbax's own, adopted where it is
             orbax_views.claim(root, name, attempt, self._trash)
             return
         items = self._stored.items(live)
@@ -72,6 +74,9 @@ class StepViews:
         def fill(directory: Path) -> None:
             self._fill(directory, live, items)
 
+        if self._single:
+            orbax_views.build_items(root, attempt, fill)
+            return
         orbax_views.build(root, name, attempt, self._trash, fill)
 
     def _fill(self, directory: Path, live: LiveStep, items: StoredItems) -> None:
@@ -80,3 +85,5 @@ class StepViews:
         about = self._stored.step_metadata(live, items)
         state = self._root / live.id.state_prefix
         step_directories.fill(directory, state, stored, items, self._stored.metrics_tree(live), about)
+        if self._single:
+            (directory / V1_MARK).touch()

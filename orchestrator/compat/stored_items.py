@@ -88,14 +88,16 @@ class StoredItems:
                 shardings[path] = self.shardings[leaf.name]
         return SavedItem(leaves, lists, shardings)
 
+    def described(self) -> dict[str, Any]:
+        """Abstract arrays by item, in the structure of what was saved; None for items that are no trees."""
+        return {name: self._below(name).skeleton() if name in self.trees else None for name in self.names}
+
     def skeletons(self) -> Any:
-        """Abstract arrays in the structure of what was saved; a Composite of them for several items, None for those
-        that are no trees."""
-        described: dict[str, Any] = dict.fromkeys(self.names)
-        for name in self.trees:
-            tree = self._below(name).skeleton()
-            described[name] = ItemMetadata(tree) if isinstance(tree, dict | list | tuple) else tree
-        return self.joined(described)
+        """`described`, with what Orbax's metadata of a tree has beside it; a Composite for several items."""
+        named = self.described().items()
+        return self.joined(
+            {name: ItemMetadata(tree) if isinstance(tree, dict | list | tuple) else tree for name, tree in named}
+        )
 
     def joined(self, named: Mapping[str, Any]) -> Any:
         """Items by name, as Orbax gives them back: a single one, or a Composite."""

@@ -24,6 +24,7 @@ from orchestrator.storage import local_path
 from orchestrator.storage.port import Reads
 
 STEP_METADATA = "_CHECKPOINT_METADATA"  # since 0.5.1; on a file system a step is finished once it has its name
+V1_MARK = "orbax.checkpoint"  # an empty file in what the v1 API writes
 # With CheckpointManagerOptions(step_prefix=..., step_format_fixed_length=...). What a save has not finished is called
 # otherwise, and is none of ours.
 _STEP = re.compile(r"(?:(.*)_)?([0-9]+)")

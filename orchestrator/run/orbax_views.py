@@ -82,6 +82,23 @@ def build(root: Path, name: str, attempt: str, trash: str, fill: Callable[[Path]
         shutil.rmtree(building, ignore_errors=True)
 
 
+def build_items(root: Path, attempt: str, fill: Callable[[Path], None]) -> None:
+    """As `build`, for a run that is one checkpoint: its items are beside the journal, each a view of its own, but for
+    names that are taken. Raises OSError."""
+    building = root / f"{_BUILDING}{uuid.uuid4().hex}"
+    building.mkdir()
+    try:
+        fill(building)
+        for path in sorted(building.iterdir()):
+            if not path.is_dir():
+                os.replace(path, root / path.name)
+            elif path.name not in keys.AT_ROOT and not os.path.lexists(root / path.name):
+                _put_mark(path, path.name, attempt, "")
+                os.rename(path, root / path.name)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def claim(root: Path, name: str, attempt: str, trash: str) -> None:
     """Of a run that was copied whole: its copy of this very attempt's view is a view of the copy. Raises OSError."""
     path = root / name

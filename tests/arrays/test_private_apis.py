@@ -51,6 +51,8 @@ WATCHED = {  # private names that the package may import: each has a test below
     "jax._src.lib.xla_client",
     "jax._src.xla_bridge",
     "orbax.checkpoint._src.metadata.sharding",
+    "orbax.checkpoint.experimental.v1._src.context.context",
+    "orbax.checkpoint.experimental.v1._src.handlers.registration",
 }
 
 
@@ -367,6 +369,37 @@ def test_our_metadata_is_what_orbaxs_own_handler_writes_for_the_same_tree(
         assert ours == theirs, name
     theirs, ours = (ocp.PyTreeCheckpointer().restore(tmp_path / who) for who in ("theirs", "ours"))
     assert jax.tree.structure(theirs) == jax.tree.structure(ours)
+
+
+def test_orbax_tells_the_context_in_force_and_whose_handler_an_object_is_for() -> None:
+    v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    from orchestrator.arrays.format import orbax_v1
+
+    class Handler:
+        async def save(self, directory: Any, checkpointable: Any) -> Any: ...
+        async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Any: ...
+        async def metadata(self, directory: Any) -> Any: ...
+        def is_handleable(self, checkpointable: Any) -> bool:
+            return isinstance(checkpointable, set)
+
+        def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool:
+            return isinstance(abstract_checkpointable, set)
+
+    context, other = v1.Context(), v1.Context()
+    context.checkpointables.registry = v1.handlers.local_registry()
+    context.checkpointables.registry.add(Handler)
+    context.checkpointables.registry.add(v1.handlers.JsonHandler, checkpointable_name="config")
+    assert orbax_v1.context(other) is other
+    with context:
+        assert orbax_v1.context(other) is context
+    assert isinstance(orbax_v1.handler_for_save(context, "a", {1}), Handler)
+    assert orbax_v1.is_tree_handler(orbax_v1.handler_for_save(context, "a", {"w": 1}))
+    assert orbax_v1.is_json_handler(orbax_v1.handler_for_save(context, "config", {"w": 1}))
+    typestr = f"{Handler.__module__}.{Handler.__qualname__}"
+    assert isinstance(orbax_v1.handler_for_load(context, "a", None, typestr), Handler)
+    assert isinstance(orbax_v1.handler_for_load(context, "a", {1}, None), Handler)
+    with pytest.raises(KeyError):
+        orbax_v1.handler_for_save(other, "a", {1})
 
 
 def test_a_sharding_can_be_told_to_plain_orbax(mesh8: jax.sharding.Mesh) -> None:

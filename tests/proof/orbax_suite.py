@@ -1,12 +1,12 @@
-"""Orbax's own tests of its CheckpointManager, run with ours: which cases pass, and why the others do not.
+"""Orbax's own tests of its CheckpointManager and of its v1 API, run with ours: which cases pass, and why others do not.
 
     git clone --depth=1 https://github.com/google/orbax
     make test-orbax ORBAX=orbax                   # ONLY=REGEX; MANAGER=orbax: the same with Orbax's own manager
-    python -m tests.proof.orbax_suite ORBAX [--only=REGEX] [--manager=orbax] [--write=docs/from-orbax.md]
+    python -m tests.proof.orbax_suite ORBAX [--api=v1] [--only=REGEX] [--manager=orbax] [--write=docs/from-orbax.md]
 
-Nothing of Orbax's is kept here: its file `checkpoint_manager_test.py` is read from the checkout and run as it stands,
-with `CheckpointManager` and the helpers of `orchestrator.compat` in the place of Orbax's own. One process, eight
-devices. A case is not applicable where it asks for Orbax's insides; `REASONS` says so for each by name.
+Nothing of Orbax's is kept here: its files are read from the checkout and run as they stand, with `CheckpointManager`,
+or the module `v1`, of `orchestrator.compat` in the place of Orbax's own. One process, eight devices. A case is not
+applicable where it asks for Orbax's insides; `REASONS` says so for each by name (v1: `tests/proof/orbax_v1_suite.py`).
 """
 
 from __future__ import annotations
@@ -88,20 +88,22 @@ def run(checkout: Path, only: str, manager: str) -> list[Outcome]:
     """Run the cases whose names match `only`, each in a root of its own."""
     module = _load(checkout, manager)
     suite = unittest.defaultTestLoader.loadTestsFromTestCase(module.CheckpointManagerTest)
-    return list(_run(suite, only, manager))
+    return list(run_cases(suite, only, manager, REASONS, OTHERWISE))
 
 
-def _run(suite: unittest.TestSuite, only: str, manager: str) -> Iterator[Outcome]:
+def run_cases(
+    suite: unittest.TestSuite, only: str, manager: str, reasons: dict[str, str], on_purpose: dict[str, str]
+) -> Iterator[Outcome]:
     for case in suite:
         name = getattr(case, "_testMethodName", str(case))
         if not re.search(only, name):
             continue
-        reason = next((why for pattern, why in REASONS.items() if re.match(pattern, name)), None)
+        reason = next((why for pattern, why in reasons.items() if re.match(pattern, name)), None)
         if reason and manager != "orbax":
             yield Outcome(name, "not applicable", reason)
             continue
         outcome = _run_case(case, name)
-        otherwise = next((why for pattern, why in OTHERWISE.items() if re.match(pattern, name)), None)
+        otherwise = next((why for pattern, why in on_purpose.items() if re.match(pattern, name)), None)
         if outcome.kind == "fails" and otherwise and manager != "orbax":
             outcome = Outcome(name, "fails", f"on purpose: {otherwise}")
         print(f"{outcome.kind:14} {name}  {outcome.why}", file=sys.stderr, flush=True)
@@ -142,10 +144,24 @@ def _deadline(seconds: int) -> Iterator[None]:
 
 
 def _load(checkout: Path, manager: str) -> Any:
-    """Orbax's test module, with our names in it. What its helpers start processes with is not in Orbax's wheel."""
-    source = checkout / SOURCE
+    """Orbax's test module, with our names in it."""
+    module = load_module(checkout, SOURCE)
+    if manager != "orbax":
+        module.CheckpointManager = _probed()
+        compare_classes_of_errors(module.CheckpointManagerTest)
+    return module
+
+
+def compare_classes_of_errors(cases: Any) -> None:
+    """Messages are ours."""
+    cases.assertRaisesRegex = lambda self, kind, _, *rest, **more: self.assertRaises(kind, *rest, **more)
+
+
+def load_module(checkout: Path, name: str) -> Any:
+    """A test module of Orbax's, by its file. What its helpers start processes with is not in Orbax's wheel."""
+    source = checkout / name
     if not source.is_file():
-        raise SystemExit(f"{checkout}: no {SOURCE} there; ORBAX= is a checkout of https://github.com/google/orbax")
+        raise SystemExit(f"{checkout}: no {name} there; ORBAX= is a checkout of https://github.com/google/orbax")
     from absl.testing import absltest
 
     class MultiProcessTest(absltest.TestCase):
@@ -161,15 +177,10 @@ def _load(checkout: Path, manager: str) -> Any:
     package = importlib.import_module(_HELPER.rpartition(".")[0])
     package.multiprocess_test = helper  # type: ignore[attr-defined]
     sys.modules[_HELPER] = helper
-    module = types.ModuleType("orbax_checkpoint_manager_test")
+    module = types.ModuleType(f"orbax_{source.stem}")
     module.__file__ = str(source)
     sys.modules[module.__name__] = module
     exec(compile(source.read_text(), str(source), "exec"), module.__dict__)
-    if manager != "orbax":
-        module.CheckpointManager = _probed()  # type: ignore[attr-defined]
-        cases = module.CheckpointManagerTest  # type: ignore[attr-defined]
-        # Messages are ours: what is compared is the class of an error.
-        cases.assertRaisesRegex = lambda self, kind, _, *rest, **more: self.assertRaises(kind, *rest, **more)
     return module
 
 
@@ -223,6 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--only", default="", help="cases whose names match this regular expression")
+    parser.add_argument("--api", default="manager", choices=("manager", "v1"), help="whose tests to run")
     parser.add_argument("--manager", default="ours", choices=("ours", "orbax"))
     parser.add_argument("--write", type=Path, help="the page that gets the table")
     given = parser.parse_args()
@@ -234,11 +246,14 @@ def main() -> int:
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     jax.distributed.initialize(f"localhost:{port}", 1, 0)
-    outcomes = run(given.checkout, given.only, given.manager)
+    from tests.proof import orbax_v1_suite
+
+    chosen = run if given.api == "manager" else orbax_v1_suite.run
+    outcomes = chosen(given.checkout, given.only, given.manager)
     text = table(outcomes)
     print(text)
     if given.write:
-        put(given.write, "make test-orbax", text)
+        put(given.write, "make test-orbax" if given.api == "manager" else "make test-orbax, of v1", text)
     return 0
 
 
