@@ -24,6 +24,11 @@ def wrapped(line: Text, width: int, indent: int) -> list[Text]:
     return [Text(part, style=line.style) for part in parts]
 
 
+def indent_after(line: str) -> int:
+    """Of the lines that go on with `line`: a little more than its own."""
+    return len(line) - len(line.lstrip(" ")) + 2
+
+
 @dataclass(frozen=True)
 class Hanging:
     """A sentence; if it takes several lines, all but the first begin after `indent` blanks."""
@@ -33,8 +38,7 @@ class Hanging:
 
     @classmethod
     def of(cls, line: Text) -> Hanging:
-        """By its own indent."""
-        return cls(line, len(line.plain) - len(line.plain.lstrip(" ")) + 2)
+        return cls(line, indent_after(line.plain))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         yield from wrapped(self.line, options.max_width, self.indent) if console.is_terminal else [self.line]

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.cli.layout import Hanging, Rows, wrapped
+from orchestrator.cli.layout import Hanging, Rows, indent_after, wrapped
 from orchestrator.observe.bar import Bar, Unit
 from orchestrator.texts import duration as duration
 from orchestrator.texts import printable
@@ -97,8 +97,8 @@ def write_error(text: str) -> None:
     for line in printable(text, details=True).split("\n"):
         shown = [line]
         if sys.stderr.isatty():
-            indent = len(line) - len(line.lstrip(" ")) + 2
-            shown = [part.plain for part in wrapped(Text(line), shutil.get_terminal_size().columns, indent)]
+            columns = shutil.get_terminal_size().columns
+            shown = [part.plain for part in wrapped(Text(line), columns, indent_after(line))]
         print(*shown, sep="\n", file=sys.stderr)
 
 

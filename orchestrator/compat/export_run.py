@@ -26,6 +26,7 @@ from orchestrator.rules import arguments, chunk_index
 from orchestrator.rules.records import LiveStep
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import local_path
+from orchestrator.storage.directory import sync
 from orchestrator.tools.export import copy_state
 
 MARK = ".orchestrator-export"  # in the destination, and in each step there
@@ -180,7 +181,7 @@ class _Export:
             os.rename(building, self._folder / str(live.step))
         finally:
             shutil.rmtree(building, ignore_errors=True)
-        _sync(self._folder)
+        sync(str(self._folder))
         return written
 
     def _gather(self, live: LiveStep, building: Path) -> int:
@@ -222,13 +223,6 @@ def _mark(folder: Path) -> dict[str, Any] | None:
 def _make_durable(folder: Path) -> None:
     for above, _, names in os.walk(folder):
         for name in names:
-            _sync(Path(above) / name)
-        _sync(Path(above))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            with open(os.path.join(above, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync(above)

@@ -71,7 +71,7 @@ class ManagedRun:
     def _prepare(self) -> None:
         if self._orbax.create and (root := local_path(self.url)) is not None:
             os.makedirs(root, exist_ok=True)
-        kept = self._given and self._orbax.save_root_metadata and not self._older_root_metadata()
+        kept = self._given and self._orbax.save_root_metadata and not self.stored.older_root_metadata()
         if kept and root_metadata.read(self._storage) is None:
             root_metadata.keep(self._storage, self._given)
         self._views.refresh()
@@ -79,13 +79,10 @@ class ManagedRun:
     def root_metadata(self) -> Any:
         found = root_metadata.read(self._storage)
         if found is None:
-            found = self._older_root_metadata()
+            found = self.stored.older_root_metadata()
         if not found and self._orbax.read_only:
             found = dict(self._given)
         return orbax_api.public("metadata").RootMetadata(custom_metadata=found)
-
-    def _older_root_metadata(self) -> dict[str, Json]:
-        return self.stored.older_root_metadata()
 
     def agreed(self, name: str, answer: Callable[[], bool]) -> bool:
         """Process 0's answer. A collective."""
@@ -93,7 +90,6 @@ class ManagedRun:
 
     def agent(self) -> _ManagedAgent:
         if self.writer is None:
-            after_commit = self._after_commit
             keep = orbax_options.KeepAsOrbax(orbax_api.Keeps(self._orbax))
             self.writer = _ManagedAgent(
                 self.url,
@@ -103,7 +99,7 @@ class ManagedRun:
                 rendezvous=self.rendezvous,
                 storage=self._storage,
             )
-            self.writer.after_commit = after_commit
+            self.writer.after_commit = self._after_commit
         return self.writer
 
     def _after_commit(self) -> None:

@@ -77,7 +77,7 @@ def item_target(args: Any, name: str, saved: SavedItem, where: str) -> ItemTarge
     asked = _Asked(kind, args, {path: value for path, value in _flat(restore_args)})
     by_path = {leaf.path: leaf for leaf in saved.leaves}
     tree = restore_args if item is None else item
-    structure = jax.tree_util.tree_structure(tree, is_leaf=_is_leaf)
+    structure = jax.tree_util.tree_structure(tree, is_leaf=is_leaf)
     pieces, problems = [], []
     for path, value in _flat(tree):
         source, finish = transforms.source_of(path, rules)
@@ -107,11 +107,11 @@ def item_target(args: Any, name: str, saved: SavedItem, where: str) -> ItemTarge
 
 
 def _flat(tree: Any) -> list[tuple[_Path, Any]]:
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(tree_path(path), value) for path, value in found]
 
 
-def _is_leaf(value: Any) -> bool:
+def is_leaf(value: Any) -> bool:
     """Placeholders, RestoreArgs and Orbax's descriptions of arrays."""
     return value is orbax_api.PLACEHOLDER or type(value).__module__.partition(".")[0] == "orbax"
 

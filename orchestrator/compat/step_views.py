@@ -50,8 +50,7 @@ class StepViews:
         if self._root is None or not self._root.is_dir():
             return
         try:
-            orbax_views.prune(self._root, self._store.head)
-            head = self._store.head()
+            head = orbax_views.prune(self._root, self._store.head)
             there = {view.attempt for view in orbax_views.views(self._root)}
         except (OrchestratorError, OSError) as error:
             logging.warning("%s: step directories for Orbax are not up to date: %s", self._store.url, error)

@@ -108,14 +108,14 @@ def claim(root: Path, name: str, attempt: str, trash: str) -> None:
         _put_mark(path, name, attempt, trash)
 
 
-def prune(root: Path, read_head: Callable[[], Head | None]) -> None:
+def prune(root: Path, read_head: Callable[[], Head | None]) -> Head | None:
     """Take away the views of attempts that cannot be restored any more; none where there is no journal to say so.
     `read_head` is asked once the views are known: what it does not list then has been retired, and not committed in
-    between. Raises OSError, and what `read_head` does."""
+    between. Returns what it has read. Raises OSError, and what `read_head` does."""
     there = views(root)
     head = read_head()
     if head is None:
-        return
+        return None
     live = {attempt_of(step) for step in head.live if step.restorable}
     for view in there:
         if view.attempt not in live:
@@ -124,6 +124,7 @@ def prune(root: Path, read_head: Callable[[], Head | None]) -> None:
         for entry in entries:
             if _BUILT.fullmatch(entry.name) and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_S:
                 shutil.rmtree(entry.path, ignore_errors=True)
+    return head
 
 
 def _mark(path: Path) -> dict[str, Any] | None:

@@ -6,9 +6,11 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as theirs
 
 import orchestrator as oc
@@ -184,3 +186,15 @@ def test_the_processes_of_a_job_save_together_and_hear_the_same_of_each_save(tmp
     assert first == second
     assert (first["results"], first["steps"], first["whole"]) == ([True, False, True, True], [0, 3], True)
     assert (first["files"], first["replaced"], first["sharding"]) == (["position-0", "position-1"], True, True)
+
+
+def test_a_target_over_an_abstract_mesh_goes_onto_the_mesh_that_is_set_or_its_leaf_is_named(tmp_path: Path) -> None:
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    abstract = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("x")
+    v1.save(tmp_path / "one", {"w": jnp.arange(8.0)})
+    like = {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(abstract, rows))}
+    with jax.set_mesh(mesh):
+        assert v1.load(tmp_path / "one", like)["w"].sharding.is_equivalent_to(NamedSharding(mesh, rows), 1)
+    with pytest.raises(oc.Mismatch, match="w: the target's sharding .* no mesh is set"):
+        v1.load(tmp_path / "one", like)

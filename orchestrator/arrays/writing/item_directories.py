@@ -39,13 +39,13 @@ def write_items(state: Path, stored: StoredFiles, items: dict[str, Path]) -> Non
     if index is None:
         raise Damaged(f"{state}: its tree is one that only TensorStore reads")
     described = {name: _read(state, name) for name in ("_METADATA", "_sharding", "array_metadatas/process_0")}
+    strings = _read(state, "_strings.json")
     for item, directory in items.items():
         directory.mkdir(parents=True, exist_ok=True)
         _write_tree(state, directory, _below(index, item))
         for name, body in described.items():
             if body is not None:
                 _write(directory / name, _DESCRIPTIONS[name](body, item))
-        strings = _read(state, "_strings.json")
         if strings is not None:
             prefix = f"{item}."
             _write(directory / "_strings.json", {k.removeprefix(prefix): v for k, v in strings.items() if k != item})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.arrays.format import orbax_api, orbax_v1
+from orchestrator.compat.stored_items import StoredItems
 from orchestrator.compat.v1 import items, settings
 from orchestrator.compat.v1.older_names import older_name
 from orchestrator.compat.v1.responses import SaveResponse
@@ -73,10 +74,7 @@ def save_checkpointables_async(
     if _STEP in steps and not overwrite:
         raise UsageError(f"{path}: there is a checkpoint already; overwrite=True replaces it")
 
-    def settle() -> None:
-        steps.close()
-
-    response = SaveResponse[None](settle, None, lambda: steps.is_saving(_STEP))
+    response = SaveResponse[None](steps.close, None, lambda: steps.is_saving(_STEP))
     more = {"custom_metadata": custom_metadata, "on_commit": response.committed}
     steps.save_items(_STEP, args, force=True, overwrite=overwrite, **more)  # type: ignore[arg-type]
     return response
@@ -119,18 +117,18 @@ def metadata(path: str | os.PathLike[str], checkpointable_name: str | None = ite
     """Of the pytree that `load` takes: abstract arrays in the structure of what was saved."""
     about = orbax_v1.context()
     steps, step = _open(path, about)
-    name = items.tree_name(steps.stored(step), checkpointable_name)
-    return _metadata(path, steps, step, name)
+    stored = steps.stored(step)
+    return _metadata(path, steps, stored, items.tree_name(stored, checkpointable_name))
 
 
 def checkpointables_metadata(path: str | os.PathLike[str]) -> Any:
     """Of all objects, by name; what a handler says of its own, None where nothing is known."""
     steps, step = _open(path, orbax_v1.context())
-    return _metadata(path, steps, step, None)
+    return _metadata(path, steps, steps.stored(step), None)
 
 
-def _metadata(path: Any, steps: Steps, step: int, name: str | None) -> Any:
-    found = steps.describe(step, orbax_v1.context())
+def _metadata(path: Any, steps: Steps, stored: StoredItems, name: str | None) -> Any:
+    found = steps.describe(stored, orbax_v1.context())
     return orbax_v1.public("CheckpointMetadata")(
         orbax_api.path(os.fspath(path)),
         metadata=found.metadata if name is None else found.metadata[name],

@@ -12,9 +12,10 @@ import numpy as np
 
 from orchestrator.arrays.format import orbax_api, orbax_v1
 from orchestrator.compat.orbax_steps import DEFAULT
+from orchestrator.compat.restore_targets import is_leaf
 from orchestrator.compat.stored_items import StoredItems
 from orchestrator.compat.v1 import settings
-from orchestrator.errors import Mismatch, UsageError
+from orchestrator.errors import UsageError
 
 AUTO = "AUTO"  # the checkpoint's own pytree, whatever it is called
 
@@ -146,12 +147,8 @@ def _tree_restore(abstract: Any, about: Any) -> Any:
         return None
     strict = not about.array.loading.enable_padding_and_truncation
     partial = bool(about.pytree.loading.partial_load)
-    restore_args = jax.tree.map(lambda leaf: _leaf_args(leaf, strict), abstract, is_leaf=_is_leaf)
+    restore_args = jax.tree.map(lambda leaf: _leaf_args(leaf, strict), abstract, is_leaf=is_leaf)
     return orbax_api.public("args").PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-
-
-def _is_leaf(value: Any) -> bool:
-    return value is orbax_api.PLACEHOLDER or type(value).__module__.partition(".")[0] == "orbax"
 
 
 def _leaf_args(leaf: Any, strict: bool) -> Any:
@@ -162,18 +159,7 @@ def _leaf_args(leaf: Any, strict: bool) -> Any:
         return orbax_api.public("RestoreArgs")(restore_type=np.ndarray, dtype=leaf.dtype)
     shape = None if leaf.shape is None else tuple(leaf.shape)
     made = orbax_api.public("ArrayRestoreArgs")
-    sharding = _concrete(leaf.sharding)
-    return made(restore_type=jax.Array, dtype=leaf.dtype, sharding=sharding, global_shape=shape, strict=strict)
-
-
-def _concrete(sharding: Any) -> Any:
-    """On the mesh in force, where a sharding names axes only."""
-    if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
-        mesh = jax.sharding.get_mesh()
-        if mesh.empty:
-            raise Mismatch("load", [f"{sharding}: of an abstract mesh; call this within jax.set_mesh(mesh)"])
-        return jax.sharding.NamedSharding(mesh, sharding.spec)
-    return sharding
+    return made(restore_type=jax.Array, dtype=leaf.dtype, sharding=leaf.sharding, global_shape=shape, strict=strict)
 
 
 def abstract_of(given: Any) -> Any:

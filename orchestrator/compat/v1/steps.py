@@ -104,9 +104,8 @@ class Steps(CheckpointManager):
             timeout_s=run.timeout_s,
         )
 
-    def describe(self, step: int | None, about: Any) -> About:
+    def describe(self, stored: StoredItems, about: Any) -> About:
         """Raises NoSuchStep, Damaged, StorageError."""
-        stored = self.stored(step)
         live = self.find(stored.step)
         named = stored.described()
         for name in named:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.arrays.format import orbax_api, orbax_v1
+from orchestrator.compat.stored_items import StoredItems
 from orchestrator.compat.stored_steps import NoSuchStep
 from orchestrator.compat.v1 import items, settings
 from orchestrator.compat.v1.older_names import older_name
@@ -116,19 +117,19 @@ class Checkpointer:
     def metadata(self, step: Any = None) -> Any:
         """Of the pytree that `load` takes: abstract arrays in the structure of what was saved."""
         stored = self._stored(step)
-        return self._metadata(stored.step, items.tree_name(stored, items.AUTO))
+        return self._metadata(stored, items.tree_name(stored, items.AUTO))
 
     def checkpointables_metadata(self, step: Any = None) -> Any:
         """Of all objects, by name; what a handler says of its own, None where nothing is known."""
-        return self._metadata(self._stored(step).step, None)
+        return self._metadata(self._stored(step), None)
 
-    def _metadata(self, step: int, name: str | None) -> Any:
-        found = self._steps.describe(step, self._effective())
-        metrics = self._steps.metrics_tree(step)
+    def _metadata(self, stored: StoredItems, name: str | None) -> Any:
+        found = self._steps.describe(stored, self._effective())
+        metrics = self._steps.metrics_tree(stored.step)
         metadata = found.metadata if name is None else found.metadata[name]
         times = {"init_timestamp_nsecs": found.time_ns, "commit_timestamp_nsecs": found.time_ns}
         custom = found.custom_metadata
-        return self._described(step, 0.0, metrics, metadata=metadata, custom_metadata=custom, **times)
+        return self._described(stored.step, 0.0, metrics, metadata=metadata, custom_metadata=custom, **times)
 
     def _stored(self, step: Any) -> Any:
         try:
