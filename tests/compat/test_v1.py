@@ -196,5 +196,5 @@ def test_a_target_over_an_abstract_mesh_goes_onto_the_mesh_that_is_set_or_its_le
     like = {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(abstract, rows))}
     with jax.set_mesh(mesh):
         assert v1.load(tmp_path / "one", like)["w"].sharding.is_equivalent_to(NamedSharding(mesh, rows), 1)
-    with pytest.raises(oc.Mismatch, match="w: the target's sharding .* no mesh is set"):
+    with pytest.raises(oc.Mismatch, match=r"w: the target's sharding .* no mesh is set"):
         v1.load(tmp_path / "one", like)
