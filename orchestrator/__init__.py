@@ -7,6 +7,7 @@
         agent.save(step, state, metrics={"loss": loss})
 
 When to save: every, every_seconds, at, auto, continuous. What to keep: last, every_nth, best, within. Combined by `|`.
+What to hold in memory between saves, for a quick restart: tiers=[oc.memory(every=20)].
 """
 
 # Names are imported when they are first used: reading a run's journal needs no JAX, and `orchestrator ls` starts at
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     )
     from orchestrator.reader import Run as Run, open_run as open_run
     from orchestrator.rules.save_interval import Cadence as Cadence
+    from orchestrator.rules.tiers import memory as memory
 
     # isort: on
     __version__: str

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,7 @@ from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import leaving, peer_failure
 from orchestrator.job.coordinator import Coordinator
+from orchestrator.job.holding import Holding
 from orchestrator.job.opening import Opening
 from orchestrator.job.participant import GRACE_S, ParticipantFactory
 from orchestrator.job.read_step import ReadOptions, Restored
@@ -39,6 +41,7 @@ from orchestrator.policy import KeepPolicy, SavePolicy, every, keeps, saves
 from orchestrator.rules import arguments, configuration
 from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
+from orchestrator.rules.tiers import MemoryTier, memory_of
 from orchestrator.run.deletion import BackgroundDeletion
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
@@ -54,6 +57,8 @@ class Agent:
     root: a directory, or gs://bucket/path; one place for all hosts. Made when something is saved.
     save: when `save` saves: every(n), every_seconds(s), at([..]), auto(s), continuous(s), combined by |; None: always.
     keep: which steps stay: last(n), every_nth(n), best("metric", n), within(s), combined by |; None: all of them.
+    tiers: [memory(every=n)] also holds every n-th step in this machine's memory, from which `restore` comes back
+    without the store: docs/tiers.md.
     options: how it behaves, see Options; None: Options().
     rendezvous: how the processes meet; None: by jax.distributed, if it is initialised, else this process is alone.
     storage: where records are stored; None: what `root` names. This and `rendezvous` are for tests and embedding.
@@ -69,6 +74,7 @@ class Agent:
         *,
         save: SavePolicy | None = None,
         keep: KeepPolicy | None = None,
+        tiers: Sequence[MemoryTier] = (),
         options: Options | None = None,
         rendezvous: Rendezvous | None = None,
         storage: Storage | None = None,
@@ -79,6 +85,7 @@ class Agent:
         saves("save", policy := every(1) if save is None else save)
         if keep is not None:
             keeps("keep", keep)
+        tier = self._tier = memory_of(tiers)
         store = storage or open_storage(root)  # before any barrier: what is no root is rejected at once
         warn_of_newer()
         timeout_s = self.options.rendezvous_timeout_s
@@ -86,7 +93,7 @@ class Agent:
         peer_failure.register(self, self.options.failure_grace_s)
         failpoints.configure(os.environ, me.process)
         self._store = JournalStore(store, writer=f"{me.hosts[me.process]}/process-{me.process}/pid-{os.getpid()}")
-        given = configuration.of_agent(policy, keep, self.options)
+        given = configuration.of_agent(policy, keep, self.options, tier.common if tier else None)
         self._takeover = Takeover(store, me).wait()
         incarnation_id = agree_at_start(self._store, me, "open the run", given, timeout_s)
         take_over, other_tree = self._takeover.take_over, self.options.other_tree
@@ -100,6 +107,8 @@ class Agent:
             self._store, self._writer, me, signals, coordinator, self.options, committed=self._committed
         )
         self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
+        held_writer = _array_writer(replace(self.options, host_local="ignore"), me.process)
+        self._holding = Holding(tier, self._store, me, incarnation_id, self._opening, self.options, held_writer)
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._lifetime = leaving.Lifetime(self, self._store.url, self._listening.stop, self._telemetry.close)
@@ -112,6 +121,7 @@ class Agent:
         self._telemetry.opened(epoch)
         self._takeover.opened(Holder(self._lifetime, self._saves, self.finish))
         emit(EpochOpened(epoch, self._store.url, self._rendezvous.count))
+        self._holding.opened(epoch)
 
     def _committed(self) -> None:
         # A method: so the thread of a save in flight keeps a dropped agent, and the program's end waits for that save.
@@ -134,14 +144,15 @@ class Agent:
         return self._saves.failures
 
     def should_save(self, step: int) -> bool:
-        """Whether `save(step, ...)` would save now: the policy says so, or hosts are being preempted.
+        """Whether `save(step, ...)` would save now, or hold the step in memory: `save=` or `tiers=` says so, or hosts
+        are being preempted.
 
         The same answer on all processes; a policy that depends on time is decided by process 0 (a collective).
         """
         step = arguments.step(step)
         heartbeat.record("training", step)
         self._saves.note_outcome(raise_now=False)
-        return self._schedule.due(step)
+        return self._schedule.due(step) or self._holding.due(step)
 
     def reached_preemption(self, step: int) -> bool:
         """True, on all hosts at the same step, once any host got SIGTERM: `save` has saved it; leave the loop."""
@@ -193,7 +204,8 @@ class Agent:
         process_state: bytes | None = None,
         force: bool = False,
     ) -> bool:
-        """Save `state` as `step` if it is due (or `force`). True if a save started; it goes on in the background.
+        """Save `state` as `step` if it is due (or `force`), and hold it if a tier is. True if either started; it goes
+        on in the background.
 
         `metrics`: numbers that retention policies see. `extra`: the user's JSON. `process_state`: this process's own
         bytes. When it returns, every array may be donated or overwritten. Waits for the save before it, if any.
@@ -206,7 +218,10 @@ class Agent:
             if not (self.should_save(step) or force):
                 return False
             self._takeover.wait()
-            return self._saves.save(arguments.step(step), state, Given(metrics, extra, process_state))
+            step, given = arguments.step(step), Given(metrics, extra, process_state)
+            started = (force or self._schedule.was_due) and self._saves.save(step, state, given)
+            holds = self._holding.due(step) and not self._schedule.preempted
+            return (holds and self._holding.hold(step, state, given)) or started
 
     def restore(
         self, like: Any, *, step: int | None = None, partial: bool = False, cast: bool = False, strict: bool = False
@@ -216,7 +231,8 @@ class Agent:
         `like`: a pytree of jax.ShapeDtypeStruct (with shardings) or arrays; numpy leaves come back as numpy. Any mesh,
         device count and process count. `partial`: `like` may be a subtree. `cast`: convert dtypes. A damaged newest
         step is quarantined and the one before is taken, unless `strict` or a given `step`. A supervisor may ask, by
-        ORCHESTRATOR_STEP_BACK=N, to leave out the N newest.
+        ORCHESTRATOR_STEP_BACK=N, to leave out the N newest. With `tiers`, a step held in memory is taken if it is
+        newer, whole and good; `Restored.sources` says what was read from where.
         Raises Mismatch (path, expected, got; nothing read), StepNotFound, NothingToRestore, Damaged.
         """
         with self._lifetime.used_by_one("restore"):
@@ -230,7 +246,9 @@ class Agent:
                 load_once=self.options.load_once,
                 read=_read_options(self.options, partial, cast),
             )
-            restored = restore_together(self._store, self._rendezvous, like, options, self._opening.by_restore)
+            self._holding.settle()
+            opening = self._opening.by_restore
+            restored = restore_together(self._store, self._rendezvous, like, options, opening, self._tier)
             self._writer.prepare(like if restored is None else restored.state)
             return restored
 
@@ -252,6 +270,7 @@ class Agent:
             return
         try:
             self._saves.wait()
+            self._holding.close()
             self._deletion.wait(self.options.rendezvous_timeout_s)
             self._rendezvous.gather("leave together", None, self.options.rendezvous_timeout_s)
         finally:
@@ -266,6 +285,7 @@ class Agent:
         try:
             self._deletion.stop()
             error = self._saves.finish()
+            self._holding.finish()
             self._deletion.wait(GRACE_S)  # what it leaves is deleted by the next incarnation
             return error
         finally:
@@ -287,6 +307,7 @@ class Agent:
             self.close()
             return
         self._saves.hurry()
+        self._holding.hurry()
         if value is not None:
             peer_failure.block_left(value)
         if error := self.finish():

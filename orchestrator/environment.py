@@ -16,6 +16,8 @@ STEP_BACK = "ORCHESTRATOR_STEP_BACK"  # how many of the newest steps a restore l
 RECEIPT_GROUP = "ORCHESTRATOR_RECEIPT_GROUP"  # how many processes sign one receipt together, 0: none; see its rule
 STORE_DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"  # for one operation on a store, with all its retries
 _STORE_DEADLINE_S = 120.0
+TIER_DIR = "ORCHESTRATOR_TIER_DIR"  # where memory tiers are on this machine, if the program does not say
+_TIER_DIR = "/dev/shm"
 ANONYMOUS = "ORCHESTRATOR_GCS_ANONYMOUS"  # 1: no credentials are looked for, as for public buckets
 USER_PROJECT = "ORCHESTRATOR_GCS_USER_PROJECT"  # the project that pays where the bucket does not (requester pays)
 EMULATOR = "STORAGE_EMULATOR_HOST"  # of Google's clients: the URL of an emulator, which asks nobody who they are
@@ -48,6 +50,14 @@ def store_deadline_s(default_s: float = _STORE_DEADLINE_S) -> float:
     except ValueError:
         raise UsageError(f"{STORE_DEADLINE}={text!r}: expected a positive number of seconds") from None
     return deadline_s
+
+
+def tier_directory() -> str:
+    """Raises UsageError for what is no absolute path."""
+    path = os.environ.get(TIER_DIR) or _TIER_DIR
+    if not os.path.isabs(path):
+        raise UsageError(f"{TIER_DIR}={path!r}: expected an absolute path")
+    return path
 
 
 def gcs_emulated() -> bool:

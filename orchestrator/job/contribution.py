@@ -40,9 +40,20 @@ class Contribution:
         self.seconds: dict[str, float] = {}
         self.pending: PendingWrite | None = None
 
-    def stage(self, writer: ArrayWriter, flat: Flat, held: tuple[Held, ...], *, attest: bool) -> None:
-        """Take `flat` from the devices. Raises what the writer raises."""
-        self.pending = writer.stage(f"{self._store.url}/{self._attempt.state_prefix}", flat, attest, held)
+    def stage(
+        self,
+        writer: ArrayWriter,
+        flat: Flat,
+        held: tuple[Held, ...],
+        *,
+        attest: bool,
+        admit: Callable[[int], None] = lambda need: None,
+    ) -> None:
+        """Take `flat` from the devices. `admit`: told how many bytes this process is going to write, before anything is
+        taken. Raises what it and the writer raise."""
+        own_bytes = len(self._own_state or b"")
+        directory = f"{self._store.url}/{self._attempt.state_prefix}"
+        self.pending = writer.stage(directory, flat, attest, held, lambda need: admit(need + own_bytes))
 
     def write(self, timeout_s: float, given_up: Callable[[], bool]) -> None:
         """Write the arrays, and the process's own state beside them: a store far away takes as long for both as for

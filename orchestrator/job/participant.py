@@ -32,7 +32,7 @@ from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals
 from orchestrator.job.step_order import StepOrder
-from orchestrator.observe.events import SaveCommitted, SaveNotCommitted, SavePhase, SaveStarted, emit
+from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, SavePhase, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FORMAT, Cause, FileEntry, Intent, Receipt
@@ -49,7 +49,8 @@ GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait
 @dataclass(frozen=True)
 class SaveContext:
     """What all saves of this process share. coordinator: on process 0 only. committed: called after each
-    commit, on the save's own thread."""
+    commit, on the save's own thread. tell: is given the events of these saves. admit: is told, on the main thread, how
+    many bytes this process is going to write, before anything is taken; what it raises is its abort vote."""
 
     store: JournalStore
     writer: ArrayWriter
@@ -62,6 +63,8 @@ class SaveContext:
     order: StepOrder
     epoch: int
     signing: ReceiptSigning
+    tell: Callable[[Event], None] = emit
+    admit: Callable[[int], None] = lambda need: None
 
 
 class ParticipantFactory:
@@ -78,14 +81,15 @@ class ParticipantFactory:
         *,
         epoch: int = 0,
         committed: Callable[[], None] = lambda: None,
+        tell: Callable[[Event], None] = emit,
+        admit: Callable[[int], None] = lambda need: None,
     ) -> None:
         bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
         accounts = LeafAccounts(store, rendezvous, signals, bound_s, together=jax.process_count() > 1)
         order = StepOrder(rendezvous, signals)
         signing = ReceiptSigning.of(store, signals, rendezvous, options.save_timeout_s)
-        self.context = SaveContext(
-            store, writer, rendezvous, signals, coordinator, options, committed, accounts, order, epoch, signing
-        )
+        shared = (store, writer, rendezvous, signals, coordinator, options, committed, accounts, order, epoch, signing)
+        self.context = SaveContext(*shared, tell, admit)
         self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
 
     def opened(self, epoch: int) -> None:
@@ -181,7 +185,7 @@ class Participant:
         try:  # a Ctrl-C may come between any two of these
             thread.start()
             self._thread = thread
-            emit(SaveStarted(self.step, self.id.name, time.monotonic() - self.started_s))
+            self._shared.tell(SaveStarted(self.step, self.id.name, time.monotonic() - self.started_s))
         finally:
             returned.set()
 
@@ -189,7 +193,8 @@ class Participant:
         check_root(self._shared.store.storage)
         failpoints.hit("save.stage")
         held = self._shared.accounts.obtain(flat, self.id, self._saves_other_step)
-        self._own.stage(self._shared.writer, flat, held, attest=self._shared.options.attest != "off")
+        attest = self._shared.options.attest != "off"
+        self._own.stage(self._shared.writer, flat, held, attest=attest, admit=self._shared.admit)
 
     def _make_intent(self, flat: Flat) -> Intent:
         return Intent(
@@ -232,11 +237,13 @@ class Participant:
             self._shared.accounts.forget()
             cause = self.outcome.cause if isinstance(self.outcome, Aborted) else Cause.FAILED
             cause = Cause.FENCED if isinstance(self.error, errors.Fenced) else cause
-            emit(SaveNotCommitted(self.step, self.id.name, str(self.error), cause))
+            self._shared.tell(SaveNotCommitted(self.step, self.id.name, str(self.error), cause))
         else:
             self.durable_s = time.monotonic() - self.started_s
             known = self.outcome if isinstance(self.outcome, Committed) else Committed()
-            emit(SaveCommitted(self.step, self.id.name, self.durable_s, known.state_bytes, known.quarantined))
+            self._shared.tell(
+                SaveCommitted(self.step, self.id.name, self.durable_s, known.state_bytes, known.quarantined)
+            )
             self._shared.committed()
 
     def _coordinate(self, coordinator: Coordinator) -> Outcome:
@@ -350,4 +357,4 @@ class Participant:
     def _report(self, phase: str) -> None:
         self._reported_s = time.monotonic()
         written_bytes = self._own.pending.written_bytes if self._own.pending else 0
-        emit(SavePhase(self.step, self.id.name, phase, self._reported_s - self.started_s, written_bytes))
+        self._shared.tell(SavePhase(self.step, self.id.name, phase, self._reported_s - self.started_s, written_bytes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,13 +34,15 @@ DamagedSteps = Mapping[AttemptId, str]  # attempts that are proven to be damaged
 @dataclass(frozen=True)
 class Restored:
     """A restored step. `state`: the target's tree. `extra`: the user's JSON with `timestamp` (seconds since the epoch)
-    added. `process_states`: what each saving process gave, by its index then."""
+    added. `process_states`: what each saving process gave, by its index then. `sources`: how many bytes of arrays this
+    process has read from where: "memory" (held steps, `tiers`) or "store"."""
 
     step: int
     state: Any
     extra: dict[str, Json]
     metrics: dict[str, float]
     process_states: dict[int, bytes]
+    sources: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         # Never the arrays: to show them, they would be fetched from the devices.
@@ -67,6 +69,7 @@ class ReadOptions:
     reader: Callable[..., list[Any]] = arrays.load
 
 
+MEMORY, STORE = "memory", "store"
 REPORT_S = 1.0  # from one event about a restore that is reading to the next
 
 
@@ -193,7 +196,7 @@ def read_step(
     if proof.wrong_here:
         names = [name for name, _ in proof.wrong_here]
         stored_arrays.judge_fingerprints(stored, names, "; ".join(line for _, line in proof.wrong_here[:5]))
-    return restored
+    return replace(restored, sources={STORE: reads.read_bytes})
 
 
 def candidates(head: Head, damaged: DamagedSteps) -> list[LiveStep]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from absl import logging
@@ -25,8 +25,10 @@ from orchestrator.errors import (
     Unavailable,
     UsageError,
 )
-from orchestrator.job import restore_rounds
+from orchestrator.job import held_restore, restore_rounds
 from orchestrator.job.read_step import (
+    MEMORY,
+    STORE,
     ArrayReads,
     DamagedSteps,
     ReadOptions,
@@ -57,6 +59,7 @@ from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Head, LiveStep
+from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import stored_arrays
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
@@ -94,7 +97,12 @@ class RestoreOptions:
 
 
 def restore_together(
-    store: JournalStore, rendezvous: Rendezvous, like: Any, options: RestoreOptions, opening: Opens | None = None
+    store: JournalStore,
+    rendezvous: Rendezvous,
+    like: Any,
+    options: RestoreOptions,
+    opening: Opens | None = None,
+    tier: MemoryTier | None = None,
 ) -> Restored | None:
     """The newest good step (or the one asked for) on every process of the job; None in a new run, which has never had
     one. Main thread.
@@ -103,12 +111,27 @@ def restore_together(
     journal and the next newest is tried. A step that merely cannot be read is no reason for that: Unavailable is raised
     on all, and nothing is changed. A step that was asked for, and `strict`, never step down. `opening`
     (`Opening.by_restore`) opens the epoch, once a step and the target are known to fit on all processes, before
-    anything is written to the journal or any array is read; or in a new run.
+    anything is written to the journal or any array is read; or in a new run. `tier`: where newer steps may be held; a
+    step that was asked for comes from the store.
     Raises Damaged, Unavailable, NothingToRestore, Mismatch, WaitTimeout naming who did not come.
     """
     share = (rendezvous.process, rendezvous.count)
     asked = replace(options, step=arguments.saved_step(options.step), read=replace(options.read, share=share))
-    return _Restore(store, rendezvous, like, asked, opening).run()
+    return _Restore(store, rendezvous, like, asked, opening).run(tier)
+
+
+class Judgement(Protocol):
+    """What the processes of a job make of a step, the same on all of them: a collective each. What they raise, all do.
+    Of committed steps and of held ones: they differ in what follows from a step that cannot be read."""
+
+    def value_of_all(self, stored: StoredStep, round_: Round[Report], outcome: ReadOutcome[Value]) -> Value | None:
+        """What this process has read, if all processes have. None if another step is to be tried."""
+
+    def proves(self, stored: StoredStep, proof: Proof) -> bool:
+        """Whether what all have restored is what was saved, by its fingerprints."""
+
+    def quarantine(self) -> None:
+        """Journal what was found to be damaged."""
 
 
 class _Restore:
@@ -122,7 +145,9 @@ class _Restore:
         self._judgement = _Judgement(store, rendezvous, options)
         self._started_s = time.monotonic()
 
-    def run(self) -> Restored | None:
+    def run(self, tier: MemoryTier | None) -> Restored | None:
+        if tier and self._options.step is None and (restored := self._from_memory(tier)):
+            return restored
         while True:
             decide = partial(_choose, self._store, self._options, self._judgement.damaged)
             chosen = agree(self._rendezvous, restore_rounds.CHOICE, self._options.timeout_s, decide)
@@ -133,31 +158,48 @@ class _Restore:
             if restored := self._try(chosen):
                 return restored
 
+    def _from_memory(self, tier: MemoryTier) -> Restored | None:
+        """The newest held step that all can have; None if the store is to be asked."""
+        choice = held_restore.find(tier, self._store, self._rendezvous, self._options.timeout_s)
+        if choice is None or not choice.steps:
+            return None
+        if self._options.back:  # what is held is newer than all that the store has: it is left out first
+            self._options = replace(self._options, back=self._options.back - 1)
+            return None
+        judgement = held_restore.HeldJudgement(self._rendezvous, self._options.timeout_s)
+        restored = (self._take(stored, choice.tree, judgement, MEMORY) for stored in choice.steps)
+        return next((one for one in restored if one), None)
+
     def _try(self, chosen: Chosen) -> Restored | None:
         """The step that process 0 has chosen; None if another is to be tried."""
         head = decode(chosen.head.encode(), Head, f"{self._store.url}: what process 0 has read")
         live = journal.find(head, chosen.step)
         assert live is not None  # process 0 found it in that very entry
-        stored = self._store.step(live)
+        return self._take(self._store.step(live), journal.tree_of(head), self._judgement, STORE)
+
+    def _take(self, stored: StoredStep, tree: str | None, judgement: Judgement, source: str) -> Restored | None:
+        """This step; None if another is to be tried. tree: of the run's newest step."""
+        live = stored.live
         matched = result_of(partial(match_target, stored, self._like, self._options.read))
-        plan = self._judgement.value_of_all(stored, restore_rounds.fits(live.step), matched)
+        plan = judgement.value_of_all(stored, restore_rounds.fits(live.step), matched)
         if plan is None:
             return None
-        self._open(journal.tree_of(head))
-        self._judgement.quarantine()
-        record = self._rendezvous.process == 0 and self._options.record and live.trust != "restored"
+        self._open(tree)
+        judgement.quarantine()
+        journalled = source == STORE and self._options.record and live.trust != "restored"
+        record = self._rendezvous.process == 0 and journalled
         early = overlap.begin(self._store.head) if record else None  # it takes no longer than the arrays
         reads = ArrayReads(
             self._options.read.reader, lambda read_bytes: heartbeat.record("restoring", None), plan.requests
         )
-        read = self._judgement.value_of_all(stored, restore_rounds.was_read(live.step), self._read(plan, reads))
-        if read is None or not self._proves(stored, read[1]):
-            self._judgement.quarantine()
+        read = judgement.value_of_all(stored, restore_rounds.was_read(live.step), self._read(plan, reads))
+        if read is None or (self._options.read.attest and not judgement.proves(stored, read[1])):
+            judgement.quarantine()
             return None
         self._report(live, reads)
         if record:
             _record_restored(self._store, live, early)
-        return read[0]
+        return replace(read[0], sources={source: reads.read_bytes})
 
     def _open(self, tree: str | None) -> None:
         if self._opening:
@@ -175,9 +217,6 @@ class _Restore:
         if not isinstance(values, Read):
             return values
         return result_of(partial(plan.finish, values.value, begun.value))
-
-    def _proves(self, stored: StoredStep, proof: Proof) -> bool:
-        return not self._options.read.attest or self._judgement.proves(stored, proof)
 
     def _report(self, live: LiveStep, reads: ArrayReads) -> None:
         failpoints.hit("restore.after")

@@ -19,7 +19,7 @@ from orchestrator.job.opening import Opening
 from orchestrator.job.participant import FATAL, GRACE_S, Participant, ParticipantFactory
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.observe import heartbeat
-from orchestrator.observe.events import SaveNotCommitted, emit
+from orchestrator.observe.events import SaveNotCommitted
 from orchestrator.options import Options
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Cause, Json
@@ -110,7 +110,7 @@ class SaveSequence:
     def _not_begun(self, step: int, attempt: str, reason: str, cause: Cause) -> None:
         """Count a save that could not even begin, and raise it where failed saves are to be raised."""
         self.failures += 1
-        emit(SaveNotCommitted(step, attempt, reason, cause))
+        self._participants.context.tell(SaveNotCommitted(step, attempt, reason, cause))
         if self._options.on_save_failure == "raise":
             raise SaveFailed(reason, step=step, attempt=attempt)
 

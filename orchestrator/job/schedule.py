@@ -23,17 +23,17 @@ POLL_STEPS_MAX = 64  # between two questions to process 0, however far away the 
 class SaveSchedule:
     """`due` and `reached_preemption` may be collectives: main thread, all processes, at the same steps.
 
-    asked_step: the newest that `due` was asked about; -1 if none. saved_step: the step that was saved last or is being
-    saved; None once that save has failed. failed_step: the step whose save failed last; None once it is being saved
-    again. preempted: hosts are being preempted, which is known
-    since `preempted_s` on the clock (in seconds, `time.monotonic` but for tests).
+    asked_step: the newest that `due` was asked about; -1 if none. was_due: what it answered last. saved_step: the step
+    that was saved last or is being saved; None once that save has failed. failed_step: the step whose save failed last;
+    None once it is being saved again. preempted: hosts are being preempted, which is known since `preempted_s` on the
+    clock (in seconds, `time.monotonic` but for tests).
     """
 
     def __init__(
         self, policy: SavePolicy, rendezvous: Rendezvous, timeout_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._policy, self._rendezvous, self._timeout_s, self._clock = policy, rendezvous, timeout_s, clock
-        self.asked_step = -1
+        self.asked_step, self.was_due = -1, False
         self.saved_step: int | None = None
         self.failed_step: int | None = None
         self.preempted, self.preempted_s = False, 0.0
@@ -49,7 +49,8 @@ class SaveSchedule:
         """Whether `step` is to be saved now. Raises WaitTimeout naming processes that do not ask at this step."""
         self.asked_step = max(self.asked_step, step)
         due = self._due_by_policy(step)
-        return self.reached_preemption(step) or due
+        self.was_due = self.reached_preemption(step) or due
+        return self.was_due
 
     def _due_by_policy(self, step: int) -> bool:
         elapsed_s = None if self._last_start_s is None else self._clock() - self._last_start_s

@@ -111,6 +111,36 @@ class SaveNotCommitted:
 
 
 @dataclass(frozen=True)
+class StepHeld:
+    """This process knows that the step is held in memory (`tiers`). `elapsed_s`: from the call of `save`. `held_bytes`:
+    of all files of the step, on process 0; 0 elsewhere."""
+
+    step: int
+    attempt: str
+    elapsed_s: float
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class StepNotHeld:
+    """The step is not held in memory. Training and the saves to the store go on."""
+
+    step: int
+    attempt: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class HeldStepDropped:
+    """A held step was newer than what the store has, and a restore could not take it. `reason`: what of it is missing
+    or damaged, and on which process."""
+
+    step: int
+    attempt: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class HostLocalDiffers:
     """Processes have values of their own in `leaves` leaves, which differ; process 0's are stored. `reason` names the
     first few, and hosts. Once for each leaf; on process 0."""
@@ -207,6 +237,9 @@ Event = (
     | SaveStarted
     | SaveCommitted
     | SaveNotCommitted
+    | StepHeld
+    | StepNotHeld
+    | HeldStepDropped
     | HostLocalDiffers
     | RestorePhase
     | StepRestored
@@ -225,7 +258,14 @@ _LOGGED_AS: dict[type[Event], str] = {
 }
 KINDS: dict[str, type[Event]] = {_LOGGED_AS.get(kind, kind.__name__): kind for kind in get_args(Event)}
 _NAMES = {kind: name for name, kind in KINDS.items()}
-_WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers, CredentialsRejected)
+_WARNINGS = (
+    SaveNotCommitted,
+    StepNotHeld,
+    HeldStepDropped,
+    SteppedDown,
+    HostLocalDiffers,
+    CredentialsRejected,
+)
 _DETAILS = (Alive, Pulse, SavePhase, RestorePhase)  # for programs; people would drown in them
 _readers: list[Callable[[Event], None]] = []
 

@@ -57,6 +57,7 @@ OPTIONS: Mapping[str, Strictness] = {
 RULES: Mapping[str, Strictness] = {
     "save": Strictness.SAME,
     "keep": Strictness.SAME,
+    "tiers": Strictness.SAME,  # what is held, and restored, takes all processes
     **{f"Options.{name}": rule for name, rule in OPTIONS.items()},
     # What arrays are, and what random numbers come out, on each host.
     "jax_enable_x64": Strictness.SAME,
@@ -86,9 +87,9 @@ def rule_of(name: str) -> Strictness:
     return Strictness.SAME if name.startswith(ORBAX) else RULES.get(name, Strictness.NOTED)
 
 
-def of_agent(save: object, keep: object, options: Options) -> dict[str, str]:
+def of_agent(save: object, keep: object, options: Options, tiers: object = ()) -> dict[str, str]:
     """What an agent was given. Raises KeyError for an option without a rule."""
-    given: dict[str, object] = {"save": save, "keep": keep}
+    given: dict[str, object] = {"save": save, "keep": keep, "tiers": tiers}
     for field in fields(options):
         if OPTIONS[field.name] is not Strictness.OWN:
             given[f"Options.{field.name}"] = getattr(options, field.name)

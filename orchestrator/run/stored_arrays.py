@@ -35,7 +35,9 @@ def load(
     reader: Callable[..., list[Any]] = arrays.load,
 ) -> list[Any]:
     """As `arrays.load`, of this step."""
-    return _again(step, lambda: reader(step.state_url, list(requests), on_bytes, chunk_index.stored(step.manifest)))
+    also = {"also": step.state_urls[1:]} if len(step.state_urls) > 1 else {}
+    stored = chunk_index.stored(step.manifest)
+    return _again(step, lambda: reader(step.state_url, list(requests), on_bytes, stored, **also))
 
 
 def slabs(

@@ -147,6 +147,20 @@ def refresh(storage: Reads, key: str) -> None:
 
 
 @runtime_checkable
+class Spread(Protocol):
+    """What a store may offer beside the port, where objects lie below several roots."""
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The URLs below which an object may be, in the order in which to look for it; the first is the store's own."""
+
+
+def roots(storage: Reads) -> tuple[str, ...]:
+    """Where an object may be, for whoever reads it without going through the port."""
+    return storage.roots if isinstance(storage, Spread) else (storage.url,)
+
+
+@runtime_checkable
 class DeletesMany(Protocol):
     """What a store may offer beside the port, where deleting one object at a time would be slow."""
 

@@ -28,13 +28,14 @@ _INLINE_BYTES = 256 << 10  # less is read at once: handing it to a thread takes 
 
 
 class LocalSource:
-    """A ChunkSource. `stored`: what the manifest lists, nothing else is read; None: nobody knows."""
+    """A ChunkSource. `stored`: what the manifest lists, nothing else is read; None: nobody knows. `also`: URLs of
+    further `state/` directories on this machine that files of the attempt may be in."""
 
-    def __init__(self, directory: str, stored: StoredFiles | None) -> None:
+    def __init__(self, directory: str, stored: StoredFiles | None, also: Sequence[str] = ()) -> None:
         path = local_path(directory)
         assert path is not None, directory
         self.directory = directory
-        self._store = LocalStore(path, stored)
+        self._store = LocalStore(path, stored, [place for url in also if (place := local_path(url)) is not None])
         self._checks = ChunkChecks(directory, stored.chunks if stored else {}, self._files_of)
         self._parts = ChunkParts(self._store, self._checks)
         self._pool: ThreadPoolExecutor | None = None

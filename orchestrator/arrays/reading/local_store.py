@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
+from collections.abc import Sequence
 
 import crc32c
 
@@ -33,12 +35,13 @@ def _fault(text: str, path: str, error: OSError) -> OrchestratorError:
 
 
 class LocalStore:
-    """The store at a path. stored: what the manifest lists there, nothing else is read; None: nobody knows. Chunks may
-    be read by any number of threads at a time; their files stay open until `close`."""
+    """The store at a path. stored: what the manifest lists there, nothing else is read; None: nobody knows. also: paths
+    of further directories that its files may be in, asked in that order. Chunks may be read by any number of threads at
+    a time; their files stay open until `close`."""
 
-    def __init__(self, directory: str, stored: StoredFiles | None = None) -> None:
+    def __init__(self, directory: str, stored: StoredFiles | None = None, also: Sequence[str] = ()) -> None:
         self._directory, self._stored = directory.rstrip("/"), stored
-        self._root, self._base = find(directory)
+        self._places = [find(place) for place in (directory, *also)]
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
         self._tree: list[str] = []  # files that the tree was read from
@@ -118,11 +121,19 @@ class LocalStore:
                     if self._stored is not None and path not in self._stored.files:
                         raise Damaged(f"{where}: leads to {path!r}, which the step's manifest does not list; not read")
                     try:
-                        self._open[path] = self._root.open(f"{self._base}/{path}" if self._base else path)
+                        self._open[path] = self._opened(path)
                     except OSError as error:
                         text = f"{self._directory}/{path} cannot be opened: {error}"
                         raise _fault(text, path, error) from error
         return self._open[path]
+
+    def _opened(self, path: str) -> int:
+        """In the first of the directories that has it. Raises OSError as the last one does."""
+        for root, base in self._places[:-1]:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return root.open(f"{base}/{path}" if base else path)
+        root, base = self._places[-1]
+        return root.open(f"{base}/{path}" if base else path)
 
     def _whole(self, path: str, where: str) -> bytes:
         """A small file."""

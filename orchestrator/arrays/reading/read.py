@@ -46,13 +46,15 @@ def load(
     stored: StoredFiles | None = None,
     *,
     host_bytes_max: int | None = None,
+    also: Sequence[str] = (),
 ) -> list[Any]:
     """The values of the requested leaves of the `state/` at URL `directory`, in order. Each process reads what it needs
     itself: this waits for no other process. Main thread.
 
     on_bytes: called with the number of bytes as they arrive, for progress displays. stored: what the manifest lists;
     without it another save's chunk cannot be distinguished from this one's. host_bytes_max: of what goes to
-    accelerators, how much is held on the host (`HostRing`).
+    accelerators, how much is held on the host (`HostRing`). also: further `state/` directories on this machine that
+    files of the attempt may be in.
     Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
     cannot be read.
     """
@@ -60,7 +62,7 @@ def load(
     groups = grouped(requests)
     if not groups:
         return values
-    reader = _Reader(directory, on_bytes, stored)
+    reader = _Reader(directory, on_bytes, stored, also)
     try:
         with suspecting(directory):
             if on_cpus := [group for group in groups if not group.for_accelerator]:
@@ -102,10 +104,12 @@ def slabs(
 class _Reader:
     """Fills the buffers of groups from one directory."""
 
-    def __init__(self, directory: str, on_bytes: OnBytes | None, stored: StoredFiles | None) -> None:
+    def __init__(
+        self, directory: str, on_bytes: OnBytes | None, stored: StoredFiles | None, also: Sequence[str] = ()
+    ) -> None:
         kvstore = KvStore(directory)
         self._on_bytes: OnBytes = on_bytes or (lambda read_bytes: None)
-        self._source = _chunk_source(directory, kvstore, stored)
+        self._source = _chunk_source(directory, kvstore, stored, also)
         self._checks = ChunkChecks(directory, stored.chunks if stored else {})
         self._external = ExternalArrays(directory, kvstore, stored)
 
@@ -141,8 +145,8 @@ class _Reader:
         return True
 
 
-def _chunk_source(directory: str, kvstore: KvStore, stored: StoredFiles | None) -> ChunkSource:
+def _chunk_source(directory: str, kvstore: KvStore, stored: StoredFiles | None, also: Sequence[str]) -> ChunkSource:
     """The chunks of the attempt's own array store in the `state/` at URL `directory`."""
     if local_path(directory) is not None:
-        return LocalSource(directory, stored)
+        return LocalSource(directory, stored, also)
     return KvStoreSource(directory, kvstore, stored)

@@ -97,10 +97,18 @@ class ArrayWriter:
         return TreeSpec(leaves=tuple(msgspec.structs.replace(leaf, chunk=None) for leaf in spec.leaves))
 
     @in_own_context
-    def stage(self, directory: str, flat: Flat, attest: bool = False, held: tuple[Held, ...] = ()) -> PendingWrite:
+    def stage(
+        self,
+        directory: str,
+        flat: Flat,
+        attest: bool = False,
+        held: tuple[Held, ...] = (),
+        admit: Callable[[int], None] = lambda need: None,
+    ) -> PendingWrite:
         """Take what is needed from the devices, for the attempt's `state/` at URL `directory`. `attest`: have the
         devices compute the fingerprints of their shards, too. `held`: who holds the leaves, by process 0's
-        account; () in a job of one process. Raises UsageError naming the leaves that are on other devices here.
+        account; () in a job of one process. `admit`: told how many bytes this process will write, before anything is
+        taken; what it raises is raised. Raises UsageError naming the leaves that are on other devices here.
 
         When it returns, the caller may donate or overwrite every array of the tree: none of it can leak into the
         checkpoint. Copies out of numpy arrays; CPU arrays are held, not copied (JAX does not reuse a donated buffer
@@ -113,6 +121,7 @@ class ArrayWriter:
         if not small and self._options.skip_when_full:
             raise StorageError(f"{size} bytes of the state are on this process, host_bytes_max is {limit}: skipped")
         plan = plan_of(flat, self._process, self._options.compression, held)
+        admit(plan.written_bytes)
         own = take_own(flat, plan, self._turns) if plan.own and self._options.compare_own else None
         pending = PendingWrite(directory, flat, plan, PartQueue(None if small else limit), own)
         try:

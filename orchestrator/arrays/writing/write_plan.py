@@ -148,6 +148,11 @@ class Plan:
         return sum(len(pieces) for plan in self.leaves for _, pieces in plan.shards)
 
     @functools.cached_property
+    def written_bytes(self) -> int:
+        """Of the elements that this process writes; fewer with compression."""
+        return sum(plan.chunk_bytes * len(pieces) for plan in self.leaves for _, pieces in plan.shards)
+
+    @functools.cached_property
     def boxes(self) -> Mapping[str, tuple[Box, ...]]:
         """Leaf name -> regions that this process writes."""
         return {plan.leaf.name: plan.boxes for plan in self.leaves if plan.boxes and plan.leaf.in_store}

@@ -21,6 +21,10 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     odd=I          restore nothing; at step 0 process I gives something that is no metrics
     resave=1       save what was restored once more, one step later
     auto=S         save at the interval of oc.auto(max_loss_s=S), not at every step
+    every=N        save every N steps, not at every one
+    tier=DIR       hold steps in memory, in a directory of each process's own below DIR
+    shared=1       in DIR itself
+    hold=N         every N steps (2)
 Prints one JSON object a line; `event` says what.
 """
 
@@ -50,6 +54,7 @@ from orchestrator import arrays
 from orchestrator.arrays.reading import exchange
 from orchestrator.job.read_step import ReadOptions
 from orchestrator.job.restore import RestoreOptions, restore_together
+from orchestrator.observe import events
 
 SHAPE = (16, 8)
 
@@ -161,10 +166,29 @@ options = oc.Options(
     attest=args.get("attest", "off"),
     load_once=bool(args.get("once")),
 )
+tiers = []
+if "tier" in args:
+    own = args["tier"] if args.get("shared") else f"{args['tier']}/host-{index}"
+    os.makedirs(own, exist_ok=True)
+    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own)]
+
+
+def tell(event: events.Event) -> None:
+    match event:
+        case events.StepHeld(step=step):
+            say("held", step=step)
+        case events.StepNotHeld(step=step, reason=reason):
+            say("not held", step=step, reason=reason)
+        case events.HeldStepDropped(step=step, reason=reason):
+            say("dropped", step=step, reason=reason)
+
+
+events.subscribe(tell)
 flip = tuple(map(int, args.get("flip", "-1@-1").split("@")))
 try:
-    save = oc.auto(float(args["auto"])) if "auto" in args else oc.every(1)
-    with oc.Agent(root, save=save, keep=oc.last(int(args.get("keep", 3))), options=options) as agent:
+    save = oc.auto(float(args["auto"])) if "auto" in args else oc.every(int(args.get("every", 1)))
+    keep = oc.last(int(args.get("keep", 3)))
+    with oc.Agent(root, save=save, keep=keep, tiers=tiers, options=options) as agent:
         target = {**like, "count": 0}
         if args.get("differ") and index == 1:
             target["heavy"] = jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=shardings["bias"])
@@ -183,6 +207,7 @@ try:
                 wrong=wrong_bits(restored.step, restored.state),
                 process_states={str(k): v.decode() for k, v in restored.process_states.items()},
                 extra=restored.extra,
+                sources=restored.sources,
             )
         if restored and args.get("resave"):
             agent.save(restored.step + 1, restored.state)

@@ -1,0 +1,256 @@
+"""Holding steps in memory: what a save does when a tier is due, beside the saves to the store.
+
+A held step is an attempt like any other, by the same participants and coordinator, in the memory tier of each process
+instead of the run's root: process 0 enters it into its tier's log once all receipts are in, and the others into theirs.
+No store request is made for it. Whatever fails here is a held step less: it kills neither training nor a save.
+
+In this version each process must reach the tiers of all others as directories: those of one machine. Where they do not,
+nothing is held, and that is said. Main thread, but for `_hear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from absl import logging
+
+from orchestrator.arrays import ArrayWriter
+from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.job import tier_rounds
+from orchestrator.job.coordinator import Coordinator
+from orchestrator.job.opening import Opening
+from orchestrator.job.participant import GRACE_S, ParticipantFactory
+from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.rounds import agree, gather
+from orchestrator.job.save_sequence import Given, SaveSequence
+from orchestrator.job.schedule import SaveSchedule
+from orchestrator.job.signals import Signals
+from orchestrator.job.tier_rounds import Opened
+from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, StepHeld, StepNotHeld, emit
+from orchestrator.options import Options
+from orchestrator.policy import every, last
+from orchestrator.rules import held, journal
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.records import Cause
+from orchestrator.rules.tiers import MemoryTier
+from orchestrator.run import tier_directory
+from orchestrator.run.deletion import BackgroundDeletion
+from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.tier import OwnTier
+from orchestrator.storage import PosixStorage
+from orchestrator.storage.joined import JoinedStorage
+
+_RECORDS_BYTES = 64 << 10  # room for the records of a step, beside a part of its arrays
+_RECORDS_SHARE = 50  # one of so many bytes
+_TIMEOUT_S = 120.0  # for a step: memory that takes longer is no quick way back
+
+
+class Holding:
+    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: its own, as a save may be in
+    flight in the agent's. Nothing is held before `opened`, nor where that finds a problem."""
+
+    def __init__(
+        self,
+        tier: MemoryTier | None,
+        store: JournalStore,
+        rendezvous: Rendezvous,
+        incarnation_id: str,
+        opening: Opening,
+        options: Options,
+        writer: ArrayWriter,
+    ) -> None:
+        self._tier, self._store, self._rendezvous = tier, store, rendezvous
+        self._opening, self._options = opening, options
+        self._writer = writer
+        self._signals = Signals(rendezvous, f"{incarnation_id}-held")
+        self._own: OwnTier | None = None
+        self._saves: SaveSequence | None = None
+        self._of_all: JournalStore | None = None  # the tiers of all processes, with the log of process 0's
+        self._deletion: BackgroundDeletion | None = None
+        self._epoch = 0
+
+    # Opening: a collective.
+
+    def opened(self, epoch: int) -> None:
+        """The incarnation's epoch is open in the run's journal: open it in the tiers, too. A collective."""
+        if self._tier is None:
+            return
+        timeout_s, me = self._options.rendezvous_timeout_s, self._rendezvous
+        run = agree(me, tier_rounds.RUN, timeout_s, self._run)
+        places = gather(me, tier_rounds.OPENED, self._open(self._tier, run, epoch), timeout_s)
+        reached = gather(me, tier_rounds.REACHED, self._reach(places), timeout_s)
+        if problem := self._problem(places, reached):
+            logging.warning("no steps are held in memory, saves to the store go on: %s", problem)
+            return
+        self._begin(self._tier, epoch, places)
+
+    def _run(self) -> str:
+        """'' if the journal does not tell."""
+        try:
+            return tier_directory.identity(self._store) or ""
+        except OrchestratorError as error:
+            logging.warning("which run this is cannot be read: %s", error)
+            return ""
+
+    def _open(self, tier: MemoryTier, run: str, epoch: int) -> Opened:
+        if not run:
+            return Opened("", problem="the first entry of the run's journal cannot be read")
+        path = ""
+        try:
+            path = tier_directory.of_process(tier.directory, run, self._rendezvous.process)
+            self._own = OwnTier(path, self._store.writer)
+            return Opened(path, *self._own.open_epoch(epoch, self._store.durable_version))
+        except OrchestratorError as error:
+            return Opened(path, problem=str(error))
+
+    def _reach(self, places: Sequence[Opened]) -> str:
+        """Why this process cannot read what another has just written to its tier; '' if it can."""
+        if any(place.problem for place in places):
+            return ""
+        for process, place in enumerate(places):
+            try:
+                tier_directory.check_path(place.path)
+                seen = JournalStore(PosixStorage(place.path), "reader").entry(place.version).write_id
+                problem = "" if seen == place.write_id else "another one of that name is here"
+            except OrchestratorError as error:
+                problem = str(error)
+            if problem:
+                return f"cannot reach the tier of process {process} at {place.path}: {problem}"
+        return ""
+
+    def _problem(self, places: Sequence[Opened], reached: Sequence[str]) -> str:
+        hosts = self._rendezvous.hosts
+        for process, problem in enumerate([place.problem for place in places]):
+            if problem:
+                return f"process {process} ({hosts.get(process, '?')}): {problem}"
+        for process, problem in enumerate(reached):
+            if problem:
+                more = "; in this version all processes must be on one machine"
+                return f"process {process} ({hosts.get(process, '?')}) {problem}{more}"
+        return ""
+
+    def _begin(self, tier: MemoryTier, epoch: int, places: Sequence[Opened]) -> None:
+        assert self._own is not None
+        me, own = self._rendezvous, self._own
+        tiers = [PosixStorage(place.path) for place in places]
+        others = [tier for process, tier in enumerate(tiers) if process != me.process]
+        storage = JoinedStorage(own.storage, others, log=tiers[0] if me.process else own.storage)
+        self._of_all = store = JournalStore(storage, self._store.writer)
+        store.durable_version = places[0].version
+        self._policy, self._keep = every(tier.every), last(tier.keep)
+        options = _options(self._options)
+        participants = ParticipantFactory(
+            store,
+            self._writer,
+            me,
+            self._signals,
+            Coordinator(store, me, self._signals, keep=self._keep, host_local="ignore") if me.process == 0 else None,
+            options,
+            epoch=epoch,
+            tell=self._hear,
+            admit=self._admit,
+        )
+        schedule = SaveSchedule(self._policy, me, options.rendezvous_timeout_s)
+        self._epoch, self._deletion = epoch, BackgroundDeletion(own.log)
+        self._saves = SaveSequence(participants, schedule, self._opening, options)
+        self._deletion.start(epoch)  # what older incarnations have left unfinished
+
+    # Holding.
+
+    def due(self, step: int) -> bool:
+        """The same on all processes. No collective."""
+        return self._saves is not None and self._policy.due(step, None)
+
+    def hold(self, step: int, state: Any, given: Given) -> bool:
+        """Begin to hold `step`. True if that has begun. Waits for the one before. Raises UsageError for what no save
+        takes; whatever else fails is an event."""
+        assert self._saves is not None
+        try:
+            return self._saves.save(step, state, given)
+        except UsageError:
+            raise
+        except Exception as error:  # the others have been told
+            self._hear(SaveNotCommitted(step, "", f"{type(error).__name__}: {error}", Cause.FAILED))
+            return False
+
+    def _admit(self, need: int) -> None:
+        assert self._own is not None and self._deletion is not None and self._tier is not None
+        self._deletion.wait(GRACE_S)  # it is freeing memory
+        self._own.make_room(need + need // _RECORDS_SHARE + _RECORDS_BYTES, self._tier.bytes_max)
+
+    def _hear(self, event: Event) -> None:
+        """What becomes of a step, on the thread that saves it."""
+        match event:
+            case SaveCommitted():
+                emit(self._entered(event))
+            case SaveNotCommitted():
+                emit(StepNotHeld(event.step, event.attempt, event.reason))
+                self._give_up(event)
+
+    def _entered(self, event: SaveCommitted) -> Event:
+        """Process 0 has entered the step into its log: do so here, too, and free what is held no more."""
+        assert self._own is not None and self._of_all is not None and self._deletion is not None
+        try:
+            if self._rendezvous.process:
+                head = self._of_all.require_head()
+                entry = journal.find(head, event.step)
+                if entry is not None and entry.attempt == event.attempt:
+                    self._own.log.append(partial(journal.commit, epoch=self._epoch, entry=entry, keep=self._keep))
+            self._own.forget_older_entries()
+            self._deletion.start(self._epoch)
+        except OrchestratorError as error:
+            return StepNotHeld(event.step, event.attempt, f"process {self._rendezvous.process}: {error}")
+        return StepHeld(event.step, event.attempt, event.elapsed_s, event.state_bytes)
+
+    def _give_up(self, event: SaveNotCommitted) -> None:
+        """Free what this process has written of a step that is not held."""
+        if not event.attempt or self._own is None or self._deletion is None:
+            return
+        attempt = AttemptId(event.step, event.attempt)
+        rule = partial(journal.abort, epoch=self._epoch, attempt=attempt, failures=(), reason=event.reason)
+        try:
+            self._own.log.append(rule)
+        except OrchestratorError as error:
+            logging.warning("%s: what was written of it stays in memory for now: %s", attempt.label, error)
+        self._deletion.start(self._epoch)
+
+    # Leaving.
+
+    def settle(self) -> None:
+        """Wait, bounded, for the step that is being held."""
+        if self._saves:
+            self._saves.settle()
+
+    def hurry(self) -> None:
+        if self._saves:
+            self._saves.hurry()
+
+    def close(self) -> None:
+        """The job ends in order: free what the store has by now, or something newer."""
+        self.settle()
+        if self._saves is None or self._own is None or self._deletion is None:
+            return
+        try:
+            run, own = self._store.head(), self._own.log.head()
+            if run and own and (gone := held.superseded(run, own.live)):
+                self._own.release(gone, "in the store")
+            self._own.forget_older_entries()
+        except OrchestratorError as error:
+            logging.warning("%s: what is held there stays: %s", self._own.path, error)
+        self._deletion.wait(GRACE_S)
+
+    def finish(self) -> None:
+        """The program fails or ends: what is held stays, for the next start."""
+        self.settle()
+        if self._deletion:
+            self._deletion.stop()
+            self._deletion.wait(GRACE_S)
+
+
+def _options(given: Options) -> Options:
+    """Of the agent's, what holds for held steps: none of them raises, none makes training wait for its end."""
+    timeout_s = min(given.save_timeout_s, _TIMEOUT_S)
+    return replace(given, async_save=True, on_save_failure="warn", save_timeout_s=timeout_s)

@@ -1,0 +1,48 @@
+"""What the processes of a job send one another about their memory tiers: each round, and the type of its messages.
+
+`problem`: why this process has no tier, or cannot have another's; '' if it has. It concerns the tier alone: saves to
+the store and restores from it go on.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from orchestrator.job.rounds import Round
+
+
+class OfferedStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A held step of which this process can have all; or, with `fault`, one of which it cannot."""
+
+    step: int
+    attempt: str
+    manifest_crc32c: str
+    fault: str = ""
+
+
+class Journalled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What process 0 reads in the run's journal. run: the run's identity. tree: of the newest restorable step. newest,
+    barred: as in `held.Standing`."""
+
+    run: str
+    epoch: int
+    tree: str | None
+    newest: tuple[int, str] | None = None
+    barred: tuple[tuple[int, str], ...] = ()
+
+
+class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where this process holds, and the newest entry of its log there."""
+
+    path: str
+    version: int = -1
+    write_id: str = ""
+    problem: str = ""
+
+
+RUN: Round[str] = Round("memory tier: which run", str)
+OPENED: Round[Opened] = Round("memory tier: open", Opened)
+REACHED: Round[str] = Round("memory tier: reach the others'", str)
+JOURNALLED: Round[Journalled | None] = Round("restore: memory tier", Journalled | None)
+PATHS: Round[tuple[str, ...]] = Round("restore: memory tiers on each host", tuple[str, ...])
+OFFERS: Round[tuple[OfferedStep, ...]] = Round("restore: held steps", tuple[OfferedStep, ...])

@@ -1,0 +1,128 @@
+"""Which held step a job may come back on, and what a tier has room for. Pure.
+
+A tier holds steps that the run's journal knows nothing of. It is a cache: the journal alone says what is durable, and a
+held step is only ever *offered* beside it. Three things keep an offer honest:
+
+- Order. Held and committed steps are ordered by (epoch, step): what an older incarnation holds comes after everything
+  that a newer one has held or committed, whatever its number.
+- Fencing. Each tier has a log of its own, of the form of a journal. An incarnation opens its epoch there, too, and from
+  then on whatever an older one tries to hold is rejected by `journal.commit`.
+- Agreement. A step counts only if every process of the job can have all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from orchestrator.rules import journal
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.journal import FencedBy, Next, Stamp
+from orchestrator.rules.records import Head, JournalEvent, LiveStep
+
+Rank = tuple[int, int, int]
+
+
+def rank(attempt: AttemptId) -> Rank:
+    """What orders attempts, held and committed: epoch, step, number of the try."""
+    return attempt.epoch, attempt.step, attempt.number
+
+
+# A tier's log.
+
+
+def open_epoch(head: Head | None, stamp: Stamp, *, epoch: int, version: int) -> Next:
+    """Incarnation `epoch`, which the run's journal has opened in `version`, holds from now on. What older ones hold
+    stays on offer; they can add nothing to it."""
+    if head is not None and head.epoch > epoch:
+        return FencedBy(head.epoch, head.writer)
+    if head is not None and head.epoch == epoch:
+        return None
+    opened = JournalEvent(kind="opened-epoch", reason=f"by version {version} of the run's journal")
+    return journal.successor(head, stamp, opened, epoch=epoch)
+
+
+def release(head: Head | None, stamp: Stamp, *, attempts: Collection[AttemptId], reason: str) -> Next:
+    """These steps are held no more: their memory may be freed."""
+    gone = [live for live in head.live if live.id in attempts] if head else []
+    if head is None or not gone:
+        return None
+    return journal.successor(
+        head,
+        stamp,
+        JournalEvent(kind="retired", steps=tuple(live.step for live in gone), reason=reason),
+        live=tuple(live for live in head.live if live not in gone),
+        retired=(*head.retired, *(journal.retired_as(live, reason) for live in gone)),
+    )
+
+
+# Coming back.
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the run's journal says. epoch: of its head. newest: the step that a restore would take from the store.
+    barred: what somebody has quarantined by hand."""
+
+    epoch: int
+    newest: AttemptId | None = None
+    barred: tuple[AttemptId, ...] = ()
+
+    def admits(self, attempt: AttemptId) -> bool:
+        """Whether a held attempt may be chosen over what the store has.
+
+        Not one of an epoch that the journal does not know: it has lost its end, or is another run's. And not one that
+        the same incarnation held at or after a step that somebody has quarantined by hand: what was wrong with that
+        one is wrong with this one, too.
+        """
+        if attempt.epoch > self.epoch or (self.newest is not None and rank(attempt) <= rank(self.newest)):
+            return False
+        return not any(attempt.epoch == bad.epoch and rank(attempt) >= rank(bad) for bad in self.barred)
+
+
+def standing(head: Head) -> Standing:
+    newest = journal.newest(head)
+    barred = tuple(old.id for old in head.quarantined if old.quarantine and old.quarantine.by_hand)
+    return Standing(head.epoch, newest.id if newest else None, barred)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A held step: its attempt, and the CRC-32C of its manifest, which makes it that one."""
+
+    step: int
+    attempt: str
+    manifest_crc32c: str
+
+    @property
+    def id(self) -> AttemptId:
+        return AttemptId(self.step, self.attempt)
+
+
+def offer(live: LiveStep) -> Offer:
+    return Offer(live.step, live.attempt, live.manifest_crc32c)
+
+
+def candidates(journalled: Standing, offers: Sequence[Collection[Offer]]) -> list[Offer]:
+    """What to try, newest first: the held steps that every process offers and that the journal admits."""
+    common = set(offers[0]).intersection(*offers[1:]) if offers else set()
+    admitted = [one for one in common if journalled.admits(one.id)]
+    return sorted(admitted, key=lambda one: (rank(one.id), one.manifest_crc32c), reverse=True)
+
+
+def superseded(head: Head, held: Sequence[LiveStep]) -> list[AttemptId]:
+    """Held steps that a restore would never take any more: the journal has a newer one."""
+    newest = journal.newest(head)
+    return [live.id for live in held if newest is not None and rank(live.id) <= rank(newest.id)]
+
+
+# Room.
+
+
+def to_release(held_bytes: Sequence[int], need: int, room: int) -> int | None:
+    """How many of the held steps, oldest first, must go before `need` more bytes are written where there is `room`. The
+    newest stays in any case; None if even then there is too little."""
+    for count in range(max(1, len(held_bytes))):
+        if need <= room + sum(held_bytes[:count]):
+            return count
+    return None

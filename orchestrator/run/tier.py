@@ -1,0 +1,136 @@
+"""A tier on this machine: this process's own part, which it writes, and those of all processes, which it reads.
+
+A tier is a store, and whose it is. What one holds has the layout of a run: attempts, and a log in the form of a
+journal, of which only the newest entries are kept. It is a cache: what cannot be trusted in it is thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from absl import logging
+
+from orchestrator.errors import Damaged, JournalLost, NewerFormat, OrchestratorError, StorageError
+from orchestrator.rules import held, keys
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.held import Offer
+from orchestrator.rules.records import LiveStep
+from orchestrator.run import deletion, survey, tier_directory
+from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.stored_step import StoredStep
+from orchestrator.storage import PosixStorage
+from orchestrator.storage.joined import JoinedStorage
+
+_LOG_KEPT = 16  # entries: a reader needs the newest, and those just before it for what is being read
+
+
+class OwnTier:
+    """The part of the tier that this process writes, below `path`. Any thread."""
+
+    def __init__(self, path: str, writer: str) -> None:
+        self.path = path
+        self.storage = PosixStorage(path)
+        self.log = JournalStore(self.storage, writer)
+
+    def open_epoch(self, epoch: int, version: int) -> tuple[int, str]:
+        """Begin to hold for incarnation `epoch`, which the run's journal has opened in `version`. Returns version and
+        write_id of the newest entry of the log. Raises Fenced if a newer one holds here already, StorageError."""
+        tier_directory.make(self.path)
+        rule = partial(held.open_epoch, epoch=epoch, version=version)
+        try:
+            head = self.log.append(rule)
+        except (Damaged, JournalLost, NewerFormat) as error:  # a cache: begin again
+            logging.warning("%s: what is held here cannot be trusted, and is thrown away: %s", self.path, error)
+            for entry in self.storage.list(""):
+                self.storage.delete(entry.key)
+            self.log = JournalStore(self.storage, self.log.writer)
+            head = self.log.append(rule)
+        assert head is not None  # the rule makes one where there is none
+        return head.version, head.write_id
+
+    def forget_older_entries(self) -> None:
+        """Keep the log small: it is in memory. Never raises."""
+        with contextlib.suppress(OrchestratorError):
+            entries = sorted(entry.key for entry in self.storage.list(keys.JOURNAL))
+            marks = [entry.key for entry in self.storage.list(keys.JOURNAL_INDEX)]
+            for key in [*entries[:-_LOG_KEPT], *marks]:
+                self.storage.delete(key)
+
+    def make_room(self, need: int, bytes_max: int | None) -> None:
+        """Before `need` bytes are written: release older steps, as far as it takes. Raises StorageError saying what is
+        needed and what there is; then nothing was released."""
+        sizes = {attempt: one.bytes for attempt, one in survey.attempts(self.storage).items()}
+        head = self.log.head()
+        older = head.live if head else ()
+        used, free = sum(sizes.values()), tier_directory.free_bytes(self.path)
+        room = free if bytes_max is None else min(free, bytes_max - used)
+        count = held.to_release([sizes.get(live.id, 0) for live in older], need, room)
+        if count is None:
+            limit = "" if bytes_max is None else f" of the {bytes_max} of bytes_max"
+            raise StorageError(
+                f"{self.path}: no room in memory: this process needs {need} bytes for a held step, and there are "
+                f"{max(0, room)}{limit} beside the {used} that it holds (the newest step stays); free on the file "
+                f"system and in memory: {free} bytes. Give the tier more room (docker: --shm-size; Kubernetes: an "
+                "emptyDir in memory), or hold it on a local disk: oc.memory(directory=...)"
+            )
+        if count:
+            self.release([live.id for live in older[:count]], "room")
+
+    def release(self, attempts: Sequence[AttemptId], reason: str) -> None:
+        """Hold these steps no more, and free their memory. Raises StorageError."""
+        self.log.append(partial(held.release, attempts=set(attempts), reason=reason))
+        for line in deletion.collect(self.log, orphans=False).failed:
+            logging.warning("%s: %s", self.path, line)
+
+
+class HeldSteps:
+    """What the tiers at `paths` hold, as this process reads it. own: this process's path, whether it is there or not.
+    Main thread.
+
+    listed: what their logs say is held, whole or not. faults: of what cannot be had, why. unreadable: of tiers, why.
+    """
+
+    def __init__(self, own: str, paths: Iterable[str]) -> None:
+        self.faults: dict[AttemptId, str] = {}
+        self.unreadable: list[str] = []
+        others = []
+        for path in sorted(set(paths)):
+            try:
+                tier_directory.check_path(path)
+            except StorageError as error:
+                self.unreadable.append(str(error))
+            else:
+                others.append(PosixStorage(path))
+        self._storage = JoinedStorage(PosixStorage(own), [other for other in others if other.root.path != own])
+        self.listed = self._read_logs(others)
+
+    def _read_logs(self, tiers: Sequence[PosixStorage]) -> dict[Offer, LiveStep]:
+        found: dict[Offer, LiveStep] = {}
+        for tier in tiers:
+            try:
+                head = JournalStore(tier, "reader").head()
+            except OrchestratorError as error:
+                self.unreadable.append(str(error))
+                continue
+            for live in head.live if head else ():
+                found.setdefault(held.offer(live), live)
+        return found
+
+    def offers(self) -> list[Offer]:
+        """The held steps of which this process can read every file, as far as their sizes tell."""
+        found = []
+        for offer in self.listed:
+            stored = self.step(offer)
+            try:
+                stored.check_sizes()
+                stored.intent  # noqa: B018  (it is read, and fits the manifest)
+            except OrchestratorError as error:
+                self.faults[offer.id] = str(error)
+            else:
+                found.append(offer)
+        return found
+
+    def step(self, offer: Offer) -> StoredStep:
+        return StoredStep(self._storage, self.listed[offer], lambda live: None)
