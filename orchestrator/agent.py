@@ -57,8 +57,7 @@ class Agent:
     root: a directory, or gs://bucket/path; one place for all hosts. Made when something is saved.
     save: when `save` saves: every(n), every_seconds(s), at([..]), auto(s), continuous(s), combined by |; None: always.
     keep: which steps stay: last(n), every_nth(n), best("metric", n), within(s), combined by |; None: all of them.
-    tiers: [memory(every=n)] also holds every n-th step in this machine's memory, from which `restore` comes back
-    without the store: docs/tiers.md.
+    tiers: [memory(every=n)] also holds every n-th step in this machine's memory, for a quick `restore`: docs/tiers.md.
     options: how it behaves, see Options; None: Options().
     rendezvous: how the processes meet; None: by jax.distributed, if it is initialised, else this process is alone.
     storage: where records are stored; None: what `root` names. This and `rendezvous` are for tests and embedding.
@@ -107,8 +106,8 @@ class Agent:
             self._store, self._writer, me, signals, coordinator, self.options, committed=self._committed
         )
         self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
-        held_writer = _array_writer(replace(self.options, host_local="ignore"), me.process)
-        self._holding = Holding(tier, self._store, me, incarnation_id, self._opening, self.options, held_writer)
+        writer = _array_writer(replace(self.options, host_local="ignore"), me.process)
+        self._holding = Holding(tier, self._store, me, incarnation_id, self._opening, self.options, writer)
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._lifetime = leaving.Lifetime(self, self._store.url, self._listening.stop, self._telemetry.close)
@@ -144,8 +143,7 @@ class Agent:
         return self._saves.failures
 
     def should_save(self, step: int) -> bool:
-        """Whether `save(step, ...)` would save now, or hold the step in memory: `save=` or `tiers=` says so, or hosts
-        are being preempted.
+        """Whether `save(step, ...)` would save or hold now: `save=` or `tiers=` says so, or hosts are being preempted.
 
         The same answer on all processes; a policy that depends on time is decided by process 0 (a collective).
         """
@@ -204,8 +202,7 @@ class Agent:
         process_state: bytes | None = None,
         force: bool = False,
     ) -> bool:
-        """Save `state` as `step` if it is due (or `force`), and hold it if a tier is. True if either started; it goes
-        on in the background.
+        """Save `state` as `step` if due (or `force`); hold it if a tier is due. True if either began in the background.
 
         `metrics`: numbers that retention policies see. `extra`: the user's JSON. `process_state`: this process's own
         bytes. When it returns, every array may be donated or overwritten. Waits for the save before it, if any.
@@ -220,8 +217,7 @@ class Agent:
             self._takeover.wait()
             step, given = arguments.step(step), Given(metrics, extra, process_state)
             started = (force or self._schedule.was_due) and self._saves.save(step, state, given)
-            holds = self._holding.due(step) and not self._schedule.preempted
-            return (holds and self._holding.hold(step, state, given)) or started
+            return (not self._schedule.preempted and self._holding.hold(step, state, given)) or started
 
     def restore(
         self, like: Any, *, step: int | None = None, partial: bool = False, cast: bool = False, strict: bool = False
@@ -231,23 +227,14 @@ class Agent:
         `like`: a pytree of jax.ShapeDtypeStruct (with shardings) or arrays; numpy leaves come back as numpy. Any mesh,
         device count and process count. `partial`: `like` may be a subtree. `cast`: convert dtypes. A damaged newest
         step is quarantined and the one before is taken, unless `strict` or a given `step`. A supervisor may ask, by
-        ORCHESTRATOR_STEP_BACK=N, to leave out the N newest. With `tiers`, a step held in memory is taken if it is
-        newer, whole and good; `Restored.sources` says what was read from where.
+        ORCHESTRATOR_STEP_BACK=N, to leave out the N newest. With `tiers`, a newer step that is held whole is taken.
         Raises Mismatch (path, expected, got; nothing read), StepNotFound, NothingToRestore, Damaged.
         """
         with self._lifetime.used_by_one("restore"):
             self.wait_until_finished()
             self._takeover.wait()
-            options = RestoreOptions(
-                self.options.rendezvous_timeout_s,
-                step=step,
-                back=environment.step_back(),
-                strict=strict,
-                load_once=self.options.load_once,
-                read=_read_options(self.options, partial, cast),
-            )
             self._holding.settle()
-            opening = self._opening.by_restore
+            options, opening = _restore_options(self.options, step, strict, partial, cast), self._opening.by_restore
             restored = restore_together(self._store, self._rendezvous, like, options, opening, self._tier)
             self._writer.prepare(like if restored is None else restored.state)
             return restored
@@ -307,7 +294,6 @@ class Agent:
             self.close()
             return
         self._saves.hurry()
-        self._holding.hurry()
         if value is not None:
             peer_failure.block_left(value)
         if error := self.finish():
@@ -350,6 +336,13 @@ def _coordinator(
     )
 
 
-def _read_options(options: Options, partial: bool, cast: bool) -> ReadOptions:
+def _restore_options(options: Options, step: int | None, strict: bool, partial: bool, cast: bool) -> RestoreOptions:
     reader = functools.partial(arrays.load, host_bytes_max=options.restore_bytes_max)
-    return ReadOptions(partial=partial, cast=cast, attest=options.attest == "full", reader=reader)
+    return RestoreOptions(
+        options.rendezvous_timeout_s,
+        step=step,
+        back=environment.step_back(),
+        strict=strict,
+        load_once=options.load_once,
+        read=ReadOptions(partial=partial, cast=cast, attest=options.attest == "full", reader=reader),
+    )

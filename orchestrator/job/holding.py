@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from absl import logging
@@ -32,7 +31,7 @@ from orchestrator.job.tier_rounds import Opened
 from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, StepHeld, StepNotHeld, emit
 from orchestrator.options import Options
 from orchestrator.policy import every, last
-from orchestrator.rules import held, journal
+from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Cause
 from orchestrator.rules.tiers import MemoryTier
@@ -156,7 +155,12 @@ class Holding:
         schedule = SaveSchedule(self._policy, me, options.rendezvous_timeout_s)
         self._epoch, self._deletion = epoch, BackgroundDeletion(own.log)
         self._saves = SaveSequence(participants, schedule, self._opening, options)
-        self._deletion.start(epoch)  # what older incarnations have left unfinished
+        try:
+            if me.process:
+                own.follow(store, epoch)  # a crash may have come between its entry and ours
+            self._deletion.start(epoch)  # what older incarnations have left unfinished
+        except OrchestratorError as error:
+            logging.warning("%s: what older incarnations have left there stays for now: %s", own.path, error)
 
     # Holding.
 
@@ -165,10 +169,15 @@ class Holding:
         return self._saves is not None and self._policy.due(step, None)
 
     def hold(self, step: int, state: Any, given: Given) -> bool:
-        """Begin to hold `step`. True if that has begun. Waits for the one before. Raises UsageError for what no save
-        takes; whatever else fails is an event."""
-        assert self._saves is not None
+        """Begin to hold `step`, if it is due. True if that has begun; not if the one before is not held yet, on any
+        process: training does not wait for memory. Raises UsageError for what no save takes; whatever else fails is an
+        event."""
+        if self._saves is None or not self.due(step):
+            return False
         try:
+            if (running := self._saves.in_flight) is not None:
+                self._saves.skip(step, f"step {running} is not held yet; a larger `every` leaves more time")
+                return False
             return self._saves.save(step, state, given)
         except UsageError:
             raise
@@ -195,10 +204,7 @@ class Holding:
         assert self._own is not None and self._of_all is not None and self._deletion is not None
         try:
             if self._rendezvous.process:
-                head = self._of_all.require_head()
-                entry = journal.find(head, event.step)
-                if entry is not None and entry.attempt == event.attempt:
-                    self._own.log.append(partial(journal.commit, epoch=self._epoch, entry=entry, keep=self._keep))
+                self._own.follow(self._of_all, self._epoch)
             self._own.forget_older_entries()
             self._deletion.start(self._epoch)
         except OrchestratorError as error:
@@ -206,16 +212,10 @@ class Holding:
         return StepHeld(event.step, event.attempt, event.elapsed_s, event.state_bytes)
 
     def _give_up(self, event: SaveNotCommitted) -> None:
-        """Free what this process has written of a step that is not held."""
-        if not event.attempt or self._own is None or self._deletion is None:
-            return
-        attempt = AttemptId(event.step, event.attempt)
-        rule = partial(journal.abort, epoch=self._epoch, attempt=attempt, failures=(), reason=event.reason)
-        try:
-            self._own.log.append(rule)
-        except OrchestratorError as error:
-            logging.warning("%s: what was written of it stays in memory for now: %s", attempt.label, error)
-        self._deletion.start(self._epoch)
+        """Free what this process has written of a step that is not held, as far as it knows: should it be, after all,
+        a restore finds this part missing and says so."""
+        if event.attempt and self._own:
+            self._own.delete(AttemptId(event.step, event.attempt))
 
     # Leaving.
 
@@ -223,10 +223,6 @@ class Holding:
         """Wait, bounded, for the step that is being held."""
         if self._saves:
             self._saves.settle()
-
-    def hurry(self) -> None:
-        if self._saves:
-            self._saves.hurry()
 
     def close(self) -> None:
         """The job ends in order: free what the store has by now, or something newer."""
@@ -243,7 +239,9 @@ class Holding:
         self._deletion.wait(GRACE_S)
 
     def finish(self) -> None:
-        """The program fails or ends: what is held stays, for the next start."""
+        """The program fails or ends: what is held stays, for the next start. What is in flight has little time left."""
+        if self._saves:
+            self._saves.hurry()
         self.settle()
         if self._deletion:
             self._deletion.stop()

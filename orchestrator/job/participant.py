@@ -117,9 +117,9 @@ class Participant:
     def __init__(self, context: SaveContext, attempt: AttemptId, user: UserData, process_state: bytes | None) -> None:
         self.id, self.step = attempt, attempt.step
         self.started_s = time.monotonic()
+        self.blocked_s = self.durable_s = 0.0
         self.outcome: Outcome | None = None
         self.error: OrchestratorError | None = None
-        self.blocked_s = self.durable_s = 0.0
         self._shared, self._user = context, user
         self._own = Contribution(context.store, context.rendezvous, attempt, process_state)
         self._phase = "stage"  # what fails next fails in it
@@ -190,11 +190,10 @@ class Participant:
             returned.set()
 
     def _stage(self, flat: Flat) -> None:
-        check_root(self._shared.store.storage)
+        check_root((shared := self._shared).store.storage)
         failpoints.hit("save.stage")
-        held = self._shared.accounts.obtain(flat, self.id, self._saves_other_step)
-        attest = self._shared.options.attest != "off"
-        self._own.stage(self._shared.writer, flat, held, attest=attest, admit=self._shared.admit)
+        held = shared.accounts.obtain(flat, self.id, self._saves_other_step)
+        self._own.stage(shared.writer, flat, held, attest=shared.options.attest != "off", admit=shared.admit)
 
     def _make_intent(self, flat: Flat) -> Intent:
         return Intent(
@@ -241,9 +240,7 @@ class Participant:
         else:
             self.durable_s = time.monotonic() - self.started_s
             known = self.outcome if isinstance(self.outcome, Committed) else Committed()
-            self._shared.tell(
-                SaveCommitted(self.step, self.id.name, self.durable_s, known.state_bytes, known.quarantined)
-            )
+            self._shared.tell(SaveCommitted(*self.id, self.durable_s, known.state_bytes, known.quarantined))
             self._shared.committed()
 
     def _coordinate(self, coordinator: Coordinator) -> Outcome:

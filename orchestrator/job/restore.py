@@ -196,7 +196,7 @@ class _Restore:
         if read is None or (self._options.read.attest and not judgement.proves(stored, read[1])):
             judgement.quarantine()
             return None
-        self._report(live, reads)
+        self._report(live, reads, source)
         if record:
             _record_restored(self._store, live, early)
         return replace(read[0], sources={source: reads.read_bytes})
@@ -218,11 +218,11 @@ class _Restore:
             return values
         return result_of(partial(plan.finish, values.value, begun.value))
 
-    def _report(self, live: LiveStep, reads: ArrayReads) -> None:
+    def _report(self, live: LiveStep, reads: ArrayReads, source: str) -> None:
         failpoints.hit("restore.after")
         heartbeat.record("restored", live.step, restored_step=live.step)
         elapsed_s = time.monotonic() - self._started_s
-        emit(StepRestored(live.step, live.attempt, elapsed_s, reads.read_bytes, reads.array_s))
+        emit(StepRestored(live.step, live.attempt, elapsed_s, reads.read_bytes, reads.array_s, source))
 
 
 def _load_once(rendezvous: Rendezvous, timeout_s: float, reads: ArrayReads, plan: ReadPlan) -> ReadOutcome[list[Any]]:

@@ -100,6 +100,12 @@ class SaveSequence:
             self._not_begun(step, "", f"step {step} was not saved: {rejection}", Cause.REJECTED)
         return not rejection
 
+    def skip(self, step: int, reason: str) -> None:
+        """Save no `step`, and tell the others, who may have begun: nobody waits for this process."""
+        save = self._participants.begin(step, UserData({}, {}, 0.0), None)
+        save.reject("wait", WaitTimeout(reason), Cause.HUNG)
+        self._not_begun(step, save.id.name, f"{save.label}: {reason}", Cause.HUNG)
+
     def _skip(self, save: Participant) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
         assert self._current is not None

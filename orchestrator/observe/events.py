@@ -166,13 +166,15 @@ class RestorePhase:
 
 @dataclass(frozen=True)
 class StepRestored:
-    """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`: this process's reading of arrays."""
+    """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`: this process's reading of arrays. `source`:
+    store or memory."""
 
     step: int
     attempt: str
     elapsed_s: float
     read_bytes: int
     array_s: float = 0.0
+    source: str = "store"
 
 
 @dataclass(frozen=True)

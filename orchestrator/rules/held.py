@@ -42,6 +42,33 @@ def open_epoch(head: Head | None, stamp: Stamp, *, epoch: int, version: int) -> 
     return journal.successor(head, stamp, opened, epoch=epoch)
 
 
+def follow(head: Head | None, stamp: Stamp, *, epoch: int, live: Sequence[LiveStep]) -> Next:
+    """What `live`, of process 0's log, says is held, another process's log says, too; what it had besides may be freed.
+    `live`: without what this process has no part of any more."""
+    if head is None or head.epoch != epoch:
+        return FencedBy(head.epoch, head.writer) if head and head.epoch > epoch else None
+    kept = {one.id for one in live}
+    gone = [old for old in head.live if old.id not in kept]
+    if not gone and tuple(live) == head.live:
+        return None
+    newest = max(live, key=lambda one: rank(one.id), default=None)
+    return journal.successor(
+        head,
+        stamp,
+        JournalEvent(
+            kind="committed" if newest else "retired",
+            step=newest.step if newest else None,
+            attempt=newest.attempt if newest else None,
+            steps=tuple(old.step for old in gone),
+        ),
+        live=tuple(live),
+        retired=(
+            *(old for old in head.retired if old.id not in kept),
+            *(journal.retired_as(old, "retention") for old in gone),
+        ),
+    )
+
+
 def release(head: Head | None, stamp: Stamp, *, attempts: Collection[AttemptId], reason: str) -> Next:
     """These steps are held no more: their memory may be freed."""
     gone = [live for live in head.live if live.id in attempts] if head else []

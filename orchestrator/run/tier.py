@@ -7,6 +7,7 @@ journal, of which only the newest entries are kept. It is a cache: what cannot b
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 
@@ -49,6 +50,20 @@ class OwnTier:
             head = self.log.append(rule)
         assert head is not None  # the rule makes one where there is none
         return head.version, head.write_id
+
+    def follow(self, log: JournalStore, epoch: int) -> None:
+        """Enter what process 0's log says is held into this process's. Raises StorageError, Fenced."""
+        head = log.require_head()
+        here = survey.attempts(self.storage).keys()
+        self.log.append(partial(held.follow, epoch=epoch, live=[one for one in head.live if one.id in here]))
+
+    def delete(self, attempt: AttemptId) -> None:
+        """Free what this process has written of an attempt that it does not hold. Never raises."""
+        try:
+            for entry in self.storage.list(attempt.prefix):
+                self.storage.delete(entry.key)
+        except OrchestratorError as error:
+            logging.warning("%s %s: stays in memory for now: %s", self.path, attempt.label, error)
 
     def forget_older_entries(self) -> None:
         """Keep the log small: it is in memory. Never raises."""
@@ -97,6 +112,8 @@ class HeldSteps:
         self.unreadable: list[str] = []
         others = []
         for path in sorted(set(paths)):
+            if not os.path.lexists(path):  # another machine's
+                continue
             try:
                 tier_directory.check_path(path)
             except StorageError as error:

@@ -1,0 +1,256 @@
+"""An agent that holds steps in memory beside its saves: what comes back from there, and what does not."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import orchestrator as oc
+from orchestrator.errors import StepNotFound, UsageError
+from orchestrator.observe import events
+from orchestrator.rules import journal
+from orchestrator.run import tier_directory
+from tests.support.runs import LIKE, state, store_of
+
+TIER_EVENTS = (events.StepHeld, events.StepNotHeld, events.HeldStepDropped)
+
+
+@pytest.fixture
+def seen() -> Iterator[list[Any]]:
+    found: list[Any] = []
+    stop = events.subscribe(lambda event: found.append(event) if isinstance(event, TIER_EVENTS) else None)
+    yield found
+    stop()
+
+
+def agent(root: Path, every: int = 2, save: int = 10, **tier: Any) -> oc.Agent:
+    place = root.parent / "tier"
+    place.mkdir(exist_ok=True)
+    return oc.Agent(root, save=oc.every(save), tiers=[oc.memory(every=every, directory=place, **tier)])
+
+
+def train(running: oc.Agent, *steps: int) -> None:
+    for step in steps:
+        running.save(step, state(step), process_state=f"at {step}".encode(), extra={"at": step})
+        running._saves.settle()
+        running._holding.settle()
+
+
+def crash(running: oc.Agent) -> None:
+    """As far as what is stored goes: a program that dies releases nothing."""
+    running.finish()
+
+
+def held_dir(root: Path) -> Path:
+    run = tier_directory.identity(store_of(root))
+    assert run
+    return Path(tier_directory.of_process(str(root.parent / "tier"), run, 0))
+
+
+def held_steps(root: Path) -> list[int]:
+    return sorted(int(path.name) for path in (held_dir(root) / "steps").iterdir())
+
+
+def came_back(root: Path, **asked: Any) -> tuple[int, set[str]]:
+    with agent(root) as running:
+        restored = running.restore(LIKE, **asked)
+        crash(running)
+    assert restored is not None
+    step = restored.step
+    assert jnp.array_equal(restored.state["w"], state(step)["w"]) and restored.state["count"] == step
+    assert restored.process_states == {0: f"at {step}".encode()} and restored.extra["at"] == step
+    return step, set(restored.sources)
+
+
+@pytest.fixture
+def crashed(root: Path) -> Path:
+    """Steps 0 and 10 are saved; 12 and 14 are held."""
+    running = agent(root)
+    assert running.restore(LIKE) is None
+    train(running, *range(15))
+    crash(running)
+    return root
+
+
+def test_a_job_comes_back_on_the_newest_held_step_without_the_stores_arrays(crashed: Path, seen: list[Any]) -> None:
+    for data in (crashed / "steps").glob("*/*/state"):
+        shutil.rmtree(data)  # nothing is read from them
+    assert came_back(crashed) == (14, {"memory"})
+    assert came_back(crashed) == (14, {"memory"})  # and again: a restore holds nothing new and frees nothing
+    assert held_steps(crashed) == [12, 14] and not seen
+
+
+def test_what_the_store_has_is_taken_if_it_is_newer_and_if_nothing_is_held(crashed: Path) -> None:
+    running = agent(crashed, save=1)
+    assert running.restore(LIKE)
+    train(running, 15)
+    crash(running)
+    assert came_back(crashed) == (15, {"store"})
+    shutil.rmtree(crashed.parent / "tier")
+    assert came_back(crashed) == (15, {"store"})
+
+
+def test_a_step_that_was_asked_for_comes_from_the_store(crashed: Path) -> None:
+    assert came_back(crashed, step=10) == (10, {"store"})
+    with agent(crashed) as running, pytest.raises(StepNotFound):
+        running.restore(LIKE, step=14)
+
+
+def data_file(crashed: Path, step: int) -> Path:
+    (found,) = (held_dir(crashed) / f"steps/{step:08d}").glob("*/state/ocdbt.process_0/d/*")
+    return found
+
+
+def flip(path: Path) -> None:
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(path: Path) -> None:
+    """Another step's file of the same size."""
+    other = next(other for other in path.parents[5].glob("*/*/state/ocdbt.process_0/d/*") if other != path)
+    path.write_bytes(other.read_bytes())
+
+
+def to_link(path: Path) -> None:
+    kept = path.with_name("kept")
+    path.rename(kept)
+    path.symlink_to(kept)
+
+
+@pytest.mark.parametrize(
+    ("what", "spoil", "named"),
+    [
+        ("data", flip, "ocdbt.process_0"),
+        ("data", truncate, "ocdbt.process_0"),
+        ("data", swap, "chunk w/c/0"),
+        ("data", to_link, "symbolic link"),
+        ("data", Path.unlink, "is missing"),
+        ("manifest.json", flip, "manifest.json"),
+        ("manifest.json", Path.unlink, "manifest.json"),
+        ("intent.json", flip, "intent.json"),
+        ("receipts/00000.json", Path.unlink, "receipts/00000.json"),
+        ("process/00000.bin", flip, "process/00000.bin"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named_and_the_next_source_is_taken(
+    what: str, spoil: Any, named: str, crashed: Path, seen: list[Any]
+) -> None:
+    path = data_file(crashed, 14)
+    spoil(path if what == "data" else path.parents[3] / what)
+    assert came_back(crashed) == (12, {"memory"})
+    (dropped,) = seen
+    assert (dropped.step, type(dropped)) == (14, events.HeldStepDropped) and named in dropped.reason
+    flip(data_file(crashed, 12))
+    assert came_back(crashed) == (10, {"store"})
+    assert all(live.restorable for live in store_of(crashed).require_head().live)  # nothing of it is journalled
+
+
+def test_another_run_at_the_same_root_does_not_see_what_the_first_one_held(crashed: Path) -> None:
+    crashed.rename(crashed.with_name("old"))
+    with agent(crashed) as running:
+        assert running.restore(LIKE) is None
+
+
+def test_what_somebody_has_quarantined_bars_what_was_held_after_it(crashed: Path) -> None:
+    bad = journal.find(store_of(crashed).require_head(), 10)
+    assert bad
+    store_of(crashed).append(
+        lambda head, stamp: journal.quarantine(head, stamp, attempt=bad.id, reason="NaN", by_hand=True)
+    )
+    assert came_back(crashed) == (0, {"store"})
+
+
+@pytest.mark.parametrize(("back", "step"), [("1", 10), ("2", 0)])
+def test_a_supervisor_that_steps_back_leaves_memory_out_first(
+    back: str, step: int, crashed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_STEP_BACK", back)
+    assert came_back(crashed) == (step, {"store"})
+
+
+def test_a_target_that_does_not_fit_is_the_users_to_fix_wherever_the_step_is(crashed: Path) -> None:
+    with agent(crashed) as running, pytest.raises(oc.Mismatch):
+        running.restore({**LIKE, "w": jnp.zeros(3)})
+    assert came_back(crashed) == (14, {"memory"})
+
+
+def test_held_steps_are_counted_and_freed_and_a_clean_end_frees_what_the_store_has(root: Path) -> None:
+    running = agent(root, keep=3)
+    running.restore(LIKE)
+    train(running, *range(11))
+    running._holding._deletion.wait(10)  # type: ignore[union-attr]
+    assert held_steps(root) == [6, 8, 10]
+    running.close()
+    assert not (held_dir(root) / "steps").exists() or held_steps(root) == []
+
+
+def test_a_clean_end_keeps_what_is_newer_than_the_store(crashed: Path) -> None:
+    with agent(crashed) as running:
+        running.restore(LIKE)
+    assert came_back(crashed) == (14, {"memory"})
+
+
+def test_a_step_for_which_there_is_no_room_is_not_held_and_saves_go_on(root: Path, seen: list[Any]) -> None:
+    running = agent(root, bytes_max=1000, save=4)
+    running.restore(LIKE)
+    train(running, *range(5))
+    assert [(type(event), event.step) for event in seen] == [(events.StepNotHeld, step) for step in (0, 2, 4)]
+    assert "no room in memory: this process needs" in seen[0].reason and "of the 1000 of bytes_max" in seen[0].reason
+    assert running.all_steps() == [0, 4] and running.failures == 0
+    assert not list(held_dir(root).glob("steps/*/*/state"))
+    running.close()
+
+
+def test_a_tier_that_is_gone_costs_held_steps_and_nothing_else(root: Path, seen: list[Any]) -> None:
+    running = agent(root, save=4)
+    running.restore(LIKE)
+    train(running, 0, 1, 2)
+    shutil.rmtree(root.parent / "tier")
+    train(running, *range(3, 9))
+    assert [(type(event), event.step) for event in seen[-3:]] == [(events.StepNotHeld, step) for step in (4, 6, 8)]
+    assert running.all_steps() == [0, 4, 8] and running.failures == 0
+    running.close()
+    assert came_back(root) == (8, {"store"})
+
+
+def test_where_the_tier_cannot_be_the_agent_says_so_and_saves(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.WARNING),
+        contextlib.closing(
+            oc.Agent(root, tiers=[oc.memory(every=1, directory=root.parent / "no-such-disk")])
+        ) as running,
+    ):
+        assert running.restore(LIKE) is None
+        train(running, 0, 1)
+        assert running.all_steps() == [0, 1]
+    assert "no steps are held in memory, saves to the store go on" in caplog.text and "no-such-disk" in caplog.text
+
+
+def test_a_held_step_is_due_as_a_save_is_and_wrong_arguments_are_the_users(root: Path, seen: list[Any]) -> None:
+    with agent(root) as running:
+        running.restore(LIKE)
+        assert [step for step in range(1, 11) if running.should_save(step)] == [2, 4, 6, 8, 10]
+        with pytest.raises(UsageError, match="metrics"):
+            running.save(2, state(2), metrics={"loss": "low"})  # type: ignore[dict-item]
+        assert not running.save(3, state(3)) and running.save(4, state(4))
+        running._holding.settle()
+        assert running.all_steps() == [] and [event.step for event in seen if isinstance(event, events.StepHeld)] == [4]
+
+
+def test_a_job_without_tiers_reads_and_writes_no_tier(crashed: Path) -> None:
+    with oc.Agent(crashed) as running:
+        restored = running.restore(LIKE)
+        assert restored and restored.step == 10 and set(restored.sources) == {"store"}

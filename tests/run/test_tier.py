@@ -1,0 +1,226 @@
+"""A tier on this machine: whose directory it is, what is in it, and how much room it has."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import Fenced, StorageError, UsageError
+from orchestrator.policy import last
+from orchestrator.rules import journal, keys
+from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.run import tier_directory
+from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.tier import HeldSteps, OwnTier
+from tests.support import builders
+from tests.support.runs import fill, store_of
+
+RUN = "0123456789abcdef"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return Path(tier_directory.of_process(str(tmp_path), RUN, 0))
+
+
+def own_tier(path: Path, epoch: int = 1) -> OwnTier:
+    tier = OwnTier(str(path), "test")
+    tier.open_epoch(epoch, 0)
+    return tier
+
+
+def hold(tier: OwnTier, step: int, size: int = 1000, epoch: int = 1) -> AttemptId:
+    """As far as the log and the room go."""
+    attempt = AttemptId.of(step, epoch, 1)
+    tier.storage.create(attempt.key("state/data"), b"x" * size)
+    entry = builders.live(step, attempt.name)
+    tier.log.append(partial(journal.commit, epoch=epoch, entry=entry, keep=last(9)))
+    return attempt
+
+
+def steps(tier: OwnTier) -> list[int]:
+    head = tier.log.head()
+    return [live.step for live in head.live] if head else []
+
+
+# Whose it is.
+
+
+def test_a_tier_is_made_for_its_user_alone_below_a_directory_that_is_there(path: Path, tmp_path: Path) -> None:
+    own_tier(path)
+    for each in (path, path.parent, path.parent.parent):
+        assert each.stat().st_mode & 0o777 == 0o700
+    assert path.parent.parent.parent == tmp_path.resolve()
+    with pytest.raises(StorageError, match="not-there"):
+        own_tier(Path(tier_directory.of_process(str(tmp_path / "not-there"), RUN, 0)))
+
+
+def link(path: Path) -> None:
+    elsewhere = path.parents[2] / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    path.parents[1].mkdir(mode=0o700)
+    path.parent.mkdir(mode=0o700)
+    path.symlink_to(elsewhere)
+
+
+def link_above(path: Path) -> None:
+    elsewhere = path.parents[2] / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    path.parents[1].symlink_to(elsewhere)
+
+
+def open_to_all(path: Path) -> None:
+    path.parents[1].mkdir()
+    path.parents[1].chmod(0o755)
+
+
+def somebody_elses(path: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root can give a directory away")
+    path.parents[1].mkdir(mode=0o700)
+    os.chown(path.parents[1], 4242, -1)
+
+
+def a_file(path: Path) -> None:
+    path.parents[1].write_text("")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (link, "is a symbolic link"),
+        (link_above, "is a symbolic link"),
+        (open_to_all, "may be entered by others"),
+        (somebody_elses, "belongs to user 4242"),
+        (a_file, "is no directory"),
+    ],
+)
+def test_a_directory_that_is_not_ours_alone_is_neither_written_nor_read(spoil: object, said: str, path: Path) -> None:
+    assert callable(spoil)
+    spoil(path)
+    with pytest.raises(StorageError, match=said):
+        own_tier(path)
+    found = HeldSteps(str(path), [str(path)])
+    assert not found.listed and (not os.path.lexists(path) or said in found.unreadable[0])
+    assert not (path.parents[2] / "elsewhere" / "journal").exists()
+
+
+def test_a_path_of_another_process_that_is_no_tiers_is_not_read(tmp_path: Path) -> None:
+    fill(tmp_path / "run", 1)
+    assert (
+        HeldSteps(str(tmp_path), [str(tmp_path / "run")]).unreadable[0].endswith("is no directory of a tier; not used")
+    )
+
+
+def test_each_run_has_a_directory_of_its_own_also_at_the_same_root(root: Path) -> None:
+    assert tier_directory.identity(store_of(root)) is None
+    fill(root, 1)
+    first = tier_directory.identity(store_of(root))
+    fill(root, 2)
+    assert tier_directory.identity(store_of(root)) == first != None  # noqa: E711
+    root.rename(root.with_name("old"))
+    fill(root, 1)
+    assert tier_directory.identity(store_of(root)) not in (None, first)
+
+
+def test_the_environment_says_where_tiers_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert tier_directory.of_run(None, RUN) == f"/dev/shm/orchestrator-{os.getuid()}/{RUN}"
+    monkeypatch.setenv("ORCHESTRATOR_TIER_DIR", str(tmp_path))
+    assert Path(tier_directory.of_run(None, RUN)).parents[1] == tmp_path.resolve()
+    monkeypatch.setenv("ORCHESTRATOR_TIER_DIR", "tier")
+    with pytest.raises(UsageError, match="ORCHESTRATOR_TIER_DIR='tier'"):
+        tier_directory.of_run(None, RUN)
+
+
+# What is in it.
+
+
+def test_a_newer_incarnation_fences_an_older_one_in_the_tier_as_well(path: Path) -> None:
+    old = own_tier(path, 3)
+    hold(old, 20, epoch=3)
+    new = own_tier(path, 4)
+    assert steps(new) == [20]
+    with pytest.raises(Fenced, match="fenced by epoch 4"):
+        hold(old, 40, epoch=3)
+    with pytest.raises(Fenced):
+        own_tier(path, 3)
+    assert steps(new) == [20]
+
+
+def test_the_log_stays_small_and_is_still_one(path: Path) -> None:
+    tier = own_tier(path)
+    for step in range(40):
+        hold(tier, step, size=1)
+        tier.forget_older_entries()
+    assert len(list(tier.storage.list(keys.JOURNAL))) == 16
+    assert steps(own_tier(path, 2)) == list(range(31, 40))
+
+
+def test_a_log_that_cannot_be_trusted_is_thrown_away_with_what_it_was_about(path: Path) -> None:
+    tier = own_tier(path)
+    hold(tier, 20)
+    newest = max((path / "journal").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-9])
+    begun_again = own_tier(path, 2)
+    assert steps(begun_again) == [] and list(begun_again.storage.list(keys.STEPS)) == []
+
+
+def test_another_processs_log_follows_process_0s_as_far_as_it_has_a_part(path: Path) -> None:
+    first, second = own_tier(path), own_tier(path.with_name("process-00001"))
+    for step in (20, 40, 60):
+        attempt = hold(first, step)
+        if step > 20:
+            second.storage.create(attempt.key("receipts/00001.json"), b"{}")
+    second.follow(first.log, 1)
+    assert steps(second) == [40, 60]
+    first.release([AttemptId.of(40, 1, 1)], "room")
+    second.follow(first.log, 1)
+    assert steps(second) == [60] and not list(first.storage.list("steps/00000040"))
+
+
+def test_what_was_written_of_a_step_that_is_not_held_is_freed(path: Path) -> None:
+    tier = own_tier(path)
+    kept, gone = hold(tier, 20), AttemptId.of(40, 1, 1)
+    tier.storage.create(gone.key("state/data"), b"x")
+    tier.delete(gone)
+    assert {entry.key for entry in tier.storage.list(keys.STEPS)} == {kept.key("state/data")}
+
+
+# Room.
+
+
+def test_older_steps_go_for_a_new_one_and_the_newest_stays(path: Path) -> None:
+    tier = own_tier(path)
+    for step in (20, 40, 60):
+        hold(tier, step)
+    tier.make_room(1000, 4000)
+    assert steps(tier) == [20, 40, 60]
+    tier.make_room(1500, 4000)
+    assert steps(tier) == [40, 60] and not list(tier.storage.list("steps/00000020"))
+    with pytest.raises(StorageError, match=r"needs 3001 bytes .* there are 2000 of the 4000 of bytes_max beside"):
+        tier.make_room(3001, 4000)
+    assert steps(tier) == [40, 60]
+
+
+def test_more_than_the_machine_can_spare_is_refused_with_both_numbers(path: Path) -> None:
+    tier = own_tier(path)
+    free = tier_directory.free_bytes(str(path))
+    with pytest.raises(StorageError, match=rf"needs {1 << 60} bytes for a held step, and there are \d+ beside the 0"):
+        tier.make_room(1 << 60, None)
+    assert 0 < free < 1 << 50
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no tmpfs")
+def test_a_tmpfs_has_no_more_room_than_the_machine_has_memory() -> None:
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    assert tier_directory.free_bytes("/dev/shm") <= available + (1 << 30)
+
+
+def test_a_reader_of_no_tier_finds_nothing(tmp_path: Path) -> None:
+    found = HeldSteps(str(tmp_path / "nowhere"), [])
+    assert found.offers() == [] and found.unreadable == []
+    assert JournalStore(found._storage, "reader").head() is None
