@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from orchestrator.cli import render
 from orchestrator.cli.command import Command, Flag, Flags, Result, open_store
+from orchestrator.cli.held import HeldHere, HeldNow, lines
 from orchestrator.rules import journal
 from orchestrator.rules.records import LiveStep, RetiredAttempt
 from orchestrator.run import survey
@@ -22,8 +23,8 @@ class UncommittedAttempt(Result, frozen=True):
 
 
 class Listing(Result, frozen=True):
-    """`ls`. newest: the step that a restore takes. steps: in the order of their commits. aside: quarantined attempts
-    whose step was saved again."""
+    """`ls`. newest: the step that a restore takes from the store. steps: in the order of their commits. aside:
+    quarantined attempts whose step was saved again. held: in memory, on this machine."""
 
     root: str
     version: int
@@ -33,6 +34,7 @@ class Listing(Result, frozen=True):
     retired: tuple[RetiredAttempt, ...]
     aside: tuple[LiveStep, ...]
     uncommitted: tuple[UncommittedAttempt, ...]
+    held: tuple[HeldNow, ...] = ()
 
 
 def run(root: str, flags: Flags) -> Listing:
@@ -49,6 +51,7 @@ def run(root: str, flags: Flags) -> Listing:
         retired=head.retired,
         aside=head.aside,
         uncommitted=tuple(UncommittedAttempt(*key) for key in unknown),
+        held=HeldHere(store).now(head),
     )
 
 
@@ -67,6 +70,8 @@ def show(listing: Listing, flags: Flags) -> Iterator[render.Shown]:
         yield "no committed steps"
     if listing.newest is None:
         yield render.toned("no step can be restored", "bad")
+    for text, tone in lines(listing.held, now):
+        yield render.toned(text, tone)
     for live in reversed((*listing.aside, *listing.steps)):
         if why := live.quarantine:
             by = "by hand, " if why.by_hand else ""

@@ -9,8 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from msgspec import structs
+
 from orchestrator.cli import render
 from orchestrator.cli.command import EVENTS, Command, Flag, Flags, open_store
+from orchestrator.cli.held import HeldHere
 from orchestrator.cli.watch_page import page
 from orchestrator.cli.watch_verdict import FINE, Facts, judge
 from orchestrator.cli.watch_view import CommitNow, HostNow, Quarantined, RunNow, SlowestHost
@@ -62,13 +65,15 @@ def follow(root: str, flags: Flags) -> Iterator[RunNow]:
     arguments.seconds("--interval_s", flags["interval_s"])
     store = open_store(root)
     tail = Tail(directory_of(store.url, flags["events_dir"]), RECENT_BYTES)
-    timeline, heard = Timeline(), Heard()
+    timeline, heard, held = Timeline(), Heard(), HeldHere(store)
     while True:
         head = store.require_head()
         timeline.add(tail.more())
         now = time.time()
         ages = heard.ages(tail.newest, now, time.monotonic())
-        yield summarize(store.url, head, timeline, now, ages, free_bytes(store.url))
+        yield structs.replace(
+            summarize(store.url, head, timeline, now, ages, free_bytes(store.url)), held=held.now(head)
+        )
         time.sleep(flags["interval_s"])
 
 

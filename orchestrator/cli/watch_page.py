@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
-from orchestrator.cli import render
+from orchestrator.cli import held, render
 from orchestrator.cli.layout import fitted, wrapped
 from orchestrator.cli.watch_verdict import TONES
 from orchestrator.cli.watch_view import HostNow, RunNow, SlowestHost
@@ -68,6 +68,8 @@ def _loss(now: RunNow) -> Iterator[str]:
 
 
 def _notes(now: RunNow) -> Iterator[tuple[render.Tone, Sequence[str]]]:
+    for text, tone in held.lines(now.held[:2], now.time):
+        yield tone, tuple(text.split("; "))
     if not now.hosts:
         yield "warn", ("no events of this epoch: see --events_dir, or the job runs without them",)
     missing = sorted(set(range(now.processes or 0)) - {host.process for host in now.hosts})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.cli.command import Result
+from orchestrator.cli.held import HeldNow
 from orchestrator.cli.watch_verdict import Verdict
 
 
@@ -59,7 +60,7 @@ class RunNow(Result, frozen=True):
     `loss_steps` of training; `restart_s`: how long the newest start took until training went on. `commits`: the newest
     restorable ones. `why`: of the verdict. `step`, `step_s`: training's own, and seconds for each. `next_save_step`,
     `next_save_s`: when one is due, by the distance of the last ones. `free_bytes`: where the run is, None in a bucket;
-    `next_bytes`: what the next save needs, by the last ones."""
+    `next_bytes`: what the next save needs, by the last ones. `held`: steps in memory, on this machine."""
 
     root: str
     time: float
@@ -82,3 +83,4 @@ class RunNow(Result, frozen=True):
     free_bytes: int | None
     next_bytes: int
     quarantined: tuple[Quarantined, ...]
+    held: tuple[HeldNow, ...] = ()

@@ -16,8 +16,8 @@ import orchestrator as oc
 from orchestrator.errors import StepNotFound, UsageError
 from orchestrator.observe import events
 from orchestrator.rules import journal
-from orchestrator.run import tier_directory
 from tests.support.runs import LIKE, state, store_of
+from tests.support.tiers import agent, crash, crashed_at_14, held_dir, train
 
 TIER_EVENTS = (events.StepHeld, events.StepNotHeld, events.HeldStepDropped)
 
@@ -28,30 +28,6 @@ def seen() -> Iterator[list[Any]]:
     stop = events.subscribe(lambda event: found.append(event) if isinstance(event, TIER_EVENTS) else None)
     yield found
     stop()
-
-
-def agent(root: Path, every: int = 2, save: int = 10, **tier: Any) -> oc.Agent:
-    place = root.parent / "tier"
-    place.mkdir(exist_ok=True)
-    return oc.Agent(root, save=oc.every(save), tiers=[oc.memory(every=every, directory=place, **tier)])
-
-
-def train(running: oc.Agent, *steps: int) -> None:
-    for step in steps:
-        running.save(step, state(step), process_state=f"at {step}".encode(), extra={"at": step})
-        running._saves.settle()
-        running._holding.settle()
-
-
-def crash(running: oc.Agent) -> None:
-    """As far as what is stored goes: a program that dies releases nothing."""
-    running.finish()
-
-
-def held_dir(root: Path) -> Path:
-    run = tier_directory.identity(store_of(root))
-    assert run
-    return Path(tier_directory.of_process(str(root.parent / "tier"), run, 0))
 
 
 def held_steps(root: Path) -> list[int]:
@@ -72,11 +48,7 @@ def came_back(root: Path, **asked: Any) -> tuple[int, set[str]]:
 @pytest.fixture
 def crashed(root: Path) -> Path:
     """Steps 0 and 10 are saved; 12 and 14 are held."""
-    running = agent(root)
-    assert running.restore(LIKE) is None
-    train(running, *range(15))
-    crash(running)
-    return root
+    return crashed_at_14(root)
 
 
 def test_a_job_comes_back_on_the_newest_held_step_without_the_stores_arrays(crashed: Path, seen: list[Any]) -> None:
