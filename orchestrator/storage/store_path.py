@@ -98,10 +98,7 @@ class StorePath:
 
     def pieces(self) -> Iterator[bytes]:
         """The object, in pieces, compared with the store's own checksum. Raises StorageError."""
-        from orchestrator.storage import gcs, gcs_objects
-
-        assert isinstance(self.storage, gcs.GcsStorage)
-        return gcs_objects.pieces(self.storage, self.key)
+        return object_pieces(self.storage, self.key)
 
     def copy_to(self, storage: Reads, key: str, on_bytes: Callable[[int], None]) -> None:
         """Have the store copy the object to another root in it. Raises StorageError."""
@@ -112,6 +109,14 @@ class StorePath:
 
 
 AnyPath = Path | StorePath
+
+
+def object_pieces(storage: Reads, key: str) -> Iterator[bytes]:
+    """An object of Cloud Storage in pieces, compared with the store's own checksum. Raises StorageError."""
+    from orchestrator.storage import gcs, gcs_objects
+
+    assert isinstance(storage, gcs.GcsStorage)
+    return gcs_objects.pieces(storage, key)
 
 
 def any_path(where: str) -> AnyPath:
