@@ -3,8 +3,9 @@ can reuse the state's own.
 
     python -m benchmarks.donating          # 512 MiB in 16 arrays, on 2 devices
 
-JSON lines: `grown` is the growth of the process's peak of resident memory during the step, over the state's bytes. The
-last line is the same step on arrays that JAX was given as numpy memory, most of which XLA's CPU client does not reuse.
+JSON lines: `grown` is the growth of the process's peak of resident memory during the step, over the state's bytes;
+`reused`, how much of the state's memory the new state is in. The last line is the same step on arrays that JAX was
+given as numpy memory: XLA's CPU client reuses none of it, and what it frees as the step goes on, later arrays take.
 """
 
 from __future__ import annotations
@@ -34,14 +35,20 @@ def target() -> dict[str, Any]:
     return {f"layer_{at:02}": jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=sharding) for at in range(ARRAYS)}
 
 
-def grown(step: Any, state: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """How much memory one step needed beside the state, over the state's; and the state that it made."""
+def addresses(state: dict[str, Any]) -> set[int]:
+    return {shard.data.unsafe_buffer_pointer() for leaf in state.values() for shard in leaf.addressable_shards}
+
+
+def run(step: Any, state: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The figures of one step, and the state that it made."""
+    held = addresses(state)
     size = sum(leaf.nbytes for leaf in state.values())
     gc.collect()
     give_back(0)
     before = reset_peak()
     state = jax.block_until_ready(step(state))
-    return (peak() - before) / size, state
+    more = (peak() - before) / size
+    return {"grown": round(more, 4), "reused": len(addresses(state) & held) / len(held)}, state
 
 
 def main() -> None:
@@ -65,16 +72,16 @@ def main() -> None:
             assert restored is not None
             state = restored.state
             del restored
-            share, state = grown(step, state)
+            figures, state = run(step, state)
             assert np.asarray(state["layer_00"].addressable_shards[0].data)[0, 0] == 1.0
-            found.append(round(share, 4))
-            print(json.dumps({"figure": FIGURE, "grown": found[-1], "round": number}), flush=True)
+            found.append(figures["grown"])
+            print(json.dumps({"figure": FIGURE, **figures, "round": number}), flush=True)
             del state
     print(json.dumps({"figure": f"{FIGURE}, median", "rounds": len(found), "median": statistics.median(found)}))
     numpy = {name: jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding) for name, leaf in like.items()}
     for leaf in numpy.values():
         leaf.block_until_ready()
-    print(json.dumps({"figure": f"{FIGURE}, of numpy memory", "grown": round(grown(step, numpy)[0], 4)}))
+    print(json.dumps({"figure": f"{FIGURE}, of numpy memory", **run(step, numpy)[0]}))
 
 
 if __name__ == "__main__":
