@@ -5,7 +5,7 @@ can reuse the state's own.
 
 JSON lines: `grown` is the growth of the process's peak of resident memory during the step, over the state's bytes;
 `reused`, how much of the state's memory the new state is in. The last line is the same step on arrays that JAX was
-given as numpy memory: XLA's CPU client reuses none of it, and what it frees as the step goes on, later arrays take.
+given as numpy memory, which XLA's CPU client does not reuse: later arrays may lie where earlier ones were freed.
 """
 
 from __future__ import annotations
