@@ -15,7 +15,7 @@ from orchestrator.cli.watch_page import page
 from orchestrator.cli.watch_verdict import FINE, Facts, judge
 from orchestrator.cli.watch_view import CommitNow, HostNow, Quarantined, RunNow, SlowestHost
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
-from orchestrator.observe.event_log import RECENT_BYTES, Tail, directory_of
+from orchestrator.observe.event_log import RECENT, Tail, directory_of
 from orchestrator.observe.events import PHASES
 from orchestrator.observe.heartbeat import PULSE_S
 from orchestrator.observe.timeline import HostSave, HostState, Timeline
@@ -72,7 +72,7 @@ def follow(root: str, flags: Flags) -> Iterator[RunNow]:
 
 
 def _looks(store: JournalStore, events_dir: str | None, interval_s: float) -> Iterator[RunNow]:
-    tail = Tail(events_dir, RECENT_BYTES)
+    tail = Tail(events_dir, RECENT)
     timeline, heard = Timeline(), Heard()
     while True:
         head = store.require_head()
