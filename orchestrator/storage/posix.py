@@ -123,20 +123,23 @@ class PosixStorage:
             raise StorageError(f"link {source} to {path}: {reason(error)}{more}") from error
         return Created()
 
-    def copy(self, source: str, key: str, on_bytes: Callable[[int], None]) -> Created | Exists:
-        """As `link`, of a file anywhere: its bytes are copied, in pieces. A copy that breaks off has no name."""
+    def copy(
+        self, source: str, key: str, on_bytes: Callable[[int], None], pieces: Iterable[bytes] | None = None
+    ) -> Created | Exists:
+        """As `link`, of a file anywhere: its bytes are copied, in pieces. A copy that breaks off has no name. pieces:
+        what is in it, where `source` is no file of this host's."""
         path = self._path(key)
         temporary = uuid.uuid4().hex
         try:
             self.root.ready()
-            with self.root.directory(TEMPORARY, make=True) as temporaries, open(source, "rb") as file:
+            with self.root.directory(TEMPORARY, make=True) as temporaries:
                 try:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
                     with open(
                         self.root.open_in(temporaries, temporary, f"{TEMPORARY}/{temporary}", flags), "wb"
                     ) as copy:
                         failpoints.hit("storage.copy")
-                        while piece := file.read(_PIECE_BYTES):
+                        for piece in _pieces(source) if pieces is None else pieces:
                             copy.write(piece)
                             on_bytes(len(piece))
                     os.close(self._link(temporary, key, temporaries))
@@ -263,6 +266,12 @@ class PosixStorage:
 
     def _path(self, key: str) -> str:
         return self.root.shown(check_key(key, self.url))
+
+
+def _pieces(source: str) -> Iterator[bytes]:
+    with open(source, "rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
 
 
 def _above(folders: set[str]) -> list[str]:
