@@ -4,6 +4,7 @@ have made. Main thread."""
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,7 +33,7 @@ from orchestrator.storage.read_only import ReadOnlyStorage
 
 class ManagedRun:
     """writer: the agent, once something was saved or asked of it. on_commit: by step, called on the save's thread once
-    it is committed. Raises UsageError for options without counterpart.
+    it is committed. last_commit: when that was last. Raises UsageError for options without counterpart.
 
     `single`: the run is one checkpoint. A failed save raises then, and Orbax's directories are at the root itself."""
 
@@ -52,6 +53,7 @@ class ManagedRun:
         self.directory = StoreDirectory(url) if in_store else orbax_api.path(url)
         self.writer: _ManagedAgent | None = None
         self.on_commit: dict[int, Callable[[], None]] = {}
+        self.last_commit: float | None = None
         self._given: dict[str, Json] = {}
 
     def open(self, given: dict[str, Json]) -> None:
@@ -103,6 +105,7 @@ class ManagedRun:
         return self.writer
 
     def _after_commit(self) -> None:
+        self.last_commit = time.time()
         if self.rendezvous.process == 0:
             self._views.refresh()
         callback = getattr(self._orbax.async_options, "post_finalization_callback", None)
@@ -150,6 +153,12 @@ class _ManagedAgent(Agent):
             self.after_commit()
         finally:  # a callback of the user's may fail
             super()._committed()
+
+    def settle(self) -> float:
+        """Wait for the save before, as `save` does. Returns since when, on the wall clock."""
+        start = time.time()
+        self._saves.settle()
+        return start
 
     def forget(self, step: int) -> None:
         """`step` has been deleted from the run: it may be saved again. All processes."""
