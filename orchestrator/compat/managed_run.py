@@ -16,7 +16,7 @@ from orchestrator.arrays.format import orbax_api
 from orchestrator.compat import orbax_options, root_metadata
 from orchestrator.compat.step_views import StepViews
 from orchestrator.compat.store_directory import StoreDirectory
-from orchestrator.compat.stored_steps import NoSuchStep, StoredSteps
+from orchestrator.compat.stored_steps import NoSuchNamedStep, NoSuchStep, StoredSteps
 from orchestrator.errors import UsageError
 from orchestrator.job.rendezvous import connect
 from orchestrator.job.rounds import Round, agree
@@ -48,7 +48,7 @@ class ManagedRun:
         defaults = orbax_api.public("CheckpointManagerOptions")()
         in_store = local_path(url) is None
         orbax_options.check(options, defaults, self.rendezvous.count, in_store=in_store)
-        self.stored = StoredSteps(self.store)
+        self.stored = StoredSteps(self.store, NoSuchNamedStep if options.step_name_format else NoSuchStep)
         self._views = StepViews(self.store, self.stored, options, single=single)
         self.directory = StoreDirectory(url) if in_store else orbax_api.path(url)
         self.writer: _ManagedAgent | None = None
@@ -134,7 +134,7 @@ class ManagedRun:
         asked = Round[tuple[str, str]](f"delete step {step}", tuple[str, str])
         missing, stays = agree(self.rendezvous, asked, self.timeout_s, remove)
         if missing:
-            raise NoSuchStep(missing)
+            raise self.stored.missing(missing)
         if stays:
             raise UsageError(f"{self.url}: {stays}")
         if self.writer:

@@ -122,7 +122,7 @@ class CheckpointManager(StepQuestions):
             raise orbax_api.step_exists(f"{self._run.url}: step {step} is there already; it is not overwritten")
         numbers, all_metrics = nested_metrics.split(None if self._orbax.prevent_write_metrics else metrics)
         try:
-            contents = orbax_items.contents(args, self._items.handler)
+            contents = orbax_items.contents(args, self._items)
         except orbax_items.HandlerFailed as failed:
             return self._handler_failed(failed)
         extra = contents.extra(custom_metadata, all_metrics)

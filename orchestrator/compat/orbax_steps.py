@@ -20,9 +20,9 @@ from orchestrator.run import orbax_directory
 
 DEFAULT = "default"  # Orbax's name for a single, unnamed item
 _METRICS = "metrics"
-_JSON = "metadata"  # of a JsonSave
+JSON_FILE = "metadata"  # of a JsonSave
 _COMMITTED = "commit_success.txt"  # what Orbax leaves beside an item that it could not rename
-_JSON_FILES = (_JSON, "data.json")  # the latter is of the v1 API
+_JSON_FILES = (JSON_FILE, "data.json")  # the latter is of the v1 API
 _ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
 _OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
 
@@ -97,7 +97,7 @@ def _read_item(found: OrbaxStep, name: str, directory: Path, handler: str) -> No
             found.json[_METRICS] = arguments.plain_json(f"{directory}/{_METRICS}", rest)
     elif file := _json_file(files, handler):
         found.json[name] = arguments.plain_json(f"{directory}/{file}", orbax_json.read(files[file], Json))
-        if file != _JSON:
+        if file != JSON_FILE:
             found.json_files[name] = file
     elif iterators:
         for index, each in iterators.items():

@@ -24,14 +24,18 @@ class NoSuchStep(StepNotFound, FileNotFoundError):
     """There is no such step, or none at all. Orbax raises FileNotFoundError."""
 
 
+class NoSuchNamedStep(NoSuchStep, ValueError):
+    """As NoSuchStep, of a manager that was given a `step_name_format`. Orbax raises ValueError there."""
+
+
 PlainInfo = tuple[int, float, dict[str, float]]  # step, time of the commit, metrics
 
 
 class StoredSteps:
-    """Of the run that `store` reads. Any thread."""
+    """Of the run that `store` reads. Any thread. missing: what is raised for a step that is not there."""
 
-    def __init__(self, store: JournalStore) -> None:
-        self._store = store
+    def __init__(self, store: JournalStore, missing: type[NoSuchStep] = NoSuchStep) -> None:
+        self._store, self.missing = store, missing
         self._omitted_metrics: dict[AttemptId, dict[str, float]] = {}
 
     def restorable(self) -> list[LiveStep]:
@@ -55,7 +59,7 @@ class StoredSteps:
         if live is None or not live.restorable:
             name = "no step" if step is None else f"no step {step}"
             steps = ", ".join(str(each.step) for each in self.restorable()) or "none"
-            raise NoSuchStep(f"{self._store.url}: {name} to restore; choose from: {steps}")
+            raise self.missing(f"{self._store.url}: {name} to restore; choose from: {steps}")
         return live
 
     def infos(self, steps: Iterable[LiveStep], *, all_metrics: bool) -> list[PlainInfo]:
