@@ -57,12 +57,13 @@ class WriteStopped(Exception):
 
 @dataclass(frozen=True)
 class ArrayOptions:
-    """compression: zstd for each chunk (smaller, several times slower on a fast disk). host_bytes_max: how much of a
-    state this process may hold that is not written yet; None: all of it. A larger one is rejected (`skip_when_full`),
-    or written while it is staged, for at most timeout_s.
+    """tiled: how `flatten` cuts the arrays. compression: zstd for each chunk (smaller, several times slower on a fast
+    disk). host_bytes_max: how much of a state this process may hold that is not written yet; None: all of it. A larger
+    one is rejected (`skip_when_full`), or written while it is staged, for at most timeout_s.
     compare_own: compute digests of leaves of which every process has its own copy. stage, stage_margin: as in Options.
     """
 
+    tiled: bool = False
     compression: bool = False
     host_bytes_max: int | None = None
     skip_when_full: bool = False
@@ -77,7 +78,7 @@ class ArrayWriter:
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
         self._process, self._options, self._turns = process, options, Turns()
-        self._warm_up = WarmUp(options.host_bytes_max)
+        self._warm_up = WarmUp(options.host_bytes_max, tiled=options.tiled)
         self._snapshots = Snapshots(options.stage, options.stage_margin, self._warm_up)
 
     def prepare(self, like: Any) -> None:

@@ -251,7 +251,7 @@ def shards_off_host(plan: Plan, shards: Sequence[Any]) -> list[Shard]:
     return found
 
 
-def shards_expected(like: Any) -> list[Shard]:
+def shards_expected(like: Any, *, tiled: bool = False) -> list[Shard]:
     """What this process will write of states like this one (arrays, or jax.ShapeDtypeStruct with shardings) from
     accelerators, in the order of `Plan.off_host`. A forecast: leaves that each process has its own of are taken for
     shared ones, and PRNG keys left out."""
@@ -263,7 +263,7 @@ def shards_expected(like: Any) -> list[Shard]:
         if is_key(leaf.dtype) or 0 in leaf.shape or bit_count(leaf.dtype) < 8:
             continue
         form = _Expected(tuple(leaf.shape), leaf.dtype, sharding)
-        plan = _of_shards(describe_array(tree_path(path), form), form, "jax.Array", layouts)
+        plan = _of_shards(describe_array(tree_path(path), form, tiled=tiled), form, "jax.Array", layouts)
         devices = [shard.device for shard in form.addressable_shards]
         shape = sharding.shard_shape(form.shape)
         into = small if plan.small else large
