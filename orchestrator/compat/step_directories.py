@@ -31,7 +31,9 @@ def fill(
     if items.whole or adopted:
         arrays.link_files(state, directory / DEFAULT if items.single else directory, stored.files)
     elif items.trees:
-        arrays.write_items(state, stored, {name: directory / name for name in items.trees})
+        handlers = items.extra.get("items") or {}
+        alone = {name for name in items.trees if str(handlers.get(name)).endswith(".ArrayCheckpointHandler")}
+        arrays.write_items(state, stored, items.leaves, {name: directory / name for name in items.trees}, alone)
     for name, value in items.json_values.items():
         if name == _METRICS and isinstance(value, dict):  # adopted: what among them is no number
             metrics = {**value, **metrics}
