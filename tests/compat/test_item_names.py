@@ -38,6 +38,23 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+KEYS = {"typed": jax.random.key(3), "typed.raw": jax.random.PRNGKey(4), "typed.raw.x": {"x": one(1)}}
+
+
+def test_plain_orbax_finds_random_keys_in_its_own_form(root: Path, tmp_path: Path) -> None:
+    args: dict[str, Any] = {name: ARGS.JaxRandomKeySave(key) for name, key in KEYS.items() if name != "typed.raw.x"}
+    with compat.CheckpointManager(root) as manager:
+        assert manager.save(1, args=ARGS.Composite(**args, **{"typed.raw.x": saved(KEYS["typed.raw.x"])}))
+    asked: dict[str, Any] = {name: ARGS.JaxRandomKeyRestore() for name in args}
+    assert main(["orchestrator", "export", str(root), str(tmp_path / "out")]) == 0
+    assert main(["orchestrator", "adopt", str(tmp_path / "back"), f"--from={tmp_path / 'out'}"]) == 0
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    for directory, kind in ((root, ocp), (tmp_path / "out", ocp), (root, compat), (tmp_path / "back", compat)):
+        with kind.CheckpointManager(directory, options=options) as reader:
+            found = reader.restore(1, args=ARGS.Composite(**asked, **{"typed.raw.x": ARGS.PyTreeRestore()}))
+        assert_same({name: found[name] for name in KEYS}, KEYS)
+
+
 def saved(item: Any) -> Any:
     return ARGS.ArraySave(item) if isinstance(item, jax.Array) else ARGS.PyTreeSave(item)
 
@@ -49,6 +66,9 @@ def restored(item: Any) -> Any:
 def assert_same(found: Any, wanted: Any) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        if isinstance(want, jax.Array) and jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
+            assert jax.random.key_impl(got) == jax.random.key_impl(want)
+            got, want = jax.random.key_data(got), jax.random.key_data(want)
         assert got == want if isinstance(want, str) else np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 

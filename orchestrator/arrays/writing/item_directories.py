@@ -43,8 +43,8 @@ def write_items(
     state: Path, stored: StoredFiles, leaves: Sequence[LeafSpec], items: dict[str, Path], alone: Collection[str]
 ) -> None:
     """Fill a directory for each item, by name. `state`: the attempt's own; `leaves`: of its tree, which alone tell the
-    items apart: to Orbax's names, `a.b.c` may be of an item `a`, or `a.b`. alone: items
-    that Orbax's array handler reads. Raises OSError, Suspect, Unavailable."""
+    items apart: to Orbax's names, `a.b.c` may be of an item `a`, or `a.b`. alone: items that Orbax's array handler
+    reads. Raises OSError, Suspect, Unavailable."""
     index = LocalStore(f"{state}/", stored).index()
     if index is None:
         raise Damaged(f"{state}: its tree is one that only TensorStore reads")
@@ -127,6 +127,8 @@ def _shardings(body: Any, item: str, own: Names) -> Any:
 def _array_metadatas(body: Any, item: str, own: Names) -> Any:
     abouts = [entry["array_metadata"] for entry in body["array_metadatas"]]
     inside = [{**about, "param_name": own[about["param_name"]]} for about in abouts if about["param_name"] in own]
+    if own.get(item) == _ALONE:  # a typed key's kind is beside it
+        inside = [{**about, "ext_metadata": None} for about in inside]
     return {"array_metadatas": [{"array_metadata": about} for about in inside]}
 
 
