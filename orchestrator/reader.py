@@ -7,36 +7,40 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRetired
-from orchestrator.job.read_step import ReadOptions, Restored, candidates, listed, read_step
-from orchestrator.observe.events import SteppedDown, emit
+from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRetired, StorageError, UnsafeKey
+from orchestrator.job.read_step import MEMORY, ReadOptions, Restored, candidates, listed, read_step, read_stored
+from orchestrator.observe.events import HeldStepDropped, SteppedDown, emit
 from orchestrator.observe.progress_lines import telling
-from orchestrator.rules import arguments
+from orchestrator.rules import arguments, held
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
+from orchestrator.rules.tiers import MemoryTier, memory_of
+from orchestrator.run import tier_directory
 from orchestrator.run.journal_store import JournalStore
+from orchestrator.run.tier import HeldSteps
 from orchestrator.storage import open_storage
 from orchestrator.storage.read_only import ReadOnlyStorage
 
 _RETIRED_MAX = 100  # times that retention may be quicker than a reader who wants the newest step
 
 
-def open_run(root: str | os.PathLike[str], *, progress: bool | None = None) -> Run:
-    """Open a run for reading. Writes nothing. `progress`: of long restores, as `Options.progress`. Raises NotARun,
-    Damaged, NewerFormat."""
+def open_run(root: str | os.PathLike[str], *, tiers: Sequence[MemoryTier] = (), progress: bool | None = None) -> Run:
+    """Open a run for reading. Writes nothing. `tiers`: as the job's; `restore` then takes a newer step that is held
+    whole on this machine. `progress`: of long restores, as `Options.progress`. Raises NotARun, Damaged, NewerFormat."""
     if progress is not None:
         arguments.flag("progress", progress)
-    return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"), progress)
+    tier = memory_of(tiers)
+    return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"), progress, tier)
 
 
 class Run:
     """A run opened for reading (evaluators, notebooks): no epoch is opened and nothing is ever written."""
 
-    def __init__(self, store: JournalStore, progress: bool | None = None) -> None:
-        self._store, self._progress = store, progress
+    def __init__(self, store: JournalStore, progress: bool | None = None, tier: MemoryTier | None = None) -> None:
+        self._store, self._progress, self._tier = store, progress, tier
         self._reported: set[int] = set()  # steps that this object has told the user of
         store.require_head()
 
@@ -78,6 +82,8 @@ class Run:
     def _restore(self, like: Any, step: int | None, options: ReadOptions) -> Restored:
         if step is not None:
             return read_step(self._store, self._find(step), like, options)
+        if self._tier and (restored := self._held(self._tier, like, options)):
+            return restored
         damaged: dict[AttemptId, str] = {}
         retired = 0
         while True:
@@ -91,6 +97,20 @@ class Run:
             except Damaged as error:
                 emit(SteppedDown(live.step, live.attempt, str(error)))
                 damaged[live.id] = str(error)
+
+    def _held(self, tier: MemoryTier, like: Any, options: ReadOptions) -> Restored | None:
+        """The newest held step that is newer than what the store has, and whole."""
+        run = tier_directory.identity(self._store)
+        paths = tier_directory.processes(tier.directory, run) if run else []
+        if not paths:
+            return None
+        steps = HeldSteps(paths[0], paths)
+        for offer in held.candidates(held.standing(self._store.require_head()), [steps.offers()]):
+            try:
+                return read_stored(steps.step(offer), like, options, MEMORY)
+            except (Damaged, UnsafeKey, StorageError, StepRetired) as error:
+                emit(HeldStepDropped(offer.step, offer.attempt, str(error)))
+        return None
 
     def _find(self, step: int) -> LiveStep:
         try:

@@ -45,6 +45,11 @@ def _agents_that_were_dropped_end_with_their_file() -> Iterator[None]:
         thread.join(30)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_test_holds_anything_in_the_machines_memory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["ORCHESTRATOR_TIER_DIR"] = str(tmp_path_factory.mktemp("tier"))
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Where a run may be made; it does not exist yet."""

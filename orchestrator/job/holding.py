@@ -38,7 +38,7 @@ from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import tier_directory
 from orchestrator.run.deletion import BackgroundDeletion
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.tier import OwnTier
+from orchestrator.run.tier import OwnTier, free_left_over
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.joined import JoinedStorage
 
@@ -205,6 +205,9 @@ class Holding:
         try:
             if self._rendezvous.process:
                 self._own.follow(self._of_all, self._epoch)
+            else:
+                held_now = {live.id for live in self._of_all.require_head().live}
+                free_left_over(self._own.path, self._rendezvous.count, held_now)
             self._own.forget_older_entries()
             self._deletion.start(self._epoch)
         except OrchestratorError as error:

@@ -180,23 +180,25 @@ def match_target(stored: StoredStep, like: Any, options: ReadOptions) -> ReadPla
     return ReadPlan(stored, requests, build, fingerprints, options.share)
 
 
-def read_step(
-    store: JournalStore, live: LiveStep, like: Any, options: ReadOptions, reads: ArrayReads | None = None
-) -> Restored:
+def read_step(store: JournalStore, live: LiveStep, like: Any, options: ReadOptions) -> Restored:
     """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings: see `match_target`.
 
     Raises Mismatch before any array is read, Damaged, StepRetired, Unavailable.
     """
-    stored = store.step(live)
+    return read_stored(store.step(live), like, options, STORE)
+
+
+def read_stored(stored: StoredStep, like: Any, options: ReadOptions, source: str) -> Restored:
+    """As `read_step`, of a step that comes from `source`."""
     plan = match_target(stored, like, options)
     process_states = plan.begin()
-    reads = reads or ArrayReads(options.reader, expected=plan.requests)
+    reads = ArrayReads(options.reader, expected=plan.requests)
     values = reads.load(stored, plan.requests)
     restored, proof = plan.finish(values, process_states)
     if proof.wrong_here:
         names = [name for name, _ in proof.wrong_here]
         stored_arrays.judge_fingerprints(stored, names, "; ".join(line for _, line in proof.wrong_here[:5]))
-    return replace(restored, sources={STORE: reads.read_bytes})
+    return replace(restored, sources={source: reads.read_bytes})
 
 
 def candidates(head: Head, damaged: DamagedSteps) -> list[LiveStep]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 from absl import logging
@@ -84,11 +84,13 @@ class OwnTier:
         count = held.to_release([sizes.get(live.id, 0) for live in older], need, room)
         if count is None:
             limit = "" if bytes_max is None else f" of the {bytes_max} of bytes_max"
+            others = tier_directory.other_runs(self.path)
+            more = f"; other runs hold steps in {', '.join(others[:3])}: remove those that are over" if others else ""
             raise StorageError(
                 f"{self.path}: no room in memory: this process needs {need} bytes for a held step, and there are "
                 f"{max(0, room)}{limit} beside the {used} that it holds (the newest step stays); free on the file "
-                f"system and in memory: {free} bytes. Give the tier more room (docker: --shm-size; Kubernetes: an "
-                "emptyDir in memory), or hold it on a local disk: oc.memory(directory=...)"
+                f"system and in memory: {free} bytes{more}. Give the tier more room (docker: --shm-size; Kubernetes: "
+                "an emptyDir in memory), or hold it on a local disk: oc.memory(directory=...)"
             )
         if count:
             self.release([live.id for live in older[:count]], "room")
@@ -98,6 +100,21 @@ class OwnTier:
         self.log.append(partial(held.release, attempts=set(attempts), reason=reason))
         for line in deletion.collect(self.log, orphans=False).failed:
             logging.warning("%s: %s", self.path, line)
+
+
+def free_left_over(own: str, count: int, live: Collection[AttemptId]) -> None:
+    """Of processes that the job has no more of, on this machine: free what is not among the `live`. Never raises."""
+    for path in tier_directory.beside(own):
+        if tier_directory.process_of(path) < count:
+            continue
+        try:
+            tier_directory.check_path(path)
+            storage = PosixStorage(path)
+            gone = survey.attempts(storage).keys() - live
+            for entry in [entry for attempt in gone for entry in storage.list(attempt.prefix)]:
+                storage.delete(entry.key)
+        except OrchestratorError as error:
+            logging.warning("%s: what an earlier start has left there stays for now: %s", path, error)
 
 
 class HeldSteps:

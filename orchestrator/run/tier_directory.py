@@ -98,6 +98,22 @@ def processes(directory: str | None, run: str) -> list[str]:
     return [os.path.join(above, name) for name in sorted(names) if _PROCESS.fullmatch(name)]
 
 
+def beside(path: str) -> list[str]:
+    """The directories of a process's run, its own included. Raises StorageError."""
+    above, run = os.path.split(os.path.dirname(path))
+    return processes(os.path.dirname(above), run)
+
+
+def other_runs(path: str) -> list[str]:
+    """The directories of other runs of this user, beside that of a process's run."""
+    run = os.path.dirname(path)
+    base = os.path.dirname(run)
+    with contextlib.suppress(OSError):
+        others = (os.path.join(base, name) for name in sorted(os.listdir(base)) if _RUN.fullmatch(name))
+        return [other for other in others if other != run]
+    return []
+
+
 def process_of(path: str) -> int:
     found = _PROCESS.fullmatch(os.path.basename(path))
     return int(found[1]) if found else -1

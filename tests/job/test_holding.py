@@ -222,6 +222,17 @@ def test_a_held_step_is_due_as_a_save_is_and_wrong_arguments_are_the_users(root:
         assert running.all_steps() == [] and [event.step for event in seen if isinstance(event, events.StepHeld)] == [4]
 
 
+def test_a_reader_takes_a_held_step_if_it_is_told_where(crashed: Path, seen: list[Any]) -> None:
+    assert oc.open_run(crashed).restore(LIKE).step == 10
+    tiers = [oc.memory(directory=crashed.parent / "tier")]
+    restored = oc.open_run(crashed, tiers=tiers).restore(LIKE)
+    assert (restored.step, set(restored.sources)) == (14, {"memory"}) and restored.process_states == {0: b"at 14"}
+    assert oc.open_run(crashed, tiers=tiers).restore(LIKE, step=10).step == 10
+    flip(data_file(crashed, 14))
+    assert oc.open_run(crashed, tiers=tiers).restore(LIKE).step == 12 and [event.step for event in seen] == [14]
+    assert oc.open_run(crashed, tiers=[oc.memory(directory=crashed.parent)]).restore(LIKE).step == 10
+
+
 def test_a_job_without_tiers_reads_and_writes_no_tier(crashed: Path) -> None:
     with oc.Agent(crashed) as running:
         restored = running.restore(LIKE)

@@ -14,7 +14,7 @@ from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.run import tier_directory
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.tier import HeldSteps, OwnTier
+from orchestrator.run.tier import HeldSteps, OwnTier, free_left_over
 from tests.support import builders
 from tests.support.runs import fill, store_of
 
@@ -127,6 +127,7 @@ def test_each_run_has_a_directory_of_its_own_also_at_the_same_root(root: Path) -
 
 
 def test_the_environment_says_where_tiers_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ORCHESTRATOR_TIER_DIR")
     assert tier_directory.of_run(None, RUN) == f"/dev/shm/orchestrator-{os.getuid()}/{RUN}"
     monkeypatch.setenv("ORCHESTRATOR_TIER_DIR", str(tmp_path))
     assert Path(tier_directory.of_run(None, RUN)).parents[1] == tmp_path.resolve()
@@ -187,6 +188,16 @@ def test_what_was_written_of_a_step_that_is_not_held_is_freed(path: Path) -> Non
     tier.storage.create(gone.key("state/data"), b"x")
     tier.delete(gone)
     assert {entry.key for entry in tier.storage.list(keys.STEPS)} == {kept.key("state/data")}
+
+
+def test_what_processes_held_that_the_job_has_no_more_of_is_freed_once_it_is_superseded(path: Path) -> None:
+    for process in range(3):
+        hold(own_tier(path.with_name(f"process-{process:05d}")), 20)
+    kept = AttemptId.of(20, 1, 1)
+    free_left_over(str(path), 1, {kept})
+    assert len(list(path.parent.glob("*/steps/00000020"))) == 3
+    free_left_over(str(path), 1, set())
+    assert [found.parents[1].name for found in path.parent.glob("*/steps/00000020")] == ["process-00000"]
 
 
 # Room.
