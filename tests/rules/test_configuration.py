@@ -18,7 +18,7 @@ from orchestrator.rules.configuration import OPTIONS, RULES, Strictness, describ
 def test_every_option_has_a_rule_and_nothing_else_has() -> None:
     assert [field.name for field in fields(oc.Options)] == list(OPTIONS)
     own = {name for name, rule in OPTIONS.items() if rule is Strictness.OWN}
-    assert of_agent(None, None, oc.Options()).keys() == {"save", "keep"} | {
+    assert of_agent(None, None, oc.Options()).keys() == {"save", "keep", "tiers"} | {
         f"Options.{n}" for n in OPTIONS.keys() - own
     }
     assert startup.surroundings().keys() <= RULES.keys()
