@@ -134,6 +134,8 @@ def test_another_run_at_the_same_root_does_not_see_what_the_first_one_held(crash
     crashed.rename(crashed.with_name("old"))
     with agent(crashed) as running:
         assert running.restore(LIKE) is None
+        train(running, 0)
+    assert came_back(crashed) == (0, {"store"})  # the first run's step 14 is of the same epoch, and newer
 
 
 def test_what_somebody_has_quarantined_bars_what_was_held_after_it(crashed: Path) -> None:
