@@ -98,8 +98,9 @@ class LocalSource:
                     read_bytes += few
                     continue
                 split = size - CHECKSUM_BYTES
-                self._store.read_into(scratch.data[:split], place, read.label, tail=scratch.data[split:])
-                self._checks.deliver(read, scratch.data)
+                raw = scratch.data[:split]
+                self._checks.check_crc(read, *self._store.read_into(raw, place, read.label))
+                self._checks.unpack(read, raw)
             read_bytes += read.bytes
         return read_bytes
 
