@@ -1,5 +1,5 @@
 """What `compat.v1` takes from Orbax's v1 API: names to hand through, the context in force, and which handler an item
-has. Raises ImportError beside an Orbax before 0.12, whose v1 API is another one."""
+has. Raises ImportError beside an Orbax that has no such API."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import orbax.checkpoint as ocp
-
-if not hasattr(getattr(ocp, "v1", None), "save"):
-    raise ImportError(f"orchestrator.compat.v1 needs orbax-checkpoint 0.12 or newer; {ocp.__version__} is installed")
 
 # Private: nothing public tells the context in force, nor which handler of a registry an object is for.
 from orbax.checkpoint.experimental.v1._src.context import context as _contexts
