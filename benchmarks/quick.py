@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import jobs  # nothing that imports the package: a worker's may be another checkout's
+from benchmarks import figures, jobs  # nothing that imports the package: a worker's may be another checkout's
 
 HERE = Path(__file__).resolve().parents[1]
 BASELINE = HERE / "build" / "bench-quick.json"
@@ -96,7 +96,7 @@ def _simulated(checkout: Path) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=checkout, env=surroundings, timeout=300)
     with contextlib.suppress(ValueError, KeyError):
         line = json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else {}
-        return {"10,000 hosts, simulated: commit": line["commit_s"], "10,000 hosts, simulated: CPU": line["cpu_s"]}
+        return {"10,000 hosts, simulated: commit": line[figures.COMMIT], "10,000 hosts, simulated: CPU": line["cpu_s"]}
     return {}
 
 
