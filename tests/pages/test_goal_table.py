@@ -96,6 +96,13 @@ def test_the_page_has_the_table_of_the_kept_figures() -> None:
     assert goal_table.table(json.loads(goal_table.KEPT.read_text())) in (DOCS / report.SUMMARY).read_text()
 
 
+def test_each_goal_that_is_missed_has_its_reason_on_the_page() -> None:
+    _, _, reasons = (DOCS / report.SUMMARY).read_text().partition("### Why some are missed\n")
+    kept = json.loads(goal_table.KEPT.read_text())
+    missed = [goal for goal in goal_table.GOALS if kept.get(goal.name, 0) > goal.at_most]
+    assert missed and all(f"- *{goal.what}*: " in reasons for goal in missed)
+
+
 @pytest.mark.parametrize(
     ("ratio", "ratios", "said"),
     [
@@ -103,6 +110,8 @@ def test_the_page_has_the_table_of_the_kept_figures() -> None:
         (0.7, [0.7, 0.6, 0.8, 0.9, 0.7], "faster"),
         (1.3, [1.5, 0.8, 1.6, 0.9, 1.3], ""),  # the turns do not agree
         (1.05, [1.05] * 5, ""),
+        (1.5, [1.4, 1.6], "too few turns to say"),
+        (1.05, [1.0, 1.1], ""),
     ],
 )
 def test_a_ratio_counts_only_where_the_turns_agree(ratio: float, ratios: list[float], said: str) -> None:
@@ -116,7 +125,7 @@ def test_a_comparison_shows_each_figure_beside_the_baselines_and_the_limit() -> 
     now = [turn | {names[0]: 0.4} for turn in before]
     now[0]["new figure"] = 1.0
     text = quick.table(before, now)
-    assert "| 128 MiB: durable | 200.0 | 400.0 | 2.00 | 2.00 to 2.00 | **slower** |" in text
+    assert "| 128 MiB: durable | 200.0 | 400.0 | 2.00 | 2.00 to 2.00 | too few turns to say |" in text
     assert "128 MiB, durable: 4.00 x raw; 128 MiB, restore: 2.00 x raw" in text
     assert "| new figure |  | 1000.0 |  |  | not measured in both |" in text
 
