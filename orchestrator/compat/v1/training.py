@@ -85,7 +85,8 @@ class Checkpointer:
 
     @property
     def checkpoints(self) -> Sequence[Any]:
-        """Metadata of the steps, by number; that of a step being saved, too. Read from storage each time."""
+        """Metadata of the steps, by number; that of a step being saved, too. Of what others have saved, `reload`
+        tells."""
         steps = self._steps
         found = {live.step: self._described(live.step, live.time, steps.metrics_of(live)) for live in steps.live()}
         for info in steps.begun():
@@ -101,8 +102,8 @@ class Checkpointer:
 
     def _described(self, step: int, time_s: float, metrics: Any, **more: Any) -> Any:
         about = {"metadata": None, "commit_timestamp_nsecs": int(time_s * 1e9), **more}
-        made = orbax_v1.public("training", "CheckpointMetadata")
-        return made(step, path=self._steps.path(step), metrics=metrics, **about)
+        named = ("training", "CheckpointMetadata")
+        return orbax_v1.described(*named, step=step, path=self._steps.path(step), metrics=metrics, **about)
 
     def should_save(self, step: Any) -> bool:
         return self._steps.should_save(_number(step))

@@ -37,7 +37,7 @@ _SHOWN = 230  # characters of what a tool says
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="incidents whose name contains one of these, separated by commas")
-    parser.add_argument("--write", type=Path, help="a page whose table is made anew")
+    parser.add_argument("--write", type=Path, help="a page whose table's rows are made again")
     parser.add_argument("--keep", type=Path, help="where everything stays; else a temporary folder")
     parser.add_argument("--seconds", type=float, default=LAST_S, help="how long alerts are waited for")
     args = parser.parse_args()
@@ -58,13 +58,18 @@ def main() -> int:
         rows, wrong = judge(scenes, prometheus)
         if len(chosen) == len(CASES):
             wrong += [f"the dashboard shows nothing in: {panel}" for panel in prometheus.silent_panels()]
-    table = "\n".join(rows)
-    print(table, *wrong, sep="\n")
+    print(*rows, *wrong, sep="\n")
     if args.write:
-        before, _, rest = args.write.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        args.write.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+        put(args.write, rows)
     return int(bool(wrong))
+
+
+def put(page: Path, rows: list[str]) -> None:
+    """The rows of incidents that were rehearsed in the place of those that were there; others stay."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    table, _, after = rest.partition(END)
+    known = {row.partition(":")[0]: row for row in (*table.strip().splitlines(), *rows)}
+    page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(known.values()) + f"\n\n{END}{after}")
 
 
 def slug(case: Case) -> str:
@@ -169,6 +174,8 @@ def judge(scenes: dict[Case, Scene], prometheus: Prometheus) -> tuple[list[str],
         for tool, pattern in (("doctor", case.doctor), ("report", case.report)):
             if not re.search(pattern, scene.said.get(tool, "")):
                 wrong.append(f"{case.name}: {tool} did not say {pattern}: {scene.said.get(tool)}")
+        if (code := _exit_code(scene)) != str(case.code):
+            wrong.append(f"{case.name}: doctor ended with {code}, expected {case.code}")
         rows.append(f"| **{case.name}**: {case.what} | {' | '.join(_cells(case, scene, fired))} |")
         (scene.base / "said.txt").write_text(
             "\n\n".join(
@@ -195,7 +202,13 @@ def _cells(case: Case, scene: Scene, fired: dict[str, float]) -> list[str]:
     later = f"; {again.seconds:.0f} s: HEALTHY again" if again and case.flags != Case.flags else ""
     watch = f"{scene.first:.0f} s: {said['watch']}{later}" if scene.first is not None else "-"
     alerts = "; ".join("`{1}` {2:.0f} s ({0})".format(*name.split(), at) for name, at in fired.items()) or "none"
-    return [watch, said["doctor"], alerts, said["report"]]
+    return [watch, f"exit code {_exit_code(scene)}: {said['doctor']}", alerts, said["report"]]
+
+
+def _exit_code(scene: Scene) -> str:
+    """`doctor`'s."""
+    found = re.search(r"exit code (\d+)\Z", scene.said.get("doctor", ""))
+    return found[1] if found else "unknown"
 
 
 def both_ways(alerts: frozenset[str]) -> frozenset[str]:
