@@ -13,6 +13,9 @@ import pytest
 from hypothesis import settings
 
 from tests.support.platforms import COMPILING, OTHERS
+from tests.support.scheduling import pytest_unconfigure, pytest_xdist_make_scheduler
+
+__all__ = ["pytest_unconfigure", "pytest_xdist_make_scheduler"]  # pytest finds them here
 
 jax.config.update("jax_platforms", ",".join(["cpu", *OTHERS]))  # CPUs first: what names no devices runs on them
 jax.config.update("jax_num_cpu_devices", 8)
