@@ -27,12 +27,12 @@ class Peer(Protocol):
 class Ours:
     """`reported_bytes`: what its events say that the last restore read."""
 
-    load_once: ClassVar[bool] = False
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, directory: Path) -> None:
         import orchestrator as oc
 
-        options = oc.Options(on_save_failure="raise", load_once=self.load_once)
+        options = oc.Options(on_save_failure="raise", **self.options)
         self._agent = oc.Agent(directory, save=oc.every(1), options=options)
         self.reported_bytes = 0
         self._unsubscribe = subscribe(self._hear)
@@ -60,8 +60,14 @@ class Ours:
 class OursOnce(Ours):
     """What several processes need is read by one of them. Saves, and restores as they were saved, are as ever."""
 
-    load_once = True
+    options: ClassVar[dict[str, Any]] = {"load_once": True}
     only: ClassVar[str] = "other mesh"
+
+
+class OursTiled(Ours):
+    """With chunks that have little of each dimension."""
+
+    options: ClassVar[dict[str, Any]] = {"chunks": "tiles"}
 
 
 class OrbaxDefault:
@@ -248,6 +254,7 @@ class Raw:
 PEERS: dict[str, type[Any]] = {
     "ours": Ours,
     "ours, load_once": OursOnce,
+    "ours, tiles": OursTiled,
     "Orbax default": OrbaxDefault,
     "Orbax tuned": OrbaxFiles,
     "torch DCP": TorchDcp,
@@ -260,9 +267,9 @@ TUNED_FOR_LEAVES = {"Orbax tuned": OrbaxRaw}
 
 
 def peers_for(shape: str) -> dict[str, type[Any]]:
-    """Those that are installed. Small leaves are read by all processes, whatever the options."""
+    """Those that are installed. Small leaves are cut and read in one way, whatever the options."""
     chosen = PEERS | (TUNED_FOR_LEAVES if shape == "leaves" else {})
-    left_out = ("ours, load_once",) if shape == "leaves" else ()
+    left_out = ("ours, load_once", "ours, tiles") if shape == "leaves" else ()
     return {name: peer for name, peer in chosen.items() if name not in left_out and installed(peer)}
 
 

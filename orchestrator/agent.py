@@ -304,6 +304,7 @@ def _described(agent: Agent, me: Rendezvous, *, closed: bool) -> str:
 def _array_writer(options: Options, process: int) -> ArrayWriter:
     return ArrayWriter(
         ArrayOptions(
+            tiled=options.chunks == "tiles",
             compression=options.compression,
             host_bytes_max=options.host_bytes_max,
             skip_when_full=options.when_full == "skip",

@@ -21,6 +21,9 @@ class Options:
     failure_grace_s: once a process of the job has failed (an exception that nothing caught, `sys.exit` with a code that
     is not 0), the others end within seconds, with its exit code: how long a save in flight may take until then. None:
     they stay.
+    chunks: how arrays are cut. "rows": as they are in memory, which saves, and restores onto the same mesh, quickest.
+    "tiles": large ones along their other dimensions, too: a restore onto a mesh that cuts other dimensions than the
+    saving one did reads little more than it needs, and not everything on every host.
     compression: zstd for array chunks. other_tree: allow saving a state tree that differs from the run's.
     host_bytes_max: how much of a state one process may hold for a save and not have written yet; None: all of it, which
     blocks the least. A larger state makes `save` wait for the store ("wait"), or is not saved ("skip"): when_full.
@@ -55,6 +58,7 @@ class Options:
     rendezvous_timeout_s: float = 300.0
     preemption_grace_s: float = 120.0
     failure_grace_s: float | None = 30.0
+    chunks: Literal["rows", "tiles"] = "rows"
     compression: bool = False
     other_tree: bool = False
     host_bytes_max: int | None = None
@@ -83,6 +87,7 @@ class Options:
         if self.progress is not None:
             arguments.flag("progress", self.progress)
         arguments.choice("on_save_failure", self.on_save_failure, "warn", "raise")
+        arguments.choice("chunks", self.chunks, "rows", "tiles")
         arguments.choice("when_full", self.when_full, "wait", "skip")
         arguments.choice("stage", self.stage, "auto", "device", "host")
         arguments.share("stage_margin", self.stage_margin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -35,6 +36,16 @@ settings.load_profile("quick")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Jobs first: their files take longest, and the many short ones then fill the gaps at the end."""
     items.sort(key=lambda item: item.get_closest_marker("jobs") is None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _agents_that_were_dropped_end_with_their_file() -> Iterator[None]:
+    """A program may drop an agent without `close`: it listens and tells events until Python collects it, which would
+    come in the middle of another file's tests."""
+    yield
+    gc.collect()
+    for thread in [each for each in threading.enumerate() if each.name == "dropped"]:
+        thread.join(30)
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ def operation_of(method: str, path: str, query: Mapping[str, str]) -> str:
 
 
 def identify(method: str, path: str, query: Mapping[str, str], body: bytes = b"") -> tuple[str, str]:
-    """Which operation a call is, and the object's name or the listing's prefix."""
-    found = OBJECT.fullmatch(path) or PLAIN.fullmatch(path)
+    """Which operation a call is, and the name of the object, of a copy the source, or the listing's prefix."""
+    found = OBJECT.fullmatch(path) or COPY.fullmatch(path) or PLAIN.fullmatch(path)
     name = unquote(found[2]) if found else query.get("prefix", query.get("name", ""))
     if not name and UPLOAD.fullmatch(path):
         found_name = re.search(rb'"name":\s*"([^"]*)"', body[:_METADATA_BYTES_MAX])

@@ -18,16 +18,17 @@ from orchestrator.rules.matching import TargetLeaf
 from orchestrator.rules.records import LeafSpec
 
 
-def describe(path: tuple[str, ...], value: Any, *, must_live: bool = True) -> LeafSpec:
-    """The spec of a leaf. Moves no data. Raises UnsupportedLeaf naming the leaf if it cannot be stored, and where
-    `must_live`, if it is an array that was donated or deleted."""
+def describe(path: tuple[str, ...], value: Any, *, must_live: bool = True, tiled: bool = False) -> LeafSpec:
+    """The spec of a leaf; `tiled`: arrays of JAX in chunks that have little of each dimension. Moves no data. Raises
+    UnsupportedLeaf naming the leaf if it cannot be stored, and where `must_live`, if it is an array that was donated or
+    deleted."""
     label = "/".join(path) or "(root)"
     if isinstance(value, jax.Array):
         if isinstance(value, jax.core.Tracer):
             raise UnsupportedLeaf(f"{label}: {value} is being traced; save and restore outside of jax.jit and the like")
         if must_live:
             check_live(label, value)
-        return _describe_jax(path, value)
+        return _describe_key(path, value) if is_key(value.dtype) else describe_array(path, value, tiled=tiled)
     if isinstance(value, np.ndarray | np.generic):
         kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
         stored = STORED_AS.get(value.dtype.name, "")
@@ -61,15 +62,9 @@ def check_live(label: str, value: jax.Array) -> None:
         raise UnsupportedLeaf(f"{label}: the array was donated or deleted; save the state that the step returned")
 
 
-def _describe_jax(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
-    if is_key(value.dtype):
-        return _describe_key(path, value)
-    return describe_array(path, value)
-
-
-def describe_array(path: tuple[str, ...], value: Any) -> LeafSpec:
+def describe_array(path: tuple[str, ...], value: Any, *, tiled: bool = False) -> LeafSpec:
     """Of an array of numbers, or of what has its dtype, shape and sharding. Raises UnsupportedLeaf."""
-    name, stored, sharding, chunk = _array_form(value.dtype, value.shape, value.sharding)
+    name, stored, sharding, chunk = _array_form(value.dtype, value.shape, value.sharding, tiled)
     if (stored or name) not in STORABLE:
         raise UnsupportedLeaf(f"{'/'.join(path)}: dtype {name} cannot be stored; cast it to one that TensorStore has")
     return LeafSpec(
@@ -95,10 +90,10 @@ def _describe_key(path: tuple[str, ...], value: jax.Array) -> LeafSpec:
 
 @functools.lru_cache(maxsize=4096)
 def _array_form(
-    dtype: np.dtype[Any], shape: tuple[int, ...], sharding: jax.sharding.Sharding
+    dtype: np.dtype[Any], shape: tuple[int, ...], sharding: jax.sharding.Sharding, tiled: bool
 ) -> tuple[str, str, str, tuple[int, ...] | None]:
     """dtype, stored dtype, sharding and chunk shape of a leaf: a state has many leaves of few forms."""
-    chunk = _chunk(shape, sharding, shape, dtype.itemsize)
+    chunk = _chunk(shape, sharding, shape, dtype.itemsize, tiled)
     return dtype.name, STORED_AS.get(dtype.name, ""), _sharding_text(sharding), chunk
 
 
@@ -107,13 +102,18 @@ def _sharding_text(sharding: jax.sharding.Sharding) -> str:
 
 
 def _chunk(
-    shape: tuple[int, ...], sharding: jax.sharding.Sharding, stored_shape: tuple[int, ...], item_bytes: int
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding,
+    stored_shape: tuple[int, ...],
+    item_bytes: int,
+    tiled: bool = False,
 ) -> tuple[int, ...] | None:
     """Chunks tile every shard, so that no two processes write one chunk. None for an array without elements."""
     if 0 in shape:
         return None
     shard = sharding.shard_shape(shape)
-    return zarr_chunks.chunk_shape((*shard, *stored_shape[len(shard) :]), item_bytes)
+    shape_of = zarr_chunks.tile_shape if tiled else zarr_chunks.chunk_shape
+    return shape_of((*shard, *stored_shape[len(shard) :]), item_bytes)
 
 
 def target_leaf(path: tuple[str, ...], value: Any) -> TargetLeaf:

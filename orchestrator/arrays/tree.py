@@ -34,7 +34,7 @@ class Form:
 
     treedef: with None and empty containers as leaves. bare: with them as structure, as JAX has them; `empties`: each,
     with its number among `leaves`. arrays: which leaves are arrays of JAX; `shardings`: (aval, sharding) of each.
-    others: the rest, numbered, each with what two saves must have in common there.
+    others: the rest, numbered, each with what two saves must have in common there. tiled: how arrays of JAX are cut.
     """
 
     treedef: Any
@@ -45,6 +45,7 @@ class Form:
     arrays: tuple[int, ...]
     shardings: list[Any]
     others: tuple[tuple[int, Any], ...]
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ _IS_DELETED = operator.methodcaller("is_deleted")
 _recent: deque[Form] = deque(maxlen=4)
 
 
-def flatten(tree: Any) -> Flat:
+def flatten(tree: Any, *, tiled: bool = False) -> Flat:
     """Describe every leaf of `tree`. Moves no data. Quick for a tree of a form that was flattened lately.
+    `tiled`: arrays of JAX in chunks that have little of each dimension (`zarr_chunks.tile_shape`).
 
     Raises UnsupportedLeaf naming the path for values that cannot be stored, deleted (donated) arrays and name clashes.
     """
@@ -71,12 +73,12 @@ def flatten(tree: Any) -> Flat:
     except (ValueError, SystemError, RecursionError) as error:  # keys that have no order; a stack that overflows
         raise UnsupportedLeaf(_no_tree(tree, error)) from error
     for form in tuple(_recent):
-        if form.bare == bare and (flat := _as_before(form, values)):
+        if form.tiled == tiled and form.bare == bare and (flat := _as_before(form, values)):
             _remember(form)
             return flat
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
     values = [value for _, value in with_paths]
-    leaves = tuple(describe(tree_path(path), value) for path, value in with_paths)
+    leaves = tuple(describe(tree_path(path), value, tiled=tiled) for path, value in with_paths)
     if leaves[0].path == () and leaves[0].kind in ("none", "empty"):
         raise UnsupportedLeaf("the state has no leaves: there is nothing to save")
     _check_names(leaves)
@@ -97,6 +99,7 @@ def flatten(tree: Any) -> Flat:
         arrays,
         [_ON_DEVICES(values[number]) for number in arrays],
         tuple((number, _form_key(leaves[number], values[number])) for number in rest),
+        tiled,
     )
     _remember(form)
     return Flat(TreeSpec(leaves=leaves), values, form)
@@ -133,7 +136,7 @@ def _as_before(form: Form, bare_values: Sequence[Any]) -> Flat | None:
     changed: dict[int, LeafSpec] = {}
     for number, key in form.others:
         leaf = form.leaves[number]
-        found = describe(leaf.path, values[number])
+        found = describe(leaf.path, values[number], tiled=form.tiled)
         if _form_key(found, values[number]) != key:
             return None
         if found != leaf:

@@ -15,11 +15,13 @@ _WORDS = {
     "older": "stays: the run has newer steps",
     "there": "is in the run",
     "left": "stays: not asked for",
+    "unfinished": "stays: Orbax has not finished it",
 }
 
 
 class FoundStep(msgspec.Struct, frozen=True):
-    """A step of Orbax's. verdict: adopt, older, there, left or cannot; why: of the last. bytes: of its data."""
+    """A step of Orbax's. verdict: adopt, older, there, left, unfinished or cannot; why: of the last two. bytes: of its
+    data."""
 
     step: int
     path: str
@@ -83,10 +85,14 @@ def show(done: AdoptedSteps, flags: Flags) -> Iterator[render.Shown]:
     yield f"adopted {steps}; {render.size(done.bytes)} {'copied' if done.copied else 'read once, nothing copied'}"
     if done.older:
         yield f"left where they are, as the run has newer steps: {', '.join(map(str, done.older))}"
+    for each in done.found:
+        if each.verdict == "unfinished":
+            yield render.toned(f"step {each.step}: left: {each.why}", "warn")
 
 
 def _row(each: FoundStep) -> tuple[render.Cell, ...]:
-    verdict = render.toned(f"cannot: {each.why}", "bad") if each.why else render.words(_WORDS[each.verdict])
+    known = each.verdict in _WORDS
+    verdict = render.words(_WORDS[each.verdict]) if known else render.toned(f"cannot: {each.why}", "bad")
     size = render.size(each.bytes) if each.verdict == "adopt" else ""
     return str(each.step), ", ".join(each.items), size, each.path, verdict
 
@@ -106,12 +112,13 @@ COMMAND = Command(
         Flag("skip", str, "", "items to leave out, separated by commas"),
         Flag("prefix", str, None, "only steps that are called PREFIX_10; --prefix= for 10"),
         Flag("as_step", int, None, "which step a directory is that is one checkpoint, without a number"),
-        Flag("copy", bool, False, "copy the files instead of linking them, as from another file system"),
+        Flag("copy", bool, False, "copy the files instead of linking them, as from another file system or a store"),
     ),
     examples=(
         "orchestrator adopt /data/run",
         "orchestrator adopt /data/run --from=/data/orbax-run --dry_run",
         "orchestrator adopt /data/run --from=/data/pretrained --as_step=0",
+        "orchestrator adopt gs://bucket/run --from=gs://bucket/orbax-run --dry_run",
     ),
     exit_code=exit_code,
 )

@@ -100,7 +100,7 @@ def show(diagnosis: Diagnosis, flags: Flags) -> Iterator[render.Shown]:
 
 
 def exit_code(diagnosis: Diagnosis) -> int:
-    """4 if something is damaged, 1 if something will hurt the next save or restore, else 0."""
+    """4 if something is damaged, 1 if a job hangs or something will hurt the next save or restore, else 0."""
     return {"damage": EXIT_DAMAGED, "bad": EXIT_FAILED}.get(diagnosis.worst, EXIT_OK)
 
 
@@ -113,7 +113,7 @@ COMMAND = Command(
         Flag("read_only", bool, False, "do not try out the store with a file of its own"),
         EVENTS,
     ),
-    detail="Exit code 1 if something will hurt the next save or restore, 4 if something is damaged.",
+    detail="Exit code 1 if the job hangs, or something will hurt the next save or restore; 4 if something is damaged.",
     examples=("orchestrator doctor /data/run", "orchestrator doctor /data/run --json | jq -r .worst"),
     exit_code=exit_code,
 )

@@ -23,7 +23,8 @@ RECOVER = "stop the job; orchestrator recover ROOT lists what is whole, and with
 
 
 class Finding(Result, frozen=True):
-    """`level`: ok, warn (will hurt some day), bad (will hurt the next save or restore), damage. `do`: '' if ok."""
+    """`level`: ok, warn (will hurt some day), bad (hurts the next save or restore, or keeps
+    the job from coming to one), damage. `do`: '' if ok."""
 
     check: str
     level: Level

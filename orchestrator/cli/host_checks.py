@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
-from orchestrator.cli.finding import ExaminedRun, Finding, Level
-from orchestrator.cli.watch import Heard, free_bytes, summarize
+from orchestrator.cli import render
+from orchestrator.cli.finding import ExaminedRun, Finding
+from orchestrator.cli.watch import OVER_S, look
 from orchestrator.cli.watch_page import is_slow, straggler
-from orchestrator.cli.watch_verdict import Verdict
-from orchestrator.observe.event_log import RECENT_BYTES, Tail
-from orchestrator.observe.timeline import Timeline
+from orchestrator.cli.watch_view import RunNow
 
-_DO: dict[Verdict, tuple[Level, str]] = {
-    "STALLED": (
-        "warn",
-        "look at that host (dmesg, its log, ps); its supervisor ends it after --hang_after_s; if the job is gone, "
-        "start it again",
-    ),
-    "NO COMMITS": ("bad", "orchestrator log ROOT says why saves were aborted; orchestrator watch ROOT"),
-}
+_HANGS = (
+    "look at that host (dmesg, its log, ps); its supervisor ends it after --hang_after_s; if the job is gone, "
+    "start it again"
+)
+_NOT_SAVED = "orchestrator log ROOT says why saves were aborted; orchestrator watch ROOT"
+_OVER = "start the job again, if it is to go on"
 
 
 def hosts(run: ExaminedRun) -> Iterator[Finding]:
     """Who holds the job up, if it runs. A run without events has no hosts to look at."""
-    tail = Tail(run.events_dir, RECENT_BYTES)
-    timeline = Timeline().add(tail.more(whole=False))
-    now = time.time()
-    ages = Heard().ages(tail.newest, now, time.monotonic())
-    seen = summarize(run.store.url, run.head, timeline, now, ages, free_bytes(run.store.url))
+    seen = look(run.store, run.events_dir)
     if not seen.hosts:
         return
-    level, do = _DO.get(seen.verdict, ("ok", ""))
-    yield Finding("hosts", level, f"{seen.verdict}: {seen.why}", do)
+    yield verdict(seen)
     if seen.slowest and is_slow(seen.slowest):
         do = "look at that host's disk and network; the phases of each save are in orchestrator report ROOT"
         yield Finding("hosts", "warn", "; ".join(straggler(seen.slowest)), do)
+
+
+def verdict(seen: RunNow) -> Finding:
+    """A job that hangs, or has gone just now, saves nothing until somebody acts: bad. One that went long ago is
+    nobody's emergency, and what it has saved can be restored."""
+    text = f"{seen.verdict}: {seen.why}"
+    match seen.verdict:
+        case "STALLED" if (silent_s := min(host.heard_s for host in seen.hosts)) > OVER_S:
+            return Finding("hosts", "warn", f"{text}; the last sign of life was {render.age(silent_s)}", _OVER)
+        case "STALLED":
+            return Finding("hosts", "bad", text, _HANGS)
+        case "NO COMMITS":
+            return Finding("hosts", "bad", text, _NOT_SAVED)
+    return Finding("hosts", "ok", text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from orchestrator.cli import render
 from orchestrator.cli.finding import CLOCK_S, ExaminedRun, Finding
-from orchestrator.observe.event_log import RECENT_BYTES, Tail
+from orchestrator.observe.event_log import RECENT, Tail
 from orchestrator.storage import Exists
 from orchestrator.versions import newer
 
@@ -129,7 +129,7 @@ def clocks(run: ExaminedRun) -> Iterator[Finding]:
         yield from _skew(run.head.writer, ahead_s)
     else:
         yield Finding("clocks", "ok", "no entry is from the future")
-    tail = Tail(run.events_dir, RECENT_BYTES)
+    tail = Tail(run.events_dir, RECENT)
     for process, line in {line.process: line for line in tail.more(whole=False)}.items():
         if process in tail.newest:
             yield from _skew(f"{line.machine} ({line.host})", line.time - tail.newest[process])

@@ -17,7 +17,7 @@ from orchestrator.cli.command import EVENTS, Command, Flag, Flags, open_store
 from orchestrator.cli.report_parts import RunReport
 from orchestrator.cli.run_report import build
 from orchestrator.errors import StorageError
-from orchestrator.observe.event_log import Tail, directory_of
+from orchestrator.observe.event_log import HISTORY, Tail, directory_of
 from orchestrator.observe.timeline import Timeline
 from orchestrator.texts import printable
 
@@ -28,9 +28,9 @@ _SCRIPTS = ("base.js", "timeline.js", "summary.js", "plots.js", "tables.js", "sh
 
 def run(root: str, flags: Flags) -> RunReport:
     store = open_store(root)
-    tail = Tail(directory_of(store.url, flags["events_dir"]))
+    tail = Tail(directory_of(store.url, flags["events_dir"]), HISTORY)
     timeline = Timeline().add(tail.more(whole=False))
-    return build(store, timeline, time.time(), max(tail.newest.values(), default=0.0))
+    return build(store, timeline, time.time(), max(tail.newest.values(), default=0.0), tail.cut_at)
 
 
 def show(made: RunReport, flags: Flags) -> Iterator[render.Shown]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from orchestrator.cli import render
 from orchestrator.cli.report_parts import Finding, RunReport
@@ -26,9 +26,11 @@ _KINDS = (
 )
 
 
-def of(made: RunReport, head: Head, timeline: Timeline, heard: float) -> tuple[Finding, tuple[Finding, ...]]:
-    """(the verdict, what to look at). `heard`: when a host last gave any sign of life."""
-    found = [*_steps(made, head), *_events(made), *_aborts(made), *_stragglers(made), *_cost(made)]
+def of(
+    made: RunReport, head: Head, timeline: Timeline, heard: float, cut_at: Mapping[int, float]
+) -> tuple[Finding, tuple[Finding, ...]]:
+    """(the verdict, what to look at). `heard`: when a host last gave any sign of life. `cut_at`: as `build`'s."""
+    found = [*_steps(made, head), *_events(made), *_aborts(made), *_stragglers(made), *_cost(made), *_left_out(cut_at)]
     found.sort(key=lambda finding: _ORDER.index(finding.tone))
     return _verdict(made, timeline, found, heard), tuple(found)
 
@@ -126,3 +128,13 @@ def _cost(made: RunReport) -> Iterator[Finding]:
             f"The largest part of the lost time, {render.duration(cost_s)} ({share:.0f} %), went into {words}.",
             "goodput-part",
         )
+
+
+def _left_out(cut_at: Mapping[int, float]) -> Iterator[Finding]:
+    """So that nobody takes what was not read for what did not happen."""
+    others = {process: time for process, time in cut_at.items() if process}
+    if others:
+        count = f"of {len(others)} processes" if len(others) > 1 else "of one process"
+        since = max(others.values())
+        text = f"Not all events fit into a report: {count} it has those from {render.moment(since)} on, and before that"
+        yield Finding("plain", f"{text} process 0's.", "timeline-part", since, since)

@@ -170,6 +170,8 @@ def _ends(progress: Progress, now: float, heard: float) -> Iterable[Incident]:
 
 def who_was_silent(progress: Progress, stall: Stretch) -> str:
     silent = progress.silent(stall.epoch, stall.began, stall.ended)
+    if silent is None:
+        return "what the other hosts did then is no longer among their events"
     if not silent:
         return "every host was silent, so events do not tell which one stopped first"
     named = ", ".join(one.host for one in silent[:_NAMED])

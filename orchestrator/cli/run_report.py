@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -32,9 +32,16 @@ _LEAVES = 12  # of which the sharding is drawn: the largest
 _RECENT = 200  # saves that what-if figures go by
 
 
-def build(store: JournalStore, timeline: Timeline, now: float, heard: float = 0.0) -> RunReport:
+def build(
+    store: JournalStore,
+    timeline: Timeline,
+    now: float,
+    heard: float = 0.0,
+    cut_at: Mapping[int, float] | None = None,
+) -> RunReport:
     """The report that `timeline` and the run's journal make at `now` (seconds since 1970). `heard`: when a host last
-    changed its events' file, which it does even where there is no room for an event."""
+    changed its events' file, which it does even where there is no room for an event. `cut_at`: process -> the time of
+    its first event that was read, where it has more."""
     head = store.require_head()
     entries = []
     with render.bar("journal", head.version + 1) as bar:
@@ -63,7 +70,7 @@ def build(store: JournalStore, timeline: Timeline, now: float, heard: float = 0.
         utc_offset_s=(offset_s := time.localtime(now).tm_gmtoff),
         zone=render.zone(offset_s),
     )
-    verdict, findings = report_findings.of(made, head, timeline, heard)
+    verdict, findings = report_findings.of(made, head, timeline, heard, cut_at or {})
     return replace(made, verdict=verdict, findings=findings)
 
 

@@ -15,7 +15,7 @@ from orchestrator.cli.watch_page import page
 from orchestrator.cli.watch_verdict import FINE, Facts, judge
 from orchestrator.cli.watch_view import CommitNow, HostNow, Quarantined, RunNow, SlowestHost
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
-from orchestrator.observe.event_log import RECENT_BYTES, Tail, directory_of
+from orchestrator.observe.event_log import RECENT, Tail, directory_of
 from orchestrator.observe.events import PHASES
 from orchestrator.observe.heartbeat import PULSE_S
 from orchestrator.observe.timeline import HostSave, HostState, Timeline
@@ -23,11 +23,12 @@ from orchestrator.rules import arguments, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
 from orchestrator.rules.stalls import NO_PULSE_S, Diagnosis, Sign, diagnose
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import local_path
 
 SILENT_S = NO_PULSE_S
 _COMMITS = 5
-_SURE_S = 3600.0  # a job that has been silent for longer is not looked at twice
+OVER_S = 3600.0  # a job that has been silent for longer is over, however it ended
 _SAVES = 6  # whose distances say when the next one is due
 
 
@@ -49,19 +50,29 @@ class Heard:
 
 def run(root: str, flags: Flags) -> RunNow:
     arguments.seconds("--interval_s", flags["interval_s"])
-    looks = follow(root, {**flags, "interval_s": PULSE_S + 1})
+    store = open_store(root)
+    return look(store, directory_of(store.url, flags["events_dir"]))
+
+
+def look(store: JournalStore, events_dir: str | None) -> RunNow:
+    """The run as it is. Where no process seems to live, and one did within OVER_S, it looks again some seconds later:
+    the job is gone, or the clocks differ, and who writes meanwhile lives."""
+    looks = _looks(store, events_dir, PULSE_S + 1)
     now = next(looks)
     here = [host for host in now.hosts if host.condition != "left"]
-    if here and all(host.silent and host.heard_s < _SURE_S for host in here):
-        now = next(looks)  # the job is gone, or the clocks differ: who writes meanwhile lives
-    return now
+    return next(looks) if here and all(host.silent and host.heard_s < OVER_S for host in here) else now
 
 
 def follow(root: str, flags: Flags) -> Iterator[RunNow]:
-    """The run again and again, `interval_s` apart, for as long as somebody asks for more."""
+    """The run again and again, `interval_s` apart, for as long as somebody asks for more: one that has ended in order
+    may be started again."""
     arguments.seconds("--interval_s", flags["interval_s"])
     store = open_store(root)
-    tail = Tail(directory_of(store.url, flags["events_dir"]), RECENT_BYTES)
+    return _looks(store, directory_of(store.url, flags["events_dir"]), flags["interval_s"])
+
+
+def _looks(store: JournalStore, events_dir: str | None, interval_s: float) -> Iterator[RunNow]:
+    tail = Tail(events_dir, RECENT)
     timeline, heard = Timeline(), Heard()
     while True:
         head = store.require_head()
@@ -69,7 +80,7 @@ def follow(root: str, flags: Flags) -> Iterator[RunNow]:
         now = time.time()
         ages = heard.ages(tail.newest, now, time.monotonic())
         yield summarize(store.url, head, timeline, now, ages, free_bytes(store.url))
-        time.sleep(flags["interval_s"])
+        time.sleep(interval_s)
 
 
 def free_bytes(url: str) -> int | None:

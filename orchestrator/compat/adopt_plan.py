@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.compat import orbax_steps
+from orchestrator.compat import orbax_steps, root_metadata
 from orchestrator.compat.orbax_steps import OrbaxStep
 from orchestrator.errors import Damaged, OrchestratorError, StorageError, UsageError
 from orchestrator.rules import arguments
-from orchestrator.rules.records import Head
+from orchestrator.rules.records import Head, Json
 from orchestrator.run import orbax_directory
 from orchestrator.storage import local_path
+from orchestrator.storage.store_path import AnyPath, StorePath, any_path, size_of
 
 ADOPT, OLDER, THERE, LEFT, CANNOT = "adopt", "older", "there", "left", "cannot"
+UNFINISHED = "unfinished"
 _NAMED = 10  # steps in an error
 
 
@@ -32,10 +35,10 @@ class Choice:
 @dataclass(frozen=True)
 class PlannedStep:
     """verdict: ADOPT; OLDER than the run's newest, and not in it; THERE: in the run already; LEFT: not asked for;
-    CANNOT. why: of the last. found, bytes: of one to adopt."""
+    UNFINISHED, in a store; CANNOT. why: of the last two. found, bytes: of one to adopt."""
 
     step: int
-    path: Path
+    path: AnyPath
     verdict: str
     why: str = ""
     error: OrchestratorError | None = None
@@ -49,10 +52,12 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """In the order of the steps. copied: the source is on another file system than the run."""
+    """In the order of the steps. copied: no names in the run can be given to the source's files, which are
+    on another file system, or in a store. root_metadata: of the directory."""
 
     steps: tuple[PlannedStep, ...]
     copied: bool
+    root_metadata: Mapping[str, Json] | None = None
 
     def having(self, verdict: str) -> tuple[PlannedStep, ...]:
         return tuple(each for each in self.steps if each.verdict == verdict)
@@ -75,10 +80,13 @@ class Plan:
 
 def make(root: str, source: str, head: Head | None, choice: Choice) -> Plan:
     """Raises UsageError for a source that holds no steps, or where it is not clear which are meant; StorageError."""
-    base = local_path(source)
-    if base is None:
-        raise UsageError(f"{source}: adopting needs steps on a file system; copy them there first")
-    steps, strange = _steps(Path(base), root, choice)
+    base = any_path(source)
+    if isinstance(base, Path) and local_path(root) is None:
+        raise UsageError(
+            f"{source}: on this host, and the run in a store; copy the steps there first, and adopt them there with "
+            f"--from=gs://..."
+        )
+    steps, strange = _steps(base, root, choice)
     newest = max((live.step for live in head.live), default=-1) if head else -1
     known = {live.step for live in head.live} if head else set()
     planned = []
@@ -95,20 +103,37 @@ def make(root: str, source: str, head: Head | None, choice: Choice) -> Plan:
         step = orbax_directory.number_of(path.name) or 0
         if choice.steps is None or step in choice.steps:
             error = UsageError(orbax_directory.elsewhere(source, [path.name]))
-            planned.append(PlannedStep(step, path, CANNOT, str(error), error))
+            planned.append(_unfinished(step, path) or PlannedStep(step, path, CANNOT, str(error), error))
         else:
             planned.append(PlannedStep(step, path, LEFT))
     missing = (choice.steps or frozenset()) - {each.step for each in planned}
     if missing:
         raise UsageError(f"{source}: no step {min(missing)} in it; choose from {', '.join(map(str, sorted(steps)))}")
     planned.sort(key=lambda each: each.step)
-    return Plan(tuple(planned), not same_file_system(root, Path(base)))
+    if choice.steps is not None or not {ADOPT, THERE, OLDER} & {each.verdict for each in planned}:
+        planned = [replace(each, verdict=CANNOT) if each.verdict == UNFINISHED else each for each in planned]
+    copied = isinstance(base, StorePath) or not same_file_system(root, base)
+    return Plan(tuple(planned), copied, root_metadata.found(base))
 
 
-def _planned(step: int, path: Path, skip: frozenset[str]) -> PlannedStep:
+def _unfinished(step: int, path: AnyPath) -> PlannedStep | None:
+    """It stays, as Orbax would leave it."""
+    if orbax_directory.is_finished(path):
+        return None
+    name = orbax_directory.COMMITTED
+    error = UsageError(
+        f"{path}: Orbax has not finished it (there is no {name}, which it writes last in a store); if the step was "
+        "copied there whole from a file system, put an empty object of that name into it"
+    )
+    return PlannedStep(step, path, UNFINISHED, str(error), error)
+
+
+def _planned(step: int, path: AnyPath, skip: frozenset[str]) -> PlannedStep:
+    if unfinished := _unfinished(step, path):
+        return unfinished
     try:
         found = orbax_steps.read_step(path, skip)
-        size = sum(os.lstat(each).st_size for each in found.files.values())
+        size = sum(size_of(each) for each in found.files.values())
         return PlannedStep(step, path, ADOPT, found=found, bytes=size)
     except OrchestratorError as error:
         return PlannedStep(step, path, CANNOT, str(error), error)
@@ -117,9 +142,12 @@ def _planned(step: int, path: Path, skip: frozenset[str]) -> PlannedStep:
         return PlannedStep(step, path, CANNOT, str(failed), failed)
 
 
-def _steps(base: Path, root: str, choice: Choice) -> tuple[dict[int, Path], tuple[Path, ...]]:
+def _steps(base: AnyPath, root: str, choice: Choice) -> tuple[dict[int, AnyPath], tuple[AnyPath, ...]]:
     """The steps in a directory, or the one that it is; and what is called like one and is none that we know."""
-    same = os.path.realpath(base) == os.path.realpath(local_path(root) or "")
+    if isinstance(base, StorePath):
+        same = str(base) == root
+    else:
+        same = os.path.realpath(base) == os.path.realpath(local_path(root) or "")
     if orbax_directory.is_checkpoint(base):
         return _alone(base, same, choice), ()
     there = orbax_directory.survey(base, prefix=choice.prefix)
@@ -142,7 +170,7 @@ def _steps(base: Path, root: str, choice: Choice) -> tuple[dict[int, Path], tupl
     return steps, strange
 
 
-def _alone(base: Path, same: bool, choice: Choice) -> dict[int, Path]:
+def _alone(base: AnyPath, same: bool, choice: Choice) -> dict[int, AnyPath]:
     """A directory that is one checkpoint. same: it is the run's root."""
     number = choice.as_step if choice.as_step is not None else orbax_directory.number_of(base.name)
     if same:
@@ -152,14 +180,19 @@ def _alone(base: Path, same: bool, choice: Choice) -> dict[int, Path]:
     return {arguments.step(number): base}
 
 
-def _others(base: Path, mine: set[Path]) -> bool:
+def _others(base: AnyPath, mine: set[AnyPath]) -> bool:
     numbered = (path for path in base.iterdir() if orbax_directory.number_of(path.name) is not None)
     return any(path not in mine and path.is_dir() and orbax_directory.is_step(path) for path in numbered)
 
 
 def same_file_system(root: str, base: Path) -> bool:
     """Whether files of `base` can have names below `root`, which need not be there yet."""
-    above = Path(os.path.abspath(local_path(root) or root))
+    return existing(local_path(root) or root).stat().st_dev == base.stat().st_dev
+
+
+def existing(path: str) -> Path:
+    """The directory in which `path` is, or will be made."""
+    above = Path(os.path.abspath(path))
     while not above.exists() and above != above.parent:
         above = above.parent
-    return above.stat().st_dev == base.stat().st_dev
+    return above

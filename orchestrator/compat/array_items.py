@@ -6,14 +6,13 @@ Which implementation a key is of, Orbax does not write: it restores it as the on
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 
 from orchestrator import arrays
 from orchestrator.arrays.format import orbax_json
 from orchestrator.errors import UsageError
 from orchestrator.rules.records import LeafSpec
+from orchestrator.storage.store_path import AnyPath
 
 _HANDLER = "ArrayCheckpointHandler"
 _ABOUT = "_metadata"
@@ -26,7 +25,7 @@ class _Key(msgspec.Struct, frozen=True):
     typed: bool
 
 
-def describe(directory: Path, handler: str, item: str, name: str) -> LeafSpec | None:
+def describe(directory: AnyPath, handler: str, item: str, name: str) -> LeafSpec | None:
     """The leaf that the item `name` in `directory` is, which will be `state/<item>` of an attempt; None if it is of
     another kind. handler: the class that the step names. Raises UsageError for a key of an implementation that cannot
     be told, Damaged."""
@@ -36,14 +35,14 @@ def describe(directory: Path, handler: str, item: str, name: str) -> LeafSpec | 
     return _random_key(directory, key, item, name) if key else None
 
 
-def _array(directory: Path, item: str, name: str) -> LeafSpec:
+def _array(directory: AnyPath, item: str, name: str) -> LeafSpec:
     found = [arrays.describe_array(directory, item)] if arrays.is_array(directory) else arrays.describe(directory, item)
     if len(found) != 1 or not found[0].external:
         raise UsageError(f"{directory}: expected one array; got {len(found)} leaves")
     return msgspec.structs.replace(found[0], path=(name,))
 
 
-def _key(directory: Path) -> str | None:
+def _key(directory: AnyPath) -> str | None:
     """The name of the key in an item's directory."""
     for path in directory.iterdir():
         about = directory / f"{path.name}{_ABOUT}" / _JSON
@@ -53,7 +52,7 @@ def _key(directory: Path) -> str | None:
     return None
 
 
-def _random_key(directory: Path, key: str, item: str, name: str) -> LeafSpec:
+def _random_key(directory: AnyPath, key: str, item: str, name: str) -> LeafSpec:
     typed = orbax_json.read(directory / f"{key}{_ABOUT}" / _JSON, _Key).typed
     leaf = _array(directory / key, f"{item}/{key}" if item else key, name)
     if not typed or leaf.kind == "key":

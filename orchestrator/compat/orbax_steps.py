@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from orchestrator import arrays
 from orchestrator.arrays.format import orbax_json
@@ -17,11 +16,11 @@ from orchestrator.errors import Damaged, StorageError, UsageError
 from orchestrator.rules import arguments, keys
 from orchestrator.rules.records import Json, LeafSpec
 from orchestrator.run import orbax_directory
+from orchestrator.storage.store_path import AnyPath
 
 DEFAULT = "default"  # Orbax's name for a single, unnamed item
 _METRICS = "metrics"
 _JSON = "metadata"  # of a JsonSave
-_COMMITTED = "commit_success.txt"  # what Orbax leaves beside an item that it could not rename
 _JSON_FILES = (_JSON, "data.json")  # the latter is of the v1 API
 _ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
 _OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
@@ -33,7 +32,7 @@ class OrbaxStep:
     file has another name than Orbax's usual one."""
 
     leaves: list[LeafSpec] = field(default_factory=list)
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, AnyPath] = field(default_factory=dict)
     json: dict[str, Json] = field(default_factory=dict)
     json_files: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -50,7 +49,7 @@ class OrbaxStep:
         return tuple(dict.fromkeys([*trees, *self.json, *iterators, *([_METRICS] if self.metrics else [])]))
 
 
-def read_step(path: Path, skip: frozenset[str]) -> OrbaxStep:
+def read_step(path: AnyPath, skip: frozenset[str]) -> OrbaxStep:
     """Read what an Orbax step is made of; no array data. Raises UsageError for what cannot be adopted, Damaged naming
     what is not as Orbax leaves it, StorageError."""
     try:
@@ -59,7 +58,7 @@ def read_step(path: Path, skip: frozenset[str]) -> OrbaxStep:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read(path: Path, skip: frozenset[str]) -> OrbaxStep:
+def _read(path: AnyPath, skip: frozenset[str]) -> OrbaxStep:
     known = orbax_directory.metadata(path)
     custom = arguments.plain_json(
         f"{path}/{orbax_directory.STEP_METADATA}: custom_metadata", known.custom_metadata or {}
@@ -79,7 +78,7 @@ def _read(path: Path, skip: frozenset[str]) -> OrbaxStep:
     return found
 
 
-def _read_item(found: OrbaxStep, name: str, directory: Path, handler: str) -> None:
+def _read_item(found: OrbaxStep, name: str, directory: AnyPath, handler: str) -> None:
     files = orbax_json.files_below(directory)
     iterators = {int(named[1]): files[each] for each in files if (named := _ITERATOR.fullmatch(each))}
     item = "" if found.single else name
@@ -111,7 +110,7 @@ def _read_item(found: OrbaxStep, name: str, directory: Path, handler: str) -> No
         )
 
 
-def _take_files(found: OrbaxStep, files: dict[str, Path], item: str, directory: Path) -> None:
+def _take_files(found: OrbaxStep, files: dict[str, AnyPath], item: str, directory: AnyPath) -> None:
     for relative, each in files.items():
         key = keys.check_key(f"{item}/{relative}" if item else relative, str(directory))
         if not arguments.is_utf8(key):
@@ -119,10 +118,10 @@ def _take_files(found: OrbaxStep, files: dict[str, Path], item: str, directory: 
         found.files[key] = each
 
 
-def _json_file(files: dict[str, Path], handler: str) -> str | None:
+def _json_file(files: dict[str, AnyPath], handler: str) -> str | None:
     """The file of an item that is JSON. One of another name than Orbax's own counts where nothing else is there, it
     holds an object or a list, and the step names no handler that writes something else."""
-    files = {name: path for name, path in files.items() if name != _COMMITTED}
+    files = {name: path for name, path in files.items() if name != orbax_directory.COMMITTED}
     named = next((name for name in _JSON_FILES if name in files), None)
     if named or len(files) != 1 or (handler and "Json" not in handler):
         return named

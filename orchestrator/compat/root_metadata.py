@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.arrays.format import orbax_json
@@ -10,6 +11,7 @@ from orchestrator.errors import UsageError
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Json
 from orchestrator.storage.port import Storage
+from orchestrator.storage.store_path import AnyPath
 
 FILE = "metadata/_ROOT_METADATA"
 _LEGACY = "metadata/metadata"  # of Orbax before 0.11
@@ -24,18 +26,32 @@ def checked(metadata: Any) -> dict[str, Json]:
 
 def read(storage: Storage) -> dict[str, Json] | None:
     """None where there is none yet. Raises StorageError, Damaged."""
-    body = storage.get(FILE)
-    if body is not None:
-        return orbax_json.parse(body, dict[str, Any], FILE).get("custom_metadata") or {}
-    body = storage.get(_LEGACY)
-    return None if body is None else orbax_json.parse(body, dict[str, Any], _LEGACY)
+    for name in (FILE, _LEGACY):
+        body = storage.get(name)
+        if body is not None:
+            return _parsed(body, name)
+    return None
 
 
-def keep(storage: Storage, metadata: dict[str, Json]) -> None:
+def found(directory: AnyPath) -> dict[str, Json] | None:
+    """Of a directory of Orbax's; None without any. Raises Damaged, StorageError."""
+    for name in (FILE, _LEGACY):
+        file = directory / "metadata" / name.rpartition("/")[2]
+        if file.is_file():
+            return _parsed(orbax_json.read_bytes(file), name)
+    return None
+
+
+def _parsed(body: bytes, name: str) -> dict[str, Json]:
+    about = orbax_json.parse(body, dict[str, Any], name)
+    return about if name == _LEGACY else about.get("custom_metadata") or {}
+
+
+def keep(storage: Storage, metadata: Mapping[str, Json]) -> None:
     """For every manager of this directory from now on, unless there is some already."""
     storage.create(FILE, encoded(metadata))
 
 
-def encoded(metadata: dict[str, Json]) -> bytes:
+def encoded(metadata: Mapping[str, Json]) -> bytes:
     """As Orbax writes it."""
-    return json.dumps({"internal_metadata": {}, "custom_metadata": metadata}).encode()
+    return json.dumps({"internal_metadata": {}, "custom_metadata": dict(metadata)}).encode()

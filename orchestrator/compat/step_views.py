@@ -26,8 +26,6 @@ from orchestrator.run.orbax_directory import V1_MARK
 from orchestrator.storage import local_path
 from orchestrator.texts import printable
 
-_OURS = (keys.JOURNAL.strip("/"), keys.STEPS.strip("/"))  # folders that a run has at its root
-
 
 class StepViews:
     """Process 0's. `options`: Orbax's, which say how step directories are called and whether there is a trash.
@@ -41,8 +39,12 @@ class StepViews:
         self._format = orbax_api.step_names(options)
         trash = str(options.todelete_subdir or getattr(options, "todelete_full_path", None) or "").strip("/")
         first, *rest = trash.split("/")
-        if trash and (not {"", ".", ".."}.isdisjoint((first, *rest)) or first.isdecimal() or first in _OURS):
-            raise UsageError(f"CheckpointManagerOptions: {trash!r}: give a name below the run's root that is no step's")
+        if trash and (not {"", ".", ".."}.isdisjoint((first, *rest)) or first.isdecimal() or first in keys.AT_ROOT):
+            ours = ", ".join(sorted(keys.AT_ROOT))
+            raise UsageError(
+                f"CheckpointManagerOptions: {trash!r}: give a name below the run's root that is no step's, and none of "
+                f"the run's own ({ours})"
+            )
         self._trash = trash
 
     def refresh(self) -> None:

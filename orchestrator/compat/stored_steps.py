@@ -125,7 +125,7 @@ class StoredSteps:
         return made(item_metadata=items.skeletons(), metrics=self.metrics_tree(live), **about)
 
     def older_root_metadata(self) -> dict[str, Json]:
-        """What versions before 0.3 carried on from step to step."""
+        """What 0.2.0 and older of this package carried from step to step in their extra JSON; {} without any."""
         head = self._store.head()
         for live in reversed(head.live if head else ()):
             with contextlib.suppress(Damaged):

@@ -93,12 +93,15 @@ class SaveSequence:
 
         def describe() -> Flat:
             given.checked()
-            return flatten(state)
+            return self._flat(state)
 
         rejection = self._opening.by_save(step, describe)
         if rejection:
             self._not_begun(step, "", f"step {step} was not saved: {rejection}", Cause.REJECTED)
         return not rejection
+
+    def _flat(self, state: Any) -> Flat:
+        return flatten(state, tiled=self._options.chunks == "tiles")
 
     def _skip(self, save: Participant) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
@@ -117,7 +120,7 @@ class SaveSequence:
     def _start(self, save: Participant, state: Any) -> None:
         with gc_pause.paused():
             try:
-                flat = flatten(state)
+                flat = self._flat(state)
                 try:
                     self._opening.check_tree(flat)
                 except (StorageError, Damaged) as error:  # a failed save, not a failed training

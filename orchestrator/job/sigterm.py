@@ -89,7 +89,7 @@ class _Owner:
         if not self.forks:
             self.forks = True
             os.register_at_fork(before=self._before_fork, after_in_parent=self._unmask, after_in_child=self._in_child)
-        if self.taken:
+        if self.taken and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # else the program has put us aside
             return
         former, action = self._former(), sigaction.action()
         if self.aside and action and not action.handler:  # since the last agent was closed

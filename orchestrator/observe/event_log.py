@@ -43,7 +43,7 @@ DIRECTORY = "events"  # below a run's root, where that is a directory
 _QUEUE_MAX = 10_000
 _UNWRITTEN_MAX = 1000  # kept while the disk is full, the newest
 _READ_BYTES_MAX = 2 * FILE_BYTES  # of one file, from its end
-RECENT_BYTES = 256 << 10  # of one file: the last few hundred saves, the pulses of half an hour
+_LEAST_BYTES = 4 << 10  # of one file, however many there are: a save
 _OPENED = b'"event":"EpochOpened"'
 # Beyond these a number says nothing: the year 5138, a million processes.
 _MOST = {"time": 1e11, "process": 1e6, "process_count": 1e6}
@@ -225,21 +225,46 @@ def read(directory: str | None) -> list[LoggedEvent]:
     return Tail(directory).more(whole=False)
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How much is read of what is there already, from its end. `each_bytes`: of a process's events, and as much of its
+    pulses. `all_bytes`: of all processes together, a quarter of it pulses; process 0, which has a part in all that
+    happens, is read as far as `each_bytes` goes, however many others there are."""
+
+    each_bytes: int
+    all_bytes: int
+
+    def of(self, process: int, pulse: bool, processes: int) -> int:
+        if process == 0:
+            return self.each_bytes
+        share = self.all_bytes // max(1, processes)
+        return min(self.each_bytes, max(_LEAST_BYTES, share // 4 if pulse else share * 3 // 4))
+
+
+EVERYTHING = Reach(1 << 60, 1 << 60)
+# Of a few hosts the last few hundred saves and the pulses of half an hour; of 1000 the last save or two.
+RECENT = Reach(256 << 10, 16 << 20)
+# Of ten hosts everything, of 1000 the last sixty saves.
+HISTORY = Reach(2 * FILE_BYTES, 128 << 20)
+
+
 class Tail:
     """The events of `directory` as they come: `more` returns those since the last call. Reads each byte once.
-    `recent_bytes`: the first call reads only so much of each file, from its end, for whoever asks what is going on now;
-    of what is before it, only how process 0 opened its last incarnation.
+    `reach`: of the files that are there already; of what is before it, only how process 0 opened its last incarnation.
 
     `skipped`: lines so far that are no events. `problems`: by name of a file, why it, or the beginning of it, is not
-    read. `newest`: process -> when the file that it writes was last changed, by the file system's clock.
+    read. `newest`: process -> when the file that it writes was last changed, by the file system's clock. `cut_at`:
+    process -> the time of the first event of it that was read, where there are more before `reach`.
     """
 
-    def __init__(self, directory: str | None, recent_bytes: int = 0) -> None:
-        self._directory, self._recent_bytes = directory, recent_bytes
+    def __init__(self, directory: str | None, reach: Reach = EVERYTHING) -> None:
+        self._directory, self._reach = directory, reach
         self._seen: dict[tuple[int, int], int] = {}  # (device, inode) -> bytes read; a full file changes its name
         self.skipped = 0
         self.problems: dict[str, str] = {}
         self.newest: dict[int, float] = {}
+        self.cut_at: dict[int, float] = {}
+        self._first: dict[int, float] = {}  # process -> the time of its first event that was read
 
     def more(self, whole: bool = True) -> list[LoggedEvent]:
         """By time. `whole`: a last line without its end is being written, and left for the next call."""
@@ -249,48 +274,73 @@ class Tail:
         lines: list[LoggedEvent] = []
         try:
             with root.directory(base) as directory:
-                for name in sorted(filter(_FILE.fullmatch, os.listdir(directory))):
+                names = sorted(filter(_FILE.fullmatch, os.listdir(directory)))
+                left = self._reaches(names)
+                for name in names:  # a file before the one that it was replaced by
                     try:
-                        body = self._body(root, directory, name, f"{base}/{name}".lstrip("/"), whole)
+                        lines += self._lines(root, directory, name, f"{base}/{name}".lstrip("/"), whole, left)
                     except FileNotFoundError:  # replaced this moment
                         continue
                     except (OSError, StorageError) as error:
                         self.problems[name] = str(error)
-                        continue
-                    for text in body.splitlines():
-                        line = decode(text)
-                        lines += [line] if line else []
-                        self.skipped += line is None
         except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, StorageError) as error:
             self.problems[""] = str(error)
         return sorted(lines, key=lambda line: line.time)
 
-    def _body(self, root: Root, directory: int, name: str, key: str, whole: bool) -> bytes:
+    def _reaches(self, names: Iterable[str]) -> dict[tuple[int, bool], int]:
+        """(process, whether pulses) -> how many bytes of its files may be read that have not been seen before."""
+        kinds = {_kind_of(name) for name in names}
+        processes = len({process for process, _ in kinds})
+        return {(process, pulse): self._reach.of(process, pulse, processes) for process, pulse in kinds}
+
+    def _lines(
+        self, root: Root, directory: int, name: str, key: str, whole: bool, left: dict[tuple[int, bool], int]
+    ) -> list[LoggedEvent]:
+        process, pulse = kind = _kind_of(name)
         descriptor = root.open_in(directory, name, key, os.O_RDONLY)
         try:
             status = os.fstat(descriptor)
             inode = (status.st_dev, status.st_ino)
-            first = self._seen.get(inode, 0)
+            new, first = inode not in self._seen, self._seen.get(inode, 0)
             before = b""
-            if self._recent_bytes and inode not in self._seen and status.st_size > self._recent_bytes:
-                first = status.st_size - self._recent_bytes
-                before = _last_opened(descriptor, first) if name.startswith("00000.") and "pulse" not in name else b""
+            if new and status.st_size > left[kind]:
+                first = status.st_size - left[kind]
+                before = _last_opened(descriptor, first) if process == 0 and not pulse else b""
             elif status.st_size - first > _READ_BYTES_MAX:
                 first = status.st_size - _READ_BYTES_MAX
                 self.problems[name] = f"{root.shown(key)}: only the last {_READ_BYTES_MAX} of its bytes are read"
             body = _read(descriptor, first, status.st_size - first)
-            cut = first > 0 and inode not in self._seen  # in the middle of a line
         finally:
             os.close(descriptor)
-        if (found := _FILE.fullmatch(name)) and not found[3]:
-            process = int(found[1])
+        if not name.endswith(".old.jsonl"):
             self.newest[process] = max(status.st_mtime, self.newest.get(process, 0.0))
         if whole:
             body = body[: body.rfind(b"\n") + 1]
         self._seen[inode] = first + len(body)
-        return before + (body[body.find(b"\n") + 1 :] if cut else body)
+        if new:
+            left[kind] = max(0, left[kind] - len(body))
+        cut = new and first > 0
+        mine = self._decoded(body[body.find(b"\n") + 1 :] if cut else body)  # not from the middle of a line
+        if mine and not pulse:
+            self._first[process] = min(mine[0].time, self._first.get(process, mine[0].time))
+        if cut and not pulse and process in self._first:
+            self.cut_at[process] = self._first[process]
+        return [*self._decoded(before), *mine]
+
+    def _decoded(self, body: bytes) -> list[LoggedEvent]:
+        lines = [decode(text) for text in body.splitlines()]
+        found = [line for line in lines if line]
+        self.skipped += len(lines) - len(found)
+        return found
+
+
+def _kind_of(name: str) -> tuple[int, bool]:
+    """(process, whether it is of its pulses) of a file of events."""
+    found = _FILE.fullmatch(name)
+    assert found
+    return int(found[1]), bool(found[2])
 
 
 def _last_opened(descriptor: int, end: int) -> bytes:

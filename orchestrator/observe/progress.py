@@ -7,7 +7,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from orchestrator.observe.event_log import LoggedEvent
-from orchestrator.observe.events import Alive, Closed, SaveStarted
+from orchestrator.observe.events import Alive, Closed, Pulse, SaveStarted
 from orchestrator.rules.goodput import FLOOR_S, Mark
 
 _SILENCES_MAX = 5000  # the longest are kept
@@ -27,13 +27,17 @@ class Silence:
 
 @dataclass
 class EpochProgress:
-    """One incarnation. `last_seen`: process -> (host, its newest event). `closed`: processes that left in order."""
+    """One incarnation. `last_seen`: process -> (host, its newest event). `heard_from`: process -> its first pulse, or
+    its first event if it has no pulses: before that nothing is known of it, as old pulses go, or were not read.
+    `closed`: processes that left in order."""
 
     epoch: int
     first: float
     last: float
     marks: list[Mark] = field(default_factory=list)
     last_seen: dict[int, tuple[str, float]] = field(default_factory=dict)
+    heard_from: dict[int, float] = field(default_factory=dict)
+    pulsing: set[int] = field(default_factory=set)
     closed: set[int] = field(default_factory=set)
 
     @property
@@ -61,7 +65,11 @@ class Progress:
             else:
                 heapq.heappushpop(self.silences, silence)
         one.last_seen[line.process] = (line.host, max(before, line.time))
+        one.heard_from.setdefault(line.process, line.time)
         match line.event:
+            case Pulse() if line.process not in one.pulsing:
+                one.pulsing.add(line.process)
+                one.heard_from[line.process] = line.time
             case Alive(doing="training", step=step) | SaveStarted(step=step) if step >= 0:
                 newest = one.marks[-1] if one.marks else None
                 if newest is None or step > newest.step or line.time - newest.time >= _APART_S:
@@ -69,17 +77,26 @@ class Progress:
             case Closed():
                 one.closed.add(line.process)
 
-    def silent(self, epoch: int, began: float, ended: float) -> list[Silence]:
-        """Of an incarnation those who were silent nearly as long as [began, ended], by process; [] if all were."""
+    def silent(self, epoch: int, began: float, ended: float) -> list[Silence] | None:
+        """Of an incarnation those who were silent nearly as long as [began, ended], by process; [] if all were; None
+        if too little is known of that time."""
+        one_epoch = self.epochs.get(epoch)
+        known = one_epoch.last_seen if one_epoch else {}
+        everyone = {
+            process: seen
+            for process, seen in known.items()
+            if one_epoch and one_epoch.heard_from[process] <= began + FLOOR_S
+        }
         found = {
             one.process: one
             for one in self.silences
             if one.epoch == epoch
+            and one.process in everyone
             and min(ended, one.began + one.seconds) - max(began, one.began) > 0.7 * (ended - began)
         }
-        one_epoch = self.epochs.get(epoch)
-        everyone = one_epoch.last_seen if one_epoch else {}
         for process, (host, at) in everyone.items():  # a silence that has not ended lies between no two events
             if one_epoch and process not in one_epoch.closed and ended - max(began, at) > 0.7 * (ended - began):
                 found.setdefault(process, Silence(ended - at, at, epoch, process, host))
+        if len(everyone) < len(known) and len(found) in (0, len(everyone)):
+            return None
         return [found[process] for process in sorted(found)] if len(found) < len(everyone) else []

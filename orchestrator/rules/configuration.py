@@ -36,6 +36,7 @@ OPTIONS: Mapping[str, Strictness] = {
     "rendezvous_timeout_s": Strictness.SAME,
     "preemption_grace_s": Strictness.SAME,
     "failure_grace_s": Strictness.SAME,
+    "chunks": Strictness.SAME,
     "compression": Strictness.SAME,
     "other_tree": Strictness.SAME,
     "host_bytes_max": Strictness.NOTED,  # hosts may have more and less memory

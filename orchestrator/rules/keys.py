@@ -14,7 +14,9 @@ from orchestrator.errors import UnsafeKey
 JOURNAL = "journal/"
 JOURNAL_INDEX = "journal-index/"
 STEPS = "steps/"
-AT_ROOT = frozenset({"journal", "journal-index", "steps", "events", "heartbeats", "metadata"})  # directories of a run's
+TEMPORARY = ".tmp"  # on a file system: objects that are not whole yet
+# Directories that a run has at its root, or has had; nobody else may give one of these names.
+AT_ROOT = frozenset({"journal", "journal-index", "steps", "events", "heartbeats", "metadata", TEMPORARY})
 STEP_DIGITS = 8
 VERSION_MAX = 10**20 - 1  # of a journal entry: the largest that fits its key
 # ASCII digits only, and one spelling of each name: what is parsed must equal what would be built.

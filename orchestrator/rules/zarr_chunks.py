@@ -4,7 +4,8 @@ A chunk object is the chunk's elements in C order, little-endian, followed by th
 zarr3's `bytes` and `crc32c` codecs (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/index.html), which any
 zarr3 reader checks. In a data file the CRC-32Cs of a large chunk's parts follow it, so that a part can be read and
 checked alone; zarr3 readers do not see them. Chunks are runs of whole rows of one shard, so that cutting and joining
-them is plain copying.
+them is plain copying, or tiles of it, of which another mesh needs few. Which of the two is told from the chunk shape
+alone: nobody has to know how it came about.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from orchestrator.rules.records import Box
 CHECKSUM_BYTES = 4
 CHUNK_BYTES = 4 << 20
 PART_BYTES = 256 << 10  # of a chunk, checked by itself; part of the format
+_TILE_BYTES = PART_BYTES  # smaller chunks cost more time than reading more than is needed
+_RUN_BYTES = 1 << 10  # of a tile's row: with shorter ones, copying them takes longer than reading
+_TILES = (8, 4, 2)  # along a dimension: meshes have powers of two
 _POLYNOMIAL = 0x82F63B78  # CRC-32C's, reflected
 
 
@@ -35,6 +39,19 @@ def chunk_shape(shard: tuple[int, ...], item_bytes: int, target_bytes: int = CHU
         if shape[axis] > 1:
             break
     return tuple(shape)
+
+
+def tile_shape(shard: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
+    """A chunk that tiles a shard and has little of each dimension but the first, of which parts of it can be read."""
+    tile, size, run_bytes = list(shard), math.prod(shard) * item_bytes, item_bytes
+    for axis in range(len(shard) - 1, 0, -1):
+        for count in _TILES:
+            part_bytes = run_bytes * tile[axis] // count
+            if tile[axis] % count == 0 and part_bytes >= _RUN_BYTES and size // count >= _TILE_BYTES:
+                tile[axis], size = tile[axis] // count, size // count
+                break
+        run_bytes *= tile[axis]
+    return chunk_shape(tuple(tile), item_bytes)
 
 
 def cut(box: Box, chunk: tuple[int, ...]) -> Iterator[Box]:

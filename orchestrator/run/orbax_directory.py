@@ -22,15 +22,17 @@ from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_views import is_view
 from orchestrator.storage import local_path
 from orchestrator.storage.port import Reads
+from orchestrator.storage.store_path import AnyPath, StorePath
 
 STEP_METADATA = "_CHECKPOINT_METADATA"  # since 0.5.1; on a file system a step is finished once it has its name
+COMMITTED = "commit_success.txt"  # what Orbax leaves in a step, and in an item, that it could not rename
 V1_MARK = "orbax.checkpoint"  # an empty file in what the v1 API writes
 # With CheckpointManagerOptions(step_prefix=..., step_format_fixed_length=...). What a save has not finished is called
 # otherwise, and is none of ours.
 _STEP = re.compile(r"(?:(.*)_)?([0-9]+)")
 # Files that only Orbax, or Flax by it, leaves in a step that does not say what its trees are made of.
-_MARKS = ("_sharding", "checkpoint", "default/checkpoint", "manifest.ocdbt", "commit_success.txt")
-_FIRST = (STEP_METADATA, "commit_success.txt", "checkpoint", "default/_METADATA")  # of a step's keys, in their order
+_MARKS = ("_sharding", "checkpoint", "default/checkpoint", "manifest.ocdbt", COMMITTED)
+_FIRST = (STEP_METADATA, COMMITTED, "checkpoint", "default/_METADATA")  # of a step's keys, in their order
 _JSON_ITEMS = (["metadata"], ["metrics"])
 _NAMES_MAX = 1000  # at the root of a store, looked at
 
@@ -39,11 +41,11 @@ _NAMES_MAX = 1000  # at the root of a store, looked at
 class OrbaxDirectory:
     """steps: those that can be read, by number. strange: what is called like a step and is nothing that we know."""
 
-    steps: dict[int, Path]
-    strange: tuple[Path, ...]
+    steps: dict[int, AnyPath]
+    strange: tuple[AnyPath, ...]
 
 
-def survey(base: Path, known: frozenset[int] = frozenset(), prefix: str | None = None) -> OrbaxDirectory:
+def survey(base: AnyPath, known: frozenset[int] = frozenset(), prefix: str | None = None) -> OrbaxDirectory:
     """The finished steps in a directory of Orbax's, and what may be some. `known`: the run's steps. `prefix`: only
     those that are called so (`ckpt` of `ckpt_10`; "": without any); None: all.
 
@@ -51,14 +53,10 @@ def survey(base: Path, known: frozenset[int] = frozenset(), prefix: str | None =
     only if it has one of them. Raises UsageError where two are of one number, or one of a number that no run here can
     have; StorageError.
     """
-    found: list[tuple[int, Path]] = []
-    strange = []
+    found: list[tuple[int, AnyPath]] = []
+    strange: list[AnyPath] = []
     try:
-        with os.scandir(base) as entries:
-            there = [entry for entry in entries if entry.is_symlink() or entry.is_dir()]
-            of_run = _has_journal(base)  # without it, views are all that is left of the steps
-            names = sorted(entry.name for entry in there if not (of_run and is_view(Path(entry.path))))
-        for name in names:
+        for name in _directories(base):
             path, named = base / name, _STEP.fullmatch(name)
             if named and prefix not in (None, named[1] or ""):
                 continue
@@ -75,14 +73,24 @@ def survey(base: Path, known: frozenset[int] = frozenset(), prefix: str | None =
     return OrbaxDirectory(_by_number(base, managed or alone), tuple(strange))
 
 
-def _has_journal(base: Path) -> bool:
+def _directories(base: AnyPath) -> list[str]:
+    """The names of those that may be steps of Orbax's own. Raises OSError."""
+    if isinstance(base, StorePath):
+        return sorted(each.name for each in base.iterdir() if each.is_dir())
+    with os.scandir(base) as entries:
+        there = [entry for entry in entries if entry.is_symlink() or entry.is_dir()]
+        of_run = _has_journal(base)  # without it, views are all that is left of the steps
+        return sorted(entry.name for entry in there if not (of_run and is_view(Path(entry.path))))
+
+
+def _has_journal(base: AnyPath) -> bool:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return any((base / keys.JOURNAL).iterdir())
     return False
 
 
-def _by_number(base: Path, found: Iterable[tuple[int, Path]]) -> dict[int, Path]:
-    steps: dict[int, Path] = {}
+def _by_number(base: AnyPath, found: Iterable[tuple[int, AnyPath]]) -> dict[int, AnyPath]:
+    steps: dict[int, AnyPath] = {}
     for number, path in found:
         if number in steps:
             raise UsageError(
@@ -107,36 +115,39 @@ def prefix_of(name: str) -> str:
     return (named[1] or "") if named else ""
 
 
-def is_step(path: Path) -> bool:
+def is_step(path: AnyPath) -> bool:
     """Whether this is a step that says what it holds. Raises OSError."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        below = list(path.iterdir())
+        below: list[AnyPath] = list(path.iterdir())
         if (path / STEP_METADATA).exists() or any(map(_says_its_tree, (path, *below))):
             return True
         # Of JSON alone, by a version that wrote nothing else: nothing but items that are one such file each.
-        return bool(below) and all(map(_is_json_item, below))
+        items = [each for each in below if each.name != COMMITTED]
+        return bool(items) and all(map(_is_json_item, items))
     return False
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: AnyPath) -> bool:
     """Whether a directory is one step, and holds none, by the files in it."""
     return (path / STEP_METADATA).is_file() or _says_its_tree(path)
 
 
-def _is_json_item(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and [each.name for each in path.iterdir()] in _JSON_ITEMS
+def _is_json_item(path: AnyPath) -> bool:
+    if not path.is_dir() or path.is_symlink():
+        return False
+    return [each.name for each in path.iterdir() if each.name != COMMITTED] in _JSON_ITEMS
 
 
-def _says_its_tree(path: Path) -> bool:
+def _says_its_tree(path: AnyPath) -> bool:
     return (path / "_METADATA").exists()
 
 
-def _stands_alone(path: Path) -> bool:
+def _stands_alone(path: AnyPath) -> bool:
     """Whether it was saved by a Checkpointer, or exported, under a name of its own: no manager's step."""
     return not path.name.isdecimal() and _says_its_tree(path)
 
 
-def finished_s(path: Path) -> float:
+def finished_s(path: AnyPath) -> float:
     """When a step was finished, as far as its directory tells, in seconds since 1970. Raises StorageError."""
     try:
         return time_of(path, metadata(path))
@@ -146,14 +157,24 @@ def finished_s(path: Path) -> float:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def metadata(path: Path) -> orbax_json.StepMetadata:
+def metadata(path: AnyPath) -> orbax_json.StepMetadata:
     """What Orbax knew of a step; nothing in those of old versions."""
     file = path / STEP_METADATA
-    return orbax_json.read(file, orbax_json.StepMetadata) if os.path.lexists(file) else orbax_json.StepMetadata()
+    there = file.exists() or file.is_symlink()
+    return orbax_json.read(file, orbax_json.StepMetadata) if there else orbax_json.StepMetadata()
 
 
-def time_of(path: Path, known: orbax_json.StepMetadata) -> float:
-    return (known.commit_timestamp_nsecs or 0) / 1e9 or os.lstat(path).st_mtime
+def is_finished(path: AnyPath) -> bool:
+    """On a file system a step has its name once it is whole; in a store, where a name cannot change, this object."""
+    return not isinstance(path, StorePath) or (path / COMMITTED).is_file()
+
+
+def time_of(path: AnyPath, known: orbax_json.StepMetadata) -> float:
+    """0 where nobody knows. Raises OSError, StorageError."""
+    said_s = (known.commit_timestamp_nsecs or 0) / 1e9
+    if isinstance(path, StorePath):
+        return said_s or (path / COMMITTED).stored_s()
+    return said_s or os.lstat(path).st_mtime
 
 
 def in_store(storage: Reads, newest: int) -> tuple[str, ...]:
@@ -184,12 +205,12 @@ def unadopted(store: JournalStore, head: Head | None) -> str | None:
     newest = max((live.step for live in head.live), default=-1) if head else -1
     if root is None:
         found = in_store(store.storage, newest)
-        return elsewhere(store.url, found) if found else None
+        return _in_store_words(store.url, found) if found else None
     known = frozenset(live.step for live in head.live) if head else frozenset()
     there = survey(Path(root), known)
     newest_s = max((live.time for live in head.live), default=0.0) if head else 0.0
 
-    def is_newer(path: Path) -> bool:
+    def is_newer(path: AnyPath) -> bool:
         return finished_s(path) > newest_s
 
     strange = [path.name for path in there.strange if is_newer(path)]
@@ -208,9 +229,20 @@ def unadopted(store: JournalStore, head: Head | None) -> str | None:
     return f"{root}: holds {len(steps)} steps of Orbax's own (newest {steps[-1]}), not in the run; {way_out}"
 
 
-def elsewhere(url: str, names: Sequence[str]) -> str:
-    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _in_store_words(url: str, names: Sequence[str]) -> str:
+    root = shlex.quote(url)
     return (
-        f"{url}: holds {some}, named like steps of Orbax's, which cannot be taken over; restore them with Orbax and "
-        "save them here, or move them elsewhere, or use another directory"
+        f"{url}: holds {_some(names)}, named like steps of Orbax's, not in the run; take them over with `orchestrator "
+        f"adopt {root}` (--dry_run says what each is), delete what Orbax has not finished, or use another prefix"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def elsewhere(url: str, names: Sequence[str]) -> str:
+    return (
+        f"{url}: holds {_some(names)}, named like steps of Orbax's, which cannot be taken over; restore them with "
+        "Orbax and save them here, or move them elsewhere, or use another directory"
     )

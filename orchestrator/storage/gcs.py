@@ -26,7 +26,7 @@ from orchestrator.observe.events import CredentialsRejected, emit
 from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import FileEntry
-from orchestrator.storage.gcs_http import Client, client
+from orchestrator.storage.gcs_http import REPLY_BYTES_MAX, Client, client
 from orchestrator.storage.gcs_replies import (
     Reply,
     batch_replies,
@@ -134,7 +134,7 @@ class GcsStorage:
         where = f"{self.url}/{check_key(key, self.url)}"
         for _ in range(_DAMAGED_TRIES):
             reply = self._client.send(
-                "get", where, "GET", self._path(key), params={"alt": "media"}, most_bytes=most_bytes
+                "get", where, "GET", self.path(key), params={"alt": "media"}, most_bytes=most_bytes
             )
             if reply.status == 404:
                 self._check_bucket("get", where, reply)
@@ -178,7 +178,7 @@ class GcsStorage:
 
     def delete(self, key: str) -> bool:
         where = f"{self.url}/{check_key(key, self.url)}"
-        reply = self._client.send("delete", where, "DELETE", self._path(key))
+        reply = self._client.send("delete", where, "DELETE", self.path(key))
         if reply.status == 404:
             self._check_bucket("delete", where, reply)
             return reply.repeated  # then it was our own earlier try, or somebody who was as fast
@@ -197,7 +197,7 @@ class GcsStorage:
         boundary = uuid.uuid4().hex
         calls = "".join(
             f"--{boundary}\r\nContent-Type: application/http\r\nContent-ID: <{index}>\r\n\r\n"
-            f"DELETE {self._path(check_key(key, self.url))}{self._client.query} HTTP/1.1\r\n\r\n\r\n"
+            f"DELETE {self.path(check_key(key, self.url))}{self._client.query} HTTP/1.1\r\n\r\n\r\n"
             for index, key in enumerate(keys)
         )
         where = f"{len(keys)} objects of {self.url}"
@@ -257,7 +257,7 @@ class GcsStorage:
 
     def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
         where = f"{self.url}/{check_key(key, self.url)}"
-        reply = self._client.send("stat", where, "GET", self._path(key), params={"fields": "size,crc32c"})
+        reply = self._client.send("stat", where, "GET", self.path(key), params={"fields": "size,crc32c"})
         if reply.status == 404:
             self._check_bucket("stat", where, reply)
             return None
@@ -270,7 +270,30 @@ class GcsStorage:
         except (KeyError, ValueError, TypeError) as error:
             raise Unavailable(f"stat {where}: answered without a size or CRC-32C: {_quoted(reply)}") from error
 
-    def _path(self, key: str) -> str:
+    def ask(
+        self,
+        operation: str,
+        key: str,
+        method: str,
+        *,
+        path: str = "",
+        params: Mapping[str, str],
+        headers: Mapping[str, str] | None = None,
+        most_bytes: int = REPLY_BYTES_MAX,
+        passing: tuple[int, ...] = (),
+    ) -> Reply:
+        """The answer to a request about the object under `key`, at `path` or its own. Raises StorageError for one that
+        rejects it, but for what is `passing`."""
+        where = f"{self.url}/{check_key(key, self.url)}"
+        reply = self._client.send(
+            operation, where, method, path or self.path(key), params=params, headers=headers, most_bytes=most_bytes
+        )
+        if reply.status not in (200, 206, *passing):
+            raise self._rejection(operation, where, reply)
+        return reply
+
+    def path(self, key: str) -> str:
+        """Of the object, at the service."""
         return f"{self._objects}/{quote(self._prefix + key, safe='')}"
 
 

@@ -337,7 +337,7 @@ def _sent(body: bytes | None) -> io.BytesIO | bytes | None:
 
 async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
     """The reply's body. Raises _TooLarge, before it is read where its length is announced."""
-    if response.status != 200:  # what the service says about it
+    if response.status not in (200, 206):  # what the service says about it
         most_bytes = REPLY_BYTES_MAX
     if (response.content_length or 0) > most_bytes:
         raise _TooLarge(response.content_length or 0)

@@ -21,12 +21,11 @@ import crc32c
 from orchestrator import failpoints
 from orchestrator.errors import OutcomeUnknown, StorageError
 from orchestrator.rules.codec import RECORD_BYTES_MAX
-from orchestrator.rules.keys import check_key
+from orchestrator.rules.keys import TEMPORARY, check_key
 from orchestrator.rules.records import SMALL_FILE_BYTES, FileEntry, crc32
 from orchestrator.storage.directory import again_if_pruned, reason, root_at, storage_error
 from orchestrator.storage.port import Created, Entry, Exists, TooLarge, checked_size
 
-_TMP = ".tmp"
 _SYNC_THREADS = 8
 _STALE_S = 3600.0
 _PIECE_BYTES = 8 << 20  # of a file that is copied
@@ -56,7 +55,7 @@ class PosixStorage:
         path = self._path(key)
         try:
             self.root.ready()
-            with self.root.directory(_TMP, make=True) as temporaries:
+            with self.root.directory(TEMPORARY, make=True) as temporaries:
                 self._create(temporaries, key, body)
         except FileExistsError:
             return self._compare(key, body)
@@ -84,7 +83,7 @@ class PosixStorage:
 
     def _write_durably(self, temporaries: int, name: str, body: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        descriptor = self.root.open_in(temporaries, name, f"{_TMP}/{name}", flags)
+        descriptor = self.root.open_in(temporaries, name, f"{TEMPORARY}/{name}", flags)
         try:
             failpoints.hit("storage.write", half=lambda: os.write(descriptor, body[: len(body) // 2]))
             view = memoryview(body)
@@ -124,18 +123,23 @@ class PosixStorage:
             raise StorageError(f"link {source} to {path}: {reason(error)}{more}") from error
         return Created()
 
-    def copy(self, source: str, key: str, on_bytes: Callable[[int], None]) -> Created | Exists:
-        """As `link`, of a file anywhere: its bytes are copied, in pieces. A copy that breaks off has no name."""
+    def copy(
+        self, source: str, key: str, on_bytes: Callable[[int], None], pieces: Iterable[bytes] | None = None
+    ) -> Created | Exists:
+        """As `link`, of a file anywhere: its bytes are copied, in pieces. A copy that breaks off has no name. pieces:
+        what is in it, where `source` is no file of this host's."""
         path = self._path(key)
         temporary = uuid.uuid4().hex
         try:
             self.root.ready()
-            with self.root.directory(_TMP, make=True) as temporaries, open(source, "rb") as file:
+            with self.root.directory(TEMPORARY, make=True) as temporaries:
                 try:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                    with open(self.root.open_in(temporaries, temporary, f"{_TMP}/{temporary}", flags), "wb") as copy:
+                    with open(
+                        self.root.open_in(temporaries, temporary, f"{TEMPORARY}/{temporary}", flags), "wb"
+                    ) as copy:
                         failpoints.hit("storage.copy")
-                        while piece := file.read(_PIECE_BYTES):
+                        for piece in _pieces(source) if pieces is None else pieces:
                             copy.write(piece)
                             on_bytes(len(piece))
                     os.close(self._link(temporary, key, temporaries))
@@ -202,7 +206,7 @@ class PosixStorage:
         folder = prefix.rpartition("/")[0]
         path = self._path(folder) if folder else self.root.path
         try:
-            found = list(self.root.walk(folder, lambda key: key.startswith(prefix) and key >= start, leave=_TMP))
+            found = list(self.root.walk(folder, lambda key: key.startswith(prefix) and key >= start, leave=TEMPORARY))
         except _MISSING:
             self.root.check()
             found = []
@@ -262,6 +266,12 @@ class PosixStorage:
 
     def _path(self, key: str) -> str:
         return self.root.shown(check_key(key, self.url))
+
+
+def _pieces(source: str) -> Iterator[bytes]:
+    with open(source, "rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
 
 
 def _above(folders: set[str]) -> list[str]:

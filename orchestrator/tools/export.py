@@ -35,6 +35,7 @@ from orchestrator.run import stored_arrays
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import local_path
+from orchestrator.storage.store_path import object_pieces
 
 SLAB_BYTES = 64 << 20
 _PIECE_BYTES = 8 << 20  # of a file that is copied
@@ -233,25 +234,34 @@ def copy_state(step: StoredStep, folder: str, on_bytes: Callable[[int], None]) -
 
 
 def _copy_file(step: StoredStep, entry: FileEntry, target: str, on_bytes: Callable[[int], None]) -> int:
-    """A large file of a file system goes through memory in pieces: those of adopted steps may be of any size."""
-    root = local_path(step.storage.url)
+    """A large file goes through memory in pieces: those of adopted steps may be of any size."""
     with open(target, "xb") as file:
-        if root is None or entry.bytes <= SLAB_BYTES:
+        if entry.bytes <= SLAB_BYTES:
             body = step.checked(entry)
             on_bytes(len(body))
             return file.write(body)
-        path = os.path.join(os.path.realpath(root), step.id.key(entry.path))
-        if os.path.realpath(path) != path:
-            raise Damaged(f"{path}: behind a symbolic link; what is below a root may have none")
         checksum, count = 0, 0
-        with open(path, "rb") as source:
-            while piece := source.read(_PIECE_BYTES):
-                checksum, count = crc32c.crc32c(piece, checksum), count + file.write(piece)
-                on_bytes(len(piece))
+        for piece in _pieces(step, entry):
+            checksum, count = crc32c.crc32c(piece, checksum), count + file.write(piece)
+            on_bytes(len(piece))
     if (count, f"{checksum:08x}") != (entry.bytes, entry.crc32c):
         step.check_measured([entry])
-        raise StorageError(f"{path}: read as something else than the store says that it is; try again")
+        where = f"{step.storage.url}/{step.id.key(entry.path)}"
+        raise StorageError(f"{where}: read as something else than the store says that it is; try again")
     return count
+
+
+def _pieces(step: StoredStep, entry: FileEntry) -> Iterator[bytes]:
+    root, key = local_path(step.storage.url), step.id.key(entry.path)
+    if root is None:
+        yield from object_pieces(step.storage, key)
+        return
+    path = os.path.join(os.path.realpath(root), key)
+    if os.path.realpath(path) != path:
+        raise Damaged(f"{path}: behind a symbolic link; what is below a root may have none")
+    with open(path, "rb") as source:
+        while piece := source.read(_PIECE_BYTES):
+            yield piece
 
 
 FORMATS: dict[str, Callable[[Source, str], int]] = {"orbax": _orbax, "safetensors": _safetensors, "numpy": _numpy}

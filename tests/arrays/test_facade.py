@@ -5,7 +5,14 @@ from __future__ import annotations
 import orchestrator.arrays
 from tests.test_layout_rules import imports, is_below, sources
 
-WHOLE_NAMES = ("fingerprint", "jax_context", "jax_internals", "format.orbax_api", "format.orbax_json")
+WHOLE_NAMES = (
+    "fingerprint",
+    "jax_context",
+    "jax_internals",
+    "format.orbax_api",
+    "format.orbax_json",
+    "format.orbax_v1",
+)
 WHOLE = tuple(f"orchestrator.arrays.{name}" for name in WHOLE_NAMES)
 
 

@@ -21,7 +21,7 @@ from orchestrator.cli.finding import ExaminedRun, Finding
 from orchestrator.cli.main import main
 from orchestrator.observe.event_log import LoggedEvent
 from orchestrator.observe.event_log import encode as encode_event
-from orchestrator.observe.events import SavePhase
+from orchestrator.observe.events import Pulse, SavePhase
 from orchestrator.rules import keys
 from orchestrator.rules.codec import encode
 from orchestrator.run.journal_store import JournalStore
@@ -131,6 +131,41 @@ def test_each_illness_is_found(
     capsys.readouterr()
     got, findings = examine(root, capsys)
     assert got == code and any(text in line for line in ill(findings)[check]), findings
+
+
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+ALIVE, STANDS = Pulse("training", 1, 9.0, 0.1, "", 9, 1.0), Pulse("training", 1, 9.0, 300.0, "", 9, 1.0)
+
+
+def hears(root: Path, *pulses: tuple[Pulse, float]) -> None:
+    """The events of a job that has not closed: each process's newest pulse, and how old it is."""
+    shutil.rmtree(root / "events")
+    (root / "events").mkdir()
+    for process, (pulse, age_s) in enumerate(pulses):
+        path, at = root / "events" / f"{process:05d}.pulse.jsonl", time.time() - age_s
+        path.write_bytes(encode_event(LoggedEvent(at, process, f"host-{process}", "elsewhere", 1, pulse)))
+        os.utime(path, (at, at))
+
+
+@pytest.mark.parametrize(
+    ("pulses", "code", "text"),
+    [
+        ([(ALIVE, 0), (ALIVE, 0)], 0, "ok: HEALTHY"),
+        ([(ALIVE, 0), (ALIVE, MINUTE)], 1, "bad: STALLED: host-1 (process 1) has no pulse"),
+        ([(STANDS, 0), (STANDS, 0)], 1, "bad: STALLED: no host goes on"),
+        ([(STANDS, HOUR + MINUTE), (STANDS, 2 * HOUR)], 0, "warn: STALLED: no host has a pulse"),
+        ([(ALIVE, DAY)], 0, "the last sign of life was 1 d ago"),
+        ([(ALIVE, DAY), (STANDS, 0)], 1, "bad: STALLED: host-0 (process 0) has no pulse"),
+    ],
+)
+def test_a_job_that_hangs_fails_the_command_and_one_that_is_long_gone_does_not(
+    root: Path, capsys: pytest.CaptureFixture[str], pulses: list[tuple[Pulse, float]], code: int, text: str
+) -> None:
+    fill(root, 0)
+    hears(root, *pulses)
+    got, findings = examine(root, capsys)
+    (found,) = (one for one in findings if one.check == "hosts")
+    assert text in f"{found.level}: {found.text}" and (got, bool(found.do)) == (code, found.level != "ok"), findings
 
 
 def test_many_aborted_saves_are_reported_with_their_causes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import struct
@@ -123,8 +124,8 @@ def test_sizes_have_one_unit_system() -> None:
 
 
 def on_a_terminal(columns: int, *words: str, until: str | None = None) -> str:
-    """What a person sees of a command on a terminal of that width. One that goes on is interrupted (Ctrl-C) once it
-    has shown `until`."""
+    """What a person sees of a command on a terminal of that width. Only one that shows `until` goes on, and is
+    interrupted (Ctrl-C) once it has shown that."""
     mine, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -133,22 +134,25 @@ def on_a_terminal(columns: int, *words: str, until: str | None = None) -> str:
         command, stdin=theirs, stdout=theirs, stderr=theirs, env={**environ, "TERM": "xterm-256color"}
     )
     os.close(theirs)
-    shown = b""
+    shown, codes = b"", (0, 1)
     end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            more = os.read(mine, 65536)
-        except OSError:  # the terminal is gone with its last program
-            break
-        if not more:
-            break
-        shown += more
-        if until and until.encode() in shown:
-            running.send_signal(signal.SIGINT)
-            until = None
-    os.close(mine)
-    assert until is None, shown
-    assert running.wait(10) in (0, 1, 130), shown
+    try:
+        while select.select([mine], [], [], max(0.0, end - time.monotonic()))[0]:
+            try:
+                more = os.read(mine, 65536)
+            except OSError:  # the terminal is gone with its last program
+                break
+            shown += more
+            if until and codes != (130,) and until in shown.decode(errors="replace"):
+                running.send_signal(signal.SIGINT)
+                codes = (130,)
+        assert time.monotonic() < end, f"{words}: goes on after 60 s: {shown[-2000:]!r}"
+        assert running.wait(10) in codes, shown
+        assert until is None or codes == (130,), f"{until!r} was not shown: {shown!r}"
+    finally:
+        os.close(mine)
+        running.kill()
+        running.wait(10)
     return shown.decode()
 
 
@@ -168,9 +172,9 @@ def test_tables_fit_80_columns_and_use_more_where_there_is_more(run: Path, words
     assert len(wide.splitlines()) <= len(rows)
 
 
-def test_watch_on_a_terminal_says_that_a_run_has_ended_in_order(run: Path) -> None:
-    shown = on_a_terminal(80, "watch", str(run), "--interval_s=0.01")
-    assert "ENDED  the process closed in order" in ESCAPE.sub("", shown)
+def test_watch_on_a_terminal_says_that_a_run_has_ended_in_order_and_goes_on_until_it_is_interrupted(run: Path) -> None:
+    shown = on_a_terminal(80, "watch", str(run), "--interval_s=0.01", until="\x1b[2K")  # the page is drawn once more
+    assert ESCAPE.sub("", shown).count("ENDED  the process closed in order") > 1
 
 
 def test_colour_is_for_terminals_only(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,6 +240,16 @@ def test_a_job_whose_events_find_no_room_is_not_gone() -> None:
     assert there.verdict and "was running when this page was made, but its events end at" in there.verdict.text
 
 
+def test_what_was_not_read_is_said() -> None:
+    store = JournalStore(MemoryStorage(), "test")
+    store.append(journal.open_epoch)
+    timeline = Timeline().add(told(training(0, 100, 0, 1)))
+    whole, cut = (build(store, timeline, 101.0, 0.0, cut_at) for cut_at in ({0: 5.0}, {0: 5.0, 1: 50.0, 2: 40.0}))
+    assert "Not all events" not in str(whole.findings)
+    (said,) = [found for found in cut.findings if "Not all events" in found.text]
+    assert "of 2 processes it has those from 1970-01-01 00:00:50 UTC on" in said.text and said.began == 50.0
+
+
 class Outside(HTMLParser):
     """Everything in a page that would ask a network for something."""
 

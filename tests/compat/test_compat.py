@@ -16,6 +16,7 @@ import pytest
 
 import orchestrator as oc
 from orchestrator import compat, environment, failpoints
+from orchestrator.rules import keys
 from tests.support.jobs import orbax_loops, orbax_usage
 
 IMPORT = "import orbax.checkpoint as ocp\n"
@@ -72,6 +73,7 @@ _ASYNC = orbax.checkpoint.options.AsyncOptions
         ({"todelete_subdir": "../trash"}, "a name below the run's root"),
         ({"todelete_subdir": "7"}, "a name below the run's root"),
         ({"todelete_full_path": "a//b"}, "a name below the run's root"),
+        *(({"todelete_subdir": f"{name}/trash"}, "none of the run's own") for name in sorted(keys.AT_ROOT)),
         ({"multiprocessing_options": _PROCESSES(active_processes={1})}, r"active_processes=\[1\]"),
         (
             {"max_to_keep": 1, "preservation_policy": orbax.checkpoint.checkpoint_managers.LatestN(1)},

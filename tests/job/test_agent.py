@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -428,16 +429,20 @@ def test_after_a_return_to_an_older_step_the_next_commit_is_the_newest(root: Pat
 # SIGTERM.
 
 
-def test_after_sigterm_the_next_step_is_saved_whatever_the_policy_and_the_loop_ends(root: Path) -> None:
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        with oc.Agent(root, save=oc.every(1000)) as agent:
-            assert not agent.save(1, state(1)) and not agent.reached_preemption(1)
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert agent.save(2, state(2)) and agent.reached_preemption(2)
-    finally:
-        sigterm.forget()
-        signal.signal(signal.SIGTERM, before)
+@pytest.mark.parametrize("another_is_open", [False, True])
+def test_after_sigterm_the_next_step_is_saved_whatever_the_policy_and_the_loop_ends(
+    another_is_open: bool, root: Path, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as ends:
+        ends.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        if another_is_open:  # that the program has reset what it installed, is nothing to an agent opened afterwards
+            ends.enter_context(oc.Agent(tmp_path / "another"))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ends.callback(sigterm.forget)
+        agent = ends.enter_context(oc.Agent(root, save=oc.every(1000)))
+        assert not agent.save(1, state(1)) and not agent.reached_preemption(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert agent.save(2, state(2)) and agent.reached_preemption(2)
     assert oc.open_run(root).all_steps() == [2]
 
 

@@ -55,7 +55,8 @@ def test_a_save_ends_as_process_0_decides(
     save = participants(PosixStorage(str(tmp_path)), board).begin(1, UserData({}, {}, 0.0), None)
     signals = Signals(board, "i")
     signals.post_decision(save.id, outcome)
-    stop = events.subscribe(seen.append)
+    ends = (events.SaveCommitted, SaveNotCommitted)
+    stop = events.subscribe(lambda event: seen.append(event) if isinstance(event, ends) else None)
     try:
         save.start(flatten({"w": jnp.zeros(8)}))
         save.join(20)
@@ -64,10 +65,10 @@ def test_a_save_ends_as_process_0_decides(
     assert save.outcome == outcome and signals.votes(save.id) == {1: None}
     if error is None:
         assert save.error is None and save.durable_s > 0
-        assert seen[-1] == events.SaveCommitted(1, save.id.name, save.durable_s, 0)
+        assert seen == [events.SaveCommitted(1, save.id.name, save.durable_s, 0)]
     else:
         assert type(save.error) is error and outcome.reason in str(save.error)  # type: ignore[union-attr]
-        assert seen[-1] == events.SaveNotCommitted(1, save.id.name, str(save.error), cause)
+        assert seen == [events.SaveNotCommitted(1, save.id.name, str(save.error), cause)]
 
 
 def test_a_process_stops_writing_once_another_votes_to_abort_and_leaves_it_the_cause(tmp_path: Path) -> None:

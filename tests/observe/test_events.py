@@ -24,7 +24,7 @@ from rich.console import Console
 import orchestrator as oc
 from orchestrator.cli import main, report, run_report, watch
 from orchestrator.observe import event_log, events
-from orchestrator.observe.event_log import EventLog, LoggedEvent, Tail, decode, encode, read
+from orchestrator.observe.event_log import EventLog, LoggedEvent, Reach, Tail, decode, encode, read
 from orchestrator.observe.timeline import Timeline
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
@@ -308,7 +308,7 @@ def test_a_look_at_what_goes_on_now_reads_the_end_of_each_file_and_how_the_job_w
     steps = [encode(line(events.Alive("training", step), 100.0 + step, epoch=2)) for step in range(20_000)]
     (tmp_path / "00000.jsonl").write_bytes(b"".join([*opened, *steps]))
     (tmp_path / "00001.jsonl").write_bytes(b"".join(steps))
-    tail = Tail(str(tmp_path), 4096)
+    tail = Tail(str(tmp_path), Reach(4096, 8192))
     lines = tail.more()
     assert len(lines) < 100 and tail.skipped == 0 and tail.problems == {}
     assert [each.event for each in lines if isinstance(each.event, events.EpochOpened)] == [
@@ -319,3 +319,73 @@ def test_a_look_at_what_goes_on_now_reads_the_end_of_each_file_and_how_the_job_w
         file.write(steps[0] * 1000)  # more than a first look takes: what comes later is read whole
     assert len(tail.more()) == 1000
     assert len(read(str(tmp_path))) == 41_002
+
+
+@pytest.mark.parametrize(
+    ("processes", "each", "of_all", "events_of_others"),
+    [(3, 100, 1000, 100), (100, 100, 5000, 50), (100, 100, 1000, 0), (400, 100, 1, 0)],
+    ids=["all of few", "a share of many", "at least a save", "however many there are"],
+)
+def test_of_many_hosts_the_newest_events_are_read_and_all_of_the_first(
+    tmp_path: Path, processes: int, each: int, of_all: int, events_of_others: int
+) -> None:
+    """In lines; `each` is in two files, the older one shorter."""
+    told = [encode(line(events.Alive("training", 10_000 + at), 1000.0 + at, 100)) for at in range(each)]
+    bytes_of = {len(text) for text in told}
+    (size,) = bytes_of
+    for process in range(processes):
+        lines = [text.replace(b'"process":100', b'"process":%3d' % process) for text in told]
+        (tmp_path / f"{process:05d}.old.jsonl").write_bytes(b"".join(lines[: each // 4]))
+        (tmp_path / f"{process:05d}.jsonl").write_bytes(b"".join(lines[each // 4 :]))
+    tail = Tail(str(tmp_path), Reach(each * size, of_all * size * 4 // 3))
+    least = event_log._LEAST_BYTES // size
+    found: dict[int, list[float]] = {}
+    for one in tail.more():
+        found.setdefault(one.process, []).append(one.time - 1000.0)
+    assert found[0] == list(range(each))
+    expected = max(least, events_of_others) if processes > 3 else each
+    assert set(found) == set(range(processes))
+    for process in range(1, processes):
+        assert found[process] == list(range(each - len(found[process]), each))
+        assert abs(len(found[process]) - expected) <= 2, (process, len(found[process]), expected)
+    cut = {process: 1000.0 + times[0] for process, times in found.items() if times[0]}
+    assert tail.cut_at == cut and (len(cut) == processes - 1) == (processes > 3) and tail.skipped == 0
+    assert tail.more() == []
+
+
+def known(processes: dict[int, tuple[float, float]], silent: dict[int, tuple[float, float]]) -> list[LoggedEvent]:
+    """Of each process a pulse every second of a stretch of time, but for the seconds in which it was silent."""
+    return sorted(
+        (
+            line(events.Pulse("training", 1, 1.0, 0.1, "", 9, 1.0), float(at), process)
+            for process, (first, end) in processes.items()
+            for at in range(int(first), int(end))
+            if not silent.get(process, (0.0, 0.0))[0] < at < silent.get(process, (0.0, 0.0))[1]
+        ),
+        key=lambda each: each.time,
+    )
+
+
+ALWAYS, LATELY, GAP = (0.0, 200.0), (150.0, 200.0), (40.0, 80.0)
+
+
+@pytest.mark.parametrize(
+    ("processes", "silent", "expected"),
+    [
+        ({0: ALWAYS, 1: ALWAYS, 2: ALWAYS}, {1: GAP}, [1]),
+        ({0: ALWAYS, 1: ALWAYS}, {0: GAP, 1: GAP}, []),
+        ({0: ALWAYS, 1: ALWAYS, 2: LATELY}, {1: GAP}, [1]),
+        ({0: ALWAYS, 1: LATELY, 2: LATELY}, {0: GAP}, None),
+        ({0: ALWAYS, 1: LATELY, 2: LATELY}, {}, None),
+        ({0: LATELY, 1: LATELY}, {}, None),
+    ],
+    ids=["one", "all", "one, another not read", "the only one that was read", "not who was read", "nobody was read"],
+)
+def test_what_was_not_read_is_not_silence(
+    processes: dict[int, tuple[float, float]], silent: dict[int, tuple[float, float]], expected: list[int] | None
+) -> None:
+    """An older event of each says that it was there; its pulses of then are gone."""
+    there = [line(events.Alive("training", 0), 1.0, process) for process in processes]
+    timeline = Timeline().add(sorted([*there, *known(processes, silent)], key=lambda each: each.time))
+    found = timeline.progress.silent(1, *GAP)
+    assert (None if found is None else [one.process for one in found]) == expected

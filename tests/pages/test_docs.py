@@ -63,6 +63,7 @@ GUIDES = ["quickstart", "concepts", "ecosystem", "from-orbax", "restoring-elsewh
 # Blocks of commands in them that are not run as they stand, and what runs the same.
 NOT_RUN = {
     "quickstart": "make setup, which this suite itself has needed",
+    "from-orbax": "adopt from a bucket: tests/compat/test_adopt_store.py",
     "operating": "gc, pin and unpin on a ROOT: tests/cli/test_commands.py",
 }
 COMMAND = re.compile(r"^(orchestrator|python -m|make|export|pip) ", re.MULTILINE)

@@ -20,7 +20,7 @@ LINES = [
     {"hosts": 10_000, "commit_s": 2.0},
     {"hosts": 50_000, "commit_s": 9.0},
     {"shape": "leaves", "ours": {"durable": [0.04, 0.05]}, "raw limit": {"durable": [0.01, 0.01]}},
-    {"shape": "arrays", "ours": {"other mesh": [0.2], "other mesh reported": [1.0]}},
+    {"shape": "arrays", "ours, tiles": {"other mesh": [0.2], "other mesh reported": [1.0]}},
 ]
 
 

@@ -6,8 +6,6 @@ in an OCDBT store or a directory for each array.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,34 +19,35 @@ from orchestrator.errors import Damaged, UsageError
 from orchestrator.rules import arguments
 from orchestrator.rules.keys import check_key
 from orchestrator.rules.records import ExternalArray, LeafSpec
+from orchestrator.storage.store_path import AnyPath, url_of
 
 _TIMEOUT_S = 600.0
 _ARRAY = "checkpoint"  # Orbax's name for an array that is an item itself
 _EMPTY = {"Dict": "dict", "List": "list", "Tuple": "tuple", "NamedTuple": "tuple"}
 
 
-def is_tree(directory: str | os.PathLike[str]) -> bool:
+def is_tree(directory: AnyPath) -> bool:
     """Whether this is an item that holds a pytree of arrays."""
-    return (Path(directory) / "_METADATA").is_file()
+    return (directory / "_METADATA").is_file()
 
 
-def is_array(directory: str | os.PathLike[str]) -> bool:
+def is_array(directory: AnyPath) -> bool:
     """Whether this is an item that is one array, as versions before 0.12 wrote it: nothing but the array."""
-    base = Path(directory)
+    base = directory
     return (base / _ARRAY / ".zarray").is_file() and {path.name for path in base.iterdir()} <= {_ARRAY, "_sharding"}
 
 
-def describe_array(directory: str | os.PathLike[str], item: str) -> LeafSpec:
+def describe_array(directory: AnyPath, item: str) -> LeafSpec:
     """The one leaf of such an item, without a path. As `describe`."""
-    base, external = Path(directory), ExternalArray(item=item, driver="zarr", ocdbt=False, name=_ARRAY)
-    future = ts.open(external_spec(f"file://{base.absolute()}", external), open=True, read=True, context=context())
+    base, external = directory, ExternalArray(item=item, driver="zarr", ocdbt=False, name=_ARRAY)
+    future = ts.open(external_spec(url_of(base), external), open=True, read=True, context=context())
     return _array_leaf((), external, "jax.Array", _result(base, external, future), None, str(base))
 
 
-def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
+def describe(directory: AnyPath, item: str) -> list[LeafSpec]:
     """The leaves of the item in `directory`, which will be `state/<item>` of an attempt ('': `state` itself); their
     paths begin with the item. Raises Damaged naming what cannot be read, UsageError for a leaf of an unknown kind."""
-    base = Path(directory)
+    base = directory
     metadata = orbax_json.read(base / "_METADATA", orbax_json.TreeMetadata)
     driver = "zarr3" if metadata.use_zarr3 else "zarr"
     ocdbt = (base / "manifest.ocdbt").exists() if metadata.use_ocdbt is None else metadata.use_ocdbt
@@ -82,7 +81,7 @@ def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
                 )
             check_key(name, f"{base}/_METADATA")
             external = ExternalArray(item=item, driver=driver, ocdbt=ocdbt, name=name)
-            future = ts.open(external_spec(f"file://{base.absolute()}", external), open=True, read=True, context=shared)
+            future = ts.open(external_spec(url_of(base), external), open=True, read=True, context=shared)
             opened.append((path, external, kind, future))
         else:
             raise UsageError(f"{base}: {name} is of Orbax's kind {kind!r}, which cannot be adopted")
@@ -96,17 +95,19 @@ def describe(directory: str | os.PathLike[str], item: str) -> list[LeafSpec]:
     return leaves
 
 
-def _result(base: Path, external: ExternalArray, future: Any) -> Any:
+def _result(base: AnyPath, external: ExternalArray, future: Any) -> Any:
     try:
         return future.result(timeout=_TIMEOUT_S)
     except (ValueError, OSError, NotImplementedError) as error:
         raise Damaged(f"{base}: {external.name} cannot be read: {error}") from error
 
 
-def _key_implementations(base: Path) -> dict[str, str]:
+def _key_implementations(base: AnyPath) -> dict[str, str]:
     """Array name -> implementation, of typed PRNG keys."""
     found = {}
-    for path in sorted((base / "array_metadatas").glob("process_*")):
+    folder = base / "array_metadatas"
+    below: list[AnyPath] = sorted(folder.iterdir(), key=str) if folder.is_dir() else []
+    for path in (each for each in below if each.name.startswith("process_")):
         for entry in orbax_json.read(path, orbax_json.ArrayMetadatas).array_metadatas:
             array = entry.array_metadata
             if array.ext_metadata and array.ext_metadata.random_key_impl:

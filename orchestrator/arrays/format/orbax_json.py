@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import os
 import stat
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from orchestrator.errors import Damaged, StorageError, UsageError
+from orchestrator.storage.port import TooLarge
+from orchestrator.storage.store_path import AnyPath, StorePath
 
 _BYTES_MAX = 256 << 20  # a tree of a million leaves
 
@@ -85,7 +87,7 @@ class ArrayMetadatas(_File, frozen=True):
 Kind = TypeVar("Kind")
 
 
-def read(path: Path, kind: type[Kind]) -> Kind:
+def read(path: AnyPath, kind: type[Kind]) -> Kind:
     """The JSON file at `path`, as `kind`. Raises Damaged naming the file and the member, StorageError."""
     return parse(read_bytes(path), kind, str(path))
 
@@ -101,8 +103,10 @@ def parse(body: bytes, kind: type[Kind], where: str) -> Kind:
         raise Damaged(f"{where}: not what Orbax writes: {error}") from error
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: AnyPath) -> bytes:
     """A regular file, whole. Raises Damaged for what is none, and does not wait for a pipe's other end."""
+    if isinstance(path, StorePath):
+        return _object(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
@@ -118,7 +122,18 @@ def read_bytes(path: Path) -> bytes:
         raise _link(path) if path.is_symlink() else _unreadable(path, error) from error
 
 
-def read_text(path: Path) -> str:
+def _object(path: StorePath) -> bytes:
+    if path.is_dir():
+        raise Damaged(f"{path}: a directory; expected a file")
+    try:
+        return path.read_bytes(_BYTES_MAX)
+    except TooLarge as error:
+        raise Damaged(f"{path}: {error.bytes} bytes; Orbax's are of at most {_BYTES_MAX}") from error
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: no such object") from error
+
+
+def read_text(path: AnyPath) -> str:
     """Raises as `read_bytes`, and Damaged for bytes that are not UTF-8."""
     try:
         return read_bytes(path).decode()
@@ -126,28 +141,42 @@ def read_text(path: Path) -> str:
         raise Damaged(f"{path}: not text: {error}") from error
 
 
-def directories(directory: Path, skip: frozenset[str]) -> dict[str, Path]:
+@dataclass(frozen=True)
+class _Entry:
+    path: AnyPath
+    is_dir: bool
+    is_file: bool
+
+
+def directories(directory: AnyPath, skip: frozenset[str]) -> dict[str, AnyPath]:
     """The directories in a directory of Orbax's, by name. Raises UsageError for a symbolic link, StorageError."""
-    entries = _entries(directory, skip)
-    return {entry.name: directory / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+    return {entry.path.name: entry.path for entry in _entries(directory, skip) if entry.is_dir}
 
 
-def files_below(directory: Path) -> dict[str, Path]:
+def files_below(directory: AnyPath) -> dict[str, AnyPath]:
     """Every file below a directory of Orbax's, by its name there. Raises UsageError for a symbolic link or a special
     file: what it leads to is not the step's; StorageError."""
-    found: dict[str, Path] = {}
+    found: dict[str, AnyPath] = {}
     for entry in _entries(directory):
-        path = directory / entry.name
-        if entry.is_dir(follow_symlinks=False):
-            found |= {f"{entry.name}/{name}": each for name, each in files_below(path).items()}
-        elif entry.is_file(follow_symlinks=False):
-            found[entry.name] = path
+        name = entry.path.name
+        if entry.is_dir and not entry.is_file:
+            found |= {f"{name}/{below}": each for below, each in files_below(entry.path).items()}
+        elif entry.is_file and not entry.is_dir:
+            found[name] = entry.path
+        elif entry.is_file:  # as a store can have it
+            raise UsageError(f"{entry.path}: an object, and a folder of others; move one elsewhere")
         else:
-            raise UsageError(f"{path}: neither a file nor a directory; move it elsewhere")
+            raise UsageError(f"{entry.path}: neither a file nor a directory; move it elsewhere")
     return found
 
 
-def _entries(directory: Path, skip: frozenset[str] = frozenset()) -> list[os.DirEntry[str]]:
+def _entries(directory: AnyPath, skip: frozenset[str] = frozenset()) -> list[_Entry]:
+    if isinstance(directory, StorePath):
+        try:
+            there = [each for each in directory.iterdir() if each.name not in skip]
+        except OSError as error:
+            raise StorageError(f"{directory}: no such folder") from error
+        return [_Entry(each, each.is_dir(), each.is_file()) for each in there]
     try:
         if directory.is_symlink():
             raise _link(directory)
@@ -158,12 +187,15 @@ def _entries(directory: Path, skip: frozenset[str] = frozenset()) -> list[os.Dir
     for entry in found:
         if entry.is_symlink():
             raise _link(directory / entry.name)
-    return found
+    return [
+        _Entry(directory / each.name, each.is_dir(follow_symlinks=False), each.is_file(follow_symlinks=False))
+        for each in found
+    ]
 
 
-def _link(path: Path) -> UsageError:
+def _link(path: AnyPath) -> UsageError:
     return UsageError(f"{path}: a symbolic link, which is not followed; put what it leads to in its place")
 
 
-def _unreadable(path: Path, error: OSError) -> StorageError:
+def _unreadable(path: AnyPath, error: OSError) -> StorageError:
     return StorageError(f"{path}: cannot be read: {error.strerror or error}")

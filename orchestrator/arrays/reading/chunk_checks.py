@@ -68,10 +68,15 @@ class ChunkChecks:
         return f"{where} ends with crc32c {stored:08x}, the manifest says {expected}; it belongs to another save"
 
     def deliver(self, read: ChunkRead, body: bytes | memoryview) -> None:
-        """Check a chunk that was read into memory of its own, and copy its parts to their destinations. Raises Suspect,
-        Damaged for what is no chunk that was compressed."""
+        """Check a chunk that was read into memory of its own, and copy its parts to their destinations. Raises as
+        `check_crc` and `unpack`."""
         raw, tail = memoryview(body)[:-CHECKSUM_BYTES], body[-CHECKSUM_BYTES:]
         self.check_crc(read, crc32c.crc32c(raw), int.from_bytes(tail, "little"))
+        self.unpack(read, raw)
+
+    def unpack(self, read: ChunkRead, raw: bytes | memoryview) -> None:
+        """Copy the parts of a checked chunk to their destinations. Raises Damaged for what is no chunk that was
+        compressed."""
         if read.compressed:
             raw = inflated(raw, read.bytes, lambda: f"{read.label}: chunk {read.key} in {self._directory}")
         self.place(read, raw)

@@ -64,6 +64,7 @@ class LocalSource:
         begun = _Batches(on_bytes)
         for batch in batches(reads, _BATCH_BYTES, _BATCH_READS):
             if batch[0].bytes * len(batch) > _INLINE_BYTES:
+                self.index()  # before the threads: from Python 3.12 on each would read it, and close the others' files
                 begun.running.append(self._pool.submit(self._read, batch))
             else:
                 on_bytes(self._read(batch))
@@ -97,8 +98,9 @@ class LocalSource:
                     read_bytes += few
                     continue
                 split = size - CHECKSUM_BYTES
-                self._store.read_into(scratch.data[:split], place, read.label, tail=scratch.data[split:])
-                self._checks.deliver(read, scratch.data)
+                raw = scratch.data[:split]
+                self._checks.check_crc(read, *self._store.read_into(raw, place, read.label))
+                self._checks.unpack(read, raw)
             read_bytes += read.bytes
         return read_bytes
 

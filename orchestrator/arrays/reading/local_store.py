@@ -79,13 +79,11 @@ class LocalStore:
         self.read(memoryview(body), place, "the tree")
         return bytes(body)
 
-    def read_into(
-        self, elements: memoryview, place: Location, label: str, tail: memoryview | None = None
-    ) -> tuple[int, int]:
-        """Read a chunk's elements, and the checksum that follows them into `tail`. Returns the CRC-32C of what was read
-        and the one that the chunk ends with. Raises Suspect, Unavailable, both beginning with `label`."""
+    def read_into(self, elements: memoryview, place: Location, label: str) -> tuple[int, int]:
+        """Read a chunk's elements. Returns the CRC-32C of what was read and the one that the chunk ends with. Raises
+        Suspect, Unavailable, both beginning with `label`."""
         path, offset, _ = place
-        ending = bytearray(zarr_chunks.CHECKSUM_BYTES) if tail is None else tail
+        ending = bytearray(zarr_chunks.CHECKSUM_BYTES)
         checksum = 0
         for first in range(0, len(elements), _PIECE_BYTES):
             piece = elements[first : first + _PIECE_BYTES]

@@ -36,18 +36,19 @@ _locked_bytes = 0  # of this process, as JAX's memory is; guarded by `_locking`
 
 
 class WarmUp:
-    """One at a time. Main thread, but for what it begins. most_bytes: how much of the host is page-locked at most."""
+    """One at a time. Main thread, but for what it begins. most_bytes: how much of the host is page-locked at most.
+    tiled: how arrays are cut."""
 
-    def __init__(self, most_bytes: int | None) -> None:
+    def __init__(self, most_bytes: int | None, *, tiled: bool = False) -> None:
         self.programs = PROGRAMS
-        self._most_bytes = most_bytes
+        self._most_bytes, self._tiled = most_bytes, tiled
         self._under_way: Begun[None] | None = None
 
     def expect(self, like: Any) -> None:
         """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings. A target that cannot be
         restored, or that only the mesh that is set completes, is left to whoever restores it."""
         try:
-            layout = layout_of(shards_expected(like))
+            layout = layout_of(shards_expected(like, tiled=self._tiled))
         except Exception as error:  # an abstract mesh, a sharding that does not divide the shape, an odd dtype
             logging.debug("nothing is made ready for saves: %s", error)
             return

@@ -41,7 +41,7 @@ from orchestrator.arrays.writing.warm_up import WarmUp
 from orchestrator.arrays.writing.write_plan import LeafPlan, Plan, plan_of
 from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.rules import holders, zarr_chunks
-from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules.chunk_index import Chunks
 from orchestrator.rules.dtypes import ITEM_BYTES
 from orchestrator.rules.records import Box, FileEntry, Held, LeafSpec, Place, ShardFingerprint, TreeSpec
 
@@ -57,12 +57,13 @@ class WriteStopped(Exception):
 
 @dataclass(frozen=True)
 class ArrayOptions:
-    """compression: zstd for each chunk (smaller, several times slower on a fast disk). host_bytes_max: how much of a
-    state this process may hold that is not written yet; None: all of it. A larger one is rejected (`skip_when_full`),
-    or written while it is staged, for at most timeout_s.
+    """tiled: how `flatten` cuts the arrays. compression: zstd for each chunk (smaller, several times slower on a fast
+    disk). host_bytes_max: how much of a state this process may hold that is not written yet; None: all of it. A larger
+    one is rejected (`skip_when_full`), or written while it is staged, for at most timeout_s.
     compare_own: compute digests of leaves of which every process has its own copy. stage, stage_margin: as in Options.
     """
 
+    tiled: bool = False
     compression: bool = False
     host_bytes_max: int | None = None
     skip_when_full: bool = False
@@ -77,7 +78,7 @@ class ArrayWriter:
 
     def __init__(self, options: ArrayOptions, process: int) -> None:
         self._process, self._options, self._turns = process, options, Turns()
-        self._warm_up = WarmUp(options.host_bytes_max)
+        self._warm_up = WarmUp(options.host_bytes_max, tiled=options.tiled)
         self._snapshots = Snapshots(options.stage, options.stage_margin, self._warm_up)
 
     def prepare(self, like: Any) -> None:
@@ -316,7 +317,7 @@ class PendingWrite:
             bodies["_strings.json"] = orbax_files.strings(self._strings)
         self._files |= data_files.write_files(opened, bodies)
 
-    def merge(self, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
+    def merge(self, entries: Chunks) -> tuple[FileEntry, ...]:
         """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
         Called by one process when all have written. Returns its files, not durable yet. Raises Damaged if `entries` are
         not what the state's arrays consist of, StorageError."""

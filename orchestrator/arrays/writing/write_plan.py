@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,19 @@ _VIEWED = frozenset(
 
 def _stored(leaf: LeafSpec) -> np.dtype[Any]:
     return numpy_dtype(leaf.stored_dtype or leaf.dtype)
+
+
+@dataclass(frozen=True)
+class KeyOrder:
+    """Keys of a store as bytes, sorted, and the row of each."""
+
+    raw: Sequence[bytes]
+    rows: Mapping[str, int]
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> KeyOrder:
+        pairs = sorted(((key.encode(), key) for key in keys), key=lambda pair: pair[0])
+        return cls([raw for raw, _ in pairs], {key: row for row, (_, key) in enumerate(pairs)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,14 +176,10 @@ class Plan:
         return _zarr_json(leaf.stored_dtype or leaf.dtype, leaf.file_shape, leaf.chunk, self.compression)
 
     @functools.cached_property
-    def keys(self) -> frozenset[str]:
-        """The key of every chunk of every array, whichever process writes it."""
-        return frozenset(key for plan in self.leaves if plan.leaf.chunk is not None for key in _keys(plan.leaf))
-
-    @functools.cached_property
-    def order(self) -> tuple[tuple[str, bytes], ...]:
-        """Every key of the merged store, sorted by its bytes."""
-        return tuple(sorted(((key, key.encode()) for key in (*self.keys, *self.metadata)), key=lambda pair: pair[1]))
+    def order(self) -> KeyOrder:
+        """Of the merged store: the chunks of every array, whichever process writes them, and `metadata`."""
+        chunks = (key for plan in self.leaves if plan.leaf.chunk is not None for key in _keys(plan.leaf))
+        return KeyOrder.of([*chunks, *self.metadata])
 
     @functools.cached_property
     def orbax_files(self) -> Mapping[str, bytes]:
@@ -251,7 +260,7 @@ def shards_off_host(plan: Plan, shards: Sequence[Any]) -> list[Shard]:
     return found
 
 
-def shards_expected(like: Any) -> list[Shard]:
+def shards_expected(like: Any, *, tiled: bool = False) -> list[Shard]:
     """What this process will write of states like this one (arrays, or jax.ShapeDtypeStruct with shardings) from
     accelerators, in the order of `Plan.off_host`. A forecast: leaves that each process has its own of are taken for
     shared ones, and PRNG keys left out."""
@@ -263,7 +272,7 @@ def shards_expected(like: Any) -> list[Shard]:
         if is_key(leaf.dtype) or 0 in leaf.shape or bit_count(leaf.dtype) < 8:
             continue
         form = _Expected(tuple(leaf.shape), leaf.dtype, sharding)
-        plan = _of_shards(describe_array(tree_path(path), form), form, "jax.Array", layouts)
+        plan = _of_shards(describe_array(tree_path(path), form, tiled=tiled), form, "jax.Array", layouts)
         devices = [shard.device for shard in form.addressable_shards]
         shape = sharding.shard_shape(form.shape)
         into = small if plan.small else large

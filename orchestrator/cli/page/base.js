@@ -25,13 +25,15 @@ function median(list) { if (!list.length) return null; const s = [...list].sort(
   return (s[(s.length - 1) >> 1] + s[s.length >> 1]) / 2; }
 function quantile(list, q) { const s = [...list].sort((a, b) => a - b); return s[Math.min(s.length - 1, Math.floor(q * s.length))]; }
 function peak(list, start) { let top = start; for (const n of list) if (n > top) top = n; return top; }
+const PROCESSES = new Map(R.epochs.map(e => [e.epoch, e.processes || 0]));
+function expected(save) { return PROCESSES.get(save.epoch) || 0; }
 function host(process) { return R.hosts[process] || "process " + process; }
 function starts(p) { return [0, p[P.writing], p[P.sealing], p[P.waiting], p[P.committing]]; }
 function end(p) { return p[P.ended] >= 0 ? p[P.ended] : Math.max(...starts(p)); }
 function duration(save) { let e = -1; for (const p of save.parts) e = Math.max(e, end(p));
   return e >= 0 ? e : save.decided != null ? save.decided - save.began : 0; }
 function blocked(save) { let b = 0; for (const p of save.parts) b = Math.max(b, p[P.blocked]); return b; }
-function rate(save) { let bytes = 0, busy = 0; for (const p of save.parts) { bytes += p[P.bytes];
+function rate(save) { let bytes = 0, busy = 0; if (save.parts.length < expected(save)) return null; for (const p of save.parts) { bytes += p[P.bytes];
   if (p[P.waiting] > 0) busy = Math.max(busy, p[P.waiting] - Math.max(0, p[P.writing])); } return busy > 0 ? bytes / busy : null; }
 function table(id, columns, rows, empty) { const t = $(id); t.replaceChildren();
   if (!rows.length) { t.append(el("caption", empty, "note")); return; }

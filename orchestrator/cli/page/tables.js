@@ -1,6 +1,7 @@
 // Stragglers.
 const of = new Map(processes.map(p => [p, { until: [], rates: [], slowest: 0 }]));
-for (const s of saves) { let worst = null; for (const p of s.parts) { if (p[P.waiting] < 0) continue; const o = of.get(p[P.process]); o.until.push(p[P.waiting]);
+const compared = saves.some(s => s.parts.length > 1);  // of a save of which one part is known nothing can be compared
+for (const s of saves) { if (compared && s.parts.length < 2) continue; let worst = null; for (const p of s.parts) { if (p[P.waiting] < 0) continue; const o = of.get(p[P.process]); o.until.push(p[P.waiting]);
     const busy = p[P.waiting] - Math.max(0, p[P.writing]); if (busy > 0 && p[P.bytes]) o.rates.push(p[P.bytes] / busy); if (!worst || p[P.waiting] > worst[P.waiting]) worst = p; }
   if (worst && s.parts.length > 1) of.get(worst[P.process]).slowest++; }
 table("stragglers", [["process", "n"], ["host", "t"], ["saves", "n"], ["median", "n"], ["95 %", "n"], ["longest", "n"], ["slowest of all", "n"], ["rate, median", "n"]],

@@ -5,10 +5,11 @@ const starts0 = [...R.spans.map(s => s[1]), ...R.epochs.map(e => e.opened), ...s
 const first = starts0.length ? starts0.reduce((a, b) => Math.min(a, b)) : 0;
 const final = peak([...R.spans.map(s => s[2]), ...saves.map(s => s.began + duration(s))], first + 1);
 let view = [first, final], rows = processes.slice(0, 32), top0 = 0;
-const LABEL = 96, ROW = 22, BAND = 24;  // above the hosts: where the time went, and what happened
+const LABEL = 96, BAND = 24;  // above the hosts: where the time went, and what happened
+const TALLEST = 8000; let ROW = 22;  // thousands of hosts have thinner rows: a canvas has a largest size
 function slowestFirst() { const until = {}; for (const s of saves) for (const p of s.parts) if (p[P.waiting] >= 0)
   (until[p[P.process]] = until[p[P.process]] || []).push(p[P.waiting]);
-  return [...processes].sort((a, b) => (median(until[b] || [0])) - (median(until[a] || [0]))); }
+  const middle = new Map(processes.map(p => [p, median(until[p] || [0])])); return [...processes].sort((a, b) => middle.get(b) - middle.get(a)); }
 for (const [value, text] of [["first", "first 32"], ["slow", "slowest 8"], ["every", "all " + processes.length]])
   if (value === "first" ? processes.length <= 32 : true) { const o = el("option", value === "first" ? "all " + processes.length : text); o.value = value;
     if (!(value === "every" && processes.length <= 32)) $("rows").append(o); }
@@ -18,23 +19,24 @@ function lastSaves(n, at) { if (!saves.length) return; const to = at == null ? s
   const a = saves[from].began, b = peak(saves.slice(from, to + 1).map(s => s.began + duration(s)), a + 1e-6), pad = (b - a) * 0.04; view = [a - pad, b + pad]; }
 function from(t) { let lo = 0, hi = saves.length; while (lo < hi) { const mid = (lo + hi) >> 1; if (saves[mid].began < t) lo = mid + 1; else hi = mid; } return lo; }
 let hits = [];
-function draw() { const canvas = $("timeline"), [c, width, height] = prepare(canvas, BAND + 26 + ROW * Math.max(1, rows.length));
+function draw() { ROW = Math.max(3, Math.min(22, Math.floor(TALLEST / Math.max(1, rows.length)))); const bar = ROW < 12 ? ROW - 1 : ROW - 8, pad = ROW < 12 ? 0 : 4, each = Math.ceil(12 / ROW);
+  const canvas = $("timeline"), [c, width, height] = prepare(canvas, BAND + 26 + ROW * Math.max(1, rows.length));
   const x = t => LABEL + (t - view[0]) / (view[1] - view[0]) * (width - LABEL - 8), fg = css("--fg"), soft = css("--soft"), colors = COLORS.map(css);
   hits = []; axis(c, width, height, x); band(c, width, height, x);
-  rows.forEach((process, i) => { c.fillStyle = fg; c.textAlign = "right"; c.textBaseline = "middle";
+  rows.forEach((process, i) => { if (i % each) return; c.fillStyle = fg; c.textAlign = "right"; c.textBaseline = "middle";
     c.fillText(host(process).slice(-15), LABEL - 8, BAND + i * ROW + ROW / 2 + 2); });
-  const place = new Map(rows.map((process, i) => [process, BAND + i * ROW + 4])), drawn = new Float64Array(rows.length).fill(-1);
+  const place = new Map(rows.map((process, i) => [process, BAND + i * ROW + pad])), drawn = new Float64Array(rows.length).fill(-1);
   for (let i = from(view[0] - longest); i < saves.length && saves[i].began <= view[1]; i++) { const save = saves[i];
     for (const p of save.parts) { const y = place.get(p[P.process]); if (y == null) continue;
-      const begun = starts(p), stop = end(p), x0 = x(p[P.began]), x1 = x(p[P.began] + stop), row = (y - 4 - BAND) / ROW;
+      const begun = starts(p), stop = end(p), x0 = x(p[P.began]), x1 = x(p[P.began] + stop), row = Math.round((y - pad - BAND) / ROW);
       if (x1 < LABEL || x0 > width) continue;
       if (x1 - drawn[row] < 0.7) continue;  // more than one save in a pixel: the next ones would not be seen
       drawn[row] = x1; hits.push([Math.max(LABEL, x0), Math.max(x1, x0 + 2), y, save, p]);
       let k = 0; while (k < 5) { if (begun[k] < 0) { k++; continue; } let n = k + 1; while (n < 5 && begun[n] < 0) n++;
         const a = Math.max(LABEL, x(p[P.began] + begun[k])), b = x(p[P.began] + (n < 5 ? begun[n] : stop)); c.fillStyle = colors[k];
-        if (b > a) c.fillRect(a, y, Math.max(0.6, b - a), ROW - 8); k = n; }
-      if (x1 - x0 < 2) { c.fillStyle = colors[1]; c.fillRect(x0, y, 1.5, ROW - 8); }
-      if (save.outcome !== "committed") { c.strokeStyle = css("--bad"); c.lineWidth = 2; c.strokeRect(Math.max(LABEL, x0), y - 1, Math.max(2, x1 - Math.max(LABEL, x0)), ROW - 6); } } }
+        if (b > a) c.fillRect(a, y, Math.max(0.6, b - a), bar); k = n; }
+      if (x1 - x0 < 2) { c.fillStyle = colors[1]; c.fillRect(x0, y, 1.5, bar); }
+      if (save.outcome !== "committed") { c.strokeStyle = css("--bad"); c.lineWidth = 2; c.strokeRect(Math.max(LABEL, x0), y - 1, Math.max(2, x1 - Math.max(LABEL, x0)), bar + 2); } } }
   if (!saves.length) { c.fillStyle = soft; c.textAlign = "left"; c.fillText("no events of this run: its phases were not recorded", LABEL, BAND + 14); }
   $("span").textContent = `${moment(view[0])}, ${secs(view[1] - view[0])} shown`; statistics(); curve(); strip(); }
 function axis(c, width, height, x) { const span = view[1] - view[0], steps = [0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 10800, 43200, 86400, 604800];

@@ -169,6 +169,8 @@ def judge(scenes: dict[Case, Scene], prometheus: Prometheus) -> tuple[list[str],
         for tool, pattern in (("doctor", case.doctor), ("report", case.report)):
             if not re.search(pattern, scene.said.get(tool, "")):
                 wrong.append(f"{case.name}: {tool} did not say {pattern}: {scene.said.get(tool)}")
+        if (code := _exit_code(scene)) != str(case.code):
+            wrong.append(f"{case.name}: doctor ended with {code}, expected {case.code}")
         rows.append(f"| **{case.name}**: {case.what} | {' | '.join(_cells(case, scene, fired))} |")
         (scene.base / "said.txt").write_text(
             "\n\n".join(
@@ -195,7 +197,13 @@ def _cells(case: Case, scene: Scene, fired: dict[str, float]) -> list[str]:
     later = f"; {again.seconds:.0f} s: HEALTHY again" if again and case.flags != Case.flags else ""
     watch = f"{scene.first:.0f} s: {said['watch']}{later}" if scene.first is not None else "-"
     alerts = "; ".join("`{1}` {2:.0f} s ({0})".format(*name.split(), at) for name, at in fired.items()) or "none"
-    return [watch, said["doctor"], alerts, said["report"]]
+    return [watch, f"exit code {_exit_code(scene)}: {said['doctor']}", alerts, said["report"]]
+
+
+def _exit_code(scene: Scene) -> str:
+    """`doctor`'s."""
+    found = re.search(r"exit code (\d+)\Z", scene.said.get("doctor", ""))
+    return found[1] if found else "unknown"
 
 
 def both_ways(alerts: frozenset[str]) -> frozenset[str]:

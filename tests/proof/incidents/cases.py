@@ -30,6 +30,7 @@ class Case:
     args: tuple[str, ...] = ()
     place: str = "disk"
     look_s: float = 40.0  # when doctor and report are asked
+    code: int = 0  # doctor's
 
 
 def nothing(scene: Scene) -> None:
@@ -102,17 +103,17 @@ CASES = (
     ),
     Case(
         "frozen host", "SIGSTOP to host-1", freeze,
-        r"^STALLED  host-1 \(process 1\) is frozen", r"host-1 \(process 1\) is frozen",
+        r"^STALLED  host-1 \(process 1\) is frozen", r"BAD\s+hosts\s+STALLED: host-1 \(process 1\) is frozen",
         r"(?s)no step for.*host-1 (gave|has given) no sign of life",
         alerts=of("endpoint HostSilent"), may=of("NoCommit", "file HostSilent"),
-        flags=("--hang_after_s=90", "--max_restarts=1"), look_s=30,
+        flags=("--hang_after_s=90", "--max_restarts=1"), look_s=30, code=1,
     ),
     Case(
         "dead host", "SIGKILL to host-1; nobody restarts the job", kill_host,
-        r"^STALLED  host-1 \(process 1\) is dead", r"host-1 \(process 1\) is dead",
+        r"^STALLED  host-1 \(process 1\) is dead", r"BAD\s+hosts\s+STALLED: host-1 \(process 1\) is dead",
         r"(?s)no step for.*host-1 (gave|has given) no sign of life",
         # A file is old after a minute, when JAX ends the other host, too.
-        alerts=of("endpoint HostSilent"), may=of("NoCommit", "JobGone", "file HostSilent"), look_s=30,
+        alerts=of("endpoint HostSilent"), may=of("NoCommit", "JobGone", "file HostSilent"), look_s=30, code=1,
     ),
     Case(
         "slow host", "on host-1 a file takes 2 s to become durable", slow_down,
@@ -123,12 +124,12 @@ CASES = (
         "full disk", "another file takes all room of the run's file system", fill_disk,
         "^NO COMMITS  .*(full|ENOSPC)", r"space .*\b0 B free",
         "saves? (was|were) aborted.*(ENOSPC|full)|full", alerts=of("DiskNearlyFull", "SavesAborted"),
-        may=of("NoCommit"), place="tmpfs",
+        may=of("NoCommit"), place="tmpfs", code=1,
     ),
     Case(
         "revoked key", "the token server and the bucket reject the job's key", revoke,
         "^NO COMMITS  .*credentials", "NO COMMITS: .*credentials", "not saved|aborted.*credentials|credentials",
-        alerts=of("CredentialsFailing"), may=of("NoCommit", "SavesAborted"), place="bucket",
+        alerts=of("CredentialsFailing"), may=of("NoCommit", "SavesAborted"), place="bucket", code=1,
     ),
     Case(
         "damaged step", "one bit of the newest step, and a restart", flip_and_restart,
@@ -137,7 +138,7 @@ CASES = (
     ),
     Case(
         "job gone", "SIGKILL to the launcher and all hosts", kill_all,
-        "^STALLED  the job is gone", "the job is gone", "The job is gone", alerts=of("JobGone"),
-        may=of("NoCommit", "HostSilent"), look_s=75,
+        "^STALLED  the job is gone", r"BAD\s+hosts\s+STALLED: the job is gone", "The job is gone", alerts=of("JobGone"),
+        may=of("NoCommit", "HostSilent"), look_s=75, code=1,
     ),
 )  # fmt: skip
