@@ -9,7 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from tests.support.scheduling import LIMIT_NAME
+from tests.support.scheduling import LIMIT_NAME, LONGEST
 
 REPO = Path(__file__).parents[1]
 PYTEST = "-q -rA -p tests.support.scheduling -p no:cacheprovider --import-mode=importlib -n 2 --dist=loadfile"
@@ -51,3 +51,7 @@ def test_a_run_that_does_not_end_is_ended_with_a_word_on_who_runs_what(tmp_path:
     assert code == 1 and f"have not ended in 15 s ({LIMIT_NAME})" in text, text
     assert re.search(r"gw\d \(process \d+\): test_hung.py::test_b", text)
     assert "Fatal Python error: Aborted" in text
+
+
+def test_the_files_that_are_run_first_are_there() -> None:
+    assert [name for name in LONGEST if not (REPO / "tests" / name).exists()] == []

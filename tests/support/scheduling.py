@@ -25,6 +25,26 @@ LIMIT_NAME = "TESTS_LIMIT_S"
 LIMIT_S = 3000.0  # a run takes ten minutes; three times as much on a slow machine
 _DYING_S = 3.0  # for the tracebacks
 
+# A minute or more each. Begun last, one of them alone would be what everybody waits for.
+LONGEST = (
+    "proof/test_unreadable.py",
+    "pages/test_docs.py",
+    "job/test_multiprocess.py",
+    "launch/test_demo.py",
+    "proof/test_crash_explorer.py",
+    "launch/test_train.py",
+    "arrays/reading/test_exchange.py",
+    "job/test_attest.py",
+    "job/test_leaves.py",
+    "proof/test_fuzz.py",
+    "proof/test_chaos.py",
+    "pages/test_guides.py",
+    "pages/test_examples.py",
+    "job/test_leaving.py",
+    "tools/test_export.py",
+    "test_public_names.py",
+)
+
 
 class FileScheduling(LoadFileScheduling):  # type: ignore[misc]
     """What a dead worker had left goes to the next one, but for the test that it died in, which has failed."""
