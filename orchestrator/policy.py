@@ -65,6 +65,15 @@ class KeepPolicy(Protocol):
 
 
 @runtime_checkable
+class JudgesNewest(KeepPolicy, Protocol):
+    """A policy that may let go even the step committed last, as long as it keeps another one. With all others the
+    newest stays: a job comes back to it."""
+
+    @property
+    def judges_newest(self) -> bool: ...
+
+
+@runtime_checkable
 class JudgesMetrics(KeepPolicy, Protocol):
     """A policy of the user's that says which metrics it goes by; for one that does not say, heads carry all."""
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.arrays.format import orbax_api
+from orchestrator.compat import custom_items
 from orchestrator.compat.orbax_items import is_composite, kind_of_handler
-from orchestrator.compat.orbax_steps import DEFAULT
+from orchestrator.compat.orbax_steps import DEFAULT, JSON_FILE
 from orchestrator.errors import UsageError
 
 _FAMILIES = {"tree": "Standard", "pytree": "PyTree", "array": "Array", "key": "JaxRandomKey", "json": "Json"}
@@ -24,6 +25,7 @@ class ItemHandlers:
     names: frozenset[str] | None = None
     single: bool | None = None
     registry: Any = None
+    _json_files: dict[str, str] = field(default_factory=dict)  # by item
 
     @classmethod
     def of(
@@ -82,6 +84,15 @@ class ItemHandlers:
             raise UsageError(f"item {name!r}: no handler is known for {type(args).__name__}; give it as item_handlers=")
         self.handlers[name] = found()
         return self.handlers[name]
+
+    def json_file(self, name: str) -> str:
+        """The file that the item's JSON handler writes, '' for Orbax's usual one: the handler alone knows, so it writes
+        one."""
+        if name in self.handlers and name not in self._json_files:
+            args = orbax_api.public("args").JsonSave({})
+            (file,) = custom_items.save(self.handlers[name], name, args) or ("",)  # only process 0's writes
+            self._json_files[name] = "" if file == JSON_FILE else file
+        return self._json_files.get(name, "")
 
     def from_legacy(self, items: Any, kwargs: Any, args: Any, direction: str) -> Any:
         """`args`, made from the older `items` and `save_kwargs` or `restore_kwargs`. `direction`: Save or Restore."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 
 from orchestrator.agent import Agent
 from orchestrator.compat import orbax_options
@@ -32,7 +31,10 @@ class KnownSteps:
 
     def reload(self) -> None:
         """Read the run's steps again; all processes then know the same (process 0's)."""
-        infos = partial(self._stored.infos, all_metrics=self._all_metrics)
+
+        def infos() -> list[PlainInfo]:
+            return self._stored.infos(self._stored.restorable(), all_metrics=self._all_metrics)
+
         agreed = agree(self._rendezvous, _STEPS, self._timeout_s, infos)
         self.infos = [orbax_options.info(*each) for each in agreed]
 

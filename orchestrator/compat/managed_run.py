@@ -4,6 +4,7 @@ have made. Main thread."""
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from orchestrator.arrays.format import orbax_api
 from orchestrator.compat import orbax_options, root_metadata
 from orchestrator.compat.step_views import StepViews
 from orchestrator.compat.store_directory import StoreDirectory
-from orchestrator.compat.stored_steps import NoSuchStep, StoredSteps
+from orchestrator.compat.stored_steps import NoSuchNamedStep, NoSuchStep, StoredSteps
 from orchestrator.errors import UsageError
 from orchestrator.job.rendezvous import connect
 from orchestrator.job.rounds import Round, agree
@@ -32,7 +33,7 @@ from orchestrator.storage.read_only import ReadOnlyStorage
 
 class ManagedRun:
     """writer: the agent, once something was saved or asked of it. on_commit: by step, called on the save's thread once
-    it is committed. Raises UsageError for options without counterpart.
+    it is committed. last_commit: when that was last. Raises UsageError for options without counterpart.
 
     `single`: the run is one checkpoint. A failed save raises then, and Orbax's directories are at the root itself."""
 
@@ -47,11 +48,12 @@ class ManagedRun:
         defaults = orbax_api.public("CheckpointManagerOptions")()
         in_store = local_path(url) is None
         orbax_options.check(options, defaults, self.rendezvous.count, in_store=in_store)
-        self.stored = StoredSteps(self.store)
+        self.stored = StoredSteps(self.store, NoSuchNamedStep if options.step_name_format else NoSuchStep)
         self._views = StepViews(self.store, self.stored, options, single=single)
         self.directory = StoreDirectory(url) if in_store else orbax_api.path(url)
         self.writer: _ManagedAgent | None = None
         self.on_commit: dict[int, Callable[[], None]] = {}
+        self.last_commit: float | None = None
         self._given: dict[str, Json] = {}
 
     def open(self, given: dict[str, Json]) -> None:
@@ -103,6 +105,7 @@ class ManagedRun:
         return self.writer
 
     def _after_commit(self) -> None:
+        self.last_commit = time.time()
         if self.rendezvous.process == 0:
             self._views.refresh()
         callback = getattr(self._orbax.async_options, "post_finalization_callback", None)
@@ -131,7 +134,7 @@ class ManagedRun:
         asked = Round[tuple[str, str]](f"delete step {step}", tuple[str, str])
         missing, stays = agree(self.rendezvous, asked, self.timeout_s, remove)
         if missing:
-            raise NoSuchStep(missing)
+            raise self.stored.missing(missing)
         if stays:
             raise UsageError(f"{self.url}: {stays}")
         if self.writer:
@@ -150,6 +153,12 @@ class _ManagedAgent(Agent):
             self.after_commit()
         finally:  # a callback of the user's may fail
             super()._committed()
+
+    def settle(self) -> float:
+        """Wait for the save before, as `save` does. Returns since when, on the wall clock."""
+        start = time.time()
+        self._saves.settle()
+        return start
 
     def forget(self, step: int) -> None:
         """`step` has been deleted from the run: it may be saved again. All processes."""

@@ -1,15 +1,17 @@
 """A CheckpointManager with Orbax's (0.12.8) methods, arguments and results, kept by an agent. Its face: `compat`.
 
-A facade: what is stored is in `stored_steps`, what Orbax's policies are told in `known_steps`, options and items in
-`orbax_options`, `orbax_items` and `item_handlers`, the directories that Orbax would have made in `step_views`. What has
-no counterpart here is rejected by name, when the manager is made or the item is saved. Main thread, all processes in
-the same order, as with `Agent`; but `wait_until_finished` may be called on any thread.
+A facade: questions about steps are in `step_questions`, what is stored in `stored_steps`, what Orbax's policies are
+told in `known_steps`, options and items in `orbax_options`, `orbax_items` and `item_handlers`, the directories that
+Orbax would have made in `step_views`. What has no counterpart here is rejected by name, when the manager is made or the
+item is saved. Main thread, all processes in the same order, as with `Agent`; but `wait_until_finished` may be called on
+any thread.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -22,11 +24,13 @@ from orchestrator.compat.item_handlers import ItemHandlers
 from orchestrator.compat.known_steps import KnownSteps
 from orchestrator.compat.managed_run import ManagedRun
 from orchestrator.compat.restore_items import restore_items
+from orchestrator.compat.step_questions import StepQuestions
+from orchestrator.compat.step_statistics import RestoreStatistics, SaveStatistics, StatisticsLog
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Json
 
 
-class CheckpointManager:
+class CheckpointManager(StepQuestions):
     """As `orbax.checkpoint.CheckpointManager`. The run is an ordinary one: `orchestrator ls`, `oc.open_run` and
     `oc.Agent` work on it.
 
@@ -50,46 +54,20 @@ class CheckpointManager:
         logger: Any = None,
         handler_registry: Any = None,
     ) -> None:
-        self._orbax = options or orbax_api.public("CheckpointManagerOptions")()
+        orbax = options or orbax_api.public("CheckpointManagerOptions")()
         self._items = ItemHandlers.of(checkpointers, item_names, item_handlers, handler_registry)
-        self._saves = orbax_api.Saves(self._orbax)
+        self._saves = orbax_api.Saves(orbax)
         given = root_metadata.checked(metadata)
-        run = self._run = ManagedRun(os.fspath(directory), self._orbax, single=self._single)
+        run = ManagedRun(os.fspath(directory), orbax, single=self._single)
         # Only a policy of the user's own may look at the metrics of the steps before.
-        self._known = KnownSteps(run.stored, run.rendezvous, run.timeout_s, all_metrics=self._saves.own_policy)
+        known = KnownSteps(run.stored, run.rendezvous, run.timeout_s, all_metrics=self._saves.own_policy)
+        super().__init__(run, known, orbax)
+        self._statistics = StatisticsLog(logger, continuous=self._saves.continuous)
         self._handler_error: Exception | None = None  # of a user's handler, in a save that was to be asynchronous
         run.open(given)
         self.reload()
 
-    # Questions.
-
-    @property
-    def directory(self) -> Any:
-        """The root. On a file system it has a directory for each step, as Orbax's has; in a store, where it has none, a
-        path of it that leads to one raises UsageError."""
-        return self._run.directory
-
-    def all_steps(self, read: bool = False) -> list[int]:
-        """Steps that can be restored, and the one that is being saved. Read from storage each time."""
-        steps = {live.step for live in self._run.stored.restorable()}
-        in_flight = self._in_flight
-        return sorted(steps if in_flight is None else {*steps, in_flight})
-
-    def latest_step(self) -> int | None:
-        """The step committed last, or the one that is being saved; None in a new run. Raises NothingToRestore where
-        all steps are quarantined: a loop that asks this would take None for a new run."""
-        in_flight = self._in_flight
-        return self._run.stored.latest() if in_flight is None else in_flight
-
-    def best_step(self) -> int | None:
-        if self._orbax.best_fn is None:
-            return self.latest_step()
-        infos = [orbax_options.info(*each) for each in self._run.stored.infos(all_metrics=True)]
-        return orbax_options.best(infos, self._orbax.best_fn, self._orbax.best_mode)
-
-    def reload(self) -> None:
-        """Read the steps again; all processes then know the same (process 0's)."""
-        self._known.reload()
+    # Questions (the others: StepQuestions).
 
     def reached_preemption(self, step: int) -> bool:
         if self._orbax.read_only:  # an agent is for saving
@@ -110,20 +88,6 @@ class CheckpointManager:
 
         return self._run.agreed(f"save step {step}?", due) if self._saves.own_policy else due()
 
-    def is_saving_in_progress(self) -> bool:
-        return self._in_flight is not None
-
-    def metrics(self, step: int) -> dict[str, Any] | None:
-        return self._run.stored.metrics_tree(self._run.stored.find(step)) or None
-
-    def item_metadata(self, step: int) -> Any:
-        """Abstract arrays in the structure of what was saved (`.tree`); a Composite of them for several items."""
-        return self._run.stored.items(self._run.stored.find(step)).skeletons()
-
-    def metadata(self, step: int | None = None) -> Any:
-        """Orbax's StepMetadata of a step, or its RootMetadata."""
-        return self._run.root_metadata() if step is None else self._run.stored.metadata(step)
-
     # Saving.
 
     def save(
@@ -141,6 +105,7 @@ class CheckpointManager:
         A failed save is logged and the next due step is tried; it does not end the loop. Raises UsageError naming the
         item that cannot be saved here, StepAlreadyExistsError, Fenced if a newer incarnation has taken over.
         """
+        statistics = SaveStatistics(step, directory=str(self.directory))
         args = self._items.from_legacy(items, save_kwargs, args, "Save")
         self.check_for_errors()
         if self._orbax.read_only:
@@ -149,20 +114,23 @@ class CheckpointManager:
         if not (force or self.should_save(step)):
             return False
         if step in self._known:
-            self.wait_until_finished()  # perhaps it has failed: then it may be tried again
+            self.wait_until_finished()  # perhaps it has failed, or retention let it go: then it may be saved again
             self.reload()
+            if step not in self._known and self._run.writer:
+                self._run.writer.forget(step)
         if step in self._known:
             raise orbax_api.step_exists(f"{self._run.url}: step {step} is there already; it is not overwritten")
         numbers, all_metrics = nested_metrics.split(None if self._orbax.prevent_write_metrics else metrics)
         try:
-            contents = orbax_items.contents(args, self._items.handler)
+            contents = orbax_items.contents(args, self._items)
         except orbax_items.HandlerFailed as failed:
             return self._handler_failed(failed)
         extra = contents.extra(custom_metadata, all_metrics)
         self._items.single = contents.single
         agent = self._run.agent()
+        statistics.waited_from(agent.settle(), self._run.last_commit)
         try:
-            return agent.save(
+            started = agent.save(
                 step,
                 contents.state,
                 metrics=numbers,
@@ -174,6 +142,10 @@ class CheckpointManager:
             self._known.forget(agent.failed_step)
             if agent.saved_step == step:
                 self._known.begin(int(step), numbers)
+        statistics.blocked_until_now()
+        if started:
+            self._statistics.log(statistics)
+        return started
 
     def _handler_failed(self, failed: orbax_items.HandlerFailed) -> bool:
         """As in Orbax, what a handler raises in an asynchronous save comes at the next call."""
@@ -209,7 +181,7 @@ class CheckpointManager:
 
     def delete(self, step: int) -> None:
         """Retire a step; its data is deleted in the background. The newest one, too: the run is then rolled back to the
-        one before. Raises NoSuchStep, and UsageError for the only step and for a pinned one."""
+        one before; after the only one, a job begins anew. Raises NoSuchStep, and UsageError for a pinned one."""
         if self._orbax.read_only:
             logging.warning("%s is read only: step %s is not deleted", self._run.url, step)
             return
@@ -252,8 +224,9 @@ class CheckpointManager:
             other = type(self)(directory, options=options)
             other._items = self._items
             return other.restore(step, items, restore_kwargs, args=args)
+        statistics = RestoreStatistics(step, directory=str(self.directory))
         self.wait_until_finished()
-        run = self._run
+        run, start = self._run, time.time()
         stored = run.stored.newest_readable() if step is None else run.stored.items(run.stored.find(step))
         if self._items.single is None:
             self._items.single = stored.single
@@ -268,8 +241,6 @@ class CheckpointManager:
             record=not self._orbax.read_only,
             timeout_s=run.timeout_s,
         )
+        statistics.restored_since(start)
+        self._statistics.log(statistics)
         return stored.joined(restored)
-
-    @property
-    def _in_flight(self) -> int | None:
-        return self._run.writer.in_flight if self._run.writer else None

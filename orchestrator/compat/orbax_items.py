@@ -7,9 +7,9 @@ items, custom metadata and the item mode go into the step's extra JSON; iterator
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -65,12 +65,13 @@ def kind_of(args: Any, name: str) -> str:
 @dataclass
 class SaveContents:
     """What one save consists of. `single`: not a Composite. `items`: name -> type of its handler. `custom`: files of
-    handlers of the user's own, by item."""
+    handlers of the user's own, by item. json_files: JSON items whose file has another name than Orbax's usual one."""
 
     state: Any = None
     single: bool = True
     items: dict[str, str] = field(default_factory=dict)
     json: dict[str, Json] = field(default_factory=dict)
+    json_files: dict[str, str] = field(default_factory=dict)
     iterators: dict[str, str] = field(default_factory=dict)
     custom: dict[str, custom_items.Files] = field(default_factory=dict)
 
@@ -82,6 +83,8 @@ class SaveContents:
         }
         extra: dict[str, Json] = {"single": self.single, "json": self.json, "custom_metadata": custom}
         extra["items"] = dict(self.items)
+        if self.json_files:
+            extra["json_files"] = dict(self.json_files)
         if metrics is not None:
             extra["metrics"] = metrics
         return {EXTRA: extra}
@@ -100,20 +103,32 @@ class HandlerFailed(Exception):
         self.error = error
 
 
-def contents(args: Any, handler: Callable[[str, Any], Any]) -> SaveContents:
-    """A save's args taken apart. `handler`: of an item with a handler of the user's own, which saves here and now.
+class Handlers(Protocol):
+    """What is asked of the manager's handlers."""
+
+    def handler(self, name: str, args: Any) -> Any:
+        """Of an item with a handler of the user's own."""
+
+    def json_file(self, name: str) -> str:
+        """The file of a JSON item; '' for Orbax's usual one."""
+
+
+def contents(args: Any, handlers: Handlers) -> SaveContents:
+    """A save's args taken apart. A handler of the user's own saves here and now.
     Raises UsageError for what has no place here, HandlerFailed."""
     single = not is_composite(args)
     named = {DEFAULT: args} if single else {name: each for name, each in args.items() if each is not None}
     result, trees = SaveContents(single=single), {}
     for name, each in named.items():
         kind = kind_of(each, name)
-        own = handler(name, each) if kind == "custom" else None
+        own = handlers.handler(name, each) if kind == "custom" else None
         made = getattr(own, "handler_type", type(own)) if own is not None else orbax_api.registered_handler(each)
         result.items[name] = f"{made.__module__}.{made.__qualname__}" if made else ""
         match kind:
             case "json":
                 result.json[name] = arguments.plain_json(f"item {name!r}", each.item)
+                if file := handlers.json_file(name):
+                    result.json_files[name] = file
             case "iterator":
                 result.iterators[name] = iterator_state(each.item)
             case "custom":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from absl import logging
 
+from orchestrator.arrays.format import orbax_api
 from orchestrator.arrays.format.orbax_api import Keeps
 from orchestrator.compat import nested_metrics
 from orchestrator.compat.save_args import say_once
@@ -17,13 +18,41 @@ from orchestrator.errors import UsageError
 from orchestrator.options import Options
 from orchestrator.policy import Candidate
 
-# Option -> why it has no effect, which is said once where it has another value than Orbax's default.
+# Every option of every Orbax that we take is in one of these three. Class -> option -> why it has no effect, which is
+# said once where it has another value than Orbax's default.
 WITHOUT_EFFECT = {
-    "atomicity_options": "a step is committed by one journal entry",
-    "temporary_path_class": "a step is committed by one journal entry",
-    "file_options": "the files of a run have the permissions that the process's umask gives them",
-    "enable_per_process_directory_creation": "directories are made by whoever writes into them",
-    "enable_should_save_is_saving_in_progress_check": "policies are told whether a save is in progress",
+    "CheckpointManagerOptions": {
+        "atomicity_options": "a step is committed by one journal entry",
+        "temporary_path_class": "a step is committed by one journal entry",
+        "file_options": "the files of a run have the permissions that the process's umask gives them",
+        "enable_per_process_directory_creation": "directories are made by whoever writes into them",
+        "enable_should_save_is_saving_in_progress_check": "policies are told whether a save is in progress",
+    },
+    "AsyncOptions": {
+        "barrier_sync_fn": "a save here waits at no barrier",
+        "create_directories_asynchronously": "directories are made by whoever writes into them",
+    },
+}
+# What they ask for is so in any case, or there is nothing to do.
+ALREADY_SO = {
+    "CheckpointManagerOptions": (
+        *("cleanup_tmp_directories", "enable_background_delete", "num_deletion_threads"),
+        *("single_host_load_and_broadcast", "lightweight_initialize"),
+    ),
+    "MultiprocessingOptions": ("barrier_sync_key_prefix",),
+}
+# Honoured, or rejected by name where a value cannot be.
+COUNTERPARTS = {
+    "CheckpointManagerOptions": (
+        *("save_interval_steps", "save_on_steps", "should_save_fn", "save_decision_policy"),
+        *("max_to_keep", "keep_time_interval", "keep_period", "should_keep_fn", "preservation_policy"),
+        *("best_fn", "best_mode", "keep_checkpoints_without_metrics", "prevent_write_metrics"),
+        *("step_prefix", "step_format_fixed_length", "step_name_format", "todelete_subdir", "todelete_full_path"),
+        *("create", "read_only", "save_root_metadata"),
+        *("enable_async_checkpointing", "async_options", "multiprocessing_options"),
+    ),
+    "AsyncOptions": ("timeout_secs", "post_finalization_callback"),
+    "MultiprocessingOptions": ("primary_host", "active_processes"),
 }
 
 
@@ -49,9 +78,10 @@ def now(step: int) -> StepInfo:
 
 def check(options: Any, defaults: Any, process_count: int, *, in_store: bool) -> None:
     """Raises UsageError naming the first option that cannot be honoured here. What has no effect is said once."""
-    for name, why in WITHOUT_EFFECT.items():
-        if getattr(options, name, None) != getattr(defaults, name, None):  # older versions of Orbax lack some
-            say_once(f"CheckpointManagerOptions.{name}", why)
+    _check_names(options, defaults)
+    _check_names(options.multiprocessing_options, defaults.multiprocessing_options)
+    if options.async_options is not None:
+        _check_names(options.async_options, orbax_api.public("options").AsyncOptions())
     if in_store and options.todelete_subdir:
         say_once("CheckpointManagerOptions.todelete_subdir", "as in Orbax, it is for file systems")
     if in_store and getattr(options, "todelete_full_path", None):
@@ -59,8 +89,6 @@ def check(options: Any, defaults: Any, process_count: int, *, in_store: bool) ->
             "CheckpointManagerOptions(todelete_full_path=...): retired data is deleted here, not moved; leave it out, "
             "or keep more steps"
         )
-    if getattr(options.async_options, "barrier_sync_fn", None) is not None:
-        say_once("AsyncOptions.barrier_sync_fn", "a save here waits at no barrier")
     if options.preservation_policy and (options.keep_time_interval or options.max_to_keep or options.keep_period):
         raise UsageError("CheckpointManagerOptions: preservation_policy excludes max_to_keep, keep_period and the like")
     processes = options.multiprocessing_options
@@ -75,6 +103,19 @@ def check(options: Any, defaults: Any, process_count: int, *, in_store: bool) ->
             "MultiprocessingOptions(primary_host=None): each process would save to a directory of its own; give all "
             "the same directory, and leave it out"
         )
+
+
+def _check_names(options: Any, defaults: Any) -> None:
+    """Say what has no effect. Raises UsageError naming an option of a newer Orbax, of which nothing is known here."""
+    kind = type(defaults).__name__
+    ignored = WITHOUT_EFFECT.get(kind, {})
+    for each in fields(defaults):
+        if getattr(options, each.name, None) == getattr(defaults, each.name):
+            continue
+        if each.name in ignored:
+            say_once(f"{kind}.{each.name}", ignored[each.name])
+        elif each.name not in (*COUNTERPARTS[kind], *ALREADY_SO.get(kind, ())):
+            raise UsageError(f"{kind}.{each.name} came with a newer Orbax and is not known here; leave it out")
 
 
 def ours(options: Any) -> Options:
@@ -94,6 +135,7 @@ class KeepAsOrbax:
     retention is no reason to lose the save that it goes with."""
 
     keeps: Keeps
+    judges_newest: bool = True  # by Orbax's rules it may be among those that go
 
     def keep(self, steps: Sequence[Candidate], now: float) -> frozenset[int]:
         infos = [info(each.step, each.time, each.metrics) for each in steps]

@@ -20,8 +20,8 @@ from orchestrator.storage.store_path import AnyPath
 
 DEFAULT = "default"  # Orbax's name for a single, unnamed item
 _METRICS = "metrics"
-_JSON = "metadata"  # of a JsonSave
-_JSON_FILES = (_JSON, "data.json")  # the latter is of the v1 API
+JSON_FILE = "metadata"  # of a JsonSave
+_JSON_FILES = (JSON_FILE, "data.json")  # the latter is of the v1 API
 _ITERATOR = re.compile(r"process_([0-9]{1,9})-of-[0-9]+\.json")
 _OLD_HELP = "restore it with Orbax and save it here, or move it elsewhere"
 
@@ -96,7 +96,7 @@ def _read_item(found: OrbaxStep, name: str, directory: AnyPath, handler: str) ->
             found.json[_METRICS] = arguments.plain_json(f"{directory}/{_METRICS}", rest)
     elif file := _json_file(files, handler):
         found.json[name] = arguments.plain_json(f"{directory}/{file}", orbax_json.read(files[file], Json))
-        if file != _JSON:
+        if file != JSON_FILE:
             found.json_files[name] = file
     elif iterators:
         for index, each in iterators.items():

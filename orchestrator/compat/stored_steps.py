@@ -6,6 +6,7 @@ Reads only. Storage is asked each time; only the metrics that the journal leaves
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 from orchestrator.arrays.format import orbax_api
@@ -23,14 +24,18 @@ class NoSuchStep(StepNotFound, FileNotFoundError):
     """There is no such step, or none at all. Orbax raises FileNotFoundError."""
 
 
+class NoSuchNamedStep(NoSuchStep, ValueError):
+    """As NoSuchStep, of a manager that was given a `step_name_format`. Orbax raises ValueError there."""
+
+
 PlainInfo = tuple[int, float, dict[str, float]]  # step, time of the commit, metrics
 
 
 class StoredSteps:
-    """Of the run that `store` reads. Any thread."""
+    """Of the run that `store` reads. Any thread. missing: what is raised for a step that is not there."""
 
-    def __init__(self, store: JournalStore) -> None:
-        self._store = store
+    def __init__(self, store: JournalStore, missing: type[NoSuchStep] = NoSuchStep) -> None:
+        self._store, self.missing = store, missing
         self._omitted_metrics: dict[AttemptId, dict[str, float]] = {}
 
     def restorable(self) -> list[LiveStep]:
@@ -38,15 +43,15 @@ class StoredSteps:
         head = self._store.head()
         return [live for live in head.live if live.restorable] if head else []
 
-    def latest(self) -> int | None:
-        """None in a new run. Raises NothingToRestore where all steps are quarantined: a loop that asks this would take
-        None for a new run."""
+    def check_any(self) -> None:
+        """Raises NothingToRestore where all steps are quarantined: a loop that hears of none would take the run for a
+        new one."""
         head = self._store.head()
-        newest = self._store.newest(head) if head else None
-        return newest.step if newest else None
+        if head:
+            self._store.newest(head)
 
     def find(self, step: int | None) -> LiveStep:
-        """`step`, or the newest one. Raises NoSuchStep, and NothingToRestore as `latest`."""
+        """`step`, or the newest one. Raises NoSuchStep, and NothingToRestore as `check_any`."""
         head = self._store.head()
         live = None
         if head:
@@ -54,14 +59,12 @@ class StoredSteps:
         if live is None or not live.restorable:
             name = "no step" if step is None else f"no step {step}"
             steps = ", ".join(str(each.step) for each in self.restorable()) or "none"
-            raise NoSuchStep(f"{self._store.url}: {name} to restore; choose from: {steps}")
+            raise self.missing(f"{self._store.url}: {name} to restore; choose from: {steps}")
         return live
 
-    def infos(self, *, all_metrics: bool) -> list[PlainInfo]:
-        """Of the restorable steps. `all_metrics`: not only those that the journal carries, which need no reading."""
-        return [
-            (live.step, live.time, self.metrics(live) if all_metrics else live.metrics) for live in self.restorable()
-        ]
+    def infos(self, steps: Iterable[LiveStep], *, all_metrics: bool) -> list[PlainInfo]:
+        """`all_metrics`: not only those that the journal carries, which need no reading."""
+        return [(live.step, live.time, self.metrics(live) if all_metrics else live.metrics) for live in steps]
 
     def metrics(self, live: LiveStep) -> dict[str, float]:
         """All of a step's metrics."""

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import assert_never
 
+from absl import logging
+
 from orchestrator import failpoints
-from orchestrator.errors import Fenced, RootChanged
+from orchestrator.errors import Fenced, OrchestratorError, RootChanged
 from orchestrator.job import outcome
 from orchestrator.job.finalize import OwnPart, UserData, create, finalize
 from orchestrator.job.notices import Notices
@@ -18,8 +20,8 @@ from orchestrator.job.outcome import Outcome
 from orchestrator.job.receipts import ReceiptReader
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals
-from orchestrator.policy import KeepPolicy
-from orchestrator.rules import journal, json_numbers, keys
+from orchestrator.policy import JudgesNewest, KeepPolicy
+from orchestrator.rules import journal, json_numbers, keys, removal
 from orchestrator.rules.attempt import (
     AppendAbort,
     AppendCommit,
@@ -188,6 +190,16 @@ class _Commit:
         head = self._store.append(rule, self._head)
         self.quarantined = len(head.quarantined) if head else 0
         failpoints.hit("commit.after")
+        self._let_newest_go()
+
+    def _let_newest_go(self) -> None:
+        """Before the others hear of the commit: they find the steps that process 0 finds."""
+        if not isinstance(self._keep, JudgesNewest) or not self._keep.judges_newest:
+            return
+        try:
+            self._store.append(partial(removal.unwanted_newest, epoch=self._own.intent.epoch, keep=self._keep))
+        except OrchestratorError as error:  # the step is saved; the next commit retires it
+            logging.warning("%s: the newest step stays for now: %s", self._own.intent.id.label, error)
 
 
 def _ended_as(state: Attempt, commit: _Commit) -> Outcome:

@@ -373,15 +373,16 @@ def _dropped(live: tuple[LiveStep, ...], keep: KeepPolicy, now: float) -> frozen
     good = [entry for entry in live if entry.restorable]
     if not good:
         return frozenset()
-    kept = set(_kept(good, keep, now)) | {good[-1].step}
+    kept = set(kept_by(keep, good, now)) | {good[-1].step}
     proven = [entry.step for entry in good if entry.trust in ("verified", "restored")]
     kept.update(proven[-1:])
     kept.update(entry.step for entry in live if entry.pins)
     return frozenset(entry.step for entry in good if entry.step not in kept)
 
 
-def _kept(good: list[LiveStep], keep: KeepPolicy, now: float) -> frozenset[int]:
-    """What `keep` keeps. A step is kept if the head lacks the metric that decides: only extra.json may have it."""
+def kept_by(keep: KeepPolicy, good: list[LiveStep], now: float) -> frozenset[int]:
+    """What `keep` keeps of restorable steps. One is kept if the head lacks the metric that decides: only extra.json may
+    have it."""
     undecided = frozenset(entry.step for entry in good if not _has_metrics(entry, keep))
     judged = [entry for entry in good if entry.step not in undecided] if undecided else good
     return undecided | keep.keep(judged, now) if judged else undecided

@@ -17,7 +17,7 @@ import pytest
 import orchestrator as oc
 from orchestrator import compat, environment, failpoints
 from orchestrator.rules import keys
-from tests.support.jobs import orbax_loops, orbax_usage
+from tests.support.jobs import orbax_loops, orbax_projects, orbax_usage
 
 IMPORT = "import orbax.checkpoint as ocp\n"
 
@@ -43,7 +43,9 @@ def assert_equal(here: Any, orbax: Any) -> None:
             assert type(ours) is type(theirs)
 
 
-@pytest.mark.parametrize("loop", (*orbax_loops.LOOPS, *orbax_usage.LOOPS), ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize(
+    "loop", (*orbax_loops.LOOPS, *orbax_usage.LOOPS, *orbax_projects.LOOPS), ids=lambda loop: loop.__name__
+)
 def test_a_loop_written_for_orbax_does_the_same_with_one_import_changed(loop: Any, tmp_path: Path) -> None:
     theirs = loop(tmp_path / "orbax")
     ours = moved(sys.modules[loop.__module__])[loop.__name__](tmp_path / "here")

@@ -60,7 +60,7 @@ def test_the_steps_that_orbax_keeps_are_kept_and_no_good_one_is_deleted_for_nan(
     ours, our_best = run(compat, tmp_path / "here", losses, keep, mode)
     numbers = [loss for loss in losses if not math.isnan(loss)]
     if len(numbers) in (0, len(losses)):
-        assert ours == [{*there, step} for step, there in enumerate(theirs)], "as Orbax, and the newest always stays"
+        assert ours == theirs
         assert our_best == their_best
         return
     # Orbax's order depends on where a NaN stands, and deletes the best.
@@ -68,7 +68,7 @@ def test_the_steps_that_orbax_keeps_are_kept_and_no_good_one_is_deleted_for_nan(
         known = [loss for loss in losses[: step + 1] if not math.isnan(loss)]
         best = sorted(known, reverse=mode == "max")[:keep]
         assert set(best) <= {losses[each] for each in here}, f"after step {step}"
-        assert step in here and len(here) <= 2 * keep + 1
+        assert len(here) <= 2 * keep
     assert losses[our_best or 0] == (min if mode == "min" else max)(numbers)
 
 
@@ -78,7 +78,7 @@ def test_a_step_on_which_best_fn_fails_stays_and_no_save_is_lost(root: Path) -> 
         for step, metrics in enumerate([{"loss": 1.0}, {"accuracy": 1.0}, {"loss": 0.5}, {"loss": 2.0}]):
             assert manager.save(step, args=STATE, metrics=metrics)
             manager.wait_until_finished()
-        assert manager.all_steps() == [1, 2, 3]
+        assert manager.all_steps() == [1, 2]
         with pytest.raises(KeyError):  # as in Orbax
             manager.best_step()
 
@@ -187,7 +187,7 @@ def test_a_head_carries_the_metric_that_decides_and_the_others_come_from_the_ste
     with compat.CheckpointManager(root, options=ocp.CheckpointManagerOptions(**options)) as manager:
         for step, loss in enumerate([1.0, 9.0, 2.0, 8.0, 3.0]):
             manager.save(step, args=STATE, metrics=many(step, loss))
-        assert manager.all_steps() == [0, 2, 4]
+        assert manager.all_steps() == [0, 2]
         assert manager.metrics(2) == manager.metadata(2).metrics == many(2, 2.0)
         if "best_fn" in options:
             assert manager.best_step() == 0
@@ -195,7 +195,7 @@ def test_a_head_carries_the_metric_that_decides_and_the_others_come_from_the_ste
     for live in head.live:
         assert live.metrics["loss"] == many(live.step, live.metrics["loss"])["loss"]
         assert len(live.metrics) == 64 and live.metrics_omitted == 1001 - 64
-    assert oc.open_run(root).restore().metrics == many(4, 3.0)
+    assert oc.open_run(root).restore().metrics == many(2, 2.0)
 
 
 def test_a_step_is_not_judged_without_the_metric_that_decides(root: Path) -> None:
@@ -208,6 +208,6 @@ def test_a_step_is_not_judged_without_the_metric_that_decides(root: Path) -> Non
         for step, loss in ((2, 9.0), (3, 3.0), (4, 7.0)):
             manager.save(step, args=STATE, metrics=many(step, loss))
             manager.wait_until_finished()
-        assert manager.all_steps() == [0, 1, 3, 4]
+        assert manager.all_steps() == [0, 1, 3]
         assert manager.best_step() == 1
         assert journal.find(manager._run.store.require_head(), 0).metrics_omitted  # type: ignore[union-attr]

@@ -355,18 +355,51 @@ def test_what_was_put_aside_can_be_released_once_its_step_is_free_and_is_never_t
     assert attempts(back.live) == [(2, "e0001-a01"), (3, "e0002-a01")] and back.aside == ()
 
 
-def test_a_step_is_removed_by_name_even_the_newest_but_not_the_only_one() -> None:
+def test_a_step_is_removed_by_name_even_the_newest_and_the_only_one_but_no_evidence() -> None:
     run = head(live(1), live(2), live(3, pins=("p",)))
     gone = changed(removal.remove(run, stamp(), step=2))
     assert steps(gone) == [1, 3] and retired(gone) == [(2, "e0001-a01", "deleted")]
     newest = changed(removal.remove(head(live(1), live(2)), stamp(), step=2))
     assert steps(newest) == [1]
     assert isinstance(rejection(removal.remove(run, stamp(), step=3)), UsageError)
-    for last in (head(live(1)), head(quarantined(1), live(2))):
-        only = last.live[-1].step
-        assert "the only one" in str(rejection(removal.remove(last, stamp(), step=only)))
+    assert steps(changed(removal.remove(head(live(1)), stamp(), step=1))) == []
+    assert steps(changed(removal.remove(head(quarantined(1), live(2)), stamp(), step=2))) == [1]
     assert removal.remove(run, stamp(), step=9) is None
     assert "is quarantined" in str(rejection(removal.remove(head(quarantined(1), live(2)), stamp(), step=1)))
+
+
+@dataclass(frozen=True)
+class Best:
+    """Keeps `steps` of those there are."""
+
+    steps: frozenset[int]
+
+    def keep(self, steps: Any, now: float) -> frozenset[int]:
+        return self.steps & {each.step for each in steps}
+
+
+@pytest.mark.parametrize(
+    ("run", "kept", "left"),
+    [
+        (head(live(1), live(2)), {1}, [1]),
+        (head(live(2), live(1)), {2}, [2]),  # the newest is the one committed last
+        (head(live(1), live(2)), {2}, None),
+        (head(live(1), live(2)), set(), None),  # retention never empties a run
+        (head(live(1)), {7}, None),
+        (head(live(1), live(2, pins=("p",))), {1}, None),
+        (head(live(1), live(2, trust="restored")), {1}, None),
+        (head(live(1), live(2, trust="verified")), {1}, None),
+        (head(quarantined(1), live(2)), {1}, None),  # what is quarantined is nothing to come back to
+        (head(live(1), live(2), quarantined(3)), {1}, [1, 3]),
+    ],
+)
+def test_the_newest_step_goes_only_where_the_policy_keeps_another_one(
+    run: Head, kept: set[int], left: list[int] | None
+) -> None:
+    after = removal.unwanted_newest(run, stamp(), epoch=run.epoch, keep=Best(frozenset(kept)))
+    assert (steps(changed(after)) if after is not None else None) == left
+    fenced = removal.unwanted_newest(run, stamp(), epoch=run.epoch - 1, keep=Best(frozenset(kept)))
+    assert isinstance(fenced, FencedBy)
 
 
 def test_only_the_newest_incarnation_rolls_a_run_back() -> None:

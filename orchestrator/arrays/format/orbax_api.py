@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 PLACEHOLDER = ocp.PLACEHOLDER  # in a target: this leaf is not to be restored
@@ -84,6 +85,8 @@ class Saves:
         self._function = None if options.save_decision_policy else options.should_save_fn
         # Whether the answer depends on a clock, or on what goes on in this process: then process 0's counts.
         self.own_policy = options.save_decision_policy is not None
+        kind = getattr(managers, "ContinuousCheckpointingPolicy", ())  # came with a version
+        self.continuous = any(isinstance(each, kind) for each in getattr(self._policy, "policies", [self._policy]))
 
     def due(self, step: Any, before: Sequence[Any], *, saving: bool, preempted: bool) -> bool:
         """`step` and `before`: objects with `step`, `time` (datetime) and `metrics`, oldest first."""
@@ -105,6 +108,7 @@ class Keeps:
 
     def __init__(self, options: Any) -> None:
         self._policy = options.preservation_policy or self._default(options)
+        self._keep = getattr(options, "should_keep_fn", None)  # up to Orbax 0.11, in addition to all others
         found = list(_scores(self._policy))
         self.scores = None if None in found else tuple(score for score in found if score)
 
@@ -132,7 +136,15 @@ class Keeps:
     def keep(self, steps: Sequence[Any]) -> frozenset[int]:
         """Which of `steps` (as in `Saves.due`) stay."""
         kept = self._policy.should_preserve(steps, context=ocp.checkpoint_managers.PreservationContext())
-        return frozenset(each.step for each, keep in zip(steps, kept, strict=True) if keep)
+        stay = frozenset(each.step for each, keep in zip(steps, kept, strict=True) if keep)
+        return stay | frozenset(each.step for each in steps if each.step not in stay and self._is_wanted(each.step))
+
+    def _is_wanted(self, step: int) -> bool:
+        try:
+            return self._keep is not None and bool(self._keep(step))
+        except Exception as error:  # the user's function
+            logging.warning("step %d: should_keep_fn raised %r; the step stays", step, error)
+            return True
 
 
 def _scores(policy: Any) -> Iterator[Callable[[Any], float] | None]:

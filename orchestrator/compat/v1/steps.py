@@ -70,7 +70,7 @@ class Steps(CheckpointManager):
         return self._in_flight == step
 
     def live(self) -> list[LiveStep]:
-        return self._run.stored.restorable()
+        return self._restorable()
 
     def begun(self) -> list[StepInfo]:
         """The step that is being saved, if one is."""

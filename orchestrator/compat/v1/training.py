@@ -85,7 +85,8 @@ class Checkpointer:
 
     @property
     def checkpoints(self) -> Sequence[Any]:
-        """Metadata of the steps, by number; that of a step being saved, too. Read from storage each time."""
+        """Metadata of the steps, by number; that of a step being saved, too. Of what others have saved, `reload`
+        tells."""
         steps = self._steps
         found = {live.step: self._described(live.step, live.time, steps.metrics_of(live)) for live in steps.live()}
         for info in steps.begun():
