@@ -160,7 +160,7 @@ class Holding:
                 own.follow(store, epoch)  # a crash may have come between its entry and ours
             self._deletion.start(epoch)  # what older incarnations have left unfinished
         except OrchestratorError as error:
-            logging.warning("%s: what older incarnations have left there stays for now: %s", own.path, error)
+            logging.warning("%s: what older starts have left there stays for now: %s", own.path, error)
 
     # Holding.
 
