@@ -8,8 +8,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.processes import Job, job
 
+pytestmark = pytest.mark.jobs
 DEADLINE_S = 90.0
 NEVER = 1000  # steps: only step 0 is saved to the store
 
