@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.writing import merged_tree
+from orchestrator.arrays.writing.write_plan import KeyOrder
 from orchestrator.job.receipts import RECEIPT_BATCH, RECEIPT_READS
 from orchestrator.rules import attempt, chunk_index, journal, receipt_groups
 from orchestrator.rules.codec import decode, encode
@@ -91,7 +92,7 @@ def simulate(
     spec = _spec(hosts, leaves)
     sealed = [rng.uniform(0, spread_s) for _ in range(hosts)]
     keys = [f"{leaf.name}/c/{process}/0" for leaf in spec.leaves for process in range(hosts)]
-    order = sorted((key.encode(), key) for key in keys)  # planned once for each form of state
+    order = KeyOrder.of(keys)  # planned once for each form of state
     objects, leader_s = _stored(sealed, spec, store, signal_s, group)
     state, clock, cpu, receipts = _collected(objects, _intent(hosts, spec), store, signal_s)
     collected = clock
@@ -255,12 +256,10 @@ def _manifest(receipts: list[Receipt]) -> Manifest:
     )
 
 
-def _tree_bytes(receipts: list[Receipt], order: list[tuple[bytes, str]]) -> int:
-    """As `merged_tree.write_tree`."""
-    entries = chunk_index.entries(receipts)
-    assert len(entries) == len(order)
-    values = [entries[key] for _, key in order]
-    return sum(map(len, ocdbt.encode([raw for raw, _ in order], values, "d/0", 0, bytes(16), 0)))
+def _tree_bytes(receipts: list[Receipt], order: KeyOrder) -> int:
+    tree = merged_tree.encoded(order, {}, chunk_index.entries(receipts), "d/0")
+    assert tree is not None
+    return sum(map(len, tree))
 
 
 def _entry(step: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 # Name -> (module, about). Each is `python -m MODULE`, too.
 PROGRAMS = {
@@ -16,10 +17,16 @@ PROGRAMS = {
     "health": ("launch.health", "for probes: does the job in this container still make progress?"),
     "gcs-emulator": ("launch.gcs_emulator", "an emulated Cloud Storage, for tests"),
 }
+# Of the extra `train`, which a plain install does not have.
+NEEDS = {"train": ("flax", "optax"), "demo": ("flax", "matplotlib", "optax")}
 
 
 def run(words: Sequence[str]) -> int:
     """Run one of PROGRAMS with its arguments. Most end the process themselves, with their own exit code."""
+    if missing := [name for name in NEEDS.get(words[0], ()) if find_spec(name) is None]:
+        need = f"needs {' and '.join(missing)}, of the `train` extra: pip install {' '.join(missing)}"
+        print(f"launch {words[0]}: {need}", file=sys.stderr)
+        return 2
     sys.argv = [f"orchestrator launch {words[0]}", *words[1:]]
     runpy.run_module(PROGRAMS[words[0]][0], run_name="__main__", alter_sys=True)
     return 0

@@ -96,7 +96,7 @@ def exit_code(done: Exported) -> int:
 COMMAND = Command(
     run,
     show,
-    "a step as files of orbax, safetensors or numpy; or a whole run for Orbax",
+    "a step as orbax, safetensors or numpy; or a whole run for Orbax",
     flags=(Flag("format", str, "orbax", "orbax, safetensors or numpy", choices=("orbax", "safetensors", "numpy")),),
     examples=(
         "orchestrator export /data/run newest /data/model.safetensors --format=safetensors",

@@ -98,6 +98,7 @@ def _lost(facts: Facts, here: Mapping[int, Diagnosis]) -> str:
     stopped = [process for process, each in frozen.items() if each.stopped]
     silent = [process for process in frozen if process not in stopped]
     count = len(dead) + len(frozen)
+    waiting = sum(each.condition is Condition.WAITING for each in here.values())
     if count == len(here) > 0:
         whole = "the job" if count > 1 else "the process"
         if dead and not frozen:
@@ -109,7 +110,7 @@ def _lost(facts: Facts, here: Mapping[int, Diagnosis]) -> str:
         f"{_named(facts, dead)} {_is(dead)} dead: no such process any more" if dead else "",
         f"{_named(facts, stopped)} {_is(stopped)} frozen: stopped by a signal" if stopped else "",
         f"{_named(facts, silent)} {'has' if len(silent) == 1 else 'have'} no pulse: frozen or dead" if silent else "",
-        f"{len(here) - count} more wait" if count else "",
+        f"{waiting} more wait" if count and waiting else "",  # the others have not come to where they need it
     ]
     return "; ".join(filter(None, said))
 

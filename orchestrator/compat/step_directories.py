@@ -17,6 +17,8 @@ from orchestrator.rules.keys import check_key
 from orchestrator.run.orbax_directory import STEP_METADATA
 
 _METRICS = "metrics"
+_ARRAY_HANDLER, _KEY_HANDLER = "ArrayCheckpointHandler", "JaxRandomKeyCheckpointHandler"
+_KEY = "jax_random_key"  # what the latter calls a key's data in its directory
 
 
 def fill(
@@ -31,7 +33,7 @@ def fill(
     if items.whole or adopted:
         arrays.link_files(state, directory / DEFAULT if items.single else directory, stored.files)
     elif items.trees:
-        arrays.write_items(state, stored, {name: directory / name for name in items.trees})
+        _write_trees(directory, state, stored, items)
     for name, value in items.json_values.items():
         if name == _METRICS and isinstance(value, dict):  # adopted: what among them is no number
             metrics = {**value, **metrics}
@@ -43,6 +45,22 @@ def fill(
         for index, body in sorted(items.process_states.items()):
             _own(directory, index, len(items.process_states), own_states(body))
     write_json(directory / STEP_METADATA, about)
+
+
+def _write_trees(directory: Path, state: Path, stored: StoredFiles, items: StoredItems) -> None:
+    handlers = items.extra.get("items") or {}
+    random_keys, alone, folders = set(), set(), {}
+    for name in items.trees:
+        handler = str(handlers.get(name)).rpartition(".")[2]
+        if handler == _KEY_HANDLER:
+            random_keys.add(name)
+        if handler in (_ARRAY_HANDLER, _KEY_HANDLER):
+            alone.add(name)
+        folders[name] = directory / name / _KEY if handler == _KEY_HANDLER else directory / name
+    arrays.write_items(state, stored, items.leaves, folders, alone)
+    typed = {leaf.path[0] for leaf in items.leaves if leaf.kind == "key"}
+    for name in random_keys:
+        write_json(directory / name / f"{_KEY}_metadata" / "metadata", {"typed": name in typed})
 
 
 def _own(directory: Path, index: int, count: int, own: dict[str, Any]) -> None:

@@ -5,9 +5,13 @@ A receipt comes from storage: where it says that a chunk is, is checked before i
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from orchestrator.errors import Damaged
 from orchestrator.rules import keys, zarr_chunks
@@ -17,37 +21,87 @@ from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 
 Location = tuple[str, int, int]  # file below `state/`, offset, bytes
 Chunk = bytes | Location  # itself, or where it is
-_NO_FILE = ("", 0)
 
 
-def _writers(key: str, receipts: Iterable[Receipt]) -> int:
-    return sum(key in receipt.places or key in receipt.small for receipt in receipts)
+@dataclass(frozen=True, eq=False)
+class Chunks(Mapping[str, Chunk]):
+    """Key -> chunk or place, as columns: of a job of thousands of hosts there are a million, and a tuple for each costs
+    more than all else that is done with it. keys_in_files: of the chunks in data files; the columns have each one's
+    file, a number in `paths` (below `state/`), offset, bytes. small: the chunks that are in the receipts themselves."""
+
+    receipts: Sequence[Receipt]
+    keys_in_files: Sequence[str]
+    paths: Sequence[str]
+    files: Sequence[int]
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+    small: Mapping[str, bytes]
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """Key -> its row in the columns. Raises Damaged naming the process that has written a chunk which another one
+        has written, too."""
+        found = dict(zip(self.keys_in_files, range(len(self.keys_in_files)), strict=True))
+        once = len(found) == len(self.keys_in_files) and not found.keys() & self.small.keys()
+        if not once or len(self.small) != sum(len(receipt.small) for receipt in self.receipts):
+            _raise_twice(self.receipts)
+        return found
+
+    def __getitem__(self, key: str) -> Chunk:
+        number = self.numbers.get(key)
+        if number is None:
+            return self.small[key]
+        return self.paths[self.files[number]], self.offsets[number], self.sizes[number]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(self.numbers, self.small)
+
+    def __len__(self) -> int:
+        return len(self.numbers) + len(self.small)
 
 
-def entries(receipts: Sequence[Receipt]) -> dict[str, Chunk]:
-    """Key -> chunk or place. Raises Damaged naming the process whose receipt cannot be right."""
-    found: dict[str, Chunk] = {}
+_FILE, _OFFSET, _BYTES, _CRC = map(operator.attrgetter, ("file", "offset", "bytes", "crc32c"))
+
+
+def entries(receipts: Sequence[Receipt]) -> Chunks:
+    """Raises Damaged naming the process whose receipt cannot be right."""
+    chunk_keys: list[str] = []
+    paths: list[str] = []
+    files, offsets, sizes = array("q"), array("q"), array("q")
+    small: dict[str, bytes] = {}
     for receipt in receipts:
-        own: dict[str, Chunk] = dict(receipt.small)
-        files = {
-            number: (file.path.removeprefix(keys.STATE), file.bytes)
-            for number, file in enumerate(receipt.files)
-            if file.path.startswith(keys.STATE)
-        }
-        for key, place in receipt.places.items():
-            path, size = files.get(place.file, _NO_FILE)
-            if not (place.offset >= 0 and CHECKSUM_BYTES < place.bytes <= size - place.offset):
+        _check_places(receipt)
+        places = receipt.places.values()
+        chunk_keys += receipt.places
+        files.extend(map(len(paths).__add__, map(_FILE, places)))
+        offsets.extend(map(_OFFSET, places))
+        sizes.extend(map(_BYTES, places))
+        paths += [file.path.removeprefix(keys.STATE) for file in receipt.files]
+        small |= receipt.small
+    return Chunks(receipts, chunk_keys, paths, files, offsets, sizes, small)
+
+
+def _check_places(receipt: Receipt) -> None:
+    """Each is in a file of this receipt that is below `state/`."""
+    ends = [file.bytes if file.path.startswith(keys.STATE) else -1 for file in receipt.files]
+    for key, place in receipt.places.items():
+        end = ends[place.file] if 0 <= place.file < len(ends) else -1
+        if not (place.offset >= 0 and CHECKSUM_BYTES < place.bytes <= end - place.offset):
+            raise Damaged(
+                f"receipt of process {receipt.process} ({receipt.host}): chunk {key} is at {place.offset} "
+                f"({place.bytes} bytes) of file {place.file}, which is none of its files or shorter"
+            )
+
+
+def _raise_twice(receipts: Iterable[Receipt]) -> None:
+    seen: set[str] = set()
+    for receipt in receipts:
+        for key in itertools.chain(receipt.places, receipt.small):
+            if key in seen:
                 raise Damaged(
-                    f"receipt of process {receipt.process} ({receipt.host}): chunk {key} is at {place.offset} "
-                    f"({place.bytes} bytes) of file {place.file}, which is none of its files or shorter"
+                    f"chunk {key}: process {receipt.process} ({receipt.host}) and another one have written it"
                 )
-            own[key] = (path, place.offset, place.bytes)
-        total = len(found) + len(own)
-        found |= own
-        if len(found) != total:
-            twice = next(key for key in own if _writers(key, receipts) > 1)
-            raise Damaged(f"chunk {twice}: process {receipt.process} ({receipt.host}) and another one have written it")
-    return found
+            seen.add(key)
 
 
 @dataclass(frozen=True)
@@ -86,8 +140,7 @@ def checksums(receipts: Iterable[Receipt]) -> dict[str, str]:
     """Key -> CRC-32C of each chunk's elements, in hex."""
     found: dict[str, str] = {}
     for receipt in receipts:
-        for key, place in receipt.places.items():
-            found[key] = place.crc32c
+        found.update(zip(receipt.places, map(_CRC, receipt.places.values()), strict=True))
         for key, body in receipt.small.items():
             found[key] = body[: -CHECKSUM_BYTES - 1 : -1].hex()  # little-endian
     return found

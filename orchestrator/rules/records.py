@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import crc32c as crc32c_library
 import msgspec
@@ -215,11 +215,12 @@ class ShardFingerprint(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Where a chunk is: the number of its file among the receipt's, offset and bytes there, CRC-32C of its elements."""
+    """Where a chunk is: the number of its file among the receipt's, offset and bytes there, CRC-32C of its elements.
+    The bounds are checked as it is decoded: a large job's receipts have a million."""
 
-    file: int
-    offset: int
-    bytes: int
+    file: Annotated[int, msgspec.Meta(ge=0)]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    bytes: Annotated[int, msgspec.Meta(gt=4, le=2**63 - 1)]  # elements, and four bytes of CRC-32C
     crc32c: str
 
 

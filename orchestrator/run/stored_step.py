@@ -8,7 +8,7 @@ for it (`checked_reads`). `stored_arrays` reads the arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 
@@ -17,7 +17,7 @@ import crc32c
 from orchestrator.errors import Damaged, Suspect, Unavailable
 from orchestrator.rules import chunk_index, keys, validate
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules.chunk_index import Chunks
 from orchestrator.rules.codec import RECORD_BYTES_MAX, AnyRecord
 from orchestrator.rules.records import Extra, FileEntry, Intent, LiveStep, Manifest, Receipt
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
@@ -237,6 +237,6 @@ class StoredStep:
         return f"{self.where}: chunk {key}: crc32c {got}, the manifest says {manifest.chunks[key]}; it is {what}"
 
     @cached_property
-    def _chunks(self) -> Mapping[str, Chunk]:
+    def _chunks(self) -> Chunks:
         """Key -> chunk or place, as the processes signed them."""
         return chunk_index.entries(self.receipts())

@@ -83,6 +83,18 @@ def test_the_help_of_a_launcher_is_as_wide_as_the_terminal(
     assert len(lines) > 10 and [line for line in lines if len(line) > columns] == []
 
 
+@pytest.mark.parametrize(("name", "missing"), [("train", ["optax"]), ("demo", ["flax", "matplotlib"])])
+def test_what_a_plain_install_lacks_is_named_with_the_command_that_brings_it(
+    name: str, missing: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)  # as if there were none
+    assert main(["orchestrator", "launch", name]) == 2
+    assert capsys.readouterr().err == (
+        f"launch {name}: needs {' and '.join(missing)}, of the `train` extra: pip install {' '.join(missing)}\n"
+    )
+
+
 @pytest.mark.parametrize("word", ["--version", "-V", "version"])
 def test_the_command_says_its_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["orchestrator", word]) == 0

@@ -181,6 +181,12 @@ VERDICTS: dict[str, tuple[Facts, str, str]] = {
     "one is not there yet": (Facts({0: MOVES}, processes=2), "STARTING", "process 1"),
     "one is frozen": (Facts({0: WAITS, 1: FROZEN}), "STALLED", "(process 1) has no pulse: frozen or dead; 1 more"),
     "one is frozen while it saves": (Facts({0: MOVES, 1: FROZEN}, saving=4), "STALLED", "no pulse"),
+    "one is frozen, and one of two waits": (
+        Facts({0: MOVES, 1: STOPPED, 2: WAITS}),
+        "STALLED",
+        "a signal; 1 more wait",
+    ),
+    "one is frozen, and nobody waits": (Facts({0: MOVES, 1: STOPPED}), "STALLED", "frozen: stopped by a signal!"),
     "the job is gone": (Facts({0: FROZEN, 1: FROZEN}), "STALLED", "the job is gone, or frozen as a whole"),
     "the job is surely gone": (Facts({0: DEAD, 1: DEAD}), "STALLED", "the job is gone: it did not close"),
     "one is surely dead": (Facts({0: WAITS, 1: DEAD}), "STALLED", "(process 1) is dead: no such process any more; 1"),
@@ -212,7 +218,7 @@ VERDICTS: dict[str, tuple[Facts, str, str]] = {
 def test_the_verdict_is_the_worst_that_is_true(case: str) -> None:
     facts, verdict, why = VERDICTS[case]
     said, because = judge(facts)
-    assert said == verdict and why in because, (said, because)
+    assert said == verdict and why in f"{because}!", (said, because)
 
 
 def test_json_keeps_its_schema_and_once_is_a_page_of_text(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,14 @@ def moved() -> dict[str, Any]:
     return namespace
 
 
+@pytest.fixture(autouse=True)
+def _names_of_this_orbax(request: pytest.FixtureRequest) -> None:
+    """Orbax 0.11 has the API under older names, which a program of its own uses."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if not hasattr(theirs, "save") and parameters.get("loop") not in orbax_v1_loops.OLDER:
+        pytest.skip("names that Orbax 0.12 has brought")
+
+
 @pytest.mark.parametrize("loop", orbax_v1_loops.LOOPS, ids=lambda loop: loop.__name__)
 def test_a_program_written_for_v1_does_the_same_with_one_import_changed(loop: Any, tmp_path: Path) -> None:
     (tmp_path / "orbax").mkdir()

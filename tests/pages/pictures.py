@@ -51,7 +51,7 @@ def main() -> None:
                 wait_for(run, lambda now: len(now.commits) >= _SAVES and now.verdict == "HEALTHY")
                 hosts = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
                 os.kill(hosts[_FROZEN], signal.SIGSTOP)
-                frozen = wait_for(run, lambda now: now.verdict == "STALLED" and "frozen" in now.why)
+                frozen = wait_for(run, lambda now: sum(host.condition == "waiting" for host in now.hosts) == _HOSTS - 1)
                 os.kill(hosts[_FROZEN], signal.SIGCONT)
             finally:
                 job.terminate()

@@ -62,16 +62,51 @@ class _Summary:
 # Writing.
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Values, in the order of their keys: the number in `paths` of each one's data file (-1: it is in the tree itself),
+    offset there (of those in the tree: any) and bytes; and the values in the tree."""
+
+    paths: Sequence[bytes]
+    files: _Numbers
+    offsets: _Numbers
+    sizes: _Numbers
+    inline: Sequence[bytes]
+
+
 def encode(
     keys: Sequence[bytes], values: Sequence[Chunk], path: str, offset: int, uuid: bytes, time_ns: int
 ) -> tuple[bytes, bytes]:
     """The tree's nodes, to be put at `offset` of the data file `path`, and the manifest. `keys` in order."""
+    numbers: dict[str, int] = {}
+    places = [("", 0, len(value)) if isinstance(value, bytes) else value for value in values]
+    files = [-1 if isinstance(value, bytes) else numbers.setdefault(value[0], len(numbers)) for value in values]
+    columns = Columns(
+        [name.encode() for name in numbers],
+        np.array(files, np.int64),
+        np.array([at for _, at, _ in places], np.int64),
+        np.array([size for _, _, size in places], np.int64),
+        [value for value in values if isinstance(value, bytes)],
+    )
+    return encode_columns(keys, columns, path, offset, uuid, time_ns)
+
+
+def encode_columns(
+    keys: Sequence[bytes], values: Columns, path: str, offset: int, uuid: bytes, time_ns: int
+) -> tuple[bytes, bytes]:
+    """The same, of values as columns."""
     nodes: list[bytes] = []
     leaves: list[_Summary] = []
+    inline_before = 0
     for first in range(0, len(keys), _NODE_ENTRIES):
-        part = keys[first : first + _NODE_ENTRIES]
-        body, indirect = _leaf(part, values[first : first + _NODE_ENTRIES])
-        leaves.append(_Summary(part[0], (path, offset, len(body)), len(part), len(body), indirect))
+        rows = slice(first, first + _NODE_ENTRIES)
+        files, sizes = values.files[rows], values.sizes[rows]
+        inline = values.inline[inline_before : inline_before + int(np.sum(files < 0))]
+        inline_before += len(inline)
+        part = Columns(values.paths, files, values.offsets[rows], sizes, inline)
+        body = _leaf(keys[rows], part)
+        indirect = int(np.sum(sizes[files >= 0]))
+        leaves.append(_Summary(keys[first], (path, offset, len(body)), len(files), len(body), indirect))
         nodes.append(body)
         offset += len(body)
     root, height = leaves[0], 0
@@ -94,47 +129,33 @@ def _manifest(root: _Summary, height: int, uuid: bytes, time_ns: int) -> bytes:
     generation, file = 1, 0
     version = _varints([1, generation]) + bytes([height])
     version += _varints([file, offset, size, root.keys, root.tree_bytes, root.value_bytes])
-    return _framed(_MANIFEST_MAGIC, config + _file_table([path]) + version + time_ns.to_bytes(8, "little") + b"\0")
+    return _framed(
+        _MANIFEST_MAGIC, config + _file_table([path.encode()]) + version + time_ns.to_bytes(8, "little") + b"\0"
+    )
 
 
-def _leaf(keys: Sequence[bytes], values: Sequence[Chunk]) -> tuple[bytes, int]:
-    """A node, and the bytes of the values that it has the places of."""
-    paths, kinds, lengths, files, offsets, inline = _columns(values)
+def _leaf(keys: Sequence[bytes], values: Columns) -> bytes:
+    in_file = values.files >= 0
+    numbers, files = np.unique(values.files[in_file], return_inverse=True)  # the node has a table of its own
     parts = [
         b"\0",
-        _file_table(paths),
+        _file_table([values.paths[number] for number in numbers.tolist()]),
         _varints([len(keys)]),
         *_keys(keys),
-        _varints(lengths),
-        kinds,
+        _varints(values.sizes),
+        in_file.tobytes(),
         _varints(files),
-        _varints(offsets),
-        *inline,
+        _varints(values.offsets[in_file]),
+        *values.inline,
     ]
-    return _framed(_NODE_MAGIC, b"".join(parts)), sum(lengths) - sum(map(len, inline))
-
-
-def _columns(
-    values: Sequence[Chunk],
-) -> tuple[list[str], bytes, list[int], list[int], list[int], list[bytes]]:
-    """Data files, and of each value: whether it is in one, and its length; of those that are, file and offset; the
-    others themselves."""
-    places = [value for value in values if not isinstance(value, bytes)]
-    paths = [path for path, _, _ in places]
-    numbers = {path: number for number, path in enumerate(dict.fromkeys(paths))}
-    files, offsets = [numbers[path] for path in paths], [offset for _, offset, _ in places]
-    if len(places) == len(values):  # the chunks of large arrays
-        return list(numbers), b"\1" * len(values), [size for _, _, size in places], files, offsets, []
-    kinds = bytes([not isinstance(value, bytes) for value in values])
-    lengths = [len(value) if isinstance(value, bytes) else value[2] for value in values]
-    return list(numbers), kinds, lengths, files, offsets, [value for value in values if isinstance(value, bytes)]
+    return _framed(_NODE_MAGIC, b"".join(parts))
 
 
 def _interior(children: Sequence[_Summary]) -> bytes:
     prefixes, suffixes, tails = _keys([child.first_key for child in children])
     parts = [
         b"\1",
-        _file_table([children[0].place[0]]),
+        _file_table([children[0].place[0].encode()]),
         _varints([len(children)]),
         prefixes,
         suffixes,
@@ -162,12 +183,9 @@ def _keys(keys: Sequence[bytes]) -> tuple[bytes, bytes, bytes]:
     return _varints(shared), _varints(lengths - taken), rests
 
 
-def _file_table(paths: Sequence[str]) -> bytes:
-    encoded = [path.encode() for path in paths]
+def _file_table(paths: Sequence[bytes]) -> bytes:
     none = bytes(max(0, len(paths) - 1))
-    return b"".join(
-        [_varints([len(paths)]), none, _varints([len(path) for path in encoded]), bytes(len(paths)), *encoded]
-    )
+    return b"".join([_varints([len(paths)]), none, _varints(list(map(len, paths))), bytes(len(paths)), *paths])
 
 
 def _framed(magic: int, body: bytes) -> bytes:

@@ -4,6 +4,7 @@ has. Raises ImportError beside an Orbax that has no such API."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,7 +18,8 @@ _v1 = ocp.v1
 InvalidLayoutError: type[Exception] = _v1.errors.InvalidLayoutError
 StepAlreadyExistsError: type[Exception] = _v1.training.errors.StepAlreadyExistsError
 StepNotFoundError: type[Exception] = _v1.training.errors.StepNotFoundError
-STATE = "state"  # the name of a single pytree
+STATES = ("state", "pytree")  # what a single pytree is called since 0.12, and before
+STATE = STATES[0] if hasattr(_v1, "save") else STATES[1]
 RESERVED = frozenset({"metrics"})
 
 
@@ -29,9 +31,22 @@ def public(*names: str) -> Any:
     return found
 
 
+def described(*names: str, path: Any, **about: Any) -> Any:
+    """A description of a checkpoint of the class at `names`; since 0.12 those have its path."""
+    made = public(*names)
+    more = {"path": path} if "path" in inspect.signature(made).parameters else {}
+    return made(**more, **about)
+
+
 def context(otherwise: Any = None) -> Any:
     """The context that the caller is in; `otherwise`, or one of defaults, outside of any."""
     return _contexts.get_context(otherwise)
+
+
+def options(about: Any, section: str) -> Any:
+    """A part of the context's options, by its name since 0.12; None where this Orbax has none of the kind."""
+    older = "async_options" if section == "asynchronous" else f"{section}_options"
+    return getattr(about, section) if hasattr(about, section) else getattr(about, older, None)
 
 
 def within(about: Any) -> AbstractContextManager[Any]:
@@ -41,12 +56,12 @@ def within(about: Any) -> AbstractContextManager[Any]:
 
 def handler_for_save(about: Any, name: str, value: Any) -> Any:
     """The handler that the registry of context `about` has for an object. Raises a KeyError, as Orbax's, for none."""
-    return _registration.resolve_handler_for_save(about.checkpointables.registry, value, name=name)
+    return _registration.resolve_handler_for_save(options(about, "checkpointables").registry, value, name=name)
 
 
 def handler_for_load(about: Any, name: str, abstract: Any, saved_by: str | None) -> Any:
     """The handler that loads what handler `saved_by` wrote, as `abstract` asks. Raises a KeyError for none."""
-    registry = about.checkpointables.registry
+    registry = options(about, "checkpointables").registry
     return _registration.resolve_handler_for_load(registry, abstract, name=name, handler_typestr=saved_by)
 
 

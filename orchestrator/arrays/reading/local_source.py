@@ -64,6 +64,7 @@ class LocalSource:
         begun = _Batches(on_bytes)
         for batch in batches(reads, _BATCH_BYTES, _BATCH_READS):
             if batch[0].bytes * len(batch) > _INLINE_BYTES:
+                self.index()  # before the threads: from Python 3.12 on each would read it, and close the others' files
                 begun.running.append(self._pool.submit(self._read, batch))
             else:
                 on_bytes(self._read(batch))

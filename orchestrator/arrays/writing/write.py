@@ -41,7 +41,7 @@ from orchestrator.arrays.writing.warm_up import WarmUp
 from orchestrator.arrays.writing.write_plan import LeafPlan, Plan, plan_of
 from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.rules import holders, zarr_chunks
-from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules.chunk_index import Chunks
 from orchestrator.rules.dtypes import ITEM_BYTES
 from orchestrator.rules.records import Box, FileEntry, Held, LeafSpec, Place, ShardFingerprint, TreeSpec
 
@@ -317,7 +317,7 @@ class PendingWrite:
             bodies["_strings.json"] = orbax_files.strings(self._strings)
         self._files |= data_files.write_files(opened, bodies)
 
-    def merge(self, entries: Mapping[str, Chunk]) -> tuple[FileEntry, ...]:
+    def merge(self, entries: Chunks) -> tuple[FileEntry, ...]:
         """Write the tree that readers open, of all processes' chunks: key -> the chunk, or its place below `state/`.
         Called by one process when all have written. Returns its files, not durable yet. Raises Damaged if `entries` are
         not what the state's arrays consist of, StorageError."""

@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,19 @@ _VIEWED = frozenset(
 
 def _stored(leaf: LeafSpec) -> np.dtype[Any]:
     return numpy_dtype(leaf.stored_dtype or leaf.dtype)
+
+
+@dataclass(frozen=True)
+class KeyOrder:
+    """Keys of a store as bytes, sorted, and the row of each."""
+
+    raw: Sequence[bytes]
+    rows: Mapping[str, int]
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> KeyOrder:
+        pairs = sorted(((key.encode(), key) for key in keys), key=lambda pair: pair[0])
+        return cls([raw for raw, _ in pairs], {key: row for row, (_, key) in enumerate(pairs)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,14 +176,10 @@ class Plan:
         return _zarr_json(leaf.stored_dtype or leaf.dtype, leaf.file_shape, leaf.chunk, self.compression)
 
     @functools.cached_property
-    def keys(self) -> frozenset[str]:
-        """The key of every chunk of every array, whichever process writes it."""
-        return frozenset(key for plan in self.leaves if plan.leaf.chunk is not None for key in _keys(plan.leaf))
-
-    @functools.cached_property
-    def order(self) -> tuple[tuple[str, bytes], ...]:
-        """Every key of the merged store, sorted by its bytes."""
-        return tuple(sorted(((key, key.encode()) for key in (*self.keys, *self.metadata)), key=lambda pair: pair[1]))
+    def order(self) -> KeyOrder:
+        """Of the merged store: the chunks of every array, whichever process writes them, and `metadata`."""
+        chunks = (key for plan in self.leaves if plan.leaf.chunk is not None for key in _keys(plan.leaf))
+        return KeyOrder.of([*chunks, *self.metadata])
 
     @functools.cached_property
     def orbax_files(self) -> Mapping[str, bytes]:

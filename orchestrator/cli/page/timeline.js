@@ -39,7 +39,7 @@ function draw() { ROW = Math.max(3, Math.min(22, Math.floor(TALLEST / Math.max(1
       if (save.outcome !== "committed") { c.strokeStyle = css("--bad"); c.lineWidth = 2; c.strokeRect(Math.max(LABEL, x0), y - 1, Math.max(2, x1 - Math.max(LABEL, x0)), bar + 2); } } }
   if (!saves.length) { c.fillStyle = soft; c.textAlign = "left"; c.fillText("no events of this run: its phases were not recorded", LABEL, BAND + 14); }
   $("span").textContent = `${moment(view[0])}, ${secs(view[1] - view[0])} shown`; statistics(); curve(); strip(); }
-function axis(c, width, height, x) { const span = view[1] - view[0], steps = [0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600, 10800, 43200, 86400, 604800];
+function axis(c, width, height, x) { const span = view[1] - view[0], steps = [0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800];
   const step = steps.find(s => span / s < width / 110) || 604800 * 4; c.fillStyle = css("--soft"); c.strokeStyle = css("--line"); c.textAlign = "center"; c.textBaseline = "alphabetic"; c.lineWidth = 1;
   c.fillText(R.zone, LABEL / 2, height - 6);
   const off = R.utc_offset_s; for (let t = Math.ceil((view[0] + off) / step) * step - off; t <= view[1]; t += step) { const at = x(t); if (at < LABEL + 20 || at > width - 30) continue;
@@ -103,7 +103,7 @@ function curve() { if (!metricNames.length) return; const [c, width, height] = p
   if (!near.length) { c.textAlign = "left"; c.fillText("no value in this range", LABEL, 20); return; }
   let low = near.reduce((a, b) => Math.min(a, b)), high = near.reduce((a, b) => Math.max(a, b)); if (low === high) { low -= Math.abs(low) / 10 || 1; high += Math.abs(high) / 10 || 1; }
   const y = v => bottom - 6 - (v - low) / (high - low) * (bottom - 16), step = nice(high - low, 4); c.textAlign = "right"; c.textBaseline = "middle"; c.fillStyle = css("--soft");
-  c.fillText(name.slice(0, 14), LABEL - 6, 8); for (let v = Math.ceil(low / step) * step; v <= high; v += step) c.fillText(String(+v.toPrecision(6)), LABEL - 6, y(v));
+  c.fillText(name.slice(0, 14), LABEL - 6, 8); for (let v = Math.ceil(low / step) * step; v <= high; v += step) if (y(v) > 18) c.fillText(String(+v.toPrecision(6)), LABEL - 6, y(v));  // not into the name
   c.save(); c.beginPath(); c.rect(LABEL, 0, width - LABEL - 8, height); c.clip(); c.strokeStyle = c.fillStyle = css("--accent"); c.lineWidth = 1.5; let epoch = null, last = -9; c.beginPath();
   for (const s of points) { const at = x(s.began); if (at < LABEL - 400 || at > width + 400) { epoch = null; continue; } if (s.epoch === epoch && at - last < 0.7 && at >= last) continue; last = at;
     if (s.epoch === epoch) c.lineTo(at, y(s.metrics[name])); else c.moveTo(at, y(s.metrics[name])); epoch = s.epoch; dots.push([at, y(s.metrics[name]), s]); }

@@ -7,6 +7,7 @@ notice damage in it; adopt it, or use `orbax.checkpoint.v1` itself.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +20,13 @@ from orchestrator.compat.v1.older_names import older_name
 from orchestrator.compat.v1.responses import SaveResponse
 from orchestrator.compat.v1.steps import Steps
 from orchestrator.errors import StepNotFound, UsageError
+from orchestrator.rules import keys
 from orchestrator.rules.records import Json
-from orchestrator.run import orbax_views
+from orchestrator.run import orbax_directory, orbax_views
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.orbax_directory import STEP_METADATA
+from orchestrator.run.orbax_directory import COMMITTED, STEP_METADATA, V1_MARK
 from orchestrator.storage import local_path, open_storage
+from orchestrator.storage.port import Storage
 
 _STEP = 0  # of the only one in a checkpoint's run
 
@@ -83,12 +86,23 @@ def save_checkpointables_async(
 def _check_free(path: str) -> None:
     """Raises UsageError for a directory that holds something else: it would not be replaced."""
     root = local_path(path)
-    if root is None or not os.path.isdir(root) or os.path.isdir(os.path.join(root, "journal")):
+    if root is None:
+        there = _objects(open_storage(path))
+    elif os.path.isdir(root) and not os.path.isdir(os.path.join(root, "journal")):
+        there = sorted(os.listdir(root))[:3]
+    else:
         return
-    if there := sorted(os.listdir(root))[:3]:
+    if there:
         raise UsageError(
             f"{path}: holds {', '.join(there)}, which is no checkpoint of ours; delete it, or give another"
         )
+
+
+def _objects(storage: Storage) -> list[str]:
+    """Names of some objects, where no run is."""
+    if next(storage.list(keys.JOURNAL), None) is not None:
+        return []
+    return [entry.key for entry in itertools.islice(storage.list(""), 3)]
 
 
 def load(
@@ -129,8 +143,9 @@ def checkpointables_metadata(path: str | os.PathLike[str]) -> Any:
 
 def _metadata(path: Any, steps: Steps, stored: StoredItems, name: str | None) -> Any:
     found = steps.describe(stored, orbax_v1.context())
-    return orbax_v1.public("CheckpointMetadata")(
-        orbax_api.path(os.fspath(path)),
+    return orbax_v1.described(
+        "CheckpointMetadata",
+        path=orbax_api.path(os.fspath(path)),
         metadata=found.metadata if name is None else found.metadata[name],
         init_timestamp_nsecs=found.time_ns,
         commit_timestamp_nsecs=found.time_ns,
@@ -163,18 +178,28 @@ def _find(path: str) -> tuple[str, int]:
         return path, newest.step
     above, _, name = path.rpartition("/")
     local = local_path(path)
-    if above and head is None and (local is not None or name.isdecimal()):
+    number = orbax_directory.number_of(name)
+    if above and head is None and (local is not None or number is not None):
         label = _view(Path(local)) if local is not None else ""
         within = JournalStore(open_storage(above), writer="compat").head() if label or local is None else None
         for live in within.live if within else ():
-            if live.restorable and (orbax_views.attempt_of(live) == label or (not label and live.step == int(name))):
+            if live.restorable and (orbax_views.attempt_of(live) == label or (not label and live.step == number)):
                 return above, live.step
-    if local is not None and os.path.isdir(local) and orbax_v1.public("is_orbax_checkpoint")(local):
+    if _is_theirs(path):
         raise UsageError(
             f"{path}: was written by Orbax itself; load it with orbax.checkpoint.v1 and save it here, or, if it is a "
             "step, run `orchestrator adopt` on the directory above"
         )
     raise NoCheckpoint(f"{path}: no checkpoint is there")
+
+
+def _is_theirs(path: str) -> bool:
+    """Whether plain Orbax has written a checkpoint there."""
+    local = local_path(path)
+    if local is not None:
+        return os.path.isdir(local) and bool(orbax_v1.public("is_orbax_checkpoint")(local))
+    storage = open_storage(path)
+    return any(storage.measure(name) is not None for name in (STEP_METADATA, V1_MARK, COMMITTED))
 
 
 def _view(path: Path) -> str:

@@ -127,6 +127,8 @@ def tree_name(stored: StoredItems, name: str | None) -> str:
         check_names({name: None})
     if name in stored.trees:
         return str(name)
+    if name in orbax_v1.STATES and (saved := next((each for each in orbax_v1.STATES if each in stored.trees), None)):
+        return saved  # by another version
     found = sorted(stored.trees, key=lambda each: (each != orbax_v1.STATE, each))
     if found and (name == AUTO or (stored.single and name in (None, orbax_v1.STATE))):
         return found[0]
@@ -145,8 +147,8 @@ def _tree_restore(abstract: Any, about: Any) -> Any:
     """Each leaf of `abstract` says by its type what it is loaded as."""
     if abstract is None:
         return None
-    strict = not about.array.loading.enable_padding_and_truncation
-    partial = bool(about.pytree.loading.partial_load)
+    strict = not orbax_v1.options(about, "array").loading.enable_padding_and_truncation
+    partial = bool(orbax_v1.options(about, "pytree").loading.partial_load)
     restore_args = jax.tree.map(lambda leaf: _leaf_args(leaf, strict), abstract, is_leaf=is_leaf)
     return orbax_api.public("args").PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
 

@@ -36,13 +36,14 @@ def check(about: Any) -> None:
         raise UsageError(
             f"Context.checkpoint_layout={layout.name}: not a layout of ours; use orbax.checkpoint.v1 itself for it"
         )
-    if about.pathways.checkpointing_impl is not None:
+    if orbax_v1.options(about, "pathways").checkpointing_impl is not None:
         raise UsageError("Context.pathways: not supported; leave it out")
     defaults = orbax_v1.public("Context")()
     for section in (*_SECTIONS, "atomicity"):
-        if not hasattr(about, section):  # each came with a version
+        given = orbax_v1.options(about, section)
+        if given is None:  # each came with a version
             continue
-        for name, value, default in _fields(getattr(about, section), getattr(defaults, section), section):
+        for name, value, default in _fields(given, orbax_v1.options(defaults, section), section):
             if name not in _HONOURED and value is not default and value != default:
                 say_once(f"Context.{name}", "files and memory are managed here, as orchestrator.Options say")
 
@@ -63,12 +64,12 @@ def manager_options(about: Any, **more: Any) -> Any:
     """CheckpointManagerOptions that mean the same."""
     check(about)
     options = orbax_api.public("options")
-    trash = about.deletion.gcs_deletion_options.todelete_full_path
-    processes = about.multiprocessing
+    trash = orbax_v1.options(about, "deletion").gcs_deletion_options.todelete_full_path
+    processes, background = orbax_v1.options(about, "multiprocessing"), orbax_v1.options(about, "asynchronous")
     return orbax_api.public("CheckpointManagerOptions")(
         async_options=options.AsyncOptions(
-            timeout_secs=about.asynchronous.timeout_secs,
-            post_finalization_callback=about.asynchronous.post_finalization_callback,
+            timeout_secs=background.timeout_secs,
+            post_finalization_callback=background.post_finalization_callback,
         ),
         multiprocessing_options=options.MultiprocessingOptions(
             primary_host=processes.primary_host, active_processes=processes.active_processes
@@ -80,8 +81,8 @@ def manager_options(about: Any, **more: Any) -> Any:
 
 def storage(about: Any) -> Storage:
     """How each leaf is stored: the creator's options where it gives some, and else those for all."""
-    saving = about.array.saving
-    creator = saving.scoped_storage_options_creator
+    saving = orbax_v1.options(about, "array").saving
+    creator = getattr(saving, "scoped_storage_options_creator", None)  # since 0.12
 
     def of(path: Any, leaf: Any) -> tuple[Any, int | None, Any]:
         found = [creator(path, leaf) if creator else None, saving.storage_options]

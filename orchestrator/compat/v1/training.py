@@ -102,8 +102,8 @@ class Checkpointer:
 
     def _described(self, step: int, time_s: float, metrics: Any, **more: Any) -> Any:
         about = {"metadata": None, "commit_timestamp_nsecs": int(time_s * 1e9), **more}
-        made = orbax_v1.public("training", "CheckpointMetadata")
-        return made(step, path=self._steps.path(step), metrics=metrics, **about)
+        named = ("training", "CheckpointMetadata")
+        return orbax_v1.described(*named, step=step, path=self._steps.path(step), metrics=metrics, **about)
 
     def should_save(self, step: Any) -> bool:
         return self._steps.should_save(_number(step))

@@ -37,7 +37,7 @@ _SHOWN = 230  # characters of what a tool says
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="incidents whose name contains one of these, separated by commas")
-    parser.add_argument("--write", type=Path, help="a page whose table is made anew")
+    parser.add_argument("--write", type=Path, help="a page whose table's rows are made again")
     parser.add_argument("--keep", type=Path, help="where everything stays; else a temporary folder")
     parser.add_argument("--seconds", type=float, default=LAST_S, help="how long alerts are waited for")
     args = parser.parse_args()
@@ -58,13 +58,18 @@ def main() -> int:
         rows, wrong = judge(scenes, prometheus)
         if len(chosen) == len(CASES):
             wrong += [f"the dashboard shows nothing in: {panel}" for panel in prometheus.silent_panels()]
-    table = "\n".join(rows)
-    print(table, *wrong, sep="\n")
+    print(*rows, *wrong, sep="\n")
     if args.write:
-        before, _, rest = args.write.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        args.write.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+        put(args.write, rows)
     return int(bool(wrong))
+
+
+def put(page: Path, rows: list[str]) -> None:
+    """The rows of incidents that were rehearsed in the place of those that were there; others stay."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    table, _, after = rest.partition(END)
+    known = {row.partition(":")[0]: row for row in (*table.strip().splitlines(), *rows)}
+    page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(known.values()) + f"\n\n{END}{after}")
 
 
 def slug(case: Case) -> str:

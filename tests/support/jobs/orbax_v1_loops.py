@@ -310,7 +310,35 @@ def what_cannot_be_saved(directory):
     return said
 
 
+def by_the_names_of_orbax_0_11(directory):
+    state = {"w": jnp.arange(8.0).reshape(4, 2), "step": 3, "rest": [np.ones(2), "x"]}
+    said = []
+    with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=100)):
+        ocp.save_pytree(directory / "one", state)
+        said.append(ocp.load_pytree(directory / "one"))
+    ocp.save_pytree(directory / "one", {"w": jnp.ones(2)}, overwrite=True)
+    said.append(ocp.load_pytree(directory / "one", {"w": np.zeros(2)}))
+    ocp.save_pytree_async(directory / "two", state).result()
+    said.append(
+        jax.tree.map(lambda leaf: getattr(leaf, "shape", None), ocp.pytree_metadata(directory / "two").metadata)
+    )
+    ocp.save_checkpointables(directory / "items", {"model": {"w": state["w"]}, "data": {"a": 1}})
+    said += [
+        ocp.load_checkpointables(directory / "items"),
+        ocp.load_checkpointables(directory / "items", {"data": None}),
+    ]
+    policies = {"save_decision_policy": saves.FixedIntervalPolicy(2), "preservation_policy": keeps.LatestN(2)}
+    with ocp.training.Checkpointer(directory / "run", **policies) as checkpointer:
+        said.append([checkpointer.save_pytree(step, state, metrics={"loss": 1.0}) for step in range(3)])
+        checkpointer.save_pytree_async(4, state).result()
+        said.append(([each.step for each in checkpointer.checkpoints], checkpointer.latest.step))
+        said += [checkpointer.load_pytree(4), sorted(checkpointer.checkpointables_metadata(2).metadata)]
+    return said
+
+
+OLDER = (by_the_names_of_orbax_0_11,)
 LOOPS = (
+    *OLDER,
     one_checkpoint_with_and_without_a_target,
     a_save_in_the_background_and_its_replacement,
     objects_by_name,
