@@ -37,7 +37,8 @@ FILES = (
             "test_context_constructor_override": "asks for Orbax's files without OCDBT",
         },
         {
-            "test_reload": "`checkpoints` is read from the journal, and a step's directory is a view of it",
+            "test_preservation_metrics3": "a run is never emptied: without one that the policy keeps, the newest stays",
+            "test_reload": "a step's directory is a view: without it, the step is still there",
         },
     ),
     File(
