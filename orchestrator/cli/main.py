@@ -39,6 +39,7 @@ from orchestrator.cli import (
 )
 from orchestrator.cli.command import Command, Flags
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, OrchestratorError, UsageError
+from orchestrator.observe import events
 
 _BROKEN_PIPE = 128 + 13
 _HELP = ("-h", "-help", "--help")
@@ -121,7 +122,8 @@ def main(argv: Sequence[str]) -> int:
         print(usage.help_text(name, command))
         return EXIT_OK
     try:
-        return _run(command, *usage.parse(name, command, words))
+        with events.unlogged():
+            return _run(command, *usage.parse(name, command, words))
     except OrchestratorError as error:
         render.write_error(f"orchestrator {name}: {error}")
         return error.exit_code

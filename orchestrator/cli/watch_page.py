@@ -4,8 +4,9 @@ last commits where there is room. It fits any terminal. Pure."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from orchestrator.cli import render
@@ -17,6 +18,9 @@ from orchestrator.observe.events import PHASES
 _PIPE = (200, 60)  # where the output is no terminal
 _COMMITS_LEAST = 4  # lines: a heading and three of them
 _LATE_S = 2.0
+_MINUTES_S = 600.0
+_LEFT_OUT = ("rate", "written", "for")  # of the hosts' table, in this order
+_GAP, _NAME_LEAST = 2, 8
 _ORDER = ("dead", "frozen", "stuck", "waiting", "starting", "moving", "left")
 _TROUBLED = ("dead", "frozen", "stuck")
 _WORDS = {"sealing": "making durable", "opened": "starting"}
@@ -31,7 +35,7 @@ def page(now: RunNow, screen: tuple[int, int] | None = None) -> Iterator[render.
     left = height - 1 - len(head)
     for_commits = min(len(now.commits) + 2, _COMMITS_LEAST + 1) if now.commits else 0
     if now.hosts:
-        lines, shown = _hosts(now, left - for_commits - 2 if left > for_commits + 6 else left - 2)
+        lines, shown = _hosts(now, width, left - for_commits - 2 if left > for_commits + 6 else left - 2)
         yield ""
         yield from shown
         left -= lines + 1
@@ -96,7 +100,7 @@ def is_slow(slow: SlowestHost) -> bool:
     return slow.seconds > 2 * slow.median_s + 1
 
 
-def _hosts(now: RunNow, lines: int) -> tuple[int, list[render.Shown]]:
+def _hosts(now: RunNow, width: int, lines: int) -> tuple[int, list[render.Shown]]:
     """All in a table, where they fit. Else those in trouble, then those that a save waits for longest, and one line for
     the rest. (how many lines, at most `lines`; what is in them)"""
     order = sorted(now.hosts, key=_place)
@@ -104,7 +108,7 @@ def _hosts(now: RunNow, lines: int) -> tuple[int, list[render.Shown]]:
     if len(order) > lines - 1:
         shown = [host for host in order if host.condition in _TROUBLED or _behind(host)][: max(0, lines - 2)]
     rest = order[len(shown) :]
-    pieces: list[render.Shown] = [_table(shown)] if shown else []
+    pieces: list[render.Shown] = [_table(shown, width)] if shown else []
     if rest:
         pieces.append(render.toned(f"{'and ' if shown else ''}{_counted(rest, bool(shown))}", "dim"))
     return (len(shown) + 1 if shown else 0) + bool(rest), pieces
@@ -133,7 +137,8 @@ def _word(state: str) -> str:
     return _WORDS.get(state, state)
 
 
-def _table(hosts: Sequence[HostNow]) -> render.Shown:
+def _table(hosts: Sequence[HostNow], width: int) -> render.Shown:
+    """As wide as the screen at most: what is missed least is left out, then the beginning of long names."""
     writing = any(host.written_bytes for host in hosts)
     rows: list[list[render.Cell]] = []
     for host in hosts:
@@ -149,19 +154,42 @@ def _table(hosts: Sequence[HostNow]) -> render.Shown:
                 render.size(host.written_bytes) if host.written_bytes else "",
                 f"{render.size(host.bytes_per_s)}/s" if host.bytes_per_s else "",
             ]
-        rows.append([*row, f"{render.rough(host.heard_s)} ago"])
+        rows.append([*row, f"{_about(host.heard_s)} ago"])
     columns = ["process", "host", "state", "step", "for", *(["written", "rate"] if writing else []), "last sign"]
-    shown = [index for index, name in enumerate(columns) if name != "for" or any(row[index] for row in rows)]
+    widths = {
+        name: max(cell_len(str(cell)) for cell in (name, *cells)) for name, *cells in zip(columns, *rows, strict=True)
+    }
+    kept = [name for name in columns if name != "for" or any(row[columns.index("for")] for row in rows)]
+    for name in _LEFT_OUT:
+        if _wide(kept, widths) > width and name in kept:
+            kept.remove(name)
+    room = max(_NAME_LEAST, width - _wide([name for name in kept if name != "host"], widths) - _GAP)
+    rows = [[*row[:1], _end(str(row[1]), room), *row[2:]] for row in rows]
+    shown = [columns.index(name) for name in kept]
     rows = [[row[index] for index in shown] for row in rows]
     right = ["process", "step", "for", "written", "rate", "last sign"]
     return render.table([columns[index] for index in shown], rows, right=right, cut=True)
 
 
+def _wide(names: Sequence[str], widths: Mapping[str, int]) -> int:
+    return sum(widths[name] + _GAP for name in names) - _GAP
+
+
+def _end(name: str, room: int) -> str:
+    """Of a long name the end, which tells hosts apart."""
+    return name if cell_len(name) <= room else f"…{name[-(room - 1) :]}"
+
+
+def _about(seconds: float) -> str:
+    """In one unit where minutes have gone by."""
+    return render.rough(seconds) if seconds < _MINUTES_S else render.age(seconds).removesuffix(" ago")
+
+
 def _for(host: HostNow) -> str:
     """How long it has been where it is, if that says something: who trains has just done a step."""
     if host.condition in ("dead", "frozen", "stuck", "waiting"):
-        return render.rough(host.idle_s)
-    return "" if host.state == "training" or host.condition == "left" else render.rough(host.since_s)
+        return _about(host.idle_s)
+    return "" if host.state == "training" or host.condition == "left" else _about(host.since_s)
 
 
 def _state(host: HostNow) -> str:

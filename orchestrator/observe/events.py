@@ -7,7 +7,8 @@ Names, fields and units are a contract: fields may be added, never renamed or gi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import get_args
 
@@ -228,15 +229,32 @@ _NAMES = {kind: name for name, kind in KINDS.items()}
 _WARNINGS = (SaveNotCommitted, SteppedDown, HostLocalDiffers, CredentialsRejected)
 _DETAILS = (Alive, Pulse, SavePhase, RestorePhase)  # for programs; people would drown in them
 _readers: list[Callable[[Event], None]] = []
+_unlogged = 0  # how many who say by themselves what happens
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """Meanwhile events are not logged: for a command, whose answer or error says what became of it."""
+    global _unlogged
+    _unlogged += 1
+    try:
+        yield
+    finally:
+        _unlogged -= 1
 
 
 def emit(event: Event) -> None:
     """Log `event` as `name key=value ...` and hand it to every subscriber."""
+    if not _unlogged:
+        _log(event)
+    for reader in tuple(_readers):
+        reader(event)
+
+
+def _log(event: Event) -> None:
     text = " ".join(f"{field.name}={_text(getattr(event, field.name))}" for field in fields(event))
     level = logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO
     logging.log(logging.DEBUG if isinstance(event, _DETAILS) else level, "%s %s", name_of(event), text)
-    for reader in tuple(_readers):
-        reader(event)
 
 
 def name_of(event: Event) -> str:

@@ -401,7 +401,7 @@ def test_every_command_has_help_with_examples_that_parse(name: str, capsys: pyte
     out = capsys.readouterr().out
     assert f"usage: orchestrator {name} ROOT" in out and "examples:" in out
     for example in COMMANDS[name].examples:
-        assert example.startswith(f"orchestrator {name} /data/run")
+        assert example.startswith((f"orchestrator {name} /data/run", f"orchestrator {name} gs://bucket/run")), example
 
 
 def test_ls_as_a_process_needs_no_jax_and_survives_a_closed_pipe(run: Path) -> None:

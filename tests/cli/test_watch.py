@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -66,7 +67,7 @@ def test_states_rates_silence_the_slowest_and_the_loss_are_shown() -> None:
     assert now.slowest is None, "of those that are done; whoever is not may be the slowest"
     text = shown(now)
     assert "if the job dies now, you lose 2 min 1 s and 10 steps (back to step 30)" in text
-    assert "frozen; was writing" in text and "1.0 MiB/s" in text and "not heard of: processes 3" in text
+    assert "frozen; was writing" in text and "1.0 MiB/s" in shown(now, 140) and "not heard of: processes 3" in text
     assert now.verdict == "STALLED" and "host-0 (process 0), host-2 (process 2) have no pulse" in now.why
     done = [phase("sealing", 6.0, 2), phase("waiting", 9.0, 2)]
     slow = summarize("run", head(epoch=3), Timeline().add([*STORY, *done]), at).slowest
@@ -104,6 +105,37 @@ def test_any_number_of_hosts_fits_any_screen_those_in_trouble_first(count: int, 
     assert ("more: " in text or count < height) and text.count("waits for") <= height
     if height >= 24:
         assert "save took" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "name", "columns", "shown_name"),
+    [
+        (140, "host-7", "process host state step for written rate last sign", "host-7"),
+        (80, "host-7", "process host state step for written last sign", "host-7"),
+        (68, "host-7", "process host state step for last sign", "host-7"),
+        (80, "trainer-of-the-large-model-7.pods.default.svc", "process host state step last sign", "fault.svc"),
+        (
+            140,
+            "trainer-of-the-large-model-7.pods.default.svc",
+            "process host state step for written rate last sign",
+            "t.svc",
+        ),
+    ],
+)
+def test_a_narrow_screen_leaves_out_columns_and_cuts_no_number(
+    width: int, name: str, columns: str, shown_name: str
+) -> None:
+    saving = [
+        replace(each, host=name)
+        for each in [*STORY, *(phase("writing", 8.0, process, 4 << 20) for process in (0, 1, 2))]
+    ]
+    now = summarize("run", head(live(30, time=900.0), epoch=3), Timeline().add(saving), 3000.0)
+    rows = shown(now, width).splitlines()
+    at = next(index for index, row in enumerate(rows) if row.startswith("process"))
+    assert rows[at].split() == columns.split() and max(map(len, rows)) <= width
+    for row in rows[at + 1 : at + 4]:
+        assert "frozen; was w" in row and " 40 " in row and row.rstrip().endswith("33 min ago"), row
+        assert f"{shown_name} " in row and row.count("…") == (shown_name != name and width < 140), row
 
 
 def test_training_has_a_step_a_rate_the_next_save_and_what_would_be_lost() -> None:

@@ -389,3 +389,21 @@ def test_what_was_not_read_is_not_silence(
     timeline = Timeline().add(sorted([*there, *known(processes, silent)], key=lambda each: each.time))
     found = timeline.progress.silent(1, *GAP)
     assert (None if found is None else [one.process for one in found]) == expected
+
+
+def test_a_command_says_what_happened_once(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[events.Event] = []
+    end = events.subscribe(heard.append)
+    rejected = events.CredentialsRejected("key.json", "revoked")
+    try:
+        with events.unlogged():
+            events.emit(rejected)
+            assert main.main(["orchestrator", "ls", "/nowhere"]) == 3  # which leaves it as it was
+            events.emit(rejected)
+        assert caplog.text == "" and heard == [rejected, rejected]
+        events.emit(rejected)
+        assert "CredentialsRejected name=key.json" in caplog.text
+    finally:
+        end()
