@@ -63,20 +63,22 @@ class ManagedRun:
         about = configuration.of_orbax(self._orbax)
         agree_at_start(self.store, self.rendezvous, "open the directory", about, self.timeout_s, self._admit)
         self._given = given
-        if not self._orbax.read_only and self.rendezvous.process == 0:
-            self._prepare()
+        if not self._orbax.read_only:
+            # Asked of process 0: once the others go on, the directories that it makes are there.
+            self.agreed("prepare the directory", self._prepare)
 
     def _admit(self, head: Head | None) -> None:
         if rejection := unadopted(self.store, head):
             raise UsageError(rejection)
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> bool:
         if self._orbax.create and (root := local_path(self.url)) is not None:
             os.makedirs(root, exist_ok=True)
         kept = self._given and self._orbax.save_root_metadata and not self.stored.older_root_metadata()
         if kept and root_metadata.read(self._storage) is None:
             root_metadata.keep(self._storage, self._given)
         self._views.refresh()
+        return True
 
     def root_metadata(self) -> Any:
         found = root_metadata.read(self._storage)
@@ -129,6 +131,7 @@ class ManagedRun:
                 return str(error), ""
             except UsageError as error:
                 return "", str(error)
+            self._views.refresh()
             return "", ""
 
         asked = Round[tuple[str, str]](f"delete step {step}", tuple[str, str])
@@ -139,8 +142,12 @@ class ManagedRun:
             raise UsageError(f"{self.url}: {stays}")
         if self.writer:
             self.writer.forget(step)
-        if self.rendezvous.process == 0:
-            self._views.refresh()
+
+    def wait_for_views(self) -> None:
+        """Until the directories that process 0 makes are there for this process, too, as after a save of Orbax's. Not a
+        collective; bounded."""
+        if not self._orbax.read_only and self.rendezvous.process != 0:
+            self._views.wait_for_newest()
 
 
 class _ManagedAgent(Agent):

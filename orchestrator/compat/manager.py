@@ -163,6 +163,7 @@ class CheckpointManager(StepQuestions):
                 agent.wait_until_finished()
             finally:
                 self._known.forget(agent.failed_step)
+            self._run.wait_for_views()
 
     def check_for_errors(self) -> None:
         """Raises what an ended save has left to raise (Fenced, an error of a user's handler). A failed save is logged

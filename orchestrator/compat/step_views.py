@@ -8,6 +8,7 @@ after a crash. What cannot be made is logged: no save is lost for it.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from orchestrator.compat import step_directories
 from orchestrator.compat.stored_items import StoredItems
 from orchestrator.compat.stored_steps import StoredSteps
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.rules import chunk_index, keys
+from orchestrator.rules import chunk_index, journal, keys
 from orchestrator.rules.records import LiveStep
 from orchestrator.run import orbax_views
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.orbax_directory import V1_MARK
 from orchestrator.storage import local_path
 from orchestrator.texts import printable
+
+WAIT_S = 10.0  # for process 0 to have made a directory
+_POLL_S = 0.02
 
 
 class StepViews:
@@ -46,6 +50,7 @@ class StepViews:
                 f"the run's own ({ours})"
             )
         self._trash = trash
+        self._given_up = False
 
     def refresh(self) -> None:
         """Make the views that are missing, and take away those of steps that are gone. Any thread."""
@@ -64,6 +69,25 @@ class StepViews:
                 except Exception as error:  # whatever a step holds: those of the others are made, and training goes on
                     what = f"{type(error).__name__}: {error}"
                     logging.warning("%s: no step directory for Orbax: %s", live.id.label, printable(what))
+
+    def wait_for_newest(self) -> None:
+        """Until the newest step's directory, which process 0 makes after the commit, is there. After WAIT_S it is
+        logged, and this object waits for none again: here they cannot be made, or another file system is looked at."""
+        end = time.monotonic() + (0.0 if self._given_up else WAIT_S)
+        while self._root is not None and time.monotonic() < end:
+            try:
+                head = self._store.head()
+                newest = journal.newest(head) if head else None
+                there = {view.attempt for view in orbax_views.views(self._root)}
+            except (OrchestratorError, OSError) as error:
+                logging.warning("%s: step directories for Orbax cannot be looked for: %s", self._store.url, error)
+                return
+            if newest is None or orbax_views.attempt_of(newest) in there:
+                return
+            time.sleep(_POLL_S)
+        if self._root is not None and not self._given_up:
+            self._given_up = True
+            logging.warning("%s: the newest step has no directory after %g s", self._store.url, WAIT_S)
 
     def _build(self, root: Path, live: LiveStep) -> None:
         name, attempt = self._format.build_name(live.step), orbax_views.attempt_of(live)

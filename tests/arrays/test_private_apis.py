@@ -372,7 +372,8 @@ def test_our_metadata_is_what_orbaxs_own_handler_writes_for_the_same_tree(
 
 
 def test_orbax_tells_the_context_in_force_and_whose_handler_an_object_is_for() -> None:
-    v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    from orbax.checkpoint import v1
+
     from orchestrator.arrays.format import orbax_v1
 
     class Handler:
@@ -385,10 +386,11 @@ def test_orbax_tells_the_context_in_force_and_whose_handler_an_object_is_for() -
         def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool:
             return isinstance(abstract_checkpointable, set)
 
-    context, other = v1.Context(), v1.Context()
-    context.checkpointables.registry = v1.handlers.local_registry()
-    context.checkpointables.registry.add(Handler)
-    context.checkpointables.registry.add(v1.handlers.JsonHandler, checkpointable_name="config")
+    registry = v1.handlers.local_registry()
+    registry.add(Handler)
+    registry.add(v1.handlers.JsonHandler, checkpointable_name="config")
+    given = v1.options.CheckpointablesOptions(registry=registry)  # the name by which Orbax 0.11 takes them, too
+    context, other = v1.Context(checkpointables_options=given), v1.Context()
     assert orbax_v1.context(other) is other
     with context:
         assert orbax_v1.context(other) is context

@@ -148,7 +148,9 @@ def test_a_reader_at_a_terminal_sees_a_bar_and_what_comes_next_begins_a_line(roo
         agent.save(1, {f"w{number}": np.ones((1 << 20,), np.float32) for number in range(8)})
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
-        subprocess.run([sys.executable, "-c", READER, root], stderr=theirs, stdin=subprocess.DEVNULL, timeout=120)
+        plain = {**os.environ, "PYTHON_COLORS": "0"}  # Python 3.13 colours tracebacks
+        command = [sys.executable, "-c", READER, root]
+        subprocess.run(command, stderr=theirs, stdin=subprocess.DEVNULL, timeout=120, env=plain)
         os.close(theirs)
         text = terminal.read(65536).decode()
     before, _, after = text.partition("then\r\n")

@@ -31,13 +31,11 @@ HOME = REPO / "build" / "versions"
 PROJECT_FILE = REPO / "pyproject.toml"
 PROJECT = ".[train,grain,dev,traces,safetensors]"
 SHOWN = ("jax", "orbax-checkpoint", "tensorstore", "numpy", "flax")
-# Where a version of JAX, Orbax, TensorStore, gcsfs or numpy shows; docs/versions.md says what is left out.
-TESTS = [
-    *("tests/arrays", "tests/compat/test_compat.py", "tests/compat/test_adopt.py", "tests/test_reader.py"),
-    *("tests/storage/test_gcs_runs.py", "tests/storage/test_gcs_replies.py", "tests/rules/test_arguments.py"),
-    *("tests/run/test_stored_step.py", "tests/tools/test_export.py", "tests/job/test_states.py"),
-    *("tests/observe/test_prometheus.py", "tests/test_versions.py"),
-]
+# The package's own that start no jobs and take less than ten seconds; not those of launchers, pages and proofs.
+FOLDERS = ("arrays", "cli", "compat", "job", "observe", "rules", "run", "storage", "tools")
+FILES = ("environment", "public_names", "reader", "reprs", "versions")
+TESTS = [*(f"tests/{folder}" for folder in FOLDERS), *(f"tests/test_{file}.py" for file in FILES)]
+WORKERS = (os.cpu_count() or 1) + 1  # some of the tests wait
 PARTS = ("job", "checkpoints", "tests")
 INSTALL_S, JOB_S, CHECKPOINTS_S, TESTS_S = 900.0, 300.0, 300.0, 3600.0
 NOT_RUN, OLD = "not run", "of an older source"
@@ -291,7 +289,7 @@ def run_checkpoints(results: dict[str, Result], source: str) -> None:
 def run_tests(name: str, result: Result) -> None:
     report = HOME / name / "junit.xml"
     report.unlink(missing_ok=True)
-    command = f"-m pytest -q -n 2 --dist=loadfile -p no:cacheprovider --junitxml={report}".split()
+    command = f"-m pytest -q -n {WORKERS} --dist=loadfile -p no:cacheprovider --junitxml={report}".split()
     python = str(HOME / name / "venv" / "bin" / "python")
     end = done([python, *command, "-m", "not jobs and not slow", *TESTS], TESTS_S)
     (HOME / name / "tests.log").write_text(end.stdout + end.stderr)

@@ -115,7 +115,8 @@ def grouped(requests: Sequence[ReadRequest]) -> list[BufferGroup]:
 
 
 def bytes_to_read(requests: Sequence[ReadRequest]) -> int:
-    """About how many bytes of arrays a restore of these reads on this process. Raises Damaged as `layout_of`."""
+    """How many bytes of arrays a restore of these reads on this process at most: a chunk counts whole, also where only
+    a part of it is read, and a compressed one as what it becomes. Raises Damaged as `layout_of`."""
     total = 0
     for group in grouped(requests):
         of_leaf = group.chunk_bytes * len(group.layout.reads)

@@ -56,6 +56,12 @@ class FileBoard:
         start = prefix.replace("/", "|")
         return {path.name.removeprefix(start): path.read_text() for path in self._directory.glob(f"{start}*")}
 
+    def meet(self) -> None:
+        """All are there before anything happens, as after `jax.distributed.initialize`."""
+        self.post(f"there/{self.process}", "")
+        while len(self.poll("there/")) < self.count:  # within the test's deadline
+            time.sleep(0.02)
+
     def skip_exit_barrier(self) -> None:
         atexit.unregister(self.barrier)
 
@@ -169,6 +175,7 @@ def main() -> None:
     if count > 1:
         atexit.register(board.barrier)
         peer_failure.join(board, f"host-{process}")
+        board.meet()
     atexit.register(lambda: print("last handler"))
     agent = Agent({"saves": SAVE_S, "saves-for-ever": LONG_S}.get(how, 0.0))
     peer_failure.register(agent, {"stays": None, "saves": 30.0}.get(how, 3.0))
