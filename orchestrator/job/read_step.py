@@ -178,19 +178,23 @@ def match_target(stored: StoredStep, like: Any, options: ReadOptions) -> ReadPla
     return ReadPlan(stored, requests, build, fingerprints, options.share)
 
 
-def read_step(store: JournalStore, live: LiveStep, like: Any, options: ReadOptions) -> Restored:
+def read_step(
+    store: JournalStore, live: LiveStep, like: Any, options: ReadOptions, reads: ArrayReads | None = None
+) -> Restored:
     """Restore exactly this attempt into `like`'s structure, shapes, dtypes and shardings: see `match_target`.
 
     Raises Mismatch before any array is read, Damaged, StepRetired, Unavailable.
     """
-    return read_stored(store.step(live), like, options, STORE)
+    return read_stored(store.step(live), like, options, STORE, reads)
 
 
-def read_stored(stored: StoredStep, like: Any, options: ReadOptions, source: str) -> Restored:
+def read_stored(
+    stored: StoredStep, like: Any, options: ReadOptions, source: str, reads: ArrayReads | None = None
+) -> Restored:
     """As `read_step`, of a step that comes from `source`."""
     plan = match_target(stored, like, options)
     process_states = plan.begin()
-    reads = ArrayReads(options.reader, expected=plan.requests)
+    reads = reads or ArrayReads(options.reader, expected=plan.requests)
     values = reads.load(stored, plan.requests)
     restored, proof = plan.finish(values, process_states)
     if proof.wrong_here:
