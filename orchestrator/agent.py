@@ -41,7 +41,8 @@ from orchestrator.policy import KeepPolicy, SavePolicy, every, keeps, saves
 from orchestrator.rules import arguments, configuration
 from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
-from orchestrator.rules.tiers import MemoryTier, memory_of
+from orchestrator.rules.tiers import MemoryTier
+from orchestrator.run import tier_directory
 from orchestrator.run.deletion import BackgroundDeletion
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
@@ -84,7 +85,7 @@ class Agent:
         saves("save", policy := every(1) if save is None else save)
         if keep is not None:
             keeps("keep", keep)
-        tier = self._tier = memory_of(tiers)
+        tier = self._tier = tier_directory.chosen(tiers)
         store = storage or open_storage(root)  # before any barrier: what is no root is rejected at once
         warn_of_newer()
         timeout_s = self.options.rendezvous_timeout_s
@@ -159,7 +160,7 @@ class Agent:
         return self._schedule.reached_preemption(step)
 
     def latest_step(self) -> int | None:
-        """The step that `restore` would choose; None in a new run. Raises NothingToRestore if all are quarantined."""
+        """The newest step in the store; None in a new run. Raises NothingToRestore if all are quarantined."""
         live = self._store.find(None)
         return live.step if live else None
 

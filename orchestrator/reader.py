@@ -17,7 +17,7 @@ from orchestrator.observe.progress_lines import telling
 from orchestrator.rules import arguments, held
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
-from orchestrator.rules.tiers import MemoryTier, memory_of
+from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import tier_directory
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import HeldSteps
@@ -32,7 +32,7 @@ def open_run(root: str | os.PathLike[str], *, tiers: Sequence[MemoryTier] = (), 
     whole on this machine. `progress`: of long restores, as `Options.progress`. Raises NotARun, Damaged, NewerFormat."""
     if progress is not None:
         arguments.flag("progress", progress)
-    tier = memory_of(tiers)
+    tier = tier_directory.chosen(tiers)
     return Run(JournalStore(ReadOnlyStorage(open_storage(root)), writer="reader"), progress, tier)
 
 

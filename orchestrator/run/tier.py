@@ -13,7 +13,7 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator.errors import Damaged, JournalLost, NewerFormat, OrchestratorError, StorageError
+from orchestrator.errors import Damaged, Fenced, JournalLost, NewerFormat, OrchestratorError, StorageError
 from orchestrator.rules import held, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
@@ -42,6 +42,9 @@ class OwnTier:
         rule = partial(held.open_epoch, epoch=epoch, version=version)
         try:
             head = self.log.append(rule)
+        except Fenced as error:
+            text = "a newer start of this job holds here, or the run's journal has lost entries"
+            raise Fenced(f"{self.path}: {text}: {error}") from error
         except (Damaged, JournalLost, NewerFormat) as error:  # a cache: begin again
             logging.warning("%s: what is held here cannot be trusted, and is thrown away: %s", self.path, error)
             for entry in self.storage.list(""):

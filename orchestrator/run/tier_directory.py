@@ -17,6 +17,7 @@ import stat
 
 from orchestrator import environment
 from orchestrator.errors import StorageError
+from orchestrator.rules.tiers import MemoryTier, memory_of
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.directory import storage_error
 
@@ -24,6 +25,15 @@ _RUN = re.compile(r"[0-9a-f]{16}")
 _PROCESS = re.compile(r"process-([0-9]{5,9})")
 _SPARE_BYTES = 256 << 20  # of memory, that stays free: other programs of the machine allocate, too
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat")
+
+
+def chosen(tiers: object) -> MemoryTier | None:
+    """The memory tier of an agent's or a reader's `tiers`, None if there is none. Raises UsageError, also for what the
+    environment says of its place: before anybody waits for this process."""
+    tier = memory_of(tiers)
+    if tier is not None and tier.directory is None:
+        environment.tier_directory()
+    return tier
 
 
 def identity(store: JournalStore) -> str | None:

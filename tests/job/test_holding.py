@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import orchestrator as oc
+from orchestrator import environment
 from orchestrator.errors import StepNotFound, UsageError
 from orchestrator.observe import events
 from orchestrator.rules import journal
@@ -186,6 +188,27 @@ def test_a_step_for_which_there_is_no_room_is_not_held_and_saves_go_on(root: Pat
     assert running.all_steps() == [0, 4] and running.failures == 0
     assert not list(held_dir(root).glob("steps/*/*/state"))
     running.close()
+
+
+def test_training_never_waits_for_memory_and_a_failure_there_is_no_failed_save(
+    root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.FAILPOINTS, "save.write=delay:2@step=2;save.write=error@step=6")
+    with agent(root) as running:
+        running.restore(LIKE)
+        started = time.monotonic()
+        assert running.save(2, state(2)) and not running.save(4, state(4))
+        assert time.monotonic() - started < 2
+        running._holding.settle()
+        train(running, 6, 8)
+        assert [(type(event), event.step) for event in seen] == [
+            (events.StepNotHeld, 4),
+            (events.StepHeld, 2),
+            (events.StepNotHeld, 6),
+            (events.StepHeld, 8),
+        ]
+        assert "step 2 is not held yet" in seen[0].reason and running.failures == 0
+    assert held_steps(root) == [2, 8]
 
 
 def test_a_tier_that_is_gone_costs_held_steps_and_nothing_else(root: Path, seen: list[Any]) -> None:

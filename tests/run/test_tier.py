@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import orchestrator as oc
 from orchestrator.errors import Fenced, StorageError, UsageError
 from orchestrator.policy import last
 from orchestrator.rules import journal, keys
@@ -134,6 +135,8 @@ def test_the_environment_says_where_tiers_are(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("ORCHESTRATOR_TIER_DIR", "tier")
     with pytest.raises(UsageError, match="ORCHESTRATOR_TIER_DIR='tier'"):
         tier_directory.of_run(None, RUN)
+    with pytest.raises(UsageError, match="ORCHESTRATOR_TIER_DIR='tier'"):
+        oc.Agent(tmp_path / "run", tiers=[oc.memory()])
 
 
 # What is in it.
