@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,15 @@ import pytest
 from hypothesis import settings
 
 from tests.support.platforms import COMPILING, OTHERS
+from tests.support.scheduling import LONGEST, pytest_unconfigure, pytest_xdist_make_scheduler
+
+__all__ = ["pytest_unconfigure", "pytest_xdist_make_scheduler"]  # pytest finds them here
 
 jax.config.update("jax_platforms", ",".join(["cpu", *OTHERS]))  # CPUs first: what names no devices runs on them
 jax.config.update("jax_num_cpu_devices", 8)
 os.environ |= COMPILING
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of many hundred processes would compile all our modules again
+sys.dont_write_bytecode = False
 jax.config.update("jax_disable_most_optimizations", not OTHERS)  # JAX here has read its environment
 # Under nohup, or in the background of a script, SIGHUP or SIGINT is ignored, and what a test starts would inherit that.
 # A handler that does nothing keeps it so for this process only: programs are started with the default.
@@ -31,8 +37,10 @@ settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Jobs first: their files take longest, and the many short ones then fill the gaps at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("jobs") is None)
+    """The longest files first, then those with jobs, and the many short ones fill the gaps at the end."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path, len(place)), item.get_closest_marker("jobs") is None))
 
 
 @pytest.fixture(autouse=True, scope="module")

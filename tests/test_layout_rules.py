@@ -7,6 +7,7 @@ and every row below it, never one above.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def sources() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def imports(source: str) -> set[str]:
     """Every dotted name that a source imports, `from a import b` as `a.b`, and uses of `jax.x.y` as attributes."""
     names = set()

@@ -127,21 +127,20 @@ class Listener(threading.Thread):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_kill_9_at_random_moments_never_loses_a_committed_step(tmp_path: Path) -> None:
-    """30 rounds, or as many as are played in half a minute, and at least 8. Each costs the start of two processes;
-    `make chaos` plays many more."""
+    """8 rounds, each of which costs the start of two processes; `make chaos` plays many more."""
     random_source = random.Random(20261124)
     root = tmp_path / "run"
     listener = Listener(root)
     listener.start()
-    committed, newest, rounds, started = -1, None, 0, time.monotonic()
+    committed, newest = -1, None
     try:
-        while rounds < 30 and (rounds < 8 or time.monotonic() - started < 30):
+        for number in range(8):
             victim = random_source.randrange(2)
-            with job(2, 1, root, tmp_path / f"round-{rounds}", steps=100_000, delay=0.01, keep=4) as running:
+            with job(2, 1, root, tmp_path / f"round-{number}", steps=100_000, delay=0.01, keep=4) as running:
                 running.wait_for(0, "trained", 150, at_least=3)
-                if rounds:
+                if number:
                     (restored,) = running.said(0, "restored")
-                    assert restored["step"] == newest, f"round {rounds}: step {newest} was the newest"
+                    assert restored["step"] == newest, f"round {number}: step {newest} was the newest"
                     assert restored["wrong"] == []
                 time.sleep(random_source.uniform(0, 0.5))
                 running.kill(victim)
@@ -150,13 +149,12 @@ def test_kill_9_at_random_moments_never_loses_a_committed_step(tmp_path: Path) -
                 for line in running.said(0, "trained") + running.said(1, "trained"):
                     committed = max([committed, *line["steps"]])
                 newest = oc.open_run(root).latest_step()
-                assert newest is not None and newest >= committed, f"round {rounds}: lost step {committed}"
-            rounds += 1
+                assert newest is not None and newest >= committed, f"round {number}: lost step {committed}"
     finally:
         listener.stopping.set()
         listener.join(10)
     assert listener.wrong == []
-    assert committed >= rounds, f"{rounds} rounds hardly saved anything"
+    assert committed >= 8, "the rounds hardly saved anything"
 
 
 def test_a_stopped_coordinator_is_named_in_time_though_its_service_hangs(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_forged_run_by_name(case: Case, outcomes: list[Outcome]) -> None:
     (found,) = [one for one in outcomes if (one.case, one.run) == (case.name, case.run)]
     allowed = {RIGHT} if case.name in HARMLESS else {AS_SIGNED} if case.name in RELABELLED else {OLDER, CLEAR}
     assert found.outcome in allowed, found
-    assert found.seconds < 10 and found.peak_mb < 6000
+    assert found.peak_mb < 6000
 
 
 # The judge itself.

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -295,11 +297,19 @@ def test_slabs_laid_end_to_end_are_the_array(run: Path, tmp_path: Path, monkeypa
     assert np.array_equal(np.load(tmp_path / "out" / "params.w.npy"), arrays()["w"])
 
 
+@pytest.fixture(scope="module")
+def large() -> Iterator[Path]:
+    """A run whose one array has 768 MiB."""
+    with tempfile.TemporaryDirectory(prefix="large-") as folder:
+        root = Path(folder) / "run"
+        with oc.Agent(root, options=now(), keep=oc.last(1)) as agent:
+            agent.save(0, {"w": jnp.zeros((192, 1 << 20), jnp.float32)})
+        yield root
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["numpy", "safetensors", "orbax"])
-def test_memory_does_not_grow_with_the_array(root: Path, tmp_path: Path, form: str) -> None:
-    with oc.Agent(root, options=now(), keep=oc.last(1)) as agent:
-        agent.save(0, {"w": jnp.zeros((192, 1 << 20), jnp.float32)})  # 768 MiB
+def test_memory_does_not_grow_with_the_array(large: Path, tmp_path: Path, form: str) -> None:
     program = (
         "import sys; from pathlib import Path; import orchestrator.tools.export\n"
         "from orchestrator.cli.main import main\n"
@@ -309,7 +319,7 @@ def test_memory_does_not_grow_with_the_array(root: Path, tmp_path: Path, form: s
         " '--format=' + sys.argv[3]]); print(used('VmHWM') - base); sys.exit(code)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(root), str(tmp_path / "out"), form],
+        [sys.executable, "-c", program, str(large), str(tmp_path / "out"), form],
         capture_output=True,
         text=True,
         timeout=120,
