@@ -9,6 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests.support.scheduling import LIMIT_NAME, LONGEST
 
 REPO = Path(__file__).parents[1]
@@ -55,3 +57,15 @@ def test_a_run_that_does_not_end_is_ended_with_a_word_on_who_runs_what(tmp_path:
 
 def test_the_files_that_are_run_first_are_there() -> None:
     assert [name for name in LONGEST if not (REPO / "tests" / name).exists()] == []
+
+
+def test_no_test_has_more_time_than_its_process(request: pytest.FixtureRequest) -> None:
+    most = float(request.config.getini("faulthandler_timeout"))
+    given = {
+        (str(path), int(seconds))
+        for path in (REPO / "tests").rglob("test_*.py")
+        for seconds in re.findall(r"mark\.timeout\((\d+)\)", path.read_text())
+    }
+    alone = "test_image.py"  # `make test-image` gives it more
+    assert given and [one for one in given if one[1] >= most and not one[0].endswith(alone)] == []
+    assert float(request.config.getini("timeout")) < most
