@@ -85,10 +85,9 @@ incidents: setup ## real jobs in trouble, and what watch, doctor, alerts and rep
 	@command -v prometheus >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends prometheus; }
 	$(BIN)/python -m tests.proof.incidents --write=docs/failure-modes.md
 
-bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/benchmarks.md and -tables.md (35 minutes to an hour and a half)
+bench: setup ## saves and restores beside Orbax and PyTorch, and growth, into docs/ (40 minutes at most, or BUDGET=; prints its plan first)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torchsnapshot==0.1.0  # the `bench` extra
-	$(BIN)/python -m benchmarks.compare --all --write=docs
-	$(BIN)/python -m benchmarks.growth --write=docs
+	$(BIN)/python -m benchmarks.whole --budget=$(or $(BUDGET),40) --write=docs
 
 bench-quick: setup ## before and after a change: ratios in three minutes (AGAINST=another checkout; NEW=1: a new baseline)
 	$(BIN)/python -m benchmarks.quick $(if $(AGAINST),--against=$(AGAINST)) $(if $(NEW),--new)

@@ -14,13 +14,12 @@ noisy: compare the ratios within one run, not seconds across runs. Peers that ar
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import signal
 import sys
 import tempfile
 
-from benchmarks import jobs, report
+from benchmarks import figures, jobs, report
 from benchmarks.peers import PEERS, missing, only, peers_for
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import work
@@ -59,7 +58,7 @@ def main() -> None:
         print(f"{' and '.join(names)}: left out, {why}", file=sys.stderr)
     for shape in SHAPES if args.all else [args.shape]:
         found = _shape(args, shape)
-        print(json.dumps(found) if args.json or args.memory else report.table(shape, found), flush=True)
+        print(figures.compared(shape, found) if args.json or args.memory else report.table(shape, found), flush=True)
         if args.write:
             report.write(args.write, {shape: found})
 
@@ -74,14 +73,16 @@ def _shape(args: argparse.Namespace, shape: str) -> dict[str, dict[str, list[flo
     # Each in a job of its own: what one peer has kept would hide what the next needs.
     measured = [name for name in names if name != "raw limit" and not only(PEERS[name])]
     planned = [([*common, name, *size, "--rounds", "1", "--memory"], args.processes, _GIVE_BACK) for name in measured]
+    if not SHAPES[shape].peaks and not args.memory:
+        planned = []
     if not args.memory:
         timed = [*common, *names, "--rounds", str(rounds)]
         planned = [([*timed, *size], args.processes, {}), ([*timed, *alone], 1, {}), *planned]
     results: dict[str, dict[str, list[float]]] = {}
     try:
         for arguments, processes, environment in planned:
-            for name, figures in jobs.run("benchmarks.compare", arguments, processes, environment).items():
-                results.setdefault(name, {}).update(figures)
+            for name, measured_of in jobs.run("benchmarks.compare", arguments, processes, environment).items():
+                results.setdefault(name, {}).update(measured_of)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return results

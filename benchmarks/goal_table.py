@@ -1,6 +1,6 @@
 """Every goal for speed as a row: what was measured before, the limit, the goal, what is measured now, and the command.
 
-    python -m benchmarks.simulate --hosts 10000 50000 --json >> found.jsonl
+    python -m benchmarks.simulate --hosts 10000 50000 --rounds=7 --json >> found.jsonl
     python -m benchmarks.compare --shape=leaves --json >> found.jsonl
     python -m benchmarks.goal_table found.jsonl --write=docs      # into docs/goals.json and docs/benchmarks.md
     python -m benchmarks.goal_table                               # the table of what docs/goals.json has
@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import figures, report
+from benchmarks.peers import PEERS
+from benchmarks.shapes import SHAPES
 
 Line = Mapping[str, Any]
 Pick = Callable[[list[Line]], float | None]
@@ -46,6 +48,7 @@ class Goal:
 
 def figure(name: str, field: str, **given: Any) -> Pick:
     """The median of `field` over lines {"figure": name, **given}."""
+    assert {field, *given} <= figures.LINES[name].fields, (name, field, given)
 
     def pick(lines: list[Line]) -> float | None:
         expected = {"figure": name, **given}
@@ -63,13 +66,15 @@ def less(first: Pick, second: Pick) -> Pick:
     return pick
 
 
-def compared(column: str, over: str = "", peer: str = "ours", shape: str = "leaves") -> Pick:
-    """Of a line of `benchmarks.compare --json`: the median of `column`, over another peer's if one is named."""
+def compared(shape: str, column: str, over: str = "", peer: str = "ours") -> Pick:
+    """Of the newest line of `benchmarks.compare --json` about `shape`: the median of `column`, over another peer's if
+    one is named."""
+    peers = [name for name in (peer, over) if name]
+    assert shape in SHAPES and column in figures.COMPARED and PEERS.keys() >= set(peers), (shape, column, peers)
 
     def pick(lines: list[Line]) -> float | None:
         for line in reversed(lines):
-            has = all(column in line.get(name, {}) for name in filter(None, (peer, over)))
-            if has and line.get("shape", shape) == shape:
+            if line.get("shape") == shape and all(column in line.get(name, {}) for name in peers):
                 value = statistics.median(line[peer][column])
                 return value / statistics.median(line[over][column]) if over else value
         return None
@@ -79,7 +84,7 @@ def compared(column: str, over: str = "", peer: str = "ours", shape: str = "leav
 
 def simulated(hosts: int) -> Pick:
     def pick(lines: list[Line]) -> float | None:
-        found = [line["commit_s"] for line in lines if line.get("hosts") == hosts and "commit_s" in line]
+        found = [line[figures.COMMIT] for line in lines if line.get(figures.HOSTS) == hosts]
         return statistics.median(found) if found else None
 
     return pick
@@ -88,7 +93,7 @@ def simulated(hosts: int) -> Pick:
 _GPU = "python -m benchmarks.goals"
 _LEAVES = "python -m benchmarks.compare --shape=leaves --json"
 _ARRAYS = "python -m benchmarks.compare --shape=arrays --json"
-_SIMULATE = "python -m benchmarks.simulate --hosts 10000 50000 --json"
+_SIMULATE = "python -m benchmarks.simulate --hosts 10000 50000 --rounds=7 --json"
 _lost = figure("lost", "lost", peer="ours")
 
 GOALS = (
@@ -104,13 +109,13 @@ GOALS = (
     Goal("attest", GPU, '4 GiB: what `attest="save"` adds to lost training', "ms", "45", "2, one pass", 5, _GPU,
          less(figure("lost", "lost", peer="ours, attest=save"), _lost)),
     Goal("leaves durable", CPU, "2000 leaves of 64 B: durable, over raw", "x", "23", "-", 8, _LEAVES,
-         compared("durable", "raw limit")),
+         compared("leaves", "durable", "raw limit")),
     Goal("leaves restore", CPU, "2000 leaves of 64 B: restore, over raw", "x", "30", "-", 10, _LEAVES,
-         compared("restore", "raw limit")),
+         compared("leaves", "restore", "raw limit")),
     Goal("other mesh", CPU, '512 MiB onto another mesh, `chunks="tiles"`: read over needed', "x", "2.0", "1.0", 1.1,
-         _ARRAYS,         compared("other mesh reported", peer="ours, tiles", shape="arrays")),
+         _ARRAYS, compared("arrays", "other mesh reported", peer="ours, tiles")),
     Goal("load_once", CPU, "512 MiB onto another mesh: `load_once` over reading", "x", "4 to 10", "1.0", 1.0, _ARRAYS,
-         compared("other mesh", "ours", "ours, load_once", "arrays")),
+         compared("arrays", "other mesh", "ours", "ours, load_once")),
     Goal("donating", CPU, "first donating step after a restore: further memory, over the state", "x", "1", "0", 0.05,
          "python -m benchmarks.donating", figure("first donating step", "grown")),
     Goal("10,000 hosts", "simulated", "commit of 10,000 hosts", "s", "10", "-", 3, _SIMULATE, simulated(10_000)),

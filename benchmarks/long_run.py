@@ -5,7 +5,7 @@
 
 The journal is made by its own rules, and each host's events are those that a job writes: two files of events and two of
 pulses, as long as they may be. Of all hosts but the first, what no command reads is a hole in the file. Each command is
-a process of its own; `read` is what it took from files, the rest is what the kernel says of it.
+a process of its own; CPU time and memory are what the kernel says of it.
 """
 
 from __future__ import annotations

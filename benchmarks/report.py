@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.curves import PAPER
+from benchmarks.figures import RESTORES, TIMES
 from benchmarks.peers import PEERS
 from benchmarks.shapes import SHAPES
 
 Results = Mapping[str, Mapping[str, list[float]]]
 
-COLUMNS = ("blocked", "durable", "restore", "other mesh", "one process")
-RESTORES = COLUMNS[2:]
+COLUMNS = TIMES
 SUMMARY, TABLES = "benchmarks.md", "benchmark-tables.md"
 BOUND_RATIO, BOUND_S = 1.2, 0.020  # what `blocked` may be of one memcpy, and beyond it
 
@@ -30,7 +30,6 @@ def table(shape: str, results: Results) -> str:
         cells = [times(figures.get(column, [])) for column in COLUMNS]
         if "memcpy" in figures:  # of the raw limit, being blocked means no more
             cells[0] = f"memcpy {times(figures['memcpy'])}"
-        # Of a few kilobytes of state, memory says nothing.
         sized = [
             figures.get(column, []) if _has_memory(shape, name) else [] for column in ("peak save", "peak restore")
         ]
@@ -74,7 +73,7 @@ def _median_ms(had: Mapping[str, list[float]], column: str) -> str:
 
 
 def _has_memory(shape: str, name: str) -> bool:
-    return shape != "leaves" and name != "raw limit"
+    return SHAPES[shape].peaks and name != "raw limit"
 
 
 def _ratios(results: Results) -> list[str]:

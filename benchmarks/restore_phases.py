@@ -159,22 +159,32 @@ def ways(measured: Measured) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=jobs.directory, help="where to write")
     parser.add_argument("--smoke", action="store_true", help="64 MiB and one round, on whatever device there is")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.bytes = 64 * MIB if args.smoke else int(args.gib * (1 << 30))
+    args.rounds = 1 if args.smoke else args.rounds
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    kept = buffers.on_host
     if args.smoke:
-        args.rounds = 1
         buffers.on_host = lambda sharding: False  # type: ignore[assignment]
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir=args.directory))
     try:
         _measure(Measured(args, directory), args.rounds)
     finally:
+        buffers.on_host = kept
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def main() -> None:
+    run(parse())
     os._exit(0)
 
 

@@ -27,7 +27,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +123,20 @@ class _Item:
     lent: bool = False
 
 
-# (sharding, shape) -> the addressable shards and their devices: most leaves of a model share a few of them.
-_Places = dict[Any, tuple[list[LocalShard], tuple[Any, ...]]]
+@dataclass(frozen=True)
+class _Form:
+    """What arrays of one sharding, shape and dtype have in common: the addressable shards, and where they are. way: how
+    they are computed."""
+
+    parts: list[LocalShard]
+    devices: tuple[Any, ...]
+    way: Literal["known", "on CPUs", "on accelerators", "elsewhere"]
+    kind: _Kind
+    bases: list[int]
+    strides: list[int]
+
+
+_Forms = dict[Any, _Form]  # by (sharding, shape, dtype): most leaves of a model share a few of them
 
 
 @in_own_context
@@ -138,10 +150,10 @@ def start(
     Main thread. When it returns, device arrays may be donated and numpy arrays overwritten.
     """
     now, later = Fingerprints(), Fingerprints()
-    places: _Places = {}
+    forms: _Forms = {}
     for leaf, value in leaves:
         with about(leaf):
-            for kind, item in _take(leaf, value, copies.get(leaf.name), places):
+            for kind, item in _take(leaf, value, copies.get(leaf.name), forms):
                 into = now if item.lent else later
                 into.held.setdefault(kind, []).append(item)
     now.launch()
@@ -183,7 +195,7 @@ def _groups(items: list[_Item], most: int) -> Iterator[list[_Item]]:
         first += size
 
 
-def _take(leaf: LeafSpec, value: Any, copies: list[Any] | None, places: _Places) -> Iterator[tuple[_Kind, _Item]]:
+def _take(leaf: LeafSpec, value: Any, copies: list[Any] | None, forms: _Forms) -> Iterator[tuple[_Kind, _Item]]:
     if not isinstance(value, jax.Array):
         whole = whole_box(value.shape)
         yield _from_host(leaf, value.shape, LocalShard(whole, 0, _HOST), value)
@@ -192,22 +204,33 @@ def _take(leaf: LeafSpec, value: Any, copies: list[Any] | None, places: _Places)
         return
     if leaf.kind == "key":
         value = jax.random.key_data(value)
-    if (value.sharding, value.shape) not in places:
-        shards = value.addressable_shards
-        found = [LocalShard(box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
-        places[value.sharding, value.shape] = (found, tuple(one.device for one in shards))
-    parts, devices = places[value.sharding, value.shape]
+    key = (value.sharding, value.shape, value.dtype)
+    form = forms.get(key)
+    if form is None:
+        form = forms[key] = _form(value)
     held = shards_of(value)
-    computed = programs_know(value.dtype)
-    if computed and copies is not None:
-        yield _plan(leaf, value.shape, parts, copies, devices, _words(value.dtype))
-    elif computed and on_host(value.sharding):
-        yield _plan(leaf, value.shape, parts, [np.asarray(one) for one in held], devices, _words(value.dtype))
-    elif computed and in_default_memory(value.sharding):
-        yield _plan(leaf, value.shape, parts, list(held), devices, _words(value.dtype), lent=True)
+    if form.way != "elsewhere" and copies is not None:
+        yield form.kind, _Item(leaf, form.parts, copies, form.bases, form.strides)
+    elif form.way == "on CPUs":
+        yield form.kind, _Item(leaf, form.parts, [np.asarray(one) for one in held], form.bases, form.strides)
+    elif form.way == "on accelerators":
+        yield form.kind, _Item(leaf, form.parts, list(held), form.bases, form.strides, lent=True)
     else:  # in an accelerator's host memory, for one
-        for part, shard in zip(parts, held, strict=True):
+        for part, shard in zip(form.parts, held, strict=True):
             yield _from_host(leaf, value.shape, part, np.asarray(shard))
+
+
+def _form(value: jax.Array) -> _Form:
+    shards = value.addressable_shards
+    parts = [LocalShard(box_of(one.index, value.shape), one.replica_id, one.device.id) for one in shards]
+    devices = tuple(one.device for one in shards)
+    way: Any = "elsewhere"
+    if programs_know(value.dtype) and on_host(value.sharding):
+        way = "on CPUs"
+    elif programs_know(value.dtype):
+        way = "on accelerators" if in_default_memory(value.sharding) else "known"
+    shape = value.sharding.shard_shape(value.shape)
+    return _Form(parts, devices, way, *_layout(value.shape, parts, shape, value.dtype, devices, _words(value.dtype)))
 
 
 def _from_host(leaf: LeafSpec, shape: tuple[int, ...], part: LocalShard, value: Any) -> tuple[_Kind, _Item]:
@@ -233,16 +256,26 @@ def _plan(
     data: list[Any],
     devices: tuple[Any, ...],
     words: int,
-    *,
-    lent: bool = False,
 ) -> tuple[_Kind, _Item]:
+    kind, bases, strides = _layout(shape, parts, tuple(data[0].shape), data[0].dtype, devices, words)
+    return kind, _Item(leaf, parts, data, bases, strides)
+
+
+def _layout(
+    shape: tuple[int, ...],
+    parts: list[LocalShard],
+    part_shape: tuple[int, ...],
+    dtype: Any,
+    devices: tuple[Any, ...],
+    words: int,
+) -> tuple[_Kind, list[int], list[int]]:
+    """The kind of parts held as `part_shape` and `dtype`, the position of each one's first word, the strides."""
     strides = [words * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     bases = [sum(map(int.__mul__, part.box.start, strides)) for part in parts]
     inner = [1] if words > 1 else []
     whole = len(parts) == 1 or all(part.box == parts[0].box for part in parts)
     large = words * math.prod(shape) > _WORD
-    kind = _Kind(devices, tuple(data[0].shape), data[0].dtype, large, whole)
-    return kind, _Item(leaf, parts, data, bases, [*strides, *inner], lent)
+    return _Kind(devices, part_shape, dtype, large, whole), bases, [*strides, *inner]
 
 
 def _words(dtype: Any) -> int:

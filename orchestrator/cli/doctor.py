@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
@@ -39,6 +40,7 @@ _TONES: dict[Level, render.Tone] = {"ok": "good", "warn": "warn", "bad": "bad", 
 _CLAUSES = re.compile(
     r"""(?:'[^']*'|"[^"]*"|[^;]|;(?! ))+"""
 )  # of what to do: `; ` is between them, but for quoted names
+_ALIKE_MAX = 10  # findings of one level and check
 _TEXT_AT = 21  # the column in which what was found begins
 # What can be checked where the journal's newest entry cannot be read.
 WITHOUT_HEAD = ("permissions", "store", "durability", "versions")
@@ -87,12 +89,20 @@ def _for_shell(finding: Finding, root: str) -> Finding:
 def show(diagnosis: Diagnosis, flags: Flags) -> Iterator[render.Shown]:
     """The worst first; of what is good only how much."""
     words = {level: level if level == "ok" else level.upper() for level in LEVELS}
+    alike: Counter[tuple[Level, str]] = Counter()
     for finding in sorted(diagnosis.findings, key=lambda one: -LEVELS.index(one.level)):
+        alike[kind := (finding.level, finding.check)] += 1
+        if alike[kind] > _ALIKE_MAX and not flags["all"]:
+            continue
         if finding.level != "ok" or flags["all"]:
             line = f"{words[finding.level]:<6}  {finding.check:<11}  {finding.text}"
             yield render.hanging(line, _TEXT_AT, _TONES[finding.level])
         for index, choice in enumerate(_CLAUSES.findall(finding.do)):
             yield render.hanging(f"{'' if index else 'do: ':>{_TEXT_AT}}{choice.strip()}", _TEXT_AT + 2)
+    for (level, check), count in alike.items():
+        if count > _ALIKE_MAX and level != "ok" and not flags["all"]:
+            line = f"{words[level]:<6}  {check:<11}  ... and {count - _ALIKE_MAX} more like these (--all shows them)"
+            yield render.hanging(line, _TEXT_AT, _TONES[level])
     counts = {level: sum(one.level == level for one in diagnosis.findings) for level in reversed(LEVELS)}
     found = ", ".join(f"{count} {words[level]}" for level, count in counts.items() if count)
     more = "" if flags["all"] or not counts["ok"] else " (--all shows them)"
@@ -109,7 +119,7 @@ COMMAND = Command(
     show,
     "what could hurt this run next, and what to do about it",
     flags=(
-        Flag("all", bool, False, "show what is good, too"),
+        Flag("all", bool, False, "show what is good, too, and all of many alike"),
         Flag("read_only", bool, False, "do not try out the store with a file of its own"),
         EVENTS,
     ),

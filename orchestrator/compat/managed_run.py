@@ -88,6 +88,10 @@ class ManagedRun:
             found = dict(self._given)
         return orbax_api.public("metadata").RootMetadata(custom_metadata=found)
 
+    def meet(self, name: str) -> None:
+        """Return once all processes have come here. A collective."""
+        self.rendezvous.gather(name, None, self.timeout_s)
+
     def agreed(self, name: str, answer: Callable[[], bool]) -> bool:
         """Process 0's answer. A collective."""
         return agree(self.rendezvous, Round[bool](name, bool), self.timeout_s, answer)

@@ -187,6 +187,7 @@ class CheckpointManager(StepQuestions):
             logging.warning("%s is read only: step %s is not deleted", self._run.url, step)
             return
         self.wait_until_finished()
+        self._run.meet(f"delete step {step}?")  # a process that is behind may yet ask whether the step is there
         self._run.delete(step)
         self._known.forget(step)
 

@@ -11,7 +11,7 @@ from orchestrator.compat.adopt import EXTRA
 from orchestrator.compat.item_handlers import ItemHandlers
 from orchestrator.compat.orbax_steps import DEFAULT
 from orchestrator.compat.stored_items import StoredItems
-from orchestrator.compat.stored_steps import NoSuchStep
+from orchestrator.compat.stored_steps import NoSuchItem, NoSuchStep
 from orchestrator.job.read_step import ReadOptions
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.restore import RestoreOptions, restore_together
@@ -38,7 +38,7 @@ def restore_items(
     wanted = {name: stored.target(name, args, where) for name, args in named.items() if name in stored.trees}
     for name, args in named.items():
         if name not in stored.names and (args is None or orbax_items.kind_of(args, name) != "iterator"):
-            raise NoSuchStep(f"{where}: no item {name!r}; it holds {', '.join(stored.names) or 'none'}")
+            raise NoSuchItem(f"{where}: no item {name!r}; it holds {', '.join(stored.names) or 'none'}")
     states, extra = stored.process_states, stored.extra
     trees: dict[str, Any] = {}
     if wanted:

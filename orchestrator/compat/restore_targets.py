@@ -170,6 +170,8 @@ class _Asked:
                 return (value if value is None or isinstance(value, _VALUES) else saved), None
             if leaf.kind == "key" and tuple(value.shape) == leaf.stored_shape:
                 return saved, None  # Orbax's description of a typed key is that of its data
+            if isinstance(saved, bool | int | float | complex) and tuple(value.shape) == ():
+                return _number_as(saved, value)
             numpy = leaf.kind in ("numpy", "numpy_scalar")
             like = _as_target(value, item.shardings.get(path) or fallback, numpy=numpy)
             return (like, None) if getattr(self.args, "strict", True) else _resizing(leaf, like)
@@ -204,6 +206,16 @@ def _converted(saved: Any, wanted: Any) -> tuple[Any, _Finish]:
         sharding = _sharding(wanted)
         return saved, lambda value: _as_array(value, dtype, sharding)
     return saved, kind if kind in (int, float, bool, str) and saved is not None else None
+
+
+def _number_as(saved: Any, value: Any) -> tuple[Any, _Finish]:
+    """A Python number of the checkpoint, as an array if that is what the target describes."""
+    if type(value).__name__ == "ScalarMetadata":
+        return saved, None
+    sharding = _sharding(value)
+    if sharding is None:
+        return saved, lambda number: np.asarray(number, value.dtype)
+    return saved, lambda number: _as_array(number, value.dtype, sharding)
 
 
 def _sharding(source: Any) -> jax.sharding.Sharding | None:

@@ -7,6 +7,7 @@ from typing import Any
 from orchestrator.compat import orbax_options
 from orchestrator.compat.known_steps import KnownSteps
 from orchestrator.compat.managed_run import ManagedRun
+from orchestrator.compat.stored_steps import NoSuchStep
 from orchestrator.rules.records import LiveStep
 
 
@@ -59,7 +60,10 @@ class StepQuestions:
         return self._in_flight is not None
 
     def metrics(self, step: int) -> dict[str, Any] | None:
-        return self._run.stored.metrics_tree(self._run.stored.find(step)) or None
+        try:
+            return self._run.stored.metrics_tree(self._run.stored.find(step)) or None
+        except NoSuchStep:  # as in Orbax
+            return None
 
     def item_metadata(self, step: int) -> Any:
         """Abstract arrays in the structure of what was saved (`.tree`); a Composite of them for several items."""

@@ -93,10 +93,14 @@ class StoredItems:
         return {name: self._below(name).skeleton() if name in self.trees else None for name in self.names}
 
     def skeletons(self) -> Any:
-        """`described`, with what Orbax's metadata of a tree has beside it; a Composite for several items."""
-        named = self.described().items()
+        """`described`, with Orbax's metadata of numbers and text in the place of their values, and what its metadata of
+        a tree has beside it; a Composite for several items."""
+        named = {name: _with_metadata(tree) for name, tree in self.described().items()}
         return self.joined(
-            {name: ItemMetadata(tree) if isinstance(tree, dict | list | tuple) else tree for name, tree in named}
+            {
+                name: ItemMetadata(tree) if isinstance(tree, dict | list | tuple) else tree
+                for name, tree in named.items()
+            }
         )
 
     def joined(self, named: Mapping[str, Any]) -> Any:
@@ -121,6 +125,15 @@ class StoredItems:
     def target(self, name: str, args: Any, where: str) -> ItemTarget:
         """What to restore item `name` into. Raises Mismatch if it does not fit what was saved."""
         return item_target(args, name, self._below(name), where)
+
+
+def _with_metadata(tree: Any) -> Any:
+    def described(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, bool | int | float | complex | str):
+            return leaf
+        return orbax_api.value_metadata(".".join(str(orbax_api.key_name(key)) for key in path), leaf)
+
+    return jax.tree_util.tree_map_with_path(described, tree)
 
 
 def own_states(body: bytes) -> dict[str, Any]:

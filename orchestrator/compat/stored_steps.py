@@ -24,6 +24,10 @@ class NoSuchStep(StepNotFound, FileNotFoundError):
     """There is no such step, or none at all. Orbax raises FileNotFoundError."""
 
 
+class NoSuchItem(NoSuchStep, KeyError):
+    """The step has no such item. Orbax raises KeyError."""
+
+
 class NoSuchNamedStep(NoSuchStep, ValueError):
     """As NoSuchStep, of a manager that was given a `step_name_format`. Orbax raises ValueError there."""
 

@@ -130,11 +130,8 @@ class ReadPlan:
     def finish(self, values: list[Any], process_states: Begun[dict[int, bytes]]) -> tuple[Restored, Proof]:
         """The restored step, and this process's share of the proof that it is what was saved."""
         state = self.build(values)
-        restored = [
-            (request.leaf, value)
-            for request, value in zip(self.requests, values, strict=True)
-            if _is_comparable(request, self.fingerprints)
-        ]
+        read = zip(self.requests, values, strict=True) if self.fingerprints else ()
+        restored = [(request.leaf, value) for request, value in read if _is_comparable(request, self.fingerprints)]
         proof = prove(restored, self.fingerprints)
         extra = self.stored.extra
         return (
@@ -153,8 +150,9 @@ def match_target(stored: StoredStep, like: Any, options: ReadOptions) -> ReadPla
     """Match the step and `like`, a pytree of jax.ShapeDtypeStruct or arrays (numpy leaves are restored as numpy); None
     gives nested dicts of numpy arrays. Reads records and no array. Raises Mismatch, and what StoredStep raises."""
     stored.read_ahead()
-    stored.check_sizes()
-    saved = stored.intent.tree
+    with gc_pause.paused():
+        stored.check_sizes()
+        saved = stored.intent.tree
     fingerprints = stored.manifest.fingerprints if options.attest else {}
     if like is None:
         requests = [ReadRequest(leaf) for leaf in saved.leaves]

@@ -142,11 +142,11 @@ def advance(state: Attempt, event: Event) -> Step:
 
 
 def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
-    receipts = dict(state.receipts)
+    receipts, held = dict(state.receipts), holders.name(state.intent.held)
     for receipt in event.receipts:
         if receipt.process in receipts:
             continue  # repeated: the first stands, receipts are immutable
-        failure = receipt.failure or _unusable(state, receipt)
+        failure = receipt.failure or _unusable(state, receipt, held)
         if failure:
             state = replace(state, receipts=receipts, failures=(*state.failures, failure))
             return _abort(state, failure.kind, f"process {failure.process} voted to abort")
@@ -167,18 +167,18 @@ def _on_receipts(state: Attempt, event: ReceiptsRead) -> Step:
     return replace(state, phase=Phase.FINALIZING), Finalize()
 
 
-def _unusable(state: Attempt, receipt: Receipt) -> Failure | None:
+def _unusable(state: Attempt, receipt: Receipt, held: str) -> Failure | None:
     """Why a receipt is not one of this attempt's, or goes by other holders than its intent; None if it is usable."""
-    problem = _not_ours(state.intent, receipt)
+    problem = _not_ours(state.intent, receipt, held)
     return Failure(process=receipt.process, host=receipt.host, phase="receipt", cause=problem) if problem else None
 
 
-def _not_ours(intent: Intent, receipt: Receipt) -> str:
-    if receipt.id != intent.id:
+def _not_ours(intent: Intent, receipt: Receipt, held: str) -> str:
+    if (receipt.step, receipt.attempt) != (intent.step, intent.attempt):
         return f"receipt of {receipt.id.label} found in {intent.id.label}"
     if not 0 <= receipt.process < intent.process_count:
         return f"receipt of process {receipt.process}, expected 0 to {intent.process_count - 1}"
-    if receipt.went_by != holders.name(intent.held):
+    if receipt.went_by != held:
         return (
             "the devices that leaves are on have changed on process 0 since this process last asked; all ask again at "
             "the next save"

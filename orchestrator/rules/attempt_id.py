@@ -6,6 +6,7 @@ name `e0003-a02` has one spelling, and a directory of that name is never used ag
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -91,6 +92,7 @@ def name_of(epoch: int, number: int) -> str:
     return f"e{epoch:04d}-a{number:02d}"
 
 
+@functools.lru_cache(maxsize=256)  # the receipts of a job say the same one thousands of times
 def parse_name(name: str) -> tuple[int, int]:
     """(epoch, number) of an attempt's name. Raises UnsafeKey for anything else."""
     found = _NAME.fullmatch(name)

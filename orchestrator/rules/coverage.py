@@ -43,12 +43,12 @@ def _judged(intent: Intent, receipts: Mapping[int, Receipt]) -> Iterator[tuple[l
 
 def _split(receipt: Receipt, names: list[str]) -> Iterable[list[str]]:
     """`names` by the regions that this receipt has of them."""
-    regions = receipt.boxes.get(names[0])
-    if all(receipt.boxes.get(name) == regions for name in names):
+    each = list(map(receipt.boxes.get, names))
+    if each.count(each[0]) == len(each):
         return [names]
     by_regions: dict[tuple[Box, ...] | None, list[str]] = {}
-    for name in names:
-        by_regions.setdefault(receipt.boxes.get(name), []).append(name)
+    for name, regions in zip(names, each, strict=True):
+        by_regions.setdefault(regions, []).append(name)
     return by_regions.values()
 
 

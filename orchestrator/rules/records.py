@@ -112,7 +112,7 @@ class LeafSpec(Record, frozen=True, omit_defaults=True):
     @property
     def in_store(self) -> bool:
         """Whether Orbax's files hold the leaf; the others are wholly described here."""
-        return self.kind_stored and 0 not in self.shape
+        return self.kind in STORED_KINDS and 0 not in self.shape  # asked a dozen times for each leaf of a restore
 
     @property
     def file_shape(self) -> tuple[int, ...]:

@@ -74,14 +74,18 @@ def fits(intent: Intent, manifest: Manifest) -> None:
     stored_bytes = sum(entry.bytes for entry in manifest.files if entry.path.startswith(keys.STATE))
     names = {entry.path for entry in manifest.files}
     count = raw_bytes = values = 0
+    sizes: dict[Any, tuple[int, int]] = {}  # bytes and chunks: a state has many leaves of few forms
     for leaf in intent.tree.leaves:
         if not leaf.in_store:
             values += leaf.number != ""  # the store has a chunk of it, for Orbax's readers
             continue
-        elements = math.prod(leaf.file_shape)
-        size = elements * ITEM_BYTES[leaf.stored_dtype or leaf.dtype]
+        form = (leaf.file_shape, leaf.stored_dtype or leaf.dtype, leaf.chunk)
+        if form not in sizes:
+            elements = math.prod(form[0])
+            sizes[form] = elements * ITEM_BYTES[form[1]], elements // math.prod(leaf.chunk or ())
+        size, chunks = sizes[form]
         if leaf.chunk is not None:
-            count += elements // math.prod(leaf.chunk)
+            count += chunks
             raw_bytes += size
         elif size > ZSTD_RATIO_MAX * stored_bytes:
             raise Invalid(f"{leaf.label}: {size} bytes, out of {stored_bytes} that the manifest lists below state/")

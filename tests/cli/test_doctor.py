@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 import orchestrator as oc
-from orchestrator.cli import doctor, machine_checks
+from orchestrator.cli import doctor, machine_checks, render
 from orchestrator.cli.doctor import Diagnosis
 from orchestrator.cli.finding import ExaminedRun, Finding
 from orchestrator.cli.main import main
@@ -245,6 +245,18 @@ def test_for_people_the_worst_comes_first(root: Path, capsys: pytest.CaptureFixt
     assert main(["orchestrator", "doctor", str(root)]) == 4
     levels = [row.split()[0] for row in capsys.readouterr().out.splitlines() if row[0] in "DBW"]
     assert levels == ["DAMAGE", "WARN", "WARN"]
+
+
+def test_of_many_alike_a_few_are_shown_and_the_rest_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    many = [Finding("steps", "damage", f"step {step} is missing", f"verify {step}") for step in range(200)]
+    made = Diagnosis(
+        "file:///r", "damage", (*many, Finding("hosts", "bad", "STALLED", "look"), *([Finding("x", "ok", "")] * 30))
+    )
+    for everything, rows in ((False, 10), (True, 200)):
+        render.write(doctor.show(made, {"all": everything}))
+        out = capsys.readouterr().out
+        assert out.count("is missing") == out.count("do: verify") == rows and "BAD     hosts" in out
+        assert ("... and 190 more like these" in out) == (not everything) and "200 DAMAGE, 1 BAD, 30 ok" in out
 
 
 def test_what_to_do_can_be_pasted_into_a_shell_whatever_the_roots_name(

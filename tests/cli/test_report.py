@@ -301,6 +301,9 @@ def test_a_browser_shows_the_page_without_an_error(run: Path, tmp_path: Path) ->
     ):
         assert words in document, words
     assert document.count("<figure>") == 2
+    (split,) = re.findall(r'id="goodsplit">(.*?)</div></div>', document)
+    shares = [float(share) for share in re.findall(r"flex: ([\d.]+) 0 0", split)]
+    assert 99.9 < sum(shares) < 100.1, "a run of less than a second, too, fills its bar"
 
 
 def axe() -> Path | None:

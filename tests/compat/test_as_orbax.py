@@ -89,3 +89,30 @@ def test_the_only_step_is_deleted_and_saved_anew(module: Any, tmp_path: Path) ->
         assert manager.save(0, args=ocp.args.StandardSave({"w": jnp.zeros(3)}))
         manager.wait_until_finished()
         assert jax.tree.map(jnp.shape, manager.restore(0)) == {"w": (3,)}
+
+
+def answers(module: Any, root: Path) -> list[Any]:
+    """Of a step with numbers and text."""
+    saved = {"n": 3, "f": 2.5, "yes": True, "w": jnp.ones(2)}
+    with module.CheckpointManager(root) as manager:
+        manager.save(1, args=ocp.args.Composite(s=ocp.args.StandardSave(saved), t=ocp.args.PyTreeSave({"x": "text"})))
+        manager.wait_until_finished()
+        manager.restore(1)
+        about = manager.item_metadata(1)
+        described = {
+            path[0].key: (leaf.shape, str(leaf.dtype)) for path, leaf in jax.tree.leaves_with_path(about.s.tree)
+        }
+        found: list[Any] = [described, type(about.t.tree["x"]).__name__, manager.metrics(7)]
+        for target in (ocp.utils.to_shape_dtype_struct, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)):
+            args = ocp.args.StandardRestore(jax.tree.map(target, about.s.tree))
+            restored = manager.restore(1, args=ocp.args.Composite(s=args)).s
+            found.append(
+                {name: (type(value).__name__, str(value.dtype), value.tolist()) for name, value in restored.items()}
+            )
+        with pytest.raises(KeyError):
+            manager.restore(1, args=ocp.args.Composite(other=ocp.args.StandardRestore()))
+        return found
+
+
+def test_numbers_and_text_are_described_and_restored_as_orbax_does(tmp_path: Path) -> None:
+    assert answers(compat, tmp_path / "here") == answers(ocp, tmp_path / "orbax")

@@ -78,10 +78,10 @@ def test_plain_orbax_finds_each_item_whole_and_nothing_of_anothers(case: str, ro
     with compat.CheckpointManager(root) as manager:
         assert manager.save(1, args=ARGS.Composite(**{name: saved(item) for name, item in items.items()}))
     assert main(["orchestrator", "export", str(root), str(tmp_path / "out")]) == 0
-    for directory in (root, tmp_path / "out"):
+    for directory, kind in ((root, compat), (root, ocp), (tmp_path / "out", ocp)):
         options = ocp.CheckpointManagerOptions(read_only=True)
-        with ocp.CheckpointManager(directory, options=options) as theirs:
-            found = theirs.restore(1, args=ARGS.Composite(**{name: restored(item) for name, item in items.items()}))
+        with kind.CheckpointManager(directory, options=options) as reader:
+            found = reader.restore(1, args=ARGS.Composite(**{name: restored(item) for name, item in items.items()}))
         for name, item in items.items():
             assert_same(found[name], item)
             about = json.loads((directory / "1" / name / "_METADATA").read_text())

@@ -5,8 +5,8 @@
 
 Each version is installed by uv into an environment of its own below --home, with a JAX of its time, and writes there
 what `adopt_writer` lists. Then this program, with the Orbax that the package runs on, has `orchestrator adopt` take
-each over, lists it before with --dry_run, and compares every leaf, JSON item and metric with what was saved. Exit code
-1 if a directory is neither, or was changed.
+each over, lists it before with --dry_run, and compares every leaf, JSON item and metric with what was saved; and the
+same from a bucket of our emulator into a run there. Exit code 1 if a directory is neither, or was changed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,34 +56,59 @@ class Verdict:
 
 def judge(folder: Path, about: Mapping[str, Any], root: Path) -> Verdict:
     """Adopt what is in `folder` into a run at `root`, which is not there yet."""
-    before = snapshot(folder)
-    flags = [f"--from={folder}", *about.get("flags", ())]
+    return _judge(str(folder), about, str(root), lambda: snapshot(folder), root.exists)
+
+
+def judge_in_store(folder: Path, about: Mapping[str, Any]) -> Verdict:
+    """The same of a directory in a bucket of the emulator, as Orbax would have written it there: a finished step has an
+    object that says so. Into a run in the bucket."""
+    from orchestrator.storage import open_storage
+    from tests.support import gcs
+
+    source, root = f"{gcs.new_root()}/{folder.name}", gcs.new_root()
+    storage = open_storage(source)
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        storage.create(path.relative_to(folder).as_posix(), path.read_bytes())
+    for step in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        storage.create((step / "commit_success.txt").relative_to(folder).as_posix(), b"written last")
+
+    def keys(url: str) -> list[str]:
+        return [entry.key for entry in open_storage(url).list("")]
+
+    return _judge(source, about, root, lambda: keys(source), lambda: bool(keys(root)))
+
+
+def _judge(
+    source: str, about: Mapping[str, Any], root: str, contents: Callable[[], object], written: Callable[[], bool]
+) -> Verdict:
+    before = contents()
+    flags = [f"--from={source}", *about.get("flags", ())]
     dry, _ = adopt(root, *flags, "--dry_run")
-    if root.exists():
+    if written():
         return Verdict("", wrong="--dry_run has written something")
     code, said = adopt(root, *flags)
-    if snapshot(folder) != before:
+    if contents() != before:
         return Verdict("", wrong="the directory was changed")
     if (dry == 0) != (code == 0):
         return Verdict("", wrong=f"--dry_run ended with {dry}, adopting with {code}")
-    why = said.strip().removeprefix("orchestrator adopt: ").replace(str(folder), "DIR")
+    why = said.strip().removeprefix("orchestrator adopt: ").replace(source, "DIR")
     if code not in (0, 1, 2, 4) or "Traceback" in said:
         return Verdict("", wrong=f"exit code {code}: {why}")
     if code:
-        return Verdict(REJECTED, why, "something was written" if root.exists() else "")
+        return Verdict(REJECTED, why, "something was written" if written() else "")
     return Verdict(ADOPTED, wrong=difference(root, about))
 
 
-def adopt(root: Path, *flags: str) -> tuple[int, str]:
+def adopt(root: str, *flags: str) -> tuple[int, str]:
     from orchestrator.cli.main import main
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        code = main(["orchestrator", "adopt", str(root), *flags])
+        code = main(["orchestrator", "adopt", root, *flags])
     return code, said.getvalue()
 
 
-def difference(root: Path, about: Mapping[str, Any]) -> str:
+def difference(root: str, about: Mapping[str, Any]) -> str:
     """What of the run is not what was saved; "" if all is."""
     import orchestrator as oc
 
@@ -120,7 +145,8 @@ def table(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
     rejected = sum(verdict.word == REJECTED and not verdict.wrong for verdict in every)
     lines = [
         f"{len(every)} directories: {adopted} adopted and leaf-identical, {rejected} rejected with the reason and "
-        f"nothing changed, {len(every) - adopted - rejected} neither.",
+        f"nothing changed, {len(every) - adopted - rejected} neither. Each also in a bucket of our emulator, adopted "
+        "into a run there, with the same outcome.",
         "",
         "| layout | " + " | ".join(verdicts) + " |",
         "|---|" + "---|" * len(verdicts),
@@ -180,6 +206,9 @@ def verdicts_of(folder: Path, version: str) -> dict[str, Verdict]:
         root = folder.parent / "runs" / record.stem
         shutil.rmtree(root, ignore_errors=True)
         verdict = judge(record.with_suffix(""), about, root)
+        stored = judge_in_store(record.with_suffix(""), about)
+        if stored.wrong or stored.word != verdict.word:
+            verdict = replace(verdict, wrong=verdict.wrong or f"in a bucket: {stored.wrong or stored.word}")
         found[about["layout"]] = verdict
         print(f"{version} {about['layout']}: {verdict.wrong or verdict.word} {verdict.why}".rstrip(), flush=True)
     return found

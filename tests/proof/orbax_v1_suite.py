@@ -13,7 +13,6 @@ _V1 = "checkpoint/orbax/checkpoint/experimental/v1/_src"
 _INSIDE = "replaces insides of Orbax's own saving, or asks for its temporary directory"
 _PRIVATE = "asks for the private `_manager`"
 _OVER_TIME = "replaces `datetime.datetime` in the process, by which Orbax dates steps"
-_NEWEST = "the newest step always stays, whatever its metrics: a job comes back to it"
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ FILES = (
             "test_context_constructor_override": "asks for Orbax's files without OCDBT",
         },
         {
-            "test_preservation_metrics": _NEWEST,
-            "test_reload": "`checkpoints` is read from the journal, and a step's directory is a view of it",
+            "test_preservation_metrics3": "a run is never emptied: without one that the policy keeps, the newest stays",
+            "test_reload": "a step's directory is a view: without it, the step is still there",
         },
     ),
     File(

@@ -35,6 +35,13 @@ def test_a_directory_is_adopted_and_leaf_identical_or_rejected_and_unchanged(
     assert (verdict.word, verdict.wrong) == (expected, ""), verdict.why
 
 
+@pytest.mark.parametrize("layout", ["JSON alone", "JaxRandomKeySave, typed", "an item of an own handler"])
+def test_a_directory_in_a_bucket_has_the_same_outcome(tmp_path: Path, layout: str) -> None:
+    about = adopt_writer.LAYOUTS[layout](tmp_path / "theirs")
+    verdict = adopt_matrix.judge_in_store(tmp_path / "theirs", about)
+    assert (verdict.word, verdict.wrong) == (EXPECTED[layout], ""), verdict.why
+
+
 def test_another_value_than_was_saved_is_noticed(tmp_path: Path) -> None:
     about = adopt_writer.LAYOUTS["items: Standard, PyTree, JSON"](tmp_path / "theirs")
     about["steps"]["20"]["trees"]["ema"]["w"] = adopt_writer.digest(1)

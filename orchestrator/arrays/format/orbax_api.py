@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -22,6 +23,18 @@ def public(name: str) -> Any:
 def path(directory: str) -> Any:
     """`CheckpointManager.directory` is an epath in Orbax; loops join names to it."""
     return epath.Path(directory)
+
+
+def value_metadata(name: str, value: Any) -> Any:
+    """Orbax's description of a number or a text."""
+    if isinstance(value, str):
+        return ocp.metadata.StringMetadata(name=name, directory=None)
+    return ocp.metadata.ScalarMetadata(name=name, directory=None, dtype=np.asarray(value).dtype)
+
+
+def key_name(key: Any) -> Any:
+    """What a key of a path is called: a dict's key, a position, a field's name."""
+    return next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), key)
 
 
 def step_exists(message: str) -> Exception:

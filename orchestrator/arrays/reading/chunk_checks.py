@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -96,9 +97,10 @@ class ChunkChecks:
         names = [request.leaf.name for request in group.requests]
         for suffix, destinations in group.layout.reads:
             keys = [name + suffix for name in names]
-            values = [index.get(key, b"") for key in keys]
-            bodies = [value for value in values if isinstance(value, bytes) and len(value) == size]
-            if len(bodies) != len(keys) or any(crc32c.crc32c(body) != _WHOLE for body in bodies):
+            bodies: list[Any] = list(map(index.get, keys))
+            if {*map(type, bodies)} != {bytes} or {*map(len, bodies)} != {size}:
+                return False
+            if {*map(crc32c.crc32c, bodies)} != {_WHOLE}:
                 return False
             rows = np.frombuffer(b"".join(bodies), np.uint8).reshape(len(keys), size)
             stored = rows[:, : -CHECKSUM_BYTES - 1 : -1].tobytes().hex()  # little-endian

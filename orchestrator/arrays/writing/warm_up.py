@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from orchestrator.arrays import page_locked
 from orchestrator.arrays.jax_context import in_own_context
-from orchestrator.arrays.memory_kinds import PINNED_HOST
+from orchestrator.arrays.memory_kinds import PINNED_HOST, on_host
 from orchestrator.arrays.writing.copy_programs import PROGRAMS, Call, Layout, layout_of
 from orchestrator.arrays.writing.write_plan import shards_expected
 from orchestrator.storage import overlap
@@ -48,6 +48,8 @@ class WarmUp:
         """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings. A target that cannot be
         restored, or that only the mesh that is set completes, is left to whoever restores it."""
         try:
+            if not any(map(_off_host, jax.tree_util.tree_leaves(like))):  # at once, of thousands of leaves
+                return
             layout = layout_of(shards_expected(like, tiled=self._tiled))
         except Exception as error:  # an abstract mesh, a sharding that does not divide the shape, an odd dtype
             logging.debug("nothing is made ready for saves: %s", error)
@@ -81,6 +83,11 @@ class WarmUp:
         size = sum(layout.sizes.values())
         size += min(_BITS * largest, int(size * _SLACK_SHARE))
         page_lock(layout.shards[0].device, size if self._most_bytes is None else min(size, self._most_bytes))
+
+
+def _off_host(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, jax.sharding.Sharding) and not on_host(sharding)
 
 
 def _try(program: Any, call: Call) -> None:

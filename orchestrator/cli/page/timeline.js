@@ -3,7 +3,7 @@ const saves = R.saves.filter(s => s.parts.length), processes = [...new Set(saves
 const longest = peak(saves.map(duration), 0.001);
 const starts0 = [...R.spans.map(s => s[1]), ...R.epochs.map(e => e.opened), ...saves.slice(0, 1).map(s => s.began)];
 const first = starts0.length ? starts0.reduce((a, b) => Math.min(a, b)) : 0;
-const final = peak([...R.spans.map(s => s[2]), ...saves.map(s => s.began + duration(s))], first + 1);
+const final = peak([...R.spans.map(s => s[2]), ...saves.map(s => s.began + duration(s))], first + 0.01);
 let view = [first, final], rows = processes.slice(0, 32), top0 = 0;
 const LABEL = 96, BAND = 24;  // above the hosts: where the time went, and what happened
 const TALLEST = 8000; let ROW = 22;  // thousands of hosts have thinner rows: a canvas has a largest size
@@ -42,7 +42,8 @@ function draw() { ROW = Math.max(3, Math.min(22, Math.floor(TALLEST / Math.max(1
 function axis(c, width, height, x) { const span = view[1] - view[0], steps = [0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800];
   const step = steps.find(s => span / s < width / 110) || 604800 * 4; c.fillStyle = css("--soft"); c.strokeStyle = css("--line"); c.textAlign = "center"; c.textBaseline = "alphabetic"; c.lineWidth = 1;
   c.fillText(R.zone, LABEL / 2, height - 6);
-  const off = R.utc_offset_s; for (let t = Math.ceil((view[0] + off) / step) * step - off; t <= view[1]; t += step) { const at = x(t); if (at < LABEL + 20 || at > width - 30) continue;
+  // Fractions of a second are counted from the left edge.
+  const off = step < 1 ? -view[0] : R.utc_offset_s; for (let t = Math.ceil((view[0] + off) / step) * step - off; t <= view[1]; t += step) { const at = x(t); if (at < LABEL + 20 || at > width - 30) continue;
     c.beginPath(); c.moveTo(at, 0); c.lineTo(at, height - 18); c.stroke();
     const text = step < 1 ? "+" + secs(t - view[0]) : step < 86400 ? clock(t).slice(11) : clock(t).slice(0, 10); c.fillText(text, at, height - 6); } }
 function strip() { const [c, width, height] = prepare($("strip"), 34), x = t => (t - first) / (final - first || 1) * width; let seen = -1;

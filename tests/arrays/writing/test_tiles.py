@@ -16,6 +16,7 @@ import orchestrator as oc
 from orchestrator.arrays.reading import buffers, local_source
 from orchestrator.arrays.reading.chunk_source import chunk_reads
 from orchestrator.arrays.reading.host_memory import Arena
+from orchestrator.arrays.tree import flatten
 from orchestrator.rules import chunk_index, zarr_chunks
 from orchestrator.rules.records import Box
 from tests.support.leaf_values import every_pattern, same
@@ -150,3 +151,11 @@ def test_elements_of_every_width_come_back_bit_for_bit(root: Path, more: dict[st
 def test_an_unknown_way_to_cut_is_rejected() -> None:
     with pytest.raises(oc.UsageError, match="chunks"):
         oc.Options(chunks="columns")  # type: ignore[arg-type]
+
+
+def test_a_state_cut_the_other_way_is_another_form() -> None:
+    state = {"matrix": jax.device_put(values()["matrix"], over(ROWS))}
+    rows, tiled, again = flatten(state), flatten(state, tiled=True), flatten(state)
+    assert again.form is rows.form is not tiled.form
+    assert [flat.spec.leaves[0].chunk for flat in (rows, tiled, again)] == [(512, 1024), (512, 256), (512, 1024)]
+    assert rows.spec.fingerprint() == tiled.spec.fingerprint(), "the same tree of a run"
