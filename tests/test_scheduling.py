@@ -14,7 +14,7 @@ import pytest
 from tests.support.scheduling import LIMIT_NAME, LONGEST
 
 REPO = Path(__file__).parents[1]
-PYTEST = "-q -rA -p tests.support.scheduling -p no:cacheprovider --import-mode=importlib -n 2 --dist=loadfile"
+PYTEST = "-q -rA -p tests.support.scheduling -p no:cacheprovider --import-mode=importlib --dist=loadfile"
 DYING = {
     "test_first.py": "test_a = lambda: os.kill(os.getpid(), 9)\ntest_b = lambda: None",
     "test_hung.py": """
@@ -39,7 +39,7 @@ def _pytest(folder: Path, files: dict[str, str], *words: str, **environ: str) ->
 
 def test_each_worker_that_dies_costs_its_test_and_no_other(tmp_path: Path) -> None:
     limits = ("-o", "faulthandler_timeout=5", "-o", "faulthandler_exit_on_timeout=true")
-    code, text = _pytest(tmp_path, DYING, *limits)
+    code, text = _pytest(tmp_path, DYING, "-n2", *limits)
     ended = {outcome: set(re.findall(rf"^{outcome} (\S+)", text, re.M)) for outcome in ("PASSED", "FAILED")}
     dead = {"test_first.py::test_a", "test_hung.py::test_b", "test_last.py::test_b", "test_only.py::test_a"}
     everything = {f"{file}::{test}" for file, body in DYING.items() for test in re.findall(r"test_\w(?= =)", body)}
@@ -47,9 +47,14 @@ def test_each_worker_that_dies_costs_its_test_and_no_other(tmp_path: Path) -> No
     assert "Timeout (0:00:05)!" in text and "test_hung.py" in text  # where it hung
 
 
+def test_the_one_test_that_a_dead_worker_had_left_is_run_by_the_next(tmp_path: Path) -> None:
+    code, text = _pytest(tmp_path, {"test_first.py": DYING["test_first.py"]}, "-n1")
+    assert code == 1 and "1 failed, 1 passed" in text, text
+
+
 def test_a_run_that_does_not_end_is_ended_with_a_word_on_who_runs_what(tmp_path: Path) -> None:
     files = {"test_hung.py": DYING["test_hung.py"], "test_good.py": "test_a = lambda: None"}
-    code, text = _pytest(tmp_path, files, **{LIMIT_NAME: "15"})
+    code, text = _pytest(tmp_path, files, "-n2", **{LIMIT_NAME: "15"})
     assert code == 1 and f"have not ended in 15 s ({LIMIT_NAME})" in text, text
     assert re.search(r"gw\d \(process \d+\): test_hung.py::test_b", text)
     assert "Fatal Python error: Aborted" in text
