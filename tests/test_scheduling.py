@@ -48,8 +48,9 @@ def test_each_worker_that_dies_costs_its_test_and_no_other(tmp_path: Path) -> No
 
 
 def test_the_one_test_that_a_dead_worker_had_left_is_run_by_the_next(tmp_path: Path) -> None:
-    code, text = _pytest(tmp_path, {"test_first.py": DYING["test_first.py"]}, "-n1")
-    assert code == 1 and "1 failed, 1 passed" in text, text
+    """And the files after it: a worker runs nothing until it knows what comes next."""
+    code, text = _pytest(tmp_path, {name: DYING[name] for name in ("test_first.py", "test_whole.py")}, "-n1")
+    assert code == 1 and "1 failed, 3 passed" in text, text
 
 
 def test_a_run_that_does_not_end_is_ended_with_a_word_on_who_runs_what(tmp_path: Path) -> None:
