@@ -98,7 +98,9 @@ def _array_form(
 
 
 def _sharding_text(sharding: jax.sharding.Sharding) -> str:
-    return str(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else type(sharding).__name__
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return type(sharding).__name__
+    return "P" + str(sharding.spec).removeprefix("PartitionSpec").removeprefix("P")  # JAX before 0.9 spells it out
 
 
 def _chunk(

@@ -23,6 +23,7 @@ from orchestrator.rules import contract as rules
 from orchestrator.rules.contract import Contract, DetectedContract, Detection, JobContract
 
 INITIALIZATION_TIMEOUT_S = 300  # pods and nodes of one job come up minutes apart
+JAX_TAKES_A_PORT = jax.__version_info__ >= (0, 8, 1)  # before, JAX_COORDINATOR_PORT is nothing to it
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,12 @@ def _bind_address(coordinator: str, known_address: str | None, environ: Mapping[
 def _detected_bind_address(contract: DetectedContract, environ: MutableMapping[str, str]) -> str | None:
     """As `_bind_address`, of a job that JAX finds by itself: where its first process knows its own name. The port is
     JAX's choice, made here so that both know it."""
+    asked: MutableMapping[str, str] = environ if JAX_TAKES_A_PORT else {}
     if contract.detection is Detection.SLURM:
-        port = environ.setdefault(listening.PORT, listening.slurm_port(environ["SLURM_JOB_ID"]))
+        port = asked.setdefault(listening.PORT, listening.slurm_port(environ["SLURM_JOB_ID"]))
         host = environ.get("SLURMD_NODENAME") if environ["SLURM_PROCID"] == "0" else None
     elif contract.detection is Detection.GKE_TPU:
-        port = environ.setdefault(listening.PORT, str(rules.COORDINATOR_PORT))
+        port = asked.setdefault(listening.PORT, str(rules.COORDINATOR_PORT))
         host = listening.gke_slice_host(environ)
     else:
         return None

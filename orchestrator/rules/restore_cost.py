@@ -26,10 +26,11 @@ from orchestrator.rules.validate import SHARDING_CHARS_MAX
 # benchmarks/forecast.py.
 FILES_BYTES = 8 << 20
 STORE_BYTES = 160 << 20
-# A partition spec as JAX writes it: P('data', None, ('a', 'b')). Never as Python: it comes from storage.
+# A partition spec as JAX writes it: P('data', None, ('a', 'b')), and before 0.9 PartitionSpec(...). Never as Python: it
+# comes from storage.
 _AXIS = re.compile(r"'[^']*'|\"[^\"]*\"")
 _DIMENSION = re.compile(rf"None|{_AXIS.pattern}|\((?:(?:{_AXIS.pattern})(?:, ?)?)*\)")
-_PARTITION = re.compile(rf"P\((?:(?:{_DIMENSION.pattern})(?:, ?)?)*\)")
+_PARTITION = re.compile(rf"P(?:artitionSpec)?\((?:(?:{_DIMENSION.pattern})(?:, ?)?)*\)")
 _UNITS = {"": 1, "B": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -158,7 +159,8 @@ def partition(leaf: LeafSpec) -> tuple[tuple[str, ...], ...] | None:
     """The mesh axes that split each dimension, of a leaf saved with a partition spec; None for any other."""
     if len(leaf.sharding) > SHARDING_CHARS_MAX or not _PARTITION.fullmatch(leaf.sharding):
         return None
-    split = tuple(tuple(text[1:-1] for text in _AXIS.findall(part)) for part in _DIMENSION.findall(leaf.sharding[2:-1]))
+    dimensions = _DIMENSION.findall(leaf.sharding.partition("(")[2][:-1])
+    split = tuple(tuple(text[1:-1] for text in _AXIS.findall(part)) for part in dimensions)
     return split if len(split) <= len(leaf.shape) else None
 
 

@@ -320,7 +320,8 @@ def _connection_failure(error: aiohttp.ClientError | OSError) -> tuple[str, bool
     if isinstance(error, _Interrupted):
         return line(str(error)), False
     if isinstance(error, aiohttp.ClientConnectorError):
-        cause = error.os_error
+        # aiohttp 3.12's error of a certificate has no `os_error`.
+        cause = getattr(error, "certificate_error", None) or error.os_error
         if isinstance(cause, socket.gaierror):
             absent = is_absent(cause)
             text = "the name does not exist" if absent else "the name cannot be resolved yet"

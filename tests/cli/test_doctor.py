@@ -211,7 +211,8 @@ def test_a_root_of_another_user_is_named_with_its_owner(root: Path) -> None:
     fill(root, 0)
     os.chmod(root.parent, 0o755)
     program = (
-        "import os, subprocess, sys; sys.path.insert(0, sys.argv[2]); import packaging.requirements\n"
+        "import os, subprocess, sys; sys.path.insert(0, sys.argv[2])\n"
+        "import email.parser, packaging.requirements  # what is imported late, the other user may not read\n"
         "from orchestrator.cli.main import main\n"
         "os.setuid(12345); sys.exit(main(['orchestrator', 'doctor', sys.argv[1]]))"
     )

@@ -125,6 +125,8 @@ def test_every_process_needs_the_boxes_that_jax_gives_its_devices(axes: dict[str
         ("P()", ()),
         ("P('data',)", (("data",),)),
         ("P('data', None)", (("data",), ())),
+        ("PartitionSpec('data', None)", (("data",), ())),
+        ("Partition('data', None)", None),
         ("P(None, ('data', 'model'))", ((), ("data", "model"))),
         ("P(('data',), 'model')", (("data",), ("model",))),
         ("P('data', \"it's\")", (("data",), ("it's",))),
