@@ -57,7 +57,7 @@ test-slurm: setup ## a real Slurm of four nodes: preempt, lose and drain nodes; 
 test-image: setup ## build the image here and run the demo in it; writes docs/containers.md's figures (needs root, Debian)
 	@{ command -v podman && command -v buildah && command -v debootstrap && command -v docker-compose; } >/dev/null || \
 	  { apt-get update -q && apt-get install -qy --no-install-recommends podman buildah debootstrap docker-compose; }
-	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest tests/launch/test_image.py tests/launch/test_compose.py
+	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest -o faulthandler_timeout=1560 tests/launch/test_image.py tests/launch/test_compose.py
 
 test-versions: setup ## the package beside older and newer JAX, Orbax and Pythons; into docs/versions.md (ROWS=, ONLY=; a row: 6 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9

@@ -14,7 +14,7 @@ from orchestrator.storage.port import Storage
 from orchestrator.storage.store_path import AnyPath
 
 FILE = "metadata/_ROOT_METADATA"
-_LEGACY = "metadata/metadata"  # of Orbax before 0.11
+_LEGACY = "metadata/metadata"  # of Orbax before 0.10
 
 
 def checked(metadata: Any) -> dict[str, Json]:

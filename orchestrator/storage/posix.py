@@ -138,7 +138,6 @@ class PosixStorage:
                     with open(
                         self.root.open_in(temporaries, temporary, f"{TEMPORARY}/{temporary}", flags), "wb"
                     ) as copy:
-                        failpoints.hit("storage.copy")
                         for piece in _pieces(source) if pieces is None else pieces:
                             copy.write(piece)
                             on_bytes(len(piece))

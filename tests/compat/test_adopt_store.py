@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -205,3 +206,11 @@ def test_an_object_of_many_pieces_arrives_whole_or_not_at_all(tmp_path: Path, mo
     assert len(first) == 1000
     with pytest.raises(oc.StorageError, match="arrived with crc32c"):
         list(reading)
+
+
+def test_a_copy_for_which_there_is_no_room_is_not_begun(
+    theirs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    assert adopt(tmp_path / "run", f"--from={theirs}") == 1
+    assert "10 are free; nothing was" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from orchestrator import compat
 from orchestrator.cli.main import main
@@ -63,6 +64,15 @@ def restored(item: Any) -> Any:
     return ARGS.ArrayRestore() if isinstance(item, jax.Array) else ARGS.PyTreeRestore()
 
 
+def arrays_in(directory: Path) -> tuple[int, int]:
+    """How many are in an item's store, and how many have a sharding there."""
+    if not (directory / "manifest.ocdbt").exists():
+        return 0, 0
+    store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}).result()
+    keys = store.list().result()
+    return sum(key.endswith(b"/zarr.json") for key in keys), len(json.loads((directory / "_sharding").read_text()))
+
+
 def assert_same(found: Any, wanted: Any) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -87,3 +97,5 @@ def test_plain_orbax_finds_each_item_whole_and_nothing_of_anothers(case: str, ro
             about = json.loads((directory / "1" / name / "_METADATA").read_text())
             leaves = jax.tree.leaves(item, is_leaf=lambda leaf: leaf is None)
             assert len(about["tree_metadata"]) == len(leaves)
+            stored = sum(isinstance(leaf, jax.Array) for leaf in leaves)
+            assert arrays_in(directory / "1" / name) == (stored, stored)

@@ -20,6 +20,7 @@ def test_own_handlers_step_directories_and_continuous_saves_are_those_of_all_pro
     assert (first.pop("loader"), second.pop("loader")) == (["0 at 50", "of all"], ["1 at 50", "of all"])
     assert first == second, "processes agree on each save"
     assert first["whole"] and first["again"]
+    assert first["best"] == [[0, 0], [0, 0], [2, 2], [2, 2], [None]], "the newest goes, and the only one by name"
 
     saved = first["continuous"]
     assert saved[0] == 0 and len(saved) >= 5, "a save begins once the last one has ended"

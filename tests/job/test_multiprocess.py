@@ -125,7 +125,7 @@ class Listener(threading.Thread):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(600)
 def test_kill_9_at_random_moments_never_loses_a_committed_step(tmp_path: Path) -> None:
     """8 rounds, each of which costs the start of two processes; `make chaos` plays many more."""
     random_source = random.Random(20261124)

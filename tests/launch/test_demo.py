@@ -17,11 +17,11 @@ REPO = Path(__file__).parents[2]
 
 def demo(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch.demo", *flags]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=570, check=False)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("storage", ["local", "gcs"])
 def test_the_demo_shows_a_kill_and_a_resume_on_another_mesh_bit_for_bit(tmp_path: Path, storage: str) -> None:
     done = demo(f"--root={tmp_path / 'demo'}", "--steps=40", f"--storage={storage}")

@@ -32,7 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     file = tmp_path_factory.mktemp("fuzz") / "outcomes.jsonl"
     command = [sys.executable, "-m", "tests.proof.fuzz", f"--mutations={MUTATIONS}", "--seed=1", f"--outcomes={file}"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert file.exists(), done.stdout + done.stderr
     found = [Outcome(**json.loads(line)) for line in file.read_text().splitlines()]
     assert (done.returncode == 0) == all(one.good for one in found)

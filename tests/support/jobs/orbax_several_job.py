@@ -8,6 +8,7 @@ Prints one JSON object a line.
 # ruff: noqa: E402  (JAX is configured from the arguments, so it is imported after them)
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,4 +102,16 @@ with ocp.CheckpointManager(root / "run", options=options) as manager:  # the job
     told["again"] = manager.latest_step() == told["steps"][-1] and save(manager, 60, force=True)
     manager.wait_until_finished()
     told["end"] = views(Path(manager.directory))
+
+best = ocp.CheckpointManagerOptions(max_to_keep=1, best_fn=lambda metrics: metrics["loss"], best_mode="min")
+told["best"] = []
+with ocp.CheckpointManager(root / "best", options=best) as manager:
+    for step, loss in enumerate([2.0, 3.0, 1.0, 4.0]):
+        manager.save(step, args=ocp.args.StandardSave(state(step)), metrics={"loss": loss})
+        manager.wait_until_finished()
+        told["best"].append([manager.latest_step(), *manager.all_steps()])
+    time.sleep(index)  # one that is behind must find the step that all are about to delete
+    if 2 in manager.all_steps():
+        manager.delete(2)
+    told["best"].append([manager.latest_step(), *manager.all_steps()])
 print(json.dumps({"event": "done", **told}), flush=True)
