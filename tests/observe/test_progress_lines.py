@@ -135,12 +135,14 @@ def test_process_0_tells_it_as_the_option_says_and_by_itself_on_a_terminal_only(
 
 @pytest.fixture
 def verbose() -> Iterator[python_logging.Logger]:
-    """Absl at INFO."""
-    logger = logging.get_absl_logger()
+    """Absl at INFO, and no handler that a library has added on its way (`logging.warning` adds one to the root)."""
+    logger, top = logging.get_absl_logger(), python_logging.getLogger()
     assert logger is not None
-    before = logging.get_verbosity()
+    before, handlers = logging.get_verbosity(), (logger.handlers, top.handlers)
     logging.set_verbosity(logging.INFO)
+    logger.handlers, top.handlers = [], []
     yield logger
+    logger.handlers, top.handlers = handlers
     logging.set_verbosity(before)
 
 
