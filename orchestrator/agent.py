@@ -211,7 +211,7 @@ class Agent:
         SaveFailed of an earlier save with on_save_failure="raise". The first save opens the epoch: whatever keeps this
         job from that (StorageError without the right to write, JournalLost) is raised, whatever on_save_failure says.
         """
-        with self._lifetime.used_by_one("save"):
+        with self._lifetime.used_by_one("save"), self._holding.beside(step):
             self._saves.note_outcome(raise_now=True)
             if not (self.should_save(step) or force):
                 return False

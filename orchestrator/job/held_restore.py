@@ -67,8 +67,9 @@ def find(tier: MemoryTier, store: JournalStore, rendezvous: Rendezvous, timeout_
     ]
     offers = gather(rendezvous, tier_rounds.OFFERS, tuple(mine), timeout_s)
     chosen = held.candidates(standing, [[_offer(one) for one in each if not one.fault] for each in offers])
+    best = held.rank(chosen[0].id) if chosen else (-1, -1, -1)
     for attempt, reason in _faults(offers, rendezvous.hosts).items():
-        if standing.admits(attempt) and attempt not in {one.id for one in chosen}:
+        if standing.admits(attempt) and held.rank(attempt) > best:  # nobody would have asked for the others
             emit(HeldStepDropped(*attempt, reason))
     return HeldChoice(tuple(steps.step(offer) for offer in chosen), journalled.tree)
 

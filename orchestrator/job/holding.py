@@ -10,7 +10,8 @@ nothing is held, and that is said. Main thread, but for `_hear`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -185,6 +186,18 @@ class Holding:
             self._hear(SaveNotCommitted(step, "", f"{type(error).__name__}: {error}", Cause.FAILED))
             return False
 
+    @contextlib.contextmanager
+    def beside(self, step: int) -> Iterator[None]:
+        """Within it `step` is saved, held, or both. Should that raise, the other processes, which may be about to hold
+        it, are told that this one does not."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):
+                if self._saves is not None and self.due(step):
+                    self._saves.skip(step, "this process takes no part in it, as its call of save has failed")
+            raise
+
     def _admit(self, need: int) -> None:
         assert self._own is not None and self._deletion is not None and self._tier is not None
         self._deletion.wait(GRACE_S)  # it is freeing memory
@@ -208,6 +221,7 @@ class Holding:
             else:
                 held_now = {live.id for live in self._of_all.require_head().live}
                 free_left_over(self._own.path, self._rendezvous.count, held_now)
+            self._deletion.wait(GRACE_S)  # it reads the log, which is about to be cut
             self._own.forget_older_entries()
             self._deletion.start(self._epoch)
         except OrchestratorError as error:

@@ -107,17 +107,15 @@ class OwnTier:
 
 def free_left_over(own: str, count: int, live: Collection[AttemptId]) -> None:
     """Of processes that the job has no more of, on this machine: free what is not among the `live`. Never raises."""
-    for path in tier_directory.beside(own):
-        if tier_directory.process_of(path) < count:
-            continue
-        try:
+    try:
+        for path in [path for path in tier_directory.beside(own) if tier_directory.process_of(path) >= count]:
             tier_directory.check_path(path)
             storage = PosixStorage(path)
             gone = survey.attempts(storage).keys() - live
             for entry in [entry for attempt in gone for entry in storage.list(attempt.prefix)]:
                 storage.delete(entry.key)
-        except OrchestratorError as error:
-            logging.warning("%s: what an earlier start has left there stays for now: %s", path, error)
+    except OrchestratorError as error:
+        logging.warning("beside %s: what an earlier start has left there stays for now: %s", own, error)
 
 
 class HeldSteps:

@@ -242,9 +242,33 @@ def test_a_held_step_is_due_as_a_save_is_and_wrong_arguments_are_the_users(root:
         assert [step for step in range(1, 11) if running.should_save(step)] == [2, 4, 6, 8, 10]
         with pytest.raises(UsageError, match="metrics"):
             running.save(2, state(2), metrics={"loss": "low"})  # type: ignore[dict-item]
+        told = [event for event in seen if event.step == 2]  # as the other processes are, who would wait
+        assert told and all("UsageError" in event.reason or "takes no part" in event.reason for event in told)
         assert not running.save(3, state(3)) and running.save(4, state(4))
         running._holding.settle()
         assert running.all_steps() == [] and [event.step for event in seen if isinstance(event, events.StepHeld)] == [4]
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": True}, {"attest": "full"}, {"host_bytes_max": 1000}, {"chunks": "tiles"}]
+)
+def test_however_a_job_saves_it_holds_and_comes_back(options: dict[str, Any], root: Path, seen: list[Any]) -> None:
+    (root.parent / "tier").mkdir()
+
+    def start() -> oc.Agent:
+        tiers = [oc.memory(every=1, directory=root.parent / "tier")]
+        return oc.Agent(root, save=oc.every(10), tiers=tiers, options=oc.Options(**options))
+
+    running = start()
+    running.restore(LIKE)
+    train(running, 0, 1, 2)
+    crash(running)
+    running = start()
+    restored = running.restore(LIKE)
+    crash(running)
+    assert restored and restored.step == 2 and set(restored.sources) == {"memory"}
+    assert jnp.array_equal(restored.state["w"], state(2)["w"])
+    assert {type(event) for event in seen} == {events.StepHeld}
 
 
 def test_a_reader_takes_a_held_step_if_it_is_told_where(crashed: Path, seen: list[Any]) -> None:
