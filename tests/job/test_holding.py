@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import orchestrator as oc
-from orchestrator import environment
+from orchestrator import environment, failpoints
 from orchestrator.errors import StepNotFound, UsageError
 from orchestrator.observe import events
 from orchestrator.rules import journal
@@ -209,6 +210,37 @@ def test_training_never_waits_for_memory_and_a_failure_there_is_no_failed_save(
         ]
         assert "step 2 is not held yet" in seen[0].reason and running.failures == 0
     assert held_steps(root) == [2, 8]
+
+
+PLACES = (
+    *("save.stage", "save.write", "save.seal", "intent.before", "intent.after", "receipt.write", "receipt.after"),
+    *("finalize.before", "finalize.merged", "manifest.before", "manifest.after", "commit.before", "commit.after"),
+)
+
+
+def test_wherever_a_held_step_fails_the_next_one_is_held_and_a_whole_one_comes_back(
+    root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = dict(enumerate(PLACES, 1))
+    rules = [f"{place}=error@step={2 * step}" for step, place in faults.items()]
+    monkeypatch.setenv(environment.FAILPOINTS, ";".join(rules))
+    running = agent(root, every=1, save=1000)
+    running.restore(LIKE)
+    for step in faults:
+        train(running, 2 * step, 2 * step + 1)
+        last = seen[-1]
+        assert isinstance(last, events.StepHeld) and last.step == 2 * step + 1, faults[step]
+        assert isinstance(seen[-2], events.StepNotHeld) and seen[-2].step == 2 * step, faults[step]
+    assert running.failures == 0
+    train(running, 50)
+    monkeypatch.setenv(environment.FAILPOINTS, "commit.after=error@step=51")
+    failpoints.configure(os.environ, 0)
+    train(running, 51)  # in the log, though this process does not know it: it has freed what it wrote
+    crash(running)
+    monkeypatch.delenv(environment.FAILPOINTS)
+    assert came_back(root) == (50, {"memory"})
+    dropped = seen[-1]
+    assert isinstance(dropped, events.HeldStepDropped) and dropped.step == 51 and "is missing" in dropped.reason
 
 
 def test_a_tier_that_is_gone_costs_held_steps_and_nothing_else(root: Path, seen: list[Any]) -> None:

@@ -1,0 +1,114 @@
+"""Coming back from memory with a process that finds something else: all take one step, the newest that all can have."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestrator as oc
+from orchestrator.job.restore import RestoreOptions, restore_together
+from orchestrator.observe import events
+from orchestrator.rules.tiers import MemoryTier
+from tests.support.peers import OfTwo, same
+from tests.support.runs import LIKE, kinds, store_of
+from tests.support.snapshots import snapshot
+from tests.support.tiers import crashed_at_14
+
+OPTIONS = RestoreOptions(timeout_s=1.0)
+Theirs = Callable[[str, Any], Any]
+
+
+@pytest.fixture
+def crashed(root: Path) -> Path:
+    return crashed_at_14(root)
+
+
+@pytest.fixture
+def dropped() -> Iterator[list[events.HeldStepDropped]]:
+    found: list[events.HeldStepDropped] = []
+    stop = events.subscribe(lambda event: found.append(event) if isinstance(event, events.HeldStepDropped) else None)
+    yield found
+    stop()
+
+
+def tier_of(root: Path) -> MemoryTier:
+    return oc.memory(directory=root.parent / "tier")
+
+
+def lacks(*steps: int) -> Theirs:
+    """Process 1 cannot have all of these held steps."""
+
+    def theirs(name: str, value: Any) -> Any:
+        if name != "restore: held steps":
+            return value
+        return [{**one, "fault": "disk gone"} if one["step"] in steps else one for one in value]
+
+    return theirs
+
+
+def has_never_heard_of(step: int) -> Theirs:
+    def theirs(name: str, value: Any) -> Any:
+        return [one for one in value if one["step"] != step] if name == "restore: held steps" else value
+
+    return theirs
+
+
+def reports(round_: str, kind: str) -> Theirs:
+    claim = {"type": "failure", "kind": kind, "text": "w is wrong"}
+    return lambda name, value: claim if name == round_ else value
+
+
+@pytest.mark.parametrize(
+    ("theirs", "step", "source", "reason"),
+    [
+        (same, 14, "memory", None),
+        (lacks(14), 12, "memory", "process 1 (host-1): disk gone"),
+        (lacks(12), 14, "memory", None),  # nobody asks for it
+        (lacks(12, 14), 10, "store", "process 1 (host-1): disk gone"),
+        (has_never_heard_of(14), 12, "memory", "process 1 (host-1): no tier that it can reach holds it"),
+        (reports("restore: step 14 fits", "Damaged"), 12, "memory", "process 1 (host-1): w is wrong"),
+        (reports("restore: step 14", "Damaged"), 12, "memory", "process 1 (host-1): w is wrong"),
+        (reports("restore: step 14", "Unavailable"), 12, "memory", "process 1 (host-1): w is wrong"),
+    ],
+)
+def test_all_processes_take_the_newest_step_that_all_can_have(
+    theirs: Theirs, step: int, source: str, reason: str | None, crashed: Path, dropped: list[events.HeldStepDropped]
+) -> None:
+    before = kinds(crashed)
+    job = OfTwo(theirs)
+    restored = restore_together(store_of(crashed), job, LIKE, OPTIONS, None, tier_of(crashed))
+    assert restored and (restored.step, set(restored.sources)) == (step, {source})
+    assert {event.reason for event in dropped} == ({reason} if reason else set())
+    assert kinds(crashed) == before + (["restored"] if source == "store" else [])  # nothing else is journalled
+
+
+def test_a_target_that_does_not_fit_on_another_host_is_raised_on_all(crashed: Path) -> None:
+    before = snapshot(crashed)
+    with pytest.raises(oc.OrchestratorError, match="process 1: Mismatch: w is wrong"):
+        job = OfTwo(reports("restore: step 14 fits", "Mismatch"))
+        restore_together(store_of(crashed), job, LIKE, OPTIONS, None, tier_of(crashed))
+    assert snapshot(crashed) == before
+
+
+def test_where_a_process_cannot_reach_anothers_tier_nothing_is_held_and_that_is_said(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root.parent / "tier").mkdir()
+
+    def elsewhere(name: str, value: Any) -> Any:
+        if name != "memory tier: open":
+            return value
+        return {**value, "path": value["path"].replace("process-00000", "process-00001")}
+
+    with caplog.at_level(logging.WARNING):
+        job = OfTwo(elsewhere)
+        running = oc.Agent(root, tiers=[tier_of(root)], rendezvous=job)
+        assert running.restore(LIKE) is None
+        assert not running._holding.due(0)
+        running.finish()
+    assert "no steps are held in memory, saves to the store go on: process 0 (host-0) cannot reach" in caplog.text
+    assert "process-00001" in caplog.text and "all processes must be on one machine" in caplog.text
