@@ -13,6 +13,7 @@ import orchestrator as oc
 from orchestrator.job.restore import RestoreOptions, restore_together
 from orchestrator.observe import events
 from orchestrator.rules.tiers import MemoryTier
+from orchestrator.run.tier import OwnTier
 from tests.support.peers import OfTwo, same
 from tests.support.runs import LIKE, kinds, store_of
 from tests.support.snapshots import snapshot
@@ -94,15 +95,19 @@ def test_a_target_that_does_not_fit_on_another_host_is_raised_on_all(crashed: Pa
     assert snapshot(crashed) == before
 
 
+@pytest.mark.parametrize(("stale", "reason"), [(False, "ENOENT"), (True, "another one of that name is here")])
 def test_where_a_process_cannot_reach_anothers_tier_nothing_is_held_and_that_is_said(
-    root: Path, caplog: pytest.LogCaptureFixture
+    stale: bool, reason: str, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (root.parent / "tier").mkdir()
 
     def elsewhere(name: str, value: Any) -> Any:
         if name != "memory tier: open":
             return value
-        return {**value, "path": value["path"].replace("process-00000", "process-00001")}
+        path = value["path"].replace("process-00000", "process-00001")
+        if stale:  # process 1 was on this machine once
+            OwnTier(path, "test").open_epoch(1, 0)
+        return {**value, "path": path}
 
     with caplog.at_level(logging.WARNING):
         job = OfTwo(elsewhere)
@@ -111,4 +116,8 @@ def test_where_a_process_cannot_reach_anothers_tier_nothing_is_held_and_that_is_
         assert not running._holding.due(0)
         running.finish()
     assert "no steps are held in memory, saves to the store go on: process 0 (host-0) cannot reach" in caplog.text
-    assert "process-00001" in caplog.text and "all processes must be on one machine" in caplog.text
+    assert (
+        "process-00001" in caplog.text
+        and reason in caplog.text
+        and "all processes must be on one machine" in caplog.text
+    )
