@@ -226,6 +226,7 @@ PURE = (  # what moves nothing and runs nothing
     *("jax.process_index", "jax.process_count", "jax.device_count", "jax.local_devices", "jax.devices"),
     *("jax.core.Tracer", "jnp.issubdtype", "jnp.finfo", "jnp.iinfo", "jnp.integer", "jnp.floating"),
     *("jnp.complexfloating", "_xla.HostBufferSemantics", "jax.__version_info__"),
+    *("jax.monitoring",),
 )
 # Functions that are not `in_own_context` themselves, as only functions that are call them (or programs, when traced).
 CALLED_INSIDE = {

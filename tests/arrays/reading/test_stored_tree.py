@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import crc32c
+import numpy as np
 import pytest
 
 from orchestrator import arrays
@@ -35,7 +36,16 @@ def store(directory: Path, nodes: bytes, root: ocdbt._Summary, height: int = 0) 
 
 def leaf_node(*entries: tuple[bytes, Any]) -> bytes:
     keys, values = zip(*entries, strict=True)
-    return ocdbt._leaf(keys, values)[0]
+    paths = [*{value[0]: None for value in values if isinstance(value, tuple)}]
+    places = [value if isinstance(value, tuple) else ("", 0, len(value)) for value in values]
+    columns = ocdbt.Columns(
+        [path.encode() for path in paths],
+        np.array([paths.index(path) if path else -1 for path, _, _ in places]),
+        np.array([offset for _, offset, _ in places], np.uint64),
+        np.array([size for _, _, size in places]),
+        [value for value in values if isinstance(value, bytes)],
+    )
+    return ocdbt._leaf(keys, columns)
 
 
 def resigned(node: bytes, change: Callable[[bytearray], None]) -> bytes:
