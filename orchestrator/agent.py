@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -107,8 +106,7 @@ class Agent:
             self._store, self._writer, me, signals, coordinator, self.options, committed=self._committed
         )
         self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
-        writer = _array_writer(replace(self.options, host_local="ignore"), me.process)
-        self._holding = Holding(tier, self._store, me, incarnation_id, self._opening, self.options, writer)
+        self._holding = Holding(tier, self._store, me, incarnation_id, self._opening, self.options, _array_writer)
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._lifetime = leaving.Lifetime(self, self._store.url, self._listening.stop, self._telemetry.close)
@@ -203,7 +201,7 @@ class Agent:
         process_state: bytes | None = None,
         force: bool = False,
     ) -> bool:
-        """Save `state` as `step` if due (or `force`); hold it if a tier is due. True if either began in the background.
+        """Save `state` as `step` if it is due (or `force`), hold it if a tier is. True if a save to the store started.
 
         `metrics`: numbers that retention policies see. `extra`: the user's JSON. `process_state`: this process's own
         bytes. When it returns, every array may be donated or overwritten. Waits for the save before it, if any.
@@ -218,7 +216,8 @@ class Agent:
             self._takeover.wait()
             step, given = arguments.step(step), Given(metrics, extra, process_state)
             started = (force or self._schedule.was_due) and self._saves.save(step, state, given)
-            return (not self._schedule.preempted and self._holding.hold(step, state, given)) or started
+            self._holding.hold(step, state, given, preempted=self._schedule.preempted)
+            return started
 
     def restore(
         self, like: Any, *, step: int | None = None, partial: bool = False, cast: bool = False, strict: bool = False

@@ -50,7 +50,8 @@ class Summary:
     """How a run went. Steps are keys; `restored_*` are None if it started from nothing; digests are `state_digest`'s.
 
     losses, batches: of the steps trained here. saved_digests: of the states handed to saves (with --digests).
-    interrupted_saves: saves that did not commit. latest_step: what the next run would restore.
+    restored_from: where arrays were read: `store`, `memory`. interrupted_saves: saves that did not commit. latest_step:
+    the newest in the store.
     """
 
     process_count: int
@@ -59,6 +60,7 @@ class Summary:
     start_step: int = 0
     restored_step: int | None = None
     restored_digest: str | None = None
+    restored_from: list[str] = field(default_factory=list)
     final_step: int | None = None
     losses: dict[int, float] = field(default_factory=dict)
     batches: dict[int, str] = field(default_factory=dict)

@@ -47,6 +47,7 @@ flags.DEFINE_bool("restore", True, "go on from the newest checkpoint; --norestor
 flags.DEFINE_bool("async", True, "write checkpoints while training goes on")
 flags.DEFINE_bool("distributed", True, "join the job a launcher describes; --nodistributed: be a job of one")
 flags.DEFINE_integer("save_every", 20, "steps from one checkpoint to the next", lower_bound=1)
+flags.DEFINE_integer("hold_every", 0, "steps from one that is held in memory to the next; 0: none", lower_bound=0)
 flags.DEFINE_integer("keep_last", 3, "checkpoints that stay", lower_bound=1)
 flags.DEFINE_string("mesh", "data=-1,model=1", "devices along each axis; one -1 stands for the rest")
 flags.DEFINE_integer("seed", 0, "of the first parameters and of the order of the data", lower_bound=0)
@@ -176,6 +177,7 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
         loader.restore(restored.process_states.values())
         summary.restored_step, summary.final_step = restored.step, restored.step
         summary.restored_digest = state_digest(state, mesh)
+        summary.restored_from = sorted(restored.sources)
         progress.report(f"restored step {restored.step}  digest {summary.restored_digest}")
     else:
         state, start = first_state(), 0
@@ -240,6 +242,7 @@ def run() -> int:
         root,
         save=oc.every(FLAGS.save_every),
         keep=oc.last(FLAGS.keep_last),
+        tiers=[oc.memory(every=FLAGS.hold_every)] if FLAGS.hold_every else [],
         options=make_options(job.grace_period_s),
     ) as agent:
         train(agent, mesh, Transformer(sizes), loader, summary)

@@ -11,7 +11,7 @@ nothing is held, and that is said. Main thread, but for `_hear`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,8 +49,8 @@ _TIMEOUT_S = 120.0  # for a step: memory that takes longer is no quick way back
 
 
 class Holding:
-    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: its own, as a save may be in
-    flight in the agent's. Nothing is held before `opened`, nor where that finds a problem."""
+    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process.
+    Nothing is held before `opened`, nor where that finds a problem."""
 
     def __init__(
         self,
@@ -60,11 +60,12 @@ class Holding:
         incarnation_id: str,
         opening: Opening,
         options: Options,
-        writer: ArrayWriter,
+        writer: Callable[[Options, int], ArrayWriter],
     ) -> None:
         self._tier, self._store, self._rendezvous = tier, store, rendezvous
         self._opening, self._options = opening, options
-        self._writer = writer
+        # Its own, as a save may be in flight in the agent's. What hosts have of their own is compared there.
+        self._writer = writer(replace(options, host_local="ignore"), rendezvous.process)
         self._signals = Signals(rendezvous, f"{incarnation_id}-held")
         self._own: OwnTier | None = None
         self._saves: SaveSequence | None = None
@@ -169,22 +170,21 @@ class Holding:
         """The same on all processes. No collective."""
         return self._saves is not None and self._policy.due(step, None)
 
-    def hold(self, step: int, state: Any, given: Given) -> bool:
-        """Begin to hold `step`, if it is due. True if that has begun; not if the one before is not held yet, on any
-        process: training does not wait for memory. Raises UsageError for what no save takes; whatever else fails is an
-        event."""
-        if self._saves is None or not self.due(step):
-            return False
+    def hold(self, step: int, state: Any, given: Given, *, preempted: bool = False) -> None:
+        """Begin to hold `step`, if it is due and hosts are not being preempted: then it is saved. Not if the one before
+        is not held yet, on any process: training does not wait for memory. Raises UsageError for what no save takes;
+        whatever else fails is an event. Whether it has begun is each process's own matter, so it is not told."""
+        if self._saves is None or preempted or not self.due(step):
+            return
         try:
             if (running := self._saves.in_flight) is not None:
                 self._saves.skip(step, f"step {running} is not held yet; a larger `every` leaves more time")
-                return False
-            return self._saves.save(step, state, given)
+            else:
+                self._saves.save(step, state, given)
         except UsageError:
             raise
         except Exception as error:  # the others have been told
             self._hear(SaveNotCommitted(step, "", f"{type(error).__name__}: {error}", Cause.FAILED))
-            return False
 
     @contextlib.contextmanager
     def beside(self, step: int) -> Iterator[None]:
@@ -254,6 +254,7 @@ class Holding:
         except OrchestratorError as error:
             logging.warning("%s: what is held there stays: %s", self._own.path, error)
         self._deletion.wait(GRACE_S)
+        self._writer.close(GRACE_S)
 
     def finish(self) -> None:
         """The program fails or ends: what is held stays, for the next start. What is in flight has little time left."""
@@ -263,6 +264,7 @@ class Holding:
         if self._deletion:
             self._deletion.stop()
             self._deletion.wait(GRACE_S)
+            self._writer.close(GRACE_S)
 
 
 def _options(given: Options) -> Options:

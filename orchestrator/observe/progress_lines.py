@@ -38,6 +38,7 @@ class ProgressLines:
         self._blocked: tuple[int, float] | None = None  # the step being saved, and for how long training stood
         self._in_flight: int | None = None  # whether it will be saved, nobody knows yet
         self._newest: int | None = None  # that counts
+        self._from_store = True  # whether that one is in it; a held step is not
         _speaking.append(self)
 
     def on_event(self, event: events.Event) -> None:
@@ -52,18 +53,19 @@ class ProgressLines:
             case events.RestorePhase():
                 self._end_restoring()
             case events.StepRestored():
-                self._newest = event.step
-                self._say(f"restored step {event.step}: {size(event.read_bytes)} in {event.elapsed_s:.1f} s")
+                self._newest, self._from_store = event.step, event.source == "store"
+                more = "" if self._from_store else f" from {event.source}"
+                self._say(f"restored step {event.step}: {size(event.read_bytes)}{more} in {event.elapsed_s:.1f} s")
             case events.SaveNotCommitted():
                 self._in_flight = None
             case events.SaveCommitted():
-                self._newest, self._in_flight = event.step, None
+                self._newest, self._from_store, self._in_flight = event.step, True, None
                 self._waiting.append(event)
                 if self._said_s is None or self._clock() - self._said_s >= APART_S:
                     self._flush()
             case events.Closed():
                 self._flush()
-                if self._in_flight is None and (line := _not_saved(event, self._newest)):
+                if self._in_flight is None and self._from_store and (line := _not_saved(event, self._newest)):
                     self._say(line)
 
     def _end_restoring(self) -> None:

@@ -198,7 +198,7 @@ def test_training_never_waits_for_memory_and_a_failure_there_is_no_failed_save(
     with agent(root) as running:
         running.restore(LIKE)
         started = time.monotonic()
-        assert running.save(2, state(2)) and not running.save(4, state(4))
+        assert not running.save(2, state(2)) and not running.save(4, state(4))  # neither goes to the store
         assert time.monotonic() - started < 2
         running._holding.settle()
         train(running, 6, 8)
@@ -276,7 +276,7 @@ def test_a_held_step_is_due_as_a_save_is_and_wrong_arguments_are_the_users(root:
             running.save(2, state(2), metrics={"loss": "low"})  # type: ignore[dict-item]
         told = [event for event in seen if event.step == 2]  # as the other processes are, who would wait
         assert told and all("UsageError" in event.reason or "takes no part" in event.reason for event in told)
-        assert not running.save(3, state(3)) and running.save(4, state(4))
+        assert not running.save(3, state(3)) and not running.save(4, state(4)), "no save to the store has started"
         running._holding.settle()
         assert running.all_steps() == [] and [event.step for event in seen if isinstance(event, events.StepHeld)] == [4]
 

@@ -78,6 +78,10 @@ TOLD: dict[str, tuple[list[tuple[float, Event]], list[str]]] = {
         [(0, StepRestored(90, "e0001-a01", 1.0, 1 << 20)), (2, Closed(0, 95))],
         ["restored step 90: 1.0 MiB in 1.0 s", f"steps 91 to 95 are not saved: the newest that is: 90; {HINT}"],
     ),
+    "after a restore from memory: nobody has asked what the store has": (
+        [(0, StepRestored(90, "e0001-a01", 1.0, 1 << 20, 0.5, "memory")), (2, Closed(0, 95))],
+        ["restored step 90: 1.0 MiB from memory in 1.0 s"],
+    ),
     "left by Ctrl-C while one is in flight": ([(0, started(5)), (2, Closed(0, 7))], []),
     "left by Ctrl-C after one that failed, which is a warning": (
         [(0, started(5)), (1, committed(5)), (1, started(6)), (2, failed(6)), (3, Closed(0, 6))],
