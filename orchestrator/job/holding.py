@@ -39,7 +39,7 @@ from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import tier_directory
 from orchestrator.run.deletion import BackgroundDeletion
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.tier import OwnTier, free_left_over
+from orchestrator.run.tier import OwnTier, free_left_over, untold
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.joined import JoinedStorage
 
@@ -155,7 +155,7 @@ class Holding:
             admit=self._admit,
         )
         schedule = SaveSchedule(self._policy, me, options.rendezvous_timeout_s)
-        self._epoch, self._deletion = epoch, BackgroundDeletion(own.log)
+        self._epoch, self._deletion = epoch, BackgroundDeletion(own.log, untold)
         self._saves = SaveSequence(participants, schedule, self._opening, options)
         try:
             if me.process:

@@ -74,6 +74,10 @@ class Metrics:
         self._rejected = counter("credentials_rejected", "Requests that failed because of who this process is")
         self._fenced = counter("fenced", "Saves rejected because a newer epoch has taken over")
         self._down = counter("stepped_down", "Damaged steps that a restore stepped over")
+        self._held = counter("steps_held", "Steps that are held in memory")
+        self._not_held = counter("steps_not_held", "Steps that were due to be held in memory, and are not")
+        self._held_step = gauge("last_held_step", "The step held in memory last, -1 before the first")
+        self._held_step.set(-1)
         self._restore = histogram("restore_seconds", "Whole restores")
         self._read = counter("read_bytes", "Array bytes that restores read")
         self._deleted = counter("deleted_bytes", "Bytes of steps that nobody needs, deleted")
@@ -139,6 +143,11 @@ class Metrics:
                 self._phase = None
                 self._failures.labels(event.cause).inc()
                 self._fenced.inc(event.cause == "fenced")
+            case events.StepHeld():
+                self._held.inc()
+                self._held_step.set(event.step)
+            case events.StepNotHeld():
+                self._not_held.inc()
             case events.StepRestored():
                 self._restore.observe(event.elapsed_s)
                 self._read.inc(event.read_bytes)

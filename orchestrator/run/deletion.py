@@ -18,7 +18,7 @@ from absl import logging
 
 from orchestrator import failpoints
 from orchestrator.errors import Fenced, OrchestratorError, StorageError, UnsafeKey
-from orchestrator.observe.events import AttemptsDeleted, emit
+from orchestrator.observe.events import AttemptsDeleted, Event, emit
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.keys import MANIFEST
@@ -47,12 +47,13 @@ def collect(
     dry_run: bool = False,
     on_file: Callable[[str], None] | None = None,
     orphans: bool = True,
+    tell: Callable[[Event], None] = emit,
 ) -> Collection:
     """Delete what may be deleted and journal it as `collected`. A file that cannot be deleted is counted, not fatal.
 
     `epoch`: collect for this incarnation; if a newer one has taken over, Fenced is raised and nothing deleted.
-    `orphans`: also look through storage for leftovers of older epochs (one listing of all steps). Raises JournalLost if
-    what is there proves that the journal has lost entries.
+    `orphans`: also look through storage for leftovers of older epochs (one listing of all steps). `tell`: is given the
+    event. Raises JournalLost if what is there proves that the journal has lost entries.
     """
     failpoints.hit("collect.before")
     found = store.look()[1] if orphans else {}
@@ -75,7 +76,7 @@ def collect(
         failpoints.hit("collect.deleted")
         store.append(partial(journal.collected, attempts=done))
         failpoints.hit("collect.after")
-        emit(AttemptsDeleted(len(done), result.bytes, len(result.failed)))
+        tell(AttemptsDeleted(len(done), result.bytes, len(result.failed)))
     return result
 
 
@@ -138,10 +139,11 @@ def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[t
 
 
 class BackgroundDeletion:
-    """Deletes in the background, for one incarnation, without anybody waiting for it; once at a time. Any thread."""
+    """Deletes in the background, for one incarnation, without anybody waiting for it; once at a time. Any thread.
+    `tell`: as of `collect`."""
 
-    def __init__(self, store: JournalStore) -> None:
-        self._store = store
+    def __init__(self, store: JournalStore, tell: Callable[[Event], None] = emit) -> None:
+        self._store, self._tell = store, tell
         self._thread: threading.Thread | None = None
         self._swept = self._stopped = False
 
@@ -165,7 +167,7 @@ class BackgroundDeletion:
     def _run(self, epoch: int | None) -> None:
         try:
             # Leftovers of older epochs need a listing of all steps: once per incarnation is enough.
-            result = collect(self._store, epoch=epoch, orphans=not self._swept)
+            result = collect(self._store, epoch=epoch, orphans=not self._swept, tell=self._tell)
             self._swept = True
             for line in result.failed:
                 logging.warning("collect: %s", printable(line))

@@ -14,6 +14,7 @@ from functools import partial
 from absl import logging
 
 from orchestrator.errors import Damaged, Fenced, JournalLost, NewerFormat, OrchestratorError, StorageError
+from orchestrator.observe.events import Event
 from orchestrator.rules import held, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
@@ -23,6 +24,11 @@ from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.joined import JoinedStorage
+
+
+def untold(event: Event) -> None:
+    """What is deleted in a tier is no step of the run: whoever counts those does not hear of it."""
+
 
 _LOG_KEPT = 16  # entries: a reader needs the newest, and those just before it for what is being read
 
@@ -101,7 +107,7 @@ class OwnTier:
     def release(self, attempts: Sequence[AttemptId], reason: str) -> None:
         """Hold these steps no more, and free their memory. Raises StorageError."""
         self.log.append(partial(held.release, attempts=set(attempts), reason=reason))
-        for line in deletion.collect(self.log, orphans=False).failed:
+        for line in deletion.collect(self.log, orphans=False, tell=untold).failed:
             logging.warning("%s: %s", self.path, line)
 
 

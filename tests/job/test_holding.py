@@ -165,12 +165,16 @@ def test_a_target_that_does_not_fit_is_the_users_to_fix_wherever_the_step_is(cra
 
 
 def test_held_steps_are_counted_and_freed_and_a_clean_end_frees_what_the_store_has(root: Path) -> None:
+    deleted: list[Any] = []
+    stop = events.subscribe(lambda event: deleted.append(event) if isinstance(event, events.AttemptsDeleted) else None)
     running = agent(root, keep=3)
     running.restore(LIKE)
     train(running, *range(11))
     running._holding._deletion.wait(10)  # type: ignore[union-attr]
     assert held_steps(root) == [6, 8, 10]
     running.close()
+    stop()
+    assert deleted == []  # of the run's steps, which is what is counted
     assert not (held_dir(root) / "steps").exists() or held_steps(root) == []
 
 

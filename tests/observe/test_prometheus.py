@@ -242,6 +242,17 @@ def test_counting_is_by_cause_and_intervals_are_medians_of_the_last_ones() -> No
     assert (got["orchestrator_deleted_bytes_total"], got["orchestrator_delete_failures_total"]) == (7, 2)
 
 
+def test_held_steps_are_counted_apart_from_saves() -> None:
+    metrics = Metrics(0, "host-0")
+    assert collected(metrics)["orchestrator_last_held_step"] == -1
+    held = (events.StepHeld(20, "a", 0.5, 7), events.StepHeld(40, "a", 0.5, 7), events.StepNotHeld(60, "a", "no room"))
+    for event in held:
+        metrics.on_event(event)
+    got = collected(metrics)
+    assert (got["orchestrator_steps_held_total"], got["orchestrator_steps_not_held_total"]) == (2, 1)
+    assert got["orchestrator_last_held_step"] == 40 and got["orchestrator_saves_committed_total"] == 0
+
+
 def test_spans_have_the_times_of_the_phases_and_the_reason_of_a_failure() -> None:
     sdk: Any = pytest.importorskip("opentelemetry.sdk.trace", reason="the `traces` extra is not installed")
     memory: Any = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
