@@ -159,7 +159,7 @@ class Holding:
         self._saves = SaveSequence(participants, schedule, self._opening, options)
         try:
             if me.process:
-                own.follow(store, epoch)  # a crash may have come between its entry and ours
+                own.follow(store)  # a crash may have come between its entry and ours
             self._deletion.start(epoch)  # what older incarnations have left unfinished
         except OrchestratorError as error:
             logging.warning("%s: what older starts have left there stays for now: %s", own.path, error)
@@ -217,7 +217,7 @@ class Holding:
         assert self._own is not None and self._of_all is not None and self._deletion is not None
         try:
             if self._rendezvous.process:
-                self._own.follow(self._of_all, self._epoch)
+                self._own.follow(self._of_all)
             else:
                 held_now = {live.id for live in self._of_all.require_head().live}
                 free_left_over(self._own.path, self._rendezvous.count, held_now)

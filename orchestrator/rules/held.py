@@ -69,8 +69,10 @@ def follow(head: Head | None, stamp: Stamp, *, epoch: int, live: Sequence[LiveSt
     )
 
 
-def release(head: Head | None, stamp: Stamp, *, attempts: Collection[AttemptId], reason: str) -> Next:
-    """These steps are held no more: their memory may be freed."""
+def release(head: Head | None, stamp: Stamp, *, epoch: int, attempts: Collection[AttemptId], reason: str) -> Next:
+    """These steps are held no more: their memory may be freed. Only the newest incarnation decides that."""
+    if head is not None and head.epoch > epoch:
+        return FencedBy(head.epoch, head.writer)
     gone = [live for live in head.live if live.id in attempts] if head else []
     if head is None or not gone:
         return None

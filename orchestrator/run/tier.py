@@ -40,10 +40,12 @@ class OwnTier:
         self.path = path
         self.storage = PosixStorage(path)
         self.log = JournalStore(self.storage, writer)
+        self._epoch = 0
 
     def open_epoch(self, epoch: int, version: int) -> tuple[int, str]:
         """Begin to hold for incarnation `epoch`, which the run's journal has opened in `version`. Returns version and
         write_id of the newest entry of the log. Raises Fenced if a newer one holds here already, StorageError."""
+        self._epoch = epoch
         tier_directory.make(self.path)
         rule = partial(held.open_epoch, epoch=epoch, version=version)
         try:
@@ -60,11 +62,11 @@ class OwnTier:
         assert head is not None  # the rule makes one where there is none
         return head.version, head.write_id
 
-    def follow(self, log: JournalStore, epoch: int) -> None:
+    def follow(self, log: JournalStore) -> None:
         """Enter what process 0's log says is held into this process's. Raises StorageError, Fenced."""
         head = log.require_head()
         here = survey.attempts(self.storage).keys()
-        self.log.append(partial(held.follow, epoch=epoch, live=[one for one in head.live if one.id in here]))
+        self.log.append(partial(held.follow, epoch=self._epoch, live=[one for one in head.live if one.id in here]))
 
     def delete(self, attempt: AttemptId) -> None:
         """Free what this process has written of an attempt that it does not hold. Never raises."""
@@ -84,7 +86,7 @@ class OwnTier:
 
     def make_room(self, need: int, bytes_max: int | None) -> None:
         """Before `need` bytes are written: release older steps, as far as it takes. Raises StorageError saying what is
-        needed and what there is; then nothing was released."""
+        needed and what there is; then nothing was released. Raises Fenced."""
         sizes = {attempt: one.bytes for attempt, one in survey.attempts(self.storage).items()}
         head = self.log.head()
         older = head.live if head else ()
@@ -105,9 +107,9 @@ class OwnTier:
             self.release([live.id for live in older[:count]], "room")
 
     def release(self, attempts: Sequence[AttemptId], reason: str) -> None:
-        """Hold these steps no more, and free their memory. Raises StorageError."""
-        self.log.append(partial(held.release, attempts=set(attempts), reason=reason))
-        for line in deletion.collect(self.log, orphans=False, tell=untold).failed:
+        """Hold these steps no more, and free their memory. Raises Fenced, StorageError."""
+        self.log.append(partial(held.release, epoch=self._epoch, attempts=set(attempts), reason=reason))
+        for line in deletion.collect(self.log, epoch=self._epoch, orphans=False, tell=untold).failed:
             logging.warning("%s: %s", self.path, line)
 
 

@@ -131,9 +131,11 @@ def test_another_processs_log_follows_process_0s() -> None:
 
 def test_released_steps_may_be_freed_and_are_offered_no_more() -> None:
     log = head(live(20), live(40), epoch=1)
-    released: Any = held.release(log, stamp(), attempts={live(20).id}, reason="room")
+    released: Any = held.release(log, stamp(), epoch=1, attempts={live(20).id}, reason="room")
     assert [one.step for one in released.live] == [40] and [one.step for one in released.retired] == [20]
-    assert held.release(released, stamp(), attempts={live(20).id}, reason="room") is None
+    assert held.release(released, stamp(), epoch=1, attempts={live(20).id}, reason="room") is None
+    newer = head(live(20), live(40), epoch=2)
+    assert isinstance(held.release(newer, stamp(), epoch=1, attempts={live(20).id}, reason="room"), FencedBy)
 
 
 def test_steps_that_the_store_has_or_has_newer_are_superseded() -> None:

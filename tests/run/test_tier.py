@@ -151,6 +151,10 @@ def test_a_newer_incarnation_fences_an_older_one_in_the_tier_as_well(path: Path)
         hold(old, 40, epoch=3)
     with pytest.raises(Fenced):
         own_tier(path, 3)
+    hold(new, 60, epoch=4)
+    with pytest.raises(Fenced):  # nor does it make room at the cost of the newer one
+        old.make_room(1500, 3500)
+    new.release([AttemptId.of(60, 4, 1)], "done")
     assert steps(new) == [20]
 
 
@@ -178,10 +182,10 @@ def test_another_processs_log_follows_process_0s_as_far_as_it_has_a_part(path: P
         attempt = hold(first, step)
         if step > 20:
             second.storage.create(attempt.key("receipts/00001.json"), b"{}")
-    second.follow(first.log, 1)
+    second.follow(first.log)
     assert steps(second) == [40, 60]
     first.release([AttemptId.of(40, 1, 1)], "room")
-    second.follow(first.log, 1)
+    second.follow(first.log)
     assert steps(second) == [60] and not list(first.storage.list("steps/00000040"))
 
 
