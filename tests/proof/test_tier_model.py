@@ -13,7 +13,7 @@ from tests.proof.model.tiers import Rules, explore
 SCENARIOS = ((2, 2), (1, 1, 1), (2, 1, 0))  # how many steps each incarnation holds
 
 
-@pytest.mark.parametrize(("holds", "states"), [((3, 3), 7_000), ((1, 1, 1), 10_000), ((2, 1, 0), 5_000)])
+@pytest.mark.parametrize(("holds", "states"), [((3, 3), 18_000), ((1, 1, 1), 12_000), ((2, 1, 0), 29_000)])
 def test_no_interleaving_has_a_step_chosen_over_a_newer_incarnations(holds: tuple[int, ...], states: int) -> None:
     found = explore(holds)
     print(f"{holds}: {found.states} states, {found.choices} choices")
@@ -31,8 +31,8 @@ def test_no_interleaving_has_a_step_chosen_over_a_newer_incarnations(holds: tupl
             "open_tier",
             "open_epoch",
             held,
-            "head.epoch > epoch:\n        return FencedBy",
-            "False:\n        return FencedBy",
+            "head.epoch > epoch:\n        return FencedBy(head.epoch, head.writer)\n    if head is not None and",
+            "False:\n        return FencedBy(head.epoch, head.writer)\n    if head is not None and",
             "is followed by",
         ),
         (
@@ -44,6 +44,14 @@ def test_no_interleaving_has_a_step_chosen_over_a_newer_incarnations(holds: tupl
             "that epoch",
         ),
         ("follow", "follow", held, "head is None or head.epoch != epoch:", "head is None:", "changes a tier"),
+        (
+            "release",
+            "release",
+            held,
+            "head.epoch > epoch:\n        return FencedBy(head.epoch, head.writer)\n    gone =",
+            "False:\n        return FencedBy(head.epoch, head.writer)\n    gone =",
+            "releases a step in epoch",
+        ),
     ],
 )
 def test_a_mutation_of_the_rules_is_caught(

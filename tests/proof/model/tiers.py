@@ -3,8 +3,8 @@
 An older incarnation may be dead, or a zombie that holds on for ever, before, between and after all that a newer one
 does. The moves are those of `job/held_restore` and `job/holding`, in their order, with the shipped rules: what each
 process can have is looked at, one process after the other; the chosen step is taken; the epoch is opened in the run's
-journal, in process 0's tier and in process 1's; then steps are held (data, process 0's log, process 1's log) and now
-and then committed. Anybody may stop anywhere, for good.
+journal, in process 0's tier and in process 1's; then steps are held (data, process 0's log, process 1's log), now and
+then committed, and released where process 0 needs the room. Anybody may stop anywhere, for good.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Rules:
     open_tier: Callable[..., Any] = held.open_epoch
     enter: Callable[..., Any] = journal.commit
     follow: Callable[..., Any] = held.follow
+    release: Callable[..., Any] = held.release
     candidates: Callable[..., Any] = held.candidates
 
 
@@ -184,6 +185,13 @@ def _run(world: World, one: Incarnation, holds: int, rules: Rules, become: Becom
     if one.holds < holds:
         data = world.data | {(0, attempt), (1, attempt)}
         yield become(world._replace(data=data), pc="written", step=attempt.step), ""
+    before = _head(world.logs[0])
+    if before is not None and len(before.live) > 1:  # memory is short
+        made = rules.release(before, _STAMP, epoch=one.epoch, attempts={before.live[0].id}, reason="room")
+        if isinstance(made, Head):
+            older = before.epoch > one.epoch
+            problem = f"epoch {one.epoch} releases a step in epoch {before.epoch}'s tier" if older else ""
+            yield _collected(world, 0, made, one, become, "running", problem, counts=False)
     if one.step and one.holds:
         saved = AttemptId.of(one.step, one.epoch, 1)
         head = rules.enter(_head(world.run), _STAMP, epoch=one.epoch, entry=_live(saved), keep=KEEP)
@@ -219,7 +227,14 @@ def _follow(world: World, one: Incarnation, rules: Rules, become: Become) -> Mov
 
 
 def _collected(
-    world: World, process: int, made: Head, one: Incarnation, become: Become, pc: str, problem: str
+    world: World,
+    process: int,
+    made: Head,
+    one: Incarnation,
+    become: Become,
+    pc: str,
+    problem: str,
+    counts: bool = True,
 ) -> Moved:
     """The log's next entry, and what it says is held no more is deleted."""
     gone = {(process, old.id) for old in made.retired}
@@ -229,4 +244,4 @@ def _collected(
     logs = list(world.logs)
     logs[process] = _body(made)
     after = world._replace(logs=(logs[0], logs[1]), data=world.data - gone)
-    return become(after, pc=pc, holds=one.holds + (pc == "running")), problem
+    return become(after, pc=pc, holds=one.holds + (pc == "running" and counts)), problem
