@@ -18,7 +18,7 @@ from orchestrator.observe.events import Event
 from orchestrator.rules import held, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
-from orchestrator.rules.records import LiveStep
+from orchestrator.rules.records import Head, LiveStep
 from orchestrator.run import deletion, survey, tier_directory
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
@@ -49,6 +49,7 @@ class OwnTier:
         tier_directory.make(self.path)
         rule = partial(held.open_epoch, epoch=epoch, version=version)
         try:
+            self._cut_damaged_end()
             head = self.log.append(rule)
         except Fenced as error:
             text = "a newer start of this job holds here, or the run's journal has lost entries"
@@ -61,6 +62,18 @@ class OwnTier:
             head = self.log.append(rule)
         assert head is not None  # the rule makes one where there is none
         return head.version, head.write_id
+
+    def _cut_damaged_end(self) -> None:
+        """Where the log's newest entries are damaged, it goes on from the one before: what that says is held, and is
+        not any more, a restore finds missing. Raises Damaged if none is whole."""
+        if (whole := newest_whole(self.log)) is None:
+            return
+        damaged = [version for version in self.log.versions() if version > whole.version]
+        for version in damaged:
+            logging.warning("%s: entry %d of its log is damaged, and is left out", self.path, version)
+            self.storage.delete(keys.journal_key(version))
+        if damaged:
+            self.log = JournalStore(self.storage, self.log.writer)
 
     def follow(self, log: JournalStore) -> None:
         """Enter what process 0's log says is held into this process's. Raises StorageError, Fenced."""
@@ -113,6 +126,17 @@ class OwnTier:
             logging.warning("%s: %s", self.path, line)
 
 
+def newest_whole(log: JournalStore) -> Head | None:
+    """The newest entry of a tier's log that is not damaged; None if it has none. Raises Damaged, StorageError."""
+    try:
+        return log.head()
+    except Damaged as error:
+        for version in reversed(log.versions()):
+            with contextlib.suppress(Damaged):
+                return log.entry(version)
+        raise error
+
+
 def free_left_over(own: str, count: int, live: Collection[AttemptId]) -> None:
     """Of processes that the job has no more of, on this machine: free what is not among the `live`. Never raises."""
     try:
@@ -153,7 +177,7 @@ class HeldSteps:
         found: dict[Offer, LiveStep] = {}
         for tier in tiers:
             try:
-                head = JournalStore(tier, "reader").head()
+                head = newest_whole(JournalStore(tier, "reader"))
             except OrchestratorError as error:
                 self.unreadable.append(str(error))
                 continue

@@ -167,11 +167,25 @@ def test_the_log_stays_small_and_is_still_one(path: Path) -> None:
     assert steps(own_tier(path, 2)) == list(range(31, 40))
 
 
+def test_a_log_goes_on_from_its_newest_whole_entry(path: Path) -> None:
+    tier = own_tier(path)
+    for step in (20, 40, 60):
+        hold(tier, step)
+    for entry in sorted((path / "journal").iterdir())[-2:]:
+        entry.write_bytes(entry.read_bytes()[:-9])
+    assert {offer.step for offer in HeldSteps(str(path), [str(path)]).listed} == {20}
+    gone_on = own_tier(path, 2)
+    assert steps(gone_on) == [20]
+    hold(gone_on, 80, epoch=2)
+    assert steps(own_tier(path, 3)) == [20, 80]
+
+
 def test_a_log_that_cannot_be_trusted_is_thrown_away_with_what_it_was_about(path: Path) -> None:
     tier = own_tier(path)
     hold(tier, 20)
-    newest = max((path / "journal").iterdir())
-    newest.write_bytes(newest.read_bytes()[:-9])
+    for entry in (path / "journal").iterdir():
+        entry.write_bytes(entry.read_bytes()[:-9])
+    assert not HeldSteps(str(path), [str(path)]).listed
     begun_again = own_tier(path, 2)
     assert steps(begun_again) == [] and list(begun_again.storage.list(keys.STEPS)) == []
 
