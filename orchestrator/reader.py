@@ -10,7 +10,17 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orchestrator.errors import Damaged, NothingToRestore, StepNotFound, StepRetired, StorageError, UnsafeKey
+from absl import logging
+
+from orchestrator.errors import (
+    Damaged,
+    NothingToRestore,
+    OrchestratorError,
+    StepNotFound,
+    StepRetired,
+    StorageError,
+    UnsafeKey,
+)
 from orchestrator.job.read_step import MEMORY, ReadOptions, Restored, candidates, listed, read_step, read_stored
 from orchestrator.observe.events import HeldStepDropped, SteppedDown, emit
 from orchestrator.observe.progress_lines import telling
@@ -100,8 +110,12 @@ class Run:
 
     def _held(self, tier: MemoryTier, like: Any, options: ReadOptions) -> Restored | None:
         """The newest held step that is newer than what the store has, and whole."""
-        run = tier_directory.identity(self._store)
-        paths = tier_directory.processes(tier.directory, run) if run else []
+        try:
+            run = tier_directory.identity(self._store)
+            paths = tier_directory.processes(tier.directory, run) if run else []
+        except OrchestratorError as error:  # what the store has can be read all the same
+            logging.warning("no held step is looked for: %s", error)
+            return None
         if not paths:
             return None
         steps = HeldSteps(paths[0], paths)

@@ -75,9 +75,17 @@ def find(tier: MemoryTier, store: JournalStore, rendezvous: Rendezvous, timeout_
 
 
 def _journalled(store: JournalStore) -> Journalled | None:
+    """None in a new run, and where the journal does not tell which run this is: its steps can be restored all the
+    same. Raises what its reading raises."""
     head = store.head()
-    run = tier_directory.identity(store) if head else None
-    if head is None or run is None:
+    if head is None:
+        return None
+    try:
+        run = tier_directory.identity(store)
+    except OrchestratorError as error:
+        logging.warning("no held step is looked for: %s", error)
+        run = None
+    if run is None:
         return None
     known = held.standing(head)
     newest = None if known.newest is None else (known.newest.step, known.newest.name)

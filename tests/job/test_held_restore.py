@@ -87,6 +87,17 @@ def test_all_processes_take_the_newest_step_that_all_can_have(
     assert kinds(crashed) == before + (["restored"] if source == "store" else [])  # nothing else is journalled
 
 
+def test_a_run_whose_first_entry_is_gone_comes_back_from_the_store(
+    crashed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    min((crashed / "journal").iterdir()).unlink()
+    with caplog.at_level(logging.WARNING):
+        restored = restore_together(store_of(crashed), OfTwo(same), LIKE, OPTIONS, None, tier_of(crashed))
+    assert restored and (restored.step, set(restored.sources)) == (10, {"store"})
+    assert oc.open_run(crashed, tiers=[tier_of(crashed)]).restore(LIKE).step == 10
+    assert "no held step is looked for" in caplog.text
+
+
 def test_a_target_that_does_not_fit_on_another_host_is_raised_on_all(crashed: Path) -> None:
     before = snapshot(crashed)
     with pytest.raises(oc.OrchestratorError, match="process 1: Mismatch: w is wrong"):
