@@ -7,6 +7,7 @@ import enum
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +360,8 @@ def test_a_ctrl_c_in_the_middle_of_a_save_leaves_it_whole_or_not_at_all(
     if moment == "stage":
         monkeypatch.setattr(agent._participants.context.writer, "stage", rude)
     else:
-        monkeypatch.setattr("orchestrator.job.participant.emit", rude)
+        context = replace(agent._participants.context, tell=rude)
+        monkeypatch.setattr(agent._participants, "context", context)
     with pytest.raises(KeyboardInterrupt):
         agent.save(1, state(1))
     agent.wait_until_finished()

@@ -71,7 +71,7 @@ MUTATIONS = (
     edit("retention is not journalled as retired", "commands", "5", journal,
          '(retired_as(old, "retention") for old in live if old.step in dropped)', "()"),
     edit("retention drops the newest step", "commands", "1", journal,
-         "set(_kept(good, keep, now)) | {good[-1].step}", "{entry.step for entry in good[:-1]}"),
+         "set(kept_by(keep, good, now)) | {good[-1].step}", "{entry.step for entry in good[:-1]}"),
     edit("retention drops the newest verified step", "commands", "6", journal,
          "kept.update(proven[-1:])", "pass"),
     edit("retention drops pinned steps", "commands", "6", journal,
