@@ -198,12 +198,12 @@ def test_a_step_for_which_there_is_no_room_is_not_held_and_saves_go_on(root: Pat
 def test_training_never_waits_for_memory_and_a_failure_there_is_no_failed_save(
     root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(environment.FAILPOINTS, "save.write=delay:2@step=2;save.write=error@step=6")
+    monkeypatch.setenv(environment.FAILPOINTS, "save.write=delay:3@step=2;save.write=error@step=6")
     with agent(root) as running:
         running.restore(LIKE)
         started = time.monotonic()
         assert not running.save(2, state(2)) and not running.save(4, state(4))  # neither goes to the store
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 3
         running._holding.settle()
         train(running, 6, 8)
         assert [(type(event), event.step) for event in seen] == [

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.processes import Job, job
+from tests.support.runs import store_of
 
 pytestmark = pytest.mark.jobs
 DEADLINE_S = 90.0
@@ -26,6 +27,12 @@ def data_files(tmp_path: Path, process: int, step: int) -> list[Path]:
     """Of the chunks that a process holds of a step."""
     pattern = f"host-{process}/orchestrator-*/*/process-{process:05d}/steps/{step:08d}/*/state/ocdbt.process_*/d/*"
     return sorted((tmp_path / "tiers").glob(pattern))
+
+
+def in_log(tmp_path: Path) -> list[int]:
+    """The steps that are held, by process 0's log; on a slow machine some that were due are not."""
+    (path,) = (tmp_path / "tiers").glob("host-0/orchestrator-*/*/process-00000")
+    return [live.step for live in store_of(path).require_head().live]
 
 
 def restored(running: Job, process: int = 0) -> dict[str, Any]:
@@ -55,7 +62,8 @@ def test_a_killed_job_comes_back_from_memory_bit_for_bit_and_steps_down_to_what_
             assert found["step"] >= newest, second.story()
             assert found["sources"].keys() == {"memory"} and found["sources"]["memory"] > 0
             assert found["process_states"] == {str(one): f"host {one} at {found['step']}" for one in (0, 1)}
-        newest = found["step"]
+        older, newest = in_log(tmp_path)
+        assert newest == found["step"]
         assert second.wait(DEADLINE_S) == [0, 0], second.story()
 
     (flipped, *_) = data_files(tmp_path, 1, newest)
@@ -67,7 +75,7 @@ def test_a_killed_job_comes_back_from_memory_bit_for_bit_and_steps_down_to_what_
             found = restored(third, process)
             (dropped,) = third.said(process, "dropped")
             assert dropped["step"] == newest and flipped.name in dropped["reason"], dropped
-            assert found["step"] == newest - 2 and found["sources"].keys() == {"memory"}
+            assert found["step"] == older and found["sources"].keys() == {"memory"}
         assert third.wait(DEADLINE_S) == [0, 0], third.story()
 
     shutil.rmtree(tmp_path / "tiers/host-1")  # a host is lost, with all that it held
@@ -75,7 +83,7 @@ def test_a_killed_job_comes_back_from_memory_bit_for_bit_and_steps_down_to_what_
         for process in (0, 1):
             found = restored(fourth, process)
             assert found["step"] == 0 and found["sources"].keys() == {"store"}
-            assert {line["step"] for line in fourth.said(process, "dropped")} == {newest, newest - 2}
+            assert {line["step"] for line in fourth.said(process, "dropped")} == {newest, older}
         assert fourth.wait(DEADLINE_S) == [0, 0], fourth.story()
 
 
