@@ -77,9 +77,10 @@ def test_restored_arrays_are_equal_and_a_donating_step_reuses_their_memory(root:
     with oc.Agent(root, options=now()) as agent:
         assert agent.save(1, state)
         before = programs()
-        first, second = agent.restore(state), agent.restore(state)
+        # The third is for the step: JAX 0.11.2 keeps the memory of a sharded array that numpy has looked at.
+        first, second, third = agent.restore(state), agent.restore(state), agent.restore(state)
     assert (programs() > before) == (way == "read into" and placed != "offloaded")
-    assert first is not None and second is not None
+    assert first is not None and second is not None and third is not None
     for restored in (first.state, second.state):
         same(restored, state)
         assert {name: leaf.sharding for name, leaf in restored.items()} == {
@@ -88,10 +89,10 @@ def test_restored_arrays_are_equal_and_a_donating_step_reuses_their_memory(root:
     for name, value in plain.items():
         for shard in first.state[name].addressable_shards:  # every replica of each
             assert np.asarray(shard.data).tobytes() == value[shard.index].tobytes(), name
-    both = addresses([first.state, second.state])
-    assert len(set(both)) == len(both)
+    every = addresses([first.state, second.state, third.state])
+    assert len(set(every)) == len(every)
     # Programs compute on no offloaded arrays; reversing those of two bits corrupts the heap, with jaxlib 0.10.2 alone.
-    stepped = {} if placed == "offloaded" else {name: first.state[name] for name in STEPPED}
+    stepped = {} if placed == "offloaded" else {name: third.state[name] for name in STEPPED}
     held, expected = addresses(stepped), turned({name: state[name] for name in stepped})
     after = step(stepped)
     assert set(addresses(after)) == set(held), "the step needed no memory of its own"
@@ -113,12 +114,12 @@ def test_a_large_state_is_read_into_what_the_first_step_then_reuses(root: Path) 
     with oc.Agent(root, options=now()) as agent:
         assert agent.save(1, state)
         before = programs()
-        restored = agent.restore(like, cast=True)
-    assert restored is not None and programs() > before
+        restored, again = agent.restore(like, cast=True), agent.restore(like, cast=True)
+    assert restored is not None and again is not None and programs() > before
     state["3"] = state["3"].astype(jnp.bfloat16)
     same(restored.state, state)
-    held = addresses(restored.state)
-    assert set(addresses(step(restored.state))) == set(held)
+    held = addresses(again.state)  # which numpy has not looked at, as above
+    assert set(addresses(step(again.state))) == set(held)
 
 
 def test_a_damaged_step_is_stepped_over_and_the_one_before_is_read(root: Path, way: str) -> None:
