@@ -59,7 +59,7 @@ test-image: setup ## build the image here and run the demo in it; writes docs/co
 	  { apt-get update -q && apt-get install -qy --no-install-recommends podman buildah debootstrap docker-compose; }
 	IMAGE_REPORT=docs/containers.md $(BIN)/python -m pytest -o faulthandler_timeout=1560 tests/launch/test_image.py tests/launch/test_compose.py
 
-test-versions: setup ## the package beside older and newer JAX, Orbax and Pythons; into docs/versions.md (ROWS=, ONLY=; a row: 6 minutes)
+test-versions: setup ## the package beside older and newer JAX, Orbax and Pythons; into docs/versions.md (ROWS=, ONLY=; a row: 5 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/python -m tests.proof.versions --rows=$(ROWS) --only=$(ONLY) --write=docs/versions.md
 
