@@ -13,7 +13,7 @@ from functools import partial
 
 from absl import logging
 
-from orchestrator.errors import Damaged, Fenced, JournalLost, NewerFormat, OrchestratorError, StorageError
+from orchestrator.errors import Damaged, Fenced, JournalLost, OrchestratorError, StorageError
 from orchestrator.observe.events import Event
 from orchestrator.rules import held, keys
 from orchestrator.rules.attempt_id import AttemptId
@@ -25,12 +25,16 @@ from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.joined import JoinedStorage
 
+_LOG_KEPT = 16  # entries: a reader needs the newest, and those just before it for what is being read
+
 
 def untold(event: Event) -> None:
     """What is deleted in a tier is no step of the run: whoever counts those does not hear of it."""
 
 
-_LOG_KEPT = 16  # entries: a reader needs the newest, and those just before it for what is being read
+def _delete_below(storage: PosixStorage, prefix: str) -> None:
+    for entry in storage.list(prefix):
+        storage.delete(entry.key)
 
 
 class OwnTier:
@@ -44,7 +48,8 @@ class OwnTier:
 
     def open_epoch(self, epoch: int, version: int) -> tuple[int, str]:
         """Begin to hold for incarnation `epoch`, which the run's journal has opened in `version`. Returns version and
-        write_id of the newest entry of the log. Raises Fenced if a newer one holds here already, StorageError."""
+        write_id of the newest entry of the log. Raises Fenced if a newer one holds here already, NewerFormat,
+        StorageError."""
         self._epoch = epoch
         tier_directory.make(self.path)
         rule = partial(held.open_epoch, epoch=epoch, version=version)
@@ -54,10 +59,9 @@ class OwnTier:
         except Fenced as error:
             text = "a newer start of this job holds here, or the run's journal has lost entries"
             raise Fenced(f"{self.path}: {text}: {error}") from error
-        except (Damaged, JournalLost, NewerFormat) as error:  # a cache: begin again
+        except (Damaged, JournalLost) as error:  # a cache: begin again; but what a newer version holds is whole
             logging.warning("%s: what is held here cannot be trusted, and is thrown away: %s", self.path, error)
-            for entry in self.storage.list(""):
-                self.storage.delete(entry.key)
+            _delete_below(self.storage, "")
             self.log = JournalStore(self.storage, self.log.writer)
             head = self.log.append(rule)
         assert head is not None  # the rule makes one where there is none
@@ -84,8 +88,7 @@ class OwnTier:
     def delete(self, attempt: AttemptId) -> None:
         """Free what this process has written of an attempt that it does not hold. Never raises."""
         try:
-            for entry in self.storage.list(attempt.prefix):
-                self.storage.delete(entry.key)
+            _delete_below(self.storage, attempt.prefix)
         except OrchestratorError as error:
             logging.warning("%s %s: stays in memory for now: %s", self.path, attempt.label, error)
 
@@ -143,9 +146,8 @@ def free_left_over(own: str, count: int, live: Collection[AttemptId]) -> None:
         for path in [path for path in tier_directory.beside(own) if tier_directory.process_of(path) >= count]:
             tier_directory.check_path(path)
             storage = PosixStorage(path)
-            gone = survey.attempts(storage).keys() - live
-            for entry in [entry for attempt in gone for entry in storage.list(attempt.prefix)]:
-                storage.delete(entry.key)
+            for attempt in survey.attempts(storage).keys() - live:
+                _delete_below(storage, attempt.prefix)
     except OrchestratorError as error:
         logging.warning("beside %s: what an earlier start has left there stays for now: %s", own, error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator as oc
-from orchestrator.errors import Fenced, StorageError, UsageError
+from orchestrator.errors import Fenced, NewerFormat, StorageError, UsageError
 from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
@@ -17,7 +18,9 @@ from orchestrator.run import tier_directory
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import HeldSteps, OwnTier, free_left_over
 from tests.support import builders
+from tests.support.images import signed
 from tests.support.runs import fill, store_of
+from tests.support.snapshots import snapshot
 
 RUN = "0123456789abcdef"
 
@@ -188,6 +191,16 @@ def test_a_log_that_cannot_be_trusted_is_thrown_away_with_what_it_was_about(path
     assert not HeldSteps(str(path), [str(path)]).listed
     begun_again = own_tier(path, 2)
     assert steps(begun_again) == [] and list(begun_again.storage.list(keys.STEPS)) == []
+
+
+def test_a_log_of_a_newer_version_is_left_as_it_is_and_nothing_is_held(path: Path) -> None:
+    hold(own_tier(path), 20)
+    newest = max((path / "journal").iterdir())
+    newest.write_bytes(signed({**json.loads(newest.read_bytes()), "format": 2}))
+    before = snapshot(path)
+    with pytest.raises(NewerFormat, match="format 2, this version reads up to 1"):
+        own_tier(path, 2)
+    assert snapshot(path) == before
 
 
 def test_another_processs_log_follows_process_0s_as_far_as_it_has_a_part(path: Path) -> None:
