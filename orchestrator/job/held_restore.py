@@ -17,8 +17,8 @@ from absl import logging
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import restore_rounds, tier_rounds
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.restore_check import Proof
-from orchestrator.job.restore_rounds import NotRead, PeersFailed, Read, ReadFailure, ReadOutcome, Ruling, Sums
+from orchestrator.job.restore_check import Proof, wrong_leaves
+from orchestrator.job.restore_rounds import NotRead, Read, ReadFailure, ReadOutcome, Ruling
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.job.tier_rounds import Journalled, OfferedStep
 from orchestrator.observe.events import HeldStepDropped, emit
@@ -132,10 +132,7 @@ class HeldJudgement:
         self, stored: StoredStep, round_: Round[restore_rounds.Report], outcome: ReadOutcome[Value]
     ) -> Value | None:
         """As `restore`'s own. Raises, on all, only what no other source would help against."""
-        if isinstance(outcome, PeersFailed):
-            reports = outcome.reports
-        else:
-            reports = gather(self._rendezvous, round_, restore_rounds.report(outcome), self._timeout_s)
+        reports = restore_rounds.reports_of_all(self._rendezvous, round_, outcome, self._timeout_s)
         ruling, process = restore_rounds.rule_on(reports)
         if ruling is Ruling.DONE:
             assert isinstance(outcome, Read)  # its report is among them
@@ -150,15 +147,9 @@ class HeldJudgement:
         return None
 
     def proves(self, stored: StoredStep, proof: Proof) -> bool:
-        step = stored.live.step
-        sums = Sums(proof.sums(), tuple(proof.wrong_here))
-        answers = gather(self._rendezvous, restore_rounds.fingerprints(step), sums, self._timeout_s)
-        wrong = [line for answer in answers for _, line in answer.wrong]
-        if not proof.holds([answer.by_replica for answer in answers]):
-            details = gather(self._rendezvous, restore_rounds.all_fingerprints(step), proof.details(), self._timeout_s)
-            wrong += [line for _, line in proof.wrong(details)]
+        wrong = wrong_leaves(self._rendezvous, proof, stored.live.step, self._timeout_s)
         if wrong:
-            self._drop(stored, f"fingerprints are not those of the save: {wrong[0]}")
+            self._drop(stored, f"fingerprints are not those of the save: {wrong[0][1]}")
         return not wrong
 
     def quarantine(self) -> None:

@@ -39,7 +39,7 @@ from orchestrator.job.read_step import (
     match_target,
 )
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.restore_check import Proof
+from orchestrator.job.restore_check import WRONG_MAX, Proof, wrong_leaves
 from orchestrator.job.restore_rounds import (
     Chosen,
     NotRead,
@@ -49,7 +49,6 @@ from orchestrator.job.restore_rounds import (
     ReadOutcome,
     Report,
     Ruling,
-    Sums,
     result_of,
 )
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
@@ -71,7 +70,6 @@ Opens = Callable[[str | None], None]
 
 _RETIRED_MAX = 20  # times that retention may be quicker than a restore
 _REASON_MAX = 1000  # characters of what the journal says of a quarantined step
-_WRONG_MAX = 5  # leaves whose fingerprints a message quotes
 _READ_AGAIN_MAX = 3  # of those, how many are read again from the store
 
 
@@ -272,10 +270,7 @@ class _Judgement:
     def value_of_all(self, stored: StoredStep, round_: Round[Report], outcome: ReadOutcome[Value]) -> Value | None:
         """What this process has read, if all processes have. None if another step is to be tried: this one is damaged,
         or retired since. Raises, on all, where no other step would help."""
-        if isinstance(outcome, PeersFailed):
-            reports = outcome.reports
-        else:
-            reports = gather(self._rendezvous, round_, restore_rounds.report(outcome), self._options.timeout_s)
+        reports = restore_rounds.reports_of_all(self._rendezvous, round_, outcome, self._options.timeout_s)
         ruling, process = restore_rounds.rule_on(reports)
         match ruling, reports[process]:
             case Ruling.DONE, _:
@@ -302,12 +297,7 @@ class _Judgement:
         """Whether what all processes have restored is what was saved, by its fingerprints. False: it is damaged. Raises
         Unavailable on all if what is stored has the right ones."""
         timeout_s, step = self._options.timeout_s, stored.live.step
-        sums = Sums(proof.sums(), tuple(proof.wrong_here[:_WRONG_MAX]))
-        answers = gather(self._rendezvous, restore_rounds.fingerprints(step), sums, timeout_s)
-        wrong = [leaf for answer in answers for leaf in answer.wrong]
-        if not proof.holds([answer.by_replica for answer in answers]):
-            details = gather(self._rendezvous, restore_rounds.all_fingerprints(step), proof.details(), timeout_s)
-            wrong += proof.wrong(details)
+        wrong = wrong_leaves(self._rendezvous, proof, step, timeout_s)
         if not wrong:
             return True
         judge = partial(_damage_in_store, stored, wrong)
@@ -393,7 +383,7 @@ def _is_damaged(stored: StoredStep, failure: ReadFailure) -> bool:
 def _damage_in_store(stored: StoredStep, wrong: Sequence[tuple[str, str]]) -> str:
     """In what way the first of the leaves that are `wrong` are stored otherwise than they were saved. Raises
     Unavailable if they are not."""
-    text = "; ".join(line for _, line in wrong[:_WRONG_MAX])
+    text = "; ".join(line for _, line in wrong[:WRONG_MAX])
     try:
         stored_arrays.judge_fingerprints(stored, [name for name, _ in wrong[:_READ_AGAIN_MAX]], text)
     except Damaged as damage:

@@ -16,7 +16,8 @@ from typing import Generic, TypeAlias, TypeVar
 import msgspec
 
 from orchestrator.errors import Damaged, OutcomeUnknown, StepRetired, StorageError, Unavailable, UnsafeKey
-from orchestrator.job.rounds import Round
+from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.rounds import Round, gather
 
 Value = TypeVar("Value")
 Other = TypeVar("Other")
@@ -137,6 +138,15 @@ def report(done: Read[Value] | NotRead) -> Report:
     error = done.error
     files, chunks = (error.files, error.chunks) if isinstance(error, Damaged) else ((), ())
     return ReadFailure(type(error).__name__, str(error), files, chunks)
+
+
+def reports_of_all(
+    rendezvous: Rendezvous, round_: Round[Report], outcome: ReadOutcome[Value], timeout_s: float
+) -> Sequence[Report]:
+    """What each process made of the step, by its number. A collective, unless it was told already."""
+    if isinstance(outcome, PeersFailed):
+        return outcome.reports
+    return gather(rendezvous, round_, report(outcome), timeout_s)
 
 
 # What follows from the reports of all.

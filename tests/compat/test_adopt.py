@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import orchestrator as oc
 from orchestrator import compat, environment, failpoints
 from orchestrator.cli.main import main
+from tests.support.adopting import adopt, assert_same
 from tests.support.snapshots import snapshot
 
 FORMATS = {
@@ -49,18 +50,6 @@ def orbax_run(root: Path, mesh: jax.sharding.Mesh, handler: Any = None, steps: t
     with ocp.CheckpointManager(root, options=options, **more) as manager:
         for step in steps:
             manager.save(step, args=kind(state(mesh, step)), metrics={"loss": 1 / step}, custom_metadata={"n": step})
-
-
-def adopt(*arguments: object) -> int:
-    return main(["orchestrator", "adopt", *map(str, arguments)])
-
-
-def assert_same(found: Any, wanted: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        if isinstance(want, jax.Array) and jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
-            got, want = jax.random.key_data(got), jax.random.key_data(want)
-        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
 @pytest.mark.parametrize("handler", FORMATS.values(), ids=FORMATS)

@@ -22,6 +22,7 @@ from orchestrator.cli.main import main
 from orchestrator.storage import gcs_objects, open_storage
 from orchestrator.storage.gcs import GcsStorage
 from tests.support import gcs
+from tests.support.adopting import adopt, assert_same
 
 
 def state(mesh: jax.sharding.Mesh, step: int) -> dict[str, Any]:
@@ -84,18 +85,6 @@ def rules(*each: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         gcs.emulator().set_rules("adopt")
-
-
-def adopt(*arguments: object) -> int:
-    return main(["orchestrator", "adopt", *map(str, arguments)])
-
-
-def assert_same(found: Any, wanted: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        if isinstance(want, jax.Array) and jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
-            got, want = jax.random.key_data(got), jax.random.key_data(want)
-        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
 @pytest.mark.parametrize("where", ["on this host", "elsewhere in the store", "in place"])
