@@ -17,7 +17,7 @@ from absl import logging
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import restore_rounds, tier_rounds
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.restore_check import Proof, wrong_leaves
+from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import NotRead, Read, ReadFailure, ReadOutcome, Ruling
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.job.tier_rounds import Journalled, OfferedStep
@@ -147,7 +147,7 @@ class HeldJudgement:
         return None
 
     def proves(self, stored: StoredStep, proof: Proof) -> bool:
-        wrong = wrong_leaves(self._rendezvous, proof, stored.live.step, self._timeout_s)
+        wrong = restore_rounds.wrong_leaves(self._rendezvous, proof, stored.live.step, self._timeout_s)
         if wrong:
             self._drop(stored, f"fingerprints are not those of the save: {wrong[0][1]}")
         return not wrong

@@ -39,8 +39,9 @@ from orchestrator.job.read_step import (
     match_target,
 )
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.restore_check import WRONG_MAX, Proof, wrong_leaves
+from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import (
+    WRONG_MAX,
     Chosen,
     NotRead,
     PeersFailed,
@@ -50,6 +51,7 @@ from orchestrator.job.restore_rounds import (
     Report,
     Ruling,
     result_of,
+    wrong_leaves,
 )
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.observe import heartbeat

@@ -1,7 +1,7 @@
 """Proving that what was restored is what was saved: fingerprints of restored arrays against those of the save.
 
 Arrays that one process holds whole, whichever it is, are judged by it alone. Of those spread over processes each sends
-one number, and only if the numbers do not add up, all send the details.
+one number, and only if the numbers do not add up, all send the details (`restore_rounds.wrong_leaves`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from typing import Any
 import jax
 
 from orchestrator.arrays import fingerprint
-from orchestrator.job import restore_rounds
-from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.rounds import gather
 from orchestrator.rules import fingerprints
 from orchestrator.rules.records import LeafSpec
 
-WRONG_MAX = 5  # leaves whose fingerprints a message quotes
 _WHY = "every checksum was right, so it was put in the wrong place, or changed on its way to the devices"
 
 
@@ -84,18 +80,6 @@ def prove(restored: Iterable[tuple[LeafSpec, Any]], saved: Mapping[str, str]) ->
         for replica in range(_replicas(value)):
             expected.setdefault(replica, {})[leaf.name] = saved[leaf.name]
     return Proof(shares, expected, wrong)
-
-
-def wrong_leaves(rendezvous: Rendezvous, proof: Proof, step: int, timeout_s: float) -> list[tuple[str, str]]:
-    """The leaves that are not as they were saved, by what all processes have restored of `step`, each with a line about
-    it. A collective."""
-    sums = restore_rounds.Sums(proof.sums(), tuple(proof.wrong_here[:WRONG_MAX]))
-    answers = gather(rendezvous, restore_rounds.fingerprints(step), sums, timeout_s)
-    wrong = [leaf for answer in answers for leaf in answer.wrong]
-    if not proof.holds([answer.by_replica for answer in answers]):
-        details = gather(rendezvous, restore_rounds.all_fingerprints(step), proof.details(), timeout_s)
-        wrong += proof.wrong(details)
-    return wrong
 
 
 def _is_of_one_process(value: jax.Array) -> bool:

@@ -17,7 +17,10 @@ import msgspec
 
 from orchestrator.errors import Damaged, OutcomeUnknown, StepRetired, StorageError, Unavailable, UnsafeKey
 from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.restore_check import Proof
 from orchestrator.job.rounds import Round, gather
+
+WRONG_MAX = 5  # leaves whose fingerprints a message quotes
 
 Value = TypeVar("Value")
 Other = TypeVar("Other")
@@ -147,6 +150,18 @@ def reports_of_all(
     if isinstance(outcome, PeersFailed):
         return outcome.reports
     return gather(rendezvous, round_, report(outcome), timeout_s)
+
+
+def wrong_leaves(rendezvous: Rendezvous, proof: Proof, step: int, timeout_s: float) -> list[tuple[str, str]]:
+    """The leaves that are not as they were saved, by what all processes have restored of `step`, each with a line about
+    it. A collective."""
+    sums = Sums(proof.sums(), tuple(proof.wrong_here[:WRONG_MAX]))
+    answers = gather(rendezvous, fingerprints(step), sums, timeout_s)
+    wrong = [leaf for answer in answers for leaf in answer.wrong]
+    if not proof.holds([answer.by_replica for answer in answers]):
+        details = gather(rendezvous, all_fingerprints(step), proof.details(), timeout_s)
+        wrong += proof.wrong(details)
+    return wrong
 
 
 # What follows from the reports of all.

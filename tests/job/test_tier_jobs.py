@@ -99,8 +99,7 @@ def test_what_a_zombie_would_hold_is_never_chosen(tmp_path: Path) -> None:
             for process in zombie.processes:
                 os.kill(process.pid, signal.SIGCONT)
             for process in (0, 1):
-                told = zombie.wait_for(process, "not held", DEADLINE_S, 2)
-                assert all("fenced by epoch 2" in line["reason"] for line in told[1:]), told
+                zombie.wait_for(process, "not held", DEADLINE_S, text="fenced by epoch 2")
             for process in (0, 1):
                 newer.kill(process)
         with start(2, tmp_path, "newest", steps=0) as newest:

@@ -57,13 +57,21 @@ class Job:
         parsed = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
         return [line for line in parsed if line["event"] == event]
 
-    def wait_for(self, process: int, event: str, deadline_s: float, at_least: int = 1) -> list[dict[str, Any]]:
-        """Until `process` has said `event` `at_least` times; fails the test with the job's story if it does not."""
+    def wait_for(
+        self, process: int, event: str, deadline_s: float, at_least: int = 1, text: str = ""
+    ) -> list[dict[str, Any]]:
+        """Until `process` has said `event`, in a line with `text`, `at_least` times; fails the test with the
+        job's story if it does not."""
         end = time.monotonic() + deadline_s
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.said(process, event) if text in json.dumps(line)]
+
         while time.monotonic() < end:
-            if len(found := self.said(process, event)) >= at_least:
-                return found
-            if self.processes[process].poll() is not None and len(self.said(process, event)) < at_least:
+            ended = self.processes[process].poll() is not None  # before the look: its last words count
+            if len(lines := found()) >= at_least:
+                return lines
+            if ended:
                 break
             time.sleep(0.02)
         raise AssertionError(f"process {process} did not say {event!r} within {deadline_s} s\n{self.story()}")
