@@ -184,8 +184,8 @@ class Shelf:
             raise Rejected("fenced", f"{attempt.label}: fenced by epoch {newest}: {text}; nothing older is held here")
 
     def take(self, copy: Copy, pieces: Iterator[bytes]) -> bool:
-        """Create a copy of what `pieces` yields. False: the same bytes were here already. Raises Rejected, StorageError;
-        then nothing of it is here."""
+        """Create a copy of what `pieces` yields. False: the same bytes were here already. Raises Rejected,
+        StorageError; then nothing of it is here."""
         found = AttemptId.in_key(copy.target.key)
         if self._run not in (None, copy.target.run):
             raise Rejected("missing", "another run than the one that is served here")
