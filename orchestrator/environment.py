@@ -18,6 +18,7 @@ STORE_DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"  # for one operation on a store
 _STORE_DEADLINE_S = 120.0
 TIER_DIR = "ORCHESTRATOR_TIER_DIR"  # where memory tiers are on this machine, if the program does not say
 _TIER_DIR = "/dev/shm"
+TIER_SECRET = "ORCHESTRATOR_TIER_SECRET"  # of a job's tier servers, in hexadecimal digits; from the launcher
 ANONYMOUS = "ORCHESTRATOR_GCS_ANONYMOUS"  # 1: no credentials are looked for, as for public buckets
 USER_PROJECT = "ORCHESTRATOR_GCS_USER_PROJECT"  # the project that pays where the bucket does not (requester pays)
 EMULATOR = "STORAGE_EMULATOR_HOST"  # of Google's clients: the URL of an emulator, which asks nobody who they are
