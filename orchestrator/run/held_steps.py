@@ -100,6 +100,16 @@ class HeldSteps:
     def here(self, live: LiveStep, manifest: Manifest) -> Placed:
         return [(self.parts[process], numbers) for process, numbers in self.files(live, manifest).items()]
 
+    def fault(self, live: LiveStep, manifest: Manifest, name: str) -> str:
+        """What is here under the name of a file that none has."""
+        size = next((entry.bytes for entry in manifest.files if entry.path == name), 0)
+        for source in self.parts.values():
+            for entry in source.reads.list(live.id.key(name)):
+                if entry.key == live.id.key(name):
+                    is_what = entry.problem or f"has {entry.bytes} bytes"
+                    return f"{source.url}/{entry.key}: {is_what}, the manifest says {size} bytes"
+        return f"{name} is missing"
+
     def offers(self) -> list[Offer]:
         """The held steps of which this host has every file."""
         found = []
@@ -111,7 +121,7 @@ class HeldSteps:
                 self.faults[offer.id] = str(error)
                 continue
             if lacking := held.lacking(manifest, [numbers for _, numbers in placed]):
-                self.faults[offer.id] = f"{lacking} is missing, or has another size than was written"
+                self.faults[offer.id] = self.fault(live, manifest, lacking)
             else:
                 found.append(offer)
         return found

@@ -102,6 +102,10 @@ class TooLarge(Unavailable):
         self.bytes = size
 
 
+class Gone(Unavailable):
+    """There is no such object any more, or there never was, though it was to be read in parts."""
+
+
 def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
     """The entry of an object that was made durable, from what its writer counted. Raises StorageError if the store has
     another size."""

@@ -2,8 +2,8 @@
 that gives what was written.
 
 Who reads an object knows what it must be, by its size and checksum; who has it is known beforehand, per object. What is
-wrong is reported and dropped, for that object alone, and the next source is asked. A host that does not answer at all is
-asked last from then on, for every object. The last one that is left is never dropped: what it says is the answer.
+wrong is reported and dropped, for that object alone, and the next source is asked. A host that does not answer at all
+is asked last from then on, for every object. The last source that is left is never dropped: what it says is the answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TypeVar
 from orchestrator.errors import StorageError, Unavailable
 from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.records import FileEntry
-from orchestrator.storage.port import Entry, OpenFile, OpensFiles, Reads, ReadsParts, TooLarge
+from orchestrator.storage.port import Entry, Gone, OpenFile, OpensFiles, Reads, ReadsParts, TooLarge
 
 Value = TypeVar("Value")
 
@@ -27,7 +27,8 @@ _MISSING = "is missing"
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One place. kind: what users call it. peer: the host that serves it, '' on this machine: a read costs a request."""
+    """One place. kind: what users call it. peer: the host that serves it, so that a read costs a request; '' if it is
+    on this machine."""
 
     kind: str
     reads: Reads
@@ -141,7 +142,7 @@ class Sources:
         has dropped it before."""
         with self._lock:
             left = self._left(key)
-            if source.peer and isinstance(why, Unavailable) and not isinstance(why, TooLarge | NoSuchObject):
+            if source.peer and isinstance(why, Unavailable) and not isinstance(why, TooLarge | Gone):
                 self._silent.add(source.peer)
             if source not in left:
                 return True

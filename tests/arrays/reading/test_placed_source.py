@@ -136,9 +136,7 @@ def test_what_is_wrong_in_one_place_comes_from_the_next_and_is_named(
 def test_a_peer_that_vanishes_while_it_is_read_is_replaced(saved: tuple[Path, LiveStep]) -> None:
     root, live = saved
     peer = Peer(root, fails_after=3)
-    values, placed, dropped = read_from(
-        live, Source("peer", peer, "host-b"), Source("own", PosixStorage(str(root)))
-    )
+    values, placed, dropped = read_from(live, Source("peer", peer, "host-b"), Source("own", PosixStorage(str(root))))
     assert all(np.array_equal(values[name], STATE[name]) for name in STATE)
     assert dropped and {reason.rpartition(": ")[2] for *_, reason in dropped} == {"connection refused"}
     assert placed.read_bytes()["own"] > 0
