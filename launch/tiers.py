@@ -128,16 +128,17 @@ class HostTiers:
             found[contract.DOMAIN] = domain(machine, self._hosts, self._options.domains)
         return found
 
-    def ended(self, exits: Sequence[Exit]) -> None:
-        """Processes have ended, by themselves or not."""
+    def ended(self, exits: Sequence[Exit]) -> frozenset[int]:
+        """Processes have ended, by themselves or not. Returns those whose machines have lost their tiers with that."""
         if self._options is None or not self._options.lose_on_kill:
-            return
-        for exit_ in exits:
-            if exit_.from_outside:
-                machine = self._machines[exit_.index]
-                self._lost.add(machine)
-                warden.remove(str(self._path(machine)))
-                self._note(f"host-{exit_.index} has lost its memory tier")
+            return frozenset()
+        lost = frozenset(exit_.index for exit_ in exits if exit_.from_outside)
+        for index in sorted(lost):
+            machine = self._machines[index]
+            self._lost.add(machine)
+            warden.remove(str(self._path(machine)))
+            self._note(f"host-{index} has lost its memory tier")
+        return lost
 
     def __exit__(self, *_: object) -> None:
         if self._options is not None and self._options.directory is None and not self._options.keep:

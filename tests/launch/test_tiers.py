@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -160,3 +161,19 @@ def test_no_tier_and_no_secret_is_left_where_others_look(tmp_path: Path) -> None
 def test_a_tier_that_cannot_be_is_one_clear_line(flags: list[str], message: str) -> None:
     done = launch(["--processes", "2", *flags], "")
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.jobs
+def test_the_log_directory_says_when_hosts_were_started_and_ended(tmp_path: Path) -> None:
+    flags = ["--processes", "2", "--max_restarts", "1", "--lose_tier_on_kill", "--backoff_s", "0"]
+    flags += ["--env", f"ORCHESTRATOR_TIER_DIR={tmp_path}", "--log_dir", str(tmp_path / "logs")]
+    script = ENVIRON + "import time\nif r == 0 and i == 0: time.sleep(60)\nif r == 0: os.kill(os.getpid(), 9)"
+    assert launch(flags, script).returncode == 0
+    found = [json.loads(line) for line in (tmp_path / "logs" / "launch.jsonl").read_text().splitlines()]
+    times = [one.pop("time") for one in found]
+    assert times == sorted(times)
+    assert [(one["event"], one["restart"]) for one in found] == [
+        (event, restart) for restart in (0, 1) for event in ("started", "exit", "exit", "ended")
+    ]
+    assert found[1] == {"event": "exit", "restart": 0, "host": 1, "code": 137, "lost": True}
+    assert found[2] == {"event": "exit", "restart": 0, "host": 0, "code": 143, "lost": False}
