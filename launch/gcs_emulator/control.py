@@ -1,7 +1,7 @@
 """The emulator's own paths, below `/_emulator/`: what tests and benchmarks ask of it and set.
 
-`faults` (GET, PUT), `rules/GROUP` (GET, PUT), `guards/BUCKET` (PUT), `links` (GET; PUT sets their speed), `counts` (GET,
-DELETE) and `requests` (GET; DELETE of the counts clears it, and what the links have counted).
+`faults` (GET, PUT), `rules/GROUP` (GET, PUT), `guards/BUCKET` (PUT), `links` (GET; PUT sets their speed), `counts`
+(GET, DELETE) and `requests` (GET; DELETE of the counts clears it, and what the links have counted).
 """
 
 from __future__ import annotations
