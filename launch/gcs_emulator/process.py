@@ -68,7 +68,7 @@ class EmulatorProcess(Server):
             raise ValueError(body.decode())
 
     def links(self, **speed: float) -> list[dict[str, Any]]:
-        """The hosts' links (`links.Link`); from now on with this speed (`links.Speed`) if one is given. Raises ValueError."""
+        """The hosts' links (`links.Link`), with this speed (`links.Speed`) from now on if one is given. ValueError."""
         status, _, body = self.ask("PUT" if speed else "GET", "/_emulator/links", json.dumps(speed).encode())
         if status != 200:
             raise ValueError(body.decode())

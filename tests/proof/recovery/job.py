@@ -176,8 +176,6 @@ def tiers(args: dict[str, str]) -> list[Any]:
     if not int(args.get("hold", 0)):
         return []
     keep, copies = int(args.get("keep", 2)), int(args.get("copies", 1))
-    if "copies" not in oc.memory.__kwdefaults__:  # TEMPORARY
-        return [oc.memory(every=int(args["hold"]), keep=keep)]
     return [oc.memory(every=int(args["hold"]), copies=copies, domain=args.get("domain", "node"), keep=keep)]
 
 
