@@ -17,14 +17,10 @@ from orchestrator.rules.keys import check_key
 from orchestrator.rules.peer_protocol import ListPage, Measured, Parts, Progress, Request, Sending, Target
 from orchestrator.rules.records import FileEntry, crc32c
 from orchestrator.storage.peer_http import Reply, Wire, raise_failure
-from orchestrator.storage.port import Entry, TooLarge
+from orchestrator.storage.port import Entry, Gone, TooLarge
 
 _DEADLINE_S = 30.0
 _MEASURED_BYTES_PER_S = 50 << 20  # at least, by a server that has other things to do
-
-
-class Gone(Unavailable):
-    """The peer has no such file: it never had it, or has freed it."""
 
 
 class Peer:

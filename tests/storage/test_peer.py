@@ -11,7 +11,8 @@ import pytest
 from orchestrator.errors import StorageError, Unavailable
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import crc32c
-from orchestrator.storage.peer import Gone, Peer
+from orchestrator.storage.peer import Peer
+from orchestrator.storage.port import Gone
 from tests.support.tier_servers import RUN, SECRET, Host, host
 
 ATTEMPT = AttemptId.of(20, 2, 1)
