@@ -11,7 +11,7 @@ from orchestrator.policy import last
 from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.domains import Domains, Site
-from orchestrator.rules.records import Head
+from orchestrator.rules.records import FORMAT, FileEntry, Head, Manifest
 from tests.proof.model.hosts import (
     STAMP,
     Host,
@@ -23,6 +23,7 @@ from tests.proof.model.hosts import (
     Scenario,
     World,
     body_of,
+    count,
     head_of,
     live,
     right,
@@ -31,13 +32,15 @@ from tests.proof.model.hosts import (
 )
 
 KEEP_HELD, KEEP_SAVED = last(2), last(1)
+STARTING = ("starting", "looking", "choosing", "opening", "opening hosts")
 
 Become = Callable[..., World]
 
 
 def moves(scenario: Scenario, world: World, rules: Rules) -> Iterator[Moved]:
     for index in range(len(world.jobs)):
-        if not index or world.jobs[index - 1].pc != "starting":  # the supervisor starts them one after the other
+        early = STARTING[: 1 if scenario.overlap else None]
+        if not index or world.jobs[index - 1].pc not in early:  # the supervisor starts them one after the other
             for what, after, problem in _moves(scenario, world, rules, index):
                 yield f"{'ABC'[index]} {what}", after, problem
 
@@ -45,8 +48,7 @@ def moves(scenario: Scenario, world: World, rules: Rules) -> Iterator[Moved]:
 def _moves(scenario: Scenario, world: World, rules: Rules, index: int) -> Iterator[Moved]:
     job = world.jobs[index]
     become = partial(_become, world, index)
-    started = job.pc not in ("starting", "looking", "choosing", "opening", "opening hosts")
-    if not started and len(job.alive) < len(job.hosts):
+    if job.pc in STARTING and len(job.alive) < len(job.hosts):
         return  # a process is missing: no round of all comes to its end
     match job.pc:
         case "starting":
@@ -103,18 +105,29 @@ def _look(world: World, rules: Rules, job: Job, become: Become) -> Moved:
     logged = job.logged | {each.id for each in (head.live if head else ())}
     after = {"seen": (*job.seen, host.parts), "logged": frozenset(logged)}
     ended = job.at + 1 == len(job.hosts)
-    return (
-        f"looks at host {job.hosts[job.at]}",
-        become(pc="choosing" if ended else "looking", at=job.at + 1, **after),
-        "",
-    )
+    pc = "choosing" if ended else "looking"
+    return f"looks at host {job.hosts[job.at]}", become(pc=pc, at=job.at + 1, **after), ""
 
 
 def offered(rules: Rules, job: Job) -> list[AttemptId]:
     """What the processes together can have, by what each has found on its host."""
     union: frozenset[Part] = frozenset().union(*job.seen)
-    found = {part.attempt for part in union if part.process < 0} if rules.finds_by_manifest else set(job.logged)
-    return sorted(each for each in found if not rules.needs_all_parts or whole(union, each))
+    found = {part.attempt for part in union if part.process < 0}
+    listed = found if rules.finds_by_manifest else found & job.logged
+    return sorted(each for each in listed if not rules.lacking(_manifest(count(union, each)), _had(job, each)))
+
+
+def _had(job: Job, attempt: AttemptId) -> list[set[int]]:
+    """The numbers of an attempt's files (`held.names`) that each host has."""
+    return [{max(part.process + 1, 0) for part in parts if part.attempt == attempt} for parts in job.seen]
+
+
+@cache
+def _manifest(processes: int) -> Manifest:
+    files = tuple(FileEntry(path=f"part-{process}", bytes=1, crc32c="0") for process in range(processes))
+    return Manifest(
+        format=FORMAT, write_id="", step=0, attempt="", process_count=processes, files=files, hosts=(), seconds=()
+    )
 
 
 def _choose(scenario: Scenario, world: World, rules: Rules, job: Job, become: Become) -> Moved:
@@ -142,16 +155,15 @@ def _read(world: World, rules: Rules, job: Job, attempt: AttemptId) -> list[Atte
     """Whose bytes each part has, as read from the first host whose copy is whole; None: no host has one."""
     there = [world.hosts[number].parts for number in job.hosts if world.hosts[number].up]
     union: frozenset[Part] = frozenset().union(*there)
-    count = max((-part.process for part in union if part.attempt == attempt and part.process < 0), default=0)
-    bodies = []
-    for process in range(count):
+    bodies: list[AttemptId | None] = []
+    for process in range(count(union, attempt)):
         copies = [part for parts in there for part in sorted(parts, key=str) if part[:2] == (process, attempt)]
         copies = copies if rules.tries_other_hosts else copies[:1]
         good = [part.body for part in copies if part.body == attempt or not rules.checks_read_bytes]
         if not good:
             return None
         bodies.append(good[0])
-    return bodies if count else None
+    return bodies or None
 
 
 def _misjudged(
@@ -186,9 +198,8 @@ def _open_host(world: World, rules: Rules, job: Job, become: Become) -> Moved:
         return f"is fenced on host {number}", become(pc="stopped"), ""
     problem = f"epoch {before.epoch} is followed by {job.epoch}" if before and before.epoch >= job.epoch else ""
     if job.at == 0 and rules.takes_over_logs:
-        missing = [
-            live(each) for each in sorted(job.logged, key=held.rank) if each not in {one.id for one in made.live}
-        ]
+        known = {one.id for one in made.live}
+        missing = [live(each) for each in sorted(job.logged - known, key=held.rank)]
         made = rules.follow(made, STAMP, epoch=job.epoch, live=[*made.live, *missing]) or made
     if job.at:  # a crash may have come between process 0's entry and this one's
         theirs = head_of(world.hosts[job.hosts[0]].log)
@@ -233,10 +244,12 @@ def _put(
                 if rules.waits_for_copies:
                     return None, problem
                 continue
-            if host.told > job.epoch:
+            log = head_of(host.log)
+            newest = max(host.told, log.epoch if log else 0)
+            if newest > job.epoch:
                 if rules.servers_fence:
                     return None, problem
-                problem = f"host {number} takes a copy of epoch {job.epoch}, and knows of epoch {host.told}"
+                problem = f"host {number} takes a copy of epoch {job.epoch}, and knows of epoch {newest}"
         hosts = with_item(hosts, number, host._replace(parts=host.parts | {part}))
     return hosts, problem
 
@@ -281,14 +294,22 @@ def _enter(scenario: Scenario, world: World, rules: Rules, job: Job, become: Bec
         problem = problem or f"{attempt.label} is held in a tier that epoch {before.epoch} has opened"
     problem = problem or _too_soon(scenario, world._replace(hosts=hosts), rules, job)
     hosts = with_item(hosts, number, _collected(hosts[number], made))
-    outside: dict[str, Any] = {"hosts": hosts}
-    head = head_of(world.run)
-    if head is not None and head.epoch == job.epoch:
-        lost = frozenset(host for process, host in enumerate(job.hosts) if process not in job.alive)
-        there = [part for host in hosts for part in host.parts if part.attempt == attempt and part.process >= 0]
-        outside["promise"] = Promise(attempt, job.hosts, lost, lied=any(part.body != attempt for part in there))
-    after = become(outside, pc="following" if len(job.hosts) > 1 else "running", at=1)
+    alone = len(job.hosts) == 1
+    after = become({"hosts": hosts}, pc="running" if alone else "following", at=1)
+    if alone or rules.is_held_when_entered:
+        after = _called_held(after, job)
     yield "enters the step", after, problem
+
+
+def _called_held(world: World, job: Job) -> World:
+    """From now on people are told that the step is held: a promise, unless somebody has replaced this job."""
+    head, attempt = head_of(world.run), _attempt(job)
+    if head is None or head.epoch != job.epoch:
+        return world
+    lost = frozenset(host for process, host in enumerate(job.hosts) if process not in job.alive)
+    there = [part for host in world.hosts for part in host.parts if part.attempt == attempt and part.process >= 0]
+    lied = any(part.body != attempt for part in there)
+    return world._replace(promise=Promise(attempt, job.hosts, lost, lied))
 
 
 def _too_soon(scenario: Scenario, world: World, rules: Rules, job: Job) -> str:
@@ -330,7 +351,12 @@ def _follow(scenario: Scenario, world: World, rules: Rules, job: Job, become: Be
     problem = ""
     if before is not None and before.epoch > job.epoch and after != host:
         problem = f"epoch {job.epoch} changes a tier that epoch {before.epoch} has opened"
-    yield f"process {job.at} follows", become({"hosts": with_item(world.hosts, number, after)}, **then), problem
+    followed = become({"hosts": with_item(world.hosts, number, after)}, **then)
+    if rules.is_held_when_first_follows or (ended and not rules.is_held_when_entered):
+        logs = [head_of(followed.hosts[job.hosts[each]].log) for each in range(job.at + 1)]
+        if all(log and _attempt(job) in {one.id for one in log.live} for log in logs):
+            followed = _called_held(followed, job)
+    yield f"process {job.at} follows", followed, problem
 
 
 def _follows(host: Host, theirs: Head, job: Job, rules: Rules) -> Host:
@@ -345,8 +371,8 @@ def _follows(host: Host, theirs: Head, job: Job, rules: Rules) -> Host:
 def _upload(world: World, rules: Rules, job: Job, become: Become) -> Iterator[Moved]:
     assert job.upload
     attempt, process = job.upload
-    count = len(job.hosts)
-    if process < count:
+    processes = len(job.hosts)
+    if process < processes:
         if process not in job.alive:
             return
         mine = [part for part in world.hosts[job.hosts[process]].parts if part[:2] == (process, attempt)]
@@ -371,7 +397,7 @@ def _upload(world: World, rules: Rules, job: Job, become: Become) -> Iterator[Mo
     if before is not None and before.epoch > job.epoch:
         problem = f"epoch {job.epoch} commits in a run that epoch {before.epoch} has opened"
     gone = {old.id for old in made.retired}
-    store = frozenset(part for part in world.store if part.attempt not in gone) | {Part(-count, attempt, attempt)}
+    store = frozenset(part for part in world.store if part.attempt not in gone) | {Part(-processes, attempt, attempt)}
     yield "commits the upload", become({"store": store, "run": body_of(made)}, upload=None), problem
 
 

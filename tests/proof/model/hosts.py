@@ -33,6 +33,7 @@ class Rules:
     enter: Callable[..., Any] = journal.commit
     follow: Callable[..., Any] = held.follow
     candidates: Callable[..., Any] = held.candidates
+    lacking: Callable[..., Any] = held.lacking
     commit: Callable[..., Any] = journal.commit
     pair: Callable[..., Any] = pairing.pair
     survives: Callable[..., Any] = survival.survives
@@ -40,9 +41,10 @@ class Rules:
     checks_uploaded_bytes: bool = True
     waits_for_copies: bool = True
     servers_fence: bool = True
-    needs_all_parts: bool = True
     tries_other_hosts: bool = True
-    finds_by_manifest: bool = True
+    finds_by_manifest: bool = False
+    is_held_when_entered: bool = False
+    is_held_when_first_follows: bool = False
     takes_over_logs: bool = True
     keeps_uploads_in_order: bool = True
 
@@ -66,9 +68,10 @@ class Host(NamedTuple):
 
 
 class Job(NamedTuple):
-    """An incarnation. at: how far it has come within `pc`. hosts: of its processes. alive: those whose host is there.
+    """An incarnation. at: how far it has come within `pc`. hosts: of its processes; alive: those whose host is there.
     seen: what each host had when it looked. logged: what their logs say is held.
-    known: what was called held when it started. holds: so many by now. upload: what goes to the store, and how far it is."""
+    known: what was called held when it started. holds: so many by now.
+    upload: what goes to the store, and how far it is."""
 
     pc: str = "starting"
     at: int = 0
@@ -107,7 +110,8 @@ class World(NamedTuple):
 class Scenario:
     """domains: of each host. holds: how many steps each incarnation holds. losses, leaves, lies: so many hosts are lost
     with their memory, go away and may come back with what they had, and so many files change. promotes: whether held
-    steps go to the store, too. saves: whether others go there directly."""
+    steps go to the store, too. saves: whether others go there directly.
+    overlap: whether one starts while the one before is starting still."""
 
     name: str
     domains: tuple[str, ...]
@@ -118,6 +122,7 @@ class Scenario:
     lies: int = 0
     promotes: bool = False
     saves: bool = False
+    overlap: bool = True
 
 
 class Found(NamedTuple):
@@ -150,11 +155,15 @@ def live(attempt: AttemptId) -> LiveStep:
     )
 
 
+def count(parts: frozenset[Part], attempt: AttemptId) -> int:
+    """How many parts an attempt has, by its manifest; 0 without one."""
+    return max((-part.process for part in parts if part.attempt == attempt and part.process < 0), default=0)
+
+
 def whole(parts: frozenset[Part], attempt: AttemptId) -> bool:
     """Whether there are bytes of all parts, right or wrong, and the manifest."""
-    count = max((-part.process for part in parts if part.attempt == attempt and part.process < 0), default=0)
     there = {part.process for part in parts if part.attempt == attempt}
-    return count > 0 and there >= set(range(count))
+    return bool(expected := count(parts, attempt)) and there >= set(range(expected))
 
 
 def right(parts: frozenset[Part]) -> frozenset[Part]:
@@ -182,7 +191,7 @@ def accidents(world: World) -> Iterator[Moved]:
             away = host._replace(up=False)
             yield f"host {index} goes away", _gone(world, index, away, leaves=world.leaves - 1), ""
         if not host.up:
-            hosts = _with(world.hosts, index, host._replace(up=True))
+            hosts = with_item(world.hosts, index, host._replace(up=True))
             yield f"host {index} comes back with what it had", world._replace(hosts=hosts), ""
         if world.lies:
             yield from _lies(world, index, host)
@@ -194,7 +203,7 @@ def _gone(world: World, index: int, left: Host, **changes: Any) -> World:
         for job in world.jobs
     )
     promise = world.promise and world.promise._replace(lost=world.promise.lost | {index})
-    return world._replace(hosts=_with(world.hosts, index, left), jobs=jobs, promise=promise, **changes)
+    return world._replace(hosts=with_item(world.hosts, index, left), jobs=jobs, promise=promise, **changes)
 
 
 def _lies(world: World, index: int, host: Host) -> Iterator[Moved]:
@@ -206,16 +215,13 @@ def _lies(world: World, index: int, host: Host) -> Iterator[Moved]:
             promise = world.promise
             if promise and promise.attempt == part.attempt:
                 promise = promise._replace(lied=True)
-            hosts = _with(world.hosts, index, host._replace(parts=parts))
+            hosts = with_item(world.hosts, index, host._replace(parts=parts))
             what = f"host {index}: part {part.process} of {part.attempt.label} is now {body.label if body else 'noise'}"
             yield what, world._replace(hosts=hosts, lies=world.lies - 1, promise=promise), ""
 
 
-def _with(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
+def with_item(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
     return (*items[:index], item, *items[index + 1 :])
-
-
-with_item = _with
 
 
 def explore(scenario: Scenario, rules: Rules | None = None, states_max: int = 3_000_000) -> Found:
