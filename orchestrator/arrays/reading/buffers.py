@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,14 @@ class BufferGroup:
     def leaf(self) -> LeafSpec:
         """The same for all leaves of the group, except for its path."""
         return self.requests[0].leaf
+
+    def keys(self, suffix: str) -> list[str]:
+        """Of the chunk whose key ends with `suffix`, of all leaves."""
+        return [name + suffix for name in self._names]
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return [request.leaf.name for request in self.requests]
 
     @property
     def dtype(self) -> np.dtype[Any]:

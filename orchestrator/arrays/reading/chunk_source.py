@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +11,8 @@ from orchestrator.arrays.format.compressed import chunk_shape
 from orchestrator.arrays.reading.buffer_layout import Destination, with_chunks
 from orchestrator.arrays.reading.buffers import BufferGroup
 from orchestrator.arrays.reading.host_memory import Array
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.rules import zarr_chunks
-from orchestrator.rules.chunk_index import Chunk
 
 OnBytes = Callable[[int], None]  # called with the bytes that have arrived since the last call
 
@@ -55,7 +55,7 @@ class ChunkSource(Protocol):
 
     directory: str  # URL of the attempt's `state/`
 
-    def index(self) -> Mapping[str, Chunk] | None:
+    def index(self) -> StoredIndex | None:
         """Key -> the chunk, or where it is, for all of the store; None where nobody has listed its files. Worked out
         once. Raises Damaged, Suspect, Unavailable."""
 

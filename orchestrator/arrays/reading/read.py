@@ -12,7 +12,7 @@ Nothing is read but files that the step's manifest lists, and no buffer is given
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,10 @@ from orchestrator.arrays.reading.kvstore_source import KvStoreSource
 from orchestrator.arrays.reading.local_source import LocalSource
 from orchestrator.arrays.reading.owned_memory import use_owned_memory
 from orchestrator.arrays.reading.requests import ReadRequest
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.boxes import whole_box
-from orchestrator.rules.chunk_index import Chunk, StoredFiles
+from orchestrator.rules.chunk_index import StoredFiles
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.storage import local_path
 
@@ -138,7 +139,7 @@ class _Reader:
         """Nothing is read any more, whatever was begun."""
         self._source.close()
 
-    def _fill_from(self, index: Mapping[str, Chunk], group: BufferGroup) -> bool:
+    def _fill_from(self, index: StoredIndex, group: BufferGroup) -> bool:
         if not self._checks.fill_from_index(group, index):
             return False
         self._on_bytes(group.chunk_bytes * len(group.requests) * len(group.layout.reads))
