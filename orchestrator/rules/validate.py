@@ -13,13 +13,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from orchestrator.rules import holders, keys, zarr_chunks
 from orchestrator.rules.arguments import STEP_MAX
 from orchestrator.rules.attempt_id import parse_name
 from orchestrator.rules.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.rules.kept import kept
+from orchestrator.rules.leaf_sums import sums
 from orchestrator.rules.records import (
     Box,
     ExternalArray,
@@ -74,57 +75,20 @@ def fits(intent: Intent, manifest: Manifest) -> None:
     _same("process_count", intent.process_count, manifest.process_count)
     stored_bytes = sum(entry.bytes for entry in manifest.files if entry.path.startswith(keys.STATE))
     names = {entry.path for entry in manifest.files}
-    sums = _sums(intent.tree.leaves)
-    for leaf, size in sums.not_cut:
+    found = sums(intent.tree.leaves)
+    for leaf, size in found.not_cut:
         if size > ZSTD_RATIO_MAX * stored_bytes:
             raise Invalid(f"{leaf.label}: {size} bytes, out of {stored_bytes} that the manifest lists below state/")
         if leaf.external:
             _has_files(leaf, leaf.external, names)
-    if sums.ours is not None and keys.STATE + keys.STORE not in names:
-        raise Invalid(f"{sums.ours.label}: is in an array store, and the manifest lists none")
-    count, values = sums.chunks, sums.values
-    if sums.raw_bytes > stored_bytes:
-        raise Invalid(f"arrays of {sums.raw_bytes} bytes, of {stored_bytes} that the manifest lists below state/")
-    most = INT64_MAX if sums.not_cut else count + values  # else their number is not known
+    if found.ours is not None and keys.STATE + keys.STORE not in names:
+        raise Invalid(f"{found.ours.label}: is in an array store, and the manifest lists none")
+    count, values = found.chunks, found.values
+    if found.raw_bytes > stored_bytes:
+        raise Invalid(f"arrays of {found.raw_bytes} bytes, of {stored_bytes} that the manifest lists below state/")
+    most = INT64_MAX if found.not_cut else count + values  # else their number is not known
     if manifest.chunks and not count <= len(manifest.chunks) <= most:
         raise Invalid(f"arrays of {count} chunks, and {values} numbers; the manifest has {len(manifest.chunks)} chunks")
-
-
-class _Sums(NamedTuple):
-    """Of a tree. chunks, raw_bytes: of the arrays whose chunks it has. values: of how many numbers the store has a
-    chunk, for Orbax's readers. not_cut: arrays whose chunks it does not have, and their bytes. ours: one in an array
-    store of ours."""
-
-    chunks: int
-    raw_bytes: int
-    values: int
-    not_cut: list[tuple[LeafSpec, int]]
-    ours: LeafSpec | None
-
-
-@kept
-def _sums(leaves: tuple[LeafSpec, ...]) -> _Sums:
-    count = raw_bytes = values = 0
-    not_cut: list[tuple[LeafSpec, int]] = []
-    ours: LeafSpec | None = None
-    sizes: dict[Any, tuple[int, int]] = {}  # bytes and chunks: a state has many leaves of few forms
-    for leaf in leaves:
-        if not leaf.in_store:
-            values += leaf.number != ""
-            continue
-        form = (leaf.file_shape, leaf.stored_dtype or leaf.dtype, leaf.chunk)
-        if form not in sizes:
-            elements = math.prod(form[0])
-            sizes[form] = elements * ITEM_BYTES[form[1]], elements // math.prod(leaf.chunk or ())
-        size, chunks = sizes[form]
-        if leaf.chunk is None:
-            not_cut.append((leaf, size))
-        else:
-            count += chunks
-            raw_bytes += size
-        if ours is None and not leaf.external:
-            ours = leaf
-    return _Sums(count, raw_bytes, values, not_cut, ours)
 
 
 def name_problem(leaf: LeafSpec) -> str:
