@@ -60,8 +60,10 @@ def load(
     Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
     cannot be read.
     """
-    values: list[Any] = [None if request.leaf.in_store else value_without_file(request) for request in requests]
     groups = grouped(requests)
+    values: list[Any] = [None] * len(requests)
+    if sum(len(group.positions) for group in groups) < len(requests):
+        values = [None if request.leaf.in_store else value_without_file(request) for request in requests]
     if not groups:
         return values
     reader = _Reader(directory, on_bytes, stored, places)
