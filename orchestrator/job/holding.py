@@ -13,22 +13,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from absl import logging
 
-from orchestrator.arrays import ArrayWriter
+from orchestrator.arrays import ArrayWriter, Flat
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.job import tier_rounds
+from orchestrator.job.attempt_names import AttemptNames
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
-from orchestrator.job.participant import GRACE_S, ParticipantFactory
+from orchestrator.job.participant import Participant, ParticipantFactory
+from orchestrator.job.promotion import Source
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import agree, gather
 from orchestrator.job.save_sequence import Given, SaveSequence
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.job.signals import Signals
 from orchestrator.job.tier_rounds import Opened
+from orchestrator.job.voter import GRACE_S
 from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, StepHeld, StepNotHeld, emit
 from orchestrator.options import Options
 from orchestrator.policy import every, last
@@ -42,6 +46,7 @@ from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import OwnTier, free_left_over, untold
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.joined import JoinedStorage
+from orchestrator.storage.throttle import Throttle
 
 _RECORDS_BYTES = 64 << 10  # room for the records of a step, beside a part of its arrays
 _RECORDS_SHARE = 50  # one of so many bytes
@@ -49,8 +54,8 @@ _TIMEOUT_S = 120.0  # for a step: memory that takes longer is no quick way back
 
 
 class Holding:
-    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process.
-    Nothing is held before `opened`, nor where that finds a problem."""
+    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process. names:
+    of its attempts, here and in the store. Nothing is held before `opened`, nor where that finds a problem."""
 
     def __init__(
         self,
@@ -61,11 +66,13 @@ class Holding:
         opening: Opening,
         options: Options,
         writer: Callable[[Options, int], ArrayWriter],
+        names: AttemptNames | None = None,
     ) -> None:
         self._tier, self._store, self._rendezvous = tier, store, rendezvous
-        self._opening, self._options = opening, options
-        # Its own, as a save may be in flight in the agent's. What hosts have of their own is compared there.
-        self._writer = writer(replace(options, host_local="ignore"), rendezvous.process)
+        self._opening, self._options, self._names = opening, options, names or AttemptNames()
+        self._writer = writer(options, rendezvous.process)  # its own, as a save may be in flight in the agent's
+        self._throttle = Throttle(options.upload_bytes_per_s)
+        self._carried = False  # whether this call of `save` has begun to hold the step that it saves, or said why not
         self._signals = Signals(rendezvous, f"{incarnation_id}-held")
         self._own: OwnTier | None = None
         self._saves: SaveSequence | None = None
@@ -102,7 +109,7 @@ class Holding:
         path = ""
         try:
             path = tier_directory.of_process(tier.directory, run, self._rendezvous.process)
-            self._own = OwnTier(path, self._store.writer)
+            self._own = OwnTier(path, self._store.writer, self._store)
             return Opened(path, *self._own.open_epoch(epoch, self._store.durable_version))
         except OrchestratorError as error:
             return Opened(path, problem=str(error))
@@ -139,7 +146,7 @@ class Holding:
         tiers = [PosixStorage(place.path) for place in places]
         others = [tier for process, tier in enumerate(tiers) if process != me.process]
         storage = JoinedStorage(own.storage, others, log=tiers[0] if me.process else own.storage)
-        self._of_all = store = JournalStore(storage, self._store.writer)
+        self._of_all = store = JournalStore(storage, self._store.writer, run=self._store)
         store.durable_version = places[0].version
         self._policy, self._keep = every(tier.every), last(tier.keep)
         options = _options(self._options)
@@ -151,11 +158,12 @@ class Holding:
             Coordinator(store, me, self._signals, keep=self._keep, host_local="ignore") if me.process == 0 else None,
             options,
             epoch=epoch,
+            names=self._names,
             tell=self._hear,
             admit=self._admit,
         )
         schedule = SaveSchedule(self._policy, me, options.rendezvous_timeout_s)
-        self._epoch, self._deletion = epoch, BackgroundDeletion(own.log, untold)
+        self._epoch, self._deletion = epoch, BackgroundDeletion(own.log, untold, own.pinned)
         self._saves = SaveSequence(participants, schedule, self._opening, options)
         try:
             if me.process:
@@ -174,7 +182,7 @@ class Holding:
         """Begin to hold `step`, if it is due and hosts are not being preempted: then it is saved. Not if the one before
         is not held yet, on any process: training does not wait for memory. Raises UsageError for what no save takes;
         whatever else fails is an event. Whether it has begun is each process's own matter, so it is not told."""
-        if self._saves is None or preempted or not self.due(step):
+        if self._saves is None or preempted or self._carried or not self.due(step):
             return
         try:
             if (running := self._saves.in_flight) is not None:
@@ -186,17 +194,41 @@ class Holding:
         except Exception as error:  # the others have been told
             self._hear(SaveNotCommitted(step, "", f"{type(error).__name__}: {error}", Cause.FAILED))
 
+    def carry(self, save: Participant, flat: Flat, process_state: bytes | None) -> Source | None:
+        """Begin to hold the state of `save`, which is on its way to the store: it is staged here, and uploaded from
+        here. None if this process cannot: then it saves it directly, whatever the others do, and it is not held."""
+        if self._saves is None or self._own is None or self._of_all is None:
+            return None
+        self._carried, own, attempt = True, self._own, save.id
+        self._saves.note_outcome(raise_now=False)
+        if (running := self._saves.in_flight) is not None:
+            self._saves.skip(save.step, f"step {running} is not held yet; this process saves it directly")
+            return None
+        own.pinned.add(attempt)
+        held: Participant | None = None
+        try:
+            held = self._saves.carry(save.step, save.user, flat, process_state)
+        finally:
+            if held is None or not held.staged:
+                own.pinned.discard(attempt)
+        if not held.staged:
+            logging.warning("%s goes to the store directly: %s", save.label, held.problem)
+            return None
+        return Source(held, self._of_all, own.storage, self._throttle, partial(own.unpin, attempt))
+
     @contextlib.contextmanager
     def beside(self, step: int) -> Iterator[None]:
         """Within it `step` is saved, held, or both. Should that raise, the other processes, which may be about to hold
         it, are told that this one does not."""
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(Exception):
-                if self._saves is not None and self.due(step):
-                    self._saves.skip(step, "this process takes no part in it, as its call of save has failed")
-            raise
+        self._carried = False
+        with self._names.one_call():
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    if self._saves is not None and self.due(step) and not self._carried:
+                        self._saves.skip(step, "this process takes no part in it, as its call of save has failed")
+                raise
 
     def _admit(self, need: int) -> None:
         assert self._own is not None and self._deletion is not None and self._tier is not None

@@ -15,7 +15,7 @@ from absl import logging
 
 from orchestrator.errors import Damaged, Fenced, JournalLost, OrchestratorError, StorageError
 from orchestrator.observe.events import Event
-from orchestrator.rules import held, keys
+from orchestrator.rules import held, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
 from orchestrator.rules.records import Head, LiveStep
@@ -38,12 +38,14 @@ def _delete_below(storage: PosixStorage, prefix: str) -> None:
 
 
 class OwnTier:
-    """The part of the tier that this process writes, below `path`. Any thread."""
+    """The part of the tier that this process writes, below `path`. Any thread. run: of whose steps it is, where what is
+    held goes to that store, too. pinned: attempts that are on their way there: what this process has of them stays."""
 
-    def __init__(self, path: str, writer: str) -> None:
-        self.path = path
+    def __init__(self, path: str, writer: str, run: JournalStore | None = None) -> None:
+        self.path, self._run = path, run
         self.storage = PosixStorage(path)
-        self.log = JournalStore(self.storage, writer)
+        self.log = JournalStore(self.storage, writer, run=run)
+        self.pinned: set[AttemptId] = set()
         self._epoch = 0
 
     def open_epoch(self, epoch: int, version: int) -> tuple[int, str]:
@@ -62,7 +64,7 @@ class OwnTier:
         except (Damaged, JournalLost) as error:  # a cache: begin again; but what a newer version holds is whole
             logging.warning("%s: what is held here cannot be trusted, and is thrown away: %s", self.path, error)
             _delete_below(self.storage, "")
-            self.log = JournalStore(self.storage, self.log.writer)
+            self.log = JournalStore(self.storage, self.log.writer, run=self._run)
             head = self.log.append(rule)
         assert head is not None  # the rule makes one where there is none
         return head.version, head.write_id
@@ -77,7 +79,7 @@ class OwnTier:
             logging.warning("%s: entry %d of its log is damaged, and is left out", self.path, version)
             self.storage.delete(keys.journal_key(version))
         if damaged:
-            self.log = JournalStore(self.storage, self.log.writer)
+            self.log = JournalStore(self.storage, self.log.writer, run=self._run)
 
     def follow(self, log: JournalStore) -> None:
         """Enter what process 0's log says is held into this process's. Raises StorageError, Fenced."""
@@ -86,11 +88,24 @@ class OwnTier:
         self.log.append(partial(held.follow, epoch=self._epoch, live=[one for one in head.live if one.id in here]))
 
     def delete(self, attempt: AttemptId) -> None:
-        """Free what this process has written of an attempt that it does not hold. Never raises."""
+        """Free what this process has written of an attempt that it does not hold, unless that is pinned. Never
+        raises."""
         try:
-            _delete_below(self.storage, attempt.prefix)
+            if attempt not in self.pinned:
+                _delete_below(self.storage, attempt.prefix)
         except OrchestratorError as error:
             logging.warning("%s %s: stays in memory for now: %s", self.path, attempt.label, error)
+
+    def unpin(self, attempt: AttemptId) -> None:
+        """It is needed for the store no more: free it, if it is not held either. Never raises."""
+        self.pinned.discard(attempt)
+        try:
+            head = self.log.head()
+        except OrchestratorError as error:
+            logging.warning("%s %s: stays in memory for now: %s", self.path, attempt.label, error)
+            return
+        if head is None or not journal.is_live(head, attempt):
+            self.delete(attempt)
 
     def forget_older_entries(self) -> None:
         """Keep the log small: it is in memory. Never raises."""
@@ -105,7 +120,7 @@ class OwnTier:
         needed and what there is; then nothing was released. Raises Fenced."""
         sizes = {attempt: one.bytes for attempt, one in survey.attempts(self.storage).items()}
         head = self.log.head()
-        older = head.live if head else ()
+        older = [live for live in head.live if live.id not in self.pinned] if head else []
         used, free = sum(sizes.values()), tier_directory.free_bytes(self.path)
         room = free if bytes_max is None else min(free, bytes_max - used)
         count = held.to_release([sizes.get(live.id, 0) for live in older], need, room)
@@ -125,7 +140,9 @@ class OwnTier:
     def release(self, attempts: Sequence[AttemptId], reason: str) -> None:
         """Hold these steps no more, and free their memory. Raises Fenced, StorageError."""
         self.log.append(partial(held.release, epoch=self._epoch, attempts=set(attempts), reason=reason))
-        for line in deletion.collect(self.log, epoch=self._epoch, orphans=False, tell=untold).failed:
+        for line in deletion.collect(
+            self.log, epoch=self._epoch, orphans=False, spared=self.pinned, tell=untold
+        ).failed:
             logging.warning("%s: %s", self.path, line)
 
 
