@@ -29,8 +29,8 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import tier_directory
+from orchestrator.run.held_steps import HeldSteps
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.tier import HeldSteps
 from orchestrator.storage import open_storage
 from orchestrator.storage.read_only import ReadOnlyStorage
 

@@ -13,6 +13,7 @@ from orchestrator.arrays.reading.buffers import bytes_to_read
 from orchestrator.arrays.reading.check_chunks import check
 from orchestrator.arrays.reading.device_arrays import as_array
 from orchestrator.arrays.reading.exchange import ExchangeGroup, exchange_groups
+from orchestrator.arrays.reading.placed_store import Places
 from orchestrator.arrays.reading.read import load, slabs
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.arrays.reading.target_shardings import shardings_of
@@ -28,6 +29,7 @@ __all__ = [
     "Flat",
     "Form",
     "PendingWrite",
+    "Places",
     "ReadRequest",
     "WriteStopped",
     "as_array",

@@ -11,8 +11,8 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.rules import held
 from orchestrator.rules.records import Head
 from orchestrator.run import tier_directory
+from orchestrator.run.held_steps import HeldSteps
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.tier import HeldSteps
 
 _REASON_CHARS = 200
 

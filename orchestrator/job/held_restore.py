@@ -27,9 +27,9 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer, Standing
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import tier_directory
+from orchestrator.run.held_steps import HeldSteps
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
-from orchestrator.run.tier import HeldSteps
 
 Value = TypeVar("Value")
 

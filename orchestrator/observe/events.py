@@ -142,6 +142,18 @@ class HeldStepDropped:
 
 
 @dataclass(frozen=True)
+class CopyDropped:
+    """What `source` has given of a held step is gone, unreadable or not what was written; the next source is asked, and
+    so nothing is lost yet. `file`: of the attempt; `reason`: names the chunk, too."""
+
+    step: int
+    attempt: str
+    source: str
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class HostLocalDiffers:
     """Processes have values of their own in `leaves` leaves, which differ; process 0's are stored. `reason` names the
     first few, and hosts. Once for each leaf; on process 0."""
@@ -243,6 +255,7 @@ Event = (
     | StepHeld
     | StepNotHeld
     | HeldStepDropped
+    | CopyDropped
     | HostLocalDiffers
     | RestorePhase
     | StepRestored
@@ -265,6 +278,7 @@ _WARNINGS = (
     SaveNotCommitted,
     StepNotHeld,
     HeldStepDropped,
+    CopyDropped,
     SteppedDown,
     HostLocalDiffers,
     CredentialsRejected,

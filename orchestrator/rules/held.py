@@ -12,13 +12,13 @@ held step is only ever *offered* beside it. Three things keep an offer honest:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.rules import journal
+from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import FencedBy, Next, Stamp
-from orchestrator.rules.records import Head, JournalEvent, LiveStep
+from orchestrator.rules.records import Head, JournalEvent, LiveStep, Manifest
 
 Rank = tuple[int, int, int]
 
@@ -137,6 +137,41 @@ def candidates(journalled: Standing, offers: Sequence[Collection[Offer]]) -> lis
     common = set(offers[0]).intersection(*offers[1:]) if offers else set()
     admitted = [one for one in common if journalled.admits(one.id)]
     return sorted(admitted, key=lambda one: (rank(one.id), one.manifest_crc32c), reverse=True)
+
+
+# Which files of a step are where. They have numbers: 0 is the manifest, then come its files, in its order.
+
+
+def names(manifest: Manifest) -> tuple[str, ...]:
+    """Of a step's files, by number."""
+    return (keys.MANIFEST, *(entry.path for entry in manifest.files))
+
+
+def lacking(manifest: Manifest, had: Iterable[Collection[int]]) -> str:
+    """The first file that none has; '' if each is somewhere: only then is the step a candidate."""
+    found = set().union(*had)
+    return next((name for number, name in enumerate(names(manifest)) if number not in found), "")
+
+
+def spans(numbers: Collection[int]) -> str:
+    """As text, for a message: `0,3-17,20`."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in parts)
+
+
+def numbers(text: str, count: int) -> frozenset[int]:
+    """What `spans` was made of, as far as it is below `count`: it comes from another process."""
+    found: set[int] = set()
+    for part in text.split(",") if text else ():
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (last or first).isdecimal():
+            found.update(range(int(first), min(int(last or first), count - 1) + 1))
+    return frozenset(found)
 
 
 def superseded(head: Head, held: Sequence[LiveStep]) -> list[AttemptId]:

@@ -15,7 +15,7 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import RECORD_BYTES_MAX, AnyRecord, decode
 from orchestrator.rules.records import FileEntry, GroupReceipt, Head, Receipt, file_entry
 from orchestrator.storage.overlap import Begun
-from orchestrator.storage.port import Reads, TooLarge
+from orchestrator.storage.port import Reads, TooLarge, drop
 
 READS = 3  # of one object, before what differs from read to read is given up
 
@@ -91,7 +91,8 @@ def attempt_file(
     Raises Damaged, StepRetired, StorageError.
     """
     key = attempt.key(name)
-    for _ in range(READS):
+    tries_left = READS
+    while tries_left:
         expected_bytes = None
         try:
             body, early = early.result() if early else storage.get(key, most_bytes), None
@@ -102,6 +103,9 @@ def attempt_file(
         wrong = problem(read)
         if body is not None and not wrong:
             return body
+        if drop(storage, key, wrong):
+            continue
+        tries_left -= 1
         again = storage.measure(key, expected_bytes)
         check_live()  # last: whatever retention deletes it has journalled before
         if reported := problem(again):

@@ -15,11 +15,12 @@ from orchestrator import arrays
 from orchestrator.arrays import ReadRequest, fingerprint
 from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.observe.events import Retried, emit
-from orchestrator.rules import chunk_index
+from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.run.checked_reads import READS
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import local_path
+from orchestrator.storage.sources import Sources
 
 _PAUSE_S = 0.5  # before what could not be read is read again
 _SLAB_BYTES = 64 << 20  # of an array that is read to be compared
@@ -35,9 +36,16 @@ def load(
     reader: Callable[..., list[Any]] = arrays.load,
 ) -> list[Any]:
     """As `arrays.load`, of this step."""
-    also = {"also": step.state_urls[1:]} if len(step.state_urls) > 1 else {}
+    places = {"places": found} if (found := _places(step)) else {}
     stored = chunk_index.stored(step.manifest)
-    return _again(step, lambda: reader(step.state_url, list(requests), on_bytes, stored, **also))
+    return _again(step, lambda: reader(step.state_url, list(requests), on_bytes, stored, **places))
+
+
+def _places(step: StoredStep) -> arrays.Places | None:
+    """Where its arrays are, if that is not one place."""
+    if not isinstance(step.storage, Sources):
+        return None
+    return arrays.Places(step.storage, step.id.state_prefix, lambda path: step.file(keys.STATE + path))
 
 
 def slabs(

@@ -32,7 +32,7 @@ from orchestrator.run.checked_reads import (
 )
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
-from orchestrator.storage.port import Reads, roots
+from orchestrator.storage.port import Reads
 
 _READ_THREADS = 4  # each holds one file in memory
 _MEASURE_THREADS = 8
@@ -70,11 +70,6 @@ class StoredStep:
     @property
     def state_url(self) -> str:
         return f"{self.storage.url}/{self.id.state_prefix}"
-
-    @property
-    def state_urls(self) -> tuple[str, ...]:
-        """Where files of the arrays may be; the first is `state_url`."""
-        return tuple(f"{root}/{self.id.state_prefix}" for root in roots(self.storage))
 
     def url_of(self, name: str) -> str:
         """How the file `name` is called in messages."""

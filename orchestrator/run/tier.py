@@ -1,4 +1,4 @@
-"""A tier on this machine: this process's own part, which it writes, and those of all processes, which it reads.
+"""This process's own part of a tier, which it writes.
 
 A tier is a store, and whose it is. What one holds has the layout of a run: attempts, and a log in the form of a
 journal, of which only the newest entries are kept. It is a cache: what cannot be trusted in it is thrown away.
@@ -7,8 +7,7 @@ journal, of which only the newest entries are kept. It is a cache: what cannot b
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from absl import logging
@@ -17,13 +16,10 @@ from orchestrator.errors import Damaged, Fenced, JournalLost, OrchestratorError,
 from orchestrator.observe.events import Event
 from orchestrator.rules import held, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.held import Offer
-from orchestrator.rules.records import Head, LiveStep
+from orchestrator.rules.records import Head
 from orchestrator.run import deletion, survey, tier_directory
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import PosixStorage
-from orchestrator.storage.joined import JoinedStorage
 
 _LOG_KEPT = 16  # entries: a reader needs the newest, and those just before it for what is being read
 
@@ -167,56 +163,3 @@ def free_left_over(own: str, count: int, live: Collection[AttemptId]) -> None:
                 _delete_below(storage, attempt.prefix)
     except OrchestratorError as error:
         logging.warning("beside %s: what an earlier start has left there stays for now: %s", own, error)
-
-
-class HeldSteps:
-    """What the tiers at `paths` hold, as this process reads it. own: this process's path, whether it is there or not.
-    Main thread.
-
-    listed: what their logs say is held, whole or not. faults: of what cannot be had, why. unreadable: of tiers, why.
-    """
-
-    def __init__(self, own: str, paths: Iterable[str]) -> None:
-        self.faults: dict[AttemptId, str] = {}
-        self.unreadable: list[str] = []
-        others = []
-        for path in sorted(set(paths)):
-            if not os.path.lexists(path):  # another machine's
-                continue
-            try:
-                tier_directory.check_path(path)
-            except StorageError as error:
-                self.unreadable.append(str(error))
-            else:
-                others.append(PosixStorage(path))
-        self._storage = JoinedStorage(PosixStorage(own), [other for other in others if other.root.path != own])
-        self.listed = self._read_logs(others)
-
-    def _read_logs(self, tiers: Sequence[PosixStorage]) -> dict[Offer, LiveStep]:
-        found: dict[Offer, LiveStep] = {}
-        for tier in tiers:
-            try:
-                head = newest_whole(JournalStore(tier, "reader"))
-            except OrchestratorError as error:
-                self.unreadable.append(str(error))
-                continue
-            for live in head.live if head else ():
-                found.setdefault(held.offer(live), live)
-        return found
-
-    def offers(self) -> list[Offer]:
-        """The held steps of which this process can read every file, as far as their sizes tell."""
-        found = []
-        for offer in self.listed:
-            stored = self.step(offer)
-            try:
-                stored.check_sizes()
-                stored.intent  # noqa: B018  (it is read, and fits the manifest)
-            except OrchestratorError as error:
-                self.faults[offer.id] = str(error)
-            else:
-                found.append(offer)
-        return found
-
-    def step(self, offer: Offer) -> StoredStep:
-        return StoredStep(self._storage, self.listed[offer], lambda live: None)

@@ -27,11 +27,6 @@ class JoinedStorage:
         self._own, self._sources, self._log = own, (own, *others), log or own
         self.url = own.url
 
-    @property
-    def roots(self) -> tuple[str, ...]:
-        """The URLs below which an object may be."""
-        return tuple(source.url for source in self._sources)
-
     def check_root(self) -> None:
         check_root(self._own)
 

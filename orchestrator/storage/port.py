@@ -102,6 +102,10 @@ class TooLarge(Unavailable):
         self.bytes = size
 
 
+class Gone(Unavailable):
+    """There is no such object any more, or there never was, though it was to be read in parts."""
+
+
 def checked_size(url: str, key: str, size: int, known: FileEntry) -> FileEntry:
     """The entry of an object that was made durable, from what its writer counted. Raises StorageError if the store has
     another size."""
@@ -146,18 +150,44 @@ def refresh(storage: Reads, key: str) -> None:
         storage.refresh(key)
 
 
+class OpenFile(Protocol):
+    """An object that is open for reading parts of it."""
+
+    def read(self, view: memoryview, offset: int) -> int:
+        """As `os.preadv`: how many bytes from `offset` on are in `view` now; fewer than it takes also before the end.
+        Any thread. Raises OSError, StorageError."""
+
+    def close(self) -> None: ...
+
+
 @runtime_checkable
-class Spread(Protocol):
-    """What a store may offer beside the port, where objects lie below several roots."""
+class OpensFiles(Protocol):
+    """What a store may offer beside the port, where objects are files of this machine."""
 
-    @property
-    def roots(self) -> tuple[str, ...]:
-        """The URLs below which an object may be, in the order in which to look for it; the first is the store's own."""
+    def open(self, key: str) -> int:
+        """A descriptor, for the caller to close. Raises OSError."""
 
 
-def roots(storage: Reads) -> tuple[str, ...]:
-    """Where an object may be, for whoever reads it without going through the port."""
-    return storage.roots if isinstance(storage, Spread) else (storage.url,)
+@runtime_checkable
+class ReadsParts(Protocol):
+    """What a store may offer beside the port, where a part of an object can be had in one request."""
+
+    def read_into(self, key: str, offset: int, view: memoryview) -> int:
+        """As `OpenFile.read`."""
+
+
+@runtime_checkable
+class Failover(Protocol):
+    """What a store may offer beside the port, where objects lie in several places."""
+
+    def drop(self, key: str, reason: str) -> bool:
+        """What it has given under `key` last is not what was written, and why: from now on another place is asked for
+        it. False if there is no other; then nothing has changed."""
+
+
+def drop(storage: Reads, key: str, reason: str) -> bool:
+    """Whether there is another place to read `key` from, now that what came from the first is wrong."""
+    return isinstance(storage, Failover) and storage.drop(key, reason)
 
 
 @runtime_checkable

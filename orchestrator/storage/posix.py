@@ -51,6 +51,10 @@ class PosixStorage:
         """Raises RootChanged if the root is not the one that was opened."""
         self.root.check()
 
+    def open(self, key: str) -> int:
+        """A descriptor of an object, for the caller to close. Raises OSError, Unavailable."""
+        return self.root.open(key)
+
     def create(self, key: str, body: bytes) -> Created | Exists:
         path = self._path(key)
         try:

@@ -15,8 +15,8 @@ from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.run import tier_directory
-from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.tier import HeldSteps, OwnTier, free_left_over
+from orchestrator.run.held_steps import HeldSteps
+from orchestrator.run.tier import OwnTier, free_left_over
 from tests.support import builders
 from tests.support.images import signed
 from tests.support.runs import fill, store_of
@@ -268,4 +268,4 @@ def test_a_tmpfs_has_no_more_room_than_the_machine_has_memory() -> None:
 def test_a_reader_of_no_tier_finds_nothing(tmp_path: Path) -> None:
     found = HeldSteps(str(tmp_path / "nowhere"), [])
     assert found.offers() == [] and found.unreadable == []
-    assert JournalStore(found._storage, "reader").head() is None
+    assert found.listed == {} and found.parts == {}

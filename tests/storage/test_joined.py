@@ -13,7 +13,6 @@ from orchestrator.rules.keys import STEPS, journal_key
 from orchestrator.rules.records import FileEntry
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage
 from orchestrator.storage.joined import JoinedStorage
-from orchestrator.storage.port import roots
 
 ATTEMPT = AttemptId.of(20, 3, 1)
 
@@ -81,9 +80,3 @@ def test_logs_and_the_list_of_all_attempts_are_one_processs() -> None:
     assert [entry.key for entry in joined.list("journal/")] == [journal_key(4)]
     assert [entry.key for entry in joined.list(STEPS)] == [ATTEMPT.key("b")]
     assert JoinedStorage(own, [other]).get(journal_key(4)) is None
-
-
-def test_whoever_reads_beside_the_port_learns_of_all_roots() -> None:
-    own, other = store(), Silent()
-    assert roots(JoinedStorage(own, [other])) == (own.url, other.url)
-    assert roots(own) == (own.url,)

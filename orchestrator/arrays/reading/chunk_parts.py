@@ -13,9 +13,8 @@ import crc32c
 import numpy as np
 
 from orchestrator.arrays.reading.chunk_checks import ChunkChecks
-from orchestrator.arrays.reading.chunk_source import ChunkRead
+from orchestrator.arrays.reading.chunk_source import ChunkFiles, ChunkRead
 from orchestrator.arrays.reading.host_memory import Array
-from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Suspect
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Location
@@ -28,7 +27,7 @@ _WORTH_IT = 0.75  # of the chunk: to save less takes longer than to read it in o
 class ChunkParts:
     """Of the chunks of one store. Any thread."""
 
-    def __init__(self, store: LocalStore, checks: ChunkChecks) -> None:
+    def __init__(self, store: ChunkFiles, checks: ChunkChecks) -> None:
         self._store, self._checks = store, checks
 
     def read(self, read: ChunkRead, place: Location, scratch: Array) -> int:

@@ -12,7 +12,7 @@ from orchestrator.arrays.reading.buffer_layout import Destination, with_chunks
 from orchestrator.arrays.reading.buffers import BufferGroup
 from orchestrator.arrays.reading.host_memory import Array
 from orchestrator.rules import zarr_chunks
-from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules.chunk_index import Chunk, Location
 
 OnBytes = Callable[[int], None]  # called with the bytes that have arrived since the last call
 
@@ -68,6 +68,27 @@ class ChunkSource(Protocol):
 
     def close(self) -> None:
         """Nothing is read any more, whatever has been begun, and no file is open. It may be used again."""
+
+
+class ChunkFiles(Protocol):
+    """The merged store of an attempt as files that can be read in parts. Any number of threads."""
+
+    def index(self) -> dict[str, Chunk] | None:
+        """Key -> value, or its place; None if the store's tree is one that only TensorStore reads. Raises Suspect
+        naming the files that it was read from, Damaged, StorageError."""
+
+    def files_of(self, chunk: Chunk | None) -> list[str]:
+        """The files, below the directory, that a value of the index comes from: its own, or those of the tree."""
+
+    def read_into(self, elements: memoryview, place: Location, label: str) -> tuple[int, int]:
+        """Read a chunk's elements. Returns the CRC-32C of what was read and the one that the chunk ends with. Raises
+        Suspect, StorageError, both beginning with `label`."""
+
+    def read(self, buffer: memoryview, place: Location, label: str) -> None:
+        """Read bytes at a place. Raises as `read_into`."""
+
+    def close(self) -> None:
+        """Close all files. They may be read again."""
 
 
 def chunk_reads(groups: Iterable[BufferGroup], source: ChunkSource) -> Iterator[ChunkRead]:

@@ -14,10 +14,10 @@ from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.batches import batches
 from orchestrator.arrays.reading.chunk_checks import ChunkChecks
 from orchestrator.arrays.reading.chunk_parts import ChunkParts
-from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
+from orchestrator.arrays.reading.chunk_source import ChunkFiles, ChunkRead, OnBytes
 from orchestrator.arrays.reading.local_store import LocalStore
 from orchestrator.errors import Damaged
-from orchestrator.rules.chunk_index import Chunk, StoredFiles
+from orchestrator.rules.chunk_index import Chunk, Location, StoredFiles
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 from orchestrator.storage import local_path
 
@@ -28,14 +28,14 @@ _INLINE_BYTES = 256 << 10  # less is read at once: handing it to a thread takes 
 
 
 class LocalSource:
-    """A ChunkSource. `stored`: what the manifest lists, nothing else is read; None: nobody knows. `also`: URLs of
-    further `state/` directories on this machine that files of the attempt may be in."""
+    """A ChunkSource. `stored`: what the manifest lists, nothing else is read; None: nobody knows. `files`: what is read
+    instead of the files in `directory`."""
 
-    def __init__(self, directory: str, stored: StoredFiles | None, also: Sequence[str] = ()) -> None:
-        path = local_path(directory)
-        assert path is not None, directory
+    def __init__(self, directory: str, stored: StoredFiles | None, files: ChunkFiles | None = None) -> None:
         self.directory = directory
-        self._store = LocalStore(path, stored, [place for url in also if (place := local_path(url)) is not None])
+        self._store: ChunkFiles = files or LocalStore(_path(directory), stored)
+        self._threads = min(_THREADS, max(2, os.cpu_count() or 1))
+        self._batch_reads, self._inline_bytes = _BATCH_READS, _INLINE_BYTES
         self._checks = ChunkChecks(directory, stored.chunks if stored else {}, self._files_of)
         self._parts = ChunkParts(self._store, self._checks)
         self._pool: ThreadPoolExecutor | None = None
@@ -61,10 +61,10 @@ class LocalSource:
 
     def begin(self, reads: Iterator[ChunkRead], on_bytes: OnBytes) -> _Batches:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(min(_THREADS, max(2, os.cpu_count() or 1)), thread_name_prefix="restore")
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="restore")
         begun = _Batches(on_bytes)
-        for batch in batches(reads, _BATCH_BYTES, _BATCH_READS):
-            if batch[0].bytes * len(batch) > _INLINE_BYTES:
+        for batch in batches(reads, _BATCH_BYTES, self._batch_reads):
+            if batch[0].bytes * len(batch) > self._inline_bytes:
                 self.index()  # before the threads: from Python 3.12 on each would read it, and close the others' files
                 begun.running.append(self._pool.submit(self._read, batch))
             else:
@@ -79,31 +79,40 @@ class LocalSource:
 
     def _read(self, batch: Sequence[ChunkRead]) -> int:
         """How many bytes of elements were read. Any thread."""
-        read_bytes = 0
-        for read in batch:
-            place = self._index.get(read.key)
-            if place is None:
-                raise self._checks.missing(read)
-            size = len(place) if isinstance(place, bytes) else place[2]
-            self._checks.check_size(read, size)
-            destination = read.destinations[0]
-            if isinstance(place, bytes):
-                self._checks.deliver(read, place)
-            elif destination.direct and len(read.destinations) == 1 and not read.compressed:
-                view = read.view(destination).reshape(-1).view(np.uint8)
-                self._checks.check_crc(read, *self._store.read_into(view.data, place, read.label))
-            else:
-                scratch = np.empty(size, np.uint8)  # one chunk
-                if few := self._parts.read(read, place, scratch):
-                    self._checks.place(read, scratch.data[:-CHECKSUM_BYTES])
-                    read_bytes += few
-                    continue
-                split = size - CHECKSUM_BYTES
-                raw = scratch.data[:split]
-                self._checks.check_crc(read, *self._store.read_into(raw, place, read.label))
-                self._checks.unpack(read, raw)
-            read_bytes += read.bytes
-        return read_bytes
+        return sum(map(self._read_one, batch))
+
+    def _read_one(self, read: ChunkRead) -> int:
+        """As `_read`. Raises Suspect, StorageError."""
+        place = self._index.get(read.key)
+        if place is None:
+            raise self._checks.missing(read)
+        size = len(place) if isinstance(place, bytes) else place[2]
+        self._checks.check_size(read, size)
+        destination = read.destinations[0]
+        if isinstance(place, bytes):
+            self._checks.deliver(read, place)
+        elif destination.direct and len(read.destinations) == 1 and not read.compressed:
+            view = read.view(destination).reshape(-1).view(np.uint8)
+            self._checks.check_crc(read, *self._elements(view.data, place, read))
+        else:
+            scratch = np.empty(size, np.uint8)  # one chunk
+            if few := self._parts.read(read, place, scratch):
+                self._checks.place(read, scratch.data[:-CHECKSUM_BYTES])
+                return few
+            raw = scratch.data[: size - CHECKSUM_BYTES]
+            self._checks.check_crc(read, *self._elements(raw, place, read))
+            self._checks.unpack(read, raw)
+        return read.bytes
+
+    def _elements(self, view: memoryview, place: Location, read: ChunkRead) -> tuple[int, int]:
+        """Read a chunk's elements: their CRC-32C, and the one that was written."""
+        return self._store.read_into(view, place, read.label)
+
+
+def _path(directory: str) -> str:
+    path = local_path(directory)
+    assert path is not None, directory
+    return path
 
 
 class _Batches:

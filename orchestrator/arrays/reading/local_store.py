@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
-from collections.abc import Sequence
 
 import crc32c
 
@@ -20,7 +18,7 @@ from orchestrator.rules.validate import INT64_MAX
 from orchestrator.storage.directory import find
 
 _MANIFEST_BYTES_MAX = 64 << 20
-_PIECE_BYTES = 1 << 20  # read, and checked while it is in the cache; with less, threads wait for Python's lock
+PIECE_BYTES = 1 << 20  # read, and checked while it is in the cache; with less, threads wait for Python's lock
 
 
 # What seems to be gone is searched for again in another way. Anything else (no permission, no descriptors left, a disk
@@ -28,20 +26,20 @@ _PIECE_BYTES = 1 << 20  # read, and checked while it is in the cache; with less,
 _LOST = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 
 
-def _fault(text: str, path: str, error: OSError) -> OrchestratorError:
+def fault(text: str, path: str, error: OSError) -> OrchestratorError:
+    """What `error`, about a file, says of the data."""
     if error.errno in _LOST:
         return Suspect(text, files=[STATE + path])
     return Unavailable(text)
 
 
 class LocalStore:
-    """The store at a path. stored: what the manifest lists there, nothing else is read; None: nobody knows. also: paths
-    of further directories that its files may be in, asked in that order. Chunks may be read by any number of threads at
-    a time; their files stay open until `close`."""
+    """The store at a path. stored: what the manifest lists there, nothing else is read; None: nobody knows. Chunks may
+    be read by any number of threads at a time; their files stay open until `close`."""
 
-    def __init__(self, directory: str, stored: StoredFiles | None = None, also: Sequence[str] = ()) -> None:
+    def __init__(self, directory: str, stored: StoredFiles | None = None) -> None:
         self._directory, self._stored = directory.rstrip("/"), stored
-        self._places = [find(place) for place in (directory, *also)]
+        self._root, self._base = find(directory)
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
         self._tree: list[str] = []  # files that the tree was read from
@@ -65,7 +63,7 @@ class LocalStore:
         try:
             root = ocdbt.decode_manifest(self._whole(ocdbt.MANIFEST, where), where)
         except OSError as error:
-            raise _fault(f"{where}: cannot be read: {error}", ocdbt.MANIFEST, error) from error
+            raise fault(f"{where}: cannot be read: {error}", ocdbt.MANIFEST, error) from error
         return walk(root, self._node, self._directory, self._stored) if root else {}
 
     def files_of(self, chunk: Chunk | None) -> list[str]:
@@ -88,8 +86,8 @@ class LocalStore:
         path, offset, _ = place
         ending = bytearray(zarr_chunks.CHECKSUM_BYTES)
         checksum = 0
-        for first in range(0, len(elements), _PIECE_BYTES):
-            piece = elements[first : first + _PIECE_BYTES]
+        for first in range(0, len(elements), PIECE_BYTES):
+            piece = elements[first : first + PIECE_BYTES]
             self.read(piece, (path, offset + first, len(piece)), label)
             checksum = crc32c.crc32c(piece, checksum)
         self.read(memoryview(ending), (path, offset + len(elements), len(ending)), label)
@@ -105,7 +103,7 @@ class LocalStore:
             while done < size and (more := os.preadv(self._descriptor(path), [buffer[done:]], offset + done)):
                 done += more  # some file systems give less than was asked for, before the end
         except OSError as error:
-            raise _fault(f"{label}: {self._directory}/{path} cannot be read: {error}", path, error) from error
+            raise fault(f"{label}: {self._directory}/{path} cannot be read: {error}", path, error) from error
         if done != size:
             text = f"{label}: {self._directory}/{path} ends at {offset + done}, expected {offset + size}"
             raise Suspect(text, files=[STATE + path])
@@ -119,19 +117,11 @@ class LocalStore:
                     if self._stored is not None and path not in self._stored.files:
                         raise Damaged(f"{where}: leads to {path!r}, which the step's manifest does not list; not read")
                     try:
-                        self._open[path] = self._opened(path)
+                        self._open[path] = self._root.open(f"{self._base}/{path}" if self._base else path)
                     except OSError as error:
                         text = f"{self._directory}/{path} cannot be opened: {error}"
-                        raise _fault(text, path, error) from error
+                        raise fault(text, path, error) from error
         return self._open[path]
-
-    def _opened(self, path: str) -> int:
-        """In the first of the directories that has it. Raises OSError as the last one does."""
-        for root, base in self._places[:-1]:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                return root.open(f"{base}/{path}" if base else path)
-        root, base = self._places[-1]
-        return root.open(f"{base}/{path}" if base else path)
 
     def _whole(self, path: str, where: str) -> bytes:
         """A small file."""

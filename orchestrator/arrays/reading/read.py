@@ -31,6 +31,8 @@ from orchestrator.arrays.reading.kvstore import KvStore
 from orchestrator.arrays.reading.kvstore_source import KvStoreSource
 from orchestrator.arrays.reading.local_source import LocalSource
 from orchestrator.arrays.reading.owned_memory import use_owned_memory
+from orchestrator.arrays.reading.placed_source import PlacedSource
+from orchestrator.arrays.reading.placed_store import Places
 from orchestrator.arrays.reading.requests import ReadRequest
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.boxes import whole_box
@@ -46,15 +48,14 @@ def load(
     stored: StoredFiles | None = None,
     *,
     host_bytes_max: int | None = None,
-    also: Sequence[str] = (),
+    places: Places | None = None,
 ) -> list[Any]:
     """The values of the requested leaves of the `state/` at URL `directory`, in order. Each process reads what it needs
     itself: this waits for no other process. Main thread.
 
     on_bytes: called with the number of bytes as they arrive, for progress displays. stored: what the manifest lists;
     without it another save's chunk cannot be distinguished from this one's. host_bytes_max: of what goes to
-    accelerators, how much is held on the host (`HostRing`). also: further `state/` directories on this machine that
-    files of the attempt may be in.
+    accelerators, how much is held on the host (`HostRing`). places: where its files are, instead of in `directory`.
     Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
     cannot be read.
     """
@@ -62,7 +63,7 @@ def load(
     groups = grouped(requests)
     if not groups:
         return values
-    reader = _Reader(directory, on_bytes, stored, also)
+    reader = _Reader(directory, on_bytes, stored, places)
     try:
         with suspecting(directory):
             if on_cpus := [group for group in groups if not group.for_accelerator]:
@@ -105,11 +106,11 @@ class _Reader:
     """Fills the buffers of groups from one directory."""
 
     def __init__(
-        self, directory: str, on_bytes: OnBytes | None, stored: StoredFiles | None, also: Sequence[str] = ()
+        self, directory: str, on_bytes: OnBytes | None, stored: StoredFiles | None, places: Places | None = None
     ) -> None:
         kvstore = KvStore(directory)
         self._on_bytes: OnBytes = on_bytes or (lambda read_bytes: None)
-        self._source = _chunk_source(directory, kvstore, stored, also)
+        self._source = _chunk_source(directory, kvstore, stored, places)
         self._checks = ChunkChecks(directory, stored.chunks if stored else {})
         self._external = ExternalArrays(directory, kvstore, stored)
 
@@ -145,8 +146,10 @@ class _Reader:
         return True
 
 
-def _chunk_source(directory: str, kvstore: KvStore, stored: StoredFiles | None, also: Sequence[str]) -> ChunkSource:
+def _chunk_source(directory: str, kvstore: KvStore, stored: StoredFiles | None, places: Places | None) -> ChunkSource:
     """The chunks of the attempt's own array store in the `state/` at URL `directory`."""
+    if places is not None and stored is not None:
+        return PlacedSource(directory, stored, places)
     if local_path(directory) is not None:
-        return LocalSource(directory, stored, also)
+        return LocalSource(directory, stored)
     return KvStoreSource(directory, kvstore, stored)
