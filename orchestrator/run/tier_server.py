@@ -262,7 +262,8 @@ class Handler:
                     await response.write(peer_protocol.encode(progress) + b"\n")
         finally:
             cancelled.set()
-        await response.write_eof()
+        with contextlib.suppress(ConnectionResetError):  # who has read the last line may be gone
+            await response.write_eof()
         return response
 
 
@@ -282,7 +283,9 @@ class _Full(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def serving(handler: Handler, listening: socket.socket, idle_s: float = IDLE_S) -> AsyncIterator[None]:
+async def serving(
+    handler: Handler, listening: socket.socket, idle_s: float = IDLE_S, connections_max: int = CONNECTIONS_MAX
+) -> AsyncIterator[None]:
     """Requests to a listening socket are answered within the context."""
     server = web.Server(
         handler,
@@ -296,7 +299,7 @@ async def serving(handler: Handler, listening: socket.socket, idle_s: float = ID
     since: dict[web.RequestHandler, float] = {}
 
     def accept() -> asyncio.BaseProtocol:
-        if len(server.connections) >= CONNECTIONS_MAX:
+        if len(server.connections) >= connections_max:
             return _Full()
         made = server()
         since[made] = loop.time()
