@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from orchestrator.rules import peer_protocol
 from orchestrator.rules.peer_protocol import Request, Secret
@@ -55,11 +56,11 @@ class Host:
 
 
 @contextmanager
-def host(folder: Path, **options: object) -> Iterator[Host]:
+def host(folder: Path, **options: Any) -> Iterator[Host]:
     """folder: the tier's `directory`."""
     folder.mkdir(exist_ok=True)
     base = folder / f"orchestrator-{os.getuid()}"
-    server = tier_process.start(str(base), SECRET, **options)  # type: ignore[arg-type]
+    server = tier_process.start(str(base), SECRET, **options)
     made = Host(base, server)
     try:
         yield made
@@ -71,9 +72,9 @@ def host(folder: Path, **options: object) -> Iterator[Host]:
 class InThread:
     """A tier server in this process, on a thread of its own, whose bounds are short enough to be met."""
 
-    def __init__(self, folder: Path, stall_s: float, idle_s: float, connections_max: int) -> None:
+    def __init__(self, folder: Path, stall_s: float, idle_s: float, connections_max: int, **options: Any) -> None:
         self.base = folder / f"orchestrator-{os.getuid()}"
-        shelf = Shelf(str(self.base))
+        shelf = Shelf(str(self.base), **options)
         shelf.prepare()
         self._handler = tier_server.Handler(shelf, SECRET, stall_s)
         self._listening = tier_server.listen("127.0.0.1:0")
@@ -99,9 +100,11 @@ class InThread:
 
 
 @contextmanager
-def in_thread(folder: Path, stall_s: float = 0.4, idle_s: float = 0.4, connections_max: int = 8) -> Iterator[InThread]:
+def in_thread(
+    folder: Path, stall_s: float = 0.4, idle_s: float = 0.4, connections_max: int = 8, **options: Any
+) -> Iterator[InThread]:
     folder.mkdir(exist_ok=True)
-    made = InThread(folder, stall_s, idle_s, connections_max)
+    made = InThread(folder, stall_s, idle_s, connections_max, **options)
     try:
         yield made
     finally:
@@ -111,7 +114,7 @@ def in_thread(folder: Path, stall_s: float = 0.4, idle_s: float = 0.4, connectio
 def header(request: Request, secret: bytes = SECRET, at_s: float | None = None, **more: str) -> bytes:
     """A signed request, as it is sent, but for its body."""
     signed = request.authorize(Secret(secret), int(time.time() if at_s is None else at_s), secrets.token_hex(16))
-    lines = {"Host": "tier", peer_protocol.AUTHORIZATION: signed}
+    lines = {"Host": "tier", peer_protocol.AUTHORIZATION: signed, "Connection": "close"}
     lines |= {"Range": request.range} if request.range else {}
     lines |= {"Content-Length": str(request.body_bytes)} if request.body_bytes else {}
     lines |= {name.replace("_", "-"): value for name, value in more.items()}
@@ -119,8 +122,8 @@ def header(request: Request, secret: bytes = SECRET, at_s: float | None = None, 
     return f"{request.method} {request.target} HTTP/1.1\r\n{text}\r\n".encode("utf-8", "surrogateescape")
 
 
-def ask(address: str, *sent: bytes, deadline_s: float = 20.0, close: bool = True) -> bytes:
-    """What comes back for these bytes until the other side closes; close: no more is sent then."""
+def ask(address: str, *sent: bytes, deadline_s: float = 20.0, close: bool = False) -> bytes:
+    """What comes back for these bytes until the other side closes. close: this one says that no more will come."""
     host_name, _, port = address.rpartition(":")
     answer = b""
     with socket.create_connection((host_name, int(port)), deadline_s) as raw, suppress(ConnectionError):
@@ -135,7 +138,7 @@ def ask(address: str, *sent: bytes, deadline_s: float = 20.0, close: bool = True
 
 def status(answer: bytes) -> int:
     """Of an answer; 0 if there is none."""
-    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
+    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.") else 0
 
 
 class Fake:
