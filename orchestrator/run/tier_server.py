@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from absl import logging
+from absl import flags, logging
 from aiohttp import web
 
 from orchestrator import environment
@@ -58,7 +58,7 @@ _PIECE_BYTES = 1 << 20
 _SMALL_BYTES = 256 << 10  # sent with the header
 _PAGE_ENTRIES = 10_000
 _THREADS = 16  # that work on files; each copy that arrives has one
-_END_S = 5.0
+_END_S = 1.0  # for what is being sent or taken when the server ends
 _STATUS = {
     "missing": 404, "unsafe": 400, "bad": 400, "conflict": 409, "fenced": 409, "room": 507, "damaged": 422,
     "clock": 403, "secret": 403, "busy": 503,
@@ -262,7 +262,8 @@ class Handler:
                     await response.write(peer_protocol.encode(progress) + b"\n")
         finally:
             cancelled.set()
-        await response.write_eof()
+        with contextlib.suppress(ConnectionResetError):  # who has read the last line may be gone
+            await response.write_eof()
         return response
 
 
@@ -282,7 +283,9 @@ class _Full(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def serving(handler: Handler, listening: socket.socket, idle_s: float = IDLE_S) -> AsyncIterator[None]:
+async def serving(
+    handler: Handler, listening: socket.socket, idle_s: float = IDLE_S, connections_max: int = CONNECTIONS_MAX
+) -> AsyncIterator[None]:
     """Requests to a listening socket are answered within the context."""
     server = web.Server(
         handler,
@@ -296,7 +299,7 @@ async def serving(handler: Handler, listening: socket.socket, idle_s: float = ID
     since: dict[web.RequestHandler, float] = {}
 
     def accept() -> asyncio.BaseProtocol:
-        if len(server.connections) >= CONNECTIONS_MAX:
+        if len(server.connections) >= connections_max:
             return _Full()
         made = server()
         since[made] = loop.time()
@@ -407,7 +410,6 @@ def _secret() -> bytes:
 
 def main(argv: list[str]) -> int:
     chosen = _arguments(argv)
-    logging.use_absl_handler()
     python_logging.getLogger("aiohttp").setLevel(python_logging.CRITICAL)  # whoever knocks writes no log here
     try:
         shelf = Shelf(os.path.realpath(chosen.directory), chosen.run, chosen.bytes_max)
@@ -422,6 +424,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    flags.FLAGS(sys.argv[:1])
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
     code = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)  # threads that wait for a hung file system keep nobody

@@ -39,13 +39,15 @@ class _Socket(socket.socket):
 
     def recv_into(self, *args: Any) -> int:
         left_s = self.deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("it goes on, but too slowly to be of use")
-        self.settimeout(min(left_s, self.stall_s))
         try:
+            if left_s <= 0:
+                raise TimeoutError
+            self.settimeout(min(left_s, self.stall_s))
             size = super().recv_into(*args)
         except TimeoutError:
-            raise TimeoutError(f"no byte for {min(left_s, self.stall_s):.3g} s") from None
+            if left_s < self.stall_s:
+                raise TimeoutError("it goes on, but too slowly to be of use") from None
+            raise TimeoutError(f"no byte for {self.stall_s:g} s") from None
         self.received += size
         return size
 
