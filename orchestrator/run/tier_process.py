@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -50,20 +51,28 @@ def start(
     secret: bytes,
     *,
     listen: str = "127.0.0.1:0",
+    sock: socket.socket | None = None,
     run: str | None = None,
     bytes_max: int | None = None,
     timeout_s: float = _START_S,
 ) -> TierServer:
     """A tier server for what is below `base` (`<directory>/orchestrator-<uid>`), listening at `listen` (port 0: any
-    that is free). run: the only one that it serves; None: all. bytes_max: how much a process's part may take. Returns
-    when it listens. Raises StorageError saying why it does not."""
+    that is free), or on `sock`, which is bound already and stays this process's to close. run: the only one that it
+    serves; None: all. bytes_max: how much a process's part may take. Returns when it listens. Raises StorageError
+    saying why it does not."""
+    listen = listen if sock is None else f"fd:{sock.fileno()}"
     command = [sys.executable, "-m", "orchestrator.run.tier_server", f"--directory={base}", f"--listen={listen}"]
     command += [] if run is None else [f"--run={run}"]
     command += [] if bytes_max is None else [f"--bytes_max={bytes_max}"]
     environ = {name: value for name, value in os.environ.items() if name != environment.TIER_SECRET}
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environ,
+            start_new_session=True,
+            pass_fds=() if sock is None else (sock.fileno(),),
         )
         assert process.stdin and process.stdout
     except OSError as error:

@@ -326,7 +326,15 @@ async def serving(handler: Handler, listening: socket.socket, idle_s: float = ID
 
 
 def listen(address: str) -> socket.socket:
-    """Raises UsageError, StorageError."""
+    """At an address, or at the bound socket of a descriptor that this process has inherited, `fd:N`. Raises UsageError,
+    StorageError."""
+    if address.startswith("fd:") and address[3:].isdecimal():
+        try:
+            given = socket.socket(fileno=int(address[3:]))
+            given.listen(CONNECTIONS_MAX)
+        except OSError as error:
+            raise UsageError(f"--listen={address}: is no bound socket of this process: {error.strerror}") from error
+        return given
     host, port = peer_protocol.parse_address(address, "--listen")
     try:
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -380,7 +388,7 @@ async def _serve(handler: Handler, listening: socket.socket, detached: bool) -> 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.run.tier_server", description=__doc__)
     parser.add_argument("--directory", required=True, help="where tiers are: DIRECTORY/orchestrator-UID")
-    parser.add_argument("--listen", default="127.0.0.1:0", help="address and port; port 0: any that is free")
+    parser.add_argument("--listen", default="127.0.0.1:0", help="address and port (0: any); or fd:N")
     parser.add_argument("--run", help="serve this run only")
     parser.add_argument("--bytes_max", type=int, help="how much one process's part may take")
     parser.add_argument("--detached", action="store_true", help="go on when standard input ends")
