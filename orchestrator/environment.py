@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 
 from orchestrator.errors import UsageError
 
@@ -18,7 +19,11 @@ STORE_DEADLINE = "ORCHESTRATOR_STORE_DEADLINE_S"  # for one operation on a store
 _STORE_DEADLINE_S = 120.0
 TIER_DIR = "ORCHESTRATOR_TIER_DIR"  # where memory tiers are on this machine, if the program does not say
 _TIER_DIR = "/dev/shm"
-TIER_SECRET = "ORCHESTRATOR_TIER_SECRET"  # of a job's tier servers, in hexadecimal digits; from the launcher
+TIER_SECRET = "ORCHESTRATOR_TIER_SECRET"  # of the job: its tier servers answer nobody who does not have it; hex
+TIER_SERVER = "ORCHESTRATOR_TIER_SERVER"  # host:port of this host's tier server, where a launcher runs it
+TIER_PEERS = "ORCHESTRATOR_TIER_PEERS"  # host:port of each host's, with commas, in the order of the hosts
+TIER_ADDRESS = "ORCHESTRATOR_TIER_ADDRESS"  # on which this host's tier server listens, where the agent runs it
+DOMAIN = "ORCHESTRATOR_DOMAIN"  # what this host may be lost with: slice=s0,rack=r3,node=n17, or one word
 ANONYMOUS = "ORCHESTRATOR_GCS_ANONYMOUS"  # 1: no credentials are looked for, as for public buckets
 USER_PROJECT = "ORCHESTRATOR_GCS_USER_PROJECT"  # the project that pays where the bucket does not (requester pays)
 EMULATOR = "STORAGE_EMULATOR_HOST"  # of Google's clients: the URL of an emulator, which asks nobody who they are
@@ -53,9 +58,9 @@ def store_deadline_s(default_s: float = _STORE_DEADLINE_S) -> float:
     return deadline_s
 
 
-def tier_directory() -> str:
+def tier_directory(environ: Mapping[str, str] = os.environ) -> str:
     """Raises UsageError for what is no absolute path."""
-    path = os.environ.get(TIER_DIR) or _TIER_DIR
+    path = environ.get(TIER_DIR) or _TIER_DIR
     if not os.path.isabs(path):
         raise UsageError(f"{TIER_DIR}={path!r}: expected an absolute path")
     return path

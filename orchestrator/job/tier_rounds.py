@@ -31,6 +31,18 @@ class Journalled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     barred: tuple[tuple[int, str], ...] = ()
 
 
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a process holds. base: the directory of its host's tiers. machine: what tells its machine apart. node,
+    rack, slice: what its host may be lost with, '' where that is not known."""
+
+    base: str
+    machine: str
+    node: str = ""
+    rack: str = ""
+    slice: str = ""
+    problem: str = ""
+
+
 class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where this process holds, and the newest entry of its log there."""
 
@@ -40,6 +52,7 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     problem: str = ""
 
 
+PLACES: Round[Place] = Round("memory tier: where it is on each host", Place)
 RUN: Round[str] = Round("memory tier: which run", str)
 OPENED: Round[Opened] = Round("memory tier: open", Opened)
 REACHED: Round[str] = Round("memory tier: reach the others'", str)

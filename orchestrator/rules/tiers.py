@@ -8,6 +8,9 @@ from typing import Protocol
 
 from orchestrator.errors import UsageError
 from orchestrator.rules import arguments
+from orchestrator.rules.domains import LEVELS
+
+COPIES_MAX = 8
 
 
 class Path(Protocol):
@@ -24,42 +27,68 @@ class MemoryTier:
     directory: str | None = None
     bytes_max: int | None = None
     keep: int = 2
+    copies: int = 1
+    domain: str = "node"
+    copy_bytes_per_s: int | None = None
 
     @property
     def common(self) -> str:
-        """What all hosts of a job must have in common: where it is, and how large, is each one's own."""
-        return f"memory(every={self.every}, keep={self.keep})"
+        """What all hosts of a job must have in common: where it is, how large, and how fast its network, is each one's
+        own."""
+        return f"memory({', '.join(self._common)})"
+
+    @property
+    def _common(self) -> list[str]:
+        return [f"every={self.every}", f"copies={self.copies}", f"domain={self.domain!r}", f"keep={self.keep}"]
 
     def __repr__(self) -> str:
-        given = [f"every={self.every}", f"keep={self.keep}"]
+        given = self._common
         given += [] if self.directory is None else [f"directory={self.directory!r}"]
         given += [] if self.bytes_max is None else [f"bytes_max={self.bytes_max}"]
+        given += [] if self.copy_bytes_per_s is None else [f"copy_bytes_per_s={self.copy_bytes_per_s}"]
         return f"memory({', '.join(given)})"
 
 
 def memory(
     every: int = 20,
     *,
+    copies: int = 1,
+    domain: str = "node",
     directory: str | Path | None = None,
     bytes_max: int | None = None,
     keep: int = 2,
+    copy_bytes_per_s: int | None = None,
 ) -> MemoryTier:
-    """Hold every `every`-th step in this machine's memory, beside what `save=` sends to the store.
+    """Hold every `every`-th step in the memory of the job's hosts, beside what `save=` sends to the store.
 
-    directory: on this machine, a tmpfs or a local disk; each process has a directory of its own below it, that nobody
-    else may enter. None: `ORCHESTRATOR_TIER_DIR`, or /dev/shm. bytes_max: how much one process may hold in it, the step
-    that is being written included; None: what the machine can spare. keep: how many steps are held.
+    copies: how many other hosts have a copy of what each host holds; 0: none. On one host there are none. domain: these
+    are in another "node", "rack" or "slice" (`ORCHESTRATOR_DOMAIN`, or as Slurm and TPUs say). directory: on each host,
+    a tmpfs or a local disk; each process has a directory of its own below it, that nobody else may enter. None:
+    `ORCHESTRATOR_TIER_DIR`, or /dev/shm. bytes_max: how much one process may hold in it, copies that it takes and the
+    step that is being written included; None: what the machine can spare. keep: how many steps are held.
+    copy_bytes_per_s: at most so fast does each host send copies; None: as fast as it can.
     """
     arguments.whole("every", every, least=1)
+    arguments.whole("copies", copies, most=COPIES_MAX)
+    arguments.choice("domain", domain, *LEVELS)
     arguments.whole("keep", keep, least=1)
-    if bytes_max is not None:
-        arguments.whole("bytes_max", bytes_max, least=1)
+    for name, number in (("bytes_max", bytes_max), ("copy_bytes_per_s", copy_bytes_per_s)):
+        if number is not None:
+            arguments.whole(name, number, least=1)
     if directory is not None:
         arguments.path("directory", directory)
         directory = directory if isinstance(directory, str) else directory.__fspath__()
         if not directory.startswith(("/", "~")):
             raise arguments.rejection("directory", directory, "an absolute path: hosts may start in different ones")
-    return MemoryTier(int(every), directory, None if bytes_max is None else int(bytes_max), int(keep))
+    return MemoryTier(
+        int(every),
+        directory,
+        None if bytes_max is None else int(bytes_max),
+        int(keep),
+        int(copies),
+        domain,
+        None if copy_bytes_per_s is None else int(copy_bytes_per_s),
+    )
 
 
 def memory_of(tiers: object) -> MemoryTier | None:

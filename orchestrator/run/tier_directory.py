@@ -17,6 +17,7 @@ import stat
 
 from orchestrator import environment
 from orchestrator.errors import StorageError
+from orchestrator.rules.domains import of_environment
 from orchestrator.rules.tiers import MemoryTier, memory_of
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.directory import storage_error
@@ -29,10 +30,11 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/
 
 def chosen(tiers: object) -> MemoryTier | None:
     """The memory tier of an agent's or a reader's `tiers`, None if there is none. Raises UsageError, also for what the
-    environment says of its place: before anybody waits for this process."""
+    environment says of its place and its domains: before anybody waits for this process."""
     tier = memory_of(tiers)
-    if tier is not None and tier.directory is None:
-        environment.tier_directory()
+    if tier is not None:
+        base(tier.directory)
+        of_environment(os.environ, "", tier.domain)
     return tier
 
 
@@ -44,11 +46,16 @@ def identity(store: JournalStore) -> str | None:
     return hashlib.sha256(store.entry(0).write_id.encode()).hexdigest()[:16]
 
 
+def base(directory: str | None) -> str:
+    """What is ours below `directory` on this machine: of all runs. Raises UsageError as `of_run` does."""
+    where = os.path.expanduser(directory) if directory else environment.tier_directory()
+    return os.path.join(os.path.realpath(where), f"orchestrator-{os.getuid()}")
+
+
 def of_run(directory: str | None, run: str) -> str:
     """The directory of a run's tiers on this machine. Raises UsageError for what the environment says instead of a
     directory."""
-    where = os.path.expanduser(directory) if directory else environment.tier_directory()
-    return os.path.join(os.path.realpath(where), f"orchestrator-{os.getuid()}", run)
+    return os.path.join(base(directory), run)
 
 
 def of_process(directory: str | None, run: str, process: int) -> str:
@@ -58,8 +65,7 @@ def of_process(directory: str | None, run: str, process: int) -> str:
 def make(path: str) -> None:
     """Make a process's directory. The one that users share is not made. Raises StorageError."""
     run = os.path.dirname(path)
-    base = os.path.dirname(run)
-    for each in (base, run, path):
+    for each in (os.path.dirname(run), run, path):
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(each, 0o700)
@@ -117,9 +123,9 @@ def beside(path: str) -> list[str]:
 def other_runs(path: str) -> list[str]:
     """The directories of other runs of this user, beside that of a process's run."""
     run = os.path.dirname(path)
-    base = os.path.dirname(run)
+    above = os.path.dirname(run)
     with contextlib.suppress(OSError):
-        others = (os.path.join(base, name) for name in sorted(os.listdir(base)) if _RUN.fullmatch(name))
+        others = (os.path.join(above, name) for name in sorted(os.listdir(above)) if _RUN.fullmatch(name))
         return [other for other in others if other != run]
     return []
 
