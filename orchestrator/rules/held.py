@@ -7,19 +7,21 @@ held step is only ever *offered* beside it. Three things keep an offer honest:
   that a newer one has held or committed, whatever its number.
 - Fencing. Each tier has a log of its own, of the form of a journal. An incarnation opens its epoch there, too, and from
   then on whatever an older one tries to hold is rejected by `journal.commit`.
-- Agreement. A step counts only if every process of the job can have all of it.
+- Wholeness. A step counts only if each of its files is on a host that is alive, and all processes agree which do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import FencedBy, Next, Stamp
 from orchestrator.rules.records import Head, JournalEvent, LiveStep, Manifest
 
+Value = TypeVar("Value")
 Rank = tuple[int, int, int]
 
 
@@ -104,9 +106,11 @@ class Standing:
         the same incarnation held at or after a step that somebody has quarantined by hand: what was wrong with that
         one is wrong with this one, too.
         """
-        if attempt.epoch > self.epoch or (self.newest is not None and rank(attempt) <= rank(self.newest)):
-            return False
-        return not any(attempt.epoch == bad.epoch and rank(attempt) >= rank(bad) for bad in self.barred)
+        return self.knows(attempt) and (self.newest is None or rank(attempt) > rank(self.newest))
+
+    def knows(self, attempt: AttemptId) -> bool:
+        """As `admits`, whatever the store has."""
+        return attempt.epoch <= self.epoch and not any(attempt.epoch == bad.epoch and rank(attempt) >= rank(bad) for bad in self.barred)
 
 
 def standing(head: Head) -> Standing:
@@ -132,11 +136,14 @@ def offer(live: LiveStep) -> Offer:
     return Offer(live.step, live.attempt, live.manifest_crc32c)
 
 
-def candidates(journalled: Standing, offers: Sequence[Collection[Offer]]) -> list[Offer]:
-    """What to try, newest first: the held steps that every process offers and that the journal admits."""
-    common = set(offers[0]).intersection(*offers[1:]) if offers else set()
-    admitted = [one for one in common if journalled.admits(one.id)]
-    return sorted(admitted, key=lambda one: (rank(one.id), one.manifest_crc32c), reverse=True)
+def candidates(journalled: Standing, whole: Collection[Offer], step: int | None = None) -> list[Offer]:
+    """What to try, newest first: of the steps whose files all are somewhere alive, those that the journal admits; or
+    `step`, as the newest incarnation has held it, also where the store has a newer one."""
+    if step is not None:
+        alive = [one for one in whole if one.step == step and journalled.knows(one.id)]
+    else:
+        alive = [one for one in whole if journalled.admits(one.id)]
+    return sorted(alive, key=lambda one: (rank(one.id), one.manifest_crc32c), reverse=True)
 
 
 # Which files of a step are where. They have numbers: 0 is the manifest, then come its files, in its order.
@@ -151,6 +158,12 @@ def lacking(manifest: Manifest, had: Iterable[Collection[int]]) -> str:
     """The first file that none has; '' if each is somewhere: only then is the step a candidate."""
     found = set().union(*had)
     return next((name for number, name in enumerate(names(manifest)) if number not in found), "")
+
+
+def spread(holders: Sequence[Value], reader: int) -> list[Value]:
+    """In which order reader number `reader` asks those that have the same files: not all begin with the same one."""
+    at = reader % len(holders) if holders else 0
+    return [*holders[at:], *holders[:at]]
 
 
 def spans(numbers: Collection[int]) -> str:

@@ -15,7 +15,7 @@ from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.run import tier_directory
-from orchestrator.run.held_steps import HeldSteps
+from orchestrator.run.held_steps import on_this_host
 from orchestrator.run.tier import OwnTier, free_left_over
 from tests.support import builders
 from tests.support.images import signed
@@ -107,7 +107,7 @@ def test_a_directory_that_is_not_ours_alone_is_neither_written_nor_read(spoil: o
     spoil(path)
     with pytest.raises(StorageError, match=said):
         own_tier(path)
-    found = HeldSteps(str(path), [str(path)])
+    found = on_this_host(str(path), [str(path)])
     assert not found.listed and (not os.path.lexists(path) or said in found.unreadable[0])
     assert not (path.parents[2] / "elsewhere" / "journal").exists()
 
@@ -115,7 +115,7 @@ def test_a_directory_that_is_not_ours_alone_is_neither_written_nor_read(spoil: o
 def test_a_path_of_another_process_that_is_no_tiers_is_not_read(tmp_path: Path) -> None:
     fill(tmp_path / "run", 1)
     assert (
-        HeldSteps(str(tmp_path), [str(tmp_path / "run")]).unreadable[0].endswith("is no directory of a tier; not used")
+        on_this_host(str(tmp_path), [str(tmp_path / "run")]).unreadable[0].endswith("is no directory of a tier; not used")
     )
 
 
@@ -176,7 +176,7 @@ def test_a_log_goes_on_from_its_newest_whole_entry(path: Path) -> None:
         hold(tier, step)
     for entry in sorted((path / "journal").iterdir())[-2:]:
         entry.write_bytes(entry.read_bytes()[:-9])
-    assert {offer.step for offer in HeldSteps(str(path), [str(path)]).listed} == {20}
+    assert {offer.step for offer in on_this_host(str(path), [str(path)]).listed} == {20}
     gone_on = own_tier(path, 2)
     assert steps(gone_on) == [20]
     hold(gone_on, 80, epoch=2)
@@ -188,7 +188,7 @@ def test_a_log_that_cannot_be_trusted_is_thrown_away_with_what_it_was_about(path
     hold(tier, 20)
     for entry in (path / "journal").iterdir():
         entry.write_bytes(entry.read_bytes()[:-9])
-    assert not HeldSteps(str(path), [str(path)]).listed
+    assert not on_this_host(str(path), [str(path)]).listed
     begun_again = own_tier(path, 2)
     assert steps(begun_again) == [] and list(begun_again.storage.list(keys.STEPS)) == []
 
@@ -266,6 +266,6 @@ def test_a_tmpfs_has_no_more_room_than_the_machine_has_memory() -> None:
 
 
 def test_a_reader_of_no_tier_finds_nothing(tmp_path: Path) -> None:
-    found = HeldSteps(str(tmp_path / "nowhere"), [])
+    found = on_this_host(str(tmp_path / "nowhere"), [])
     assert found.offers() == [] and found.unreadable == []
     assert found.listed == {} and found.parts == {}
