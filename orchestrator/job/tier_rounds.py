@@ -58,13 +58,22 @@ class Journalled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a process holds. base: the directory of its host's tiers. machine: what tells its machine apart. node,
-    rack, slice: what its host may be lost with, '' where that is not known."""
+    rack, slice: what its host may be lost with, '' where that is not known. secret: what tells secrets apart, and does
+    not tell them; '' if it was given none."""
 
     base: str
     machine: str
     node: str = ""
     rack: str = ""
     slice: str = ""
+    secret: str = ""
+    problem: str = ""
+
+
+class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a host's tier server listens, by the first process of the host; the others say nothing."""
+
+    address: str = ""
     problem: str = ""
 
 
@@ -78,6 +87,8 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 PLACES: Round[Place] = Round("memory tier: where it is on each host", Place)
+SECRET: Round[str] = Round("memory tier: the job's secret", str)
+SERVING: Round[Serving] = Round("memory tier: servers", Serving)
 RUN: Round[str] = Round("memory tier: which run", str)
 OPENED: Round[Opened] = Round("memory tier: open", Opened)
 REACHED: Round[str] = Round("memory tier: reach the others'", str)
