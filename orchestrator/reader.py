@@ -118,7 +118,7 @@ class Run:
         if not paths:
             return None
         steps = held_steps.on_this_host(paths[0], paths)
-        for offer in held.candidates(held.standing(self._store.require_head()), steps.offers()):
+        for offer in held.candidates(held.standing(self._store.require_head()), [steps.offers()]):
             try:
                 return read_stored(steps.step(offer), like, options)
             except (Damaged, UnsafeKey, StorageError, StepRetired) as error:

@@ -20,7 +20,7 @@ from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import gather
 from orchestrator.job.tier_hosts import TierHosts
 from orchestrator.job.tier_rounds import KnownStep, OfferedPart, OfferedStep
-from orchestrator.rules import held
+from orchestrator.rules import held, held_files
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
 from orchestrator.rules.records import LiveStep
@@ -105,14 +105,14 @@ class HeldOffers:
             files, wrong = steps.files(live, manifest)
         except OrchestratorError as error:
             return msgspec.structs.replace(told, fault=str(error)[:_FAULT_CHARS])
-        parts = tuple(OfferedPart(host, process, held.spans(numbers)) for process, numbers in files.items())
+        parts = tuple(OfferedPart(host, process, held_files.spans(numbers)) for process, numbers in files.items())
         self._wrong.setdefault(held.offer(live), []).extend(wrong)
         fault = str(wrong[0])[:_FAULT_CHARS] if wrong else ""
         return msgspec.structs.replace(told, files=len(manifest.files) + 1, parts=parts, fault=fault)
 
     def _elsewhere(self, host: int, places: Sequence[tuple[int, int]]) -> list[Source]:
         others = [place for place in places if place[0] != host and self._reaches(place[0])]
-        return [self._source(*place) for place in held.spread(others, self._hosts.me)]
+        return [self._source(*place) for place in held_files.spread(others, self._hosts.me)]
 
     def _found(self, live: LiveStep, offer: Offer, offered: Sequence[Sequence[OfferedStep]]) -> Found:
         count, parts, faults = 0, dict[tuple[int, int], frozenset[int]](), []
@@ -122,7 +122,7 @@ class HeldOffers:
                 if Offer(one.step, one.attempt, one.manifest_crc32c) == offer:
                     count = max(count, one.files)
                     parts |= {
-                        (part.host, part.process): held.numbers(part.files, one.files)
+                        (part.host, part.process): held_files.numbers(part.files, one.files)
                         for part in one.parts
                         if self._reaches(part.host)
                     }
@@ -136,7 +136,7 @@ class HeldOffers:
         same one."""
         mine = [(where, files) for where, files in found.parts.items() if where[0] == self._hosts.own]
         theirs = [(where, files) for where, files in sorted(found.parts.items()) if where[0] != self._hosts.own]
-        ordered = [*mine, *held.spread(theirs, self._hosts.me)]
+        ordered = [*mine, *held_files.spread(theirs, self._hosts.me)]
         return [(self._source(*where), files) for where, files in ordered]
 
     def _reaches(self, host: int) -> bool:
@@ -182,12 +182,13 @@ def _asked(
     """Of which steps the hosts are asked what they have, the newest first, and where their manifests are. The same on
     all processes."""
     told = [one for each in known for one in each]
-    logged = {AttemptId(one.step, one.attempt) for one in told if one.logged}
+    logged = {_offer(one) for one in told if one.logged}
+    in_logs = {offer.id for offer in logged}
     manifests: dict[Offer, list[tuple[int, int]]] = {}
     lives: dict[Offer, LiveStep] = {}
     for one in told:
         attempt = AttemptId(one.step, one.attempt)
-        if one.logged or attempt not in logged:  # else it is another manifest than the logs'
+        if _offer(one) in logged or attempt not in in_logs:  # else it is another manifest than the logs'
             manifests.setdefault(_offer(one), []).extend(one.manifests)
             if wanted(attempt):
                 lives.setdefault(_offer(one), _live(one))

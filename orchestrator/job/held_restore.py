@@ -23,7 +23,7 @@ from orchestrator.job.restore_rounds import NotRead, Read, ReadFailure, ReadOutc
 from orchestrator.job.rounds import Raised, Round, agree, as_error
 from orchestrator.job.tier_rounds import Journalled, KnownStep
 from orchestrator.observe.events import HeldStepDropped, emit
-from orchestrator.rules import held, journal, keys
+from orchestrator.rules import held, held_files, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer, Standing
 from orchestrator.rules.records import LiveStep
@@ -76,7 +76,7 @@ def find(
     offers = HeldOffers(hosts, here, rendezvous, timeout_s)
     found = offers.find(journalled.committed, wanted)
     whole = [offer for offer, one in found.items() if one.is_whole and wanted(offer.id)]
-    chosen = held.candidates(standing, whole, step)
+    chosen = held.candidates(standing, [whole]) if step is None else held.asked_for(standing, whole, step)
     best = held.rank(chosen[0].id) if chosen else (-1, -1, -1)
     for offer, one in found.items():
         if wanted(offer.id) and not one.is_whole and held.rank(offer.id) > best:  # nobody would ask for the others
@@ -110,7 +110,7 @@ def _why(found: Found, here: HeldSteps, hosts: Mapping[int, str]) -> str:
         return found.faults[0]
     number = found.lacking[0] if found.lacking else 0
     try:
-        name = held.names(here.manifest(found.live))[number]
+        name = held_files.names(here.manifest(found.live))[number]
     except OrchestratorError:
         name = keys.MANIFEST if number == 0 else f"file {number} of {found.files}"
     return f"{name} is missing: none of {len(set(hosts.values()))} hosts has it"

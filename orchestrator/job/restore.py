@@ -159,7 +159,7 @@ class _Restore:
                 return restored
 
     def _from_memory(self, tier: MemoryTier) -> Restored | None:
-        """The newest held step that is whole somewhere, or the one that was asked for; None if the journal is to choose."""
+        """The newest held step that is whole, or the one that was asked for; None if the journal is to choose."""
         choice = held_restore.find(tier, self._store, self._rendezvous, self._options.timeout_s, self._options.step)
         if choice is None:
             return None

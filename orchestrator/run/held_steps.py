@@ -11,12 +11,11 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-
 from dataclasses import dataclass
 
-from orchestrator.errors import OrchestratorError, StorageError, Unavailable
+from orchestrator.errors import JournalLost, OrchestratorError, StorageError, Unavailable
 from orchestrator.observe.events import CopyDropped, emit
-from orchestrator.rules import held, keys
+from orchestrator.rules import held, held_files, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
 from orchestrator.rules.records import LiveStep, Manifest, file_entry
@@ -32,7 +31,7 @@ from orchestrator.storage.sources import Source, Sources
 
 MEMORY, PEERS, STORE = "memory", "peers", "store"  # where bytes come from, in the order in which they are asked
 
-Placed = Sequence[tuple[Source, frozenset[int]]]  # where files of a step are, by their numbers (`held.names`)
+Placed = Sequence[tuple[Source, frozenset[int]]]  # where files of a step are, by their numbers (`held_files.names`)
 
 
 Check = Callable[[LiveStep], None]
@@ -73,6 +72,8 @@ class HeldSteps:
         for source in self.parts.values():
             try:
                 head = newest_whole(JournalStore(ReadOnlyStorage(source.reads), "reader"))
+            except JournalLost:  # a copy has no log
+                continue
             except OrchestratorError as error:
                 self.unreadable.append(str(error))
                 continue
@@ -157,7 +158,7 @@ class HeldSteps:
             except OrchestratorError as error:
                 self.faults[offer.id] = str(error)
                 continue
-            if lacking := held.lacking(manifest, files.values()):
+            if lacking := held_files.lacking(manifest, files.values()):
                 self.faults[offer.id] = str(wrong[0]) if wrong else f"{lacking} is missing"
             else:
                 found.append(offer)
@@ -247,7 +248,7 @@ class _Index:
         with self._lock:
             if not self._sizes:
                 manifest = self.manifest()
-                names = held.names(manifest)
+                names = held_files.names(manifest)
                 sizes = {self._live.id.key(entry.path): entry.bytes for entry in manifest.files}
                 at: dict[str, list[Source]] = {}
                 for source, numbers in self._placed:

@@ -115,7 +115,9 @@ def test_a_directory_that_is_not_ours_alone_is_neither_written_nor_read(spoil: o
 def test_a_path_of_another_process_that_is_no_tiers_is_not_read(tmp_path: Path) -> None:
     fill(tmp_path / "run", 1)
     assert (
-        on_this_host(str(tmp_path), [str(tmp_path / "run")]).unreadable[0].endswith("is no directory of a tier; not used")
+        on_this_host(str(tmp_path), [str(tmp_path / "run")])
+        .unreadable[0]
+        .endswith("is no directory of a tier; not used")
     )
 
 
