@@ -14,6 +14,7 @@ from launch import command, programs
 from launch.command import EXIT_USAGE, LaunchError
 from launch.engines import gke, local, slurm, tpu_vm
 from launch.supervise import RestartPolicy
+from launch.tiers import TierOptions
 from orchestrator import failpoints
 from orchestrator.environment import FAILPOINTS
 from orchestrator.errors import UsageError
@@ -31,6 +32,7 @@ the output.
 examples:
   orchestrator launch local --processes 4 --devices_per_process 2 -- orchestrator launch train --root=/tmp/run
   orchestrator launch local --processes 2 --max_restarts 3 --log_dir /tmp/logs -- python train.py
+  orchestrator launch local --processes 4 --tiers --domains 2 --lose_tier_on_kill --max_restarts 1 -- python train.py
 """
 
 # Flags of its own, not absl's global set: there `log_dir` means something else, and the job's flags are not ours.
@@ -66,6 +68,13 @@ flags.DEFINE_string("chaos", None, "failpoints for the job, as PLACE=ACTION@proc
 flags.DEFINE_float(
     "end_grace_s", 5.0, "seconds the others get when one process has failed", lower_bound=0.0, flag_values=FLAGS
 )
+flags.DEFINE_bool("tiers", False, "each host has a memory tier of its own (docs/tiers.md)", flag_values=FLAGS)
+flags.DEFINE_bool(
+    "lose_tier_on_kill", False, "a host that is killed loses its tier, as its machine would", flag_values=FLAGS
+)
+flags.DEFINE_integer("domains", None, "spread the hosts evenly over so many failure domains", flag_values=FLAGS)
+flags.DEFINE_bool("keep_tiers", False, "leave the tiers when the job is over", flag_values=FLAGS)
+flags.DEFINE_string("tier_dir", None, "where the tiers are, and stay; in /dev/shm if unset", flag_values=FLAGS)
 
 
 def _job(values: dict[str, Any], program: list[str]) -> local.LocalJob:
@@ -80,6 +89,7 @@ def _job(values: dict[str, Any], program: list[str]) -> local.LocalJob:
         hosts_file=None if values["hosts_file"] is None else Path(values["hosts_file"]),
         environ=_chaos(values["chaos"]) | command.environment_of(values),
         log_dir=None if values["log_dir"] is None else Path(values["log_dir"]),
+        tiers=_tiers(values),
         policy=RestartPolicy(
             max_restarts=values["max_restarts"],
             stop_grace_s=values["stop_grace_s"],
@@ -90,6 +100,15 @@ def _job(values: dict[str, Any], program: list[str]) -> local.LocalJob:
             elastic=_elastic(values["elastic"]),
         ),
     )
+
+
+def _tiers(values: dict[str, Any]) -> TierOptions | None:
+    """Whatever is said about tiers asks for them."""
+    directory = None if values["tier_dir"] is None else Path(values["tier_dir"])
+    keep, lose, domains = values["keep_tiers"], values["lose_tier_on_kill"], values["domains"]
+    if not (values["tiers"] or keep or lose or domains is not None or directory is not None):
+        return None
+    return TierOptions(directory, keep, lose, domains)
 
 
 def _elastic(text: str | None) -> tuple[int, int] | None:

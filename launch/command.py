@@ -20,7 +20,8 @@ from orchestrator.texts import printable
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + 2
 EXIT_BROKEN_PIPE = 128 + 13
-LOCAL_PATHS = ("log_dir", "hosts_file", "output", "check")  # flags of any launcher that name files of this machine
+# Flags of any launcher that name files of this machine.
+LOCAL_PATHS = ("log_dir", "hosts_file", "tier_dir", "output", "check")
 
 
 class LaunchError(Exception):

@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 # What the agent reads itself is part of the contract, too.
+from orchestrator.environment import DOMAIN as DOMAIN
 from orchestrator.environment import HEARTBEAT_FILE as HEARTBEAT_FILE
 from orchestrator.environment import HOST_NAME as HOST_NAME
 from orchestrator.environment import RESTART_COUNT as RESTART_COUNT
 from orchestrator.environment import STEP_BACK as STEP_BACK
+from orchestrator.environment import TIER_DIR as TIER_DIR
+from orchestrator.environment import TIER_SECRET as TIER_SECRET
 from orchestrator.errors import EXIT_PREEMPTED as EXIT_PREEMPTED
 from orchestrator.job.peer_failure import leave as leave
 from orchestrator.rules.contract import COMPLETION_INDEX as COMPLETION_INDEX

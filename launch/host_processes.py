@@ -139,7 +139,7 @@ class HostProcesses:
         exits = []
         for host in ended:
             host.kill()  # what the leader started and left behind
-            exits.append(Exit(host.index, host.process.wait(timeout=REAP_S)))
+            exits.append(Exit(host.index, host.process.wait(timeout=REAP_S), frozenset(host.sent)))
             self._warden.release(host.pid)
             del self.running[host.index]
             self._ended.append(host)
@@ -155,6 +155,7 @@ class HostProcesses:
         self._noise.interrupted |= signum == signal.SIGINT
         for index in self.running.keys() & set(processes):
             host = self.running[index]
+            host.sent.add(signum)
             if signum == signal.SIGKILL:
                 host.kill()
             else:
@@ -179,7 +180,7 @@ class HostProcesses:
                 host.log.close()
         self._selector.close()
         self.heartbeats.close()
-        self._warden.remove_afterwards(None)
+        self._warden.removed(self.heartbeats.directory)
 
     def _children(self) -> set[int]:
         return {self._warden.pid, *(host.pid for host in self.running.values())}

@@ -58,9 +58,13 @@ class Warden:
     def release(self, pid: int) -> None:
         self._write(f"-{pid}")
 
-    def remove_afterwards(self, directory: Path | None) -> None:
-        """The directory to delete if we cannot; None: there is none."""
-        self._write("=" + os.fsencode(directory).hex() if directory else "=")
+    def remove_afterwards(self, directory: Path) -> None:
+        """A directory to delete, with all that is in it, if we cannot."""
+        self._write(f">{os.fsencode(directory).hex()}")
+
+    def removed(self, directory: Path) -> None:
+        """It is gone, or is to stay."""
+        self._write(f"<{os.fsencode(directory).hex()}")
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -79,6 +83,7 @@ class LocalHost:
         self.log: FileIO | None = None
         self.index, self.name, self.pid = contract.process_index, contract.host_name, process.pid
         self.lines = Lines()
+        self.sent: set[int] = set()  # signals, by the supervisor
         own = warden.process_info(process.pid)  # there is one: it is not reaped yet
         self.identity = warden.HostIdentity(
             process.pid, own.started if own else 0, os.fsencode(f"{HEARTBEAT_FILE}={os.fspath(heartbeat)}")

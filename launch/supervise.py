@@ -26,14 +26,17 @@ from orchestrator.rules import stalls
 FINAL_CODES = frozenset({2, 4, 5, 6})
 # Signals that a process brings upon itself.
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+_OWN_DOING = CRASHES | {signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS, signal.SIGPIPE}
 
 
 @dataclass(frozen=True)
 class Exit:
-    """Process `index` has ended. `returncode` is `subprocess`'s: a negative number is the signal that ended it."""
+    """Process `index` has ended. `returncode` is `subprocess`'s: a negative number is the signal that ended it. `sent`:
+    signals that its supervisor had sent it."""
 
     index: int
     returncode: int
+    sent: frozenset[int] = field(default=frozenset(), compare=False)
 
     @property
     def failed(self) -> bool:
@@ -43,6 +46,13 @@ class Exit:
     def code(self) -> int:
         """What a shell would show: 128 + signal for a signal."""
         return self.returncode if self.returncode >= 0 else 128 - self.returncode
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether it died as a process does whose machine is lost: of a signal that neither it itself nor its
+        supervisor has sent. A shell, or another program that has started it, shows the signal in its code."""
+        signum = self.code - 128
+        return 0 < signum <= signal.NSIG and signum not in _OWN_DOING | self.sent
 
     def describe(self) -> str:
         if self.returncode >= 0:

@@ -7,8 +7,8 @@ is compared with the one it was found with, so that an id the kernel has given a
 
 Run as a script, with a pipe from the launcher on standard input, this is the warden: it ends all hosts if the launcher
 dies without a word (SIGKILL, out of memory). A line `+PID START MARK` takes a host into its care, `-PID` releases it,
-`=DIRECTORY` names the one to delete then; end of file means that the launcher is gone. May import nothing of the
-package: it is started with `-I -S` and must be up in milliseconds.
+`>DIRECTORY` names one to delete then, `<DIRECTORY` says that it has been; end of file means that the launcher is gone.
+May import nothing of the package: it is started with `-I -S` and must be up in milliseconds.
 """
 
 import contextlib
@@ -125,18 +125,20 @@ def kill_all(find: Callable[[dict[int, ProcessInfo]], set[int]]) -> None:
         known |= found
 
 
-def _remove(directory: str) -> None:
+def remove(directory: str) -> None:
+    """Delete a directory and all that is in it, as far as that goes; what its links point to stays."""
     for _ in range(3):  # a host that is ending may write once more
-        with contextlib.suppress(OSError):
-            for name in os.listdir(directory):
+        for path, directories, files in os.walk(directory, topdown=False):
+            for name in (*files, *directories):
                 with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(directory, name))
-            os.rmdir(directory)
+                    os.unlink(os.path.join(path, name))
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
 
 
 def _guard() -> None:
     identities: dict[int, HostIdentity] = {}
-    directory = ""
+    directories: set[str] = set()
     for line in sys.stdin.buffer:
         words = line[1:].split()
         match line[:1]:
@@ -144,12 +146,14 @@ def _guard() -> None:
                 identities[int(words[0])] = HostIdentity(int(words[0]), int(words[1]), bytes.fromhex(words[2].decode()))
             case b"-":
                 identities.pop(int(words[0]), None)
-            case b"=":
-                directory = os.fsdecode(bytes.fromhex(words[0].decode())) if words else ""
+            case b">":
+                directories.add(os.fsdecode(bytes.fromhex(words[0].decode())))
+            case b"<":
+                directories.discard(os.fsdecode(bytes.fromhex(words[0].decode())))
     for identity in identities.values():
         kill_all(lambda table, identity=identity: members(table, identity))  # type: ignore[misc]  # bound now, called at once
-    if directory:
-        _remove(directory)
+    for directory in directories:
+        remove(directory)
 
 
 if __name__ == "__main__":

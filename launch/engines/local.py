@@ -8,6 +8,7 @@ exits and signals is decided in `supervise`, and carried out here on the process
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from launch.contract import STEP_BACK, JobContract
 from launch.host_processes import HostProcesses
 from launch.hosts import REAP_S, Orphans, Warden
 from launch.interrupts import OperatorSignals
+from launch.tiers import HostTiers, TierOptions
 from orchestrator.rules.stalls import Sign
 
 DRAIN_S = 1.0  # for output still in the pipes after the last process has ended
@@ -33,7 +35,8 @@ PATIENCE_S = 2.0  # for whoever reads our output, after the job's end
 class LocalJob:
     """What to run. `environ` is added to this process's own; `log_dir` gets `restart-R/host-I.log`, below
     `run-2` and so on if an earlier run has left its logs there. `hosts_file` (one
-    host a line) is read before a restart of an elastic job, for at most `wait_for_hosts_s` until enough are there."""
+    host a line) is read before a restart of an elastic job, for at most `wait_for_hosts_s` until enough are there.
+    `tiers`: each host has a memory tier of its own."""
 
     command: Sequence[str]
     processes: int
@@ -44,6 +47,7 @@ class LocalJob:
     wait_for_hosts_s: float = 60.0
     environ: Mapping[str, str] = field(default_factory=dict)
     policy: supervise.RestartPolicy = field(default_factory=supervise.RestartPolicy)
+    tiers: TierOptions | None = None
 
     def validate(self) -> None:
         """Raises: LaunchError with one line, if this job cannot be started."""
@@ -58,6 +62,8 @@ class LocalJob:
         if self.policy.elastic and not 1 <= self.policy.elastic[0] <= self.processes <= self.policy.elastic[1]:
             least, most = self.policy.elastic
             raise LaunchError(f"--elastic={least}:{most}: expected 1 <= MIN <= --processes ({self.processes}) <= MAX")
+        if self.tiers is not None:
+            self.tiers.validate(self.processes)
         if not self.command:
             raise LaunchError("no command to run; put it after --: launch local --processes 2 -- python train.py")
         if shutil.which(self.command[0]) is None:
@@ -108,7 +114,13 @@ def run(job: LocalJob, observer: Observer, *, sole: bool = False) -> int:
     Raises: LaunchError if the job cannot be started; whatever the observer raises, after ending the job.
     """
     job.validate()
-    with OperatorSignals() as signals, Orphans(sole) as orphans, Warden() as warden:
+    environ = {**os.environ, **job.environ}
+    with (
+        OperatorSignals() as signals,
+        Orphans(sole) as orphans,
+        Warden() as warden,
+        HostTiers(job.tiers, job.processes, environ, warden, observer.note) as tiers,
+    ):
         for number in sorted(signals.ignored - {signal.SIGHUP}):
             observer.note(f"{supervise.signal_name(number)} is ignored, as it was in whatever started this")
         folder = None if job.log_dir is None else logs.claim(job.log_dir)
@@ -120,7 +132,7 @@ def run(job: LocalJob, observer: Observer, *, sole: bool = False) -> int:
                 contextlib.closing(_hold_loopback_port()) as port,
                 HostProcesses(signals, orphans, warden, observer.line, observer.note) as processes,
             ):
-                incarnation = _Incarnation(job, observer, signals, processes, history)
+                incarnation = _Incarnation(job, observer, signals, processes, tiers, history)
                 incarnation.start(port.getsockname()[1], folder)
                 end = incarnation.watch()
             if isinstance(end, supervise.Finish):
@@ -194,9 +206,11 @@ class _Incarnation:
         observer: Observer,
         signals: OperatorSignals,
         processes: HostProcesses,
+        tiers: HostTiers,
         history: supervise.JobHistory,
     ) -> None:
         self._job, self._observer, self._signals, self._processes = job, observer, signals, processes
+        self._tiers = tiers
         self._history = history
         self._state = supervise.State(job.policy, frozenset(range(history.hosts)), history)
         self._kill_at: float | None = None
@@ -216,6 +230,7 @@ class _Incarnation:
         environ = dict(self._job.environ)
         if self._history.step_back:
             environ[STEP_BACK] = str(self._history.step_back)
+        self._tiers.start(self._history.hosts)
         for index in range(self._history.hosts):
             contract = JobContract(
                 coordinator_address=f"127.0.0.1:{port}",
@@ -226,7 +241,8 @@ class _Incarnation:
                 host_name=f"host-{index}",
                 grace_period_s=self._job.policy.stop_grace_s / 2 or None,  # the other half is for leaving
             )
-            self._processes.start(self._job.command, environ, contract, logs)
+            own = environ | self._tiers.environ(index)
+            self._processes.start(self._job.command, own, contract, logs)
 
     def watch(self) -> supervise.Restart | supervise.Finish:
         """Wait for the end, carrying out the supervisor's rules meanwhile."""
@@ -254,6 +270,7 @@ class _Incarnation:
         exits = self._processes.reap(one_may_have_ended_another=known is None)
         if exits:
             self._poll_heartbeats()  # the newest, before the exits are judged
+            self._tiers.ended(exits)
         transition = supervise.on_exits(self._state, exits)
         cause = transition[0].cause
         if known is None and cause is not None:

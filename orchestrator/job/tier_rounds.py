@@ -78,11 +78,13 @@ class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where this process holds, and the newest entry of its log there."""
+    """Where this process holds, and the newest entry of its log there. listed: the steps that it says are held, and
+    their attempts."""
 
     path: str
     version: int = -1
     write_id: str = ""
+    listed: tuple[tuple[int, str], ...] = ()
     problem: str = ""
 
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.errors import JournalLost, OrchestratorError, StorageError, Unavailable
+from orchestrator.errors import OrchestratorError, StorageError, Unavailable
 from orchestrator.observe.events import CopyDropped, emit
 from orchestrator.rules import held, held_files, keys
 from orchestrator.rules.attempt_id import AttemptId
@@ -21,12 +21,10 @@ from orchestrator.rules.held import Offer
 from orchestrator.rules.records import LiveStep, Manifest, file_entry
 from orchestrator.run import tier_directory
 from orchestrator.run.checked_reads import decoded
-from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
-from orchestrator.run.tier import newest_whole
+from orchestrator.run.tier import log_to_read, newest_whole
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.port import Reads
-from orchestrator.storage.read_only import ReadOnlyStorage
 from orchestrator.storage.sources import Source, Sources
 
 MEMORY, PEERS, STORE = "memory", "peers", "store"  # where bytes come from, in the order in which they are asked
@@ -71,9 +69,7 @@ class HeldSteps:
         found: dict[Offer, LiveStep] = {}
         for source in self.parts.values():
             try:
-                head = newest_whole(JournalStore(ReadOnlyStorage(source.reads), "reader"))
-            except JournalLost:  # a copy has no log
-                continue
+                head = newest_whole(log_to_read(source.reads))
             except OrchestratorError as error:
                 self.unreadable.append(str(error))
                 continue

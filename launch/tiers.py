@@ -1,0 +1,145 @@
+"""A memory tier for each simulated host: a directory of its own, which goes with the host, as memory does.
+
+What a host holds outlives a restart of its process, which is what a tier is for, and not the host: with `lose_on_kill`
+a process that dies as it would with its machine takes its tier along. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import contract, warden
+from launch.command import LaunchError
+from launch.hosts import Warden
+from launch.supervise import Exit
+from orchestrator import environment
+from orchestrator.errors import UsageError
+
+SECRET_BYTES = 32
+
+
+@dataclass(frozen=True)
+class TierOptions:
+    """What the user chose. `directory`: where the hosts' tiers are, and stay; None: a new one in memory, which goes
+    with the job unless `keep`. `domains`: the hosts are spread evenly over so many."""
+
+    directory: Path | None = None
+    keep: bool = False
+    lose_on_kill: bool = False
+    domains: int | None = None
+
+    def validate(self, hosts: int) -> None:
+        """Raises LaunchError with one line."""
+        if self.domains is not None and not 1 <= self.domains <= hosts:
+            raise LaunchError(f"--domains={self.domains}: expected 1 to --processes ({hosts})")
+
+
+def machines(hosts: int, before: Sequence[int], lost: Sequence[int]) -> tuple[int, ...]:
+    """On which machine each process of a start runs; `before`: of the one before it. Pure.
+
+    Each stays where it was: whoever is lost is replaced. Where there are fewer than before, the machines that are still
+    there come first.
+    """
+    if hosts < len(before):
+        there = [machine for machine in before if machine not in lost]
+        return tuple(sorted([*there, *(machine for machine in before if machine in lost)][:hosts]))
+    more = (machine for machine in range(len(before) + hosts) if machine not in before)
+    return (*before, *(next(more) for _ in range(hosts - len(before))))
+
+
+def domain(machine: int, hosts: int, domains: int) -> str:
+    """Of `hosts` machines, those of a domain are neighbours, as in a rack. Pure."""
+    return f"domain-{min(machine * domains // hosts, domains - 1)}"
+
+
+class HostTiers:
+    """The tiers of one job, over all of its starts. options None: it has none."""
+
+    def __init__(
+        self,
+        options: TierOptions | None,
+        hosts: int,
+        environ: Mapping[str, str],
+        warden: Warden,
+        note: Callable[[str], None],
+    ) -> None:
+        self._options, self._hosts, self._environ = options, hosts, environ
+        self._warden, self._note = warden, note
+        self._machines: tuple[int, ...] = ()  # of each process of this start
+        self._lost: set[int] = set()
+        self._secret = secrets.token_hex(SECRET_BYTES)
+        self._directory = Path()
+
+    def __enter__(self) -> HostTiers:
+        """Raises LaunchError if the tiers cannot be where they are to be."""
+        if self._options is None:
+            return self
+        given = self._options.directory
+        try:
+            if given is not None:
+                given.mkdir(parents=True, exist_ok=True)
+                self._directory = given.absolute()
+            else:
+                self._directory = self._new()
+                if not self._options.keep:
+                    self._warden.remove_afterwards(self._directory)
+        except OSError as error:
+            where = f"--tier_dir={given}" if given else f"--tiers: {error.filename}"
+            raise LaunchError(f"{where}: {error.strerror}") from error
+        if self._options.keep and given is None:
+            self._note(f"held steps stay in {self._directory}; --tier_dir finds them again")
+        return self
+
+    def _new(self) -> Path:
+        try:
+            above = environment.tier_directory(self._environ)
+        except UsageError as error:
+            raise LaunchError(f"--tiers: {error}") from error
+        path = Path(above, f"orchestrator-launch-{os.getuid()}-{secrets.token_hex(4)}")
+        path.mkdir(mode=0o700)
+        return path
+
+    def start(self, hosts: int) -> None:
+        """Make ready for a start of so many hosts. Raises LaunchError."""
+        if self._options is None:
+            return
+        self._machines = machines(hosts, self._machines, sorted(self._lost))
+        self._lost -= set(self._machines)  # each is a new machine now, of the same name
+        for machine in self._machines:
+            try:
+                self._path(machine).mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise LaunchError(f"{self._path(machine)}: {error.strerror}") from error
+
+    def _path(self, machine: int) -> Path:
+        return self._directory / f"host-{machine}"
+
+    def environ(self, process: int) -> dict[str, str]:
+        """What a process of this start is told."""
+        if self._options is None:
+            return {}
+        machine = self._machines[process]
+        found = {contract.TIER_DIR: str(self._path(machine)), contract.TIER_SECRET: self._secret}
+        if self._options.domains is not None:
+            found[contract.DOMAIN] = domain(machine, self._hosts, self._options.domains)
+        return found
+
+    def ended(self, exits: Sequence[Exit]) -> None:
+        """Processes have ended, by themselves or not."""
+        if self._options is None or not self._options.lose_on_kill:
+            return
+        for exit_ in exits:
+            if exit_.from_outside:
+                machine = self._machines[exit_.index]
+                self._lost.add(machine)
+                warden.remove(str(self._path(machine)))
+                self._note(f"host-{exit_.index} has lost its memory tier")
+
+    def __exit__(self, *_: object) -> None:
+        if self._options is not None and self._options.directory is None and not self._options.keep:
+            warden.remove(str(self._directory))
+            self._warden.removed(self._directory)

@@ -1,0 +1,162 @@
+"""Each simulated host has a memory tier of its own, and loses it as it would with its machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch import tiers
+from launch.supervise import Exit
+from tests.support.launching import eventually, launch, launched
+
+ENVIRON = "e = os.environ; r = int(e['ORCHESTRATOR_RESTART_COUNT']); t = e['ORCHESTRATOR_TIER_DIR']\n"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "before", "lost", "machines"),
+    [
+        pytest.param(3, (), (), (0, 1, 2), id="the first start"),
+        pytest.param(3, (0, 1, 2), (1,), (0, 1, 2), id="the lost one is replaced"),
+        pytest.param(2, (0, 1, 2, 3), (1,), (0, 2), id="fewer: those that are there"),
+        pytest.param(2, (0, 1, 2, 3), (), (0, 1), id="fewer, none lost"),
+        pytest.param(2, (0, 1, 2), (0, 1), (0, 2), id="fewer are left than run"),
+        pytest.param(4, (0, 2), (), (0, 2, 1, 3), id="more: those that were there first"),
+    ],
+)
+def test_processes_stay_on_their_machines(
+    hosts: int, before: tuple[int, ...], lost: tuple[int, ...], machines: tuple[int, ...]
+) -> None:
+    assert tiers.machines(hosts, before, lost) == machines
+
+
+@pytest.mark.parametrize(
+    ("hosts", "domains", "sizes"),
+    [(4, 2, [2, 2]), (4, 4, [1, 1, 1, 1]), (5, 2, [3, 2]), (4, 3, [2, 1, 1]), (3, 1, [3])],
+)
+def test_hosts_are_spread_evenly_over_domains(hosts: int, domains: int, sizes: list[int]) -> None:
+    found = [tiers.domain(machine, hosts, domains) for machine in range(hosts)]
+    assert [found.count(f"domain-{index}") for index in range(domains)] == sizes and found == sorted(found)
+    assert tiers.domain(hosts + 3, hosts, domains) == f"domain-{domains - 1}", "a machine that came later"
+
+
+@pytest.mark.parametrize(
+    ("returncode", "sent", "lost"),
+    [
+        pytest.param(-signal.SIGKILL, (), True, id="killed, by whomever"),
+        pytest.param(-signal.SIGTERM, (), True, id="ended by a stranger"),
+        pytest.param(-signal.SIGKILL, (signal.SIGTERM,), True, id="killed while it was being ended"),
+        pytest.param(128 + signal.SIGKILL, (), True, id="below a shell"),
+        pytest.param(-signal.SIGKILL, (signal.SIGTERM, signal.SIGKILL), False, id="killed by the supervisor"),
+        pytest.param(-signal.SIGTERM, (signal.SIGTERM,), False, id="ended by the supervisor"),
+        pytest.param(-signal.SIGABRT, (), False, id="its JAX has lost a peer"),
+        pytest.param(-signal.SIGSEGV, (), False, id="crashed"),
+        pytest.param(0, (), False, id="done"),
+        pytest.param(1, (), False, id="failed"),
+        pytest.param(75, (), False, id="preempted"),
+        pytest.param(255, (), False, id="a code above all signals"),
+    ],
+)
+def test_a_host_dies_with_its_machine_if_the_signal_came_from_outside(
+    returncode: int, sent: tuple[int, ...], lost: bool
+) -> None:
+    assert Exit(0, int(returncode), frozenset(sent)).from_outside is lost
+
+
+LOSES = (
+    ENVIRON
+    + """
+import stat, time
+print(r, e.get("ORCHESTRATOR_DOMAIN"), sorted(os.listdir(t)), oct(stat.S_IMODE(os.stat(t).st_mode)), flush=True)
+if r < 2:
+    os.makedirs(t + "/a/b", exist_ok=True)
+    open(t + "/a/b/held", "w").close()
+    while not all(os.path.exists(f"{os.path.dirname(t)}/host-{j}/a/b/held") for j in range(4)): time.sleep(0.01)
+    if r == 0 and i == 1: os.kill(os.getpid(), 9)
+    if r == 1 and i == 2: os.abort()
+    time.sleep(60)
+"""
+)
+
+
+@pytest.mark.jobs
+def test_a_killed_host_loses_its_tier_and_no_other_does(tmp_path: Path) -> None:
+    flags = ["--processes", "4", "--domains", "2", "--lose_tier_on_kill", "--max_restarts", "2", "--backoff_s", "0"]
+    place = tmp_path / "shm"
+    place.mkdir()
+    done = launch([*flags, "--env", f"ORCHESTRATOR_TIER_DIR={place}"], LOSES)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    kept, new = "['a'] 0o700", "[] 0o700"
+    first = [f"[host-{i}] 0 domain-{i // 2} {new}" for i in range(4)]
+    second = [f"[host-{i}] 1 domain-{i // 2} {new if i == 1 else kept}" for i in range(4)]
+    third = [f"[host-{i}] 2 domain-{i // 2} {kept}" for i in range(4)]  # one that crashes is no lost machine
+    assert lines == sorted(first + second + third)
+    assert done.stderr.count("has lost its memory tier") == 1 and "host-1 has lost its memory tier" in done.stderr
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.jobs
+def test_survivors_are_the_hosts_of_a_smaller_restart_and_tiers_can_stay(tmp_path: Path) -> None:
+    script = (
+        ENVIRON
+        + "print(r, sorted(os.listdir(t)), flush=True)\nopen(f'{t}/was-{i}', 'w').close()\nimport time\n"
+        + "if r == 0:\n"
+        + "    while not all(os.path.exists(f'{t}/../host-{j}/was-{j}') for j in range(3)): time.sleep(.01)\n"
+        + "    if i == 0: os.kill(os.getpid(), 9)\n    time.sleep(60)\n"
+    )
+    flags = ["--processes", "3", "--processes_after_restart", "2", "--max_restarts", "1", "--backoff_s", "0"]
+    done = launch([*flags, "--lose_tier_on_kill", "--tier_dir", str(tmp_path / "kept")], script)
+    assert done.returncode == 0, done.stderr
+    again = [line for line in sorted(done.stdout.splitlines()) if "] 1 " in line]
+    assert again == ["[host-0] 1 ['was-1']", "[host-1] 1 ['was-2']"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["host-1", "host-2"]
+
+
+@pytest.mark.jobs
+def test_no_tier_and_no_secret_is_left_where_others_look(tmp_path: Path) -> None:
+    """Also where the launcher is killed. The secret is one for the job, and only in the environment."""
+    script = ENVIRON + (
+        "import pathlib, time\n"
+        f"p = pathlib.Path({str(tmp_path)!r})\n"
+        "print('up', flush=True); open(f'{t}/held', 'w').close(); os.symlink('/etc', f'{t}/link')\n"
+        "(p / f'{i}.part').write_text(e['ORCHESTRATOR_TIER_SECRET']); os.rename(p / f'{i}.part', p / f'{i}.secret')\n"
+        "time.sleep(60)"
+    )
+    place, logs = tmp_path / "shm", tmp_path / "logs"
+    place.mkdir()
+    flags = ["--processes", "2", "--tiers", "--log_dir", str(logs), "--env", f"ORCHESTRATOR_TIER_DIR={place}"]
+    with launched(flags, script) as process:
+        assert eventually(lambda: len(list(tmp_path.glob("*.secret"))) == 2)
+        secrets = {path.read_text() for path in tmp_path.glob("*.secret")}
+        assert len(secrets) == 1 and len(bytes.fromhex(secret := secrets.pop())) >= 16
+        [mine] = place.iterdir()
+        assert stat.S_IMODE(mine.stat().st_mode) == 0o700
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert len(family) >= 4 and not any(secret in word for one in family for word in one.cmdline())
+        os.kill(process.pid, signal.SIGKILL)
+        out, errors = process.communicate()
+        assert eventually(lambda: not list(place.iterdir())), "the warden has not removed it"
+    assert Path("/etc/passwd").exists()
+    kept = [path.read_text() for path in logs.rglob("*") if path.is_file()]
+    assert kept and not any(secret in text for text in (out, errors, *kept))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--domains", "3"], "--domains=3: expected 1 to --processes (2)"),
+        (["--domains", "0"], "--domains=0: expected 1 to --processes (2)"),
+        (["--tier_dir", "/dev/null/x"], "--tier_dir=/dev/null/x: Not a directory"),
+        (["--tier_dir", "gs://bucket/x"], "--tier_dir='gs://bucket/x': expected a path"),
+        (["--tiers", "--env", "ORCHESTRATOR_TIER_DIR=here"], "ORCHESTRATOR_TIER_DIR='here': expected an absolute path"),
+        (["--tiers", "--env", "ORCHESTRATOR_TIER_DIR=/not/here"], "No such file or directory"),
+    ],
+)
+def test_a_tier_that_cannot_be_is_one_clear_line(flags: list[str], message: str) -> None:
+    done = launch(["--processes", "2", *flags], "")
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
