@@ -209,16 +209,18 @@ def test_whatever_answers_wrongly_is_one_bounded_error_that_names_it(
 
 
 def test_a_peer_that_moves_slowly_is_waited_for_longer_than_it_may_say_nothing() -> None:
+    size = 1_000_000
+
     def slow(raw: socket.socket, request: bytes) -> bool:
-        raw.sendall(answer(request, 206, SIZE))
-        for _ in range(10):
+        raw.sendall(answer(request, 206, size))
+        for _ in range(20):
             time.sleep(0.1)
-            raw.sendall(bytes(SIZE // 10))
+            raw.sendall(bytes(size // 20))
         return True
 
     with fake(slow) as there:
-        part = Peer(there.address, SECRET, RUN, deadline_s=0.6).part(1)
-        assert part.read_into(FILE, 0, memoryview(bytearray(SIZE))) == SIZE
+        part = Peer(there.address, SECRET, RUN, deadline_s=0.9).part(1)
+        assert part.read_into(FILE, 0, memoryview(bytearray(size))) == size
 
 
 def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_once() -> None:
@@ -283,6 +285,19 @@ def test_what_is_sent_to_a_server_that_misbehaves_is_an_error_that_names_it(
         with pytest.raises(StorageError, match=text) as caught:
             peer.send(1, [FILE], [there.address])
         assert there.address in str(caught.value) and FILE in str(caught.value)
+        peer.close()
+
+
+def test_a_limit_below_the_slowest_rate_is_kept_and_is_no_stall(tmp_path: Path) -> None:
+    with in_thread(tmp_path / "a") as a, in_thread(tmp_path / "b") as b:
+        path = a.base / RUN / "process-00001" / FILE
+        path.parent.mkdir(parents=True)
+        for each in (a.base / RUN, a.base / RUN / "process-00001"):
+            each.chmod(0o700)
+        path.write_bytes(bytes(40_000))
+        peer = Peer(a.address, SECRET, RUN, deadline_s=5)
+        peer.send(1, [FILE], [b.address], bytes_per_s=30_000)  # 64 KiB/s and 0.4 s would be over before
+        assert (b.base / RUN / "process-00001" / FILE).stat().st_size == 40_000
         peer.close()
 
 
