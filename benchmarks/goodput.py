@@ -79,7 +79,8 @@ class _Training:
 
     def train(self, began: float, at: float, until: float) -> tuple[float, list[tuple[float, float]]]:
         """From wall time `began` with `at` trained. Returns what is trained in the end, and when it stood still."""
-        job, blocked = self.job, []
+        job = self.job
+        blocked: list[tuple[float, float]] = []
         saves, holds = job.save_every_s or float("inf"), job.hold_every_s or float("inf")
         next_save, next_hold, now = began + saves, began + holds, began
         while (turn := min(next_save, next_hold)) < until:
@@ -107,7 +108,8 @@ def simulate(job: Job, seed: int) -> dict[goodput.Kind, float]:
         epoch += 1
         fails = min(now + training.chance.expovariate(job.failures_per_s), ends)
         begins = now + job.start_s + restore_s
-        marks, blocked = [], []
+        marks: list[Mark] = []
+        blocked: list[tuple[float, float]] = []
         if begins < fails:
             reached, blocked = training.train(begins, at, fails)
             marks = [Mark(begins, int(at), judged=False), Mark(fails, int(reached), judged=False)]
