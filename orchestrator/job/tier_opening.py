@@ -8,6 +8,7 @@ reads of one server, and as many requests as there are copies.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,11 @@ from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import agree, gather
 from orchestrator.job.tier_hosts import TierHosts
 from orchestrator.job.tier_rounds import Opened
+from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.codec import encode
+from orchestrator.rules.placement import PlacedHost, Placement
+from orchestrator.rules.records import FORMAT
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import tier_directory
 from orchestrator.run.journal_store import JournalStore
@@ -70,7 +75,37 @@ def open_tiers(
         for note in hosts.pairing.notes:
             logging.warning("held steps: %s", note)
         logging.info("held steps survive the loss of %s", hosts.survives)
+    _record(hosts, own, epoch)
     return _joined(hosts, own, store, places, epoch)
+
+
+def _record(hosts: TierHosts, own: OwnTier, epoch: int) -> None:
+    """For whoever looks at the tier. It is in the place of an older start's."""
+    placed = Placement(
+        format=FORMAT,
+        epoch=epoch,
+        time=time.time(),
+        asked=hosts.tier.domain,
+        copies_asked=hosts.tier.copies,
+        level=hosts.pairing.level,
+        hosts=tuple(
+            PlacedHost(
+                name=host.name,
+                processes=host.processes,
+                targets=targets,
+                node=host.site.domains.node,
+                rack=host.site.domains.rack,
+                slice=host.site.domains.slice,
+            )
+            for host, targets in zip(hosts.hosts, hosts.pairing.targets, strict=True)
+        ),
+        notes=hosts.pairing.notes,
+    )
+    try:
+        own.storage.delete(keys.PLACEMENT)
+        own.storage.create(keys.PLACEMENT, encode(placed))
+    except OrchestratorError as error:
+        logging.warning("%s: where copies are is not recorded: %s", own.path, error)
 
 
 def _run(store: JournalStore) -> str:
