@@ -125,7 +125,7 @@ def _open(tier: MemoryTier, hosts: TierHosts, store: JournalStore, epoch: int) -
     path = ""
     try:
         path = tier_directory.of_process(tier.directory, hosts.run, hosts.me)
-        own = OwnTier(path, store.writer)
+        own = OwnTier(path, store.writer, store)
         head = own.open_epoch(epoch, store.durable_version)
     except OrchestratorError as error:
         return None, Opened(path, problem=str(error))
@@ -187,7 +187,7 @@ def _joined(hosts: TierHosts, own: OwnTier, store: JournalStore, places: Sequenc
     far = Parts(f"the other hosts of {own.storage.url}", {p: part for p, part in others.items() if p not in here})
     storage = CopiedStorage(own.storage, _sender(hosts), len(hosts.targets(hosts.me)), has_log=hosts.me == 0)
     log = LogOf(storage) if hosts.me == 0 else LogOf(ReadOnlyStorage(others[0]))
-    of_all = JournalStore(JoinedStorage(storage, [*near, far], log=log), store.writer)
+    of_all = JournalStore(JoinedStorage(storage, [*near, far], log=log), store.writer, run=store)
     of_all.durable_version = places[0].version
     listed = {AttemptId(*one) for place in places for one in place.listed}
     beside = Beside(own.path, here) if hosts.first_here else None

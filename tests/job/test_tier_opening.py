@@ -215,7 +215,7 @@ def test_a_tier_that_cannot_be_used_is_named_and_nothing_is_held_anywhere(
     ("count", "tier", "environ", "said", "survives"),
     [
         (2, {"copies": 3}, "node=n{}", "2 hosts: 1 of the 3 copies that were asked for", "any one node"),
-        (2, {"domain": "rack"}, "rack=r,node=n{}", "all hosts are in one rack, r: copies go to other nodes", "any one node"),
+        (2, {"domain": "rack"}, "rack=r,node=n{}", "all hosts are in one rack, r: copies go to", "any one node"),
         (2, {"domain": "slice"}, "node=n{}", "the slice of host-0, host-1 is not known: copies go to", "any one node"),
         (2, {"domain": "rack"}, "r{}", "", "any one rack"),
         (2, {"copies": 0}, "", "", "no host"),
