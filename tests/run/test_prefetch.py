@@ -13,8 +13,8 @@ import pytest
 from orchestrator.run import prefetched, tier_directory, tier_process
 from orchestrator.run.prefetch import COMMITTED, HELD, Fetched, Here, Prefetch
 from orchestrator.storage.peer import Peer
-from tests.support.runs import fill, state, store_of
-from tests.support.tiers import crashed_at_14
+from tests.support.runs import LIKE, fill, store_of
+from tests.support.tiers import agent, crashed_at_14, train
 
 SECRET = bytes(range(32))
 
@@ -136,7 +136,28 @@ def test_what_cannot_be_had_is_left_to_the_restore(tmp_path: Path, monkeypatch: 
     damaged = prefetch(root, tmp_path / "damaged")
     assert len(damaged.problems) == 1 and str(data) in damaged.problems[0]
     assert prefetch(tmp_path / "none", tmp_path / "nothing") == Fetched(), "a new run"
-    assert state(1)["count"] == 1
+
+
+def test_what_was_fetched_stays_until_the_first_step_is_held_again(tmp_path: Path) -> None:
+    """Also where logs list something newer that is not whole any more: then it is what is being restored."""
+    root = crashed_at_14(tmp_path / "run")
+    for path in list((tmp_path / "tier").rglob("steps/*/*/state/ocdbt.process_0/d/*")):
+        if path.is_file():
+            path.unlink()
+    made = prefetch(root, tmp_path / "tier")
+    assert (made.step, made.kind) == (10, COMMITTED)
+    fetched = there(root, tmp_path / "tier")
+    assert fetched == stored(root, 10)
+    running = agent(root)
+    try:
+        assert (restored := running.restore(LIKE)) and restored.step == 10
+        running._holding._freeing.wait(60.0)
+        assert there(root, tmp_path / "tier") == fetched, "another host may still be reading it"
+        train(running, 11, 12)
+        running._holding._freeing.wait(60.0)
+        assert there(root, tmp_path / "tier") == {}
+    finally:
+        running.close()
 
 
 PLAIN = """if True:
