@@ -60,6 +60,7 @@ _SMALL_BYTES = 256 << 10  # sent with the header
 _PAGE_ENTRIES = 10_000
 _THREADS = 8  # that list and measure files
 _TAKES_MAX = 32  # copies that arrive at the same time: each has a thread, and a further one waits
+_SWEEP_S = 60.0
 _END_S = 1.0  # for what is being sent or taken when the server ends
 _STATUS = {
     "missing": 404, "unsafe": 400, "bad": 400, "conflict": 409, "fenced": 409, "room": 507, "damaged": 422,
@@ -83,6 +84,11 @@ class Handler:
         self._sender.close()
         for pool in (self._files, self._takes, self._follow):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    async def sweep(self) -> None:
+        while True:
+            await self._in_thread(self._shelf.sweep)
+            await asyncio.sleep(_SWEEP_S)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
@@ -320,7 +326,7 @@ async def serving(
         handler,
         access_log=None,
         auto_decompress=False,
-        keepalive_timeout=idle_s,
+        keepalive_timeout=3600.0,  # ours ends them: not all of its versions look at those that send a header slowly
         lingering_time=2.0,
         read_bufsize=_PIECE_BYTES,
     )
@@ -412,7 +418,9 @@ async def _serve(handler: Handler, listening: socket.socket, detached: bool) -> 
     async with serving(handler, listening):
         print(json.dumps({"address": address, "pid": os.getpid()}), flush=True)
         logging.info("tier server at %s", address)
+        sweeping = asyncio.create_task(handler.sweep())
         why = await _until_told(detached)
+        sweeping.cancel()
         logging.info("tier server at %s ends: %s", address, why)
     handler.close()
 

@@ -24,6 +24,7 @@ from orchestrator.rules.peer_protocol import CLOCK_S, Request, Target
 from orchestrator.rules.records import crc32c
 from orchestrator.run import tier_directory, tier_process, tier_server
 from orchestrator.run.tier import OwnTier
+from orchestrator.run.tier_shelf import Shelf
 from orchestrator.storage.peer import Peer
 from tests.support.snapshots import snapshot
 from tests.support.tier_servers import RUN, SECRET, Host, InThread, ask, header, host, in_thread, status
@@ -367,6 +368,25 @@ def test_a_part_takes_no_more_than_it_may(tmp_path: Path) -> None:
             answer = ask(running.address, header(put(ATTEMPT.key(name), BODY)) + BODY)
             assert status(answer) == code
             assert (b"needs 1800 bytes, and there are 1200 of the 3000 of bytes_max" in answer) == (code == 507)
+
+
+def test_what_a_killed_server_left_of_copies_is_freed_and_what_others_write_stays(tmp_path: Path) -> None:
+    shelf = Shelf(str(tmp_path / f"orchestrator-{OURS}"))
+    shelf.prepare()
+    kept = []
+    for process, names in ((1, ("old", "new")), (2, ("old",))):  # process 2 is of this host: it has a log
+        temporaries = Path(shelf.base) / RUN / f"process-0000{process}" / ".tmp"
+        temporaries.mkdir(parents=True)
+        for each in (temporaries.parent.parent, temporaries.parent):
+            each.chmod(0o700)
+        for name in names:
+            (temporaries / name).write_bytes(b"half of a copy")
+        os.utime(temporaries / "old", (0, time.time() - 200))
+        kept += [temporaries / name for name in names if (process, name) != (1, "old")]
+    (kept[-1].parent.parent / "journal").mkdir()
+    (Path(shelf.base) / "somebody's").touch()
+    shelf.sweep()
+    assert sorted(Path(shelf.base).glob("*/*/.tmp/*")) == sorted(kept)
 
 
 def test_one_run_may_be_served_alone(tmp_path: Path) -> None:
