@@ -238,20 +238,25 @@ def test_several_requests_go_over_one_connection_and_none_changes_another(one: H
 
 # Copies.
 
+
+def _declared(body: bytes, size: int | None) -> bytes:
+    """A request whose signature is of a body without what is odd in `body`."""
+    signed = body.removesuffix(b"?")
+    line = b"" if size is None else f"Content-Length: {size}\r\n".encode()
+    head = header(put(ATTEMPT.key("k"), signed))
+    return head.replace(f"Content-Length: {len(signed)}\r\n".encode(), line) + (body[:size] if size else body)
+
+
 TAKEN: dict[str, tuple[Callable[[], bytes], int]] = {
     "shorter than declared": (lambda: header(put(ATTEMPT.key("k"), BIG)) + BIG[:-1], 422),
     "shorter, of a small file": (lambda: header(put(ATTEMPT.key("k"), BODY)) + BODY[:-1], 422),
     "no body": (lambda: header(put(ATTEMPT.key("k"), BIG)), 422),
     "other bytes": (lambda: header(put(ATTEMPT.key("k"), BIG)) + BIG[:-1] + b"?", 422),
     "other bytes, of a small file": (lambda: header(put(ATTEMPT.key("k"), BODY)) + BODY[:-1] + b"?", 422),
-    "another length than signed": (
-        lambda: header(put(ATTEMPT.key("k"), BODY)).replace(b"Content-Length: 1800", b"Content-Length: 1799") + BODY,
-        400,
-    ),
-    "no length": (
-        lambda: header(put(ATTEMPT.key("k"), BODY)).replace(b"Content-Length: 1800\r\n", b"") + BODY,
-        400,
-    ),
+    "less than signed": (lambda: _declared(BODY, 1799), 400),
+    "more than signed": (lambda: _declared(BODY + b"?", 1801), 400),
+    "more than signed, large": (lambda: _declared(BIG + b"?", (1 << 20) + 1), 400),
+    "no length": (lambda: _declared(BODY, None), 400),
     "in chunks": (
         lambda: header(put(ATTEMPT.key("k"), b""), Transfer_Encoding="chunked") + b"1\r\nx\r\n0\r\n\r\n",
         400,
@@ -400,10 +405,16 @@ def test_one_run_may_be_served_alone(tmp_path: Path) -> None:
 # As a program.
 
 
-def test_a_server_takes_a_socket_that_was_bound_before_so_that_its_address_outlives_it(tmp_path: Path) -> None:
+def test_a_server_takes_a_socket_that_was_bound_before_so_that_its_address_outlives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where nothing of ours can be imported from
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         for _ in range(2):
             with host(tmp_path / "a", sock=bound) as running:
+                environ = Path(f"/proc/{running.server.pid}/environ").read_bytes().split(b"\0")
+                assert f"PYTHONPATH={Path(__file__).parents[2]}".encode() in environ
                 assert running.address == f"127.0.0.1:{bound.getsockname()[1]}"
                 assert running.peer.parts() == {}
 
