@@ -66,6 +66,7 @@ _STATUS = {
     "missing": 404, "unsafe": 400, "bad": 400, "conflict": 409, "fenced": 409, "room": 507, "damaged": 422,
     "clock": 403, "secret": 403, "busy": 503,
 }  # fmt: skip
+_SERVER = {"Server": "tier"}  # strangers need not know versions
 Value = TypeVar("Value")
 
 
@@ -112,7 +113,7 @@ class Handler:
             logging.log_every_n_seconds(logging.WARNING, "%s: rejected: %s", 10, request.remote, signed.reason)
             if signed.nonce:
                 return self._failed(request, Signed(signed.nonce, 0, ""), Failure("clock", signed.reason))
-            response = web.Response(status=403, body=b"")
+            response = web.Response(status=403, body=b"", headers=_SERVER)
             response.force_close()
             return response
         try:
@@ -155,7 +156,7 @@ class Handler:
 
     def _reply(self, signed: Signed, status: int, body: bytes) -> web.Response:
         proof = peer_protocol.prove(self._secret, signed.nonce, status, len(body))
-        return web.Response(status=status, body=body, headers={peer_protocol.PROOF: proof})
+        return web.Response(status=status, body=body, headers={peer_protocol.PROOF: proof, **_SERVER})
 
     def _failed(self, request: web.BaseRequest, signed: Signed, failure: Failure) -> web.Response:
         body = peer_protocol.encode(failure)
@@ -166,7 +167,7 @@ class Handler:
 
     def _begun(self, signed: Signed, status: int, length: int | None) -> web.StreamResponse:
         proof = peer_protocol.prove(self._secret, signed.nonce, status, length)
-        response = web.StreamResponse(status=status, headers={peer_protocol.PROOF: proof})
+        response = web.StreamResponse(status=status, headers={peer_protocol.PROOF: proof, **_SERVER})
         response.content_type = "application/octet-stream"
         response.content_length = length
         return response

@@ -231,7 +231,7 @@ class Shelf:
             )
             if isinstance(outcome, Exists):
                 if not self._is_here(copy):
-                    raise AssertionError("unreachable")
+                    raise Rejected("busy", "somebody else has brought it, and it was freed at the same time")
                 return False
             part.make_durable(
                 [copy.target.key], {copy.target.key: FileEntry(path="", bytes=copy.bytes, crc32c=copy.crc32c)}
