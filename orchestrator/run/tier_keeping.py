@@ -14,7 +14,7 @@ from orchestrator.errors import OrchestratorError, StorageError
 from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
-from orchestrator.run import tier_directory
+from orchestrator.run import prefetched, tier_directory
 from orchestrator.run.tier import Beside, OwnTier
 
 
@@ -44,7 +44,8 @@ class Keeper:
         return found
 
     def free(self, *, for_room: bool = False) -> None:
-        """What nobody can come back on any more. Never raises."""
+        """What nobody can come back on any more; also what was fetched for this incarnation's restore, once it has held
+        a step: then all have restored. Never raises."""
         try:
             listed = self._listed | {one.id for one in self.own.live()}
             gone = held.to_free(self._found(), listed, epoch=self._epoch, decided=self._decided, for_room=for_room)
@@ -52,6 +53,8 @@ class Keeper:
             logging.warning("%s: what is not held any more stays for now: %s", self.own.path, error)
             return
         self._drop(gone)
+        if self._beside and (for_room or any(one.epoch == self._epoch for one in listed)):
+            prefetched.forget(prefetched.beside(self.own.path))
 
     def unpin(self, attempt: AttemptId) -> None:
         """It is needed for the store no more: free it, if it has ended and is not held either. Never raises."""
