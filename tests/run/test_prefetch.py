@@ -200,7 +200,7 @@ PLAIN = """if True:
     from orchestrator.cli.main import main
     code = main(["orchestrator", "prefetch", *sys.argv[1:]])
     assert "orchestrator.run.prefetch" in sys.modules
-    assert not {"jax", "jaxlib", "orbax", "tensorstore"} & sys.modules.keys()
+    assert not {"jax", "jaxlib", "orbax", "tensorstore", "gcsfs"} & sys.modules.keys()
     sys.exit(code)
 """
 
