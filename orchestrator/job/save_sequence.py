@@ -68,7 +68,8 @@ class SaveSequence:
             self.finished()  # if that save fails, another host may know already: then all save it again
         if step == self._schedule.saved_step:
             return False
-        if self._opening.epoch is None and not self._open(step, state, given):
+        described: list[Flat] = []  # for the first save, `state` is taken apart before the epoch is open
+        if self._opening.epoch is None and not self._open(step, state, given, described):
             return False
         try:
             user, process_state = given.checked()
@@ -82,18 +83,20 @@ class SaveSequence:
         if not finished:
             self._skip(save)
             return False
-        self._start(save, state)
+        self._start(save, state, described)
         save.blocked_s = time.monotonic() - entered_s
         if not self._options.async_save:
             self.wait()
         return True
 
-    def _open(self, step: int, state: Any, given: Given) -> bool:
-        """Open the epoch for the first save; False if another process cannot take part, which is a failed save."""
+    def _open(self, step: int, state: Any, given: Given, described: list[Flat]) -> bool:
+        """Open the epoch for the first save; False if another process cannot take part, which is a failed save. Leaves
+        the state, taken apart, in `described`."""
 
         def describe() -> Flat:
             given.checked()
-            return self._flat(state)
+            described.append(self._flat(state))
+            return described[0]
 
         rejection = self._opening.by_save(step, describe)
         if rejection:
@@ -123,10 +126,10 @@ class SaveSequence:
         if self._options.on_save_failure == "raise":
             raise SaveFailed(reason, step=step, attempt=attempt)
 
-    def _start(self, save: Participant, state: Any) -> None:
+    def _start(self, save: Participant, state: Any, described: list[Flat]) -> None:
         with gc_pause.paused():
             try:
-                flat = self._flat(state)
+                flat = described[0] if described else self._flat(state)
                 try:
                     self._opening.check_tree(flat)
                 except (StorageError, Damaged) as error:  # a failed save, not a failed training
