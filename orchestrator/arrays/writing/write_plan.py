@@ -92,13 +92,13 @@ def _stored(leaf: LeafSpec) -> np.dtype[Any]:
 class KeyOrder:
     """Keys of a store as bytes, sorted, and the row of each."""
 
-    raw: Sequence[bytes]
+    raw: tuple[bytes, ...]
     rows: Mapping[str, int]
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> KeyOrder:
         pairs = sorted(((key.encode(), key) for key in keys), key=lambda pair: pair[0])
-        return cls([raw for raw, _ in pairs], {key: row for row, (_, key) in enumerate(pairs)})
+        return cls(tuple(raw for raw, _ in pairs), {key: row for row, (_, key) in enumerate(pairs)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,7 @@ class Plan:
         return sum(plan.chunk_bytes * len(pieces) for plan in self.leaves for _, pieces in plan.shards)
 
     @functools.cached_property
-    def boxes(self) -> Mapping[str, tuple[Box, ...]]:
+    def boxes(self) -> dict[str, tuple[Box, ...]]:
         """Leaf name -> regions that this process writes."""
         return {plan.leaf.name: plan.boxes for plan in self.leaves if plan.boxes and plan.leaf.in_store}
 
