@@ -34,7 +34,7 @@ class KeptPart(Generic[_Part]):
         """Its JSON."""
         same = self._identity(part)
         for known, text in tuple(self._texts):
-            if known == same:
+            if known is same:
                 return text
         text = msgspec.json.encode(part)
         self._texts.appendleft((same, text))
