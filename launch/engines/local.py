@@ -120,7 +120,7 @@ def run(job: LocalJob, observer: Observer, *, sole: bool = False) -> int:
         OperatorSignals() as signals,
         Orphans(sole) as orphans,
         Warden() as warden,
-        HostTiers(job.tiers, job.processes, environ, warden, observer.note) as tiers,
+        HostTiers(job.tiers, job.processes, environ, warden, orphans, observer.note) as tiers,
     ):
         for number in sorted(signals.ignored - {signal.SIGHUP}):
             observer.note(f"{supervise.signal_name(number)} is ignored, as it was in whatever started this")
@@ -234,7 +234,8 @@ class _Incarnation:
         if self._history.step_back:
             environ[STEP_BACK] = str(self._history.step_back)
         self._record("started", hosts=self._history.hosts)
-        self._tiers.start(self._history.hosts)
+        for machine, pid in self._tiers.start(self._history.hosts).items():
+            self._record("server", machine=machine, pid=pid)
         for index in range(self._history.hosts):
             contract = JobContract(
                 coordinator_address=f"127.0.0.1:{port}",
@@ -264,6 +265,7 @@ class _Incarnation:
             self._reap()
             self._check_heartbeats()
             self._kill_the_overdue()
+            self._tiers.watch()
             running = self._processes.running.values()
             self._observer.tick([HostView(host.index, host.name, host.pid, self._history.restarts) for host in running])
         self._record("ended")
