@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import jobs
-from benchmarks.tier_peers import PEERS, installed
+from benchmarks.tier_peers import PEERS, installed, store
 from benchmarks.worker import peak, reset_peak
 
 HOSTS, STEP_S, SAMPLES, LIMIT_S = 4, 0.05, 20, 240.0
@@ -84,7 +84,8 @@ def measure(name: str, mib: int, args: argparse.Namespace) -> Line:
     except (SystemExit, subprocess.TimeoutExpired) as error:
         return {"failed": str(error).splitlines()[-1]}
     finally:
-        shutil.rmtree(base, ignore_errors=True)
+        for path in (base, store(Path(base))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def work(args: argparse.Namespace, index: int, port: str) -> None:

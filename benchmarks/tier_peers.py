@@ -9,10 +9,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 ARRAYS = 16
+
+
+def store(base: Path) -> Path:
+    """On a disk: what hosts hold is in memory."""
+    return Path(tempfile.gettempdir(), base.name)
 
 
 class JaxTraining:
@@ -27,12 +33,12 @@ class JaxTraining:
         self.mesh = jax.make_mesh((replicas, hosts // replicas), ("replica", "data"))
         rows = NamedSharding(self.mesh, PartitionSpec("data"))
         shape = (size // ARRAYS // 4096, 1024)
-        self.state = {
-            f"w{number}": jax.make_array_from_callback(
-                shape, rows, lambda at, number=number: np.full((len(range(shape[0])[at[0]]), 1024), number, np.float32)
-            )
-            for number in range(ARRAYS)
-        }
+        noise = np.random.default_rng(7)  # nothing that compresses
+
+        def part(at: Any) -> Any:
+            return noise.random((len(range(shape[0])[at[0]]), 1024), np.float32)
+
+        self.state = {f"w{number}": jax.make_array_from_callback(shape, rows, part) for number in range(ARRAYS)}
         self._everywhere = NamedSharding(self.mesh, PartitionSpec(("replica", "data")))
         self._hosts, self._device = hosts, jax.local_devices()[0]
 
@@ -59,7 +65,7 @@ class TorchTraining:
         import torch
 
         shape = (size // ARRAYS // 4096 // hosts, 1024)
-        self.state = {f"w{number}": torch.full(shape, float(number)) for number in range(ARRAYS)}
+        self.state = {f"w{number}": torch.rand(shape) for number in range(ARRAYS)}
         self._hosts = hosts
 
     def step(self, done: bool) -> bool:
@@ -89,9 +95,9 @@ class Ours:
         self._heard: dict[int, Any] = {}
         subscribe(self._hear)
         tiers = [oc.memory(every=1, copies=self.copies, keep=1)]
-        self._agent = oc.Agent(base / "store", save=oc.every(10**9), tiers=tiers)
+        self._agent = oc.Agent(store(base), save=oc.every(10**9), tiers=tiers)
         assert self._agent.restore(like=training.state) is None
-        self._agent.save(0, {"nothing": 0})  # the store's first; from now on nothing is due there
+        self._agent.save(0, training.state)  # the store's first; from now on nothing is due there
         self._agent.wait_until_finished()
 
     def _hear(self, event: Any) -> None:
@@ -185,9 +191,9 @@ class OrbaxEmergency:
 
         flags.FLAGS.mark_as_parsed()
         multihost.initialize_distributed_to_device_ids()
-        local, store = base / f"host-{index}", base / "store"
+        local = base / f"host-{index}"
         local.mkdir(parents=True, exist_ok=True)
-        store.mkdir(parents=True, exist_ok=True)
+        store(base).mkdir(parents=True, exist_ok=True)
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), training.state
         )
@@ -196,7 +202,7 @@ class OrbaxEmergency:
             persistent=emergency.PersistentCheckpointOptions(save_interval_steps=10**9, max_to_keep=1),
         )
         self._ocp = ocp
-        self._manager = emergency.CheckpointManager(local, store, training.mesh, target, options=options)
+        self._manager = emergency.CheckpointManager(local, store(base), training.mesh, target, options=options)
         inner = self._manager._checkpoint_manager
         self._local = None if self._manager.in_primary_slice else inner._local_checkpoint_manager
 

@@ -190,6 +190,7 @@ def train(root: str, story: Story, args: dict[str, str]) -> int:
     with oc.Agent(
         root, save=oc.every(int(args.get("save", 1000))), keep=oc.last(3), tiers=tiers(args), options=options
     ) as agent:
+        story.say("opened")
         restored = agent.restore(like=training.like)
         if restored:
             loader.restore(next(iter(restored.process_states.values())))

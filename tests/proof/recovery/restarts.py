@@ -28,7 +28,7 @@ from tests.proof.recovery.scene import Scene
 HOSTS, LOST, BUCKET = 4, 2, "recovery"
 SPEEDS = {"50 MB/s, 30 ms": {"bytes_per_s": 50e6, "latency_s": 0.03}, "unthrottled": {"bytes_per_s": 0.0}}
 WAYS = {"memory": ("hold=4", "copies=1", "save=100000", "keep=1"), "store": ("save=4",)}
-PHASES = ("detect", "end the others", "start", "agree", "fetch and place", "compile", "first step")
+PHASES = ("detect", "end the others", "start", "open", "agree", "fetch and place", "compile", "first step")
 LIMIT_S = 300.0
 Line = dict[str, Any]
 
@@ -115,10 +115,10 @@ def phases(scene: Scene, killed_s: float) -> dict[str, float]:
     exits = [line["time"] for line in scene.timeline() if line["event"] == "exit" and line["restart"] == 0]
     said = {
         event: max(line["time"] for line in scene.said(event, 1).values())
-        for event in ("joined", "restored", "compiled", "step")
+        for event in ("joined", "opened", "restored", "compiled", "step")
     }
     array_s = max(line["array_s"] for line in scene.said("StepRestored", 1).values())
-    times = [killed_s, min(exits), max(exits), said["joined"], said["restored"] - array_s]
+    times = [killed_s, min(exits), max(exits), said["joined"], said["opened"], said["restored"] - array_s]
     times += [said["restored"], said["compiled"], said["step"]]
     found = {name: round(end - begin, 2) for name, (begin, end) in zip(PHASES, itertools.pairwise(times), strict=True)}
     return {**found, "total": round(said["step"] - killed_s, 2)}
