@@ -136,7 +136,12 @@ class TierHosts:
     def peers(self) -> list[Peer]:
         """The tier servers of all other hosts, those without a process of this job last."""
         found = [self.peer(host) for host in range(len(self.hosts))]
-        return [peer for peer in [*found, *map(self._peer, self.reach.extra)] if peer]
+        return [peer for peer in found if peer] + self.bystanders
+
+    @property
+    def bystanders(self) -> list[Peer]:
+        """The tier servers of hosts that no process of this job runs on: what they hold is alive all the same."""
+        return [peer for peer in map(self._peer, self.reach.extra) if peer]
 
     def _peer(self, address: str) -> Peer | None:
         if not address:
@@ -236,7 +241,7 @@ def place(tier: MemoryTier, given: TierEnvironment) -> Place:
     """Where this process is."""
     secret = Secret(given.secret).sign(_WHICH)[:16] if given.secret else ""
     try:
-        domains = of_environment(os.environ, _boot(), tier.domain)
+        domains = of_environment(os.environ, f"machine-{_boot()[:8]}", tier.domain)
         base = tier_directory.base(tier.directory)
     except OrchestratorError as error:
         return Place("", machine(), secret=secret, problem=str(error))
