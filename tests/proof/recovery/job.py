@@ -188,7 +188,11 @@ def train(root: str, story: Story, args: dict[str, str]) -> int:
     last, check = int(args.get("steps", 10**6)), args.get("check", "before")
     options = oc.Options(rendezvous_timeout_s=60, save_timeout_s=120)
     with oc.Agent(
-        root, save=oc.every(int(args.get("save", 1000))), keep=oc.last(3), tiers=tiers(args), options=options
+        root,
+        save=oc.every(int(args.get("save", 1000))),
+        keep=oc.last(int(args.get("last", 3))),
+        tiers=tiers(args),
+        options=options,
     ) as agent:
         story.say("opened")
         restored = agent.restore(like=training.like)

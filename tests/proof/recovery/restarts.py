@@ -27,7 +27,7 @@ from tests.proof.recovery.scene import Scene
 
 HOSTS, LOST, BUCKET = 4, 2, "recovery"
 SPEEDS = {"50 MB/s, 30 ms": {"bytes_per_s": 50e6, "latency_s": 0.03}, "unthrottled": {"bytes_per_s": 0.0}}
-WAYS = {"memory": ("hold=4", "copies=1", "save=100000", "keep=1"), "store": ("save=4",)}
+WAYS = {"memory": ("hold=4", "copies=1", "save=100000", "keep=1"), "store": ("save=4", "last=1")}
 PHASES = ("detect", "end the others", "start", "open", "agree", "fetch and place", "compile", "first step")
 LIMIT_S = 300.0
 Line = dict[str, Any]
