@@ -49,7 +49,7 @@ def main() -> int:
         table = report.table(report.lines(args.out))
         print(table)
         if args.write:
-            report.write(args.write, table)
+            report.write(args.write, "recovery", table)
         wrong = sum(bool(line["problems"]) for line in report.lines(args.out))
     return 1 if wrong else 0
 
