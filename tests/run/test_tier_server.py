@@ -24,7 +24,7 @@ from orchestrator.rules.peer_protocol import CLOCK_S, Request, Target
 from orchestrator.rules.records import crc32c
 from orchestrator.run import tier_directory, tier_process, tier_server
 from orchestrator.run.tier import OwnTier
-from orchestrator.run.tier_shelf import Shelf
+from orchestrator.run.tier_shelf import Copy, Rejected, Shelf
 from orchestrator.storage.peer import Peer
 from tests.support.snapshots import snapshot
 from tests.support.tier_servers import RUN, SECRET, Host, InThread, ask, header, host, in_thread, status
@@ -362,6 +362,23 @@ def test_an_announced_epoch_is_known_to_the_next_server_here(tmp_path: Path) -> 
         answer = ask(running.address, header(put(AttemptId.of(20, 4, 1).key("k"), BODY)) + BODY)
         assert status(answer) == 409 and b"fenced by epoch 5" in answer
         assert [path.name for path in (running.base / RUN).iterdir()] == ["epoch-0005"]
+
+
+def test_a_copy_that_gets_its_name_just_after_a_newer_epoch_was_announced_does_not_stay(tmp_path: Path) -> None:
+    class Raced(Shelf):
+        looks = 0
+
+        def _check_epoch(self, run: str, attempt: AttemptId) -> None:
+            super()._check_epoch(run, attempt)
+            self.looks += 1
+            if self.looks == 2:  # all bytes are in, and were looked at; what follows is the name
+                self.announce(run, attempt.epoch + 1)
+
+    shelf = Raced(str(tmp_path / f"orchestrator-{OURS}"))
+    shelf.prepare()
+    with pytest.raises(Rejected, match="fenced by epoch 3"):
+        shelf.take(Copy(Target(RUN, 1, FILE), len(BODY), crc32c(BODY)), iter([BODY]))
+    assert not list(Path(shelf.base).rglob("state/d/0"))
 
 
 def test_a_part_takes_no_more_than_it_may(tmp_path: Path) -> None:
