@@ -305,6 +305,16 @@ def test_a_copy_that_is_not_what_was_announced_leaves_nothing_and_the_sender_is_
     assert taking.peer.part(1).get(FILE) == BODY
 
 
+def test_a_sender_that_is_rejected_early_can_still_read_why(taking: Host) -> None:
+    with socket.create_connection(("127.0.0.1", int(taking.address.rpartition(":")[2])), 10) as raw:
+        raw.sendall(header(put(FILE, BIG)) + BIG[:1000])
+        assert status(raw.recv(1 << 16, socket.MSG_PEEK)) == 409
+        for _ in range(3):  # it has not looked yet
+            raw.sendall(bytes(100_000))
+            time.sleep(0.05)
+        assert b"another body is not taken" in raw.recv(1 << 16)
+
+
 @pytest.mark.parametrize("body", [BODY, BIG], ids=["small", "large"])
 def test_a_sender_that_stalls_is_cut_off_and_nothing_of_it_stays(short: InThread, body: bytes) -> None:
     began = time.monotonic()
