@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from orchestrator.run import prefetched, tier_directory, tier_process
 from orchestrator.run.prefetch import COMMITTED, HELD, Fetched, Here, Prefetch
 from orchestrator.storage.peer import Peer
-from tests.support.runs import fill, state, store_of
-from tests.support.tiers import crashed_at_14
+from tests.support.runs import LIKE, fill, state, store_of
+from tests.support.tiers import agent, crashed_at_14, train
 
 SECRET = bytes(range(32))
 
@@ -49,8 +50,7 @@ def there(root: Path, directory: Path) -> dict[str, bytes]:
 
 def stored(root: Path, step: int) -> dict[str, bytes]:
     [attempt] = (root / "steps" / f"{step:08d}").iterdir()
-    found = {path.relative_to(root).as_posix(): path.read_bytes() for path in attempt.rglob("*") if path.is_file()}
-    return {key: body for key, body in found.items() if not key.endswith("/manifest.json")}
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in attempt.rglob("*") if path.is_file()}
 
 
 def flip(path: Path) -> None:
@@ -66,6 +66,8 @@ def test_every_byte_of_a_committed_step_leaves_the_store_once(tmp_path: Path) ->
     assert {(one.step, one.kind, tuple(one.problems)) for one in made} == {(2, COMMITTED, ())}
     parts = [there(root, tmp_path / f"host-{host}") for host in range(3)]
     everything = stored(root, 2)
+    [manifest] = [key for key in everything if key.endswith("/manifest.json")]
+    assert {part.pop(manifest) for part in parts} == {everything.pop(manifest)}, "by which a restore finds it"
     assert sum(map(len, parts)) == len(everything) and {**parts[0], **parts[1], **parts[2]} == everything
     assert [one.store_bytes for one in made] == [sum(map(len, part.values())) for part in parts]
     assert min(one.store_bytes for one in made) > 0
@@ -125,18 +127,72 @@ def test_what_cannot_be_had_is_left_to_the_restore(tmp_path: Path, monkeypatch: 
     root = tmp_path / "run"
     fill(root, 1)
     late = prefetch(root, tmp_path / "late", timeout_s=0.0)
-    assert late.problems and "the time is up" in late.problems[0] and there(root, tmp_path / "late") == {}
+    assert late.problems and "the time is up" in late.problems[0] and len(there(root, tmp_path / "late")) == 1
     monkeypatch.setattr(tier_directory, "free_bytes", lambda path: 500)
     small = prefetch(root, tmp_path / "small")
     assert small.problems and "no room: needs" in small.problems[0] and "there are 500" in small.problems[0]
-    assert small.store_bytes > 0 and all(len(body) <= 500 for body in there(root, tmp_path / "small").values())
+    assert small.store_bytes > 0
+    assert all(len(body) <= 500 for key, body in there(root, tmp_path / "small").items() if "manifest" not in key)
     monkeypatch.undo()
     [data] = [path for path in root.rglob("state/ocdbt.process_0/d/*") if path.is_file()]
     flip(data)
     damaged = prefetch(root, tmp_path / "damaged")
     assert len(damaged.problems) == 1 and str(data) in damaged.problems[0]
     assert prefetch(tmp_path / "none", tmp_path / "nothing") == Fetched(), "a new run"
-    assert state(1)["count"] == 1
+
+
+def test_what_was_fetched_stays_until_the_first_step_is_held_again(tmp_path: Path) -> None:
+    """Also where logs list something newer that is not whole any more: then it is what is being restored."""
+    root = crashed_at_14(tmp_path / "run")
+    for path in list((tmp_path / "tier").rglob("steps/*/*/state/ocdbt.process_0/d/*")):
+        if path.is_file():
+            path.unlink()
+    made = prefetch(root, tmp_path / "tier")
+    assert (made.step, made.kind) == (10, COMMITTED)
+    fetched = there(root, tmp_path / "tier")
+    assert fetched == stored(root, 10)
+    running = agent(root)
+    try:
+        assert (restored := running.restore(LIKE)) and restored.step == 10
+        running._holding._freeing.wait(60.0)
+        assert there(root, tmp_path / "tier") == fetched, "another host may still be reading it"
+        train(running, 11, 12)
+        running._holding._freeing.wait(60.0)
+        assert there(root, tmp_path / "tier") == {}
+    finally:
+        running.close()
+
+
+def data_of(root: Path, directory: Path) -> Path:
+    """The data file of what was fetched."""
+    run = tier_directory.identity(store_of(root))
+    assert run
+    found = Path(prefetched.of_run(str(directory), run)).rglob("state/ocdbt.process_0/d/*")
+    [data] = [path for path in found if path.is_file()]
+    return data
+
+
+@pytest.mark.parametrize("case", ["whole", "not there yet", "half there", "damaged"])
+def test_a_restore_takes_what_has_been_fetched_and_the_rest_from_the_store(tmp_path: Path, case: str) -> None:
+    root = tmp_path / "run"
+    fill(root, 1)
+    assert prefetch(root, tmp_path / "tier").kind == COMMITTED
+    data = data_of(root, tmp_path / "tier")
+    if case == "damaged":
+        flip(data)
+    elif case == "half there":  # of which nothing has its name before it is whole
+        temporaries = data.parents[7] / ".tmp"
+        temporaries.mkdir(exist_ok=True)
+        (temporaries / "0123").write_bytes(data.read_bytes()[:100])
+    if case in ("not there yet", "half there"):
+        data.unlink()
+    running = agent(root)
+    try:
+        restored = running.restore(LIKE)
+        assert restored and restored.step == 1 and jnp.array_equal(restored.state["w"], state(1)["w"])
+        assert restored.sources.keys() == ({"memory"} if case == "whole" else {"store"})
+    finally:
+        running.close()
 
 
 PLAIN = """if True:
