@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import pytest
@@ -203,15 +203,11 @@ def test_nothing_but_our_own_files_in_their_places_is_given_away(
             (part / name).symlink_to(where)
     if not (part / "pipe").exists():
         os.mkfifo(part / "pipe")
-        left = socket.socket(socket.AF_UNIX)
-        os.chdir(part)  # a socket's path is short
-        left.bind("socket")
-        os.chdir(Path(__file__).parents[2])
-        left.close()
-        for name in ("foreign",):
-            one.put(1, name, b"x")
-            if OURS == 0:
-                os.chown(part / name, 4321, -1)
+        with chdir(part), socket.socket(socket.AF_UNIX) as left:  # a socket's path is short
+            left.bind("socket")
+        one.put(1, "foreign", b"x")
+        if OURS == 0:
+            os.chown(part / "foreign", 4321, -1)
         (one.base / RUN / "process-00002").symlink_to("/etc")
         one.put(3, "x", b"x")
         (one.part(3)).chmod(0o755)
