@@ -32,8 +32,7 @@ from orchestrator.run.checked_reads import attempt_file, decoded, manifest_probl
 from orchestrator.run.held_steps import HeldSteps
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import log_to_read, newest_whole
-from orchestrator.storage import PosixStorage, gcs_objects
-from orchestrator.storage.gcs import GcsStorage
+from orchestrator.storage import PosixStorage
 from orchestrator.storage.peer import Peer, PeerStorage
 from orchestrator.storage.port import Reads
 from orchestrator.storage.sources import Source
@@ -301,7 +300,10 @@ def _names(reads: Reads, attempt: AttemptId, sizes: Mapping[str, int]) -> set[st
 
 def _pieces(source: Reads, key: str, size: int) -> Iterator[bytes]:
     """A file, from its beginning, of a peer or a store."""
-    if isinstance(source, GcsStorage):
+    if source.url.startswith("gs://"):
+        from orchestrator.storage import gcs, gcs_objects  # they take longer to import than all else
+
+        assert isinstance(source, gcs.GcsStorage)
         yield from gcs_objects.pieces(source, key)
     elif isinstance(source, PeerStorage):
         for offset in range(0, size, _PIECE_BYTES):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
+import orchestrator as oc
 from orchestrator.run import prefetched, tier_directory, tier_process
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.prefetch import COMMITTED, HELD, Fetched, Here, Prefetch
+from orchestrator.storage import open_storage
 from orchestrator.storage.peer import Peer
-from tests.support.runs import LIKE, fill, state, store_of
+from tests.support.gcs import BUCKET, emulator, new_root
+from tests.support.runs import LIKE, fill, now, state, store_of
 from tests.support.tiers import agent, crashed_at_14, train
 
 SECRET = bytes(range(32))
@@ -76,6 +82,25 @@ def test_every_byte_of_a_committed_step_leaves_the_store_once(tmp_path: Path) ->
     with serving(tmp_path / "host-0") as one, serving(tmp_path / "host-1") as two:
         new = prefetch(root, tmp_path / "new", one, two, host=1, hosts=3)
     assert (new.store_bytes, new.peers_bytes) == (0, 0), "what a peer has need not leave the store again"
+
+
+def test_a_bucket_is_asked_for_each_object_by_one_host_alone(tmp_path: Path) -> None:
+    root, server = new_root(), emulator()
+    with oc.Agent(root, options=now()) as agent:
+        assert agent.save(1, state(1), process_state=b"here")
+    store = JournalStore(open_storage(root), "test")
+    made = []
+    for host in range(3):
+        (tmp_path / f"{host}").mkdir()
+        made.append(Prefetch(store, lambda run, at=host: Here(str(tmp_path / f"{at}"), at, 3)).run())  # type: ignore[misc]
+    assert [one.problems for one in made] == [[], [], []]
+    log = json.loads(server.ask("GET", "/_emulator/requests")[2])
+    below = f"{root.removeprefix(f'gs://{BUCKET}/')}/steps/"
+    read = Counter(one["name"] for one in log if one["operation"] == "media" and below in one["name"])
+    files = store.step(store.require_head().live[-1]).manifest.files
+    assert sum(one.store_bytes for one in made) == sum(entry.bytes for entry in files)
+    assert {count for name, count in read.items() if not name.endswith("/manifest.json")} == {1}
+    assert len(read) == len(files) + 1, "and the manifest, by which each host knows the files"
 
 
 def test_the_newest_step_is_fetched_and_what_was_fetched_before_makes_room(tmp_path: Path) -> None:
@@ -200,7 +225,7 @@ PLAIN = """if True:
     from orchestrator.cli.main import main
     code = main(["orchestrator", "prefetch", *sys.argv[1:]])
     assert "orchestrator.run.prefetch" in sys.modules
-    assert not {"jax", "jaxlib", "orbax", "tensorstore"} & sys.modules.keys()
+    assert not {"jax", "jaxlib", "orbax", "tensorstore", "gcsfs"} & sys.modules.keys()
     sys.exit(code)
 """
 
