@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -130,6 +131,14 @@ def test_a_host_that_has_stopped_is_given_up_in_bounded_time(root: Path, monkeyp
             assert not thread.is_alive() and "no copy on host-1" in str(failed[0])
         finally:
             os.kill(server.pid, signal.SIGCONT)
+
+
+def test_copies_take_no_more_of_the_network_than_they_may(root: Path) -> None:
+    with hosts(root, 2, copy_bytes_per_s=1_000_000) as found:
+        here, _ = opened(found)
+        began = time.monotonic()
+        here.storage.create(FIRST.receipt_key(0), 15 * BIG)
+        assert time.monotonic() - began > 1.2  # 1.5 s, less what may be sent at once
 
 
 def test_an_older_start_is_fenced_at_the_hosts_that_take_its_copies(root: Path) -> None:
