@@ -121,3 +121,30 @@ def test_a_process_that_finds_no_whole_copy_has_all_take_the_older_step(three: S
     check(three.restore(), 12)
     dropped = [event for event in seen if isinstance(event, events.HeldStepDropped)]
     assert {event.step for event in dropped} == {14}
+
+
+def test_of_a_committed_step_what_is_in_tiers_comes_from_there_and_the_rest_from_the_store(
+    three: SomeHosts, seen: Seen
+) -> None:
+    in_store = three.root / of(10)
+    three.files = {
+        str(path.relative_to(three.root)): path.read_bytes() for path in in_store.rglob("*") if path.is_file()
+    }
+    three.place(0, 999_999_999, lambda name: name.endswith("intent.json"))  # as a prefetch leaves it
+    restored = three.restore()
+    check(restored, 10)
+    assert [set(one.sources) for one in restored] == [{"store"}] * 3
+
+    three.place(1, 999_999_999, is_data)
+    restored = three.restore()
+    check(restored, 10)
+    total = sum(restored[0].sources.values())
+    assert all(sum(one.sources.values()) == total for one in restored)
+    assert restored[0].sources["peers"] == restored[1].sources["memory"] == restored[2].sources["peers"] > 0
+
+    (name,) = filter(is_data, three.files)
+    three.place(1, 999_999_999, is_data, flipped(three.files[name]))
+    restored = three.restore()
+    check(restored, 10)
+    assert [set(one.sources) for one in restored] == [{"store"}] * 3
+    assert {(type(event), event.file) for event in seen} == {(events.CopyDropped, name.split("/", 3)[3])}
