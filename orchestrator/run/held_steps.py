@@ -180,7 +180,7 @@ class HeldSteps:
         `store`, too. What is wrong somewhere is told (`CopyDropped`), once."""
         at = _Index(live, placed, store)
         is_remote = any(source.is_remote for source, _ in placed) or bool(store and store.is_remote)
-        step = self._opened(live, at.sources, at.listing, is_remote, check)
+        step = self._opened(live, at.sources, at.listing, is_remote, check, store.url if store else self.url)
         at.manifest = lambda: step.manifest
         if held.offer(live) in self._manifests:
             step.manifest = self._manifests[held.offer(live)]
@@ -193,11 +193,12 @@ class HeldSteps:
         files: Callable[[], Mapping[str, int]] = dict,
         is_remote: bool = False,
         check: Check = _alive,
+        url: str = "",
     ) -> StoredStep:
         def tell(source: Source, key: str, reason: str) -> None:
             self.tell(live.id, Wrong(source, key.removeprefix(live.id.prefix), reason))
 
-        return StoredStep(Sources(self.url, of, files, tell, is_remote), live, check)
+        return StoredStep(Sources(url or self.url, of, files, tell, is_remote), live, check)
 
     def tell(self, attempt: AttemptId, wrong: Wrong) -> None:
         """What was wrong in one place, once. Any thread."""
