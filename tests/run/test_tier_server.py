@@ -145,6 +145,20 @@ def test_who_sends_nothing_or_a_byte_at_a_time_is_cut_off_and_others_go_on(short
     assert status(ask(short.address, header(Request("GET", Target(RUN).encode())))) in (200, 404)
 
 
+def test_a_connection_that_is_used_is_kept_for_longer_than_an_idle_one(short: InThread) -> None:
+    short.put(1, FILE, BODY)
+    head = header(Request("GET", target(), "bytes=0-4")).replace(b"close", b"keep-alive")
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", short.port), 10) as raw:
+        while time.monotonic() - began < 2:  # an idle one has 0.8 s
+            raw.sendall(head)
+            answer = raw.recv(1 << 16)
+            assert status(answer) == 206, answer
+            time.sleep(0.05)
+        raw.settimeout(10)
+        assert raw.recv(1) == b""  # and when it is not used any more, it is ended
+
+
 def test_a_connection_too_many_is_closed_at_once_and_later_ones_are_served(tmp_path: Path) -> None:
     with in_thread(tmp_path / "c", idle_s=30, connections_max=3) as few:
         opened = [socket.create_connection(("127.0.0.1", few.port), 10) for _ in range(3)]
