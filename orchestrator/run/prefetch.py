@@ -26,9 +26,10 @@ from orchestrator.errors import OrchestratorError, StorageError, Unavailable
 from orchestrator.rules import held, keys, prefetch
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FileEntry, Head, LiveStep, Manifest, crc32
+from orchestrator.rules.restore_sources import PEERS
 from orchestrator.run import held_steps, prefetched, tier_directory
 from orchestrator.run.checked_reads import attempt_file, decoded, manifest_problem
-from orchestrator.run.held_steps import PEERS, HeldSteps
+from orchestrator.run.held_steps import HeldSteps
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import log_to_read, newest_whole
 from orchestrator.storage import PosixStorage

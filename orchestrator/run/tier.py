@@ -121,12 +121,13 @@ class OwnTier:
         if damaged:
             self.log = JournalStore(LogOf(self.storage), self.log.writer, run=self._run)
 
-    def follow(self, log: JournalStore) -> tuple[LiveStep, ...]:
-        """Enter what process 0's log says is held into this process's; returns it. Raises StorageError, Fenced."""
+    def follow(self, log: JournalStore) -> Head:
+        """Enter what process 0's log says is held into this process's; returns its newest entry. Raises StorageError,
+        Fenced."""
         head = log.require_head()
         here = self.attempts().keys()
         self.log.append(partial(held.follow, epoch=self._epoch, live=[one for one in head.live if one.id in here]))
-        return head.live
+        return head
 
     def live(self) -> tuple[LiveStep, ...]:
         """What its log says is held, oldest first. Raises StorageError, Damaged."""
