@@ -54,8 +54,8 @@ def machines(hosts: int, before: Sequence[int], lost: Sequence[int]) -> tuple[in
 
 
 def domain(machine: int, hosts: int, domains: int | None) -> str:
-    """What a machine of `hosts` is lost with: itself, or its domain, which has neighbours in it, as a rack has. One word
-    is whichever domain the program asks for. Pure."""
+    """What a machine of `hosts` is lost with: itself, or its domain, of neighbours, as in a rack. One word is whichever
+    domain the program asks for. Pure."""
     if domains is None:
         return f"node=host-{machine}"
     return f"domain-{min(machine * domains // hosts, domains - 1)}"
