@@ -21,6 +21,7 @@ import json
 import logging as python_logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -53,7 +54,8 @@ from orchestrator.run import tier_bodies
 from orchestrator.run.tier_sending import Sender
 from orchestrator.run.tier_shelf import Copy, Rejected, Shelf
 
-CONNECTIONS_MAX = 256
+CONNECTIONS_MAX = 4096  # all processes of a large job read process 0's log at once
+_BACKLOG = 1024
 IDLE_S = 60.0  # of a connection without a request, also one that is still sending its header
 STALL_S = 30.0  # in which a peer must take or send at least a piece
 _PIECE_BYTES = 1 << 20
@@ -349,7 +351,7 @@ async def serving(
                 if now - idle_since.setdefault(connection, now) > idle_s:
                     connection.force_close()
 
-    accepting = await loop.create_server(accept, sock=listening, backlog=CONNECTIONS_MAX)
+    accepting = await loop.create_server(accept, sock=listening, backlog=_BACKLOG)
     sweeping = asyncio.create_task(sweep())
     try:
         yield
@@ -366,7 +368,7 @@ def listen(address: str) -> socket.socket:
     if address.startswith("fd:") and address[3:].isdecimal():
         try:
             given = socket.socket(fileno=int(address[3:]))
-            given.listen(CONNECTIONS_MAX)
+            given.listen(_BACKLOG)
         except OSError as error:
             raise UsageError(f"--listen={address}: is no bound socket of this process: {error.strerror}") from error
         return given
@@ -376,7 +378,7 @@ def listen(address: str) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(where)
-        made.listen(CONNECTIONS_MAX)
+        made.listen(_BACKLOG)
         return made
     except OSError as error:
         raise StorageError(f"listen at {address}: {error.strerror or error}; choose another one") from error
@@ -442,7 +444,18 @@ def _secret() -> bytes:
     return peer_protocol.secret_of(line.decode("ascii", "replace"), "the first line of standard input")
 
 
+def _allow_connections() -> None:
+    """As many descriptors as connections may take, as far as this user may have them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS_MAX
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+
+
 def main(argv: list[str]) -> int:
+    _allow_connections()
     chosen = _arguments(argv)
     python_logging.getLogger("aiohttp").setLevel(python_logging.CRITICAL)  # whoever knocks writes no log here
     try:

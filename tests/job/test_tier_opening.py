@@ -165,8 +165,7 @@ def test_a_new_process_0_without_a_log_takes_nothing_from_those_who_have_one(roo
         tiers = opened(found)
         for process, each in enumerate(tiers):
             each.storage.create(FIRST.receipt_key(process), BIG)
-        entry = held_entry(FIRST)
-        tiers[0].own.log.append(entry)
+        tiers[0].of_all.append(held_entry(FIRST))
         for each in tiers[1:]:
             each.own.follow(tiers[0].of_all)
         (keeper_of_0,) = tiers[0].hosts.targets(0)
