@@ -25,6 +25,8 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     tier=DIR       hold steps in memory, in a directory of each process's own below DIR
     shared=1       in DIR itself
     hold=N         every N steps (2)
+    full=I         process I has no room there
+    upload=N       so many bytes a second go from there to the store
 Prints one JSON object a line; `event` says what.
 """
 
@@ -165,12 +167,14 @@ options = oc.Options(
     rendezvous_timeout_s=float(args.get("meet", 30)),
     attest=args.get("attest", "off"),
     load_once=bool(args.get("once")),
+    upload_bytes_per_s=int(args["upload"]) if "upload" in args else None,
 )
 tiers = []
 if "tier" in args:
     own = args["tier"] if args.get("shared") else f"{args['tier']}/host-{index}"
     os.makedirs(own, exist_ok=True)
-    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own)]
+    room = 1000 if args.get("full") == str(index) else None
+    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own, bytes_max=room)]
 
 
 def tell(event: events.Event) -> None:
