@@ -213,7 +213,7 @@ class Agent:
                 return False
             self._takeover.wait()
             step, given = arguments.step(step), Given(metrics, extra, process_state)
-            memory = None if self._schedule.preempted else self._holding
+            memory = None if self._schedule.direct else self._holding
             started = (force or self._schedule.was_due) and self._saves.save(step, state, given, memory)
             self._holding.hold(step, state, given, preempted=self._schedule.preempted)
             return started

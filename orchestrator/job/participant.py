@@ -117,6 +117,11 @@ class Participant(Voter):
         """Of the process that took longest to stage: on process 0, once committed."""
         return self.outcome.stage_s if isinstance(self.outcome, Committed) else 0.0
 
+    @property
+    def lost_in_memory(self) -> bool:
+        """Not saved, as a process could not bring to the store what it has put into memory."""
+        return isinstance(self.outcome, Aborted) and self.outcome.cause is Cause.MEMORY
+
     def join(self, timeout_s: float) -> None:
         """Return once it has ended, or after `timeout_s`."""
         if self.begun:

@@ -41,7 +41,7 @@ from orchestrator.rules.records import Cause, FileEntry, LiveStep, Manifest, Rec
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.throttle import Throttle
-from orchestrator.storage.upload import upload
+from orchestrator.storage.upload import Unreadable, upload
 
 _THREADS = 8  # files on their way at once
 _POLL_S = 0.2
@@ -152,7 +152,8 @@ class HeldPart(Contribution):
         return self._persistence.persist(self._where, super().store_receipt)
 
     def abort_vote(self, phase: str, cause: BaseException, kind: Cause = Cause.REJECTED) -> Receipt:
-        return super().abort_vote(phase, cause, Cause.HUNG if isinstance(cause, GivenUp) else kind)
+        kind = Cause.HUNG if isinstance(cause, GivenUp) else kind
+        return super().abort_vote(phase, cause, Cause.MEMORY if isinstance(cause, Unreadable) else kind)
 
     def release(self) -> None:
         super().release()
@@ -218,9 +219,9 @@ class Upload(Participant):
         while not held.part_over.wait(_POLL_S):
             self.persistence.check()
             if time.monotonic() > until:
-                raise StorageError(f"{held.label}: this process's part was not written to memory in {_HELD_S:g} s")
+                raise Unreadable(f"{held.label}: this process's part was not written to memory in {_HELD_S:g} s")
         if not held.part_whole:
-            raise StorageError(f"this process's part could not be written to memory: {held.problem or held.error}")
+            raise Unreadable(f"this process's part could not be written to memory: {held.problem or held.error}")
 
     def _open(self, coordinator: Coordinator) -> tuple[FileEntry, ...]:
         """Process 0: the records that the attempt was opened with in memory."""
@@ -230,7 +231,7 @@ class Upload(Participant):
         key = self.id.key(name)
         body = self._source.tier.get(key)
         if body is None:
-            raise StorageError(f"{self._source.tier.url}/{key}: is missing")
+            raise Unreadable(f"{self._source.tier.url}/{key}: is missing")
         failpoints.hit("upload.record")
         self.persistence.persist(key, partial(self._create, name, body))
         return file_entry(name, body)

@@ -87,6 +87,8 @@ class SaveSequence:
             return False
         if self._opening.epoch is None and not self._open(step, state, given):
             return False
+        if memory and memory.due(step) and self._options.on_save_failure == "warn":
+            self._schedule.watch()  # here, where all processes come by; one that raises does not ask at the same steps
         try:
             user, process_state = given.checked()
         except UsageError as error:  # of this process alone, perhaps: the others must not wait for it
@@ -281,7 +283,7 @@ class SaveSequence:
             blocked_s = max(save.blocked_s, save.stage_s) if self._options.async_save else save.durable_s
             self._schedule.committed(blocked_s, save.durable_s)
         else:
-            self._schedule.failed(save.step)
+            self._schedule.failed(save.step, in_memory=save.lost_in_memory)
         if self._begun:
             self._schedule.still_saving()
         if not save.error:
