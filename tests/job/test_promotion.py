@@ -22,6 +22,7 @@ from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.storage import PosixStorage, Storage
 from tests.support.fakes import HookedStorage, StepClock
+from tests.support.gcs import emulator, new_root
 from tests.support.runs import LIKE, state, store_of
 from tests.support.tiers import crash, held_dir, train
 
@@ -197,6 +198,31 @@ def test_while_a_store_is_down_training_goes_on_and_when_it_is_back_the_newest_s
         assert running.all_steps() == [0, 4] and running.failures == 3 and running.saved_step == 4
         reasons = {event.step: event.reason for event in seen if isinstance(event, events.SaveNotCommitted)}
         assert "step 2 is due, and the store does not answer: " in reasons[1]
+
+
+def test_a_bucket_that_is_down_for_a_while_has_the_newest_step_afterwards_with_large_files_in_pieces(
+    root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_STORE_DEADLINE_S", "0.5")
+    gcs, where, large = emulator(), new_root(), jnp.arange(3 << 20, dtype=jnp.float32)  # 12 MiB
+    (root.parent / "tier").mkdir()
+    with oc.Agent(where, tiers=[oc.memory(every=1, directory=root.parent / "tier")]) as running:
+        running.restore({"large": large})
+        running.save(0, {"large": large})
+        running.wait_until_finished()
+        try:
+            gcs.set_faults(down=True)
+            for step in (1, 2):
+                running.save(step, {"large": large + step})
+                running._holding.settle()
+            soon(lambda: told(seen, events.SaveNotCommitted) == [1])
+        finally:
+            gcs.set_faults()
+        running.wait_until_finished()
+        assert running.failures == 1 and told(seen, events.StepHeld) == [0, 1, 2]
+    run = oc.open_run(where)
+    assert run.all_steps() == [0, 2]
+    assert jnp.array_equal(run.restore({"large": large}).state["large"], large + 2)
 
 
 def test_what_is_on_its_way_stays_in_memory_whatever_is_held_after_it(root: Path, seen: list[Any]) -> None:
