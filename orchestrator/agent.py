@@ -252,8 +252,7 @@ class Agent:
         Raises what the last save raised, as `wait_until_finished`. Called again after a Ctrl-C, it waits again."""
         if not self._lifetime.close():
             self._saves.settle()
-            self._leave()
-            return
+            return self._leave()
         try:
             self._saves.wait()
             self._holding.close()
@@ -279,6 +278,7 @@ class Agent:
 
     def _leave(self) -> None:
         self._writer.close(GRACE_S)
+        self._holding.leave()
         self._listening.stop(leaving=self._schedule.preempted)
         self._telemetry.close()
         self._lifetime.over(self.in_flight)

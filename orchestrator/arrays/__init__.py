@@ -11,12 +11,11 @@ from orchestrator.arrays.format.external_items import describe, describe_array, 
 from orchestrator.arrays.inline_values import inline_value
 from orchestrator.arrays.reading.buffers import bytes_to_read
 from orchestrator.arrays.reading.check_chunks import check
-from orchestrator.arrays.reading.device_arrays import as_array
 from orchestrator.arrays.reading.exchange import ExchangeGroup, exchange_groups
+from orchestrator.arrays.reading.matched_target import MatchedTarget, match_tree
 from orchestrator.arrays.reading.placed_store import Places
 from orchestrator.arrays.reading.read import load, slabs
 from orchestrator.arrays.reading.requests import ReadRequest
-from orchestrator.arrays.reading.target_shardings import shardings_of
 from orchestrator.arrays.tree import Flat, Form, flatten, targets, tree_path
 from orchestrator.arrays.writing.item_directories import link_files, write_items
 from orchestrator.arrays.writing.write import ArrayOptions, ArrayWriter, PendingWrite, WriteStopped
@@ -28,11 +27,11 @@ __all__ = [
     "ExchangeGroup",
     "Flat",
     "Form",
+    "MatchedTarget",
     "PendingWrite",
     "Places",
     "ReadRequest",
     "WriteStopped",
-    "as_array",
     "bytes_to_read",
     "check",
     "describe",
@@ -44,8 +43,8 @@ __all__ = [
     "is_tree",
     "link_files",
     "load",
+    "match_tree",
     "numpy_dtype",
-    "shardings_of",
     "slabs",
     "targets",
     "tree_path",

@@ -98,6 +98,11 @@ def coordination_client() -> Any:
     return _distributed.global_state.client
 
 
+def coordinator_address() -> str:
+    """host:port of JAX's coordination service, as this process was given it; '' without `jax.distributed`."""
+    return _distributed.global_state.coordinator_address or ""
+
+
 def has_preemption_service() -> bool:
     """Whether JAX listens for SIGTERM, and can have all processes agree on a step."""
     return _distributed.global_state.preemption_sync_manager is not None

@@ -1,11 +1,9 @@
 """Holding steps in memory: what a save does when a tier is due, beside the saves to the store.
 
 A held step is an attempt like any other, by the same participants and coordinator, in the memory tier of each process
-instead of the run's root: process 0 enters it into its tier's log once all receipts are in, and the others into theirs.
-No store request is made for it. Whatever fails here is a held step less: it kills neither training nor a save.
-
-In this version each process must reach the tiers of all others as directories: those of one machine. Where they do not,
-nothing is held, and that is said. Main thread, but for `_hear`.
+instead of the run's root, with its copies on other hosts (`storage/copied`): process 0 enters it into its tier's log
+once all receipts are in, and the others into theirs. No store request is made for it. Whatever fails here is a held
+step less: it kills neither training nor a save. Main thread, but for `_hear`.
 """
 
 from __future__ import annotations
@@ -19,33 +17,30 @@ from typing import Any
 from absl import logging
 
 from orchestrator.arrays import ArrayWriter, Flat
-from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.job import tier_rounds
+from orchestrator.errors import OrchestratorError, StorageError, UsageError
+from orchestrator.job import tier_hosts
 from orchestrator.job.attempt_names import AttemptNames
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
 from orchestrator.job.participant import Participant, ParticipantFactory
 from orchestrator.job.promotion import Source
 from orchestrator.job.rendezvous import Rendezvous
-from orchestrator.job.rounds import agree, gather
 from orchestrator.job.save_sequence import Given, SaveSequence
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.job.signals import Signals
-from orchestrator.job.tier_rounds import Opened
+from orchestrator.job.tier_entered import ENTERED_S, Entered
+from orchestrator.job.tier_opening import OpenTiers, open_tiers
 from orchestrator.job.voter import GRACE_S
 from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, StepHeld, StepNotHeld, emit
 from orchestrator.options import Options
 from orchestrator.policy import every, last
 from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import Cause
+from orchestrator.rules.records import Cause, LiveStep
 from orchestrator.rules.tiers import MemoryTier
-from orchestrator.run import tier_directory
-from orchestrator.run.deletion import BackgroundDeletion
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.tier import OwnTier, free_left_over, untold
-from orchestrator.storage import PosixStorage
-from orchestrator.storage.joined import JoinedStorage
+from orchestrator.storage import overlap
+from orchestrator.storage.overlap import Begun
 from orchestrator.storage.throttle import Throttle
 
 _RECORDS_BYTES = 64 << 10  # room for the records of a step, beside a part of its arrays
@@ -74,11 +69,10 @@ class Holding:
         self._throttle = Throttle(options.upload_bytes_per_s)
         self._carried = False  # whether this call of `save` has begun to hold the step that it saves, or said why not
         self._signals = Signals(rendezvous, f"{incarnation_id}-held")
-        self._own: OwnTier | None = None
+        self._others = Entered(rendezvous, f"{incarnation_id}-held")
+        self._tiers: OpenTiers | None = None
         self._saves: SaveSequence | None = None
-        self._of_all: JournalStore | None = None  # the tiers of all processes, with the log of process 0's
-        self._deletion: BackgroundDeletion | None = None
-        self._epoch = 0
+        self._freeing: Begun[None] = overlap.known(None, 0.0)
 
     # Opening: a collective.
 
@@ -86,76 +80,19 @@ class Holding:
         """The incarnation's epoch is open in the run's journal: open it in the tiers, too. A collective."""
         if self._tier is None:
             return
-        timeout_s, me = self._options.rendezvous_timeout_s, self._rendezvous
-        run = agree(me, tier_rounds.RUN, timeout_s, self._run)
-        places = gather(me, tier_rounds.OPENED, self._open(self._tier, run, epoch), timeout_s)
-        reached = gather(me, tier_rounds.REACHED, self._reach(places), timeout_s)
-        if problem := self._problem(places, reached):
-            logging.warning("no steps are held in memory, saves to the store go on: %s", problem)
+        me, timeout_s = self._rendezvous, self._options.rendezvous_timeout_s
+        tiers = self._tiers = open_tiers(self._tier, self._store, me, epoch, timeout_s)
+        if tiers is None:
             return
-        self._begin(self._tier, epoch, places)
-
-    def _run(self) -> str:
-        """'' if the journal does not tell."""
-        try:
-            return tier_directory.identity(self._store) or ""
-        except OrchestratorError as error:
-            logging.warning("which run this is cannot be read: %s", error)
-            return ""
-
-    def _open(self, tier: MemoryTier, run: str, epoch: int) -> Opened:
-        if not run:
-            return Opened("", problem="the first entry of the run's journal cannot be read")
-        path = ""
-        try:
-            path = tier_directory.of_process(tier.directory, run, self._rendezvous.process)
-            self._own = OwnTier(path, self._store.writer, self._store)
-            return Opened(path, *self._own.open_epoch(epoch, self._store.durable_version))
-        except OrchestratorError as error:
-            return Opened(path, problem=str(error))
-
-    def _reach(self, places: Sequence[Opened]) -> str:
-        """Why this process cannot read what another has just written to its tier; '' if it can."""
-        if any(place.problem for place in places):
-            return ""
-        for process, place in enumerate(places):
-            try:
-                tier_directory.check_path(place.path)
-                seen = JournalStore(PosixStorage(place.path), "reader").entry(place.version).write_id
-                problem = "" if seen == place.write_id else "another one of that name is here"
-            except OrchestratorError as error:
-                problem = str(error)
-            if problem:
-                return f"cannot reach the tier of process {process} at {place.path}: {problem}"
-        return ""
-
-    def _problem(self, places: Sequence[Opened], reached: Sequence[str]) -> str:
-        hosts = self._rendezvous.hosts
-        for process, problem in enumerate([place.problem for place in places]):
-            if problem:
-                return f"process {process} ({hosts.get(process, '?')}): {problem}"
-        for process, problem in enumerate(reached):
-            if problem:
-                more = "; in this version all processes must be on one machine"
-                return f"process {process} ({hosts.get(process, '?')}) {problem}{more}"
-        return ""
-
-    def _begin(self, tier: MemoryTier, epoch: int, places: Sequence[Opened]) -> None:
-        assert self._own is not None
-        me, own = self._rendezvous, self._own
-        tiers = [PosixStorage(place.path) for place in places]
-        others = [tier for process, tier in enumerate(tiers) if process != me.process]
-        storage = JoinedStorage(own.storage, others, log=tiers[0] if me.process else own.storage)
-        self._of_all = store = JournalStore(storage, self._store.writer, run=self._store)
-        store.durable_version = places[0].version
-        self._policy, self._keep = every(tier.every), last(tier.keep)
+        self._policy = every(self._tier.every)
+        keep = last(self._tier.keep)
         options = _options(self._options)
         participants = ParticipantFactory(
-            store,
+            tiers.of_all,
             self._writer,
             me,
             self._signals,
-            Coordinator(store, me, self._signals, keep=self._keep, host_local="ignore") if me.process == 0 else None,
+            None if me.process else Coordinator(tiers.of_all, me, self._signals, keep=keep, host_local="ignore"),
             options,
             epoch=epoch,
             names=self._names,
@@ -163,14 +100,13 @@ class Holding:
             admit=self._admit,
         )
         schedule = SaveSchedule(self._policy, me, options.rendezvous_timeout_s)
-        self._epoch, self._deletion = epoch, BackgroundDeletion(own.log, untold, own.pinned)
         self._saves = SaveSequence(participants, schedule, self._opening, options)
         try:
             if me.process:
-                own.follow(store)  # a crash may have come between its entry and ours
-            self._deletion.start(epoch)  # what older incarnations have left unfinished
+                tiers.own.follow(tiers.of_all)  # a crash may have come between its entry and ours
         except OrchestratorError as error:
-            logging.warning("%s: what older starts have left there stays for now: %s", own.path, error)
+            logging.warning("%s: process 0's log cannot be followed yet: %s", tiers.own.path, error)
+        self._freeing = overlap.begin(tiers.keeper.free)
 
     # Holding.
 
@@ -197,9 +133,9 @@ class Holding:
     def carry(self, save: Participant, flat: Flat, process_state: bytes | None) -> Source | None:
         """Begin to hold the state of `save`, which is on its way to the store: it is staged here, and uploaded from
         here. None if this process cannot: then it saves it directly, whatever the others do, and it is not held."""
-        if self._saves is None or self._own is None or self._of_all is None:
+        if self._saves is None or self._tiers is None:
             return None
-        self._carried, own, attempt = True, self._own, save.id
+        self._carried, own, attempt = True, self._tiers.own, save.id
         self._saves.note_outcome(raise_now=False)
         if (running := self._saves.in_flight) is not None:
             self._saves.skip(save.step, f"step {running} is not held yet; this process saves it directly")
@@ -214,7 +150,7 @@ class Holding:
         if not held.staged:
             logging.warning("%s goes to the store directly: %s", save.label, held.problem)
             return None
-        return Source(held, self._of_all, own.storage, self._throttle, partial(own.unpin, attempt))
+        return Source(held, self._tiers.of_all, own.storage, self._throttle, partial(self._tiers.keeper.unpin, attempt))
 
     @contextlib.contextmanager
     def beside(self, step: int) -> Iterator[None]:
@@ -231,9 +167,11 @@ class Holding:
                 raise
 
     def _admit(self, need: int) -> None:
-        assert self._own is not None and self._deletion is not None and self._tier is not None
-        self._deletion.wait(GRACE_S)  # it is freeing memory
-        self._own.make_room(need + need // _RECORDS_SHARE + _RECORDS_BYTES, self._tier.bytes_max)
+        assert self._tiers is not None and self._tier is not None
+        self._freeing.wait(GRACE_S)
+        self._tiers.hosts.look_after_server()
+        need += need // _RECORDS_SHARE + _RECORDS_BYTES
+        self._tiers.keeper.make_room(need, int(need * self._tiers.incoming), self._tier.bytes_max)
 
     def _hear(self, event: Event) -> None:
         """What becomes of a step, on the thread that saves it."""
@@ -246,25 +184,58 @@ class Holding:
 
     def _entered(self, event: SaveCommitted) -> Event:
         """Process 0 has entered the step into its log: do so here, too, and free what is held no more."""
-        assert self._own is not None and self._of_all is not None and self._deletion is not None
+        assert self._tiers is not None
+        tiers, attempt = self._tiers, AttemptId(event.step, event.attempt)
+        sent_bytes = tiers.storage.sent_bytes(attempt)
         try:
-            if self._rendezvous.process:
-                self._own.follow(self._of_all)
-            else:
-                held_now = {live.id for live in self._of_all.require_head().live}
-                free_left_over(self._own.path, self._rendezvous.count, held_now)
-            self._deletion.wait(GRACE_S)  # it reads the log, which is about to be cut
-            self._own.forget_older_entries()
-            self._deletion.start(self._epoch)
+            tiers.keeper.decided(attempt, self._followed())
+            self._free()
+            self._check_entered(attempt)
         except OrchestratorError as error:
             return StepNotHeld(event.step, event.attempt, f"process {self._rendezvous.process}: {error}")
-        return StepHeld(event.step, event.attempt, event.elapsed_s, event.state_bytes)
+        copies = len(tiers.hosts.targets(self._rendezvous.process))
+        return StepHeld(event.step, event.attempt, event.elapsed_s, event.state_bytes, copies, sent_bytes)
+
+    def _followed(self) -> Sequence[LiveStep]:
+        """What process 0's log says is held, now in this process's, too. Raises StorageError, Fenced."""
+        assert self._tiers is not None
+        if self._rendezvous.process:
+            return self._tiers.own.follow(self._tiers.of_all)
+        return self._tiers.of_all.require_head().live
+
+    def _check_entered(self, attempt: AttemptId) -> None:
+        """Process 0, with its log, may be lost: the step is held once the hosts that have the copies of process 0's
+        part have it in their logs, too. So whatever loss leaves that part leaves a log that lists the step. Raises
+        StorageError."""
+        assert self._tiers is not None
+        hosts = self._tiers.hosts
+        if self._rendezvous.process:
+            if hosts.first_here:
+                self._others.say(attempt)
+        elif missing := self._others.missing(attempt, [hosts.hosts[one].processes[0] for one in hosts.targets(0)]):
+            who = ", ".join(f"process {process} ({hosts.names[process]})" for process in missing)
+            raise StorageError(f"{who} has not entered it into its log within {ENTERED_S:g} s")
+
+    def _free(self) -> None:
+        """In the background; but the log is cut first, which nobody reads meanwhile."""
+        assert self._tiers is not None
+        self._freeing.wait(GRACE_S)
+        self._tiers.own.forget_older_entries()
+        self._freeing = overlap.begin(self._tiers.keeper.free)
 
     def _give_up(self, event: SaveNotCommitted) -> None:
-        """Free what this process has written of a step that is not held, as far as it knows: should it be, after all,
-        a restore finds this part missing and says so."""
-        if event.attempt and self._own:
-            self._own.delete(AttemptId(event.step, event.attempt))
+        """Free what is here of a step that is not held. Where process 0's log cannot say that it is not, it stays."""
+        if not (event.attempt and self._tiers):
+            return
+        attempt = AttemptId(event.step, event.attempt)
+        self._tiers.storage.sent_bytes(attempt)
+        try:
+            self._tiers.keeper.decided(attempt, self._followed())
+        except OrchestratorError as error:
+            logging.warning("%s: stays in memory for now: %s", attempt.label, error)
+            return
+        self._freeing.wait(GRACE_S)
+        self._tiers.keeper.free()
 
     # Leaving.
 
@@ -276,16 +247,17 @@ class Holding:
     def close(self) -> None:
         """The job ends in order: free what the store has by now, or something newer."""
         self.settle()
-        if self._saves is None or self._own is None or self._deletion is None:
+        if self._tiers is None:
             return
+        self._freeing.wait(GRACE_S)
+        own = self._tiers.own
         try:
-            run, own = self._store.head(), self._own.log.head()
-            if run and own and (gone := held.superseded(run, own.live)):
-                self._own.release(gone, "in the store")
-            self._own.forget_older_entries()
+            run = self._store.head()
+            if run and (gone := held.superseded(run, own.live())):
+                self._tiers.keeper.release(gone, "in the store")
+            own.forget_older_entries()
         except OrchestratorError as error:
-            logging.warning("%s: what is held there stays: %s", self._own.path, error)
-        self._deletion.wait(GRACE_S)
+            logging.warning("%s: what is held there stays: %s", own.path, error)
         self._writer.close(GRACE_S)
 
     def finish(self) -> None:
@@ -293,10 +265,13 @@ class Holding:
         if self._saves:
             self._saves.hurry()
         self.settle()
-        if self._deletion:
-            self._deletion.stop()
-            self._deletion.wait(GRACE_S)
+        if self._tiers:
+            self._freeing.wait(GRACE_S)
             self._writer.close(GRACE_S)
+
+    def leave(self) -> None:
+        """All processes have ended what they do here, or this one waits for no other: end its host's server."""
+        tier_hosts.left(self._rendezvous)
 
 
 def _options(given: Options) -> Options:

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 
 from orchestrator import arrays, failpoints, gc_pause
-from orchestrator.arrays import ReadRequest, targets
+from orchestrator.arrays import ReadRequest
 from orchestrator.job.restore_check import Proof, prove
 from orchestrator.observe.events import AGREEING, READING, RestorePhase, emit
-from orchestrator.rules import keys, matching
+from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import Head, Json, LeafSpec, LiveStep
+from orchestrator.rules.records import Head, Json, LiveStep
 from orchestrator.run import stored_arrays
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
@@ -87,7 +87,7 @@ class ArrayReads:
     _reported_s: float = field(default_factory=time.monotonic)
     _total_bytes: int | None = None
 
-    def load(self, stored: StoredStep, requests: list[ReadRequest]) -> list[Any]:
+    def load(self, stored: StoredStep, requests: Sequence[ReadRequest]) -> list[Any]:
         """As `stored_arrays.load`. What takes longer than REPORT_S is reported."""
         started = time.monotonic()
         try:
@@ -117,8 +117,8 @@ class ReadPlan:
     Between `begin` and `finish` whoever holds the plan reads `requests`, in order."""
 
     stored: StoredStep
-    requests: list[ReadRequest]
-    build: Callable[[list[Any]], Any]
+    requests: Sequence[ReadRequest]
+    build: Callable[[Sequence[Any]], Any]
     fingerprints: Mapping[str, str]  # of the save, to be compared with
     share: tuple[int, int]
 
@@ -157,25 +157,9 @@ def match_target(stored: StoredStep, like: Any, options: ReadOptions) -> ReadPla
         stored.check_sizes()
         saved = stored.intent.tree
     fingerprints = stored.manifest.fingerprints if options.attest else {}
-    if like is None:
-        requests = [ReadRequest(leaf) for leaf in saved.leaves]
-        return ReadPlan(stored, requests, partial(_nested, saved.leaves), fingerprints, options.share)
     with gc_pause.paused():
-        expected, leaves, treedef = targets(like)
-        chosen = matching.match(saved, expected, partial=options.partial, cast=options.cast, where=stored.where)
-        shardings = arrays.shardings_of([leaf.label for leaf in expected], leaves, stored.where)
-        matched = list(zip(chosen, leaves, shardings, strict=True))
-        requests = [_request(leaf, target, sharding, options) for leaf, target, sharding in matched if leaf is not None]
-
-    def build(values: list[Any]) -> Any:
-        loaded = iter(values)
-        fitted = [
-            target if leaf is None else _as_target(leaf, target, sharding, next(loaded))
-            for leaf, target, sharding in matched
-        ]
-        return jax.tree_util.tree_unflatten(treedef, fitted)
-
-    return ReadPlan(stored, requests, build, fingerprints, options.share)
+        found = arrays.match_tree(saved, like, partial=options.partial, cast=options.cast, where=stored.where)
+    return ReadPlan(stored, found.requests, found.build, fingerprints, options.share)
 
 
 def read_step(
@@ -220,37 +204,3 @@ def _is_comparable(request: ReadRequest, fingerprints: Mapping[str, str]) -> boo
     """Whether a leaf has a saved fingerprint, and still the bits that it is of: a cast one has not."""
     unchanged = request.dtype is None or str(request.dtype) == request.leaf.dtype
     return unchanged and request.leaf.name in fingerprints
-
-
-_NUMBERS = (int, float, complex)
-
-
-def _request(leaf: LeafSpec, target: Any, sharding: Any, options: ReadOptions) -> ReadRequest:
-    if not leaf.kind_stored or isinstance(target, _NUMBERS):
-        return ReadRequest(leaf)
-    dtype = target.dtype if options.cast and leaf.kind != "key" else None
-    return ReadRequest(leaf, sharding, dtype)
-
-
-def _as_target(leaf: LeafSpec, target: Any, sharding: Any, value: Any) -> Any:
-    """A value as the target has it: empty containers are the target's own (an optax EmptyState stays one), a Python
-    number and an array without dimensions stand for each other."""
-    if leaf.kind in ("none", "empty"):
-        return target
-    if leaf.kind_stored:
-        return type(target)(value) if isinstance(target, _NUMBERS) else value
-    return arrays.as_array(leaf, value, target.dtype, sharding) if leaf.number and hasattr(target, "dtype") else value
-
-
-def _nested(leaves: tuple[LeafSpec, ...], values: list[Any]) -> Any:
-    """Nested dicts by the leaves' paths; the value itself where the root is the only leaf."""
-    if len(leaves) == 1 and not leaves[0].path:
-        return values[0]
-    root: dict[str, Any] = {}
-    for leaf, value in zip(leaves, values, strict=True):
-        *above, last = leaf.path
-        node = root
-        for name in above:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return root

@@ -33,26 +33,39 @@ class Journalled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a process holds. base: the directory of its host's tiers. machine: what tells its machine apart. node,
-    rack, slice: what its host may be lost with, '' where that is not known."""
+    rack, slice: what its host may be lost with, '' where that is not known. secret: what tells secrets apart, and does
+    not tell them; '' if it was given none."""
 
     base: str
     machine: str
     node: str = ""
     rack: str = ""
     slice: str = ""
+    secret: str = ""
+    problem: str = ""
+
+
+class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a host's tier server listens, by the first process of the host; the others say nothing."""
+
+    address: str = ""
     problem: str = ""
 
 
 class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where this process holds, and the newest entry of its log there."""
+    """Where this process holds, and the newest entry of its log there. listed: the steps that it says are held, and
+    their attempts."""
 
     path: str
     version: int = -1
     write_id: str = ""
+    listed: tuple[tuple[int, str], ...] = ()
     problem: str = ""
 
 
 PLACES: Round[Place] = Round("memory tier: where it is on each host", Place)
+SECRET: Round[str] = Round("memory tier: the job's secret", str)
+SERVING: Round[Serving] = Round("memory tier: servers", Serving)
 RUN: Round[str] = Round("memory tier: which run", str)
 OPENED: Round[Opened] = Round("memory tier: open", Opened)
 REACHED: Round[str] = Round("memory tier: reach the others'", str)

@@ -113,13 +113,16 @@ class SaveNotCommitted:
 
 @dataclass(frozen=True)
 class StepHeld:
-    """This process knows that the step is held in memory (`tiers`). `elapsed_s`: from the call of `save`. `held_bytes`:
-    of all files of the step, on process 0; 0 elsewhere."""
+    """This process knows that the step is held in memory (`tiers`), and that its copies are in. `elapsed_s`: from the
+    call of `save`. `held_bytes`: of all files of the step, on process 0; 0 elsewhere. `copies`: on how many other hosts
+    this process's part is. `sent_bytes`: what it has sent there, all copies together."""
 
     step: int
     attempt: str
     elapsed_s: float
     held_bytes: int
+    copies: int = 0
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ decoded again: a record that its own reader would reject is never written. Pure:
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
+from msgspec import structs
 
 from orchestrator.errors import Damaged, NewerFormat, Unavailable, UnsafeKey, UsageError
-from orchestrator.rules import validate
-from orchestrator.rules.records import FORMAT, Record, crc32c
+from orchestrator.rules import kept_trees, validate
+from orchestrator.rules.records import FORMAT, Intent, Record, TreeSpec, crc32c
 
 RECORD_BYTES_MAX = 512 << 20  # a manifest of a million chunks is an eighth of it; no store reads a larger one
 _TAIL = b',"crc32c":"'
@@ -34,6 +35,19 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 _DECODERS: dict[type[Record], msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind) for kind in Record.__subclasses__()
 }
+# An intent's tree is decoded by itself, as it is mostly the one of the intent before.
+_HINTS = get_type_hints(Intent) | {"tree": msgspec.Raw}
+_INTENT_TEXT: Any = msgspec.defstruct(
+    "Intent",
+    [
+        (one.name, _HINTS[one.name], *(() if one.default is msgspec.NODEFAULT else (one.default,)))
+        for one in msgspec.structs.fields(Intent)
+    ],
+    frozen=True,
+    kw_only=True,
+    gc=False,
+)
+_INTENT_DECODER = msgspec.json.Decoder(_INTENT_TEXT)
 # Whatever the bytes are: msgspec raises ValueErrors of its own, of UTF-8 and of Python's numbers, RecursionError for
 # what is nested deeply.
 _UNREADABLE = (msgspec.MsgspecError, ValueError, TypeError, ArithmeticError, RecursionError)
@@ -47,7 +61,7 @@ def encode(record: Record) -> bytes:
     """
     kind = type(record)
     try:
-        body = msgspec.json.encode(record)[:-1]
+        body = msgspec.json.encode(_with_text(record))[:-1]
         data = body + _TAIL + crc32c(body).encode() + _END
         again = _decoded(data, kind)
         if not _equal(again, record) and not _same(msgspec.to_builtins(again), msgspec.to_builtins(record)):
@@ -63,6 +77,8 @@ def _equal(read: AnyRecord, given: AnyRecord) -> bool:
     return all(
         (list(was) == list(now) and list(was.values()) == list(now.values())) or was == now
         if type(was) is type(now) is dict
+        else kept_trees.are_equal(was, now)
+        if type(was) is type(now) is TreeSpec
         else was == now
         for was, now in ((getattr(given, name), getattr(read, name)) for name in given.__struct_fields__)
     )
@@ -114,9 +130,21 @@ def decode(data: bytes, kind: type[AnyRecord], where: str, **expected: object) -
 def _decoded(data: bytes, kind: type[AnyRecord]) -> AnyRecord:
     if len(data) > RECORD_BYTES_MAX:
         raise validate.Invalid(f"{len(data)} bytes, expected at most {RECORD_BYTES_MAX}")
-    record: AnyRecord = _DECODERS[kind].decode(data)
+    record: AnyRecord = _intent(data) if kind is Intent else _DECODERS[kind].decode(data)
     validate.check(record)
     return record
+
+
+def _with_text(record: Record) -> Any:
+    """What has the same JSON."""
+    if type(record) is not Intent:
+        return record
+    return _INTENT_TEXT(**structs.asdict(record) | {"tree": msgspec.Raw(kept_trees.text_of(record.tree))})
+
+
+def _intent(data: bytes) -> Any:
+    read = structs.asdict(_INTENT_DECODER.decode(data))
+    return Intent(**read | {"tree": kept_trees.tree_of(bytes(read["tree"]))})
 
 
 def _check_format(data: bytes, where: str, version: int | None = None) -> None:

@@ -43,15 +43,21 @@ def open_epoch(head: Head | None, stamp: Stamp, *, epoch: int, version: int) -> 
 
 
 def follow(head: Head | None, stamp: Stamp, *, epoch: int, live: Sequence[LiveStep]) -> Next:
-    """What `live`, of process 0's log, says is held, another process's log says, too; what it had besides may be freed.
-    `live`: without what this process has no part of any more."""
+    """What `live`, of process 0's log, says is held, another process's log says, too; what it had besides may be freed,
+    if that is older than the newest of them. What is newer stays: then it is process 0 that has lost its log with its
+    host. `live`: without what this process has no part of any more."""
     if head is None or head.epoch != epoch:
         return FencedBy(head.epoch, head.writer) if head and head.epoch > epoch else None
-    kept = {one.id for one in live}
-    gone = [old for old in head.live if old.id not in kept]
-    if not gone and tuple(live) == head.live:
-        return None
     newest = max(live, key=lambda one: rank(one.id), default=None)
+    known = {one.id for one in live}
+    steps = {one.step for one in live}
+    others = [old for old in head.live if old.id not in known]
+    stay = [old for old in others if (newest is None or rank(old.id) > rank(newest.id)) and old.step not in steps]
+    gone = [old for old in others if old not in stay]
+    following = (*live, *stay)
+    if not gone and following == head.live:
+        return None
+    kept = {one.id for one in following}
     return journal.successor(
         head,
         stamp,
@@ -61,7 +67,7 @@ def follow(head: Head | None, stamp: Stamp, *, epoch: int, live: Sequence[LiveSt
             attempt=newest.attempt if newest else None,
             steps=tuple(old.step for old in gone),
         ),
-        live=tuple(live),
+        live=following,
         retired=(
             *(old for old in head.retired if old.id not in kept),
             *(journal.retired_as(old, "retention") for old in gone),
@@ -181,6 +187,35 @@ def superseded(head: Head, held: Sequence[LiveStep]) -> list[AttemptId]:
 
 
 # Room.
+
+
+def to_free(
+    found: Collection[AttemptId],
+    listed: Collection[AttemptId],
+    *,
+    epoch: int,
+    decided: Collection[AttemptId] = (),
+    for_room: bool = False,
+) -> list[AttemptId]:
+    """Which of the attempts that a host has files of, its own processes' and copies, are in nobody's way back.
+
+    listed: what is held, as far as this host knows: by the logs of all processes when the epoch was opened, by process
+    0's and its own since a step has been held in it. decided: attempts of incarnation `epoch` that have ended on this
+    process. Never freed: what is listed, and what of this incarnation has not ended here, as another host may be ahead
+    by one. Of older incarnations goes what is older than the newest that is listed. What is newer was being held when
+    that incarnation ended: it may be whole, and listed on a host that is away. It goes once a step of this incarnation
+    is listed, or `for_room`.
+    """
+    newest = max(map(rank, listed), default=(-1, -1, -1))
+
+    def is_over(one: AttemptId) -> bool:
+        if one in listed or one.epoch > epoch:
+            return False
+        if one.epoch == epoch:
+            return one in decided
+        return for_room or rank(one) < newest
+
+    return sorted((one for one in found if is_over(one)), key=rank)
 
 
 def to_release(held_bytes: Sequence[int], need: int, room: int) -> int | None:

@@ -14,6 +14,7 @@ import msgspec
 
 from orchestrator.rules import json_numbers
 from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.kept import kept
 
 FORMAT = 1
 SMALL_FILE_BYTES = 4 << 20
@@ -129,12 +130,17 @@ class TreeSpec(Record, frozen=True):
     def fingerprint(self) -> str:
         """Identity of the tree for `OtherJob`: paths, kinds, shapes and dtypes, not values or shardings. Of what holds
         data: an empty container is None to Orbax."""
-        shape_of = [
-            (leaf.path, "number", (), leaf.number) if leaf.number else (leaf.path, leaf.kind, leaf.shape, leaf.dtype)
-            for leaf in self.leaves
-            if leaf.kind not in ("none", "empty")
-        ]
-        return crc32c(msgspec.json.encode(sorted(shape_of)))
+        return _fingerprint(self.leaves)
+
+
+@kept
+def _fingerprint(leaves: tuple[LeafSpec, ...]) -> str:
+    shape_of = [
+        (leaf.path, "number", (), leaf.number) if leaf.number else (leaf.path, leaf.kind, leaf.shape, leaf.dtype)
+        for leaf in leaves
+        if leaf.kind not in ("none", "empty")
+    ]
+    return crc32c(msgspec.json.encode(sorted(shape_of)))
 
 
 class FileEntry(Record, frozen=True, omit_defaults=True):

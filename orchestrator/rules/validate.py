@@ -19,6 +19,9 @@ from orchestrator.rules import holders, keys, zarr_chunks
 from orchestrator.rules.arguments import STEP_MAX
 from orchestrator.rules.attempt_id import parse_name
 from orchestrator.rules.dtypes import ITEM_BYTES, STORED_AS
+from orchestrator.rules.kept import kept
+from orchestrator.rules.leaf_sums import sums
+from orchestrator.rules.placement import Placement
 from orchestrator.rules.records import (
     Box,
     ExternalArray,
@@ -52,7 +55,7 @@ NOT_FINITE = frozenset(("NaN", "Infinity", "-Infinity"))  # a metric that JSON h
 TRUSTS = frozenset(("committed", "verified", "restored", "quarantined"))
 _DRIVERS = frozenset(("zarr", "zarr3"))
 _CONTAINERS = frozenset(("dict", "list", "tuple"))
-_HEX = re.compile("[0-9a-f]*")
+_HEX = "0123456789abcdef"  # of a text of nothing else, `strip` leaves nothing
 _INT = re.compile(r"-?[0-9]+", re.ASCII)
 _KEY_DTYPE = re.compile(r"key<[^<>]+>")
 
@@ -73,30 +76,19 @@ def fits(intent: Intent, manifest: Manifest) -> None:
     _same("process_count", intent.process_count, manifest.process_count)
     stored_bytes = sum(entry.bytes for entry in manifest.files if entry.path.startswith(keys.STATE))
     names = {entry.path for entry in manifest.files}
-    count = raw_bytes = values = 0
-    sizes: dict[Any, tuple[int, int]] = {}  # bytes and chunks: a state has many leaves of few forms
-    for leaf in intent.tree.leaves:
-        if not leaf.in_store:
-            values += leaf.number != ""  # the store has a chunk of it, for Orbax's readers
-            continue
-        form = (leaf.file_shape, leaf.stored_dtype or leaf.dtype, leaf.chunk)
-        if form not in sizes:
-            elements = math.prod(form[0])
-            sizes[form] = elements * ITEM_BYTES[form[1]], elements // math.prod(leaf.chunk or ())
-        size, chunks = sizes[form]
-        if leaf.chunk is not None:
-            count += chunks
-            raw_bytes += size
-        elif size > ZSTD_RATIO_MAX * stored_bytes:
+    found = sums(intent.tree.leaves)
+    for leaf, size in found.not_cut:
+        if size > ZSTD_RATIO_MAX * stored_bytes:
             raise Invalid(f"{leaf.label}: {size} bytes, out of {stored_bytes} that the manifest lists below state/")
         if leaf.external:
             _has_files(leaf, leaf.external, names)
-        elif keys.STATE + keys.STORE not in names:
-            raise Invalid(f"{leaf.label}: is in an array store, and the manifest lists none")
-    if raw_bytes > stored_bytes:
-        raise Invalid(f"arrays of {raw_bytes} bytes, of {stored_bytes} that the manifest lists below state/")
-    ours = all(leaf.chunk is not None for leaf in intent.tree.leaves if leaf.in_store)  # else their number is not known
-    if manifest.chunks and not count <= len(manifest.chunks) <= (count + values if ours else INT64_MAX):
+    if found.ours is not None and keys.STATE + keys.STORE not in names:
+        raise Invalid(f"{found.ours.label}: is in an array store, and the manifest lists none")
+    count, values = found.chunks, found.values
+    if found.raw_bytes > stored_bytes:
+        raise Invalid(f"arrays of {found.raw_bytes} bytes, of {stored_bytes} that the manifest lists below state/")
+    most = INT64_MAX if found.not_cut else count + values  # else their number is not known
+    if manifest.chunks and not count <= len(manifest.chunks) <= most:
         raise Invalid(f"arrays of {count} chunks, and {values} numbers; the manifest has {len(manifest.chunks)} chunks")
 
 
@@ -263,6 +255,20 @@ def _extra(extra: Extra) -> None:
     raise Invalid(f"extra: nested more than {DEPTH_MAX} deep")
 
 
+def _placement(placement: Placement) -> None:
+    _whole("epoch", placement.epoch, 0, INT64_MAX)
+    _time("time", placement.time)
+    for text in (placement.asked, placement.level, *placement.notes):
+        _text("placement", text)
+    for host in placement.hosts:
+        for text in (host.name, host.node, host.rack, host.slice):
+            _text("hosts", text)
+        for process in host.processes:
+            _whole("hosts.processes", process, 0, PROCESSES_MAX)
+        for target in host.targets:
+            _whole("hosts.targets", target, 0, len(placement.hosts) - 1)
+
+
 def _inside(value: dict[str, Any] | Sequence[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
@@ -274,13 +280,15 @@ _RULES: dict[type[Record], Callable[[Any], None]] = {
     GroupReceipt: _group_receipt,
     Manifest: _manifest,
     Extra: _extra,
+    Placement: _placement,
 }
 
 
 # Leaves.
 
 
-def _leaves(leaves: Sequence[LeafSpec]) -> None:
+@kept
+def _leaves(leaves: tuple[LeafSpec, ...]) -> None:
     if not leaves:
         raise Invalid("tree: no leaves, expected one at least")
     forms = set()  # a state has many leaves of few forms
@@ -457,8 +465,8 @@ def _crc(name: str, value: str) -> None:
 
 def _all_hex(name: str, values: list[str], digits: int) -> None:
     """Checks many at once, for speed: a manifest has one for each chunk."""
-    if set(map(len, values)) - {digits} or not _HEX.fullmatch("".join(values)):
-        wrong = next(value for value in values if len(value) != digits or not _HEX.fullmatch(value))
+    if set(map(len, values)) - {digits} or "".join(values).strip(_HEX):
+        wrong = next(value for value in values if len(value) != digits or value.strip(_HEX))
         raise Invalid(f"{name}: {_brief(wrong)} is not {digits} hex digits")
 
 

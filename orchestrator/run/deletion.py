@@ -8,7 +8,7 @@ A journal that has lost entries knows nothing of what they committed: then nothi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -47,15 +47,13 @@ def collect(
     dry_run: bool = False,
     on_file: Callable[[str], None] | None = None,
     orphans: bool = True,
-    spared: Container[AttemptId] = (),
     tell: Callable[[Event], None] = emit,
 ) -> Collection:
     """Delete what may be deleted and journal it as `collected`. A file that cannot be deleted is counted, not fatal.
 
     `epoch`: collect for this incarnation; if a newer one has taken over, Fenced is raised and nothing deleted.
-    `orphans`: also look through storage for leftovers of older epochs (one listing of all steps). `spared`: attempts
-    whose data is still needed. `tell`: is given the event. Raises JournalLost if what is there proves that the journal
-    has lost entries.
+    `orphans`: also look through storage for leftovers of older epochs (one listing of all steps). `tell`: is given the
+    event. Raises JournalLost if what is there proves that the journal has lost entries.
     """
     failpoints.hit("collect.before")
     found = store.look()[1] if orphans else {}
@@ -70,8 +68,6 @@ def collect(
         # It was listed before the head was read: it may have been finished before the head's epoch was opened.
         unfinished = gone.reason == "orphan" and not found[gone.id].whole
         if unfinished and store.storage.get(gone.id.manifest_key) is not None:
-            continue
-        if gone.id in spared:
             continue
         result.attempts.append(gone)
         if _delete(store, gone, result, dry_run, on_file):
@@ -144,12 +140,10 @@ def _deleted(storage: Storage, keys: Sequence[str], dry_run: bool) -> Iterator[t
 
 class BackgroundDeletion:
     """Deletes in the background, for one incarnation, without anybody waiting for it; once at a time. Any thread.
-    `tell`, `spared`: as of `collect`."""
+    `tell`: as of `collect`."""
 
-    def __init__(
-        self, store: JournalStore, tell: Callable[[Event], None] = emit, spared: Container[AttemptId] = ()
-    ) -> None:
-        self._store, self._tell, self._spared = store, tell, spared
+    def __init__(self, store: JournalStore, tell: Callable[[Event], None] = emit) -> None:
+        self._store, self._tell = store, tell
         self._thread: threading.Thread | None = None
         self._swept = self._stopped = False
 
@@ -173,7 +167,7 @@ class BackgroundDeletion:
     def _run(self, epoch: int | None) -> None:
         try:
             # Leftovers of older epochs need a listing of all steps: once per incarnation is enough.
-            result = collect(self._store, epoch=epoch, orphans=not self._swept, spared=self._spared, tell=self._tell)
+            result = collect(self._store, epoch=epoch, orphans=not self._swept, tell=self._tell)
             self._swept = True
             for line in result.failed:
                 logging.warning("collect: %s", printable(line))

@@ -17,9 +17,8 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
 from orchestrator.rules.records import LiveStep, Manifest
 from orchestrator.run import tier_directory
-from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
-from orchestrator.run.tier import newest_whole
+from orchestrator.run.tier import log_to_read, newest_whole
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.sources import Source, Sources
 
@@ -58,7 +57,7 @@ class HeldSteps:
         found: dict[Offer, LiveStep] = {}
         for tier in tiers:
             try:
-                head = newest_whole(JournalStore(tier, "reader"))
+                head = newest_whole(log_to_read(tier))
             except OrchestratorError as error:
                 self.unreadable.append(str(error))
                 continue

@@ -38,7 +38,7 @@ def load(
     """As `arrays.load`, of this step."""
     places = {"places": found} if (found := _places(step)) else {}
     stored = chunk_index.stored(step.manifest)
-    return _again(step, lambda: reader(step.state_url, list(requests), on_bytes, stored, **places))
+    return _again(step, lambda: reader(step.state_url, requests, on_bytes, stored, **places))
 
 
 def _places(step: StoredStep) -> arrays.Places | None:

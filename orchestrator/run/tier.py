@@ -1,36 +1,80 @@
-"""This process's own part of a tier, which it writes.
+"""This process's own part of a tier, which it writes, and what else lies on its host.
 
 A tier is a store, and whose it is. What one holds has the layout of a run: attempts, and a log in the form of a
-journal, of which only the newest entries are kept. It is a cache: what cannot be trusted in it is thrown away.
+journal, of which only the newest entries are kept. It is a cache: what cannot be trusted in it is thrown away. Beside
+it are directories of the same form, without a log: the copies that this host takes, and what processes of earlier
+starts have left.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from absl import logging
 
-from orchestrator.errors import Damaged, Fenced, JournalLost, OrchestratorError, StorageError
-from orchestrator.observe.events import Event
+from orchestrator.errors import Damaged, Fenced, JournalLost, OrchestratorError
 from orchestrator.rules import held, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import Head
-from orchestrator.run import deletion, survey, tier_directory
+from orchestrator.rules.codec import RECORD_BYTES_MAX
+from orchestrator.rules.records import FileEntry, Head, LiveStep
+from orchestrator.run import survey, tier_directory
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
+from orchestrator.storage.port import Created, Entry, Exists, Reads, Storage
+from orchestrator.storage.read_only import ReadOnlyStorage
 
 _LOG_KEPT = 16  # entries: a reader needs the newest, and those just before it for what is being read
 
 
-def untold(event: Event) -> None:
-    """What is deleted in a tier is no step of the run: whoever counts those does not hear of it."""
+class LogOf:
+    """A tier without its attempts: where others' copies lie beside, they prove nothing about a log."""
+
+    def __init__(self, tier: Storage) -> None:
+        self._tier, self.url = tier, tier.url
+
+    def get(self, key: str, most_bytes: int = RECORD_BYTES_MAX) -> bytes | None:
+        return self._tier.get(key, most_bytes)
+
+    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
+        return iter(()) if prefix.startswith(keys.STEPS) else self._tier.list(prefix, start)
+
+    def measure(self, key: str, expected_bytes: int | None = None) -> FileEntry | None:
+        return self._tier.measure(key, expected_bytes)
+
+    def create(self, key: str, body: bytes) -> Created | Exists:
+        return self._tier.create(key, body)
+
+    def delete(self, key: str) -> bool:
+        return self._tier.delete(key)
+
+    def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+        return self._tier.make_durable(keys, known)
+
+
+def log_to_read(tier: Reads) -> JournalStore:
+    """The log of any tier, of another host's too."""
+    return JournalStore(LogOf(ReadOnlyStorage(tier)), "reader")
 
 
 def _delete_below(storage: PosixStorage, prefix: str) -> None:
-    for entry in storage.list(prefix):
-        storage.delete(entry.key)
+    """The manifest first: without it nothing is readable."""
+    found = [entry.key for entry in storage.list(prefix)]
+    for key in sorted(found, key=lambda key: (not key.endswith(keys.MANIFEST), key)):
+        storage.delete(key)
+
+
+def _free(storage: PosixStorage, attempts: Iterable[AttemptId]) -> list[AttemptId]:
+    """Delete their files. Returns those of which nothing is left. Never raises."""
+    gone = []
+    for attempt in attempts:
+        try:
+            _delete_below(storage, attempt.prefix)
+            gone.append(attempt)
+        except OrchestratorError as error:
+            logging.warning("%s %s: stays for now: %s", storage.url, attempt.label, error)
+    return gone
 
 
 class OwnTier:
@@ -40,14 +84,13 @@ class OwnTier:
     def __init__(self, path: str, writer: str, run: JournalStore | None = None) -> None:
         self.path, self._run = path, run
         self.storage = PosixStorage(path)
-        self.log = JournalStore(self.storage, writer, run=run)
+        self.log = JournalStore(LogOf(self.storage), writer, run=run)
         self.pinned: set[AttemptId] = set()
         self._epoch = 0
 
-    def open_epoch(self, epoch: int, version: int) -> tuple[int, str]:
-        """Begin to hold for incarnation `epoch`, which the run's journal has opened in `version`. Returns version and
-        write_id of the newest entry of the log. Raises Fenced if a newer one holds here already, NewerFormat,
-        StorageError."""
+    def open_epoch(self, epoch: int, version: int) -> Head:
+        """Begin to hold for incarnation `epoch`, which the run's journal has opened in `version`. Returns the newest
+        entry of the log. Raises Fenced if a newer one holds here already, NewerFormat, StorageError."""
         self._epoch = epoch
         tier_directory.make(self.path)
         rule = partial(held.open_epoch, epoch=epoch, version=version)
@@ -58,12 +101,13 @@ class OwnTier:
             text = "a newer start of this job holds here, or the run's journal has lost entries"
             raise Fenced(f"{self.path}: {text}: {error}") from error
         except (Damaged, JournalLost) as error:  # a cache: begin again; but what a newer version holds is whole
-            logging.warning("%s: what is held here cannot be trusted, and is thrown away: %s", self.path, error)
-            _delete_below(self.storage, "")
-            self.log = JournalStore(self.storage, self.log.writer, run=self._run)
+            logging.warning("%s: its log cannot be trusted, and is thrown away: %s", self.path, error)
+            _delete_below(self.storage, keys.JOURNAL)
+            _delete_below(self.storage, keys.JOURNAL_INDEX)
+            self.log = JournalStore(LogOf(self.storage), self.log.writer, run=self._run)
             head = self.log.append(rule)
         assert head is not None  # the rule makes one where there is none
-        return head.version, head.write_id
+        return head
 
     def _cut_damaged_end(self) -> None:
         """Where the log's newest entries are damaged, it goes on from the one before: what that says is held, and is
@@ -75,33 +119,34 @@ class OwnTier:
             logging.warning("%s: entry %d of its log is damaged, and is left out", self.path, version)
             self.storage.delete(keys.journal_key(version))
         if damaged:
-            self.log = JournalStore(self.storage, self.log.writer, run=self._run)
+            self.log = JournalStore(LogOf(self.storage), self.log.writer, run=self._run)
 
-    def follow(self, log: JournalStore) -> None:
-        """Enter what process 0's log says is held into this process's. Raises StorageError, Fenced."""
+    def follow(self, log: JournalStore) -> tuple[LiveStep, ...]:
+        """Enter what process 0's log says is held into this process's; returns it. Raises StorageError, Fenced."""
         head = log.require_head()
-        here = survey.attempts(self.storage).keys()
+        here = self.attempts().keys()
         self.log.append(partial(held.follow, epoch=self._epoch, live=[one for one in head.live if one.id in here]))
+        return head.live
 
-    def delete(self, attempt: AttemptId) -> None:
-        """Free what this process has written of an attempt that it does not hold, unless that is pinned. Never
-        raises."""
-        try:
-            if attempt not in self.pinned:
-                _delete_below(self.storage, attempt.prefix)
-        except OrchestratorError as error:
-            logging.warning("%s %s: stays in memory for now: %s", self.path, attempt.label, error)
+    def live(self) -> tuple[LiveStep, ...]:
+        """What its log says is held, oldest first. Raises StorageError, Damaged."""
+        head = self.log.head()
+        return tuple(sorted(head.live, key=lambda one: held.rank(one.id))) if head else ()
 
-    def unpin(self, attempt: AttemptId) -> None:
-        """It is needed for the store no more: free it, if it is not held either. Never raises."""
-        self.pinned.discard(attempt)
+    def attempts(self) -> dict[AttemptId, int]:
+        """Those of which there are files here, and their bytes. Raises StorageError."""
+        return {attempt: one.bytes for attempt, one in survey.attempts(self.storage).items()}
+
+    def free(self, attempts: Sequence[AttemptId]) -> None:
+        """Free what is here of attempts that are not held, unless they are pinned. Never raises."""
+        gone = _free(self.storage, [attempt for attempt in attempts if attempt not in self.pinned])
         try:
             head = self.log.head()
-        except OrchestratorError as error:
-            logging.warning("%s %s: stays in memory for now: %s", self.path, attempt.label, error)
-            return
-        if head is None or not journal.is_live(head, attempt):
-            self.delete(attempt)
+            over = {old.id for old in head.retired}.difference(self.attempts()) if head else set()
+            if gone or over:
+                self.log.append(partial(journal.collected, attempts=[*gone, *over]))
+        except OrchestratorError as error:  # it lists for a while what is gone
+            logging.warning("%s: %s", self.path, error)
 
     def forget_older_entries(self) -> None:
         """Keep the log small: it is in memory. Never raises."""
@@ -111,35 +156,40 @@ class OwnTier:
             for key in [*entries[:-_LOG_KEPT], *marks]:
                 self.storage.delete(key)
 
-    def make_room(self, need: int, bytes_max: int | None) -> None:
-        """Before `need` bytes are written: release older steps, as far as it takes. Raises StorageError saying what is
-        needed and what there is; then nothing was released. Raises Fenced."""
-        sizes = {attempt: one.bytes for attempt, one in survey.attempts(self.storage).items()}
-        head = self.log.head()
-        older = [live for live in head.live if live.id not in self.pinned] if head else []
-        used, free = sum(sizes.values()), tier_directory.free_bytes(self.path)
-        room = free if bytes_max is None else min(free, bytes_max - used)
-        count = held.to_release([sizes.get(live.id, 0) for live in older], need, room)
-        if count is None:
-            limit = "" if bytes_max is None else f" of the {bytes_max} of bytes_max"
-            others = tier_directory.other_runs(self.path)
-            more = f"; other runs hold steps in {', '.join(others[:3])}: remove those that are over" if others else ""
-            raise StorageError(
-                f"{self.path}: no room in memory: this process needs {need} bytes for a held step, and there are "
-                f"{max(0, room)}{limit} beside the {used} that it holds (the newest step stays); free on the file "
-                f"system and in memory: {free} bytes{more}. Give the tier more room (docker: --shm-size; Kubernetes: "
-                "an emptyDir in memory), or hold it on a local disk: oc.memory(directory=...)"
-            )
-        if count:
-            self.release([live.id for live in older[:count]], "room")
-
-    def release(self, attempts: Sequence[AttemptId], reason: str) -> None:
+    def release(self, attempts: Collection[AttemptId], reason: str) -> None:
         """Hold these steps no more, and free their memory. Raises Fenced, StorageError."""
         self.log.append(partial(held.release, epoch=self._epoch, attempts=set(attempts), reason=reason))
-        for line in deletion.collect(
-            self.log, epoch=self._epoch, orphans=False, spared=self.pinned, tell=untold
-        ).failed:
-            logging.warning("%s: %s", self.path, line)
+        self.free([attempt for attempt in self.attempts() if attempt in attempts])
+
+
+class Beside:
+    """The parts on this host that none of its processes writes: copies for other hosts, and what processes of earlier
+    starts have left. own: the path of a process of this host. processes: all of them. Any thread."""
+
+    def __init__(self, own: str, processes: Collection[int]) -> None:
+        self._own, self._processes = own, frozenset(processes)
+
+    def _parts(self) -> Iterator[PosixStorage]:
+        for path in tier_directory.beside(self._own):
+            if tier_directory.process_of(path) not in self._processes:
+                tier_directory.check_path(path)
+                yield PosixStorage(path)
+
+    def attempts(self) -> dict[AttemptId, int]:
+        """As `OwnTier.attempts`. Raises StorageError."""
+        found: dict[AttemptId, int] = {}
+        for storage in self._parts():
+            for attempt, one in survey.attempts(storage).items():
+                found[attempt] = found.get(attempt, 0) + one.bytes
+        return found
+
+    def free(self, attempts: Sequence[AttemptId]) -> None:
+        """Never raises."""
+        try:
+            for storage in self._parts():
+                _free(storage, attempts)
+        except OrchestratorError as error:
+            logging.warning("beside %s: what is not held any more stays for now: %s", self._own, error)
 
 
 def newest_whole(log: JournalStore) -> Head | None:
@@ -151,15 +201,3 @@ def newest_whole(log: JournalStore) -> Head | None:
             with contextlib.suppress(Damaged):
                 return log.entry(version)
         raise error
-
-
-def free_left_over(own: str, count: int, live: Collection[AttemptId]) -> None:
-    """Of processes that the job has no more of, on this machine: free what is not among the `live`. Never raises."""
-    try:
-        for path in [path for path in tier_directory.beside(own) if tier_directory.process_of(path) >= count]:
-            tier_directory.check_path(path)
-            storage = PosixStorage(path)
-            for attempt in survey.attempts(storage).keys() - live:
-                _delete_below(storage, attempt.prefix)
-    except OrchestratorError as error:
-        logging.warning("beside %s: what an earlier start has left there stays for now: %s", own, error)

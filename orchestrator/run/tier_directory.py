@@ -18,6 +18,7 @@ import stat
 from orchestrator import environment
 from orchestrator.errors import StorageError
 from orchestrator.rules.domains import of_environment
+from orchestrator.rules.tier_environment import tier_environment
 from orchestrator.rules.tiers import MemoryTier, memory_of
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.directory import storage_error
@@ -30,11 +31,12 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/
 
 def chosen(tiers: object) -> MemoryTier | None:
     """The memory tier of an agent's or a reader's `tiers`, None if there is none. Raises UsageError, also for what the
-    environment says of its place and its domains: before anybody waits for this process."""
+    environment says of its place, its domains and its server: before anybody waits for this process."""
     tier = memory_of(tiers)
     if tier is not None:
         base(tier.directory)
         of_environment(os.environ, "", tier.domain)
+        tier_environment(os.environ)
     return tier
 
 

@@ -154,14 +154,15 @@ class Wire:
     ) -> tuple[_Connection, http.client.HTTPResponse]:
         while True:
             connection = self._connection()
-            received = connection.sock.received if connection.used else 0
+            kept = connection.sock  # http.client forgets it when it fails
+            received = kept.received if connection.used else 0
             try:
                 if not connection.used:
                     connection.connect()
                 connection.sock.deadline, connection.sock.stall_s = deadline, stall_s
                 return connection, self._ask(where, connection, request, body)
             except (ConnectionError, http.client.BadStatusLine):
-                stale = connection.used and connection.sock.received == received
+                stale = connection.used and kept.received == received
                 connection.close()
                 if not stale:
                     raise

@@ -121,7 +121,9 @@ def together(calls: list[Any]) -> None:
 
 def test_the_coordination_client_is_where_we_look_for_it() -> None:
     assert distributed.global_state.client is None  # no jax.distributed in this process
-    assert {"client", "service", "initialize", "preemption_sync_manager"} <= set(dir(distributed.global_state))
+    assert {"client", "service", "initialize", "preemption_sync_manager", "coordinator_address"} <= set(
+        dir(distributed.global_state)
+    )
 
 
 def registered(hook: Any) -> Any:

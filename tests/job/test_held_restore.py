@@ -106,7 +106,7 @@ def test_a_target_that_does_not_fit_on_another_host_is_raised_on_all(crashed: Pa
     assert snapshot(crashed) == before
 
 
-@pytest.mark.parametrize(("stale", "reason"), [(False, "ENOENT"), (True, "another one of that name is here")])
+@pytest.mark.parametrize(("stale", "reason"), [(False, "ENOENT"), (True, "another one of that name is there")])
 def test_where_a_process_cannot_reach_anothers_tier_nothing_is_held_and_that_is_said(
     stale: bool, reason: str, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,9 +126,8 @@ def test_where_a_process_cannot_reach_anothers_tier_nothing_is_held_and_that_is_
         assert running.restore(LIKE) is None
         assert not running._holding.due(0)
         running.finish()
-    assert "no steps are held in memory, saves to the store go on: process 0 (host-0) cannot reach" in caplog.text
     assert (
-        "process-00001" in caplog.text
-        and reason in caplog.text
-        and "all processes must be on one machine" in caplog.text
+        "no steps are held in memory, saves to the store go on: process 0 (host-0) cannot reach the tier of process 1"
+        in caplog.text
     )
+    assert reason in caplog.text

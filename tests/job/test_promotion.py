@@ -237,7 +237,7 @@ def test_what_is_on_its_way_stays_in_memory_whatever_is_held_after_it(root: Path
             running.save(step, state(step))
         running._holding.settle()
         assert told(seen, events.StepHeld) == [0, 4, 5, 6, 7]
-        running._holding._deletion.wait(10)  # type: ignore[union-attr]
+        running._holding._freeing.wait(10)
         held = {int(path.name) for path in (held_dir(root) / "steps").iterdir()}
         assert held == {4, 7}  # one is kept, and one is on its way
         storage.down = False

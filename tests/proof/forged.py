@@ -261,7 +261,8 @@ def entries_of(image: Image) -> dict[bytes, Any]:
     root = ocdbt.decode_manifest(image[where + ocdbt.MANIFEST], "m")
     assert root is not None
     path, offset, size = root.place
-    return dict(ocdbt.decode_node(image[where + path][offset : offset + size], root, b"", "n")[0])
+    found, _ = ocdbt.decode_node(image[where + path][offset : offset + size], root, b"", "n")
+    return dict(found or ())
 
 
 def stored_as(image: Image, entries: dict[bytes, Any]) -> None:

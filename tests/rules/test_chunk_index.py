@@ -71,7 +71,7 @@ def test_a_tree_says_where_each_chunk_is_in_the_order_of_keys() -> None:
     root = ocdbt.decode_manifest(manifest, "")
     assert root is not None
     found, _ = ocdbt.decode_node(nodes, root, b"", "")
-    assert found == sorted((key.encode(), value) for key, value in {**entries, **metadata}.items())
+    assert found and list(found) == sorted((key.encode(), value) for key, value in {**entries, **metadata}.items())
 
 
 @pytest.mark.parametrize("lost", [["w/c/0"], ["b/c/0"], []])

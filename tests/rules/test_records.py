@@ -268,3 +268,26 @@ def test_records_are_immutable_and_boxes_are_two_rows_of_numbers() -> None:
         head().version = 3  # type: ignore[misc]
     assert msgspec.json.encode(Box((0, 4), (8, 8))) == b"[[0,4],[8,8]]"
     assert isinstance(EXAMPLES[1], Intent)
+
+
+def test_an_intent_is_stored_as_if_its_tree_were_encoded_with_it() -> None:
+    """The tree's JSON is made once for all intents that have it."""
+    first = intent(leaf("a"), leaf("b"))
+    for record in (first, msgspec.structs.replace(first, step=2), intent(leaf("a"))):
+        assert encode(record).startswith(msgspec.json.encode(record)[:-1])
+
+
+def test_intents_of_one_tree_share_it_and_a_changed_one_is_its_own() -> None:
+    first = intent(leaf("a"), leaf("b"))
+    one, again = (decode(encode(msgspec.structs.replace(first, step=step)), Intent, WHERE) for step in (1, 2))
+    assert one.tree is again.tree and (one.step, again.step) == (1, 2)
+    other = decode(encode(intent(leaf("a"), leaf("c"))), Intent, WHERE)
+    assert [found.path for found in other.tree.leaves] == [("a",), ("c",)]
+
+
+def test_a_tree_that_is_no_tree_is_damage_whatever_was_decoded_before() -> None:
+    body = msgspec.json.encode(intent(leaf("a")))[:-1].replace(b'"kind":"array"', b'"kind":5')
+    data = body + b',"crc32c":"' + crc32c(body).encode() + b'"}\n'
+    encode(intent(leaf("a")))
+    with pytest.raises(Damaged, match="not a Intent: tree: "):
+        decode(data, Intent, WHERE)

@@ -14,9 +14,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import orchestrator as oc
-from orchestrator.arrays import ReadRequest, shardings_of
+from orchestrator.arrays import ReadRequest
 from orchestrator.arrays.element_types import STORABLE, numpy_dtype
 from orchestrator.arrays.reading.buffers import grouped
+from orchestrator.arrays.reading.target_shardings import shardings_of
 from orchestrator.arrays.tree import flatten
 from orchestrator.cli.main import main
 from orchestrator.cli.plan import RestorePlan

@@ -16,7 +16,8 @@ from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.run import tier_directory
 from orchestrator.run.held_steps import HeldSteps
-from orchestrator.run.tier import OwnTier, free_left_over
+from orchestrator.run.tier import Beside, OwnTier
+from orchestrator.run.tier_keeping import Keeper
 from tests.support import builders
 from tests.support.images import signed
 from tests.support.runs import fill, store_of
@@ -43,6 +44,10 @@ def hold(tier: OwnTier, step: int, size: int = 1000, epoch: int = 1) -> AttemptI
     entry = builders.live(step, attempt.name)
     tier.log.append(partial(journal.commit, epoch=epoch, entry=entry, keep=last(9)))
     return attempt
+
+
+def keeper(tier: OwnTier, epoch: int = 1, *processes: int, listed: tuple[AttemptId, ...] = ()) -> Keeper:
+    return Keeper(tier, Beside(tier.path, {0, *processes}), epoch, listed)
 
 
 def steps(tier: OwnTier) -> list[int]:
@@ -156,7 +161,7 @@ def test_a_newer_incarnation_fences_an_older_one_in_the_tier_as_well(path: Path)
         own_tier(path, 3)
     hold(new, 60, epoch=4)
     with pytest.raises(Fenced):  # nor does it make room at the cost of the newer one
-        old.make_room(1500, 3500)
+        keeper(old, 3).make_room(1500, 0, 3500)
     new.release([AttemptId.of(60, 4, 1)], "done")
     assert steps(new) == [20]
 
@@ -183,14 +188,27 @@ def test_a_log_goes_on_from_its_newest_whole_entry(path: Path) -> None:
     assert steps(own_tier(path, 3)) == [20, 80]
 
 
-def test_a_log_that_cannot_be_trusted_is_thrown_away_with_what_it_was_about(path: Path) -> None:
+def test_a_log_that_cannot_be_trusted_is_begun_again_and_what_others_may_list_stays(path: Path) -> None:
     tier = own_tier(path)
     hold(tier, 20)
     for entry in (path / "journal").iterdir():
         entry.write_bytes(entry.read_bytes()[:-9])
     assert not HeldSteps(str(path), [str(path)]).listed
     begun_again = own_tier(path, 2)
-    assert steps(begun_again) == [] and list(begun_again.storage.list(keys.STEPS)) == []
+    assert steps(begun_again) == [] and list(begun_again.attempts()) == [AttemptId.of(20, 1, 1)]
+    hold(begun_again, 40, epoch=2)
+    keeper(begun_again, 2).free()
+    assert [attempt.step for attempt in begun_again.attempts()] == [40]
+
+
+def test_a_log_is_begun_beside_the_copies_that_were_there_before_it(path: Path) -> None:
+    """A process runs where an earlier start had another's copies: they may be the only ones of that part."""
+    first = AttemptId.of(20, 1, 1)
+    tier_directory.make(str(path))
+    OwnTier(str(path), "copy").storage.create(first.key("receipts/00000.json"), b"{}")
+    tier = own_tier(path, 2)
+    keeper(tier, 2, listed=(first,)).free()
+    assert list(tier.attempts()) == [first] and not HeldSteps(str(path), [str(path)]).unreadable
 
 
 def test_a_log_of_a_newer_version_is_left_as_it_is_and_nothing_is_held(path: Path) -> None:
@@ -216,22 +234,46 @@ def test_another_processs_log_follows_process_0s_as_far_as_it_has_a_part(path: P
     assert steps(second) == [60] and not list(first.storage.list("steps/00000040"))
 
 
-def test_what_was_written_of_a_step_that_is_not_held_is_freed(path: Path) -> None:
+def beside(path: Path, process: int, *attempts: AttemptId) -> OwnTier:
+    """The directory of a process that is on another host, with copies of these."""
+    other = OwnTier(str(path.with_name(f"process-{process:05d}")), "copy")
+    tier_directory.make(other.path)
+    for attempt in attempts:
+        other.storage.create(attempt.key("state/data"), b"x" * 1000)
+    return other
+
+
+def test_copies_of_what_is_held_no_more_are_freed_and_those_of_the_next_step_are_not(path: Path) -> None:
     tier = own_tier(path)
-    kept, gone = hold(tier, 20), AttemptId.of(40, 1, 1)
-    tier.storage.create(gone.key("state/data"), b"x")
-    tier.delete(gone)
-    assert {entry.key for entry in tier.storage.list(keys.STEPS)} == {kept.key("state/data")}
+    held = [hold(tier, step) for step in (20, 40, 60)]
+    ahead, aborted = AttemptId.of(80, 1, 1), AttemptId.of(50, 1, 1)
+    copies = beside(path, 1, *held, aborted, ahead)
+    keeping = keeper(tier)
+    keeping.free()
+    assert set(copies.attempts()) == {*held, aborted, ahead}  # nothing has ended here yet, as far as it knows
+    keeping.decided(aborted, tier.live())
+    keeping.free()
+    assert set(copies.attempts()) == {*held, ahead}
+    keeping.release(held[:1], "retention")
+    assert set(copies.attempts()) == {*held[1:], ahead} and set(tier.attempts()) == set(held[1:])
+    keeping.decided(ahead, None)  # process 0 does not answer: it may have committed it
+    keeping.free()
+    assert ahead in copies.attempts()
 
 
 def test_what_processes_held_that_the_job_has_no_more_of_is_freed_once_it_is_superseded(path: Path) -> None:
     for process in range(3):
         hold(own_tier(path.with_name(f"process-{process:05d}")), 20)
     kept = AttemptId.of(20, 1, 1)
-    free_left_over(str(path), 1, {kept})
+    tier = own_tier(path, 2)
+    keeping = keeper(tier, 2, listed=(kept,))
+    keeping.free()
     assert len(list(path.parent.glob("*/steps/00000020"))) == 3
-    free_left_over(str(path), 1, set())
-    assert [found.parents[1].name for found in path.parent.glob("*/steps/00000020")] == ["process-00000"]
+    newer = hold(tier, 40, epoch=2)
+    tier.release([kept], "retention")
+    keeping.decided(newer, tier.live())
+    keeping.free()
+    assert list(path.parent.glob("*/steps/00000020")) == []
 
 
 # Room.
@@ -241,20 +283,23 @@ def test_older_steps_go_for_a_new_one_and_the_newest_stays(path: Path) -> None:
     tier = own_tier(path)
     for step in (20, 40, 60):
         hold(tier, step)
-    tier.make_room(1000, 4000)
+    keeper(tier).make_room(1000, 0, 4000)
     assert steps(tier) == [20, 40, 60]
-    tier.make_room(1500, 4000)
+    keeper(tier).make_room(1500, 0, 4000)
     assert steps(tier) == [40, 60] and not list(tier.storage.list("steps/00000020"))
     with pytest.raises(StorageError, match=r"needs 3001 bytes .* there are 2000 of the 4000 of bytes_max beside"):
-        tier.make_room(3001, 4000)
+        keeper(tier).make_room(3001, 0, 4000)
     assert steps(tier) == [40, 60]
 
 
 def test_more_than_the_machine_can_spare_is_refused_with_both_numbers(path: Path) -> None:
     tier = own_tier(path)
     free = tier_directory.free_bytes(str(path))
-    with pytest.raises(StorageError, match=rf"needs {1 << 60} bytes for a held step, and there are \d+ beside the 0"):
-        tier.make_room(1 << 60, None)
+    with pytest.raises(
+        StorageError,
+        match=rf"needs {1 << 59} bytes for a held step, and {1 << 59} for the copies .*, and there are \d+ beside",
+    ):
+        keeper(tier).make_room(1 << 59, 1 << 59, None)
     assert 0 < free < 1 << 50
 
 

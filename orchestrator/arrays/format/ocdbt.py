@@ -8,9 +8,9 @@ Columns of numbers are varints; they are coded with numpy, as a state may have a
 
 from __future__ import annotations
 
-import itertools
+import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,14 @@ NODE_BYTES_MAX = 100_000_000  # what Orbax sets, too: TensorStore rejects larger
 _KEYS_BYTES_MAX = 1 << 28  # of a node's keys, each whole: in the node, what two have in common is there once
 _VARINT_BYTES_MAX = 10
 _NODE_ENTRIES = 16384
+_KEPT_KEYS_MAX = 2 * _NODE_ENTRIES  # of a node whose keys are kept for the next one
+_INT64_MAX = 2**63 - 1
 _MANIFEST_MAGIC, _NODE_MAGIC = 0x0CDB3A2A, 0x0CDB20DE
 _ARITY_LOG2 = 4
 _FOOTER_BYTES = 4
 
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
+_Unsigned = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class Unsupported(Exception):
@@ -236,10 +239,15 @@ class _Cursor:
 
     def numbers(self, count: int) -> list[int]:
         """`count` varints."""
+        numbers: list[int] = self.column(count).tolist()
+        return numbers
+
+    def column(self, count: int) -> _Unsigned:
+        """`count` varints, as an array."""
         if count <= 0:
             if count < 0:
                 raise ValueError("a column of fewer than no numbers")
-            return []
+            return np.zeros(0, np.uint64)
         window = self._all[self._at : self._at + 10 * count]
         ends = np.flatnonzero(window[: 2 * count] < 0x80)
         if len(ends) < count:
@@ -258,8 +266,15 @@ class _Cursor:
                 7 * index
             )
         self._at += int(ends[-1]) + 1
-        numbers: list[int] = values.tolist()
-        return numbers
+        return values
+
+    def since(self, first: int) -> bytes:
+        """What was read from there on."""
+        return bytes(self._body[first : self._at])
+
+    @property
+    def at(self) -> int:
+        return self._at
 
     def files(self) -> list[tuple[str, str]]:
         """A data file table: (base path, relative path) of each."""
@@ -277,15 +292,19 @@ class _Cursor:
         shared, lengths = [0, *self.numbers(count - 1)], self.numbers(count)
         _check_shared(shared, lengths)
         between = [self.numbers(count) for _ in range(columns_between)]
-        rests, at = self.take(sum(lengths)), 0
-        keys, key = [], b""
-        for prefix, size in zip(shared, lengths, strict=True):
-            key = key[:prefix] + rests[at : at + size]
-            at += size
-            keys.append(key)
-        if not all(map(operator.lt, keys, keys[1:])):
-            raise ValueError("keys out of order")
-        return keys, between
+        return _keys_of(shared, lengths, self.take(sum(lengths))), between
+
+    def key_table(self, count: int, prefix: bytes) -> KeyTable:
+        """As `keys`; the same object for the same keys as lately."""
+        first = self._at
+        self.column(count - 1)
+        lengths = self.column(count)
+        # Before they are summed up: 64 bits overflow.
+        if count and int(np.max(lengths)) > _KEYS_BYTES_MAX:
+            raise ValueError(f"a key of {int(np.max(lengths))} bytes")
+        self.take(int(np.sum(lengths)))
+        table = _kept_table if count <= _KEPT_KEYS_MAX else _table
+        return table(self.since(first), count, prefix)
 
 
 def _check_shared(shared: Sequence[int], lengths: Sequence[int]) -> None:
@@ -297,6 +316,62 @@ def _check_shared(shared: Sequence[int], lengths: Sequence[int]) -> None:
         if prefix > before:
             raise ValueError("a key that has more in common with the one before than that is long")
         before = prefix + size
+
+
+def _keys_of(shared: Sequence[int], lengths: Sequence[int], rests: bytes) -> list[bytes]:
+    keys, key, at = [], b"", 0
+    for prefix, size in zip(shared, lengths, strict=True):
+        key = key[:prefix] + rests[at : at + size]
+        at += size
+        keys.append(key)
+    if not all(map(operator.lt, keys, keys[1:])):
+        raise ValueError("keys out of order")
+    return keys
+
+
+@dataclass(frozen=True, eq=False)
+class KeyTable:
+    """The keys of a leaf, in order, each with the prefix of all; and the row of each."""
+
+    raw: Sequence[bytes]
+
+    @functools.cached_property
+    def rows(self) -> Mapping[str, int]:
+        """Raises UnicodeDecodeError."""
+        return dict(zip(map(bytes.decode, self.raw), range(len(self.raw)), strict=True))
+
+
+def _table(columns: bytes, count: int, prefix: bytes) -> KeyTable:
+    keys, _ = _Cursor(memoryview(columns)).keys(count)
+    return KeyTable([prefix + key for key in keys] if prefix else keys)
+
+
+# A process that restores a state again finds the same keys; for thousands of small leaves, making them out takes longer
+# than reading them.
+_kept_table = functools.lru_cache(maxsize=8)(_table)
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """What a leaf has for each of its keys, as columns. files: the number in `paths` of the data file that the value is
+    in, -1: it is in `inline`. offsets: of the value there."""
+
+    table: KeyTable
+    paths: Sequence[str]
+    files: _Numbers
+    offsets: _Numbers
+    sizes: _Numbers
+    inline: bytes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[tuple[bytes, Chunk]]:
+        return zip(self.table.raw, map(self.value, range(len(self))), strict=True)
+
+    def value(self, row: int) -> Chunk:
+        file, offset, size = int(self.files[row]), int(self.offsets[row]), int(self.sizes[row])
+        return self.inline[offset : offset + size] if file < 0 else (self.paths[file], offset, size)
 
 
 def decode_manifest(body: bytes, where: str) -> NodeRef | None:
@@ -326,9 +401,9 @@ def decode_manifest(body: bytes, where: str) -> NodeRef | None:
 
 def decode_node(
     body: bytes, node: NodeRef, prefix: bytes, where: str
-) -> tuple[list[tuple[bytes, Chunk]], list[tuple[bytes, NodeRef]]]:
-    """A node's entries (of a leaf) and its children, each with the prefix of its keys. A child is one less high than
-    its parent, so that every tree ends. Raises Damaged, Unsupported."""
+) -> tuple[Entries | None, list[tuple[bytes, NodeRef]]]:
+    """A node's entries (None unless it is a leaf) and its children, each with the prefix of its keys. A child is one
+    less high than its parent, so that every tree ends. Raises Damaged, Unsupported."""
     cursor = _unframed(_NODE_MAGIC, body, where)
     try:
         if cursor.byte() != node.height:
@@ -336,31 +411,35 @@ def decode_node(
         files = [(node.transitive + base, relative) for base, relative in cursor.files()]
         count = cursor.number()
         if node.height:
-            return [], list(_children(cursor, files, count, prefix, node.height - 1))
+            return None, list(_children(cursor, files, count, prefix, node.height - 1))
         return _entries(cursor, files, count, prefix), []
     except (ValueError, IndexError) as error:
         raise Damaged(f"{where}: not a node of an OCDBT store: {error}") from error
 
 
-def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes) -> list[tuple[bytes, Chunk]]:
-    keys, _ = cursor.keys(count)
-    lengths, kinds = cursor.numbers(count), cursor.numbers(count)
-    if not {0, 1}.issuperset(kinds):
+def _entries(cursor: _Cursor, files: list[tuple[str, str]], count: int, prefix: bytes) -> Entries:
+    keys = cursor.key_table(count, prefix)
+    lengths, kinds = cursor.column(count), cursor.column(count)
+    if count and int(np.max(kinds)) > 1:
         raise ValueError("values neither in the node nor in a file")
-    indirect = sum(kinds)
-    places = iter(zip(cursor.numbers(indirect), cursor.numbers(indirect), strict=True))
-    paths = [base + relative for base, relative in files]
-    rest = cursor.take(sum(itertools.compress(lengths, (not kind for kind in kinds))))
-    at = 0
-    found: list[tuple[bytes, Chunk]] = []
-    for key, size, kind in zip(keys, lengths, kinds, strict=True):
-        if kind:
-            file, offset = next(places)
-            found.append((prefix + key, (paths[file], offset, size)))
-        else:
-            found.append((prefix + key, rest[at : at + size]))
-            at += size
-    return found
+    in_file = kinds == 1
+    indirect = int(np.count_nonzero(in_file))
+    numbers, places = cursor.column(indirect), cursor.column(indirect)
+    if indirect and (int(np.max(numbers)) >= len(files) or int(np.max(places)) > _INT64_MAX):
+        raise ValueError("a value in no file")
+    if count and int(np.max(lengths)) > _INT64_MAX:
+        raise ValueError("a value of more than 63 bits of bytes")
+    sizes = lengths.astype(np.int64)
+    inline_sizes = np.where(in_file, 0, sizes)
+    # Each by itself first: of made-up sizes the sum may be any number.
+    if count and int(np.max(inline_sizes)) > NODE_BYTES_MAX:
+        raise ValueError("ends too early")
+    ends = np.cumsum(inline_sizes)
+    inline = cursor.take(int(ends[-1]) if count else 0)
+    offsets = ends - inline_sizes
+    file_of = np.full(count, -1, np.int64)
+    file_of[in_file], offsets[in_file] = numbers, places
+    return Entries(keys, [base + relative for base, relative in files], file_of, offsets, sizes, inline)
 
 
 def _children(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from orchestrator.arrays.memory_kinds import in_default_memory, on_host
 from orchestrator.arrays.reading.buffer_layout import BufferLayout, layout_of, region_layout
 from orchestrator.arrays.reading.host_memory import SMALL_BYTES, Arena, Array, aligned_bytes
 from orchestrator.arrays.reading.requests import ReadRequest
+from orchestrator.rules.kept import kept
 from orchestrator.rules.records import Box, LeafSpec
 
 
@@ -22,14 +23,15 @@ class BufferGroup:
     """Leaves of one form that are read together: for each region that this process needs one host buffer, whose first
     dimension is the leaf.
 
-    positions: of the leaves among all that were requested. owned: where the buffers are memory of XLA's own, the array
-    on each device that they belong to; replicas: then, (to, from) of devices that get the same elements. locked: where
-    they are page-locked, the array that each of them is.
+    positions: of the leaves among all that were requested. names: of the leaves. owned: where the buffers are memory of
+    XLA's own, the array on each device that they belong to; replicas: then, (to, from) of devices that get the same
+    elements. locked: where they are page-locked, the array that each of them is.
     """
 
     requests: Sequence[ReadRequest]
     layout: BufferLayout
     positions: Sequence[int] = (0,)
+    names: Sequence[str] = ()
     buffers: list[Array] = field(default_factory=list)
     owned: list[Any] = field(default_factory=list)
     replicas: list[tuple[Array, Array]] = field(default_factory=list)
@@ -39,6 +41,10 @@ class BufferGroup:
     def leaf(self) -> LeafSpec:
         """The same for all leaves of the group, except for its path."""
         return self.requests[0].leaf
+
+    def keys(self, suffix: str) -> list[str]:
+        """Of the chunk whose key ends with `suffix`, of all leaves."""
+        return [name + suffix for name in self.names or [request.leaf.name for request in self.requests]]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -97,21 +103,34 @@ class BufferGroup:
 def grouped(requests: Sequence[ReadRequest]) -> list[BufferGroup]:
     """Groups of the requested leaves that files hold. A large leaf comes alone, small ones of one form come together,
     so that whatever has to be done is done for all of them at once. Raises Damaged as `layout_of`."""
+    found = _kept_groups(requests) if isinstance(requests, tuple) else _groups(requests)
+    return [BufferGroup(*group) for group in found]
+
+
+_Group = tuple[Sequence[ReadRequest], BufferLayout, Sequence[int], Sequence[str]]
+
+
+def _groups(requests: Sequence[ReadRequest]) -> list[_Group]:
     forms: dict[Any, list[int]] = {}
     for position, request in enumerate(requests):
         leaf = request.leaf
         if leaf.in_store:
             form = (leaf.shape, leaf.dtype, leaf.chunk, request.sharding, request.dtype, leaf.kind, leaf.stored_shape)
             forms.setdefault((*form, leaf.stored_dtype, leaf.value, request.frame), []).append(position)
-    groups = []
+    groups: list[_Group] = []
     for positions in forms.values():
         first = requests[positions[0]]
         alone = BufferGroup((first,), layout_of(first))
         count = max(1, SMALL_BYTES // max(1, alone.leaf_bytes))
         for at in range(0, len(positions), count):
             some = positions[at : at + count]
-            groups.append(BufferGroup([requests[position] for position in some], alone.layout, some))
-    return sorted(groups, key=lambda group: group.positions[0])  # about as the files have them
+            together = [requests[position] for position in some]
+            groups.append((together, alone.layout, some, [request.leaf.name for request in together]))
+    return sorted(groups, key=lambda group: group[2][0])  # about as the files have them
+
+
+# A process that restores into the same form again has the same requests.
+_kept_groups: Callable[[tuple[ReadRequest, ...]], list[_Group]] = kept(_groups)
 
 
 def bytes_to_read(requests: Sequence[ReadRequest]) -> int:

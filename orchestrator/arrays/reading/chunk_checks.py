@@ -7,8 +7,9 @@ which tells another save's chunk from this one's. Whatever is wrong is a Suspect
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import crc32c
 import numpy as np
@@ -17,8 +18,9 @@ from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.format.compressed import inflated
 from orchestrator.arrays.reading.buffers import BufferGroup
 from orchestrator.arrays.reading.chunk_source import ChunkRead
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.errors import Damaged, Suspect, Unavailable
-from orchestrator.rules.chunk_index import Chunk
+from orchestrator.rules import zarr_chunks
 from orchestrator.rules.keys import STATE
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 
@@ -88,28 +90,35 @@ class ChunkChecks:
         for destination in read.destinations:
             read.view(destination)[...] = source[destination.part]
 
-    def fill_from_index(self, group: BufferGroup, index: Mapping[str, Chunk]) -> bool:
+    def fill_from_index(self, group: BufferGroup, index: StoredIndex) -> bool:
         """Fill the buffers of a group from chunks that the index holds itself, the same chunk of all leaves at once.
         False if not every one is there, whole and of this save: reading them one by one then finds out which."""
         size, chunk = group.chunk_bytes + CHECKSUM_BYTES, group.leaf.chunk
         if chunk is None or size > ocdbt.INLINE_BYTES:
             return False
-        names = [request.leaf.name for request in group.requests]
         for suffix, destinations in group.layout.reads:
-            keys = [name + suffix for name in names]
-            bodies: list[Any] = list(map(index.get, keys))
-            if {*map(type, bodies)} != {bytes} or {*map(len, bodies)} != {size}:
+            keys = group.keys(suffix)
+            bodies = index.inline(keys, size)
+            # One CRC of them all: each ends with its own, so that of whole ones it is a known number.
+            if bodies is None or crc32c.crc32c(bodies.data) != _of_whole_chunks(len(keys), size):
                 return False
-            if {*map(crc32c.crc32c, bodies)} != {_WHOLE}:
+            stored = bodies[:, : -CHECKSUM_BYTES - 1 : -1].tobytes().hex()  # little-endian
+            if self._checksums and stored != "".join(map(self._checksums.get, keys, itertools.repeat(""))):
                 return False
-            rows = np.frombuffer(b"".join(bodies), np.uint8).reshape(len(keys), size)
-            stored = rows[:, : -CHECKSUM_BYTES - 1 : -1].tobytes().hex()  # little-endian
-            if self._checksums and stored != "".join([self._checksums.get(key, "") for key in keys]):
-                return False
-            elements = rows[:, :-CHECKSUM_BYTES].view(group.dtype).reshape(len(keys), *chunk)
+            elements = bodies[:, :-CHECKSUM_BYTES].view(group.dtype).reshape(len(keys), *chunk)
             for part in destinations:
                 group.buffers[part.buffer][(slice(None), *part.inside)] = elements[(slice(None), *part.part)]
         return True
+
+
+@functools.lru_cache(maxsize=256)
+def _of_whole_chunks(count: int, size: int) -> int:
+    """The CRC-32C of so many chunks of `size` bytes one after the other, each of which ends with its own."""
+    if count == 1:
+        return _WHOLE
+    half = count // 2
+    doubled = zarr_chunks.combined_crc32c(_of_whole_chunks(half, size), _of_whole_chunks(half, size), half * size)
+    return zarr_chunks.combined_crc32c(doubled, _WHOLE, size) if count % 2 else doubled
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from orchestrator.arrays.format.compressed import chunk_shape
 from orchestrator.arrays.reading.buffer_layout import Destination, with_chunks
 from orchestrator.arrays.reading.buffers import BufferGroup
 from orchestrator.arrays.reading.host_memory import Array
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.chunk_index import Chunk, Location
 
@@ -55,7 +56,7 @@ class ChunkSource(Protocol):
 
     directory: str  # URL of the attempt's `state/`
 
-    def index(self) -> Mapping[str, Chunk] | None:
+    def index(self) -> StoredIndex | None:
         """Key -> the chunk, or where it is, for all of the store; None where nobody has listed its files. Worked out
         once. Raises Damaged, Suspect, Unavailable."""
 
@@ -73,7 +74,7 @@ class ChunkSource(Protocol):
 class ChunkFiles(Protocol):
     """The merged store of an attempt as files that can be read in parts. Any number of threads."""
 
-    def index(self) -> dict[str, Chunk] | None:
+    def index(self) -> StoredIndex | None:
         """Key -> value, or its place; None if the store's tree is one that only TensorStore reads. Raises Suspect
         naming the files that it was read from, Damaged, StorageError."""
 

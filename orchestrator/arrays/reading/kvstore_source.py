@@ -6,16 +6,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.chunk_checks import ChunkChecks
 from orchestrator.arrays.reading.chunk_source import ChunkRead, OnBytes
 from orchestrator.arrays.reading.kvstore import KvStore
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.arrays.reading.stored_tree import ObjectTree
 from orchestrator.errors import Damaged
-from orchestrator.rules.chunk_index import Chunk, StoredFiles
+from orchestrator.rules.chunk_index import StoredFiles
 
 _WINDOW_BYTES = 64 << 20  # read, and not yet copied to their place
 _WINDOW_READS = 2048
@@ -32,11 +33,11 @@ class KvStoreSource:
         self._waiting: deque[tuple[ChunkRead, Any, OnBytes, _Waiting]] = deque()
         self._in_flight = 0
 
-    def index(self) -> Mapping[str, Chunk] | None:
+    def index(self) -> StoredIndex | None:
         return self._index
 
     @functools.cached_property
-    def _index(self) -> Mapping[str, Chunk] | None:
+    def _index(self) -> StoredIndex | None:
         if self._stored is None:
             return None
         with contextlib.suppress(ocdbt.Unsupported):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +16,9 @@ from orchestrator.arrays.reading.chunk_checks import ChunkChecks
 from orchestrator.arrays.reading.chunk_parts import ChunkParts
 from orchestrator.arrays.reading.chunk_source import ChunkFiles, ChunkRead, OnBytes
 from orchestrator.arrays.reading.local_store import LocalStore
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.errors import Damaged
-from orchestrator.rules.chunk_index import Chunk, Location, StoredFiles
+from orchestrator.rules.chunk_index import Location, StoredFiles
 from orchestrator.rules.zarr_chunks import CHECKSUM_BYTES
 from orchestrator.storage import local_path
 
@@ -40,11 +41,11 @@ class LocalSource:
         self._parts = ChunkParts(self._store, self._checks)
         self._pool: ThreadPoolExecutor | None = None
 
-    def index(self) -> Mapping[str, Chunk]:
+    def index(self) -> StoredIndex:
         return self._index
 
     @functools.cached_property
-    def _index(self) -> Mapping[str, Chunk]:
+    def _index(self) -> StoredIndex:
         index = self._store.index()
         if index is None:
             raise Damaged(f"{self.directory}: {ocdbt.NOT_OURS}")

@@ -9,6 +9,7 @@ import threading
 import crc32c
 
 from orchestrator.arrays.format import ocdbt
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.arrays.reading.stored_tree import walk
 from orchestrator.errors import Damaged, OrchestratorError, Suspect, Unavailable
 from orchestrator.rules import zarr_chunks
@@ -44,7 +45,7 @@ class LocalStore:
         self._open: dict[str, int] = {}
         self._tree: list[str] = []  # files that the tree was read from
 
-    def index(self) -> dict[str, Chunk] | None:
+    def index(self) -> StoredIndex | None:
         """Key -> value, or its place; None if the store's tree is one that only TensorStore reads. No file is open
         afterwards. Raises Suspect naming the files that it was read from, Unavailable."""
         self._tree = [ocdbt.MANIFEST]
@@ -58,13 +59,13 @@ class LocalStore:
         finally:
             self.close()
 
-    def _read_tree(self) -> dict[str, Chunk]:
+    def _read_tree(self) -> StoredIndex:
         where = f"{self._directory}/{ocdbt.MANIFEST}"
         try:
             root = ocdbt.decode_manifest(self._whole(ocdbt.MANIFEST, where), where)
         except OSError as error:
             raise fault(f"{where}: cannot be read: {error}", ocdbt.MANIFEST, error) from error
-        return walk(root, self._node, self._directory, self._stored) if root else {}
+        return walk(root, self._node, self._directory, self._stored) if root else StoredIndex(())
 
     def files_of(self, chunk: Chunk | None) -> list[str]:
         """The files, below the directory, that a value of the index comes from: its own, or those of the tree."""

@@ -12,6 +12,7 @@ import crc32c
 
 from orchestrator.arrays.format import ocdbt
 from orchestrator.arrays.reading.local_store import PIECE_BYTES, fault
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.arrays.reading.stored_tree import ObjectTree
 from orchestrator.errors import Suspect
 from orchestrator.rules.chunk_index import Chunk, Location, StoredFiles
@@ -41,7 +42,7 @@ class PlacedStore:
         self._open: dict[tuple[str, Source], OpenFile] = {}
         self._tree: list[str] = []
 
-    def index(self) -> dict[str, Chunk] | None:
+    def index(self) -> StoredIndex | None:
         """As `LocalStore.index`, from files that are checked whole: another attempt's tree is none of this one's."""
         self._tree = []
         with contextlib.suppress(ocdbt.Unsupported):

@@ -12,7 +12,7 @@ Nothing is read but files that the step's manifest lists, and no buffer is given
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,10 @@ from orchestrator.arrays.reading.owned_memory import use_owned_memory
 from orchestrator.arrays.reading.placed_source import PlacedSource
 from orchestrator.arrays.reading.placed_store import Places
 from orchestrator.arrays.reading.requests import ReadRequest
+from orchestrator.arrays.reading.stored_index import StoredIndex
 from orchestrator.rules import zarr_chunks
 from orchestrator.rules.boxes import whole_box
-from orchestrator.rules.chunk_index import Chunk, StoredFiles
+from orchestrator.rules.chunk_index import StoredFiles
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.storage import local_path
 
@@ -59,8 +60,10 @@ def load(
     Raises Suspect naming the leaf if something is not as it should be, which proves nothing yet, Unavailable if it
     cannot be read.
     """
-    values: list[Any] = [None if request.leaf.in_store else value_without_file(request) for request in requests]
     groups = grouped(requests)
+    values: list[Any] = [None] * len(requests)
+    if sum(len(group.positions) for group in groups) < len(requests):
+        values = [None if request.leaf.in_store else value_without_file(request) for request in requests]
     if not groups:
         return values
     reader = _Reader(directory, on_bytes, stored, places)
@@ -139,7 +142,7 @@ class _Reader:
         """Nothing is read any more, whatever was begun."""
         self._source.close()
 
-    def _fill_from(self, index: Mapping[str, Chunk], group: BufferGroup) -> bool:
+    def _fill_from(self, index: StoredIndex, group: BufferGroup) -> bool:
         if not self._checks.fill_from_index(group, index):
             return False
         self._on_bytes(group.chunk_bytes * len(group.requests) * len(group.layout.reads))

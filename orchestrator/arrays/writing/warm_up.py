@@ -48,7 +48,9 @@ class WarmUp:
         """`begin` for states like this one: arrays, or jax.ShapeDtypeStruct with shardings. A target that cannot be
         restored, or that only the mesh that is set completes, is left to whoever restores it."""
         try:
-            if not any(map(_off_host, jax.tree_util.tree_leaves(like))):  # at once, of thousands of leaves
+            leaves = jax.tree_util.tree_leaves(like)
+            shardings = {id(sharding): sharding for leaf in leaves if (sharding := getattr(leaf, "sharding", None))}
+            if not any(map(_off_host, shardings.values())):  # at once, of thousands of leaves with few shardings
                 return
             layout = layout_of(shards_expected(like, tiled=self._tiled))
         except Exception as error:  # an abstract mesh, a sharding that does not divide the shape, an odd dtype
@@ -85,8 +87,7 @@ class WarmUp:
         page_lock(layout.shards[0].device, size if self._most_bytes is None else min(size, self._most_bytes))
 
 
-def _off_host(leaf: Any) -> bool:
-    sharding = getattr(leaf, "sharding", None)
+def _off_host(sharding: Any) -> bool:
     return isinstance(sharding, jax.sharding.Sharding) and not on_host(sharding)
 
 

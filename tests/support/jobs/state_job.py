@@ -23,7 +23,8 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     auto=S         save at the interval of oc.auto(max_loss_s=S), not at every step
     every=N        save every N steps, not at every one
     tier=DIR       hold steps in memory, in a directory of each process's own below DIR
-    shared=1       in DIR itself
+    shared=1       in DIR itself: one host
+    copies=N       on other hosts
     hold=N         every N steps (2)
     full=I         process I has no room there
     upload=N       so many bytes a second go from there to the store
@@ -174,15 +175,18 @@ if "tier" in args:
     own = args["tier"] if args.get("shared") else f"{args['tier']}/host-{index}"
     os.makedirs(own, exist_ok=True)
     room = 1000 if args.get("full") == str(index) else None
-    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own, bytes_max=room)]
+    copies = {"copies": int(args["copies"])} if "copies" in args else {}
+    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own, bytes_max=room, **copies)]
 
 
 def tell(event: events.Event) -> None:
     match event:
-        case events.StepHeld(step=step):
-            say("held", step=step)
+        case events.StepHeld(step=step, copies=copies, sent_bytes=sent_bytes):
+            say("held", step=step, copies=copies, sent_bytes=sent_bytes)
         case events.StepNotHeld(step=step, reason=reason):
             say("not held", step=step, reason=reason)
+        case events.CopyDropped(step=step, file=file, source=source):
+            say("copy dropped", step=step, file=file, source=source)
         case events.HeldStepDropped(step=step, reason=reason):
             say("dropped", step=step, reason=reason)
 
