@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 LOCK = requirements-$$($(PYTHON) -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax test-adopt demo bitrot unreadable incidents bench bench-quick chaos docs pictures format clean
+.PHONY: help setup lock check test test-gcs-servers test-slurm test-image test-versions test-orbax test-adopt demo bitrot unreadable incidents bench bench-quick chaos recovery docs pictures format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,10 @@ chaos: setup ## 210 rounds of faults against real jobs, the run checked after ea
 	$(BIN)/python -m tests.proof.chaos --rounds=$(or $(ROUNDS),210) --seed=$(or $(SEED),20261124) --report=chaos-report.md
 	$(BIN)/python -m tests.proof.fuzz --mutations=$(or $(MUTATIONS),10000) --seed=$(or $(SEED),20261124) --commands --alone --report=fuzz-report.md
 
+recovery: setup ## 100 losses of hosts within what copies promise and 20 beyond it, of a job that trains; into docs/tiers.md (30 minutes)
+	$(BIN)/python -m tests.proof.recovery --rounds=$(or $(ROUNDS),100) --outside=$(or $(OUTSIDE),20) --seed=$(or $(SEED),20261127) \
+	  --out=recovery-$(or $(SEED),20261127).jsonl --write=docs/tiers.md
+
 docs: setup ## build the documentation's site into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8'  # the `docs` extra
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -109,4 +113,4 @@ format: setup ## rewrite the sources as ruff wants them
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md fuzz-report.md bitrot-report.md unreadable-report.md .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-run chaos-report.md fuzz-report.md bitrot-report.md unreadable-report.md recovery-*.jsonl .mypy_cache .ruff_cache .pytest_cache .hypothesis

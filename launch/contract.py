@@ -11,7 +11,9 @@ from orchestrator.environment import HOST_NAME as HOST_NAME
 from orchestrator.environment import RESTART_COUNT as RESTART_COUNT
 from orchestrator.environment import STEP_BACK as STEP_BACK
 from orchestrator.environment import TIER_DIR as TIER_DIR
+from orchestrator.environment import TIER_PEERS as TIER_PEERS
 from orchestrator.environment import TIER_SECRET as TIER_SECRET
+from orchestrator.environment import TIER_SERVER as TIER_SERVER
 from orchestrator.errors import EXIT_PREEMPTED as EXIT_PREEMPTED
 from orchestrator.job.peer_failure import leave as leave
 from orchestrator.rules.contract import COMPLETION_INDEX as COMPLETION_INDEX

@@ -143,6 +143,7 @@ class Orphans:
     """
 
     def __init__(self, sole: bool) -> None:
+        self.ours: set[int] = set()  # children of the job that are no host's, by their ids
         mine = {process.pid for process in warden.all_processes().values() if process.parent == os.getpid()}
         # In a container process 1 adopts whatever its own `exec` has started.
         self._active = sole and not mine and os.getpid() != 1
@@ -162,7 +163,8 @@ class Orphans:
 
     def _adopted(self, table: dict[int, warden.ProcessInfo], children: Collection[int]) -> set[int]:
         own = os.getpid()
-        return {process.pid for process in table.values() if process.parent == own and process.pid not in children}
+        known = {*children, *self.ours}
+        return {process.pid for process in table.values() if process.parent == own and process.pid not in known}
 
     def reap(self, children: Collection[int]) -> None:
         """Take note of those that have ended; `children` are ours by right, and are reaped by whoever started them."""

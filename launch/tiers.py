@@ -1,4 +1,5 @@
-"""A memory tier for each simulated host: a directory of its own, which goes with the host, as memory does.
+"""A memory tier for each simulated host: a directory of its own and its tier server, which go with the host, as memory
+does.
 
 What a host holds outlives a restart of its process, which is what a tier is for, and not the host: with `lose_on_kill`
 a process that dies as it would with its machine takes its tier along. One thread.
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from launch import contract, warden
 from launch.command import LaunchError
-from launch.hosts import Warden
+from launch.hosts import Orphans, Warden
 from launch.supervise import Exit
+from launch.tier_servers import TierServers
 from orchestrator import environment
 from orchestrator.errors import UsageError
 
@@ -65,6 +67,7 @@ class HostTiers:
         hosts: int,
         environ: Mapping[str, str],
         warden: Warden,
+        orphans: Orphans,
         note: Callable[[str], None],
     ) -> None:
         self._options, self._hosts, self._environ = options, hosts, environ
@@ -73,6 +76,7 @@ class HostTiers:
         self._lost: set[int] = set()
         self._secret = secrets.token_hex(SECRET_BYTES)
         self._directory = Path()
+        self._servers = TierServers(bytes.fromhex(self._secret), warden, orphans, note)
 
     def __enter__(self) -> HostTiers:
         """Raises LaunchError if the tiers cannot be where they are to be."""
@@ -103,43 +107,61 @@ class HostTiers:
         path.mkdir(mode=0o700)
         return path
 
-    def start(self, hosts: int) -> None:
-        """Make ready for a start of so many hosts. Raises LaunchError."""
+    def start(self, hosts: int) -> dict[int, int]:
+        """Make ready for a start of so many hosts. Returns the ids of new servers by machine. Raises LaunchError."""
         if self._options is None:
-            return
+            return {}
         self._machines = machines(hosts, self._machines, sorted(self._lost))
         self._lost -= set(self._machines)  # each is a new machine now, of the same name
+        started = {}
         for machine in self._machines:
             try:
                 self._path(machine).mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
                 raise LaunchError(f"{self._path(machine)}: {error.strerror}") from error
+            if machine not in self._servers:
+                started[machine] = self._servers.start(machine, self._path(machine))
+        return started
 
     def _path(self, machine: int) -> Path:
         return self._directory / f"host-{machine}"
 
     def environ(self, process: int) -> dict[str, str]:
-        """What a process of this start is told."""
+        """What a process of this start is told. Peers: in the order of the processes; then machines that are there, but
+        have none."""
         if self._options is None:
             return {}
         machine = self._machines[process]
-        found = {contract.TIER_DIR: str(self._path(machine)), contract.TIER_SECRET: self._secret}
+        idle = sorted(set(self._servers) - set(self._machines))
+        found = {
+            contract.TIER_DIR: str(self._path(machine)),
+            contract.TIER_SECRET: self._secret,
+            contract.TIER_SERVER: self._servers.address(machine),
+            contract.TIER_PEERS: ",".join(self._servers.address(one) for one in (*self._machines, *idle)),
+        }
         if self._options.domains is not None:
             found[contract.DOMAIN] = domain(machine, self._hosts, self._options.domains)
         return found
 
-    def ended(self, exits: Sequence[Exit]) -> None:
-        """Processes have ended, by themselves or not."""
+    def watch(self) -> None:
+        """Start servers again that have died."""
+        self._servers.watch()
+
+    def ended(self, exits: Sequence[Exit]) -> frozenset[int]:
+        """Processes have ended, by themselves or not. Returns those whose machines have lost their tiers with that."""
         if self._options is None or not self._options.lose_on_kill:
-            return
-        for exit_ in exits:
-            if exit_.from_outside:
-                machine = self._machines[exit_.index]
-                self._lost.add(machine)
-                warden.remove(str(self._path(machine)))
-                self._note(f"host-{exit_.index} has lost its memory tier")
+            return frozenset()
+        lost = frozenset(exit_.index for exit_ in exits if exit_.from_outside)
+        for index in sorted(lost):
+            machine = self._machines[index]
+            self._lost.add(machine)
+            self._servers.lose(machine)
+            warden.remove(str(self._path(machine)))
+            self._note(f"host-{index} has lost its memory tier")
+        return lost
 
     def __exit__(self, *_: object) -> None:
+        self._servers.close()
         if self._options is not None and self._options.directory is None and not self._options.keep:
             warden.remove(str(self._directory))
             self._warden.removed(self._directory)

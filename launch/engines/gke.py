@@ -50,6 +50,8 @@ flags.DEFINE_bool("spot", False, "on spot machines", flag_values=FLAGS)
 flags.DEFINE_string("cpu", "4", "CPU of each pod, requested and limit", flag_values=FLAGS)
 flags.DEFINE_string("memory", "16Gi", "memory of each pod, requested and limit", flag_values=FLAGS)
 flags.DEFINE_integer("scratch_gib", None, "GiB of local SSD at /scratch", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("tier_gib", None, "GiB for a memory tier, beside --memory", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_enum("tier_volume", "node", ["node", "pod"], "whose memory: a node's outlasts pods", flag_values=FLAGS)
 flags.DEFINE_float("grace_s", 120.0, "seconds for a last save after SIGTERM", lower_bound=1.0, flag_values=FLAGS)
 flags.DEFINE_integer("hang_after_s", manifests.HANG_AFTER_S, "a host so long silent is killed", flag_values=FLAGS)
 flags.DEFINE_integer("max_restarts", 3, "restarts after failures; preemptions are free", flag_values=FLAGS)
@@ -166,7 +168,7 @@ def _body(values: dict[str, Any], program: list[str]) -> int:
         "cpu",
         "memory",
     ]
-    same += ["scratch_gib", "grace_s", "hang_after_s", "max_restarts"]
+    same += ["scratch_gib", "tier_gib", "tier_volume", "grace_s", "hang_after_s", "max_restarts"]
     job = PodJob(program=program, pool=pool, hosts=hosts, environ=environ, **{name: values[name] for name in same})
     documents = manifests.jobset(job) if values["kind"] == "jobset" else manifests.indexed_job(job)
     if values["output"] is None:

@@ -25,6 +25,7 @@ from launch.host_processes import HostProcesses
 from launch.hosts import REAP_S, Orphans, Warden
 from launch.interrupts import OperatorSignals
 from launch.tiers import HostTiers, TierOptions
+from launch.timeline import Timeline
 from orchestrator.rules.stalls import Sign
 
 DRAIN_S = 1.0  # for output still in the pipes after the last process has ended
@@ -119,20 +120,21 @@ def run(job: LocalJob, observer: Observer, *, sole: bool = False) -> int:
         OperatorSignals() as signals,
         Orphans(sole) as orphans,
         Warden() as warden,
-        HostTiers(job.tiers, job.processes, environ, warden, observer.note) as tiers,
+        HostTiers(job.tiers, job.processes, environ, warden, orphans, observer.note) as tiers,
     ):
         for number in sorted(signals.ignored - {signal.SIGHUP}):
             observer.note(f"{supervise.signal_name(number)} is ignored, as it was in whatever started this")
         folder = None if job.log_dir is None else logs.claim(job.log_dir)
         if folder != job.log_dir:
             observer.note(f"logs go to {folder}: an earlier run has left its own in {job.log_dir}")
+        timeline = Timeline(folder)
         history = supervise.JobHistory(job.processes)
         while True:
             with (
                 contextlib.closing(_hold_loopback_port()) as port,
                 HostProcesses(signals, orphans, warden, observer.line, observer.note) as processes,
             ):
-                incarnation = _Incarnation(job, observer, signals, processes, tiers, history)
+                incarnation = _Incarnation(job, observer, signals, processes, tiers, timeline, history)
                 incarnation.start(port.getsockname()[1], folder)
                 end = incarnation.watch()
             if isinstance(end, supervise.Finish):
@@ -207,10 +209,11 @@ class _Incarnation:
         signals: OperatorSignals,
         processes: HostProcesses,
         tiers: HostTiers,
+        timeline: Timeline,
         history: supervise.JobHistory,
     ) -> None:
         self._job, self._observer, self._signals, self._processes = job, observer, signals, processes
-        self._tiers = tiers
+        self._tiers, self._timeline = tiers, timeline
         self._history = history
         self._state = supervise.State(job.policy, frozenset(range(history.hosts)), history)
         self._kill_at: float | None = None
@@ -230,7 +233,9 @@ class _Incarnation:
         environ = dict(self._job.environ)
         if self._history.step_back:
             environ[STEP_BACK] = str(self._history.step_back)
-        self._tiers.start(self._history.hosts)
+        self._record("started", hosts=self._history.hosts)
+        for machine, pid in self._tiers.start(self._history.hosts).items():
+            self._record("server", machine=machine, pid=pid)
         for index in range(self._history.hosts):
             contract = JobContract(
                 coordinator_address=f"127.0.0.1:{port}",
@@ -243,6 +248,9 @@ class _Incarnation:
             )
             own = environ | self._tiers.environ(index)
             self._processes.start(self._job.command, own, contract, logs)
+
+    def _record(self, event: str, **fields: object) -> None:
+        self._timeline.record(event, restart=self._history.restarts, **fields)
 
     def watch(self) -> supervise.Restart | supervise.Finish:
         """Wait for the end, carrying out the supervisor's rules meanwhile."""
@@ -257,8 +265,10 @@ class _Incarnation:
             self._reap()
             self._check_heartbeats()
             self._kill_the_overdue()
+            self._tiers.watch()
             running = self._processes.running.values()
             self._observer.tick([HostView(host.index, host.name, host.pid, self._history.restarts) for host in running])
+        self._record("ended")
         give_up = time.monotonic() + DRAIN_S
         while self._processes.output_is_open and time.monotonic() < give_up:
             self._processes.wait(0.05)
@@ -270,7 +280,9 @@ class _Incarnation:
         exits = self._processes.reap(one_may_have_ended_another=known is None)
         if exits:
             self._poll_heartbeats()  # the newest, before the exits are judged
-            self._tiers.ended(exits)
+            lost = self._tiers.ended(exits)
+            for exit_ in exits:
+                self._record("exit", host=exit_.index, code=exit_.code, lost=exit_.index in lost)
         transition = supervise.on_exits(self._state, exits)
         cause = transition[0].cause
         if known is None and cause is not None:

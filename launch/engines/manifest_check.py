@@ -231,7 +231,30 @@ def _pods(spec: Manifest, at: str, pods: int, first: str) -> Iterator[str]:
     grace_s = float(env.get(contract.GRACE_PERIOD_S) or 0) + contract.LEAVING_S
     if (given_s := pod.get("terminationGracePeriodSeconds", 30)) < grace_s:
         yield f"{at}.terminationGracePeriodSeconds: {given_s}: a last save and leaving may take {grace_s:g} s"
+    yield from _volumes(pod, at)
     limits = (pod["containers"][0].get("resources") or {}).get("limits") or {}
     for label, resource in (("gke-tpu-accelerator", "google.com/tpu"), ("gke-accelerator", "nvidia.com/gpu")):
         if f"cloud.google.com/{label}" in (pod.get("nodeSelector") or {}) and resource not in limits:
             yield f"{at}.containers[0].resources.limits: no {resource}, though the node pool has them"
+
+
+def _volumes(pod: Manifest, at: str) -> Iterator[str]:
+    """What is written to a volume in memory counts as the container's memory."""
+    limit = ((pod["containers"][0].get("resources") or {}).get("limits") or {}).get("memory")
+    for index, volume in enumerate(pod.get("volumes") or []):
+        if (volume.get("emptyDir") or {}).get("medium") == "Memory":
+            size = volume["emptyDir"].get("sizeLimit")
+            here = f"{at}.volumes[{index}].emptyDir.sizeLimit"
+            if size is None:
+                yield f"{here}: a volume in memory needs one, or it takes all of the container's memory"
+            elif (most := _bytes(limit)) is not None and (_bytes(size) or 0) >= most:
+                yield f"{here}: {size} in memory, and the container's limit is {limit}, which is to hold both"
+
+
+def _bytes(quantity: object) -> int | None:
+    """Of a whole number of bytes as Kubernetes writes it; None for anything else."""
+    found = re.fullmatch(r"([0-9]+)(|[KMGT]i|[kMGT])", str(quantity))
+    if not found:
+        return None
+    power = " kMGT".index(found[2][0].replace("K", "k")) if found[2] else 0
+    return int(found[1]) * int((1024 if found[2].endswith("i") else 1000) ** power)

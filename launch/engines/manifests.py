@@ -23,6 +23,8 @@ Manifest = dict[str, Any]
 
 JOBS = "workers"  # the JobSet's one replicatedJob
 SCRATCH = "/scratch"
+TIER = "/tier"
+TIER_KEY = "secret"  # of the Secret NAME-tier
 USER_ID = 10001  # of docker/Dockerfile
 # Not `python -m launch.health`: the image's working directory, or its PYTHONPATH, may hold a `launch` of the user's.
 HEALTH = ("python", "-P", "-m", "orchestrator", "launch", "health")
@@ -47,7 +49,8 @@ class Pool:
 @dataclass(frozen=True)
 class PodJob:
     """What to run. `slices` groups of `hosts` pods each; `grace_s` is for the last save, to which contract.LEAVING_S is
-    added before Kubernetes kills. `scratch_gib`: of local SSD."""
+    added before Kubernetes kills. `scratch_gib`: of local SSD. `tier_gib`: for a memory tier, beside `memory`; it is
+    the node's, and outlasts a pod, or the pod's own (`tier_volume`)."""
 
     name: str
     image: str
@@ -62,6 +65,8 @@ class PodJob:
     cpu: str = "4"
     memory: str = "16Gi"
     scratch_gib: int | None = None
+    tier_gib: int | None = None
+    tier_volume: Literal["node", "pod"] = "node"
     grace_s: float = 120.0
     hang_after_s: int = HANG_AFTER_S
     max_restarts: int = 3
@@ -74,6 +79,18 @@ class PodJob:
                 raise LaunchError(f"--{name}={value}: expected at most 40 of a-z, 0-9 and -, beginning with a letter")
         if self.google_service_account and not self.service_account:
             raise LaunchError("--google_service_account needs --service_account, the Kubernetes one that stands for it")
+        self.memory_limit  # noqa: B018  (it can be told)
+
+    @property
+    def memory_limit(self) -> str:
+        """Of a pod: what is written to a file system in memory counts as its container's. Raises LaunchError."""
+        if self.tier_gib is None:
+            return self.memory
+        found = re.fullmatch(r"([0-9]+)(Mi|Gi|Ti)", self.memory)
+        if not found:
+            raise LaunchError(f"--memory={self.memory}: with --tier_gib expected whole Mi, Gi or Ti, as 16Gi")
+        mebibytes = int(found[1]) * {"Mi": 1, "Gi": 1 << 10, "Ti": 1 << 20}[found[2]] + (self.tier_gib << 10)
+        return f"{mebibytes >> 10}Gi" if mebibytes % 1024 == 0 else f"{mebibytes}Mi"
 
     @property
     def pods(self) -> int:
@@ -100,7 +117,7 @@ def jobset(job: PodJob) -> list[Manifest]:
     job.validate()
     address = f"{job.name}-{JOBS}-0-0.{job.name}:{contract.COORDINATOR_PORT}"
     restarts = _field("metadata.annotations['jobset.sigs.k8s.io/restart-attempt']")
-    env = [_variable(contract.RESTART_COUNT, restarts), *_place(job, address)]
+    env = [_variable(contract.RESTART_COUNT, restarts), *_place(job, address), *_tier_env(job, slices=True)]
     if job.slices > 1 and job.pool.kind != "tpu":
         env += [
             _variable(contract.JOB_COUNT, str(job.slices)),
@@ -148,7 +165,7 @@ def indexed_job(job: PodJob) -> list[Manifest]:
     job.validate()
     if job.slices != 1:
         raise LaunchError(f"--slices={job.slices}: an Indexed Job is one slice; use --kind=jobset")
-    env = _place(job, f"{job.name}-0.{job.name}:{contract.COORDINATOR_PORT}")
+    env = [*_place(job, f"{job.name}-0.{job.name}:{contract.COORDINATOR_PORT}"), *_tier_env(job, slices=False)]
     pod = _pod(job, env)
     pod["spec"]["subdomain"] = job.name
     # What a JobSet's exclusive topology does: one pod on each machine, and no other job's.
@@ -234,6 +251,44 @@ def _place(job: PodJob, address: str) -> list[Manifest]:
     return [_variable(name, value) for name, value in env.items()]
 
 
+def _tier_env(job: PodJob, *, slices: bool) -> list[Manifest]:
+    """Where a pod's tier is, and what it may be lost with: Kubernetes tells a pod its node; an exclusive topology gives
+    each Job of a JobSet, a slice, a node pool of its own."""
+    if job.tier_gib is None:
+        return []
+    env = [_variable(contract.TIER_DIR, TIER), _variable("NODE_NAME", _field("spec.nodeName"))]
+    domain = "node=$(NODE_NAME)"
+    if slices:
+        env.append(_variable("SLICE_INDEX", _field("metadata.annotations['jobset.sigs.k8s.io/job-index']")))
+        domain = f"slice=$(SLICE_INDEX),{domain}"
+    # Without a Secret of this name, process 0 makes one.
+    secret = {"secretKeyRef": {"name": f"{job.name}-tier", "key": TIER_KEY, "optional": True}}
+    return [*env, {"name": contract.DOMAIN, "value": domain}, _variable(contract.TIER_SECRET, secret)]
+
+
+def _tier_volume(job: PodJob) -> Manifest:
+    if job.tier_volume == "pod":
+        return {"name": "tier", "emptyDir": {"medium": "Memory", "sizeLimit": f"{job.tier_gib}Gi"}}
+    path = f"/dev/shm/orchestrator-{job.namespace}-{job.name}"
+    return {"name": "tier", "hostPath": {"path": path, "type": "DirectoryOrCreate"}}
+
+
+def _own_tier(job: PodJob) -> Manifest:
+    """Kubernetes makes the node's directory for root alone."""
+    return {
+        "name": "tier",
+        "image": job.image,
+        "command": ["chown", f"{USER_ID}:{USER_ID}", TIER],
+        "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"cpu": "100m", "memory": "64Mi"}},
+        "volumeMounts": [{"name": "tier", "mountPath": TIER}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"], "add": ["CHOWN"]},
+            "runAsUser": 0,
+        },
+    }
+
+
 def _pod(job: PodJob, env: Sequence[Manifest]) -> Manifest:
     resource = job.pool.resource
     tolerations = [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}] if resource else []
@@ -243,7 +298,7 @@ def _pod(job: PodJob, env: Sequence[Manifest]) -> Manifest:
         tolerations.append({"key": _SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"})
     if job.scratch_gib:
         selector["cloud.google.com/gke-ephemeral-storage-local-ssd"] = "true"
-    spec = {
+    spec: Manifest = {
         # The Job decides about a new pod; a container started again in the old one would meet another incarnation.
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": int(job.grace_s + contract.LEAVING_S),
@@ -254,13 +309,20 @@ def _pod(job: PodJob, env: Sequence[Manifest]) -> Manifest:
         "containers": [_container(job, env)],
         "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": f"{job.scratch_gib}Gi"} if job.scratch_gib else {}}],
     }
+    if job.tier_gib:
+        spec["volumes"].append(_tier_volume(job))
+        if job.tier_volume == "node":
+            spec["initContainers"] = [_own_tier(job)]
     if job.service_account:
         spec["serviceAccountName"] = job.service_account
     return {"metadata": {"labels": _metadata(job, job.name)["labels"]}, "spec": spec}
 
 
 def _container(job: PodJob, env: Sequence[Manifest]) -> Manifest:
-    amounts = {"cpu": job.cpu, "memory": job.memory}
+    amounts = {"cpu": job.cpu, "memory": job.memory_limit}
+    mounts = [{"name": "scratch", "mountPath": SCRATCH}]
+    if job.tier_gib:
+        mounts.append({"name": "tier", "mountPath": TIER})
     if job.pool.resource:
         amounts[job.pool.resource] = str(job.pool.devices_per_host)
     return {
@@ -281,7 +343,7 @@ def _container(job: PodJob, env: Sequence[Manifest]) -> Manifest:
         # Alive: heartbeat and pulse are not too old. Before the first one it is starting, as long as that takes.
         "livenessProbe": _probe([*HEALTH, f"--max_age_s={job.hang_after_s}"], period_s=60),
         "readinessProbe": _probe([*HEALTH, "--started"], period_s=10),
-        "volumeMounts": [{"name": "scratch", "mountPath": SCRATCH}],
+        "volumeMounts": mounts,
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},

@@ -4,6 +4,9 @@ Slurm is the supervisor. A preemption, or the end of the time limit coming near,
 save, leave with 75, and the script asks for the job to be queued again. A node that is lost makes Slurm requeue the job
 by itself, and with `min_nodes` it comes back on as many nodes as there are. Any other failure ends the job with its
 code. `script` is pure.
+
+Memory tiers (`tiers`) are in each node's /dev/shm, in a directory of the job: they outlast a requeue, and are removed
+when the job is over. What Slurm leaves no time for is removed by the user's next job on that node.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ NODE_ANSWERS_S = 60
 NODE_LOST_S = 900  # Slurm's own SlurmdTimeout, 300 s unless the site chose another, and room
 # A step inherits neither a range of nodes nor one task on each.
 NODES = ("srun", '--nodes="$SLURM_JOB_NUM_NODES"', '--ntasks="$SLURM_JOB_NUM_NODES"', "--ntasks-per-node=1")
+TIDY_S = 60
+TIERS = "orchestrator-slurm"
 
 HELP = """\
 usage: orchestrator launch slurm --nodes N [flags] -- PROGRAM [ARGUMENT...]
@@ -62,6 +67,7 @@ flags.DEFINE_float(
 flags.DEFINE_integer("max_requeues", 100, "preemptions after which the job ends", lower_bound=0, flag_values=FLAGS)
 command.define_environment_flags(FLAGS)
 flags.DEFINE_integer("devices_per_process", None, "simulate CPU devices", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("tiers", False, "memory tiers that outlast a requeue (docs/tiers.md)", flag_values=FLAGS)
 flags.DEFINE_bool("submit", False, "hand the script to sbatch and print the job's id", flag_values=FLAGS)
 
 
@@ -80,6 +86,7 @@ class SlurmJob:
     end_grace_s: float = 30.0
     max_requeues: int = 100
     environ: Mapping[str, str] = field(default_factory=dict)
+    tiers: bool = False
 
     def validate(self) -> None:
         """Raises: LaunchError with one line, if no script can be made of this."""
@@ -107,6 +114,7 @@ def script(job: SlurmJob) -> str:
         'mkdir -p -- "$logs"',
         f'export {contract.RESTART_COUNT}="$restart"',
         *(f"export {name}={shlex.quote(value)}" for name, value in _variables(job).items()),
+        *(_TIERS if job.tiers else _NO_TIERS),
         "# A signal to the whole job must not end the shell that decides what comes afterwards.",
         "trap : TERM",
         "",
@@ -153,15 +161,37 @@ def _srun(job: SlurmJob) -> list[str]:
     ]
 
 
+_NO_TIERS = ('over() { exit "$code"; }',)
+_TIERS = (
+    f'tiers="${{{contract.TIER_DIR}:-/dev/shm}}/{TIERS}-$(id -u)"',
+    f'export {contract.TIER_DIR}="$tiers-$SLURM_JOB_ID"',
+    "# In the processes' environment only: neither ps nor scontrol shows it.",
+    f"{contract.TIER_SECRET}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
+    f"export {contract.TIER_SECRET}",
+    "# On each node: what jobs that are over have left goes, and this job's directory is there.",
+    """queued=" $(squeue --me --array --noheader --format=%A | tr '\\n' ' ')\"""",
+    f"{' '.join(NODES)} --quiet bash -c '",
+    '  case "$2" in *" $SLURM_JOB_ID "*)',
+    '    for dir in "$1"-*; do',
+    '      case "$2" in *" ${dir##*-} "*) ;; *) rm -rf -- "$dir" ;; esac',
+    "    done ;;",
+    "  esac",
+    f"""  mkdir -p -m 700 -- "${contract.TIER_DIR}"' tiers "$tiers" "$queued\"""",
+    "over() {",
+    f'  timeout {TIDY_S} {" ".join(NODES)} --overlap --quiet rm -rf -- "${contract.TIER_DIR}"',
+    '  exit "$code"',
+    "}",
+)
+
 _UNLESS_PREEMPTED = (
     f'if [ "$code" -ne {contract.EXIT_PREEMPTED} ]; then',
-    f'  case "$code" in {"|".join(map(str, (0, *sorted(FINAL_CODES))))}) exit "$code" ;; esac',
+    f'  case "$code" in {"|".join(map(str, (0, *sorted(FINAL_CODES))))}) over ;; esac',
     "  # A process that fails and a node that is lost look alike from here, but the lost node does not answer.",
     f"  if ! timeout {NODE_ANSWERS_S} {' '.join(NODES)} --overlap --quiet true; then",
     f'    echo "code $code, and a node does not answer: waiting {NODE_LOST_S} s for Slurm to requeue the job"',
-    f"    sleep {NODE_LOST_S}",
+    f'    sleep {NODE_LOST_S} || exit "$code" # Slurm ends this shell',
     "  fi",
-    '  exit "$code"',
+    "  over",
     "fi",
 )
 
@@ -174,10 +204,10 @@ def _requeue(max_requeues: int) -> list[str]:
         "state=${state#* JobState=}",
         'case "${state%% *}" in',
         "  RUNNING) ;;",
-        '  *) echo "preempted, but no longer running: not requeued"; exit "$code" ;;',
+        '  *) echo "preempted, but no longer running: not requeued"; over ;;',
         "esac",
         f'if [ "$restart" -ge {max_requeues} ]; then',
-        f'  echo "preempted, but requeued {max_requeues} times already: not requeued"; exit "$code"',
+        f'  echo "preempted, but requeued {max_requeues} times already: not requeued"; over',
         "fi",
         'echo "preempted: the job has saved and goes back into the queue"',
         'scontrol requeue "$SLURM_JOB_ID" || exit "$code"',
@@ -247,6 +277,7 @@ def _body(values: dict[str, Any], program: list[str]) -> int:
             end_grace_s=values["end_grace_s"],
             max_requeues=values["max_requeues"],
             environ=environ,
+            tiers=values["tiers"],
         )
     )
     if values["submit"]:

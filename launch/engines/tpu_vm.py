@@ -159,6 +159,7 @@ def start(job: TpuJob, node: str, restart: int, token: str = "") -> list[str]:
         words = ["sudo", "docker", "run", "--rm", "--init", f"--name={job.name}", "--network=host", "--privileged"]
         words += [
             "--user=root",
+            "--volume=/dev/shm:/dev/shm",  # a container's own has 64 MiB, and its memory tier would go with it
             f"--stop-timeout={wait_s}",
             *(f"--env={name}={value}" for name, value in variables.items()),
         ]

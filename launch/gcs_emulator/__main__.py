@@ -28,6 +28,9 @@ flags.DEFINE_string(
     "faults", "", "such as lost=0.3,too_many=0.05,slow=0.1,slow_s=2,seed=7; later: PUT /_emulator/faults"
 )
 flags.DEFINE_bool("until_stdin_closes", False, "end when standard input does: with the process that holds it")
+flags.DEFINE_integer(
+    "links", 0, "as many more ports, one for each simulated host; their speed: PUT /_emulator/links", lower_bound=0
+)
 flags.DEFINE_float("max_gib", 4.0, "how much each bucket holds at most", lower_bound=0.0)
 
 
@@ -44,6 +47,10 @@ async def serve(emulator: Emulator, command: Sequence[str]) -> int:
     await site.start()
     port = runner.addresses[0][1]
     url = f"http://{FLAGS.host}:{port}"
+    for _ in range(FLAGS.links):
+        await web.TCPSite(runner, FLAGS.host, 0).start()
+        linked = runner.addresses[-1][1]
+        emulator.links.add(linked, f"http://{FLAGS.host}:{linked}")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

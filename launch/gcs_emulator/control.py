@@ -1,7 +1,7 @@
 """The emulator's own paths, below `/_emulator/`: what tests and benchmarks ask of it and set.
 
-`faults` (GET, PUT), `rules/GROUP` (GET, PUT), `guards/BUCKET` (PUT), `counts` (GET, DELETE) and `requests` (GET; DELETE
-of the counts clears it).
+`faults` (GET, PUT), `rules/GROUP` (GET, PUT), `guards/BUCKET` (PUT), `links` (GET; PUT sets their speed), `counts`
+(GET, DELETE) and `requests` (GET; DELETE of the counts clears it, and what the links have counted).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from aiohttp import web
 from launch.gcs_emulator.api import ObjectApi
 from launch.gcs_emulator.faults import Dice, Faults, ReplyRule, ReplyRules
 from launch.gcs_emulator.guard import Guard
+from launch.gcs_emulator.links import Links, Speed
 from launch.gcs_emulator.request_log import RequestLog
 
 PREFIX = "/_emulator/"
@@ -32,6 +33,7 @@ class Control:
         self.guards: dict[str, Guard] = {}
         self.operations: Counter[str] = Counter()
         self.log = RequestLog()
+        self.links = Links()
 
     async def answer(self, request: web.Request) -> web.Response:
         try:
@@ -39,7 +41,7 @@ class Control:
         except (ValueError, TypeError, re.error) as error:
             return web.json_response({"error": str(error)}, status=400)
         if found is None:
-            text = f"choose from {PREFIX}: faults, rules/GROUP, guards/BUCKET, counts, requests"
+            text = f"choose from {PREFIX}: faults, rules/GROUP, guards/BUCKET, links, counts, requests"
             return web.json_response({"error": text}, status=404)
         return web.json_response(found)
 
@@ -59,6 +61,10 @@ class Control:
             case "guards", "PUT":
                 self.guards[name] = Guard.of(await request.json())
                 return {}
+            case "links", _:
+                if method == "PUT":
+                    self.links.set_speed(Speed.of(await request.json()))
+                return self.links.as_json()
             case "requests", _:
                 return self.log.as_json()
             case "counts", _:
@@ -85,6 +91,7 @@ class Control:
     def _reset(self) -> None:
         self.operations.clear()
         self.log.clear()
+        self.links.reset()
         self.dice.counts.clear()
         for bucket in self._api.buckets.values():
             bucket.rewritten_too_soon = 0

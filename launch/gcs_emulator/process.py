@@ -67,6 +67,13 @@ class EmulatorProcess(Server):
         if status != 200:
             raise ValueError(body.decode())
 
+    def links(self, **speed: float) -> list[dict[str, Any]]:
+        """The hosts' links (`links.Link`), with this speed (`links.Speed`) from now on if one is given. ValueError."""
+        status, _, body = self.ask("PUT" if speed else "GET", "/_emulator/links", json.dumps(speed).encode())
+        if status != 200:
+            raise ValueError(body.decode())
+        return list(json.loads(body))
+
     def set_rules(self, group: str, *rules: Mapping[str, Any]) -> None:
         """From now on these rules (`faults.ReplyRule`) of this group and no others of it. Raises ValueError."""
         status, _, body = self.ask("PUT", f"/_emulator/rules/{group}", json.dumps(rules).encode())

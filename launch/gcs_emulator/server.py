@@ -15,6 +15,7 @@ from launch.gcs_emulator.batch import batch
 from launch.gcs_emulator.bucket import ApiError
 from launch.gcs_emulator.control import PREFIX, Control
 from launch.gcs_emulator.faults import Faults, ReplyRule
+from launch.gcs_emulator.links import Links
 from launch.gcs_emulator.replies import Answer, altered, cut, hang_up, rejection, response, stay_silent, trickle
 from launch.gcs_emulator.request_log import LoggedRequest
 
@@ -29,6 +30,10 @@ class Emulator:
         self._api = ObjectApi(buckets, max_bytes)
         self._control = Control(self._api, faults)
         self._dice = self._control.dice
+
+    @property
+    def links(self) -> Links:
+        return self._control.links
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_BYTES_MAX)
@@ -52,6 +57,9 @@ class Emulator:
             return response(injected)
         body = await request.read()
         logged.operation, logged.name = paths.identify(request.method, path, request.query, body)
+        link = self.links.of(request)
+        if link:
+            await link.take(body, logged.operation, logged.name)
         if rule := self._control.rules.hit(logged.operation, logged.name):
             return await self._ruled(rule, request, path, body)
         if request.method != "GET" and self._dice.hit("cut"):
@@ -62,7 +70,7 @@ class Emulator:
             return hang_up(request)
         if request.method == "GET" and len(answer.body) > 1 and self._dice.hit("cut"):
             return await cut(request, answer, len(answer.body) // 2)
-        return response(answer)
+        return await link.answer(request, answer, logged.name) if link else response(answer)
 
     def _injected(self) -> Answer | None:
         """429 or 503, if chance has it."""

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from orchestrator import environment
 from orchestrator.errors import StorageError
+from orchestrator.rules import peer_protocol
 
 _START_S = 30.0
 _END_S = 5.0
@@ -55,11 +56,12 @@ def start(
     run: str | None = None,
     bytes_max: int | None = None,
     timeout_s: float = _START_S,
+    wait: bool = True,
 ) -> TierServer:
     """A tier server for what is below `base` (`<directory>/orchestrator-<uid>`), listening at `listen` (port 0: any
     that is free), or on `sock`, which is bound already and stays this process's to close. run: the only one that it
     serves; None: all. bytes_max: how much a process's part may take. Returns when it listens. Raises StorageError
-    saying why it does not."""
+    saying why it does not. wait False, with `sock`, where requests wait for it: returns at once."""
     listen = listen if sock is None else f"fd:{sock.fileno()}"
     command = [sys.executable, "-m", "orchestrator.run.tier_server", f"--directory={base}", f"--listen={listen}"]
     command += [] if run is None else [f"--run={run}"]
@@ -69,12 +71,12 @@ def start(
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.PIPE if wait else subprocess.DEVNULL,
             env=environ,
             start_new_session=True,
             pass_fds=() if sock is None else (sock.fileno(),),
         )
-        assert process.stdin and process.stdout
+        assert process.stdin
     except OSError as error:
         raise StorageError(f"the tier server cannot be started: {error}") from error
     server = TierServer(process, "")
@@ -82,12 +84,16 @@ def start(
         with suppress(BrokenPipeError):  # it has ended: its line, or its code, says why
             process.stdin.write(secret.hex().encode() + b"\n")
             process.stdin.flush()
-        server.address = _address(_line(process, timeout_s), process, listen, timeout_s)
+        if wait:
+            server.address = _address(_line(process, timeout_s), process, listen, timeout_s)
+        elif sock is not None:
+            server.address = peer_protocol.show_address(*sock.getsockname()[:2])
     except BaseException:
         server.close(0.1)
         raise
     finally:
-        process.stdout.close()
+        if process.stdout:
+            process.stdout.close()
     return server
 
 

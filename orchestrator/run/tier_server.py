@@ -25,7 +25,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ from absl import logging
 from aiohttp import web
 
 from orchestrator import environment
-from orchestrator.errors import Damaged, OrchestratorError, StorageError, UsageError
+from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, UsageError
 from orchestrator.rules import peer_protocol
 from orchestrator.rules.peer_protocol import (
     Failure,
@@ -47,15 +47,15 @@ from orchestrator.rules.peer_protocol import (
     Unsigned,
 )
 from orchestrator.rules.records import crc32c
+from orchestrator.run import tier_bodies
 from orchestrator.run.tier_sending import Sender
-from orchestrator.run.tier_shelf import Copy, Rejected, Shelf, rejection_of
+from orchestrator.run.tier_shelf import Copy, Rejected, Shelf
 
 CONNECTIONS_MAX = 256
 IDLE_S = 60.0  # of a connection without a request, also one that is still sending its header
 STALL_S = 30.0  # in which a peer must take or send at least a piece
 _PIECE_BYTES = 1 << 20
-_SLOWEST_BYTES_PER_S = 64 << 10
-_SMALL_BYTES = 64 << 10  # sent with the header, in one packet
+_SMALL_BYTES = 256 << 10  # sent with the header
 _PAGE_ENTRIES = 10_000
 _THREADS = 16  # that work on files; each copy that arrives has one
 _END_S = 5.0
@@ -109,12 +109,8 @@ class Handler:
         try:
             target = peer_protocol.parse_target(request.raw_path)
             return await self._serve(request, signed, target)
-        except Rejected as error:
-            return self._failed(request, signed, error.failure)
-        except (StorageError, Damaged) as error:
-            return self._failed(request, signed, rejection_of(error))
-        except OrchestratorError as error:
-            return self._failed(request, signed, Failure("storage", str(error)))
+        except (Rejected, OrchestratorError) as error:
+            return self._failed(request, signed, _failure(error))
 
     async def _serve(self, request: web.BaseRequest, signed: Signed, target: Target) -> web.StreamResponse:
         what = (request.method, target.process is not None, bool(target.key), *target.query)
@@ -188,12 +184,12 @@ class Handler:
         return self._reply(signed, 200, peer_protocol.encode(await self._in_thread(measured)))
 
     async def _size(self, signed: Signed, target: Target) -> web.StreamResponse:
-        descriptor, size = await self._in_thread(self._shelf.open, target)
+        descriptor, size = self._shelf.open(target)  # faster than a thread: a tier is in memory, or on a local disk
         os.close(descriptor)
         return self._begun(signed, 200, size)
 
     async def _get(self, request: web.BaseRequest, signed: Signed, target: Target) -> web.StreamResponse:
-        descriptor, size = await self._in_thread(self._shelf.open, target)
+        descriptor, size = self._shelf.open(target)  # faster than a thread: a tier is in memory, or on a local disk
         with open(descriptor, "rb", buffering=0) as file:
             first, count, status = 0, size, 200
             if text := request.headers.get("Range"):
@@ -219,34 +215,30 @@ class Handler:
 
     # Copies.
 
-    async def _take(self, request: web.BaseRequest, signed: Signed, target: Target) -> web.Response:
-        if request.content_length != signed.body_bytes or "Transfer-Encoding" in request.headers:
-            raise Rejected("bad", f"{signed.body_bytes} bytes are signed, {request.content_length} are declared")
-        copy = Copy(target, signed.body_bytes, signed.crc32c)
-        pieces = self._pieces(request, signed.body_bytes)
-        await self._in_thread(self._shelf.take, copy, pieces)
-        return self._reply(signed, 200, b"")
-
-    def _pieces(self, request: web.BaseRequest, size: int) -> Iterator[bytes]:
-        """The body, for a thread that takes it piece by piece."""
-        loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + self._stall_s + size / _SLOWEST_BYTES_PER_S
-
-        async def piece() -> bytes:
-            left_s = deadline - time.monotonic()
-            async with asyncio.timeout(min(self._stall_s, max(0.0, left_s))):
-                return await request.content.readany()
-
-        def pieces() -> Iterator[bytes]:
+    async def _take(self, request: web.BaseRequest, signed: Signed, target: Target) -> web.StreamResponse:
+        size = signed.body_bytes
+        if request.content_length != size or "Transfer-Encoding" in request.headers:
+            raise Rejected("bad", f"{size} bytes are signed, {request.content_length} are declared")
+        copy = Copy(target, size, signed.crc32c)
+        if tier_bodies.is_small(size):
+            body = await tier_bodies.small(request, size, self._stall_s)
+            await self._in_thread(self._shelf.take, copy, iter([body]))
+            return self._reply(signed, 200, b"")
+        taken = tier_bodies.Taken(request, size, self._stall_s)
+        try:
             try:
-                while got := asyncio.run_coroutine_threadsafe(piece(), loop).result():
-                    yield got
-            except TimeoutError:
-                raise Rejected("damaged", f"no byte came for {self._stall_s:g} s; not taken") from None
-            except (OSError, web.RequestPayloadError) as error:
-                raise Rejected("damaged", f"the sender broke off: {type(error).__name__}; not taken") from None
-
-        return pieces()
+                await self._in_thread(self._shelf.take, copy, taken.pieces())
+                response = self._reply(signed, 200, b"")
+            except (Rejected, OrchestratorError) as error:
+                response = self._failed(request, signed, _failure(error))
+            response.force_close()
+            await response.prepare(request)
+            await response.write_eof()
+            if response.status != 200:
+                await self._in_thread(taken.throw_away)
+            return response
+        finally:
+            taken.close()
 
     async def _send(self, request: web.BaseRequest, signed: Signed, target: Target) -> web.StreamResponse:
         if signed.body_bytes > peer_protocol.BODY_BYTES_MAX or request.content_length != signed.body_bytes:
@@ -272,6 +264,14 @@ class Handler:
             cancelled.set()
         await response.write_eof()
         return response
+
+
+def _failure(error: Rejected | OrchestratorError) -> Failure:
+    """As it is answered."""
+    if isinstance(error, Rejected):
+        return error.failure
+    kind = "unavailable" if isinstance(error, Unavailable) else "unsafe" if isinstance(error, Damaged) else "storage"
+    return Failure(kind, str(error))
 
 
 class _Full(asyncio.Protocol):

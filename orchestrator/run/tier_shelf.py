@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import crc32c
 
-from orchestrator.errors import Damaged, StorageError, Unavailable
+from orchestrator.errors import Damaged, Unavailable
 from orchestrator.rules import keys, peer_protocol
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.peer_protocol import Failure, Target
@@ -183,7 +183,7 @@ class Shelf:
             text = f"epoch {newest} has been opened since"
             raise Rejected("fenced", f"{attempt.label}: fenced by epoch {newest}: {text}; nothing older is held here")
 
-    def take(self, copy: Copy, pieces: Iterator[bytes]) -> bool:
+    def take(self, copy: Copy, pieces: Iterator[bytes | memoryview]) -> bool:
         """Create a copy of what `pieces` yields. False: the same bytes were here already. Raises Rejected,
         StorageError; then nothing of it is here."""
         found = AttemptId.in_key(copy.target.key)
@@ -231,7 +231,9 @@ class Shelf:
             )
         return True
 
-    def _checked(self, copy: Copy, pieces: Iterator[bytes], before_naming: Callable[[], None]) -> Iterator[bytes]:
+    def _checked(
+        self, copy: Copy, pieces: Iterator[bytes | memoryview], before_naming: Callable[[], None]
+    ) -> Iterator[bytes | memoryview]:
         size = checksum = 0
         for piece in pieces:
             size += len(piece)
@@ -271,9 +273,3 @@ class Shelf:
         finally:
             with self._lock:
                 self._coming -= left
-
-
-def rejection_of(error: StorageError | Damaged) -> Failure:
-    """A failure of the file system, as it is answered."""
-    kind = "unavailable" if isinstance(error, Unavailable) else "unsafe" if isinstance(error, Damaged) else "storage"
-    return Failure(kind, str(error))

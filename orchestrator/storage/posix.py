@@ -128,7 +128,7 @@ class PosixStorage:
         return Created()
 
     def copy(
-        self, source: str, key: str, on_bytes: Callable[[int], None], pieces: Iterable[bytes] | None = None
+        self, source: str, key: str, on_bytes: Callable[[int], None], pieces: Iterable[bytes | memoryview] | None = None
     ) -> Created | Exists:
         """As `link`, of a file anywhere: its bytes are copied, in pieces. A copy that breaks off has no name. pieces:
         what is in it, where `source` is no file of this host's."""

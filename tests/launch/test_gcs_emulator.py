@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from launch.gcs_emulator.bucket import ApiError, Bucket, Preconditions
 from launch.gcs_emulator.faults import Dice, Faults
-from launch.gcs_emulator.process import EmulatorProcess
+from launch.gcs_emulator.process import EmulatorProcess, Server
 from tests.support.gcs import BUCKET, REPO, emulator, faults
 
 OBJECTS = f"/storage/v1/b/{BUCKET}/o"
@@ -392,3 +392,31 @@ def test_rules_answer_certain_requests_otherwise_and_no_others(gcs: EmulatorProc
 def test_a_rule_that_is_none_is_rejected(gcs: EmulatorProcess, rule: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         gcs.set_rules("refused", {"name": "x", **rule})
+
+
+def test_each_host_has_a_link_of_its_own_whose_bytes_take_their_time_and_are_counted() -> None:
+    size = 4 << 20
+    with EmulatorProcess([BUCKET], "--links=2") as store:
+        first, second = store.links(bytes_per_s=8 * size, latency_s=0.05)
+        hosts = [Server(link["url"]) for link in (first, second)]
+        insert = f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name=big"
+        took = {}
+        for name, host, call in (
+            ("a slow upload", hosts[0], ("POST", insert, bytes(size))),
+            ("a slow download", hosts[1], ("GET", f"{OBJECTS}/big?alt=media")),
+            ("a distance", hosts[1], ("GET", f"{OBJECTS}/big")),
+            ("no link", store, ("GET", f"{OBJECTS}/big?alt=media")),
+        ):
+            started = time.monotonic()
+            status, _, body = host.ask(*call)
+            took[name] = time.monotonic() - started
+            assert status == 200, (name, body)
+        assert took["a slow upload"] >= 0.175 and took["a slow download"] >= 0.175 and took["a distance"] >= 0.05, took
+        links = store.links()
+        assert [link["received"] for link in links] == [{"big": size}, {}]
+        assert [link["sent"] for link in links] == [{}, {"big": size}]
+        assert [link["requests"] for link in links] == [{"insert": 1}, {"media": 1, "get": 1}]
+        store.counts(reset=True)
+        assert not any(link["requests"] or link["sent"] or link["received"] for link in store.links())
+        with pytest.raises(ValueError, match="expected 0 or more"):
+            store.links(bytes_per_s=-1.0)

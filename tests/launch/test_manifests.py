@@ -18,6 +18,7 @@ import yaml
 
 from launch import contract
 from launch import health as probe
+from launch.command import LaunchError
 from launch.contract import JobContract
 from launch.engines import gke, manifest_check, manifests
 from launch.engines.manifests import Manifest, PodJob, Pool
@@ -84,8 +85,11 @@ def environ_of(documents: list[Manifest], **fields: str) -> dict[str, str]:
         manifests.indexed_job(job(TPU)),
         manifests.indexed_job(job(GPU, environ={"A": "b: {c}"})),
         manifests.indexed_job(job(Pool("cpu", 2), hosts=1)),
+        manifests.jobset(job(TPU, slices=2, tier_gib=64)),
+        manifests.jobset(job(GPU, tier_gib=64, tier_volume="pod")),
+        manifests.indexed_job(job(GPU, tier_gib=64)),
     ],
-    ids=["tpu", "tpu-slices", "gpu-slices", "cpu", "tpu-job", "gpu-job", "cpu-job"],
+    ids=["tpu", "tpu-slices", "gpu-slices", "cpu", "tpu-job", "gpu-job", "cpu-job", "tier", "pod-tier", "job-tier"],
 )
 def test_what_we_write_has_nothing_wrong(documents: list[Manifest], tmp_path: Path) -> None:
     assert manifest_check.problems(documents) == []
@@ -131,6 +135,48 @@ def test_pods_with_these_variables_are_one_job_for_jax(kind: str) -> None:
     assert found == [(0, 2, 4, restarts), (1, 2, 4, restarts)]
 
 
+@pytest.mark.parametrize(
+    ("memory", "limit"), [("16Gi", "80Gi"), ("1536Mi", "67072Mi"), ("2Ti", "2112Gi"), ("1024Mi", "65Gi")]
+)
+def test_the_memory_of_a_tier_is_counted_in_the_containers(memory: str, limit: str) -> None:
+    for volume in ("node", "pod"):
+        pod = pod_of(manifests.jobset(job(GPU, memory=memory, tier_gib=64, tier_volume=volume)))
+        resources = pod["containers"][0]["resources"]
+        assert (resources["limits"]["memory"], resources["requests"]["memory"]) == (limit, limit)
+    assert pod_of(manifests.jobset(job(GPU, memory=memory)))["containers"][0]["resources"]["limits"]["memory"] == memory
+    with pytest.raises(LaunchError, match=r"--memory=1\.5G: with --tier_gib expected whole Mi, Gi or Ti"):
+        manifests.jobset(job(GPU, memory="1.5G", tier_gib=64))
+
+
+def test_a_pods_tier_is_its_nodes_or_its_own_and_no_manifest_has_a_secret() -> None:
+    documents = manifests.jobset(job(GPU, slices=2, tier_gib=64))
+    pod = pod_of(documents)
+    by_name = {one["name"]: one for one in pod["containers"][0]["env"]}
+    told = {
+        name: one["valueFrom"]["fieldRef"]["fieldPath"]
+        for name, one in by_name.items()
+        if "valueFrom" in one and "fieldRef" in one["valueFrom"]
+    }
+    values = {name: {"spec.nodeName": "n17"}.get(path, "1") for name, path in told.items()}
+    assert expanded(by_name[contract.DOMAIN]["value"], values) == "slice=1,node=n17"
+    order = [one["name"] for one in pod["containers"][0]["env"]]
+    assert max(order.index("SLICE_INDEX"), order.index("NODE_NAME")) < order.index(contract.DOMAIN), (
+        "as Kubernetes asks"
+    )
+    secret = {"name": "run7-tier", "key": "secret", "optional": True}
+    assert by_name[contract.TIER_SECRET]["valueFrom"] == {"secretKeyRef": secret}
+    assert {"name": "tier", "mountPath": by_name[contract.TIER_DIR]["value"]} in pod["containers"][0]["volumeMounts"]
+    path = {"path": "/dev/shm/orchestrator-default-run7", "type": "DirectoryOrCreate"}
+    assert pod["volumes"][1] == {"name": "tier", "hostPath": path}
+    assert [one["command"] for one in pod["initContainers"]] == [["chown", "10001:10001", "/tier"]]
+    own = pod_of(manifests.jobset(job(GPU, tier_gib=64, tier_volume="pod")))
+    assert own["volumes"][1]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Gi"} and "initContainers" not in own
+    alone = environ_of(manifests.indexed_job(job(GPU, tier_gib=64)))
+    assert alone[contract.DOMAIN] == "node=$(NODE_NAME)", "an Indexed Job is one slice"
+    without = pod_of(manifests.jobset(job(GPU)))
+    assert len(without["volumes"]) == 1 and contract.TIER_DIR not in environ_of(manifests.jobset(job(GPU)))
+
+
 def test_on_tpu_pools_the_addresses_are_left_to_gke() -> None:
     pod = environ_of(manifests.jobset(job(TPU, slices=2)))
     assert contract.PROCESS_COUNT not in pod and contract.COORDINATOR_ADDRESS not in pod
@@ -151,6 +197,7 @@ def test_a_preemption_is_free_and_what_a_restart_cannot_fix_is_final() -> None:
     assert service["spec"]["clusterIP"] == "None"
 
 
+TIER = manifests.jobset(job(GPU, tier_gib=64, tier_volume="pod"))
 JOBSET, INDEXED = manifests.jobset(job(GPU, slices=2)), manifests.indexed_job(job(GPU))
 
 
@@ -272,6 +319,16 @@ BROKEN: dict[str, tuple[list[Manifest], Callable[[list[Manifest]], object], str]
         INDEXED,
         lambda d: d.pop(0),
         "Job/run7: spec.template.spec.subdomain: 'run7': there is no Service of this name",
+    ),
+    "tier without a limit": (
+        TIER,
+        lambda d: pod_of(d)["volumes"][1]["emptyDir"].pop("sizeLimit"),
+        "volumes[1].emptyDir.sizeLimit: a volume in memory needs one",
+    ),
+    "tier larger than its container": (
+        TIER,
+        lambda d: pod_of(d)["containers"][0]["resources"]["limits"].update(memory="60G"),
+        "volumes[1].emptyDir.sizeLimit: 64Gi in memory, and the container's limit is 60G",
     ),
     "no kind": (INDEXED, lambda d: d[0].pop("kind"), "?/run7: apiVersion, kind: both are required"),
     "unknown kind": (INDEXED, lambda d: d[0].update(kind="Servise"), "Servise/run7: kind: Couldn't find schema"),

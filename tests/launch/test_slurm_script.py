@@ -103,6 +103,56 @@ def test_a_node_that_does_not_answer_leaves_the_decision_to_slurm(tmp_path: Path
     ]
 
 
+PLAYED = 'while [[ $1 == --* ]]; do shift; done; "$@"'  # an srun of one node
+HOLDS = (
+    'echo "$ORCHESTRATOR_TIER_SECRET" >secret; stat -c %a "$ORCHESTRATOR_TIER_DIR"; touch "$ORCHESTRATOR_TIER_DIR/held"'
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "sleep", "stays"),
+    [
+        pytest.param(0, ":", False, id="done"),
+        pytest.param(5, ":", False, id="fenced"),
+        pytest.param(1, ":", False, id="failed"),
+        pytest.param(75, ":", True, id="preempted"),
+        pytest.param(134, "exit 143", True, id="a node is lost, and Slurm requeues the job"),
+        pytest.param(134, ":", False, id="a node is lost, and Slurm does nothing"),
+    ],
+)
+def test_tiers_outlast_a_requeue_and_not_the_job(tmp_path: Path, code: int, sleep: str, stays: bool) -> None:
+    shm = tmp_path / "shm"
+    name = f"orchestrator-slurm-{os.getuid()}"
+    for left in ("5", "6", "70"):
+        (shm / f"{name}-{left}" / "held").mkdir(parents=True)
+    (shm / "somebody-else").mkdir()
+    job = SlurmJob(
+        ["bash", "-c", f"{HOLDS}; exit {code}"], 3, environ={contract.TIER_DIR: str(shm)}, log_dir="logs", tiers=True
+    )
+    lost = '[[ "$*" == *" true" ]] && exit 1\n' if code == 134 else ""
+    done, output, requeues = run(
+        tmp_path, slurm.script(job), srun=lost + PLAYED, sleep=sleep, squeue='printf "%s\\n" 6 7 70'
+    )
+    assert (done, requeues) == ((0, ["7"]) if code == 75 else (code, [])), output
+    kept = {f"{name}-6", f"{name}-70", "somebody-else"} | ({f"{name}-7"} if stays else set())
+    assert {path.name for path in shm.iterdir()} == kept, "of jobs in the queue, and this one's"
+    assert output.splitlines()[0] == "700"
+    secret = (tmp_path / "secret").read_text().strip()
+    assert len(bytes.fromhex(secret)) == 32 and secret not in output
+    assert not any(secret in path.read_text() for path in (tmp_path / "logs").rglob("*") if path.is_file())
+
+
+def test_where_the_queue_cannot_be_seen_nothing_is_removed(tmp_path: Path) -> None:
+    shm = tmp_path / "shm"
+    left = shm / f"orchestrator-slurm-{os.getuid()}-5"
+    left.mkdir(parents=True)
+    job = SlurmJob(["true"], 3, environ={contract.TIER_DIR: str(shm)}, tiers=True)
+    for number, squeue in enumerate(("exit 1", "echo 6")):
+        (at := tmp_path / str(number)).mkdir()
+        run(at, slurm.script(job), srun=PLAYED, squeue=squeue)
+        assert left.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

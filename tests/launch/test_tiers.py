@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -12,6 +13,8 @@ import pytest
 
 from launch import tiers
 from launch.supervise import Exit
+from orchestrator.errors import StorageError
+from orchestrator.storage.peer import Peer
 from tests.support.launching import eventually, launch, launched
 
 ENVIRON = "e = os.environ; r = int(e['ORCHESTRATOR_RESTART_COUNT']); t = e['ORCHESTRATOR_TIER_DIR']\n"
@@ -160,3 +163,84 @@ def test_no_tier_and_no_secret_is_left_where_others_look(tmp_path: Path) -> None
 def test_a_tier_that_cannot_be_is_one_clear_line(flags: list[str], message: str) -> None:
     done = launch(["--processes", "2", *flags], "")
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.jobs
+def test_the_log_directory_says_when_hosts_were_started_and_ended(tmp_path: Path) -> None:
+    flags = ["--processes", "2", "--max_restarts", "1", "--lose_tier_on_kill", "--backoff_s", "0"]
+    flags += ["--env", f"ORCHESTRATOR_TIER_DIR={tmp_path}", "--log_dir", str(tmp_path / "logs")]
+    script = ENVIRON + "import time\nif r == 0 and i == 0: time.sleep(60)\nif r == 0: os.kill(os.getpid(), 9)"
+    assert launch(flags, script).returncode == 0
+    found = [json.loads(line) for line in (tmp_path / "logs" / "launch.jsonl").read_text().splitlines()]
+    times = [one.pop("time") for one in found]
+    assert times == sorted(times)
+    ends = ["exit", "exit", "ended"]
+    assert [one["event"] for one in found] == ["started", "server", "server", *ends, "started", "server", *ends]
+    assert [one["restart"] for one in found] == [0] * 6 + [1] * 5
+    assert found[3] == {"event": "exit", "restart": 0, "host": 1, "code": 137, "lost": True}
+    assert found[4] == {"event": "exit", "restart": 0, "host": 0, "code": 143, "lost": False}
+    assert found[7]["machine"] == 1, "a new one in the place of the lost one"
+
+
+def servers(logs: Path) -> dict[int, list[int]]:
+    """Ids of the tier servers of each machine, the newest last."""
+    found: dict[int, list[int]] = {}
+    for line in (logs / "launch.jsonl").read_text().splitlines() if (logs / "launch.jsonl").exists() else ():
+        one = json.loads(line)
+        if one["event"] == "server":
+            found.setdefault(one["machine"], []).append(one["pid"])
+    return found
+
+
+def runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.jobs
+def test_a_server_outlives_its_hosts_process_and_not_its_host(tmp_path: Path) -> None:
+    """And what dies is started again at the same address; no end of the launcher leaves one."""
+    script = ENVIRON + (
+        "import pathlib, time, json\n"
+        f"p = pathlib.Path({str(tmp_path)!r})\n"
+        "(p / 'part').mkdir(exist_ok=True); (p / 'part' / f'{r}-{i}').write_text(json.dumps(dict(e)))\n"
+        "os.rename(p / 'part' / f'{r}-{i}', p / f'{r}-{i}.told')\n"
+        "while not (p / f'go-{r}').exists(): time.sleep(0.02)\n"
+        "if i == 1: os.kill(os.getpid(), 9)\n"
+        "time.sleep(60)"
+    )
+    logs = tmp_path / "logs"
+    flags = ["--processes", "3", "--max_restarts", "2", "--lose_tier_on_kill", "--backoff_s", "0"]
+    flags += ["--processes_after_restart", "2", "--log_dir", str(logs), "--end_grace_s", "0.2"]
+    flags += ["--env", f"ORCHESTRATOR_TIER_DIR={tmp_path}"]
+
+    def told(restart: int, hosts: int) -> list[dict[str, str]]:
+        assert eventually(lambda: len(list(tmp_path.glob(f"{restart}-*.told"))) == hosts)
+        return [json.loads((tmp_path / f"{restart}-{index}.told").read_text()) for index in range(hosts)]
+
+    with launched(flags, script) as process:
+        first = told(0, 3)
+        addresses = [one["ORCHESTRATOR_TIER_SERVER"] for one in first]
+        assert len(set(addresses)) == 3 and {one["ORCHESTRATOR_TIER_PEERS"] for one in first} == {",".join(addresses)}
+        secret = bytes.fromhex(first[0]["ORCHESTRATOR_TIER_SECRET"])
+        Peer(addresses[0], secret, "0" * 16).announce(7)
+        assert list(tmp_path.glob("orchestrator-launch-*/host-0/orchestrator-*/*/epoch-0007"))
+        with pytest.raises(StorageError):
+            Peer(addresses[0], bytes(32), "0" * 16).announce(8)
+        before = servers(logs)
+        os.kill(before[2][0], signal.SIGKILL)
+        Peer(addresses[2], secret, "0" * 16).announce(7)  # as soon as it has been started again
+
+        (tmp_path / "go-0").touch()
+        second = told(1, 2)
+        assert [one["ORCHESTRATOR_TIER_SERVER"] for one in second] == [addresses[0], addresses[2]]
+        assert second[0]["ORCHESTRATOR_TIER_PEERS"] == f"{addresses[0]},{addresses[2]}", "the lost one has no server"
+        assert servers(logs) == before and runs(before[0][0]) and not runs(before[1][0])
+
+        family = psutil.Process(process.pid).children(recursive=True)
+        serving = [one for one in family if "orchestrator.run.tier_server" in one.cmdline()]
+        assert len(serving) == 2 and not any(secret.hex() in " ".join(one.cmdline()) for one in family)
+        serving[0].suspend()  # reads no end of its input
+        os.kill(process.pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert "the tier server of machine 2 has died; started again" in errors
+        assert eventually(lambda: not any(runs(one.pid) for one in serving))

@@ -98,6 +98,7 @@ def test_an_image_runs_in_its_container_with_the_contract() -> None:
     (remote,) = (word for word in tpu_vm.start(job, "run7", 3) if word.startswith("--command="))
     assert "sudo docker run --rm" in remote and "'--env=A=b c' img:1 python t.py" in remote
     assert "--env=ORCHESTRATOR_RESTART_COUNT=3" in remote
+    assert "--volume=/dev/shm:/dev/shm" in remote, "a memory tier outlasts the container"
 
 
 def test_the_workers_of_all_slices_run_the_program_and_machines_are_made_first(tmp_path: Path) -> None:

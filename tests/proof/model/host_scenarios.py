@@ -1,0 +1,115 @@
+"""What is explored of jobs on several hosts, and the mistakes that must be noticed there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from orchestrator.rules import held, journal, survival
+from tests.proof.model.hosts import Rules, Scenario
+from tests.proof.model.mutations import mutated
+
+SCENARIOS = (
+    Scenario("zombies", ("s", "t"), (2, 2)),
+    Scenario("three starts", ("s", "t"), (2, 1, 0), overlap=False),
+    Scenario("a host is lost", ("s", "t", "u"), (1, 1), losses=1),
+    Scenario("a host is lost, and again", ("s", "t"), (1, 0, 0), losses=2, overlap=False),
+    Scenario("a slice is lost", ("s", "s", "t", "t"), (1, 0), losses=2, overlap=False),
+    Scenario("two copies", ("s", "t", "u"), (1, 0), copies=2, losses=2),
+    Scenario("no copies", ("s", "t"), (2, 1), copies=0, losses=1),
+    Scenario("copies lie", ("s", "t"), (2, 0), lies=1),
+    Scenario("one lies, one is lost", ("s", "t"), (1, 1), lies=1, losses=1),
+    Scenario("back with an old tier", ("s", "t"), (1, 1, 0), leaves=1, overlap=False),
+    Scenario("uploads", ("s", "t"), (2, 1), promotes=True),
+    Scenario("uploads of what lies", ("s", "t"), (1, 1), promotes=True, lies=1),
+    Scenario("uploads and losses", ("s", "t"), (2, 1), promotes=True, losses=1, overlap=False),
+    Scenario("uploads beside saves", ("s", "t"), (3, 0), promotes=True, saves=True),
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """An edit of a shipped rule's source (`rule` is its field in Rules), or a wrong order in what is around it
+    (`flag`). caught: what the violation says."""
+
+    name: str
+    scenario: str
+    caught: str
+    rule: str = ""
+    function: str = ""
+    module: ModuleType | None = None
+    old: str = ""
+    new: str = ""
+    flag: str = ""
+
+    def rules(self) -> Rules:
+        if self.module is None:
+            changed: dict[str, Any] = {self.flag: not getattr(Rules(), self.flag)}
+        else:
+            changed = {self.rule: mutated(self.module, self.old, self.new)[self.function]}
+        return replace(Rules(), **changed)
+
+
+_EPOCH = "head is None or head.epoch != epoch:\n        return _not_our_epoch(head, epoch)\n    if is_live"
+_OLDER = "head.epoch > epoch:\n        return FencedBy(head.epoch, head.writer)\n    if head is not None and"
+
+MUTATIONS = (
+    Mutation(
+        "steps are ordered by their number alone",
+        "three starts",
+        "of a newer incarnation",
+        *("candidates", "candidates", held, "rank(one.id), one.manifest", "one.step, one.manifest"),
+    ),
+    Mutation(
+        "what the store has is not looked at",
+        "uploads",
+        "newer",
+        *("candidates", "candidates", held, "if journalled.admits(one.id)", ""),
+    ),
+    Mutation(
+        "the oldest is tried first",
+        "zombies",
+        "newer",
+        *("candidates", "candidates", held, "reverse=True)\n\n\n# Which", ")\n\n\n# Which"),
+    ),
+    Mutation(
+        "a tier's log takes an older epoch",
+        "zombies",
+        "is followed by",
+        *("open_tier", "open_epoch", held, _OLDER, _OLDER.replace("head.epoch > epoch", "False", 1)),
+    ),
+    Mutation(
+        "a log takes a step of an older epoch",
+        "zombies",
+        "that epoch 2 has opened",
+        *("enter", "commit", journal, _EPOCH, "head is None:\n        return None\n    if is_live"),
+    ),
+    Mutation(
+        "the others' logs follow an older epoch",
+        "zombies",
+        "changes a tier",
+        *("follow", "follow", held, "head is None or head.epoch != epoch:", "head is None:"),
+    ),
+    Mutation(
+        "an upload is committed in a run that was taken over",
+        "uploads",
+        "commits in a run that epoch 2",
+        *("commit", "commit", journal, _EPOCH, "head is None:\n        return None\n    if is_live"),
+    ),
+    Mutation(
+        "more is promised than copies can keep",
+        "a host is lost, and again",
+        "was promised to survive",
+        *("survives", "survives", survival, "return not lost_parts(targets, lost)", "return True"),
+    ),
+    Mutation("bytes of a peer are believed", "copies lie", "bytes that it never had", flag="checks_read_bytes"),
+    Mutation("a bad copy ends the search", "copies lie", "is chosen over", flag="tries_other_hosts"),
+    Mutation("what is uploaded is not checked", "uploads of what lies", "not whole", flag="checks_uploaded_bytes"),
+    Mutation("held before all copies are in", "a host is lost", "never had part", flag="waits_for_copies"),
+    Mutation("held when process 0 says so", "a host is lost", "is chosen over", flag="is_held_when_entered"),
+    Mutation("held when the first follows", "a slice is lost", "is chosen over", flag="is_held_when_first_follows"),
+    Mutation("servers take copies of any epoch", "zombies", "takes a copy of epoch 1", flag="servers_fence"),
+    Mutation("a new log lists nothing", "a host is lost, and again", "was promised", flag="takes_over_logs"),
+    Mutation("an upload may come after a newer save", "uploads beside saves", "after", flag="keeps_uploads_in_order"),
+)
