@@ -51,7 +51,7 @@ def _of_hosts() -> int:
         found = hosts.explore(by_name[mutation.scenario], mutation.rules())
         caught = mutation.caught in (found.violation or "")
         wrong += not caught
-        said = found.violation if caught else "NOT CAUGHT"
+        said = found.violation if caught else f"NOT CAUGHT ({found.violation})"
         print(f"| {mutation.name} | {mutation.scenario} | {said} | {found.states} |", flush=True)
     return wrong
 

@@ -78,8 +78,8 @@ def _moves(scenario: Scenario, world: World, rules: Rules, index: int) -> Iterat
             yield from _write(scenario, world, rules, job, become)
         case "entering":
             yield from _enter(scenario, world, rules, job, become)
-        case "following":
-            yield from _follow(scenario, world, rules, job, become)
+    if job.entered:
+        yield from _follow(scenario, world, rules, job, become)
     if job.upload:
         yield from _upload(world, rules, job, become)
 
@@ -146,9 +146,8 @@ def _choose(scenario: Scenario, world: World, rules: Rules, job: Job, become: Be
             break
     taken = taken or standing.newest
     problem = wrong or _misjudged(scenario, world, rules, job, taken, standing)
-    seen = frozenset(each.id for each in offers if standing.admits(each.id)) if rules.takes_over_logs else frozenset()
     step = taken.step if taken else 0
-    return "chooses", become(pc="opening", at=0, seen=(), logged=seen, step=step), problem
+    return "chooses", become(pc="opening", at=0, seen=(), logged=frozenset(), step=step), problem
 
 
 def _read(world: World, rules: Rules, job: Job, attempt: AttemptId) -> list[AttemptId | None] | None:
@@ -197,19 +196,17 @@ def _open_host(world: World, rules: Rules, job: Job, become: Become) -> Moved:
     if not isinstance(made, Head):
         return f"is fenced on host {number}", become(pc="stopped"), ""
     problem = f"epoch {before.epoch} is followed by {job.epoch}" if before and before.epoch >= job.epoch else ""
-    if job.at == 0 and rules.takes_over_logs:
-        known = {one.id for one in made.live}
-        missing = [live(each) for each in sorted(job.logged - known, key=held.rank)]
-        made = rules.follow(made, STAMP, epoch=job.epoch, live=[*made.live, *missing]) or made
+    listed = job.listed | {one.id for one in made.live}
     if job.at:  # a crash may have come between process 0's entry and this one's
-        theirs = head_of(world.hosts[job.hosts[0]].log)
-        assert theirs is not None
-        host = _follows(host._replace(log=body_of(made)), theirs, job, rules)
-        made = head_of(host.log) or made
+        made = _following(world, rules, job, host._replace(log=body_of(made))) or made
     host = host._replace(log=body_of(made), told=max(host.told, job.epoch))
     ended = job.at + 1 == len(job.hosts)
-    after = {"pc": "running", "at": 0, "logged": frozenset()} if ended else {"at": job.at + 1}
-    return f"opens host {number}", become({"hosts": with_item(world.hosts, number, host)}, **after), problem
+    then: dict[str, Any] = {"pc": "running", "at": 0} if ended else {"at": job.at + 1}
+    world = world._replace(hosts=with_item(world.hosts, number, host))
+    if ended:
+        for process in range(len(job.hosts)):
+            world = _freed(world, rules, job._replace(listed=listed), process, None)
+    return f"opens host {number}", become({"hosts": world.hosts}, listed=listed, **then), problem
 
 
 # Holding.
@@ -255,55 +252,75 @@ def _put(
 
 
 def _write(scenario: Scenario, world: World, rules: Rules, job: Job, become: Become) -> Iterator[Moved]:
-    if job.at not in job.alive:
-        return
+    if job.at not in job.alive or job.at in job.behind:
+        return  # lost, or at the step before still
     hosts, problem = _put(scenario, world, rules, job, job.at, job.at)
     if hosts is None:
-        yield f"process {job.at} cannot have its copies taken", _given_up(world, job, become), ""
+        yield f"process {job.at} cannot have its copies taken", _given_up(scenario, world, rules, job, become), ""
         return
     ended = job.at + 1 == len(job.hosts)
     after = become({"hosts": hosts}, pc="entering" if ended else "writing", at=0 if ended else job.at + 1)
     yield f"process {job.at} writes its part and copies", after, problem
 
 
-def _given_up(world: World, job: Job, become: Become) -> World:
-    """Each process frees what it has written on its own host; copies on others stay."""
-    hosts = world.hosts
-    for process in job.alive:
-        host = hosts[job.hosts[process]]
-        mine = frozenset(part for part in host.parts if part[:2] == (process, _attempt(job)))
-        hosts = with_item(hosts, job.hosts[process], host._replace(parts=host.parts - mine))
-    return become({"hosts": hosts}, pc="running", at=0)
+def _given_up(scenario: Scenario, world: World, rules: Rules, job: Job, become: Become) -> World:
+    """Each process frees what its host has of it, as far as the logs tell that it is not held."""
+    if 0 not in job.alive:
+        return become({"hosts": world.hosts}, pc="running", at=0)
+    for process in sorted(job.alive):
+        world = _freed(world, rules, job, process, _attempt(job))
+    return become({"hosts": world.hosts}, pc="running", at=0)
+
+
+def _freed(world: World, rules: Rules, job: Job, process: int, ended: AttemptId | None) -> World:
+    """What a process frees of its host's memory once an attempt has ended: its own, copies, and what is left over."""
+    number = job.hosts[process]
+    host = world.hosts[number]
+    logs = [head_of(host.log), head_of(world.hosts[job.hosts[0]].log)]
+    now = frozenset(one.id for log in logs if log for one in log.live)
+    listed = now if any(one.epoch == job.epoch for one in now) else job.listed | now
+    found = {part.attempt for part in host.parts}
+    gone = set(rules.to_free(found, listed, epoch=job.epoch, decided={ended} - {None}))
+    parts = frozenset(part for part in host.parts if part.attempt not in gone)
+    return world._replace(hosts=with_item(world.hosts, number, host._replace(parts=parts)))
 
 
 def _enter(scenario: Scenario, world: World, rules: Rules, job: Job, become: Become) -> Iterator[Moved]:
-    """The manifest, and then the entry in process 0's log: from now on the step is called held."""
-    if 0 not in job.alive:
+    """The manifest, and then the entry in process 0's log."""
+    if 0 not in job.alive or job.behind:
         return
     hosts, problem = _put(scenario, world, rules, job, 0, -len(job.hosts))
     if hosts is None:
-        yield "cannot have the manifest's copy taken", _given_up(world, job, become), ""
+        yield "cannot have the manifest's copy taken", _given_up(scenario, world, rules, job, become), ""
         return
     attempt, number = _attempt(job), job.hosts[0]
     before = head_of(hosts[number].log)
     made = rules.enter(before, STAMP, epoch=job.epoch, entry=live(attempt), keep=KEEP_HELD)
     if not isinstance(made, Head):
-        yield "is fenced in process 0's log", _given_up(world._replace(hosts=hosts), job, become), ""
+        yield "is fenced in process 0's log", _given_up(scenario, world._replace(hosts=hosts), rules, job, become), ""
         return
     if before is not None and before.epoch > job.epoch:
         problem = problem or f"{attempt.label} is held in a tier that epoch {before.epoch} has opened"
     problem = problem or _too_soon(scenario, world._replace(hosts=hosts), rules, job)
-    hosts = with_item(hosts, number, _collected(hosts[number], made))
-    alone = len(job.hosts) == 1
-    after = become({"hosts": hosts}, pc="running" if alone else "following", at=1)
-    if alone or rules.is_held_when_entered:
-        after = _called_held(after, job)
+    hosts = with_item(hosts, number, hosts[number]._replace(log=body_of(made)))
+    then: dict[str, Any] = {"pc": "running", "at": 0, "entered": attempt}
+    if scenario.promotes and not job.upload:
+        then["upload"] = (attempt, 0)
+    freed = _freed(world._replace(hosts=hosts), rules, job, 0, attempt)
+    after = become({"hosts": freed.hosts}, behind=frozenset(range(1, len(job.hosts))), **then)
+    if rules.is_held_when_entered or not _takers(scenario, rules, job):
+        after = _called_held(after, job, attempt)
     yield "enters the step", after, problem
 
 
-def _called_held(world: World, job: Job) -> World:
+def _takers(scenario: Scenario, rules: Rules, job: Job) -> set[int]:
+    """The processes on the hosts that have copies of process 0's part."""
+    return set(targets_of(rules, scenario, job.hosts)[0])
+
+
+def _called_held(world: World, job: Job, attempt: AttemptId) -> World:
     """From now on people are told that the step is held: a promise, unless somebody has replaced this job."""
-    head, attempt = head_of(world.run), _attempt(job)
+    head = head_of(world.run)
     if head is None or head.epoch != job.epoch:
         return world
     lost = frozenset(host for process, host in enumerate(job.hosts) if process not in job.alive)
@@ -329,40 +346,44 @@ def _too_soon(scenario: Scenario, world: World, rules: Rules, job: Job) -> str:
     return ""
 
 
-def _collected(host: Host, made: Head) -> Host:
-    """A log's next entry, and what it says is held no more is deleted, copies of others' parts included."""
-    gone = {old.id for old in made.retired} - {one.id for one in made.live}
-    parts = frozenset(part for part in host.parts if part.attempt not in gone)
-    return host._replace(log=body_of(made), parts=parts)
-
-
 def _follow(scenario: Scenario, world: World, rules: Rules, job: Job, become: Become) -> Iterator[Moved]:
-    ended = job.at + 1 == len(job.hosts)
-    then: dict[str, Any] = {"pc": "running" if ended else "following", "at": 0 if ended else job.at + 1}
-    if ended and scenario.promotes and not job.upload:
-        then["upload"] = (_attempt(job), 0)
-    number = job.hosts[job.at]
-    if job.at not in job.alive or 0 not in job.alive:
-        yield f"process {job.at} follows no more", become(**then), ""
-        return
-    theirs, host = head_of(world.hosts[job.hosts[0]].log), world.hosts[number]
-    assert theirs is not None
-    before, after = head_of(host.log), _follows(host, theirs, job, rules)
-    problem = ""
-    if before is not None and before.epoch > job.epoch and after != host:
-        problem = f"epoch {job.epoch} changes a tier that epoch {before.epoch} has opened"
-    followed = become({"hosts": with_item(world.hosts, number, after)}, **then)
-    if rules.is_held_when_first_follows or (ended and not rules.is_held_when_entered):
-        logs = [head_of(followed.hosts[job.hosts[each]].log) for each in range(job.at + 1)]
-        if all(log and _attempt(job) in {one.id for one in log.live} for log in logs):
-            followed = _called_held(followed, job)
-    yield f"process {job.at} follows", followed, problem
+    """A process enters into its log what process 0's says; by then the job may be at the next step."""
+    attempt = job.entered
+    assert attempt is not None
+    for process in sorted(job.behind):
+        if process not in job.alive or 0 not in job.alive:
+            continue
+        number = job.hosts[process]
+        host = world.hosts[number]
+        before, made, problem = head_of(host.log), _following(world, rules, job, host), ""
+        if made is not None:
+            if before is not None and before.epoch > job.epoch:
+                problem = f"epoch {job.epoch} changes a tier that epoch {before.epoch} has opened"
+            host = host._replace(log=body_of(made))
+        freed = _freed(world._replace(hosts=with_item(world.hosts, number, host)), rules, job, process, attempt)
+        after = become({"hosts": freed.hosts}, behind=job.behind - {process})
+        if _is_held(scenario, after, rules, job, process):
+            after = _called_held(after, job, attempt)
+        yield f"process {process} follows", after, problem
 
 
-def _follows(host: Host, theirs: Head, job: Job, rules: Rules) -> Host:
-    here = {part.attempt for part in host.parts}
-    made = rules.follow(head_of(host.log), STAMP, epoch=job.epoch, live=[one for one in theirs.live if one.id in here])
-    return _collected(host, made) if isinstance(made, Head) else host
+def _following(world: World, rules: Rules, job: Job, host: Host) -> Head | None:
+    """A log's next entry, after process 0's; None where there is nothing to enter, or it may not be."""
+    theirs, here = head_of(world.hosts[job.hosts[0]].log), {part.attempt for part in host.parts}
+    lines = [one for one in theirs.live if one.id in here] if theirs else []
+    made = rules.follow(head_of(host.log), STAMP, epoch=job.epoch, live=lines)
+    return made if isinstance(made, Head) else None
+
+
+def _is_held(scenario: Scenario, after: World, rules: Rules, job: Job, process: int) -> bool:
+    """Whether process 0 says so now: the hosts that have copies of its part have the step in their logs, too."""
+    takers = _takers(scenario, rules, job)
+    if rules.is_held_when_first_follows:
+        return len(job.behind) == len(job.hosts) - 1
+    if process not in takers or rules.is_held_when_entered:
+        return False
+    logs = [head_of(after.hosts[job.hosts[each]].log) for each in takers]
+    return all(log and job.entered in {one.id for one in log.live} for log in logs)
 
 
 # Promotion.

@@ -110,6 +110,23 @@ MUTATIONS = (
     Mutation("held when process 0 says so", "a host is lost", "is chosen over", flag="is_held_when_entered"),
     Mutation("held when the first follows", "a slice is lost", "is chosen over", flag="is_held_when_first_follows"),
     Mutation("servers take copies of any epoch", "zombies", "takes a copy of epoch 1", flag="servers_fence"),
-    Mutation("a new log lists nothing", "a host is lost, and again", "was promised", flag="takes_over_logs"),
+    Mutation(
+        "a new log of process 0 ends what the others list",
+        "a host is lost, and again",
+        "nothing is chosen",
+        *("follow", "follow", held, "(newest is None or rank(old.id) > rank(newest.id)) and", "False and"),
+    ),
+    Mutation(
+        "what is held is freed",
+        "zombies",
+        "was promised",
+        *("to_free", "to_free", held, "if one in listed or one.epoch > epoch:", "if one.epoch > epoch:"),
+    ),
+    Mutation(
+        "what is being held is freed",
+        "zombies",
+        "has no part",
+        *("to_free", "to_free", held, "return one in decided", "return True"),
+    ),
     Mutation("an upload may come after a newer save", "uploads beside saves", "after", flag="keeps_uploads_in_order"),
 )

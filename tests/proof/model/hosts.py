@@ -34,6 +34,7 @@ class Rules:
     follow: Callable[..., Any] = held.follow
     candidates: Callable[..., Any] = held.candidates
     lacking: Callable[..., Any] = held.lacking
+    to_free: Callable[..., Any] = held.to_free
     commit: Callable[..., Any] = journal.commit
     pair: Callable[..., Any] = pairing.pair
     survives: Callable[..., Any] = survival.survives
@@ -45,7 +46,6 @@ class Rules:
     finds_by_manifest: bool = False
     is_held_when_entered: bool = False
     is_held_when_first_follows: bool = False
-    takes_over_logs: bool = True
     keeps_uploads_in_order: bool = True
 
 
@@ -70,7 +70,8 @@ class Host(NamedTuple):
 class Job(NamedTuple):
     """An incarnation. at: how far it has come within `pc`. hosts: of its processes; alive: those whose host is there.
     seen: what each host had when it looked. logged: what their logs say is held.
-    known: what was called held when it started. holds: so many by now.
+    known: what was called held when it started. listed: what all logs said when it opened them. holds: so many by
+    now. entered: the step that process 0 has entered last; behind: the processes that have not, yet.
     upload: what goes to the store, and how far it is."""
 
     pc: str = "starting"
@@ -82,6 +83,9 @@ class Job(NamedTuple):
     logged: frozenset[AttemptId] = frozenset()
     step: int = 0
     holds: int = 0
+    listed: frozenset[AttemptId] = frozenset()
+    entered: AttemptId | None = None
+    behind: frozenset[int] = frozenset()
     upload: tuple[AttemptId, int] | None = None
     known: frozenset[AttemptId] = frozenset()
 
