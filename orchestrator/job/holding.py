@@ -143,14 +143,14 @@ class Holding:
         own.pinned.add(attempt)
         held: Participant | None = None
         try:
-            held = self._saves.carry(save.step, save.user, flat, process_state)
+            held = self._saves.carry(save.step, save.user, flat, process_state, own.storage)
         finally:
             if held is None or not held.staged:
                 own.pinned.discard(attempt)
         if not held.staged:
             logging.warning("%s goes to the store directly: %s", save.label, held.problem)
             return None
-        return Source(held, self._tiers.of_all, own.storage, self._throttle, partial(self._tiers.keeper.unpin, attempt))
+        return Source(held, own.storage, self._throttle, partial(self._tiers.keeper.unpin, attempt))
 
     @contextlib.contextmanager
     def beside(self, step: int) -> Iterator[None]:

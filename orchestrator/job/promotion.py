@@ -33,13 +33,13 @@ from orchestrator.job.participant import Participant
 from orchestrator.job.persistence import PATIENCE_S, GivenUp, Persistence
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.voter import SaveContext
-from orchestrator.rules import keys
+from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.attempt import Attempt
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Cause, FileEntry, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.storage import PosixStorage
+from orchestrator.storage import PosixStorage, Storage
 from orchestrator.storage.throttle import Throttle
 from orchestrator.storage.upload import Unreadable, upload
 
@@ -50,11 +50,10 @@ _HELD_S = 300.0  # for a part to be written to memory, or not: beyond every boun
 
 @dataclass(frozen=True)
 class Source:
-    """Where a process's part of a step is. held: the attempt in memory. store: as that one sees it, all processes'
-    tiers. tier: this process's. throttle: how fast it may go. let_go: the part is needed no more."""
+    """Where a process's part of a step is. held: the attempt in memory. tier: this process's, without copies.
+    throttle: how fast it may go. let_go: the part is needed no more."""
 
     held: Participant
-    store: JournalStore
     tier: PosixStorage
     throttle: Throttle
     let_go: Callable[[], None]
@@ -136,7 +135,7 @@ class HeldPart(Contribution):
         with self._lock:
             self._sent_bytes += sent
 
-    def make_durable(self) -> None:
+    def make_durable(self, here: Storage | None = None) -> None:
         failpoints.hit("upload.seal")
         known = {(key := self._attempt.key(entry.path)): replace(entry, path=key) for entry in self.receipt.files}
         durable = self._persistence.persist(self._where, lambda: self._store.storage.make_durable(known, known))
@@ -275,14 +274,17 @@ class Upload(Participant):
         self._source.held.join(_HELD_S)
         body, key = self._source.tier.get(self.id.manifest_key), self.id.manifest_key
         if body is None:
-            tree = finalize.merged(self._source.store, self._pending, state, receipt_files)
+            assert self._pending is not None
+            receipts = [state.receipts[index] for index in sorted(state.receipts)]
+            merged = self._pending.merge(chunk_index.entries(receipts))
+            tree = [replace(file, path=keys.STATE + file.path) for file in merged]
         else:
             manifest = decode(body, Manifest, f"{self._source.tier.url}/{key}", step=self.step, attempt=self.id.name)
             received = {entry.path for receipt in state.receipts.values() for entry in receipt.files}
             of_state = [entry for entry in manifest.files if entry.path.startswith(keys.STATE)]
             tree = [entry for entry in of_state if entry.path not in received]
-            receipts = {entry.path: entry for entry in manifest.files if entry.path.startswith(keys.RECEIPTS)}
-            if receipts == dict(receipt_files):
+            signed = {entry.path: entry for entry in manifest.files if entry.path.startswith(keys.RECEIPTS)}
+            if signed == dict(receipt_files):
                 return _Whole(manifest, body, tree)
         more = (*tree, *own.opened, *receipt_files.values())
         made = finalize.manifest_of(self._shared.store, state, more)

@@ -27,6 +27,7 @@ from orchestrator.observe.events import SaveNotCommitted
 from orchestrator.options import Options
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Cause, Json
+from orchestrator.storage.port import Storage
 
 _QUEUED_MAX = 4  # uploads at a time: one that goes on, one that waits, and those that are being given up
 
@@ -178,11 +179,11 @@ class SaveSequence:
         if save.begun:
             self._started(save)
 
-    def carry(self, step: int, user: UserData, flat: Flat, process_state: bytes | None) -> Participant:
-        """Begin to save `flat` here, for a save elsewhere, too. Raises as `save`."""
+    def carry(self, step: int, user: UserData, flat: Flat, process_state: bytes | None, here: Storage) -> Participant:
+        """Begin to save `flat` here, for a save elsewhere, too, which takes it from `here`. Raises as `save`."""
         save = self._participants.begin(step, user, process_state)
         self._schedule.begin(save.started_s)
-        save.abandoned = lambda: False
+        save.abandoned, save.here = lambda: False, here
         with self._telling(save):
             save.start(flat)
         return save

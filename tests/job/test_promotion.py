@@ -295,11 +295,25 @@ def test_a_step_that_comes_while_the_last_is_not_held_yet_goes_to_the_store_dire
         assert told(seen, events.StepHeld) == [0, 1]
 
 
-@pytest.mark.parametrize("place", ["save.write", "save.seal", "receipt.write"])
-def test_a_step_that_is_lost_in_memory_is_made_up_for_by_the_next_call_of_save(
+@pytest.mark.parametrize("place", ["save.seal", "receipt.write", "intent.after"])
+def test_a_step_whose_copies_or_records_fail_in_memory_is_saved_from_there_all_the_same(
     place: str, root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(environment.FAILPOINTS, f"{place}=error@step=4@nth=1")
+    with agent(root, save=4) as running:
+        running.restore(LIKE)
+        train(running, 0, 4)
+        assert running.all_steps() == [0, 4] and running.failures == 0
+        assert not (held_dir(root) / first_id(4).prefix).exists()
+    assert told(seen, events.StepNotHeld) == [4] and told(seen, events.StepHeld) == [0]
+    restored = oc.open_run(root).restore(LIKE)
+    assert restored.step == 4 and jnp.array_equal(restored.state["w"], state(4)["w"])
+
+
+def test_a_step_that_is_lost_in_memory_is_made_up_for_by_the_next_call_of_save(
+    root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.FAILPOINTS, "save.write=error@step=4@nth=1")
     with agent(root, save=4) as running:
         running.restore(LIKE)
         staged = counted(running, monkeypatch)
