@@ -12,9 +12,10 @@ the tier: it is pinned there.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +58,15 @@ class Source:
     tier: PosixStorage
     throttle: Throttle
     let_go: Callable[[], None]
+
+    @contextlib.contextmanager
+    def used_by(self, one: Participant) -> Iterator[None]:
+        """Within it `one` begins, which lets the part go in the end."""
+        try:
+            yield
+        finally:
+            if not one.begun:
+                self.let_go()
 
 
 class HeldPart(Contribution):

@@ -199,7 +199,7 @@ class SaveSequence:
         for older in before:
             older.persistence.make_way(f"step {save.step} is due")
         queued = Upload(self._participants.context, save, source, before)
-        with self._telling(queued):
+        with self._telling(queued), source.used_by(queued):
             queued.go_on()
 
     def _started(self, save: Participant) -> None:
