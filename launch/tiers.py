@@ -143,6 +143,10 @@ class HostTiers:
             found[contract.DOMAIN] = domain(machine, self._hosts, self._options.domains)
         return found
 
+    def may_hold(self, restarts: int) -> bool:
+        """Whether there may be something in the tiers, or in the store, before the hosts of this start write it."""
+        return self._options is not None and (restarts > 0 or self._options.directory is not None)
+
     def watch(self) -> None:
         """Start servers again that have died."""
         self._servers.watch()

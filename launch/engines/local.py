@@ -20,10 +20,11 @@ from pathlib import Path
 from launch import logs, plainfile, supervise
 from launch.command import LaunchError as LaunchError  # raised by `run`, so part of what this module offers
 from launch.console import Console
-from launch.contract import STEP_BACK, JobContract
+from launch.contract import RUN_ROOT, STEP_BACK, JobContract
 from launch.host_processes import HostProcesses
 from launch.hosts import REAP_S, Orphans, Warden
 from launch.interrupts import OperatorSignals
+from launch.prefetching import Prefetching
 from launch.tiers import HostTiers, TierOptions
 from launch.timeline import Timeline
 from orchestrator.rules.stalls import Sign
@@ -133,8 +134,9 @@ def run(job: LocalJob, observer: Observer, *, sole: bool = False) -> int:
             with (
                 contextlib.closing(_hold_loopback_port()) as port,
                 HostProcesses(signals, orphans, warden, observer.line, observer.note) as processes,
+                Prefetching(environ.get(RUN_ROOT), warden, orphans) as prefetching,
             ):
-                incarnation = _Incarnation(job, observer, signals, processes, tiers, timeline, history)
+                incarnation = _Incarnation(job, observer, signals, processes, tiers, prefetching, timeline, history)
                 incarnation.start(port.getsockname()[1], folder)
                 end = incarnation.watch()
             if isinstance(end, supervise.Finish):
@@ -209,11 +211,12 @@ class _Incarnation:
         signals: OperatorSignals,
         processes: HostProcesses,
         tiers: HostTiers,
+        prefetching: Prefetching,
         timeline: Timeline,
         history: supervise.JobHistory,
     ) -> None:
         self._job, self._observer, self._signals, self._processes = job, observer, signals, processes
-        self._tiers, self._timeline = tiers, timeline
+        self._tiers, self._prefetching, self._timeline = tiers, prefetching, timeline
         self._history = history
         self._state = supervise.State(job.policy, frozenset(range(history.hosts)), history)
         self._kill_at: float | None = None
@@ -248,6 +251,13 @@ class _Incarnation:
             )
             own = environ | self._tiers.environ(index)
             self._processes.start(self._job.command, own, contract, logs)
+            if self._tiers.may_hold(self._history.restarts):
+                self._prefetching.start(index, own | contract.to_environment())
+
+    def _note_prefetched(self) -> None:
+        for one in self._prefetching.ended():
+            self._observer.note(one.describe())
+            self._record("prefetch", host=one.host, code=one.code, seconds=round(one.seconds, 3), found=one.found)
 
     def _record(self, event: str, **fields: object) -> None:
         self._timeline.record(event, restart=self._history.restarts, **fields)
@@ -266,6 +276,7 @@ class _Incarnation:
             self._check_heartbeats()
             self._kill_the_overdue()
             self._tiers.watch()
+            self._note_prefetched()
             running = self._processes.running.values()
             self._observer.tick([HostView(host.index, host.name, host.pid, self._history.restarts) for host in running])
         self._record("ended")

@@ -29,6 +29,7 @@ from orchestrator.cli import (
     ls,
     pin,
     plan,
+    prefetch,
     quarantine,
     recover,
     render,
@@ -61,7 +62,7 @@ GROUPS: dict[str, dict[str, Command[Any]]] = {
         "gc": gc.COMMAND,
         "recover": recover.COMMAND,
     },
-    "move": {"export": export.COMMAND, "adopt": adopt.COMMAND},
+    "move": {"export": export.COMMAND, "adopt": adopt.COMMAND, "prefetch": prefetch.COMMAND},
 }
 COMMANDS: dict[str, Command[Any]] = {name: command for group in GROUPS.values() for name, command in group.items()}
 

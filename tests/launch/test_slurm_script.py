@@ -142,6 +142,20 @@ def test_tiers_outlast_a_requeue_and_not_the_job(tmp_path: Path, code: int, slee
     assert not any(secret in path.read_text() for path in (tmp_path / "logs").rglob("*") if path.is_file())
 
 
+def test_a_requeued_job_fetches_beside_its_start(tmp_path: Path) -> None:
+    (shm := tmp_path / "shm").mkdir()
+    fetch = 'printf "%s\\n" "$@" >fetched; while [ ! -e done ]; do sleep 0.05; done; touch ended'
+    for restart, root, fetches in ((0, "gs://b/a run", False), (1, None, False), (1, "gs://b/a run", True)):
+        (at := tmp_path / f"{restart}-{root is None}").mkdir()
+        environ = {contract.TIER_DIR: str(shm), **({} if root is None else {contract.RUN_ROOT: root})}
+        program = "for _ in $(seq 100); do [ -e fetched ] && break; sleep 0.05; done; touch done; ls fetched"
+        job = SlurmJob(["bash", "-c", program if fetches else "ls fetched"], 3, environ=environ, tiers=True)
+        code, output, _ = run(at, slurm.script(job), restart, srun=PLAYED, orchestrator=fetch, sleep="/bin/sleep $1")
+        assert (code == 0) == fetches, output
+        if fetches:
+            assert (at / "fetched").read_text().splitlines() == ["prefetch", "gs://b/a run", "--json"]
+
+
 def test_where_the_queue_cannot_be_seen_nothing_is_removed(tmp_path: Path) -> None:
     shm = tmp_path / "shm"
     left = shm / f"orchestrator-slurm-{os.getuid()}-5"

@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +16,8 @@ from launch import tiers
 from launch.supervise import Exit
 from orchestrator.errors import StorageError
 from orchestrator.storage.peer import Peer
-from tests.support.launching import eventually, launch, launched
+from tests.support.launching import DEADLINE_S, eventually, launch, launched
+from tests.support.runs import fill
 
 ENVIRON = "e = os.environ; r = int(e['ORCHESTRATOR_RESTART_COUNT']); t = e['ORCHESTRATOR_TIER_DIR']\n"
 
@@ -244,3 +246,46 @@ def test_a_server_outlives_its_hosts_process_and_not_its_host(tmp_path: Path) ->
         _, errors = process.communicate(timeout=60)
         assert "the tier server of machine 2 has died; started again" in errors
         assert eventually(lambda: not any(runs(one.pid) for one in serving))
+
+
+def prefetched(logs: Path) -> list[dict[str, Any]]:
+    lines = (logs / "launch.jsonl").read_text().splitlines()
+    return sorted((one for one in map(json.loads, lines) if one["event"] == "prefetch"), key=lambda one: one["host"])
+
+
+@pytest.mark.jobs
+def test_a_restart_brings_what_it_will_restore_into_the_tiers(tmp_path: Path) -> None:
+    root, logs = tmp_path / "run", tmp_path / "logs"
+    fill(root, 1)
+    flags = ["--processes", "2", "--max_restarts", "1", "--tier_dir", str(tmp_path / "tiers"), "--backoff_s", "0"]
+    done = launch([*flags, "--run_root", str(root), "--log_dir", str(logs)], waits_for_prefetch(logs, 2))
+    assert done.returncode == 0, done.stderr
+    found = prefetched(logs)
+    assert [(one["restart"], one["host"]) for one in found] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    first, again = [found[0]["found"], found[2]["found"]], [found[1]["found"], found[3]["found"]]
+    attempt = [path for path in (root / "steps" / "00000001").rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in attempt if path.name != "manifest.json")
+    assert sum(one["store_bytes"] for one in first) == size, "every byte leaves the store once"
+    assert [one["store_bytes"] + one["peers_bytes"] for one in again] == [0, 0]
+    assert "host-1 prefetched step 1 (committed)" in done.stderr
+
+
+@pytest.mark.jobs
+def test_a_job_starts_whatever_becomes_of_the_prefetch(tmp_path: Path) -> None:
+    root, logs = tmp_path / "run", tmp_path / "logs"
+    fill(root, 1)
+    (root / "journal" / f"{0:020d}.json").write_text("{")
+    flags = ["--processes", "1", "--tier_dir", str(tmp_path / "tiers"), "--run_root", str(root)]
+    done = launch([*flags, "--log_dir", str(logs)], waits_for_prefetch(logs, 1).replace("r == 0", "7"))
+    assert done.returncode == 7 and "could not prefetch" in done.stderr
+    assert [one["code"] for one in prefetched(logs)] != [0]
+
+
+def waits_for_prefetch(logs: Path, hosts: int) -> str:
+    return ENVIRON + (
+        "import pathlib, time\n"
+        f"log, give_up = pathlib.Path({str(logs / 'launch.jsonl')!r}), time.monotonic() + {DEADLINE_S / 2}\n"
+        f"enough = {hosts} * (r + 1)\n"
+        "while log.read_text().count('\"prefetch\"') < enough and time.monotonic() < give_up: time.sleep(0.05)\n"
+        "raise SystemExit(r == 0)"
+    )
