@@ -21,15 +21,14 @@ from orchestrator.errors import (
     StorageError,
     UnsafeKey,
 )
-from orchestrator.job.read_step import MEMORY, ReadOptions, Restored, candidates, listed, read_step, read_stored
+from orchestrator.job.read_step import ReadOptions, Restored, candidates, listed, read_step, read_stored
 from orchestrator.observe.events import HeldStepDropped, SteppedDown, emit
 from orchestrator.observe.progress_lines import telling
 from orchestrator.rules import arguments, held
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.rules.tiers import MemoryTier
-from orchestrator.run import tier_directory
-from orchestrator.run.held_steps import HeldSteps
+from orchestrator.run import held_steps, tier_directory
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import open_storage
 from orchestrator.storage.read_only import ReadOnlyStorage
@@ -118,10 +117,10 @@ class Run:
             return None
         if not paths:
             return None
-        steps = HeldSteps(paths[0], paths)
+        steps = held_steps.on_this_host(paths[0], paths)
         for offer in held.candidates(held.standing(self._store.require_head()), [steps.offers()]):
             try:
-                return read_stored(steps.step(offer), like, options, MEMORY)
+                return read_stored(steps.step(offer), like, options)
             except (Damaged, UnsafeKey, StorageError, StepRetired) as error:
                 emit(HeldStepDropped(offer.step, offer.attempt, str(error)))
         return None

@@ -10,8 +10,7 @@ from orchestrator.cli.command import Result
 from orchestrator.errors import OrchestratorError
 from orchestrator.rules import held
 from orchestrator.rules.records import Head
-from orchestrator.run import tier_directory
-from orchestrator.run.held_steps import HeldSteps
+from orchestrator.run import held_steps, tier_directory
 from orchestrator.run.journal_store import JournalStore
 
 _REASON_CHARS = 200
@@ -53,7 +52,7 @@ def _look(run: str, head: Head) -> tuple[HeldNow, ...]:
     paths = tier_directory.processes(None, run)
     if not paths:
         return ()
-    found, standing = HeldSteps(paths[0], paths), held.standing(head)
+    found, standing = held_steps.on_this_host(paths[0], paths), held.standing(head)
     found.offers()
     rows = [
         HeldNow(

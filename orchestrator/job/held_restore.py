@@ -1,80 +1,122 @@
 """Coming back from memory: the held steps that a restore may choose over the newest committed one.
 
-All processes take the same steps in the same order: process 0 reads the journal, each says where tiers are on its
-machine, then what it can have of what they hold; `held.candidates` decides. What cannot be taken is named and left out,
+All processes take the same steps in the same order: process 0 reads the journal, each host says what it has
+(`held_offers`), and `held.candidates` decides. What cannot be taken is named and left out,
 and the next source is tried: an older held step, then the store. Nothing here is journalled, and nothing of a tier is
 called damage of the run. Main thread; `find` is a collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from absl import logging
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.job import restore_rounds, tier_rounds
+from orchestrator.job import restore_rounds, tier_hosts, tier_rounds
+from orchestrator.job.held_offers import Found, HeldOffers
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import NotRead, Read, ReadFailure, ReadOutcome, Ruling
-from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
-from orchestrator.job.tier_rounds import Journalled, OfferedStep
+from orchestrator.job.rounds import Raised, Round, agree, as_error
+from orchestrator.job.tier_rounds import Journalled, KnownStep
 from orchestrator.observe.events import HeldStepDropped, emit
-from orchestrator.rules import held, journal
+from orchestrator.rules import held, held_files, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer, Standing
+from orchestrator.rules.records import LiveStep
 from orchestrator.rules.tiers import MemoryTier
-from orchestrator.run import tier_directory
-from orchestrator.run.held_steps import HeldSteps
+from orchestrator.run import held_steps, tier_directory
+from orchestrator.run.held_steps import STORE, HeldSteps, Placed
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
+from orchestrator.storage.sources import Source
 
 Value = TypeVar("Value")
 
-_FAULT_CHARS = 500
+_LIKELY = 3  # committed steps that a restore may come to: the newest, and those that it may step down to
 
 
 @dataclass(frozen=True)
 class HeldChoice:
-    """steps: to try, newest first. tree: as `Opening.by_restore` takes it."""
+    """steps: to try, newest first. tree: as `Opening.by_restore` takes it. committed: steps of the journal that are in
+    tiers, too, in part or whole: they are read from there first."""
 
     steps: tuple[StoredStep, ...]
     tree: str | None
+    committed: Mapping[Offer, Committed]
 
 
-def find(tier: MemoryTier, store: JournalStore, rendezvous: Rendezvous, timeout_s: float) -> HeldChoice | None:
-    """What the memory tiers have that is newer than what a restore would take from the store. None in a new run. A
-    collective. Raises what the journal's reading raises, on all; WaitTimeout."""
-    journalled = agree(rendezvous, tier_rounds.JOURNALLED, timeout_s, lambda: _journalled(store))
+Committed = Callable[[JournalStore, LiveStep], StoredStep]
+
+
+def find(
+    tier: MemoryTier, store: JournalStore, rendezvous: Rendezvous, timeout_s: float, step: int | None = None
+) -> HeldChoice | None:
+    """What the memory tiers of all hosts have that is newer than what a restore would take from the store; or `step`,
+    where the journal has none of that number. None in a new run. A collective. Raises what the journal's reading
+    raises, on all; WaitTimeout."""
+    journalled = agree(rendezvous, tier_rounds.JOURNALLED, timeout_s, lambda: _journalled(store, step))
     if journalled is None:
         return None
-    try:
-        here = tuple(tier_directory.processes(tier.directory, journalled.run))
-    except OrchestratorError as error:
-        logging.warning("no held steps on this machine: %s", error)
-        here = ()
-    paths = gather(rendezvous, tier_rounds.PATHS, here, timeout_s)
-    own = tier_directory.of_process(tier.directory, journalled.run, rendezvous.process)
-    steps = HeldSteps(own, [path for each in paths for path in each])
-    standing = _standing(journalled)
-    mine = [_message(offer, "") for offer in steps.offers()]
-    for problem in steps.unreadable:
+    hosts = tier_hosts.meet(tier, rendezvous, journalled.run, timeout_s)
+    here = _here(tier, journalled.run, rendezvous.process)
+    for problem in here.unreadable:
         logging.warning("a memory tier is left out: %s", problem)
-    mine += [
-        _message(offer, steps.faults[offer.id][:_FAULT_CHARS]) for offer in steps.listed if offer.id in steps.faults
-    ]
-    offers = gather(rendezvous, tier_rounds.OFFERS, tuple(mine), timeout_s)
-    chosen = held.candidates(standing, [[_offer(one) for one in each if not one.fault] for each in offers])
+    standing = _standing(journalled)
+    in_store = {one.step for one in journalled.committed}
+
+    def wanted(attempt: AttemptId) -> bool:
+        if step is None:
+            return standing.admits(attempt)
+        return attempt.step == step and step not in in_store and standing.knows(attempt)
+
+    offers = HeldOffers(hosts, here, rendezvous, timeout_s)
+    found = offers.find(journalled.committed, wanted)
+    whole = [offer for offer, one in found.items() if one.is_whole and wanted(offer.id)]
+    chosen = held.candidates(standing, [whole]) if step is None else held.asked_for(standing, whole, step)
     best = held.rank(chosen[0].id) if chosen else (-1, -1, -1)
-    for attempt, reason in _faults(offers, rendezvous.hosts).items():
-        if standing.admits(attempt) and held.rank(attempt) > best:  # nobody would have asked for the others
-            emit(HeldStepDropped(*attempt, reason))
-    return HeldChoice(tuple(steps.step(offer) for offer in chosen), journalled.tree)
+    for offer, one in found.items():
+        if wanted(offer.id) and not one.is_whole and held.rank(offer.id) > best:  # nobody would ask for the others
+            emit(HeldStepDropped(*offer.id, _why(one, here, rendezvous.hosts)))
+    committed = [offer for offer, one in found.items() if not wanted(offer.id) and any(one.parts.values())]
+    return HeldChoice(
+        tuple(here.placed(found[offer].live, offers.placed(found[offer])) for offer in chosen),
+        journalled.tree,
+        {offer: _committed(here, offers.placed(found[offer])) for offer in committed},
+    )
 
 
-def _journalled(store: JournalStore) -> Journalled | None:
+def _here(tier: MemoryTier, run: str, process: int) -> HeldSteps:
+    own = tier_directory.of_process(tier.directory, run, process)
+    try:
+        return held_steps.on_this_host(own, tier_directory.processes(tier.directory, run))
+    except OrchestratorError as error:
+        return HeldSteps(own, {}, [str(error)])
+
+
+def _committed(here: HeldSteps, placed: Placed) -> Committed:
+    def opened(store: JournalStore, live: LiveStep) -> StoredStep:
+        return here.placed(live, placed, Source(STORE, store.storage), store.check_live)
+
+    return opened
+
+
+def _why(found: Found, here: HeldSteps, hosts: Mapping[int, str]) -> str:
+    """Why a step cannot be had."""
+    if found.faults:
+        return found.faults[0]
+    number = found.lacking[0] if found.lacking else 0
+    try:
+        name = held_files.names(here.manifest(found.live))[number]
+    except OrchestratorError:
+        name = keys.MANIFEST if number == 0 else f"file {number} of {found.files}"
+    return f"{name} is missing: none of {len(set(hosts.values()))} hosts has it"
+
+
+def _journalled(store: JournalStore, step: int | None) -> Journalled | None:
     """None in a new run, and where the journal does not tell which run this is: its steps can be restored all the
     same. Raises what its reading raises."""
     head = store.head()
@@ -90,35 +132,15 @@ def _journalled(store: JournalStore) -> Journalled | None:
     known = held.standing(head)
     newest = None if known.newest is None else (known.newest.step, known.newest.name)
     barred = tuple((bad.step, bad.name) for bad in known.barred)
-    return Journalled(run, head.epoch, journal.tree_of(head), newest, barred)
+    good = [live for live in head.live if live.restorable]
+    likely = good[-_LIKELY:] if step is None else [live for live in head.live if live.step == step]
+    committed = tuple(KnownStep(*live.id, live.manifest_crc32c, live.bytes, live.time) for live in likely)
+    return Journalled(run, head.epoch, journal.tree_of(head), newest, barred, committed)
 
 
 def _standing(message: Journalled) -> Standing:
     newest = AttemptId(*message.newest) if message.newest else None
     return Standing(message.epoch, newest, tuple(AttemptId(*bad) for bad in message.barred))
-
-
-def _message(offer: Offer, fault: str) -> OfferedStep:
-    return OfferedStep(offer.step, offer.attempt, offer.manifest_crc32c, fault)
-
-
-def _offer(message: OfferedStep) -> Offer:
-    return Offer(message.step, message.attempt, message.manifest_crc32c)
-
-
-def _faults(offers: Sequence[Sequence[OfferedStep]], hosts: Mapping[int, str]) -> dict[AttemptId, str]:
-    """Of steps that some process cannot have: why, by the first of those; or that it has never heard of it."""
-    found: dict[AttemptId, str] = {}
-    every_step = {_offer(one).id for each in offers for one in each}
-    for process, each in enumerate(offers):
-        who = f"process {process} ({hosts.get(process, '?')})"
-        known = {_offer(one).id for one in each}
-        for one in each:
-            if one.fault:
-                found.setdefault(_offer(one).id, f"{who}: {one.fault}")
-        for attempt in every_step - known:
-            found.setdefault(attempt, f"{who}: no tier that it can reach holds it")
-    return found
 
 
 class HeldJudgement:

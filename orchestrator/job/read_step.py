@@ -35,7 +35,7 @@ DamagedSteps = Mapping[AttemptId, str]  # attempts that are proven to be damaged
 class Restored:
     """A restored step. `state`: the target's tree. `extra`: the user's JSON with `timestamp` (seconds since the epoch)
     added. `process_states`: what each saving process gave, by its index then. `sources`: how many bytes of arrays this
-    process has read from where: "memory" (held steps, `tiers`) or "store"."""
+    process has read from where: "memory" (this host's tier), "peers" (those of other hosts), "store"."""
 
     step: int
     state: Any
@@ -69,7 +69,6 @@ class ReadOptions:
     reader: Callable[..., list[Any]] = arrays.load
 
 
-MEMORY, STORE = "memory", "store"
 REPORT_S = 1.0  # from one event about a restore that is reading to the next
 
 
@@ -96,6 +95,10 @@ class ArrayReads:
             self.array_s += time.monotonic() - started
             if self._total_bytes is not None:
                 self._report(stored.live, AGREEING)
+
+    def sources(self, stored: StoredStep) -> dict[str, int]:
+        """How many of the bytes that this process has read came from where."""
+        return stored_arrays.sources(stored, self.read_bytes)
 
     def _count(self, live: LiveStep, read_bytes: int) -> None:
         self.read_bytes += read_bytes
@@ -169,13 +172,11 @@ def read_step(
 
     Raises Mismatch before any array is read, Damaged, StepRetired, Unavailable.
     """
-    return read_stored(store.step(live), like, options, STORE, reads)
+    return read_stored(store.step(live), like, options, reads)
 
 
-def read_stored(
-    stored: StoredStep, like: Any, options: ReadOptions, source: str, reads: ArrayReads | None = None
-) -> Restored:
-    """As `read_step`, of a step that comes from `source`."""
+def read_stored(stored: StoredStep, like: Any, options: ReadOptions, reads: ArrayReads | None = None) -> Restored:
+    """As `read_step`, of a step wherever it is."""
     plan = match_target(stored, like, options)
     process_states = plan.begin()
     reads = reads or ArrayReads(options.reader, expected=plan.requests)
@@ -184,7 +185,7 @@ def read_stored(
     if proof.wrong_here:
         names = [name for name, _ in proof.wrong_here]
         stored_arrays.judge_fingerprints(stored, names, "; ".join(line for _, line in proof.wrong_here[:5]))
-    return replace(restored, sources={source: reads.read_bytes})
+    return replace(restored, sources=reads.sources(stored))
 
 
 def candidates(head: Head, damaged: DamagedSteps) -> list[LiveStep]:

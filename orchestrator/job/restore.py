@@ -8,7 +8,7 @@ take the same decision, and raise the same error, at the same point. The rounds 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -27,8 +27,6 @@ from orchestrator.errors import (
 )
 from orchestrator.job import held_restore, restore_rounds
 from orchestrator.job.read_step import (
-    MEMORY,
-    STORE,
     ArrayReads,
     DamagedSteps,
     ReadOptions,
@@ -56,9 +54,10 @@ from orchestrator.job.restore_rounds import (
 from orchestrator.job.rounds import Raised, Round, agree, as_error, gather
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import SteppedDown, StepRestored, emit
-from orchestrator.rules import arguments, journal
+from orchestrator.rules import arguments, held, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.held import Offer
 from orchestrator.rules.records import Head, LiveStep
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import stored_arrays
@@ -111,8 +110,8 @@ def restore_together(
     journal and the next newest is tried. A step that merely cannot be read is no reason for that: Unavailable is raised
     on all, and nothing is changed. A step that was asked for, and `strict`, never step down. `opening`
     (`Opening.by_restore`) opens the epoch, once a step and the target are known to fit on all processes, before
-    anything is written to the journal or any array is read; or in a new run. `tier`: where newer steps may be held; a
-    step that was asked for comes from the store.
+    anything is written to the journal or any array is read; or in a new run. `tier`: where newer steps may be held, and
+    one that was asked for, if the journal does not have it.
     Raises Damaged, Unavailable, NothingToRestore, Mismatch, WaitTimeout naming who did not come.
     """
     share = (rendezvous.process, rendezvous.count)
@@ -143,10 +142,11 @@ class _Restore:
         self._store, self._rendezvous, self._like, self._options = store, rendezvous, like, options
         self._opening = opening
         self._judgement = _Judgement(store, rendezvous, options)
+        self._in_tiers: Mapping[Offer, held_restore.Committed] = {}
         self._started_s = time.monotonic()
 
     def run(self, tier: MemoryTier | None) -> Restored | None:
-        if tier and self._options.step is None and (restored := self._from_memory(tier)):
+        if tier and (restored := self._from_memory(tier)):
             return restored
         while True:
             decide = partial(_choose, self._store, self._options, self._judgement.damaged)
@@ -159,15 +159,18 @@ class _Restore:
                 return restored
 
     def _from_memory(self, tier: MemoryTier) -> Restored | None:
-        """The newest held step that all can have; None if the store is to be asked."""
-        choice = held_restore.find(tier, self._store, self._rendezvous, self._options.timeout_s)
-        if choice is None or not choice.steps:
+        """The newest held step that is whole, or the one that was asked for; None if the journal is to choose."""
+        choice = held_restore.find(tier, self._store, self._rendezvous, self._options.timeout_s, self._options.step)
+        if choice is None:
+            return None
+        self._in_tiers = choice.committed
+        if not choice.steps:
             return None
         if self._options.back:  # what is held is newer than all that the store has: it is left out first
             self._options = replace(self._options, back=self._options.back - 1)
             return None
         judgement = held_restore.HeldJudgement(self._rendezvous, self._options.timeout_s)
-        restored = (self._take(stored, choice.tree, judgement, MEMORY) for stored in choice.steps)
+        restored = (self._take(stored, choice.tree, judgement) for stored in choice.steps)
         return next((one for one in restored if one), None)
 
     def _try(self, chosen: Chosen) -> Restored | None:
@@ -175,9 +178,11 @@ class _Restore:
         head = decode(chosen.head.encode(), Head, f"{self._store.url}: what process 0 has read")
         live = journal.find(head, chosen.step)
         assert live is not None  # process 0 found it in that very entry
-        return self._take(self._store.step(live), journal.tree_of(head), self._judgement, STORE)
+        opened = self._in_tiers.get(held.offer(live))
+        stored = opened(self._store, live) if opened else self._store.step(live)
+        return self._take(stored, journal.tree_of(head), self._judgement)
 
-    def _take(self, stored: StoredStep, tree: str | None, judgement: Judgement, source: str) -> Restored | None:
+    def _take(self, stored: StoredStep, tree: str | None, judgement: Judgement) -> Restored | None:
         """This step; None if another is to be tried. tree: of the run's newest step."""
         live = stored.live
         matched = result_of(partial(match_target, stored, self._like, self._options.read))
@@ -186,7 +191,7 @@ class _Restore:
             return None
         self._open(tree)
         judgement.quarantine()
-        journalled = source == STORE and self._options.record and live.trust != "restored"
+        journalled = judgement is self._judgement and self._options.record and live.trust != "restored"
         record = self._rendezvous.process == 0 and journalled
         early = overlap.begin(self._store.head) if record else None  # it takes no longer than the arrays
         reads = ArrayReads(
@@ -196,10 +201,11 @@ class _Restore:
         if read is None or (self._options.read.attest and not judgement.proves(stored, read[1])):
             judgement.quarantine()
             return None
-        self._report(live, reads, source)
+        sources = reads.sources(stored)
+        self._report(live, reads, sources)
         if record:
             _record_restored(self._store, live, early)
-        return replace(read[0], sources={source: reads.read_bytes})
+        return replace(read[0], sources=sources)
 
     def _open(self, tree: str | None) -> None:
         if self._opening:
@@ -218,10 +224,11 @@ class _Restore:
             return values
         return result_of(partial(plan.finish, values.value, begun.value))
 
-    def _report(self, live: LiveStep, reads: ArrayReads, source: str) -> None:
+    def _report(self, live: LiveStep, reads: ArrayReads, sources: Mapping[str, int]) -> None:
         failpoints.hit("restore.after")
         heartbeat.record("restored", live.step, restored_step=live.step)
         elapsed_s = time.monotonic() - self._started_s
+        source = " and ".join(sorted(sources, key=lambda kind: -sources[kind]))
         emit(StepRestored(live.step, live.attempt, elapsed_s, reads.read_bytes, reads.array_s, source))
 
 
@@ -328,7 +335,7 @@ class _Judgement:
         """A process has proof of damage. What process 0 journals it has seen itself: a host with a bad cache or bad
         memory may prove anything."""
         line = self._line(process, failure)
-        sees = partial(_is_damaged, stored, failure) if process else lambda: True
+        sees = partial(_is_damaged, self._store.step(stored.live), failure) if process else lambda: True
         if not agree(self._rendezvous, restore_rounds.damage(stored.live.step), self._options.timeout_s, sees):
             raise Unavailable(f"{stored.where}: {line}; process 0 finds it as it was saved: look at that host")
         self._pass(stored.live, line)

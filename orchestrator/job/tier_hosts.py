@@ -136,7 +136,12 @@ class TierHosts:
     def peers(self) -> list[Peer]:
         """The tier servers of all other hosts, those without a process of this job last."""
         found = [self.peer(host) for host in range(len(self.hosts))]
-        return [peer for peer in [*found, *map(self._peer, self.reach.extra)] if peer]
+        return [peer for peer in found if peer] + self.bystanders
+
+    @property
+    def bystanders(self) -> list[Peer]:
+        """The tier servers of hosts that no process of this job runs on: what they hold is alive all the same."""
+        return [peer for peer in map(self._peer, self.reach.extra) if peer]
 
     def _peer(self, address: str) -> Peer | None:
         if not address:

@@ -11,24 +11,49 @@ import msgspec
 from orchestrator.job.rounds import Round
 
 
-class OfferedStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A held step of which this process can have all; or, with `fault`, one of which it cannot."""
+class KnownStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A step of which this host has something, or which the journal has. logged: a log lists it. manifests: where its
+    manifest is, and whole, by host and directory."""
 
     step: int
     attempt: str
     manifest_crc32c: str
+    bytes: int
+    time: float
+    logged: bool = True
+    manifests: tuple[tuple[int, int], ...] = ()
+
+
+class OfferedPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """host: where, by number. process: whose directory it is in. files: as `held.spans`."""
+
+    host: int
+    process: int
+    files: str
+
+
+class OfferedStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What this host has of a step. files: how many the step consists of, 0 where that is not known here. fault: what
+    is wrong with what is here, '' if nothing is, as far as sizes tell."""
+
+    step: int
+    attempt: str
+    manifest_crc32c: str
+    files: int = 0
+    parts: tuple[OfferedPart, ...] = ()
     fault: str = ""
 
 
 class Journalled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What process 0 reads in the run's journal. run: the run's identity. tree: of the newest restorable step. newest,
-    barred: as in `held.Standing`."""
+    barred: as in `held.Standing`. committed: steps that may be restored from the store."""
 
     run: str
     epoch: int
     tree: str | None
     newest: tuple[int, str] | None = None
     barred: tuple[tuple[int, str], ...] = ()
+    committed: tuple[KnownStep, ...] = ()
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,5 +95,5 @@ RUN: Round[str] = Round("memory tier: which run", str)
 OPENED: Round[Opened] = Round("memory tier: open", Opened)
 REACHED: Round[str] = Round("memory tier: reach the others'", str)
 JOURNALLED: Round[Journalled | None] = Round("restore: memory tier", Journalled | None)
-PATHS: Round[tuple[str, ...]] = Round("restore: memory tiers on each host", tuple[str, ...])
+KNOWN: Round[tuple[KnownStep, ...]] = Round("restore: memory tiers on each host", tuple[KnownStep, ...])
 OFFERS: Round[tuple[OfferedStep, ...]] = Round("restore: held steps", tuple[OfferedStep, ...])

@@ -183,7 +183,7 @@ class RestorePhase:
 @dataclass(frozen=True)
 class StepRestored:
     """`elapsed_s`: whole restore, with agreeing. `array_s`, `read_bytes`: this process's reading of arrays. `source`:
-    store or memory."""
+    "store", "memory", "peers", or several of them, as "peers and memory": most came from the first."""
 
     step: int
     attempt: str

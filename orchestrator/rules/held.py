@@ -7,18 +7,18 @@ held step is only ever *offered* beside it. Three things keep an offer honest:
   that a newer one has held or committed, whatever its number.
 - Fencing. Each tier has a log of its own, of the form of a journal. An incarnation opens its epoch there, too, and from
   then on whatever an older one tries to hold is rejected by `journal.commit`.
-- Agreement. A step counts only if every process of the job can have all of it.
+- Wholeness. A step counts only if each of its files is on a host that is alive, and all processes agree which do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from orchestrator.rules import journal, keys
+from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import FencedBy, Next, Stamp
-from orchestrator.rules.records import Head, JournalEvent, LiveStep, Manifest
+from orchestrator.rules.records import Head, JournalEvent, LiveStep
 
 Rank = tuple[int, int, int]
 
@@ -110,9 +110,13 @@ class Standing:
         the same incarnation held at or after a step that somebody has quarantined by hand: what was wrong with that
         one is wrong with this one, too.
         """
-        if attempt.epoch > self.epoch or (self.newest is not None and rank(attempt) <= rank(self.newest)):
-            return False
-        return not any(attempt.epoch == bad.epoch and rank(attempt) >= rank(bad) for bad in self.barred)
+        return self.knows(attempt) and (self.newest is None or rank(attempt) > rank(self.newest))
+
+    def knows(self, attempt: AttemptId) -> bool:
+        """As `admits`, whatever the store has."""
+        return attempt.epoch <= self.epoch and not any(
+            attempt.epoch == bad.epoch and rank(attempt) >= rank(bad) for bad in self.barred
+        )
 
 
 def standing(head: Head) -> Standing:
@@ -138,46 +142,18 @@ def offer(live: LiveStep) -> Offer:
     return Offer(live.step, live.attempt, live.manifest_crc32c)
 
 
+def asked_for(journalled: Standing, whole: Collection[Offer], step: int) -> list[Offer]:
+    """Of the steps whose files all are somewhere alive, `step`, as the newest incarnation has held it; also where the
+    store has a newer one."""
+    chosen = [one for one in whole if one.step == step and journalled.knows(one.id)]
+    return sorted(chosen, key=lambda one: (one.id.epoch, one.id.number, one.manifest_crc32c), reverse=True)
+
+
 def candidates(journalled: Standing, offers: Sequence[Collection[Offer]]) -> list[Offer]:
-    """What to try, newest first: the held steps that every process offers and that the journal admits."""
+    """What to try, newest first: the held steps that every process knows to be whole and that the journal admits."""
     common = set(offers[0]).intersection(*offers[1:]) if offers else set()
     admitted = [one for one in common if journalled.admits(one.id)]
     return sorted(admitted, key=lambda one: (rank(one.id), one.manifest_crc32c), reverse=True)
-
-
-# Which files of a step are where. They have numbers: 0 is the manifest, then come its files, in its order.
-
-
-def names(manifest: Manifest) -> tuple[str, ...]:
-    """Of a step's files, by number."""
-    return (keys.MANIFEST, *(entry.path for entry in manifest.files))
-
-
-def lacking(manifest: Manifest, had: Iterable[Collection[int]]) -> str:
-    """The first file that none has; '' if each is somewhere: only then is the step a candidate."""
-    found = set().union(*had)
-    return next((name for number, name in enumerate(names(manifest)) if number not in found), "")
-
-
-def spans(numbers: Collection[int]) -> str:
-    """As text, for a message: `0,3-17,20`."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and parts[-1][1] == number - 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in parts)
-
-
-def numbers(text: str, count: int) -> frozenset[int]:
-    """What `spans` was made of, as far as it is below `count`: it comes from another process."""
-    found: set[int] = set()
-    for part in text.split(",") if text else ():
-        first, _, last = part.partition("-")
-        if first.isdecimal() and (last or first).isdecimal():
-            found.update(range(int(first), min(int(last or first), count - 1) + 1))
-    return frozenset(found)
 
 
 def superseded(head: Head, held: Sequence[LiveStep]) -> list[AttemptId]:

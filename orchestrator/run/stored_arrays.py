@@ -18,6 +18,7 @@ from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.records import Box, LeafSpec
 from orchestrator.run.checked_reads import READS
+from orchestrator.run.held_steps import STORE
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import local_path
 from orchestrator.storage.sources import Sources
@@ -39,6 +40,13 @@ def load(
     places = {"places": found} if (found := _places(step)) else {}
     stored = chunk_index.stored(step.manifest)
     return _again(step, lambda: reader(step.state_url, requests, on_bytes, stored, **places))
+
+
+def sources(step: StoredStep, read_bytes: int) -> dict[str, int]:
+    """How many of the `read_bytes` that were read of its arrays came from where: "memory", "peers", "store"."""
+    if isinstance(step.storage, Sources):
+        return step.storage.read_bytes(read_bytes, step.id.state_prefix)
+    return {STORE: read_bytes}
 
 
 def _places(step: StoredStep) -> arrays.Places | None:

@@ -76,15 +76,15 @@ class Sources:
     """Reads of one attempt's objects. Any thread.
 
     url: what messages call it. of: where an object lies, in the order in which to ask; at least one. files: key ->
-    bytes, of what is known to be somewhere: a listing. on_drop: told (source, key, reason), on the thread that reads.
-    is_remote: whether any of the sources is.
+    bytes, of what is somewhere: a listing. on_drop: told (source, key, reason), on the thread that reads. is_remote:
+    whether any of the sources is.
     """
 
     def __init__(
         self,
         url: str,
         of: Callable[[str], Sequence[Source]],
-        files: Mapping[str, int],
+        files: Callable[[], Mapping[str, int]],
         on_drop: Callable[[Source, str, str], None],
         is_remote: bool = False,
     ) -> None:
@@ -105,8 +105,8 @@ class Sources:
         return self._ask(key, lambda source: source.reads.measure(key, expected_bytes))
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
-        keys = sorted(key for key in self._files if key.startswith(prefix) and key >= start)
-        return iter([Entry(key, self._files[key]) for key in keys])
+        files = self._files()
+        return iter([Entry(key, files[key]) for key in sorted(files) if key.startswith(prefix) and key >= start])
 
     def _ask(self, key: str, ask: Callable[[Source], Value | None]) -> Value | None:
         while True:
@@ -157,7 +157,12 @@ class Sources:
         with self._lock:
             self._read_bytes[source.kind] += read_bytes
 
-    def read_bytes(self) -> dict[str, int]:
-        """By kind of source: what `count` was told."""
+    def read_bytes(self, total: int, prefix: str) -> dict[str, int]:
+        """By kind of source: what `count` was told, and what it was not told of `total`: that was in objects below
+        `prefix` which were read whole."""
         with self._lock:
-            return dict(self._read_bytes)
+            found = Counter(self._read_bytes)
+            whole = [source.kind for key, source in self._gave.items() if key.startswith(prefix)]
+        if (rest := total - found.total()) > 0 and whole:
+            found[whole[-1]] += rest
+        return {kind: read for kind, read in found.items() if read}

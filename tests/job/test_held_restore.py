@@ -40,24 +40,6 @@ def tier_of(root: Path) -> MemoryTier:
     return oc.memory(directory=root.parent / "tier")
 
 
-def lacks(*steps: int) -> Theirs:
-    """Process 1 cannot have all of these held steps."""
-
-    def theirs(name: str, value: Any) -> Any:
-        if name != "restore: held steps":
-            return value
-        return [{**one, "fault": "disk gone"} if one["step"] in steps else one for one in value]
-
-    return theirs
-
-
-def has_never_heard_of(step: int) -> Theirs:
-    def theirs(name: str, value: Any) -> Any:
-        return [one for one in value if one["step"] != step] if name == "restore: held steps" else value
-
-    return theirs
-
-
 def reports(round_: str, kind: str) -> Theirs:
     claim = {"type": "failure", "kind": kind, "text": "w is wrong"}
     return lambda name, value: claim if name == round_ else value
@@ -67,16 +49,12 @@ def reports(round_: str, kind: str) -> Theirs:
     ("theirs", "step", "source", "reason"),
     [
         (same, 14, "memory", None),
-        (lacks(14), 12, "memory", "process 1 (host-1): disk gone"),
-        (lacks(12), 14, "memory", None),  # nobody asks for it
-        (lacks(12, 14), 10, "store", "process 1 (host-1): disk gone"),
-        (has_never_heard_of(14), 12, "memory", "process 1 (host-1): no tier that it can reach holds it"),
         (reports("restore: step 14 fits", "Damaged"), 12, "memory", "process 1 (host-1): w is wrong"),
         (reports("restore: step 14", "Damaged"), 12, "memory", "process 1 (host-1): w is wrong"),
         (reports("restore: step 14", "Unavailable"), 12, "memory", "process 1 (host-1): w is wrong"),
     ],
 )
-def test_all_processes_take_the_newest_step_that_all_can_have(
+def test_all_processes_take_the_newest_step_that_all_can_read(
     theirs: Theirs, step: int, source: str, reason: str | None, crashed: Path, dropped: list[events.HeldStepDropped]
 ) -> None:
     before = kinds(crashed)

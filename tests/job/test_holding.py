@@ -72,10 +72,11 @@ def test_what_the_store_has_is_taken_if_it_is_newer_and_if_nothing_is_held(crash
     assert came_back(crashed) == (15, {"store"})
 
 
-def test_a_step_that_was_asked_for_comes_from_the_store(crashed: Path) -> None:
+def test_a_step_that_was_asked_for_is_the_journals_or_else_a_held_one(crashed: Path) -> None:
     assert came_back(crashed, step=10) == (10, {"store"})
+    assert came_back(crashed, step=12) == (12, {"memory"})
     with agent(crashed) as running, pytest.raises(StepNotFound):
-        running.restore(LIKE, step=14)
+        running.restore(LIKE, step=13)
 
 
 def data_file(crashed: Path, step: int) -> Path:

@@ -15,7 +15,7 @@ from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.run import tier_directory
-from orchestrator.run.held_steps import HeldSteps
+from orchestrator.run.held_steps import on_this_host
 from orchestrator.run.tier import Beside, OwnTier
 from orchestrator.run.tier_keeping import Keeper
 from tests.support import builders
@@ -112,7 +112,7 @@ def test_a_directory_that_is_not_ours_alone_is_neither_written_nor_read(spoil: o
     spoil(path)
     with pytest.raises(StorageError, match=said):
         own_tier(path)
-    found = HeldSteps(str(path), [str(path)])
+    found = on_this_host(str(path), [str(path)])
     assert not found.listed and (not os.path.lexists(path) or said in found.unreadable[0])
     assert not (path.parents[2] / "elsewhere" / "journal").exists()
 
@@ -120,7 +120,9 @@ def test_a_directory_that_is_not_ours_alone_is_neither_written_nor_read(spoil: o
 def test_a_path_of_another_process_that_is_no_tiers_is_not_read(tmp_path: Path) -> None:
     fill(tmp_path / "run", 1)
     assert (
-        HeldSteps(str(tmp_path), [str(tmp_path / "run")]).unreadable[0].endswith("is no directory of a tier; not used")
+        on_this_host(str(tmp_path), [str(tmp_path / "run")])
+        .unreadable[0]
+        .endswith("is no directory of a tier; not used")
     )
 
 
@@ -181,7 +183,7 @@ def test_a_log_goes_on_from_its_newest_whole_entry(path: Path) -> None:
         hold(tier, step)
     for entry in sorted((path / "journal").iterdir())[-2:]:
         entry.write_bytes(entry.read_bytes()[:-9])
-    assert {offer.step for offer in HeldSteps(str(path), [str(path)]).listed} == {20}
+    assert {offer.step for offer in on_this_host(str(path), [str(path)]).listed} == {20}
     gone_on = own_tier(path, 2)
     assert steps(gone_on) == [20]
     hold(gone_on, 80, epoch=2)
@@ -193,7 +195,7 @@ def test_a_log_that_cannot_be_trusted_is_begun_again_and_what_others_may_list_st
     hold(tier, 20)
     for entry in (path / "journal").iterdir():
         entry.write_bytes(entry.read_bytes()[:-9])
-    assert not HeldSteps(str(path), [str(path)]).listed
+    assert not on_this_host(str(path), [str(path)]).listed
     begun_again = own_tier(path, 2)
     assert steps(begun_again) == [] and list(begun_again.attempts()) == [AttemptId.of(20, 1, 1)]
     hold(begun_again, 40, epoch=2)
@@ -208,7 +210,7 @@ def test_a_log_is_begun_beside_the_copies_that_were_there_before_it(path: Path) 
     OwnTier(str(path), "copy").storage.create(first.key("receipts/00000.json"), b"{}")
     tier = own_tier(path, 2)
     keeper(tier, 2, listed=(first,)).free()
-    assert list(tier.attempts()) == [first] and not HeldSteps(str(path), [str(path)]).unreadable
+    assert list(tier.attempts()) == [first] and not on_this_host(str(path), [str(path)]).unreadable
 
 
 def test_a_log_of_a_newer_version_is_left_as_it_is_and_nothing_is_held(path: Path) -> None:
@@ -311,6 +313,6 @@ def test_a_tmpfs_has_no_more_room_than_the_machine_has_memory() -> None:
 
 
 def test_a_reader_of_no_tier_finds_nothing(tmp_path: Path) -> None:
-    found = HeldSteps(str(tmp_path / "nowhere"), [])
+    found = on_this_host(str(tmp_path / "nowhere"), [])
     assert found.offers() == [] and found.unreadable == []
     assert found.listed == {} and found.parts == {}

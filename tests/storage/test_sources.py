@@ -48,7 +48,7 @@ def joined(*reads: Reads) -> tuple[Sources, Dropped]:
     dropped: Dropped = []
     sources = [Source(f"kind {number}", one, one.url.partition("http://")[2]) for number, one in enumerate(reads)]
     told = lambda source, key, reason: dropped.append((source.kind, key, reason))  # noqa: E731
-    return Sources("memory://", lambda key: sources, {"a": 1, "b": 2}, told), dropped
+    return Sources("memory://", lambda key: sources, lambda: {"a": 1, "b": 2}, told), dropped
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,9 @@ def test_a_listing_is_of_what_is_known_to_be_there() -> None:
 
 
 def test_bytes_are_counted_by_the_kind_of_their_source() -> None:
-    sources, _ = joined(store(), store())
+    sources, _ = joined(store(), store(a=b"tree"))
     for number, read_bytes in ((0, 3), (1, 4), (0, 5)):
         sources.count(sources._of("a")[number], read_bytes)
-    assert sources.read_bytes() == {"kind 0": 8, "kind 1": 4}
+    assert sources.read_bytes(12, "") == {"kind 0": 8, "kind 1": 4}
+    assert sources.get("a") == b"tree"
+    assert sources.read_bytes(15, "") == {"kind 0": 8, "kind 1": 7}, "what was in objects that were read whole"

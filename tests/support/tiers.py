@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orchestrator as oc
+from orchestrator.job import tier_hosts
+from orchestrator.job.rendezvous import SingleProcess
+from orchestrator.job.restore import RestoreOptions, restore_together
 from orchestrator.run import tier_directory
 from tests.support.runs import LIKE, state, store_of
+
+Value = TypeVar("Value")
 
 
 def agent(root: Path, every: int = 2, save: int = 10, **tier: Any) -> oc.Agent:
@@ -41,3 +51,79 @@ def crashed_at_14(root: Path) -> Path:
     train(running, *range(15))
     crash(running)
     return root
+
+
+class Together:
+    """Processes of one job in this one: each on a thread, with a rendezvous that gathers by a barrier."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.messages = count, [None] * count
+        self.barrier = threading.Barrier(count, timeout=60)
+
+    def each(self, call: Callable[[Any], Value]) -> list[Value]:
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(lambda process: call(Member(self, process)), range(self.count)))
+
+
+class Member(SingleProcess):
+    def __init__(self, job: Together, process: int) -> None:
+        super().__init__()
+        self.job, self.process, self.count = job, process, job.count
+        self.hosts = {index: f"host-{index}" for index in range(job.count)}
+
+    def gather(self, name: str, value: Any, timeout_s: float) -> list[Any]:
+        self.job.messages[self.process] = value
+        self.job.barrier.wait()
+        found = json.loads(json.dumps(self.job.messages))
+        self.job.barrier.wait()
+        return list(found)
+
+    def broadcast(self, name: str, value: Any, timeout_s: float) -> Any:
+        return self.gather(name, value, timeout_s)[0]
+
+
+class SomeHosts:
+    """A crashed run whose held steps' files are spread over the tiers of several hosts, below `folder`, one process on
+    each. Where a file is, each test says: any file may be in any part."""
+
+    def __init__(self, root: Path, folder: Path, count: int) -> None:
+        self.root, self.folder, self.count = root, folder, count
+        held = held_dir(root)
+        self.run, self.base = held.parent.name, held.parent.parent.name
+        self.files = {
+            str(path.relative_to(held)): path.read_bytes() for path in sorted(held.rglob("*")) if path.is_file()
+        }
+        shutil.rmtree(held.parent)
+        for host in range(count):
+            self.tier(host).mkdir(parents=True)
+
+    def tier(self, host: int) -> Path:
+        return self.folder / f"host-{host}"
+
+    def place(self, host: int, process: int, chosen: Callable[[str], bool], body: bytes | None = None) -> list[Path]:
+        """Put files into the directory of a process on a host; `body`: with these bytes."""
+        part = self.tier(host) / self.base / self.run / f"process-{process:05d}"
+        part.mkdir(parents=True, exist_ok=True)
+        for each in (part, part.parent, part.parent.parent):
+            each.chmod(0o700)
+        placed = []
+        for name in filter(chosen, self.files):
+            path = part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.files[name] if body is None else body)
+            placed.append(path)
+        return placed
+
+    def restore(self, count: int = 0, **options: Any) -> list[Any]:
+        """On `count` processes, one on each host. The servers are ended."""
+        job = Together(count or self.count)
+
+        def restore(me: Member) -> Any:
+            memory = oc.memory(directory=self.tier(me.process))
+            try:
+                asked = RestoreOptions(30.0, record=False, **options)
+                return restore_together(store_of(self.root), me, None, asked, None, memory)
+            finally:
+                tier_hosts.left(me)
+
+        return job.each(restore)
