@@ -20,10 +20,11 @@ from orchestrator import arrays, environment, failpoints
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import leaving, peer_failure
+from orchestrator.job.attempt_names import AttemptNames
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.holding import Holding
 from orchestrator.job.opening import Opening
-from orchestrator.job.participant import GRACE_S, ParticipantFactory
+from orchestrator.job.participant import ParticipantFactory
 from orchestrator.job.read_step import ReadOptions, Restored
 from orchestrator.job.rendezvous import Rendezvous, connect, listen
 from orchestrator.job.restore import RestoreOptions, restore_together
@@ -32,6 +33,7 @@ from orchestrator.job.schedule import SaveSchedule
 from orchestrator.job.signals import Signals
 from orchestrator.job.startup import agree_at_start
 from orchestrator.job.takeover import Holder, Takeover
+from orchestrator.job.voter import GRACE_S
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import Closed, EpochOpened, emit
 from orchestrator.observe.telemetry import Telemetry
@@ -78,12 +80,7 @@ class Agent:
         rendezvous: Rendezvous | None = None,
         storage: Storage | None = None,
     ) -> None:
-        self.options = Options() if options is None else options
-        if not isinstance(self.options, Options):
-            raise arguments.rejection("options", options, "orchestrator.Options(...)")
-        saves("save", policy := every(1) if save is None else save)
-        if keep is not None:
-            keeps("keep", keep)
+        self.options, policy = _checked(options, save, keep)
         tier = self._tier = tier_directory.chosen(tiers)
         store = storage or open_storage(root)  # before any barrier: what is no root is rejected at once
         warn_of_newer()
@@ -102,11 +99,12 @@ class Agent:
         signals = Signals(me, incarnation_id)
         self._writer = _array_writer(self.options, me.process)
         coordinator = _coordinator(self._store, me, signals, keep, self.options) if me.process == 0 else None
-        self._participants = ParticipantFactory(
-            self._store, self._writer, me, signals, coordinator, self.options, committed=self._committed
-        )
+        shared, names = (self._store, self._writer, me, signals, coordinator, self.options), AttemptNames()
+        self._participants = ParticipantFactory(*shared, names=names, committed=self._committed)
         self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
-        self._holding = Holding(tier, self._store, me, incarnation_id, self._opening, self.options, _array_writer)
+        self._holding = Holding(
+            tier, self._store, me, incarnation_id, self._opening, self.options, _array_writer, names
+        )
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
         self._lifetime = leaving.Lifetime(self, self._store.url, self._listening.stop, self._telemetry.close)
@@ -215,7 +213,8 @@ class Agent:
                 return False
             self._takeover.wait()
             step, given = arguments.step(step), Given(metrics, extra, process_state)
-            started = (force or self._schedule.was_due) and self._saves.save(step, state, given)
+            memory = None if self._schedule.preempted else self._holding
+            started = (force or self._schedule.was_due) and self._saves.save(step, state, given, memory)
             self._holding.hold(step, state, given, preempted=self._schedule.preempted)
             return started
 
@@ -306,6 +305,17 @@ def _described(agent: Agent, me: Rendezvous, *, closed: bool) -> str:
     parts += [f"{agent.failures} failed saves"] if agent.failures else []
     parts += ["closed"] if closed else []
     return f"<Agent {agent._store.url}: process {me.process} of {me.count}, {', '.join(parts)}>"
+
+
+def _checked(options: object, save: SavePolicy | None, keep: KeepPolicy | None) -> tuple[Options, SavePolicy]:
+    """What an agent was given, or what holds instead. Raises UsageError."""
+    options = Options() if options is None else options
+    if not isinstance(options, Options):
+        raise arguments.rejection("options", options, "orchestrator.Options(...)")
+    saves("save", policy := every(1) if save is None else save)
+    if keep is not None:
+        keeps("keep", keep)
+    return options, policy
 
 
 def _array_writer(options: Options, process: int) -> ArrayWriter:

@@ -40,6 +40,8 @@ class Options:
     "error": the save is aborted with it; "ignore": nothing is compared.
     load_once: a restore reads each chunk that several hosts need on one of them, and the devices exchange the parts.
     Measure it first: between processes of one machine it is 4 to 10 times slower than reading.
+    upload_bytes_per_s: with `tiers`: how fast one process may send the store what it holds in memory; None: as fast as
+    it goes. Saves that do not come from there, and the last ones of a job that is being preempted, are not bounded.
     events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an
     object store; "": nowhere.
     metrics_port: answer Prometheus on this port of `metrics_address` (0: any free one, which is logged); None: do not.
@@ -69,6 +71,7 @@ class Options:
     attest: Literal["off", "save", "full"] = "off"
     host_local: Literal["warn", "error", "ignore"] = "warn"
     load_once: bool = False
+    upload_bytes_per_s: int | None = None
     quarantine_keep_s: float | None = None
     events_dir: str | None = None
     metrics_port: int | None = None
@@ -93,7 +96,7 @@ class Options:
         arguments.share("stage_margin", self.stage_margin)
         arguments.choice("attest", self.attest, "off", "save", "full")
         arguments.choice("host_local", self.host_local, "warn", "error", "ignore")
-        for name in ("host_bytes_max", "restore_bytes_max"):
+        for name in ("host_bytes_max", "restore_bytes_max", "upload_bytes_per_s"):
             if getattr(self, name) is not None:
                 arguments.whole(name, getattr(self, name), least=1)
         if self.metrics_port is not None:

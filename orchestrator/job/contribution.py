@@ -82,6 +82,12 @@ class Contribution:
         self._files = tuple(replace(entry, path=entry.path.removeprefix(self._attempt.prefix)) for entry in durable)
         self.seconds["seal"] = time.monotonic() - began
 
+    @property
+    def written_bytes(self) -> int:
+        """Of the arrays, so far. Any thread."""
+        pending = self.pending
+        return pending.written_bytes if pending else 0
+
     def store_receipt(self) -> bytes:
         """Returns it as the store has acknowledged it. After `make_durable`: a receipt survives power loss."""
         self._create(self._attempt.receipt_key(self._process), self.signed)
@@ -109,7 +115,7 @@ class Contribution:
             small=self.pending.small,
             prints=self.pending.fingerprints(),
             seconds=self.seconds,
-            built_on=self._store.durable_version,
+            built_on=self._store.built_on,
             went_by=self.pending.went_by,
             own=self.pending.own,
         )
@@ -121,7 +127,7 @@ class Contribution:
         # A file's name may be no UTF-8, and this record must not fail, too.
         text = f"{type(cause).__name__}: {cause}"[:_CAUSE_CHARS].encode(errors="backslashreplace").decode()
         failure = Failure(process=self._process, host=self._host, phase=phase, cause=text, kind=kind)
-        return abort_vote(self._attempt, failure, seconds=self.seconds, built_on=self._store.durable_version)
+        return abort_vote(self._attempt, failure, seconds=self.seconds, built_on=self._store.built_on)
 
     def store_abort_vote(self, vote: Receipt) -> None:
         """For whoever misses the signal. Raises what the store does."""

@@ -82,16 +82,22 @@ class Coordinator:
         create_extra = partial(create, self._store, intent, keys.EXTRA, encode(extra))
         return tuple(overlap.together(create_intent, create_extra))
 
-    def decide(self, own: OwnPart, timeout_s: float, all_in: Callable[[], None] = lambda: None) -> Outcome:
-        """Collect receipts until all are in, one process votes to abort or `timeout_s` has passed; commit or abort;
-        post the decision. `all_in` is called when all are in and the commit begins.
+    def decide(
+        self,
+        own: OwnPart,
+        timeout_s: float,
+        all_in: Callable[[], None] = lambda: None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Collect receipts until all are in, one process votes to abort or `timeout_s` has passed (or `given_up` says
+        as much); commit or abort; post the decision. `all_in` is called when all are in and the commit begins.
 
         Raises StorageError if the outcome could not be journalled: then the attempt is either not committed (and a
         later epoch collects it) or committed, and nobody knows.
         """
         attempt = own.intent.id
         try:
-            decided = self._decided(own, timeout_s, all_in)
+            decided = self._decided(own, timeout_s, all_in, given_up)
         except Exception as error:  # the others wait for a decision; the caller gets the error itself
             cause = Cause.FENCED if isinstance(error, Fenced) else Cause.FAILED
             reason = f"the outcome could not be journalled: {error}"
@@ -100,10 +106,12 @@ class Coordinator:
         self._signals.post_decision(attempt, decided)
         return decided
 
-    def _decided(self, own: OwnPart, timeout_s: float, all_in: Callable[[], None]) -> Outcome:
+    def _decided(
+        self, own: OwnPart, timeout_s: float, all_in: Callable[[], None], given_up: Callable[[], bool]
+    ) -> Outcome:
         state = Attempt(own.intent, own_must_agree=self._host_local == "error")
         receipts = ReceiptReader(self._store, self._signals, self._rendezvous.hosts, state, own.receipt)
-        state, effect = receipts.collect(timeout_s)
+        state, effect = receipts.collect(timeout_s, given_up)
         self._signals.forget_previous(own.intent.id)
         if state.phase is Phase.FINALIZING:
             all_in()
@@ -111,15 +119,17 @@ class Coordinator:
                 self._notices.host_local(state)
         commit = _Commit(self._store, own, receipts.files, self._keep, self._quarantine_keep_s)
         while effect is not None:
-            state, effect = advance(state, self._perform(effect, state, commit))
+            state, effect = advance(state, self._perform(effect, state, commit, own.persist))
         return _ended_as(state, commit)
 
-    def _perform(self, effect: Effect, state: Attempt, commit: _Commit) -> Event:
+    def _perform(
+        self, effect: Effect, state: Attempt, commit: _Commit, persist: Callable[[Callable[[], None]], None]
+    ) -> Event:
         try:
             match effect:
                 case Finalize():
                     try:
-                        commit.finalize(state)
+                        persist(partial(commit.finalize, state))
                     except Exception as error:  # whatever it was: the attempt is aborted with it as the cause
                         cause = f"{type(error).__name__}: {error}"
                         host = self._rendezvous.hosts[0]
@@ -127,7 +137,7 @@ class Coordinator:
                         return FinalizeFailed(failure)
                     return FinalizeDone()
                 case AppendCommit():
-                    commit.append()
+                    persist(commit.append)
                     return Appended()
                 case AppendAbort():
                     self._append_abort(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -31,32 +31,58 @@ class UserData:
 @dataclass(frozen=True)
 class OwnPart:
     """Process 0's own part in the attempt that it decides. pending: its write, None if it has failed. opened: the
-    records that it opened the attempt with. receipt: its receipt, if the store has acknowledged it."""
+    records that it opened the attempt with. receipt: its receipt, if the store has acknowledged it. finalize: instead
+    of the function of that name, from the receipts that are in and their files. persist: makes a call that may be made
+    again, until it succeeds or there is no more use in it."""
 
     intent: Intent
     user: UserData
     pending: PendingWrite | None = None
     opened: tuple[FileEntry, ...] = ()
     receipt: bytes | None = None
+    finalize: Callable[[Attempt, Mapping[str, FileEntry]], LiveStep] | None = None
+    persist: Callable[[Callable[[], None]], None] = lambda call: call()
 
 
 def finalize(store: JournalStore, own: OwnPart, state: Attempt, receipt_files: Mapping[str, FileEntry]) -> LiveStep:
     """Write the tree of all chunks and the manifest, durable. Returns the journal's line for the attempt. Call it once
     all receipts are in; `receipt_files` are theirs, by path in the attempt. Raises whatever goes wrong."""
-    assert own.pending is not None  # its process's receipt is in
-    intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
-    prefix = intent.id.prefix
-    tree = {prefix + keys.STATE + file.path: file for file in own.pending.merge(chunk_index.entries(receipts))}
+    if own.finalize:
+        return own.finalize(state, receipt_files)
+    tree = merged(store, own.pending, state, receipt_files)
+    manifest = manifest_of(store, state, (*tree, *own.opened, *receipt_files.values()))
+    body = encode(manifest)
+    store_manifest(store, state.intent, body)
+    return line_of(state.intent, own.user, manifest, body)
+
+
+def merged(
+    store: JournalStore, pending: PendingWrite | None, state: Attempt, receipt_files: Mapping[str, FileEntry]
+) -> Sequence[FileEntry]:
+    """The files of the tree of all chunks, by path in the attempt, once they are written and durable."""
+    assert pending is not None  # its process's receipt is in
+    prefix, receipts = state.intent.id.prefix, [state.receipts[index] for index in sorted(state.receipts)]
+    tree = {prefix + keys.STATE + file.path: file for file in pending.merge(chunk_index.entries(receipts))}
     failpoints.hit("finalize.merged")
+    return made_durable(store, state, tree, receipt_files)
+
+
+def made_durable(
+    store: JournalStore, state: Attempt, tree: Mapping[str, FileEntry], receipt_files: Mapping[str, FileEntry]
+) -> Sequence[FileEntry]:
+    """`tree`, by key, is in the store: make it durable. Returns it by path in the attempt."""
+    prefix, own_receipt = state.intent.id.prefix, keys.receipt_name(0)
     # Receipts may have been read before the directory that names them was durable: with process 0's all of them are.
-    own_receipt = keys.receipt_name(0)
     known = {**tree, prefix + own_receipt: receipt_files[own_receipt]}
-    durable = [
-        replace(entry, path=entry.path.removeprefix(prefix)) for entry in store.storage.make_durable(known, known)
-    ]
-    received = [entry for receipt in receipts for entry in receipt.files]
-    files = (*received, *durable[:-1], *own.opened, *receipt_files.values())
-    manifest = Manifest(
+    durable = store.storage.make_durable(known, known)
+    return [replace(entry, path=entry.path.removeprefix(prefix)) for entry in durable[:-1]]
+
+
+def manifest_of(store: JournalStore, state: Attempt, more: Sequence[FileEntry]) -> Manifest:
+    """The manifest, of what the receipts promise and of `more` files."""
+    intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
+    files = (*(entry for receipt in receipts for entry in receipt.files), *more)
+    return Manifest(
         format=FORMAT,
         write_id=store.stamp().write_id,
         step=intent.step,
@@ -67,20 +93,26 @@ def finalize(store: JournalStore, own: OwnPart, state: Attempt, receipt_files: M
         seconds=tuple(receipt.seconds for receipt in receipts),
         chunks=chunk_index.checksums(receipts),
         fingerprints=fingerprints(intent, state.receipts),
-        built_on=store.durable_version,
+        built_on=store.built_on,
     )
-    body = encode(manifest)
+
+
+def store_manifest(store: JournalStore, intent: Intent, body: bytes) -> None:
     failpoints.hit("manifest.before")
     create(store, intent, keys.MANIFEST, body)
     failpoints.hit("manifest.after")
+
+
+def line_of(intent: Intent, user: UserData, manifest: Manifest, body: bytes) -> LiveStep:
+    """What the journal says of the attempt. body: its manifest as it is stored."""
     return LiveStep(
         step=intent.step,
         attempt=intent.attempt,
         manifest_crc32c=crc32c(body),
         tree=intent.tree.fingerprint(),
         bytes=manifest.total_bytes + len(body),
-        stored_metrics=json_numbers.stored_all(own.user.metrics),
-        time=own.user.timestamp,
+        stored_metrics=json_numbers.stored_all(user.metrics),
+        time=user.timestamp,
     )
 
 

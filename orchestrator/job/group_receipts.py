@@ -129,7 +129,7 @@ class Leader:
             process=self._leader,
             number=number,
             receipts=tuple(self._unsigned),
-            built_on=self._store.durable_version,
+            built_on=self._store.built_on,
         )
         key = self._attempt.key(keys.group_receipt_name(self._leader, number))
         if isinstance(self._store.storage.create(key, encode(record)), Exists):

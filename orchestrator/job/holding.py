@@ -11,22 +11,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from absl import logging
 
-from orchestrator.arrays import ArrayWriter
+from orchestrator.arrays import ArrayWriter, Flat
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.job import tier_hosts
+from orchestrator.job.attempt_names import AttemptNames
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
-from orchestrator.job.participant import GRACE_S, ParticipantFactory
+from orchestrator.job.participant import Participant, ParticipantFactory
+from orchestrator.job.promotion import Source
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.save_sequence import Given, SaveSequence
 from orchestrator.job.schedule import SaveSchedule
 from orchestrator.job.signals import Signals
 from orchestrator.job.tier_entered import ENTERED_S, Entered
 from orchestrator.job.tier_opening import OpenTiers, open_tiers
+from orchestrator.job.voter import GRACE_S
 from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, StepHeld, StepNotHeld, emit
 from orchestrator.options import Options
 from orchestrator.policy import every, last
@@ -37,6 +41,7 @@ from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
+from orchestrator.storage.throttle import Throttle
 
 _RECORDS_BYTES = 64 << 10  # room for the records of a step, beside a part of its arrays
 _RECORDS_SHARE = 50  # one of so many bytes
@@ -44,8 +49,8 @@ _TIMEOUT_S = 120.0  # for a step: memory that takes longer is no quick way back
 
 
 class Holding:
-    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process.
-    Nothing is held before `opened`, nor where that finds a problem."""
+    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process. names:
+    of its attempts, here and in the store. Nothing is held before `opened`, nor where that finds a problem."""
 
     def __init__(
         self,
@@ -56,11 +61,13 @@ class Holding:
         opening: Opening,
         options: Options,
         writer: Callable[[Options, int], ArrayWriter],
+        names: AttemptNames | None = None,
     ) -> None:
         self._tier, self._store, self._rendezvous = tier, store, rendezvous
-        self._opening, self._options = opening, options
-        # Its own, as a save may be in flight in the agent's. What hosts have of their own is compared there.
-        self._writer = writer(replace(options, host_local="ignore"), rendezvous.process)
+        self._opening, self._options, self._names = opening, options, names or AttemptNames()
+        self._writer = writer(options, rendezvous.process)  # its own, as a save may be in flight in the agent's
+        self._throttle = Throttle(options.upload_bytes_per_s)
+        self._carried = False  # whether this call of `save` has begun to hold the step that it saves, or said why not
         self._signals = Signals(rendezvous, f"{incarnation_id}-held")
         self._others = Entered(rendezvous, f"{incarnation_id}-held")
         self._tiers: OpenTiers | None = None
@@ -88,6 +95,7 @@ class Holding:
             None if me.process else Coordinator(tiers.of_all, me, self._signals, keep=keep, host_local="ignore"),
             options,
             epoch=epoch,
+            names=self._names,
             tell=self._hear,
             admit=self._admit,
         )
@@ -110,7 +118,7 @@ class Holding:
         """Begin to hold `step`, if it is due and hosts are not being preempted: then it is saved. Not if the one before
         is not held yet, on any process: training does not wait for memory. Raises UsageError for what no save takes;
         whatever else fails is an event. Whether it has begun is each process's own matter, so it is not told."""
-        if self._saves is None or preempted or not self.due(step):
+        if self._saves is None or preempted or self._carried or not self.due(step):
             return
         try:
             if (running := self._saves.in_flight) is not None:
@@ -122,17 +130,41 @@ class Holding:
         except Exception as error:  # the others have been told
             self._hear(SaveNotCommitted(step, "", f"{type(error).__name__}: {error}", Cause.FAILED))
 
+    def carry(self, save: Participant, flat: Flat, process_state: bytes | None) -> Source | None:
+        """Begin to hold the state of `save`, which is on its way to the store: it is staged here, and uploaded from
+        here. None if this process cannot: then it saves it directly, whatever the others do, and it is not held."""
+        if self._saves is None or self._tiers is None:
+            return None
+        self._carried, own, attempt = True, self._tiers.own, save.id
+        self._saves.note_outcome(raise_now=False)
+        if (running := self._saves.in_flight) is not None:
+            self._saves.skip(save.step, f"step {running} is not held yet; this process saves it directly")
+            return None
+        own.pinned.add(attempt)
+        held: Participant | None = None
+        try:
+            held = self._saves.carry(save.step, save.user, flat, process_state)
+        finally:
+            if held is None or not held.staged:
+                own.pinned.discard(attempt)
+        if not held.staged:
+            logging.warning("%s goes to the store directly: %s", save.label, held.problem)
+            return None
+        return Source(held, self._tiers.of_all, own.storage, self._throttle, partial(self._tiers.keeper.unpin, attempt))
+
     @contextlib.contextmanager
     def beside(self, step: int) -> Iterator[None]:
         """Within it `step` is saved, held, or both. Should that raise, the other processes, which may be about to hold
         it, are told that this one does not."""
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(Exception):
-                if self._saves is not None and self.due(step):
-                    self._saves.skip(step, "this process takes no part in it, as its call of save has failed")
-            raise
+        self._carried = False
+        with self._names.one_call():
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    if self._saves is not None and self.due(step) and not self._carried:
+                        self._saves.skip(step, "this process takes no part in it, as its call of save has failed")
+                raise
 
     def _admit(self, need: int) -> None:
         assert self._tiers is not None and self._tier is not None

@@ -12,59 +12,35 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
 import jax
-from absl import logging
 
-from orchestrator import arrays, errors, failpoints
+from orchestrator import errors, failpoints
 from orchestrator.arrays import ArrayWriter, Flat
-from orchestrator.errors import JournalLost, OrchestratorError, SaveFailed, WaitTimeout
-from orchestrator.job.contribution import Contribution
+from orchestrator.errors import JournalLost, OrchestratorError, SaveFailed
+from orchestrator.job.attempt_names import AttemptNames
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.decision import DecisionReader
 from orchestrator.job.finalize import OwnPart, UserData
-from orchestrator.job.group_receipts import ReceiptSigning, Work
+from orchestrator.job.group_receipts import ReceiptSigning
 from orchestrator.job.leaf_accounts import LeafAccounts
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals
 from orchestrator.job.step_order import StepOrder
-from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, SavePhase, SaveStarted, emit
+from orchestrator.job.voter import GRACE_S, SaveContext, Voter
+from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, SaveStarted, emit
 from orchestrator.options import Options
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import FORMAT, Cause, FileEntry, Intent, Receipt
+from orchestrator.rules.records import FORMAT, Cause, FileEntry, Intent
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
-from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import check_root
 
-PROGRESS_S = 2.0  # from one event about a save that is writing to the next
 FATAL = (errors.Fenced, JournalLost)  # no later save can do better
-GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait for its decision
-
-
-@dataclass(frozen=True)
-class SaveContext:
-    """What all saves of this process share. coordinator: on process 0 only. committed: called after each
-    commit, on the save's own thread. tell: is given the events of these saves. admit: is told, on the main thread, how
-    many bytes this process is going to write, before anything is taken; what it raises is its abort vote."""
-
-    store: JournalStore
-    writer: ArrayWriter
-    rendezvous: Rendezvous
-    signals: Signals
-    coordinator: Coordinator | None
-    options: Options
-    committed: Callable[[], None]
-    accounts: LeafAccounts
-    order: StepOrder
-    epoch: int
-    signing: ReceiptSigning
-    tell: Callable[[Event], None] = emit
-    admit: Callable[[int], None] = lambda need: None
 
 
 class ParticipantFactory:
@@ -80,6 +56,7 @@ class ParticipantFactory:
         options: Options,
         *,
         epoch: int = 0,
+        names: AttemptNames | None = None,
         committed: Callable[[], None] = lambda: None,
         tell: Callable[[Event], None] = emit,
         admit: Callable[[int], None] = lambda need: None,
@@ -90,50 +67,40 @@ class ParticipantFactory:
         signing = ReceiptSigning.of(store, signals, rendezvous, options.save_timeout_s)
         shared = (store, writer, rendezvous, signals, coordinator, options, committed, accounts, order, epoch, signing)
         self.context = SaveContext(*shared, tell, admit)
-        self._numbers: dict[int, int] = {}  # step -> attempts so far in this epoch; the same on all processes
+        self._names = names or AttemptNames()
 
     def opened(self, epoch: int) -> None:
         """Before the first save: the incarnation's epoch is open."""
         self.context = replace(self.context, epoch=epoch)
 
     def begin(self, step: int, user: UserData, process_state: bytes | None) -> Participant:
-        """Name the next attempt at `step`. Computed, not communicated: every process comes to the same name."""
-        number = self._numbers[step] = self._numbers.get(step, 0) + 1
+        """Name the next attempt at `step`."""
         epoch = self.context.epoch
         failpoints.note(step=step, epoch=epoch)
-        attempt = AttemptId.of(step, epoch, number)
+        attempt = self._names.next(step, epoch)
         self.context.order.begin(attempt)
         return Participant(self.context, attempt, user, process_state)
 
 
-class Participant:
+class Participant(Voter):
     """This process in one save: `start` on the main thread, all else in the background until `running` is False. Then
     `error` says why the step was not saved; None if it was.
 
-    started_s: on the monotonic clock. blocked_s: for whoever calls `start` to note how long the save kept the main
-    thread. durable_s: from start to commit, once committed.
+    staged: all of this process's part has been taken; False if something kept it from that. blocked_s: for whoever
+    calls `start` to note how long the save kept the main thread. durable_s: from start to commit, once committed.
     """
 
     def __init__(self, context: SaveContext, attempt: AttemptId, user: UserData, process_state: bytes | None) -> None:
-        self.id, self.step = attempt, attempt.step
-        self.started_s = time.monotonic()
+        super().__init__(context, attempt, process_state)
+        self.user = user
         self.blocked_s = self.durable_s = 0.0
         self.outcome: Outcome | None = None
         self.error: OrchestratorError | None = None
-        self._shared, self._user = context, user
-        self._own = Contribution(context.store, context.rendezvous, attempt, process_state)
-        self._phase = "stage"  # what fails next fails in it
-        self._problem: BaseException | None = None  # why this process votes to abort
+        self.staged = False
         self._other_step: Aborted | None = None  # how it ends, as process 0 saves another step instead
         self._intent: Intent | None = None
-        self._to_sign: Work = lambda: None
-        self._reported_s = 0.0  # when progress was last reported, on the monotonic clock
         self._thread: threading.Thread | None = None
         self._ended, self._pid = threading.Event(), os.getpid()
-
-    @property
-    def label(self) -> str:
-        return self.id.label
 
     @property
     def begun(self) -> bool:
@@ -154,6 +121,11 @@ class Participant:
         """Return once it has ended, or after `timeout_s`."""
         if self.begun:
             self._ended.wait(timeout_s)
+
+    @property
+    def intent(self) -> Intent | None:
+        """On process 0, once it has begun."""
+        return self._intent
 
     # Open and stage: main thread.
 
@@ -178,8 +150,13 @@ class Participant:
             except Exception as error:  # the other processes must hear of it
                 self.fail("stage", error)
         self._own.seconds["stage"] = time.monotonic() - began
+        self.staged = not self._problem
         if self._shared.coordinator:  # here, not in the thread: that one must not keep the state's device buffers alive
             self._intent = self._make_intent(flat)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """In the background."""
         returned = threading.Event()
         thread = threading.Thread(target=self._run, args=(returned,), name=f"save-{self.step}", daemon=True)
         try:  # a Ctrl-C may come between any two of these
@@ -203,12 +180,12 @@ class Participant:
             attempt=self.id.name,
             epoch=self._shared.epoch,
             opened_by=self._shared.store.writer,
-            time=self._user.timestamp,
+            time=self.user.timestamp,
             process_count=self._shared.rendezvous.count,
             device_count=jax.device_count(),
             mesh=flat.form.mesh,
             tree=self._shared.writer.recorded(flat.spec),
-            built_on=self._shared.store.durable_version,
+            built_on=self._shared.store.built_on,
             held=self._shared.accounts.account(flat),
         )
 
@@ -220,6 +197,7 @@ class Participant:
         try:
             self._save()
         finally:
+            self.part_over.set()
             self._ended.set()
 
     def _save(self) -> None:
@@ -246,14 +224,21 @@ class Participant:
     def _coordinate(self, coordinator: Coordinator) -> Outcome:
         """Process 0: open the attempt while it writes its own part, then decide."""
         assert self._intent is not None
-        opening = overlap.begin(partial(coordinator.open, self._intent, self._user))
+        opening = overlap.begin(partial(self._open, coordinator))
         self._shared.signals.post_saving(self.id)
         receipt = self._vote(opening)
         opening.wait(GRACE_S)  # nothing of this process should appear in an attempt that is decided
         opened: tuple[FileEntry, ...] = ()
         with contextlib.suppress(Exception):  # this process has voted to abort with it as the cause
             opened = opening.result(0)
-        own = OwnPart(self._intent, self._user, self._own.pending, opened, receipt)
+        own = OwnPart(self._intent, self.user, self._own.pending, opened, receipt)
+        return self._decide(coordinator, own)
+
+    def _open(self, coordinator: Coordinator) -> tuple[FileEntry, ...]:
+        assert self._intent is not None
+        return coordinator.open(self._intent, self.user)
+
+    def _decide(self, coordinator: Coordinator, own: OwnPart) -> Outcome:
         return coordinator.decide(own, self._left_s, partial(self._report, "committing"))
 
     def _follow(self) -> Outcome:
@@ -264,15 +249,11 @@ class Participant:
         decision = DecisionReader(
             self.id, self._shared.epoch, self._shared.store, self._shared.signals, self._shared.rendezvous.hosts
         )
-        within_s, alike = self._shared.options.save_timeout_s + GRACE_S, self._shared.signing.alike
+        within_s, alike = self.timeout_s + GRACE_S, self._shared.signing.alike
         return decision.wait(within_s, self._saves_other_step, self._finish_signing, alike)
 
-    @property
-    def _left_s(self) -> float:
-        return max(0.0, self.started_s + self._shared.options.save_timeout_s - time.monotonic())
-
     def _saves_other_step(self) -> Aborted | None:
-        self._other_step = self._shared.order.other_step(self.id, self._shared.store.durable_version)
+        self._other_step = self._shared.order.other_step(self.id, self._shared.store.built_on)
         return self._other_step
 
     def _error(self, outcome: Outcome) -> OrchestratorError | None:
@@ -289,69 +270,3 @@ class Participant:
 
     def _not_saved(self, reason: str) -> SaveFailed:
         return SaveFailed(f"{self.label} was not saved: {reason}", step=self.step, attempt=self.id.name)
-
-    # Write, receipt, vote.
-
-    def _vote(self, opening: Begun[tuple[FileEntry, ...]] | None) -> bytes | None:
-        """Make this process's part durable and vote that its receipt is stored, or vote to abort with the cause.
-        `opening`: what must have been written before. Returns the receipt; process 0's own is stored then."""
-        try:
-            if self._problem:
-                raise self._problem
-            self._phase = "write"
-            self._report("writing")
-            failpoints.hit("save.write")
-            self._own.write(self._shared.options.save_timeout_s, self._another_aborts)
-            self._phase = "seal"
-            self._report("sealing")
-            self._own.make_durable()
-            if opening:
-                self._phase = "open"
-                self._await_opening(opening)
-            self._phase = "receipt"
-            failpoints.hit("receipt.write")
-            self._to_sign = self._shared.signing.sign(self.id, self._own)
-            self._report("waiting")
-            return self._own.signed
-        except arrays.WriteStopped:  # another's abort vote has decided: none of ours, so that theirs is the cause
-            logging.warning("%s: gave up writing, another process has voted to abort", self.label)
-        except Exception as error:
-            self._problem = error
-            self._vote_abort(self._own.abort_vote(self._phase, error))
-        finally:
-            self._own.wait_for_own_state(GRACE_S)
-        return None
-
-    def _finish_signing(self) -> None:
-        try:
-            self._to_sign()
-        except Exception as error:
-            self._to_sign = lambda: None
-            self._vote_abort(self._own.abort_vote("receipt", error))
-
-    def _vote_abort(self, vote: Receipt) -> None:
-        self._shared.signals.vote_abort(vote)
-        try:
-            self._own.store_abort_vote(vote)
-        except Exception as error:  # the signal carries it already; a full disk cannot hold the receipt
-            text = "%s: the abort vote of process %d could not be stored: %s"
-            logging.warning(text, self.label, vote.process, error)
-
-    def _await_opening(self, opening: Begun[tuple[FileEntry, ...]]) -> None:
-        try:
-            opening.result(self._left_s)
-        except TimeoutError as error:
-            where = f"{self._shared.store.url}/{self.id.intent_key}"
-            timeout_s = self._shared.options.save_timeout_s
-            raise WaitTimeout(f"{where} was not written within {timeout_s:g} s") from error
-
-    def _another_aborts(self) -> bool:
-        """Asked again and again while this process writes, so it reports the progress, too."""
-        if time.monotonic() - self._reported_s >= PROGRESS_S:
-            self._report("writing")
-        return any(isinstance(vote, Receipt) for vote in self._shared.signals.votes(self.id).values())
-
-    def _report(self, phase: str) -> None:
-        self._reported_s = time.monotonic()
-        written_bytes = self._own.pending.written_bytes if self._own.pending else 0
-        self._shared.tell(SavePhase(self.step, self.id.name, phase, self._reported_s - self.started_s, written_bytes))

@@ -3,7 +3,8 @@ once a second from a listing of storage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from absl import logging
@@ -35,14 +36,19 @@ class ReceiptReader:
         self._attempt = state.intent.id
         self.files: dict[str, FileEntry] = {}
 
-    def collect(self, timeout_s: float) -> Step:
-        """Until all receipts are in, a process votes to abort, or `timeout_s` has passed: the state, and what to do
-        now."""
+    def collect(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> Step:
+        """Until all receipts are in, a process votes to abort, or `timeout_s` has passed, or `given_up` says as much:
+        the state, and what to do now."""
+        began = time.monotonic()
 
         def late() -> Step:
-            return advance(self._state, DeadlinePassed(timeout_s, self._hosts))
+            waited_s = min(timeout_s, round(time.monotonic() - began, 1))
+            return advance(self._state, DeadlinePassed(waited_s if given_up() else timeout_s, self._hosts))
 
-        return poll(self._signalled, timeout_s, late, storage=self._listed)
+        def signalled() -> Step | None:
+            return self._signalled() or (late() if given_up() else None)
+
+        return poll(signalled, timeout_s, late, storage=self._listed)
 
     def _signalled(self) -> Step | None:
         """Go by votes that have not been counted yet; None while others are missing."""

@@ -1,28 +1,34 @@
 """The saves of one agent, one after another: each begins on the main thread, ends on a thread of its own, and is waited
-for, within its bounds, before the next one begins.
+for, within its bounds, before the next one begins. Only what goes to the store from memory (`promotion`) is not waited
+for: the next such save queues behind it, and takes the place of one that is queued already.
 
 Main thread only. What a save does in the background is in `participant`; which steps are due is in `schedule`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator import gc_pause
 from orchestrator.arrays import Flat, flatten
 from orchestrator.errors import Damaged, OrchestratorError, SaveFailed, StorageError, UsageError, WaitTimeout
 from orchestrator.job.finalize import UserData
 from orchestrator.job.opening import Opening
-from orchestrator.job.participant import FATAL, GRACE_S, Participant, ParticipantFactory
+from orchestrator.job.participant import FATAL, Participant, ParticipantFactory
+from orchestrator.job.promotion import Source, Upload
 from orchestrator.job.schedule import SaveSchedule
+from orchestrator.job.voter import GRACE_S
 from orchestrator.observe import heartbeat
 from orchestrator.observe.events import SaveNotCommitted
 from orchestrator.options import Options
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Cause, Json
+
+_QUEUED_MAX = 4  # uploads at a time: one that goes on, one that waits, and those that are being given up
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,16 @@ class Given:
         return user, arguments.own_bytes(self.process_state)
 
 
+class Memory(Protocol):
+    """Where a step may be held on its way to the store."""
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be held. The same on all processes."""
+
+    def carry(self, save: Participant, flat: Flat, process_state: bytes | None) -> Source | None:
+        """Take `flat`, the state of `save`, into memory; None if this process cannot. Whether others can is theirs."""
+
+
 class SaveSequence:
     """failures: how many saves have failed, or could not even begin."""
 
@@ -47,20 +63,21 @@ class SaveSequence:
     ) -> None:
         self._participants, self._schedule, self._opening, self._options = participants, schedule, opening, options
         self.failures = 0
-        self._current: Participant | None = None
+        self._begun: list[Participant] = []  # in this order, until it is noted how they ended; mostly one
         self._pending_error: OrchestratorError | None = None  # of a save that has ended; not raised yet, or for good
         self._raised: OrchestratorError | None = None  # last
         self._hurry_s: float | None = None  # since when, on the monotonic clock, the program is failing
 
     @property
     def in_flight(self) -> int | None:
-        """The step that is being saved in the background, None if none is."""
-        return self._current.step if self._current and self._current.running else None
+        """The step that is being saved in the background, None if none is; of several the oldest."""
+        return next((save.step for save in tuple(self._begun) if save.running), None)
 
     # Beginning one.
 
-    def save(self, step: int, state: Any, given: Given) -> bool:
+    def save(self, step: int, state: Any, given: Given, memory: Memory | None = None) -> bool:
         """Begin to save `step`, which is due, unless it is saved or being saved already. True if a save has begun.
+        memory: where it may be held on its way.
 
         Waits for the save before it. The first one opens the epoch. Raises as `Agent.save` says.
         """
@@ -76,14 +93,16 @@ class SaveSequence:
             self._participants.begin(step, UserData({}, {}, 0.0), None).reject("arguments", error)
             raise
         entered_s = time.monotonic()
-        finished = self.finished()
+        carries = memory if memory and memory.due(step) and self._may_queue() else None
+        finished = bool(carries) or self.finished(f"step {step} is due")
         save = self._participants.begin(step, user, process_state)
         self._schedule.begin(save.started_s)
         if not finished:
             self._skip(save)
             return False
-        self._start(save, state)
-        save.blocked_s = time.monotonic() - entered_s
+        if not self._start(save, state, process_state, carries):
+            return False
+        self._begun[-1].blocked_s = time.monotonic() - entered_s
         if not self._options.async_save:
             self.wait()
         return True
@@ -111,8 +130,7 @@ class SaveSequence:
 
     def _skip(self, save: Participant) -> None:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
-        assert self._current is not None
-        reason = f"{self._current.label} still hangs on this process: the store does not answer"
+        reason = f"{self._hanging.label} still hangs on this process: the store does not answer"
         save.reject("wait", WaitTimeout(reason), Cause.HUNG)
         self._not_begun(save.step, save.id.name, f"{save.label} was not saved: {reason}", Cause.HUNG)
 
@@ -123,25 +141,66 @@ class SaveSequence:
         if self._options.on_save_failure == "raise":
             raise SaveFailed(reason, step=step, attempt=attempt)
 
-    def _start(self, save: Participant, state: Any) -> None:
-        with gc_pause.paused():
+    def _start(self, save: Participant, state: Any, process_state: bytes | None, memory: Memory | None) -> bool:
+        """Begin it, by way of `memory` if that takes it. False if the save before hangs."""
+        with self._telling(save), gc_pause.paused():
+            flat = self._flat(state)
             try:
-                flat = self._flat(state)
-                try:
-                    self._opening.check_tree(flat)
-                except (StorageError, Damaged) as error:  # a failed save, not a failed training
-                    save.fail("check", error)
+                self._opening.check_tree(flat)
+            except (StorageError, Damaged) as error:  # a failed save, not a failed training
+                save.fail("check", error)
+            source = memory.carry(save, flat, process_state) if memory and not save.problem else None
+            if source is None and memory is None:
                 save.start(flat)
-            except BaseException as error:  # of this process alone, perhaps: the others must not wait for it
-                if save.begun:
-                    self._started(save)
-                else:
-                    save.reject("check", error)
-                raise
-        self._started(save)
+        if source is not None:
+            self._queue(save, source)
+        elif memory is not None:  # not known before: what is on its way is waited for now
+            with self._telling(save):
+                if not self.finished(f"step {save.step} is due"):
+                    self._skip(save)
+                    return False
+                save.start(flat)
+        return True
+
+    @contextlib.contextmanager
+    def _telling(self, save: Participant) -> Iterator[None]:
+        """What is raised within may be of this process alone: the others must not wait for it."""
+        try:
+            yield
+        except BaseException as error:
+            if save.begun:
+                self._started(save)
+            else:
+                save.reject("check", error)
+            raise
+        if save.begun:
+            self._started(save)
+
+    def carry(self, step: int, user: UserData, flat: Flat, process_state: bytes | None) -> Participant:
+        """Begin to save `flat` here, for a save elsewhere, too. Raises as `save`."""
+        save = self._participants.begin(step, user, process_state)
+        self._schedule.begin(save.started_s)
+        save.abandoned = lambda: False
+        with self._telling(save):
+            save.start(flat)
+        return save
+
+    def _may_queue(self) -> bool:
+        """Whether nothing is in flight but what a save from memory can queue behind."""
+        self.note_outcome(raise_now=False)
+        return len(_uploads(self._begun)) == len(self._begun) < _QUEUED_MAX
+
+    def _queue(self, save: Participant, source: Source) -> None:
+        """Have what is held now uploaded, after what is on its way."""
+        before = _uploads(self._begun)
+        for older in before:
+            older.persistence.make_way(f"step {save.step} is due")
+        queued = Upload(self._participants.context, save, source, before)
+        with self._telling(queued):
+            queued.go_on()
 
     def _started(self, save: Participant) -> None:
-        self._current = save
+        self._begun.append(save)
         self._schedule.started(save.step)
 
     # Waiting for its end.
@@ -149,24 +208,30 @@ class SaveSequence:
     def wait(self) -> None:
         """Return when none is in flight. Raises WaitTimeout if one hangs beyond its bounds, and as `note_outcome`."""
         if not self.finished():
-            assert self._current is not None
             raise WaitTimeout(
-                f"{self._current.label}: this process's save thread did not end within "
+                f"{self._hanging.label}: this process's save thread did not end within "
                 f"{self._bound_s():g} s; the store does not answer"
             )
 
     def finish(self) -> OrchestratorError | None:
         """`wait`, for a program that ends. Returns why the save in flight is lost, or an earlier one of which nobody
         knows yet."""
-        save, raised = self._current, self._raised
+        save, raised = self._begun[-1] if self._begun else None, self._raised
         try:
             self.wait()
         except OrchestratorError as error:
             return None if error is raised else error
         return save.error if save else None
 
-    def finished(self) -> bool:
-        """Wait until none is in flight; False if one hangs beyond its bounds. Raises as `note_outcome`."""
+    @property
+    def _hanging(self) -> Participant:
+        return next(save for save in self._begun if save.running)
+
+    def finished(self, newer: str = "") -> bool:
+        """Wait until none is in flight; False if one hangs beyond its bounds. newer: what waits for that, if it is to
+        be saved instead. Raises as `note_outcome`."""
+        for save in _uploads(self._begun) if newer else ():
+            save.persistence.make_way(newer)
         settled = self.settle()
         if settled:
             self.note_outcome(raise_now=True)
@@ -174,14 +239,26 @@ class SaveSequence:
 
     def settle(self) -> bool:
         """Wait as `finished`, and raise nothing. Any thread."""
-        save = self._current
-        while save and save.running:
-            left_s = self._wait_from_s(save) + self._bound_s() - time.monotonic()
-            if left_s <= 0:
-                return False
-            heartbeat.record("waiting for a save", save.step)
-            save.join(min(1.0, left_s))
+        asked_s = time.monotonic()
+        for save in tuple(self._begun):
+            # An upload may have gone on for hours: the bound is for whoever waits.
+            from_s = asked_s if isinstance(save, Upload) else save.started_s
+            if isinstance(save, Upload) and (self._hurry_s is not None or self._schedule.preempted):
+                save.hurry()
+            while save.running:
+                left_s = max(from_s, self._wait_from_s()) + self._bound_s() - time.monotonic()
+                if left_s <= 0 and not self._ended_at_last(save):
+                    return False
+                heartbeat.record("waiting for a save", save.step)
+                save.join(min(1.0, left_s))
         return True
+
+    def _ended_at_last(self, save: Participant) -> bool:
+        """There is no more time: what can be given up is."""
+        if isinstance(save, Upload):
+            save.persistence.end(f"the store did not take it in {self._bound_s():g} s, and there is no more time")
+            save.join(GRACE_S)
+        return not save.running
 
     def hurry(self) -> None:
         """The program is failing: from now on a save in flight has `failure_grace_s` at most."""
@@ -190,9 +267,8 @@ class SaveSequence:
     def note_outcome(self, *, raise_now: bool) -> None:
         """Note how a save that has ended went, without waiting. With `raise_now` raises what is to be raised: Fenced
         and JournalLost each time; SaveFailed once, where failed saves are to be raised."""
-        save = self._current
-        if save and not save.running:
-            self._current = None
+        for save in [save for save in self._begun if not save.running]:
+            self._begun.remove(save)
             self._note(save)
         if raise_now and self._pending_error:
             error = self._raised = self._pending_error
@@ -204,9 +280,13 @@ class SaveSequence:
         if not save.error:
             blocked_s = max(save.blocked_s, save.stage_s) if self._options.async_save else save.durable_s
             self._schedule.committed(blocked_s, save.durable_s)
+        else:
+            self._schedule.failed(save.step)
+        if self._begun:
+            self._schedule.still_saving()
+        if not save.error:
             return
         self.failures += 1
-        self._schedule.failed(save.step)
         if isinstance(save.error, FATAL) or self._options.on_save_failure == "raise":
             self._pending_error = save.error
 
@@ -218,7 +298,10 @@ class SaveSequence:
             bound_s = min(bound_s, self._options.failure_grace_s or bound_s)
         return min(bound_s, self._options.preemption_grace_s) if self._schedule.preempted else bound_s
 
-    def _wait_from_s(self, save: Participant) -> float:
-        """From when `_bound_s` counts."""
-        preempted_s = self._schedule.preempted_s if self._schedule.preempted else 0.0
-        return max(save.started_s, self._hurry_s or 0.0, preempted_s)
+    def _wait_from_s(self) -> float:
+        """From when `_bound_s` counts at the earliest."""
+        return max(self._hurry_s or 0.0, self._schedule.preempted_s if self._schedule.preempted else 0.0)
+
+
+def _uploads(begun: Sequence[Participant]) -> list[Upload]:
+    return [save for save in tuple(begun) if isinstance(save, Upload) and save.running]

@@ -107,7 +107,12 @@ class SaveSchedule:
 
     def failed(self, step: int) -> None:
         """The save of `step` has failed: it is due again."""
-        self.saved_step, self.failed_step, self._saving = None, step, False
+        self.saved_step = None if self.saved_step == step else self.saved_step
+        self.failed_step, self._saving = step, False
+
+    def still_saving(self) -> None:
+        """Another save, begun later, goes on."""
+        self._saving = True
 
     def forget(self, step: int) -> None:
         """`step` is no longer in the run: it may be saved again."""

@@ -241,7 +241,7 @@ def place(tier: MemoryTier, given: TierEnvironment) -> Place:
     """Where this process is."""
     secret = Secret(given.secret).sign(_WHICH)[:16] if given.secret else ""
     try:
-        domains = of_environment(os.environ, _boot(), tier.domain)
+        domains = of_environment(os.environ, f"machine-{_boot()[:8]}", tier.domain)
         base = tier_directory.base(tier.directory)
     except OrchestratorError as error:
         return Place("", machine(), secret=secret, problem=str(error))

@@ -8,6 +8,7 @@ reads of one server, and as many requests as there are copies.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,11 @@ from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import agree, gather
 from orchestrator.job.tier_hosts import TierHosts
 from orchestrator.job.tier_rounds import Opened
+from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
+from orchestrator.rules.codec import encode
+from orchestrator.rules.placement import PlacedHost, Placement
+from orchestrator.rules.records import FORMAT
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import tier_directory
 from orchestrator.run.journal_store import JournalStore
@@ -70,7 +75,37 @@ def open_tiers(
         for note in hosts.pairing.notes:
             logging.warning("held steps: %s", note)
         logging.info("held steps survive the loss of %s", hosts.survives)
+    _record(hosts, own, epoch)
     return _joined(hosts, own, store, places, epoch)
+
+
+def _record(hosts: TierHosts, own: OwnTier, epoch: int) -> None:
+    """For whoever looks at the tier. It is in the place of an older start's."""
+    placed = Placement(
+        format=FORMAT,
+        epoch=epoch,
+        time=time.time(),
+        asked=hosts.tier.domain,
+        copies_asked=hosts.tier.copies,
+        level=hosts.pairing.level,
+        hosts=tuple(
+            PlacedHost(
+                name=host.name,
+                processes=host.processes,
+                targets=targets,
+                node=host.site.domains.node,
+                rack=host.site.domains.rack,
+                slice=host.site.domains.slice,
+            )
+            for host, targets in zip(hosts.hosts, hosts.pairing.targets, strict=True)
+        ),
+        notes=hosts.pairing.notes,
+    )
+    try:
+        own.storage.delete(keys.PLACEMENT)
+        own.storage.create(keys.PLACEMENT, encode(placed))
+    except OrchestratorError as error:
+        logging.warning("%s: where copies are is not recorded: %s", own.path, error)
 
 
 def _run(store: JournalStore) -> str:
@@ -90,7 +125,7 @@ def _open(tier: MemoryTier, hosts: TierHosts, store: JournalStore, epoch: int) -
     path = ""
     try:
         path = tier_directory.of_process(tier.directory, hosts.run, hosts.me)
-        own = OwnTier(path, store.writer)
+        own = OwnTier(path, store.writer, store)
         head = own.open_epoch(epoch, store.durable_version)
     except OrchestratorError as error:
         return None, Opened(path, problem=str(error))
@@ -152,7 +187,7 @@ def _joined(hosts: TierHosts, own: OwnTier, store: JournalStore, places: Sequenc
     far = Parts(f"the other hosts of {own.storage.url}", {p: part for p, part in others.items() if p not in here})
     storage = CopiedStorage(own.storage, _sender(hosts), len(hosts.targets(hosts.me)), has_log=hosts.me == 0)
     log = LogOf(storage) if hosts.me == 0 else LogOf(ReadOnlyStorage(others[0]))
-    of_all = JournalStore(JoinedStorage(storage, [*near, far], log=log), store.writer)
+    of_all = JournalStore(JoinedStorage(storage, [*near, far], log=log), store.writer, run=store)
     of_all.durable_version = places[0].version
     listed = {AttemptId(*one) for place in places for one in place.listed}
     beside = Beside(own.path, here) if hosts.first_here else None

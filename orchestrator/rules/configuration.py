@@ -47,6 +47,7 @@ OPTIONS: Mapping[str, Strictness] = {
     "attest": Strictness.SAME,  # fingerprints of some prove nothing, and a collective of some hangs
     "host_local": Strictness.SAME,
     "load_once": Strictness.SAME,
+    "upload_bytes_per_s": Strictness.OWN,  # hosts may have faster and slower networks
     "quarantine_keep_s": Strictness.SAME,
     "events_dir": Strictness.OWN,
     "metrics_port": Strictness.OWN,

@@ -14,6 +14,7 @@ from orchestrator.errors import UnsafeKey
 JOURNAL = "journal/"
 JOURNAL_INDEX = "journal-index/"
 STEPS = "steps/"
+PLACEMENT = "placement.json"  # at the root of a process's tier; a run has none
 TEMPORARY = ".tmp"  # on a file system: objects that are not whole yet
 # Directories that a run has at its root, or has had; nobody else may give one of these names.
 AT_ROOT = frozenset({"journal", "journal-index", "steps", "events", "heartbeats", "metadata", TEMPORARY})

@@ -53,7 +53,7 @@ def pair(sites: Sequence[Site], copies: int, asked: str) -> Pairing:
         placing.place(number)
     notes = [] if level == asked else [_degraded(asked, level, problem)]
     if possible < copies:
-        notes.append(f"{len(sites)} hosts have room for {possible} copies of each other, {copies} were asked for")
+        notes.append(f"{len(sites)} hosts: {possible} of the {copies} copies that were asked for")
     return Pairing(tuple(map(tuple, placing.targets)), level, possible, tuple(notes))
 
 

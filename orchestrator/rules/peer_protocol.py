@@ -32,6 +32,7 @@ TARGET_CHARS_MAX = 4096
 BODY_BYTES_MAX = 16 << 20  # of a request that is no copy: names of files to send
 REPLY_BYTES_MAX = 64 << 20  # of an answer that is no file: a page of a listing
 NO_BODY_CRC = "00000000"
+SLOWEST_BYTES_PER_S = 64 << 10  # whatever comes more slowly than that, for long, is given up
 _SCHEME = "orchestrator-tier-1"
 _HEADER = re.compile(_SCHEME + r" ([0-9]{1,12}) ([0-9a-f]{32}) ([0-9]{1,18}) ([0-9a-f]{8}) ([0-9a-f]{64})")
 _RUN = re.compile(r"[0-9a-f]{16}")

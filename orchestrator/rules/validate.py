@@ -21,6 +21,7 @@ from orchestrator.rules.attempt_id import parse_name
 from orchestrator.rules.dtypes import ITEM_BYTES, STORED_AS
 from orchestrator.rules.kept import kept
 from orchestrator.rules.leaf_sums import sums
+from orchestrator.rules.placement import Placement
 from orchestrator.rules.records import (
     Box,
     ExternalArray,
@@ -254,6 +255,20 @@ def _extra(extra: Extra) -> None:
     raise Invalid(f"extra: nested more than {DEPTH_MAX} deep")
 
 
+def _placement(placement: Placement) -> None:
+    _whole("epoch", placement.epoch, 0, INT64_MAX)
+    _time("time", placement.time)
+    for text in (placement.asked, placement.level, *placement.notes):
+        _text("placement", text)
+    for host in placement.hosts:
+        for text in (host.name, host.node, host.rack, host.slice):
+            _text("hosts", text)
+        for process in host.processes:
+            _whole("hosts.processes", process, 0, PROCESSES_MAX)
+        for target in host.targets:
+            _whole("hosts.targets", target, 0, len(placement.hosts) - 1)
+
+
 def _inside(value: dict[str, Any] | Sequence[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
@@ -265,6 +280,7 @@ _RULES: dict[type[Record], Callable[[Any], None]] = {
     GroupReceipt: _group_receipt,
     Manifest: _manifest,
     Extra: _extra,
+    Placement: _placement,
 }
 
 

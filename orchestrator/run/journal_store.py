@@ -52,18 +52,26 @@ class JournalStore:
         writer: str,
         clock: Callable[[], float] = time.time,
         ids: Callable[[], str] | None = None,
+        *,
+        run: JournalStore | None = None,
     ) -> None:
+        """run: where the attempts go that are made here first: a tier's do, and what they build on is its journal."""
         self.storage: Storage = storage
-        self.writer = writer
+        self.writer, self.run = writer, run
         self._clock = clock
         self._ids = ids or (lambda: uuid.uuid4().hex)
         self._known_version = -1  # where to start listing: versions only grow
         self._looked = False  # whether the run was looked at whole, which comes before any append
-        self.durable_version = -1  # the highest that this object knows to survive a power loss: what records build on
+        self.durable_version = -1  # the highest that this object knows to survive a power loss
 
     @property
     def url(self) -> str:
         return self.storage.url
+
+    @property
+    def built_on(self) -> int:
+        """What the records of an attempt that is made now build on."""
+        return (self.run or self).durable_version
 
     def stamp(self) -> Stamp:
         return Stamp(self.writer, self._clock(), self._ids())

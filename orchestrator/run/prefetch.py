@@ -25,7 +25,7 @@ from orchestrator.rules import held, prefetch
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FileEntry, Head, LiveStep, Manifest, crc32
 from orchestrator.run import prefetched, tier_directory
-from orchestrator.run.held_steps import HeldSteps
+from orchestrator.run.held_steps import HeldSteps, on_this_host
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import newest_whole
 from orchestrator.storage import PosixStorage, gcs_objects
@@ -117,7 +117,7 @@ class Prefetch:
 
     def _wanted(self, head: Head) -> _Wanted | None:
         mine = tier_directory.of_process(self._here.directory, self._run, self._here.host)
-        steps = HeldSteps(mine, tier_directory.processes(self._here.directory, self._run))
+        steps = on_this_host(mine, tier_directory.processes(self._here.directory, self._run))
         there = self._attempts()
         if not self._back:  # in a crash loop memory is left out
             listed = dict(steps.listed) or self._listed_by(there)

@@ -78,12 +78,14 @@ def _free(storage: PosixStorage, attempts: Iterable[AttemptId]) -> list[AttemptI
 
 
 class OwnTier:
-    """The part of the tier that this process writes, below `path`. Any thread."""
+    """The part of the tier that this process writes, below `path`. Any thread. run: of whose steps it is, where what is
+    held goes to that store, too. pinned: attempts that are on their way there: what this process has of them stays."""
 
-    def __init__(self, path: str, writer: str) -> None:
-        self.path = path
+    def __init__(self, path: str, writer: str, run: JournalStore | None = None) -> None:
+        self.path, self._run = path, run
         self.storage = PosixStorage(path)
-        self.log = JournalStore(LogOf(self.storage), writer)
+        self.log = JournalStore(LogOf(self.storage), writer, run=run)
+        self.pinned: set[AttemptId] = set()
         self._epoch = 0
 
     def open_epoch(self, epoch: int, version: int) -> Head:
@@ -102,7 +104,7 @@ class OwnTier:
             logging.warning("%s: its log cannot be trusted, and is thrown away: %s", self.path, error)
             _delete_below(self.storage, keys.JOURNAL)
             _delete_below(self.storage, keys.JOURNAL_INDEX)
-            self.log = JournalStore(LogOf(self.storage), self.log.writer)
+            self.log = JournalStore(LogOf(self.storage), self.log.writer, run=self._run)
             head = self.log.append(rule)
         assert head is not None  # the rule makes one where there is none
         return head
@@ -117,7 +119,7 @@ class OwnTier:
             logging.warning("%s: entry %d of its log is damaged, and is left out", self.path, version)
             self.storage.delete(keys.journal_key(version))
         if damaged:
-            self.log = JournalStore(LogOf(self.storage), self.log.writer)
+            self.log = JournalStore(LogOf(self.storage), self.log.writer, run=self._run)
 
     def follow(self, log: JournalStore) -> tuple[LiveStep, ...]:
         """Enter what process 0's log says is held into this process's; returns it. Raises StorageError, Fenced."""
@@ -136,8 +138,8 @@ class OwnTier:
         return {attempt: one.bytes for attempt, one in survey.attempts(self.storage).items()}
 
     def free(self, attempts: Sequence[AttemptId]) -> None:
-        """Free what is here of attempts that are not held. Never raises."""
-        gone = _free(self.storage, attempts)
+        """Free what is here of attempts that are not held, unless they are pinned. Never raises."""
+        gone = _free(self.storage, [attempt for attempt in attempts if attempt not in self.pinned])
         try:
             head = self.log.head()
             over = {old.id for old in head.retired}.difference(self.attempts()) if head else set()

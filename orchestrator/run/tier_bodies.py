@@ -17,21 +17,25 @@ from orchestrator.run.tier_shelf import Rejected
 
 _SMALL_BYTES = 256 << 10  # read at once
 _PIECE_BYTES = 512 << 10  # stays in a core's cache until it is checked and written
-_SLOWEST_BYTES_PER_S = 64 << 10
 _LINGER_S = 2.0
 
 
-async def small(request: web.BaseRequest, size: int, stall_s: float) -> bytes:
+async def small(request: web.BaseRequest, size: int, stall_s: float, slowest_bytes_per_s: int) -> bytes:
     """A body of `size` bytes. Raises Rejected where it does not come."""
-    if not size:
-        return b""
+    body = b""
+    deadline = time.monotonic() + stall_s + size / slowest_bytes_per_s
     try:
-        async with asyncio.timeout(stall_s):
-            return await request.content.readexactly(size)
+        while len(body) < size:
+            async with asyncio.timeout(min(stall_s, max(0.0, deadline - time.monotonic()))):
+                more = await request.content.read(size - len(body))
+            if not more:
+                raise ConnectionResetError
+            body += more
     except TimeoutError:
         raise _stalled(stall_s) from None
-    except (EOFError, OSError, web.RequestPayloadError) as error:
+    except (OSError, web.RequestPayloadError) as error:
         raise _broken(error) from None
+    return body
 
 
 def is_small(size: int) -> bool:
@@ -45,7 +49,7 @@ class Taken:
     holds. `pieces` and `throw_away` are for a thread. What a piece holds is overwritten by the next one.
     """
 
-    def __init__(self, request: web.BaseRequest, size: int, stall_s: float) -> None:
+    def __init__(self, request: web.BaseRequest, size: int, stall_s: float, slowest_bytes_per_s: int) -> None:
         transport = request.transport
         if transport is None:
             raise Rejected("damaged", "the sender is gone")
@@ -56,7 +60,7 @@ class Taken:
         transport.pause_reading()  # last: both of the above may resume it
         self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
         self._left, self._stall_s = size - len(self._first), stall_s
-        self._deadline = time.monotonic() + stall_s + size / _SLOWEST_BYTES_PER_S
+        self._deadline = time.monotonic() + stall_s + size / slowest_bytes_per_s
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """All of it. Raises Rejected where it does not come."""
@@ -82,6 +86,10 @@ class Taken:
         except OSError as error:
             raise _broken(error) from None
         return buffer
+
+    @property
+    def unread(self) -> bool:
+        return self._left > 0
 
     def throw_away(self) -> None:
         """What still comes, for a moment: closing a connection that has unread bytes takes the answer away, too."""

@@ -53,6 +53,11 @@ class Keeper:
             return
         self._drop(gone)
 
+    def unpin(self, attempt: AttemptId) -> None:
+        """It is needed for the store no more: free it, if it has ended and is not held either. Never raises."""
+        self.own.pinned.discard(attempt)
+        self.free()
+
     def _drop(self, gone: Sequence[AttemptId]) -> None:
         self.own.free(gone)
         if self._beside and gone:
@@ -74,11 +79,15 @@ class Keeper:
         if count is None:
             raise StorageError(self._no_room(need, incoming, bytes_max))
         if count:
-            self.release([live.id for live in self.own.live()[:count]], "room")
+            self.release([live.id for live in self._releasable()[:count]], "room")
+
+    def _releasable(self) -> list[LiveStep]:
+        """Oldest first; the last of them stays."""
+        return [live for live in self.own.live() if live.id not in self.own.pinned]
 
     def _shortage(self, need: int, incoming: int, bytes_max: int | None) -> int | None:
         """How many of the oldest steps must go; None if that is not enough."""
-        older, own = self.own.live(), self.own.attempts()
+        older, own = self._releasable(), self.own.attempts()
         found = self._found()
         counts = [
             held.to_release(

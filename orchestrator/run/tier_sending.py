@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 
 import crc32c
 
 from orchestrator.errors import OrchestratorError, StorageError, Unavailable
+from orchestrator.rules import peer_protocol
 from orchestrator.rules.peer_protocol import Failure, Progress, Request, Sending, Target
 from orchestrator.run.tier_shelf import Rejected, Shelf
 from orchestrator.storage.peer_http import Wire, raise_failure
@@ -111,6 +113,10 @@ class Sender:
         self, target: Target, wires: Sequence[Wire], bucket: TokenBucket | None, cancelled: threading.Event
     ) -> None:
         """A file to all targets, one after another. Raises Rejected, StorageError."""
+        slowest, query = peer_protocol.SLOWEST_BYTES_PER_S, {}
+        if bucket and bucket.bytes_per_s < slowest * 2 * _THREADS:  # all files at once share it
+            slowest = max(1, bucket.bytes_per_s // (2 * _THREADS))
+            query = {"slowest": str(slowest)}
         descriptor, size = self._shelf.open(target)
         try:
             checksum = self._checksum(descriptor, size)
@@ -118,8 +124,8 @@ class Sender:
                 if cancelled.is_set():
                     return
                 flow = _Flow(descriptor, size, bucket, cancelled, self._count, self._deadline_s)
-                request = Request("PUT", target.encode(), "", size, checksum)
-                with wire.exchange("copy to", request, flow.send) as reply:
+                request = Request("PUT", replace(target, query=query).encode(), "", size, checksum)
+                with wire.exchange("copy to", request, flow.send, slowest_bytes_per_s=slowest) as reply:
                     where = f"copy {target.path} to {wire.address}"
                     if reply.status != 200:
                         raise_failure(where, reply.failure())

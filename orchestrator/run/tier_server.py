@@ -27,9 +27,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from io import FileIO
+from typing import BinaryIO, TypeVar
 
-from absl import logging
+from absl import flags, logging
 from aiohttp import web
 
 from orchestrator import environment
@@ -57,8 +58,9 @@ STALL_S = 30.0  # in which a peer must take or send at least a piece
 _PIECE_BYTES = 1 << 20
 _SMALL_BYTES = 256 << 10  # sent with the header
 _PAGE_ENTRIES = 10_000
-_THREADS = 16  # that work on files; each copy that arrives has one
-_END_S = 5.0
+_THREADS = 8  # that list and measure files
+_TAKES_MAX = 32  # copies that arrive at the same time: each has a thread, and a further one waits
+_END_S = 1.0  # for what is being sent or taken when the server ends
 _STATUS = {
     "missing": 404, "unsafe": 400, "bad": 400, "conflict": 409, "fenced": 409, "room": 507, "damaged": 422,
     "clock": 403, "secret": 403, "busy": 503,
@@ -73,13 +75,14 @@ class Handler:
         self._shelf, self._secret, self._stall_s = shelf, Secret(secret), stall_s
         self._sender = Sender(shelf, secret, stall_s)
         self._files = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
-        self._follow = ThreadPoolExecutor(_THREADS, thread_name_prefix="follow")
+        self._takes = ThreadPoolExecutor(_TAKES_MAX, thread_name_prefix="take")
+        self._follow = ThreadPoolExecutor(_TAKES_MAX, thread_name_prefix="follow")
         self.busy: set[object] = set()  # connections with a request that is being answered
 
     def close(self) -> None:
         self._sender.close()
-        self._files.shutdown(wait=False, cancel_futures=True)
-        self._follow.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._files, self._takes, self._follow):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
@@ -111,6 +114,11 @@ class Handler:
             return await self._serve(request, signed, target)
         except (Rejected, OrchestratorError) as error:
             return self._failed(request, signed, _failure(error))
+        except (ConnectionError, TimeoutError):  # an answer that has begun was cut off
+            raise
+        except Exception as error:  # a fault of ours: whoever asks is told, and takes another source
+            logging.exception("%s %s", request.method, request.raw_path[:200])
+            return self._failed(request, signed, Failure("unavailable", f"{type(error).__name__}: {error}"))
 
     async def _serve(self, request: web.BaseRequest, signed: Signed, target: Target) -> web.StreamResponse:
         what = (request.method, target.process is not None, bool(target.key), *target.query)
@@ -125,7 +133,7 @@ class Handler:
                 return await self._size(signed, target)
             case ("GET", True, True, "measure"):
                 return await self._measure(signed, target)
-            case ("PUT", True, True):
+            case ("PUT", True, True) | ("PUT", True, True, "slowest"):
                 return await self._take(request, signed, target)
             case ("PUT", False, False, "epoch") if target.query["epoch"].isdecimal():
                 await self._in_thread(self._shelf.announce, target.run, int(target.query["epoch"][:18]))
@@ -202,16 +210,30 @@ class Handler:
                 return self._reply(signed, status, body)
             response = self._begun(signed, status, count)
             await response.prepare(request)
-            loop, transport = asyncio.get_running_loop(), request.transport
-            for offset in range(first, first + count, _PIECE_BYTES):
-                if transport is None:
-                    raise ConnectionResetError
-                async with asyncio.timeout(self._stall_s):
-                    sent = await loop.sendfile(transport, file, offset, min(_PIECE_BYTES, first + count - offset))
-                if not sent:
-                    transport.abort()  # cut short meanwhile: the answer must not look whole
+            await self._send_file(request.transport, file, first, first + count)
             await response.write_eof()
             return response
+
+    async def _send_file(
+        self, transport: asyncio.Transport | None, file: BinaryIO | FileIO, first: int, end: int
+    ) -> None:
+        """Bytes from `first` to `end`, from the page cache. Raises ConnectionResetError where not all of them go out;
+        the connection is gone then: nothing else may follow them, and they must not look whole."""
+        loop, sent = asyncio.get_running_loop(), first
+        if transport is None:
+            raise ConnectionResetError("the reader is gone")
+        try:
+            while sent < end:
+                async with asyncio.timeout(self._stall_s):
+                    more = await loop.sendfile(transport, file, sent, min(_PIECE_BYTES, end - sent))
+                if not more:
+                    raise ConnectionResetError("the file was cut short")
+                sent += more
+        except TimeoutError:
+            raise ConnectionResetError("the reader takes nothing") from None
+        finally:
+            if sent < end:
+                transport.abort()
 
     # Copies.
 
@@ -219,23 +241,24 @@ class Handler:
         size = signed.body_bytes
         if request.content_length != size or "Transfer-Encoding" in request.headers:
             raise Rejected("bad", f"{size} bytes are signed, {request.content_length} are declared")
-        copy = Copy(target, size, signed.crc32c)
+        copy = Copy(Target(target.run, target.process, target.key), size, signed.crc32c)
+        loop = asyncio.get_running_loop()
         if tier_bodies.is_small(size):
-            body = await tier_bodies.small(request, size, self._stall_s)
-            await self._in_thread(self._shelf.take, copy, iter([body]))
+            body = await tier_bodies.small(request, size, self._stall_s, _slowest(target))
+            await loop.run_in_executor(self._takes, self._shelf.take, copy, iter([body]))
             return self._reply(signed, 200, b"")
-        taken = tier_bodies.Taken(request, size, self._stall_s)
+        taken = tier_bodies.Taken(request, size, self._stall_s, _slowest(target))
         try:
             try:
-                await self._in_thread(self._shelf.take, copy, taken.pieces())
+                await loop.run_in_executor(self._takes, self._shelf.take, copy, taken.pieces())
                 response = self._reply(signed, 200, b"")
             except (Rejected, OrchestratorError) as error:
                 response = self._failed(request, signed, _failure(error))
             response.force_close()
             await response.prepare(request)
             await response.write_eof()
-            if response.status != 200:
-                await self._in_thread(taken.throw_away)
+            if taken.unread:
+                await loop.run_in_executor(self._takes, taken.throw_away)
             return response
         finally:
             taken.close()
@@ -243,8 +266,7 @@ class Handler:
     async def _send(self, request: web.BaseRequest, signed: Signed, target: Target) -> web.StreamResponse:
         if signed.body_bytes > peer_protocol.BODY_BYTES_MAX or request.content_length != signed.body_bytes:
             raise Rejected("bad", f"a request of {signed.body_bytes} bytes")
-        async with asyncio.timeout(self._stall_s):
-            body = await request.content.readexactly(signed.body_bytes)
+        body = await tier_bodies.small(request, signed.body_bytes, self._stall_s, _slowest(target))
         sending = peer_protocol.decode(body, Sending)
         if sending is None or crc32c(body) != signed.crc32c:
             raise Rejected("bad", "no list of files to send")
@@ -262,7 +284,8 @@ class Handler:
                     await response.write(peer_protocol.encode(progress) + b"\n")
         finally:
             cancelled.set()
-        await response.write_eof()
+        with contextlib.suppress(ConnectionResetError):  # who has read the last line may be gone
+            await response.write_eof()
         return response
 
 
@@ -274,6 +297,13 @@ def _failure(error: Rejected | OrchestratorError) -> Failure:
     return Failure(kind, str(error))
 
 
+def _slowest(target: Target) -> int:
+    """What a sender with a limit of its own says of its rate."""
+    text = target.query.get("slowest", "")
+    rate = int(text) if text.isdecimal() and len(text) < 10 else peer_protocol.SLOWEST_BYTES_PER_S
+    return min(max(1, rate), peer_protocol.SLOWEST_BYTES_PER_S)
+
+
 class _Full(asyncio.Protocol):
     """For a connection too many: it is closed at once."""
 
@@ -282,7 +312,9 @@ class _Full(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def serving(handler: Handler, listening: socket.socket, idle_s: float = IDLE_S) -> AsyncIterator[None]:
+async def serving(
+    handler: Handler, listening: socket.socket, idle_s: float = IDLE_S, connections_max: int = CONNECTIONS_MAX
+) -> AsyncIterator[None]:
     """Requests to a listening socket are answered within the context."""
     server = web.Server(
         handler,
@@ -296,7 +328,7 @@ async def serving(handler: Handler, listening: socket.socket, idle_s: float = ID
     since: dict[web.RequestHandler, float] = {}
 
     def accept() -> asyncio.BaseProtocol:
-        if len(server.connections) >= CONNECTIONS_MAX:
+        if len(server.connections) >= connections_max:
             return _Full()
         made = server()
         since[made] = loop.time()
@@ -407,7 +439,6 @@ def _secret() -> bytes:
 
 def main(argv: list[str]) -> int:
     chosen = _arguments(argv)
-    logging.use_absl_handler()
     python_logging.getLogger("aiohttp").setLevel(python_logging.CRITICAL)  # whoever knocks writes no log here
     try:
         shelf = Shelf(os.path.realpath(chosen.directory), chosen.run, chosen.bytes_max)
@@ -422,6 +453,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    flags.FLAGS(sys.argv[:1])
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
     code = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)  # threads that wait for a hung file system keep nobody

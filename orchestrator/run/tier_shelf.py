@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import crc32c
+from absl import logging
 
-from orchestrator.errors import Damaged, Unavailable
+from orchestrator.errors import Damaged, StorageError, Unavailable, UsageError
 from orchestrator.rules import keys, peer_protocol
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.peer_protocol import Failure, Target
@@ -58,7 +59,10 @@ class Shelf:
         self._heads: dict[tuple[str, str], int] = {}  # a log's directory and its newest entry -> epoch
 
     def prepare(self) -> None:
-        """Make the base, if it is not there. Raises StorageError."""
+        """Make the base, if it is not there. Raises UsageError for another name than that of a tier, StorageError."""
+        name = f"orchestrator-{os.getuid()}"
+        if os.path.basename(self.base) != name:
+            raise UsageError(f"--directory={self.base}: expected a directory of the name {name}: whose tiers are here")
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.base, 0o700)
@@ -70,11 +74,13 @@ class Shelf:
 
     def parts(self, run: str) -> dict[int, list[AttemptId]]:
         """Raises Rejected if there is no such run."""
-        where = self._of_run(run)
         found = {}
-        for path in self._directories(where):
-            tier_directory.check(path)
-            found[tier_directory.process_of(path)] = sorted(survey.attempts(PosixStorage(path)))
+        for path in self._directories(self._of_run(run)):
+            try:
+                tier_directory.check(path)
+                found[tier_directory.process_of(path)] = sorted(survey.attempts(PosixStorage(path)))
+            except StorageError as error:
+                logging.warning("a part is left out: %s", error)
         return found
 
     def part(self, target: Target) -> PosixStorage:
@@ -114,8 +120,7 @@ class Shelf:
         return os.path.join(self.base, target.run, peer_protocol.part_name(target.process))
 
     def _directories(self, where: str) -> list[str]:
-        directory, run = os.path.split(where)
-        return tier_directory.beside(os.path.join(directory, run, "any"))
+        return tier_directory.beside(os.path.join(where, "any"))
 
     # Taking in.
 

@@ -279,15 +279,15 @@ class GcsStorage:
         path: str = "",
         params: Mapping[str, str],
         headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
         most_bytes: int = REPLY_BYTES_MAX,
         passing: tuple[int, ...] = (),
     ) -> Reply:
         """The answer to a request about the object under `key`, at `path` or its own. Raises StorageError for one that
         rejects it, but for what is `passing`."""
         where = f"{self.url}/{check_key(key, self.url)}"
-        reply = self._client.send(
-            operation, where, method, path or self.path(key), params=params, headers=headers, most_bytes=most_bytes
-        )
+        more: dict[str, Any] = {"params": params, "headers": headers, "body": body, "most_bytes": most_bytes}
+        reply = self._client.send(operation, where, method, path or self.path(key), **more)
         if reply.status not in (200, 206, *passing):
             raise self._rejection(operation, where, reply)
         return reply

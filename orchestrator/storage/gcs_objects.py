@@ -1,19 +1,27 @@
-"""Objects of a bucket beside the port: read in pieces, copied within Cloud Storage, dated. For what programs other than
-ours have stored, whose objects may be of any size."""
+"""Objects of a bucket beside the port: read and created in pieces, copied within Cloud Storage, dated. For what
+programs other than ours have stored, and for what comes from files: objects of any size."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import crc32c
 
 from orchestrator.errors import StorageError, Unavailable
+from orchestrator.rules.records import FileEntry
 from orchestrator.storage.gcs import GcsStorage
+from orchestrator.storage.gcs_replies import Reply
+from orchestrator.storage.port import Created, Exists
 
 PIECE_BYTES = 8 << 20  # in one request, and in memory
+_OF_A_PIECE = (201, 308, 404, 410, 412)
+_TURNS_OF_A_PIECE = 10
 _TURNS_MAX = 100_000  # of one copy: each is at least a MiB, but for the last
 
 
@@ -37,6 +45,71 @@ def pieces(storage: GcsStorage, key: str) -> Iterator[bytes]:
             f"get {storage.url}/{key}: arrived with crc32c {checksum:08x}, the store has {about.crc32c}; it was "
             "changed meanwhile, or the network damages data; try again"
         )
+
+
+def create(storage: GcsStorage, known: FileEntry, given: Iterator[bytes]) -> Created | Exists:
+    """Create the object `known`, of the pieces `given`, if nothing is there: a piece is in memory at a time. The store
+    compares the whole with `known`'s checksum before it gives it its name. Raises StorageError."""
+    if known.bytes <= PIECE_BYTES:
+        return storage.create(known.path, b"".join(given))
+    folder, _, name = storage.path(known.path).rpartition("/")
+    where, params = f"/upload{folder}", {"uploadType": "resumable", "ifGenerationMatch": "0"}
+    about = {"name": unquote(name), "crc32c": base64.b64encode(bytes.fromhex(known.crc32c)).decode()}
+    headers = {"Content-Type": "application/json; charset=UTF-8", "X-Upload-Content-Type": "application/octet-stream"}
+    body = json.dumps(about).encode()
+    reply = storage.ask(
+        "create", known.path, "POST", path=where, params=params, headers=headers, body=body, passing=(412,)
+    )
+    if reply.status == 412:
+        return Exists(b"")
+    session = _session(storage, known.path, reply)
+    first = 0
+    for piece in _of_size(given, PIECE_BYTES):
+        reply = _send_piece(storage, known, where, session, first, piece)
+        if reply.status in (200, 201):
+            return Created()
+        if reply.status != 308:
+            return Exists(b"")
+        first += len(piece)
+    raise Unavailable(f"create {storage.url}/{known.path}: all {known.bytes} bytes were sent, and there is no object")
+
+
+def _session(storage: GcsStorage, key: str, reply: Reply) -> str:
+    """By which the service knows the upload that it has begun."""
+    named = {name.lower(): value for name, value in reply.headers.items()}
+    found = parse_qs(urlsplit(named.get("location", "")).query).get("upload_id")
+    if not found:
+        raise Unavailable(f"create {storage.url}/{key}: answered without a place to send it to")
+    return found[0]
+
+
+def _send_piece(storage: GcsStorage, known: FileEntry, where: str, session: str, first: int, piece: bytes) -> Reply:
+    """One piece, at `first`; what the service has not kept of it again. Sending bytes twice does no harm. Raises
+    Unavailable where the upload has to begin anew."""
+    params, end = {"uploadType": "resumable", "upload_id": session}, first + len(piece)
+    for _ in range(_TURNS_OF_A_PIECE):
+        headers = {"Content-Range": f"bytes {first}-{end - 1}/{known.bytes}"}
+        reply = storage.ask(
+            "create", known.path, "PUT", path=where, params=params, headers=headers, body=piece, passing=_OF_A_PIECE
+        )
+        if reply.status in (404, 410):
+            raise Unavailable(f"create {storage.url}/{known.path}: the service knows of no such upload any more")
+        named = {name.lower(): value for name, value in reply.headers.items()}
+        kept = int(named["range"].rpartition("-")[2]) + 1 if reply.status == 308 and "range" in named else end
+        if reply.status != 308 or kept >= end:
+            return reply
+        piece, first = piece[max(0, kept - first) :], max(first, kept)
+    raise Unavailable(f"create {storage.url}/{known.path}: the service does not keep what it is sent")
+
+
+def _of_size(given: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes, in pieces of `size`, but for the last."""
+    kept = b""
+    for piece in itertools.chain(given, [b""]):
+        kept += piece
+        while len(kept) >= size or (kept and not piece):
+            yield kept[:size]
+            kept = kept[size:]
 
 
 def copy(source: GcsStorage, source_key: str, target: GcsStorage, key: str, on_bytes: Callable[[int], None]) -> None:

@@ -2,8 +2,8 @@
 
 Connections are kept and used again by whoever comes next. A kept one may have been closed by the other side meanwhile:
 then the request is made once more, on a new one; whatever is asked for may be asked for twice. Each receive waits for
-at most `stall_s`, so that a peer that moves slowly is not taken for a dead one, and all of a request for at most that
-and what its bytes take at the slowest rate that is of any use.
+at most `stall_s`, so that a peer that moves slowly is not taken for a dead one, and all of a request for at most twice
+that and what its bytes take at the slowest rate that is of any use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from orchestrator.rules import peer_protocol
 from orchestrator.rules.peer_protocol import Failure, Request, Secret
 
 _CONNECT_S = 10.0  # for one connection: a network that drops packets says nothing
-_SLOWEST_BYTES_PER_S = 64 << 10
 _KEPT_MAX = 16  # connections that nobody uses
 _KEPT_S = 20.0  # a server closes them after a minute
 _PIECE_BYTES = 1 << 20
@@ -39,13 +38,15 @@ class _Socket(socket.socket):
 
     def recv_into(self, *args: Any) -> int:
         left_s = self.deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("it goes on, but too slowly to be of use")
-        self.settimeout(min(left_s, self.stall_s))
         try:
+            if left_s <= 0:
+                raise TimeoutError
+            self.settimeout(min(left_s, self.stall_s))
             size = super().recv_into(*args)
         except TimeoutError:
-            raise TimeoutError(f"no byte for {min(left_s, self.stall_s):.3g} s") from None
+            if left_s < self.stall_s:
+                raise TimeoutError("it goes on, but too slowly to be of use") from None
+            raise TimeoutError(f"no byte for {self.stall_s:g} s") from None
         self.received += size
         return size
 
@@ -56,9 +57,10 @@ class _Connection(http.client.HTTPConnection):
     sock: _Socket
     used = False
     kept_since = 0.0
+    connect_s = _CONNECT_S
 
     def connect(self) -> None:
-        plain = socket.create_connection((self.host, self.port), _CONNECT_S)
+        plain = socket.create_connection((self.host, self.port), self.connect_s)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = _Socket(fileno=plain.detach())
 
@@ -130,15 +132,19 @@ class Wire:
         *,
         answer_bytes: int = 0,
         stall_s: float | None = None,
+        slowest_bytes_per_s: int = peer_protocol.SLOWEST_BYTES_PER_S,
         endless: bool = False,
     ) -> Iterator[Reply]:
-        """The answer to a request. what: what it is for, as errors begin. answer_bytes: how much is expected: it may
-        take longer. endless: nobody knows how long it takes; whoever reads it bounds it. Raises Unavailable."""
+        """The answer to a request. what: what it is for, as errors begin. answer_bytes: how much of it may be expected,
+        which may take longer, by the slowest rate. stall_s: how long nothing may come; None: as always. endless: nobody
+        knows how long it takes; whoever reads it bounds it. Raises Unavailable."""
         where = f"{what} http://{self.address}{request.target.partition('?')[0]}"
-        allowed_s = self.deadline_s + (request.body_bytes + answer_bytes) / _SLOWEST_BYTES_PER_S
+        stall_s = stall_s or self.deadline_s
+        allowed_s = 2 * stall_s + request.body_bytes / slowest_bytes_per_s
         deadline = math.inf if endless else time.monotonic() + allowed_s
         with _as_unavailable(where, self.address):
-            connection, response = self._answered(where, request, body, deadline, stall_s or self.deadline_s)
+            connection, response, sock = self._answered(where, request, body, deadline, stall_s)
+        sock.deadline += min(response.length or 0, answer_bytes) / slowest_bytes_per_s
         reply = Reply(response, where)
         keep = False
         try:
@@ -151,16 +157,18 @@ class Wire:
 
     def _answered(
         self, where: str, request: Request, body: bytes | SendBody, deadline: float, stall_s: float
-    ) -> tuple[_Connection, http.client.HTTPResponse]:
+    ) -> tuple[_Connection, http.client.HTTPResponse, _Socket]:
         while True:
             connection = self._connection()
             kept = connection.sock  # http.client forgets it when it fails
             received = kept.received if connection.used else 0
             try:
                 if not connection.used:
+                    connection.connect_s = min(_CONNECT_S, stall_s)
                     connection.connect()
-                connection.sock.deadline, connection.sock.stall_s = deadline, stall_s
-                return connection, self._ask(where, connection, request, body)
+                sock = connection.sock  # http.client forgets it where it is to be closed after the answer
+                sock.deadline, sock.stall_s = deadline, stall_s
+                return connection, self._ask(where, connection, request, body), sock
             except (ConnectionError, http.client.BadStatusLine):
                 stale = connection.used and kept.received == received
                 connection.close()

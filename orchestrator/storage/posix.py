@@ -152,7 +152,7 @@ class PosixStorage:
                     with contextlib.suppress(OSError):
                         os.unlink(temporary, dir_fd=temporaries)
         except OSError as error:
-            raise StorageError(f"copy {source} to {path}: {reason(error)}") from error
+            raise storage_error(f"copy {source} to", path, error) from error
         return Created()
 
     def _compare(self, key: str, body: bytes) -> Created | Exists:
@@ -204,6 +204,15 @@ class PosixStorage:
     def _file(self, key: str) -> BinaryIO:
         self._path(key)
         return open(self.root.open(key), "rb")
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """An object of any size, from its beginning. Raises StorageError, for one that is not there, too."""
+        try:
+            with self._file(key) as file:
+                while piece := file.read(_PIECE_BYTES):
+                    yield piece
+        except OSError as error:
+            raise storage_error("copy", self._path(key), error) from error
 
     def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
         folder = prefix.rpartition("/")[0]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +15,7 @@ from orchestrator.job.rendezvous import SingleProcess
 from orchestrator.job.tier_hosts import TierHosts
 from orchestrator.job.tier_rounds import Place
 from orchestrator.rules.tier_environment import TierEnvironment
+from tests.support.threaded_job import Member, ThreadedJob
 
 
 def on(*places: tuple[str, str], tier: oc.MemoryTier | None = None, me: int = 0) -> TierHosts:
@@ -57,37 +54,8 @@ def test_a_process_meets_once_and_says_where_it_is(tmp_path: Path, monkeypatch: 
     assert place.rack == "r7" and place.base.startswith(str(tmp_path.resolve())) and place.machine and place.node
 
 
-class Job:
-    """Processes of one job in this one: each on a thread, with a rendezvous that gathers by a barrier."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.messages = count, [None] * count
-        self.barrier = threading.Barrier(count, timeout=30)
-
-    def each(self, call: Callable[[Any], Any]) -> list[Any]:
-        with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(lambda process: call(Member(self, process)), range(self.count)))
-
-
-class Member(SingleProcess):
-    def __init__(self, job: Job, process: int) -> None:
-        super().__init__()
-        self.job, self.process, self.count = job, process, job.count
-        self.hosts = {index: f"host-{index}" for index in range(job.count)}
-
-    def gather(self, name: str, value: Any, timeout_s: float) -> list[Any]:
-        self.job.messages[self.process] = value
-        self.job.barrier.wait()
-        found = list(self.job.messages)
-        self.job.barrier.wait()
-        return found
-
-    def broadcast(self, name: str, value: Any, timeout_s: float) -> Any:
-        return self.gather(name, value, timeout_s)[0]
-
-
 def test_hosts_start_a_server_each_and_reach_each_other_with_a_secret_of_their_own(tmp_path: Path) -> None:
-    job = Job(3)
+    job = ThreadedJob(3)
 
     def meet(me: Member) -> TierHosts:
         directory = tmp_path / f"host-{me.process // 2}"
@@ -143,7 +111,7 @@ def test_a_directory_that_is_not_there_is_named_by_the_process_that_misses_it(tm
             directory.mkdir()
         return tier_hosts.meet(oc.memory(directory=directory), me, "0" * 16, 10.0)
 
-    met = Job(2).each(meet)
+    met = ThreadedJob(2).each(meet)
     for hosts in met:
         hosts.close()
         assert (

@@ -99,7 +99,7 @@ def test_what_cannot_be_had_is_said_and_the_rest_is_done() -> None:
         "all hosts are in one slice, s0: copies go to other nodes, and the loss of a slice is not survived",
     )
     few = pair(in_slices(1, 1, 1), 5, "slice")
-    assert few.copies == 2 and few.notes == ("3 hosts have room for 2 copies of each other, 5 were asked for",)
+    assert few.copies == 2 and few.notes == ("3 hosts: 2 of the 5 copies that were asked for",)
     one_machine = pair([Site("a", Domains("m")), Site("b", Domains("m"))], 1, "node")
     assert one_machine.level == "host" and one_machine.targets == ((1,), (0,))
     assert "other hosts, whatever machine they are on" in one_machine.notes[0]

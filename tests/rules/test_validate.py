@@ -12,6 +12,7 @@ import pytest
 from orchestrator.errors import Damaged, Unavailable, UnsafeKey, UsageError
 from orchestrator.rules import codec, validate
 from orchestrator.rules.codec import decode, encode
+from orchestrator.rules.placement import PlacedHost, Placement
 from orchestrator.rules.records import (
     Box,
     ExternalArray,
@@ -75,6 +76,19 @@ GOOD: dict[str, Record] = {
         stored_metrics={"loss": -0.0},
         stored_extra={"a": [1, {"b": None}]},
     ),
+    "Placement": Placement(
+        format=1,
+        epoch=3,
+        time=1.0,
+        asked="slice",
+        copies_asked=1,
+        level="node",
+        hosts=(
+            PlacedHost(name="a", processes=(0, 1), targets=(1,)),
+            PlacedHost(name="b", processes=(2,), targets=(0,)),
+        ),
+        notes=("all hosts are in one slice, s0",),
+    ),
 }
 
 
@@ -112,6 +126,11 @@ BAD: list[tuple[str, str, list[Any]]] = [
     ("Head", "live.0.metrics", [{"loss": "inf"}, {"loss": "nan"}, {"loss": [1.0]}]),
     ("Head", "live.0.trust", ["", "good", "Quarantined"]),
     ("Head", "live.0.pins", [["x" * 5000]]),
+    ("Placement", "epoch", [-1, BIG]),
+    ("Placement", "hosts.0.name", ["x" * 5000, None]),
+    ("Placement", "hosts.0.processes", [[-1], [2_000_000], ["a"]]),
+    ("Placement", "hosts.1.targets", [[2], [-1]]),
+    ("Placement", "notes", [["x" * 5000]]),
     ("Intent", "step", [-1, 2**31]),
     ("Intent", "process_count", [0, -1, 2_000_000]),
     ("Intent", "device_count", [-1, 2_000_000]),
@@ -436,4 +455,4 @@ def test_each_leaf_has_a_place_of_its_own(paths: list[tuple[str, ...]], clash: s
 
 
 def test_every_kind_of_record_that_is_stored_has_a_rule() -> None:
-    assert set(validate._RULES) == {Head, Intent, Receipt, GroupReceipt, Manifest, Extra}
+    assert set(validate._RULES) == {Head, Intent, Receipt, GroupReceipt, Manifest, Extra, Placement}

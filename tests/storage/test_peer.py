@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import StorageError, Unavailable
+from orchestrator.errors import StorageError, Unavailable, UsageError
+from orchestrator.rules import peer_protocol
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import crc32c
+from orchestrator.run.tier_sending import TokenBucket
 from orchestrator.storage.peer import Peer
 from orchestrator.storage.port import Gone
-from tests.support.tier_servers import RUN, SECRET, Host, host
+from tests.support.tier_servers import RUN, SECRET, Host, answer, fake, host, in_thread
 
 ATTEMPT = AttemptId.of(20, 2, 1)
 FILE = ATTEMPT.key("state/d/0")
@@ -110,3 +116,221 @@ def test_another_secret_reads_nothing_and_is_told_so(hosts: tuple[Host, Host], k
     with pytest.raises(Unavailable, match=rf"the secrets differ: the tier server at {hosts[0].address}"):
         stranger.part(5).get(key)
     assert SECRET.hex() not in repr(hosts[0].peer) + repr(hosts[0].peer.part(5)) + str(vars(hosts[0].peer))
+
+
+# Whoever answers there is not what one hopes for.
+
+SIZE = 30_000
+
+
+def cuts_short(raw: socket.socket, request: bytes) -> bool:
+    raw.sendall(answer(request, 206, SIZE) + bytes(1000))
+    return False
+
+
+def resets(raw: socket.socket, request: bytes) -> bool:
+    raw.sendall(answer(request, 206, SIZE) + bytes(1000))
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return False
+
+
+def says_nothing(raw: socket.socket, request: bytes) -> bool:
+    while raw.fileno() >= 0:  # until the test is over
+        time.sleep(0.02)
+    return False
+
+
+def stalls(raw: socket.socket, request: bytes) -> bool:
+    raw.sendall(answer(request, 206, SIZE) + bytes(1000))
+    return says_nothing(raw, request)
+
+
+def trickles(raw: socket.socket, request: bytes) -> bool:
+    raw.sendall(answer(request, 206, SIZE))
+    for _ in range(10_000):
+        raw.sendall(b"x")
+        time.sleep(0.02)
+    return False
+
+
+def trickles_its_header(raw: socket.socket, request: bytes) -> bool:
+    for byte in b"HTTP/1.1 200 " + b"O" * 10_000:
+        raw.sendall(bytes([byte]))
+        time.sleep(0.02)
+    return False
+
+
+def sends(text: Callable[[bytes], bytes]) -> Callable[[socket.socket, bytes], bool]:
+    def behave(raw: socket.socket, request: bytes) -> bool:
+        raw.sendall(text(request))
+        return False
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    ("behave", "text"),
+    [
+        (cuts_short, r"ends after 1000 of 30000 bytes|broke: "),
+        (resets, "the connection to .* broke: |ends after"),
+        (says_nothing, r"no byte for 0.3 s: the host is slow, gone, or cut off"),
+        (stalls, r"no byte for 0.3 s"),
+        (trickles, "it goes on, but too slowly to be of use"),
+        (trickles_its_header, "it goes on, but too slowly to be of use"),
+        (sends(lambda request: b""), "the connection to .* broke: "),
+        (sends(lambda request: b"SSH-2.0-OpenSSH_9.6\r\n" * 10), "the connection to .* broke: "),
+        (sends(lambda request: b"\x16\x03\x01" * 100), "the connection to .* broke: "),
+        (sends(lambda request: b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * 200_000), "broke: "),
+        (sends(lambda request: b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"), "broke: "),
+        (sends(lambda request: b"HTTP/1.1 206 X\r\nContent-Length: 9\r\n\r\n123456789"), "no tier server of this job"),
+        (sends(lambda request: b"HTTP/1.1 302 X\r\nLocation: http://a/\r\nContent-Length: 0\r\n\r\n"), "HTTP 302"),
+        (sends(lambda request: b"HTTP/1.1 403 X\r\nContent-Length: 0\r\n\r\n"), "the secrets differ: "),
+        (sends(lambda request: answer(request, 206, 9, bytes(32)) + bytes(9)), "does not know the job's secret"),
+        (sends(lambda request: answer(request, 206, 9).replace(b": 9\r", b": 8\r") + bytes(9)), "does not know"),
+        (sends(lambda request: answer(request, 206, 9).replace(b" 206 ", b" 200 ") + bytes(9)), "does not know"),
+        (sends(lambda request: answer(request, 200, SIZE) + bytes(SIZE)), "HTTP 200"),
+        (sends(lambda request: answer(request, 206, SIZE + 1) + bytes(SIZE + 1)), "30001 bytes to a request for 30000"),
+        (sends(lambda request: answer(request, 500, 4) + b"what"), "HTTP 500"),
+        (sends(lambda request: answer(request, 500, 1 << 40) + b"what"), "at most 67108864"),
+    ],
+)  # fmt: skip
+def test_whatever_answers_wrongly_is_one_bounded_error_that_names_it(
+    behave: Callable[[socket.socket, bytes], bool], text: str
+) -> None:
+    with fake(behave) as there:
+        part = Peer(there.address, SECRET, RUN, deadline_s=0.3).part(1)
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match=text) as caught:
+            part.read_into(FILE, 0, memoryview(bytearray(SIZE)))
+        assert time.monotonic() - began < 15
+        assert there.address in str(caught.value) and FILE in str(caught.value)
+        assert SECRET.hex() not in str(caught.value)
+        assert len(there.requests) == 1  # it was no kept connection: it is not asked again
+
+
+def test_a_peer_that_moves_slowly_is_waited_for_longer_than_it_may_say_nothing() -> None:
+    size = 1_000_000
+
+    def slow(raw: socket.socket, request: bytes) -> bool:
+        raw.sendall(answer(request, 206, size))
+        for _ in range(20):
+            time.sleep(0.1)
+            raw.sendall(bytes(size // 20))
+        return True
+
+    with fake(slow) as there:
+        part = Peer(there.address, SECRET, RUN, deadline_s=0.9).part(1)
+        assert part.read_into(FILE, 0, memoryview(bytearray(size))) == size
+
+
+def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_once() -> None:
+    closing = threading.Event()
+
+    def behave(raw: socket.socket, request: bytes) -> bool:
+        if closing.is_set():
+            return False
+        raw.sendall(answer(request, 206, 4) + b"body")
+        return True
+
+    with fake(behave) as there:
+        part = Peer(there.address, SECRET, RUN, deadline_s=5).part(1)
+        view = memoryview(bytearray(4))
+        assert part.read_into(FILE, 0, view) == part.read_into(FILE, 0, view) == 4
+        assert len(there._open) == 1  # one connection for both
+        closing.set()
+        with pytest.raises(Unavailable, match="broke"):
+            part.read_into(FILE, 0, view)
+        assert len(there.requests) == 4  # on the kept one, and on a new one; and that is all
+        closing.clear()
+        assert part.read_into(FILE, 0, view) == 4
+        there._open[-1].shutdown(socket.SHUT_RDWR)  # while nobody uses it
+        assert part.read_into(FILE, 0, view) == 4
+
+
+def test_an_answer_that_another_request_has_had_is_not_believed() -> None:
+    replayed: list[bytes] = []
+
+    def behave(raw: socket.socket, request: bytes) -> bool:
+        replayed.append(answer(request, 206, 4))
+        raw.sendall(replayed[0] + b"body")
+        return False
+
+    with fake(behave) as there:
+        part = Peer(there.address, SECRET, RUN, deadline_s=5).part(1)
+        assert part.read_into(FILE, 0, memoryview(bytearray(4))) == 4
+        with pytest.raises(Unavailable, match="does not know the job's secret"):
+            part.read_into(FILE, 0, memoryview(bytearray(4)))
+
+
+@pytest.mark.parametrize(
+    ("behave", "text"),
+    [
+        (sends(lambda request: b""), "broke|ended before all was sent"),
+        (says_nothing, "no byte for|it has taken no byte for"),
+        (sends(lambda request: answer(request, 409, 38) + b'{"kind":"conflict","text":"not taken"}'), "not taken"),
+        (sends(lambda request: b"HTTP/1.1 403 X\r\nContent-Length: 0\r\n\r\n"), "the secrets differ"),
+    ],
+)
+def test_what_is_sent_to_a_server_that_misbehaves_is_an_error_that_names_it(
+    behave: Callable[[socket.socket, bytes], bool], text: str, tmp_path: Path
+) -> None:
+    """Also while it has taken a part of the body only: 4 MiB do not fit into the buffers of a connection."""
+    with fake(behave) as there, in_thread(tmp_path / "a") as own:
+        path = own.base / RUN / "process-00001" / FILE
+        path.parent.mkdir(parents=True)
+        for each in (own.base / RUN, own.base / RUN / "process-00001"):
+            each.chmod(0o700)
+        path.write_bytes(bytes(32 << 20))
+        peer = Peer(own.address, SECRET, RUN, deadline_s=5)
+        with pytest.raises(StorageError, match=text) as caught:
+            peer.send(1, [FILE], [there.address])
+        assert there.address in str(caught.value) and FILE in str(caught.value)
+        peer.close()
+
+
+def test_a_limit_below_the_slowest_rate_is_kept_and_is_no_stall(tmp_path: Path) -> None:
+    with in_thread(tmp_path / "a") as a, in_thread(tmp_path / "b") as b:
+        path = a.base / RUN / "process-00001" / FILE
+        path.parent.mkdir(parents=True)
+        for each in (a.base / RUN, a.base / RUN / "process-00001"):
+            each.chmod(0o700)
+        path.write_bytes(bytes(40_000))
+        peer = Peer(a.address, SECRET, RUN, deadline_s=5)
+        peer.send(1, [FILE], [b.address], bytes_per_s=30_000)  # 64 KiB/s and 0.4 s would be over before
+        assert (b.base / RUN / "process-00001" / FILE).stat().st_size == 40_000
+        peer.close()
+
+
+def test_copies_take_no_more_of_the_network_than_they_may(hosts: tuple[Host, Host], key: str) -> None:
+    a, b = hosts
+    a.put(6, key, bytes(2 << 20))
+    began = time.monotonic()
+    a.peer.send(6, [key], [b.address], bytes_per_s=4 << 20)
+    assert time.monotonic() - began > 0.35  # half a second, less what may be sent at once
+    assert b.peer.part(6).size(key) == 2 << 20
+
+
+def test_a_bucket_gives_its_rate_and_no_more_after_a_pause() -> None:
+    now = [0.0]
+    bucket = TokenBucket(1000, lambda: now[0])
+    waits = [bucket.take(100) for _ in range(5)]
+    assert waits == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    now[0] = 100.0
+    assert bucket.take(100) == 0 and bucket.take(100) == pytest.approx(0.05)  # 50 bytes may be sent at once
+
+
+@pytest.mark.parametrize(
+    ("address", "parsed"),
+    [
+        ("10.0.0.3:80", ("10.0.0.3", 80)),
+        ("[::1]:8476", ("::1", 8476)),
+        ("host-b.svc:1", ("host-b.svc", 1)),
+        *((bad, None) for bad in ("", "host", "host:", ":80", "::1:80", "host:70000", "a b:1", "[]:1", "a/b:1")),
+    ],
+)  # fmt: skip
+def test_an_address_is_a_host_and_a_port(address: str, parsed: tuple[str, int] | None) -> None:
+    if parsed is None:
+        with pytest.raises(UsageError, match="expected host:port"):
+            Peer(address, SECRET, RUN)
+    else:
+        assert peer_protocol.parse_address(address, "x") == parsed and peer_protocol.show_address(*parsed) == address

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.rules import codec
 from orchestrator.storage import local_path, open_storage, port
 
-GETS = ("memory", "posix", "gcs", "read_only")
+GETS = ("memory", "posix", "gcs", "read_only", "peer")
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,13 @@ from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixSto
 from tests.support.builders import head, live
 from tests.support.gcs import new_root
 from tests.support.snapshots import snapshot
+from tests.support.tier_servers import Served
 
 STORES: dict[str, Callable[[Path], Storage]] = {
     "memory": lambda folder: MemoryStorage(),
     "posix": lambda folder: PosixStorage(str(folder / "run")),
     "gcs": lambda folder: open_storage(new_root()),
+    "peer": lambda folder: Served(),  # what another host reads
 }
 
 
