@@ -128,8 +128,9 @@ def hosts_lost(processes: tuple[int, ...], after_s: float) -> Round:
             found.ends_well()
         return outcome
 
-    kind = "two hosts of a rack are lost" if len(processes) > 1 else "a host is lost"
-    return Round(f"tiers: {kind} with their memory", f"{processes} after {after_s:.2f} s", run, fresh=True)
+    several = len(processes) > 1
+    kind = "two hosts of a rack are lost with their memory" if several else "a host is lost with its memory"
+    return Round(f"tiers: {kind}", f"{processes} after {after_s:.2f} s", run, fresh=True)
 
 
 def all_crash(after_s: float) -> Round:
@@ -194,7 +195,7 @@ def wrong_bytes(lost: int, all_steps: bool) -> Round:
             named = [line for line in arena.story() if line["event"] in ("CopyDropped", "HeldStepDropped")]
             expect(named, "nobody was told", arena)
             found.ends_well()
-        return "named and dropped; came back on an older step" if not all_steps else "named; came back on a whole step"
+        return "named and dropped; came back on an older step"
 
     what = "of all steps" if all_steps else "of the newest step"
     return Round("tiers: a peer serves wrong bytes", f"{what}, host {lost} is lost", run, fresh=True)

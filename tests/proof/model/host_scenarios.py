@@ -15,7 +15,7 @@ SCENARIOS = (
     Scenario("three starts", ("s", "t"), (2, 1, 0), overlap=False),
     Scenario("a host is lost", ("s", "t", "u"), (1, 1), losses=1),
     Scenario("a host is lost, and again", ("s", "t"), (1, 0, 0), losses=2, overlap=False),
-    Scenario("a slice is lost", ("s", "s", "t", "t"), (1, 0), losses=2, overlap=False),
+    Scenario("a slice is lost", ("s", "s", "t"), (1, 0), losses=2, overlap=False),
     Scenario("two copies", ("s", "t", "u"), (1, 0), copies=2, losses=2),
     Scenario("no copies", ("s", "t"), (2, 1), copies=0, losses=1),
     Scenario("copies lie", ("s", "t"), (2, 0), lies=1),
@@ -24,7 +24,7 @@ SCENARIOS = (
     Scenario("uploads", ("s", "t"), (2, 1), promotes=True),
     Scenario("uploads of what lies", ("s", "t"), (1, 1), promotes=True, lies=1),
     Scenario("uploads and losses", ("s", "t"), (1, 1), promotes=True, losses=1, overlap=False),
-    Scenario("uploads beside saves", ("s", "t"), (3, 0), promotes=True, saves=True),
+    Scenario("uploads beside saves", ("s", "t"), (2, 0), promotes=True, saves=True),
 )
 
 
