@@ -57,7 +57,7 @@ MUTATIONS = (
     Mutation(
         "steps are ordered by their number alone",
         "three starts",
-        "of a newer incarnation",
+        "of a newer start",
         *("candidates", "candidates", held, "rank(one.id), one.manifest", "one.step, one.manifest"),
     ),
     Mutation(
@@ -120,7 +120,7 @@ MUTATIONS = (
         "a new log of process 0 ends what the others list",
         "a host is lost, and again",
         "nothing is chosen",
-        *("follow", "follow", held, "(newest is None or rank(old.id) > rank(newest.id)) and", "False and"),
+        *("follow", "follow", held, "if newest is None or rank(old.id) > rank(newest.id)]", "if False]"),
         flag="finds_by_manifest",
     ),
     Mutation(
