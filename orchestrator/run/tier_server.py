@@ -19,6 +19,7 @@ import contextlib
 import functools
 import json
 import logging as python_logging
+import math
 import os
 import resource
 import signal
@@ -81,7 +82,7 @@ class Handler:
         self._files = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
         self._takes = ThreadPoolExecutor(_TAKES_MAX, thread_name_prefix="take")
         self._follow = ThreadPoolExecutor(_TAKES_MAX, thread_name_prefix="follow")
-        self.busy: set[object] = set()  # connections with a request that is being answered
+        self.idle_since: dict[object, float] = {}  # by connection; infinite while a request is answered
 
     def close(self) -> None:
         self._sender.close()
@@ -95,11 +96,11 @@ class Handler:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
-        self.busy.add(connection)
+        self.idle_since[connection] = math.inf
         try:
             return await self._handle(request)
         finally:
-            self.busy.discard(connection)
+            self.idle_since[connection] = time.monotonic()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         headers = request.headers
@@ -333,26 +334,21 @@ async def serving(
         lingering_time=2.0,
         read_bufsize=_PIECE_BYTES,
     )
-    loop = asyncio.get_running_loop()
-    since: dict[web.RequestHandler, float] = {}
+    loop, idle_since = asyncio.get_running_loop(), handler.idle_since
 
     def accept() -> asyncio.BaseProtocol:
         if len(server.connections) >= connections_max:
             return _Full()
-        made = server()
-        since[made] = loop.time()
-        return made
+        return server()
 
     async def sweep() -> None:
         while True:
             await asyncio.sleep(idle_s / 10)
-            now, open_now = loop.time(), set(server.connections)
-            for connection in list(since):
-                if connection not in open_now:
-                    del since[connection]
-                elif connection in handler.busy:
-                    since[connection] = now
-                elif now - since[connection] > idle_s:
+            now, connections = time.monotonic(), server.connections
+            for gone in idle_since.keys() - set(connections):
+                del idle_since[gone]
+            for connection in connections:
+                if now - idle_since.setdefault(connection, now) > idle_s:
                     connection.force_close()
 
     accepting = await loop.create_server(accept, sock=listening, backlog=_BACKLOG)
