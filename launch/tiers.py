@@ -110,8 +110,9 @@ class HostTiers:
         path.mkdir(mode=0o700)
         return path
 
-    def start(self, hosts: int) -> dict[int, int]:
-        """Make ready for a start of so many hosts. Returns the ids of new servers by machine. Raises LaunchError."""
+    def start(self, hosts: int, logs: Path | None) -> dict[int, int]:
+        """Make ready for a start of so many hosts; servers log into the directory `logs`. Returns the ids of new
+        servers by machine. Raises LaunchError."""
         if self._options is None:
             return {}
         self._machines = machines(hosts, self._machines, sorted(self._lost))
@@ -123,7 +124,7 @@ class HostTiers:
             except OSError as error:
                 raise LaunchError(f"{self._path(machine)}: {error.strerror}") from error
             if machine not in self._servers:
-                started[machine] = self._servers.start(machine, self._path(machine))
+                started[machine] = self._servers.start(machine, self._path(machine), logs)
         return started
 
     def _path(self, machine: int) -> Path:
