@@ -25,10 +25,17 @@ def directory(path: str) -> str:
     return path
 
 
-def run(module: str, arguments: list[str], processes: int, environment: Mapping[str, str] | None = None) -> Any:
+def run(
+    module: str,
+    arguments: list[str],
+    processes: int,
+    environment: Mapping[str, str] | None = None,
+    python: str = sys.executable,
+    limit_s: float = JOB_LIMIT_S,
+) -> Any:
     """The JSON object that process 0 printed. If it printed none, ends the program with what all complained of."""
     ports = [str(_free_port()) for _ in range(2)]
-    command = [sys.executable, "-m", module, *arguments, "--worker"]
+    command = [python, "-m", module, *arguments, "--worker"]
     surroundings = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **_HUGE_PAGES, **(environment or {})}
     with contextlib.ExitStack() as stack:
         complaints = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
@@ -42,7 +49,7 @@ def run(module: str, arguments: list[str], processes: int, environment: Mapping[
             for index in range(processes)
         ]
         try:
-            out, _ = workers[0].communicate(timeout=JOB_LIMIT_S)
+            out, _ = workers[0].communicate(timeout=limit_s)
             line = next((line for line in out.decode().splitlines() if line.startswith("{")), None)
             if line is None:
                 sys.exit(f"{module}: process 0 gave no result\n" + "".join(map(_end, complaints)))

@@ -19,7 +19,6 @@ from absl import logging
 from orchestrator.arrays import ArrayWriter, Flat
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.job import tier_hosts
-from orchestrator.job.attempt_names import AttemptNames
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
 from orchestrator.job.participant import Participant, ParticipantFactory
@@ -36,7 +35,7 @@ from orchestrator.options import Options
 from orchestrator.policy import every, last
 from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import Cause, Head
+from orchestrator.rules.records import Cause
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
@@ -49,8 +48,8 @@ _TIMEOUT_S = 120.0  # for a step: memory that takes longer is no quick way back
 
 
 class Holding:
-    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process. names:
-    of its attempts, here and in the store. Nothing is held before `opened`, nor where that finds a problem."""
+    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process.
+    beside: what begins its saves to the store. Nothing is held before `opened`, nor where that finds a problem."""
 
     def __init__(
         self,
@@ -61,10 +60,10 @@ class Holding:
         opening: Opening,
         options: Options,
         writer: Callable[[Options, int], ArrayWriter],
-        names: AttemptNames | None = None,
+        beside: ParticipantFactory,
     ) -> None:
         self._tier, self._store, self._rendezvous = tier, store, rendezvous
-        self._opening, self._options, self._names = opening, options, names or AttemptNames()
+        self._opening, self._options, self._beside = opening, options, beside
         self._writer = writer(options, rendezvous.process)  # its own, as a save may be in flight in the agent's
         self._throttle = Throttle(options.upload_bytes_per_s)
         self._carried = False  # whether this call of `save` has begun to hold the step that it saves, or said why not
@@ -95,15 +94,14 @@ class Holding:
             None if me.process else Coordinator(tiers.of_all, me, self._signals, keep=keep, host_local="ignore"),
             options,
             epoch=epoch,
-            names=self._names,
+            beside=self._beside,
             tell=self._hear,
             admit=self._admit,
         )
         schedule = SaveSchedule(self._policy, me, options.rendezvous_timeout_s)
         self._saves = SaveSequence(participants, schedule, self._opening, options)
         try:
-            if me.process:
-                tiers.own.follow(tiers.of_all)  # a crash may have come between its entry and ours
+            tiers.follow()  # a crash may have come between process 0's entry and ours
         except OrchestratorError as error:
             logging.warning("%s: process 0's log cannot be followed yet: %s", tiers.own.path, error)
         self._freeing = overlap.begin(tiers.keeper.free)
@@ -143,21 +141,21 @@ class Holding:
         own.pinned.add(attempt)
         held: Participant | None = None
         try:
-            held = self._saves.carry(save.step, save.user, flat, process_state)
+            held = self._saves.carry(save.step, save.user, flat, process_state, own.storage)
         finally:
             if held is None or not held.staged:
                 own.pinned.discard(attempt)
         if not held.staged:
             logging.warning("%s goes to the store directly: %s", save.label, held.problem)
             return None
-        return Source(held, self._tiers.of_all, own.storage, self._throttle, partial(self._tiers.keeper.unpin, attempt))
+        return Source(held, own.storage, self._throttle, partial(self._tiers.keeper.unpin, attempt))
 
     @contextlib.contextmanager
     def beside(self, step: int) -> Iterator[None]:
         """Within it `step` is saved, held, or both. Should that raise, the other processes, which may be about to hold
         it, are told that this one does not."""
         self._carried = False
-        with self._names.one_call():
+        with self._beside.names.one_call():
             try:
                 yield
             except BaseException:
@@ -188,20 +186,13 @@ class Holding:
         tiers, attempt = self._tiers, AttemptId(event.step, event.attempt)
         sent_bytes = tiers.storage.sent_bytes(attempt)
         try:
-            tiers.keeper.decided(attempt, self._followed())
+            tiers.keeper.decided(attempt, self._tiers.follow())
             self._free()
             self._check_entered(attempt)
         except OrchestratorError as error:
             return StepNotHeld(event.step, event.attempt, f"process {self._rendezvous.process}: {error}")
         copies = len(tiers.hosts.targets(self._rendezvous.process))
         return StepHeld(event.step, event.attempt, event.elapsed_s, event.state_bytes, copies, sent_bytes)
-
-    def _followed(self) -> Head:
-        """Process 0's log; what it says is held is now in this process's, too. Raises StorageError, Fenced."""
-        assert self._tiers is not None
-        if self._rendezvous.process:
-            return self._tiers.own.follow(self._tiers.of_all)
-        return self._tiers.of_all.require_head()
 
     def _check_entered(self, attempt: AttemptId) -> None:
         """Process 0, with its log, may be lost: the step is held once the hosts that have the copies of process 0's
@@ -230,7 +221,7 @@ class Holding:
         attempt = AttemptId(event.step, event.attempt)
         self._tiers.storage.sent_bytes(attempt)
         try:
-            self._tiers.keeper.decided(attempt, self._followed())
+            self._tiers.keeper.decided(attempt, self._tiers.follow())
         except OrchestratorError as error:
             logging.warning("%s: stays in memory for now: %s", attempt.label, error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,3 +95,12 @@ def test_the_table_counts_rounds_and_shows_the_slowest() -> None:
         for number in range(100)
     ]
     assert "| **all** | within the promise | 100 | 99 | 49.0 s | 98.0 s |" in report.table(made)
+
+
+def test_a_table_takes_the_place_of_the_one_before_and_of_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- one: begin -->\nold\n<!-- one: end -->\nafter\n")
+    report.write(page, "one", "| new |\n\n")
+    assert page.read_text() == "before\n<!-- one: begin -->\n| new |\n<!-- one: end -->\nafter\n"
+    with pytest.raises(ValueError, match="two: begin"):
+        report.write(page, "two", "| new |")

@@ -28,13 +28,14 @@ from tests.proof.recovery.rounds import HOSTS, Round, Setting, judge, outside, w
 from tests.proof.recovery.scene import Scene
 
 START_S, BACK_S = 120.0, 120.0
-JOB = ("mib=1", "save=100", "delay=0.1")
+JOB = ("mib=1", "delay=0.1")
 
 
 def main() -> int:
     args = parse()
     done = {(line["within"], line["round"]) for line in report.lines(args.out)} if args.out else set()
     plan = [one for one in planned(args) if (one.within, one.number) not in done]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left running
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="recovery-") as scratch:
         for line in play_all(plan, Path(scratch), args.settle):
@@ -48,7 +49,7 @@ def main() -> int:
         table = report.table(report.lines(args.out))
         print(table)
         if args.write:
-            report.write(args.write, table)
+            report.write(args.write, "recovery", table)
         wrong = sum(bool(line["problems"]) for line in report.lines(args.out))
     return 1 if wrong else 0
 

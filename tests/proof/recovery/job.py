@@ -188,8 +188,13 @@ def train(root: str, story: Story, args: dict[str, str]) -> int:
     last, check = int(args.get("steps", 10**6)), args.get("check", "before")
     options = oc.Options(rendezvous_timeout_s=60, save_timeout_s=120)
     with oc.Agent(
-        root, save=oc.every(int(args.get("save", 1000))), keep=oc.last(3), tiers=tiers(args), options=options
+        root,
+        save=oc.every(int(args.get("save", 1000))),
+        keep=oc.last(int(args.get("last", 3))),
+        tiers=tiers(args),
+        options=options,
     ) as agent:
+        story.say("opened")
         restored = agent.restore(like=training.like)
         if restored:
             loader.restore(next(iter(restored.process_states.values())))

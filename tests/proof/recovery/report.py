@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- make recovery -->", "<!-- end -->"
 Line = dict[str, Any]
 
 
@@ -59,8 +58,11 @@ def _row(setting: str, kind: str, rounds: Sequence[Line]) -> str:
     )
 
 
-def write(page: Path, text: str) -> None:
-    """Renew what is between the marks."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+def write(page: Path, name: str, text: str) -> None:
+    """Renew what is between the marks of that name. Raises ValueError if the page has none."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{page}: expected {begin} and {end}")
+    page.write_text(f"{before}{begin}\n{text.rstrip()}\n{end}{after}")

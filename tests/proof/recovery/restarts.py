@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.gcs_emulator.process import EmulatorProcess
+from tests.proof.recovery import report
 from tests.proof.recovery.scene import Scene
 
 HOSTS, LOST, BUCKET = 4, 2, "recovery"
 SPEEDS = {"50 MB/s, 30 ms": {"bytes_per_s": 50e6, "latency_s": 0.03}, "unthrottled": {"bytes_per_s": 0.0}}
-WAYS = {"memory": ("hold=4", "copies=1", "save=100000", "keep=1"), "store": ("save=4",)}
-PHASES = ("detect", "end the others", "start", "agree", "fetch and place", "compile", "first step")
+WAYS = {"memory": ("hold=4", "copies=1", "save=100000", "keep=1"), "store": ("save=4", "last=1")}
+PHASES = ("detect", "end the others", "start", "open", "agree", "fetch and place", "compile", "first step")
 LIMIT_S = 300.0
 Line = dict[str, Any]
 
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("--speeds", nargs="*", choices=list(SPEEDS), default=list(SPEEDS))
     parser.add_argument("--fewer", action="store_true", help="come back on 2 hosts, with another mesh")
     parser.add_argument("--out", type=Path, help="append each line to it, and print the table of all that are in it")
+    parser.add_argument("--write", type=Path, help="a page of the docs whose table to renew")
     args = parser.parse_args()
     found: list[Line] = []
     for number, mib, speed, way in itertools.product(range(args.rounds), args.mib, args.speeds, args.ways):
@@ -54,6 +56,8 @@ def main() -> int:
     if args.out:
         found = [json.loads(line) for line in args.out.read_text().splitlines()]
     print(table(found))
+    if args.write:
+        report.write(args.write, "restarts", table(found))
     return 1 if any(line["problems"] for line in found) else 0
 
 
@@ -93,7 +97,7 @@ def _kill(scene: Scene, store: EmulatorProcess, way: str) -> Line:
         problems.append(f"{arrays} bytes of arrays from the store")
     return {
         "restored": sorted(restored),
-        "sources": [line["sources"] for line in scene.said("restored", 1).values()],
+        "sources": [line["sources"] for _, line in sorted(scene.said("restored", 1).items())],
         "array bytes from the store": arrays,
         "requests": [sum(link["requests"].values()) for link in links],
         "phases": phases(scene, killed_s),
@@ -115,10 +119,10 @@ def phases(scene: Scene, killed_s: float) -> dict[str, float]:
     exits = [line["time"] for line in scene.timeline() if line["event"] == "exit" and line["restart"] == 0]
     said = {
         event: max(line["time"] for line in scene.said(event, 1).values())
-        for event in ("joined", "restored", "compiled", "step")
+        for event in ("joined", "opened", "restored", "compiled", "step")
     }
     array_s = max(line["array_s"] for line in scene.said("StepRestored", 1).values())
-    times = [killed_s, min(exits), max(exits), said["joined"], said["restored"] - array_s]
+    times = [killed_s, min(exits), max(exits), said["joined"], said["opened"], said["restored"] - array_s]
     times += [said["restored"], said["compiled"], said["step"]]
     found = {name: round(end - begin, 2) for name, (begin, end) in zip(PHASES, itertools.pairwise(times), strict=True)}
     return {**found, "total": round(said["step"] - killed_s, 2)}

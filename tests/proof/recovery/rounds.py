@@ -27,15 +27,21 @@ SETTINGS = (
     Setting(
         "one copy, 2 racks of 2 hosts",
         ("--lose_tier_on_kill", "--domains=2"),
-        ("hold=4", "copies=1", "domain=rack"),
+        ("hold=4", "save=100", "copies=1", "domain=rack"),
         ((0, 1), (2, 3)),
     ),
     Setting(
         "two copies, 4 hosts",
         ("--lose_tier_on_kill",),
-        ("hold=4", "copies=2", "domain=node"),
+        ("hold=4", "save=100", "copies=2", "domain=node"),
         ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)),
     ),
+)
+
+
+# Saves to the store often: outside the promise that is what is left.
+OUTSIDE = Setting(
+    "one copy, 2 racks, more lost", SETTINGS[0].flags, ("hold=4", "save=20", "copies=1", "domain=rack"), ()
 )
 
 
@@ -76,7 +82,7 @@ def outside(seed: int, number: int) -> Round:
     """Three hosts of four, or all, with their memory: whatever the setting, some part has no copy left."""
     dice = random.Random(f"{seed}/outside/{number}")
     lost = tuple(sorted(dice.sample(range(HOSTS), dice.choice((3, 4)))))
-    return Round(number, SETTINGS[0], f"{len(lost)} of {HOSTS} lost", lost, (), dice.uniform(0, MOMENT_S), within=False)
+    return Round(number, OUTSIDE, f"{len(lost)} of {HOSTS} lost", lost, (), dice.uniform(0, MOMENT_S), within=False)
 
 
 @dataclass

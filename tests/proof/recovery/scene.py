@@ -33,6 +33,7 @@ class Scene:
         job = [sys.executable, "-m", "tests.proof.recovery.job", root, str(self._story)]
         # What a compiler has made before is no part of what is measured; a host that comes back has it on its disk.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(base / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        cache["PYTHONDONTWRITEBYTECODE"] = ""
         self._job = self._arena.start([*launcher, *QUICK, *flags, "--", *job, *args], **cache)
 
     def poll(self) -> list[Line]:

@@ -26,6 +26,8 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     shared=1       in DIR itself: one host
     copies=N       on other hosts
     hold=N         every N steps (2)
+    full=I         process I has no room there
+    upload=N       so many bytes a second go from there to the store
 Prints one JSON object a line; `event` says what.
 """
 
@@ -42,6 +44,7 @@ os.environ["ORCHESTRATOR_HOST_NAME"] = f"host-{index}"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", devices)
@@ -166,13 +169,15 @@ options = oc.Options(
     rendezvous_timeout_s=float(args.get("meet", 30)),
     attest=args.get("attest", "off"),
     load_once=bool(args.get("once")),
+    upload_bytes_per_s=int(args["upload"]) if "upload" in args else None,
 )
 tiers = []
 if "tier" in args:
     own = args["tier"] if args.get("shared") else f"{args['tier']}/host-{index}"
     os.makedirs(own, exist_ok=True)
+    room = 1000 if args.get("full") == str(index) else None
     copies = {"copies": int(args["copies"])} if "copies" in args else {}
-    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own, **copies)]
+    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own, bytes_max=room, **copies)]
 
 
 def tell(event: events.Event) -> None:
@@ -230,6 +235,8 @@ try:
                 )
             except oc.UsageError as error:
                 say("refused", text=str(error), epoch=agent.epoch)
+            if "tier" in args and count > 1:  # as the collectives of any step keep processes together
+                multihost_utils.sync_global_devices(f"step {step}")
             say("trained", step=step, steps=agent.all_steps(), failures=agent.failures)
             if agent.reached_preemption(step):
                 say("preempted", step=step)
