@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -150,6 +151,22 @@ def test_no_tier_and_no_secret_is_left_where_others_look(tmp_path: Path) -> None
     assert Path("/etc/passwd").exists()
     kept = [path.read_text() for path in logs.rglob("*") if path.is_file()]
     assert kept and not any(secret in text for text in (out, errors, *kept))
+
+
+@pytest.mark.jobs
+def test_what_a_launcher_and_its_warden_could_not_remove_the_next_one_does(tmp_path: Path) -> None:
+    name = f"orchestrator-launch-{os.getuid()}-"
+    for left in ("dead", "lives", "kept"):
+        (tmp_path / f"{name}{left}" / "host-0" / "a").mkdir(parents=True)
+        (tmp_path / f"{name}{left}" / "host-0" / "a" / "held").touch()
+    (tmp_path / f"{name}dead" / tiers.OWNED).touch()
+    (tmp_path / f"{name}link").symlink_to(tmp_path / f"{name}kept")
+    with open(tmp_path / f"{name}lives" / tiers.OWNED, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = launch(["--processes", "1", "--tiers", "--env", f"ORCHESTRATOR_TIER_DIR={tmp_path}"], "")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}lives", f"{name}kept", f"{name}link"}
+    assert (tmp_path / f"{name}kept" / "host-0" / "a" / "held").exists()
 
 
 @pytest.mark.parametrize(
