@@ -50,8 +50,8 @@ class Summary:
     """How a run went. Steps are keys; `restored_*` are None if it started from nothing; digests are `state_digest`'s.
 
     losses, batches: of the steps trained here. saved_digests: of the states handed to saves (with --digests).
-    restored_from: where arrays were read: `store`, `memory`. interrupted_saves: saves that did not commit. latest_step:
-    the newest in the store.
+    restored_from: where arrays were read: `store`, `memory`, `peers`. interrupted_saves: saves that did not commit.
+    latest_step: the newest in the store.
     """
 
     process_count: int

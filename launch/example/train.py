@@ -48,6 +48,8 @@ flags.DEFINE_bool("async", True, "write checkpoints while training goes on")
 flags.DEFINE_bool("distributed", True, "join the job a launcher describes; --nodistributed: be a job of one")
 flags.DEFINE_integer("save_every", 20, "steps from one checkpoint to the next", lower_bound=1)
 flags.DEFINE_integer("hold_every", 0, "steps from one that is held in memory to the next; 0: none", lower_bound=0)
+flags.DEFINE_integer("copies", 1, "of each host's part of a held step, on other hosts", lower_bound=0)
+flags.DEFINE_enum("domain", "node", ["node", "rack", "slice"], "copies go to hosts in another one")
 flags.DEFINE_integer("keep_last", 3, "checkpoints that stay", lower_bound=1)
 flags.DEFINE_string("mesh", "data=-1,model=1", "devices along each axis; one -1 stands for the rest")
 flags.DEFINE_integer("seed", 0, "of the first parameters and of the order of the data", lower_bound=0)
@@ -178,7 +180,8 @@ def train(agent: oc.Agent, mesh: Mesh, model: Transformer, loader: Loader, summa
         summary.restored_step, summary.final_step = restored.step, restored.step
         summary.restored_digest = state_digest(state, mesh)
         summary.restored_from = sorted(restored.sources)
-        progress.report(f"restored step {restored.step}  digest {summary.restored_digest}")
+        where = " and ".join(summary.restored_from)
+        progress.report(f"restored step {restored.step}  digest {summary.restored_digest}  from {where}")
     else:
         state, start = first_state(), 0
     summary.start_step = start
@@ -242,7 +245,7 @@ def run() -> int:
         root,
         save=oc.every(FLAGS.save_every),
         keep=oc.last(FLAGS.keep_last),
-        tiers=[oc.memory(every=FLAGS.hold_every)] if FLAGS.hold_every else [],
+        tiers=[oc.memory(every=FLAGS.hold_every, copies=FLAGS.copies, domain=FLAGS.domain)] if FLAGS.hold_every else [],
         options=make_options(job.grace_period_s),
     ) as agent:
         train(agent, mesh, Transformer(sizes), loader, summary)

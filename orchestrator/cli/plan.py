@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from orchestrator.cli import render
 from orchestrator.cli.command import EVENTS, STEP, Command, Flag, Flags, Result, live_step, open_store
+from orchestrator.cli.held import Chosen, HeldHere
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.observe.event_log import directory_of, read
 from orchestrator.observe.timeline import Timeline
 from orchestrator.rules import arguments
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.restore_cost import Cost, Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
+from orchestrator.rules.records import TreeSpec
+from orchestrator.rules.restore_cost import Measured, Speed, Target, forecast, parse_bytes, parse_mesh, speed
+from orchestrator.rules.restore_sources import MEMORY, PEERS, STORE, forecast_sources, holders, hosts_of
 from orchestrator.storage import local_path
 
 _ROWS = 32
 
 
 class HostPlan(Result, frozen=True):
-    """One process. `reads`: chunks asked of the store. `peak_bytes`: of host memory, beside what the program uses."""
+    """One process. `reads`: chunks asked for. `peak_bytes`: of host memory, beside what the program uses. `sources`:
+    how many bytes come from this host's "memory", from "peers" and from the "store"."""
 
     process: int
     read_bytes: int
@@ -26,11 +31,12 @@ class HostPlan(Result, frozen=True):
     array_bytes: int
     device_bytes: int
     peak_bytes: int
+    sources: dict[str, int]
 
 
 class RestorePlan(Result, frozen=True):
     """`plan`. `seconds`: None where this run has no measured restore. `fits`: None where there was nothing given to fit
-    into."""
+    into. `sources`: of all hosts, as in each."""
 
     root: str
     step: int
@@ -45,12 +51,13 @@ class RestorePlan(Result, frozen=True):
     fits: bool | None
     problems: tuple[str, ...]
     hosts: tuple[HostPlan, ...]
+    sources: dict[str, int]
 
 
 def run(root: str, flags: Flags) -> RestorePlan:
     store = open_store(root)
-    live = live_step(store, flags["step"])
-    intent = store.step(live).intent
+    step = HeldHere(store).choose(flags["step"]) or Chosen(store.step(live_step(store, flags["step"])))
+    live, intent = step.stored.live, step.stored.intent
     axes = parse_mesh(flags["mesh"]) if flags["mesh"] else intent.mesh
     if flags["processes"] is not None:
         arguments.whole("--processes", flags["processes"], least=1)
@@ -65,7 +72,11 @@ def run(root: str, flags: Flags) -> RestorePlan:
     costs = forecast(intent.tree, target)
     peaks = [cost.peak_bytes(files=local_path(store.url) is not None) for cost in costs.costs]
     problems = (*costs.problems, *_too_big(peaks, memory, reserve))
-    hosts = [_host(process, cost, peak) for process, (cost, peak) in enumerate(zip(costs.costs, peaks, strict=True))]
+    sources = _sources(step, intent.tree, target)
+    hosts = [
+        HostPlan(process, cost.read_bytes, cost.reads, cost.array_bytes, cost.device_bytes, peak, dict(found))
+        for process, (cost, peak, found) in enumerate(zip(costs.costs, peaks, sources, strict=True))
+    ]
     return RestorePlan(
         root=store.url,
         step=live.step,
@@ -80,6 +91,7 @@ def run(root: str, flags: Flags) -> RestorePlan:
         fits=False if problems else None if memory is None else True,
         problems=problems,
         hosts=tuple(hosts),
+        sources=dict(sum(sources, Counter())),
     )
 
 
@@ -89,8 +101,12 @@ def _memory(flags: Flags) -> tuple[int | None, int]:
     return memory, parse_bytes("program_memory", flags["program_memory"])
 
 
-def _host(process: int, cost: Cost, peak: int) -> HostPlan:
-    return HostPlan(process, cost.read_bytes, cost.reads, cost.array_bytes, cost.device_bytes, peak)
+def _sources(step: Chosen, tree: TreeSpec, target: Target) -> list[Counter[str]]:
+    if not step.in_memory:
+        return forecast_sources(tree, target, {}, [], hosts_of(None, target.processes))
+    writers = {key: receipt.process for receipt in step.stored.receipts() for key in receipt.places}
+    held_by = holders(step.placed, step.stored.manifest.process_count)
+    return forecast_sources(tree, target, writers, held_by, hosts_of(step.placed, target.processes))
 
 
 def _too_big(peaks: list[int], memory: int | None, reserve: int) -> list[str]:
@@ -132,6 +148,11 @@ def show(made: RestorePlan, flags: Flags) -> Iterator[render.Shown]:
         yield f"... and {len(made.hosts) - _ROWS} more"
     read = f"{render.size(made.read_bytes)} read for {render.size(made.state_bytes)} of state"
     yield f"{read}: amplification {made.amplification:.2f}"
+    if set(made.sources) - {STORE}:
+        came = [
+            f"{render.size(made.sources[kind])} from {kind}" for kind in (MEMORY, PEERS, STORE) if kind in made.sources
+        ]
+        yield f"if the hosts stay: {', '.join(came)}"
     took = "unknown" if made.seconds is None else render.duration(made.seconds)
     yield f"expected time: {took} ({made.basis})"
     for problem in made.problems:

@@ -110,7 +110,7 @@ class Contribution:
             process=self._process,
             host=self._host,
             files=self._files,
-            boxes=dict(self.pending.boxes),
+            boxes=self.pending.boxes,
             places=self.pending.places(self._files),
             small=self.pending.small,
             prints=self.pending.fingerprints(),

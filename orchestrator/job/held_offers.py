@@ -24,8 +24,9 @@ from orchestrator.rules import held, held_files
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
 from orchestrator.rules.records import LiveStep
+from orchestrator.rules.restore_sources import PEERS
 from orchestrator.run import held_steps
-from orchestrator.run.held_steps import PEERS, HeldSteps, Placed, Wrong
+from orchestrator.run.held_steps import HeldSteps, Placed, Wrong
 from orchestrator.storage.peer import Peer
 from orchestrator.storage.sources import Source
 

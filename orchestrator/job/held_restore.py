@@ -27,9 +27,10 @@ from orchestrator.rules import held, held_files, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer, Standing
 from orchestrator.rules.records import LiveStep
+from orchestrator.rules.restore_sources import STORE
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import held_steps, tier_directory
-from orchestrator.run.held_steps import STORE, HeldSteps, Placed
+from orchestrator.run.held_steps import HeldSteps, Placed
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage.sources import Source

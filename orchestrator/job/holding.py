@@ -9,7 +9,7 @@ step less: it kills neither training nor a save. Main thread, but for `_hear`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ from orchestrator.options import Options
 from orchestrator.policy import every, last
 from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import Cause, LiveStep
+from orchestrator.rules.records import Cause, Head
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
@@ -196,12 +196,12 @@ class Holding:
         copies = len(tiers.hosts.targets(self._rendezvous.process))
         return StepHeld(event.step, event.attempt, event.elapsed_s, event.state_bytes, copies, sent_bytes)
 
-    def _followed(self) -> Sequence[LiveStep]:
-        """What process 0's log says is held, now in this process's, too. Raises StorageError, Fenced."""
+    def _followed(self) -> Head:
+        """Process 0's log; what it says is held is now in this process's, too. Raises StorageError, Fenced."""
         assert self._tiers is not None
         if self._rendezvous.process:
             return self._tiers.own.follow(self._tiers.of_all)
-        return self._tiers.of_all.require_head().live
+        return self._tiers.of_all.require_head()
 
     def _check_entered(self, attempt: AttemptId) -> None:
         """Process 0, with its log, may be lost: the step is held once the hosts that have the copies of process 0's

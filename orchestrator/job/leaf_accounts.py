@@ -24,6 +24,7 @@ from orchestrator.observe import heartbeat
 from orchestrator.rules import holders
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode
+from orchestrator.rules.kept import kept
 from orchestrator.rules.records import Held, Intent
 from orchestrator.run.journal_store import JournalStore
 
@@ -46,7 +47,7 @@ class LeafAccounts:
         """On process 0: who holds the leaves, as it sees it; () in a job of one process."""
         if not self._together:
             return ()
-        return self._known.get(flat.form) or self._remember(flat.form, holders.held(flat.spec.leaves, views(flat)))
+        return self._known.get(flat.form) or self._remember(flat.form, _as_seen_here(flat.form))
 
     def obtain(self, flat: Flat, attempt: AttemptId, other_step: Callable[[], Aborted | None]) -> tuple[Held, ...]:
         """The account that this process goes by in an attempt.
@@ -113,3 +114,8 @@ class LeafAccounts:
         except OrchestratorError as error:
             logging.warning("%s: %s", key, error)
         return ()
+
+
+@kept
+def _as_seen_here(form: Form) -> tuple[Held, ...]:
+    return holders.held(form.leaves, views(form))

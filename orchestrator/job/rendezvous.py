@@ -27,12 +27,14 @@ from orchestrator.arrays import jax_internals
 from orchestrator.arrays.jax_context import in_own_context
 from orchestrator.errors import UsageError, WaitTimeout
 from orchestrator.job import bounded_calls, peer_failure, sigterm
+from orchestrator.job.collectives import Bytes, collectives
 from orchestrator.observe import heartbeat
 from orchestrator.rules import contract
 from orchestrator.rules.records import Json
 
 QUICK_S = 1.0  # for one signal; storage is polled as often
-_FIRST_BYTES = 252  # of a message; most are shorter
+_FIRST_BYTES = 252  # of a message, of which there is one of each process; most are shorter
+_FIRST_BYTES_OF_ONE = 4092  # of one for all
 _LENGTH_BYTES = 4
 
 
@@ -164,6 +166,7 @@ class ManyProcesses:
         self._client: Any = jax_internals.coordination_client()
         self._board = ServiceBoard(self.process, self.count)
         self._barriers = 0
+        self._collectives = collectives()
         self.hosts = dict(enumerate(self.gather("hosts", host_name(), timeout_s)))
 
     def _barrier(self, name: str, timeout_s: float) -> None:
@@ -189,13 +192,13 @@ class ManyProcesses:
     def broadcast(self, name: str, value: Json, timeout_s: float) -> Json:
         self._barrier(name, timeout_s)
         body = json.dumps(value).encode() if self.process == 0 else b""
-        (received,) = _exchanged(body, lambda part: np.asarray(multihost_utils.broadcast_one_to_all(part))[None])
+        (received,) = _exchanged(body, lambda row: self._collectives.broadcast(row)[None], _FIRST_BYTES_OF_ONE)
         return json.loads(received)
 
     @in_own_context
     def gather(self, name: str, value: Json, timeout_s: float) -> list[Json]:
         self._barrier(name, timeout_s)
-        received = _exchanged(json.dumps(value).encode(), multihost_utils.process_allgather)
+        received = _exchanged(json.dumps(value).encode(), self._collectives.gathered, _FIRST_BYTES)
         return [json.loads(body) for body in received]
 
     @in_own_context
@@ -266,19 +269,19 @@ class ServiceBoard:
         return bounded_calls.within(QUICK_S, alone)
 
 
-def _exchanged(body: bytes, collective: Callable[[np.ndarray[Any, Any]], Any]) -> list[bytes]:
+def _exchanged(body: bytes, collective: Callable[[Bytes], Bytes], first_bytes: int) -> list[bytes]:
     """All processes' bodies, of any lengths, by a collective that takes arrays of one length and gives rows of them.
     One call, which takes milliseconds, does for short ones: each goes behind its length; a second brings the rest."""
-    head = len(body).to_bytes(_LENGTH_BYTES, "little") + body[:_FIRST_BYTES]
-    rows = np.asarray(collective(_padded(head, _LENGTH_BYTES + _FIRST_BYTES)))
+    head = len(body).to_bytes(_LENGTH_BYTES, "little") + body[:first_bytes]
+    rows = collective(_padded(head, _LENGTH_BYTES + first_bytes))
     sizes = [int.from_bytes(row[:_LENGTH_BYTES].tobytes(), "little") for row in rows]
     bodies = [row[_LENGTH_BYTES:].tobytes() for row in rows]
-    left = max(sizes) - _FIRST_BYTES
+    left = max(sizes) - first_bytes
     if left > 0:
-        rest = np.asarray(collective(_padded(body[_FIRST_BYTES:], left)))
+        rest = collective(_padded(body[first_bytes:], left))
         bodies = [first + row.tobytes() for first, row in zip(bodies, rest, strict=True)]
     return [whole[:size] for whole, size in zip(bodies, sizes, strict=True)]
 
 
-def _padded(body: bytes, size: int) -> np.ndarray[Any, Any]:
+def _padded(body: bytes, size: int) -> Bytes:
     return np.frombuffer(body.ljust(size, b"\0"), np.uint8)

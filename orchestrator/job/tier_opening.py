@@ -191,7 +191,7 @@ def _joined(hosts: TierHosts, own: OwnTier, store: JournalStore, places: Sequenc
     of_all.durable_version = places[0].version
     listed = {AttemptId(*one) for place in places for one in place.listed}
     beside = Beside(own.path, here) if hosts.first_here else None
-    return OpenTiers(hosts, own, storage, of_all, Keeper(own, beside, epoch, listed))
+    return OpenTiers(hosts, own, storage, of_all, Keeper(own, beside, epoch, listed, decides=hosts.me == 0))
 
 
 def _sender(hosts: TierHosts) -> Callable[[Sequence[str]], None]:

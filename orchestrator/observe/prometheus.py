@@ -76,6 +76,7 @@ class Metrics:
         self._down = counter("stepped_down", "Damaged steps that a restore stepped over")
         self._held = counter("steps_held", "Steps that are held in memory")
         self._not_held = counter("steps_not_held", "Steps that were due to be held in memory, and are not")
+        self._copied = counter("held_copies_bytes", "Bytes of held steps sent to other hosts, all copies together")
         self._held_step = gauge("last_held_step", "The step held in memory last, -1 before the first")
         self._held_step.set(-1)
         self._restore = histogram("restore_seconds", "Whole restores")
@@ -145,6 +146,7 @@ class Metrics:
                 self._fenced.inc(event.cause == "fenced")
             case events.StepHeld():
                 self._held.inc()
+                self._copied.inc(event.sent_bytes)
                 self._held_step.set(event.step)
             case events.StepNotHeld():
                 self._not_held.inc()

@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
-from msgspec import structs
+from msgspec import NODEFAULT, field, structs
 
 from orchestrator.errors import Damaged, NewerFormat, Unavailable, UnsafeKey, UsageError
-from orchestrator.rules import kept_trees, validate
-from orchestrator.rules.records import FORMAT, Intent, Record, TreeSpec, crc32c
+from orchestrator.rules import validate
+from orchestrator.rules.kept_parts import KeptPart
+from orchestrator.rules.records import FORMAT, Box, Intent, Receipt, Record, TreeSpec, crc32c
 
 RECORD_BYTES_MAX = 512 << 20  # a manifest of a million chunks is an eighth of it; no store reads a larger one
 _TAIL = b',"crc32c":"'
@@ -35,19 +36,26 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 _DECODERS: dict[type[Record], msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind) for kind in Record.__subclasses__()
 }
-# An intent's tree is decoded by itself, as it is mostly the one of the intent before.
-_HINTS = get_type_hints(Intent) | {"tree": msgspec.Raw}
-_INTENT_TEXT: Any = msgspec.defstruct(
-    "Intent",
-    [
-        (one.name, _HINTS[one.name], *(() if one.default is msgspec.NODEFAULT else (one.default,)))
-        for one in msgspec.structs.fields(Intent)
-    ],
-    frozen=True,
-    kw_only=True,
-    gc=False,
-)
-_INTENT_DECODER = msgspec.json.Decoder(_INTENT_TEXT)
+# Of these kinds one field is decoded by itself, as it is mostly what it was in the record before.
+_KEPT_PARTS: dict[type[Record], KeptPart[Any]] = {
+    Intent: KeptPart("tree", TreeSpec, lambda tree: tree.leaves),
+    Receipt: KeptPart("boxes", dict[str, tuple[Box, ...]]),
+}
+
+
+def _with_raw(kind: type[Record], name: str) -> Any:
+    """A type with the same JSON as `kind`, whose field `name` is JSON that is not decoded."""
+    hints = get_type_hints(kind) | {name: msgspec.Raw}
+    fields = []
+    for one in structs.fields(kind):
+        default = one.default if one.default_factory is NODEFAULT else field(default_factory=one.default_factory)
+        default = msgspec.Raw(b"{}") if one.name == name and default is not NODEFAULT else default
+        fields.append((one.name, hints[one.name], *(() if default is NODEFAULT else (default,))))
+    return msgspec.defstruct(kind.__name__, fields, frozen=True, kw_only=True, gc=False)
+
+
+_WITH_RAW = {kind: _with_raw(kind, part.name) for kind, part in _KEPT_PARTS.items()}
+_RAW_DECODERS = {kind: msgspec.json.Decoder(raw) for kind, raw in _WITH_RAW.items()}
 # Whatever the bytes are: msgspec raises ValueErrors of its own, of UTF-8 and of Python's numbers, RecursionError for
 # what is nested deeply.
 _UNREADABLE = (msgspec.MsgspecError, ValueError, TypeError, ArithmeticError, RecursionError)
@@ -74,14 +82,18 @@ def encode(record: Record) -> bytes:
 def _equal(read: AnyRecord, given: AnyRecord) -> bool:
     """As `==`. What JSON has kept the order of is compared in order, half as long as by looking up each key: a manifest
     may have a million chunks."""
-    return all(
-        (list(was) == list(now) and list(was.values()) == list(now.values())) or was == now
-        if type(was) is type(now) is dict
-        else kept_trees.are_equal(was, now)
-        if type(was) is type(now) is TreeSpec
-        else was == now
-        for was, now in ((getattr(given, name), getattr(read, name)) for name in given.__struct_fields__)
-    )
+    part = _KEPT_PARTS.get(type(given))
+    for name in given.__struct_fields__:
+        was, now = getattr(given, name), getattr(read, name)
+        if part and name == part.name:
+            same = part.are_equal(was, now)
+        elif type(was) is type(now) is dict:
+            same = (list(was) == list(now) and list(was.values()) == list(now.values())) or was == now
+        else:
+            same = was == now
+        if not same:
+            return False
+    return True
 
 
 def _same(read: object, given: object) -> bool:
@@ -130,21 +142,24 @@ def decode(data: bytes, kind: type[AnyRecord], where: str, **expected: object) -
 def _decoded(data: bytes, kind: type[AnyRecord]) -> AnyRecord:
     if len(data) > RECORD_BYTES_MAX:
         raise validate.Invalid(f"{len(data)} bytes, expected at most {RECORD_BYTES_MAX}")
-    record: AnyRecord = _intent(data) if kind is Intent else _DECODERS[kind].decode(data)
+    part = _KEPT_PARTS.get(kind)
+    record: AnyRecord = _in_parts(data, kind, part) if part else _DECODERS[kind].decode(data)
     validate.check(record)
     return record
 
 
 def _with_text(record: Record) -> Any:
     """What has the same JSON."""
-    if type(record) is not Intent:
+    part = _KEPT_PARTS.get(type(record))
+    if part is None:
         return record
-    return _INTENT_TEXT(**structs.asdict(record) | {"tree": msgspec.Raw(kept_trees.text_of(record.tree))})
+    text = msgspec.Raw(part.text_of(getattr(record, part.name)))
+    return _WITH_RAW[type(record)](**structs.asdict(record) | {part.name: text})
 
 
-def _intent(data: bytes) -> Any:
-    read = structs.asdict(_INTENT_DECODER.decode(data))
-    return Intent(**read | {"tree": kept_trees.tree_of(bytes(read["tree"]))})
+def _in_parts(data: bytes, kind: Any, part: KeptPart[Any]) -> Any:
+    read = structs.asdict(_RAW_DECODERS[kind].decode(data))
+    return kind(**read | {part.name: part.part_of(bytes(read[part.name]))})
 
 
 def _check_format(data: bytes, where: str, version: int | None = None) -> None:

@@ -50,11 +50,11 @@ def follow(head: Head | None, stamp: Stamp, *, epoch: int, live: Sequence[LiveSt
         return FencedBy(head.epoch, head.writer) if head and head.epoch > epoch else None
     newest = max(live, key=lambda one: rank(one.id), default=None)
     known = {one.id for one in live}
-    steps = {one.step for one in live}
     others = [old for old in head.live if old.id not in known]
-    stay = [old for old in others if (newest is None or rank(old.id) > rank(newest.id)) and old.step not in steps]
+    stay = [old for old in others if newest is None or rank(old.id) > rank(newest.id)]
     gone = [old for old in others if old not in stay]
-    following = (*live, *stay)
+    again = {one.step for one in stay}  # a log has each step once
+    following = (*(one for one in live if one.step not in again), *stay)
     if not gone and following == head.live:
         return None
     kept = {one.id for one in following}

@@ -6,6 +6,7 @@ processes is a few digits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
@@ -13,11 +14,23 @@ from orchestrator.rules import keys
 from orchestrator.rules.records import Manifest
 
 Value = TypeVar("Value")
+_WRITER = re.compile(rf"{keys.STATE}ocdbt\.process_([0-9]+)/")
 
 
 def names(manifest: Manifest) -> tuple[str, ...]:
     """Of a step's files, by number."""
     return (keys.MANIFEST, *(entry.path for entry in manifest.files))
+
+
+def writer_of(name: str) -> int:
+    """The process that wrote a file, by its name: process 0, where that names none."""
+    if found := _WRITER.match(name):
+        return int(found[1])
+    if group := keys.group_of(name):
+        return group[0]
+    if name.startswith((keys.RECEIPTS, keys.PROCESS)):
+        return keys.process_of(name)
+    return 0
 
 
 def lacking(manifest: Manifest, had: Iterable[Collection[int]]) -> str:

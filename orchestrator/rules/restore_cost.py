@@ -179,7 +179,7 @@ def forecast(tree: TreeSpec, target: Target) -> Forecast:
             continue
         same = (split, leaf.file_shape, leaf.chunk, item_bytes(leaf))
         if same not in known:
-            known[same] = tuple(_cost(leaf, boxes) for boxes in _boxes_by_process(leaf, split, target))
+            known[same] = tuple(_cost(leaf, boxes) for boxes in boxes_by_process(leaf, split, target))
         totals = [total + cost for total, cost in zip(totals, known[same], strict=True)]
     return Forecast(sum(map(leaf_bytes, tree.leaves)), tuple(totals), tuple(problems))
 
@@ -195,9 +195,10 @@ def _indivisible(leaf: LeafSpec, split: tuple[tuple[str, ...], ...], target: Tar
     return ""
 
 
-def _boxes_by_process(
+def boxes_by_process(
     leaf: LeafSpec, split: tuple[tuple[str, ...], ...] | None, target: Target
 ) -> Iterator[frozenset[Box]]:
+    """What each process needs of an array."""
     whole = whole_box(leaf.file_shape)
     each = target.devices // target.processes
     for process in range(target.processes):

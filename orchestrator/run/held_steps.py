@@ -19,6 +19,7 @@ from orchestrator.rules import held, held_files, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
 from orchestrator.rules.records import LiveStep, Manifest, file_entry
+from orchestrator.rules.restore_sources import MEMORY
 from orchestrator.run import tier_directory
 from orchestrator.run.checked_reads import decoded
 from orchestrator.run.stored_step import StoredStep
@@ -26,8 +27,6 @@ from orchestrator.run.tier import log_to_read, newest_whole
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.port import Reads
 from orchestrator.storage.sources import Source, Sources
-
-MEMORY, PEERS, STORE = "memory", "peers", "store"  # where bytes come from, in the order in which they are asked
 
 Placed = Sequence[tuple[Source, frozenset[int]]]  # where files of a step are, by their numbers (`held_files.names`)
 

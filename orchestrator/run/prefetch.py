@@ -3,9 +3,10 @@
 What is fetched is one step: the newest held one that is whole somewhere, of which this host takes its own part from the
 peers; else the newest committed one, of which it takes its share from the store, and the other hosts theirs, so that
 every byte leaves the store once: whoever needs another's share reads it from that host. It goes into a directory of its
-own beside those of the processes (`prefetched`), which has no log: files appear there whole, under the
-keys that they have in the attempt, and are checked like any copy. A restore that comes before the end takes what is
-there, and the rest from where it is. Nothing of the processes' own is freed for it, or touched.
+own beside those of the processes (`prefetched`), which has no log: files appear there whole, under the keys that they
+have in the attempt, and are checked like any copy; of a committed step its manifest, too, by which a restore finds it.
+A restore that comes before the end takes what is there, and the rest from where it is. Nothing of the processes' own is
+freed for it, or touched.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Lock
 
 import crc32c
 from absl import logging
 
 from orchestrator.errors import OrchestratorError, StorageError, Unavailable
-from orchestrator.rules import held, prefetch
+from orchestrator.rules import held, keys, prefetch
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FileEntry, Head, LiveStep, Manifest, crc32
-from orchestrator.run import prefetched, tier_directory
-from orchestrator.run.held_steps import HeldSteps, on_this_host
+from orchestrator.rules.restore_sources import PEERS
+from orchestrator.run import held_steps, prefetched, tier_directory
+from orchestrator.run.checked_reads import attempt_file, decoded, manifest_problem
+from orchestrator.run.held_steps import HeldSteps
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.run.tier import newest_whole
-from orchestrator.storage import PosixStorage, gcs_objects
-from orchestrator.storage.gcs import GcsStorage
-from orchestrator.storage.joined import JoinedStorage
+from orchestrator.run.tier import log_to_read, newest_whole
+from orchestrator.storage import PosixStorage
 from orchestrator.storage.peer import Peer, PeerStorage
 from orchestrator.storage.port import Reads
 from orchestrator.storage.sources import Source
@@ -70,13 +72,15 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One step, and where its files are. at: by name, the peers' parts that have it. here: names on this host."""
+    """One step, and where its files are. at: by name, the peers' parts that have it. here: names on this host. record:
+    of a committed step, the manifest as it is stored."""
 
     live: LiveStep
     manifest: Manifest
     kind: str
     at: Mapping[str, Sequence[PeerStorage]]
     here: frozenset[str]
+    record: bytes = b""
 
 
 class Prefetch:
@@ -117,7 +121,7 @@ class Prefetch:
 
     def _wanted(self, head: Head) -> _Wanted | None:
         mine = tier_directory.of_process(self._here.directory, self._run, self._here.host)
-        steps = on_this_host(mine, tier_directory.processes(self._here.directory, self._run))
+        steps = held_steps.on_this_host(mine, tier_directory.processes(self._here.directory, self._run))
         there = self._attempts()
         if not self._back:  # in a crash loop memory is left out
             listed = dict(steps.listed) or self._listed_by(there)
@@ -130,7 +134,10 @@ class Prefetch:
         if len(restorable) <= self._back:
             return None
         live = restorable[self._back]
-        return self._placed(live, self._store.step(live).manifest, COMMITTED, steps, there)
+        problem, store = partial(manifest_problem, live.manifest_crc32c), self._store
+        body = attempt_file(store.storage, live.id, keys.MANIFEST, problem, partial(store.check_live, live))
+        made = decoded(store.url, live.id.manifest_key, body, Manifest, step=live.step, attempt=live.attempt)
+        return replace(self._placed(live, made, COMMITTED, steps, there), record=body)
 
     def _attempts(self) -> dict[PeerStorage, set[AttemptId]]:
         """By part of a peer. Peers that do not answer have nothing."""
@@ -151,12 +158,11 @@ class Prefetch:
 
     def _listed_by(self, there: Mapping[PeerStorage, set[AttemptId]]) -> dict[held.Offer, LiveStep]:
         """What peers' logs say is held, on a host that has no log."""
-        nothing = PosixStorage(prefetched.of_run(self._here.directory, self._run))
         found: dict[held.Offer, LiveStep] = {}
         read = 0
         for part in sorted(there, key=lambda part: (part.process - self._here.host) % max(self._here.hosts, 1)):
             with suppress(OrchestratorError):
-                log = newest_whole(JournalStore(JoinedStorage(nothing, log=part), "reader"))
+                log = newest_whole(log_to_read(part))
                 if log is not None:
                     found.update({held.offer(live): live for live in log.live})
                     read += 1
@@ -166,7 +172,7 @@ class Prefetch:
 
     def _whole(self, live: LiveStep, steps: HeldSteps, there: Mapping[PeerStorage, set[AttemptId]]) -> _Wanted | None:
         """A held step, if all of its files are somewhere."""
-        elsewhere = [Source("peers", part, part.url) for part, attempts in there.items() if live.id in attempts]
+        elsewhere = [Source(PEERS, part, part.url) for part, attempts in there.items() if live.id in attempts]
         try:
             manifest = steps.manifest(live, elsewhere)
         except OrchestratorError as error:
@@ -224,10 +230,12 @@ class Prefetch:
         path = prefetched.of_run(self._here.directory, self._run)
         try:
             prefetched.forget(path, but=wanted.live.id)
-            if not mine:
+            if not mine and not wanted.record:
                 return
             tier_directory.make(path)
             into = PosixStorage(path)
+            if wanted.record:
+                into.create(wanted.live.id.manifest_key, wanted.record)
             with ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="prefetch") as pool:
                 for problem in pool.map(lambda entry: self._fetch_one(wanted, entry, into), mine):
                     self._fetched.problems += [problem] if problem else []
@@ -292,7 +300,10 @@ def _names(reads: Reads, attempt: AttemptId, sizes: Mapping[str, int]) -> set[st
 
 def _pieces(source: Reads, key: str, size: int) -> Iterator[bytes]:
     """A file, from its beginning, of a peer or a store."""
-    if isinstance(source, GcsStorage):
+    if source.url.startswith("gs://"):
+        from orchestrator.storage import gcs, gcs_objects  # they take longer to import than all else
+
+        assert isinstance(source, gcs.GcsStorage)
         yield from gcs_objects.pieces(source, key)
     elif isinstance(source, PeerStorage):
         for offset in range(0, size, _PIECE_BYTES):

@@ -33,7 +33,8 @@ def forget(path: str, but: AttemptId | None = None) -> None:
         storage = PosixStorage(path)
         for attempt in survey.attempts(storage):
             if attempt != but:
-                for entry in storage.list(attempt.prefix):
-                    storage.delete(entry.key)
+                keys = [entry.key for entry in storage.list(attempt.prefix)]
+                for key in sorted(keys, key=lambda key: (key != attempt.manifest_key, key)):  # by which it is found
+                    storage.delete(key)
     except OrchestratorError as error:
         logging.warning("%s: what was fetched for a restore stays for now: %s", path, error)

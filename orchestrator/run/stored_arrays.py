@@ -17,8 +17,8 @@ from orchestrator.errors import Damaged, StorageError, Suspect, Unavailable
 from orchestrator.observe.events import Retried, emit
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.records import Box, LeafSpec
+from orchestrator.rules.restore_sources import STORE
 from orchestrator.run.checked_reads import READS
-from orchestrator.run.held_steps import STORE
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import local_path
 from orchestrator.storage.sources import Sources

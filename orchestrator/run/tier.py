@@ -19,7 +19,7 @@ from orchestrator.rules import held, journal, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import RECORD_BYTES_MAX
 from orchestrator.rules.records import FileEntry, Head, LiveStep
-from orchestrator.run import survey, tier_directory
+from orchestrator.run import prefetched, survey, tier_directory
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.port import Created, Entry, Exists, Reads, Storage
@@ -121,12 +121,13 @@ class OwnTier:
         if damaged:
             self.log = JournalStore(LogOf(self.storage), self.log.writer, run=self._run)
 
-    def follow(self, log: JournalStore) -> tuple[LiveStep, ...]:
-        """Enter what process 0's log says is held into this process's; returns it. Raises StorageError, Fenced."""
+    def follow(self, log: JournalStore) -> Head:
+        """Enter what process 0's log says is held into this process's; returns its newest entry. Raises StorageError,
+        Fenced."""
         head = log.require_head()
         here = self.attempts().keys()
         self.log.append(partial(held.follow, epoch=self._epoch, live=[one for one in head.live if one.id in here]))
-        return head.live
+        return head
 
     def live(self) -> tuple[LiveStep, ...]:
         """What its log says is held, oldest first. Raises StorageError, Damaged."""
@@ -164,14 +165,15 @@ class OwnTier:
 
 class Beside:
     """The parts on this host that none of its processes writes: copies for other hosts, and what processes of earlier
-    starts have left. own: the path of a process of this host. processes: all of them. Any thread."""
+    starts have left; not what was fetched for a restore. own: the path of a process of this host. processes: all of
+    them. Any thread."""
 
     def __init__(self, own: str, processes: Collection[int]) -> None:
         self._own, self._processes = own, frozenset(processes)
 
     def _parts(self) -> Iterator[PosixStorage]:
         for path in tier_directory.beside(self._own):
-            if tier_directory.process_of(path) not in self._processes:
+            if tier_directory.process_of(path) not in {*self._processes, prefetched.PROCESS}:
                 tier_directory.check_path(path)
                 yield PosixStorage(path)
 

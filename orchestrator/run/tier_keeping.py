@@ -6,36 +6,44 @@ first one of a host also in what lies beside.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from absl import logging
 
 from orchestrator.errors import OrchestratorError, StorageError
-from orchestrator.rules import held
+from orchestrator.rules import held, journal
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import LiveStep
-from orchestrator.run import tier_directory
+from orchestrator.rules.records import Head, LiveStep
+from orchestrator.run import prefetched, tier_directory
 from orchestrator.run.tier import Beside, OwnTier
 
 
 class Keeper:
     """What of this host's memory is freed, and when. own: this process's. beside: all else on the host, for its first
-    process; None on the others. epoch: of this incarnation. listed: what all logs said is held when it was opened."""
+    process; None on the others. epoch: of this incarnation. listed: what all logs said is held when it was opened.
+    decides: whether this is process 0, whose log it is."""
 
-    def __init__(self, own: OwnTier, beside: Beside | None, epoch: int, listed: Collection[AttemptId]) -> None:
-        self.own, self._beside, self._epoch = own, beside, epoch
+    def __init__(
+        self, own: OwnTier, beside: Beside | None, epoch: int, listed: Collection[AttemptId], *, decides: bool = False
+    ) -> None:
+        self.own, self._beside, self._epoch, self._decides = own, beside, epoch, decides
+        self._ended: set[AttemptId] = set()
         self._listed = frozenset(listed)
         self._decided: set[AttemptId] = set()
 
-    def decided(self, attempt: AttemptId, listed: Iterable[LiveStep] | None = None) -> None:
-        """An attempt of this incarnation has ended, and process 0's log lists these steps now (None: nobody knows)."""
-        if listed is not None:
-            self._decided.add(attempt)
-            now = {one.id for one in listed} | {one.id for one in self.own.live()}
-            if any(one.epoch == self._epoch for one in now):
-                self._listed = frozenset(now)
-            found = self._found()
-            self._decided = {one for one in self._decided if one in found or one == attempt}
+    def decided(self, attempt: AttemptId, log: Head) -> None:
+        """An attempt of this incarnation has ended here, and this is process 0's log since. Whether process 0 has ended
+        it, too, may not be in it yet: then it is taken for over when a later one is, as there is one at a time."""
+        is_over = journal.is_live(log, attempt) or journal.is_retired(log, attempt) or self._decides
+        self._ended.add(attempt)
+        if is_over:
+            self._decided |= self._ended
+            self._ended = set()
+        now = {one.id for one in log.live} | {one.id for one in self.own.live()}
+        if any(one.epoch == self._epoch for one in now):
+            self._listed = frozenset(now)
+        found = self._found()
+        self._decided = {one for one in self._decided if one in found or one == attempt}
 
     def _found(self) -> dict[AttemptId, int]:
         found = self.own.attempts()
@@ -44,7 +52,8 @@ class Keeper:
         return found
 
     def free(self, *, for_room: bool = False) -> None:
-        """What nobody can come back on any more. Never raises."""
+        """What nobody can come back on any more; also what was fetched for this incarnation's restore, once it has held
+        a step: then all have restored. Never raises."""
         try:
             listed = self._listed | {one.id for one in self.own.live()}
             gone = held.to_free(self._found(), listed, epoch=self._epoch, decided=self._decided, for_room=for_room)
@@ -52,6 +61,8 @@ class Keeper:
             logging.warning("%s: what is not held any more stays for now: %s", self.own.path, error)
             return
         self._drop(gone)
+        if self._beside and (for_room or any(one.epoch == self._epoch for one in listed)):
+            prefetched.forget(prefetched.beside(self.own.path))
 
     def unpin(self, attempt: AttemptId) -> None:
         """It is needed for the store no more: free it, if it has ended and is not held either. Never raises."""

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from orchestrator import environment
 from orchestrator.errors import StorageError
 from orchestrator.rules import peer_protocol
 
+_SOURCES = str(Path(__file__).parents[2])  # the server is of the version that this process has, wherever that is from
 _START_S = 30.0
 _END_S = 5.0
 _LINE_BYTES_MAX = 4096
@@ -67,6 +69,7 @@ def start(
     command += [] if run is None else [f"--run={run}"]
     command += [] if bytes_max is None else [f"--bytes_max={bytes_max}"]
     environ = {name: value for name, value in os.environ.items() if name != environment.TIER_SECRET}
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_SOURCES, environ.get("PYTHONPATH"))))
     try:
         process = subprocess.Popen(
             command,
@@ -101,9 +104,10 @@ def _line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
     """Its first line, as far as it comes in time."""
     assert process.stdout
     line, end = b"", time.monotonic() + timeout_s
-    descriptor = process.stdout.fileno()
+    descriptor, ready = process.stdout.fileno(), select.poll()  # select() knows 1024 descriptors
+    ready.register(descriptor, select.POLLIN)
     while not line.endswith(b"\n") and len(line) < _LINE_BYTES_MAX:
-        if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+        if not ready.poll(max(0.0, end - time.monotonic()) * 1000):
             break
         if not (more := os.read(descriptor, _LINE_BYTES_MAX)):
             break

@@ -60,11 +60,13 @@ _SMALL_BYTES = 256 << 10  # sent with the header
 _PAGE_ENTRIES = 10_000
 _THREADS = 8  # that list and measure files
 _TAKES_MAX = 32  # copies that arrive at the same time: each has a thread, and a further one waits
+_SWEEP_S = 60.0
 _END_S = 1.0  # for what is being sent or taken when the server ends
 _STATUS = {
     "missing": 404, "unsafe": 400, "bad": 400, "conflict": 409, "fenced": 409, "room": 507, "damaged": 422,
     "clock": 403, "secret": 403, "busy": 503,
 }  # fmt: skip
+_SERVER = {"Server": "tier"}  # strangers need not know versions
 Value = TypeVar("Value")
 
 
@@ -83,6 +85,11 @@ class Handler:
         self._sender.close()
         for pool in (self._files, self._takes, self._follow):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    async def sweep(self) -> None:
+        while True:
+            await self._in_thread(self._shelf.sweep)
+            await asyncio.sleep(_SWEEP_S)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
@@ -106,7 +113,7 @@ class Handler:
             logging.log_every_n_seconds(logging.WARNING, "%s: rejected: %s", 10, request.remote, signed.reason)
             if signed.nonce:
                 return self._failed(request, Signed(signed.nonce, 0, ""), Failure("clock", signed.reason))
-            response = web.Response(status=403, body=b"")
+            response = web.Response(status=403, body=b"", headers=_SERVER)
             response.force_close()
             return response
         try:
@@ -149,7 +156,7 @@ class Handler:
 
     def _reply(self, signed: Signed, status: int, body: bytes) -> web.Response:
         proof = peer_protocol.prove(self._secret, signed.nonce, status, len(body))
-        return web.Response(status=status, body=body, headers={peer_protocol.PROOF: proof})
+        return web.Response(status=status, body=body, headers={peer_protocol.PROOF: proof, **_SERVER})
 
     def _failed(self, request: web.BaseRequest, signed: Signed, failure: Failure) -> web.Response:
         body = peer_protocol.encode(failure)
@@ -160,7 +167,7 @@ class Handler:
 
     def _begun(self, signed: Signed, status: int, length: int | None) -> web.StreamResponse:
         proof = peer_protocol.prove(self._secret, signed.nonce, status, length)
-        response = web.StreamResponse(status=status, headers={peer_protocol.PROOF: proof})
+        response = web.StreamResponse(status=status, headers={peer_protocol.PROOF: proof, **_SERVER})
         response.content_type = "application/octet-stream"
         response.content_length = length
         return response
@@ -320,7 +327,7 @@ async def serving(
         handler,
         access_log=None,
         auto_decompress=False,
-        keepalive_timeout=idle_s,
+        keepalive_timeout=3600.0,  # ours ends them: not all of its versions look at those that send a header slowly
         lingering_time=2.0,
         read_bufsize=_PIECE_BYTES,
     )
@@ -412,7 +419,9 @@ async def _serve(handler: Handler, listening: socket.socket, detached: bool) -> 
     async with serving(handler, listening):
         print(json.dumps({"address": address, "pid": os.getpid()}), flush=True)
         logging.info("tier server at %s", address)
+        sweeping = asyncio.create_task(handler.sweep())
         why = await _until_told(detached)
+        sweeping.cancel()
         logging.info("tier server at %s ends: %s", address, why)
     handler.close()
 

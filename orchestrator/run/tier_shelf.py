@@ -11,13 +11,14 @@ import contextlib
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import crc32c
 from absl import logging
 
-from orchestrator.errors import Damaged, StorageError, Unavailable, UsageError
+from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, UsageError
 from orchestrator.rules import keys, peer_protocol
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.peer_protocol import Failure, Target
@@ -28,6 +29,7 @@ from orchestrator.storage import PosixStorage
 from orchestrator.storage.directory import storage_error
 from orchestrator.storage.port import Exists
 
+_STALE_S = 120.0  # four times as long as a sender may say nothing
 _EPOCH = re.compile(r"epoch-([0-9]{4,18})")
 
 
@@ -69,6 +71,23 @@ class Shelf:
         except OSError as error:
             raise storage_error("make the tier's directory", self.base, error) from error
         tier_directory.check(self.base)
+
+    def sweep(self, older_s: float = _STALE_S) -> None:
+        """Free what a server that was killed has left of copies on their way: they have no name, and nobody has written
+        to them for a while. Only where no process of this host writes. Never raises."""
+        with contextlib.suppress(OSError):
+            runs = [self._run] if self._run else os.listdir(self.base)
+            for path in [path for run in runs for path in self._directories(os.path.join(self.base, run))]:
+                with contextlib.suppress(OSError, OrchestratorError):
+                    tier_directory.check(path)
+                    if not os.path.lexists(os.path.join(path, keys.JOURNAL)):
+                        self._sweep(PosixStorage(path), time.time() - older_s)
+
+    def _sweep(self, part: PosixStorage, before_s: float) -> None:
+        with part.root.directory(keys.TEMPORARY) as folder:
+            for name in os.listdir(folder):
+                if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime < before_s:
+                    os.unlink(name, dir_fd=folder)
 
     # Reading.
 
@@ -212,7 +231,7 @@ class Shelf:
             )
             if isinstance(outcome, Exists):
                 if not self._is_here(copy):
-                    raise AssertionError("unreachable")
+                    raise Rejected("busy", "somebody else has brought it, and it was freed at the same time")
                 return False
             part.make_durable(
                 [copy.target.key], {copy.target.key: FileEntry(path="", bytes=copy.bytes, crc32c=copy.crc32c)}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import BinaryIO
@@ -27,6 +28,8 @@ from orchestrator.storage.directory import again_if_pruned, reason, root_at, sto
 from orchestrator.storage.port import Created, Entry, Exists, TooLarge, checked_size
 
 _SYNC_THREADS = 8
+_LITTLE_BYTES = 1 << 20  # of all files that are synced together
+_QUICK_S = 0.003  # for a sync
 _STALE_S = 3600.0
 _PIECE_BYTES = 8 << 20  # of a file that is copied
 _MISSING = (FileNotFoundError, NotADirectoryError)
@@ -245,14 +248,12 @@ class PosixStorage:
             self._path(key)
         self.root.check()
         directories = _above({key.rpartition("/")[0] for key in listed})
-        # All at once: file systems with a journal commit once for many. Durable is what is named when all are done.
-        with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync") as pool:
-            files = [pool.submit(self._make_durable, key, counted.get(key)) for key in listed]
-            directory_syncs = [pool.submit(self._sync_named, directory) for directory in directories]
-            durable = tuple(future.result() for future in files)
-            for future in directory_syncs:
-                future.result()
-        return durable
+        files = [partial(self._make_durable, key, counted.get(key)) for key in listed]
+        folders = [partial(self._sync_named, directory) for directory in directories]
+        # Durable is what is named when all are done.
+        little = all(key in counted for key in listed) and sum(one.bytes for one in counted.values()) <= _LITTLE_BYTES
+        results = _all_of([*files, *folders], one_by_one=little)
+        return tuple(one for one in results if one is not None)
 
     def _make_durable(self, key: str, known: FileEntry | None) -> FileEntry:
         try:
@@ -278,6 +279,20 @@ class PosixStorage:
 
     def _path(self, key: str) -> str:
         return self.root.shown(check_key(key, self.url))
+
+
+def _all_of(calls: Sequence[Callable[[], FileEntry | None]], *, one_by_one: bool) -> list[FileEntry | None]:
+    """What the calls return, in order. All at once: file systems with a journal commit once for many. `one_by_one`: on
+    this thread, until one takes long: beside a busy interpreter a thread costs more than a quick sync."""
+    done: list[FileEntry | None] = []
+    while one_by_one and len(done) < len(calls):
+        began_s = time.monotonic()
+        done.append(calls[len(done)]())
+        one_by_one = time.monotonic() - began_s <= _QUICK_S
+    if len(done) < len(calls):
+        with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync") as pool:
+            done += pool.map(lambda call: call(), calls[len(done) :])
+    return done
 
 
 def _pieces(source: str) -> Iterator[bytes]:

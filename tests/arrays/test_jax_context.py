@@ -241,6 +241,7 @@ CALLED_INSIDE = {
     "arrays.writing.warm_up": "_try page_lock",
     "arrays.writing.write": "_host_bytes",
     "arrays.writing.write_plan": "as_stored",
+    "job.collectives": "__init__ _total",
 }
 # Functions that read the settings of the program itself.
 OUTSIDE_ON_PURPOSE = {

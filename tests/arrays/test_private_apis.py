@@ -217,7 +217,7 @@ def two_processes() -> list[dict[str, Any]]:
     return [json.loads(line) for line in last_lines]
 
 
-def test_two_processes_agree_through_multihost_utils_and_signal_through_the_service(
+def test_two_processes_agree_through_collectives_and_signal_through_the_service(
     two_processes: list[dict[str, Any]],
 ) -> None:
     for said in two_processes:
@@ -264,8 +264,6 @@ def test_gloo_is_made_by_a_function_that_takes_an_address() -> None:
 
 
 def test_multihost_utils_takes_what_we_give_it() -> None:
-    assert multihost_utils.broadcast_one_to_all(np.int32(7)) == 7
-    assert np.asarray(multihost_utils.process_allgather(np.arange(2, dtype=np.uint8))).ravel().tolist() == [0, 1]
     assert len(parameters(multihost_utils.reached_preemption_sync_point)) == 1
 
 

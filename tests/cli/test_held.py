@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.main import main
+from orchestrator.rules import keys
+from orchestrator.rules.codec import encode
+from orchestrator.rules.placement import PlacedHost, Placement
+from orchestrator.rules.records import FORMAT
 from tests.support.runs import LIKE
-from tests.support.tiers import agent, crash, crashed_at_14, held_dir, train
+from tests.support.tiers import SomeHosts, agent, crash, crashed_at_14, held_dir, train
 
 
 @pytest.fixture
@@ -56,3 +60,60 @@ def test_where_no_tier_is_nothing_is_said_of_it(
     monkeypatch.setenv("ORCHESTRATOR_TIER_DIR", str(crashed.parent / "elsewhere"))
     text, held = said("ls", crashed, capsys)
     assert held == [] and "held" not in text
+
+
+PLACED = Placement(
+    format=FORMAT,
+    epoch=1,
+    time=1.0,
+    asked="slice",
+    copies_asked=1,
+    level="slice",
+    hosts=(PlacedHost("vm-a", (0,), (1,), slice="s0"), PlacedHost("vm-b", (1,), (0,), slice="s1")),
+)
+
+
+@pytest.mark.parametrize("command", ["ls", "watch"])
+def test_steps_of_several_hosts_are_shown_with_their_copies_and_what_may_be_lost(
+    command: str, crashed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts = SomeHosts(crashed, tmp_path / "hosts", 2)
+    hosts.files[keys.PLACEMENT] = encode(PLACED)
+    hosts.place(0, 0, lambda name: "/state/ocdbt" not in name)
+    monkeypatch.setenv("ORCHESTRATOR_TIER_DIR", str(hosts.tier(0)))
+    text, held = said(command, crashed, capsys)
+    assert [(one["hosts"], one["copies"], one["survives"], one["parts"]) for one in held] == [
+        (["vm-a", "vm-b"], 1, "any one slice", [])
+    ] * 2
+    assert "is missing" in held[0]["problem"], "of this machine alone"
+    line = next(line for line in text.splitlines() if "step 14 held" in line)
+    assert "on vm-a, vm-b, 1 copy; may be lost: any one slice; a restart of these hosts takes it" in line
+
+    hosts.place(0, 1, lambda name: "/state/ocdbt" in name)  # the copy
+    assert said(command, crashed, capsys)[1][0]["problem"] == ""
+
+
+def planned(root: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[str, Any]:
+    capsys.readouterr()
+    main(["orchestrator", "plan", str(root), *flags])
+    text = capsys.readouterr().out
+    main(["orchestrator", "plan", str(root), *flags, "--json"])
+    return text, json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_foretells_where_the_bytes_of_a_restart_come_from(
+    crashed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, plan = planned(crashed, capsys)
+    assert (plan["step"], plan["sources"]) == (14, {"memory": plan["read_bytes"]}) and "from memory" in text
+    assert planned(crashed, capsys, "--step=12")[1]["step"] == 12
+    _, plan = planned(crashed, capsys, "--step=10")
+    assert (plan["step"], plan["sources"]) == (10, {"store": plan["read_bytes"]})
+
+    hosts = SomeHosts(crashed, tmp_path / "hosts", 2)
+    hosts.files[keys.PLACEMENT] = encode(PLACED)
+    hosts.place(0, 0, lambda name: "/state/ocdbt" not in name)
+    hosts.place(1, 0, lambda name: "/state/ocdbt" in name)
+    monkeypatch.setenv("ORCHESTRATOR_TIER_DIR", str(hosts.tier(0)))
+    _, plan = planned(crashed, capsys, "--mesh=data=2", "--processes=2")
+    assert [host["sources"] for host in plan["hosts"]] == [{"memory": 2048}] * 2, "each host has a copy"

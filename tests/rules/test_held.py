@@ -129,6 +129,43 @@ def test_another_processs_log_follows_process_0s() -> None:
     assert again.live == tuple(steps) and again.retired == ()
 
 
+@pytest.mark.parametrize(
+    ("own", "process_0", "kept", "retired"),
+    [
+        ([(1, 20), (1, 40)], [(1, 40), (1, 60)], [(1, 40), (1, 60)], [20]),
+        ([(1, 20), (1, 40)], [], [(1, 20), (1, 40)], []),  # it has lost its log with its host
+        ([(2, 60), (2, 80)], [(1, 40)], [(1, 40), (2, 60), (2, 80)], []),  # its host was away
+        ([(2, 60), (2, 80)], [(3, 70)], [(3, 70)], [60, 80]),  # a newer start has held one
+        ([(2, 40)], [(1, 20), (1, 40)], [(1, 20), (2, 40)], []),  # a log has each step once
+    ],
+)
+def test_a_log_that_follows_keeps_what_is_newer_than_process_0s_newest(
+    own: list[tuple[int, int]], process_0: list[tuple[int, int]], kept: list[tuple[int, int]], retired: list[int]
+) -> None:
+    def steps(pairs: list[tuple[int, int]]) -> list[Any]:
+        return [live(step, named(epoch, step).name) for epoch, step in pairs]
+
+    log = head(*steps(own), epoch=3)
+    followed: Any = held.follow(log, stamp(), epoch=3, live=steps(process_0)) or log
+    assert [one.id for one in followed.live] == [named(*pair) for pair in kept]
+    assert [one.step for one in followed.retired] == retired
+
+
+@given(st.sets(attempts), st.sets(attempts), st.integers(1, 4), st.sets(attempts), st.booleans())
+def test_freed_is_never_what_may_still_be_the_newest_whole_step_of_somebody(
+    found: set[AttemptId], listed: set[AttemptId], epoch: int, decided: set[AttemptId], for_room: bool
+) -> None:
+    gone = set(held.to_free(found, listed, epoch=epoch, decided=decided, for_room=for_room))
+    newest = max(map(held.rank, listed), default=(-1, -1, -1))
+    assert gone <= found - listed
+    for one in gone:
+        assert one.epoch <= epoch  # a newer start's is not an older one's to free
+        assert one.epoch < epoch or one in decided  # another host may be ahead by one
+        assert one.epoch == epoch or held.rank(one) < newest or for_room
+    if any(one.epoch == epoch for one in listed):  # from the first held step on, nothing of older starts is left
+        assert all(one.epoch >= epoch or one in listed for one in found - gone)
+
+
 def test_released_steps_may_be_freed_and_are_offered_no_more() -> None:
     log = head(live(20), live(40), epoch=1)
     released: Any = held.release(log, stamp(), epoch=1, attempts={live(20).id}, reason="room")

@@ -285,6 +285,16 @@ def test_intents_of_one_tree_share_it_and_a_changed_one_is_its_own() -> None:
     assert [found.path for found in other.tree.leaves] == [("a",), ("c",)]
 
 
+def test_receipts_of_one_form_share_their_regions_and_a_changed_one_has_its_own() -> None:
+    regions = {"a": (box((0, 4)),)}
+    one, again = (decode(encode(receipt(number, boxes=regions)), Receipt, WHERE) for number in (1, 2))
+    assert one.boxes is again.boxes and one.boxes == regions and (one.process, again.process) == (1, 2)
+    for boxes in ({}, {"a": (box((4, 8)),)}):
+        record = receipt(1, boxes=boxes)
+        assert decode(encode(record), Receipt, WHERE).boxes == boxes
+        assert encode(record).startswith(msgspec.json.encode(record)[:-1])
+
+
 def test_a_tree_that_is_no_tree_is_damage_whatever_was_decoded_before() -> None:
     body = msgspec.json.encode(intent(leaf("a")))[:-1].replace(b'"kind":"array"', b'"kind":5')
     data = body + b',"crc32c":"' + crc32c(body).encode() + b'"}\n'

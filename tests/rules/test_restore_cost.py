@@ -110,7 +110,7 @@ def test_every_process_needs_the_boxes_that_jax_gives_its_devices(axes: dict[str
     for name, spec in SPECS.items():
         array = jax.device_put(np.zeros((64, 128), np.float32), NamedSharding(mesh_of(MESHES[0]), spec))
         (leaf,) = flatten({name: array}).spec.leaves
-        got = list(restore_cost._boxes_by_process(leaf, restore_cost.partition(leaf), Target(axes, processes)))
+        got = list(restore_cost.boxes_by_process(leaf, restore_cost.partition(leaf), Target(axes, processes)))
         indices = on(mesh, spec).devices_indices_map((64, 128))
         wanted: list[set[Box]] = [set() for _ in range(processes)]
         for place, device in enumerate(mesh.devices.flat):

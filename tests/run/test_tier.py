@@ -46,8 +46,8 @@ def hold(tier: OwnTier, step: int, size: int = 1000, epoch: int = 1) -> AttemptI
     return attempt
 
 
-def keeper(tier: OwnTier, epoch: int = 1, *processes: int, listed: tuple[AttemptId, ...] = ()) -> Keeper:
-    return Keeper(tier, Beside(tier.path, {0, *processes}), epoch, listed)
+def keeper(tier: OwnTier, epoch: int = 1, *, listed: tuple[AttemptId, ...] = (), decides: bool = False) -> Keeper:
+    return Keeper(tier, Beside(tier.path, {0}), epoch, listed, decides=decides)
 
 
 def steps(tier: OwnTier) -> list[int]:
@@ -253,14 +253,18 @@ def test_copies_of_what_is_held_no_more_are_freed_and_those_of_the_next_step_are
     keeping = keeper(tier)
     keeping.free()
     assert set(copies.attempts()) == {*held, aborted, ahead}  # nothing has ended here yet, as far as it knows
-    keeping.decided(aborted, tier.live())
+    keeping.decided(aborted, tier.log.require_head())
+    keeping.free()
+    assert aborted in copies.attempts()  # process 0 has not said so: it may commit it yet
+    keeping.decided(held[-1], tier.log.require_head())  # one at a time
     keeping.free()
     assert set(copies.attempts()) == {*held, ahead}
     keeping.release(held[:1], "retention")
     assert set(copies.attempts()) == {*held[1:], ahead} and set(tier.attempts()) == set(held[1:])
-    keeping.decided(ahead, None)  # process 0 does not answer: it may have committed it
-    keeping.free()
-    assert ahead in copies.attempts()
+    deciding = keeper(tier, decides=True)
+    deciding.decided(ahead, tier.log.require_head())
+    deciding.free()
+    assert set(copies.attempts()) == set(held[1:])
 
 
 def test_what_processes_held_that_the_job_has_no_more_of_is_freed_once_it_is_superseded(path: Path) -> None:
@@ -273,7 +277,7 @@ def test_what_processes_held_that_the_job_has_no_more_of_is_freed_once_it_is_sup
     assert len(list(path.parent.glob("*/steps/00000020"))) == 3
     newer = hold(tier, 40, epoch=2)
     tier.release([kept], "retention")
-    keeping.decided(newer, tier.live())
+    keeping.decided(newer, tier.log.require_head())
     keeping.free()
     assert list(path.parent.glob("*/steps/00000020")) == []
 

@@ -59,7 +59,7 @@ def test_a_file_is_read_into_a_buffer_from_any_place_as_preadv_does(hosts: tuple
 
 
 def test_parts_are_listed_by_process_and_attempt(tmp_path: Path) -> None:
-    with host(tmp_path / "c") as one:
+    with in_thread(tmp_path / "c") as one:
         assert one.peer.parts() == {}
         one.put(3, FILE, b"x")
         one.put(3, AttemptId.of(10, 1, 2).key("a"), b"x")
@@ -97,7 +97,7 @@ def test_what_cannot_be_sent_says_whom_what_and_why(hosts: tuple[Host, Host], ke
 
 
 def test_a_copy_of_an_older_epoch_is_rejected_once_a_newer_one_was_announced(tmp_path: Path) -> None:
-    with host(tmp_path / "a") as a, host(tmp_path / "b") as b:
+    with in_thread(tmp_path / "a") as a, in_thread(tmp_path / "b") as b:
         for name in ("0", "1"):
             a.put(0, ATTEMPT.key(name), b"x")
         a.peer.send(0, [ATTEMPT.key("0")], [b.address])
@@ -208,6 +208,19 @@ def test_whatever_answers_wrongly_is_one_bounded_error_that_names_it(
         assert len(there.requests) == 1  # it was no kept connection: it is not asked again
 
 
+def test_a_peer_that_stalls_is_given_up_long_before_all_of_its_answer_would_be_late() -> None:
+    def behave(raw: socket.socket, request: bytes) -> bool:
+        raw.sendall(answer(request, 206, 16 << 20) + bytes(1000))
+        return says_nothing(raw, request)
+
+    with fake(behave) as there:
+        part = Peer(there.address, SECRET, RUN, deadline_s=0.3).part(1)
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match=r"no byte for 0\.3 s"):
+            part.read_into(FILE, 0, memoryview(bytearray(16 << 20)))
+        assert time.monotonic() - began < 60  # 256 s are allowed for 16 MiB
+
+
 def test_a_peer_that_moves_slowly_is_waited_for_longer_than_it_may_say_nothing() -> None:
     size = 1_000_000
 
@@ -275,30 +288,18 @@ def test_what_is_sent_to_a_server_that_misbehaves_is_an_error_that_names_it(
     behave: Callable[[socket.socket, bytes], bool], text: str, tmp_path: Path
 ) -> None:
     """Also while it has taken a part of the body only: 4 MiB do not fit into the buffers of a connection."""
-    with fake(behave) as there, in_thread(tmp_path / "a") as own:
-        path = own.base / RUN / "process-00001" / FILE
-        path.parent.mkdir(parents=True)
-        for each in (own.base / RUN, own.base / RUN / "process-00001"):
-            each.chmod(0o700)
-        path.write_bytes(bytes(32 << 20))
-        peer = Peer(own.address, SECRET, RUN, deadline_s=5)
+    with fake(behave) as there, in_thread(tmp_path / "a", stall_s=1.0) as own:
+        own.put(1, FILE, bytes(32 << 20))
         with pytest.raises(StorageError, match=text) as caught:
-            peer.send(1, [FILE], [there.address])
+            own.peer.send(1, [FILE], [there.address])
         assert there.address in str(caught.value) and FILE in str(caught.value)
-        peer.close()
 
 
 def test_a_limit_below_the_slowest_rate_is_kept_and_is_no_stall(tmp_path: Path) -> None:
-    with in_thread(tmp_path / "a") as a, in_thread(tmp_path / "b") as b:
-        path = a.base / RUN / "process-00001" / FILE
-        path.parent.mkdir(parents=True)
-        for each in (a.base / RUN, a.base / RUN / "process-00001"):
-            each.chmod(0o700)
-        path.write_bytes(bytes(40_000))
-        peer = Peer(a.address, SECRET, RUN, deadline_s=5)
-        peer.send(1, [FILE], [b.address], bytes_per_s=30_000)  # 64 KiB/s and 0.4 s would be over before
-        assert (b.base / RUN / "process-00001" / FILE).stat().st_size == 40_000
-        peer.close()
+    with in_thread(tmp_path / "a") as a, in_thread(tmp_path / "b", stall_s=1.0) as b:
+        a.put(1, FILE, bytes(80_000))
+        a.peer.send(1, [FILE], [b.address], bytes_per_s=30_000)  # at 64 KiB/s it would be late after 2.2 s
+        assert b.peer.part(1).size(FILE) == 80_000
 
 
 def test_copies_take_no_more_of_the_network_than_they_may(hosts: tuple[Host, Host], key: str) -> None:

@@ -54,8 +54,8 @@ def launched(flags: list[str], script: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate(timeout=DEADLINE_S)
 
 
-def eventually(holds: Callable[[], bool]) -> bool:
-    give_up = time.monotonic() + DEADLINE_S
+def eventually(holds: Callable[[], bool], deadline_s: float = DEADLINE_S) -> bool:
+    give_up = time.monotonic() + deadline_s
     while time.monotonic() < give_up:
         if holds():
             return True

@@ -30,16 +30,12 @@ RUN = "0123456789abcdef"
 SECRET = bytes(range(32))
 
 
-class Host:
-    """A host of a job: its tier's base directory, and the server for it."""
+class Place:
+    """A host's tier: its base directory, and the server for it, as another host reaches it."""
 
-    def __init__(self, base: Path, server: TierServer) -> None:
-        self.base, self.server = base, server
-        self.peer = Peer(server.address, SECRET, RUN, deadline_s=10)
-
-    @property
-    def address(self) -> str:
-        return self.server.address
+    def __init__(self, base: Path, address: str) -> None:
+        self.base, self.address = base, address
+        self.peer = Peer(address, SECRET, RUN, deadline_s=10)
 
     def part(self, process: int, run: str = RUN) -> Path:
         """The directory of a part, made."""
@@ -53,6 +49,14 @@ class Host:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
         return path
+
+
+class Host(Place):
+    """One whose server is a program of its own."""
+
+    def __init__(self, base: Path, server: TierServer) -> None:
+        super().__init__(base, server.address)
+        self.server = server
 
 
 @contextmanager
@@ -69,17 +73,17 @@ def host(folder: Path, **options: Any) -> Iterator[Host]:
         server.close()
 
 
-class InThread:
-    """A tier server in this process, on a thread of its own, whose bounds are short enough to be met."""
+class InThread(Place):
+    """One whose server is a thread of this process, with bounds of the test's choice."""
 
     def __init__(self, folder: Path, stall_s: float, idle_s: float, connections_max: int, **options: Any) -> None:
-        self.base = folder / f"orchestrator-{os.getuid()}"
-        shelf = Shelf(str(self.base), **options)
+        base = folder / f"orchestrator-{os.getuid()}"
+        shelf = Shelf(str(base), **options)
         shelf.prepare()
         self._handler = tier_server.Handler(shelf, SECRET, stall_s)
         self._listening = tier_server.listen("127.0.0.1:0")
         self.port = int(self._listening.getsockname()[1])
-        self.address = f"127.0.0.1:{self.port}"
+        super().__init__(base, f"127.0.0.1:{self.port}")
         self._loop = asyncio.new_event_loop()
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(idle_s, connections_max), name="tier server")
@@ -94,6 +98,7 @@ class InThread:
         self._loop.close()
 
     def close(self) -> None:
+        self.peer.close()
         self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join(20)
         self._handler.close()
@@ -101,7 +106,7 @@ class InThread:
 
 @contextmanager
 def in_thread(
-    folder: Path, stall_s: float = 0.4, idle_s: float = 0.4, connections_max: int = 8, **options: Any
+    folder: Path, stall_s: float = 5.0, idle_s: float = 5.0, connections_max: int = 8, **options: Any
 ) -> Iterator[InThread]:
     folder.mkdir(exist_ok=True)
     made = InThread(folder, stall_s, idle_s, connections_max, **options)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,10 +60,11 @@ class Together:
     def __init__(self, count: int) -> None:
         self.count, self.messages = count, [None] * count
         self.barrier = threading.Barrier(count, timeout=60)
+        self.members = [Member(self, process) for process in range(count)]
 
     def each(self, call: Callable[[Any], Value]) -> list[Value]:
         with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(lambda process: call(Member(self, process)), range(self.count)))
+            return list(pool.map(call, self.members))
 
 
 class Member(SingleProcess):
@@ -115,15 +117,23 @@ class SomeHosts:
         return placed
 
     def restore(self, count: int = 0, **options: Any) -> list[Any]:
-        """On `count` processes, one on each host. The servers are ended."""
-        job = Together(count or self.count)
+        """On `count` processes, one on each host, with servers of their own."""
+        with self.servers(Together(count or self.count)) as job:
+            return self.restore_with(job, **options)
 
+    def restore_with(self, job: Together, **options: Any) -> list[Any]:
         def restore(me: Member) -> Any:
+            asked = RestoreOptions(60.0, record=False, **options)
             memory = oc.memory(directory=self.tier(me.process))
-            try:
-                asked = RestoreOptions(30.0, record=False, **options)
-                return restore_together(store_of(self.root), me, None, asked, None, memory)
-            finally:
-                tier_hosts.left(me)
+            return restore_together(store_of(self.root), me, None, asked, None, memory)
 
         return job.each(restore)
+
+    @contextmanager
+    def servers(self, job: Together) -> Iterator[Together]:
+        """The servers that the first restore of this job starts are ended with the context."""
+        try:
+            yield job
+        finally:
+            for me in job.members:
+                tier_hosts.left(me)

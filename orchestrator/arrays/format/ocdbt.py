@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from orchestrator.errors import Damaged
 from orchestrator.rules.chunk_index import Chunk, Location
+from orchestrator.rules.kept import kept
 from orchestrator.rules.keys import STORE
 
 MANIFEST = STORE
@@ -101,13 +102,14 @@ def encode_columns(
     nodes: list[bytes] = []
     leaves: list[_Summary] = []
     inline_before = 0
+    keyed = _kept_key_columns(keys) if isinstance(keys, tuple) else _key_columns(keys)
     for first in range(0, len(keys), _NODE_ENTRIES):
         rows = slice(first, first + _NODE_ENTRIES)
         files, sizes = values.files[rows], values.sizes[rows]
         inline = values.inline[inline_before : inline_before + int(np.sum(files < 0))]
         inline_before += len(inline)
         part = Columns(values.paths, files, values.offsets[rows], sizes, inline)
-        body = _leaf(keys[rows], part)
+        body = _leaf(keyed[len(leaves)], part)
         indirect = int(np.sum(sizes[files >= 0]))
         leaves.append(_Summary(keys[first], (path, offset, len(body)), len(files), len(body), indirect))
         nodes.append(body)
@@ -137,14 +139,23 @@ def _manifest(root: _Summary, height: int, uuid: bytes, time_ns: int) -> bytes:
     )
 
 
-def _leaf(keys: Sequence[bytes], values: Columns) -> bytes:
+def _key_columns(keys: Sequence[bytes]) -> list[tuple[bytes, bytes, bytes]]:
+    """Of each leaf."""
+    return [_keys(keys[first : first + _NODE_ENTRIES]) for first in range(0, len(keys), _NODE_ENTRIES)]
+
+
+# All saves of a form have the same.
+_kept_key_columns: Callable[[tuple[bytes, ...]], list[tuple[bytes, bytes, bytes]]] = kept(_key_columns)
+
+
+def _leaf(keys: tuple[bytes, bytes, bytes], values: Columns) -> bytes:
     in_file = values.files >= 0
     numbers, files = np.unique(values.files[in_file], return_inverse=True)  # the node has a table of its own
     parts = [
         b"\0",
         _file_table([values.paths[number] for number in numbers.tolist()]),
-        _varints([len(keys)]),
-        *_keys(keys),
+        _varints([len(values.sizes)]),
+        *keys,
         _varints(values.sizes),
         in_file.tobytes(),
         _varints(files),

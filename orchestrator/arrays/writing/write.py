@@ -13,7 +13,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -238,8 +238,8 @@ class PendingWrite:
     # What it has done, for the receipt.
 
     @property
-    def boxes(self) -> Mapping[str, tuple[Box, ...]]:
-        """Leaf name -> regions that this process writes."""
+    def boxes(self) -> dict[str, tuple[Box, ...]]:
+        """Leaf name -> regions that this process writes. Not to be changed: the same for all writes of a form."""
         return self._plan.boxes
 
     @property

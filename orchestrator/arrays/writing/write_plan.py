@@ -30,6 +30,7 @@ from orchestrator.arrays.tree import Flat, Form, tree_path
 from orchestrator.rules import holders, zarr_chunks
 from orchestrator.rules.boxes import box_of, shape_of, slices_in, volume, whole_box
 from orchestrator.rules.dtypes import ITEM_BYTES
+from orchestrator.rules.kept import kept
 from orchestrator.rules.records import Box, Held, LeafSpec
 
 _CHECKSUM = {"name": "crc32c"}
@@ -91,13 +92,13 @@ def _stored(leaf: LeafSpec) -> np.dtype[Any]:
 class KeyOrder:
     """Keys of a store as bytes, sorted, and the row of each."""
 
-    raw: Sequence[bytes]
+    raw: tuple[bytes, ...]
     rows: Mapping[str, int]
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> KeyOrder:
         pairs = sorted(((key.encode(), key) for key in keys), key=lambda pair: pair[0])
-        return cls([raw for raw, _ in pairs], {key: row for row, (_, key) in enumerate(pairs)})
+        return cls(tuple(raw for raw, _ in pairs), {key: row for row, (_, key) in enumerate(pairs)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +167,7 @@ class Plan:
         return sum(plan.chunk_bytes * len(pieces) for plan in self.leaves for _, pieces in plan.shards)
 
     @functools.cached_property
-    def boxes(self) -> Mapping[str, tuple[Box, ...]]:
+    def boxes(self) -> dict[str, tuple[Box, ...]]:
         """Leaf name -> regions that this process writes."""
         return {plan.leaf.name: plan.boxes for plan in self.leaves if plan.boxes and plan.leaf.in_store}
 
@@ -222,7 +223,7 @@ def _new_plan(flat: Flat, process: int, compression: bool, held: tuple[Held, ...
     leaves, layouts, own = flat.spec.leaves, _Layouts(), list[tuple[int, Held]]()
     runs: list[Held | None] = [None] * len(leaves)
     if held:
-        seen = views(flat)
+        seen = views(flat.form)
         holders.check_views(held, leaves, seen, process)
         runs = [*holders.each_of(held)]
         own = [
@@ -313,9 +314,13 @@ class _Expected:
         return found
 
 
-def views(flat: Flat) -> list[holders.View]:
+@kept
+def views(form: Form) -> list[holders.View]:
     """How this process sees each leaf: the processes on whose devices it is; None where it is not an array of JAX."""
-    return [_holders(value.sharding) if isinstance(value, jax.Array) else None for value in flat.values]
+    found: list[holders.View] = [None] * len(form.leaves)
+    for number, (_, sharding) in zip(form.arrays, form.shardings, strict=True):
+        found[number] = _holders(sharding)
+    return found
 
 
 @functools.lru_cache(maxsize=256)
