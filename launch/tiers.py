@@ -53,8 +53,11 @@ def machines(hosts: int, before: Sequence[int], lost: Sequence[int]) -> tuple[in
     return (*before, *(next(more) for _ in range(hosts - len(before))))
 
 
-def domain(machine: int, hosts: int, domains: int) -> str:
-    """Of `hosts` machines, those of a domain are neighbours, as in a rack. Pure."""
+def domain(machine: int, hosts: int, domains: int | None) -> str:
+    """What a machine of `hosts` is lost with: itself, or its domain, of neighbours, as in a rack. One word is whichever
+    domain the program asks for. Pure."""
+    if domains is None:
+        return f"node=host-{machine}"
     return f"domain-{min(machine * domains // hosts, domains - 1)}"
 
 
@@ -133,15 +136,13 @@ class HostTiers:
             return {}
         machine = self._machines[process]
         idle = sorted(set(self._servers) - set(self._machines))
-        found = {
+        return {
             contract.TIER_DIR: str(self._path(machine)),
             contract.TIER_SECRET: self._secret,
             contract.TIER_SERVER: self._servers.address(machine),
             contract.TIER_PEERS: ",".join(self._servers.address(one) for one in (*self._machines, *idle)),
+            contract.DOMAIN: domain(machine, self._hosts, self._options.domains),
         }
-        if self._options.domains is not None:
-            found[contract.DOMAIN] = domain(machine, self._hosts, self._options.domains)
-        return found
 
     def may_hold(self, restarts: int) -> bool:
         """Whether there may be something in the tiers, or in the store, before the hosts of this start write it."""

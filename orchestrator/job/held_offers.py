@@ -8,6 +8,7 @@ thread; `find` is a collective.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.rounds import gather
 from orchestrator.job.tier_hosts import TierHosts
 from orchestrator.job.tier_rounds import KnownStep, OfferedPart, OfferedStep
-from orchestrator.rules import held, held_files
+from orchestrator.rules import held, held_files, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
 from orchestrator.rules.records import LiveStep
@@ -55,13 +56,16 @@ class Found:
 
 
 class HeldOffers:
-    """What the hosts of a job tell. `hosts`: as they have met. `steps`: what is on this one."""
+    """What the hosts of a job tell. `hosts`: as they have met. `steps`: what is on this one. `store`: the run's."""
 
-    def __init__(self, hosts: TierHosts, steps: HeldSteps, rendezvous: Rendezvous, timeout_s: float) -> None:
-        self._hosts, self._steps = hosts, steps
+    def __init__(
+        self, hosts: TierHosts, steps: HeldSteps, store: Source, rendezvous: Rendezvous, timeout_s: float
+    ) -> None:
+        self._hosts, self._steps, self._store = hosts, steps, store
         self._rendezvous, self._timeout_s = rendezvous, timeout_s
         self._sources: dict[tuple[int, int], Source] = {}
         self._wrong: dict[Offer, list[Wrong]] = {}
+        self._manifests: Mapping[Offer, Sequence[tuple[int, int]]] = {}
         # Hosts without a process of this job have the numbers after the last that has one.
         self._bystanders = dict(enumerate(hosts.bystanders, len(hosts.hosts)))
 
@@ -69,11 +73,13 @@ class HeldOffers:
         """Of the steps that are wanted, and of `committed` ones: where their files are. A collective."""
         speaks_for = self._speaks_for()
         known = gather(self._rendezvous, tier_rounds.KNOWN, _known(speaks_for, committed), self._timeout_s)
-        lives, manifests = _asked(known, committed, wanted)
+        lives, self._manifests = _asked(known, committed, wanted)
+        saved = {_offer(one) for one in committed}
         mine = tuple(
-            self._offered(host, steps, live, manifests.get(offer, ()))
+            self._offered(host, steps, live, self._elsewhere(host, offer), offer in saved)
             for offer, live in lives.items()
             for host, steps in speaks_for.items()
+            if steps.has(live)
         )
         offered = gather(self._rendezvous, tier_rounds.OFFERS, mine, self._timeout_s)
         found = {offer: self._found(live, offer, offered) for offer, live in lives.items()}
@@ -97,12 +103,13 @@ class HeldOffers:
         return found
 
     def _offered(
-        self, host: int, steps: HeldSteps, live: LiveStep, manifests: Sequence[tuple[int, int]]
+        self, host: int, steps: HeldSteps, live: LiveStep, elsewhere: Sequence[Source], is_saved: bool
     ) -> OfferedStep:
-        """What a host has of a step. manifests: where that is, if it is not there."""
+        """What a host has of a step. elsewhere: where its manifest is, if it is not there; of one that `is_saved`, in
+        the store."""
         told = OfferedStep(live.step, live.attempt, live.manifest_crc32c)
         try:
-            manifest = steps.manifest(live, self._elsewhere(host, manifests))
+            manifest = steps.manifest(live, [*elsewhere, self._store] if is_saved else elsewhere)
             files, wrong = steps.files(live, manifest)
         except OrchestratorError as error:
             return msgspec.structs.replace(told, fault=str(error)[:_FAULT_CHARS])
@@ -111,7 +118,9 @@ class HeldOffers:
         fault = str(wrong[0])[:_FAULT_CHARS] if wrong else ""
         return msgspec.structs.replace(told, files=len(manifest.files) + 1, parts=parts, fault=fault)
 
-    def _elsewhere(self, host: int, places: Sequence[tuple[int, int]]) -> list[Source]:
+    def _elsewhere(self, host: int, offer: Offer) -> list[Source]:
+        """Where the manifest of a step is, beside a host."""
+        places = self._manifests.get(offer, ())
         others = [place for place in places if place[0] != host and self._reaches(place[0])]
         return [self._source(*place) for place in held_files.spread(others, self._hosts.me)]
 
@@ -129,6 +138,17 @@ class HeldOffers:
                     }
                     faults += [f"{who}: {one.fault}"] if one.fault else []
         return Found(live, count, parts, tuple(faults))
+
+    def why(self, found: Found) -> str:
+        """Why a step cannot be had."""
+        if found.faults:
+            return found.faults[0]
+        number = found.lacking[0] if found.lacking else 0
+        name = keys.MANIFEST
+        with contextlib.suppress(OrchestratorError):
+            manifest = self._steps.manifest(found.live, self._elsewhere(self._hosts.own, held.offer(found.live)))
+            name = held_files.names(manifest)[number]
+        return f"{name} is missing: none of {len(self._hosts.hosts)} hosts has it"
 
     # Reading it.
 
@@ -162,8 +182,8 @@ def _known(speaks_for: Mapping[int, HeldSteps], committed: Sequence[KnownStep]) 
     found: dict[Offer, KnownStep] = {}
     for host, steps in speaks_for.items():
         lives = {offer: (live, True) for offer, live in steps.listed.items()}
-        lives |= {_offer(one): (_live(one), True) for one in committed}
-        others = steps.unlogged({offer.id for offer in lives})
+        lives |= {_offer(one): (live, True) for one in committed if steps.has(live := _live(one))}
+        others = steps.unlogged(AttemptId(one.step, one.attempt) for one in committed)
         lives |= {offer: (live, False) for offer, live in others.items()}
         for offer, (live, logged) in lives.items():
             before = found.get(offer) or KnownStep(*offer.id, offer.manifest_crc32c, live.bytes, live.time, False)
@@ -194,7 +214,7 @@ def _asked(
             if wanted(attempt):
                 lives.setdefault(_offer(one), _live(one))
     newest = sorted(lives.items(), key=lambda one: (held.rank(one[0].id), one[0].manifest_crc32c), reverse=True)
-    in_tiers = {_offer(one): _live(one) for one in committed if manifests.get(_offer(one))}
+    in_tiers = {_offer(one): _live(one) for one in committed if _offer(one) in manifests}
     return dict(newest[:_ASKED_MAX]) | in_tiers, manifests
 
 

@@ -16,14 +16,14 @@ from absl import logging
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import restore_rounds, tier_hosts, tier_rounds
-from orchestrator.job.held_offers import Found, HeldOffers
+from orchestrator.job.held_offers import HeldOffers
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import NotRead, Read, ReadFailure, ReadOutcome, Ruling
 from orchestrator.job.rounds import Raised, Round, agree, as_error
 from orchestrator.job.tier_rounds import Journalled, KnownStep
 from orchestrator.observe.events import HeldStepDropped, emit
-from orchestrator.rules import held, held_files, journal, keys
+from orchestrator.rules import held, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer, Standing
 from orchestrator.rules.records import LiveStep
@@ -33,6 +33,7 @@ from orchestrator.run import held_steps, tier_directory
 from orchestrator.run.held_steps import HeldSteps, Placed
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
+from orchestrator.storage import local_path
 from orchestrator.storage.sources import Source
 
 Value = TypeVar("Value")
@@ -74,19 +75,21 @@ def find(
             return standing.admits(attempt)
         return attempt.step == step and step not in in_store and standing.knows(attempt)
 
-    offers = HeldOffers(hosts, here, rendezvous, timeout_s)
+    in_bucket = "" if local_path(store.url) is not None else store.url
+    saved = Source(STORE, store.storage, in_bucket)
+    offers = HeldOffers(hosts, here, saved, rendezvous, timeout_s)
     found = offers.find(journalled.committed, wanted)
     whole = [offer for offer, one in found.items() if one.is_whole and wanted(offer.id)]
     chosen = held.candidates(standing, [whole]) if step is None else held.asked_for(standing, whole, step)
     best = held.rank(chosen[0].id) if chosen else (-1, -1, -1)
     for offer, one in found.items():
         if wanted(offer.id) and not one.is_whole and held.rank(offer.id) > best:  # nobody would ask for the others
-            emit(HeldStepDropped(*offer.id, _why(one, here, rendezvous.hosts)))
+            emit(HeldStepDropped(*offer.id, offers.why(one)))
     committed = [offer for offer, one in found.items() if not wanted(offer.id) and any(one.parts.values())]
     return HeldChoice(
         tuple(here.placed(found[offer].live, offers.placed(found[offer])) for offer in chosen),
         journalled.tree,
-        {offer: _committed(here, offers.placed(found[offer])) for offer in committed},
+        {offer: _committed(here, offers.placed(found[offer]), saved) for offer in committed},
     )
 
 
@@ -98,23 +101,11 @@ def _here(tier: MemoryTier, run: str, process: int) -> HeldSteps:
         return HeldSteps(own, {}, [str(error)])
 
 
-def _committed(here: HeldSteps, placed: Placed) -> Committed:
+def _committed(here: HeldSteps, placed: Placed, saved: Source) -> Committed:
     def opened(store: JournalStore, live: LiveStep) -> StoredStep:
-        return here.placed(live, placed, Source(STORE, store.storage), store.check_live)
+        return here.placed(live, placed, saved, store.check_live)
 
     return opened
-
-
-def _why(found: Found, here: HeldSteps, hosts: Mapping[int, str]) -> str:
-    """Why a step cannot be had."""
-    if found.faults:
-        return found.faults[0]
-    number = found.lacking[0] if found.lacking else 0
-    try:
-        name = held_files.names(here.manifest(found.live))[number]
-    except OrchestratorError:
-        name = keys.MANIFEST if number == 0 else f"file {number} of {found.files}"
-    return f"{name} is missing: none of {len(set(hosts.values()))} hosts has it"
 
 
 def _journalled(store: JournalStore, step: int | None) -> Journalled | None:

@@ -36,7 +36,7 @@ from orchestrator.options import Options
 from orchestrator.policy import every, last
 from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import Cause, Head
+from orchestrator.rules.records import Cause
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
@@ -102,8 +102,7 @@ class Holding:
         schedule = SaveSchedule(self._policy, me, options.rendezvous_timeout_s)
         self._saves = SaveSequence(participants, schedule, self._opening, options)
         try:
-            if me.process:
-                tiers.own.follow(tiers.of_all)  # a crash may have come between its entry and ours
+            tiers.follow()  # a crash may have come between process 0's entry and ours
         except OrchestratorError as error:
             logging.warning("%s: process 0's log cannot be followed yet: %s", tiers.own.path, error)
         self._freeing = overlap.begin(tiers.keeper.free)
@@ -188,20 +187,13 @@ class Holding:
         tiers, attempt = self._tiers, AttemptId(event.step, event.attempt)
         sent_bytes = tiers.storage.sent_bytes(attempt)
         try:
-            tiers.keeper.decided(attempt, self._followed())
+            tiers.keeper.decided(attempt, self._tiers.follow())
             self._free()
             self._check_entered(attempt)
         except OrchestratorError as error:
             return StepNotHeld(event.step, event.attempt, f"process {self._rendezvous.process}: {error}")
         copies = len(tiers.hosts.targets(self._rendezvous.process))
         return StepHeld(event.step, event.attempt, event.elapsed_s, event.state_bytes, copies, sent_bytes)
-
-    def _followed(self) -> Head:
-        """Process 0's log; what it says is held is now in this process's, too. Raises StorageError, Fenced."""
-        assert self._tiers is not None
-        if self._rendezvous.process:
-            return self._tiers.own.follow(self._tiers.of_all)
-        return self._tiers.of_all.require_head()
 
     def _check_entered(self, attempt: AttemptId) -> None:
         """Process 0, with its log, may be lost: the step is held once the hosts that have the copies of process 0's
@@ -230,7 +222,7 @@ class Holding:
         attempt = AttemptId(event.step, event.attempt)
         self._tiers.storage.sent_bytes(attempt)
         try:
-            self._tiers.keeper.decided(attempt, self._followed())
+            self._tiers.keeper.decided(attempt, self._tiers.follow())
         except OrchestratorError as error:
             logging.warning("%s: stays in memory for now: %s", attempt.label, error)
             return

@@ -130,6 +130,7 @@ class ReadPlan:
         failpoints.hit("restore.read")
         stored = self.stored
         if any(one.leaf.external for one in self.requests):  # their chunks have no checksum in the manifest
+            stored.read_in_store()
             stored.check_files(keys.STATE, self.share)
         return overlap.begin(stored.process_states)
 

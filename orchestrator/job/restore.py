@@ -309,7 +309,7 @@ class _Judgement:
         wrong = wrong_leaves(self._rendezvous, proof, step, timeout_s)
         if not wrong:
             return True
-        judge = partial(_damage_in_store, stored, wrong)
+        judge = partial(_damage_in_store, self._store.step(stored.live), wrong)
         self._pass(stored.live, agree(self._rendezvous, restore_rounds.stored_fingerprints(step), timeout_s, judge))
         return False
 

@@ -8,6 +8,7 @@ reads of one server, and as many requests as there are copies.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import encode
 from orchestrator.rules.placement import PlacedHost, Placement
-from orchestrator.rules.records import FORMAT
+from orchestrator.rules.records import FORMAT, Head
 from orchestrator.rules.tiers import MemoryTier
 from orchestrator.run import tier_directory
 from orchestrator.run.journal_store import JournalStore
@@ -37,6 +38,8 @@ from orchestrator.storage.joined import JoinedStorage
 from orchestrator.storage.parts import Parts
 from orchestrator.storage.port import Reads
 from orchestrator.storage.read_only import ReadOnlyStorage
+
+_TRIES, _PAUSE_S = 3, 1.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,22 @@ class OpenTiers:
     def incoming(self) -> float:
         """How many parts of other hosts come here for each of this host's own."""
         return len(self.hosts.incoming) / len(self.hosts.hosts[self.hosts.own].processes)
+
+    def follow(self) -> Head:
+        """Process 0's log; what it says is held is now in this process's, too. Raises StorageError, Fenced."""
+        if self.hosts.me == 0:
+            return self.of_all.require_head()
+        for tries in range(_TRIES):
+            try:
+                return self.own.follow(self.of_all)
+            except StorageError:  # thousands ask one server at once
+                if tries == _TRIES - 1:
+                    raise
+                time.sleep(random.uniform(0, _PAUSE_S))
+            finally:
+                if peer := self.hosts.peer(self.hosts.host_of(0)):
+                    peer.close()  # until the next held step the connection is somebody else's
+        raise AssertionError("unreachable")
 
 
 def open_tiers(

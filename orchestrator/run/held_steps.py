@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.errors import OrchestratorError, StorageError, Unavailable
@@ -78,7 +78,15 @@ class HeldSteps:
 
     # What is here.
 
-    def unlogged(self, besides: Collection[AttemptId] = ()) -> dict[Offer, LiveStep]:
+    def has(self, live: LiveStep) -> bool:
+        """Whether anything of a step is here."""
+        try:
+            return any(True for source in self.parts.values() for _ in source.reads.list(live.id.prefix))
+        except StorageError as error:
+            self.faults[live.id] = str(error)
+            return False
+
+    def unlogged(self, besides: Iterable[AttemptId] = ()) -> dict[Offer, LiveStep]:
         """Of attempts that no log here lists, those whose manifest is here: the logs that did may be lost with their
         hosts, and whoever writes a manifest has all receipts."""
         known = {offer.id for offer in self.listed}.union(besides)
@@ -171,8 +179,8 @@ class HeldSteps:
         """A step whose files lie at these places, in the order in which to ask; those that are committed, in the
         `store`, too. What is wrong somewhere is told (`CopyDropped`), once."""
         at = _Index(live, placed, store)
-        is_remote = any(source.is_remote for source, _ in placed)
-        step = self._opened(live, at.sources, at.listing, is_remote, check)
+        is_remote = any(source.is_remote for source, _ in placed) or bool(store and store.is_remote)
+        step = self._opened(live, at.sources, at.listing, is_remote, check, store.url if store else self.url)
         at.manifest = lambda: step.manifest
         if held.offer(live) in self._manifests:
             step.manifest = self._manifests[held.offer(live)]
@@ -185,11 +193,12 @@ class HeldSteps:
         files: Callable[[], Mapping[str, int]] = dict,
         is_remote: bool = False,
         check: Check = _alive,
+        url: str = "",
     ) -> StoredStep:
         def tell(source: Source, key: str, reason: str) -> None:
             self.tell(live.id, Wrong(source, key.removeprefix(live.id.prefix), reason))
 
-        return StoredStep(Sources(self.url, of, files, tell, is_remote), live, check)
+        return StoredStep(Sources(url or self.url, of, files, tell, is_remote), live, check)
 
     def tell(self, attempt: AttemptId, wrong: Wrong) -> None:
         """What was wrong in one place, once. Any thread."""

@@ -33,6 +33,7 @@ from orchestrator.run.checked_reads import (
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
 from orchestrator.storage.port import Reads
+from orchestrator.storage.sources import Sources
 
 _READ_THREADS = 4  # each holds one file in memory
 _MEASURE_THREADS = 8
@@ -142,6 +143,11 @@ class StoredStep:
         with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="verify") as pool:
             for _ in pool.map(lambda entry: len(self.checked(entry)), self._below(below)[index::count]):
                 pass
+
+    def read_in_store(self) -> None:
+        """Read its files where `state_url` is, and nowhere else: what is read there by other means is to be checked."""
+        if isinstance(self.storage, Sources):
+            self.storage.last_only()
 
     def check_sizes(self) -> None:
         """Every file of the manifest is there with its size. Raises Damaged naming the first that is not, Unavailable

@@ -19,7 +19,9 @@ import contextlib
 import functools
 import json
 import logging as python_logging
+import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -52,7 +54,8 @@ from orchestrator.run import tier_bodies
 from orchestrator.run.tier_sending import Sender
 from orchestrator.run.tier_shelf import Copy, Rejected, Shelf
 
-CONNECTIONS_MAX = 256
+CONNECTIONS_MAX = 4096  # all processes of a large job read process 0's log at once
+_BACKLOG = 1024
 IDLE_S = 60.0  # of a connection without a request, also one that is still sending its header
 STALL_S = 30.0  # in which a peer must take or send at least a piece
 _PIECE_BYTES = 1 << 20
@@ -79,7 +82,7 @@ class Handler:
         self._files = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
         self._takes = ThreadPoolExecutor(_TAKES_MAX, thread_name_prefix="take")
         self._follow = ThreadPoolExecutor(_TAKES_MAX, thread_name_prefix="follow")
-        self.busy: set[object] = set()  # connections with a request that is being answered
+        self.idle_since: dict[object, float] = {}  # by connection; infinite while a request is answered
 
     def close(self) -> None:
         self._sender.close()
@@ -93,11 +96,11 @@ class Handler:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
-        self.busy.add(connection)
+        self.idle_since[connection] = math.inf
         try:
             return await self._handle(request)
         finally:
-            self.busy.discard(connection)
+            self.idle_since[connection] = time.monotonic()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         headers = request.headers
@@ -331,29 +334,24 @@ async def serving(
         lingering_time=2.0,
         read_bufsize=_PIECE_BYTES,
     )
-    loop = asyncio.get_running_loop()
-    since: dict[web.RequestHandler, float] = {}
+    loop, idle_since = asyncio.get_running_loop(), handler.idle_since
 
     def accept() -> asyncio.BaseProtocol:
         if len(server.connections) >= connections_max:
             return _Full()
-        made = server()
-        since[made] = loop.time()
-        return made
+        return server()
 
     async def sweep() -> None:
         while True:
             await asyncio.sleep(idle_s / 10)
-            now, open_now = loop.time(), set(server.connections)
-            for connection in list(since):
-                if connection not in open_now:
-                    del since[connection]
-                elif connection in handler.busy:
-                    since[connection] = now
-                elif now - since[connection] > idle_s:
+            now, connections = time.monotonic(), server.connections
+            for gone in idle_since.keys() - set(connections):
+                del idle_since[gone]
+            for connection in connections:
+                if now - idle_since.setdefault(connection, now) > idle_s:
                     connection.force_close()
 
-    accepting = await loop.create_server(accept, sock=listening, backlog=CONNECTIONS_MAX)
+    accepting = await loop.create_server(accept, sock=listening, backlog=_BACKLOG)
     sweeping = asyncio.create_task(sweep())
     try:
         yield
@@ -370,7 +368,7 @@ def listen(address: str) -> socket.socket:
     if address.startswith("fd:") and address[3:].isdecimal():
         try:
             given = socket.socket(fileno=int(address[3:]))
-            given.listen(CONNECTIONS_MAX)
+            given.listen(_BACKLOG)
         except OSError as error:
             raise UsageError(f"--listen={address}: is no bound socket of this process: {error.strerror}") from error
         return given
@@ -380,7 +378,7 @@ def listen(address: str) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(where)
-        made.listen(CONNECTIONS_MAX)
+        made.listen(_BACKLOG)
         return made
     except OSError as error:
         raise StorageError(f"listen at {address}: {error.strerror or error}; choose another one") from error
@@ -446,7 +444,18 @@ def _secret() -> bytes:
     return peer_protocol.secret_of(line.decode("ascii", "replace"), "the first line of standard input")
 
 
+def _allow_connections() -> None:
+    """As many descriptors as connections may take, as far as this user may have them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS_MAX
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+
+
 def main(argv: list[str]) -> int:
+    _allow_connections()
     chosen = _arguments(argv)
     python_logging.getLogger("aiohttp").setLevel(python_logging.CRITICAL)  # whoever knocks writes no log here
     try:

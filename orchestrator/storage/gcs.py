@@ -37,7 +37,7 @@ from orchestrator.storage.gcs_replies import (
     parse_error,
     rejection,
 )
-from orchestrator.storage.port import Created, Entry, Exists, Patience
+from orchestrator.storage.port import Created, Entry, Exists, Gone, Patience
 
 Value = TypeVar("Value")
 
@@ -146,6 +146,9 @@ class GcsStorage:
                 return reply.body
             self._client.retries["checksum"] += 1
         raise StorageError(f"get {where}: arrived with a wrong crc32c {_DAMAGED_TRIES} times; the network damages data")
+
+    def read_into(self, key: str, offset: int, view: memoryview) -> int:
+        return _read_part(self, key, offset, view)
 
     def _check_bucket(self, operation: str, where: str, reply: Reply) -> None:
         """A bucket that is not there must not look like an object that is not there."""
@@ -342,3 +345,22 @@ def _document(reply: Reply, what: str) -> dict[str, Any]:
     except ValueError:
         pass
     raise Unavailable(f"{what}: answered {reply.status} with something that is no JSON object: {_quoted(reply)}")
+
+
+def _read_part(storage: GcsStorage, key: str, offset: int, view: memoryview) -> int:
+    """As `ReadsParts.read_into`; what has arrived is for the caller to check. Raises Gone, StorageError."""
+    reply = storage.ask(
+        "get",
+        key,
+        "GET",
+        params={"alt": "media"},
+        headers={"Range": f"bytes={offset}-{offset + len(view) - 1}"},
+        passing=(404, 416),
+        most_bytes=len(view),
+    )
+    if reply.status == 404:
+        raise Gone(f"get {storage.url}/{key}: there is no such object")
+    if reply.status == 416:  # begins at its end, or after it
+        return 0
+    view[: len(reply.body)] = reply.body
+    return len(reply.body)

@@ -152,6 +152,11 @@ class Sources:
         self._on_drop(source, key, str(why))
         return True
 
+    def last_only(self) -> None:
+        """Ask only the last source of each object from now on: before others read there without this."""
+        of = self._of
+        self._of = lambda key: of(key)[-1:]
+
     def count(self, source: Source, read_bytes: int) -> None:
         """These bytes of arrays have come from `source`, and are right."""
         with self._lock:

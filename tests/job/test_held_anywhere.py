@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import orchestrator as oc
+from orchestrator.job import tier_hosts
 from orchestrator.observe import events
 from tests.support.runs import state
-from tests.support.tiers import SomeHosts, crashed_at_14
+from tests.support.tiers import SomeHosts, Together, crashed_at_14
 
 Seen = list[Any]
 
@@ -121,3 +123,52 @@ def test_a_process_that_finds_no_whole_copy_has_all_take_the_older_step(three: S
     check(three.restore(), 12)
     dropped = [event for event in seen if isinstance(event, events.HeldStepDropped)]
     assert {event.step for event in dropped} == {14}
+
+
+def test_a_peer_that_vanishes_between_its_offer_and_the_reading_is_replaced_and_named(
+    three: SomeHosts, seen: Seen
+) -> None:
+    three.place(0, 0, lambda name: not is_data(name))
+    for host in (1, 2):
+        three.place(host, 1, is_data)
+
+    def before(name: str, process: int) -> None:
+        if name == "restore: step 14 fits" and process == 1:
+            server = tier_hosts.meet(oc.memory(), job.members[1], three.run, 1.0).reach.server
+            assert server
+            server.close()
+
+    job = Together(3, before)
+    with three.servers(job):
+        restored = three.restore_with(job)
+    check(restored, 14)
+    assert restored[0].sources["peers"] == restored[2].sources["memory"] == restored[1].sources["memory"]
+    dropped = {(type(event), event.file.rpartition("/")[0]) for event in seen}
+    assert dropped == {(events.CopyDropped, "state/ocdbt.process_0/d")}, "by process 0, which begins with that host"
+
+
+def test_of_a_committed_step_what_is_in_tiers_comes_from_there_and_the_rest_from_the_store(
+    three: SomeHosts, seen: Seen
+) -> None:
+    in_store = three.root / of(10)
+    three.files = {
+        str(path.relative_to(three.root)): path.read_bytes() for path in in_store.rglob("*") if path.is_file()
+    }
+    three.place(0, 999_999_999, lambda name: name.endswith("intent.json"))  # as a prefetch leaves it
+    restored = three.restore()
+    check(restored, 10)
+    assert [set(one.sources) for one in restored] == [{"store"}] * 3
+
+    three.place(1, 999_999_999, is_data)
+    restored = three.restore()
+    check(restored, 10)
+    total = sum(restored[0].sources.values())
+    assert all(sum(one.sources.values()) == total for one in restored)
+    assert restored[0].sources["peers"] == restored[1].sources["memory"] == restored[2].sources["peers"] > 0
+
+    (name,) = filter(is_data, three.files)
+    three.place(1, 999_999_999, is_data, flipped(three.files[name]))
+    restored = three.restore()
+    check(restored, 10)
+    assert [set(one.sources) for one in restored] == [{"store"}] * 3
+    assert {(type(event), event.file) for event in seen} == {(events.CopyDropped, name.split("/", 3)[3])}

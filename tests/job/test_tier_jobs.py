@@ -48,6 +48,13 @@ def restored(running: Job, process: int = 0) -> dict[str, Any]:
     return found
 
 
+def server_of(running: Job, process: int) -> int:
+    """The id of the tier server that a process has started."""
+    pid = running.processes[process].pid
+    children = [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()]
+    return next(child for child in children if b"tier_server" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
 def held_by(running: Job, at_least: int) -> int:
     """Run on until all hold so many steps, and kill all at once; the newest step that was held by then, as process 0
     has said."""
@@ -60,10 +67,17 @@ def held_by(running: Job, at_least: int) -> int:
 
 
 def test_a_job_that_loses_a_host_with_its_memory_comes_back_from_its_neighbours_bit_for_bit(tmp_path: Path) -> None:
-    """Four hosts, one copy of each part. Host 0 is lost, with process 0's part and log, and a bit of another host has
-    flipped; then both hosts that have a part are."""
+    """Four hosts, one copy of each part. A tier server dies and is started again. Host 0 is lost, with process 0's part
+    and log, and a bit of another host has flipped; then both hosts that have a part are lost."""
     with start(4, tmp_path, "first", devices=1, steps=500, delay=0.1) as first:
-        surely = held_by(first, 2)
+        first.wait_for(0, "held", DEADLINE_S)
+        os.kill(server_of(first, 2), signal.SIGKILL)  # a peer that does not answer
+        (failed, *_) = first.wait_for(0, "not held", DEADLINE_S, text="host-2")
+        first.wait_for(
+            0, "trained", DEADLINE_S, text=f'"step": {failed["step"] + 1},'
+        )  # training goes on, and it is back
+        held = len(first.said(0, "held"))
+        surely = held_by(first, held + 2)
         for line in first.said(1, "held"):
             assert line["copies"] == 1 and line["sent_bytes"] > 30_000, line
     newest = max(in_log(tmp_path, 1))

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -132,6 +133,14 @@ def test_a_host_that_has_stopped_is_given_up_in_bounded_time(root: Path, monkeyp
             os.kill(server.pid, signal.SIGCONT)
 
 
+def test_copies_take_no_more_of_the_network_than_they_may(root: Path) -> None:
+    with hosts(root, 2, copy_bytes_per_s=1_000_000) as found:
+        here, _ = opened(found)
+        began = time.monotonic()
+        here.storage.create(FIRST.receipt_key(0), 15 * BIG)
+        assert time.monotonic() - began > 1.2  # 1.5 s, less what may be sent at once
+
+
 def test_an_older_start_is_fenced_at_the_hosts_that_take_its_copies(root: Path) -> None:
     with hosts(root, 2) as found:
         here, there = opened(found)
@@ -156,8 +165,7 @@ def test_a_new_process_0_without_a_log_takes_nothing_from_those_who_have_one(roo
         tiers = opened(found)
         for process, each in enumerate(tiers):
             each.storage.create(FIRST.receipt_key(process), BIG)
-        entry = held_entry(FIRST)
-        tiers[0].own.log.append(entry)
+        tiers[0].of_all.append(held_entry(FIRST))
         for each in tiers[1:]:
             each.own.follow(tiers[0].of_all)
         (keeper_of_0,) = tiers[0].hosts.targets(0)

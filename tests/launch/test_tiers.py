@@ -46,6 +46,7 @@ def test_processes_stay_on_their_machines(
 def test_hosts_are_spread_evenly_over_domains(hosts: int, domains: int, sizes: list[int]) -> None:
     found = [tiers.domain(machine, hosts, domains) for machine in range(hosts)]
     assert [found.count(f"domain-{index}") for index in range(domains)] == sizes and found == sorted(found)
+    assert tiers.domain(2, hosts, None) == "node=host-2", "each a machine of its own, though they share one here"
     assert tiers.domain(hosts + 3, hosts, domains) == f"domain-{domains - 1}", "a machine that came later"
 
 
@@ -222,6 +223,7 @@ def test_a_server_outlives_its_hosts_process_and_not_its_host(tmp_path: Path) ->
     with launched(flags, script) as process:
         first = told(0, 3)
         addresses = [one["ORCHESTRATOR_TIER_SERVER"] for one in first]
+        assert [one["ORCHESTRATOR_DOMAIN"] for one in first] == [f"node=host-{index}" for index in range(3)]
         assert len(set(addresses)) == 3 and {one["ORCHESTRATOR_TIER_PEERS"] for one in first} == {",".join(addresses)}
         secret = bytes.fromhex(first[0]["ORCHESTRATOR_TIER_SECRET"])
         Peer(addresses[0], secret, "0" * 16).announce(7)

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from orchestrator.rules.peer_protocol import CLOCK_S, Request, Target
 from orchestrator.rules.records import crc32c
 from orchestrator.run import tier_directory, tier_process, tier_server
 from orchestrator.run.tier import OwnTier
-from orchestrator.run.tier_shelf import Shelf
+from orchestrator.run.tier_shelf import Copy, Rejected, Shelf
 from orchestrator.storage.peer import Peer
 from tests.support.snapshots import snapshot
 from tests.support.tier_servers import RUN, SECRET, Host, InThread, ask, header, host, in_thread, status
@@ -145,6 +145,20 @@ def test_who_sends_nothing_or_a_byte_at_a_time_is_cut_off_and_others_go_on(short
     assert status(ask(short.address, header(Request("GET", Target(RUN).encode())))) in (200, 404)
 
 
+def test_a_connection_that_is_used_is_kept_for_longer_than_an_idle_one(short: InThread) -> None:
+    short.put(1, FILE, BODY)
+    head = header(Request("GET", target(), "bytes=0-4")).replace(b"close", b"keep-alive")
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", short.port), 10) as raw:
+        while time.monotonic() - began < 2:  # an idle one has 0.8 s
+            raw.sendall(head)
+            answer = raw.recv(1 << 16)
+            assert status(answer) == 206, answer
+            time.sleep(0.05)
+        raw.settimeout(10)
+        assert raw.recv(1) == b""  # and when it is not used any more, it is ended
+
+
 def test_a_connection_too_many_is_closed_at_once_and_later_ones_are_served(tmp_path: Path) -> None:
     with in_thread(tmp_path / "c", idle_s=30, connections_max=3) as few:
         opened = [socket.create_connection(("127.0.0.1", few.port), 10) for _ in range(3)]
@@ -203,15 +217,11 @@ def test_nothing_but_our_own_files_in_their_places_is_given_away(
             (part / name).symlink_to(where)
     if not (part / "pipe").exists():
         os.mkfifo(part / "pipe")
-        left = socket.socket(socket.AF_UNIX)
-        os.chdir(part)  # a socket's path is short
-        left.bind("socket")
-        os.chdir(Path(__file__).parents[2])
-        left.close()
-        for name in ("foreign",):
-            one.put(1, name, b"x")
-            if OURS == 0:
-                os.chown(part / name, 4321, -1)
+        with chdir(part), socket.socket(socket.AF_UNIX) as left:  # a socket's path is short
+            left.bind("socket")
+        one.put(1, "foreign", b"x")
+        if OURS == 0:
+            os.chown(part / "foreign", 4321, -1)
         (one.base / RUN / "process-00002").symlink_to("/etc")
         one.put(3, "x", b"x")
         (one.part(3)).chmod(0o755)
@@ -305,6 +315,16 @@ def test_a_copy_that_is_not_what_was_announced_leaves_nothing_and_the_sender_is_
     assert taking.peer.part(1).get(FILE) == BODY
 
 
+def test_a_sender_that_is_rejected_early_can_still_read_why(taking: Host) -> None:
+    with socket.create_connection(("127.0.0.1", int(taking.address.rpartition(":")[2])), 10) as raw:
+        raw.sendall(header(put(FILE, BIG)) + BIG[:1000])
+        assert status(raw.recv(1 << 16, socket.MSG_PEEK)) == 409
+        for _ in range(3):  # it has not looked yet
+            raw.sendall(bytes(100_000))
+            time.sleep(0.05)
+        assert b"another body is not taken" in raw.recv(1 << 16)
+
+
 @pytest.mark.parametrize("body", [BODY, BIG], ids=["small", "large"])
 def test_a_sender_that_stalls_is_cut_off_and_nothing_of_it_stays(short: InThread, body: bytes) -> None:
     began = time.monotonic()
@@ -362,6 +382,23 @@ def test_an_announced_epoch_is_known_to_the_next_server_here(tmp_path: Path) -> 
         answer = ask(running.address, header(put(AttemptId.of(20, 4, 1).key("k"), BODY)) + BODY)
         assert status(answer) == 409 and b"fenced by epoch 5" in answer
         assert [path.name for path in (running.base / RUN).iterdir()] == ["epoch-0005"]
+
+
+def test_a_copy_that_gets_its_name_just_after_a_newer_epoch_was_announced_does_not_stay(tmp_path: Path) -> None:
+    class Raced(Shelf):
+        looks = 0
+
+        def _check_epoch(self, run: str, attempt: AttemptId) -> None:
+            super()._check_epoch(run, attempt)
+            self.looks += 1
+            if self.looks == 2:  # all bytes are in, and were looked at; what follows is the name
+                self.announce(run, attempt.epoch + 1)
+
+    shelf = Raced(str(tmp_path / f"orchestrator-{OURS}"))
+    shelf.prepare()
+    with pytest.raises(Rejected, match="fenced by epoch 3"):
+        shelf.take(Copy(Target(RUN, 1, FILE), len(BODY), crc32c(BODY)), iter([BODY]))
+    assert not list(Path(shelf.base).rglob("state/d/0"))
 
 
 def test_a_part_takes_no_more_than_it_may(tmp_path: Path) -> None:

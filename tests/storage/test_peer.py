@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,30 @@ def test_files_are_sent_to_another_server_whole_and_sending_again_is_fine(hosts:
             assert (b.base / RUN / "process-00002" / name).stat().st_nlink == 1
     found = b.peer.part(2).measure(f"{key}/2")
     assert found and found.crc32c == crc32c(bodies[f"{key}/2"])
+
+
+def test_many_threads_read_and_send_at_once_and_each_has_its_own(hosts: tuple[Host, Host], key: str) -> None:
+    a, b = hosts
+    bodies = {f"{key}/{number}": os.urandom(700_000) for number in range(3)}
+    for name, body in bodies.items():
+        a.put(7, name, body)
+
+    def read(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(30):
+            name, offset = chance.choice(list(bodies)), chance.randrange(700_000)
+            view = memoryview(bytearray(chance.choice((10, 5_000, 400_000))))
+            got = a.peer.part(7).read_into(name, offset, view)
+            assert view[:got] == bodies[name][offset : offset + len(view)]
+
+    def send(_: int) -> None:
+        a.peer.send(7, list(bodies), [b.address])
+
+    with ThreadPoolExecutor(10) as pool:
+        for done in [*(pool.submit(read, seed) for seed in range(6)), *(pool.submit(send, each) for each in range(4))]:
+            done.result(60)
+    assert {name: b.peer.part(7).get(name) for name in bodies} == bodies
+    assert not list(b.part(7).glob(".tmp/*"))
 
 
 def test_what_cannot_be_sent_says_whom_what_and_why(hosts: tuple[Host, Host], key: str) -> None:

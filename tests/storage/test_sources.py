@@ -113,3 +113,10 @@ def test_bytes_are_counted_by_the_kind_of_their_source() -> None:
     assert sources.read_bytes(12, "") == {"kind 0": 8, "kind 1": 4}
     assert sources.get("a") == b"tree"
     assert sources.read_bytes(15, "") == {"kind 0": 8, "kind 1": 7}, "what was in objects that were read whole"
+
+
+def test_who_reads_elsewhere_by_other_means_has_only_the_last_source_asked() -> None:
+    sources, dropped = joined(store(a=b"copy"), store(a=b"store"))
+    assert sources.get("a") == b"copy"
+    sources.last_only()
+    assert sources.get("a") == b"store" and not dropped

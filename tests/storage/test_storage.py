@@ -32,6 +32,8 @@ from orchestrator.rules.codec import encode
 from orchestrator.rules.records import FileEntry, crc32c
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
+from orchestrator.storage.port import Gone
+from orchestrator.storage.sources import Source
 from tests.support.builders import head, live
 from tests.support.gcs import new_root
 from tests.support.snapshots import snapshot
@@ -52,6 +54,22 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 def keys(store: Storage, prefix: str, start: str = "") -> list[str]:
     return [entry.key for entry in store.list(prefix, start)]
+
+
+def test_a_part_of_an_object_is_read_without_the_rest(store: Storage) -> None:
+    if isinstance(store, MemoryStorage):
+        pytest.skip("objects in memory are read whole")
+    body = bytes(range(256)) * 40
+    store.create("a/b", body)
+    source = Source("store", store)
+    part = bytearray(100)
+    for offset, expected in ((0, 100), (300, 100), (len(body) - 7, 7), (len(body), 0), (len(body) + 5, 0)):
+        file = source.open("a/b")
+        assert file.read(memoryview(part), offset) == expected
+        assert part[:expected] == body[offset : offset + expected]
+        file.close()
+    with pytest.raises((Gone, FileNotFoundError)):
+        source.open("a/c").read(memoryview(part), 0)
 
 
 def test_what_was_created_is_read_back(store: Storage) -> None:

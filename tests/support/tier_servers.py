@@ -135,7 +135,8 @@ def ask(address: str, *sent: bytes, deadline_s: float = 20.0, close: bool = Fals
         for piece in sent:
             raw.sendall(piece)
         if close:
-            raw.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # the other side has closed already
+                raw.shutdown(socket.SHUT_WR)
         while more := raw.recv(1 << 16):
             answer += more
     return answer

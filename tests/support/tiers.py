@@ -55,10 +55,11 @@ def crashed_at_14(root: Path) -> Path:
 
 
 class Together:
-    """Processes of one job in this one: each on a thread, with a rendezvous that gathers by a barrier."""
+    """Processes of one job in this one: each on a thread, with a rendezvous that gathers by a barrier. before: called
+    by each process before it meets the others in a round, with its name."""
 
-    def __init__(self, count: int) -> None:
-        self.count, self.messages = count, [None] * count
+    def __init__(self, count: int, before: Callable[[str, int], None] = lambda name, process: None) -> None:
+        self.count, self.messages, self.before = count, [None] * count, before
         self.barrier = threading.Barrier(count, timeout=60)
         self.members = [Member(self, process) for process in range(count)]
 
@@ -74,6 +75,7 @@ class Member(SingleProcess):
         self.hosts = {index: f"host-{index}" for index in range(job.count)}
 
     def gather(self, name: str, value: Any, timeout_s: float) -> list[Any]:
+        self.job.before(name, self.process)
         self.job.messages[self.process] = value
         self.job.barrier.wait()
         found = json.loads(json.dumps(self.job.messages))

@@ -42,6 +42,7 @@ os.environ["ORCHESTRATOR_HOST_NAME"] = f"host-{index}"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", devices)
@@ -230,6 +231,8 @@ try:
                 )
             except oc.UsageError as error:
                 say("refused", text=str(error), epoch=agent.epoch)
+            if "tier" in args and count > 1:  # as the collectives of any step keep processes together
+                multihost_utils.sync_global_devices(f"step {step}")
             say("trained", step=step, steps=agent.all_steps(), failures=agent.failures)
             if agent.reached_preemption(step):
                 say("preempted", step=step)
