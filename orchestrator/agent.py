@@ -20,7 +20,6 @@ from orchestrator import arrays, environment, failpoints
 from orchestrator.arrays import ArrayOptions, ArrayWriter
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import leaving, peer_failure
-from orchestrator.job.attempt_names import AttemptNames
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.holding import Holding
 from orchestrator.job.opening import Opening
@@ -99,11 +98,11 @@ class Agent:
         signals = Signals(me, incarnation_id)
         self._writer = _array_writer(self.options, me.process)
         coordinator = _coordinator(self._store, me, signals, keep, self.options) if me.process == 0 else None
-        shared, names = (self._store, self._writer, me, signals, coordinator, self.options), AttemptNames()
-        self._participants = ParticipantFactory(*shared, names=names, committed=self._committed)
+        shared = (self._store, self._writer, me, signals, coordinator, self.options)
+        self._participants = ParticipantFactory(*shared, committed=self._committed)
         self._saves = SaveSequence(self._participants, self._schedule, self._opening, self.options)
         self._holding = Holding(
-            tier, self._store, me, incarnation_id, self._opening, self.options, _array_writer, names
+            tier, self._store, me, incarnation_id, self._opening, self.options, _array_writer, self._participants
         )
         self._telemetry = Telemetry(self.options, self._store.url, process=me.process, host=me.hosts[me.process])
         self._listening = listen(me)
@@ -213,7 +212,7 @@ class Agent:
                 return False
             self._takeover.wait()
             step, given = arguments.step(step), Given(metrics, extra, process_state)
-            memory = None if self._schedule.preempted else self._holding
+            memory = None if self._schedule.direct else self._holding
             started = (force or self._schedule.was_due) and self._saves.save(step, state, given, memory)
             self._holding.hold(step, state, given, preempted=self._schedule.preempted)
             return started

@@ -38,8 +38,9 @@ class Options:
     host_local: what happens where a leaf that every host has its own of (numpy, Python values, arrays and keys on one
     host's devices) has not the same value on all; process 0's is stored. "warn": a warning names leaf and hosts, once;
     "error": the save is aborted with it; "ignore": nothing is compared.
-    load_once: a restore reads each chunk that several hosts need on one of them, and the devices exchange the parts.
-    Measure it first: between processes of one machine it is 4 to 10 times slower than reading.
+    load_once: a restore reads each chunk that several hosts need on one of them, and the devices exchange the parts. It
+    pays where a store gives several hosts the same bytes more slowly than the devices exchange them. Measure it first:
+    between processes of one machine it is 4 to 10 times slower than reading.
     upload_bytes_per_s: with `tiers`: how fast one process may send the store what it holds in memory; None: as fast as
     it goes. Saves that do not come from there, and the last ones of a job that is being preempted, are not bounded.
     events_dir: where this process's events are written; None: `events/` below a root on a file system, nowhere for an

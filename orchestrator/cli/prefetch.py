@@ -100,6 +100,11 @@ def _found(environ: Mapping[str, str]) -> tuple[int, int]:
     for index, count in (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
         if environ.get(index, "").isdecimal() and environ.get(count, "").isdecimal():
             return int(environ[index]), int(environ[count])
+    if environ.get("TPU_WORKER_HOSTNAMES") and environ.get("TPU_WORKER_ID", "").isdecimal():  # of one slice
+        hosts = len(environ["TPU_WORKER_HOSTNAMES"].split(","))
+        slices, own = environ.get("MEGASCALE_NUM_SLICES", "1"), environ.get("MEGASCALE_SLICE_ID", "0")
+        if slices.isdecimal() and own.isdecimal():
+            return int(own) * hosts + int(environ["TPU_WORKER_ID"]), int(slices) * hosts
     if place is not None:
         raise UsageError("which host this is cannot be told; say --host and --hosts")
     return 0, 1

@@ -20,7 +20,7 @@ from orchestrator.rules.records import FORMAT, Cause, Failure, FileEntry, Held, 
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.overlap import Begun
-from orchestrator.storage.port import Exists
+from orchestrator.storage.port import Exists, Storage
 
 _CAUSE_CHARS = 2000
 
@@ -38,6 +38,7 @@ class Contribution:
         self._beside: Begun[None] | None = None
         self._files: tuple[FileEntry, ...] = ()
         self.seconds: dict[str, float] = {}
+        self.written = False  # all of it, as far as it is this process's
         self.pending: PendingWrite | None = None
 
     def stage(
@@ -63,22 +64,25 @@ class Contribution:
         if self._own_state is not None:
             self._beside = overlap.begin(self._put_own_state)
         self.pending.finish(timeout_s, given_up)
+        self.written = True
         self.seconds["write"] = time.monotonic() - began
 
     def _put_own_state(self) -> None:
         self._create(self._attempt.process_state_key(self._process), self._own_state or b"")
 
-    def make_durable(self) -> None:
-        """Make what this process wrote durable, whoever else writes beside it."""
+    def make_durable(self, here: Storage | None = None) -> None:
+        """Make what this process wrote durable, whoever else writes beside it. here: without the copies elsewhere that
+        the store may make of it."""
         assert self.pending is not None
         began = time.monotonic()
         failpoints.hit("save.seal")
         own = []
         if self._beside:
-            self._beside.result()
+            if here is None:
+                self._beside.result()
             own = [self._attempt.process_state_key(self._process)]
         known = {self._attempt.state_prefix + file.path: file for file in self.pending.files}
-        durable = self._store.storage.make_durable([*own, *known], known)
+        durable = (here or self._store.storage).make_durable([*own, *known], known)
         self._files = tuple(replace(entry, path=entry.path.removeprefix(self._attempt.prefix)) for entry in durable)
         self.seconds["seal"] = time.monotonic() - began
 

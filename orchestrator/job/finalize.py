@@ -49,22 +49,16 @@ def finalize(store: JournalStore, own: OwnPart, state: Attempt, receipt_files: M
     all receipts are in; `receipt_files` are theirs, by path in the attempt. Raises whatever goes wrong."""
     if own.finalize:
         return own.finalize(state, receipt_files)
-    tree = merged(store, own.pending, state, receipt_files)
+    assert own.pending is not None  # its process's receipt is in
+    receipts = [state.receipts[index] for index in sorted(state.receipts)]
+    merged = own.pending.merge(chunk_index.entries(receipts))
+    failpoints.hit("finalize.merged")
+    known = {state.intent.id.prefix + keys.STATE + file.path: file for file in merged}
+    tree = made_durable(store, state, known, receipt_files)
     manifest = manifest_of(store, state, (*tree, *own.opened, *receipt_files.values()))
     body = encode(manifest)
     store_manifest(store, state.intent, body)
     return line_of(state.intent, own.user, manifest, body)
-
-
-def merged(
-    store: JournalStore, pending: PendingWrite | None, state: Attempt, receipt_files: Mapping[str, FileEntry]
-) -> Sequence[FileEntry]:
-    """The files of the tree of all chunks, by path in the attempt, once they are written and durable."""
-    assert pending is not None  # its process's receipt is in
-    prefix, receipts = state.intent.id.prefix, [state.receipts[index] for index in sorted(state.receipts)]
-    tree = {prefix + keys.STATE + file.path: file for file in pending.merge(chunk_index.entries(receipts))}
-    failpoints.hit("finalize.merged")
-    return made_durable(store, state, tree, receipt_files)
 
 
 def made_durable(

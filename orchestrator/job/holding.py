@@ -19,7 +19,6 @@ from absl import logging
 from orchestrator.arrays import ArrayWriter, Flat
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.job import tier_hosts
-from orchestrator.job.attempt_names import AttemptNames
 from orchestrator.job.coordinator import Coordinator
 from orchestrator.job.opening import Opening
 from orchestrator.job.participant import Participant, ParticipantFactory
@@ -49,8 +48,8 @@ _TIMEOUT_S = 120.0  # for a step: memory that takes longer is no quick way back
 
 
 class Holding:
-    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process. names:
-    of its attempts, here and in the store. Nothing is held before `opened`, nor where that finds a problem."""
+    """The held steps of one agent. tier: None: it holds none. store: the run's. writer: makes one for a process.
+    beside: what begins its saves to the store. Nothing is held before `opened`, nor where that finds a problem."""
 
     def __init__(
         self,
@@ -61,10 +60,10 @@ class Holding:
         opening: Opening,
         options: Options,
         writer: Callable[[Options, int], ArrayWriter],
-        names: AttemptNames | None = None,
+        beside: ParticipantFactory,
     ) -> None:
         self._tier, self._store, self._rendezvous = tier, store, rendezvous
-        self._opening, self._options, self._names = opening, options, names or AttemptNames()
+        self._opening, self._options, self._beside = opening, options, beside
         self._writer = writer(options, rendezvous.process)  # its own, as a save may be in flight in the agent's
         self._throttle = Throttle(options.upload_bytes_per_s)
         self._carried = False  # whether this call of `save` has begun to hold the step that it saves, or said why not
@@ -95,7 +94,7 @@ class Holding:
             None if me.process else Coordinator(tiers.of_all, me, self._signals, keep=keep, host_local="ignore"),
             options,
             epoch=epoch,
-            names=self._names,
+            beside=self._beside,
             tell=self._hear,
             admit=self._admit,
         )
@@ -142,21 +141,21 @@ class Holding:
         own.pinned.add(attempt)
         held: Participant | None = None
         try:
-            held = self._saves.carry(save.step, save.user, flat, process_state)
+            held = self._saves.carry(save.step, save.user, flat, process_state, own.storage)
         finally:
             if held is None or not held.staged:
                 own.pinned.discard(attempt)
         if not held.staged:
             logging.warning("%s goes to the store directly: %s", save.label, held.problem)
             return None
-        return Source(held, self._tiers.of_all, own.storage, self._throttle, partial(self._tiers.keeper.unpin, attempt))
+        return Source(held, own.storage, self._throttle, partial(self._tiers.keeper.unpin, attempt))
 
     @contextlib.contextmanager
     def beside(self, step: int) -> Iterator[None]:
         """Within it `step` is saved, held, or both. Should that raise, the other processes, which may be about to hold
         it, are told that this one does not."""
         self._carried = False
-        with self._names.one_call():
+        with self._beside.names.one_call():
             try:
                 yield
             except BaseException:

@@ -8,6 +8,7 @@ coordinator rejects one that is out of date. No collective: a form may be new to
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -37,10 +38,18 @@ class LeafAccounts:
     thread; `forget` may be called from any."""
 
     def __init__(
-        self, store: JournalStore, rendezvous: Rendezvous, signals: Signals, timeout_s: float, *, together: bool
+        self,
+        store: JournalStore,
+        rendezvous: Rendezvous,
+        signals: Signals,
+        timeout_s: float,
+        *,
+        together: bool,
+        beside: LeafAccounts | None = None,
     ) -> None:
+        """beside: whose forms these are, too, as the same states are saved there."""
         self._store, self._rendezvous, self._signals, self._timeout_s = store, rendezvous, signals, timeout_s
-        self._known: OrderedDict[Form, tuple[Held, ...]] = OrderedDict()
+        self._known: OrderedDict[Form, tuple[Held, ...]] = beside._known if beside else OrderedDict()
         self._together = together
 
     def account(self, flat: Flat) -> tuple[Held, ...]:
@@ -70,13 +79,14 @@ class LeafAccounts:
 
     def forget(self) -> None:
         """After a save that failed: ask again, whatever the form."""
-        self._known = OrderedDict()
+        self._known.clear()
 
     def _remember(self, form: Form, held: tuple[Held, ...]) -> tuple[Held, ...]:
         known = self._known
         known[form] = held
         if len(known) > _FORMS:
-            known.popitem(last=False)
+            with contextlib.suppress(KeyError):  # forgotten meanwhile
+                known.popitem(last=False)
         return held
 
     def _wait(self, attempt: AttemptId, other_step: Callable[[], Aborted | None]) -> tuple[Held, ...]:

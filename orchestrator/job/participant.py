@@ -44,7 +44,8 @@ FATAL = (errors.Fenced, JournalLost)  # no later save can do better
 
 
 class ParticipantFactory:
-    """Begins this process's saves, one at a time, in epoch `epoch` (or the one that is `opened`). Main thread."""
+    """Begins this process's saves, one at a time, in epoch `epoch` (or the one that is `opened`). beside: what begins
+    its saves of the same states elsewhere; an attempt has one name in both. Main thread."""
 
     def __init__(
         self,
@@ -56,18 +57,19 @@ class ParticipantFactory:
         options: Options,
         *,
         epoch: int = 0,
-        names: AttemptNames | None = None,
+        beside: ParticipantFactory | None = None,
         committed: Callable[[], None] = lambda: None,
         tell: Callable[[Event], None] = emit,
         admit: Callable[[int], None] = lambda need: None,
     ) -> None:
         bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
-        accounts = LeafAccounts(store, rendezvous, signals, bound_s, together=jax.process_count() > 1)
+        together, known = jax.process_count() > 1, beside.context.accounts if beside else None
+        accounts = LeafAccounts(store, rendezvous, signals, bound_s, together=together, beside=known)
         order = StepOrder(rendezvous, signals)
         signing = ReceiptSigning.of(store, signals, rendezvous, options.save_timeout_s)
         shared = (store, writer, rendezvous, signals, coordinator, options, committed, accounts, order, epoch, signing)
-        self.context = SaveContext(*shared, tell, admit)
-        self._names = names or AttemptNames()
+        self.context: SaveContext = SaveContext(*shared, tell, admit)
+        self.names: AttemptNames = beside.names if beside else AttemptNames()
 
     def opened(self, epoch: int) -> None:
         """Before the first save: the incarnation's epoch is open."""
@@ -77,7 +79,7 @@ class ParticipantFactory:
         """Name the next attempt at `step`."""
         epoch = self.context.epoch
         failpoints.note(step=step, epoch=epoch)
-        attempt = self._names.next(step, epoch)
+        attempt = self.names.next(step, epoch)
         self.context.order.begin(attempt)
         return Participant(self.context, attempt, user, process_state)
 
@@ -116,6 +118,11 @@ class Participant(Voter):
     def stage_s(self) -> float:
         """Of the process that took longest to stage: on process 0, once committed."""
         return self.outcome.stage_s if isinstance(self.outcome, Committed) else 0.0
+
+    @property
+    def lost_in_memory(self) -> bool:
+        """Not saved, as a process could not bring to the store what it has put into memory."""
+        return isinstance(self.outcome, Aborted) and self.outcome.cause is Cause.MEMORY
 
     def join(self, timeout_s: float) -> None:
         """Return once it has ended, or after `timeout_s`."""

@@ -79,7 +79,7 @@ class Persistence:
                 logging.log_every_n_seconds(
                     logging.WARNING, "the upload of %s goes on when the store answers again: %s", 30, what, error
                 )
-                emit(Retried("store", tries, "upload", what, str(error)[:300], wait_s))
+                emit(Retried("store", tries, "upload", what, "no answer", wait_s))
                 self.pause(wait_s)
             else:
                 self._unanswered = ""

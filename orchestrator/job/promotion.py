@@ -12,9 +12,10 @@ the tier: it is pinned there.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -33,15 +34,15 @@ from orchestrator.job.participant import Participant
 from orchestrator.job.persistence import PATIENCE_S, GivenUp, Persistence
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.voter import SaveContext
-from orchestrator.rules import keys
+from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.attempt import Attempt
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.codec import decode, encode
 from orchestrator.rules.records import Cause, FileEntry, LiveStep, Manifest, Receipt, file_entry
 from orchestrator.run.journal_store import JournalStore
-from orchestrator.storage import PosixStorage
+from orchestrator.storage import PosixStorage, Storage
 from orchestrator.storage.throttle import Throttle
-from orchestrator.storage.upload import upload
+from orchestrator.storage.upload import Unreadable, upload
 
 _THREADS = 8  # files on their way at once
 _POLL_S = 0.2
@@ -50,14 +51,22 @@ _HELD_S = 300.0  # for a part to be written to memory, or not: beyond every boun
 
 @dataclass(frozen=True)
 class Source:
-    """Where a process's part of a step is. held: the attempt in memory. store: as that one sees it, all processes'
-    tiers. tier: this process's. throttle: how fast it may go. let_go: the part is needed no more."""
+    """Where a process's part of a step is. held: the attempt in memory. tier: this process's, without copies.
+    throttle: how fast it may go. let_go: the part is needed no more."""
 
     held: Participant
-    store: JournalStore
     tier: PosixStorage
     throttle: Throttle
     let_go: Callable[[], None]
+
+    @contextlib.contextmanager
+    def used_by(self, one: Participant) -> Iterator[None]:
+        """Within it `one` begins, which lets the part go in the end."""
+        try:
+            yield
+        finally:
+            if not one.begun:
+                self.let_go()
 
 
 class HeldPart(Contribution):
@@ -136,7 +145,7 @@ class HeldPart(Contribution):
         with self._lock:
             self._sent_bytes += sent
 
-    def make_durable(self) -> None:
+    def make_durable(self, here: Storage | None = None) -> None:
         failpoints.hit("upload.seal")
         known = {(key := self._attempt.key(entry.path)): replace(entry, path=key) for entry in self.receipt.files}
         durable = self._persistence.persist(self._where, lambda: self._store.storage.make_durable(known, known))
@@ -152,7 +161,8 @@ class HeldPart(Contribution):
         return self._persistence.persist(self._where, super().store_receipt)
 
     def abort_vote(self, phase: str, cause: BaseException, kind: Cause = Cause.REJECTED) -> Receipt:
-        return super().abort_vote(phase, cause, Cause.HUNG if isinstance(cause, GivenUp) else kind)
+        kind = Cause.HUNG if isinstance(cause, GivenUp) else kind
+        return super().abort_vote(phase, cause, Cause.MEMORY if isinstance(cause, Unreadable) else kind)
 
     def release(self) -> None:
         super().release()
@@ -218,9 +228,9 @@ class Upload(Participant):
         while not held.part_over.wait(_POLL_S):
             self.persistence.check()
             if time.monotonic() > until:
-                raise StorageError(f"{held.label}: this process's part was not written to memory in {_HELD_S:g} s")
+                raise Unreadable(f"{held.label}: this process's part was not written to memory in {_HELD_S:g} s")
         if not held.part_whole:
-            raise StorageError(f"this process's part could not be written to memory: {held.problem or held.error}")
+            raise Unreadable(f"this process's part could not be written to memory: {held.problem or held.error}")
 
     def _open(self, coordinator: Coordinator) -> tuple[FileEntry, ...]:
         """Process 0: the records that the attempt was opened with in memory."""
@@ -230,7 +240,7 @@ class Upload(Participant):
         key = self.id.key(name)
         body = self._source.tier.get(key)
         if body is None:
-            raise StorageError(f"{self._source.tier.url}/{key}: is missing")
+            raise Unreadable(f"{self._source.tier.url}/{key}: is missing")
         failpoints.hit("upload.record")
         self.persistence.persist(key, partial(self._create, name, body))
         return file_entry(name, body)
@@ -274,14 +284,17 @@ class Upload(Participant):
         self._source.held.join(_HELD_S)
         body, key = self._source.tier.get(self.id.manifest_key), self.id.manifest_key
         if body is None:
-            tree = finalize.merged(self._source.store, self._pending, state, receipt_files)
+            assert self._pending is not None
+            receipts = [state.receipts[index] for index in sorted(state.receipts)]
+            merged = self._pending.merge(chunk_index.entries(receipts))
+            tree = [replace(file, path=keys.STATE + file.path) for file in merged]
         else:
             manifest = decode(body, Manifest, f"{self._source.tier.url}/{key}", step=self.step, attempt=self.id.name)
             received = {entry.path for receipt in state.receipts.values() for entry in receipt.files}
             of_state = [entry for entry in manifest.files if entry.path.startswith(keys.STATE)]
             tree = [entry for entry in of_state if entry.path not in received]
-            receipts = {entry.path: entry for entry in manifest.files if entry.path.startswith(keys.RECEIPTS)}
-            if receipts == dict(receipt_files):
+            signed = {entry.path: entry for entry in manifest.files if entry.path.startswith(keys.RECEIPTS)}
+            if signed == dict(receipt_files):
                 return _Whole(manifest, body, tree)
         more = (*tree, *own.opened, *receipt_files.values())
         made = finalize.manifest_of(self._shared.store, state, more)

@@ -27,6 +27,7 @@ from orchestrator.observe.events import SaveNotCommitted
 from orchestrator.options import Options
 from orchestrator.rules import arguments
 from orchestrator.rules.records import Cause, Json
+from orchestrator.storage.port import Storage
 
 _QUEUED_MAX = 4  # uploads at a time: one that goes on, one that waits, and those that are being given up
 
@@ -87,6 +88,8 @@ class SaveSequence:
             return False
         if self._opening.epoch is None and not self._open(step, state, given):
             return False
+        if memory and memory.due(step) and self._options.on_save_failure == "warn":
+            self._schedule.watch()  # here, where all processes come by; one that raises does not ask at the same steps
         try:
             user, process_state = given.checked()
         except UsageError as error:  # of this process alone, perhaps: the others must not wait for it
@@ -176,11 +179,11 @@ class SaveSequence:
         if save.begun:
             self._started(save)
 
-    def carry(self, step: int, user: UserData, flat: Flat, process_state: bytes | None) -> Participant:
-        """Begin to save `flat` here, for a save elsewhere, too. Raises as `save`."""
+    def carry(self, step: int, user: UserData, flat: Flat, process_state: bytes | None, here: Storage) -> Participant:
+        """Begin to save `flat` here, for a save elsewhere, too, which takes it from `here`. Raises as `save`."""
         save = self._participants.begin(step, user, process_state)
         self._schedule.begin(save.started_s)
-        save.abandoned = lambda: False
+        save.abandoned, save.here = lambda: False, here
         with self._telling(save):
             save.start(flat)
         return save
@@ -196,7 +199,7 @@ class SaveSequence:
         for older in before:
             older.persistence.make_way(f"step {save.step} is due")
         queued = Upload(self._participants.context, save, source, before)
-        with self._telling(queued):
+        with self._telling(queued), source.used_by(queued):
             queued.go_on()
 
     def _started(self, save: Participant) -> None:
@@ -281,7 +284,7 @@ class SaveSequence:
             blocked_s = max(save.blocked_s, save.stage_s) if self._options.async_save else save.durable_s
             self._schedule.committed(blocked_s, save.durable_s)
         else:
-            self._schedule.failed(save.step)
+            self._schedule.failed(save.step, in_memory=save.lost_in_memory)
         if self._begun:
             self._schedule.still_saving()
         if not save.error:

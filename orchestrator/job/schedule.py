@@ -1,5 +1,5 @@
-"""Which steps a job saves: those that its policy says, each one once its hosts are being preempted, and again a step
-whose save has failed.
+"""Which steps a job saves: those that its policy says, each one once its hosts are being preempted, again a step whose
+save has failed, and the next one after a step that was lost in memory, on its way to the store.
 
 All processes ask at the same steps and get the same answers. What depends on a clock is for process 0 to say, in a
 broadcast; `PollSpacing` keeps those few. May do no I/O: the rendezvous, the measurements and the clock are given.
@@ -17,6 +17,7 @@ from orchestrator.rules.records import Json
 from orchestrator.rules.save_interval import Cadence
 from orchestrator.run.journal_store import JournalStore
 
+_ASK_S = 0.5  # between two questions what has become of a save from memory, at first
 POLL_STEPS_MAX = 64  # between two questions to process 0, however far away the next save is
 
 
@@ -42,6 +43,9 @@ class SaveSchedule:
         self._saving = False  # as far as this process has noted
         self._spacing = PollSpacing(clock)
         self._pacing: Pacing | None = None
+        self._watched: PollSpacing | None = None  # where to ask what has become of a save from memory; as all processes
+        self._lost_in_memory = False  # on process 0, whose word counts
+        self._again_step = -1  # which is saved instead
 
     # Questions.
 
@@ -49,8 +53,32 @@ class SaveSchedule:
         """Whether `step` is to be saved now. Raises WaitTimeout naming processes that do not ask at this step."""
         self.asked_step = max(self.asked_step, step)
         due = self._due_by_policy(step)
-        self.was_due = self.reached_preemption(step) or due
+        self.was_due = self.reached_preemption(step) or due or self._due_again(step)
         return self.was_due
+
+    @property
+    def direct(self) -> bool:
+        """Whether what is due now is to reach the store without a detour: memory is about to go, or has failed."""
+        return self.preempted or self._again_step == self.asked_step
+
+    def _due_again(self, step: int) -> bool:
+        """Whether a save is owed for one that was lost in memory. While nobody knows, a collective now and then."""
+        if self._watched is None or step < self._watched.next_step:
+            return step == self._again_step
+        answer = self._rendezvous.broadcast(f"save step {step} instead?", self._fate(step), self._timeout_s)
+        self._watched.next_step = int(answer["next"])
+        self._watched = self._watched if answer["open"] else None
+        self._again_step = step if answer["lost"] else self._again_step
+        return step == self._again_step
+
+    def _fate(self, step: int) -> Json:
+        """Process 0: what has become of the save from memory."""
+        if self._rendezvous.process != 0 or self._watched is None:
+            return None
+        elapsed_s = self._clock() - (self._last_start_s or 0.0)
+        known = self._lost_in_memory or not self._saving
+        next_step = self._watched.plan(step, max(_ASK_S, elapsed_s / 4))
+        return {"lost": self._lost_in_memory, "open": not known, "next": next_step}
 
     def _due_by_policy(self, step: int) -> bool:
         elapsed_s = None if self._last_start_s is None else self._clock() - self._last_start_s
@@ -99,14 +127,20 @@ class SaveSchedule:
         """A save begins, at `started_s` on the clock. Policies in seconds count from here, whatever becomes of it."""
         self._last_start_s = started_s
 
+    def watch(self) -> None:
+        """What is about to be saved goes to the store from memory, on some processes at least. All processes."""
+        self._watched, self._lost_in_memory = PollSpacing(self._clock), False
+
     def started(self, step: int) -> None:
         """`step` is being saved in the background: it is not due again unless that fails."""
         self.saved_step, self._saving = step, True
         if self.failed_step == step:
             self.failed_step = None
 
-    def failed(self, step: int) -> None:
-        """The save of `step` has failed: it is due again."""
+    def failed(self, step: int, *, in_memory: bool = False) -> None:
+        """The save of `step` has failed: it is due again. in_memory: it has got lost there, and the next step that
+        `due` is asked about is saved instead."""
+        self._lost_in_memory = self._lost_in_memory or in_memory
         self.saved_step = None if self.saved_step == step else self.saved_step
         self.failed_step, self._saving = step, False
 

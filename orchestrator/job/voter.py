@@ -26,6 +26,7 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import FileEntry, Receipt
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage.overlap import Begun
+from orchestrator.storage.port import Storage
 
 PROGRESS_S = 2.0  # from one event about a save that is writing to the next
 GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait for its decision
@@ -55,13 +56,15 @@ class SaveContext:
 class Voter:
     """part: what this process contributes; `part_whole` once `part_over`: it is durable, with its receipt. abandoned:
     where given, others' votes to abort do not keep this process from writing until that says so: its part is needed
-    elsewhere, too. started_s: on the monotonic clock."""
+    elsewhere, too. here: where that can be taken from: what the store has of it without copies. started_s: on the
+    monotonic clock."""
 
     def __init__(self, context: SaveContext, attempt: AttemptId, process_state: bytes | None) -> None:
         self.id, self.step = attempt, attempt.step
         self.started_s = time.monotonic()
         self.part_whole, self.part_over = False, threading.Event()
         self.abandoned: Callable[[], bool] | None = None
+        self.here: Storage | None = None
         self._shared = context
         self._own = Contribution(context.store, context.rendezvous, attempt, process_state)
         self._phase = "stage"  # what fails next fails in it
@@ -118,10 +121,21 @@ class Voter:
         except Exception as error:
             self._problem = error
             self._vote_abort(self._own.abort_vote(self._phase, error))
+            self._keep_part()
         finally:
             self._own.wait_for_own_state(GRACE_S)
             self.part_over.set()
         return None
+
+    def _keep_part(self) -> None:
+        """It has failed here: a copy, perhaps. The part itself may be whole, for whoever else needs it."""
+        if self.here is None or not self._own.written:
+            return
+        try:
+            self._own.make_durable(self.here)
+            self.part_whole = bool(self._own.signed)
+        except Exception as error:
+            logging.warning("%s: nor is it whole in memory: %s", self.label, error)
 
     def _finish_signing(self) -> None:
         try:

@@ -57,9 +57,10 @@ class ProgressLines:
                 more = "" if self._from_store else f" from {event.source}"
                 self._say(f"restored step {event.step}: {size(event.read_bytes)}{more} in {event.elapsed_s:.1f} s")
             case events.SaveNotCommitted():
-                self._in_flight = None
+                self._ended(event.step)
             case events.SaveCommitted():
-                self._newest, self._from_store, self._in_flight = event.step, True, None
+                self._newest, self._from_store = event.step, True
+                self._ended(event.step)
                 self._waiting.append(event)
                 if self._said_s is None or self._clock() - self._said_s >= APART_S:
                     self._flush()
@@ -67,6 +68,9 @@ class ProgressLines:
                 self._flush()
                 if self._in_flight is None and self._from_store and (line := _not_saved(event, self._newest)):
                     self._say(line)
+
+    def _ended(self, step: int) -> None:
+        self._in_flight = None if self._in_flight == step else self._in_flight
 
     def _end_restoring(self) -> None:
         if self._restoring:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from absl import logging
 from prometheus_client import (
@@ -47,7 +48,7 @@ class Metrics:
         self._committed = clock()
         self._any = False
         self._intervals: deque[float] = deque(maxlen=_INTERVALS)
-        self._written = 0
+        self._saves: dict[tuple[int, str], _InProgress] = {}
         self._lock = threading.Lock()
         self.registry = registry = CollectorRegistry()
 
@@ -90,7 +91,6 @@ class Metrics:
         self._quarantined = gauge("quarantined_steps", "Quarantined attempts at the last commit; NaN if not known")
         self._quarantined.set(math.nan)
         self._phases = gauge("save_phase_seconds", "Time in each phase of the last save", "phase")
-        self._phase: tuple[str, float] | None = None  # of the save in flight, and when it began
         self._idle = gauge(
             "main_thread_idle_seconds", "Since the main thread last reported anything, at the last pulse"
         )
@@ -125,12 +125,12 @@ class Metrics:
                 self._epoch.set(event.epoch)
             case events.SavePhase(phase="staging"):
                 self._started.inc()
-                self._written = 0
-                self._phase = ("staging", 0.0)
+                self._saves[event.step, event.attempt] = _InProgress("staging")
             case events.SavePhase():
-                self._enter(event.phase, event.elapsed_s)
-                self._bytes.inc(max(0, event.written_bytes - self._written))
-                self._written = max(self._written, event.written_bytes)
+                save = self._saves.setdefault((event.step, event.attempt), _InProgress(event.phase, event.elapsed_s))
+                self._enter(save, event.phase, event.elapsed_s)
+                self._bytes.inc(max(0, event.written_bytes - save.written_bytes))
+                save.written_bytes = max(save.written_bytes, event.written_bytes)
             case events.SaveStarted():
                 self._blocked.observe(event.blocked_s)
             case events.SaveCommitted():
@@ -141,7 +141,7 @@ class Metrics:
             case events.Closed():
                 self._ended.set(1)
             case events.SaveNotCommitted():
-                self._phase = None
+                self._saves.pop((event.step, event.attempt), None)
                 self._failures.labels(event.cause).inc()
                 self._fenced.inc(event.cause == "fenced")
             case events.StepHeld():
@@ -165,13 +165,11 @@ class Metrics:
                 self._deleted.inc(event.deleted_bytes)
                 self._undeleted.inc(event.failed)
 
-    def _enter(self, phase: str, at_s: float) -> None:
+    def _enter(self, save: _InProgress, phase: str, at_s: float) -> None:
         """A phase of the save begins, or goes on."""
-        before, self._phase = self._phase, (phase, at_s)
-        if before and before[0] == phase:
-            self._phase = before
-        elif before:
-            self._phases.labels(before[0]).set(max(0.0, at_s - before[1]))
+        if save.phase != phase:
+            self._phases.labels(save.phase).set(max(0.0, at_s - save.since_s))
+            save.phase, save.since_s = phase, at_s
 
     def _commit(self, event: events.SaveCommitted) -> None:
         now = self._clock()
@@ -185,8 +183,17 @@ class Metrics:
         self._state.set(event.state_bytes)
         if event.quarantined >= 0:
             self._quarantined.set(event.quarantined)
-        self._enter("", event.elapsed_s)
-        self._phase = None
+        if save := self._saves.pop((event.step, event.attempt), None):
+            self._enter(save, "", event.elapsed_s)
+
+
+@dataclass
+class _InProgress:
+    """A save in its phase, and since when, in seconds since it began."""
+
+    phase: str
+    since_s: float = 0.0
+    written_bytes: int = 0
 
 
 def _free_bytes(directory: str | None) -> float:

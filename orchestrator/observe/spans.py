@@ -19,7 +19,7 @@ _NS = 1_000_000_000
 
 
 class Traces:
-    """`on_event` may be called from any thread; one save at a time, as an agent has them."""
+    """`on_event` may be called from any thread."""
 
     def __init__(
         self, process: int, host: str, tracer: Tracer | None = None, clock: Callable[[], float] = time.time
@@ -27,15 +27,17 @@ class Traces:
         self._about: dict[str, str | int] = {"orchestrator.process": process, "host.name": host}
         self._tracer = tracer or trace.get_tracer("orchestrator")
         self._clock = clock
-        self._began = 0.0
-        self._phases: dict[str, float] = {}
+        self._saves: dict[tuple[int, str], tuple[float, dict[str, float]]] = {}  # when it began, and its phases
 
     def on_event(self, event: Event) -> None:
         match event:
             case events.SavePhase():
+                save = event.step, event.attempt
                 if event.phase == PHASES[0]:
-                    self._began, self._phases = self._clock() - event.elapsed_s, {}
-                self._phases.setdefault(event.phase, self._began + event.elapsed_s)
+                    self._saves[save] = self._clock() - event.elapsed_s, {}
+                if found := self._saves.get(save):
+                    began, phases = found
+                    phases.setdefault(event.phase, began + event.elapsed_s)
             case events.SaveCommitted():
                 self._save(event.step, event.attempt, "")
             case events.SaveNotCommitted():
@@ -47,19 +49,19 @@ class Traces:
                 span.end(int(end * _NS))
 
     def _save(self, step: int, attempt: str, reason: str) -> None:
-        if not self._phases:
+        found = self._saves.pop((step, attempt), None)
+        if found is None:
             return  # rejected before it began
-        end = self._clock()
-        span = self._start("save", self._began, step, attempt)
+        end, (began, phases) = self._clock(), found
+        span = self._start("save", began, step, attempt)
         within = set_span_in_context(span)
-        begun = list(self._phases.items())
+        begun = list(phases.items())
         for (phase, start), (_, stop) in zip(begun, [*begun[1:], ("", end)], strict=True):
             child = self._tracer.start_span(phase, context=within, start_time=int(start * _NS))
             child.end(int(stop * _NS))
         if reason:
             span.set_status(StatusCode.ERROR, reason)
         span.end(int(end * _NS))
-        self._phases = {}
 
     def _start(self, name: str, start: float, step: int, attempt: str) -> Span:
         about = {**self._about, "orchestrator.step": step, "orchestrator.attempt": attempt}

@@ -193,7 +193,8 @@ class Cause(StrEnum):
     DISAGREE = "disagree"  # replicas, or hosts' own copies, differ
     FINALIZE = "finalize"  # the coordinator could not merge or write the manifest
     FENCED = "fenced"  # a newer incarnation has taken over
-    HUNG = "hung"  # the save before still waits for the store
+    HUNG = "hung"  # the save before still waits for the store, or this one has made way for a newer one
+    MEMORY = "memory"  # a process cannot bring to the store what it has put into memory
     FAILED = "failed"  # anything else
 
     @classmethod

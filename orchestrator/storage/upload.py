@@ -12,13 +12,18 @@ from orchestrator.rules.records import FileEntry
 from orchestrator.storage.port import Created, Exists, Storage
 from orchestrator.storage.posix import PosixStorage
 
+
+class Unreadable(StorageError):
+    """What is to be brought to the store is not there any more, or not what was written."""
+
+
 Passing = Callable[[int], None]  # told of so many bytes before they go; what it raises ends the upload
 
 
 def upload(source: PosixStorage, target: Storage, known: FileEntry, passing: Passing) -> None:
     """Bring the object at key `known.path` from `source` to `target`; durable once `make_durable` has returned. One
-    that is there already is of an earlier try whose answer was lost, or not ours: it is compared. Raises StorageError,
-    Unavailable where another try may have more luck, and what `passing` raises."""
+    that is there already is of an earlier try whose answer was lost, or not ours: it is compared. Raises Unreadable,
+    StorageError, of these Unavailable where another try may have more luck, and what `passing` raises."""
     made = _create(target, known, checked_pieces(source, known, passing))
     if isinstance(made, Exists):
         there = target.measure(known.path)
@@ -40,9 +45,9 @@ def _create(target: Storage, known: FileEntry, pieces: Iterator[bytes]) -> Creat
 
 
 def checked_pieces(source: PosixStorage, known: FileEntry, passing: Passing) -> Iterator[bytes]:
-    """A file of `source`, in pieces. Raises StorageError, before the last one, if it is not what is `known` of it."""
+    """A file of `source`, in pieces. Raises Unreadable, before the last one, if it is not what is `known` of it."""
     checksum = count = 0
-    for piece in source.pieces(known.path):
+    for piece in _pieces(source, known.path):
         passing(len(piece))
         checksum, count = crc32c.crc32c(piece, checksum), count + len(piece)
         if count >= known.bytes:
@@ -51,9 +56,16 @@ def checked_pieces(source: PosixStorage, known: FileEntry, passing: Passing) -> 
     _check(source, known, count, checksum)
 
 
+def _pieces(source: PosixStorage, key: str) -> Iterator[bytes]:
+    try:
+        yield from source.pieces(key)
+    except StorageError as error:
+        raise Unreadable(str(error)) from error
+
+
 def _check(source: PosixStorage, known: FileEntry, count: int, checksum: int) -> None:
     if (count, f"{checksum:08x}") != (known.bytes, known.crc32c):
-        raise StorageError(
+        raise Unreadable(
             f"{source.url}/{known.path}: has {count} bytes with crc32c {checksum:08x}, {known.bytes} with "
             f"{known.crc32c} were written there; it is not used"
         )

@@ -22,6 +22,7 @@ from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.storage import PosixStorage, Storage
 from tests.support.fakes import HookedStorage, StepClock
+from tests.support.gcs import emulator, new_root
 from tests.support.runs import LIKE, state, store_of
 from tests.support.tiers import crash, held_dir, train
 
@@ -199,6 +200,31 @@ def test_while_a_store_is_down_training_goes_on_and_when_it_is_back_the_newest_s
         assert "step 2 is due, and the store does not answer: " in reasons[1]
 
 
+def test_a_bucket_that_is_down_for_a_while_has_the_newest_step_afterwards_with_large_files_in_pieces(
+    root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_STORE_DEADLINE_S", "0.5")
+    gcs, where, large = emulator(), new_root(), jnp.arange(3 << 20, dtype=jnp.float32)  # 12 MiB
+    (root.parent / "tier").mkdir()
+    with oc.Agent(where, tiers=[oc.memory(every=1, directory=root.parent / "tier")]) as running:
+        running.restore({"large": large})
+        running.save(0, {"large": large})
+        running.wait_until_finished()
+        try:
+            gcs.set_faults(down=True)
+            for step in (1, 2):
+                running.save(step, {"large": large + step})
+                running._holding.settle()
+            soon(lambda: told(seen, events.SaveNotCommitted) == [1])
+        finally:
+            gcs.set_faults()
+        running.wait_until_finished()
+        assert running.failures == 1 and told(seen, events.StepHeld) == [0, 1, 2]
+    run = oc.open_run(where)
+    assert run.all_steps() == [0, 2]
+    assert jnp.array_equal(run.restore({"large": large}).state["large"], large + 2)
+
+
 def test_what_is_on_its_way_stays_in_memory_whatever_is_held_after_it(root: Path, seen: list[Any]) -> None:
     storage = Down(PosixStorage(str(root)))
     with agent(root, storage=storage, keep=1, save=4) as running:
@@ -221,18 +247,15 @@ def test_what_is_on_its_way_stays_in_memory_whatever_is_held_after_it(root: Path
         soon(lambda: {int(path.name) for path in (held_dir(root) / "steps").iterdir()} == {7})
 
 
-def test_an_upload_ends_with_the_job_even_if_the_store_stays_down(root: Path, seen: list[Any]) -> None:
+def test_an_upload_ends_with_the_program_even_if_the_store_stays_down(root: Path, seen: list[Any]) -> None:
     storage = Down(PosixStorage(str(root)))
-    running = agent(root, storage=storage, save_timeout_s=1.0, preemption_grace_s=1.0)
-    running.restore(LIKE)
-    train(running, 0)
-    storage.down = True
-    running.save(1, state(1))
-    began = time.monotonic()
-    with contextlib.suppress(oc.SaveFailed, StorageError):
-        running.close()
-    assert time.monotonic() - began < 60 and told(seen, events.SaveNotCommitted) == [1]
-    assert running.failures == 1 and running.in_flight is None
+    with pytest.raises(KeyError), agent(root, storage=storage, failure_grace_s=1.0) as running:
+        running.restore(LIKE)
+        train(running, 0)
+        storage.down = True
+        running.save(1, state(1))
+        raise KeyError
+    assert running.failures == 1 and running.in_flight is None and told(seen, events.SaveNotCommitted) == [1]
     storage.down = False
     with agent(root) as again:
         restored = again.restore(LIKE)
@@ -270,6 +293,69 @@ def test_a_step_that_comes_while_the_last_is_not_held_yet_goes_to_the_store_dire
         assert running.all_steps() == [0, 2] and told(seen, events.StepNotHeld) == [2]
         running._holding.settle()
         assert told(seen, events.StepHeld) == [0, 1]
+
+
+@pytest.mark.parametrize("place", ["save.seal", "receipt.write", "intent.after"])
+def test_a_step_whose_copies_or_records_fail_in_memory_is_saved_from_there_all_the_same(
+    place: str, root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.FAILPOINTS, f"{place}=error@step=4@nth=1")
+    with agent(root, save=4) as running:
+        running.restore(LIKE)
+        train(running, 0, 4)
+        assert running.all_steps() == [0, 4] and running.failures == 0
+        assert not (held_dir(root) / first_id(4).prefix).exists()
+    assert told(seen, events.StepNotHeld) == [4] and told(seen, events.StepHeld) == [0]
+    restored = oc.open_run(root).restore(LIKE)
+    assert restored.step == 4 and jnp.array_equal(restored.state["w"], state(4)["w"])
+
+
+def test_a_step_that_is_lost_in_memory_is_made_up_for_by_the_next_call_of_save(
+    root: Path, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environment.FAILPOINTS, "save.write=error@step=4@nth=1")
+    with agent(root, save=4) as running:
+        running.restore(LIKE)
+        staged = counted(running, monkeypatch)
+        train(running, 0, 4, 5, 6, 8)
+        assert running.all_steps() == [0, 5, 8] and running.failures == 1
+        assert [name for name in staged if name == "store"] == ["store"]
+    (lost,) = [event for event in seen if isinstance(event, events.SaveNotCommitted)]
+    assert (lost.step, lost.cause) == (4, "memory") and "could not be written to memory" in lost.reason
+    assert told(seen, events.StepNotHeld) == [4] and told(seen, events.StepHeld) == [0, 5, 6, 8]
+
+
+def flip(path: Path) -> None:
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"0")
+
+
+@pytest.mark.parametrize("spoil", [flip, truncate, grow, Path.unlink])
+def test_what_memory_has_damaged_never_reaches_the_store(spoil: Any, root: Path, seen: list[Any]) -> None:
+    storage = Down(PosixStorage(str(root)))
+    with agent(root, storage=storage, save=2) as running:
+        running.restore(LIKE)
+        train(running, 0)
+        storage.down = True
+        running.save(2, state(2))
+        running._holding.settle()
+        (data,) = (held_dir(root) / first_id(2).prefix).glob("state/ocdbt.process_0/d/*")
+        spoil(data)
+        storage.down = False
+        running._saves.settle()
+        (lost,) = [event for event in seen if isinstance(event, events.SaveNotCommitted)]
+        assert (lost.step, lost.cause) == (2, "memory") and str(data.name) in lost.reason
+        train(running, 3)
+        assert running.all_steps() == [0, 3]
 
 
 # How long an upload goes on.

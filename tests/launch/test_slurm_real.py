@@ -215,3 +215,41 @@ def test_a_rejection_of_slurm_is_one_line(cluster: Cluster, tmp_path: Path) -> N
     cluster.run("sh", "-c", f"{' '.join(command)} 2>rejection", cwd=tmp_path, code=1)
     rejection = (tmp_path / "rejection").read_text()
     assert rejection.startswith("launch slurm: sbatch: error: ") and len(rejection.splitlines()) == 1
+
+
+TIER = """\
+import os, pathlib, sys
+tier, at = pathlib.Path(os.environ["ORCHESTRATOR_TIER_DIR"]), pathlib.Path(sys.argv[1])
+restart, node = os.environ["ORCHESTRATOR_RESTART_COUNT"], os.environ["SLURM_PROCID"]
+found = sorted(path.name for path in tier.iterdir())
+(at / f"{restart}-{node}").write_text(f"{oct(tier.stat().st_mode & 0o777)} {os.environ['ORCHESTRATOR_TIER_SECRET']}")
+(at / f"{restart}-{node}.found").write_text(" ".join(found))
+if restart == "0":
+    (tier / f"held-{node}").touch()
+    while len(list(tier.iterdir())) < 2: pass
+sys.exit(75 if restart == "0" else 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif("SLURM_REPORT" not in os.environ, reason="half a minute: `make test-slurm` runs it")
+def test_memory_tiers_outlast_a_requeue_and_go_with_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """The nodes of this cluster share one /dev/shm."""
+    (tmp_path / "said").mkdir()
+    (shm := tmp_path / "shm").mkdir()
+    (shm / f"orchestrator-slurm-{os.getuid()}-999999").mkdir()  # of a job that the queue has no more
+    flags = ["--nodes", "2", "--tiers", "--env", f"ORCHESTRATOR_TIER_DIR={shm}"]
+    job = submit(cluster, tmp_path, flags, [sys.executable, "-c", TIER, str(tmp_path / "said")])
+    until_runs(cluster, job, 1)
+    shown = cluster.run("scontrol", "show", "job", job)
+    eventually(lambda: cluster.job(job)["JobState"] == "COMPLETED", "the end", DEADLINE_S)
+    said = {path.name: path.read_text() for path in (tmp_path / "said").iterdir()}
+    assert [said[f"0-{node}.found"] for node in "01"] in (["", ""], ["", "held-0"], ["held-1", ""])
+    assert {said[f"1-{node}.found"] for node in "01"} == {"held-0 held-1"}, "what was held before the requeue"
+    modes, secrets = zip(*(said[f"{restart}-{node}"].split() for restart in "01" for node in "01"), strict=True)
+    assert set(modes) == {"0o700"}
+    assert secrets[0] == secrets[1] != secrets[2] == secrets[3], "one secret for each start"
+    written = [path.read_text() for path in (tmp_path / "logs").rglob("*.log")]
+    assert not any(secret in text for secret in secrets for text in (shown, *written))
+    eventually(lambda: not list(shm.iterdir()), "the tiers of both jobs gone", DEADLINE_S)

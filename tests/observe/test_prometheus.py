@@ -279,3 +279,32 @@ def test_spans_have_the_times_of_the_phases_and_the_reason_of_a_failure() -> Non
     save = spans["orchestrator.save"]
     assert save.status.description == "process 1 voted to abort" and save.attributes["orchestrator.step"] == 5
     assert all(spans[name].parent.span_id == save.context.span_id for name in ("staging", "writing", "waiting"))
+
+
+def test_saves_that_go_on_at_the_same_time_are_told_apart() -> None:
+    """A step on its way from memory to the store, and the next one that queues behind it."""
+    sdk = pytest.importorskip("opentelemetry.sdk.trace")
+    exporting = pytest.importorskip("opentelemetry.sdk.trace.export")
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    exporter, provider, at = memory.InMemorySpanExporter(), sdk.TracerProvider(), [0.0]
+    provider.add_span_processor(exporting.SimpleSpanProcessor(exporter))
+    metrics, traces = Metrics(0, "host"), Traces(0, "host", provider.get_tracer("test"), clock=lambda: at[0])
+    for now_s, event in [
+        (0.0, events.SavePhase(5, "a", "staging", 0.0, 0)),
+        (1.0, events.SavePhase(5, "a", "writing", 1.0, 100)),
+        (2.0, events.SavePhase(6, "a", "staging", 0.0, 0)),
+        (3.0, events.SavePhase(5, "a", "writing", 3.0, 200)),
+        (4.0, events.SaveCommitted(5, "a", 4.0, 200)),
+        (5.0, events.SavePhase(6, "a", "writing", 3.0, 50)),
+        (7.0, events.SaveCommitted(6, "a", 5.0, 200)),
+    ]:
+        at[0] = now_s
+        for reader in (metrics, traces):
+            reader.on_event(event)
+    assert collected(metrics)["orchestrator_written_bytes_total"] == 250
+    saves = {
+        span.attributes["orchestrator.step"]: (span.start_time / 1e9, span.end_time / 1e9)
+        for span in exporter.get_finished_spans()
+        if span.name == "orchestrator.save"
+    }
+    assert saves == {5: (0.0, 4.0), 6: (2.0, 7.0)}

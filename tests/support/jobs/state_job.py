@@ -26,6 +26,8 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     shared=1       in DIR itself: one host
     copies=N       on other hosts
     hold=N         every N steps (2)
+    full=I         process I has no room there
+    upload=N       so many bytes a second go from there to the store
 Prints one JSON object a line; `event` says what.
 """
 
@@ -167,13 +169,15 @@ options = oc.Options(
     rendezvous_timeout_s=float(args.get("meet", 30)),
     attest=args.get("attest", "off"),
     load_once=bool(args.get("once")),
+    upload_bytes_per_s=int(args["upload"]) if "upload" in args else None,
 )
 tiers = []
 if "tier" in args:
     own = args["tier"] if args.get("shared") else f"{args['tier']}/host-{index}"
     os.makedirs(own, exist_ok=True)
+    room = 1000 if args.get("full") == str(index) else None
     copies = {"copies": int(args["copies"])} if "copies" in args else {}
-    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own, **copies)]
+    tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own, bytes_max=room, **copies)]
 
 
 def tell(event: events.Event) -> None:
