@@ -26,6 +26,7 @@ class _Running:
     """listening: held here, so that the address is known at once, and stays while the server is started again."""
 
     directory: Path
+    log: Path
     listening: socket.socket
     server: TierServer | None = None
     starts: int = 0
@@ -47,9 +48,9 @@ class TierServers:
     def address(self, machine: int) -> str:
         return peer_protocol.show_address(*self._running[machine].listening.getsockname()[:2])
 
-    def start(self, machine: int, directory: Path) -> int:
-        """Start a machine's server, for the tiers below `directory`, on loopback. Returns its process's id. Raises
-        LaunchError."""
+    def start(self, machine: int, directory: Path, logs: Path | None) -> int:
+        """Start a machine's server, for the tiers below `directory`, on loopback; it logs to `logs/tier-MACHINE.log`.
+        Returns its process's id. Raises LaunchError."""
         listening = socket.socket()
         try:
             listening.bind(("127.0.0.1", 0))
@@ -57,7 +58,8 @@ class TierServers:
         except OSError as error:
             listening.close()
             raise LaunchError(f"a tier server cannot listen on loopback: {error.strerror}") from error
-        self._running[machine] = one = _Running(directory, listening)
+        log = logs / f"tier-{machine}.log" if logs else Path(os.devnull)
+        self._running[machine] = one = _Running(directory, log, listening)
         self._start(one)
         assert one.server is not None
         return one.server.pid
@@ -66,9 +68,11 @@ class TierServers:
         base = os.path.join(os.path.realpath(one.directory), f"orchestrator-{os.getuid()}")
         one.starts += 1
         try:
-            one.server = server = tier_process.start(base, self._secret, sock=one.listening, wait=False)
-        except StorageError as error:
-            raise LaunchError(str(error)) from error
+            with open(one.log, "ab") as log:
+                server = tier_process.start(base, self._secret, sock=one.listening, wait=False, log=log.fileno())
+        except (OSError, StorageError) as error:
+            raise LaunchError(f"tier server: {error}") from error
+        one.server = server
         self._orphans.ours.add(server.pid)
         found = warden.process_info(server.pid)
         mark = f"tier server {server.pid}".encode()  # nobody else has it: its session tells what is its own

@@ -7,11 +7,15 @@ a process that dies as it would with its machine takes its tier along. One threa
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from launch import contract, warden
 from launch.command import LaunchError
@@ -22,6 +26,7 @@ from orchestrator import environment
 from orchestrator.errors import UsageError
 
 SECRET_BYTES = 32
+OWNED = "owned"  # a file that the launcher has locked as long as it lives; not where the tiers are to stay
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,22 @@ def domain(machine: int, hosts: int, domains: int | None) -> str:
     return f"domain-{min(machine * domains // hosts, domains - 1)}"
 
 
+def _ours() -> str:
+    return f"orchestrator-launch-{os.getuid()}-"
+
+
+def free_left_over(above: Path) -> None:
+    """Remove what launchers have left here that are gone, and whose wardens were killed with them: it is memory."""
+    for path in above.glob(f"{_ours()}*"):
+        with suppress(OSError):
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+                continue
+            with open(path / OWNED, "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                warden.remove(str(path))
+
+
 class HostTiers:
     """The tiers of one job, over all of its starts. options None: it has none."""
 
@@ -79,6 +100,7 @@ class HostTiers:
         self._lost: set[int] = set()
         self._secret = secrets.token_hex(SECRET_BYTES)
         self._directory = Path()
+        self._lock: IO[bytes] | None = None
         self._servers = TierServers(bytes.fromhex(self._secret), warden, orphans, note)
 
     def __enter__(self) -> HostTiers:
@@ -106,12 +128,17 @@ class HostTiers:
             above = environment.tier_directory(self._environ)
         except UsageError as error:
             raise LaunchError(f"--tiers: {error}") from error
-        path = Path(above, f"orchestrator-launch-{os.getuid()}-{secrets.token_hex(4)}")
+        free_left_over(Path(above))
+        path = Path(above, f"{_ours()}{secrets.token_hex(4)}")
         path.mkdir(mode=0o700)
+        if self._options and not self._options.keep:
+            self._lock = open(path / OWNED, "wb")  # noqa: SIM115  (as long as the job)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return path
 
-    def start(self, hosts: int) -> dict[int, int]:
-        """Make ready for a start of so many hosts. Returns the ids of new servers by machine. Raises LaunchError."""
+    def start(self, hosts: int, logs: Path | None) -> dict[int, int]:
+        """Make ready for a start of so many hosts; servers log into the directory `logs`. Returns the ids of new
+        servers by machine. Raises LaunchError."""
         if self._options is None:
             return {}
         self._machines = machines(hosts, self._machines, sorted(self._lost))
@@ -123,7 +150,7 @@ class HostTiers:
             except OSError as error:
                 raise LaunchError(f"{self._path(machine)}: {error.strerror}") from error
             if machine not in self._servers:
-                started[machine] = self._servers.start(machine, self._path(machine))
+                started[machine] = self._servers.start(machine, self._path(machine), logs)
         return started
 
     def _path(self, machine: int) -> Path:
@@ -170,3 +197,5 @@ class HostTiers:
         if self._options is not None and self._options.directory is None and not self._options.keep:
             warden.remove(str(self._directory))
             self._warden.removed(self._directory)
+        if self._lock:
+            self._lock.close()

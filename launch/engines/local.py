@@ -237,7 +237,7 @@ class _Incarnation:
         if self._history.step_back:
             environ[STEP_BACK] = str(self._history.step_back)
         self._record("started", hosts=self._history.hosts)
-        for machine, pid in self._tiers.start(self._history.hosts).items():
+        for machine, pid in self._tiers.start(self._history.hosts, folder).items():
             self._record("server", machine=machine, pid=pid)
         for index in range(self._history.hosts):
             contract = JobContract(

@@ -166,7 +166,6 @@ class HeldPart(Contribution):
 
     def release(self) -> None:
         super().release()
-        self._source.held.join(_HELD_S)  # what is being held is not to be freed
         self._source.let_go()
 
     @property

@@ -21,7 +21,7 @@ from orchestrator.observe import events
 from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.storage import PosixStorage, Storage
-from tests.support.fakes import HookedStorage, StepClock
+from tests.support.fakes import HookedStorage, StepClock, another_host
 from tests.support.gcs import emulator, new_root
 from tests.support.runs import LIKE, state, store_of
 from tests.support.tiers import crash, held_dir, train
@@ -260,6 +260,29 @@ def test_an_upload_ends_with_the_program_even_if_the_store_stays_down(root: Path
     with agent(root) as again:
         restored = again.restore(LIKE)
         assert restored and restored.step == 1 and set(restored.sources) == {"memory"}
+
+
+def test_what_a_process_that_was_replaced_goes_on_uploading_is_never_saved(root: Path, seen: list[Any]) -> None:
+    storage = Down(PosixStorage(str(root)))
+    zombie = agent(root, storage=storage)
+    zombie.restore(LIKE)
+    train(zombie, 0)
+    storage.down = True
+    zombie.save(1, state(1))
+    zombie._holding.settle()
+    with oc.Agent(root, rendezvous=another_host()) as newer:
+        assert newer.restore(LIKE).step == 0  # type: ignore[union-attr]
+        storage.down = False
+        with pytest.raises(oc.Fenced, match="fenced by epoch 2"):
+            zombie.wait_until_finished()
+        assert newer.save(5, state(5))
+        newer.wait_until_finished()
+        assert newer.all_steps() == [0, 5]
+    (lost,) = [event for event in seen if isinstance(event, events.SaveNotCommitted)]
+    assert (lost.step, lost.cause) == (1, "fenced")
+    with pytest.raises(oc.Fenced):
+        zombie.save(6, state(6))
+    crash(zombie)
 
 
 # A tier that is no help.

@@ -103,6 +103,10 @@ DIFFER = {
         "Options.save_timeout_s: 60.0 on processes 0 (host-0), 2 (host-2); 61.0 on process 1 (host-1)",
         "Options.attest: 'off' on processes 0 (host-0), 1 (host-1); 'full' on process 2 (host-2)",
     ],
+    "tiers": [
+        "tiers: \"memory(every=20, copies=1, domain='node', keep=2)\" on process 0 (host-0); "
+        "\"memory(every=20, copies=2, domain='rack', keep=2)\" on process 1 (host-1); None on process 2 (host-2)"
+    ],
     "x64": ["jax_enable_x64: False on processes 0 (host-0), 2 (host-2); True on process 1 (host-1)"],
     "compat: options": [f"{ORBAX}max_to_keep: 3 on process 0 (host-0); 4 on processes 1 (host-1), 2 (host-2)"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -152,6 +153,22 @@ def test_no_tier_and_no_secret_is_left_where_others_look(tmp_path: Path) -> None
     assert kept and not any(secret in text for text in (out, errors, *kept))
 
 
+@pytest.mark.jobs
+def test_what_a_launcher_and_its_warden_could_not_remove_the_next_one_does(tmp_path: Path) -> None:
+    name = f"orchestrator-launch-{os.getuid()}-"
+    for left in ("dead", "lives", "kept"):
+        (tmp_path / f"{name}{left}" / "host-0" / "a").mkdir(parents=True)
+        (tmp_path / f"{name}{left}" / "host-0" / "a" / "held").touch()
+    (tmp_path / f"{name}dead" / tiers.OWNED).touch()
+    (tmp_path / f"{name}link").symlink_to(tmp_path / f"{name}kept")
+    with open(tmp_path / f"{name}lives" / tiers.OWNED, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = launch(["--processes", "1", "--tiers", "--env", f"ORCHESTRATOR_TIER_DIR={tmp_path}"], "")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}lives", f"{name}kept", f"{name}link"}
+    assert (tmp_path / f"{name}kept" / "host-0" / "a" / "held").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -231,6 +248,7 @@ def test_a_server_outlives_its_hosts_process_and_not_its_host(tmp_path: Path) ->
         with pytest.raises(StorageError):
             Peer(addresses[0], bytes(32), "0" * 16).announce(8)
         before = servers(logs)
+        assert addresses[0] in (logs / "tier-0.log").read_text()
         os.kill(before[2][0], signal.SIGKILL)
         Peer(addresses[2], secret, "0" * 16).announce(7)  # as soon as it has been started again
 
@@ -246,7 +264,7 @@ def test_a_server_outlives_its_hosts_process_and_not_its_host(tmp_path: Path) ->
         serving[0].suspend()  # reads no end of its input
         os.kill(process.pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
-        assert "the tier server of machine 2 has died; started again" in errors
+        assert "the tier server of machine 2 has died; started again" in errors and "tier_server.py" not in errors
         assert eventually(lambda: not any(runs(one.pid) for one in serving))
 
 

@@ -245,11 +245,16 @@ def test_counting_is_by_cause_and_intervals_are_medians_of_the_last_ones() -> No
 def test_held_steps_are_counted_apart_from_saves() -> None:
     metrics = Metrics(0, "host-0")
     assert collected(metrics)["orchestrator_last_held_step"] == -1
-    held = (events.StepHeld(20, "a", 0.5, 7), events.StepHeld(40, "a", 0.5, 7), events.StepNotHeld(60, "a", "no room"))
+    held = (
+        events.StepHeld(20, "a", 0.5, 7, copies=1, sent_bytes=3),
+        events.StepHeld(40, "a", 0.5, 7, copies=1, sent_bytes=4),
+        events.StepNotHeld(60, "a", "no room"),
+    )
     for event in held:
         metrics.on_event(event)
     got = collected(metrics)
     assert (got["orchestrator_steps_held_total"], got["orchestrator_steps_not_held_total"]) == (2, 1)
+    assert got["orchestrator_held_copies_bytes_total"] == 7
     assert got["orchestrator_last_held_step"] == 40 and got["orchestrator_saves_committed_total"] == 0
 
 

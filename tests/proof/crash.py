@@ -83,6 +83,8 @@ def _effect(call: str, text: str, result: int, root: str) -> Effect | None:
     paths = [item for item in arguments if item.startswith(root)]
     if not paths:
         return None
+    if call == "sendfile" and not first.startswith(root):  # what is read goes to a socket
+        return None
     assert call not in UNKNOWN, f"{call} below the root: teach Disk about it"
     match call:
         case "write" | "pwrite64":

@@ -26,7 +26,7 @@ def test_no_interleaving_has_a_step_chosen_over_a_newer_incarnations(holds: tupl
         ("candidates", "candidates", held, "rank(one.id), one.manifest", "one.step, one.manifest", "newer incarnation"),
         ("candidates", "candidates", held, ".intersection(*offers[1:])", ".union(*offers[1:])", "not all can have it"),
         ("candidates", "candidates", held, "if journalled.admits(one.id)", "", "is newer"),
-        ("candidates", "candidates", held, "reverse=True)\n\n\n# Which", ")\n\n\n# Which", "is newer"),
+        ("candidates", "candidates", held, "reverse=True)\n\n\ndef superseded", ")\n\n\ndef superseded", "is newer"),
         (
             "open_tier",
             "open_epoch",

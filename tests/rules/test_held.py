@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.policy import last
 from orchestrator.rules import held, journal
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.held import Offer, Standing, candidates
+from orchestrator.rules.held import Offer, Standing, asked_for, candidates
 from orchestrator.rules.journal import FencedBy
 from orchestrator.rules.records import Head, Quarantine
 from tests.support.builders import head, live, stamp
@@ -61,6 +61,14 @@ def test_only_what_every_process_offers_is_tried_newest_first() -> None:
 
 def test_two_steps_of_one_name_with_other_manifests_are_two_steps() -> None:
     assert candidates(Standing(3), [[offered(3, 20, crc="0a")], [offered(3, 20, crc="0b")]]) == []
+
+
+def test_a_step_that_was_asked_for_is_the_newest_incarnations_also_where_the_store_has_a_newer_one() -> None:
+    whole = [offered(1, 20), offered(2, 20), offered(2, 20, 2), offered(2, 40), offered(4, 20)]
+    journalled = Standing(3, named(3, 60))
+    assert asked_for(journalled, whole, 20) == [offered(2, 20, 2), offered(2, 20), offered(1, 20)]
+    assert asked_for(journalled, whole, 30) == []
+    assert asked_for(Standing(3, None, (named(2, 20),)), whole, 20) == [offered(1, 20)], "found bad by hand"
 
 
 attempts = st.builds(named, st.integers(1, 4), st.integers(0, 5), st.integers(1, 2))

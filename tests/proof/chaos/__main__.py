@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.proof.chaos import check, faults
+from tests.proof.chaos import check, faults, tier_faults
 from tests.proof.chaos.arena import Arena, Hang
 
 ROUNDS_PER_ARENA = 6
@@ -51,7 +51,7 @@ def main() -> int:
 
 def rounds(seed: int, only: str, count: int) -> Iterator[tuple[faults.Round, Arena]]:
     """Each with its arena: a run that several rounds in a row have gone through, or a fresh one."""
-    chosen = (one for one in faults.plan(seed) if only in f"{one.kind}: {one.what}")
+    chosen = (one for one in faults.plan(seed, tier_faults.sweep) if only in f"{one.kind}: {one.what}")
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         shared, used = Path(scratch), 0
         arena = None

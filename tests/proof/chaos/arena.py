@@ -27,11 +27,12 @@ class Hang(Exception):
 @dataclass
 class Arena:
     """One run and what was said about it. Several rounds may follow each other in one arena: `steps` is as far as the
-    last one went. `lines`: what the launchers printed."""
+    last one went. `url`: of a run that is not at `root`."""
 
     base: Path
     root: Path
     steps: int = 0
+    url: str = ""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     jobs: list[subprocess.Popen[bytes]] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
@@ -70,7 +71,7 @@ class Arena:
         return self.start([*launcher, *quick, *flags, "--", *self.job(*job_args)], **environ)
 
     def job(self, *job_args: str) -> list[str]:
-        module = [sys.executable, "-m", "tests.proof.chaos.job", str(self.root), str(self.story_file)]
+        module = [sys.executable, "-m", "tests.proof.chaos.job", self.url or str(self.root), str(self.story_file)]
         return [*module, f"steps={self.steps}", *job_args]
 
     def wait(self, job: subprocess.Popen[bytes], deadline_s: float) -> int:
@@ -91,7 +92,8 @@ class Arena:
         raise Hang(f"not within {deadline_s:g} s: {what}: {self.tail()}")
 
     def check(self) -> None:
-        self.problems += check.violations(self.root, self.story()) + check.leftovers(self.root)
+        root = self.url or self.root
+        self.problems += check.violations(root, self.story()) + check.leftovers(root)
 
     def tail(self) -> str:
         text = self.logs[-1].read_text(errors="replace") if self.logs else ""

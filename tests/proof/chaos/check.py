@@ -16,7 +16,7 @@ from tests.proof.model import invariants
 CLI_DEADLINE_S = 60
 
 
-def cli(root: Path, command: str, *flags: str) -> tuple[int, Any, str]:
+def cli(root: Path | str, command: str, *flags: str) -> tuple[int, Any, str]:
     """(exit code, what `--json` printed, standard error) of `orchestrator COMMAND ROOT`."""
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", command, str(root), *flags, "--json"],
@@ -34,7 +34,7 @@ def story(path: Path) -> list[dict[str, Any]]:
     return sorted(said, key=lambda line: line["time"])
 
 
-def violations(root: Path, said: Iterable[dict[str, Any]], damaged: bool = False) -> list[str]:
+def violations(root: Path | str, said: Iterable[dict[str, Any]], damaged: bool = False) -> list[str]:
     """One line for each thing that is not as promised. `damaged`: the round itself has damaged a step."""
     said = list(said)
     told = {(line["step"], line["epoch"]) for line in said if line["event"] == "saved"}
@@ -64,7 +64,7 @@ def violations(root: Path, said: Iterable[dict[str, Any]], damaged: bool = False
     return problems
 
 
-def leftovers(root: Path) -> list[str]:
+def leftovers(root: Path | str) -> list[str]:
     """Attempts that `gc` would still delete, after a whole `gc`."""
     code, report, error = cli(root, "gc")
     if code not in (0, 3):

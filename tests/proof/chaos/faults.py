@@ -395,12 +395,16 @@ def tools() -> dict[str, str]:
     return missing
 
 
-def plan(seed: int) -> Iterator[Round]:
-    """Rounds without end, the same for the same seed: each sweep goes through all kinds in a random order."""
+Sweep = Callable[[random.Random], Iterator[Round]]
+
+
+def plan(seed: int, *more: Sweep) -> Iterator[Round]:
+    """Rounds without end, the same for the same seed: each sweep goes through all kinds in a random order. more: kinds
+    that are not here."""
     source = random.Random(seed)
     missing = tools()
     while True:
-        sweep = list(_sweep(source))
+        sweep = [*_sweep(source), *(one for others in more for one in others(source))]
         source.shuffle(sweep)
         yield from (one for one in sweep if one.kind not in missing)
 

@@ -5,6 +5,8 @@ python -m tests.proof.chaos.job ROOT STORY [key=value ...]      under a launcher
     kib=K       size of the state
     delay=S     seconds per step
     deadline=S  save_timeout_s
+    save=N      save every N-th step, not each
+    hold=N      hold every N-th step in memory, with a copy in another rack
     jump=S      after each step the wall clock jumps by up to S seconds, forwards or back
 STORY is a file outside the run; each process appends to STORY.<index> one JSON object a line, synced, so that what
 the job had been told is known whatever happens to it.
@@ -88,6 +90,8 @@ def train(root: str, story: Story, clock: JumpingClock, index: int, args: dict[s
     from jax.sharding import NamedSharding, PartitionSpec
 
     import orchestrator as oc
+    from orchestrator.observe import events
+    from orchestrator.rules.attempt_id import AttemptId
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -100,6 +104,9 @@ def train(root: str, story: Story, clock: JumpingClock, index: int, args: dict[s
         whole = value(step)
         return {"w": jax.make_array_from_callback(whole.shape, sharding, lambda at: whole[at]), "count": step}
 
+    def came(restored: oc.Restored | None) -> dict[str, Any]:
+        return {"sources": dict(restored.sources)} if restored else {}
+
     def wrong(restored: oc.Restored) -> bool:
         whole, array = value(restored.step), restored.state["w"]
         same = all(np.array_equal(np.asarray(shard.data), whole[shard.index]) for shard in array.addressable_shards)
@@ -107,24 +114,37 @@ def train(root: str, story: Story, clock: JumpingClock, index: int, args: dict[s
         ours = mine is None or mine == f"{index} at {restored.step}".encode()
         return not (same and ours and restored.state["count"] == restored.step)
 
+    tiers = [oc.memory(every=int(args["hold"]), domain="rack")] if args.get("hold") else []
+
+    def hear(event: events.Event) -> None:
+        if isinstance(event, events.StepHeld | events.StepNotHeld | events.HeldStepDropped | events.CopyDropped):
+            story.say(type(event).__name__, step=event.step, attempt=event.attempt)
+        if isinstance(event, events.SaveCommitted) and tiers:
+            story.say("saved", step=event.step, epoch=AttemptId(event.step, event.attempt).epoch)
+
+    events.subscribe(hear)
     options = oc.Options(save_timeout_s=float(args.get("deadline", 10)), rendezvous_timeout_s=20, preemption_grace_s=15)
+    save = oc.every(int(args.get("save", 1)))
     try:
-        with oc.Agent(root, keep=oc.last(3), options=options) as agent:
+        with oc.Agent(root, save=save, keep=oc.last(3), tiers=tiers, options=options) as agent:
             restored = agent.restore(like=jax.eval_shape(lambda: {"w": value(0), "count": 0}) | state(0))
-            story.say("opened", epoch=agent.epoch, restored=restored and restored.step, pid=os.getpid())
+            story.say(
+                "opened", epoch=agent.epoch, restored=restored and restored.step, pid=os.getpid(), **came(restored)
+            )
             if restored and wrong(restored):
                 story.say("wrong", step=restored.step)
             for step in range(restored.step + 1 if restored else 0, int(args["steps"])):
                 failures = agent.failures
-                agent.save(step, state(step), process_state=f"{index} at {step}".encode())
+                began = agent.save(step, state(step), process_state=f"{index} at {step}".encode())
                 clock.jump()
                 time.sleep(float(args.get("delay", 0.02)))
                 leaving = agent.reached_preemption(step)
                 started = time.monotonic()
-                agent.wait_until_finished()
+                if not tiers:  # with them, uploads go on beside training
+                    agent.wait_until_finished()
                 if agent.failures > failures:
                     story.say("failed", step=step, seconds=time.monotonic() - started)
-                else:
+                elif began and not tiers:
                     story.say("saved", step=step, epoch=agent.epoch)
                 if leaving:
                     story.say("preempted", step=step)

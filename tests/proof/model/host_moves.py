@@ -176,7 +176,7 @@ def _misjudged(
     store = [standing.newest] if standing.newest else []
     newer = [each for each in (*could, *store) if (each.epoch, each.step) > rank[:2] and each.epoch <= standing.epoch]
     if newer:
-        kind = "of a newer incarnation" if newer[0].epoch > rank[0] else "newer"
+        kind = "of a newer start" if newer[0].epoch > rank[0] else "newer"
         return f"{label} is chosen over {newer[0].label}, which is {kind}"
     promise = world.promise
     if promise and promise.attempt in job.known and not promise.lied and rank < held.rank(promise.attempt):

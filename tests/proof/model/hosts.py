@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from orchestrator.rules import held, journal, pairing, survival
+from orchestrator.rules import held, held_files, journal, pairing, survival
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Stamp
 from orchestrator.rules.records import Head, JournalEvent, LiveStep
@@ -33,7 +33,7 @@ class Rules:
     enter: Callable[..., Any] = journal.commit
     follow: Callable[..., Any] = held.follow
     candidates: Callable[..., Any] = held.candidates
-    lacking: Callable[..., Any] = held.lacking
+    lacking: Callable[..., Any] = held_files.lacking
     to_free: Callable[..., Any] = held.to_free
     commit: Callable[..., Any] = journal.commit
     pair: Callable[..., Any] = pairing.pair
@@ -43,7 +43,7 @@ class Rules:
     waits_for_copies: bool = True
     servers_fence: bool = True
     tries_other_hosts: bool = True
-    finds_by_manifest: bool = False
+    finds_by_manifest: bool = True
     is_held_when_entered: bool = False
     is_held_when_first_follows: bool = False
     keeps_uploads_in_order: bool = True

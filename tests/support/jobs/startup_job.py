@@ -155,6 +155,11 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     "options": lambda: agent(
         folder / "no", save, options={"attest": mine("off", "off", "full"), "save_timeout_s": mine(60.0, 61.0, 60.0)}
     ),
+    "tiers": lambda: agent(
+        folder / "tiers",
+        save,
+        tiers=mine([oc.memory(directory=own)], [oc.memory(directory=own, copies=2, domain="rack")], []),
+    ),
     "x64": lambda: with_x64(index == 1),
     "environment": lambda: with_environ("ORCHESTRATOR_STORE_DEADLINE_S", mine(None, "33", None)),
     "compat: options": lambda: manager(folder / "no", max_to_keep=mine(3, 4)),
