@@ -81,7 +81,9 @@ def measure(name: str, mib: int, args: argparse.Namespace) -> Line:
     arguments = [f"--mib={mib}", f"--rounds={args.rounds}", f"--peers={name}", f"--directory={base}"]
     try:
         return dict(jobs.run("benchmarks.tier_cost", arguments, HOSTS, python=python, limit_s=LIMIT_S))
-    except (SystemExit, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result within {LIMIT_S:.0f} s"}
+    except SystemExit as error:
         return {"failed": str(error).splitlines()[-1]}
     finally:
         for path in (base, store(Path(base))):

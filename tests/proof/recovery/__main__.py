@@ -57,6 +57,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="leave out the rounds before this one")
     parser.add_argument("--outside", type=int, default=20, help="rounds outside the promise, after the others")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="this round of --rounds alone")
@@ -69,7 +70,7 @@ def parse() -> argparse.Namespace:
 def planned(args: argparse.Namespace) -> list[Round]:
     if args.only is not None:
         return [within(args.seed, args.only, args.rounds)]
-    inside = [within(args.seed, number, args.rounds) for number in range(args.rounds)]
+    inside = [within(args.seed, number, args.rounds) for number in range(args.first, args.rounds)]
     return inside + [outside(args.seed, number) for number in range(args.outside)]
 
 

@@ -92,10 +92,10 @@ class Training:
     def __init__(self, args: dict[str, str], restarted: bool) -> None:
         import jax
         import jax.numpy as jnp
-        from jax.sharding import NamedSharding, PartitionSpec
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
         shape = tuple(map(int, args.get("then" if restarted else "mesh", f"{jax.device_count()}x1").split("x")))
-        mesh = jax.make_mesh(shape, ("data", "model"))
+        mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         self._sharding = NamedSharding(mesh, PartitionSpec("data", "model"))
         self._rows = int(float(args.get("mib", 1)) * 2**20) // (ARRAYS * COLUMNS * 4) // 8 * 8
         form = jax.ShapeDtypeStruct((self._rows, COLUMNS), jnp.uint32, sharding=self._sharding)

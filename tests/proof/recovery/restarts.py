@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="append each line to it, and print the table of all that are in it")
     parser.add_argument("--write", type=Path, help="a page of the docs whose table to renew")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left running
     found: list[Line] = []
     for number, mib, speed, way in itertools.product(range(args.rounds), args.mib, args.speeds, args.ways):
         with tempfile.TemporaryDirectory(prefix="restart-") as scratch:
