@@ -105,4 +105,7 @@ class Scene:
             self._job.send_signal(signal.SIGINT)  # the second: kill
             with suppress(Exception):
                 self._job.wait(5)
-        return self._arena.end()
+        try:
+            return self._arena.end()
+        except ProcessLookupError:  # it ended by itself between the look and the signal
+            return self._arena.end()
