@@ -95,16 +95,16 @@ class Measured:
         print(json.dumps({"figure": figure, **rounded}), flush=True)
 
     def ours(self, ring_bytes: int = 0, locked: bool = True, threads: int = 0, piece: int = 0) -> Any:
-        kept = host_ring.BYTES, page_locked.PINNED_HOST, local_source._THREADS, local_store._PIECE_BYTES
+        kept = host_ring.BYTES, page_locked.PINNED_HOST, local_source._THREADS, local_store.PIECE_BYTES
         host_ring.BYTES, local_source._THREADS = ring_bytes or kept[0], threads or kept[2]
-        local_store._PIECE_BYTES = piece or kept[3]
+        local_store.PIECE_BYTES = piece or kept[3]
         page_locked.PINNED_HOST = kept[1] if locked else "no such memory"
         try:
             restored = self.agent.restore(like=self.target)
             assert restored is not None
             return restored.state
         finally:
-            host_ring.BYTES, page_locked.PINNED_HOST, local_source._THREADS, local_store._PIECE_BYTES = kept
+            host_ring.BYTES, page_locked.PINNED_HOST, local_source._THREADS, local_store.PIECE_BYTES = kept
 
     def from_ordinary(self) -> Any:
         return jax.device_put(self.ordinary, [SingleDeviceSharding(self.device)] * len(self.ordinary))

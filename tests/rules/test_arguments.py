@@ -377,8 +377,7 @@ def test_a_ctrl_c_while_the_agent_waits_leaves_the_save_to_the_next_wait(
 ) -> None:
     agent = oc.Agent(root)
     agent.save(1, state(1))
-    save = agent._saves._current
-    assert save is not None
+    (save,) = agent._saves._begun
     monkeypatch.setattr(save, "join", lambda timeout_s: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         while save.running:

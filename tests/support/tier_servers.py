@@ -231,6 +231,7 @@ class Served:
         self.part = Peer(server.address, SECRET, RUN).part(process)
         self.url = self.part.url
         self.get, self.list, self.measure = self.part.get, self.part.list, self.part.measure
+        self.size, self.read_into = self.part.size, self.part.read_into
         self.create, self.delete, self.make_durable = (
             self.storage.create,
             self.storage.delete,

@@ -45,7 +45,7 @@ def leaf_node(*entries: tuple[bytes, Any]) -> bytes:
         np.array([size for _, _, size in places]),
         [value for value in values if isinstance(value, bytes)],
     )
-    return ocdbt._leaf(keys, columns)
+    return ocdbt._leaf(ocdbt._keys(keys), columns)
 
 
 def resigned(node: bytes, change: Callable[[bytearray], None]) -> bytes:
