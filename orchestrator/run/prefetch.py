@@ -311,12 +311,7 @@ def _pieces(source: Reads, key: str, size: int) -> Iterator[bytes]:
             count = source.read_into(key, offset, memoryview(buffer))
             yield bytes(memoryview(buffer)[:count])
     elif isinstance(source, PosixStorage):
-        try:
-            with open(source.open(key), "rb", buffering=0) as file:
-                while piece := file.read(_PIECE_BYTES):
-                    yield piece
-        except OSError as error:
-            raise StorageError(f"read {source.url}/{key}: {error.strerror}") from error
+        yield from source.pieces(key)
     else:
         body = source.get(key, size)
         if body is None:
