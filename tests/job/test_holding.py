@@ -19,6 +19,7 @@ from orchestrator import environment, failpoints
 from orchestrator.errors import StepNotFound, UsageError
 from orchestrator.observe import events
 from orchestrator.rules import journal
+from tests.support.damage import flip, truncate
 from tests.support.runs import LIKE, state, store_of
 from tests.support.tiers import agent, crash, crashed_at_14, held_dir, train
 
@@ -82,16 +83,6 @@ def test_a_step_that_was_asked_for_is_the_journals_or_else_a_held_one(crashed: P
 def data_file(crashed: Path, step: int) -> Path:
     (found,) = (held_dir(crashed) / f"steps/{step:08d}").glob("*/state/ocdbt.process_0/d/*")
     return found
-
-
-def flip(path: Path) -> None:
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 1
-    path.write_bytes(body)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 def swap(path: Path) -> None:

@@ -21,6 +21,7 @@ from orchestrator.observe import events
 from orchestrator.rules import keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.storage import PosixStorage, Storage
+from tests.support.damage import flip, truncate
 from tests.support.fakes import HookedStorage, StepClock, another_host
 from tests.support.gcs import emulator, new_root
 from tests.support.runs import LIKE, state, store_of
@@ -346,16 +347,6 @@ def test_a_step_that_is_lost_in_memory_is_made_up_for_by_the_next_call_of_save(
     (lost,) = [event for event in seen if isinstance(event, events.SaveNotCommitted)]
     assert (lost.step, lost.cause) == (4, "memory") and "could not be written to memory" in lost.reason
     assert told(seen, events.StepNotHeld) == [4] and told(seen, events.StepHeld) == [0, 5, 6, 8]
-
-
-def flip(path: Path) -> None:
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 1
-    path.write_bytes(body)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 def grow(path: Path) -> None:

@@ -19,6 +19,7 @@ from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.prefetch import COMMITTED, HELD, Fetched, Here, Prefetch
 from orchestrator.storage import open_storage
 from orchestrator.storage.peer import Peer
+from tests.support.damage import flip
 from tests.support.gcs import BUCKET, emulator, new_root
 from tests.support.runs import LIKE, fill, now, state, store_of
 from tests.support.tiers import agent, crashed_at_14, train
@@ -57,12 +58,6 @@ def there(root: Path, directory: Path) -> dict[str, bytes]:
 def stored(root: Path, step: int) -> dict[str, bytes]:
     [attempt] = (root / "steps" / f"{step:08d}").iterdir()
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in attempt.rglob("*") if path.is_file()}
-
-
-def flip(path: Path) -> None:
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 1
-    path.write_bytes(body)
 
 
 def test_every_byte_of_a_committed_step_leaves_the_store_once(tmp_path: Path) -> None:

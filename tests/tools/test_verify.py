@@ -17,6 +17,7 @@ from orchestrator.storage import PosixStorage
 from orchestrator.tools import verify
 from orchestrator.tools.diff import Side, compare
 from tests.support.commands import orchestrator
+from tests.support.damage import flip
 from tests.support.fakes import HookedStorage
 from tests.support.runs import journal_of, now, store_of
 from tests.support.snapshots import snapshot
@@ -46,12 +47,6 @@ def run(saved: Path, root: Path) -> Path:
 
 def data_file(root: Path) -> Path:
     return max(root.rglob("d/*"), key=lambda path: path.stat().st_size)
-
-
-def flip(path: Path, fraction: float = 0.5) -> None:
-    body = bytearray(path.read_bytes())
-    body[int(len(body) * fraction)] ^= 4
-    path.write_bytes(body)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> Any:

@@ -20,6 +20,7 @@ from orchestrator.rules.records import FileEntry, LiveStep
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.storage import Entry, PosixStorage
 from orchestrator.storage.sources import Source, Sources
+from tests.support.damage import flip
 from tests.support.runs import now, store_of
 
 STATE: dict[str, Any] = {
@@ -91,12 +92,6 @@ def read_from(live: LiveStep, *sources: Source) -> tuple[dict[str, Any], Sources
 
 def data_files(path: Path) -> list[Path]:
     return sorted((one for one in path.glob("steps/*/*/state/**/d/*")), key=lambda one: one.stat().st_size)
-
-
-def flip(path: Path) -> None:
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 4
-    path.write_bytes(body)
 
 
 def shorten(path: Path) -> None:

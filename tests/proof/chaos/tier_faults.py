@@ -23,6 +23,7 @@ from typing import Any
 from launch.gcs_emulator.process import EmulatorProcess
 from tests.proof.chaos.arena import Arena
 from tests.proof.chaos.faults import Round, expect
+from tests.support.damage import flip
 
 HOSTS, RACKS = range(4), ((0, 1), (2, 3))
 STEPS, HOLD, SAVE = 160, 2, 30
@@ -160,12 +161,6 @@ def too_many_lost(spared: int, after_s: float) -> Round:
         return "came back on the newest saved step"
 
     return Round("tiers: three hosts of four are lost with their memory", f"all but {spared}", run, fresh=True)
-
-
-def flip(path: Path) -> None:
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 4
-    path.write_bytes(body)
 
 
 def wrong_bytes(lost: int, all_steps: bool) -> Round:

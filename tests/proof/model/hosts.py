@@ -11,7 +11,7 @@ good, or go on as a zombie.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from orchestrator.rules import held, held_files, journal, pairing, survival
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.journal import Stamp
 from orchestrator.rules.records import Head, JournalEvent, LiveStep
+
+from .search import trace
 
 
 @dataclass(frozen=True)
@@ -259,12 +261,3 @@ def explore(scenario: Scenario, rules: Rules | None = None, states_max: int = 3_
         if len(came) > states_max:
             raise AssertionError(f"{scenario.name}: more than {states_max} states")
     return Found(len(came), choices, None)
-
-
-def trace(came: dict[World, tuple[World | None, str]], world: World) -> Sequence[str]:
-    labels = []
-    at: World | None = world
-    while at is not None:
-        at, label = came[at]
-        labels.append(label)
-    return labels[-2::-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from orchestrator.policy import last
 from orchestrator.rules.attempt_id import name_of
@@ -31,6 +32,8 @@ from .world import (
     stored,
     top,
 )
+
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,10 @@ def explore(scenario: Scenario, rules: Rules | None = None, states_max: int = 5_
     return Result(len(came), tried, len(judge.images), None)
 
 
-def trace(came: dict[World, tuple[World | None, str]], world: World) -> list[str]:
+def trace(came: Mapping[State, tuple[State | None, str]], world: State) -> list[str]:
+    """What was done to come to `world`, step by step; of any model's worlds."""
     labels = []
-    at: World | None = world
+    at: State | None = world
     while at is not None:
         at, label = came[at]
         labels.append(label)
