@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.support import forks
 
 STATE_JOB = Path(__file__).parent / "jobs" / "state_job.py"
 
@@ -41,13 +42,14 @@ class Job:
         self.outputs = [logs / f"{index}.jsonl" for index in range(count)]
         self.errors = [logs / f"{index}.err" for index in range(count)]
         settings = [f"{name}={value}" for name, value in args.items()]
-        inherited = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environ or {})}
+        inherited = {**os.environ, "PYTHONPATH": str(forks.REPOSITORY), **(environ or {})}
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, program, *map(str, (index, count, devices, port, root)), *settings],
-                stdout=self.outputs[index].open("w"),
-                stderr=self.errors[index].open("w"),
-                env=inherited,
+            forks.start(
+                [*map(str, (program, index, count, devices, port, root)), *settings],
+                inherited,
+                self.outputs[index].open("w"),
+                self.errors[index].open("w"),
+                number=index,
             )
             for index in range(count)
         ]
