@@ -19,13 +19,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
 
-import crc32c
 from absl import logging
 
 from orchestrator.errors import OrchestratorError, StorageError, Unavailable
 from orchestrator.rules import held, keys, prefetch
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.records import FileEntry, Head, LiveStep, Manifest, crc32
+from orchestrator.rules.records import FileEntry, Head, LiveStep, Manifest
 from orchestrator.rules.restore_sources import PEERS
 from orchestrator.run import held_steps, prefetched, tier_directory
 from orchestrator.run.checked_reads import attempt_file, decoded, manifest_problem
@@ -34,6 +33,7 @@ from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import log_to_read, newest_whole
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.peer import Peer, PeerStorage
+from orchestrator.storage.pieces import checked
 from orchestrator.storage.port import Reads
 from orchestrator.storage.sources import Source
 
@@ -272,23 +272,16 @@ class Prefetch:
                 f"{into.url}/{key}: no room: needs {entry.bytes} bytes, there are {free}; left to a restore"
             )
         where = f"{source.url}/{key}"
-        pieces = self._checked(where, entry, _pieces(source, key, entry.bytes))
-        into.copy(where, key, self._on_bytes, pieces)
 
-    def _checked(self, where: str, entry: FileEntry, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        size = checksum = 0
-        other = ""
-        for piece in pieces:
+        def wrong(found: str) -> StorageError:
+            expected = f"the manifest says {entry.bytes} with {entry.crc32c}"
+            return StorageError(f"{where}: {found}; {expected}; not used")
+
+        def in_time(count: int) -> None:
             if time.monotonic() >= self._end:
                 raise Unavailable(f"{where}: the time is up: left to a restore")
-            size += len(piece)
-            checksum = crc32c.crc32c(piece, checksum)
-            other = crc32(piece) if size == len(piece) else ""
-            yield piece
-        same = (size, f"{checksum:08x}") == (entry.bytes, entry.crc32c) and other in ("", entry.crc32 or other)
-        if not same:
-            got = f"{size} bytes with crc32c {checksum:08x}"
-            raise StorageError(f"{where}: {got}; the manifest says {entry.bytes} with {entry.crc32c}; not used")
+
+        into.copy(where, key, self._on_bytes, checked(entry, _pieces(source, key, entry.bytes), wrong, in_time))
 
 
 def _names(reads: Reads, attempt: AttemptId, sizes: Mapping[str, int]) -> set[str]:

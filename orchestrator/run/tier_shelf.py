@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import crc32c
 from absl import logging
 
 from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable, UsageError
@@ -27,6 +26,7 @@ from orchestrator.run import survey, tier_directory
 from orchestrator.run.checked_reads import journal_entry
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.directory import storage_error
+from orchestrator.storage.pieces import checked
 from orchestrator.storage.port import Exists
 
 _STALE_S = 120.0  # four times as long as a sender may say nothing
@@ -220,22 +220,21 @@ class Shelf:
         path = self._path(copy.target)
         if os.path.lexists(path) and self._is_here(copy):
             return False
+        known = FileEntry(path="", bytes=copy.bytes, crc32c=copy.crc32c)
+
+        def arriving() -> Iterator[bytes | memoryview]:
+            yield from checked(known, pieces, lambda found: _damaged(found, known))
+            self._check_epoch(copy.target.run, attempt)  # just before it gets its name
+
         with self._room(copy, path) as on_bytes:
             tier_directory.make(path)
             part = PosixStorage(path)
-            outcome = part.copy(
-                "a peer's file",
-                copy.target.key,
-                on_bytes,
-                self._checked(copy, pieces, lambda: self._check_epoch(copy.target.run, attempt)),
-            )
+            outcome = part.copy("a peer's file", copy.target.key, on_bytes, arriving())
             if isinstance(outcome, Exists):
                 if not self._is_here(copy):
                     raise Rejected("busy", "somebody else has brought it, and it was freed at the same time")
                 return False
-            part.make_durable(
-                [copy.target.key], {copy.target.key: FileEntry(path="", bytes=copy.bytes, crc32c=copy.crc32c)}
-            )
+            part.make_durable([copy.target.key], {copy.target.key: known})
         try:
             self._check_epoch(copy.target.run, attempt)  # opened just before it got its name
         except Rejected:
@@ -254,19 +253,6 @@ class Shelf:
                 "conflict", f"{text}; {copy.bytes} bytes, {copy.crc32c} were sent: another body is not taken"
             )
         return True
-
-    def _checked(
-        self, copy: Copy, pieces: Iterator[bytes | memoryview], before_naming: Callable[[], None]
-    ) -> Iterator[bytes | memoryview]:
-        size = checksum = 0
-        for piece in pieces:
-            size += len(piece)
-            checksum = crc32c.crc32c(piece, checksum)
-            yield piece
-        if (size, f"{checksum:08x}") != (copy.bytes, copy.crc32c):
-            text = f"{size} bytes with CRC-32C {checksum:08x} arrived, {copy.bytes} with {copy.crc32c} were sent"
-            raise Rejected("damaged", f"{text}; not taken")
-        before_naming()
 
     @contextlib.contextmanager
     def _room(self, copy: Copy, path: str) -> Iterator[Callable[[int], None]]:
@@ -297,3 +283,7 @@ class Shelf:
         finally:
             with self._lock:
                 self._coming -= left
+
+
+def _damaged(found: str, known: FileEntry) -> Rejected:
+    return Rejected("damaged", f"{found} arrived, {known.bytes} with {known.crc32c} were sent; not taken")

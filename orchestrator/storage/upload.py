@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import crc32c
-
 from orchestrator.errors import StorageError
 from orchestrator.rules.records import FileEntry
+from orchestrator.storage.pieces import checked
 from orchestrator.storage.port import Created, Exists, Storage
 from orchestrator.storage.posix import PosixStorage
 
@@ -24,7 +23,12 @@ def upload(source: PosixStorage, target: Storage, known: FileEntry, passing: Pas
     """Bring the object at key `known.path` from `source` to `target`; durable once `make_durable` has returned. One
     that is there already is of an earlier try whose answer was lost, or not ours: it is compared. Raises Unreadable,
     StorageError, of these Unavailable where another try may have more luck, and what `passing` raises."""
-    made = _create(target, known, checked_pieces(source, known, passing))
+
+    def wrong(found: str) -> Unreadable:
+        expected = f"{known.bytes} with {known.crc32c} were written there"
+        return Unreadable(f"{source.url}/{known.path}: has {found}, {expected}; it is not used")
+
+    made = _create(target, known, checked(known, _pieces(source, known.path), wrong, passing))
     if isinstance(made, Exists):
         there = target.measure(known.path)
         if there is None or (there.bytes, there.crc32c) != (known.bytes, known.crc32c):
@@ -44,28 +48,8 @@ def _create(target: Storage, known: FileEntry, pieces: Iterator[bytes]) -> Creat
     return target.create(known.path, b"".join(pieces))
 
 
-def checked_pieces(source: PosixStorage, known: FileEntry, passing: Passing) -> Iterator[bytes]:
-    """A file of `source`, in pieces. Raises Unreadable, before the last one, if it is not what is `known` of it."""
-    checksum = count = 0
-    for piece in _pieces(source, known.path):
-        passing(len(piece))
-        checksum, count = crc32c.crc32c(piece, checksum), count + len(piece)
-        if count >= known.bytes:
-            _check(source, known, count, checksum)
-        yield piece
-    _check(source, known, count, checksum)
-
-
 def _pieces(source: PosixStorage, key: str) -> Iterator[bytes]:
     try:
         yield from source.pieces(key)
     except StorageError as error:
         raise Unreadable(str(error)) from error
-
-
-def _check(source: PosixStorage, known: FileEntry, count: int, checksum: int) -> None:
-    if (count, f"{checksum:08x}") != (known.bytes, known.crc32c):
-        raise Unreadable(
-            f"{source.url}/{known.path}: has {count} bytes with crc32c {checksum:08x}, {known.bytes} with "
-            f"{known.crc32c} were written there; it is not used"
-        )
