@@ -96,7 +96,7 @@ def simulate(
     keys = [f"{leaf.name}/c/{process}/0" for leaf in spec.leaves for process in range(hosts)]
     order = KeyOrder.of(keys)  # planned once for each form of state
     objects, leader_s = _stored(sealed, spec, store, signal_s, group)
-    state, clock, cpu, receipts = _collected(objects, _intent(hosts, spec), store, signal_s)
+    state, clock, cpu, receipts = _collected(objects, _intent(hosts, spec), store)
     collected = clock
     tree_bytes, spent = timed(lambda: _tree_bytes(receipts, order))
     head_read = store.request("read", clock)  # beside what comes next; good for 5 s
@@ -154,7 +154,7 @@ def _stored(
 
 
 def _collected(
-    objects: list[Object], intent: Intent, store: Store, signal_s: float
+    objects: list[Object], intent: Intent, store: Store
 ) -> tuple[attempt.Attempt, float, float, list[Receipt]]:
     """As `ReceiptReader`: whatever has been heard of is read, many at once, and decoded as it arrives, one after the
     other. The state, the time, what of it was processor time, and the receipts."""

@@ -30,7 +30,6 @@ from orchestrator.observe import events
 from orchestrator.observe.events import Event
 from orchestrator.rules.records import Cause
 
-LOOPBACK = "127.0.0.1"
 TEXTFILE_INTERVAL_S = 10.0
 _INTERVALS = 5  # between commits, for their median
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)

@@ -60,12 +60,6 @@ class HostSave:
         end = min(later, default=self.ended_s if self.ended_s is not None else max(self.phases.values()))
         return max(0.0, end - begun)
 
-    @property
-    def write_rate(self) -> float | None:
-        """Bytes per second while writing and making durable; None before that is over."""
-        busy_s = self.seconds("writing") + self.seconds("sealing")
-        return self.written_bytes / busy_s if busy_s > 0 and self.written_bytes else None
-
 
 @dataclass
 class HostState:

@@ -45,8 +45,3 @@ class Placement(Record, frozen=True):
     def survives(self) -> str:
         """What may be lost once a step is held, in words: `any one slice`."""
         return survival.words([host.site for host in self.hosts], self.targets)
-
-    def copies_of(self, process: int) -> list[str]:
-        """The names of the hosts that have copies of a process's part."""
-        own = next((host for host in self.hosts if process in host.processes), None)
-        return [self.hosts[target].name for target in own.targets] if own else []

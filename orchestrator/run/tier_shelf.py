@@ -72,7 +72,7 @@ class Shelf:
             raise storage_error("make the tier's directory", self.base, error) from error
         tier_directory.check(self.base)
 
-    def sweep(self, older_s: float = _STALE_S) -> None:
+    def sweep(self) -> None:
         """Free what a server that was killed has left of copies on their way: they have no name, and nobody has written
         to them for a while. Only where no process of this host writes. Never raises."""
         with contextlib.suppress(OSError):
@@ -81,7 +81,7 @@ class Shelf:
                 with contextlib.suppress(OSError, OrchestratorError):
                     tier_directory.check(path)
                     if not os.path.lexists(os.path.join(path, keys.JOURNAL)):
-                        self._sweep(PosixStorage(path), time.time() - older_s)
+                        self._sweep(PosixStorage(path), time.time() - _STALE_S)
 
     def _sweep(self, part: PosixStorage, before_s: float) -> None:
         with part.root.directory(keys.TEMPORARY) as folder:

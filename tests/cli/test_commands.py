@@ -126,7 +126,7 @@ def test_what_is_not_a_run_is_called_by_what_it_is(
     assert f"not a run: {said.format(run=run, above=above)}\n" in capsys.readouterr().err
 
 
-def test_a_verdict_is_shown_before_anything_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_verdict_is_shown_before_anything_is_written(run: Path) -> None:
     versions = list((run / "journal").iterdir())
     judged = next(verify.run(str(run), usage.parse("verify", COMMANDS["verify"], [str(run)])[1]))
     lines = iter(verify.show(judged, {}))

@@ -177,7 +177,7 @@ def test_watch_on_a_terminal_says_that_a_run_has_ended_in_order_and_goes_on_unti
     assert ESCAPE.sub("", shown).count("ENDED  the process closed in order") > 1
 
 
-def test_colour_is_for_terminals_only(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_colour_is_for_terminals_only(run: Path) -> None:
     assert "\x1b[" in on_a_terminal(80, "ls", str(run))
     piped = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", "ls", str(run)], capture_output=True, text=True, timeout=60

@@ -178,7 +178,7 @@ def test_what_cannot_be_adopted_is_said_and_nothing_is_written(
     assert oc.open_run(root).all_steps() == [10]
 
 
-def test_an_object_of_many_pieces_arrives_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_of_many_pieces_arrives_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gcs_objects, "PIECE_BYTES", 1000)
     storage = open_storage(gcs.new_root())
     assert isinstance(storage, GcsStorage)

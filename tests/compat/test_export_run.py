@@ -218,7 +218,7 @@ def test_a_damaged_step_is_named_and_the_others_are_there(root: Path, tmp_path: 
 
 @pytest.mark.parametrize("nth", [1, 5])
 def test_a_step_whose_copy_fails_is_no_step_to_orbax_and_exporting_again_goes_on(
-    nth: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    nth: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     native(root, 1, 2)
     out, left = tmp_path / "out", [nth]

@@ -45,7 +45,7 @@ def test_a_step_is_loaded_by_the_path_that_orbax_would_give_it() -> None:
             v1.load(f"{root}/{name}")
 
 
-def test_what_orbax_has_written_into_a_store_is_rejected_with_the_way_out(tmp_path: Path) -> None:
+def test_what_orbax_has_written_into_a_store_is_rejected_with_the_way_out() -> None:
     url = f"{gcs.new_root()}/7"
     theirs.save(url, {"w": jnp.ones(2)})
     before = [entry.key for entry in open_storage(url).list("")]

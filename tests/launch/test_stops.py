@@ -284,7 +284,7 @@ def test_a_job_runs_without_any_standard_stream(tmp_path: Path) -> None:
         assert process.wait(DEADLINE_S) == 7 and done.exists()
 
 
-def test_a_stop_before_a_restart_reports_the_failure_and_not_a_save(tmp_path: Path) -> None:
+def test_a_stop_before_a_restart_reports_the_failure_and_not_a_save() -> None:
     flags = ["--processes", "1", "--max_restarts", "9", "--backoff_s", "30"]
     with launcher(local(flags, "raise SystemExit(3)")) as process:
         until(process.stderr, "restart 1 on 1 hosts in 30 s")

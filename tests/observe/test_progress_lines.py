@@ -150,7 +150,7 @@ def verbose() -> Iterator[python_logging.Logger]:
     logging.set_verbosity(before)
 
 
-def test_what_the_log_shows_is_not_said_again(root: Path, verbose: python_logging.Logger) -> None:
+def test_what_the_log_shows_is_not_said_again(verbose: python_logging.Logger) -> None:
     assert not progress_lines.shown_by_log()  # nobody shows it
     handler = python_logging.StreamHandler(sys.stderr)
     verbose.addHandler(handler)

@@ -102,7 +102,7 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(scraped: str) -> None:
 
 
 @needs_promtool
-def test_promtool_accepts_the_alerts_and_they_fire_when_they_should(tmp_path: Path) -> None:
+def test_promtool_accepts_the_alerts_and_they_fire_when_they_should() -> None:
     for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts.test.yml"]):
         done = subprocess.run(["promtool", *command], cwd=OPS, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr

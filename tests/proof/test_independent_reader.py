@@ -90,7 +90,7 @@ def test_an_adopted_run(root: Path, mesh8: jax.sharding.Mesh) -> None:
     assert_reads_the_same(root)
 
 
-def test_it_notices_damage_and_skips_what_is_quarantined(root: Path, mesh8: jax.sharding.Mesh) -> None:
+def test_it_notices_damage_and_skips_what_is_quarantined(root: Path) -> None:
     with oc.Agent(root, options=now()) as agent:
         for step in (1, 2):
             agent.save(step, {"w": jnp.full(4, step)})

@@ -207,9 +207,7 @@ def test_a_connection_too_many_is_closed_at_once_and_later_ones_are_served(tmp_p
         (target("x", 4), 500 if OURS == 0 else 200),  # one that somebody else owns
     ],
 )
-def test_nothing_but_our_own_files_in_their_places_is_given_away(
-    tmp_path: Path, one: Host, asked: str, code: int
-) -> None:
+def test_nothing_but_our_own_files_in_their_places_is_given_away(one: Host, asked: str, code: int) -> None:
     part = one.part(1)
     with_links = {"link": "/etc/passwd", "linked": "/etc"}
     for name, where in with_links.items():

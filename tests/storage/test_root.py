@@ -107,7 +107,7 @@ def test_a_job_whose_root_is_taken_away_ends_before_it_writes_and_makes_no_other
 
 @pytest.mark.parametrize("moment", ["intent.json", "receipts/", "manifest.json", "journal/"])
 @pytest.mark.parametrize("how", ["renamed", "renamed, and another in its place", "deleted"])
-def test_a_root_may_be_taken_at_any_moment_of_a_save(how: str, moment: str, root: Path, tmp_path: Path) -> None:
+def test_a_root_may_be_taken_at_any_moment_of_a_save(how: str, moment: str, root: Path) -> None:
     armed = False
 
     def before(operation: str, key: str) -> None:

@@ -34,8 +34,8 @@ def story(path: Path) -> list[dict[str, Any]]:
     return sorted(said, key=lambda line: line["time"])
 
 
-def violations(root: Path | str, said: Iterable[dict[str, Any]], damaged: bool = False) -> list[str]:
-    """One line for each thing that is not as promised. `damaged`: the round itself has damaged a step."""
+def violations(root: Path | str, said: Iterable[dict[str, Any]]) -> list[str]:
+    """One line for each thing that is not as promised."""
     said = list(said)
     told = {(line["step"], line["epoch"]) for line in said if line["event"] == "saved"}
     code, listed, error = cli(root, "ls")
@@ -55,10 +55,10 @@ def violations(root: Path | str, said: Iterable[dict[str, Any]], damaged: bool =
         f"4: step {step} of epoch {epoch} was reported as saved, not journalled"
         for step, epoch in sorted(told - committed)
     ]
-    if told and not damaged and (not good or max(good) < max(step for step, _ in told)):
+    if told and (not good or max(good) < max(step for step, _ in told)):
         problems.append(f"1: step {max(told)[0]} was reported as saved, the newest is {good[-1:] or None}")
     code, report, error = cli(root, "verify", "--all", "--repair_journal=never")
-    if code and told and not damaged:
+    if code and told:
         problems.append(f"2: verify: exit code {code}: {error or report}")
     problems += [f"wrong bytes restored: {line}" for line in said if line["event"] == "wrong"]
     return problems

@@ -58,7 +58,7 @@ def _moves(scenario: Scenario, world: World, rules: Rules, index: int) -> Iterat
             known = _known(world, up)
             yield "starts", become(pc="looking", hosts=up, alive=frozenset(range(len(up))), known=known), ""
         case "looking":
-            yield _look(world, rules, job, become)
+            yield _look(world, job, become)
         case "choosing":
             yield _choose(scenario, world, rules, job, become)
         case "opening":
@@ -99,7 +99,7 @@ def _known(world: World, hosts: tuple[int, ...]) -> frozenset[AttemptId]:
     return frozenset(listed | ({world.promise.attempt} if world.promise else set()))
 
 
-def _look(world: World, rules: Rules, job: Job, become: Become) -> Moved:
+def _look(world: World, job: Job, become: Become) -> Moved:
     host = world.hosts[job.hosts[job.at]]
     head = head_of(host.log)
     logged = job.logged | {each.id for each in (head.live if head else ())}
@@ -256,14 +256,14 @@ def _write(scenario: Scenario, world: World, rules: Rules, job: Job, become: Bec
         return  # lost, or at the step before still
     hosts, problem = _put(scenario, world, rules, job, job.at, job.at)
     if hosts is None:
-        yield f"process {job.at} cannot have its copies taken", _given_up(scenario, world, rules, job, become), ""
+        yield f"process {job.at} cannot have its copies taken", _given_up(world, rules, job, become), ""
         return
     ended = job.at + 1 == len(job.hosts)
     after = become({"hosts": hosts}, pc="entering" if ended else "writing", at=0 if ended else job.at + 1)
     yield f"process {job.at} writes its part and copies", after, problem
 
 
-def _given_up(scenario: Scenario, world: World, rules: Rules, job: Job, become: Become) -> World:
+def _given_up(world: World, rules: Rules, job: Job, become: Become) -> World:
     """Each process frees what its host has of it, as far as the logs tell that it is not held."""
     if 0 not in job.alive:
         return become({"hosts": world.hosts}, pc="running", at=0)
@@ -291,13 +291,13 @@ def _enter(scenario: Scenario, world: World, rules: Rules, job: Job, become: Bec
         return
     hosts, problem = _put(scenario, world, rules, job, 0, -len(job.hosts))
     if hosts is None:
-        yield "cannot have the manifest's copy taken", _given_up(scenario, world, rules, job, become), ""
+        yield "cannot have the manifest's copy taken", _given_up(world, rules, job, become), ""
         return
     attempt, number = _attempt(job), job.hosts[0]
     before = head_of(hosts[number].log)
     made = rules.enter(before, STAMP, epoch=job.epoch, entry=live(attempt), keep=KEEP_HELD)
     if not isinstance(made, Head):
-        yield "is fenced in process 0's log", _given_up(scenario, world._replace(hosts=hosts), rules, job, become), ""
+        yield "is fenced in process 0's log", _given_up(world._replace(hosts=hosts), rules, job, become), ""
         return
     if before is not None and before.epoch > job.epoch:
         problem = problem or f"{attempt.label} is held in a tier that epoch {before.epoch} has opened"

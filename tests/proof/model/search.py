@@ -112,7 +112,7 @@ class Judge:
         if key in self.images:
             return []
         self.images.add(key)
-        judged = self._engine.once(("journal", journal), lambda: self._journal(journal, objects))
+        judged = self._engine.once(("journal", journal), lambda: self._journal(journal))
         head = self._engine.head(top(journal))
         damage = self._engine.once(("data", journal, objects), lambda: self._data(journal, objects))
         listed = self._readers(head, objects)
@@ -125,7 +125,7 @@ class Judge:
         proof = invariants.tail_lost(head, stored(objects))
         return [f"12: nothing was lost, but {proof}"] if proof else []
 
-    def _journal(self, journal: tuple[int, ...], objects: frozenset[Object]) -> list[str]:
+    def _journal(self, journal: tuple[int, ...]) -> list[str]:
         return invariants.linear(self.heads(journal), self._trees) + self._recovery(journal)
 
     def _data(self, journal: tuple[int, ...], objects: frozenset[Object]) -> list[str]:
