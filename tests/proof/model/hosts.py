@@ -37,6 +37,7 @@ class Rules:
     candidates: Callable[..., Any] = held.candidates
     lacking: Callable[..., Any] = held_files.lacking
     to_free: Callable[..., Any] = held.to_free
+    release: Callable[..., Any] = held.release
     commit: Callable[..., Any] = journal.commit
     pair: Callable[..., Any] = pairing.pair
     survives: Callable[..., Any] = survival.survives

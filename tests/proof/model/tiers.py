@@ -11,31 +11,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
-import msgspec
-
 from orchestrator.policy import last
-from orchestrator.rules import held, journal
+from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
-from orchestrator.rules.journal import Stamp
-from orchestrator.rules.records import Head, LiveStep
+from orchestrator.rules.records import Head
+
+from .hosts import STAMP, Rules, body_of, head_of, live
 
 KEEP = last(2)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The shipped ones; a mutation replaces one."""
-
-    open_run: Callable[..., Any] = journal.open_epoch
-    open_tier: Callable[..., Any] = held.open_epoch
-    enter: Callable[..., Any] = journal.commit
-    follow: Callable[..., Any] = held.follow
-    release: Callable[..., Any] = held.release
-    candidates: Callable[..., Any] = held.candidates
 
 
 class Incarnation(NamedTuple):
@@ -63,26 +48,8 @@ class Found(NamedTuple):
     violation: str | None
 
 
-_STAMP = Stamp("w", 0.0, "id")
-
-
-@cache
-def _head(body: bytes) -> Head | None:
-    return msgspec.json.decode(body, type=Head) if body else None
-
-
-def _body(head: Head) -> bytes:
-    return msgspec.json.encode(head)
-
-
-def _live(attempt: AttemptId) -> LiveStep:
-    return LiveStep(
-        step=attempt.step, attempt=attempt.name, manifest_crc32c="0", tree="t", bytes=1, stored_metrics={}, time=0.0
-    )
-
-
 def _attempts(body: bytes) -> frozenset[AttemptId]:
-    head = _head(body)
+    head = head_of(body)
     return frozenset(live.id for live in head.live) if head else frozenset()
 
 
@@ -128,8 +95,8 @@ def _moves(world: World, index: int, holds: int, rules: Rules) -> Iterator[tuple
         case "looked at both":
             yield _choose(world, one, rules, become)
         case "chosen":
-            head = rules.open_run(_head(world.run), _STAMP)
-            yield become(world._replace(run=_body(head)), pc="open", epoch=head.epoch), ""
+            head = rules.open_run(head_of(world.run), STAMP)
+            yield become(world._replace(run=body_of(head)), pc="open", epoch=head.epoch), ""
         case "open":
             yield _open_tier(world, 0, one, rules, become)
         case "open in 0":
@@ -147,7 +114,7 @@ Moved = tuple[World, str]
 
 
 def _choose(world: World, one: Incarnation, rules: Rules, become: Become) -> Moved:
-    head = _head(world.run)
+    head = head_of(world.run)
     if head is None:
         return become(world, pc="chosen", seen=(), step=0), ""
     standing = held.standing(head)
@@ -169,13 +136,13 @@ def _choose(world: World, one: Incarnation, rules: Rules, become: Become) -> Mov
 
 
 def _open_tier(world: World, process: int, one: Incarnation, rules: Rules, become: Become) -> Moved:
-    made = rules.open_tier(_head(world.logs[process]), _STAMP, epoch=one.epoch, version=0)
+    made = rules.open_tier(head_of(world.logs[process]), STAMP, epoch=one.epoch, version=0)
     if not isinstance(made, Head):
         return become(world, pc="stopped"), ""  # fenced: it holds nothing
-    before = _head(world.logs[process])
+    before = head_of(world.logs[process])
     problem = f"epoch {before.epoch} is followed by {one.epoch}" if before and before.epoch >= one.epoch else ""
     logs = list(world.logs)
-    logs[process] = _body(made)
+    logs[process] = body_of(made)
     after = world._replace(logs=(logs[0], logs[1]))
     return become(after, pc="running" if process else "open in 0"), problem
 
@@ -185,23 +152,23 @@ def _run(world: World, one: Incarnation, holds: int, rules: Rules, become: Becom
     if one.holds < holds:
         data = world.data | {(0, attempt), (1, attempt)}
         yield become(world._replace(data=data), pc="written", step=attempt.step), ""
-    before = _head(world.logs[0])
+    before = head_of(world.logs[0])
     if before is not None and len(before.live) > 1:  # memory is short
-        made = rules.release(before, _STAMP, epoch=one.epoch, attempts={before.live[0].id}, reason="room")
+        made = rules.release(before, STAMP, epoch=one.epoch, attempts={before.live[0].id}, reason="room")
         if isinstance(made, Head):
             older = before.epoch > one.epoch
             problem = f"epoch {one.epoch} releases a step in epoch {before.epoch}'s tier" if older else ""
             yield _collected(world, 0, made, one, become, "running", problem, counts=False)
     if one.step and one.holds:
         saved = AttemptId.of(one.step, one.epoch, 1)
-        head = rules.enter(_head(world.run), _STAMP, epoch=one.epoch, entry=_live(saved), keep=KEEP)
+        head = rules.enter(head_of(world.run), STAMP, epoch=one.epoch, entry=live(saved), keep=KEEP)
         if isinstance(head, Head):
-            yield become(world._replace(run=_body(head)), holds=one.holds), ""
+            yield become(world._replace(run=body_of(head)), holds=one.holds), ""
 
 
 def _enter(world: World, one: Incarnation, rules: Rules, become: Become) -> Moved:
-    attempt, before = AttemptId.of(one.step, one.epoch, 1), _head(world.logs[0])
-    made = rules.enter(before, _STAMP, epoch=one.epoch, entry=_live(attempt), keep=KEEP)
+    attempt, before = AttemptId.of(one.step, one.epoch, 1), head_of(world.logs[0])
+    made = rules.enter(before, STAMP, epoch=one.epoch, entry=live(attempt), keep=KEEP)
     if not isinstance(made, Head):
         data = world.data - {(0, attempt), (1, attempt)}
         return become(world._replace(data=data), pc="stopped"), ""
@@ -212,10 +179,10 @@ def _enter(world: World, one: Incarnation, rules: Rules, become: Become) -> Move
 
 
 def _follow(world: World, one: Incarnation, rules: Rules, become: Become) -> Moved:
-    theirs, before = _head(world.logs[0]), _head(world.logs[1])
+    theirs, before = head_of(world.logs[0]), head_of(world.logs[1])
     assert theirs is not None
     live = [each for each in theirs.live if (1, each.id) in world.data]
-    made = rules.follow(before, _STAMP, epoch=one.epoch, live=live)
+    made = rules.follow(before, STAMP, epoch=one.epoch, live=live)
     if made is None:
         return become(world, pc="running", holds=one.holds + 1), ""
     if not isinstance(made, Head):
@@ -240,8 +207,7 @@ def _collected(
     gone = {(process, old.id) for old in made.retired}
     if kept := gone & {(process, live.id) for live in made.live}:
         problem = problem or f"{min(kept)[1].label} is deleted, and held"
-    made = msgspec.structs.replace(made, retired=(), version=0)  # what is left of them says nothing more
     logs = list(world.logs)
-    logs[process] = _body(made)
+    logs[process] = body_of(made)
     after = world._replace(logs=(logs[0], logs[1]), data=world.data - gone)
     return become(after, pc=pc, holds=one.holds + (pc == "running" and counts)), problem
