@@ -84,10 +84,8 @@ class LocalHost:
         self.index, self.name, self.pid = contract.process_index, contract.host_name, process.pid
         self.lines = Lines()
         self.sent: set[int] = set()  # signals, by the supervisor
-        own = warden.process_info(process.pid)  # there is one: it is not reaped yet
-        self.identity = warden.HostIdentity(
-            process.pid, own.started if own else 0, os.fsencode(f"{HEARTBEAT_FILE}={os.fspath(heartbeat)}")
-        )
+        mark = f"{HEARTBEAT_FILE}={os.fspath(heartbeat)}"
+        self.identity = warden.identity_of(process.pid, os.fsencode(mark))
         assert process.stdout is not None
         self.output = process.stdout
         os.set_blocking(self.output.fileno(), False)

@@ -81,9 +81,8 @@ class Prefetching:
             answer.close()
             return
         self._orphans.ours.add(process.pid)
-        info = warden.process_info(process.pid)
         mark = f"prefetch {process.pid}".encode()  # nobody else has it: its session tells what is its own
-        self._warden.guard(warden.HostIdentity(process.pid, info.started if info else 0, mark))
+        self._warden.guard(warden.identity_of(process.pid, mark))
         self._running.append(_Running(host, process, answer, time.monotonic()))
 
     def ended(self) -> Iterator[Outcome]:

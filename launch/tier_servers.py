@@ -74,9 +74,8 @@ class TierServers:
             raise LaunchError(f"tier server: {error}") from error
         one.server = server
         self._orphans.ours.add(server.pid)
-        found = warden.process_info(server.pid)
         mark = f"tier server {server.pid}".encode()  # nobody else has it: its session tells what is its own
-        self._warden.guard(warden.HostIdentity(server.pid, found.started if found else 0, mark))
+        self._warden.guard(warden.identity_of(server.pid, mark))
 
     def watch(self) -> None:
         """Start again what has died, a few times. Requests wait meanwhile."""

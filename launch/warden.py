@@ -50,6 +50,12 @@ def process_info(pid: int) -> ProcessInfo | None:
         return None
 
 
+def identity_of(pid: int, mark: bytes) -> HostIdentity:
+    """Of a child that is not reaped yet."""
+    found = process_info(pid)
+    return HostIdentity(pid, found.started if found else 0, mark)
+
+
 def all_processes() -> dict[int, ProcessInfo]:
     found = (process_info(int(name)) for name in os.listdir("/proc") if name.isdecimal())
     return {process.pid: process for process in found if process}

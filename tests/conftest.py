@@ -14,6 +14,8 @@ import jax
 import pytest
 from hypothesis import settings
 
+from launch.gcs_emulator.process import EmulatorProcess
+from tests.support.gcs import emulator
 from tests.support.platforms import COMPILING, OTHERS
 from tests.support.scheduling import LONGEST, pytest_unconfigure, pytest_xdist_make_scheduler
 
@@ -62,6 +64,14 @@ def _no_test_holds_anything_in_the_machines_memory(tmp_path_factory: pytest.Temp
 def root(tmp_path: Path) -> Path:
     """Where a run may be made; it does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture
+def gcs() -> Iterator[EmulatorProcess]:
+    """The session's emulator, without faults afterwards."""
+    running = emulator()
+    yield running
+    running.set_faults()
 
 
 @pytest.fixture(scope="session")

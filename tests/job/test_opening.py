@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,9 @@ def test_a_directory_of_orbaxs_own_steps_is_no_new_run(root: Path) -> None:
     assert snapshot(root) == before
 
 
-def test_a_job_that_was_compared_before_another_job_committed_is_compared_again(root: Path) -> None:
-    """Both find a new run; the other one commits between our comparing and our opening."""
+@pytest.fixture
+def late(root: Path) -> Iterator[oc.Agent]:
+    """It finds a new run, as another job does, which commits between the comparing and the opening of this one."""
     fired: list[str] = []
 
     def hook(operation: str, key: str) -> None:
@@ -200,27 +201,23 @@ def test_a_job_that_was_compared_before_another_job_committed_is_compared_again(
             fired.append(key)
             fill(root, 1)
 
-    with oc.Agent(root, options=now(), storage=HookedStorage(PosixStorage(str(root)), before=hook)) as late:
-        with pytest.raises(oc.OtherJob):
-            late.save(1, OTHER)
-        assert fired and late.epoch is None
-    assert kinds(root) == ["opened-epoch", "committed"]
+    with oc.Agent(root, options=now(), storage=HookedStorage(PosixStorage(str(root)), before=hook)) as agent:
+        yield agent
+    assert fired
 
 
-def test_a_restore_that_found_a_new_run_opens_none_once_another_job_has_committed(root: Path) -> None:
-    fired: list[str] = []
+def test_a_job_that_was_compared_before_another_job_committed_is_compared_again(root: Path, late: oc.Agent) -> None:
+    with pytest.raises(oc.OtherJob):
+        late.save(1, OTHER)
+    assert late.epoch is None and kinds(root) == ["opened-epoch", "committed"]
 
-    def hook(operation: str, key: str) -> None:
-        if operation == "create" and key.startswith("journal/") and not fired:
-            fired.append(key)
-            fill(root, 1)
 
-    with oc.Agent(root, options=now(), storage=HookedStorage(PosixStorage(str(root)), before=hook)) as late:
-        with pytest.raises(journal.Overtaken, match="restore again"):
-            late.restore(LIKE)
-        assert late.epoch is None and kinds(root) == ["opened-epoch", "committed"]
-        restored = late.restore(LIKE)
-        assert restored is not None and restored.step == 1 and late.epoch == 2
+def test_a_restore_that_found_a_new_run_opens_none_once_another_job_has_committed(root: Path, late: oc.Agent) -> None:
+    with pytest.raises(journal.Overtaken, match="restore again"):
+        late.restore(LIKE)
+    assert late.epoch is None and kinds(root) == ["opened-epoch", "committed"]
+    restored = late.restore(LIKE)
+    assert restored is not None and restored.step == 1 and late.epoch == 2
 
 
 def test_two_agents_that_open_at_once_get_two_epochs_and_the_later_one_stays(root: Path) -> None:

@@ -28,14 +28,9 @@ from hypothesis import strategies as st
 from launch.gcs_emulator.bucket import ApiError, Bucket, Preconditions
 from launch.gcs_emulator.faults import Dice, Faults
 from launch.gcs_emulator.process import EmulatorProcess, Server
-from tests.support.gcs import BUCKET, REPO, emulator, faults
+from tests.support.gcs import BUCKET, REPO, faults
 
 OBJECTS = f"/storage/v1/b/{BUCKET}/o"
-
-
-@pytest.fixture
-def gcs() -> EmulatorProcess:
-    return emulator()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
@@ -39,6 +39,7 @@ from tests.proof import unreadable_child as child
 from tests.proof.unreadable_judge import LIMIT_S, ORDER, Outcome, judge, report, said, summary, verdict
 from tests.proof.unreadable_ways import DAMAGED, GS, LOCAL, ODD, WAYS, Way
 from tests.support.endpoints import Endpoints
+from tests.support.environ import environ
 from tests.support.gcs import BUCKET, REPO, emulator
 from tests.support.reporting import put
 
@@ -128,7 +129,7 @@ class Bench:
         self._template = {key: template.get(key) for key in template.names() if not key.startswith("events/")}
         self._processes = mp.get_context("forkserver")
         self._processes.set_forkserver_preload([child.CHILDREN])
-        with _environment({**({"LD_PRELOAD": self.shim} if self.shim else {}), "PYTHONPATH": _python_path()}):
+        with environ({**({"LD_PRELOAD": self.shim} if self.shim else {}), "PYTHONPATH": _python_path()}):
             forkserver.ensure_running()
 
     def close(self) -> None:
@@ -261,17 +262,6 @@ def _shim(folder: Path) -> str:
 
 def _python_path() -> str:
     return os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-
-
-@contextlib.contextmanager
-def _environment(more: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def play_all(bench: Bench, ways: Sequence[Way]) -> dict[str, Outcome]:

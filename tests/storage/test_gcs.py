@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,16 +28,7 @@ from orchestrator.rules.records import FileEntry, crc32c
 from orchestrator.storage import Created, Exists, open_storage
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_http import Budget, Client
-from tests.support.gcs import BUCKET, emulator, faults, new_root
-
-ALL_FAULTS = dict.fromkeys(("too_many", "unavailable", "slow", "cut", "lost"), 0.05)
-
-
-@pytest.fixture
-def gcs() -> Iterator[EmulatorProcess]:
-    running = emulator()
-    yield running
-    running.set_faults()
+from tests.support.gcs import ALL_FAULTS, BUCKET, faults, new_root
 
 
 @pytest.fixture

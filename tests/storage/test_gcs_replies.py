@@ -23,7 +23,7 @@ from orchestrator.storage import gcs_replies as replies
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_http import Budget, Client
 from orchestrator.storage.gcs_replies import Reply
-from tests.support.gcs import emulator, new_root
+from tests.support.gcs import new_root
 
 
 def body(message: str, *reasons: str, status: int = 403) -> bytes:
@@ -127,11 +127,6 @@ def test_both_forms_of_retry_after_are_read(headers: dict[str, str], expected_s:
 
 
 # Through the client, at the emulator.
-
-
-@pytest.fixture
-def gcs() -> EmulatorProcess:
-    return emulator()
 
 
 def patient(deadline_s: float = 20.0) -> GcsStorage:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,18 +32,9 @@ from orchestrator.storage import MemoryStorage, PosixStorage, open_storage
 from orchestrator.storage.gcs import GcsStorage
 from orchestrator.storage.gcs_http import Client
 from tests.support.builders import head
-from tests.support.gcs import BUCKET, emulator, faults, new_root
+from tests.support.gcs import ALL_FAULTS, BUCKET, faults, new_root
 from tests.support.runs import now
 from tests.support.snapshots import snapshot
-
-ALL_FAULTS = dict.fromkeys(("too_many", "unavailable", "slow", "cut", "lost"), 0.05)
-
-
-@pytest.fixture
-def gcs() -> Iterator[EmulatorProcess]:
-    running = emulator()
-    yield running
-    running.set_faults()
 
 
 def state(step: int) -> dict[str, Any]:

@@ -14,13 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.support.environ import environ
 from tests.support.token_server import Tokens, service_account
 
 BUCKET = "guarded-bucket"
@@ -98,15 +98,8 @@ def row(call: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     return call
 
 
-@contextmanager
-def environ(**values: str) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def _key_of(name: str) -> dict[str, str]:
+    return {"GOOGLE_APPLICATION_CREDENTIALS": KEYS[name]} if name else {}
 
 
 def store(deadline_s: float = 10.0) -> GcsStorage:
@@ -187,7 +180,7 @@ def forbidden_by_the_metadata_server() -> dict[str, Any]:
 
 
 def with_key(name: str, deadline_s: float = 10.0) -> dict[str, Any]:
-    with environ(GOOGLE_APPLICATION_CREDENTIALS=KEYS[name]):
+    with environ({"GOOGLE_APPLICATION_CREDENTIALS": KEYS[name]}):
         made = store(deadline_s)
         return outcome(lambda: (made.create("a", b"1"), made.get("a")))
 
@@ -211,7 +204,7 @@ def impersonating() -> dict[str, Any]:
     ]
     made = [*command, "-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run(made, cwd=FOLDER, check=True, capture_output=True, timeout=60)
-    with environ(https_proxy=TOKENS.proxy, REQUESTS_CA_BUNDLE=str(FOLDER / "cert.pem")):
+    with environ({"https_proxy": TOKENS.proxy, "REQUESTS_CA_BUNDLE": str(FOLDER / "cert.pem")}):
         return with_key("impersonated")
 
 
@@ -229,7 +222,7 @@ ROWS["impersonated"] = lambda: with_key("impersonated", 1.5)
 
 @row
 def anonymous_as_asked() -> dict[str, Any]:
-    with environ(ORCHESTRATOR_GCS_ANONYMOUS="1"):
+    with environ({"ORCHESTRATOR_GCS_ANONYMOUS": "1"}):
         made = store()
         return outcome(lambda: made.get("a"))
 
@@ -271,7 +264,7 @@ for _name, _key in (("arrays", ""), ("arrays_external", "external")):
 
 
 def _arrays(key: str) -> dict[str, Any]:
-    with environ(**({"GOOGLE_APPLICATION_CREDENTIALS": KEYS[key]} if key else {})):
+    with environ(_key_of(key)):
         if key:  # TensorStore's own is the machine's by now
             control(f"guards/{BUCKET}", {"tokens": ["good-sts-"]})
         made = store()
@@ -283,7 +276,7 @@ def requester_pays() -> dict[str, Any]:
     control(f"guards/{BUCKET}", {"tokens": ["good-"], "payer": "payer-1"})
     made = store()
     told = outcome(lambda: made.get("a"))
-    with environ(ORCHESTRATOR_GCS_USER_PROJECT="payer-1"):
+    with environ({"ORCHESTRATOR_GCS_USER_PROJECT": "payer-1"}):
         made = store()
         return {"without": told["text"], **outcome(lambda: _everything(made))}
 
@@ -305,7 +298,7 @@ def _job(key: str, meanwhile: Callable[..., dict[str, Callable[[], Any]]]) -> di
         return {"w": jnp.full((512, 8), step, jnp.float32), "b": jnp.arange(3.0) + step}
 
     gcs_http._client.cache_clear()
-    with environ(ORCHESTRATOR_STORE_DEADLINE_S="3", **({"GOOGLE_APPLICATION_CREDENTIALS": KEYS[key]} if key else {})):
+    with environ({"ORCHESTRATOR_STORE_DEADLINE_S": "3"} | _key_of(key)):
         root = f"gs://{BUCKET}/{time.time_ns()}/run"
         with oc.Agent(root, save=oc.every(1), options=oc.Options(async_save=False)) as agent:
             for step in (1, 2):

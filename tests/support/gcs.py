@@ -14,6 +14,7 @@ from launch.gcs_emulator.process import EmulatorProcess, Server
 
 REPO = Path(__file__).parents[2]
 BUCKET = "test-bucket"
+ALL_FAULTS = dict.fromkeys(("too_many", "unavailable", "slow", "cut", "lost"), 0.05)
 SERVER = "TEST_GCS_SERVER"  # the URL of another server of the API, for the tests that ask nothing of our emulator's
 
 

@@ -24,6 +24,7 @@ from launch.gcs_emulator.process import EmulatorProcess
 from tests.proof.chaos.arena import Arena
 from tests.proof.chaos.faults import Round, expect
 from tests.support.damage import flip
+from tests.support.environ import environ
 
 HOSTS, RACKS = range(4), ((0, 1), (2, 3))
 STEPS, HOLD, SAVE = 160, 2, 30
@@ -252,10 +253,8 @@ def store_down(lost: int, more_s: float) -> Round:
     def run(arena: Arena) -> str:
         server = EmulatorProcess([BUCKET])
         arena.url = f"gs://{BUCKET}/{arena.mark}/run"
-        before = dict(os.environ)
-        os.environ.update(server.environ)  # for those who check the run
         try:
-            with incident(arena, LOSE) as found:
+            with environ(server.environ), incident(arena, LOSE) as found:  # for those who check the run
                 arena.until("a step is saved", lambda: found.lines("saved"), WAIT_S, found.job)
                 server.set_faults(down=True)
                 found.until_held(3)
@@ -265,8 +264,6 @@ def store_down(lost: int, more_s: float) -> Round:
                 outcome = found.came_back_on_the_newest()
                 found.ends_well()
         finally:
-            os.environ.clear()
-            os.environ.update(before)
             server.end()
         return f"held on, and {outcome} once the store answered"
 
