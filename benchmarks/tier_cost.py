@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import jobs
+from benchmarks.lines import Line, keep
 from benchmarks.tier_peers import PEERS, installed, store
 from benchmarks.worker import peak, reset_peak
 
 HOSTS, STEP_S, SAMPLES, LIMIT_S = 4, 0.05, 20, 240.0
 APART = ("unshare", "--net", "sh", "-c", 'ip link set lo up && TIER_COST_APART=1 exec "$0" "$@"')
 COLUMNS = ("lost", "blocked", "held", "steps", "sent", "kept", "most kept", "process")
-Line = dict[str, Any]
 
 
 def main() -> None:
@@ -48,17 +48,8 @@ def main() -> None:
         os._exit(1)  # whatever threads wait for
     if os.geteuid() == 0 and shutil.which(APART[0]) and "TIER_COST_APART" not in os.environ:
         os.execvp(APART[0], [*APART, sys.executable, "-m", "benchmarks.tier_cost", *sys.argv[1:]])
-    found: list[Line] = []
-    for _, mib, name in itertools.product(range(args.repeats), args.mib, args.peers):
-        line = {"peer": name, "mib": mib, **measure(name, mib, args)}
-        print(json.dumps(line), flush=True)
-        found.append(line)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    if args.out:
-        found = [json.loads(line) for line in args.out.read_text().splitlines()]
-    print(table(found))
+    made = itertools.product(range(args.repeats), args.mib, args.peers)
+    print(table(keep(({"peer": name, "mib": mib, **measure(name, mib, args)} for _, mib, name in made), args.out)))
 
 
 def parse() -> argparse.Namespace:

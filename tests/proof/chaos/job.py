@@ -14,7 +14,6 @@ the job had been told is known whatever happens to it.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -22,17 +21,7 @@ import time
 from typing import Any
 
 from launch import contract as contracts
-
-
-class Story:
-    def __init__(self, path: str, index: int, restart: int) -> None:
-        # O_SYNC, not fsync: that one may be what the round makes fail.
-        self._file = os.open(f"{path}.{index}", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_SYNC, 0o666)
-        self._index, self._restart = index, restart
-
-    def say(self, event: str, **more: object) -> None:
-        line = {"event": event, "process": self._index, "restart": self._restart, "time": time.monotonic(), **more}
-        os.write(self._file, json.dumps(line).encode() + b"\n")
+from tests.proof.job_story import Story, leave
 
 
 class JumpingClock:
@@ -55,7 +44,7 @@ def main() -> int:
     assert contract is not None, "start this under a launcher"
     if os.environ.get("CHAOS_STRACE", "").startswith(f"{contract.process_index}:"):
         _under_strace(os.environ.pop("CHAOS_STRACE").partition(":")[2])
-    story = Story(path, contract.process_index, contract.restart_count)
+    story = Story(path, contract.process_index, contract.restart_count, durable=True)
     clock = JumpingClock(float(args.get("jump", 0)), contract.process_index)
     if args.get("jump"):
         time.time = clock
@@ -158,9 +147,4 @@ def train(root: str, story: Story, clock: JumpingClock, index: int, args: dict[s
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except Exception as error:  # JAX's own: a collective whose peer has died, for one
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        code = 1
-    contracts.leave(code)
+    leave(main)

@@ -13,7 +13,6 @@ with 1 if anything was not so.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lines import keep, read
 from tests.proof.chaos.arena import Hang
 from tests.proof.recovery import report
 from tests.proof.recovery.rounds import HOSTS, Round, Setting, judge, outside, within
@@ -33,25 +33,18 @@ JOB = ("mib=1", "delay=0.1")
 
 def main() -> int:
     args = parse()
-    done = {(line["within"], line["round"]) for line in report.lines(args.out)} if args.out else set()
+    done = {(line["within"], line["round"]) for line in read(args.out)} if args.out else set()
     plan = [one for one in planned(args) if (one.within, one.number) not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left running
-    wrong = 0
     with tempfile.TemporaryDirectory(prefix="recovery-") as scratch:
-        for line in play_all(plan, Path(scratch), args.settle):
-            line = {"seed": args.seed, **line}
-            wrong += bool(line["problems"])
-            print(report.told(line), flush=True)
-            if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+        made = ({"seed": args.seed, **line} for line in play_all(plan, Path(scratch), args.settle))
+        found = report.newest(keep(made, args.out, report.told))
     if args.out:
-        table = report.table(report.lines(args.out))
+        table = report.table(found)
         print(table)
         if args.write:
             report.write(args.write, "recovery", table)
-        wrong = sum(bool(line["problems"]) for line in report.lines(args.out))
-    return 1 if wrong else 0
+    return 1 if any(line["problems"] for line in found) else 0
 
 
 def parse() -> argparse.Namespace:

@@ -20,34 +20,25 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from launch import contract as contracts
+from tests.proof.job_story import Story, leave
 
 FACTOR, SEED = 1664525, 20261127
 ARRAYS = 8
 COLUMNS = 1024
 
 
-class Story:
-    """What this process says. A kill loses nothing that was written; only a machine's end would."""
-
-    def __init__(self, path: str, index: int, restart: int) -> None:
-        self._file = os.open(f"{path}.{index}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._index, self.restart = index, restart
-
-    def say(self, event: str, **more: object) -> None:
-        line = {"event": event, "process": self._index, "restart": self.restart, "time": time.time(), **more}
-        os.write(self._file, json.dumps(line).encode() + b"\n")
-
-    def hear(self, event: Any) -> None:
-        """An event of the agent."""
-        kind = type(event).__name__
-        told = ("StepHeld", "SaveCommitted", "StepNotHeld", "SaveNotCommitted", "HeldStepDropped", "CopyDropped")
-        if kind in told:
-            self.say(kind, step=event.step, reason=getattr(event, "reason", "")[:500])
-        elif kind == "StepRestored":
-            self.say(kind, elapsed_s=event.elapsed_s, array_s=event.array_s, read_bytes=event.read_bytes)
+def hear(story: Story, event: Any) -> None:
+    """An event of the agent."""
+    kind = type(event).__name__
+    told = ("StepHeld", "SaveCommitted", "StepNotHeld", "SaveNotCommitted", "HeldStepDropped", "CopyDropped")
+    if kind in told:
+        story.say(kind, step=event.step, reason=getattr(event, "reason", "")[:500])
+    elif kind == "StepRestored":
+        story.say(kind, elapsed_s=event.elapsed_s, array_s=event.array_s, read_bytes=event.read_bytes)
 
 
 class Loader:
@@ -148,7 +139,7 @@ def main() -> int:
     contract = contracts.from_environment(os.environ)
     assert isinstance(contract, contracts.JobContract), "start this under a launcher"
     index = contract.process_index
-    story = Story(path, index, contract.restart_count)
+    story = Story(path, index, contract.restart_count, durable=False, clock=time.time)
     story.say("started", pid=os.getpid())
     if args.get("links"):
         from launch.gcs_emulator.process import environ
@@ -161,7 +152,7 @@ def main() -> int:
     from orchestrator.observe.events import subscribe
 
     story.say("joined", devices=jax.device_count())
-    subscribe(story.hear)
+    subscribe(partial(hear, story))
     try:
         return train(root, story, args)
     except oc.OrchestratorError as error:
@@ -221,9 +212,4 @@ def train(root: str, story: Story, args: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except Exception as error:  # JAX's own: a collective whose peer has died, for one
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        code = 1
-    contracts.leave(code)
+    leave(main)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-Line = dict[str, Any]
+from benchmarks.lines import Line
 
 
-def lines(path: Path) -> list[Line]:
-    """The newest of each round."""
-    if not path.exists():
-        return []
-    found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return list({(line["seed"], line["within"], line["round"]): line for line in found}.values())
+def newest(lines: Sequence[Line]) -> list[Line]:
+    """Of each round."""
+    return list({(line["seed"], line["within"], line["round"]): line for line in lines}.values())
 
 
 def told(line: Line) -> str:

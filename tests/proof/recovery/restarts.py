@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmarks.lines import Line, keep
 from launch.gcs_emulator.process import EmulatorProcess
 from tests.proof.recovery import report
 from tests.proof.recovery.scene import Scene
@@ -31,7 +30,6 @@ SPEEDS = {"50 MB/s, 30 ms": {"bytes_per_s": 50e6, "latency_s": 0.03}, "unthrottl
 WAYS = {"memory": ("hold=4", "copies=1", "save=100000", "keep=1"), "store": ("save=4", "last=1")}
 PHASES = ("detect", "end the others", "start", "open", "agree", "fetch and place", "compile", "first step")
 LIMIT_S = 300.0
-Line = dict[str, Any]
 
 
 def main() -> int:
@@ -45,21 +43,18 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="a page of the docs whose table to renew")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left running
-    found: list[Line] = []
-    for number, mib, speed, way in itertools.product(range(args.rounds), args.mib, args.speeds, args.ways):
-        with tempfile.TemporaryDirectory(prefix="restart-") as scratch:
-            line = {"round": number, **measure(Path(scratch), mib, speed, way, args.fewer)}
-        print(json.dumps(line), flush=True)
-        found.append(line)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    if args.out:
-        found = [json.loads(line) for line in args.out.read_text().splitlines()]
+    found = keep(measured(args), args.out)
     print(table(found))
     if args.write:
         report.write(args.write, "restarts", table(found))
     return 1 if any(line["problems"] for line in found) else 0
+
+
+def measured(args: argparse.Namespace) -> Iterator[Line]:
+    for number, mib, speed, way in itertools.product(range(args.rounds), args.mib, args.speeds, args.ways):
+        with tempfile.TemporaryDirectory(prefix="restart-") as scratch:
+            line = {"round": number, **measure(Path(scratch), mib, speed, way, args.fewer)}
+        yield line
 
 
 def measure(base: Path, mib: int, speed: str, way: str, fewer: bool) -> Line:
@@ -89,21 +84,29 @@ def _kill(scene: Scene, store: EmulatorProcess, way: str) -> Line:
     expected = max(expected, newest(scene, event) or 0)  # told of before they died
     restored = {line["step"] for line in scene.said("restored", 1).values()}
     arrays = [sum(size for name, size in link["sent"].items() if "/state/" in name) for link in links]
-    problems = []
-    if min(restored) < expected or len(restored) > 1:
-        problems.append(f"restored {restored}, expected step {expected}")
-    if not all(line["right"] for line in scene.said("checked", 1).values()):
-        problems.append("wrong bits")
-    if way == "memory" and sum(arrays):
-        problems.append(f"{arrays} bytes of arrays from the store")
+    right = [line["right"] for line in scene.said("checked", 1).values()]
     return {
         "restored": sorted(restored),
         "sources": [line["sources"] for _, line in sorted(scene.said("restored", 1).items())],
         "array bytes from the store": arrays,
         "requests": [sum(link["requests"].values()) for link in links],
         "phases": phases(scene, killed_s),
-        "problems": problems,
+        "problems": judge(expected, restored, right, arrays, way),
     }
+
+
+def judge(
+    expected: int, restored: Collection[int], right: Sequence[bool], arrays: Sequence[int], way: str
+) -> list[str]:
+    """What is wrong with a restart. right: of each process, its bits. arrays: bytes of them over each host's link."""
+    problems = []
+    if min(restored) < expected or len(restored) > 1:
+        problems.append(f"restored {sorted(restored)}, expected step {expected}")
+    if not all(right):
+        problems.append("wrong bits")
+    if way == "memory" and sum(arrays):
+        problems.append(f"{arrays} bytes of arrays from the store")
+    return problems
 
 
 def newest(scene: Scene, event: str) -> int | None:
