@@ -120,7 +120,11 @@ class Run:
         steps = held_steps.on_this_host(paths[0], paths)
         for offer in held.candidates(held.standing(self._store.require_head()), [steps.offers()]):
             try:
-                return read_stored(steps.step(offer), like, options)
+                stored = steps.step(offer)
+                if problem := held_steps.not_of_this_journal(self._store, stored.manifest):
+                    emit(HeldStepDropped(offer.step, offer.attempt, problem))
+                    continue
+                return read_stored(stored, like, options)
             except (Damaged, UnsafeKey, StorageError, StepRetired) as error:
                 emit(HeldStepDropped(offer.step, offer.attempt, str(error)))
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,7 +72,7 @@ class HeldHere:
         store where this machine has no tiers at all."""
         try:
             paths = self._paths()
-            return _look(paths, head) if paths else ()
+            return _look(self._store, paths, head) if paths else ()
         except OrchestratorError:
             return ()
 
@@ -89,7 +90,8 @@ class HeldHere:
                 wanted = held.candidates(standing, [found.listed]) + wanted
             elif live is None:
                 wanted = held.asked_for(standing, list(found.listed), step)
-            for offer in wanted[:1]:
+            ours = (one for one in wanted if not _problem(self._store, found, found.listed[one]))
+            for offer in itertools.islice(ours, 1):
                 with contextlib.suppress(OrchestratorError):
                     stored = found.step(offer)
                     return Chosen(stored, bool(stored.intent and stored.receipts()), placed)
@@ -105,7 +107,7 @@ class HeldHere:
         return tier_directory.processes(None, self._run) if self._run else []
 
 
-def _look(paths: Sequence[str], head: Head) -> tuple[HeldNow, ...]:
+def _look(store: JournalStore, paths: Sequence[str], head: Head) -> tuple[HeldNow, ...]:
     found, standing, placed = held_steps.on_this_host(paths[0], paths), held.standing(head), _placement(paths)
     found.offers()
     rows = [
@@ -115,7 +117,7 @@ def _look(paths: Sequence[str], head: Head) -> tuple[HeldNow, ...]:
             time=live.time,
             bytes=live.bytes,
             newer=standing.admits(live.id),
-            problem=found.faults.get(live.id, ""),
+            problem=_problem(store, found, live),
             parts=tuple(_parts(found, live)),
             hosts=tuple(host.name for host in placed.hosts) if placed else (),
             copies=min((len(targets) for targets in placed.targets), default=0) if placed else 0,
@@ -124,6 +126,15 @@ def _look(paths: Sequence[str], head: Head) -> tuple[HeldNow, ...]:
         for live in sorted(found.listed.values(), key=lambda live: held.rank(live.id), reverse=True)
     ]
     return tuple(rows)
+
+
+def _problem(store: JournalStore, found: HeldSteps, live: LiveStep) -> str:
+    if live.id in found.faults:
+        return found.faults[live.id]
+    try:
+        return held_steps.not_of_this_journal(store, found.manifest(live))
+    except OrchestratorError as error:
+        return str(error)
 
 
 def _placement(paths: Iterable[str]) -> Placement | None:

@@ -76,6 +76,7 @@ def manifest_of(store: JournalStore, state: Attempt, more: Sequence[FileEntry]) 
     """The manifest, of what the receipts promise and of `more` files."""
     intent, receipts = state.intent, [state.receipts[index] for index in sorted(state.receipts)]
     files = (*(entry for receipt in receipts for entry in receipt.files), *more)
+    built_on, built_on_id = store.built_on_entry
     return Manifest(
         format=FORMAT,
         write_id=store.stamp().write_id,
@@ -87,7 +88,8 @@ def manifest_of(store: JournalStore, state: Attempt, more: Sequence[FileEntry]) 
         seconds=tuple(receipt.seconds for receipt in receipts),
         chunks=chunk_index.checksums(receipts),
         fingerprints=fingerprints(intent, state.receipts),
-        built_on=store.built_on,
+        built_on=built_on,
+        built_on_id=built_on_id,
     )
 
 

@@ -24,7 +24,7 @@ from orchestrator.job.tier_rounds import KnownStep, OfferedPart, OfferedStep
 from orchestrator.rules import held, held_files, keys
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held import Offer
-from orchestrator.rules.records import LiveStep
+from orchestrator.rules.records import LiveStep, Manifest
 from orchestrator.rules.restore_sources import PEERS
 from orchestrator.run import held_steps
 from orchestrator.run.held_steps import HeldSteps, Placed, Wrong
@@ -146,9 +146,12 @@ class HeldOffers:
         number = found.lacking[0] if found.lacking else 0
         name = keys.MANIFEST
         with contextlib.suppress(OrchestratorError):
-            manifest = self._steps.manifest(found.live, self._elsewhere(self._hosts.own, held.offer(found.live)))
-            name = held_files.names(manifest)[number]
+            name = held_files.names(self.manifest(found))[number]
         return f"{name} is missing: none of {len(self._hosts.hosts)} hosts has it"
+
+    def manifest(self, found: Found) -> Manifest:
+        """Of a step that is whole. Raises Damaged, StorageError."""
+        return self._steps.manifest(found.live, self._elsewhere(self._hosts.own, held.offer(found.live)))
 
     # Reading it.
 

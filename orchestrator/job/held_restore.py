@@ -8,7 +8,7 @@ called damage of the run. Main thread; `find` is a collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from absl import logging
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.job import restore_rounds, tier_hosts, tier_rounds
-from orchestrator.job.held_offers import HeldOffers
+from orchestrator.job.held_offers import Found, HeldOffers
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.restore_check import Proof
 from orchestrator.job.restore_rounds import NotRead, Read, ReadFailure, ReadOutcome, Ruling
@@ -81,6 +81,7 @@ def find(
     found = offers.find(journalled.committed, wanted)
     whole = [offer for offer, one in found.items() if one.is_whole and wanted(offer.id)]
     chosen = held.candidates(standing, [whole]) if step is None else held.asked_for(standing, whole, step)
+    chosen = _of_this_run(store, rendezvous, timeout_s, offers, [found[offer] for offer in chosen])
     best = held.rank(chosen[0].id) if chosen else (-1, -1, -1)
     for offer, one in found.items():
         if wanted(offer.id) and not one.is_whole and held.rank(offer.id) > best:  # nobody would ask for the others
@@ -91,6 +92,31 @@ def find(
         journalled.tree,
         {offer: _committed(here, offers.placed(found[offer]), saved) for offer in committed},
     )
+
+
+def _of_this_run(
+    store: JournalStore, rendezvous: Rendezvous, timeout_s: float, offers: HeldOffers, whole: Sequence[Found]
+) -> list[Offer]:
+    """Those that the run itself holds; the others are named. A collective. Raises StorageError, on all: a step is not
+    left out because the journal cannot be read."""
+
+    def look() -> tuple[str, ...]:
+        return tuple(problem(one) for one in whole)
+
+    def problem(one: Found) -> str:
+        try:
+            manifest = offers.manifest(one)
+        except OrchestratorError as error:
+            return str(error)
+        return held_steps.not_of_this_journal(store, manifest)
+
+    if not whole:
+        return []
+    problems = agree(rendezvous, tier_rounds.OF_THIS_RUN, timeout_s, look)
+    for one, text in zip(whole, problems, strict=True):
+        if text:
+            emit(HeldStepDropped(*one.live.id, text))
+    return [held.offer(one.live) for one, text in zip(whole, problems, strict=True) if not text]
 
 
 def _here(tier: MemoryTier, run: str, process: int) -> HeldSteps:

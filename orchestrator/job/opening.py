@@ -147,7 +147,7 @@ class Opening:
         opened = agree(self._rendezvous, startup_rounds.OPENED, self._timeout_s, partial(self._append, compare))
         self.epoch = opened.epoch
         # All processes' records build on it: it is durable.
-        self._store.durable_version = max(self._store.durable_version, opened.version)
+        self._store.note_durable(opened.version)
         self._opened(self.epoch)
 
     @contextmanager

@@ -207,7 +207,7 @@ def _joined(hosts: TierHosts, own: OwnTier, store: JournalStore, places: Sequenc
     storage = CopiedStorage(own.storage, _sender(hosts), len(hosts.targets(hosts.me)), has_log=hosts.me == 0)
     log = LogOf(storage) if hosts.me == 0 else LogOf(ReadOnlyStorage(others[0]))
     of_all = JournalStore(JoinedStorage(storage, [*near, far], log=log), store.writer, run=store)
-    of_all.durable_version = places[0].version
+    of_all.note_durable(places[0].version, places[0].write_id)
     listed = {AttemptId(*one) for place in places for one in place.listed}
     beside = Beside(own.path, here) if hosts.first_here else None
     return OpenTiers(hosts, own, storage, of_all, Keeper(own, beside, epoch, listed, decides=hosts.me == 0))

@@ -34,10 +34,8 @@ def rank(attempt: AttemptId) -> Rank:
 def open_epoch(head: Head | None, stamp: Stamp, *, epoch: int, version: int) -> Next:
     """Incarnation `epoch`, which the run's journal has opened in `version`, holds from now on. What older ones hold
     stays on offer; they can add nothing to it."""
-    if head is not None and head.epoch > epoch:
+    if head is not None and head.epoch >= epoch:  # the same number: the journal has been set back, and counts again
         return FencedBy(head.epoch, head.writer)
-    if head is not None and head.epoch == epoch:
-        return None
     opened = JournalEvent(kind="opened-epoch", reason=f"by version {version} of the run's journal")
     return journal.successor(head, stamp, opened, epoch=epoch)
 

@@ -290,6 +290,7 @@ class Manifest(Record, _OfAttempt, frozen=True):
     chunks: dict[str, str] = {}
     fingerprints: dict[str, str] = {}  # leaf name -> fingerprint of the whole array, with `attest`
     built_on: int = -1  # as in Intent
+    built_on_id: str = ""  # `write_id` of that entry: another journal has an entry of that number, too; "": unknown
 
     @property
     def total_bytes(self) -> int:

@@ -230,6 +230,7 @@ def _group_receipt(group: GroupReceipt) -> None:
 def _manifest(manifest: Manifest) -> None:
     _step_and_attempt(manifest)
     _built_on(manifest.built_on)
+    _text("built_on_id", manifest.built_on_id)
     _whole("process_count", manifest.process_count, 1, PROCESSES_MAX)
     _same("hosts, how many", len(manifest.hosts), manifest.process_count)
     for host in manifest.hosts:

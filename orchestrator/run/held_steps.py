@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.errors import OrchestratorError, StorageError, Unavailable
+from orchestrator.errors import Damaged, OrchestratorError, StorageError, Unavailable
 from orchestrator.observe.events import CopyDropped, emit
 from orchestrator.rules import held, held_files, keys
 from orchestrator.rules.attempt_id import AttemptId
@@ -22,6 +22,7 @@ from orchestrator.rules.records import LiveStep, Manifest, file_entry
 from orchestrator.rules.restore_sources import MEMORY
 from orchestrator.run import tier_directory
 from orchestrator.run.checked_reads import decoded
+from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.stored_step import StoredStep
 from orchestrator.run.tier import log_to_read, newest_whole
 from orchestrator.storage import PosixStorage
@@ -263,6 +264,21 @@ class _Index:
                         sources.append(self._store)
                 self._at, self._sizes = at, sizes
         return self._at
+
+
+def not_of_this_journal(store: JournalStore, manifest: Manifest) -> str:
+    """Why a held step is none of the run whose journal `store` has; '' if it is one. A journal that was copied, or set
+    back to a backup, counts on with the same versions and epochs, and steps: the entry that the step builds on tells
+    them apart. Raises StorageError."""
+    version = manifest.built_on
+    try:
+        known = store.entry(version).write_id if version >= 0 else ""
+    except Damaged as error:
+        return f"builds on version {version} of the run's journal: {error}"
+    if known and known == manifest.built_on_id:
+        return ""
+    text = "a copy of the run holds it, or the run was set back to a backup since"
+    return f"builds on another version {version} of the journal than the run has: {text}; not taken"
 
 
 def _live(reads: Reads, attempt: AttemptId) -> LiveStep:

@@ -62,16 +62,30 @@ class JournalStore:
         self._ids = ids or (lambda: uuid.uuid4().hex)
         self._known_version = -1  # where to start listing: versions only grow
         self._looked = False  # whether the run was looked at whole, which comes before any append
-        self.durable_version = -1  # the highest that this object knows to survive a power loss
+        self._durable = (-1, "")  # version and `write_id` of the highest that is known to survive a power loss
 
     @property
     def url(self) -> str:
         return self.storage.url
 
     @property
+    def durable_version(self) -> int:
+        """The highest that this object knows to survive a power loss."""
+        return self._durable[0]
+
+    def note_durable(self, version: int, write_id: str = "") -> None:
+        if version > self._durable[0]:
+            self._durable = (version, write_id)
+
+    @property
     def built_on(self) -> int:
         """What the records of an attempt that is made now build on."""
-        return (self.run or self).durable_version
+        return self.built_on_entry[0]
+
+    @property
+    def built_on_entry(self) -> tuple[int, str]:
+        """Its version, and its `write_id` where this process has seen the entry."""
+        return (self.run or self)._durable
 
     def stamp(self) -> Stamp:
         return Stamp(self.writer, self._clock(), self._ids())
@@ -134,7 +148,7 @@ class JournalStore:
         still vanish. Raises StorageError, NotARun."""
         head = self.require_head()
         self.storage.make_durable([keys.journal_key(head.version)])
-        self.durable_version = max(self.durable_version, head.version)
+        self.note_durable(head.version, head.write_id)
         return head
 
     def entry(self, version: int) -> Head:
@@ -220,7 +234,7 @@ class JournalStore:
             raise Damaged(f"{self.url}/{key}: no version comes after it; no job has written it: move it out of the run")
         if not isinstance(self.storage.create(keys.journal_key(following.version), encode(following)), Created):
             return False
-        self.durable_version = max(self.durable_version, following.version)
+        self.note_durable(following.version, following.write_id)
         self._known_version = max(self._known_version, following.version)
         if following.version % _MARKED_EVERY == 0:
             self._mark(following.version)

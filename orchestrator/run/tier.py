@@ -9,6 +9,7 @@ starts have left.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -98,8 +99,9 @@ class OwnTier:
             self._cut_damaged_end()
             head = self.log.append(rule)
         except Fenced as error:
-            text = "a newer start of this job holds here, or the run's journal has lost entries"
-            raise Fenced(f"{self.path}: {text}: {error}") from error
+            text = "a newer start of this job holds here, or the run's journal has lost entries or was set back"
+            remedy = f"if somebody has set it back to a backup, remove {os.path.dirname(self.path)} on all hosts"
+            raise Fenced(f"{self.path}: {text}: {error}; {remedy}") from error
         except (Damaged, JournalLost) as error:  # a cache: begin again; but what a newer version holds is whole
             logging.warning("%s: its log cannot be trusted, and is thrown away: %s", self.path, error)
             _delete_below(self.storage, keys.JOURNAL)

@@ -4,7 +4,8 @@
 
 `<directory>` is /dev/shm or the user's choice, and may be everybody's. Below it is ours alone: a directory that
 somebody else owns, that others may enter, or that is a link is not used. `<run>` is made of the first entry of the
-run's journal, so that another run at the same root, before or after, is another directory.
+run's journal and of its root, so that another run at the same root, before or after, is another directory, and so is a
+copy of the run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from orchestrator.rules.domains import of_environment
 from orchestrator.rules.tier_environment import tier_environment
 from orchestrator.rules.tiers import MemoryTier, memory_of
 from orchestrator.run.journal_store import JournalStore
+from orchestrator.storage import local_path
 from orchestrator.storage.directory import storage_error
 
 _RUN = re.compile(r"[0-9a-f]{16}")
@@ -41,11 +43,13 @@ def chosen(tiers: object) -> MemoryTier | None:
 
 
 def identity(store: JournalStore) -> str | None:
-    """What a run's directory is called: the same for as long as its journal goes on, and no other run's. None in a new
-    run. Raises Damaged, StorageError."""
+    """What a run's directory is called: the same for as long as its journal goes on at its place, and no other run's;
+    nor that of a copy, which begins with the same entries. None in a new run. Raises Damaged, StorageError."""
     if store.head() is None:
         return None
-    return hashlib.sha256(store.entry(0).write_id.encode()).hexdigest()[:16]
+    path = local_path(store.url)
+    place = store.url if path is None else os.path.realpath(path)
+    return hashlib.sha256(f"{store.entry(0).write_id} {place}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def base(directory: str | None) -> str:
