@@ -175,6 +175,9 @@ lengths = [(size, size + more) for size in range(249, 253) for more in (0, 1, 50
 said["lengths"] = lengths == [tuple(map(len, me.gather("size", "x" * pair[me.process], 30.0))) for pair in lengths]
 about = [size for size, _ in lengths] + [*range(4088, 4094)]  # the same, of messages of one process
 said["broadcasts"] = all(len(me.broadcast("size", "x" * size, 30.0)) == size for size in about)
+from orchestrator.job.collectives import collectives
+row = __import__("numpy").full(4, me.process + 1, "u1")  # of each process: nothing of process 1's is in what 0 sends
+said["rows"] = [collectives().broadcast(row).tolist(), collectives().gathered(row).tolist()]
 for text in ("coming", "here"):
     me.post(f"test/{me.process}", text)
 if me.process == 0:
@@ -224,7 +227,7 @@ def test_two_processes_agree_through_collectives_and_signal_through_the_service(
     for said in two_processes:
         assert said["hosts"] == {"0": "host-0", "1": "host-1"}
         assert (said["broadcast"], said["gather"], said["preempted"]) == (0, 1, False)
-        assert said["lengths"] and said["broadcasts"]
+        assert said["lengths"] and said["broadcasts"] and said["rows"] == [[1] * 4, [[1] * 4, [2] * 4]]
     assert two_processes[0]["poll"] == {"0": "here", "1": "here"}
 
 

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import StorageError, Unavailable, UnsafeKey, UsageError
 from orchestrator.rules import journal
 from orchestrator.rules.codec import encode
-from orchestrator.rules.records import FileEntry, crc32c
+from orchestrator.rules.records import FileEntry, crc32c, file_entry
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import Created, Entry, Exists, MemoryStorage, PosixStorage, Storage, open_storage
 from orchestrator.storage.port import Gone
@@ -456,6 +456,40 @@ def test_seal_makes_files_and_every_directory_above_them_durable(
     directories = ("/steps/1/state/d", "/steps/1/state", "/steps/1", "/steps", "/")
     files = ("/steps/1/state/d/x", "/steps/1/state/d/y")
     assert sorted(done) == sorted(f"fsync {path}" for path in (*files, *directories))  # in any order: all, then return
+
+
+@pytest.mark.parametrize(
+    ("sizes", "known", "quick_s", "here"),
+    [
+        ([10, 10], True, 60.0, 4),  # two files and two directories
+        ([10, 10], False, 60.0, 0),  # to be read, too
+        ([10, 1 << 20], True, 60.0, 0),
+        ([10, 10], True, -1.0, 1),  # the first has taken long
+    ],
+)
+def test_a_few_small_files_are_synced_on_the_calling_thread_while_that_is_quick(
+    sizes: list[int],
+    known: bool,
+    quick_s: float,
+    here: int,
+    posix: PosixStorage,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for number, size in enumerate(sizes):
+        (root / f"d/{number}").parent.mkdir(parents=True, exist_ok=True)
+        (root / f"d/{number}").write_bytes(bytes(size))
+    threads, fsync = list[threading.Thread](), os.fsync
+
+    def noted(number: int) -> None:
+        threads.append(threading.current_thread())
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr("orchestrator.storage.posix._QUICK_S", quick_s)
+    entries = {f"d/{number}": file_entry(f"d/{number}", bytes(size)) for number, size in enumerate(sizes)}
+    assert len(posix.make_durable(entries, entries if known else None)) == 2
+    assert len(threads) == 4 and threads.count(threading.current_thread()) == here
 
 
 # Which store a root means.
