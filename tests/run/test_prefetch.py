@@ -17,9 +17,10 @@ import orchestrator as oc
 from orchestrator.run import prefetched, tier_directory, tier_process
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.prefetch import COMMITTED, HELD, Fetched, Here, Prefetch
-from orchestrator.storage import open_storage
+from orchestrator.storage import PosixStorage, open_storage
 from orchestrator.storage.peer import Peer
 from tests.support.damage import flip
+from tests.support.fakes import HookedStorage
 from tests.support.gcs import BUCKET, emulator, new_root
 from tests.support.runs import LIKE, fill, now, state, store_of
 from tests.support.tiers import agent, crashed_at_14, train
@@ -96,6 +97,20 @@ def test_a_bucket_is_asked_for_each_object_by_one_host_alone(tmp_path: Path) -> 
     assert sum(one.store_bytes for one in made) == sum(entry.bytes for entry in files)
     assert {count for name, count in read.items() if not name.endswith("/manifest.json")} == {1}
     assert len(read) == len(files) + 1, "and the manifest, by which each host knows the files"
+
+
+def test_a_store_of_another_kind_gives_files_whole_and_says_which_is_missing(tmp_path: Path) -> None:
+    fill(tmp_path / "run", 1)
+    expected = stored(tmp_path / "run", 1)
+    for path in list((tmp_path / "run").rglob("extra.json")):
+        path.unlink()
+    store = JournalStore(HookedStorage(PosixStorage(str(tmp_path / "run"))), "test")
+    (tmp_path / "tier").mkdir()
+    made = Prefetch(store, lambda run: Here(str(tmp_path / "tier"), 0, 1)).run()
+    assert len(made.problems) == 1 and "extra.json: is missing" in made.problems[0]
+    assert there(tmp_path / "run", tmp_path / "tier") == {
+        key: body for key, body in expected.items() if not key.endswith("/extra.json")
+    }
 
 
 def test_the_newest_step_is_fetched_and_what_was_fetched_before_makes_room(tmp_path: Path) -> None:

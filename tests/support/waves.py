@@ -13,16 +13,17 @@ from contextlib import contextmanager
 
 from orchestrator.errors import StorageError
 from orchestrator.rules.records import FileEntry
-from orchestrator.storage import Created, Entry, Exists, Storage
+from orchestrator.storage import Storage
+from tests.support.fakes import HookedStorage
 
 LIMIT_S = 30.0  # only code that asks for one thing after another ever waits for so long
 
 
-class InWaves:
+class InWaves(HookedStorage):
     """`inner`, which answers at once outside of `expecting`."""
 
     def __init__(self, inner: Storage) -> None:
-        self.inner, self.url = inner, inner.url
+        super().__init__(inner, before=self._wait)
         self._changed = threading.Condition()
         self._waves: list[list[str]] = []  # patterns of the requests that have not come yet
         self._now = 0
@@ -72,27 +73,7 @@ class InWaves:
             self._now += 1
         self._changed.notify_all()
 
-    def create(self, key: str, body: bytes) -> Created | Exists:
-        self._wait("create", key)
-        return self.inner.create(key, body)
-
-    def get(self, key: str, *most_bytes: int) -> bytes | None:
-        self._wait("get", key)
-        return self.inner.get(key, *most_bytes)
-
-    def list(self, prefix: str, start: str = "") -> Iterator[Entry]:
-        self._wait("list", prefix)
-        return self.inner.list(prefix, start)
-
-    def delete(self, key: str) -> bool:
-        self._wait("delete", key)
-        return self.inner.delete(key)
-
-    def measure(self, key: str, *expected_bytes: int) -> FileEntry | None:
-        self._wait("measure", key)
-        return self.inner.measure(key, *expected_bytes)
-
     def make_durable(self, keys: Iterable[str], known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
-        wanted = list(keys)
+        wanted = list(keys)  # one request, whatever it is of
         self._wait("make_durable", " ".join(key.rpartition("/")[2] for key in wanted))
         return self.inner.make_durable(wanted, known)
