@@ -19,7 +19,9 @@ import pytest
 import orchestrator as oc
 from orchestrator.errors import StorageError
 from orchestrator.job import tier_opening
+from orchestrator.job.tier_hosts import TierHosts
 from orchestrator.job.tier_opening import OpenTiers, open_tiers
+from orchestrator.job.tier_rounds import Place
 from orchestrator.policy import last
 from orchestrator.rules import journal, keys
 from orchestrator.rules.attempt_id import AttemptId
@@ -107,6 +109,13 @@ def test_a_host_that_does_not_answer_is_named_and_when_it_is_back_all_is_well_ag
         second = AttemptId.of(40, 1, 1)
         here.storage.create(second.receipt_key(0), b"{}")
         assert f"process-00000/{second.receipt_key(0)}" in files(root, 1)
+
+
+def test_a_host_without_a_tier_server_is_named() -> None:
+    places = tuple(Place("/a", machine) for machine in ("m0", "m1"))
+    apart = TierHosts(oc.memory(), "0" * 16, 0, places, ("host-a", "host-b"))
+    with pytest.raises(StorageError, match="host-b has no tier server"):
+        tier_opening._part(apart, 1, "/a/run/process-00001")
 
 
 def test_a_host_that_has_stopped_is_given_up_in_bounded_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

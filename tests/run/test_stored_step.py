@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import orchestrator as oc
 from orchestrator import arrays
@@ -191,6 +192,18 @@ def test_a_suspicion_against_a_whole_step_is_read_again_and_in_the_end_unavailab
     with pytest.raises(oc.StorageError, match=r"w: |count: "):
         read_step(journal_store, live, LIKE, ReadOptions(reader=for_good))
     assert (for_good.left, snapshot(root)) == (0, before)
+
+
+def test_a_chunk_that_is_not_the_manifests_is_damage_though_its_file_is_whole(root: Path) -> None:
+    fill(root, 1)
+    stored = store_of(root).step(journal_of(root)[-1].live[-1])
+    key, *others = stored.manifest.chunks
+    stored.judge([], [key, *others])
+    stored.manifest = replace(stored.manifest, chunks={**stored.manifest.chunks, key: "00000000"})
+    stored.judge([], others)
+    with pytest.raises(oc.Damaged, match=f"chunk {key}: crc32c .*, the manifest says 00000000") as caught:
+        stored.judge([], [*others, key])
+    assert caught.value.chunks == (key,)
 
 
 def test_an_answer_that_was_waited_for_as_long_as_may_be_is_not_waited_for_again(root: Path) -> None:
