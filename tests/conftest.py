@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import jax
@@ -36,6 +36,19 @@ if threading.current_thread() is threading.main_thread():
 # A shared machine is no place for time limits on single examples; --hypothesis-profile=default has more examples.
 settings.register_profile("quick", deadline=None, max_examples=60)
 settings.load_profile("quick")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Modules and thousands of tests are half a million objects that stay: Python's collector need not go through them
+    while they are made, nor a quarter of a second after each file."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -171,5 +171,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with whoever has started it
     for _name in sys.argv[2:]:
         importlib.import_module(_name)
-    gc.freeze()  # so that the collector leaves the memory that is shared alone
-    _run(**serve(socket.socket(fileno=int(sys.argv[1]))))
+    gc.freeze()  # so that nothing writes to the memory that is shared
+    _request = serve(socket.socket(fileno=int(sys.argv[1])))
+    gc.unfreeze()
+    _run(**_request)
