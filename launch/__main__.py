@@ -16,6 +16,7 @@ from launch.engines import gke, local, slurm, tpu_vm
 from launch.supervise import RestartPolicy
 from launch.tiers import TierOptions
 from orchestrator import failpoints
+from orchestrator.cli.usage import choose_from
 from orchestrator.environment import FAILPOINTS
 from orchestrator.errors import UsageError
 
@@ -160,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[1] in programs.PROGRAMS:
         return programs.run(argv[1:])
     if argv[1] not in COMMANDS:
-        print(f"launch: no command {argv[1]!r}; choose from {', '.join(rows)}", file=sys.stderr)
+        print(f"launch: no command {argv[1]!r}; {choose_from(argv[1], rows)}", file=sys.stderr)
         return EXIT_USAGE
     return COMMANDS[argv[1]][0](argv[2:])
 

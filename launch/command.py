@@ -41,8 +41,7 @@ def help_text(text: str, values: flags.FlagValues) -> str:
         about = flag.help.splitlines()[0].removesuffix(
             ";"
         )  # absl adds a line of its own to those that may be given again
-        default = "" if flag.default in (None, []) else f" (default {flag.default})"
-        rows.append(usage.row(f"--{name}", f"{about}{default}", 25))
+        rows.append(usage.row(f"--{name}", f"{about}{usage.default_of(flag.default)}", 25))
     return f"{usage.rewrapped(text)}\n\nflags:\n" + "\n".join(rows)
 
 

@@ -10,13 +10,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-_ALL_CONNECTED = re.compile(
-    r"\[Gloo\] Rank \d+ is connected to (\d+) peer ranks\. Expected number of connected peer ranks is : \1"
+# Written in pieces: of two devices of one process they may come between each other, on one line.
+_GLOO = re.compile(
+    r"(\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : )+"
 )
+_CONNECTED, _PEERS = re.compile(r"is connected to (\d+) "), re.compile(r"peer ranks is : (\d+)")
 _BEGINS = "Traceback (most recent call last):"
 _LINKS = ("During handling of the above exception", "The above exception was the direct cause")
 _ERROR = re.compile(r"[\w.]*(Error|Exception)\b.*")  # as extensions print one, without a traceback
 _HELD_MAX = 2000  # lines of one traceback
+
+
+def _all_connected(line: str) -> bool:
+    return bool(_GLOO.fullmatch(line)) and len({*_CONNECTED.findall(line), *_PEERS.findall(line)}) == 1
 
 
 @dataclass
@@ -39,7 +45,7 @@ class Noise:
 
     def without(self, host: str, line: str) -> list[str]:
         """What is to be shown now that `host` has said `line`; of a traceback nothing until it has ended."""
-        if _ALL_CONNECTED.fullmatch(line):
+        if _all_connected(line):
             return []
         if not self.interrupted:
             return [line]

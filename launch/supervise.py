@@ -265,13 +265,17 @@ def _after_the_last(state: State) -> Effect:
         return _finish(state, state.final.code, "a restart cannot fix that")
     next_history = _preempted(state) if state.cause is None else _failed(state, state.cause)
     if next_history.failures > rules.max_restarts:
-        return _finish(state, code, f"no restart is left of {rules.max_restarts}")
+        return _finish(state, code, _no_restart(rules.max_restarts))
     if next_history.preemptions > rules.max_preemptions:
         return _finish(state, code, f"preempted {next_history.preemptions} times, which is the limit")
     least = rules.elastic[0] if rules.elastic else 1
     if next_history.hosts < least:
         return _finish(state, code, f"{next_history.hosts} hosts are left, and {least} are required")
     return Restart(replace(next_history, restarts=history.restarts + 1, last=state.cause))
+
+
+def _no_restart(max_restarts: int) -> str:
+    return f"--max_restarts={max_restarts} is used up" if max_restarts else "not restarted: --max_restarts is 0"
 
 
 def _finish(state: State, code: int, why: str) -> Finish:

@@ -33,6 +33,11 @@ def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode()
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """1 -> `1 step`, 2 -> `2 steps`; `several` where that is not `one` and an s."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 def size(count: float) -> str:
     """1536 -> `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from orchestrator.cli.usage import choose_from
 from orchestrator.errors import UsageError
 
+SHELLS = ("bash", "zsh", "fish")
 _BASH = """\
 _orchestrator() {{
   local word=${{COMP_WORDS[COMP_CWORD]}} command=${{COMP_WORDS[1]}} flags=
@@ -46,7 +48,7 @@ def script(shell: str, flags: Mapping[str, Sequence[tuple[str, str]]], about: Ma
     bash = _BASH.format(commands=" ".join(flags), cases=cases)
     scripts = {"bash": bash, "zsh": _ZSH + bash}
     if shell not in scripts:
-        raise UsageError(f"completion {shell}: choose from bash, zsh or fish")
+        raise UsageError(f"no completion for {shell!r}; {choose_from(shell, SHELLS)}")
     return scripts[shell]
 
 

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import orchestrator
-from orchestrator.cli.usage import row
+from orchestrator.cli.usage import choose_from, row
 from orchestrator.errors import UsageError
 
 ABOUT = "print a program to start from: orchestrator example plain_jax"
@@ -38,7 +38,7 @@ def names() -> list[str]:
 def source(name: str) -> str:
     """The program's source. Raises UsageError where there is none of that name."""
     if name not in names():
-        raise UsageError(f"example {name}: choose from {', '.join(names())}")
+        raise UsageError(f"no example {name!r}; {choose_from(name, names())}")
     return _read(name).rstrip("\n")
 
 

@@ -12,6 +12,8 @@ from orchestrator.cli.command import Command, Flag, Flags, Result, live_step, op
 from orchestrator.errors import EXIT_DAMAGED, EXIT_OK, UsageError
 from orchestrator.run.journal_store import JournalStore
 
+_SUFFIX = ".safetensors"
+
 
 class LeftOut(msgspec.Struct, frozen=True):
     """What an export of a whole run has not written of a step, and why."""
@@ -40,14 +42,17 @@ class Exported(Result, frozen=True):
 def run(root: str, flags: Flags) -> Exported:
     from orchestrator.tools.export import export, open_source  # JAX takes a second to import: only here
 
+    form = flags["format"]
+    if flags["dest"].endswith(_SUFFIX) and form != "safetensors":  # --format was forgotten
+        raise UsageError(f"--format={form} makes a directory; for a file *{_SUFFIX} give --format=safetensors")
     destination = os.path.abspath(os.path.expanduser(flags["dest"]))
     if not flags["step"]:
         return _whole_run(open_store(root), destination, flags)
     store = open_store(root)
     live = live_step(store, step_of(flags["step"]))
     with render.bar(f"step {live.step}", live.bytes, "bytes") as bar:
-        written_bytes = export(open_source(store, live, bar.add), flags["dest"], flags["format"])
-    return Exported(store.url, live.step, live.attempt, destination, flags["format"], written_bytes)
+        written_bytes = export(open_source(store, live, bar.add), flags["dest"], form)
+    return Exported(store.url, live.step, live.attempt, destination, form, written_bytes)
 
 
 def _whole_run(store: JournalStore, destination: str, flags: Flags) -> Exported:

@@ -66,7 +66,8 @@ def show(done: DeletedData, flags: Flags) -> Iterator[render.Shown]:
         yield f"{verb} {gone.id.label} ({gone.reason})"
     if done.retired:
         yield f"would retire steps {', '.join(map(str, done.retired))}"
-    yield f"{verb} {done.files} files, {render.size(done.bytes)}, of {len(done.attempts)} attempts"
+    files, attempts = render.counted(done.files, "file"), render.counted(len(done.attempts), "attempt")
+    yield f"{verb} {files}, {render.size(done.bytes)}, of {attempts}"
     for line in done.failed:
         yield f"not deleted: {line}"
 

@@ -88,7 +88,8 @@ def show(found: Inspection, flags: Flags) -> Iterator[render.Shown]:
     live = found.step
     mesh = " x ".join(f"{name}={count}" for name, count in found.mesh.items()) or "no mesh"
     yield f"{found.root} {live.id.label}: {live.trust}, saved {render.moment(live.time)}"
-    yield f"{found.process_count} processes, {found.device_count} devices, {mesh}; opened by {found.opened_by}"
+    processes = render.counted(found.process_count, "process", "processes")
+    yield f"{processes}, {render.counted(found.device_count, 'device')}, {mesh}; opened by {found.opened_by}"
     if found.metrics:
         yield f"metrics: {render.metrics(json_numbers.numbers(found.metrics))}"
     yield ""

@@ -79,7 +79,8 @@ def show(listing: Listing, flags: Flags) -> Iterator[render.Shown]:
             text = f"{name} quarantined {by}{render.age(now - why.time)}: {why.reason[:_REASON_CHARS]}"
             yield render.toned(text, "bad")
     size = render.size(sum(live.bytes for live in listing.steps))
-    counts = [f"{len(listing.steps)} steps, {size}; epoch {listing.epoch}, journal version {listing.version}"]
+    steps = render.counted(len(listing.steps), "step")
+    counts = [f"{steps}, {size}; epoch {listing.epoch}, journal version {listing.version}"]
     if listing.uncommitted:
         counts.append(f"{len(listing.uncommitted)} uncommitted")
     if listing.aside:
@@ -115,4 +116,8 @@ COMMAND = Command(
     "the steps of a run, newest first; * is what a restore takes",
     flags=(Flag("wide", bool, False, "attempts and times, too, however narrow the terminal is"),),
     examples=("orchestrator ls /data/run", "orchestrator ls /data/run --json | jq .newest"),
+    detail=(
+        "Status: committed, its bytes have not been read since; verified, they were read back whole; restored, a job "
+        "has come up on it; quarantined, no restore takes it."
+    ),
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from orchestrator.cli import render
 from orchestrator.cli.finding import CLOCK_S, ExaminedRun, Finding
 from orchestrator.observe.event_log import RECENT, Tail
+from orchestrator.rules import keys
 from orchestrator.storage import Exists
 from orchestrator.versions import newer
 
@@ -123,14 +124,16 @@ def _skew(whose: str, skew_s: float) -> Iterator[Finding]:
 
 
 def clocks(run: ExaminedRun) -> Iterator[Finding]:
-    """The writers' clocks against this machine's: nothing is decided by clocks, but people read them."""
+    """The writers' clocks against this machine's: nothing is decided by clocks, but people read them. A host's is told
+    from when its last line was written, by the file system's clock; in a copy of a run that is when it was copied."""
     ahead_s = run.head.time - time.time()
     if ahead_s > CLOCK_S:
         yield from _skew(run.head.writer, ahead_s)
     else:
         yield Finding("clocks", "ok", "no entry is from the future")
     tail = Tail(run.events_dir, RECENT)
-    for process, line in {line.process: line for line in tail.more(whole=False)}.items():
+    last = {line.process: line for line in tail.more(whole=False)}
+    for process, line in {} if _is_copy(run) else last.items():
         if process in tail.newest:
             yield from _skew(f"{line.machine} ({line.host})", line.time - tail.newest[process])
     for problem in tail.problems.values():
@@ -138,6 +141,15 @@ def clocks(run: ExaminedRun) -> Iterator[Finding]:
     if tail.skipped:
         text = f"{tail.skipped} lines among the events in {run.events_dir} are not events"
         yield Finding("events", "warn", text, "watch and report do without them; a crash in mid-line leaves one")
+
+
+def _is_copy(run: ExaminedRun) -> bool:
+    """Whether even the oldest entry's file was made after the newest entry."""
+    if run.root is None:
+        return False
+    with run.root.directory(keys.JOURNAL.rstrip("/")) as journal:
+        oldest = os.stat(min(os.listdir(journal)), dir_fd=journal, follow_symlinks=False)
+    return oldest.st_mtime > run.head.time + CLOCK_S
 
 
 def versions(run: ExaminedRun) -> Iterator[Finding]:

@@ -69,7 +69,7 @@ COMMANDS: dict[str, Command[Any]] = {name: command for group in GROUPS.values() 
 
 def _schema(name: str) -> str:
     if name not in COMMANDS:
-        raise UsageError(f"schema {name}: {usage.choose_from(name, COMMANDS)}")
+        raise UsageError(f"no command {name!r} with --json; {usage.choose_from(name, COMMANDS)}")
     return render.document(msgspec.json.schema(COMMANDS[name].json_type))
 
 
@@ -78,11 +78,32 @@ def _completion(shell: str) -> str:
     return completion.script(shell, {**flags, **dict.fromkeys(_PRINTED, ())}, _abouts())
 
 
+# What --help says of those that are not COMMANDS.
+_SCHEMA_HELP = """\
+usage: orchestrator schema COMMAND
+
+the JSON Schema of what COMMAND prints with --json
+
+examples:
+  orchestrator schema ls > ls.schema.json"""
+_COMPLETION_HELP = """\
+usage: orchestrator completion SHELL
+
+completes commands and flags in bash, zsh or fish
+
+examples:
+  source <(orchestrator completion bash)
+  source <(orchestrator completion zsh)
+  orchestrator completion fish | source"""
 # Commands without a run: what they print for the word after them.
-_PRINTED: dict[str, tuple[str, Callable[[str], str]]] = {
-    "example": (example.ABOUT, example.source),
-    "schema": ("the JSON Schema of a command's --json: orchestrator schema ls", _schema),
-    "completion": ("for bash, zsh, fish: source <(orchestrator completion bash)", _completion),
+_PRINTED: dict[str, tuple[str, Callable[[str], str], Callable[[], str]]] = {
+    "example": (example.ABOUT, example.source, example.listing),
+    "schema": ("the JSON Schema of a command's --json: orchestrator schema ls", _schema, lambda: _SCHEMA_HELP),
+    "completion": (
+        "of commands and flags, for bash, zsh, fish (completion --help)",
+        _completion,
+        lambda: _COMPLETION_HELP,
+    ),
 }
 
 
@@ -95,7 +116,7 @@ def _overview() -> dict[str, dict[str, str]]:
     """The same by what one wants to do."""
     groups = {group: {name: one.about for name, one in commands.items()} for group, commands in GROUPS.items()}
     groups["start"] = {launching.NAME: launching.ABOUT}
-    return {**groups, "other": {name: about for name, (about, _) in _PRINTED.items()}}
+    return {**groups, "other": {name: about for name, (about, *_) in _PRINTED.items()}}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,6 +130,8 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     if name in (*_HELP, "help"):
         about = words[0] if words else ""
+        if about in _PRINTED:
+            return _print(about, _HELP[:1])
         print(usage.help_text(about, COMMANDS[about]) if about in COMMANDS else usage.overview(_overview()))
         return EXIT_OK
     if name == launching.NAME:
@@ -159,14 +182,13 @@ def _write(command: Command[Any], result: Any, flags: Flags) -> None:
 
 
 def _print(name: str, words: Sequence[str]) -> int:
-    about, text = _PRINTED[name]
-    if name == "example" and not [word for word in words if word not in _HELP]:
-        print(example.listing())
+    about, text, help_of = _PRINTED[name]
+    if any(word in _HELP for word in words) or (name == "example" and not words):
+        print(help_of())
         return EXIT_OK
-    if len(words) != 1 or words[0] in _HELP:
-        asked = len(words) == 1
-        print(about, file=sys.stdout if asked else sys.stderr)
-        return EXIT_OK if asked else EXIT_USAGE
+    if len(words) != 1:
+        print(about, file=sys.stderr)
+        return EXIT_USAGE
     try:
         print(text(words[0]))
     except UsageError as error:

@@ -124,13 +124,14 @@ def _basis(pace: Speed | None) -> str:
     if pace is None:
         return "no restore of this run has been measured"
     rate = f"{render.size(pace.machine_bytes_per_s)}/s on each machine"
-    return f"from {pace.restores} restores of this run: {render.duration(pace.fixed_s)}, then {rate}"
+    return f"from {render.counted(pace.restores, 'restore')} of this run: {render.duration(pace.fixed_s)}, then {rate}"
 
 
 def show(made: RestorePlan, flags: Flags) -> Iterator[render.Shown]:
     mesh = Target(made.mesh, len(made.hosts)).label
     where = AttemptId(made.step, made.attempt).label
-    yield f"{made.root} {where} on {mesh}: {made.devices} devices, {len(made.hosts)} processes"
+    processes = render.counted(len(made.hosts), "process", "processes")
+    yield f"{made.root} {where} on {mesh}: {render.counted(made.devices, 'device')}, {processes}"
     rows = [
         [
             str(host.process),

@@ -64,7 +64,11 @@ def journal_entries(run: ExaminedRun) -> Iterator[Finding]:
         text = f"{len(aborted)} of the last {len(decided)} saves were aborted: {'; '.join(sorted(causes))[:300]}"
         yield Finding("saves", "bad", text, "orchestrator log ROOT --last=20 names hosts and phases")
     more = "" if len(heads) == len(versions) else f" of {len(versions)}"
-    yield Finding("journal", "ok", f"{len(heads)} entries{more} can be read; version {run.head.version}")
+    yield Finding(
+        "journal",
+        "ok",
+        f"{render.counted(len(heads), 'entry', 'entries')}{more} can be read; version {run.head.version}",
+    )
 
 
 def steps(run: ExaminedRun) -> Iterator[Finding]:
@@ -88,7 +92,9 @@ def steps(run: ExaminedRun) -> Iterator[Finding]:
         text = f"newest step {newest.step} has never been read back"
         yield Finding("steps", "warn", text, f"orchestrator verify ROOT --step={newest.step}")
     size = render.size(sum(live.bytes for live in head.live))
-    yield Finding("steps", "ok", f"{len(head.live)} steps, {size}; read back or restored: {_proven(head)}")
+    yield Finding(
+        "steps", "ok", f"{render.counted(len(head.live), 'step')}, {size}; read back or restored: {_proven(head)}"
+    )
 
 
 def quarantined(run: ExaminedRun) -> Iterator[Finding]:
@@ -115,7 +121,7 @@ def orphans(run: ExaminedRun) -> Iterator[Finding]:
     gone = journal.collectable(run.head, run.stored)
     size = sum(run.stored.get(each.id, StoredAttempt()).bytes for each in gone)
     if size:
-        text = f"{len(gone)} attempts that can never be restored hold {render.size(size)}"
+        text = f"{render.counted(len(gone), 'attempt')} that can never be restored: {render.size(size)}"
         yield Finding("orphans", "warn", text, "orchestrator gc ROOT (--dry_run first)")
     stale = _stale(run.root) if run.root else 0
     if stale:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from orchestrator.cli.layout import Hanging, Rows, indent_after, wrapped
 from orchestrator.observe.bar import Bar, Unit
+from orchestrator.texts import counted as counted
 from orchestrator.texts import duration as duration
 from orchestrator.texts import printable
 from orchestrator.texts import size as size

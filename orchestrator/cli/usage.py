@@ -46,8 +46,7 @@ def choose_from(word: str, choices: Iterable[str]) -> str:
 def help_text(name: str, command: Command[Any]) -> str:
     rows = []
     for flag in command.all_flags:
-        default = "" if flag.default in (None, False) else f" (default {flag.default})"
-        default = " (required)" if flag.required else default
+        default = " (required)" if flag.required else default_of(flag.default)
         short = f"-{flag.short}, " if flag.short else ""
         rows.append(row(f"{short}--{flag.name}", f"{flag.about}{default}", 16))
     examples = "\n".join(f"  {line}" for line in command.examples)
@@ -58,6 +57,11 @@ def help_text(name: str, command: Command[Any]) -> str:
         + "\n".join(rows)
         + f"\n\nexamples:\n{examples}"
     )
+
+
+def default_of(value: object) -> str:
+    """What a flag's help says of its default: nothing of one that stands for `not given`."""
+    return "" if value in (None, False, "", []) else f" (default {value})"
 
 
 def row(term: str, about: str, width: int) -> str:

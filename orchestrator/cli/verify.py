@@ -114,10 +114,12 @@ def show(judged: JudgedStep, flags: Flags) -> Iterator[render.Shown]:
         yield f"{name}: retired while it was read; a job has newer steps"
         return
     state = "damaged" if one.problems else "not read" if one.unread else "good"
-    share = "" if one.sample is None else f", a sample of {one.sample:.3g} of the chunks"
-    read = f"{one.files} files and {one.chunks} chunks of {render.size(one.bytes)} read back{share}"
+    files, size = render.counted(one.files, "file"), render.size(one.bytes)
+    read = f"{files} and {render.counted(one.chunks, 'chunk')} of {size} read back"
+    if one.sample is not None:  # less than `size` was read
+        read += f", a sample of {100 * one.sample:.3g}% of the chunks"
     if one.by_store:
-        read = f"{one.files} files of {render.size(one.bytes)} compared by the store's checksums"
+        read = f"{files} of {size} compared by the store's checksums"
     yield render.toned(f"{name}: {state}, {read}", _TONES[state])
     for line in (*one.problems, *one.unread):
         yield f"  {line}"

@@ -208,7 +208,7 @@ def test_ls_counts_what_a_crash_has_left(run: Path, capsys: pytest.CaptureFixtur
 def test_inspect_shows_leaves_shardings_and_who_wrote_what(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert orchestrator("inspect", run, "--step=10") == 0
     out = capsys.readouterr().out
-    assert "step 10 e0001-a01: committed" in out and "1 processes, 8 devices" in out
+    assert "step 10 e0001-a01: committed" in out and "1 process, 8 devices" in out
     assert "w     i32[4,2]" in out and "32 B" in out and "0x1.0000000000000p-1" in out
     assert orchestrator("inspect", run, "--json") == 0
     said = printed_json(capsys)
@@ -363,6 +363,7 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
         (["verify", "{run}", "--smaple=10%"], 2, "no flag --smaple; did you mean --sample? choose from --step, "),
         (["verify", "{run}", "--repair_journal=nver"], 2, "did you mean never? choose from auto, never"),
         (["export", "{run}", "10", "x", "--format=safetensor"], 2, "did you mean safetensors? choose from orbax, "),
+        (["export", "{run}", "10", "x.safetensors"], 2, "--format=orbax makes a directory; for a file *.safetensors"),
         (["frobnicate"], 2, "no command 'frobnicate'; choose from ls, "),
         (["ls"], 2, "the run's ROOT is missing"),
         (["ls", "{run}", "more"], 2, "unexpected 'more'"),

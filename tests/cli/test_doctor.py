@@ -105,6 +105,13 @@ def quarantined(root: Path) -> None:
         main(["orchestrator", "quarantine", str(root), f"--step={step}", "--reason=x", "--force"])
 
 
+def test_a_copy_of_a_run_says_nothing_of_its_hosts_clocks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(root, 0, 1)
+    for path in root.rglob("*"):  # as `cp -r` ten minutes later leaves them
+        os.utime(path, (time.time() + 600,) * 2)
+    assert "clocks" not in ill(examine(root, capsys)[1])
+
+
 def skewed_host(root: Path) -> None:
     for path in (root / "events").glob("00000.*"):
         os.utime(path, (time.time() - 500,) * 2)
@@ -116,7 +123,7 @@ def skewed_host(root: Path) -> None:
         (missing_entry, 4, "journal", "damage: "),
         (edited_entry, 4, "journal", "it was edited or damaged"),
         (missing_file, 4, "steps", "is missing"),
-        (orphan, 0, "orphans", "warn: 1 attempts that can never be restored hold 2.0 KiB"),
+        (orphan, 0, "orphans", "warn: 1 attempt that can never be restored: 2.0 KiB"),
         (stale, 0, "orphans", "warn: 1 unfinished files"),
         (from_the_future, 0, "clocks", "10 min ahead of this machine's"),
         (quarantined, 1, "steps", "bad: no step can be restored"),

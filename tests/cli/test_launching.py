@@ -40,6 +40,16 @@ def test_a_launch_that_is_not_installed_is_an_error_that_says_where_it_was_expec
         launching.load(tmp_path)
 
 
+@pytest.mark.parametrize("words", [["launch", "train"], ["launch", "local"], ["ls"]], ids=" ".join)
+def test_a_reader_of_the_help_may_go(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "orchestrator", *words, "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_an_example_is_printed_as_it_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
     files = {path.stem: path for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__"}
     assert example.names() == [*sorted(files), "train"]

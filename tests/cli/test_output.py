@@ -94,6 +94,17 @@ def test_every_schema_is_printed(name: str, capsys: pytest.CaptureFixture[str]) 
     assert "$defs" in said and ("$ref" in said or said["type"] == "array")
 
 
+@pytest.mark.parametrize("words", [["{}", "--help"], ["help", "{}"]], ids=" ".join)
+@pytest.mark.parametrize("name", [*COMMANDS, "schema", "completion"])
+def test_every_help_has_usage_examples_and_no_empty_default(
+    name: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["orchestrator", *(word.format(name) for word in words)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: orchestrator {name} ") and "\nexamples:\n" in text
+    assert "(default )" not in text and "(default False)" not in text
+
+
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_fits_80_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["orchestrator", *([name] if name else []), "--help"]) == 0
@@ -224,8 +235,11 @@ def test_a_shells_script_is_one_that_it_accepts(shell: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["completion", "tcsh"], 2, "choose from bash, zsh or fish"),
-        (["schema", "nope"], 2, "choose from ls, "),
+        (["completion", "tcsh"], 2, "no completion for 'tcsh'; choose from bash, zsh, fish"),
+        (["completion", "zhs"], 2, "did you mean zsh? choose from bash, zsh, fish"),
+        (["schema", "nope"], 2, "no command 'nope' with --json; choose from ls, "),
+        (["example", "plain"], 2, "no example 'plain'; did you mean plain_jax? choose from "),
+        (["launch", "locl"], 2, "launch: no command 'locl'; did you mean local? choose from local, "),
         (["schema"], 2, "orchestrator schema ls"),
     ],
 )

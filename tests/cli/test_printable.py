@@ -120,7 +120,7 @@ def test_only_render_builds_text_and_prints() -> None:
                 or called.startswith(("sys.stdout.write", "sys.stderr.write"))
             ):
                 found.append(f"{path.name}:{node.lineno}: {called}")
-    ours = ("usage.overview(", "usage.help_text(", "about", "text(words[0])", "__version__", "example.listing(")
+    ours = ("usage.overview(", "usage.help_text(", "about", "text(words[0])", "__version__", "help_of(")
     shown = [
         line
         for line in (CLI / "main.py").read_text().splitlines()

@@ -82,6 +82,11 @@ def test_without_a_ctrl_c_nothing_of_it_is_left_out(case: str) -> None:
     [
         (GLOO.format(0, 1, 1), True),
         (GLOO.format(17, 63, 63), True),
+        ("[Gloo] Rank " + GLOO.format(0, 1, 1), True),
+        ("0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1", True),
+        (GLOO.format(0, 1, 1) + GLOO.format(1, 1, 3), False),
+        ("[Gloo] Rank 0 is connected to ", False),
+        ("17", False),
         (GLOO.format(0, 1, 3), False),
         (GLOO.format(0, 1, 11), False),
         (GLOO.format(0, 1, 1) + " but", False),

@@ -83,7 +83,11 @@ def test_a_code_that_a_restart_cannot_fix_is_the_jobs(
     ("moments", "rules", "about"),
     [
         ([[(0, 1), (1, 5)]], {}, "the job ends with 5: host-1 exited with code 5 first; a restart cannot fix that"),
-        ([[(1, 1)], [(0, -15)]], {}, "the job ends with 1: host-1 exited with code 1 first; no restart is left of 0"),
+        (
+            [[(1, 1)], [(0, -15)]],
+            {},
+            "the job ends with 1: host-1 exited with code 1 first; not restarted: --max_restarts is 0",
+        ),
         (
             [[(1, 1)], [(0, 5)]],
             {},
@@ -104,6 +108,14 @@ def test_the_end_names_the_host_that_failed_first(
     for exits in moments:
         state, (effect,) = supervise.on_exits(state, [Exit(*exit_) for exit_ in exits])
     assert isinstance(effect, Finish) and about in effect.about, effect
+
+
+@pytest.mark.parametrize(
+    ("max_restarts", "about"), [(0, "; not restarted: --max_restarts is 0"), (3, "; --max_restarts=3 is used up")]
+)
+def test_the_end_says_why_the_job_is_not_restarted(max_restarts: int, about: str) -> None:
+    effect = dies(JobHistory(2, failures=max_restarts), None, max_restarts=max_restarts)
+    assert isinstance(effect, Finish) and effect.about.endswith(about), effect
 
 
 @pytest.mark.parametrize(
