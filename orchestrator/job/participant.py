@@ -170,6 +170,10 @@ class Participant(Voter):
             thread.start()
             self._thread = thread
             self._shared.tell(SaveStarted(self.step, self.id.name, time.monotonic() - self.started_s))
+        except RuntimeError:  # this process can have no more threads
+            if not self.begun:
+                self._own.release()
+            raise
         finally:
             returned.set()
 

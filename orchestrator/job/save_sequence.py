@@ -101,10 +101,14 @@ class SaveSequence:
         save = self._participants.begin(step, user, process_state)
         self._schedule.begin(save.started_s)
         if not finished:
-            self._skip(save)
-            return False
-        if not self._start(save, state, process_state, carries):
-            return False
+            return self._skip(save)
+        try:
+            if not self._start(save, state, process_state, carries):
+                return False
+        except Exception as error:  # of which the others have been told
+            if (reason := _failed_save(save, error)) is None:
+                raise
+            return self._not_begun(step, save.id.name, reason, Cause.FAILED)
         self._begun[-1].blocked_s = time.monotonic() - entered_s
         if not self._options.async_save:
             self.wait()
@@ -115,15 +119,10 @@ class SaveSequence:
 
         def describe() -> Flat:
             given.checked()
-            return self._flat(state)
+            return _flat(state, self._options)
 
         rejection = self._opening.by_save(step, describe)
-        if rejection:
-            self._not_begun(step, "", f"step {step} was not saved: {rejection}", Cause.REJECTED)
-        return not rejection
-
-    def _flat(self, state: Any) -> Flat:
-        return flatten(state, tiled=self._options.chunks == "tiles")
+        return not rejection or self._not_begun(step, "", f"step {step} was not saved: {rejection}", Cause.REJECTED)
 
     def skip(self, step: int, reason: str) -> None:
         """Save no `step`, and tell the others, who may have begun: nobody waits for this process."""
@@ -131,23 +130,24 @@ class SaveSequence:
         save.reject("wait", WaitTimeout(reason), Cause.HUNG)
         self._not_begun(step, save.id.name, f"{save.label}: {reason}", Cause.HUNG)
 
-    def _skip(self, save: Participant) -> None:
+    def _skip(self, save: Participant) -> bool:
         """The save before still hangs in the store. Tell the others, count it, let training go on."""
         reason = f"{self._hanging.label} still hangs on this process: the store does not answer"
         save.reject("wait", WaitTimeout(reason), Cause.HUNG)
-        self._not_begun(save.step, save.id.name, f"{save.label} was not saved: {reason}", Cause.HUNG)
+        return self._not_begun(save.step, save.id.name, f"{save.label} was not saved: {reason}", Cause.HUNG)
 
-    def _not_begun(self, step: int, attempt: str, reason: str, cause: Cause) -> None:
-        """Count a save that could not even begin, and raise it where failed saves are to be raised."""
+    def _not_begun(self, step: int, attempt: str, reason: str, cause: Cause) -> bool:
+        """Count a save that could not even begin, and raise it where failed saves are to be raised. Returns False."""
         self.failures += 1
         self._participants.context.tell(SaveNotCommitted(step, attempt, reason, cause))
         if self._options.on_save_failure == "raise":
             raise SaveFailed(reason, step=step, attempt=attempt)
+        return False
 
     def _start(self, save: Participant, state: Any, process_state: bytes | None, memory: Memory | None) -> bool:
         """Begin it, by way of `memory` if that takes it. False if the save before hangs."""
         with self._telling(save), gc_pause.paused():
-            flat = self._flat(state)
+            flat = _flat(state, self._options)
             try:
                 self._opening.check_tree(flat)
             except (StorageError, Damaged) as error:  # a failed save, not a failed training
@@ -160,8 +160,7 @@ class SaveSequence:
         elif memory is not None:  # not known before: what is on its way is waited for now
             with self._telling(save):
                 if not self.finished(f"step {save.step} is due"):
-                    self._skip(save)
-                    return False
+                    return self._skip(save)
                 save.start(flat)
         return True
 
@@ -304,6 +303,18 @@ class SaveSequence:
     def _wait_from_s(self) -> float:
         """From when `_bound_s` counts at the earliest."""
         return max(self._hurry_s or 0.0, self._schedule.preempted_s if self._schedule.preempted else 0.0)
+
+
+def _flat(state: Any, options: Options) -> Flat:
+    return flatten(state, tiled=options.chunks == "tiles")
+
+
+def _failed_save(save: Participant, error: Exception) -> str | None:
+    """Why a save has failed before it went on in the background, for want of threads or memory, say: training goes on
+    without it. None for what the user is to hear of."""
+    if save.begun or isinstance(error, OrchestratorError):
+        return None
+    return f"{save.label} was not saved: {type(error).__name__}: {error}"
 
 
 def _uploads(begun: Sequence[Participant]) -> list[Upload]:
