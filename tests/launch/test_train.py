@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from launch.example.data import Loader, read_text
 from launch.example.report import ProgressLine, Summary, state_digest
 from orchestrator.cli.main import main
 from orchestrator.errors import NothingToRestore
+from tests.support import forks
 
 pytestmark = pytest.mark.jobs
 
@@ -62,9 +64,21 @@ def run(directory: Path, *flags: str, hosts: int, devices: int, kill_host_after_
     return Run(code, lines, Summary.read(path) if path.exists() else None)
 
 
-def train_alone(*flags: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, **JOB_ENVIRON, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    return subprocess.run([*TRAIN, *flags], capture_output=True, text=True, timeout=180, check=False, env=environ)
+@functools.cache
+def server() -> forks.Server:
+    """Of processes of four devices that have imported what the example needs."""
+    environ = {**forks.ENVIRON, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    return forks.Server((*forks.IMPORTED, "launch.example.model", "optax"), environ)
+
+
+def train_alone(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The job in one process, whose output goes to `folder`."""
+    command = ["-m", "launch.train", *flags]
+    with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err:
+        code = server().start(command, {**os.environ, **server().environ}, out, err).wait(180)
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
 
 @pytest.mark.slow
@@ -163,7 +177,7 @@ def test_sigterm_saves_the_step_and_leaves_with_75(tmp_path: Path) -> None:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_wrong_flag_is_one_line_and_exit_code_2(tmp_path: Path, flags: list[str], message: str) -> None:
-    ended = train_alone(f"--root={tmp_path / 'run'}", "--steps=1", *flags)
+    ended = train_alone(tmp_path, f"--root={tmp_path / 'run'}", "--steps=1", *flags)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith(message)
     assert len(ended.stderr.splitlines()) == 1
@@ -173,9 +187,9 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(tmp_path: Path, flags: list[st
 def test_a_damaged_or_foreign_root_is_one_line_with_the_errors_own_code(tmp_path: Path) -> None:
     root = tmp_path / "run"
     small = [flag for flag in SMALL if flag != "--digests"]
-    assert train_alone(f"--root={root}", "--steps=3", *small).returncode == 0
+    assert train_alone(tmp_path, f"--root={root}", "--steps=3", *small).returncode == 0
 
-    other_text = train_alone(f"--root={root}", "--steps=4", *small, "--seed=7")
+    other_text = train_alone(tmp_path, f"--root={root}", "--steps=4", *small, "--seed=7")
     assert other_text.returncode == 2
     restored, *told = other_text.stderr.splitlines()
     assert restored.startswith("restored step 2: ")
@@ -184,14 +198,14 @@ def test_a_damaged_or_foreign_root_is_one_line_with_the_errors_own_code(tmp_path
         "give the same --data, --seed and sizes, or another --root"
     ]
 
-    other_model = train_alone(f"--root={root}", "--steps=4", *small, "--width=64")
+    other_model = train_alone(tmp_path, f"--root={root}", "--steps=4", *small, "--width=64")
     assert other_model.returncode == 1
     assert "leaves do not fit the target" in other_model.stderr
     assert "Traceback" not in other_model.stderr
 
     for step in oc.open_run(root).all_steps():
         assert main(["orchestrator", "quarantine", str(root), f"--step={step}", "--reason=x", "--force"]) == 0
-    none_left = train_alone(f"--root={root}", "--steps=4", *small)
+    none_left = train_alone(tmp_path, f"--root={root}", "--steps=4", *small)
     assert none_left.returncode == NothingToRestore.exit_code
     assert "are quarantined (newest: step " in none_left.stderr
     assert len(none_left.stderr.splitlines()) == 1
@@ -199,7 +213,7 @@ def test_a_damaged_or_foreign_root_is_one_line_with_the_errors_own_code(tmp_path
     newest = sorted((root / "journal").iterdir())[-1]
     newest.chmod(0o644)
     newest.write_bytes(newest.read_bytes().replace(b'"epoch"', b'"epohc"'))
-    damaged = train_alone(f"--root={root}", "--steps=4", *small)
+    damaged = train_alone(tmp_path, f"--root={root}", "--steps=4", *small)
     assert damaged.returncode == 4
     assert damaged.stderr.startswith("train: ")
     assert newest.name in damaged.stderr
@@ -207,7 +221,7 @@ def test_a_damaged_or_foreign_root_is_one_line_with_the_errors_own_code(tmp_path
 
     a_file = tmp_path / "file"
     a_file.write_text("not a directory")
-    on_a_file = train_alone(f"--root={a_file}", "--steps=4", *small)
+    on_a_file = train_alone(tmp_path, f"--root={a_file}", "--steps=4", *small)
     assert on_a_file.returncode == 1
     assert len(on_a_file.stderr.splitlines()) == 1
 

@@ -68,11 +68,13 @@ class Forked:
 class Server:
     """A process that has imported modules, and waits for programs to run."""
 
-    def __init__(self, imported: Sequence[str] = IMPORTED) -> None:
+    def __init__(self, imported: Sequence[str] = IMPORTED, environ: Mapping[str, str] = ENVIRON) -> None:
+        self.environ = environ
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, __file__, str(theirs.fileno()), *imported]
         with theirs:
-            self._process = subprocess.Popen(command, env=ENVIRON, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+            self._process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        atexit.register(self.close)
 
     def start(self, command: Sequence[str], environ: Mapping[str, str], out: IO[Any], err: IO[Any]) -> Forked:
         told, theirs = socket.socketpair()
@@ -90,9 +92,7 @@ class Server:
 
 @functools.cache
 def _server(number: int, imported: Sequence[str]) -> Server:
-    made = Server(imported)
-    atexit.register(made.close)
-    return made
+    return Server(imported)
 
 
 def start(
