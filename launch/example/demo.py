@@ -42,6 +42,7 @@ flags.DEFINE_string("root", "demo-run", "where the demo writes; made again each 
 flags.DEFINE_enum("storage", "local", ["local", "gcs"], "where the run is: below --root, or in an emulated bucket")
 flags.DEFINE_string("run", "", "where the run is instead: a new root, such as one in a bucket that there is")
 flags.DEFINE_integer("steps", 60, "steps of the whole run", lower_bound=30)
+flags.DEFINE_multi_string("train", [], "a flag for what is trained: --train=--width=128; can be repeated")
 
 SAVE_EVERY = 10
 KILLED_HOST = 2
@@ -79,6 +80,7 @@ def train_command(root: Path, run: str, mesh: str, steps: int) -> list[str]:
         *(f"--root={run}", f"--steps={steps}", f"--mesh={mesh}"),
         *(f"--save_every={SAVE_EVERY}", "--keep_last=3", "--log_every=1", "--digests"),
         f"--summary={root / 'summary.json'}",
+        *FLAGS.train,
     ]
 
 

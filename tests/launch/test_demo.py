@@ -13,6 +13,7 @@ import pytest
 pytestmark = pytest.mark.jobs
 
 REPO = Path(__file__).parents[2]
+SMALL = [f"--train=--{size}" for size in ("layers=1", "width=32", "batch_size=8", "length=32")]
 
 
 def demo(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +25,7 @@ def demo(*flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("storage", ["local", "gcs"])
 def test_the_demo_shows_a_kill_and_a_resume_on_another_mesh_bit_for_bit(tmp_path: Path, storage: str) -> None:
-    done = demo(f"--root={tmp_path / 'demo'}", "--steps=40", f"--storage={storage}")
+    done = demo(f"--root={tmp_path / 'demo'}", "--steps=31", f"--storage={storage}", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\nok  ") == 5 and "\nNO" not in done.stdout
     texts = (r"host-2 was killed while step (\d+) was being saved", r"the job resumed from step (\d+), the newest")

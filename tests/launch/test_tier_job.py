@@ -46,7 +46,8 @@ def test_a_host_that_is_lost_with_its_memory_costs_the_steps_since_the_newest_he
     flags = ["--processes=2", "--domains=2", "--lose_tier_on_kill", "--max_restarts=1", "--end_grace_s=1"]
     flags += [f"--run_root={root}", f"--log_dir={logs}", f"--env=ORCHESTRATOR_TIER_DIR={shm}", "--backoff_s=0"]
     job = [sys.executable, "-m", "launch", "train", "--steps=40", "--save_every=1000", "--hold_every=10"]
-    job += ["--step_delay_s=0.1", "--log_every=1", "--digests", "--domain=slice", f"--summary={tmp_path / 'summary'}"]
+    job += ["--layers=1", "--width=32", "--batch_size=8", "--length=32", "--step_delay_s=0.1"]
+    job += ["--log_every=1", "--digests", "--domain=slice", f"--summary={tmp_path / 'summary'}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", "local", *flags, "--", *job],
         cwd=REPOSITORY,
