@@ -206,6 +206,25 @@ def test_a_chunk_that_is_not_the_manifests_is_damage_though_its_file_is_whole(ro
     assert caught.value.chunks == (key,)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_chunk_that_is_suspected_again_though_nothing_is_proven_is_not_called_good(
+    times: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(root, 1)
+    stored = store_of(root).step(journal_of(root)[-1].live[-1])
+    key, answers = next(iter(stored.manifest.chunks)), [True] * times
+
+    def check(*_: object, **__: object) -> dict[str, str]:
+        return {key: f"{key}: odd"} if answers and answers.pop() else {}
+
+    monkeypatch.setattr(arrays, "check", check)
+    if times == 1:  # it was the way, once
+        assert stored_arrays.bad_chunks(stored, {key: None}) == {}
+    else:
+        with pytest.raises(oc.Unavailable, match=f"{key}: odd; read so 2 times"):
+            stored_arrays.bad_chunks(stored, {key: None})
+
+
 def test_an_answer_that_was_waited_for_as_long_as_may_be_is_not_waited_for_again(root: Path) -> None:
     fill(root, 1)
     journal_store = store_of(root)

@@ -40,6 +40,16 @@ def patient(gcs: EmulatorProcess, deadline_s: float = 60.0, retries: float = 10_
     return GcsStorage(new_root(), Client(deadline_s, Budget(retries), first_wait_s=0.05))
 
 
+def creates_once(store: GcsStorage, key: str) -> None:
+    """Of 64 who create it at once one wins, and all know it."""
+    outcomes = create_at_once([store] * 64, key)
+    winners = [index for index, outcome in enumerate(outcomes) if outcome == Created()]
+    assert len(winners) == 1
+    there = store.get(key)
+    assert there == body_of(winners[0])
+    assert outcomes.count(Exists(there)) == 63
+
+
 def create_at_once(stores: list[GcsStorage], key: str) -> list[Created | Exists | StorageError]:
     ready = threading.Barrier(len(stores))
 
@@ -60,12 +70,7 @@ def body_of(index: int) -> bytes:
 
 def test_of_64_concurrent_creators_exactly_one_wins_and_all_know_it(store: GcsStorage) -> None:
     for key in ("journal/a", "journal/b", "journal/c"):
-        outcomes = create_at_once([store] * 64, key)
-        winners = [index for index, outcome in enumerate(outcomes) if outcome == Created()]
-        assert len(winners) == 1
-        there = store.get(key)
-        assert there == body_of(winners[0])
-        assert outcomes.count(Exists(there)) == 63
+        creates_once(store, key)
 
 
 def test_with_30_percent_of_replies_lost_exactly_one_of_64_wins_and_nobody_is_told_a_lie(gcs: EmulatorProcess) -> None:
@@ -73,12 +78,7 @@ def test_with_30_percent_of_replies_lost_exactly_one_of_64_wins_and_nobody_is_to
     gcs.counts(reset=True)
     with faults(gcs, lost=0.3, seed=4):
         for key in ("journal/a", "journal/b", "journal/c"):
-            outcomes = create_at_once([store] * 64, key)
-            winners = [index for index, outcome in enumerate(outcomes) if outcome == Created()]
-            assert len(winners) == 1
-            there = store.get(key)
-            assert there == body_of(winners[0])
-            assert outcomes.count(Exists(there)) == 63
+            creates_once(store, key)
     assert gcs.counts()["faults"]["lost"] > 40
     assert store._client.retries["connection"] == gcs.counts()["faults"]["lost"]
 

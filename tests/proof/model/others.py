@@ -131,9 +131,6 @@ class Tool(Appender):
         elif local.pc in ("read", "create", "unsure", "sync"):
             yield from self.append(engine, world, index)
 
-    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
-        return world.local(index, Local(pc="finished"))
-
 
 @dataclass(frozen=True)
 class Recover(Tool):
@@ -201,9 +198,6 @@ class Restore(Appender):
         elif local.pc in ("read", "create", "unsure", "sync"):
             yield from self.append(engine, world, index)
 
-    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
-        return world.local(index, Local(pc="finished"))
-
 
 @dataclass(frozen=True)
 class Reader(Appender):
@@ -221,9 +215,6 @@ class Reader(Appender):
             yield f"{self.name}: makes an agent", world.local(index, made), NOTHING
         elif local.pc in ("read", "create", "unsure", "sync"):
             yield from self.append(engine, world, index)
-
-    def after(self, engine: Engine, world: World, index: int, outcome: str) -> World:
-        return world.local(index, Local(pc="finished"))
 
 
 @dataclass(frozen=True)

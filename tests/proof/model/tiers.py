@@ -18,7 +18,7 @@ from orchestrator.rules import held
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head
 
-from .hosts import STAMP, Rules, body_of, head_of, live
+from .hosts import STAMP, Found, Rules, body_of, head_of, live
 
 KEEP = last(2)
 
@@ -40,12 +40,6 @@ class World(NamedTuple):
     logs: tuple[bytes, bytes]
     data: frozenset[tuple[int, AttemptId]]
     actors: tuple[Incarnation, ...]
-
-
-class Found(NamedTuple):
-    states: int
-    choices: int
-    violation: str | None
 
 
 def _attempts(body: bytes) -> frozenset[AttemptId]:
