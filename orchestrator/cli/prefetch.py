@@ -44,13 +44,15 @@ def run(root: str, flags: Flags) -> Prefetched:
     began = time.monotonic()
     if flags["timeout_s"] <= 0:
         raise UsageError(f"--timeout_s={flags['timeout_s']:g}: expected a positive number of seconds")
+    if flags["bytes_max"] is not None and flags["bytes_max"] < 1:
+        raise UsageError(f"--bytes_max={flags['bytes_max']}: expected a positive number of bytes")
     host, hosts = _place(flags, os.environ)
     said = tier_environment(os.environ)
     store = open_store(root)
     with render.bar("prefetch", None, "bytes") as bar:
         fetching = Prefetch(
             store,
-            lambda run: Here(flags["directory"], host, hosts, _peers(said, run)),
+            lambda run: Here(flags["directory"], host, hosts, _peers(said, run), flags["bytes_max"]),
             back=environment.step_back(),
             timeout_s=flags["timeout_s"],
             on_total=lambda total: bar.reach(0, total),
@@ -143,6 +145,7 @@ COMMAND = Command(
         Flag("directory", str, None, "the tier's directory; ORCHESTRATOR_TIER_DIR or /dev/shm without it", path=True),
         Flag("host", int, None, "which host this is, from 0; as the launcher tells without it"),
         Flag("hosts", int, None, "how many fetch; as the launcher tells without it"),
+        Flag("bytes_max", int, None, "what this run's tiers may take here; as a job here was told without it"),
         Flag("timeout_s", float, 600.0, "what is not there by then is left to the restore"),
     ),
     examples=(

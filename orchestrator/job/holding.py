@@ -164,15 +164,17 @@ class Holding:
                         self._saves.skip(step, "this process takes no part in it, as its call of save has failed")
                 raise
 
-    def _admit(self, need: int) -> None:
-        assert self._tiers is not None and self._tier is not None
+    def _admit(self, attempt: AttemptId, need: int) -> None:
+        assert self._tiers is not None
         self._freeing.wait(GRACE_S)
         self._tiers.hosts.look_after_server()
         need += need // _RECORDS_SHARE + _RECORDS_BYTES
-        self._tiers.keeper.make_room(need, int(need * self._tiers.incoming), self._tier.bytes_max)
+        self._tiers.keeper.make_room(attempt, need, int(need * self._tiers.incoming))
 
     def _hear(self, event: Event) -> None:
         """What becomes of a step, on the thread that saves it."""
+        if isinstance(event, SaveCommitted | SaveNotCommitted) and self._tiers:
+            self._tiers.keeper.settled(AttemptId(event.step, event.attempt))
         match event:
             case SaveCommitted():
                 emit(self._entered(event))

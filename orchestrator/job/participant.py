@@ -60,7 +60,7 @@ class ParticipantFactory:
         beside: ParticipantFactory | None = None,
         committed: Callable[[], None] = lambda: None,
         tell: Callable[[Event], None] = emit,
-        admit: Callable[[int], None] = lambda need: None,
+        admit: Callable[[AttemptId, int], None] = lambda attempt, need: None,
     ) -> None:
         bound_s = min(options.rendezvous_timeout_s, options.save_timeout_s)
         together, known = jax.process_count() > 1, beside.context.accounts if beside else None
@@ -181,7 +181,8 @@ class Participant(Voter):
         check_root((shared := self._shared).store.storage)
         failpoints.hit("save.stage")
         held = shared.accounts.obtain(flat, self.id, self._saves_other_step)
-        self._own.stage(shared.writer, flat, held, attest=shared.options.attest != "off", admit=shared.admit)
+        admit = partial(shared.admit, self.id)
+        self._own.stage(shared.writer, flat, held, attest=shared.options.attest != "off", admit=admit)
 
     def _make_intent(self, flat: Flat) -> Intent:
         return Intent(

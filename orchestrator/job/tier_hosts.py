@@ -234,7 +234,7 @@ def _start(tier: MemoryTier, base: str, secret: bytes, listen: str) -> TierServe
     """Raises StorageError, UsageError."""
     if not os.path.isdir(os.path.dirname(base)):
         raise StorageError(f"{os.path.dirname(base)}: there is no such directory; it is to hold the tier")
-    return tier_process.start(base, secret, listen=listen or listen_address(), bytes_max=tier.bytes_max)
+    return tier_process.start(base, secret, listen=listen or listen_address())
 
 
 def place(tier: MemoryTier, given: TierEnvironment) -> Place:

@@ -8,6 +8,7 @@ reads of one server, and as many requests as there are copies.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from orchestrator.run import tier_directory
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import Beside, LogOf, OwnTier, log_to_read
 from orchestrator.run.tier_keeping import Keeper
+from orchestrator.run.tier_room import Room
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.copied import CopiedStorage
 from orchestrator.storage.joined import JoinedStorage
@@ -146,6 +148,8 @@ def _open(tier: MemoryTier, hosts: TierHosts, store: JournalStore, epoch: int) -
         path = tier_directory.of_process(tier.directory, hosts.run, hosts.me)
         own = OwnTier(path, store.writer, store)
         head = own.open_epoch(epoch, store.durable_version)
+        if hosts.first_here:
+            Room(os.path.dirname(path)).record(tier.bytes_max)
     except OrchestratorError as error:
         return None, Opened(path, problem=str(error))
     return own, Opened(path, head.version, head.write_id, tuple((one.step, one.attempt) for one in head.live))
@@ -210,7 +214,9 @@ def _joined(hosts: TierHosts, own: OwnTier, store: JournalStore, places: Sequenc
     of_all.note_durable(places[0].version, places[0].write_id)
     listed = {AttemptId(*one) for place in places for one in place.listed}
     beside = Beside(own.path, here) if hosts.first_here else None
-    return OpenTiers(hosts, own, storage, of_all, Keeper(own, beside, epoch, listed, decides=hosts.me == 0))
+    name = hosts.hosts[hosts.own].name
+    keeper = Keeper(own, beside, epoch, listed, decides=hosts.me == 0, host=name, processes=len(here))
+    return OpenTiers(hosts, own, storage, of_all, keeper)
 
 
 def _sender(hosts: TierHosts) -> Callable[[Sequence[str]], None]:

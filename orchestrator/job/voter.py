@@ -36,7 +36,8 @@ GRACE_S = 5.0  # how much longer than the coordinator's deadline the others wait
 class SaveContext:
     """What all saves of this process share. coordinator: on process 0 only. committed: called after each
     commit, on the save's own thread. tell: is given the events of these saves. admit: is told, on the main thread, how
-    many bytes this process is going to write, before anything is taken; what it raises is its abort vote."""
+    many bytes of an attempt this process is going to write, before anything is taken; what it raises is its abort
+    vote."""
 
     store: JournalStore
     writer: ArrayWriter
@@ -50,7 +51,7 @@ class SaveContext:
     epoch: int
     signing: ReceiptSigning
     tell: Callable[[Event], None] = emit
-    admit: Callable[[int], None] = lambda need: None
+    admit: Callable[[AttemptId, int], None] = lambda attempt, need: None
 
 
 class Voter:

@@ -64,9 +64,9 @@ def memory(
     copies: how many other hosts have a copy of what each host holds; 0: none. On one host there are none. domain: these
     are in another "node", "rack" or "slice" (`ORCHESTRATOR_DOMAIN`, or as Slurm and TPUs say). directory: on each host,
     a tmpfs or a local disk; each process has a directory of its own below it, that nobody else may enter. None:
-    `ORCHESTRATOR_TIER_DIR`, or /dev/shm. bytes_max: how much one process may hold in it, copies that it takes and the
-    step that is being written included; None: what the machine can spare. keep: how many steps are held.
-    copy_bytes_per_s: at most so fast does each host send copies; None: as fast as it can.
+    `ORCHESTRATOR_TIER_DIR`, or /dev/shm. bytes_max: how much the run may hold on one host, all its processes,
+    copies, the step that is being written and what was fetched together; None: what the machine can spare. keep: how
+    many steps are held. copy_bytes_per_s: at most so fast does each host send copies; None: as fast as it can.
     """
     arguments.whole("every", every, least=1)
     arguments.whole("copies", copies, most=COPIES_MAX)

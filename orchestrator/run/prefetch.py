@@ -11,6 +11,7 @@ freed for it, or touched.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from orchestrator.run.checked_reads import attempt_file, decoded, manifest_probl
 from orchestrator.run.held_steps import HeldSteps
 from orchestrator.run.journal_store import JournalStore
 from orchestrator.run.tier import log_to_read, newest_whole
+from orchestrator.run.tier_room import NoRoom, Room
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.peer import Peer, PeerStorage
 from orchestrator.storage.pieces import checked
@@ -47,12 +49,14 @@ HELD, COMMITTED = "held", "committed"
 @dataclass(frozen=True)
 class Here:
     """This host. directory: of the tier, None: the environment's. host, hosts: its place among those that fetch.
-    peers: the tier servers of the others."""
+    peers: the tier servers of the others. bytes_max: what the run's tiers may take here, beside what a job has recorded
+    here."""
 
     directory: str | None
     host: int
     hosts: int
     peers: Sequence[Peer] = ()
+    bytes_max: int | None = None
 
 
 @dataclass
@@ -266,11 +270,16 @@ class Prefetch:
 
     def _copy(self, source: Reads, key: str, entry: FileEntry, into: PosixStorage) -> None:
         """Raises StorageError; then nothing of it is here."""
-        free = tier_directory.free_bytes(into.root.path)
-        if entry.bytes > free:
-            raise StorageError(
-                f"{into.url}/{key}: no room: needs {entry.bytes} bytes, there are {free}; left to a restore"
-            )
+        try:
+            reserved = Room(os.path.dirname(into.root.path), self._here.bytes_max).reserve(entry.bytes)
+        except NoRoom as error:
+            text = f"no room: needs {entry.bytes} bytes, there are {error.seen}"
+            raise StorageError(f"{into.url}/{key}: {text}; left to a restore") from error
+
+        def written(count: int) -> None:
+            reserved.written(count)
+            self._on_bytes(count)
+
         where = f"{source.url}/{key}"
 
         def wrong(found: str) -> StorageError:
@@ -281,7 +290,10 @@ class Prefetch:
             if time.monotonic() >= self._end:
                 raise Unavailable(f"{where}: the time is up: left to a restore")
 
-        into.copy(where, key, self._on_bytes, checked(entry, _pieces(source, key, entry.bytes), wrong, in_time))
+        try:
+            into.copy(where, key, written, checked(entry, _pieces(source, key, entry.bytes), wrong, in_time))
+        finally:
+            reserved.end()
 
 
 def _names(reads: Reads, attempt: AttemptId, sizes: Mapping[str, int]) -> set[str]:

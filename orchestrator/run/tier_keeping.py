@@ -6,6 +6,7 @@ first one of a host also in what lies beside.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 
 from absl import logging
@@ -16,17 +17,29 @@ from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import Head, LiveStep
 from orchestrator.run import prefetched, tier_directory
 from orchestrator.run.tier import Beside, OwnTier
+from orchestrator.run.tier_room import NoRoom, Reservation, Room, Seen
 
 
 class Keeper:
     """What of this host's memory is freed, and when. own: this process's. beside: all else on the host, for its first
     process; None on the others. epoch: of this incarnation. listed: what all logs said is held when it was opened.
-    decides: whether this is process 0, whose log it is."""
+    decides: whether this is process 0, whose log it is. host: what people call it. processes: how many hold here."""
 
     def __init__(
-        self, own: OwnTier, beside: Beside | None, epoch: int, listed: Collection[AttemptId], *, decides: bool = False
+        self,
+        own: OwnTier,
+        beside: Beside | None,
+        epoch: int,
+        listed: Collection[AttemptId],
+        *,
+        decides: bool = False,
+        host: str = "this host",
+        processes: int = 1,
     ) -> None:
         self.own, self._beside, self._epoch, self._decides = own, beside, epoch, decides
+        self._host, self._processes = host, processes
+        self.room = Room(os.path.dirname(own.path))
+        self._reserved: dict[AttemptId, Reservation] = {}
         self._ended: set[AttemptId] = set()
         self._listed = frozenset(listed)
         self._decided: set[AttemptId] = set()
@@ -80,48 +93,51 @@ class Keeper:
         if self._beside:
             self._beside.free(sorted(attempts))
 
-    def make_room(self, need: int, incoming: int, bytes_max: int | None) -> None:
-        """Before this process writes `need` bytes, and `incoming` bytes of copies come: release older steps, as far as
-        it takes. bytes_max: of this process's own. Raises StorageError saying what is needed and what there is; then
-        nothing was released. Raises Fenced."""
-        if self._shortage(need, incoming, bytes_max) != 0:
+    def make_room(self, attempt: AttemptId, need: int, incoming: int) -> None:
+        """Before this process writes `need` bytes of an attempt, and `incoming` bytes of copies come: release older
+        steps, as far as it takes, and reserve it until `settled`. Raises StorageError saying what is needed and what
+        there is: mostly nothing was released then. Raises Fenced."""
+        if self._shortage(attempt, need, incoming) != 0:
             self.free(for_room=True)
-        count = self._shortage(need, incoming, bytes_max)
+        count = self._shortage(attempt, need, incoming)
         if count is None:
-            raise StorageError(self._no_room(need, incoming, bytes_max))
+            raise StorageError(self._no_room(self.room.look(), need, incoming))
         if count:
             self.release([live.id for live in self._releasable()[:count]], "room")
+        try:
+            reserved = self.room.reserve(need, tier_directory.process_of(self.own.path), attempt)
+        except NoRoom as error:
+            raise StorageError(self._no_room(error.seen, need, incoming)) from error
+        self._reserved[attempt] = reserved
+
+    def settled(self, attempt: AttemptId) -> None:
+        """This process writes no more of it. Never raises."""
+        if reserved := self._reserved.pop(attempt, None):
+            reserved.end()
 
     def _releasable(self) -> list[LiveStep]:
         """Oldest first; the last of them stays."""
         return [live for live in self.own.live() if live.id not in self.own.pinned]
 
-    def _shortage(self, need: int, incoming: int, bytes_max: int | None) -> int | None:
-        """How many of the oldest steps must go; None if that is not enough."""
-        older, own = self._releasable(), self.own.attempts()
-        found = self._found()
-        counts = [
-            held.to_release(
-                [found.get(live.id, 0) for live in older],
-                need + incoming,
-                tier_directory.free_bytes(self.own.path),
-            )
-        ]
-        if bytes_max is not None:
-            counts.append(held.to_release([own.get(live.id, 0) for live in older], need, bytes_max - sum(own.values())))
-        known = [count for count in counts if count is not None]
-        return max(known) if len(known) == len(counts) else None
+    def _shortage(self, attempt: AttemptId, need: int, incoming: int) -> int | None:
+        """How many of the oldest steps must go; None if that is not enough for this process. The other ones of the host
+        will need as much, and each frees its own parts alone: so all go by what the whole host will need."""
+        older, found, seen = self._releasable(), self._found(), self.room.look()
+        enough = held.to_release([found.get(live.id, 0) for live in older], need + incoming, seen.room)
+        if enough is None:
+            return None
+        of_all = max(need + incoming, (need + incoming) * self._processes - seen.of(attempt))
+        enough_for_all = held.to_release([seen.of(live.id) for live in older], of_all, seen.room)
+        return max(enough, max(0, len(older) - 1) if enough_for_all is None else enough_for_all)
 
-    def _no_room(self, need: int, incoming: int, bytes_max: int | None) -> str:
-        used, free = sum(self.own.attempts().values()), tier_directory.free_bytes(self.own.path)
-        room = free if bytes_max is None else min(free, bytes_max - used)
-        limit = "" if bytes_max is None else f" of the {bytes_max} of bytes_max"
+    def _no_room(self, seen: Seen, need: int, incoming: int) -> str:
         copies = f", and {incoming} for the copies that come to this host" if incoming else ""
         others = tier_directory.other_runs(self.own.path)
         more = f"; other runs hold steps in {', '.join(others[:3])}: remove those that are over" if others else ""
+        limit = "" if seen.limit is None else "raise bytes_max, which is for all that this run holds on a host, or "
         return (
-            f"{self.own.path}: no room in memory: this process needs {need} bytes for a held step{copies}, and there "
-            f"are {max(0, room)}{limit} beside the {used} that it holds (the newest step stays); free on the file "
-            f"system and in memory: {free} bytes{more}. Give the tier more room (docker: --shm-size; Kubernetes: "
-            "an emptyDir in memory), or hold it on a local disk: oc.memory(directory=...)"
+            f"{self.own.path}: no room in memory on {self._host}: this process needs {need} bytes for a held step"
+            f"{copies}, and there are {seen} (the newest step stays); free on the file system and in memory: "
+            f"{seen.free} bytes{more}. Hold fewer steps (keep), {limit}give the tier more room (docker: --shm-size; "
+            "Kubernetes: an emptyDir in memory), or hold it on a local disk: oc.memory(directory=...)"
         )

@@ -56,20 +56,18 @@ def start(
     listen: str = "127.0.0.1:0",
     sock: socket.socket | None = None,
     run: str | None = None,
-    bytes_max: int | None = None,
     timeout_s: float = _START_S,
     wait: bool = True,
     log: int | None = None,
 ) -> TierServer:
     """A tier server for what is below `base` (`<directory>/orchestrator-<uid>`), listening at `listen` (port 0: any
     that is free), or on `sock`, which is bound already and stays this process's to close. run: the only one that it
-    serves; None: all. bytes_max: how much a process's part may take. Returns when it listens. Raises StorageError
-    saying why it does not. wait False, with `sock`, where requests wait for it: returns at once. log: where
-    its log goes, as `subprocess` takes it; None: to this process's standard error."""
+    serves; None: all. Returns when it listens. Raises StorageError saying why it does not. wait False, with `sock`,
+    where requests wait for it: returns at once. log: where its log goes, as `subprocess` takes it; None: to this
+    process's standard error."""
     listen = listen if sock is None else f"fd:{sock.fileno()}"
     command = [sys.executable, "-m", "orchestrator.run.tier_server", f"--directory={base}", f"--listen={listen}"]
     command += [] if run is None else [f"--run={run}"]
-    command += [] if bytes_max is None else [f"--bytes_max={bytes_max}"]
     environ = {name: value for name, value in os.environ.items() if name != environment.TIER_SECRET}
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_SOURCES, environ.get("PYTHONPATH"))))
     try:

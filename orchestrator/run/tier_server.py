@@ -429,7 +429,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--directory", required=True, help="where tiers are: DIRECTORY/orchestrator-UID")
     parser.add_argument("--listen", default="127.0.0.1:0", help="address and port (0: any); or fd:N")
     parser.add_argument("--run", help="serve this run only")
-    parser.add_argument("--bytes_max", type=int, help="how much one process's part may take")
     parser.add_argument("--detached", action="store_true", help="go on when standard input ends")
     return parser.parse_args(argv)
 
@@ -459,7 +458,7 @@ def main(argv: list[str]) -> int:
     chosen = _arguments(argv)
     python_logging.getLogger("aiohttp").setLevel(python_logging.CRITICAL)  # whoever knocks writes no log here
     try:
-        shelf = Shelf(os.path.realpath(chosen.directory), chosen.run, chosen.bytes_max)
+        shelf = Shelf(os.path.realpath(chosen.directory), chosen.run)
         secret = _secret()
         shelf.prepare()
         listening = listen(chosen.listen)

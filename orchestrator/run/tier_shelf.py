@@ -24,6 +24,7 @@ from orchestrator.rules.peer_protocol import Failure, Target
 from orchestrator.rules.records import FileEntry
 from orchestrator.run import survey, tier_directory
 from orchestrator.run.checked_reads import journal_entry
+from orchestrator.run.tier_room import NoRoom, Room
 from orchestrator.storage import PosixStorage
 from orchestrator.storage.directory import storage_error
 from orchestrator.storage.pieces import checked
@@ -51,13 +52,11 @@ class Copy:
 
 
 class Shelf:
-    """base: `<directory>/orchestrator-<uid>`. run: the only one that is served; None: all. bytes_max: how much a part
-    may take."""
+    """base: `<directory>/orchestrator-<uid>`. run: the only one that is served; None: all."""
 
-    def __init__(self, base: str, run: str | None = None, bytes_max: int | None = None) -> None:
-        self.base, self._run, self._bytes_max = base, run, bytes_max
+    def __init__(self, base: str, run: str | None = None) -> None:
+        self.base, self._run = base, run
         self._lock = threading.Lock()
-        self._coming = 0  # bytes of copies that are on their way
         self._heads: dict[tuple[str, str], int] = {}  # a log's directory and its newest entry -> epoch
 
     def prepare(self) -> None:
@@ -226,7 +225,7 @@ class Shelf:
             yield from checked(known, pieces, lambda found: _damaged(found, known))
             self._check_epoch(copy.target.run, attempt)  # just before it gets its name
 
-        with self._room(copy, path) as on_bytes:
+        with self._room(copy, os.path.dirname(path)) as on_bytes:
             tier_directory.make(path)
             part = PosixStorage(path)
             outcome = part.copy("a peer's file", copy.target.key, on_bytes, arriving())
@@ -255,34 +254,18 @@ class Shelf:
         return True
 
     @contextlib.contextmanager
-    def _room(self, copy: Copy, path: str) -> Iterator[Callable[[int], None]]:
+    def _room(self, copy: Copy, run: str) -> Iterator[Callable[[int], None]]:
         """Room for a copy, as long as it comes in. Yields what is told how much of it has been written. Raises Rejected
         saying what is needed and what there is."""
-        left = copy.bytes
-
-        def written(count: int) -> None:
-            nonlocal left
-            with self._lock:
-                self._coming -= count
-            left -= count
-
-        with self._lock:
-            free = tier_directory.free_bytes(self.base) - self._coming
-            room, limit = free, ""
-            if self._bytes_max is not None and os.path.isdir(path):
-                used = sum(entry.bytes for entry in PosixStorage(path).list(""))
-                room, limit = min(free, self._bytes_max - used), f" of the {self._bytes_max} of bytes_max"
-            elif self._bytes_max is not None:
-                room, limit = min(free, self._bytes_max), f" of the {self._bytes_max} of bytes_max"
-            if copy.bytes > room:
-                text = f"a copy needs {copy.bytes} bytes, and there are {max(0, room)}{limit} on this host"
-                raise Rejected("room", f"no room: {text}; give its tier more room, or hold fewer steps")
-            self._coming += left
         try:
-            yield written
+            reserved = Room(run).reserve(copy.bytes)
+        except NoRoom as error:
+            text = f"a copy needs {copy.bytes} bytes, and there are {error.seen} on this host"
+            raise Rejected("room", f"no room: {text}; give its tier more room, or hold fewer steps") from error
+        try:
+            yield reserved.written
         finally:
-            with self._lock:
-                self._coming -= left
+            reserved.end()
 
 
 def _damaged(found: str, known: FileEntry) -> Rejected:

@@ -181,7 +181,7 @@ def test_a_step_for_which_there_is_no_room_is_not_held_and_saves_go_on(root: Pat
     running.restore(LIKE)
     train(running, *range(5))
     assert [(type(event), event.step) for event in seen] == [(events.StepNotHeld, step) for step in (0, 2, 4)]
-    assert "no room in memory: this process needs" in seen[0].reason and "of the 1000 of bytes_max" in seen[0].reason
+    assert "no room in memory on " in seen[0].reason and "of the 1000 of bytes_max" in seen[0].reason
     assert running.all_steps() == [0, 4] and running.failures == 0
     assert not list(held_dir(root).glob("steps/*/*/state"))
     running.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,36 @@ def test_held_steps_come_back_on_one_process_instead_of_two_and_on_another_mesh(
         assert found["step"] >= newest and found["sources"].keys() == {"memory"}
         assert found["process_states"] == {str(host): f"host {host} at {found['step']}" for host in (0, 1)}
         assert one.wait(DEADLINE_S) == [0], one.story()
+
+
+def bytes_on(host: Path) -> int:
+    """What its tier takes now, each file once."""
+    total = 0.0
+    for folder, _, names in os.walk(host):
+        for name in names:
+            with suppress(OSError):
+                found = os.stat(os.path.join(folder, name))
+                total += found.st_size / max(1, found.st_nlink)
+    return int(total)
+
+
+# A step takes 47 MB on each host: two parts, and two copies of the other's.
+@pytest.mark.parametrize(("room", "held_least"), [(105_000_000, 4), (60_000_000, 1), (30_000_000, 0)])
+def test_a_host_with_several_processes_and_copies_holds_no_more_than_it_may(
+    room: int, held_least: int, tmp_path: Path
+) -> None:
+    most = {host: 0 for host in ("host-0", "host-1")}
+    with start(4, tmp_path, "job", devices=1, hosts=2, heavy=1, every=4, steps=12, delay=0.2, room=room) as running:
+        while any(process.poll() is None for process in running.processes):
+            most = {host: max(before, bytes_on(tmp_path / "tiers" / host)) for host, before in most.items()}
+            time.sleep(0.01)
+        assert running.wait(DEADLINE_S) == [0] * 4, running.story()
+        held = [line["step"] for line in running.said(0, "held")]
+        reasons = [line["reason"] for line in running.said(0, "not held")]
+        for process in range(4):
+            (done,) = running.said(process, "done")
+            assert done["steps"] == [0, 4, 8] and done["failures"] == 0, running.story()
+    assert max(most.values()) <= room
+    assert len(held) >= held_least and (held_least > 1 or max(held, default=0) == 0), reasons
+    if held_least < 4:
+        assert any("no room in memory on host-" in one and f"of the {room} of bytes_max" in one for one in reasons)

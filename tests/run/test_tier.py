@@ -50,6 +50,13 @@ def keeper(tier: OwnTier, epoch: int = 1, *, listed: tuple[AttemptId, ...] = (),
     return Keeper(tier, Beside(tier.path, {0}), epoch, listed, decides=decides)
 
 
+def make_room(keeping: Keeper, need: int, limit: int) -> None:
+    attempt = AttemptId.of(999, 1, 1)
+    keeping.room.record(limit)
+    keeping.make_room(attempt, need, 0)
+    keeping.settled(attempt)
+
+
 def steps(tier: OwnTier) -> list[int]:
     head = tier.log.head()
     return [live.step for live in head.live] if head else []
@@ -154,16 +161,16 @@ def test_the_environment_says_where_tiers_are(monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_newer_incarnation_fences_an_older_one_in_the_tier_as_well(path: Path) -> None:
     old = own_tier(path, 3)
-    hold(old, 20, epoch=3)
+    hold(old, 20, 100_000, epoch=3)
     new = own_tier(path, 4)
     assert steps(new) == [20]
     with pytest.raises(Fenced, match="fenced by epoch 4"):
         hold(old, 40, epoch=3)
     with pytest.raises(Fenced):
         own_tier(path, 3)
-    hold(new, 60, epoch=4)
+    hold(new, 60, 100_000, epoch=4)
     with pytest.raises(Fenced):  # nor does it make room at the cost of the newer one
-        keeper(old, 3).make_room(1500, 0, 3500)
+        make_room(keeper(old, 3), 50_000, 230_000)
     new.release([AttemptId.of(60, 4, 1)], "done")
     assert steps(new) == [20]
 
@@ -288,14 +295,39 @@ def test_what_processes_held_that_the_job_has_no_more_of_is_freed_once_it_is_sup
 def test_older_steps_go_for_a_new_one_and_the_newest_stays(path: Path) -> None:
     tier = own_tier(path)
     for step in (20, 40, 60):
-        hold(tier, step)
-    keeper(tier).make_room(1000, 0, 4000)
+        hold(tier, step, 100_000)
+    make_room(keeper(tier), 100_000, 450_000)
     assert steps(tier) == [20, 40, 60]
-    keeper(tier).make_room(1500, 0, 4000)
+    make_room(keeper(tier), 200_000, 450_000)
     assert steps(tier) == [40, 60] and not list(tier.storage.list("steps/00000020"))
-    with pytest.raises(StorageError, match=r"needs 3001 bytes .* there are 2000 of the 4000 of bytes_max beside"):
-        keeper(tier).make_room(3001, 0, 4000)
+    with pytest.raises(StorageError, match=r"needs 400000 bytes .* there are \d+ of the 450000 of bytes_max beside"):
+        make_room(keeper(tier), 400_000, 450_000)
     assert steps(tier) == [40, 60]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_processes_of_a_host_free_older_steps_for_one_another(path: Path, first: int) -> None:
+    """Whichever comes first: each frees its own parts alone, and would else wait for the other for good."""
+    tiers = [own_tier(path.with_name(f"process-{process:05d}")) for process in (0, 1)]
+    keeping = [
+        Keeper(tier, Beside(tier.path, {0, 1}) if process == 0 else None, 1, (), processes=2)
+        for process, tier in enumerate(tiers)
+    ]
+    for step in (20, 40):
+        for tier in tiers:
+            hold(tier, step, 100_000)
+    copies = path.with_name("process-00007")
+    for step in (20, 40):
+        file = copies / AttemptId.of(step, 1, 1).key("state/data")
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x" * 200_000)
+    copies.chmod(0o700)
+    keeping[0].room.record(1_050_000)  # 800,000 are there, and 400,000 come
+    for process in (first, 1 - first):
+        keeping[process].make_room(AttemptId.of(60, 1, 1), 100_000, 100_000)
+    assert [steps(tier) for tier in tiers] == ([[40], [40]] if first else [[40], [20, 40]])
+    for each in keeping:
+        each.settled(AttemptId.of(60, 1, 1))
 
 
 def test_more_than_the_machine_can_spare_is_refused_with_both_numbers(path: Path) -> None:
@@ -303,9 +335,9 @@ def test_more_than_the_machine_can_spare_is_refused_with_both_numbers(path: Path
     free = tier_directory.free_bytes(str(path))
     with pytest.raises(
         StorageError,
-        match=rf"needs {1 << 59} bytes for a held step, and {1 << 59} for the copies .*, and there are \d+ beside",
+        match=rf"needs {1 << 59} bytes for a held step, and {1 << 59} for the copies .* there are \d+ beside the \d+ ",
     ):
-        keeper(tier).make_room(1 << 59, 1 << 59, None)
+        keeper(tier).make_room(AttemptId.of(20, 1, 1), 1 << 59, 1 << 59)
     assert 0 < free < 1 << 50
 
 

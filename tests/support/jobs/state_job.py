@@ -24,9 +24,11 @@ python state_job.py INDEX COUNT DEVICES PORT ROOT [key=value ...]
     every=N        save every N steps, not at every one
     tier=DIR       hold steps in memory, in a directory of each process's own below DIR
     shared=1       in DIR itself: one host
+    hosts=N        on so many hosts, process I on host I modulo N
     copies=N       on other hosts
     hold=N         every N steps (2)
     full=I         process I has no room there
+    room=N         a host may hold so many bytes
     upload=N       so many bytes a second go from there to the store
 Prints one JSON object a line; `event` says what.
 """
@@ -173,9 +175,9 @@ options = oc.Options(
 )
 tiers = []
 if "tier" in args:
-    own = args["tier"] if args.get("shared") else f"{args['tier']}/host-{index}"
+    own = args["tier"] if args.get("shared") else f"{args['tier']}/host-{index % int(args.get('hosts', count))}"
     os.makedirs(own, exist_ok=True)
-    room = 1000 if args.get("full") == str(index) else None
+    room = 1000 if args.get("full") == str(index) else int(args["room"]) if "room" in args else None
     copies = {"copies": int(args["copies"])} if "copies" in args else {}
     tiers = [oc.memory(every=int(args.get("hold", 2)), directory=own, bytes_max=room, **copies)]
 
