@@ -88,16 +88,18 @@ class Coordinator:
         timeout_s: float,
         all_in: Callable[[], None] = lambda: None,
         given_up: Callable[[], bool] = lambda: False,
+        longer: Callable[[], bool] = lambda: False,
     ) -> Outcome:
         """Collect receipts until all are in, one process votes to abort or `timeout_s` has passed (or `given_up` says
-        as much); commit or abort; post the decision. `all_in` is called when all are in and the commit begins.
+        as much; and `longer` does not ask for more); commit or abort; post the decision. `all_in` is called when all
+        are in and the commit begins.
 
         Raises StorageError if the outcome could not be journalled: then the attempt is either not committed (and a
         later epoch collects it) or committed, and nobody knows.
         """
         attempt = own.intent.id
         try:
-            decided = self._decided(own, timeout_s, all_in, given_up)
+            decided = self._decided(own, timeout_s, all_in, given_up, longer)
         except Exception as error:  # the others wait for a decision; the caller gets the error itself
             cause = Cause.FENCED if isinstance(error, Fenced) else Cause.FAILED
             reason = f"the outcome could not be journalled: {error}"
@@ -107,11 +109,16 @@ class Coordinator:
         return decided
 
     def _decided(
-        self, own: OwnPart, timeout_s: float, all_in: Callable[[], None], given_up: Callable[[], bool]
+        self,
+        own: OwnPart,
+        timeout_s: float,
+        all_in: Callable[[], None],
+        given_up: Callable[[], bool],
+        longer: Callable[[], bool],
     ) -> Outcome:
         state = Attempt(own.intent, own_must_agree=self._host_local == "error")
         receipts = ReceiptReader(self._store, self._signals, self._rendezvous.hosts, state, own.receipt)
-        state, effect = receipts.collect(timeout_s, given_up)
+        state, effect = receipts.collect(timeout_s, given_up, longer)
         self._signals.forget_previous(own.intent.id)
         if state.phase is Phase.FINALIZING:
             all_in()

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 
 from absl import logging
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import StorageError, WaitTimeout
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
-from orchestrator.job.poll import REAL, Clock, among, poll, timed_out
+from orchestrator.job.poll import REAL, Clock, among, poll
 from orchestrator.job.signals import Signals
+from orchestrator.job.uploading import AGAIN_S
 from orchestrator.rules import journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.run.journal_store import JournalStore
@@ -36,12 +37,19 @@ class DecisionReader:
         other_step: Callable[[], Aborted | None],
         meanwhile: Callable[[], None] = lambda: None,
         askers: int = 1,
+        longer: Callable[[], bool] = lambda: False,
     ) -> Outcome:
         """How the attempt ended. `other_step`: the outcome if process 0 saves another step instead; asked once a
         second, with the journal. `meanwhile` is called while nothing is known. askers: how many processes wait like
-        this one. Raises WaitTimeout naming process 0."""
-        text = f"no decision from the coordinator, process 0 ({self._hosts[0]}), after {timeout_s:g} s"
-        late: Callable[[], Outcome] = timed_out(text)
+        this one. longer: asked at the deadline and after it, whether to wait on. Raises WaitTimeout naming process 0.
+        """
+        began, waited_s = self._clock.now(), timeout_s
+
+        def late() -> Outcome | None:
+            if longer():
+                return None
+            text = f"no decision from the coordinator, process 0 ({self._hosts[0]}), after {waited_s:g} s"
+            raise WaitTimeout(text)
 
         def signalled() -> Outcome | None:
             decided = self._signals.decision(self._attempt)
@@ -49,14 +57,19 @@ class DecisionReader:
                 meanwhile()
             return decided
 
-        return poll(
-            signalled,
-            timeout_s,
-            late,
-            storage=lambda: self.journalled() or other_step(),
-            pause=among(askers),
-            clock=self._clock,
-        )
+        left_s = timeout_s
+        while True:
+            decided = poll(
+                signalled,
+                left_s,
+                late,
+                storage=lambda: self.journalled() or other_step(),
+                pause=among(askers),
+                clock=self._clock,
+            )
+            if decided is not None:
+                return decided
+            left_s, waited_s = AGAIN_S, round(self._clock.now() - began + AGAIN_S, 1)
 
     def journalled(self) -> Outcome | None:
         """What the journal says, once that is durable; None if it does not say (yet)."""

@@ -17,6 +17,7 @@ from functools import partial
 from typing import assert_never
 
 import jax
+from absl import logging
 
 from orchestrator import errors, failpoints
 from orchestrator.arrays import ArrayWriter, Flat
@@ -28,9 +29,11 @@ from orchestrator.job.finalize import OwnPart, UserData
 from orchestrator.job.group_receipts import ReceiptSigning
 from orchestrator.job.leaf_accounts import LeafAccounts
 from orchestrator.job.outcome import Aborted, Committed, Fenced, Outcome
+from orchestrator.job.persistence import PATIENCE_S
 from orchestrator.job.rendezvous import Rendezvous
 from orchestrator.job.signals import Signals
 from orchestrator.job.step_order import StepOrder
+from orchestrator.job.uploading import AGAIN_S, Uploads
 from orchestrator.job.voter import GRACE_S, SaveContext, Voter
 from orchestrator.observe.events import Event, SaveCommitted, SaveNotCommitted, SaveStarted, emit
 from orchestrator.options import Options
@@ -40,6 +43,7 @@ from orchestrator.run.journal_store import JournalStore
 from orchestrator.storage import overlap
 from orchestrator.storage.port import check_root
 
+_NAMED = 4  # processes in a message
 FATAL = (errors.Fenced, JournalLost)  # no later save can do better
 
 
@@ -103,6 +107,8 @@ class Participant(Voter):
         self._intent: Intent | None = None
         self._thread: threading.Thread | None = None
         self._ended, self._pid = threading.Event(), os.getpid()
+        self._follows, self._until_s = False, self.started_s + PATIENCE_S
+        self._uploads = Uploads(context.signals, attempt, context.rendezvous.count)
 
     @property
     def begun(self) -> bool:
@@ -251,7 +257,7 @@ class Participant(Voter):
         return coordinator.open(self._intent, self.user)
 
     def _decide(self, coordinator: Coordinator, own: OwnPart) -> Outcome:
-        return coordinator.decide(own, self._left_s, partial(self._report, "committing"))
+        return coordinator.decide(own, self._left_s, partial(self._report, "committing"), longer=self._waits_on)
 
     def _follow(self) -> Outcome:
         """Any other process."""
@@ -262,7 +268,29 @@ class Participant(Voter):
             self.id, self._shared.epoch, self._shared.store, self._shared.signals, self._shared.rendezvous.hosts
         )
         within_s, alike = self.timeout_s + GRACE_S, self._shared.signing.alike
-        return decision.wait(within_s, self._saves_other_step, self._finish_signing, alike)
+        return decision.wait(within_s, self._saves_other_step, self._finish_signing, alike, self._waits_on)
+
+    def _waits_on(self) -> bool:
+        """There is no more time for a save; but others may take longer, as they upload their parts."""
+        hosts, mine = self._shared.rendezvous.hosts, self.part_over.is_set() and self.part_whole
+        elapsed_s = time.monotonic() - self.started_s
+        going_on = self._uploads.going_on() if mine and time.monotonic() < self._until_s else []
+        self._follows = bool(going_on)
+        if going_on:
+            who = ", ".join(f"process {process} ({hosts.get(process, '?')})" for process in going_on[:_NAMED])
+            more = f" and {len(going_on) - _NAMED} more" if len(going_on) > _NAMED else ""
+            text = "%s: this process has saved its part; after %.0f s it waits for %s%s, still uploading from memory"
+            logging.log_every_n_seconds(logging.WARNING, text, 30, self.label, elapsed_s, who, more)
+        return self._follows
+
+    @property
+    def takes_long(self) -> bool:
+        """It may take longer than a save, as parts come from memory."""
+        return self._follows
+
+    def give_up(self, reason: str) -> None:
+        """There is no time for what takes long; those who upload hear the same, so their decision is about to come."""
+        self._until_s = min(self._until_s, time.monotonic() + GRACE_S - AGAIN_S)
 
     def _saves_other_step(self) -> Aborted | None:
         self._other_step = self._shared.order.other_step(self.id, self._shared.store.built_on)

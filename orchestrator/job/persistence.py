@@ -25,10 +25,10 @@ class GivenUp(StorageError):
 
 class Persistence:
     """Of one upload. enough_s: how long it may take once something newer waits for it. due: whether its turn has come;
-    before, it makes way at once."""
+    before, it makes way at once. going_on: called, often, for as long as it does."""
 
-    def __init__(self, enough_s: float, clock: Clock = REAL) -> None:
-        self._enough_s, self._clock = enough_s, clock
+    def __init__(self, enough_s: float, clock: Clock = REAL, going_on: Callable[[], None] = lambda: None) -> None:
+        self._enough_s, self._clock, self._going_on = enough_s, clock, going_on
         self._began_s: float | None = None
         self._newer = self._end = ""
         self._unanswered = ""  # what the store has failed to do last, as long as it has done nothing since
@@ -63,6 +63,7 @@ class Persistence:
         """Raises GivenUp."""
         if reason := self.over:
             raise GivenUp(reason)
+        self._going_on()
 
     def persist(self, what: str, call: Callable[[], Value]) -> Value:
         """What `call` returns: made again, with pauses, for as long as the store cannot be reached. It must do no harm

@@ -33,6 +33,7 @@ from orchestrator.job.outcome import Outcome
 from orchestrator.job.participant import Participant
 from orchestrator.job.persistence import PATIENCE_S, GivenUp, Persistence
 from orchestrator.job.rendezvous import Rendezvous
+from orchestrator.job.uploading import Upholding
 from orchestrator.job.voter import SaveContext
 from orchestrator.rules import chunk_index, keys
 from orchestrator.rules.attempt import Attempt
@@ -182,7 +183,9 @@ class Upload(Participant):
         super().__init__(context, save.id, save.user, None)
         self.started_s, self._before = save.started_s, list(before)
         self._source = source
-        self.persistence = Persistence(context.options.save_timeout_s)
+        from_s = save.started_s + context.options.save_timeout_s / 2
+        self._upholding = Upholding(context.signals, save.id, context.rendezvous.count, from_s)
+        self.persistence = Persistence(context.options.save_timeout_s, going_on=self._upholding.say)
         self._own = HeldPart(context.store, context.rendezvous, save.id, source, self.persistence)
         self._intent = source.held.intent
         self._pending = source.held.part.pending if self._intent else None  # to make the tree with
@@ -192,6 +195,13 @@ class Upload(Participant):
     @property
     def timeout_s(self) -> float:
         return PATIENCE_S
+
+    @property
+    def takes_long(self) -> bool:
+        return True
+
+    def give_up(self, reason: str) -> None:
+        self.persistence.end(reason)
 
     def go_on(self) -> None:
         """In the background. Main thread."""
@@ -258,7 +268,10 @@ class Upload(Participant):
         return super()._not_saved(f"{over}; {reason}" if over and over not in reason else reason)
 
     def _is_over(self) -> bool:
-        return bool(self.persistence.over)
+        over = bool(self.persistence.over)
+        if not over:
+            self._upholding.say()  # process 0: it waits for others
+        return over
 
     def _persist(self, call: Callable[[], None]) -> None:
         self.persistence.persist(f"{self._shared.store.url}/{self.id.prefix}", call)

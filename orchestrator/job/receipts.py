@@ -12,6 +12,7 @@ from absl import logging
 from orchestrator.errors import Damaged, StorageError
 from orchestrator.job.poll import poll
 from orchestrator.job.signals import Signals, unusable_receipt
+from orchestrator.job.uploading import AGAIN_S
 from orchestrator.rules import keys
 from orchestrator.rules.attempt import Attempt, DeadlinePassed, ReceiptsRead, Step, advance
 from orchestrator.rules.attempt_id import receipt_file
@@ -36,19 +37,31 @@ class ReceiptReader:
         self._attempt = state.intent.id
         self.files: dict[str, FileEntry] = {}
 
-    def collect(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> Step:
+    def collect(
+        self,
+        timeout_s: float,
+        given_up: Callable[[], bool] = lambda: False,
+        longer: Callable[[], bool] = lambda: False,
+    ) -> Step:
         """Until all receipts are in, a process votes to abort, or `timeout_s` has passed, or `given_up` says as much:
-        the state, and what to do now."""
-        began = time.monotonic()
+        the state, and what to do now. longer: asked at the deadline and after it, whether to wait on."""
+        began, again = time.monotonic(), False
 
-        def late() -> Step:
-            waited_s = min(timeout_s, round(time.monotonic() - began, 1))
-            return advance(self._state, DeadlinePassed(waited_s if given_up() else timeout_s, self._hosts))
+        def over() -> Step:
+            real_s = round(time.monotonic() - began, 1)
+            waited_s = real_s if again else min(timeout_s, real_s) if given_up() else timeout_s
+            return advance(self._state, DeadlinePassed(waited_s, self._hosts))
+
+        def late() -> Step | None:
+            return None if not given_up() and longer() else over()
 
         def signalled() -> Step | None:
-            return self._signalled() or (late() if given_up() else None)
+            return self._signalled() or (over() if given_up() else None)
 
-        return poll(signalled, timeout_s, late, storage=self._listed)
+        left_s = timeout_s
+        while (step := poll(signalled, left_s, late, storage=self._listed)) is None:
+            left_s, again = AGAIN_S, True
+        return step
 
     def _signalled(self) -> Step | None:
         """Go by votes that have not been counted yet; None while others are missing."""

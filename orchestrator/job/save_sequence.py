@@ -190,7 +190,7 @@ class SaveSequence:
     def _may_queue(self) -> bool:
         """Whether nothing is in flight but what a save from memory can queue behind."""
         self.note_outcome(raise_now=False)
-        return len(_uploads(self._begun)) == len(self._begun) < _QUEUED_MAX
+        return all(save.takes_long for save in self._begun) and len(self._begun) < _QUEUED_MAX
 
     def _queue(self, save: Participant, source: Source) -> None:
         """Have what is held now uploaded, after what is on its way."""
@@ -244,7 +244,7 @@ class SaveSequence:
         asked_s = time.monotonic()
         for save in tuple(self._begun):
             # An upload may have gone on for hours: the bound is for whoever waits.
-            from_s = asked_s if isinstance(save, Upload) else save.started_s
+            from_s = asked_s if save.takes_long else save.started_s
             if isinstance(save, Upload) and (self._hurry_s is not None or self._schedule.preempted):
                 save.hurry()
             while save.running:
@@ -257,8 +257,8 @@ class SaveSequence:
 
     def _ended_at_last(self, save: Participant) -> bool:
         """There is no more time: what can be given up is."""
-        if isinstance(save, Upload):
-            save.persistence.end(f"the store did not take it in {self._bound_s():g} s, and there is no more time")
+        if save.takes_long:
+            save.give_up(f"the store did not take it in {self._bound_s():g} s, and there is no more time")
             save.join(GRACE_S)
         return not save.running
 

@@ -6,6 +6,8 @@
                                                               receipts of its group it has stored, or an abort vote
     orchestrator/<incarnation>/<step>/<attempt>/part/<i>/0    process i's receipt, handed to its group's leader
     orchestrator/<incarnation>/<step>/<attempt>/signed/<i>/<n>  whose receipts are in leader i's n-th one
+    orchestrator/<incarnation>/<step>/<attempt>/uploading/<i> a number that grows for as long as process i uploads its
+                                                              part from memory
     orchestrator/<incarnation>/<step>/<attempt>/decision/0    how the attempt ended
 
 Posting is best effort and storage is the truth: a lost signal makes a save slower. What was posted is validated before
@@ -137,6 +139,16 @@ class Signals:
         if not problem:
             return receipt
         return unusable_receipt(attempt, process, self._board.hosts, problem)
+
+    def post_uploading(self, attempt: AttemptId, said: int) -> None:
+        """This process goes on uploading its part, as it has said `said` times now."""
+        self._board.post(f"{self._of(attempt)}uploading/{self._board.process}", str(said))
+
+    def uploading(self, attempt: AttemptId) -> dict[int, int]:
+        """By process, how often it has said so."""
+        posted = self._board.poll(f"{self._of(attempt)}uploading/")
+        known = {name: text for name, text in posted.items() if _PROCESS.fullmatch(name) and _PROCESS.fullmatch(text)}
+        return {int(name): int(text) for name, text in known.items() if int(name) < self._board.count}
 
     # Of a group: its members, and its leader.
 

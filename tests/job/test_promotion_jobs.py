@@ -73,3 +73,18 @@ def test_when_hosts_are_preempted_what_is_on_its_way_and_the_last_step_reach_the
         for process in (0, 1):
             (done,) = running.said(process, "done")
             assert done["steps"] == [0, first["step"]] and done["failures"] == 0, running.story()
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_process_that_saves_directly_waits_for_what_others_upload_as_long_as_they_do(
+    full: int, tmp_path: Path
+) -> None:
+    """The other's upload takes four times as long as a save may."""
+    slow = {"heavy": 1, "every": 1000, "hold": 1000, "upload": 800_000, "timeout": 3}
+    with start(tmp_path, "job", steps=28, delay=1, full=full, **slow) as running:
+        assert running.wait(DEADLINE_S) == [0, 0], running.story()
+        for process in (0, 1):
+            (done,) = running.said(process, "done")
+            assert done["steps"] == [0] and done["failures"] == 0, running.story()
+    said = running.errors[full].read_text()
+    assert f"it waits for process {1 - full} (host-{1 - full}), still uploading from memory" in said, said
