@@ -24,7 +24,7 @@ from orchestrator.errors import (
 from orchestrator.job.read_step import ReadOptions, Restored, candidates, listed, read_step, read_stored
 from orchestrator.observe.events import HeldStepDropped, SteppedDown, emit
 from orchestrator.observe.progress_lines import telling
-from orchestrator.rules import arguments, held
+from orchestrator.rules import arguments, held, journal
 from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.records import LiveStep
 from orchestrator.rules.tiers import MemoryTier
@@ -38,7 +38,8 @@ _RETIRED_MAX = 100  # times that retention may be quicker than a reader who want
 
 def open_run(root: str | os.PathLike[str], *, tiers: Sequence[MemoryTier] = (), progress: bool | None = None) -> Run:
     """Open a run for reading. Writes nothing. `tiers`: as the job's; `restore` then takes a newer step that is held
-    whole on this machine. `progress`: of long restores, as `Options.progress`. Raises NotARun, Damaged, NewerFormat."""
+    whole on this machine, or the `step` asked for, if the store does not have it. `progress`: of long restores, as
+    `Options.progress`. Raises NotARun, Damaged, NewerFormat."""
     if progress is not None:
         arguments.flag("progress", progress)
     tier = tier_directory.chosen(tiers)
@@ -89,10 +90,11 @@ class Run:
             return self._restore(like, step, options)
 
     def _restore(self, like: Any, step: int | None, options: ReadOptions) -> Restored:
+        in_store = step is not None and journal.find(self._store.require_head(), step) is not None
+        if self._tier and not in_store and (restored := self._held(self._tier, step, like, options)):
+            return restored
         if step is not None:
             return read_step(self._store, self._find(step), like, options)
-        if self._tier and (restored := self._held(self._tier, like, options)):
-            return restored
         damaged: dict[AttemptId, str] = {}
         retired = 0
         while True:
@@ -107,8 +109,8 @@ class Run:
                 emit(SteppedDown(live.step, live.attempt, str(error)))
                 damaged[live.id] = str(error)
 
-    def _held(self, tier: MemoryTier, like: Any, options: ReadOptions) -> Restored | None:
-        """The newest held step that is newer than what the store has, and whole."""
+    def _held(self, tier: MemoryTier, step: int | None, like: Any, options: ReadOptions) -> Restored | None:
+        """The newest held step that is newer than what the store has, and whole; or `step`, as it was held last."""
         try:
             run = tier_directory.identity(self._store)
             paths = tier_directory.processes(tier.directory, run) if run else []
@@ -118,7 +120,9 @@ class Run:
         if not paths:
             return None
         steps = held_steps.on_this_host(paths[0], paths)
-        for offer in held.candidates(held.standing(self._store.require_head()), [steps.offers()]):
+        standing, whole = held.standing(self._store.require_head()), steps.offers()
+        chosen = held.candidates(standing, [whole]) if step is None else held.asked_for(standing, whole, step)
+        for offer in chosen:
             try:
                 stored = steps.step(offer)
                 if problem := held_steps.not_of_this_journal(self._store, stored.manifest):

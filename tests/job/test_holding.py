@@ -20,7 +20,7 @@ from orchestrator.errors import StepNotFound, UsageError
 from orchestrator.observe import events
 from orchestrator.rules import journal
 from tests.support.damage import flip, truncate
-from tests.support.runs import LIKE, state, store_of
+from tests.support.runs import LIKE, now, state, store_of
 from tests.support.tiers import agent, crash, crashed_at_14, held_dir, train
 
 TIER_EVENTS = (events.StepHeld, events.StepNotHeld, events.HeldStepDropped)
@@ -78,6 +78,39 @@ def test_a_step_that_was_asked_for_is_the_journals_or_else_a_held_one(crashed: P
     assert came_back(crashed, step=12) == (12, {"memory"})
     with agent(crashed) as running, pytest.raises(StepNotFound):
         running.restore(LIKE, step=13)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "asked", "source"),
+    [(0, None, "memory"), (0, 10, "store"), (0, 12, "memory"), (0, 14, "memory"), (0, 13, ""), (12, 12, "")],
+)
+def test_a_reader_with_the_jobs_tiers_finds_what_the_job_does(
+    spoiled: int, asked: int | None, source: str, crashed: Path, seen: list[Any]
+) -> None:
+    if spoiled:
+        flip(data_file(crashed, spoiled))
+    reader = oc.open_run(crashed, tiers=[oc.memory(directory=crashed.parent / "tier")])
+    if not source:
+        with agent(crashed) as running, pytest.raises(StepNotFound):
+            running.restore(LIKE, step=asked)
+        with pytest.raises(StepNotFound):
+            reader.restore(LIKE, step=asked)
+        assert [event.step for event in seen] == [spoiled] * 2 if spoiled else not seen
+        return
+    restored = reader.restore(LIKE, step=asked)
+    assert (restored.step, set(restored.sources)) == (asked or 14, {source})
+    assert came_back(crashed, step=asked) == (asked or 14, {source})
+    if source == "memory" and asked:
+        with pytest.raises(StepNotFound):
+            oc.open_run(crashed).restore(LIKE, step=asked)
+
+
+def test_of_a_step_that_was_held_before_and_is_saved_now_a_reader_takes_the_saved_one(crashed: Path) -> None:
+    with oc.Agent(crashed, options=now()) as without_tiers:
+        without_tiers.restore(LIKE, step=10)
+        assert without_tiers.save(12, state(12))
+    reader = oc.open_run(crashed, tiers=[oc.memory(directory=crashed.parent / "tier")])
+    assert set(reader.restore(LIKE, step=12).sources) == {"store"}
 
 
 def data_file(crashed: Path, step: int) -> Path:
