@@ -49,11 +49,16 @@ def test_every_python_example_of_a_page_runs(page: Path, tmp_path: Path, monkeyp
         exec(compile("\n" * line + source, str(page), "exec"), namespace)
 
 
+TRAINS, SMALLER = "launch train --root=job ", "--layers=1 --width=32 --length=16 "
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if pages.commands(page.read_text())], ids=name)
 def test_every_shell_example_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    said = "".join(pages.run(command, tmp_path)[1] for command in pages.commands(page.read_text()))
+    """What is trained is smaller, as a page's hundreds of steps are most of what it takes."""
+    found = [command.replace(TRAINS, TRAINS + SMALLER) for command in pages.commands(page.read_text())]
+    said = "".join(pages.run(command, tmp_path)[1] for command in found)
     if page.stem == "quickstart":  # and does what the page says
         assert "restored step 50" in said and "restored step 79" in said
 
