@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
-from orchestrator.cli import host_checks, machine_checks, record_checks, render
+from orchestrator.cli import host_checks, machine_checks, record_checks, render, tier_checks
 from orchestrator.cli.command import EVENTS, Command, Flag, Flags, Result, open_store
 from orchestrator.cli.finding import LEVELS, RECOVER, ExaminedRun, Finding, Level
 from orchestrator.errors import EXIT_DAMAGED, EXIT_FAILED, EXIT_OK, Damaged, JournalLost, OrchestratorError
@@ -34,6 +34,7 @@ CHECKS: dict[str, Check] = {
     "durability": machine_checks.disk,
     "clocks": machine_checks.clocks,
     "hosts": host_checks.hosts,
+    "tiers": tier_checks.tiers,
     "versions": machine_checks.versions,
 }
 _TONES: dict[Level, render.Tone] = {"ok": "good", "warn": "warn", "bad": "bad", "damage": "bad"}

@@ -1,4 +1,4 @@
-"""What a run's memory tiers hold on this machine, for `ls` and `watch`. Reads only."""
+"""What a run's memory tiers hold on this machine, for `ls`, `watch` and `doctor`. Reads only."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class HeldHere:
         """Newest first. A tier that cannot be looked at holds nothing as far as this goes. Makes no request of the
         store where this machine has no tiers at all."""
         try:
-            paths = self._paths()
+            paths = self.paths()
             return _look(self._store, paths, head) if paths else ()
         except OrchestratorError:
             return ()
@@ -80,10 +80,10 @@ class HeldHere:
         """What a restore would take from memory, of steps whose records are on this machine; None if it takes one from
         the store, and nothing of that is in memory."""
         try:
-            if not (paths := self._paths()):
+            if not (paths := self.paths()):
                 return None
             found, head = held_steps.on_this_host(paths[0], paths), self._store.require_head()
-            placed, standing = _placement(paths), held.standing(head)
+            placed, standing = placement(paths), held.standing(head)
             live = journal.find(head, step) if step is not None else journal.newest(head)
             wanted = [one for one in found.listed if live and one == held.offer(live)]
             if step is None:
@@ -99,7 +99,8 @@ class HeldHere:
             return None
         return None
 
-    def _paths(self) -> list[str]:
+    def paths(self) -> list[str]:
+        """The directories of the run's processes on this machine. Raises Damaged, StorageError."""
         if self._run is None:
             if not os.path.isdir(os.path.dirname(tier_directory.of_run(None, "any"))):
                 return []
@@ -108,7 +109,7 @@ class HeldHere:
 
 
 def _look(store: JournalStore, paths: Sequence[str], head: Head) -> tuple[HeldNow, ...]:
-    found, standing, placed = held_steps.on_this_host(paths[0], paths), held.standing(head), _placement(paths)
+    found, standing, placed = held_steps.on_this_host(paths[0], paths), held.standing(head), placement(paths)
     found.offers()
     rows = [
         HeldNow(
@@ -137,7 +138,7 @@ def _problem(store: JournalStore, found: HeldSteps, live: LiveStep) -> str:
         return str(error)
 
 
-def _placement(paths: Iterable[str]) -> Placement | None:
+def placement(paths: Iterable[str]) -> Placement | None:
     """The newest that a process has recorded here: where the job holds steps now."""
     newest: Placement | None = None
     for path in paths:

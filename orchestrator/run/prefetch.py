@@ -179,8 +179,11 @@ class Prefetch:
         elsewhere = [Source(PEERS, part, part.url) for part, attempts in there.items() if live.id in attempts]
         try:
             manifest = steps.manifest(live, elsewhere)
+            problem = held_steps.not_of_this_journal(self._store, manifest)
         except OrchestratorError as error:
-            logging.warning("prefetch: %s: cannot be taken: %s", live.id.label, error)
+            problem = str(error)
+        if problem:
+            logging.warning("prefetch: %s: cannot be taken: %s", live.id.label, problem)
             return None
         found = self._placed(live, manifest, HELD, steps, there)
         names = {entry.path for entry in manifest.files}

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.errors import StorageError
@@ -129,6 +129,10 @@ class Room:
             _mine[made.path] = made
             return made
 
+    def measure(self) -> Seen:
+        """What lies there, without what is reserved: writes nothing. Raises StorageError."""
+        return self._measure(())
+
     def look(self) -> Seen:
         """Raises StorageError."""
         with self._locked():
@@ -163,7 +167,9 @@ class Room:
             time.sleep(_POLL_S)
 
     def _look(self) -> Seen:
-        reserved = list(self._reserved())  # before what is there, so that nothing is missed
+        return self._measure(list(self._reserved()))  # before what is there, so that nothing is missed
+
+    def _measure(self, reserved: Sequence[tuple[int, str]]) -> Seen:
         found = _files(self._run)
         coming: Counter[AttemptId | None] = Counter()
         for left, part in reserved:

@@ -71,7 +71,7 @@ class Root:
                 _lost.pop(next(iter(_lost)), None)
             raise RootChanged(
                 f"{self.path}: {now}; it was renamed, linked to something else, deleted or unmounted while this "
-                "process used it. Nothing is written any more: put it back, or start a new process with the right root"
+                "process used it. Nothing is written any more: put it back, or start a process with the right directory"
             )
 
     def _elsewhere(self) -> str:

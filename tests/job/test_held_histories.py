@@ -14,6 +14,7 @@ import orchestrator as oc
 from orchestrator import environment
 from orchestrator.cli.held import HeldHere
 from orchestrator.observe import events
+from orchestrator.run.prefetch import Here, Prefetch
 from tests.support.runs import LIKE, store_of
 from tests.support.tiers import agent, crash, crashed_at_14, train
 
@@ -70,6 +71,8 @@ def test_a_run_that_was_set_back_to_a_backup_never_comes_back_on_what_it_held_si
         assert restored.step in (10, 12, 14)
         taken = HeldHere(store_of(root)).choose(None)
         assert taken is None or taken.stored.live.step in (10, 12, 14)
+        fetched = Prefetch(store_of(root), lambda run: Here(str(root.parent / "tier"), 0, 1)).run()
+        assert fetched.step in (10, 12, 14), "what a restore does not take need not be fetched"
         by_step = {one.step: one.problem for one in HeldHere(store_of(root)).now(store_of(root).require_head())}
         assert not (newest in by_step and by_step[newest] == "")
     assert {event.step for event in seen if isinstance(event, events.HeldStepDropped)} >= {newest}
