@@ -27,14 +27,7 @@ def test_no_interleaving_has_a_step_chosen_over_a_newer_incarnations(holds: tupl
         ("candidates", "candidates", held, ".intersection(*offers[1:])", ".union(*offers[1:])", "not all can have it"),
         ("candidates", "candidates", held, "if journalled.admits(one.id)", "", "is newer"),
         ("candidates", "candidates", held, "reverse=True)\n\n\ndef superseded", ")\n\n\ndef superseded", "is newer"),
-        (
-            "open_tier",
-            "open_epoch",
-            held,
-            "head.epoch > epoch:\n        return FencedBy(head.epoch, head.writer)\n    if head is not None and",
-            "False:\n        return FencedBy(head.epoch, head.writer)\n    if head is not None and",
-            "is followed by",
-        ),
+        ("open_tier", "open_epoch", held, "head.epoch >= epoch:", "head.epoch == epoch:", "is followed by"),
         (
             "enter",
             "commit",

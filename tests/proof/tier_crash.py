@@ -10,6 +10,7 @@ power cut, by a new start that has one of the two hosts alone: the other one is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -24,7 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import orchestrator as oc
+from orchestrator.errors import OrchestratorError
+from orchestrator.run import tier_directory
 from tests.proof.crash import Disk, Effect, lay_out, record
+from tests.support.runs import store_of
 
 JOB = Path(__file__).parents[1] / "support" / "jobs" / "tier_crash_job.py"
 LIKE = {"w": jnp.zeros(512), "count": 0}
@@ -75,6 +79,7 @@ def broken(point: Point, host: int, base: Path, *, power_cut: bool) -> list[str]
     tier.mkdir(exist_ok=True)
     for folder in [path for path in tier.rglob("*") if path.is_dir()]:
         folder.chmod(0o700)
+    _move_tier(tier, base / "run")
     tiers = [oc.memory(every=1, keep=2, directory=tier)]
     options = oc.Options(async_save=False, on_save_failure="raise", events_dir="")
     problems = []
@@ -96,6 +101,14 @@ def broken(point: Point, host: int, base: Path, *, power_cut: bool) -> list[str]
         if agent.latest_step() != following:
             problems.append("the next save was not committed")
     return problems
+
+
+def _move_tier(tier: Path, run: Path) -> None:
+    """Its directory is named by where the run lies, which is another place than where the trace was made."""
+    with contextlib.suppress(OrchestratorError):
+        if name := tier_directory.identity(store_of(run)):
+            for found in tier.glob("orchestrator-*/*"):
+                found.rename(found.with_name(name))
 
 
 def explore(traced: tuple[str, list[Effect]], most: int = 0) -> tuple[dict[str, tuple[int, int]], list[str]]:

@@ -155,12 +155,12 @@ def run(rounds: int, seed: int, folder: Path) -> Counter[tuple[str, str]]:
 
 
 def prepared(folder: Path, chance: random.Random) -> Campaign:
-    root, other = folder / "job/run", folder / "other/run"
+    root, kept = folder / "job/run", folder / "kept"
     root.parent.mkdir()
     crashed_at_14(root)
-    shutil.copytree(root.parent, other.parent)
-    running = agent(other)  # another start: it goes on from step 12, and its step 14 is another one
-    shutil.rmtree(next(held_dir(other).glob(f"steps/{NEWEST:08d}")))
+    shutil.copytree(root.parent, kept)
+    running = agent(root)  # another start: it goes on from step 12, and its step 14 is another one
+    shutil.rmtree(next(held_dir(root).glob(f"steps/{NEWEST:08d}")))
     assert running.restore(LIKE)
     running.save(NEWEST, state(NEWEST + OTHER), process_state=b"another", extra={"at": NEWEST + OTHER})
     running._holding.settle()
@@ -170,7 +170,9 @@ def prepared(folder: Path, chance: random.Random) -> Campaign:
         paths = [path for path in (tier / f"steps/{step:08d}").rglob("*") if path.is_file()]
         return {role(str(path.relative_to(tier))): path.read_bytes() for path in paths}
 
-    of_other = by_role(held_dir(other), NEWEST)
+    of_other = by_role(held_dir(root), NEWEST)
+    shutil.rmtree(root.parent)
+    kept.rename(root.parent)
     of_older = by_role(held_dir(root), OLDER)
     return Campaign(SomeHosts(root, folder / "hosts", 2), of_older, of_other, chance)
 

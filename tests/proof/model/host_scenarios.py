@@ -51,7 +51,7 @@ class Mutation:
 
 
 _EPOCH = "head is None or head.epoch != epoch:\n        return _not_our_epoch(head, epoch)\n    if is_live"
-_OLDER = "head.epoch > epoch:\n        return FencedBy(head.epoch, head.writer)\n    if head is not None and"
+_OLDER = "head.epoch >= epoch:"
 
 MUTATIONS = (
     Mutation(
@@ -76,7 +76,7 @@ MUTATIONS = (
         "a tier's log takes an older epoch",
         "zombies",
         "is followed by",
-        *("open_tier", "open_epoch", held, _OLDER, _OLDER.replace("head.epoch > epoch", "False", 1)),
+        *("open_tier", "open_epoch", held, _OLDER, "head.epoch == epoch:"),
     ),
     Mutation(
         "a log takes a step of an older epoch",
