@@ -68,8 +68,11 @@ class Keeper:
         """What nobody can come back on any more; also what was fetched for this incarnation's restore, once it has held
         a step: then all have restored. Never raises."""
         try:
+            # First what has ended, and then the log: a step that another thread enters meanwhile is in the log before
+            # it counts as ended. The other way about it would be ended and not held.
+            decided = frozenset(self._decided)
             listed = self._listed | {one.id for one in self.own.live()}
-            gone = held.to_free(self._found(), listed, epoch=self._epoch, decided=self._decided, for_room=for_room)
+            gone = held.to_free(self._found(), listed, epoch=self._epoch, decided=decided, for_room=for_room)
         except OrchestratorError as error:
             logging.warning("%s: what is not held any more stays for now: %s", self.own.path, error)
             return

@@ -274,6 +274,28 @@ def test_copies_of_what_is_held_no_more_are_freed_and_those_of_the_next_step_are
     assert set(copies.attempts()) == set(held[1:])
 
 
+def test_a_step_that_is_entered_while_another_thread_looks_for_what_is_over_stays(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = own_tier(path)
+    keeping, live, entered = keeper(tier, decides=True), tier.live, list[AttemptId]()
+
+    def meanwhile() -> object:
+        before = live()
+        if not entered:
+            entered.append(hold(tier, 2))
+            head = tier.log.head()
+            assert head
+            keeping.decided(entered[0], head)
+        return before
+
+    monkeypatch.setattr(tier, "live", meanwhile)
+    keeping.unpin(AttemptId.of(1, 1, 1))  # an upload has ended
+    assert entered and entered[0] in tier.attempts()
+    keeping.free()
+    assert entered[0] in tier.attempts()
+
+
 def test_what_processes_held_that_the_job_has_no_more_of_is_freed_once_it_is_superseded(path: Path) -> None:
     for process in range(3):
         hold(own_tier(path.with_name(f"process-{process:05d}")), 20)
