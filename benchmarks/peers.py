@@ -34,7 +34,7 @@ class Ours:
 
         options = oc.Options(on_save_failure="raise", **self.options)
         self._agent = oc.Agent(directory, save=oc.every(1), options=options)
-        self.reported_bytes = 0
+        self.reported_bytes = self._step = 0
         self._unsubscribe = subscribe(self._hear)
 
     def _hear(self, event: Event) -> None:
@@ -61,7 +61,21 @@ class OursOnce(Ours):
     """What several processes need is read by one of them. Saves, and restores as they were saved, are as ever."""
 
     options: ClassVar[dict[str, Any]] = {"load_once": True}
-    only: ClassVar[str] = "other mesh"
+    only: ClassVar[tuple[str, ...]] = ("other mesh",)
+
+
+class OursLater(Ours):
+    """The second save of a job: the first one opens the run, for which the processes meet a few times."""
+
+    only: ClassVar[tuple[str, ...]] = ("blocked", "durable")
+
+    def prepare(self, state: dict[str, Any]) -> None:
+        self.save(state)
+        self.wait()
+
+    def save(self, state: dict[str, Any]) -> None:
+        self._step += 1
+        self._agent.save(self._step, state)
 
 
 class OursTiled(Ours):
@@ -253,6 +267,7 @@ class Raw:
 
 PEERS: dict[str, type[Any]] = {
     "ours": Ours,
+    "ours, later save": OursLater,
     "ours, load_once": OursOnce,
     "ours, tiles": OursTiled,
     "Orbax default": OrbaxDefault,
@@ -273,9 +288,10 @@ def peers_for(shape: str) -> dict[str, type[Any]]:
     return {name: peer for name, peer in chosen.items() if name not in left_out and installed(peer)}
 
 
-def only(peer: Any) -> str:
-    """The one column that a peer is measured for; empty: all of them."""
-    return str(getattr(peer, "only", ""))
+def only(peer: Any) -> tuple[str, ...]:
+    """The columns that a peer is measured for; (): all of them."""
+    columns: tuple[str, ...] = getattr(peer, "only", ())
+    return columns
 
 
 def missing() -> dict[str, list[str]]:

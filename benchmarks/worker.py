@@ -113,7 +113,7 @@ def _round(
     for name, target in targets.items():
         if name == "other mesh" and hasattr(peer, "prepare"):
             continue  # torch's targets and the raw file are as they were saved
-        if only(peer) not in ("", name):
+        if only(peer) and name not in only(peer):
             continue
         gc.collect()
         settle(held_bytes(state))
@@ -127,7 +127,7 @@ def _round(
     meet()
     peer.close()
     meet()
-    return {column: value for column, value in figures.items() if column.startswith(only(peer))}
+    return {column: value for column, value in figures.items() if column.startswith(only(peer) or "")}
 
 
 def _restore(peer: Any, column: str, target: Any, meet: Callable[[], None], figures: Figures) -> Any:
