@@ -387,8 +387,15 @@ def test_a_run_that_cannot_be_trusted_is_one_line_a_code_and_no_change(
     ],
 )
 def test_a_users_mistake_is_one_line_and_its_code(
-    run: Path, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a mistake that is not noticed writes there
     before = snapshot(run)
     assert orchestrator(*(argument.format(run=run) for argument in arguments)) == code
     said = capsys.readouterr()
