@@ -100,9 +100,10 @@ class Keeper:
         """Before this process writes `need` bytes of an attempt, and `incoming` bytes of copies come: release older
         steps, as far as it takes, and reserve it until `settled`. Raises StorageError saying what is needed and what
         there is: mostly nothing was released then. Raises Fenced."""
-        if self._shortage(attempt, need, incoming) != 0:
-            self.free(for_room=True)
         count = self._shortage(attempt, need, incoming)
+        if count != 0:
+            self.free(for_room=True)
+            count = self._shortage(attempt, need, incoming)
         if count is None:
             raise StorageError(self._no_room(self.room.look(), need, incoming))
         if count:
