@@ -143,8 +143,9 @@ class Holding:
         try:
             held = self._saves.carry(save.step, save.user, flat, process_state, own.storage)
         finally:
-            if held is None or not held.staged:
+            if held is None or not held.staged:  # nothing of it is going to be written here
                 own.pinned.discard(attempt)
+                self._tiers.keeper.settled(attempt)
         if not held.staged:
             logging.warning("%s goes to the store directly: %s", save.label, held.problem)
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import orchestrator as oc
 from orchestrator.errors import SaveFailed
 from orchestrator.observe import events
+from orchestrator.run.tier_room import Room
 from tests.support.runs import LIKE, state, store_of
 from tests.support.tiers import crash
 
@@ -44,6 +46,9 @@ def test_a_step_for_which_there_is_no_thread_is_a_failed_save_and_the_next_is_sa
         for step in range(1, 6):
             assert not agent.save(step, state(step))
     assert agent.failures == 2
+    if held:
+        room = Room(str(next((tier / f"orchestrator-{os.getuid()}").iterdir())))
+        assert not room.look().coming.total(), "no room is kept for what is not written"
     assert {event.step for event in seen} == {2, 4} and "can't start new thread" in seen[0].reason
     assert agent.save(6, state(6))
     crash(agent)
