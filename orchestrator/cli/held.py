@@ -13,6 +13,7 @@ from orchestrator.cli import render
 from orchestrator.cli.command import Result
 from orchestrator.errors import OrchestratorError
 from orchestrator.rules import held, journal, keys
+from orchestrator.rules.attempt_id import AttemptId
 from orchestrator.rules.held_files import names, writer_of
 from orchestrator.rules.placement import Placement
 from orchestrator.rules.records import Head, LiveStep
@@ -66,13 +67,14 @@ class HeldHere:
     def __init__(self, store: JournalStore) -> None:
         self._store = store
         self._run: str | None = None
+        self._ours: set[AttemptId] = set()  # held steps of this very run: that needs a request of the store once
 
     def now(self, head: Head) -> tuple[HeldNow, ...]:
         """Newest first. A tier that cannot be looked at holds nothing as far as this goes. Makes no request of the
         store where this machine has no tiers at all."""
         try:
             paths = self.paths()
-            return _look(self._store, paths, head) if paths else ()
+            return self._look(paths, head) if paths else ()
         except OrchestratorError:
             return ()
 
@@ -90,7 +92,7 @@ class HeldHere:
                 wanted = held.candidates(standing, [found.listed]) + wanted
             elif live is None:
                 wanted = held.asked_for(standing, list(found.listed), step)
-            ours = (one for one in wanted if not _problem(self._store, found, found.listed[one]))
+            ours = (one for one in wanted if not self._problem(found, found.listed[one]))
             for offer in itertools.islice(ours, 1):
                 with contextlib.suppress(OrchestratorError):
                     stored = found.step(offer)
@@ -107,35 +109,37 @@ class HeldHere:
             self._run = tier_directory.identity(self._store)
         return tier_directory.processes(None, self._run) if self._run else []
 
+    def _look(self, paths: Sequence[str], head: Head) -> tuple[HeldNow, ...]:
+        found, standing, placed = held_steps.on_this_host(paths[0], paths), held.standing(head), placement(paths)
+        found.offers()
+        rows = [
+            HeldNow(
+                step=live.step,
+                attempt=live.attempt,
+                time=live.time,
+                bytes=live.bytes,
+                newer=standing.admits(live.id),
+                problem=self._problem(found, live),
+                parts=tuple(_parts(found, live)),
+                hosts=tuple(host.name for host in placed.hosts) if placed else (),
+                copies=min((len(targets) for targets in placed.targets), default=0) if placed else 0,
+                survives=placed.survives if placed else "",
+            )
+            for live in sorted(found.listed.values(), key=lambda live: held.rank(live.id), reverse=True)
+        ]
+        return tuple(rows)
 
-def _look(store: JournalStore, paths: Sequence[str], head: Head) -> tuple[HeldNow, ...]:
-    found, standing, placed = held_steps.on_this_host(paths[0], paths), held.standing(head), placement(paths)
-    found.offers()
-    rows = [
-        HeldNow(
-            step=live.step,
-            attempt=live.attempt,
-            time=live.time,
-            bytes=live.bytes,
-            newer=standing.admits(live.id),
-            problem=_problem(store, found, live),
-            parts=tuple(_parts(found, live)),
-            hosts=tuple(host.name for host in placed.hosts) if placed else (),
-            copies=min((len(targets) for targets in placed.targets), default=0) if placed else 0,
-            survives=placed.survives if placed else "",
-        )
-        for live in sorted(found.listed.values(), key=lambda live: held.rank(live.id), reverse=True)
-    ]
-    return tuple(rows)
-
-
-def _problem(store: JournalStore, found: HeldSteps, live: LiveStep) -> str:
-    if live.id in found.faults:
-        return found.faults[live.id]
-    try:
-        return held_steps.not_of_this_journal(store, found.manifest(live))
-    except OrchestratorError as error:
-        return str(error)
+    def _problem(self, found: HeldSteps, live: LiveStep) -> str:
+        if live.id in found.faults:
+            return found.faults[live.id]
+        try:
+            manifest = found.manifest(live)
+            if live.id not in self._ours and (problem := held_steps.not_of_this_journal(self._store, manifest)):
+                return problem
+        except OrchestratorError as error:
+            return str(error)
+        self._ours.add(live.id)
+        return ""
 
 
 def placement(paths: Iterable[str]) -> Placement | None:
